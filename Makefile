@@ -1,0 +1,40 @@
+# Everything runs in .venv, made from the pinned versions in requirements.lock.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+DEMO := offsite-demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test format clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## make .venv with the pinned dependencies
+
+demo: $(STAMP) ## play both parties on a real language model (ARGS="--full" for the bounds as well)
+	$(BIN)/offsite demo --workdir $(DEMO) --json $(DEMO)/result.json $(ARGS)
+
+test: $(STAMP) ## format, lint, types, import contracts, tests with branch coverage
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+format: $(STAMP) ## format the code and mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and everything that the tools made; the demo's folder stays
+	rm -rf .venv .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis build .coverage .coverage.*
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf src/*.egg-info
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "offsite needs Python 3.11 or newer; '$(PYTHON)' is missing or older."; \
+	  echo "Name another one: make $(or $(MAKECMDGOALS),install) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint requirements.lock --editable '.[gguf,dev]'
+	@touch $(STAMP)

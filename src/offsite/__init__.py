@@ -1,0 +1,124 @@
+"""Offsite-tuning between two parties: tune a model that you may not have on data that may not leave.
+
+The stages of both parties are functions of this package, from one frozen artifact to the next:
+
+    import_model -> pack      the model's owner: base checkpoint -> signed bundle
+    verify_bundle -> tune     the data's owner: bundle -> signed return
+    intake -> plug_in         the model's owner: return -> base with the adapter
+    evaluate                  either party: a model's loss on rows
+
+Names are resolved when they are first used, so importing `offsite` imports neither torch nor transformers.
+Paper: Offsite-Tuning: Transfer Learning without Full Model, arXiv 2302.04870.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from offsite.config import EvalSpec, ImportSpec, PackSpec, PlugInSpec, TuneSpec, load_spec
+    from offsite.core.progress import Event, Progress
+    from offsite.data_owner.tune import tune
+    from offsite.errors import (
+        DataError,
+        IncompatibleError,
+        OffsiteError,
+        PolicyError,
+        StorageError,
+        UsageError,
+        VerificationError,
+    )
+    from offsite.exchange.artifacts import Base, Bundle, PlugIn, Return
+    from offsite.exchange.home import Home
+    from offsite.exchange.signing import Identity, PublicKey
+    from offsite.exchange.verify import verify, verify_bundle, verify_plug_in, verify_return
+    from offsite.measure.evaluate import Score, evaluate
+    from offsite.model_owner.import_model import import_model
+    from offsite.model_owner.intake import intake
+    from offsite.model_owner.pack import pack
+    from offsite.model_owner.plug_in import plug_in
+
+    __version__: str
+
+__all__ = [
+    "Base",
+    "Bundle",
+    "DataError",
+    "EvalSpec",
+    "Event",
+    "Home",
+    "Identity",
+    "ImportSpec",
+    "IncompatibleError",
+    "OffsiteError",
+    "PackSpec",
+    "PlugIn",
+    "PlugInSpec",
+    "PolicyError",
+    "Progress",
+    "PublicKey",
+    "Return",
+    "Score",
+    "StorageError",
+    "TuneSpec",
+    "UsageError",
+    "VerificationError",
+    "__version__",
+    "evaluate",
+    "import_model",
+    "intake",
+    "load_spec",
+    "pack",
+    "plug_in",
+    "tune",
+    "verify",
+    "verify_bundle",
+    "verify_plug_in",
+    "verify_return",
+]
+
+# Where each public name lives; a test holds this against __all__ and against the block above.
+_WHERE = {
+    "offsite.config": ("EvalSpec", "ImportSpec", "PackSpec", "PlugInSpec", "TuneSpec", "load_spec"),
+    "offsite.core.progress": ("Event", "Progress"),
+    "offsite.data_owner.tune": ("tune",),
+    "offsite.errors": (
+        "DataError",
+        "IncompatibleError",
+        "OffsiteError",
+        "PolicyError",
+        "StorageError",
+        "UsageError",
+        "VerificationError",
+    ),
+    "offsite.exchange.artifacts": ("Base", "Bundle", "PlugIn", "Return"),
+    "offsite.exchange.home": ("Home",),
+    "offsite.exchange.signing": ("Identity", "PublicKey"),
+    "offsite.exchange.verify": ("verify", "verify_bundle", "verify_plug_in", "verify_return"),
+    "offsite.measure.evaluate": ("Score", "evaluate"),
+    "offsite.model_owner.import_model": ("import_model",),
+    "offsite.model_owner.intake": ("intake",),
+    "offsite.model_owner.pack": ("pack",),
+    "offsite.model_owner.plug_in": ("plug_in",),
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported when it is first used."""
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("offsite-tuning")
+        except PackageNotFoundError:  # run from the source tree, not installed
+            return "0+unknown"
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion."""
+    return sorted(__all__)

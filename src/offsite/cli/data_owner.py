@@ -1,0 +1,102 @@
+"""The verb of the party that owns data: tune."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from offsite.cli import artifacts, flags, terminal
+
+if TYPE_CHECKING:
+    from offsite.config import TuneSpec
+    from offsite.exchange.manifest import BundleManifest, TensorEntry
+
+
+def tune(
+    context: typer.Context,
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="the folder that the model's owner sent")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="JSONL with rows {prompt, completion} or {text}")],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="new folder for the return")],
+    eval_data: Annotated[Path | None, typer.Option(metavar="FILE", help="held-out rows to validate on")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run, bit for bit")] = False,
+    method: Annotated[str | None, flags.SETTING] = None,
+    rank: Annotated[int | None, flags.SETTING] = None,
+    lr: Annotated[float | None, flags.SETTING] = None,
+    epochs: Annotated[float | None, flags.SETTING] = None,
+    max_steps: Annotated[int | None, flags.SETTING] = None,
+    batch_size: Annotated[int | None, flags.SETTING] = None,
+    config: flags.ConfigFlag = None,
+    home: flags.HomeFlag = None,
+    as_json: flags.JsonFlag = False,
+) -> None:
+    """Verify a bundle, train its adapter on your data, and make a signed return.
+
+    The data stay here: a return holds tensors and settings, and what it will hold is listed before anything trains.
+
+    Example:
+      offsite tune bundle/ --data train.jsonl --eval-data test.jsonl --out return/
+    """
+    from offsite.config import TuneSpec
+    from offsite.errors import UsageError
+
+    if epochs is not None and max_steps is not None:
+        raise UsageError("--epochs and --max-steps were both given", next_step="give one of them")
+    spec = flags.settings(
+        TuneSpec,
+        config,
+        {
+            "method": method,
+            "rank": rank,
+            "lr": lr,
+            "epochs": epochs,
+            "max_steps": max_steps,
+            "batch_size": batch_size,
+        },
+    )
+    from offsite.exchange.verify import verify_bundle
+
+    own = flags.home_of(context, home)
+    terminal.say(promise(verify_bundle(bundle, own).manifest, spec))
+    from offsite.data_owner.tune import tune as tune_stage
+
+    with terminal.showing_progress() as progress:
+        returned = tune_stage(bundle, data, out, spec, own, eval_data=eval_data, resume=resume, progress=progress)
+    terminal.show(artifacts.describe(returned.folder, own), as_json=as_json)
+    terminal.hint(f"next: send the folder {out} to the model's owner")
+
+
+def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
+    """What the return will contain, in words: every file, and the tensors by block."""
+    from offsite.core.architectures import ARCHITECTURES
+    from offsite.exchange.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RETURNED_WEIGHTS
+    from offsite.exchange.manifest import MANIFEST, SIGNATURE
+
+    tensors = returned_tensors(manifest, spec)
+    numbers = artifacts.numbers_in(tensors.values())
+    files: tuple[str, ...]
+    if spec.method == "lora":
+        files = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, SIGNATURE)
+        row = ARCHITECTURES[manifest.architecture]
+        linears = sorted({place[1] for name in manifest.lora_targets if (place := row.block_of(name))})
+        what = f"LoRA pairs of rank {spec.rank} on {', '.join(linears)}"
+    else:
+        files = (RETURNED_WEIGHTS, MANIFEST, SIGNATURE)
+        what = "their own weights"
+    blocks = artifacts.ranges(manifest.split.trained)
+    return (
+        f"the return will hold {', '.join(files)} and nothing else: for blocks {blocks} of the bundle, {what} "
+        f"({len(tensors)} tensors, {numbers:,} numbers, {4 * numbers / 2**20:.1f} MiB); "
+        "no paths, no names, no row counts, no losses"
+    )
+
+
+def returned_tensors(manifest: "BundleManifest", spec: "TuneSpec") -> "dict[str, TensorEntry]":
+    """The tensors that a return with these settings will hold, by name."""
+    from offsite.exchange.lora_folder import adapter_tensors
+    from offsite.exchange.manifest import LoraSettings
+
+    if spec.method == "full":
+        return manifest.tensors
+    alpha = float(spec.lora_alpha or 2 * spec.rank)
+    lora = LoraSettings(rank=spec.rank, alpha=alpha, targets=tuple(manifest.lora_targets))
+    return adapter_tensors(lora, manifest.lora_targets)

@@ -1,0 +1,137 @@
+"""Both parties on one machine: demo."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offsite.cli import terminal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from offsite.core.progress import Event
+    from offsite.study.demo import Demo
+
+
+def demo(
+    data: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Python code to tune on [default: the standard library]")
+    ] = None,
+    workdir: Annotated[Path, typer.Option(metavar="FOLDER", help="where both parties have their folders")] = Path(
+        "offsite-demo"
+    ),
+    model: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="base folder or .gguf [default: SmolLM2-135M-Instruct]")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="optimiser steps of every tuning")] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="also tune the uncompressed model, which bounds the rest")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="also write the result as JSON to this file")
+    ] = None,
+) -> None:
+    """Play both parties with a real model: every step of the protocol as the commands that each party would run.
+
+    The first run downloads 93 MB. It is safe to interrupt: the next run continues.
+
+    Example:
+      offsite demo --json result.json
+    """
+    from dataclasses import asdict
+
+    from offsite.core.storage import replace_file
+    from offsite.study.demo import demo as run
+
+    result = run(workdir, data=data, model=model, steps=steps, full=full, progress=_announce)
+    if json_file is not None:
+        replace_file(json_file, f"{terminal.render_json(asdict(result))}\n".encode())
+    _print(result, workdir, json_file)
+
+
+def _announce(event: "Event") -> None:
+    of = f"[{event.done}/{event.total}]"
+    typer.secho(f"\n{of} {event.facts['says']}", bold=True, err=True)
+
+
+def _print(result: "Demo", workdir: Path, json_file: Path | None) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print()
+    console.print(_table(result))
+    for line in _verdict({row["name"]: row["loss"] for row in result.rows}):
+        console.print(line)
+    sizes = "  ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in result.bytes.items())
+    seconds = "  ".join(f"{name} {seconds:.0f}" for name, seconds in result.seconds.items() if seconds >= 1)
+    sections = [*_sample(result.sample), ("Sizes", sizes), ("Seconds", seconds)]
+    for title, text in [*sections, ("Where to look next", _next_steps(workdir, json_file))]:
+        console.print()
+        console.print(Text(title, style="bold"))
+        console.print(Text(terminal.printable(text)))
+
+
+def _table(result: "Demo") -> "Table":
+    from rich.table import Table
+
+    rows, modules = result.task["test_rows"], result.task["test_modules"]
+    table = Table(title=f"Loss on {rows} held-out functions of {modules} modules (nats per token; lower is better)")
+    table.add_column("model")
+    for name in ("loss", "perplexity", "against zero-shot"):
+        table.add_column(name, justify="right")
+    first = result.rows[0]["loss"]
+    for row in result.rows:
+        style = "bold green" if row["name"] == "plug-in" else ""
+        gap = "" if row is result.rows[0] else f"{row['loss'] - first:+.3f}"
+        perplexity = "inf" if row["perplexity"] is None else f"{row['perplexity']:.4g}"
+        table.add_row(row["name"], f"{row['loss']:.3f}", perplexity, gap, style=style)
+    return table
+
+
+def _sample(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not sample:
+        return []
+    return [
+        ("The first test row", sample["prompt"].rstrip()),
+        ("Its docstring in the code", sample["reference"]),
+        ("Before: the base model", sample["zero-shot"]),
+        ("After: the plug-in", sample["plug-in"]),
+    ]
+
+
+def _verdict(losses: Mapping[str, float]) -> list[str]:
+    """What the table says, in words, also when it is not what one hopes for."""
+    words = []
+    for other, meaning in (
+        ("zero-shot", "what the model's owner gained without having seen the data"),
+        ("emulator", "what the data's owner does not have"),
+    ):
+        gap = losses[other] - losses["plug-in"]
+        where = f"{gap:.3f} nats below" if gap > 0 else f"NOT below ({-gap:.3f} nats above)"
+        words.append(f"The plug-in is {where} {other}: {meaning}.")
+    if "full fine-tuning" in losses:
+        words.append(
+            "Full fine-tuning: every block but one in the middle; embeddings, final norm and head stay frozen."
+        )
+    return words
+
+
+def _next_steps(workdir: Path, json_file: Path | None) -> str:
+    program = sys.argv[0] if Path(sys.argv[0]).name == "offsite" else "python -m offsite"
+    tuner = workdir / "data-owner"
+    inspect = f"  {program} --home {tuner / 'home'} inspect"
+    lines = [
+        "What the data owner received, and what it gave away:",
+        f"{inspect} {tuner / 'bundle'}",
+        f"{inspect} {tuner / 'return'}",
+        "The settings, with the defaults that were used here:",
+        f"  {program} pack --help",
+        f"  {program} tune --help",
+    ]
+    if json_file is not None:
+        lines += ["These numbers:", f"  {json_file}"]
+    return "\n".join(lines)

@@ -1,0 +1,114 @@
+"""The verbs of the party that owns a model: import, pack, plug-in."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from offsite.cli import artifacts, flags, terminal
+
+_Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="new folder for the result")]
+_BaseFolder = Annotated[Path, typer.Argument(metavar="BASE", help="base checkpoint folder, as import wrote it")]
+
+
+def import_(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(metavar="MODEL", help="a .gguf file, or a folder that transformers reads")],
+    out: _Out,
+    config: flags.ConfigFlag = None,
+    as_json: flags.JsonFlag = False,
+) -> None:
+    """Turn a model into a base folder: safetensors, config and tokenizer.
+
+    Example:
+      offsite import model.gguf --out base/
+    """
+    from offsite.config import ImportSpec
+
+    spec = flags.settings(ImportSpec, config, {})
+    from offsite.model_owner.import_model import import_model
+
+    with terminal.showing_progress() as progress:
+        base = import_model(source, out, spec, progress)
+    terminal.show(artifacts.describe_base(base.folder), as_json=as_json)
+    terminal.hint(f"next: offsite pack {out} --out bundle/ --for NAME")
+
+
+def pack(
+    context: typer.Context,
+    base: _BaseFolder,
+    out: _Out,
+    recipient: Annotated[str, typer.Option("--for", metavar="NAME", help="the trusted party that may tune it")],
+    bottom: Annotated[int | None, flags.SETTING] = None,
+    top: Annotated[int | None, flags.SETTING] = None,
+    keep: Annotated[int | None, flags.SETTING] = None,
+    select: Annotated[str | None, flags.SETTING] = None,
+    heal: Annotated[str | None, flags.SETTING] = None,
+    calibration: Annotated[Path | None, flags.SETTING] = None,
+    dtype: Annotated[str | None, flags.SETTING] = None,
+    config: flags.ConfigFlag = None,
+    home: flags.HomeFlag = None,
+    as_json: flags.JsonFlag = False,
+) -> None:
+    """Make a signed bundle for one data owner: the blocks to train, and an emulator in place of the rest.
+
+    The bundle is an ordinary Hugging Face checkpoint of a smaller model. What was issued stands in the home's ledger.
+
+    Example:
+      offsite pack base/ --out bundle/ --for hospital --bottom 2 --top 2 --keep 8
+    """
+    from offsite.config import PackSpec
+
+    spec = flags.settings(
+        PackSpec,
+        config,
+        {
+            "bottom": bottom,
+            "top": top,
+            "keep": keep,
+            "select": select,
+            "heal": heal,
+            "calibration": calibration,
+            "dtype": dtype,
+        },
+    )
+    from offsite.exchange.artifacts import Base
+    from offsite.model_owner.pack import pack as pack_stage
+
+    own = flags.home_of(context, home)
+    with terminal.showing_progress() as progress:
+        bundle = pack_stage(Base(base), out, recipient, spec, own, progress)
+    terminal.show(artifacts.describe(bundle.folder, own), as_json=as_json)
+    terminal.hint(f"next: send the folder {out} to {recipient}")
+
+
+def plug_in(
+    context: typer.Context,
+    base: _BaseFolder,
+    returned: Annotated[Path, typer.Argument(metavar="RETURN", help="the folder that the data owner sent back")],
+    out: _Out,
+    as_: Annotated[str | None, typer.Option("--as", rich_help_panel=flags.SETTINGS)] = None,
+    again: Annotated[bool | None, typer.Option("--again", rich_help_panel=flags.SETTINGS)] = None,
+    config: flags.ConfigFlag = None,
+    home: flags.HomeFlag = None,
+    as_json: flags.JsonFlag = False,
+) -> None:
+    """Check a return against the ledger and put it into the base model.
+
+    As an adapter, the result is an ordinary PEFT folder for the base; merged, it is a complete checkpoint.
+
+    Example:
+      offsite plug-in base/ return/ --out plugged/
+    """
+    from offsite.config import PlugInSpec
+
+    spec = flags.settings(PlugInSpec, config, {"as": as_, "again": again})
+    from offsite.exchange.artifacts import Base
+    from offsite.model_owner.plug_in import plug_in as plug_in_stage
+
+    own = flags.home_of(context, home)
+    with terminal.showing_progress() as progress:
+        plugged = plug_in_stage(Base(base), returned, out, spec, own, progress)
+    terminal.show(artifacts.describe(plugged.folder, own), as_json=as_json)
+    scored = f"{base} --adapter {out}" if plugged.manifest.form == "adapter" else f"{out}"
+    terminal.hint(f"next: offsite eval {scored} --data test.jsonl")

@@ -1,0 +1,206 @@
+"""The settings of every stage: frozen, strict, and the same from flags, from TOML and from Python.
+
+Defaults were chosen by measurement on SmolLM2-135M-Instruct; docs/decisions/ says how.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from offsite.errors import UsageError
+
+Method = Literal["lora", "full"]
+Dtype = Literal["bf16", "fp32"]
+
+
+class Spec(BaseModel):
+    """A frozen group of settings in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Spec)
+
+
+class ComputeSpec(Spec):
+    """Where a stage that runs the network does so."""
+
+    compute: Annotated[
+        Literal["auto", "bf16", "fp32"], Field(description="dtype of the arithmetic; auto is bf16 where it is faster")
+    ] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?|xpu(:\d+)?)$", description="where it runs")] = (
+        "auto"
+    )
+    threads: Annotated[
+        int | None, Field(ge=1, description="processor threads; None takes $OMP_NUM_THREADS, else all")
+    ] = None
+
+
+class ImportSpec(Spec):
+    """How a foreign checkpoint becomes a base folder."""
+
+    dtype: Annotated[Dtype | None, Field(description="dtype to store; None keeps the checkpoint's (bf16 for GGUF)")] = (
+        None
+    )
+
+
+class PackSpec(ComputeSpec):
+    """How a base model becomes a bundle."""
+
+    bottom: Annotated[int, Field(ge=0, description="first blocks that the data owner trains")] = 2
+    top: Annotated[int, Field(ge=0, description="last blocks that the data owner trains")] = 2
+    keep: Annotated[int, Field(ge=1, description="blocks of the middle that the emulator keeps")] = 8
+    select: Annotated[
+        Literal["uniform", "influence", "random"], Field(description="which blocks of the middle stay")
+    ] = "uniform"
+    heal: Annotated[Literal["none", "refit"], Field(description="how the emulator makes up for dropped blocks")] = (
+        "refit"
+    )
+    calibration: Annotated[
+        Path | None, Field(description="text file or JSONL for influence and refit; None takes the text that ships")
+    ] = None
+    calibration_tokens: Annotated[int, Field(ge=256, description="tokens of calibration text to use")] = 32_768
+    dtype: Annotated[Dtype, Field(description="dtype of the bundle's weights")] = "bf16"
+    methods: Annotated[tuple[Method, ...], Field(min_length=1, description="tuning methods that the owner permits")] = (
+        "lora",
+        "full",
+    )
+    max_rank: Annotated[int, Field(ge=1, description="largest LoRA rank that the owner takes back")] = 64
+    seed: Annotated[int, Field(ge=0, description="seed of the random selection")] = 0
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> Self:
+        if self.bottom + self.top == 0:
+            raise ValueError("bottom and top are both 0: nothing would train")
+        return self
+
+
+class TuneSpec(ComputeSpec):
+    """How the data owner trains the adapter on the emulator."""
+
+    method: Annotated[Method, Field(description="what trains: LoRA pairs, or the blocks' own weights")] = "lora"
+    rank: Annotated[int, Field(ge=1, description="rank of the LoRA pairs")] = 16
+    lora_alpha: Annotated[float | None, Field(gt=0, description="LoRA scale numerator; None is twice the rank")] = None
+    lora_dropout: Annotated[float, Field(ge=0, lt=1, description="dropout on the input of the LoRA pairs")] = 0.0
+    lr: Annotated[
+        float | None, Field(gt=0, description="peak learning rate of AdamW; None is 1e-3 for lora, 1e-4 for full")
+    ] = None
+    schedule: Annotated[Literal["cosine", "linear", "constant"], Field(description="learning rate after warm-up")] = (
+        "cosine"
+    )
+    warmup: Annotated[float, Field(ge=0, le=1, description="share of the steps that warm up")] = 0.05
+    weight_decay: Annotated[float, Field(ge=0, description="AdamW's decoupled decay; never on norms or biases")] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0, description="gradients are clipped to this norm")] = 1.0
+    epochs: Annotated[float, Field(gt=0, description="passes over the data; max_steps wins")] = 3.0
+    max_steps: Annotated[int | None, Field(ge=1, description="optimiser steps")] = None
+    batch_size: Annotated[int, Field(ge=1, description="rows per optimiser step")] = 16
+    micro_batch_tokens: Annotated[int, Field(ge=1, description="padded tokens that run at once; bounds memory")] = 4096
+    max_length: Annotated[int, Field(ge=8, description="longest row in tokens")] = 1024
+    long_rows: Annotated[
+        Literal["error", "truncate", "skip"], Field(description="what happens to rows over max_length")
+    ] = "error"
+    eval_every: Annotated[int | None, Field(ge=1, description="steps between validations; None only at the end")] = None
+    save_every: Annotated[int, Field(ge=1, description="steps between resume points")] = 50
+    seed: Annotated[int, Field(ge=0, description="seed of order, dropout and LoRA initialisation")] = 0
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up: the one that was given, else the method's."""
+        return self.lr if self.lr is not None else {"lora": 1e-3, "full": 1e-4}[self.method]
+
+
+class PlugInSpec(Spec):
+    """How a return is put into the base model."""
+
+    as_: Annotated[
+        Literal["adapter", "merged"] | None,
+        Field(alias="as", description="adapter folder or complete checkpoint; None: adapter for LoRA, else merged"),
+    ] = None
+    again: Annotated[bool, Field(description="permit a return that was plugged in before")] = False
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class EvalSpec(ComputeSpec):
+    """How a model is scored."""
+
+    max_length: Annotated[int, Field(ge=8, description="longest row in tokens")] = 1024
+    long_rows: Annotated[
+        Literal["error", "truncate", "skip"], Field(description="what happens to rows over max_length")
+    ] = "error"
+    micro_batch_tokens: Annotated[int, Field(ge=1, description="padded tokens that run at once")] = 8192
+    max_rows: Annotated[int | None, Field(ge=1, description="score the first rows only")] = None
+
+
+# The tables that a TOML file may hold, one for each verb with settings.
+TABLES: dict[str, type[Spec]] = {
+    "import": ImportSpec,
+    "pack": PackSpec,
+    "tune": TuneSpec,
+    "plug-in": PlugInSpec,
+    "eval": EvalSpec,
+}
+
+
+def load_spec(kind: type[S], given: Mapping[str, Any], config: Path | None = None) -> S:
+    """The settings of one stage: what was given, over what the TOML file says, over the defaults.
+
+    Args:
+        kind: the spec to build.
+        given: settings by name; those that are None were not given.
+        config: a TOML file with one table per stage ([pack], [tune], ...).
+
+    Raises:
+        UsageError: the file cannot be read, or a table, key or value is wrong; every problem is listed.
+    """
+    table = next(name for name, spec in TABLES.items() if spec is kind)
+    settings = _read_toml(config).get(table, {}) if config is not None else {}
+    settings = {**settings, **{name: value for name, value in given.items() if value is not None}}
+    try:
+        return kind.model_validate(settings)
+    except ValidationError as error:
+        where = f"the settings of '{table}'" + (f" in {config}" if config else "")
+        raise UsageError(
+            f"{where} are wrong",
+            reasons=describe_validation(error),
+            next_step=f"see `offsite {table} --help` for the settings and their ranges",
+        ) from None
+
+
+def _read_toml(config: Path) -> dict[str, dict[str, Any]]:
+    try:
+        tables: dict[str, Any] = tomllib.loads(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"cannot read the settings file {config}", reasons=[str(error)]) from None
+    unknown = sorted(name for name in tables if name not in TABLES or not isinstance(tables[name], dict))
+    if unknown:
+        raise UsageError(
+            f"{config} holds what is no table of settings: {', '.join(unknown)}",
+            next_step=f"the tables are {', '.join(f'[{name}]' for name in TABLES)}",
+        )
+    for name, table in tables.items():  # a typo in another stage's table must not pass in silence
+        stray = sorted(set(table) - _keys(TABLES[name]))
+        if stray:
+            raise UsageError(
+                f"{config} has unknown settings in [{name}]: {', '.join(stray)}",
+                next_step=f"the settings of [{name}] are {', '.join(sorted(_keys(TABLES[name])))}",
+            )
+    return tables
+
+
+def _keys(kind: type[Spec]) -> set[str]:
+    return {field.alias or name for name, field in kind.model_fields.items()}
+
+
+def describe_validation(error: ValidationError) -> list[str]:
+    """Every problem of a validation, a line each: where, what is wrong, what was found."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        # keys may be a stranger's: no control characters to the terminal
+        where = ".".join(p if p.isprintable() else ascii(p) for p in (str(part)[:80] for part in problem["loc"]))
+        found = repr(problem["input"])
+        lines.append(f"{where or 'settings'}: {problem['msg']} (found {found[:80]})")
+    return lines

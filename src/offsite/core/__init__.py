@@ -1,0 +1,1 @@
+"""What a model is, whoever holds it."""

@@ -1,0 +1,312 @@
+"""A folder -> a runnable model: only from this disk, no foreign code, and every key accounted for."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from offsite.core.checkpoint import TensorRange, open_checkpoint, read_chunks, read_header, strict_json
+from offsite.errors import IncompatibleError, StorageError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+_TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+# Keys by which a config runs foreign code, or has transformers read another file than the checkpoint's.
+_FOREIGN_KEYS = frozenset({"auto_map", "custom_pipelines", "transformers_weights", "custom_generate", "kernel_config"})
+
+
+def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
+    """Load a causal language model, in eval mode and frozen.
+
+    Args:
+        folder: a plain checkpoint: base, bundle or merged plug-in.
+        dtype: of all its weights.
+        device: where it goes.
+
+    Raises:
+        StorageError: the weights are missing, truncated or malformed.
+        IncompatibleError: the folder asks for foreign code, holds an adapter, or its tensors are not exactly the
+            model's; every missing, unexpected and mismatched key is listed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _check_folder(folder)
+    open_checkpoint(folder)  # transformers' own message for a truncated file names no file
+    with quiet(), _incompatible(folder):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=_attention(folder),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are listed instead of the first one raised
+            **_OFFLINE,
+            use_safetensors=True,
+        )
+    problems = [f"missing tensor {name}" for name in sorted(info["missing_keys"])]
+    problems += [f"unexpected tensor {name}" for name in sorted(info["unexpected_keys"])]
+    problems += [f"mismatched tensor {_mismatch(entry)}" for entry in sorted(info["mismatched_keys"], key=str)]
+    problems += [str(message) for message in info.get("error_msgs") or ()]
+    if problems:
+        raise IncompatibleError(
+            f"the tensors in {folder} are not those of its config",
+            reasons=problems,
+            next_step="fetch the checkpoint again; if it came from the other party, ask for it again",
+        )
+    loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    return loaded
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a folder.
+
+    Raises:
+        IncompatibleError: there is none, it asks for foreign code, or it has no end token.
+    """
+    from transformers import AutoTokenizer
+
+    _check_folder(folder)
+    with quiet(), _incompatible(folder):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **_OFFLINE)
+    if tokenizer.eos_token_id is None:
+        raise IncompatibleError(
+            f"the tokenizer in {folder} has no end token, so no answer could ever end",
+            next_step='name one as "eos_token" in its tokenizer_config.json',
+        )
+    return tokenizer
+
+
+def context_length(folder: Path) -> int | None:
+    """Positions that the model in a folder has, by its config; None where it does not say."""
+    from transformers import AutoConfig
+
+    _check_folder(folder)
+    with quiet(), _incompatible(folder):
+        config = AutoConfig.from_pretrained(folder, **_OFFLINE)
+    found = getattr(config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def load_adapted(base: Path, adapter: Path, *, dtype: torch.dtype, device: torch.device) -> "PeftModel":
+    """Load a model with a LoRA adapter beside it, in eval mode and frozen.
+
+    Args:
+        base: a plain checkpoint.
+        adapter: an ordinary PEFT folder: adapter_config.json and adapter_model.safetensors.
+        dtype: of the base's weights and of the adapter's, so that no activation is cast between them.
+        device: where it goes.
+
+    Raises:
+        StorageError: weights are missing, truncated or malformed.
+        IncompatibleError: the adapter is no plain LoRA, or its tensors are not exactly what its config makes on this
+            model; every difference is listed.
+    """
+    from peft import PeftModel
+
+    _check_adapter(adapter)
+    held = {name: tensor.shape for name, tensor in read_header(adapter / ADAPTER_WEIGHTS).items()}
+    model = load_model(base, dtype=dtype, device=device)
+    with quiet(), _incompatible(adapter):
+        adapted = PeftModel.from_pretrained(
+            model, str(adapter), is_trainable=False, autocast_adapter_dtype=False, torch_device=str(device)
+        )
+    expected = {
+        name.replace(".default.weight", ".weight"): tuple(parameter.shape)
+        for name, parameter in adapted.named_parameters()
+        if ".lora_" in name
+    }
+    problems = [f"missing tensor {name}" for name in sorted(expected.keys() - held.keys())]
+    problems += [f"unexpected tensor {name}" for name in sorted(held.keys() - expected.keys())]
+    problems += [
+        f"tensor {name}: found shape {list(held[name])}, expected {list(expected[name])}"
+        for name in sorted(held.keys() & expected.keys())
+        if held[name] != expected[name]
+    ]
+    if problems:
+        raise IncompatibleError(
+            f"the adapter {adapter} does not fit the model {base}",
+            reasons=problems,
+            next_step="name the model that the adapter was made for",
+        )
+    for parameter in adapted.parameters():  # never module.to(dtype): it rounds the rotary frequencies too
+        parameter.data = parameter.data.to(dtype)
+    frozen: PeftModel = adapted.to(device).eval().requires_grad_(False)
+    return frozen
+
+
+def load_replaced(base: Path, weights: Path, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
+    """Load a model with some of its tensors taken from another file, in eval mode and frozen.
+
+    Args:
+        base: a plain checkpoint.
+        weights: a safetensors file with tensors of that model, such as a full return's.
+        dtype: of all weights.
+        device: where it goes.
+
+    Raises:
+        StorageError: weights are missing, truncated or malformed.
+        IncompatibleError: the file holds what is no tensor of the model, or has another shape; all are listed.
+    """
+    held = read_header(weights)
+    model = load_model(base, dtype=dtype, device=device)
+    own = dict(model.named_parameters())
+    problems = [f"unexpected tensor {name}" for name in sorted(held.keys() - own.keys())]
+    problems += [
+        f"tensor {name}: found shape {list(held[name].shape)}, expected {list(own[name].shape)}"
+        for name in sorted(held.keys() & own.keys())
+        if held[name].shape != tuple(own[name].shape)
+    ]
+    if problems:
+        raise IncompatibleError(
+            f"the tensors in {weights} are not those of the model {base}",
+            reasons=problems,
+            next_step="name the model that they were tuned on",
+        )
+    with torch.no_grad():
+        for name, tensor in held.items():
+            own[name].copy_(read_tensor(tensor))
+    return model
+
+
+def read_tensor(tensor: TensorRange, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """One tensor of a checkpoint on the processor, by plain reads, cast to `dtype` if given.
+
+    Raises:
+        StorageError: the file ends early.
+    """
+    content = bytearray(tensor.size)
+    filled = 0
+    for chunk in read_chunks(tensor):
+        content[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
+    kind = _TORCH_DTYPES[tensor.dtype]
+    flat = torch.frombuffer(content, dtype=kind) if content else torch.empty(0, dtype=kind)
+    return flat.reshape(tensor.shape).to(dtype or kind)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the progress bars and remarks of transformers and PEFT in a block; the user's settings come back."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(transformers|peft|accelerate|huggingface_hub)(\..*)?$")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+_OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+# What transformers and PEFT raise for a config or weights that they cannot make a model of.
+LIBRARY_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, IndexError)
+
+
+@contextlib.contextmanager
+def _incompatible(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except LIBRARY_ERRORS as error:
+        raise IncompatibleError(
+            f"transformers cannot load {folder}",
+            reasons=[f"{type(error).__name__}: {str(error).strip()[:500]}"],
+            next_step="check that the folder is complete and of a supported model type",
+        ) from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse what would run foreign code, reach outside the folder, or silently load something else."""
+    problems = []
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        file = folder / name
+        if file.exists():
+            problems += [f"{name} has {found}" for found in _foreign(_read_settings(file))]
+        elif name == "config.json":
+            raise StorageError(
+                f"{folder} holds no config.json, so it is no checkpoint",
+                next_step="name a base, bundle or merged plug-in folder",
+            )
+    if (folder / ADAPTER_CONFIG).exists():
+        problems.append(f"{ADAPTER_CONFIG} lies beside the checkpoint, and transformers would load that adapter too")
+    if problems:
+        raise IncompatibleError(
+            f"{folder} is no plain checkpoint",
+            reasons=problems,
+            next_step="take these out if you know where they come from; models that need their own code do not work",
+        )
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        content = strict_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot read {file}", reasons=[str(error)], next_step="fetch the file again") from None
+    if not isinstance(content, dict):
+        raise StorageError(f"{file} is not a JSON object", next_step="fetch the file again")
+    return content
+
+
+def _foreign(settings: object, path: str = "") -> list[str]:
+    found = []
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            here = f"{path}{key}"
+            kernel = "attn_implementation" in key or "experts_implementation" in key
+            if key in _FOREIGN_KEYS and value:
+                found.append(f"{here}, which runs foreign code or reads other files")
+            elif kernel and any(mark in str(value) for mark in "/:\\"):
+                found.append(f"{here} = {str(value)[:80]!r}, which fetches foreign code")
+            else:
+                found += _foreign(value, f"{here}.")
+    return found
+
+
+def _check_adapter(adapter: Path) -> None:
+    if not (adapter / ADAPTER_CONFIG).exists():
+        raise StorageError(
+            f"{adapter} holds no {ADAPTER_CONFIG}, so it is no LoRA adapter",
+            next_step="name a return of a LoRA tuning or a plug-in of the form adapter",
+        )
+    config = _read_settings(adapter / ADAPTER_CONFIG)
+    problems = [f"{ADAPTER_CONFIG} has {found}" for found in _foreign(config)]
+    if config.get("peft_type") != "LORA":
+        problems.append(f"peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        problems.append(f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base's weights")
+    wrong = ("auto_mapping", "modules_to_save", "layer_replication", "megatron_config", "trainable_token_indices")
+    problems += [f"{key} is set" for key in wrong if config.get(key)]
+    if problems:
+        raise IncompatibleError(
+            f"{adapter} is no plain LoRA adapter", reasons=problems, next_step="save the adapter as a plain LoRA"
+        )
+
+
+def _attention(folder: Path) -> str:
+    """SDPA, or the plain one where the family has no other."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = AutoConfig.from_pretrained(folder, **_OFFLINE)
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "sdpa" if getattr(family, "_supports_sdpa", True) else "eager"
+
+
+def _mismatch(entry: object) -> str:
+    if isinstance(entry, tuple) and len(entry) == 3:
+        name, found, expected = entry
+        return f"{name}: found shape {list(found)}, expected {list(expected)}"
+    return str(entry)

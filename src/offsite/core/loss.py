@@ -1,0 +1,135 @@
+"""The loss of a causal language model on labelled tokens alone: the head runs nowhere else, and never on all at once.
+
+With a vocabulary of 49,000 words the logits of a batch outweigh a small model many times over. So the body runs
+without its head; hidden states are picked where a label is; and head, softmax and gradient are computed in chunks
+that are gone before the next one. The head is frozen, so its own gradient is never made.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from offsite.errors import IncompatibleError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from offsite.core.data import Batch
+
+CHUNK_ELEMENTS = 2**25  # logits that exist at once: 128 MiB in fp32
+
+
+@dataclass(frozen=True)
+class Network:
+    """A causal language model taken apart: what makes hidden states, and what makes logits of them."""
+
+    body: nn.Module
+    head: nn.Linear
+
+
+def take_apart(model: "PreTrainedModel") -> Network:
+    """Body and head of a model in eval mode, after checking on a few tokens that together they are the model.
+
+    Raises:
+        IncompatibleError: logits are not head(body(ids)): the family caps or scales them.
+    """
+    body, head = model.base_model, model.get_output_embeddings()
+    ids = torch.arange(8, device=head.weight.device).remainder(head.weight.shape[0])[None]
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        parts = F.linear(_hidden(body, ids, mask), head.weight, head.bias).float()
+    # The same sums in the same order: more than a rounding step apart means another formula.
+    step = torch.finfo(head.weight.dtype).eps
+    if not torch.allclose(whole, parts, rtol=2 * step, atol=step * float(whole.abs().max())):
+        raise IncompatibleError(
+            f"models of type {model.config.model_type!r} do more to their logits than a linear head",
+            reasons=[f"logits differ by up to {float((whole - parts).abs().max()):.3g}"],
+            next_step="use a family without a cap or scale on its logits",
+        )
+    return Network(body, head)
+
+
+def label_losses(network: Network, batch: "Batch") -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a batch.
+
+    Returns:
+        The sum of nats over the labels, differentiable in the body's trained weights; and the nats of each label,
+        (L,), fp32, without gradient.
+    """
+    device = network.head.weight.device
+    ids = torch.from_numpy(batch.ids).to(device)
+    mask = torch.from_numpy(batch.mask).to(device)
+    hidden = _hidden(network.body, ids, mask)  # (B, T, H)
+    picked = hidden.flatten(0, 1).index_select(0, torch.from_numpy(batch.places).to(device))  # (L, H)
+    targets = torch.from_numpy(batch.targets).to(device)
+    return labelled_cross_entropy(picked, network.head.weight, targets, network.head.bias)
+
+
+def _hidden(body: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    hidden: torch.Tensor = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden
+
+
+def labelled_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy through a frozen head, in chunks; products in the weight's dtype, softmax in fp32.
+
+    Args:
+        hidden: states before the head, (L, H), in the weight's dtype.
+        weight: of the head, (V, H); gets no gradient.
+        targets: token ids, (L,).
+        bias: of the head, (V,), or None; gets no gradient.
+        chunk_elements: most logits that exist at once.
+
+    Returns:
+        The sum of nats (a scalar with a gradient in `hidden`) and each label's nats, (L,), both fp32.
+    """
+    rows = max(1, chunk_elements // weight.shape[0])
+    total, nats = _LabelledCrossEntropy.apply(hidden, weight, bias, targets, rows)  # type: ignore[no-untyped-call]
+    return total, nats
+
+
+class _LabelledCrossEntropy(torch.autograd.Function):
+    """Computes the gradient of `hidden` in the forward pass, while a chunk's probabilities are at hand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        rows: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = torch.promote_types(hidden.dtype, torch.float32)  # float64 stays, for gradcheck
+        nats = torch.empty(len(targets), dtype=wide, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for begin in range(0, len(targets), rows):
+            part = slice(begin, begin + rows)
+            wanted = targets[part, None]  # (C, 1)
+            logits = F.linear(hidden[part], weight, bias)  # (C, V)
+            logs = torch.log_softmax(logits, dim=-1, dtype=wide)
+            nats[part] = -logs.gather(1, wanted)[:, 0]
+            if gradient is not None:
+                slope = logs.exp_()  # d nats / d logits = probability - 1 at the target
+                slope.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=wide))
+                gradient[part] = slope.to(weight.dtype) @ weight
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(nats)
+        return nats.sum(), nats
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (saved,) = ctx.saved_tensors
+        return saved * gradients[0].to(saved.dtype), None, None, None, None

@@ -1,0 +1,107 @@
+"""Where a network runs: device, dtype of the arithmetic, threads and seeds."""
+
+import contextlib
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from offsite.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A device and the dtype that frozen weights and activations have on it."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def runtime(
+    device: str = "auto", compute: Literal["auto", "bf16", "fp32"] = "auto", threads: int | None = None
+) -> Runtime:
+    """Resolve where and in what to compute, and set the number of processor threads.
+
+    Args:
+        device: "auto" is the first CUDA device, else XPU, else the processor; MPS only when asked for.
+        compute: "auto" is bf16 where the hardware multiplies it, else fp32. It looks at what the hardware can do and
+            never at a stopwatch, so the same machine always decides alike.
+        threads: None is $OMP_NUM_THREADS, else every core that this process may use.
+
+    Raises:
+        UsageError: the device that was asked for is not there.
+    """
+    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS") or available_cores()))
+    resolved = _resolve_device(device)
+    if resolved.type == "cpu":
+        _keep_freed_memory()
+    fast = compute == "bf16" or (compute == "auto" and _multiplies_bf16(resolved))
+    return Runtime(resolved, torch.bfloat16 if fast else torch.float32)
+
+
+def available_cores() -> int:
+    """Cores that this process may use: a container's share, not the machine's count."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Run a block under a seed; the caller's random state is as before afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step, where it would give it back and fault every page in anew.
+
+    Activations and logits come and go in pieces of many megabytes: without this a step of a small model spends a third
+    of its time on page faults. The process's peak is the same; it is only not given back before the end.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no such switch
+        allocator = ctypes.CDLL(None)
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        allocator.mallopt(m_mmap_threshold, 2**30)
+        allocator.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def _resolve_device(name: str) -> torch.device:
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "xpu": hasattr(torch, "xpu") and torch.xpu.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "xpu", "cpu") if there[kind]))
+    device = torch.device(name)
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if not there.get(device.type, False) or (device.index or 0) >= max(count, 1):
+        found = ", ".join(kind for kind, available in there.items() if available)
+        raise UsageError(
+            f"there is no device {name!r} here",
+            reasons=[f"found: {found}" + (f" ({count} CUDA devices)" if there["cuda"] else "")],
+            next_step="leave --device out to take what is there",
+        )
+    return device
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "xpu":
+        return True
+    if device.type == "cpu":  # without these instructions bf16 is emulated and slower than fp32
+        return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return False

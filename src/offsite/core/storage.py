@@ -1,0 +1,147 @@
+"""Files and folders that appear whole or not at all.
+
+Every write of the project goes through this file, so an interruption or a full disk leaves the old state or the new
+one. Torch-free.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from offsite.errors import StorageError, UsageError
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file as it was written: its name in its folder, size in bytes and SHA-256 in hex."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@contextlib.contextmanager
+def staged_folder(out: Path) -> Iterator[Path]:
+    """A temporary sibling of `out` that becomes `out` when the block ends without an exception.
+
+    Raises:
+        UsageError: `out` exists and is not an empty folder.
+        StorageError: a folder or file cannot be written; `out` is then as it was.
+    """
+    require_free(out)
+    out = out.resolve()  # "." has no name to derive the sibling's from
+    staging = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    with storage_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+    try:
+        with storage_errors(out):
+            yield staging
+            _sync_folder(staging)
+            if os.name == "nt" and out.exists():  # elsewhere renaming replaces an empty folder in one step
+                out.rmdir()
+            staging.rename(out)
+            with contextlib.suppress(OSError):  # the folder stands by now
+                _sync_folder(out.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def require_free(out: Path) -> None:
+    """Refuse an output folder that holds something, before any work is done.
+
+    Raises:
+        UsageError: `out` exists and is not an empty folder.
+    """
+    with storage_errors(out):
+        taken = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
+    if taken:
+        raise UsageError(
+            f"{out} exists and is not an empty folder",
+            next_step="name another folder with --out, or move this one away; nothing was overwritten",
+        )
+
+
+def write_stream(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> Written:
+    """Write a new file from chunks, flushed to the disk, and hash it on the way."""
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("xb") as file:
+        for chunk in chunks:
+            _write(file.fileno(), chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        os.fsync(file.fileno())
+    return Written(path.name, size, digest.hexdigest())
+
+
+def replace_file(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Write a file in one step: a reader sees the old content or the new, never a half.
+
+    Raises:
+        StorageError: the file cannot be written; the old one is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            try:
+                _write(descriptor, content)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hex, by plain reads (a mapping would count against the process's memory)."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a StorageError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}",
+            reasons=[f"failed at {error.filename}"] if error.filename else (),
+            next_step=_ADVICE.get(error.errno or 0, "check the path and the disk, then run the same command again")
+            + "; nothing half-written was left",
+        ) from error
+
+
+_ADVICE = {
+    errno.ENOSPC: "free some space on that disk or name another one, then run the same command again",
+    errno.EDQUOT: "free some of your quota or name another disk, then run the same command again",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder on a disk that is not read-only",
+}
+
+
+def _write(descriptor: int, content: bytes | bytearray | memoryview) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # which cannot open a folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,17 @@
+"""What trains, one method a file."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from offsite.config import Method, TuneSpec
+from offsite.data_owner.methods import full, lora
+from offsite.exchange.manifest import BundleManifest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Attach = Callable[["PreTrainedModel", BundleManifest, TuneSpec], dict[str, nn.Parameter]]
+
+METHODS: Mapping[Method, Attach] = {"lora": lora.attach, "full": full.attach}

@@ -1,0 +1,54 @@
+"""LoRA (arXiv 2106.09685): low-rank pairs beside the linear maps that the manifest names."""
+
+import re
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from offsite.config import TuneSpec
+from offsite.core.architectures import ARCHITECTURES
+from offsite.core.load import quiet
+from offsite.data_owner.methods.trainable import require_exactly
+from offsite.exchange.lora_folder import adapter_tensors
+from offsite.exchange.manifest import BundleManifest, LoraSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def lora_settings(manifest: BundleManifest, spec: TuneSpec) -> LoraSettings:
+    """The LoRA that a return under these settings declares: every permitted target, alpha twice the rank by default."""
+    alpha = float(spec.lora_alpha if spec.lora_alpha is not None else 2 * spec.rank)
+    return LoraSettings(rank=spec.rank, alpha=alpha, targets=tuple(sorted(manifest.lora_targets)))
+
+
+def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -> dict[str, nn.Parameter]:
+    """Put untrained pairs on exactly the manifest's targets, as PEFT initialises them (A Kaiming uniform, B zero).
+
+    Returns:
+        The trainable parameters by the names under which they are returned.
+
+    Raises:
+        IncompatibleError: the model's pairs are not exactly those that the manifest permits.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    lora = lora_settings(manifest, spec)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=spec.lora_dropout,
+        # A pattern that matches whole paths: PEFT shortens a long list to suffixes, which may match other blocks.
+        target_modules="|".join(re.escape(target) for target in lora.targets),
+        fan_in_fan_out=ARCHITECTURES[manifest.architecture].transposed,
+        bias="none",
+    )
+    with quiet():
+        inject_adapter_in_model(config, model)
+    trainable = {
+        f"base_model.model.{name.replace('.default.weight', '.weight')}": parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    require_exactly(trainable, adapter_tensors(lora, manifest.lora_targets))
+    return trainable

@@ -1,0 +1,74 @@
+"""The return: trained tensors, the settings that name them, a manifest and a signature; nothing about the data."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from offsite.core.architectures import ARCHITECTURES
+from offsite.core.checkpoint import write_safetensors
+from offsite.core.storage import Written, staged_folder, write_stream
+from offsite.data_owner.state import to_be_written
+from offsite.errors import OffsiteError
+from offsite.exchange.artifacts import Bundle, Return
+from offsite.exchange.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RETURNED_WEIGHTS
+from offsite.exchange.lora_folder import adapter_config
+from offsite.exchange.manifest import FORMAT, LoraSettings, ReturnManifest, TensorEntry
+from offsite.exchange.pack import file_entries, seal
+from offsite.exchange.signing import Identity
+
+
+def send_back(
+    bundle: Bundle, tensors: Mapping[str, torch.Tensor], lora: LoraSettings | None, out: Path, identity: Identity
+) -> Return:
+    """Write and sign a return.
+
+    Args:
+        bundle: what it answers.
+        tensors: the trained fp32 tensors by the names that the bundle permits.
+        lora: of a LoRA tuning; None after a full one.
+        out: the return's folder; it appears whole or not at all.
+        identity: the bundle's recipient, who signs.
+
+    Raises:
+        OffsiteError: a tensor holds NaN or infinity; nothing is signed.
+        UsageError: `out` holds something.
+        StorageError: it cannot be written; `out` is then as it was.
+    """
+    broken = sorted(name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
+    if broken:
+        raise OffsiteError(
+            "the trained weights hold NaN or infinity, so they are not sent",
+            reasons=broken,
+            next_step="tune again with a lower --lr",
+        )
+    with staged_folder(out) as staging:
+        written = _write_tensors(staging, tensors, lora, bundle)
+        manifest = ReturnManifest(
+            format=FORMAT,
+            requires=(),
+            files=file_entries(written),
+            kind="return",
+            bundle=bundle.digest,
+            signer=identity.public_key.hex,
+            recipient=bundle.manifest.issuer,
+            method="lora" if lora else "full",
+            lora=lora,
+            tensors={name: TensorEntry(shape=tuple(tensor.shape), dtype="F32") for name, tensor in tensors.items()},
+        )
+        digest = seal(staging, manifest, identity)
+    return Return(out, manifest, digest)
+
+
+def _write_tensors(
+    folder: Path, tensors: Mapping[str, torch.Tensor], lora: LoraSettings | None, bundle: Bundle
+) -> list[Written]:
+    ordered = [to_be_written(name, tensors[name]) for name in sorted(tensors)]
+    if lora is None:
+        return [write_safetensors(folder / RETURNED_WEIGHTS, ordered)]
+    config = adapter_config(lora, ARCHITECTURES[bundle.manifest.architecture])
+    return [
+        write_safetensors(folder / ADAPTER_WEIGHTS, ordered),
+        write_stream(folder / ADAPTER_CONFIG, [json.dumps(config, indent=1).encode() + b"\n"]),
+    ]

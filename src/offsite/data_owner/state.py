@@ -1,0 +1,133 @@
+"""Resume points of a tuning run: safetensors and JSON in a folder beside the return, never a pickle.
+
+`<out>.run/` holds `run.json` (what run this is), `state.json` (how far it is, and the name of the weights' file) and
+that file: fp32 weights, AdamW's moments, random states. It stays on this machine and is removed once the return is
+written.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offsite.core.checkpoint import NewTensor, read_header, strict_json, write_safetensors
+from offsite.core.load import read_tensor
+from offsite.core.storage import replace_file, storage_errors
+from offsite.errors import StorageError, UsageError
+
+_NAMES = {torch.float32: "F32", torch.uint8: "U8"}
+
+
+def run_folder(out: Path) -> Path:
+    """Where the resume points of the tuning that writes `out` lie."""
+    return out.with_name(f"{out.name}.run")
+
+
+def log_file(out: Path) -> Path:
+    """The JSONL log of the tuning that writes `out`; it is beside the return, never in it."""
+    return out.with_name(f"{out.name}.log.jsonl")
+
+
+class RunState:
+    """The resume points of one run.
+
+    Args:
+        folder: from `run_folder`.
+        identity: what the run is, by name: settings, bundle, data. A run is resumed with exactly the same.
+        resume: continue what is there; otherwise finding something is an error.
+
+    Raises:
+        UsageError: a run is there and was not to be resumed, or is another run than the one asked for.
+        StorageError: the folder cannot be written or read.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
+        self.folder = folder
+        self._record = folder / "state.json"
+        described = json.loads(json.dumps(identity))
+        if (folder / "run.json").exists():
+            self._require_same(described, resume=resume)
+        replace_file(folder / "run.json", json.dumps(described, indent=1).encode())
+
+    def _require_same(self, identity: Mapping[str, Any], *, resume: bool) -> None:
+        if not resume:
+            raise UsageError(
+                f"an interrupted run is in {self.folder}",
+                next_step=f"continue it with --resume, or remove it to start anew: rm -r {self.folder}",
+            )
+        there = _read_json(self.folder / "run.json")
+        different = [
+            f"{name}: {_shown(there.get(name))} in the interrupted run, {_shown(identity.get(name))} now"
+            for name in sorted(there.keys() | identity.keys())
+            if there.get(name) != identity.get(name)
+        ]
+        if different:
+            raise UsageError(
+                f"the run in {self.folder} is another one, so it cannot be resumed",
+                reasons=different,
+                next_step=f"give the same settings, data and bundle, or remove it to start anew: rm -r {self.folder}",
+            )
+
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a resume point; the one before stays until this one is whole.
+
+        Raises:
+            StorageError: it cannot be written; the one before still stands.
+        """
+        file = self.folder / f"state-{step}.safetensors"
+        with storage_errors(file):
+            file.unlink(missing_ok=True)
+            write_safetensors(file, [to_be_written(name, tensor) for name, tensor in tensors.items()])
+        replace_file(self._record, json.dumps({"step": step, "file": file.name}).encode())
+        with contextlib.suppress(OSError):  # old points only take room
+            for old in self.folder.glob("state-*.safetensors"):
+                if old != file:
+                    old.unlink()
+
+    def load(self) -> tuple[int, dict[str, torch.Tensor]] | None:
+        """The last resume point: how many steps were done, and the tensors; None before the first one.
+
+        Raises:
+            StorageError: it is damaged.
+        """
+        if not self._record.exists():
+            return None
+        record = _read_json(self._record)
+        step, name = record.get("step"), record.get("file")
+        if type(step) is not int or name != f"state-{step}.safetensors":
+            raise StorageError(
+                f"{self._record} is damaged", next_step=f"remove the run and start anew: rm -r {self.folder}"
+            )
+        held = read_header(self.folder / name)
+        return step, {key: read_tensor(tensor) for key, tensor in held.items()}
+
+    def remove(self) -> None:
+        """Remove the run; what cannot be removed stays, since the return is already written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def to_be_written(name: str, tensor: torch.Tensor) -> NewTensor:
+    """A torch tensor (fp32 or uint8) for `write_safetensors`."""
+    array = tensor.detach().cpu().contiguous()
+    return NewTensor(name, _NAMES[array.dtype], tuple(array.shape), lambda: [array.numpy().tobytes()])
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = strict_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"cannot read {file}",
+            reasons=[str(error)],
+            next_step=f"remove the run and start anew: rm -r {file.parent}",
+        ) from None
+    return content if isinstance(content, dict) else {}
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."

@@ -1,0 +1,234 @@
+"""The training loop: from any resume point to the last step, the same bytes as without an interruption."""
+
+import collections
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from offsite.config import TuneSpec
+from offsite.core.data import Example, collate, micro_batches
+from offsite.core.loss import Network, label_losses
+from offsite.core.progress import Event, Progress
+from offsite.core.storage import storage_errors
+from offsite.data_owner.schedule import learning_rate, rows_of_steps, step_count
+from offsite.data_owner.state import RunState
+from offsite.data_owner.weights import TrainedWeights
+from offsite.errors import OffsiteError
+from offsite.measure.evaluate import perplexity, score
+
+_SPEED_STEPS = 20  # steps over which speed and time left are averaged
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a training run works on."""
+
+    network: Network
+    blocks: Sequence[nn.Module]  # the trained ones: dropout runs in these and nowhere else
+    weights: TrainedWeights
+    decayed: frozenset[str]  # trained weights that decay: those of linear maps
+    examples: Sequence[Example]
+    held_out: Sequence[Example]  # may be empty
+
+
+def train(tuning: Tuning, spec: TuneSpec, state: RunState, log: Path, progress: Progress) -> None:
+    """Train to the last step, saving resume points; the weights are changed in place.
+
+    Raises:
+        OffsiteError: the loss is no longer a number.
+        StorageError: a resume point or the log cannot be written.
+        KeyboardInterrupt: the user stopped it; a resume point was saved.
+    """
+    steps = step_count(spec, len(tuning.examples))
+    optimizer = _optimizer(tuning, spec)
+    done = _restore(tuning, optimizer, state)
+    rows_of = rows_of_steps(spec, tuning.examples)
+    speed = _Speed()
+    whole = True  # whether the weights are those after `done` steps, and not between two
+    with _Log(log) as write, _stop_requests() as stopping:
+        write({"event": "resume" if done else "start", "step": done, "steps": steps})
+        try:
+            while done < steps:
+                whole = False
+                facts = _step(tuning, optimizer, spec, rows_of(done), learning_rate(spec, done, steps))
+                done, whole = done + 1, True
+                speed.add(facts["tokens"])
+                write({"event": "step", "step": done, **facts, "tokens_per_s": speed.tokens_per_s})
+                if done % spec.save_every == 0 or done == steps or stopping():
+                    _save(tuning, optimizer, state, done)
+                if stopping():
+                    raise KeyboardInterrupt
+                progress(Event("tuning", done, steps, _shown(facts, speed, steps - done)))
+                if done == steps or (spec.eval_every and done % spec.eval_every == 0):
+                    _validate(tuning, spec, done, write, progress)
+                    speed.rest()
+        except KeyboardInterrupt:
+            if whole and done:
+                _save(tuning, optimizer, state, done)
+            raise
+
+
+def _step(
+    tuning: Tuning, optimizer: torch.optim.Optimizer, spec: TuneSpec, rows: Sequence[int], rate: float
+) -> dict[str, float]:
+    """One optimiser step; the loss is per labelled token of the whole step, however it is cut into micro-batches."""
+    examples, masters = tuning.examples, list(tuning.weights.masters.values())
+    labels = sum(examples[i].labels for i in rows)
+    nats = 0.0
+    for block in tuning.blocks:
+        block.train()
+    for group in micro_batches(examples, rows, spec.micro_batch_tokens):
+        total, _ = label_losses(tuning.network, collate([examples[i] for i in group]))
+        torch.autograd.backward(total / labels)
+        tuning.weights.collect_gradients()
+        nats += float(total.detach())
+    norm = float(nn.utils.clip_grad_norm_(masters, spec.max_grad_norm))
+    if not math.isfinite(nats) or not math.isfinite(norm):
+        raise OffsiteError(
+            "tuning diverged: the loss or its gradient is no longer a finite number",
+            reasons=[f"loss {nats / labels}, gradient norm {norm}, learning rate {rate:.3g}"],
+            next_step="lower --lr; if it happens at the first step, the bundle's weights or the rows are odd",
+        )
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    tuning.weights.publish()
+    tokens = sum(len(examples[i].ids) for i in rows)
+    return {"loss": nats / labels, "lr": rate, "grad_norm": norm, "tokens": tokens, "labels": labels}
+
+
+def _optimizer(tuning: Tuning, spec: TuneSpec) -> torch.optim.AdamW:
+    masters = tuning.weights.masters
+    decayed = [master for name, master in masters.items() if name in tuning.decayed]
+    rest = [master for name, master in masters.items() if name not in tuning.decayed]
+    groups = [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    fused = next(iter(masters.values())).device.type in ("cpu", "cuda", "mps", "xpu")
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=spec.peak_lr, fused=fused)
+
+
+def _validate(
+    tuning: Tuning, spec: TuneSpec, step: int, write: Callable[[Mapping[str, Any]], None], progress: Progress
+) -> None:
+    if not tuning.held_out:
+        return
+    for block in tuning.blocks:
+        block.eval()
+    losses = score(tuning.network, tuning.held_out, 2 * spec.micro_batch_tokens, progress, f"validating step {step}")
+    loss = sum(row.nats for row in losses) / sum(row.tokens for row in losses)
+    write({"event": "validation", "step": step, "loss": loss, "perplexity": perplexity(loss)})
+
+
+def _save(tuning: Tuning, optimizer: torch.optim.Optimizer, state: RunState, step: int) -> None:
+    tensors = {f"weight.{name}": master for name, master in tuning.weights.masters.items()}
+    for name, master in tuning.weights.masters.items():
+        tensors |= {f"{moment}.{name}": optimizer.state[master][moment] for moment in _MOMENTS}
+    tensors["random.cpu"] = torch.get_rng_state()
+    device = tuning.network.head.weight.device
+    if device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
+    state.save(step, tensors)
+
+
+def _restore(tuning: Tuning, optimizer: torch.optim.Optimizer, state: RunState) -> int:
+    """Take over the last resume point; the number of steps that were done."""
+    point = state.load()
+    if point is None:
+        return 0
+    step, tensors = point
+    masters = tuning.weights.masters
+    tuning.weights.load({name: tensors[f"weight.{name}"] for name in masters})
+    for name, master in masters.items():
+        optimizer.state[master] = {
+            "step": torch.tensor(float(step), device=master.device if master.is_cuda else "cpu"),
+            **{moment: tensors[f"{moment}.{name}"].to(master.device) for moment in _MOMENTS},
+        }
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"], tuning.network.head.weight.device)
+    return step
+
+
+class _Speed:
+    """Tokens and seconds of the last steps; time spent on anything else is left out."""
+
+    def __init__(self) -> None:
+        self._steps: collections.deque[tuple[float, float]] = collections.deque(maxlen=_SPEED_STEPS)
+        self._since = time.perf_counter()
+
+    def add(self, tokens: float) -> None:
+        now = time.perf_counter()
+        self._steps.append((tokens, now - self._since))
+        self._since = now
+
+    def rest(self) -> None:
+        self._since = time.perf_counter()
+
+    @property
+    def tokens_per_s(self) -> float:
+        return round(sum(tokens for tokens, _ in self._steps) / max(self._seconds, 1e-9), 1)
+
+    def left(self, steps: int) -> float:
+        return steps * self._seconds / max(1, len(self._steps))
+
+    @property
+    def _seconds(self) -> float:
+        return sum(seconds for _, seconds in self._steps)
+
+
+def _shown(facts: Mapping[str, float], speed: _Speed, left: int) -> dict[str, float | str]:
+    seconds = round(speed.left(left))
+    return {
+        "loss": facts["loss"],
+        "lr": facts["lr"],
+        "tokens/s": round(speed.tokens_per_s),
+        "left": f"{seconds // 60}:{seconds % 60:02}",
+    }
+
+
+@contextlib.contextmanager
+def _Log(file: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:  # noqa: N802
+    """Append JSON lines to the log; each is on the disk's side of the process when the call returns."""
+    with storage_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream = file.open("a", encoding="utf-8")
+
+    def write(record: Mapping[str, Any]) -> None:
+        with storage_errors(file):
+            stream.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+            stream.flush()
+
+    with stream:
+        yield write
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Hold back the first Ctrl-C until the step in work is whole; a second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,137 @@
+"""Tuning: verify a bundle, train its adapter on one's own rows, and write the signed return."""
+
+from pathlib import Path
+
+from offsite.config import TuneSpec
+from offsite.core.architectures import ARCHITECTURES
+from offsite.core.attention import use_short_attention
+from offsite.core.data import Example, encode, read_rows
+from offsite.core.load import context_length, load_model, load_tokenizer
+from offsite.core.loss import take_apart
+from offsite.core.progress import Event, Progress, silent
+from offsite.core.runtime import Runtime, runtime, seeded
+from offsite.core.storage import require_free, sha256_of
+from offsite.data_owner.methods import METHODS
+from offsite.data_owner.methods.lora import lora_settings
+from offsite.data_owner.send_back import send_back
+from offsite.data_owner.state import RunState, log_file, run_folder
+from offsite.data_owner.train import Tuning, train
+from offsite.data_owner.weights import TrainedWeights
+from offsite.errors import PolicyError
+from offsite.exchange.artifacts import Bundle, Return
+from offsite.exchange.home import Home
+from offsite.exchange.manifest import BundleManifest
+from offsite.exchange.verify import verify_bundle
+
+# Settings that do not change what comes out, so a resumed run may have others.
+_FREE_SETTINGS = frozenset({"save_every", "eval_every", "threads"})
+
+
+def tune(
+    bundle: Path,
+    data: Path,
+    out: Path,
+    spec: TuneSpec,
+    home: Home,
+    *,
+    eval_data: Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> Return:
+    """Train the bundle's adapter on rows that stay here, and write the return.
+
+    Beside `out` lie `<out>.log.jsonl`, the log, and while it runs `<out>.run/`, the resume points.
+
+    Args:
+        bundle: the folder that the model's owner sent.
+        data: JSONL rows to train on.
+        out: the return's folder; it appears whole or not at all.
+        spec: what trains and how.
+        home: the data owner's.
+        eval_data: JSONL rows to validate on.
+        resume: continue an interrupted run bit for bit (on the same machine with as many threads); where there is
+            none yet, start.
+        progress: where the events go.
+
+    Raises:
+        UsageError: `out` holds something, or an interrupted run is there that cannot or was not to be resumed.
+        VerificationError: the bundle fails verification.
+        PolicyError: the bundle does not permit the method or the rank.
+        DataError: rows are bad, too long, or missing.
+        IncompatibleError: the bundle does not load, or what would train is not what its manifest says.
+        OffsiteError: the training diverged.
+        StorageError: something cannot be read or written.
+        KeyboardInterrupt: the user stopped it; a resume point was saved.
+    """
+    require_free(out)
+    identity = home.identity()
+    progress(Event("verifying the bundle", 0))
+    verified = verify_bundle(bundle, home)
+    require_permitted(verified.manifest, spec)
+    where = runtime(spec.device, spec.compute, spec.threads)
+    progress(Event("reading the rows", 0))
+    examples, held_out = _read(verified, data, spec), _read(verified, eval_data, spec)
+    with seeded(spec.seed, where.device):
+        state = RunState(run_folder(out), _identity_of_run(verified, data, spec, where), resume=resume)
+        progress(Event("loading the model", 0))
+        tuning = _prepare(verified, spec, where, examples, held_out)
+        train(tuning, spec, state, log_file(out), progress)
+    lora = lora_settings(verified.manifest, spec) if spec.method == "lora" else None
+    progress(Event("writing the return", 0))
+    returned = send_back(verified, tuning.weights.masters, lora, out, identity)
+    state.remove()
+    return returned
+
+
+def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
+    """Refuse settings whose return the owner would refuse.
+
+    Raises:
+        PolicyError: the method or the rank is not permitted.
+    """
+    reasons = []
+    if spec.method not in manifest.methods:
+        reasons.append(f"method {spec.method}, the bundle permits {', '.join(manifest.methods)}")
+    if spec.method == "lora" and spec.rank > manifest.max_rank:
+        reasons.append(f"rank {spec.rank}, the bundle permits up to {manifest.max_rank}")
+    if reasons:
+        raise PolicyError(
+            "the model's owner would refuse this tuning",
+            reasons=reasons,
+            next_step="choose what the bundle permits (`offsite inspect BUNDLE`), or ask the owner for another bundle",
+        )
+
+
+def _read(bundle: Bundle, data: Path | None, spec: TuneSpec) -> tuple[Example, ...]:
+    if data is None:
+        return ()
+    longest = min(spec.max_length, context_length(bundle.folder) or spec.max_length)
+    tokenizer = load_tokenizer(bundle.folder)
+    return encode(read_rows(data), tokenizer, source=data, max_length=longest, long_rows=spec.long_rows).examples
+
+
+def _identity_of_run(bundle: Bundle, data: Path, spec: TuneSpec, where: Runtime) -> dict[str, object]:
+    settings = spec.model_dump(mode="json", exclude=set(_FREE_SETTINGS))
+    resolved = {"device": str(where.device), "compute": str(where.dtype)}
+    return {**settings, **resolved, "bundle": bundle.digest, "data": sha256_of(data)}
+
+
+def _prepare(
+    bundle: Bundle, spec: TuneSpec, where: Runtime, examples: tuple[Example, ...], held_out: tuple[Example, ...]
+) -> Tuning:
+    manifest, row = bundle.manifest, ARCHITECTURES[bundle.manifest.architecture]
+    model = load_model(bundle.folder, dtype=where.dtype, device=where.device)
+    network = take_apart(model)
+    use_short_attention(model)
+    weights = TrainedWeights(METHODS[spec.method](model, manifest, spec))
+    blocks = model.get_submodule(row.blocks)
+    linear = {f"{row.in_block(index, path)}.weight" for index in manifest.split.trained for path in row.linears}
+    return Tuning(
+        network=network,
+        blocks=[blocks.get_submodule(str(index)) for index in manifest.split.trained],
+        weights=weights,
+        # every tensor of a LoRA is one of a linear map; of a block, norms and biases do not decay
+        decayed=frozenset(name for name in weights.masters if spec.method == "lora" or name in linear),
+        examples=examples,
+        held_out=held_out,
+    )

@@ -1,0 +1,184 @@
+"""What `offsite.json` says, for each kind of artifact: strict types that refuse what they do not know."""
+
+import re
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from offsite.config import Method, describe_validation
+from offsite.core.architectures import ARCHITECTURES
+from offsite.core.checkpoint import strict_json
+
+MANIFEST = "offsite.json"
+SIGNATURE = "offsite.json.sig"
+MANIFEST_BYTES = 16 * 2**20  # no manifest is larger
+FORMAT: Final = 1
+KNOWN_REQUIREMENTS: frozenset[str] = frozenset()  # features that this version understands beyond the format itself
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+TensorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
+Feature = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,64}$")]
+Size = Annotated[int, Field(ge=0, lt=2**56)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class FileEntry(_Part):
+    """A file of the artifact: name in its folder, size in bytes, SHA-256."""
+
+    name: FileName
+    size: Size
+    sha256: Digest
+
+
+class TensorEntry(_Part):
+    """What a tensor must be."""
+
+    shape: Annotated[tuple[Size, ...], Field(max_length=8, strict=False)]
+    dtype: Literal["F32", "BF16", "F16"]
+
+
+class Split(_Part):
+    """Blocks of the bundle: the trained first ones, the frozen emulator, the trained last ones."""
+
+    bottom: Annotated[int, Field(ge=0, le=10_000)]
+    emulator: Annotated[int, Field(ge=0, le=10_000)]
+    top: Annotated[int, Field(ge=0, le=10_000)]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the bundle in all."""
+        return self.bottom + self.emulator + self.top
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Indices of the trained blocks, in the bundle's numbering."""
+        return (*range(self.bottom), *range(self.bottom + self.emulator, self.blocks))
+
+
+class _Document(_Part):
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]  # no Literal, for which true would pass
+    requires: Annotated[tuple[Feature, ...], Field(max_length=64, strict=False)]
+    files: Annotated[tuple[FileEntry, ...], Field(max_length=10_000, strict=False)]
+
+    @model_validator(mode="after")
+    def _understood(self) -> "_Document":
+        unknown = sorted(set(self.requires) - KNOWN_REQUIREMENTS)
+        if unknown:
+            raise ValueError(f"requires {', '.join(unknown)[:200]}, which this version does not know; update offsite")
+        names = [entry.name.lower() for entry in self.files]
+        if len(set(names)) != len(names):
+            raise ValueError("a file is listed twice")
+        return self
+
+
+class BundleManifest(_Document):
+    """A bundle: what the data owner gets, and what may come back. Which base blocks were kept is not in it."""
+
+    kind: Literal["bundle"]
+    issued_at: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+    issuer: Digest
+    recipient: Digest
+    base: Digest
+    tokenizer: Digest
+    architecture: str
+    split: Split
+    methods: Annotated[tuple[Method, ...], Field(min_length=1, strict=False)]
+    max_rank: Annotated[int, Field(ge=1, le=65_536)]
+    tensors: Annotated[dict[TensorName, TensorEntry], Field(min_length=1)]
+    lora_targets: dict[TensorName, Annotated[tuple[Size, Size], Field(strict=False)]]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "BundleManifest":
+        row = ARCHITECTURES.get(self.architecture)
+        if row is None:
+            raise ValueError(f"architecture {self.architecture[:64]!r} is not known to this version; update offsite")
+        for name in (*self.tensors, *self.lora_targets):
+            place = row.block_of(name)
+            if place is None or place[0] not in self.split.trained:
+                raise ValueError(f"{name} belongs to no trained block, so it may not come back")
+        strange = sorted(name for name in self.lora_targets if (row.block_of(name) or (0, ""))[1] not in row.linears)
+        if strange:
+            raise ValueError(f"LoRA targets that are no linear maps of {self.architecture}: {', '.join(strange[:4])}")
+        return self
+
+
+class LoraSettings(_Part):
+    """The LoRA of a return: rank, scale numerator, and the linear maps it sits on by full path in the bundle."""
+
+    rank: Annotated[int, Field(ge=1, le=65_536)]
+    alpha: Annotated[float, Field(gt=0, lt=1e6)]
+    targets: Annotated[tuple[TensorName, ...], Field(min_length=1, max_length=100_000, strict=False)]
+
+
+class ReturnManifest(_Document):
+    """A return: which bundle it answers, how it was tuned, and every tensor in it. Nothing about the data."""
+
+    kind: Literal["return"]
+    bundle: Digest
+    signer: Digest
+    recipient: Digest
+    method: Method
+    lora: LoraSettings | None
+    tensors: Annotated[dict[TensorName, TensorEntry], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ReturnManifest":
+        if (self.method == "lora") != (self.lora is not None):
+            raise ValueError("lora settings go with method 'lora' and with no other")
+        return self
+
+
+class PlugInManifest(_Document):
+    """A plug-in: the base with what came back, and the chain it came by."""
+
+    kind: Literal["plug-in"]
+    form: Literal["adapter", "merged"]
+    architecture: str
+    base: Digest
+    bundle: Digest
+    returned: Digest
+    issuer: Digest
+
+
+Manifest = BundleManifest | ReturnManifest | PlugInManifest
+_ANY: TypeAdapter[Manifest] = TypeAdapter(Annotated[Manifest, Field(discriminator="kind")])
+
+
+class ManifestProblem(ValueError):  # noqa: N818  a finding that verify turns into an error
+    """An `offsite.json` that cannot be read; `reasons` lists why."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = reasons
+
+
+def parse_manifest(raw: bytes) -> Manifest:
+    """The manifest in the bytes of an `offsite.json`.
+
+    Raises:
+        ManifestProblem: not JSON, of an unknown kind, format or requirement, or with unknown or malformed fields.
+    """
+    if len(raw) > MANIFEST_BYTES:
+        raise ManifestProblem([f"{MANIFEST} has {len(raw)} bytes, expected at most {MANIFEST_BYTES}"])
+    try:
+        content = strict_json(raw)
+    except ValueError as error:
+        raise ManifestProblem([f"{MANIFEST} is not JSON: {error}"]) from None
+    if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
+        raise ManifestProblem(
+            [f"{MANIFEST} has format {content['format']}, this version reads up to {FORMAT}: update offsite"]
+        )
+    try:
+        return _ANY.validate_python(content)
+    except ValidationError as error:
+        reasons = [re.sub(r"^(bundle|return|plug-in)\.", "", reason) for reason in describe_validation(error)]
+        raise ManifestProblem([f"{MANIFEST}: {reason}" for reason in reasons]) from None
+
+
+def render_manifest(manifest: Manifest) -> bytes:
+    """The bytes of `offsite.json`; what is signed are these bytes, so no canonical form is needed."""
+    return manifest.model_dump_json(indent=1).encode() + b"\n"

@@ -1,0 +1,100 @@
+"""Ed25519 keys and detached signatures over a file's exact bytes.
+
+What is signed is a line that names the kind of document, then the bytes: a signature of a bundle can never pass for
+one of a return. Public keys travel in OpenSSH's one-line format, so `ssh-keygen -lf` shows the same fingerprint.
+"""
+
+import base64
+import hashlib
+from dataclasses import dataclass
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from offsite.errors import UsageError
+
+SIGNATURE_BYTES = 64
+
+
+@dataclass(frozen=True)
+class PublicKey:
+    """The public half of a party's key: 32 bytes, written as 64 hex digits in manifests."""
+
+    raw: bytes
+
+    @classmethod
+    def from_hex(cls, text: str) -> "PublicKey":
+        """The key that a manifest names."""
+        return cls(bytes.fromhex(text))
+
+    @classmethod
+    def from_openssh(cls, line: str) -> "PublicKey":
+        """The key of an OpenSSH public key line.
+
+        Raises:
+            UsageError: the line is no Ed25519 public key.
+        """
+        try:
+            key = serialization.load_ssh_public_key(line.strip().encode())
+        except (ValueError, UnsupportedAlgorithm) as error:
+            raise UsageError("this is no public key", reasons=[str(error)], next_step=_KEY_HINT) from None
+        if not isinstance(key, Ed25519PublicKey):
+            raise UsageError("this public key is not an Ed25519 key", next_step=_KEY_HINT)
+        return cls(key.public_bytes_raw())
+
+    @property
+    def hex(self) -> str:
+        """64 hex digits."""
+        return self.raw.hex()
+
+    def openssh(self, comment: str) -> str:
+        """One line in OpenSSH's format."""
+        line = Ed25519PublicKey.from_public_bytes(self.raw).public_bytes(
+            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        )
+        return f"{line.decode()} {comment}\n"
+
+    @property
+    def fingerprint(self) -> str:
+        """What two people compare over the telephone; the same as `ssh-keygen -lf` prints."""
+        blob = base64.b64decode(self.openssh("x").split()[1])
+        return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+
+    def verifies(self, signature: bytes, kind: str, document: bytes) -> bool:
+        """Whether this key signed exactly these bytes as a document of this kind."""
+        try:
+            Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, _message(kind, document))
+        except (InvalidSignature, ValueError):
+            return False
+        return True
+
+
+_KEY_HINT = "a public key file has one line, 'ssh-ed25519 AAAA... name'; the other party makes it with `offsite keygen`"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A party: its name and its private key, which never leaves its home."""
+
+    name: str
+    private_key: Ed25519PrivateKey
+
+    @property
+    def public_key(self) -> PublicKey:
+        """The half that others may know."""
+        return PublicKey(self.private_key.public_key().public_bytes_raw())
+
+    def sign(self, kind: str, document: bytes) -> bytes:
+        """A detached signature, 64 bytes, over a document of this kind."""
+        return self.private_key.sign(_message(kind, document))
+
+    def secret(self, purpose: str) -> bytes:
+        """32 bytes that only this party can derive, another for each purpose (HKDF-SHA256 of the private key)."""
+        kdf = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=b"offsite " + purpose.encode())
+        return kdf.derive(self.private_key.private_bytes_raw())
+
+
+def _message(kind: str, document: bytes) -> bytes:
+    return b"offsite " + kind.encode() + b" v1\n" + document

@@ -1,0 +1,1 @@
+"""The owner's stages: import, pack, intake, plug in."""

@@ -1,0 +1,114 @@
+"""A base checkpoint, opened: its row of the architecture table, its config, and its tensors by today's names."""
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offsite.core.architectures import Architecture, architecture_of
+from offsite.core.checkpoint import FLOATS, TensorRange, open_checkpoint, read_chunks, strict_json
+from offsite.errors import IncompatibleError, StorageError
+from offsite.exchange.artifacts import Base
+from offsite.exchange.contents import CONFIG
+from offsite.exchange.signing import Identity
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """An opened base; `tensors` holds what travels, without legacy buffers and without the copy of a tied head."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    row: Architecture
+    tensors: Mapping[str, TensorRange]
+    blocks: int
+
+    def block(self, index: int) -> dict[str, TensorRange]:
+        """The tensors of one block by their path in it."""
+        start = self.row.in_block(index, "")
+        return {name[len(start) :]: tensor for name, tensor in self.tensors.items() if name.startswith(start)}
+
+
+def open_base(base: Base) -> BaseModel:
+    """Open a base folder; only its config and the headers of its weights are read.
+
+    Raises:
+        StorageError: config or weights are missing or broken.
+        IncompatibleError: the family is not supported, or tensors are missing or left over.
+    """
+    config = _read_config(base.folder / CONFIG)
+    row = architecture_of(config)
+    checkpoint = open_checkpoint(base.folder)
+    tensors: dict[str, TensorRange] = {}
+    for stored, tensor in checkpoint.tensors.items():
+        name = row.name_of(stored)
+        if name is None or (name == row.head and row.tied(config)):
+            continue
+        if name in tensors:
+            raise IncompatibleError(
+                f"the weights in {base.folder} hold {name} under two spellings",
+                reasons=[f"{tensors[name].name} and {stored}"],
+                next_step="import the model afresh from where it was published",
+            )
+        tensors[name] = tensor
+    model = BaseModel(base.folder, config, row, tensors, row.block_count(config))
+    _check_tensors(model)
+    return model
+
+
+_IMPORT_AGAIN = "import the model afresh with `offsite import MODEL --out base/`"
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = strict_json(file.read_bytes())
+    except FileNotFoundError:
+        raise StorageError(
+            f"{file.parent} holds no {CONFIG}, so it is no base folder",
+            next_step="make one with `offsite import MODEL --out base/`",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot read {file}", reasons=[str(error)], next_step=_IMPORT_AGAIN) from error
+    if not isinstance(config, dict):
+        raise StorageError(f"{file} is not a JSON object", next_step=_IMPORT_AGAIN)
+    return config
+
+
+def _check_tensors(model: BaseModel) -> None:
+    row, held = model.row, set(model.tensors)
+    paths = row.block_tensors(model.config)
+    expected = row.outer_tensors(model.config) | {
+        row.in_block(index, path) for index in range(model.blocks) for path in paths
+    }
+    reasons = [f"missing {name}" for name in sorted(expected - held)]
+    reasons += [f"unexpected {name}" for name in sorted(held - expected)]
+    problems = (row.shape_problem(name, tensor.shape, model.config) for name, tensor in model.tensors.items())
+    reasons += [problem for problem in problems if problem]
+    reasons += [
+        f"{name} has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}"
+        for name, tensor in model.tensors.items()
+        if tensor.dtype not in FLOATS
+    ]
+    if reasons:
+        shown = [*reasons[:12], f"and {len(reasons) - 12} more"] if len(reasons) > 12 else reasons
+        raise IncompatibleError(
+            f"the weights in {model.folder} are not those of a {row.model_type} model of {model.blocks} blocks",
+            reasons=shown,
+            next_step="check that config.json belongs to these weights; `offsite import` rebuilds a folder",
+        )
+
+
+def fingerprint(model: BaseModel, identity: Identity) -> str:
+    """What a bundle says of its base: HMAC-SHA256 over names, dtypes, shapes and bytes, keyed by the owner's secret.
+
+    Only the owner can compute it, so nobody can confirm a guess at which model it is. Reads every weight once.
+    """
+    code = hmac.new(identity.secret("base fingerprint"), digestmod=hashlib.sha256)
+    for name in sorted(model.tensors):
+        tensor = model.tensors[name]
+        code.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        for chunk in read_chunks(tensor):
+            code.update(chunk)
+    return code.hexdigest()

@@ -1,0 +1,146 @@
+"""The owner's memory: every bundle issued, every return received, every plug-in made. An SQLite file in its home."""
+
+import datetime
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from offsite.config import PackSpec
+from offsite.errors import StorageError
+from offsite.exchange.artifacts import Bundle, PlugIn, Return
+from offsite.exchange.manifest import BundleManifest, parse_manifest, render_manifest
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS bundles (
+    digest TEXT PRIMARY KEY,
+    issued_at TEXT NOT NULL,
+    recipient_name TEXT NOT NULL,
+    base TEXT NOT NULL,
+    kept TEXT NOT NULL,       -- JSON: which base blocks the bundle holds, in order; known to nobody else
+    settings TEXT NOT NULL,   -- JSON: the PackSpec
+    manifest BLOB NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('issued', 'returned', 'plugged in'))
+);
+CREATE TABLE IF NOT EXISTS returns (
+    id INTEGER PRIMARY KEY,
+    digest TEXT NOT NULL,
+    bundle TEXT,
+    received_at TEXT NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('accepted', 'refused')),
+    reasons TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS plug_ins (
+    id INTEGER PRIMARY KEY,
+    digest TEXT NOT NULL,
+    returned TEXT NOT NULL,
+    bundle TEXT NOT NULL REFERENCES bundles(digest),
+    made_at TEXT NOT NULL,
+    form TEXT NOT NULL
+);
+"""
+
+
+@dataclass(frozen=True)
+class Issued:
+    """A bundle as the ledger knows it; `kept` are the base blocks that it holds, in order."""
+
+    digest: str
+    manifest: BundleManifest
+    kept: tuple[int, ...]
+    state: str
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The ledger at a path; it is created when first written to."""
+
+    path: Path
+
+    def record_issue(self, bundle: Bundle, recipient_name: str, kept: Sequence[int], spec: PackSpec) -> None:
+        """Remember a bundle, before it becomes visible."""
+        with self._open() as db:
+            db.execute(
+                # the same bundle packed twice within a second has the same digest, and is the same bundle
+                "INSERT INTO bundles VALUES (?, ?, ?, ?, ?, ?, ?, 'issued') ON CONFLICT (digest) DO NOTHING",
+                (
+                    bundle.digest,
+                    bundle.manifest.issued_at,
+                    recipient_name,
+                    bundle.manifest.base,
+                    json.dumps(list(kept)),
+                    spec.model_dump_json(),
+                    render_manifest(bundle.manifest),
+                ),
+            )
+
+    def issued(self, digest: str) -> Issued | None:
+        """The bundle with that digest, or None if this party never issued it."""
+        with self._open() as db:
+            found = db.execute("SELECT manifest, kept, state FROM bundles WHERE digest = ?", (digest,)).fetchone()
+        if found is None:
+            return None
+        manifest = parse_manifest(found[0])
+        if not isinstance(manifest, BundleManifest):
+            raise StorageError(f"the ledger {self.path} holds another kind of document as a bundle")
+        return Issued(digest, manifest, tuple(json.loads(found[1])), found[2])
+
+    def record_intake(self, digest: str, bundle: str | None, reasons: Sequence[str] = ()) -> None:
+        """Remember a return: accepted if there is no reason against it, else refused."""
+        state = "refused" if reasons else "accepted"
+        with self._open() as db:
+            db.execute(
+                "INSERT INTO returns (digest, bundle, received_at, state, reasons) VALUES (?, ?, ?, ?, ?)",
+                (digest, bundle, _now(), state, json.dumps(list(reasons))),
+            )
+            if not reasons:
+                db.execute("UPDATE bundles SET state = 'returned' WHERE digest = ? AND state = 'issued'", (bundle,))
+
+    @contextmanager
+    def recording_plug_in(self, plug_in: PlugIn) -> Iterator[None]:
+        """Remember a plug-in if the block ends without an exception, which is where it becomes visible."""
+        manifest = plug_in.manifest
+        with self._open() as db:
+            db.execute(
+                "INSERT INTO plug_ins (digest, returned, bundle, made_at, form) VALUES (?, ?, ?, ?, ?)",
+                (plug_in.digest, manifest.returned, manifest.bundle, _now(), manifest.form),
+            )
+            db.execute("UPDATE bundles SET state = 'plugged in' WHERE digest = ?", (manifest.bundle,))
+            yield
+
+    def plugged_in(self, returned: Return) -> list[str]:
+        """When this return was plugged in, ISO times in UTC; empty if it never was."""
+        with self._open() as db:
+            rows = db.execute("SELECT made_at FROM plug_ins WHERE returned = ? ORDER BY id", (returned.digest,))
+            return [made_at for (made_at,) in rows]
+
+    def intakes(self, digest: str) -> list[tuple[str, list[str]]]:
+        """What became of a return each time that it was received: the state and the reasons."""
+        with self._open() as db:
+            rows = db.execute("SELECT state, reasons FROM returns WHERE digest = ? ORDER BY id", (digest,)).fetchall()
+        return [(state, json.loads(reasons)) for state, reasons in rows]
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # which blocks were kept is nobody else's
+            db = sqlite3.connect(self.path, timeout=30)
+            try:
+                with db:  # one transaction: all of it, or nothing
+                    db.executescript(_SCHEMA)
+                    yield db
+            finally:
+                db.close()
+        except (sqlite3.Error, OSError) as error:
+            raise StorageError(
+                f"cannot use the ledger {self.path}: {error}",
+                next_step="check that the home is writable and has space; nothing was recorded",
+            ) from error
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

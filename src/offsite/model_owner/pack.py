@@ -1,0 +1,159 @@
+"""Packing: split, select, heal, write and sign a bundle for one recipient."""
+
+import datetime
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from offsite.config import PackSpec
+from offsite.core.architectures import config_problems
+from offsite.core.checkpoint import TensorRange, strict_json, write_checkpoint
+from offsite.core.progress import Event, Progress, silent
+from offsite.core.storage import Written, require_free, staged_folder, write_stream
+from offsite.errors import IncompatibleError, StorageError
+from offsite.exchange.artifacts import Base, Bundle
+from offsite.exchange.contents import (
+    ALLOWED_KEYS,
+    CONFIG,
+    GENERATION_CONFIG,
+    TOKENIZER_FILES,
+    cleaned,
+    content_problems,
+    tokenizer_digest,
+)
+from offsite.exchange.home import Home
+from offsite.exchange.manifest import FORMAT, BundleManifest
+from offsite.exchange.pack import file_entries, seal
+from offsite.model_owner.base_model import BaseModel, fingerprint, open_base
+from offsite.model_owner.compress.select import select
+from offsite.model_owner.ledger import Ledger
+from offsite.model_owner.split import (
+    DTYPES,
+    Sandwich,
+    bundle_config,
+    bundle_tensors,
+    counts,
+    lora_targets,
+    returnable,
+    split,
+)
+
+
+def pack(base: Base, out: Path, recipient: str, spec: PackSpec, home: Home, progress: Progress = silent) -> Bundle:
+    """Make a signed bundle of a base model for one trusted party, and enter it in the ledger.
+
+    Args:
+        base: the owner's full model; it is only read.
+        out: the bundle's folder; it appears whole or not at all.
+        recipient: the name under which the owner trusts the data owner's key.
+        spec: how to split, compress and heal.
+        home: the owner's.
+        progress: where the events go.
+
+    Raises:
+        UsageError: a setting does not fit the model, the recipient is unknown, or `out` holds something.
+        IncompatibleError: the model cannot be cut.
+        StorageError: something cannot be read or written; `out` is then as it was.
+    """
+    require_free(out)
+    identity, key = home.identity(), home.trusted_key(recipient)
+    model = open_base(base)
+    sandwich = split(model, spec)
+    _tokenizer_files(model)  # a missing tokenizer must not show after the long work
+    dtype = DTYPES[spec.dtype]
+    with staged_folder(out) as folder, tempfile.TemporaryDirectory(dir=folder.parent, prefix=".healed.") as scratch:
+        emulator = select(model, sandwich, spec, progress)
+        healed = _heal(model, sandwich, emulator, spec, Path(scratch), progress)
+        kept = (*sandwich.bottom, *emulator, *sandwich.top)
+        numbers = counts(sandwich, spec)
+        progress(Event("writing the bundle", 0))
+        written = write_checkpoint(folder, bundle_tensors(model, kept, healed, dtype))
+        written += _write_settings(model, kept, dtype, folder)
+        files = file_entries(written)
+        manifest = BundleManifest(
+            kind="bundle",
+            format=FORMAT,
+            requires=(),
+            issued_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            issuer=identity.public_key.hex,
+            recipient=key.hex,
+            base=fingerprint(model, identity),
+            tokenizer=tokenizer_digest(files),
+            architecture=model.row.model_type,
+            split=numbers,
+            methods=spec.methods,
+            max_rank=spec.max_rank,
+            tensors=returnable(model, kept, numbers, dtype),
+            lora_targets=lora_targets(model, kept, numbers),
+            files=files,
+        )
+        bundle = Bundle(out, manifest, seal(folder, manifest, identity))
+        Ledger(home.ledger).record_issue(bundle, recipient, kept, spec)
+    return bundle
+
+
+def _heal(
+    model: BaseModel,
+    sandwich: Sandwich,
+    emulator: Sequence[int],
+    spec: PackSpec,
+    scratch: Path,
+    progress: Progress,
+) -> Mapping[str, TensorRange]:
+    if spec.heal == "none" or len(emulator) == len(sandwich.middle):
+        return {}  # where nothing was dropped there is no gap
+    from offsite.model_owner.compress.refit import refit
+
+    return refit(model, sandwich, emulator, spec, scratch, progress)
+
+
+def _tokenizer_files(model: BaseModel) -> list[Path]:
+    found = [model.folder / name for name in TOKENIZER_FILES if (model.folder / name).is_file()]
+    if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for path in found):
+        raise StorageError(
+            f"{model.folder} holds no tokenizer, without which the bundle could not be tuned",
+            reasons=["expected tokenizer.json, tokenizer.model or vocab.json"],
+            next_step="copy the tokenizer's files into the base folder",
+        )
+    return found
+
+
+def _write_settings(model: BaseModel, kept: Sequence[int], dtype: str, folder: Path) -> list[Written]:
+    config = bundle_config(model, kept, dtype)
+    problems = config_problems(config, model.row)
+    if problems:
+        raise IncompatibleError(
+            "the base's config holds what may not travel", reasons=problems, next_step=f"mend {CONFIG} in the base"
+        )
+    written = [_write_json(folder / CONFIG, config)]
+    others = _tokenizer_files(model)
+    if (model.folder / GENERATION_CONFIG).is_file():
+        others.append(model.folder / GENERATION_CONFIG)
+    for source in others:
+        if source.name in ALLOWED_KEYS:
+            written.append(_write_json(folder / source.name, _cleaned_file(source)))
+        else:
+            written.append(write_stream(folder / source.name, [source.read_bytes()]))
+    return written
+
+
+def _cleaned_file(source: Path) -> dict[str, Any]:
+    try:
+        content = strict_json(source.read_bytes())
+    except ValueError as error:
+        raise StorageError(
+            f"{source} is not JSON", reasons=[str(error)], next_step="mend the file in the base"
+        ) from None
+    kept = cleaned(source.name, content) if isinstance(content, dict) else content
+    problems = content_problems(source.name, kept)
+    if problems:
+        raise IncompatibleError(
+            f"{source} holds what may not travel", reasons=problems, next_step="mend the file in the base"
+        )
+    return dict(kept)
+
+
+def _write_json(file: Path, content: object) -> Written:
+    return write_stream(file, [json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"])

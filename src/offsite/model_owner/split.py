@@ -1,0 +1,112 @@
+"""Splitting: which base blocks a bundle holds, under which names, and with which config. Tensors move by name."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from offsite.config import PackSpec
+from offsite.core.checkpoint import NewTensor, TensorRange, copied
+from offsite.errors import UsageError
+from offsite.exchange.manifest import Split, TensorEntry
+from offsite.model_owner.base_model import BaseModel
+
+DTYPES = {"bf16": "BF16", "fp32": "F32"}
+
+
+@dataclass(frozen=True)
+class Sandwich:
+    """A base cut in three by block index: bottom and top train, the middle becomes the emulator."""
+
+    bottom: tuple[int, ...]
+    middle: tuple[int, ...]
+    top: tuple[int, ...]
+
+
+def split(model: BaseModel, spec: PackSpec) -> Sandwich:
+    """Cut a base in bottom, middle and top.
+
+    Raises:
+        UsageError: bottom, keep and top do not fit into the blocks that there are.
+    """
+    middle = range(spec.bottom, model.blocks - spec.top)
+    if not 1 <= spec.keep <= len(middle):
+        raise UsageError(
+            f"cannot keep {spec.keep} blocks of a middle of {max(0, len(middle))}",
+            reasons=[f"the base has {model.blocks} blocks, {spec.bottom} are bottom and {spec.top} are top"],
+            next_step=f"choose --keep between 1 and {len(middle)}"
+            if len(middle) >= 1
+            else "choose a smaller --bottom or --top",
+        )
+    return Sandwich(tuple(range(spec.bottom)), tuple(middle), tuple(range(model.blocks - spec.top, model.blocks)))
+
+
+def bundle_tensors(
+    model: BaseModel, kept: Sequence[int], healed: Mapping[str, TensorRange], dtype: str
+) -> list[NewTensor]:
+    """Every tensor of the bundle, blocks renumbered from 0, in the order of the base's computation.
+
+    Args:
+        model: the base.
+        kept: base indices of all blocks that the bundle holds, in order.
+        healed: tensors that take the place of the base's, by base name.
+        dtype: "BF16" or "F32".
+    """
+    row = model.row
+    renamed = {name: name for name in (*row.embeddings, *row.final, row.head) if name in model.tensors}
+    renamed |= {
+        row.in_block(base_index, path): row.in_block(index, path)
+        for index, base_index in enumerate(kept)
+        for path in model.block(base_index)
+    }
+    return [
+        copied(healed.get(name, model.tensors[name]), name=new_name, dtype=dtype) for name, new_name in renamed.items()
+    ]
+
+
+def bundle_config(model: BaseModel, kept: Sequence[int], dtype: str) -> dict[str, Any]:
+    """The config of the bundle: allow-listed keys, the new block count in every spelling, per-block lists cut."""
+    row = model.row
+    config = subset_config(model, kept)
+    config = {key: value for key, value in config.items() if key in row.config_keys}
+    config.pop("torch_dtype", None)
+    return config | {
+        "architectures": [row.class_name],
+        "model_type": row.model_type,
+        "tie_word_embeddings": row.tied(model.config),
+        "dtype": {"BF16": "bfloat16", "F32": "float32"}[dtype],
+    }
+
+
+def subset_config(model: BaseModel, kept: Sequence[int]) -> dict[str, Any]:
+    """The base's config for the blocks of `kept` alone, in that order."""
+    row = model.row
+    config = dict(model.config)
+    for key in row.per_block_keys:
+        if isinstance(config.get(key), list):
+            config[key] = [config[key][index] for index in kept]
+    return config | {key: len(kept) for key in row.count_keys if key in config or key == row.count_keys[0]}
+
+
+def counts(sandwich: Sandwich, spec: PackSpec) -> Split:
+    """The split as the manifest has it: numbers of blocks, and nothing about which."""
+    return Split(bottom=len(sandwich.bottom), emulator=spec.keep, top=len(sandwich.top))
+
+
+def returnable(model: BaseModel, kept: Sequence[int], numbers: Split, dtype: str) -> dict[str, TensorEntry]:
+    """The tensors that may come back, by their names in the bundle: all of the trained blocks."""
+    return {
+        model.row.in_block(index, path): TensorEntry.model_validate({"shape": tensor.shape, "dtype": dtype})
+        for index in numbers.trained
+        for path, tensor in model.block(kept[index]).items()
+    }
+
+
+def lora_targets(model: BaseModel, kept: Sequence[int], numbers: Split) -> dict[str, tuple[int, int]]:
+    """The linear maps that LoRA may sit on, by module path in the bundle, with their (inputs, outputs)."""
+    targets = {}
+    for index in numbers.trained:
+        block = model.block(kept[index])
+        for path in model.row.linears:
+            rows, columns = block[f"{path}.weight"].shape
+            targets[model.row.in_block(index, path)] = (rows, columns) if model.row.transposed else (columns, rows)
+    return targets

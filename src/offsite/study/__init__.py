@@ -1,0 +1,1 @@
+"""Both parties on one machine: what the whole protocol gives, measured."""

@@ -1,0 +1,221 @@
+"""A chain of steps that is safe to interrupt: a step is not repeated while it, and all before it, are unchanged.
+
+What was done stands in one JSON file. The commands of the two parties run as processes of their own.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from offsite.core.progress import Event, Progress
+from offsite.core.storage import replace_file, staged_folder
+from offsite.errors import OffsiteError, UsageError
+
+STATE = "stages.json"
+OWNER, TUNER = "model-owner", "data-owner"  # names of the parties, and of their folders
+Words = list[str | Path]
+_STOP_SECONDS = 30.0  # how long an interrupted command may take to clean up
+
+
+@dataclass
+class Chain:
+    """The steps of one work folder, and what those that were passed gave: results, and seconds spent."""
+
+    workdir: Path
+    progress: Progress
+    total: int
+    basis: str = ""  # what every step depends on
+    results: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    _key: str = ""  # digest of this step and of all before it
+    _done: int = 0
+
+    def __post_init__(self) -> None:
+        self._key = self.basis
+
+    def folder(self, *parts: str) -> Path:
+        """A path in the work folder."""
+        return self.workdir.joinpath(*parts)
+
+    def write_config(self, **both: str) -> Path:
+        """Settings that tuning and scoring share, in the data owner's TOML file."""
+        lines = "".join(f"{name} = {json.dumps(value)}\n" for name, value in both.items())
+        path = self.folder(TUNER, "settings.toml")
+        content = f"[tune]\n{lines}\n[eval]\n{lines}".encode()
+        if not path.exists() or path.read_bytes() != content:
+            replace_file(path, content)
+        return path
+
+    def command(
+        self,
+        name: str,
+        says: str,
+        verb: Sequence[str | Path],
+        out: Path | None = None,
+        stamp: Mapping[str, Any] | None = None,
+        *,
+        again: str | None = None,
+        leftovers: Sequence[Path] = (),
+        by: str | None = None,
+    ) -> Any:
+        """One of our own commands, in a process of its own with the home of a party.
+
+        Args:
+            name: of the step.
+            says: what the step is, for a person.
+            verb: the command's words, after --home.
+            out: the folder or file that it makes.
+            stamp: what else it depends on, beside its words and the steps before.
+            again: a flag for when the step was begun before.
+            leftovers: what an interrupted try leaves for the next one, removed if that is to be another one.
+            by: the party; None takes the one whose folder `out` is in, "" none.
+        """
+        party = (OWNER if out is None or out.is_relative_to(self.folder(OWNER)) else TUNER) if by is None else by
+        home: Words = ["--home", self.folder(party, "home")] if party else []
+
+        def act(started: bool) -> Any:
+            more = [again] if again and started else []
+            return self.run([*home, *verb, *more])
+
+        key = {"verb": [str(word) for word in verb], **(stamp or {})}
+        return self._step(name, says, act, [out] if out else [], key, leftovers)
+
+    def step(
+        self, name: str, says: str, act: Callable[[], Any], outputs: Sequence[Path], stamp: Mapping[str, Any]
+    ) -> Any:
+        """A step that is the experimenter's own."""
+        return self._step(name, says, lambda _started: act(), outputs, stamp)
+
+    def copy(self, name: str, source: Path, target: Path) -> None:
+        """The wire: whatever comes across is a copy of files."""
+
+        def act() -> dict[str, Any]:
+            if source.is_dir():
+                with staged_folder(target) as folder:
+                    shutil.copytree(source, folder, dirs_exist_ok=True)
+            else:
+                replace_file(target, source.read_bytes())
+            return {}
+
+        self.step(name, f"{name}: a plain copy", act, [target], {"source": str(source)})
+
+    def note(self, name: str, stamp: Mapping[str, Any], result: Any, seconds: float) -> None:
+        """A step that was done elsewhere."""
+        self._done += 1
+        self._key = _digest(self._key, name, stamp)
+        self.results[name], self.seconds[name] = result, seconds
+
+    def announce(self, name: str, says: str) -> None:
+        """Say what comes next."""
+        self.progress(Event(name, self._done + 1, self.total, {"says": says}))
+
+    def _step(
+        self,
+        name: str,
+        says: str,
+        act: Callable[[bool], Any],
+        outputs: Sequence[Path],
+        stamp: Mapping[str, Any],
+        leftovers: Sequence[Path] = (),
+    ) -> Any:
+        self._key = _digest(self._key, name, stamp)
+        record = self._state().get(name, {})
+        same = record.get("key") == self._key
+        if same and record.get("done") and all(path.exists() for path in outputs):
+            self._done += 1
+            self.results[name], self.seconds[name] = record["result"], record["seconds"]
+            return record["result"]
+        self.announce(name, says)
+        for path in (*outputs, *(() if same else leftovers)):
+            _remove(path)
+        self._write(name, {"key": self._key, "done": False})
+        started = time.monotonic()
+        result = act(bool(record))
+        seconds = round(time.monotonic() - started, 2)
+        self._write(name, {"key": self._key, "done": True, "result": result, "seconds": seconds})
+        self._done += 1
+        self.results[name], self.seconds[name] = result, seconds
+        return result
+
+    def _state(self) -> dict[str, Any]:
+        try:
+            state: dict[str, Any] = json.loads((self.workdir / STATE).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return state
+
+    def _write(self, name: str, record: Mapping[str, Any]) -> None:
+        replace_file(self.workdir / STATE, json.dumps(self._state() | {name: record}, indent=1).encode())
+
+    def run(self, words: Sequence[str | Path]) -> Any:
+        """Run one command of ours; its progress goes to our standard error, its result comes back as JSON.
+
+        Raises:
+            OffsiteError: it failed, with its exit code; it has said why.
+        """
+        command = [sys.executable, "-m", "offsite", *(str(word) for word in words), "--json"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process:
+            try:
+                stdout, _ = process.communicate()
+            except KeyboardInterrupt:
+                _stop(process)
+                raise
+        if process.returncode == 130:
+            raise KeyboardInterrupt
+        if process.returncode != 0:
+            raise _failed(words, process.returncode)
+        return json.loads(stdout)
+
+
+def opened(workdir: Path) -> Path:
+    """A folder that is new, or an earlier demo's.
+
+    Raises:
+        UsageError: it holds other things.
+    """
+    if workdir.is_dir() and any(workdir.iterdir()) and not (workdir / STATE).exists():
+        raise UsageError(
+            f"{workdir} holds other things than a demo",
+            reasons=[f"it has no {STATE}"],
+            next_step="name a new folder with --workdir; nothing was changed",
+        )
+    return workdir
+
+
+def _digest(before: str, name: str, stamp: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([before, name, stamp], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """Let an interrupted command clean up: on a terminal it has had the signal as well, elsewhere it gets it now."""
+    if not (sys.stdin and sys.stdin.isatty()):
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def _failed(words: Sequence[str | Path], code: int) -> OffsiteError:
+    error = OffsiteError(
+        f"the demo stopped: `offsite {' '.join(str(word) for word in words)}` ended with exit code {code}",
+        next_step="its own message stands above; run the demo again to continue from here",
+    )
+    error.exit_code = code if 0 < code < 128 else 1
+    return error

@@ -1,0 +1,184 @@
+"""Bundles and returns made by hand, and what a hostile party does to them before it signs them again."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from offsite.config import PackSpec
+from offsite.core.architectures import ARCHITECTURES
+from offsite.core.checkpoint import (
+    WEIGHTS,
+    from_array,
+    open_checkpoint,
+    read_float32,
+    read_header,
+    write_safetensors,
+)
+from offsite.core.storage import staged_folder, write_stream
+from offsite.exchange.artifacts import Base, Bundle, Return
+from offsite.exchange.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RETURNED_WEIGHTS, tokenizer_digest
+from offsite.exchange.home import Home
+from offsite.exchange.lora_folder import adapter_config, adapter_tensors
+from offsite.exchange.manifest import MANIFEST, SIGNATURE, FileEntry, LoraSettings, ReturnManifest, TensorEntry
+from offsite.exchange.pack import file_entries, seal
+from offsite.exchange.signing import Identity
+from offsite.model_owner.pack import pack
+from tiny import Parties
+
+Array = npt.NDArray[np.float32]
+
+
+def packed(base: Path, out: Path, parties: Parties, **settings: Any) -> Bundle:
+    """A bundle by the real `pack`: 1 + 1 blocks train, the middle stays whole in fp32 unless told otherwise."""
+    count = json.loads((base / "config.json").read_text())
+    blocks = count.get("num_hidden_layers", count.get("n_layer"))
+    spec = {"bottom": 1, "top": 1, "keep": blocks - 2, "heal": "none", "dtype": "fp32", **settings}
+    return pack(Base(base), out, "hospital", PackSpec.model_validate(spec), parties.owner)
+
+
+def lora_return(
+    bundle: Bundle, out: Path, home: Home, *, rank: int = 4, alpha: float = 8.0, b: float = 0.5, seed: int = 0
+) -> Return:
+    """A LoRA return on every permitted target; A and B random, B of scale `b` (0 leaves the model as it is)."""
+    lora = LoraSettings(rank=rank, alpha=alpha, targets=tuple(sorted(bundle.manifest.lora_targets)))
+    entries = adapter_tensors(lora, bundle.manifest.lora_targets)
+    draw = np.random.default_rng(seed)
+    arrays = {
+        name: (draw.standard_normal(entry.shape) * (b if ".lora_B." in name else 0.2)).astype(np.float32)
+        for name, entry in entries.items()
+    }
+    row = ARCHITECTURES[bundle.manifest.architecture]
+    with staged_folder(out) as folder:
+        written = [
+            write_safetensors(folder / ADAPTER_WEIGHTS, [from_array(n, a, "F32") for n, a in arrays.items()]),
+            write_stream(folder / ADAPTER_CONFIG, [json.dumps(adapter_config(lora, row), indent=1).encode()]),
+        ]
+        return _sealed(bundle, out, folder, home, written, "lora", lora, entries)
+
+
+def full_return(
+    bundle: Bundle, out: Path, home: Home, change: Callable[[str, Array], Array] = lambda name, shipped: shipped
+) -> Return:
+    """A full return: of every tensor that may come back what `change(name, shipped)` gives, in fp32."""
+    shipped = open_checkpoint(bundle.folder).tensors
+    arrays = {name: change(name, read_float32(shipped[name])) for name in bundle.manifest.tensors}
+    entries = {name: TensorEntry(shape=array.shape, dtype="F32") for name, array in arrays.items()}
+    with staged_folder(out) as folder:
+        weights = [from_array(name, array, "F32") for name, array in arrays.items()]
+        written = [write_safetensors(folder / RETURNED_WEIGHTS, weights)]
+        return _sealed(bundle, out, folder, home, written, "full", None, entries)
+
+
+def _sealed(
+    bundle: Bundle,
+    out: Path,
+    folder: Path,
+    home: Home,
+    written: Any,
+    method: Literal["lora", "full"],
+    lora: LoraSettings | None,
+    tensors: Mapping[str, TensorEntry],
+) -> Return:
+    manifest = ReturnManifest(
+        kind="return",
+        format=1,
+        requires=(),
+        files=file_entries(written),
+        bundle=bundle.digest,
+        signer=home.identity().public_key.hex,
+        recipient=bundle.manifest.issuer,
+        method=method,
+        lora=lora,
+        tensors=dict(tensors),
+    )
+    return Return(out, manifest, seal(folder, manifest, home.identity()))
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """The manifest as plain JSON, to be tampered with."""
+    content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    return content
+
+
+def sign_again(
+    folder: Path,
+    identity: Identity,
+    *,
+    rehash: bool = True,
+    listed: Callable[[str], bool] = lambda name: True,
+    kind: str | None = None,
+    **changes: Any,
+) -> None:
+    """What a hostile party with a valid key does last: list and hash the files as they are now, and sign.
+
+    Args:
+        folder: bundle, return or plug-in.
+        identity: the key that signs; the manifest goes on naming whom it names.
+        rehash: whether the files are listed anew.
+        listed: which files of the folder are listed.
+        kind: the kind of document that the signature is for, if not the manifest's.
+        changes: fields of the manifest to replace.
+    """
+    manifest = manifest_of(folder)
+    if rehash:
+        names = sorted(p.name for p in folder.iterdir() if p.name not in (MANIFEST, SIGNATURE) and p.is_file())
+        entries = [
+            FileEntry(name=name, size=(folder / name).stat().st_size, sha256=_sha256(folder / name))
+            for name in names
+            if listed(name)
+        ]
+        manifest["files"] = [entry.model_dump() for entry in entries]
+        if "tokenizer" in manifest:
+            manifest["tokenizer"] = tokenizer_digest(entries)
+    manifest |= changes
+    raw = json.dumps(manifest, indent=1).encode()
+    (folder / MANIFEST).write_bytes(raw)
+    (folder / SIGNATURE).write_bytes(identity.sign(kind or manifest["kind"], raw))
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    """Set keys of a JSON file; None in place of a value takes a key away."""
+    content = json.loads(file.read_text()) if file.exists() else {}
+    content |= changes
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not _GONE}))
+
+
+_GONE = object()
+GONE: Any = _GONE
+
+
+def edit_weights(file: Path, change: Callable[[dict[str, Array]], None], dtypes: Mapping[str, str] = {}) -> None:
+    """Change a safetensors file's tensors in place, as arrays by name; `dtypes` stores some in another dtype."""
+    held = read_header(file)
+    arrays = {name: read_float32(tensor).copy() for name, tensor in held.items()}
+    stored = {name: tensor.dtype for name, tensor in held.items()}
+    change(arrays)
+    file.unlink()
+    write_safetensors(file, [from_array(n, a, dtypes.get(n, stored.get(n, "F32"))) for n, a in arrays.items()])
+
+
+def edit_bundle_weights(folder: Path, change: Callable[[dict[str, Array]], None]) -> None:
+    """`edit_weights` of a bundle in one file."""
+    edit_weights(folder / WEIGHTS, change)
+
+
+def raw_safetensors(file: Path, header: object, data: bytes = b"", *, length: int | None = None) -> Path:
+    """A safetensors file with any header: an object, or bytes as they are; `length` is what the file claims."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes((len(raw) if length is None else length).to_bytes(8, "little") + raw + data)
+    return file
+
+
+def copied_folder(source: Path, out: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(source, out, symlinks=True))

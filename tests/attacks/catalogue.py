@@ -1,0 +1,573 @@
+"""The attacks on what verify's rules guard: each names the one rule that stands in its way, and what that rule says.
+
+Nearly all are by a hostile party with a valid, trusted key, which signs again after spoiling the folder.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from artifacts import GONE, edit_bundle_weights, edit_json, edit_weights, manifest_of, sign_again
+from attacks.lab import Lab
+from offsite.exchange.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RETURNED_WEIGHTS
+from offsite.exchange.manifest import MANIFEST, SIGNATURE
+
+
+@dataclass(frozen=True)
+class Attack:
+    name: str
+    rule: str
+    target: str
+    says: str
+    spoil: Callable[[Lab], None]
+
+
+ATTACKS: list[Attack] = []
+
+
+def attack(rule: str, target: str, says: str) -> Callable[[Callable[[Lab], None]], Callable[[Lab], None]]:
+    """Register: `rule` alone catches it in "bundle", "lora" or "full" and gives a reason with `says` in it."""
+
+    def register(spoil: Callable[[Lab], None]) -> Callable[[Lab], None]:
+        ATTACKS.append(Attack(spoil.__name__, rule, target, says, spoil))
+        return spoil
+
+    return register
+
+
+# --- the envelope ---
+
+
+@attack("_signature", "bundle", "is not the signer's")
+def manifest_changed_after_signing(lab: Lab) -> None:
+    edit_json(lab.bundle / MANIFEST, max_rank=64)
+
+
+@attack("_signature", "bundle", "is not the signer's")
+def signature_of_a_return_reused_for_a_bundle(lab: Lab) -> None:
+    lab.sign_bundle(kind="return")
+
+
+@attack("_signature", "lora", "is not the signer's")
+def signature_of_a_bundle_reused_for_a_return(lab: Lab) -> None:
+    lab.sign_lora(kind="bundle")
+
+
+@attack("_signature", "bundle", "is not the signer's")
+def signed_by_a_stranger_in_the_owners_name(lab: Lab) -> None:
+    sign_again(lab.bundle, lab.mallory)
+
+
+@attack("_signature", "lora", "is not the signer's")
+def signature_truncated(lab: Lab) -> None:
+    (lab.lora / SIGNATURE).write_bytes((lab.lora / SIGNATURE).read_bytes()[:63])
+
+
+@attack("_signature", "lora", "is not the signer's")
+def signature_with_a_tail(lab: Lab) -> None:
+    (lab.lora / SIGNATURE).write_bytes((lab.lora / SIGNATURE).read_bytes() + b"\n")
+
+
+@attack("_signature", "bundle", "is not the signer's")
+def signature_empty(lab: Lab) -> None:
+    (lab.bundle / SIGNATURE).write_bytes(b"")
+
+
+@attack("_trusted_signer", "bundle", "not trusted here")
+def bundle_of_an_unknown_owner(lab: Lab) -> None:
+    sign_again(lab.bundle, lab.mallory, issuer=lab.mallory.public_key.hex)
+
+
+@attack("_addressee", "bundle", "addressed to")
+def bundle_for_somebody_else(lab: Lab) -> None:
+    lab.sign_bundle(recipient=lab.mallory.public_key.hex)
+
+
+@attack("_listing", "bundle", "'notes.txt' is not listed")
+def unlisted_file(lab: Lab) -> None:
+    (lab.bundle / "notes.txt").write_text("hello")
+
+
+@attack("_listing", "bundle", "'pytorch_model.bin' is not listed")
+def unlisted_pickle(lab: Lab) -> None:
+    (lab.bundle / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
+
+
+@attack("_listing", "bundle", "'adapter_config.json' is not listed")
+def unlisted_adapter_that_transformers_would_load(lab: Lab) -> None:
+    (lab.bundle / ADAPTER_CONFIG).write_text("{}")
+
+
+@attack("_listing", "bundle", "'chat_templates' is no plain file")
+def sub_folder(lab: Lab) -> None:
+    (lab.bundle / "chat_templates").mkdir()
+
+
+@attack("_listing", "bundle", "'notes.txt' is no plain file")
+def symlink_beside_the_files(lab: Lab) -> None:
+    (lab.bundle / "notes.txt").symlink_to("/etc/passwd")
+
+
+@attack("_listing", "bundle", "'merges.txt' is no plain file")
+def listed_file_is_a_link_out_of_the_folder(lab: Lab) -> None:
+    (lab.bundle / "merges.txt").write_text("#version: 0.2\n")
+    lab.sign_bundle()
+    outside = lab.folder / "outside.txt"
+    outside.write_text("#version: 0.2\n")
+    (lab.bundle / "merges.txt").unlink()
+    (lab.bundle / "merges.txt").symlink_to(outside)
+
+
+@attack("_listing", "bundle", "merges.txt is missing")
+def listed_file_left_out(lab: Lab) -> None:
+    (lab.bundle / "merges.txt").write_text("#version: 0.2\n")
+    lab.sign_bundle()
+    (lab.bundle / "merges.txt").unlink()
+
+
+@attack("_listing", "lora", "'README.md' is not listed")
+def unlisted_file_in_a_return(lab: Lab) -> None:
+    (lab.lora / "README.md").write_text("rows: 12")
+
+
+@attack("_digests", "bundle", "the bytes of tokenizer.json are not those that were signed")
+def a_byte_of_the_tokenizer_changed(lab: Lab) -> None:
+    file = lab.bundle / "tokenizer.json"
+    file.write_bytes(file.read_bytes().replace(b"quick", b"quack").replace(b'"version"', b'"Version"', 1))
+
+
+@attack("_digests", "bundle", "the bytes of model.safetensors are not")
+def a_byte_of_the_weights_changed(lab: Lab) -> None:
+    raw = bytearray((lab.bundle / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (lab.bundle / "model.safetensors").write_bytes(raw)
+
+
+@attack("_digests", "bundle", "expected")
+def a_byte_added_to_the_tokenizer(lab: Lab) -> None:
+    with (lab.bundle / "tokenizer.json").open("ab") as file:
+        file.write(b" ")
+
+
+@attack("_digests", "lora", "the bytes of adapter_model.safetensors are not")
+def a_byte_of_the_adapter_changed(lab: Lab) -> None:
+    raw = bytearray((lab.lora / ADAPTER_WEIGHTS).read_bytes())
+    raw[-4] ^= 1  # the lowest bits of a float
+    (lab.lora / ADAPTER_WEIGHTS).write_bytes(raw)
+
+
+# --- bundles ---
+
+
+@attack("_bundle_files", "bundle", "may not hold pytorch_model.bin")
+def signed_pickle(lab: Lab) -> None:
+    (lab.bundle / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
+    lab.sign_bundle()
+
+
+@attack("_bundle_files", "bundle", "may not hold adapter_config.json")
+def signed_adapter_that_transformers_would_load(lab: Lab) -> None:
+    (lab.bundle / ADAPTER_CONFIG).write_text("{}")
+    lab.sign_bundle()
+
+
+@attack("_bundle_files", "bundle", "may not hold modeling_llama.py")
+def signed_code(lab: Lab) -> None:
+    (lab.bundle / "modeling_llama.py").write_text("import os")
+    lab.sign_bundle()
+
+
+@attack("_bundle_files", "bundle", "may not hold processor_config.json")
+def signed_file_that_nobody_expects(lab: Lab) -> None:
+    (lab.bundle / "processor_config.json").write_text("{}")
+    lab.sign_bundle()
+
+
+@attack("_bundle_settings", "bundle", "tokenizer_config.json: key 'auto_map' is not permitted")
+def tokenizer_asks_for_remote_code(lab: Lab) -> None:
+    edit_json(lab.bundle / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil/repo--tokenizer.Evil", None]})
+    lab.sign_bundle()
+
+
+@attack("_bundle_settings", "bundle", "tokenizer_config.json: tokenizer_class")
+def tokenizer_class_is_a_path(lab: Lab) -> None:
+    edit_json(lab.bundle / "tokenizer_config.json", tokenizer_class="evil.module.Tokenizer")
+    lab.sign_bundle()
+
+
+@attack("_bundle_settings", "bundle", "tokenizer_config.json is not a JSON object")
+def tokenizer_config_is_a_list(lab: Lab) -> None:
+    (lab.bundle / "tokenizer_config.json").write_text("[]")
+    lab.sign_bundle()
+
+
+@attack("_bundle_settings", "bundle", "tokenizer_config.json is not JSON")
+def tokenizer_config_names_a_key_twice(lab: Lab) -> None:
+    (lab.bundle / "tokenizer_config.json").write_text('{"eos_token": "a", "eos_token": "b"}')
+    lab.sign_bundle()
+
+
+@attack("_bundle_settings", "bundle", "generation_config.json: key 'custom_generate' is not permitted")
+def generation_asks_for_remote_code(lab: Lab) -> None:
+    edit_json(lab.bundle / "generation_config.json", custom_generate="evil/repo")
+    lab.sign_bundle()
+
+
+@attack("_bundle_settings", "bundle", "special_tokens_map.json: key 'home' is not permitted")
+def special_tokens_hold_something_else(lab: Lab) -> None:
+    edit_json(lab.bundle / "special_tokens_map.json", home="/home/acme")
+    lab.sign_bundle()
+
+
+def _config(name: str, says: str, **changes: Any) -> None:
+    def spoil(lab: Lab) -> None:
+        edit_json(lab.bundle / "config.json", **changes)
+        lab.sign_bundle()
+
+    ATTACKS.append(Attack(name, "_bundle_config", "bundle", says, spoil))
+
+
+_config("config_asks_for_remote_code", "key 'auto_map' is not permitted", auto_map={"AutoModelForCausalLM": "m.Evil"})
+_config("config_asks_for_a_hub_kernel", "'_attn_implementation' is not", _attn_implementation="evil/kernel")
+_config("config_asks_for_a_hub_kernel_in_the_new_spelling", "'attn_implementation' is", attn_implementation="a/b")
+_config("config_names_other_weights", "'transformers_weights' is not permitted", transformers_weights="evil.bin")
+_config("config_tells_a_path", "key '_name_or_path' is not permitted", _name_or_path="/home/acme/secret")
+_config("config_nests_another_model", "key 'text_config' is not permitted", text_config={"model_type": "gpt2"})
+_config("config_is_quantised_by_others", "key 'quantization_config' is", quantization_config={"quant_method": "gptq"})
+_config("value_is_a_hub_name", "'hidden_act' holds 'evil/kernel'", hidden_act="evil/kernel")
+_config("value_is_nested_too_deeply", "'rope_parameters' holds", rope_parameters={"a": {"b": {"c": {"d": 1}}}})
+_config("value_is_a_path_in_a_list", "'eos_token_id' holds", eos_token_id=[1, "../x"])
+_config("value_is_endless", "'eos_token_id' holds", eos_token_id=[0] * 5000)
+_config("another_model_type", "names the model", model_type="gpt2")
+_config("another_class", "names the model", architectures=["LlamaForSequenceClassification"])
+_config("no_model_type", "names the model", model_type=GONE)
+_config("block_count_disagrees_with_the_split", "block counts", num_hidden_layers=4)
+_config("block_count_is_missing", "block counts", num_hidden_layers=GONE)
+_config("block_count_is_a_list", "block counts", num_hidden_layers=[3])
+_config("block_count_is_a_float", "block counts", num_hidden_layers=3.0)
+
+
+@attack("_bundle_config", "gpt2-bundle", "scale_attn_by_inverse_layer_idx = 'True', under which blocks cannot be cut")
+def blocks_that_compute_by_their_place(lab: Lab) -> None:
+    edit_json(lab.folder / "gpt2-bundle" / "config.json", scale_attn_by_inverse_layer_idx=True)
+    sign_again(lab.folder / "gpt2-bundle", lab.owner)
+
+
+@attack("_bundle_config", "gpt2-bundle", "block counts")
+def two_spellings_of_the_block_count_disagree(lab: Lab) -> None:
+    edit_json(lab.folder / "gpt2-bundle" / "config.json", num_hidden_layers=4)
+    sign_again(lab.folder / "gpt2-bundle", lab.owner)
+
+
+@attack("_bundle_returnable", "gpt2-bundle", "the weight's shape is")
+def lora_target_the_wrong_way_round(lab: Lab) -> None:
+    targets = manifest_of(lab.folder / "gpt2-bundle")["lora_targets"]
+    targets["transformer.h.0.attn.c_attn"].reverse()
+    sign_again(lab.folder / "gpt2-bundle", lab.owner, lora_targets=targets)
+
+
+@attack("_bundle_weights", "bundle", "unexpected 'lm_head.weight'")
+def tied_head_smuggled_in(lab: Lab) -> None:
+    edit_bundle_weights(lab.bundle, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] * 2}))
+    lab.sign_bundle()
+
+
+@attack("_bundle_weights", "bundle", "unexpected 'secret'")
+def tensor_beside_the_model(lab: Lab) -> None:
+    edit_bundle_weights(lab.bundle, lambda w: w.update(secret=np.zeros(3, np.float32)))
+    lab.sign_bundle()
+
+
+@attack("_bundle_weights", "bundle", "unexpected 'model.layers.1.evil.weight'")
+def tensor_beside_a_block(lab: Lab) -> None:
+    edit_bundle_weights(lab.bundle, lambda w: w.update({"model.layers.1.evil.weight": np.zeros(3, np.float32)}))
+    lab.sign_bundle()
+
+
+@attack("_bundle_weights", "bundle", "missing 'model.norm.weight'")
+def tensor_left_out_so_that_it_is_random(lab: Lab) -> None:
+    edit_bundle_weights(lab.bundle, lambda w: void(w.pop("model.norm.weight")))
+    lab.sign_bundle()
+
+
+@attack("_bundle_weights", "bundle", "missing 'model.layers.0.self_attn.k_proj.bias'")
+def biases_announced_but_not_there(lab: Lab) -> None:
+    edit_json(lab.bundle / "config.json", attention_bias=True)
+    lab.sign_bundle()
+
+
+@attack("_bundle_weights", "bundle", "missing 'lm_head.weight'")
+def untied_without_a_head(lab: Lab) -> None:
+    edit_json(lab.bundle / "config.json", tie_word_embeddings=False)
+    lab.sign_bundle()
+
+
+@attack("_bundle_weights", "bundle", "has shape [300, 32], the config makes it [320, 32]")
+def embedding_shorter_than_the_vocabulary(lab: Lab) -> None:
+    def shorter(weights: dict[str, Any]) -> None:
+        weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:300]
+
+    edit_bundle_weights(lab.bundle, shorter)
+    lab.sign_bundle()
+
+
+@attack("_bundle_weights", "bundle", "the config makes it [1000000, 32]")
+def config_that_asks_for_all_memory(lab: Lab) -> None:
+    edit_json(lab.bundle / "config.json", intermediate_size=1_000_000)
+    lab.sign_bundle()
+
+
+@attack("_bundle_weights", "gpt2-bundle", "the first block's has")
+def emulator_block_of_another_width(lab: Lab) -> None:
+    def wider(weights: dict[str, Any]) -> None:
+        weights["transformer.h.1.mlp.c_fc.bias"] = np.zeros(64, np.float32)
+
+    edit_bundle_weights(lab.folder / "gpt2-bundle", wider)
+    sign_again(lab.folder / "gpt2-bundle", lab.owner)
+
+
+@attack("_bundle_weights", "bundle", "the config makes it [48, 32]")
+def emulator_block_of_another_shape(lab: Lab) -> None:
+    def wider(weights: dict[str, Any]) -> None:
+        weights["model.layers.1.mlp.up_proj.weight"] = np.zeros((64, 32), np.float32)
+
+    edit_bundle_weights(lab.bundle, wider)
+    lab.sign_bundle()
+
+
+@attack("_bundle_weights", "bundle", "has dtype I32")
+def weights_that_are_no_floats(lab: Lab) -> None:
+    file = lab.bundle / "model.safetensors"
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header["model.norm.weight"]["dtype"] = "I32"
+    new = json.dumps(header).encode()
+    file.write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + length :])
+    lab.sign_bundle()
+
+
+@attack("_bundle_returnable", "bundle", "tensors that may come back: missing")
+def trained_tensor_not_permitted_back(lab: Lab) -> None:
+    tensors = manifest_of(lab.bundle)["tensors"]
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    lab.sign_bundle(tensors=tensors)
+
+
+@attack("_bundle_returnable", "bundle", "tensors that may come back: unexpected")
+def tensor_that_is_not_there_permitted_back(lab: Lab) -> None:
+    tensors = manifest_of(lab.bundle)["tensors"]
+    tensors["model.layers.0.evil.weight"] = {"shape": [1], "dtype": "F32"}
+    lab.sign_bundle(tensors=tensors)
+
+
+@attack("_bundle_returnable", "bundle", "is F32 [48, 32] in the file, F32 [48, 33] in")
+def permitted_shape_is_not_the_files(lab: Lab) -> None:
+    tensors = manifest_of(lab.bundle)["tensors"]
+    tensors["model.layers.0.mlp.up_proj.weight"]["shape"] = [48, 33]
+    lab.sign_bundle(tensors=tensors)
+
+
+@attack("_bundle_returnable", "bundle", "in the file, BF16")
+def permitted_dtype_is_not_the_files(lab: Lab) -> None:
+    tensors = manifest_of(lab.bundle)["tensors"]
+    tensors["model.layers.0.mlp.up_proj.weight"]["dtype"] = "BF16"
+    lab.sign_bundle(tensors=tensors)
+
+
+@attack("_bundle_returnable", "bundle", "LoRA target model.layers.0.mlp.up_proj: the weight's shape is")
+def lora_target_of_another_shape(lab: Lab) -> None:
+    targets = manifest_of(lab.bundle)["lora_targets"]
+    targets["model.layers.0.mlp.up_proj"] = [48, 32]
+    lab.sign_bundle(lora_targets=targets)
+
+
+@attack("_bundle_tokenizer", "bundle", "do not give the tokenizer digest")
+def tokenizer_digest_of_another_tokenizer(lab: Lab) -> None:
+    lab.sign_bundle(tokenizer="0" * 64)
+
+
+# --- returns ---
+
+
+@attack("_return_files", "lora", "files: unexpected 'trainer_state.json'")
+def return_tells_more_than_weights(lab: Lab) -> None:
+    (lab.lora / "trainer_state.json").write_text('{"rows": 12}')
+    lab.sign_lora()
+
+
+@attack("_return_files", "full", "files: unexpected 'adapter_config.json'")
+def full_return_that_peft_would_load(lab: Lab) -> None:
+    (lab.full / ADAPTER_CONFIG).write_text("{}")
+    lab.sign_full()
+
+
+@attack("_return_tensors", "lora", "tensors in the file: unexpected 'rows'")
+def tensor_beside_the_adapter(lab: Lab) -> None:
+    edit_weights(lab.lora / ADAPTER_WEIGHTS, lambda w: w.update(rows=np.zeros(3, np.float32)))
+    lab.sign_lora()
+
+
+@attack("_return_tensors", "lora", "tensors in the file: missing")
+def tensor_of_the_adapter_left_out(lab: Lab) -> None:
+    edit_weights(lab.lora / ADAPTER_WEIGHTS, lambda w: void(w.pop(next(iter(w)))))
+    lab.sign_lora()
+
+
+@attack("_return_tensors", "full", "in the file, F32 [32] in")
+def returned_shape_is_not_the_manifests(lab: Lab) -> None:
+    def shorter(weights: dict[str, Any]) -> None:
+        name = "model.layers.0.input_layernorm.weight"
+        weights[name] = weights[name][:31]
+
+    edit_weights(lab.full / RETURNED_WEIGHTS, shorter)
+    lab.sign_full()
+
+
+@attack("_return_tensors", "full", "has dtype BF16, expected F32")
+def returned_dtype_is_not_the_manifests(lab: Lab) -> None:
+    name = "model.layers.0.input_layernorm.weight"
+    edit_weights(lab.full / RETURNED_WEIGHTS, lambda w: None, {name: "BF16"})
+    lab.sign_full()
+
+
+def _not_finite(name: str, target: str, file: str, value: float) -> None:
+    def spoil(lab: Lab) -> None:
+        def poison(weights: dict[str, Any]) -> None:
+            list(weights.values())[-1].flat[-1] = value
+
+        edit_weights(lab.folder / target / file, poison)
+        sign_again(lab.folder / target, lab.data_owner)
+
+    ATTACKS.append(Attack(name, "_return_finite", target, "holds NaN or infinity", spoil))
+
+
+_not_finite("nan_in_a_lora_return", "lora", ADAPTER_WEIGHTS, float("nan"))
+_not_finite("infinity_in_a_lora_return", "lora", ADAPTER_WEIGHTS, float("-inf"))
+_not_finite("nan_in_a_full_return", "full", RETURNED_WEIGHTS, float("nan"))
+_not_finite("infinity_in_a_full_return", "full", RETURNED_WEIGHTS, float("inf"))
+
+
+def _adapter_config(name: str, **changes: Any) -> None:
+    def spoil(lab: Lab) -> None:
+        edit_json(lab.lora / ADAPTER_CONFIG, **changes)
+        lab.sign_lora()
+
+    ATTACKS.append(Attack(name, "_return_lora", "lora", "is not the one that these LoRA settings give", spoil))
+
+
+_adapter_config("adapter_widened_to_every_block", target_modules=["q_proj", "v_proj"])
+_adapter_config("adapter_on_all_linear_maps", target_modules="all-linear")
+_adapter_config("adapter_that_changes_base_weights_at_load", init_lora_weights="pissa")
+_adapter_config("adapter_that_names_a_base", base_model_name_or_path="evil/repo")
+_adapter_config("adapter_that_saves_modules", modules_to_save=["lm_head"])
+_adapter_config("adapter_of_another_scale", lora_alpha=800.0)
+_adapter_config("adapter_of_another_kind", peft_type="PROMPT_TUNING")
+_adapter_config("adapter_with_code", auto_mapping={"base_model_class": "Evil", "parent_library": "evil"})
+_adapter_config("adapter_with_patterns", rank_pattern={".*": 64})
+
+
+def _moved(lab: Lab, change: Callable[[str], str]) -> None:
+    """Rename every LoRA target of a block, in the manifest, the weights and the config alike."""
+    old = manifest_of(lab.lora)
+    text = json.dumps({"lora": old["lora"], "tensors": old["tensors"]})
+    new = json.loads(change(text))
+    edit_weights(lab.lora / ADAPTER_WEIGHTS, lambda w: _rename(w, change))
+    config = lab.lora / ADAPTER_CONFIG
+    content = json.loads(change(config.read_text()))
+    config.write_bytes(json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+    lab.sign_lora(**new)
+
+
+def _rename(weights: dict[str, Any], change: Callable[[str], str]) -> None:
+    renamed = {change(name): value for name, value in weights.items()}
+    weights.clear()
+    weights.update(renamed)
+
+
+@attack("_return_lora", "lora", "LoRA sits on model.layers.1.mlp.up_proj, which the bundle does not permit")
+def lora_on_a_frozen_block(lab: Lab) -> None:
+    _moved(lab, lambda text: text.replace("model.layers.0.", "model.layers.1."))
+
+
+@attack("_return_lora", "lora", "LoRA sits on model.layers.7.mlp.up_proj")
+def lora_on_a_block_that_is_not_there(lab: Lab) -> None:
+    _moved(lab, lambda text: text.replace("model.layers.2.", "model.layers.7."))
+
+
+@attack("_return_lora", "lora", "LoRA sits on model.layers.0.mlp.down_proj.x")
+def lora_on_a_module_that_is_not_there(lab: Lab) -> None:
+    _moved(lab, lambda text: text.replace("model.layers.0.mlp.down_proj", "model.layers.0.mlp.down_proj.x"))
+
+
+@attack("_return_lora", "lora", "a LoRA target is named twice")
+def lora_target_named_twice(lab: Lab) -> None:
+    lora = manifest_of(lab.lora)["lora"]
+    lora["targets"] = [*lora["targets"], lora["targets"][0]]
+    edit_json(lab.lora / ADAPTER_CONFIG, target_modules=sorted(lora["targets"]))
+    content = json.loads((lab.lora / ADAPTER_CONFIG).read_text())
+    (lab.lora / ADAPTER_CONFIG).write_bytes(json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+    lab.sign_lora(lora=lora)
+
+
+@attack("_return_lora", "lora", "is F32 [5, 32], expected F32 [4, 32]")
+def lora_pair_of_another_rank_than_the_settings(lab: Lab) -> None:
+    tensors = manifest_of(lab.lora)["tensors"]
+    name = next(name for name in tensors if name.endswith("model.layers.0.self_attn.q_proj.lora_A.weight"))
+    tensors[name]["shape"] = [5, 32]
+
+    def grow(weights: dict[str, Any]) -> None:
+        weights[name] = np.zeros((5, 32), np.float32)
+
+    edit_weights(lab.lora / ADAPTER_WEIGHTS, grow)
+    lab.sign_lora(tensors=tensors)
+
+
+@attack("_return_full", "full", "tensors: missing 'model.layers.0.input_layernorm.weight'")
+def full_return_without_a_tensor(lab: Lab) -> None:
+    name = "model.layers.0.input_layernorm.weight"
+    tensors = manifest_of(lab.full)["tensors"]
+    del tensors[name]
+    edit_weights(lab.full / RETURNED_WEIGHTS, lambda w: void(w.pop(name)))
+    lab.sign_full(tensors=tensors)
+
+
+@attack("_return_full", "full", "tensors: unexpected 'model.layers.1.input_layernorm.weight'")
+def full_return_with_a_frozen_tensor(lab: Lab) -> None:
+    name = "model.layers.1.input_layernorm.weight"
+    tensors = manifest_of(lab.full)["tensors"] | {name: {"shape": [32], "dtype": "F32"}}
+    edit_weights(lab.full / RETURNED_WEIGHTS, lambda w: w.update({name: np.ones(32, np.float32)}))
+    lab.sign_full(tensors=tensors)
+
+
+@attack("_return_full", "full", "tensors: unexpected 'model.embed_tokens.weight'")
+def full_return_with_the_embedding(lab: Lab) -> None:
+    name = "model.embed_tokens.weight"
+    tensors = manifest_of(lab.full)["tensors"] | {name: {"shape": [320, 32], "dtype": "F32"}}
+    edit_weights(lab.full / RETURNED_WEIGHTS, lambda w: w.update({name: np.ones((320, 32), np.float32)}))
+    lab.sign_full(tensors=tensors)
+
+
+@attack("_return_full", "full", "is F32 [31], expected F32 [32]")
+def full_return_of_another_shape(lab: Lab) -> None:
+    name = "model.layers.0.input_layernorm.weight"
+    tensors = manifest_of(lab.full)["tensors"]
+    tensors[name]["shape"] = [31]
+
+    def shorter(weights: dict[str, Any]) -> None:
+        weights[name] = weights[name][:31]
+
+    edit_weights(lab.full / RETURNED_WEIGHTS, shorter)
+    lab.sign_full(tensors=tensors)
+
+
+@attack("_return_parties", "lora", "signed by another party than the one that the bundle was issued to")
+def return_signed_by_another_customer(lab: Lab) -> None:
+    sign_again(lab.lora, lab.carol, signer=lab.carol.public_key.hex)
+
+
+def void(_: object) -> None:
+    """A lambda that pops must return None."""

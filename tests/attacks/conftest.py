@@ -1,0 +1,43 @@
+"""One honest exchange, made once; every attack spoils a copy of it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from artifacts import full_return, lora_return, packed
+from attacks.lab import Lab
+from offsite.config import PlugInSpec
+from offsite.exchange.artifacts import Base
+from offsite.exchange.home import Home
+from offsite.model_owner.plug_in import plug_in
+from tiny import Parties, tiny_base, tiny_parties
+
+
+@pytest.fixture(scope="session")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("honest")
+    parties = tiny_parties(folder)
+    base = tiny_base(folder / "base", "llama", 4)
+    packed(tiny_base(folder / "gpt2", "gpt2", 3), folder / "gpt2-bundle", parties)
+    bundle = packed(base, folder / "bundle", parties, keep=1, max_rank=8)
+    lora_return(bundle, folder / "lora", parties.data_owner)
+    full_return(bundle, folder / "full", parties.data_owner, lambda name, shipped: shipped + 0.5)
+    only_lora = packed(base, folder / "only-lora", parties, keep=1, methods=("lora",), max_rank=8)
+    full_return(only_lora, folder / "forbidden-full", parties.data_owner)
+    lora_return(bundle, folder / "rank-9", parties.data_owner, rank=9)
+    mallory, carol = Home(folder / "mallory-home"), Home(folder / "carol-home")
+    mallory.create_identity("mallory")  # whom nobody trusts
+    parties.owner.trust("carol", carol.create_identity("carol").public_key)  # another customer of the owner
+    parties.data_owner.trust("carol", carol.identity().public_key)
+    ledger = (folder / "acme-home" / "ledger.sqlite").read_bytes()
+    plug_in(Base(base), folder / "lora", folder / "plugged", PlugInSpec(as_="adapter"), parties.owner)
+    (folder / "acme-home" / "ledger.sqlite").write_bytes(ledger)  # as if it had never happened
+    return folder
+
+
+@pytest.fixture
+def lab(honest: Path, tmp_path: Path) -> Lab:
+    """A fresh copy of the honest exchange, to be spoiled."""
+    folder = Path(shutil.copytree(honest, tmp_path / "lab"))
+    return Lab(folder, Parties(Home(folder / "acme-home"), Home(folder / "hospital-home")))

@@ -1,0 +1,70 @@
+"""Where attacks are tried: a copy of an honest exchange, and the parties in it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from artifacts import sign_again
+from offsite.exchange.artifacts import Bundle, Return
+from offsite.exchange.home import Home
+from offsite.exchange.manifest import BundleManifest
+from offsite.exchange.signing import Identity
+from offsite.exchange.verify import read_unverified, verify_bundle, verify_return
+from tiny import Parties
+
+
+@dataclass(frozen=True)
+class Lab:
+    folder: Path
+    parties: Parties
+
+    @property
+    def bundle(self) -> Path:
+        return self.folder / "bundle"
+
+    @property
+    def lora(self) -> Path:
+        return self.folder / "lora"
+
+    @property
+    def full(self) -> Path:
+        return self.folder / "full"
+
+    @property
+    def owner(self) -> Identity:
+        return self.parties.owner.identity()
+
+    @property
+    def data_owner(self) -> Identity:
+        return self.parties.data_owner.identity()
+
+    @property
+    def mallory(self) -> Identity:
+        return Home(self.folder / "mallory-home").identity()
+
+    @property
+    def carol(self) -> Identity:
+        return Home(self.folder / "carol-home").identity()
+
+    def sign_bundle(self, **options: Any) -> None:
+        """The owner is the hostile party."""
+        sign_again(self.bundle, self.owner, **options)
+
+    def sign_lora(self, **options: Any) -> None:
+        """The data owner is the hostile party."""
+        sign_again(self.lora, self.data_owner, **options)
+
+    def sign_full(self, **options: Any) -> None:
+        sign_again(self.full, self.data_owner, **options)
+
+    def parent(self) -> BundleManifest:
+        """The manifest that the owner's ledger holds: the honest one."""
+        manifest = read_unverified(self.bundle)
+        assert isinstance(manifest, BundleManifest)
+        return manifest
+
+    def check(self, target: str) -> Bundle | Return:
+        """What the other party does with "bundle", "gpt2-bundle", "lora" or "full"."""
+        if target.endswith("bundle"):
+            return verify_bundle(self.folder / target, self.parties.data_owner)
+        return verify_return(self.folder / target, self.parties.owner, self.parent())

@@ -1,0 +1,55 @@
+"""Verifying what a stranger sent runs in a process that cannot run a model: torch is not even imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attacks.lab import Lab
+from offsite.exchange.home import Home
+
+CODE = """
+import sys
+from pathlib import Path
+from offsite.exchange.home import Home
+from offsite.exchange.verify import verify
+verify(Path(sys.argv[1]), Home(Path(sys.argv[2])))
+heavy = {"torch", "transformers", "peft", "accelerate", "safetensors", "pickle5"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def run(code: str, *arguments: object) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("target", "home"), [("bundle", "hospital"), ("lora", "acme"), ("plugged", "acme")])
+def test_verify(lab: Lab, target: str, home: str) -> None:
+    run(CODE, lab.folder / target, lab.folder / f"{home}-home")
+
+
+PACK_AND_PLUG_IN = """
+import sys
+from pathlib import Path
+from offsite import Base, Home, PackSpec, PlugInSpec, pack, plug_in
+folder = Path(sys.argv[1])
+spec = PackSpec(bottom=1, top=1, keep=1, heal="none", select="uniform")
+pack(Base(folder / "base"), folder / "again", "hospital", spec, Home(folder / "acme-home"))
+for form in ("adapter", "merged"):
+    spec = PlugInSpec(as_=form, again=True)
+    plug_in(Base(folder / "base"), folder / "lora", folder / form, spec, Home(folder / "acme-home"))
+plug_in(Base(folder / "base"), folder / "full", folder / "plugged-full", PlugInSpec(), Home(folder / "acme-home"))
+heavy = {"torch", "transformers", "peft", "accelerate"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_pack_and_plug_in_build_no_model(lab: Lab) -> None:
+    run(PACK_AND_PLUG_IN, lab.folder)
+    assert (lab.folder / "again" / "model.safetensors").is_file()
+    assert Home(lab.folder / "acme-home").ledger.is_file()
+    assert isinstance(lab.folder, Path)

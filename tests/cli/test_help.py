@@ -1,0 +1,114 @@
+import re
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import typer
+
+from offsite.cli import build, flags, main
+from offsite.config import TABLES, Spec
+
+VERBS = ("import", "pack", "plug-in", "tune", "keygen", "inspect", "verify", "eval", "demo")
+
+
+def command(name: str) -> Any:
+    group: Any = typer.main.get_command(build())
+    return group.commands[name]
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main([*words, "--help"]) == 0
+    out = capsys.readouterr().out
+    return re.sub(r"[\s│]+", " ", out)
+
+
+def test_help_groups_verbs_by_party(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    places = [out.index(panel) for panel in (flags.MODEL, flags.DATA, flags.BOTH)]
+    assert places == sorted(places)
+    assert out.index("─ I own a model") < out.index(" pack ") < out.index("─ I own data") < out.index(" tune ")
+    assert all(f" {verb} " in out for verb in (*VERBS, "trust"))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(capsys, verb)
+    assert "Example: offsite " + verb in text
+    assert "Exit codes: 0 done;" in text
+    assert "130 interrupted" in text
+
+
+@pytest.mark.parametrize("verb", ["add", "list", "remove"])
+def test_help_of_trust_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"Example: offsite trust {verb}" in help_of(capsys, "trust", verb)
+
+
+@pytest.mark.parametrize(("verb", "spec"), TABLES.items())
+def test_every_setting_is_shown_with_its_default(
+    verb: str, spec: type[Spec], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = help_of(capsys, verb)
+    for name, field in spec.model_fields.items():
+        shown = field.alias or name
+        default = flags._shown(field.default)
+        if f"--{shown.replace('_', '-')} " in text:
+            assert field.default in (None, False) or f"(default {default})" in text
+            choices = _literal(field.annotation)
+            assert not choices or "|".join(choices) in text
+        else:
+            assert f"{shown} ({default})" in text
+
+
+def _literal(annotation: Any) -> tuple[str, ...]:
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return next((get_args(part) for part in get_args(annotation) if get_origin(part) is Literal), ())
+
+
+@pytest.mark.parametrize(
+    ("verb", "expected"),
+    [
+        ("import", {"out", "config", "json"}),
+        (
+            "pack",
+            {"out", "for", "bottom", "top", "keep", "select", "heal", "calibration", "dtype", "config", "home", "json"},
+        ),
+        (
+            "tune",
+            {
+                "data", "out", "eval-data", "method", "rank", "lr", "epochs", "max-steps", "batch-size", "resume",
+                "config", "home", "json",
+            },
+        ),
+        ("plug-in", {"out", "as", "again", "config", "home", "json"}),
+        ("eval", {"adapter", "data", "samples", "config", "json"}),
+        ("inspect", {"home", "json"}),
+        ("verify", {"home", "json"}),
+        ("keygen", {"name", "out", "home", "json"}),
+        ("demo", {"full", "data", "model", "workdir", "steps", "json"}),
+    ],
+)  # fmt: skip
+def test_flags_are_those_that_are_documented(verb: str, expected: set[str]) -> None:
+    found = {opt.removeprefix("--") for param in command(verb).params for opt in param.opts if opt.startswith("--")}
+    assert found == expected
+
+
+def test_flags_left_out_are_not_given() -> None:
+    """None means that the TOML file and the spec decide."""
+    for verb in TABLES:
+        settings = [p for p in command(verb).params if getattr(p, "rich_help_panel", "") == flags.SETTINGS]
+        assert all(param.default is None for param in settings)
+
+
+def test_no_words_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert "I own a model" in captured.out + captured.err
+    assert "error:" not in captured.err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    import offsite
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"offsite {offsite.__version__}\n"

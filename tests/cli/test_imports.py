@@ -1,0 +1,42 @@
+"""What a command imports decides how fast it answers; checked in fresh processes, by module and not by the clock."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiny import tiny_base, tiny_bundle, tiny_parties
+
+HEAVY = {"torch", "transformers", "peft", "accelerate"}
+_RUN = """
+import sys
+from offsite.cli import main
+code = main(sys.argv[1:])
+print(*sorted({name.partition(".")[0] for name in sys.modules}))
+sys.exit(code)
+"""
+
+
+def modules_after(*words: object) -> set[str]:
+    command = [sys.executable, "-c", _RUN, *(str(word) for word in words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_help_imports_nothing_heavy() -> None:
+    assert not (HEAVY | {"numpy", "pydantic", "cryptography"}) & modules_after("--help")
+
+
+@pytest.mark.parametrize("verb", ["pack", "tune", "eval", "demo"])
+def test_help_of_a_verb_imports_no_torch(verb: str) -> None:
+    assert not (HEAVY | {"cryptography"}) & modules_after(verb, "--help")
+
+
+def test_verify_and_inspect_import_no_torch(tmp_path: Path) -> None:
+    parties = tiny_parties(tmp_path)
+    bundle = tiny_bundle(tiny_base(tmp_path / "base"), tmp_path / "bundle", parties)
+    for verb in ("verify", "inspect"):
+        loaded = modules_after(verb, bundle.folder, "--home", parties.data_owner.folder)
+        assert not HEAVY & loaded
+        assert "cryptography" in loaded  # it did verify

@@ -1,0 +1,106 @@
+import json
+import math
+import sys
+
+import pytest
+
+from offsite.cli import terminal
+from offsite.core.progress import Event
+
+
+def test_plain_lines_come_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    advance = terminal.lines(lambda: now)
+    for step in range(101):
+        advance(Event("train", step, 100, {"loss": 1.5}))
+        now += 0.5  # a tenth of the work takes 5 s
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "offsite: train 0/100  loss 1.5".replace("  ", " ")
+    assert lines[-1].startswith("offsite: train 100/100")
+    assert len(lines) == 11
+
+
+def test_slow_work_says_something_every_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    advance = terminal.lines(lambda: now)
+    for step in range(10):
+        advance(Event("train", step, 1000))
+        now += 6
+    assert len(capsys.readouterr().err.splitlines()) == 5
+
+
+def test_fast_work_says_little(capsys: pytest.CaptureFixture[str]) -> None:
+    advance = terminal.lines(lambda: 0.0)
+    for step in range(1001):
+        advance(Event("hash", step, 1000))
+    assert capsys.readouterr().err.splitlines() == ["offsite: hash 0/1000", "offsite: hash 1000/1000"]
+
+
+def test_work_of_unknown_length(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.lines(lambda: 0.0)(Event("reading", 0))
+    assert capsys.readouterr().err == "offsite: reading\n"
+
+
+def test_not_a_terminal_means_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal.showing_progress() as progress:
+        progress(Event("pack", 1, 2))
+    terminal.hint("nobody looks")
+    captured = capsys.readouterr()
+    assert captured.err == "offsite: pack 1/2\n"
+    assert captured.out == ""
+
+
+def test_bars_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with terminal.showing_progress() as progress:
+        progress(Event("reading", 0))
+        progress(Event("train", 1, 2, {"loss": 1.25, "note": "[bold]x"}))
+        progress(Event("train", 2, 2, {"loss": 1.25, "note": "[bold]x"}))
+    terminal.hint("do this next")
+    err = capsys.readouterr().err
+    assert "reading" in err
+    assert "2/2" in err
+    assert "loss 1.25" in err
+    assert "[bold]x" in err  # facts are text, not markup
+    assert "offsite: do this next" in err
+
+
+def test_a_result_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.show(
+        {
+            "kind": "bundle",
+            "bytes": 3 * 2**20,
+            "verified": False,
+            "reasons": ["one", "two"],
+            "may_come_back": {"blocks": [0, 1], "max_rank": 1024},
+            "lora": None,
+            "nothing": [],
+            "files": {"generation_config.json": 1},
+            "loss": 1.23456,
+            "samples": [{"prompt": "p", "answer": "a"}],
+            "many": [str(i) for i in range(20)],
+        }
+    )
+    out = capsys.readouterr().out
+    lines = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in out.splitlines()}
+    assert lines["bytes"] == "3,145,728 (3.0 MiB)"
+    assert lines["verified"] == "no"
+    assert lines["may come back.blocks"] == "0, 1"
+    assert lines["may come back.max_rank"] == "1,024"
+    assert lines["loss"] == "1.235"
+    assert lines["samples.prompt"] == "p"
+    assert lines["many"] == "and 8 more"
+    assert out.count("reasons") == 2
+    assert lines["files.generation_config.json"] == "1"
+    assert not {"lora", "nothing"} & set(lines)
+
+
+def test_json_is_strict() -> None:
+    value = {"perplexity": math.inf, "rows": [{"loss": math.nan}, (1.5, True)], "name": "x"}
+    assert json.loads(terminal.render_json(value)) == {
+        "perplexity": None,
+        "rows": [{"loss": None}, [1.5, True]],
+        "name": "x",
+    }

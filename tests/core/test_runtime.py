@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from offsite.core.runtime import runtime, seeded
+from offsite.errors import UsageError
+
+
+def test_explicit_choices_are_kept():
+    resolved = runtime("cpu", "fp32", threads=1)
+    assert resolved.device == torch.device("cpu")
+    assert resolved.dtype is torch.float32
+    assert torch.get_num_threads() == 1
+    assert runtime("cpu", "bf16", threads=1).dtype is torch.bfloat16
+
+
+def test_auto_looks_at_what_the_processor_can_do(monkeypatch):
+    for able, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda able=able: able)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        assert runtime("cpu", "auto", threads=1).dtype is expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(UsageError, match="cuda:3") as caught:
+        runtime("cuda:3", threads=1)
+    assert "cpu" in str(caught.value)
+
+
+def test_seeding_leaves_the_callers_random_state_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    with seeded(1, torch.device("cpu")):
+        first = torch.rand(3)
+    assert torch.equal(torch.rand(2), expected)
+    with seeded(1, torch.device("cpu")):
+        assert torch.equal(torch.rand(3), first)

@@ -1,0 +1,109 @@
+"""What the owner remembers."""
+
+import sqlite3
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from artifacts import lora_return, packed
+from offsite.config import PackSpec
+from offsite.errors import OffsiteError, StorageError
+from offsite.exchange.artifacts import PlugIn
+from offsite.exchange.manifest import PlugInManifest
+from offsite.model_owner.ledger import Ledger
+from tiny import Parties
+
+MakeBase = Callable[..., Path]
+
+
+def test_states(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
+    bundle = packed(base_of(), tmp_path / "bundle", parties, keep=1)
+    returned = lora_return(bundle, tmp_path / "return", parties.data_owner)
+    ledger = Ledger(parties.owner.ledger)
+
+    def state() -> str:
+        issued = ledger.issued(bundle.digest)
+        assert issued is not None
+        return issued.state
+
+    assert state() == "issued"
+    ledger.record_intake(returned.digest, bundle.digest, ["changed bytes"])
+    assert state() == "issued"
+    ledger.record_intake(returned.digest, bundle.digest)
+    assert state() == "returned"
+    manifest = PlugInManifest(
+        kind="plug-in", format=1, requires=(), files=(), form="adapter", architecture="llama",
+        base=bundle.manifest.base, bundle=bundle.digest, returned=returned.digest, issuer=bundle.manifest.issuer,
+    )  # fmt: skip
+    made = PlugIn(tmp_path / "plugged", manifest, "0" * 64)
+    with pytest.raises(ZeroDivisionError), ledger.recording_plug_in(made):
+        _ = 1 / 0
+    assert state() == "returned"
+    assert ledger.plugged_in(returned) == []
+    with ledger.recording_plug_in(made):
+        pass
+    assert state() == "plugged in"
+    assert len(ledger.plugged_in(returned)) == 1
+    ledger.record_intake(returned.digest, bundle.digest)
+    assert state() == "plugged in"
+    assert [s for s, _ in ledger.intakes(returned.digest)] == ["refused", "accepted", "accepted"]
+    assert ledger.intakes(returned.digest)[0] == ("refused", ["changed bytes"])
+
+
+def test_unknown_digests(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "home" / "ledger.sqlite")
+    assert ledger.issued("0" * 64) is None
+    assert ledger.intakes("0" * 64) == []
+    assert ledger.path.stat().st_mode & 0o077 == 0
+
+
+def test_bundle_packed_twice_within_a_second(
+    base_of: MakeBase, parties: Parties, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = packed(base_of(), tmp_path / "bundle", parties, keep=1)
+    ledger = Ledger(parties.owner.ledger)
+    ledger.record_issue(bundle, "hospital", (0, 1, 4), PackSpec())
+    issued = ledger.issued(bundle.digest)
+    assert issued is not None
+    assert issued.kept == (0, 1, 4)
+
+
+def test_what_is_written_about_a_bundle(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
+    packed(base_of(), tmp_path / "bundle", parties, keep=2)
+    with sqlite3.connect(parties.owner.ledger) as db:
+        [(name, kept, settings)] = db.execute("SELECT recipient_name, kept, settings FROM bundles").fetchall()
+    db.close()
+    assert (name, kept) == ("hospital", "[0, 1, 3, 4]")
+    assert PackSpec.model_validate_json(settings).keep == 2
+
+
+def test_ledger_with_another_document(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
+    bundle = packed(base_of(), tmp_path / "bundle", parties, keep=1)
+    returned = lora_return(bundle, tmp_path / "return", parties.data_owner)
+    with sqlite3.connect(parties.owner.ledger) as db:
+        db.execute("UPDATE bundles SET manifest = ?", ((returned.folder / "offsite.json").read_bytes(),))
+    db.close()
+    with pytest.raises(StorageError, match="another kind of document"):
+        Ledger(parties.owner.ledger).issued(bundle.digest)
+
+
+def test_ledger_that_cannot_be_opened(tmp_path: Path) -> None:
+    (tmp_path / "ledger.sqlite").mkdir()
+    with pytest.raises(StorageError, match="cannot use the ledger") as caught:
+        Ledger(tmp_path / "ledger.sqlite").issued("0" * 64)
+    assert isinstance(caught.value, OffsiteError)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError):
+        Ledger(tmp_path / "file" / "ledger.sqlite").issued("0" * 64)
+
+
+def test_two_at_once(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    workers = [threading.Thread(target=lambda i=i: ledger.record_intake(f"{i:064}", None, ["no"])) for i in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(ledger.intakes(f"{i:064}") == [("refused", ["no"])] for i in range(8))

@@ -1,0 +1,192 @@
+"""Refit against an oracle that solves the same least squares from a whole transformers model's activations."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from artifacts import packed
+from offsite.core.architectures import ARCHITECTURES
+from offsite.core.checkpoint import copied, open_checkpoint, read_float32, write_checkpoint
+from offsite.core.load import load_model
+from offsite.errors import DataError, IncompatibleError
+from offsite.exchange.artifacts import Base
+from offsite.model_owner import base_model
+from offsite.model_owner.base_model import open_base
+from offsite.model_owner.compress.calibration import calibration_batches
+from offsite.model_owner.compress.refit import USUAL_RIDGE
+from tiny import FAMILIES, TEXT, Family, tiny_base, tiny_parties
+
+CPU = torch.device("cpu")
+BLOCKS = 8
+KEPT = (1, 3, 6)  # what uniform selection keeps of the middle 1..6
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "calibration.txt"
+    words = " ".join(TEXT).split()
+    file.write_text("\n\n".join(" ".join(words[i % 40 :] + words[: i % 7]) for i in range(120)))
+    return file
+
+
+def pack_refitted(base: Path, tmp_path: Path, text: Path, tokens: int, **settings: object) -> Path:
+    options = {"keep": 3, "heal": "refit", "calibration": text, "calibration_tokens": tokens, "compute": "fp32"}
+    return packed(base, tmp_path / "bundle", tiny_parties(tmp_path), **{**options, **settings}).folder
+
+
+def hidden_states(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What enters each block, and what leaves the last (before the final norm)."""
+    model = load_model(folder, dtype=torch.float32, device=CPU)
+    row = ARCHITECTURES[model.config.model_type]
+    seen: list[torch.Tensor] = []
+    blocks = model.get_submodule(row.blocks)
+    blocks[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    for block in blocks:
+        block.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    return tuple(seen)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_solved_weights_are_the_ridge_solution_on_the_emulators_own_activations(
+    family: Family, tmp_path: Path, text: Path
+) -> None:
+    base = tiny_base(tmp_path / "base", family, BLOCKS)
+    row = ARCHITECTURES[family]
+    (ids,) = calibration_batches(open_base(Base(base)), text, 8 * 64)  # one batch, so the ridge is the usual one
+    bundle = pack_refitted(base, tmp_path, text, 8 * 64)
+    targets = hidden_states(base, ids)
+    own = open_checkpoint(base).tensors
+    emulator = load_model(bundle, dtype=torch.float32, device=CPU)
+    for place, (kept, following) in enumerate(zip(KEPT, (*KEPT[1:], 7), strict=True), start=1):
+        linear = emulator.get_submodule(row.in_block(place, row.mlp_out))
+        solved = linear.weight.detach().clone() if row.transposed else linear.weight.detach().T.clone()  # (F, H)
+        old = torch.from_numpy(read_float32(own[row.in_block(kept, f"{row.mlp_out}.weight")]))
+        old = old if row.transposed else old.T
+        features, after = run_to(emulator, row.in_block(place, ""), row.mlp_out, ids)
+        biased = f"{row.mlp_out}.bias" in {path for name in own if (path := name.partition(f".{kept}.")[2])}
+        if biased:
+            old_bias = torch.from_numpy(read_float32(own[row.in_block(kept, f"{row.mlp_out}.bias")]))
+            old = torch.cat([old, old_bias[None]])
+            solved = torch.cat([solved, linear.bias.detach()[None]])
+            features = torch.cat([features, torch.ones(len(features), 1)], dim=1)
+        target = targets[following].flatten(0, 1)
+        before = after - features @ solved + features @ old  # what the old weights would have given
+        root = target.norm(dim=1, keepdim=True).rsqrt().double()
+        left, right = features.double() * root, (target - before).double() * root
+        penalty = USUAL_RIDGE * left.square().sum(0).mean()
+        stacked = torch.cat([left, penalty.sqrt() * torch.eye(left.shape[1], dtype=torch.float64)])
+        change = torch.linalg.lstsq(stacked, torch.cat([right, torch.zeros(left.shape[1], right.shape[1])])).solution
+        assert change.abs().max() > 1e-3  # there was something to heal
+        torch.testing.assert_close(solved, (old.double() + change).float(), atol=2e-4, rtol=2e-3)
+
+
+def run_to(model: torch.nn.Module, block: str, linear: str, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What enters a linear map of a block and what leaves the block, tokens in rows."""
+    seen: dict[str, torch.Tensor] = {}
+    module = model.get_submodule(block.rstrip("."))
+    hooks = [
+        module.get_submodule(linear).register_forward_pre_hook(lambda _, a: seen.update(features=a[0].flatten(0, -2))),
+        module.register_forward_hook(
+            lambda _, __, out: seen.update(after=(out[0] if isinstance(out, tuple) else out).flatten(0, 1))
+        ),
+    ]
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen["features"], seen["after"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_refit_brings_the_emulator_closer_to_the_base_on_text_it_has_not_seen(
+    family: Family, tmp_path: Path, text: Path
+) -> None:
+    base = tiny_base(tmp_path / "base", family, BLOCKS)
+    healed = pack_refitted(base, tmp_path, text, 16 * 8 * 64)
+    plain = packed(base, tmp_path / "plain", tiny_parties(tmp_path / "others"), keep=3).folder
+    ids = torch.tensor([[1, *range(60, 120)], [1, *range(30, 90)]])
+    target = hidden_states(base, ids)[7]
+    error = {folder: float((hidden_states(folder, ids)[4] - target).square().mean()) for folder in (healed, plain)}
+    assert error[healed] < 0.9 * error[plain]
+
+
+def test_a_dropped_block_that_does_nothing_leaves_nothing_to_heal(tmp_path: Path, text: Path) -> None:
+    base = tiny_base(tmp_path / "base", "llama", BLOCKS)
+    idle = {ARCHITECTURES["llama"].in_block(i, p) for i in range(1, 7) if i not in KEPT for p in
+            ("self_attn.o_proj.weight", "mlp.down_proj.weight")}  # fmt: skip
+    tensors = [
+        replace(copied(t), chunks=lambda t=t: [bytes(t.size)]) if t.name in idle else copied(t)
+        for t in open_checkpoint(base).tensors.values()
+    ]
+    (tmp_path / "idle").mkdir()
+    write_checkpoint(tmp_path / "idle", tensors)
+    for file in base.iterdir():
+        if file.suffix == ".json":
+            (tmp_path / "idle" / file.name).write_bytes(file.read_bytes())
+    bundle = pack_refitted(tmp_path / "idle", tmp_path, text, 8 * 64)
+    held, own = open_checkpoint(bundle).tensors, open_checkpoint(base).tensors
+    for place, kept in enumerate(KEPT, start=1):
+        solved = read_float32(held[f"model.layers.{place}.mlp.down_proj.weight"])
+        old = read_float32(own[f"model.layers.{kept}.mlp.down_proj.weight"])
+        assert abs(solved - old).max() < 1e-5
+
+
+def test_only_the_output_projections_of_kept_blocks_differ_from_the_base(tmp_path: Path, text: Path) -> None:
+    base = tiny_base(tmp_path / "base", "llama", BLOCKS)
+    bundle = pack_refitted(base, tmp_path, text, 8 * 64)
+    held, own = open_checkpoint(bundle).tensors, open_checkpoint(base).tensors
+    kept = (0, *KEPT, 7)
+    changed = {
+        name
+        for name, tensor in held.items()
+        if not (read_float32(tensor) == read_float32(own[renumbered(name, kept)])).all()
+    }
+    assert changed == {f"model.layers.{place}.mlp.down_proj.weight" for place in (1, 2, 3)}
+
+
+def renumbered(name: str, kept: tuple[int, ...]) -> str:
+    place = ARCHITECTURES["llama"].block_of(name)
+    return ARCHITECTURES["llama"].in_block(kept[place[0]], place[1]) if place else name
+
+
+def test_a_family_whose_residual_is_not_linear_is_refused(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base(tmp_path / "base", "llama", BLOCKS)
+    curved = replace(ARCHITECTURES["llama"], linear_residual=False)
+    monkeypatch.setattr(base_model, "architecture_of", lambda config: curved)
+    with pytest.raises(IncompatibleError, match="linear"):
+        pack_refitted(base, tmp_path, text, 8 * 64)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_too_little_calibration_text_is_refused(tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    with pytest.raises(DataError, match="tokens, expected at least 63"):
+        pack_refitted(tiny_base(tmp_path / "base", "llama", BLOCKS), tmp_path, short, 8 * 64)
+
+
+def test_calibration_rows_may_be_jsonl(tmp_path: Path) -> None:
+    base = open_base(Base(tiny_base(tmp_path / "base")))
+    rows = [{"text": "a b c " * 40}, {"prompt": "d e f " * 40, "completion": "g h " * 40}]
+    file, plain = tmp_path / "rows.jsonl", tmp_path / "plain.txt"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    plain.write_text("a b c " * 40 + "\n\n" + "d e f " * 40 + "g h " * 40)
+    assert torch.equal(calibration_batches(base, file, 256)[0], calibration_batches(base, plain, 256)[0])
+    file.write_text('{"text": "fine"}\n{"other": 1}\n')
+    with pytest.raises(DataError, match="line 2"):
+        calibration_batches(base, file, 256)
+
+
+def test_every_calibration_sequence_starts_with_one_bos(tmp_path: Path, text: Path) -> None:
+    base = open_base(Base(tiny_base(tmp_path / "base")))
+    (ids,) = calibration_batches(base, text, 4 * 64)
+    assert ids.shape == (4, 64)
+    assert (ids[:, 0] == base.config["bos_token_id"]).all()
+    assert not (ids[:, 1:] == base.config["bos_token_id"]).any()

@@ -1,0 +1,127 @@
+"""The whole protocol through the public stages, both methods, both families; what is handed over is a folder."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+import offsite
+from offsite import Base, EvalSpec, PackSpec, PlugInSpec, TuneSpec
+from offsite.errors import PolicyError
+from offsite.exchange.manifest import MANIFEST
+from offsite.model_owner.ledger import Ledger
+from tiny import FAMILIES, Family, tiny_base, tiny_parties, tiny_rows
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+EXACT = EvalSpec(compute="fp32", device="cpu", threads=1)
+
+
+def tuning(method: Literal["lora", "full"], **settings: Any) -> TuneSpec:
+    return TuneSpec.model_validate(
+        {
+            "method": method,
+            "rank": 4,
+            "lr": 3e-3,
+            "max_steps": 6,
+            "batch_size": 4,
+            "compute": "fp32",
+            "device": "cpu",
+            "threads": 1,
+            "max_length": 64,
+            **settings,
+        }
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_chain(tmp_path: Path, family: Family, method: Literal["lora", "full"]) -> None:
+    parties = tiny_parties(tmp_path)
+    base = Base(tiny_base(tmp_path / "base", family, 5))
+    rows = tiny_rows(tmp_path / "rows.jsonl", 12)
+    spec = PackSpec(bottom=1, top=1, keep=1, heal="none", dtype="fp32", max_rank=4)
+    bundle = offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)
+
+    assert offsite.verify_bundle(tmp_path / "bundle", parties.data_owner) == bundle
+    returned = offsite.tune(tmp_path / "bundle", rows, tmp_path / "return", tuning(method), parties.data_owner)
+    assert offsite.verify_return(tmp_path / "return", parties.data_owner, bundle.manifest) == returned
+
+    made = offsite.plug_in(base, tmp_path / "return", tmp_path / "plugged", PlugInSpec(), parties.owner)
+    assert offsite.verify(tmp_path / "plugged", parties.owner) == made
+    assert (made.manifest.bundle, made.manifest.returned) == (bundle.digest, returned.digest)
+    assert made.manifest.form == ("adapter" if method == "lora" else "merged")
+    adapter = made.folder if method == "lora" else None
+    model = base.folder if method == "lora" else made.folder
+    plugged = offsite.evaluate(model, rows, EXACT, adapter=adapter)
+    zero_shot = offsite.evaluate(base.folder, rows, EXACT)
+    assert plugged.tokens == zero_shot.tokens > 0
+    assert plugged.loss != zero_shot.loss
+
+    with pytest.raises(PolicyError, match="was plugged in before"):
+        offsite.plug_in(base, tmp_path / "return", tmp_path / "twice", PlugInSpec(), parties.owner)
+    with pytest.raises(PolicyError, match="would refuse this tuning"):
+        refused = tuning("lora", rank=5)
+        offsite.tune(tmp_path / "bundle", rows, tmp_path / "refused", refused, parties.data_owner)
+    issued = Ledger(parties.owner.ledger).issued(bundle.digest)
+    assert issued is not None
+    assert (issued.state, issued.kept) == ("plugged in", (0, 1, 4))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_nothing_compressed_means_nothing_lost(tmp_path: Path, family: Family, method: Literal["lora", "full"]) -> None:
+    """The data owner's tuned emulator and the owner's plug-in are then the same model: every view scores alike."""
+    parties = tiny_parties(tmp_path)
+    base = Base(tiny_base(tmp_path / "base", family, 4))
+    rows = tiny_rows(tmp_path / "rows.jsonl", 12)
+    spec = PackSpec(bottom=1, top=1, keep=2, heal="refit", dtype="fp32", max_rank=4)  # nothing to heal
+    offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)
+    returned = offsite.tune(tmp_path / "bundle", rows, tmp_path / "return", tuning(method), parties.data_owner)
+    merged = offsite.plug_in(base, returned.folder, tmp_path / "merged", PlugInSpec(as_="merged"), parties.owner)
+    losses = {
+        "zero-shot": offsite.evaluate(base.folder, rows, EXACT).loss,
+        "merged": offsite.evaluate(merged.folder, rows, EXACT).loss,
+        "the data owner's view": offsite.evaluate(tmp_path / "bundle", rows, EXACT, adapter=returned.folder).loss,
+    }
+    if method == "lora":
+        adapter = offsite.plug_in(base, returned.folder, tmp_path / "adapter", PlugInSpec(again=True), parties.owner)
+        losses["adapter"] = offsite.evaluate(base.folder, rows, EXACT, adapter=adapter.folder).loss
+    expected = losses["merged"]
+    for name in set(losses) - {"zero-shot"}:
+        assert losses[name] == pytest.approx(expected, abs=1e-5), losses
+    assert expected < losses["zero-shot"] - 1e-3
+
+
+def test_untuned_is_untouched(tmp_path: Path) -> None:
+    """A step of size next to nothing: the merged model is the base but for that step."""
+    parties = tiny_parties(tmp_path)
+    base = Base(tiny_base(tmp_path / "base", "llama", 4, dtype="bf16"))
+    rows = tiny_rows(tmp_path / "rows.jsonl", 4)
+    spec = PackSpec(bottom=1, top=1, keep=1, heal="none", dtype="bf16")
+    offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)
+    tiny_step = tuning("full", lr=1e-12, max_steps=1)
+    returned = offsite.tune(tmp_path / "bundle", rows, tmp_path / "return", tiny_step, parties.data_owner)
+    merged = offsite.plug_in(base, returned.folder, tmp_path / "merged", PlugInSpec(), parties.owner)
+    ours, theirs = (folder / "model.safetensors" for folder in (merged.folder, base.folder))
+    from safetensors.torch import load_file
+
+    before = load_file(theirs)
+    assert all(bool((tensor == before[name]).all()) for name, tensor in load_file(ours).items())
+
+
+def test_a_return_tells_nothing_by_accident(tmp_path: Path) -> None:
+    parties = tiny_parties(tmp_path)
+    base = Base(tiny_base(tmp_path / "base", "llama", 4))
+    rows = tiny_rows(tmp_path / "SECRET-rows.jsonl", 12)
+    offsite.pack(base, tmp_path / "bundle", "hospital", PackSpec(bottom=1, top=1, keep=1, heal="none"), parties.owner)
+    offsite.tune(tmp_path / "bundle", rows, tmp_path / "return", tuning("lora"), parties.data_owner, eval_data=rows)
+    assert {p.name for p in (tmp_path / "return").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", MANIFEST, f"{MANIFEST}.sig",
+    }  # fmt: skip
+    for file in (tmp_path / "return").iterdir():
+        content = file.read_bytes()
+        for word in (b"SECRET", b"hospital", b"acme", b"rows", b"loss", str(tmp_path).encode()):
+            assert word not in content, (file.name, word)
+    manifest = json.loads((tmp_path / "return" / MANIFEST).read_text())
+    assert set(manifest["lora"]) == {"rank", "alpha", "targets"}

@@ -1,0 +1,116 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from offsite.config import TABLES, EvalSpec, ImportSpec, PackSpec, PlugInSpec, Spec, TuneSpec, load_spec
+from offsite.errors import UsageError
+
+
+def toml(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "settings.toml"
+    file.write_text(text)
+    return file
+
+
+def test_defaults() -> None:
+    assert load_spec(PackSpec, {}) == PackSpec()
+    assert PackSpec().methods == ("lora", "full")
+    for spec in TABLES.values():
+        assert load_spec(spec, {}) == spec()
+
+
+def test_given_over_file_over_default(tmp_path: Path) -> None:
+    file = toml(tmp_path, '[pack]\nbottom = 3\ntop = 4\nheal = "none"\n[tune]\nrank = 2\n')
+    spec = load_spec(PackSpec, {"bottom": 5, "top": None, "keep": None}, file)
+    assert (spec.bottom, spec.top, spec.keep, spec.heal) == (5, 4, PackSpec().keep, "none")
+    assert load_spec(TuneSpec, {}, file).rank == 2
+    assert load_spec(EvalSpec, {}, file) == EvalSpec()
+
+
+def test_table_with_a_dash_and_key_that_is_a_keyword(tmp_path: Path) -> None:
+    file = toml(tmp_path, '[plug-in]\nas = "merged"\nagain = true\n')
+    assert load_spec(PlugInSpec, {}, file) == PlugInSpec(as_="merged", again=True)
+    assert load_spec(PlugInSpec, {"as": "adapter"}, file).as_ == "adapter"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[pack]\nbotom = 3\n", "botom"),
+        ("[tune]\nbotom = 3\n", "botom"),  # also in another stage's table
+        ("[packing]\nbottom = 3\n", "packing"),
+        ("bottom = 3\n", "bottom"),
+        ("pack = 3\n", "pack"),
+        ("[pack\n", "cannot read"),
+        ("[pack]\nbottom = 'x'\n", "bottom"),
+        ("[pack]\nbottom = -1\n", "bottom"),
+        ("[pack]\nkeep = 0\n", "keep"),
+        ("[pack]\nbottom = 0\ntop = 0\n", "nothing would train"),
+        ("[pack]\nmethods = []\n", "methods"),
+        ("[pack]\nselect = 'best'\n", "select"),
+    ],
+)
+def test_what_is_wrong_in_a_file(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_spec(PackSpec, {}, toml(tmp_path, text))
+    assert says in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot read the settings file"):
+        load_spec(PackSpec, {}, tmp_path / "nothing.toml")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="cannot read the settings file"):
+        load_spec(PackSpec, {}, tmp_path / "binary")
+
+
+def test_every_mistake_at_once() -> None:
+    with pytest.raises(UsageError) as caught:
+        load_spec(TuneSpec, {"rank": 0, "lr": -1.0, "method": "dora", "unknown": 1})
+    assert sorted(reason.split(":")[0] for reason in caught.value.reasons) == ["lr", "method", "rank", "unknown"]
+    assert "found 0" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_are_finite(value: float) -> None:
+    with pytest.raises(UsageError):
+        load_spec(TuneSpec, {"lr": value})
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto", "cuda", "cuda:1", "mps", "xpu"])
+def test_devices(device: str) -> None:
+    assert TuneSpec(device=device).device == device
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cpu:0", "", "cuda:x", "cpu\n"])
+def test_devices_that_are_none(device: str) -> None:
+    with pytest.raises(ValidationError):
+        TuneSpec(device=device)
+
+
+@pytest.mark.parametrize("kind", [ImportSpec, PackSpec, TuneSpec, PlugInSpec, EvalSpec])
+def test_specs_are_frozen_strict_and_described(kind: type[Spec]) -> None:
+    spec = kind()
+    with pytest.raises(ValidationError):
+        kind.model_validate({"no_such_setting": 1})
+    for name, field in kind.model_fields.items():
+        assert field.description, f"{kind.__name__}.{name} is not described"
+        with pytest.raises(ValidationError):
+            setattr(spec, name, None)
+    assert kind.model_validate(json.loads(spec.model_dump_json(by_alias=True))) == spec
+
+
+def test_a_strangers_keys_are_printable() -> None:
+    with pytest.raises(UsageError) as caught:
+        load_spec(PackSpec, {"\x1b[2J": 1, "x" * 500: "y" * 500})
+    assert all(reason.isprintable() and len(reason) < 300 for reason in caught.value.reasons)
+
+
+def test_every_table_has_a_spec() -> None:
+    tables: dict[str, Any] = dict(TABLES)
+    assert set(tables) >= {"import", "pack", "tune", "plug-in", "eval"}
+    assert all(issubclass(spec, Spec) for spec in tables.values())

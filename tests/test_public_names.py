@@ -1,0 +1,36 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import offsite
+
+
+def test_all_names_are_there_and_resolve() -> None:
+    for name in offsite.__all__:
+        assert getattr(offsite, name) is not None
+    assert set(offsite.__all__) <= set(dir(offsite))
+
+
+def test_the_three_lists_of_names_agree() -> None:
+    """__all__, the table of modules, and the block that type checkers read."""
+    tree = ast.parse(Path(offsite.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    typed = {
+        (alias.name, node.module) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert typed == set(offsite._MODULE_OF.items())
+    assert set(offsite.__all__) == {name for name, _ in typed} | {"__version__"}
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        offsite.nothing  # noqa: B018
+
+
+def test_importing_offsite_imports_nothing_heavy() -> None:
+    code = "import sys, offsite; offsite.OffsiteError; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "transformers", "peft", "pydantic", "rich", "typer"} & set(loaded)

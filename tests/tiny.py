@@ -1,0 +1,262 @@
+"""Tiny random models, tokenizers, data and parties, made offline in a moment; every test builds on these.
+
+A tiny base is an ordinary Hugging Face folder: config.json, model.safetensors, tokenizer files. Its weights are drawn
+with a large spread, norms and biases included, so that no mistake hides behind a zero, a one or uniform logits.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from offsite.core.architectures import ARCHITECTURES, Architecture, architecture_of
+from offsite.core.checkpoint import NewTensor, copied, open_checkpoint, write_checkpoint
+from offsite.core.storage import Written, staged_folder, write_stream
+from offsite.exchange.artifacts import Bundle
+from offsite.exchange.contents import TOKENIZER_CONFIG, cleaned, tokenizer_digest
+from offsite.exchange.home import Home
+from offsite.exchange.manifest import BundleManifest, Split, TensorEntry
+from offsite.exchange.pack import file_entries, seal
+
+Family = Literal["llama", "gpt2"]
+FAMILIES: tuple[Family, ...] = ("llama", "gpt2")
+
+TEXT = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Two parties who do not trust each other tune one model.",
+    "The bundle goes out, the return comes back, and neither shows its secrets.",
+    "def add(left, right): return left + right",
+    "A model owner keeps the weights; a data owner keeps the rows.",
+)
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+
+
+def tiny_tokenizer(
+    folder: Path, *, pad: Literal["own", "eos"] = "own", bos: bool = True, adds_bos: bool = True
+) -> Path:
+    """Save a byte-level BPE tokenizer of about 320 tokens.
+
+    Args:
+        folder: where it goes; made if need be.
+        pad: a padding token of its own, or the end token in its place, as SmolLM2 has it.
+        bos: whether there is a beginning token at all.
+        adds_bos: whether the tokenizer puts it in front by itself when asked for special tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [token for token, wanted in ((PAD, pad == "own"), (BOS, bos), (EOS, True)) if wanted]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    if bos and adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {"eos_token": EOS, "pad_token": PAD if pad == "own" else EOS} | ({"bos_token": BOS} if bos else {})
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return folder
+
+
+def tiny_base(
+    folder: Path,
+    family: Family = "llama",
+    blocks: int = 6,
+    *,
+    tied: bool | None = None,
+    kv_heads: int = 2,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    pad: Literal["own", "eos"] = "own",
+    bos: bool = True,
+    adds_bos: bool = True,
+    seed: int = 0,
+    **config: Any,
+) -> Path:
+    """Save a tiny random model with its tokenizer; hidden size 32, 4 heads, 64 positions.
+
+    Args:
+        folder: where it goes.
+        family: a row of the table of architectures.
+        blocks: how many.
+        tied: whether the head is the input embedding; None takes what published models of the family do (both: tied).
+        kv_heads: Llama's key and value heads: 4 is plain attention, 2 or 1 is grouped (GPT-2 has no such setting).
+        dtype: of the stored weights.
+        pad, bos, adds_bos: see `tiny_tokenizer`.
+        seed: of the weights.
+        config: further settings of the family's config, over ours.
+
+    Returns:
+        The folder.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tiny_tokenizer(folder, pad=pad, bos=bos, adds_bos=adds_bos)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": True if tied is None else tied,
+        **_SETTINGS[family](blocks, kv_heads),
+        **config,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:  # norms and biases: away from one and zero
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(torch.bfloat16 if dtype == "bf16" else torch.float32).save_pretrained(folder)
+    return folder
+
+
+_SETTINGS = {
+    "llama": lambda blocks, kv_heads: {
+        "num_hidden_layers": blocks,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.15,
+    },
+    "gpt2": lambda blocks, kv_heads: {
+        "n_layer": blocks,
+        "n_embd": 32,
+        "n_head": 4,
+        "n_positions": 64,
+        "initializer_range": 0.15,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Parties:
+    """Two homes that trust each other: the model owner "acme" and the data owner "hospital"."""
+
+    owner: Home
+    data_owner: Home
+
+
+def tiny_parties(folder: Path) -> Parties:
+    """Make both homes under `folder`, each with a key and with the other's key trusted."""
+    parties = Parties(Home(folder / "acme-home"), Home(folder / "hospital-home"))
+    acme = parties.owner.create_identity("acme")
+    hospital = parties.data_owner.create_identity("hospital")
+    parties.owner.trust("hospital", hospital.public_key)
+    parties.data_owner.trust("acme", acme.public_key)
+    return parties
+
+
+def tiny_bundle(
+    base: Path,
+    out: Path,
+    parties: Parties,
+    *,
+    bottom: int = 1,
+    top: int = 1,
+    keep: int | None = None,
+    methods: tuple[Literal["lora", "full"], ...] = ("lora", "full"),
+    max_rank: int = 64,
+    dtype: Literal["F32", "BF16"] = "F32",
+) -> Bundle:
+    """Sign a bundle by hand, as model_owner.pack would by plain drop: the first `keep` blocks of the middle stay.
+
+    `keep` None keeps all of the middle, so the bundle computes what the base does.
+    """
+    config = json.loads((base / "config.json").read_text())
+    row = architecture_of(config)
+    count = row.block_count(config)
+    middle = count - bottom - top
+    kept = middle if keep is None else keep
+    stays = [*range(bottom + kept), *range(count - top, count)]
+    split = Split(bottom=bottom, emulator=kept, top=top)
+    tensors = list(_renumbered(base, row, stays, dtype))
+    returnable = {
+        tensor.name: tensor
+        for tensor in tensors
+        if (place := row.block_of(tensor.name)) is not None and place[0] in split.trained
+    }
+    targets = {
+        row.in_block(index, path): _in_out(returnable[row.in_block(index, f"{path}.weight")].shape, row)
+        for index in split.trained
+        for path in row.linears
+    }
+    with staged_folder(out) as staging:
+        written = _copy_settings(base, staging, config, row, split.blocks) + write_checkpoint(staging, tensors)
+        manifest = BundleManifest(
+            format=1,
+            requires=(),
+            files=file_entries(written),
+            kind="bundle",
+            issued_at="2026-01-01T00:00:00Z",
+            issuer=parties.owner.identity().public_key.hex,
+            recipient=parties.data_owner.identity().public_key.hex,
+            base="0" * 64,
+            tokenizer=tokenizer_digest(file_entries(written)),
+            architecture=row.model_type,
+            split=split,
+            methods=methods,
+            max_rank=max_rank,
+            tensors={name: TensorEntry(shape=tensor.shape, dtype=dtype) for name, tensor in returnable.items()},
+            lora_targets=targets,
+        )
+        digest = seal(staging, manifest, parties.owner.identity())
+    return Bundle(out, manifest, digest)
+
+
+def _renumbered(base: Path, row: Architecture, stays: Sequence[int], dtype: str) -> Sequence[NewTensor]:
+    tensors = []
+    for tensor in open_checkpoint(base).tensors.values():
+        place = row.block_of(tensor.name)
+        if place is None:
+            tensors.append(copied(tensor, dtype=dtype))
+        elif place[0] in stays:
+            tensors.append(copied(tensor, name=row.in_block(stays.index(place[0]), place[1]), dtype=dtype))
+    return tensors
+
+
+def _in_out(shape: tuple[int, ...], row: Architecture) -> tuple[int, int]:
+    """(in features, out features) of a linear map from its weight's shape."""
+    return (shape[0], shape[1]) if row.transposed else (shape[1], shape[0])
+
+
+def _copy_settings(base: Path, out: Path, config: dict[str, Any], row: Architecture, blocks: int) -> list[Written]:
+    allowed = {key: value for key, value in config.items() if key in row.config_keys}
+    allowed |= {key: blocks for key in row.count_keys if key in config}
+    written = [write_stream(out / "config.json", [json.dumps(allowed, indent=1).encode()])]
+    settings = cleaned(TOKENIZER_CONFIG, json.loads((base / TOKENIZER_CONFIG).read_text()))
+    written.append(write_stream(out / TOKENIZER_CONFIG, [json.dumps(settings).encode()]))
+    written.append(write_stream(out / "tokenizer.json", [(base / "tokenizer.json").read_bytes()]))
+    return written
+
+
+def tiny_rows(file: Path, count: int = 12, *, kind: Literal["prompt", "text"] = "prompt") -> Path:
+    """Write rows of different lengths, all well under 64 tokens, to a JSONL file."""
+    words = " ".join(TEXT).split()
+    rows = []
+    for i in range(count):
+        start, length = (7 * i) % len(words), 3 + (5 * i) % 9
+        picked = words[start : start + length] or words[:length]
+        cut = max(1, len(picked) // 2)
+        prompt, completion = " ".join(picked[:cut]), " " + " ".join(picked[cut:] or ["end"])
+        rows.append({"prompt": prompt, "completion": completion} if kind == "prompt" else {"text": prompt + completion})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+assert set(FAMILIES) <= set(ARCHITECTURES)
