@@ -133,7 +133,7 @@ def test_infinite_number_in_the_config(lab: Lab) -> None:
 
 
 def test_config_over_the_limit(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    from offsite.exchange import verify as module
+    from offsite.exchange import sealed as module
 
     monkeypatch.setattr(module, "_CONFIG_BYTES", 2000)
     with (lab.bundle / "config.json").open("a") as file:

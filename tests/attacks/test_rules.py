@@ -9,7 +9,7 @@ from offsite.exchange import verify as module
 
 RULES = [
     (table, rule.__name__)
-    for table in ("_ENVELOPE_RULES", "_BUNDLE_RULES", "_RETURN_RULES")
+    for table in ("ENVELOPE_RULES", "BUNDLE_RULES", "RETURN_RULES")
     for rule in getattr(module, table)
 ]
 

@@ -151,3 +151,14 @@ def test_settings_of_pack_from_toml(tmp_path: Path, base: Path, parties: Parties
     shown = run(*words, "--config", config, "--keep", 1)
     assert shown["split"] == {"bottom": 1, "emulator": 1, "top": 1}
     assert shown["may_come_back"]["max_rank"] == 3
+
+
+def test_the_owner_verifies_a_return_against_its_ledger(tmp_path: Path, base: Path, parties: Parties, run: Run) -> None:
+    bundle = packed(base, tmp_path / "bundle", parties, max_rank=2)
+    returned = lora_return(bundle, tmp_path / "return", parties.data_owner, rank=4)
+    assert run("verify", returned.folder, "--home", parties.data_owner.folder)["verified"] is True
+    refused = run("verify", returned.folder, "--home", parties.owner.folder, code=5)["error"]
+    assert refused["reasons"] == ["LoRA of rank 4, the bundle permits up to 2"]
+    parties.owner.ledger.unlink()
+    refused = run("verify", returned.folder, "--home", parties.owner.folder, code=3)["error"]
+    assert refused["reasons"] == ["it answers a bundle that this home's ledger never issued"]

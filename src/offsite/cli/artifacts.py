@@ -9,6 +9,7 @@ import typer
 from offsite.cli import flags, terminal
 
 if TYPE_CHECKING:
+    from offsite.exchange.artifacts import Bundle, PlugIn, Return
     from offsite.exchange.home import Home
     from offsite.exchange.manifest import BundleManifest, PlugInManifest, ReturnManifest, TensorEntry
 
@@ -38,9 +39,7 @@ def verify(
     Example:
       offsite verify bundle/
     """
-    from offsite.exchange.verify import verify as verify_stage
-
-    artifact = verify_stage(path, flags.home_of(context, home))
+    artifact = _verified(path, flags.home_of(context, home))
     terminal.show(
         {"kind": artifact.manifest.kind, "path": str(path), "digest": artifact.digest, "verified": True},
         as_json=as_json,
@@ -174,12 +173,24 @@ def _party(key: str, home: "Home") -> dict[str, str | None]:
     return {"name": names.get(key), "key": PublicKey.from_hex(key).fingerprint}
 
 
+def _verified(path: Path, home: "Home") -> "Bundle | Return | PlugIn":
+    """Verify an artifact; a return that is addressed to this party also against the bundle that it answers."""
+    from offsite.exchange.manifest import ReturnManifest
+    from offsite.exchange.verify import read_unverified
+    from offsite.exchange.verify import verify as verify_stage
+    from offsite.model_owner.intake import check_return
+
+    manifest = read_unverified(path)
+    if isinstance(manifest, ReturnManifest) and manifest.recipient == home.identity().public_key.hex:
+        return check_return(path, home)[0]
+    return verify_stage(path, home)
+
+
 def _verdict(path: Path, home: "Home") -> "dict[str, Any]":
     from offsite.errors import OffsiteError
-    from offsite.exchange.verify import verify as verify_stage
 
     try:
-        verify_stage(path, home)
+        _verified(path, home)
     except OffsiteError as error:
         return {"verified": False, "reasons": list(error.reasons) or [error.what]}
     return {"verified": True, "reasons": []}

@@ -23,24 +23,26 @@ def intake(path: Path, home: Home) -> tuple[Return, Issued]:
         PolicyError: a method or rank that the bundle does not permit.
     """
     ledger = Ledger(home.ledger)
-    parent: Issued | None = None
     try:
-        claimed = read_unverified(path)
-        if isinstance(claimed, ReturnManifest):
-            parent = ledger.issued(claimed.bundle)
-        returned = _verified(path, home, parent)
+        returned, parent = check_return(path, home)
     except (VerificationError, PolicyError) as error:
-        ledger.record_intake(_digest(path), parent.digest if parent else None, error.reasons or (error.what,))
+        ledger.record_intake(_digest(path), _claimed_bundle(path, ledger), error.reasons or (error.what,))
         raise
-    if parent is None:
-        raise AssertionError("a return without a known parent passed verification")
     ledger.record_intake(returned.digest, parent.digest)
     return returned, parent
 
 
-def _verified(path: Path, home: Home, parent: Issued | None) -> Return:
+def check_return(path: Path, home: Home) -> tuple[Return, Issued]:
+    """Verify a return against the bundle that it answers, and record nothing.
+
+    Raises:
+        VerificationError: as `intake`.
+        PolicyError: as `intake`.
+    """
+    claimed = read_unverified(path)
+    parent = Ledger(home.ledger).issued(claimed.bundle) if isinstance(claimed, ReturnManifest) else None
     if parent is not None:
-        return verify_return(path, home, parent.manifest)
+        return verify_return(path, home, parent.manifest), parent
     reasons = ["it answers a bundle that this home's ledger never issued"]
     try:
         verify_return(path, home)
@@ -51,6 +53,16 @@ def _verified(path: Path, home: Home, parent: Issued | None) -> Return:
         reasons=reasons,
         next_step="name the --home that issued the bundle; if it is the right one, refuse the return",
     )
+
+
+def _claimed_bundle(path: Path, ledger: Ledger) -> str | None:
+    """The bundle that a refused return names, if this party issued it."""
+    try:
+        claimed = read_unverified(path)
+    except VerificationError:
+        return None
+    issued = ledger.issued(claimed.bundle) if isinstance(claimed, ReturnManifest) else None
+    return issued.digest if issued else None
 
 
 def _digest(path: Path) -> str:

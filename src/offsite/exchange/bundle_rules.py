@@ -1,0 +1,126 @@
+"""Rules for a bundle: an ordinary checkpoint of a known family, with what its manifest says and nothing that runs."""
+
+from collections.abc import Iterator
+
+from offsite.core.architectures import ARCHITECTURES, Architecture, config_problems
+from offsite.core.checkpoint import (
+    FLOATS,
+    INDEX,
+    WEIGHTS,
+    Checkpoint,
+    open_checkpoint,
+)
+from offsite.errors import VerificationError
+from offsite.exchange.contents import (
+    ALLOWED_KEYS,
+    CONFIG,
+    allowed_in_bundle,
+    content_problems,
+    is_weights,
+    tokenizer_digest,
+)
+from offsite.exchange.manifest import (
+    BundleManifest,
+)
+from offsite.exchange.sealed import Rule, Sealed, entries_differ, names_differ, plain_file, read_json
+
+
+def _bundle_files(sealed: Sealed) -> Iterator[str]:
+    for entry in sealed.manifest.files:
+        if not allowed_in_bundle(entry.name):
+            yield f"a bundle may not hold {entry.name}"
+
+
+def _bundle_settings(sealed: Sealed) -> Iterator[str]:
+    listed = {entry.name for entry in sealed.manifest.files}
+    for name in sorted(listed & set(ALLOWED_KEYS)):
+        yield from content_problems(name, read_json(sealed, name))
+
+
+def _bundle_config(sealed: Sealed) -> Iterator[str]:
+    manifest, row = _bundle_of(sealed)
+    config = read_json(sealed, CONFIG)
+    if not isinstance(config, dict):
+        yield f"{CONFIG} is not a JSON object"
+        return
+    yield from config_problems(config, row)
+    if config.get("model_type") != row.model_type or config.get("architectures") != [row.class_name]:
+        found = f"{config.get('model_type')!r}, {config.get('architectures')!r}"
+        yield f"{CONFIG} names the model {found[:120]}, expected {row.model_type!r}, {[row.class_name]!r}"
+    counts = {key: config[key] for key in row.count_keys if key in config}
+    if not counts or any(type(count) is not int or count != manifest.split.blocks for count in counts.values()):
+        yield f"{CONFIG} has block counts {str(counts)[:120]}, the split has {manifest.split.blocks}"
+    for key, value in row.set_switches(config).items():
+        yield f"{CONFIG} has {key} = {str(value)[:60]!r}, under which blocks cannot be cut"
+
+
+def _bundle_weights(sealed: Sealed) -> Iterator[str]:
+    manifest, row = _bundle_of(sealed)
+    checkpoint = _open_listed(sealed)
+    config = read_json(sealed, CONFIG)
+    settings = config if isinstance(config, dict) else {}
+    paths = row.block_tensors(settings)
+    expected = row.outer_tensors(settings) | {
+        row.in_block(block, path) for block in range(manifest.split.blocks) for path in paths
+    }
+    yield from names_differ("weights", set(checkpoint.tensors), expected)
+    for name, tensor in checkpoint.tensors.items():
+        problem = row.shape_problem(name, tensor.shape, settings)
+        if problem:
+            yield problem
+        place = row.block_of(name)
+        twin = checkpoint.tensors.get(row.in_block(0, place[1])) if place else None
+        if twin is not None and tensor.shape != twin.shape:
+            yield f"{name[:120]!r} has shape {list(tensor.shape)}, the first block's has {list(twin.shape)}"
+        if tensor.dtype not in FLOATS:
+            yield f"{name[:120]!r} has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}"
+
+
+def _bundle_returnable(sealed: Sealed) -> Iterator[str]:
+    manifest, row = _bundle_of(sealed)
+    checkpoint = _open_listed(sealed)
+    trained = {n for n in checkpoint.tensors if (p := row.block_of(n)) and p[0] in manifest.split.trained}
+    yield from names_differ("tensors that may come back", set(manifest.tensors), trained)
+    yield from entries_differ(manifest.tensors, checkpoint.tensors)
+    for target, (inputs, outputs) in manifest.lora_targets.items():
+        weight = checkpoint.tensors.get(f"{target}.weight")
+        shape = (inputs, outputs) if row.transposed else (outputs, inputs)
+        if weight is None or weight.shape != shape:
+            found = weight.shape if weight else "no such weight"
+            yield f"LoRA target {target}: the weight's shape is {found}, expected {shape}"
+
+
+def _bundle_tokenizer(sealed: Sealed) -> Iterator[str]:
+    manifest, _ = _bundle_of(sealed)
+    if tokenizer_digest(manifest.files) != manifest.tokenizer:
+        yield "the tokenizer's files do not give the tokenizer digest of the manifest"
+
+
+BUNDLE_RULES: tuple[Rule, ...] = (
+    _bundle_files,
+    _bundle_settings,
+    _bundle_config,
+    _bundle_weights,
+    _bundle_returnable,
+    _bundle_tokenizer,
+)
+
+
+def _bundle_of(sealed: Sealed) -> tuple[BundleManifest, Architecture]:
+    if not isinstance(sealed.manifest, BundleManifest):
+        raise TypeError("a rule for bundles was run on something else")
+    return sealed.manifest, ARCHITECTURES[sealed.manifest.architecture]
+
+
+def _open_listed(sealed: Sealed) -> Checkpoint:
+    weights = [entry.name for entry in sealed.manifest.files if is_weights(entry.name)]
+    if {WEIGHTS, INDEX} <= set(weights):
+        raise VerificationError(f"it holds both {WEIGHTS} and {INDEX}, of which another reader may take the other")
+    for name in weights:
+        plain_file(sealed.folder, name)
+    checkpoint = open_checkpoint(sealed.folder)
+    used = {tensor.file.name for tensor in checkpoint.tensors.values()}
+    listed = set(weights) - {INDEX}
+    if used != listed:
+        raise VerificationError(f"the weights' files are {sorted(listed)}, the index uses {sorted(used)}")
+    return checkpoint

@@ -1,0 +1,121 @@
+"""Rules for a return: exactly the tensors that the bundle permits, finite, from the party that it was issued to."""
+
+import json
+from collections.abc import Iterator
+
+from offsite.core.architectures import ARCHITECTURES
+from offsite.core.checkpoint import (
+    FLOATS,
+    TensorRange,
+    finite,
+    read_header,
+)
+from offsite.exchange.contents import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    RETURNED_WEIGHTS,
+)
+from offsite.exchange.lora_folder import adapter_config, adapter_tensors, lora_pair
+from offsite.exchange.manifest import (
+    BundleManifest,
+    ReturnManifest,
+    TensorEntry,
+)
+from offsite.exchange.sealed import (
+    Rule,
+    Sealed,
+    entries_differ,
+    manifest_tensors_differ,
+    names_differ,
+    plain_file,
+    read_json,
+)
+
+
+def _return_files(sealed: Sealed) -> Iterator[str]:
+    manifest = _return_of(sealed)
+    expected = {ADAPTER_CONFIG, ADAPTER_WEIGHTS} if manifest.lora else {RETURNED_WEIGHTS}
+    yield from names_differ("files", {entry.name for entry in manifest.files}, expected)
+
+
+def _return_tensors(sealed: Sealed) -> Iterator[str]:
+    manifest = _return_of(sealed)
+    held = _returned_weights(sealed)
+    yield from names_differ("tensors in the file", set(held), set(manifest.tensors))
+    yield from entries_differ(manifest.tensors, held)
+    yield from (f"{name[:120]!r} has dtype {t.dtype}, expected F32" for name, t in held.items() if t.dtype != "F32")
+
+
+def _return_finite(sealed: Sealed) -> Iterator[str]:
+    for name, tensor in _returned_weights(sealed).items():
+        if tensor.dtype in FLOATS and not finite(tensor):
+            yield f"{name[:120]!r} holds NaN or infinity"
+
+
+def _return_lora(sealed: Sealed) -> Iterator[str]:
+    manifest = _return_of(sealed)
+    lora, parent = manifest.lora, sealed.parent
+    if lora is None:
+        return
+    if len(set(lora.targets)) != len(lora.targets):
+        yield "a LoRA target is named twice"
+    strange = sorted(set(lora.targets) - set(parent.lora_targets)) if parent else []
+    yield from (f"LoRA sits on {name}, which the bundle does not permit" for name in strange)
+    if parent is None:  # shapes are the bundle's to say
+        names = {name for target in lora.targets for name in lora_pair(target)}
+        yield from names_differ("tensors", set(manifest.tensors), names)
+    elif not strange:
+        yield from manifest_tensors_differ(manifest.tensors, adapter_tensors(lora, parent.lora_targets))
+    rows = [ARCHITECTURES[parent.architecture]] if parent else ARCHITECTURES.values()
+    held = read_json(sealed, ADAPTER_CONFIG)
+    # compared as text, in which 1 is not true
+    if json.dumps(held, sort_keys=True) not in [json.dumps(adapter_config(lora, row), sort_keys=True) for row in rows]:
+        yield f"{ADAPTER_CONFIG} is not the one that these LoRA settings give"
+
+
+def _return_full(sealed: Sealed) -> Iterator[str]:
+    manifest = _return_of(sealed)
+    if manifest.lora is None and sealed.parent is not None:
+        expected = {n: TensorEntry(shape=e.shape, dtype="F32") for n, e in sealed.parent.tensors.items()}
+        yield from manifest_tensors_differ(manifest.tensors, expected)
+
+
+def _return_parties(sealed: Sealed) -> Iterator[str]:
+    manifest = _return_of(sealed)
+    if sealed.parent is None:
+        return
+    if manifest.signer != sealed.parent.recipient:
+        yield "signed by another party than the one that the bundle was issued to"
+    if manifest.recipient != sealed.parent.issuer:
+        yield "addressed to another party than the one that issued the bundle"
+
+
+RETURN_RULES: tuple[Rule, ...] = (
+    _return_files,
+    _return_tensors,
+    _return_finite,
+    _return_lora,
+    _return_full,
+    _return_parties,
+)
+
+
+def _returned_weights(sealed: Sealed) -> dict[str, TensorRange]:
+    name = ADAPTER_WEIGHTS if _return_of(sealed).lora else RETURNED_WEIGHTS
+    return read_header(plain_file(sealed.folder, name))
+
+
+def _return_of(sealed: Sealed) -> ReturnManifest:
+    if not isinstance(sealed.manifest, ReturnManifest):
+        raise TypeError("a rule for returns was run on something else")
+    return sealed.manifest
+
+
+def beyond_policy(manifest: ReturnManifest, bundle: BundleManifest) -> list[str]:
+    """What a genuine return uses that its bundle does not permit."""
+    reasons = []
+    if manifest.method not in bundle.methods:
+        reasons.append(f"tuned by {manifest.method}, the bundle permits {', '.join(bundle.methods)}")
+    if manifest.lora and manifest.lora.rank > bundle.max_rank:
+        reasons.append(f"LoRA of rank {manifest.lora.rank}, the bundle permits up to {bundle.max_rank}")
+    return reasons
