@@ -60,9 +60,9 @@ class PackSpec(ComputeSpec):
         "refit"
     )
     calibration: Annotated[
-        Path | None, Field(description="text file or JSONL for influence and refit; None takes the text that ships")
+        Path | None, Field(description="text or rows for influence and refit; None takes the text that ships")
     ] = None
-    calibration_tokens: Annotated[int, Field(ge=256, description="tokens of calibration text to use")] = 32_768
+    calibration_tokens: Annotated[int, Field(ge=256, description="tokens of calibration text to use")] = 65_536
     dtype: Annotated[Dtype, Field(description="dtype of the bundle's weights")] = "bf16"
     methods: Annotated[tuple[Method, ...], Field(min_length=1, description="tuning methods that the owner permits")] = (
         "lora",
@@ -86,7 +86,7 @@ class TuneSpec(ComputeSpec):
     lora_alpha: Annotated[float | None, Field(gt=0, description="LoRA scale numerator; None is twice the rank")] = None
     lora_dropout: Annotated[float, Field(ge=0, lt=1, description="dropout on the input of the LoRA pairs")] = 0.0
     lr: Annotated[
-        float | None, Field(gt=0, description="peak learning rate of AdamW; None is 1e-3 for lora, 1e-4 for full")
+        float | None, Field(gt=0, description="peak learning rate of AdamW; None is 1e-3 for lora, 3e-4 for full")
     ] = None
     schedule: Annotated[Literal["cosine", "linear", "constant"], Field(description="learning rate after warm-up")] = (
         "cosine"
@@ -94,7 +94,7 @@ class TuneSpec(ComputeSpec):
     warmup: Annotated[float, Field(ge=0, le=1, description="share of the steps that warm up")] = 0.05
     weight_decay: Annotated[float, Field(ge=0, description="AdamW's decoupled decay; never on norms or biases")] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0, description="gradients are clipped to this norm")] = 1.0
-    epochs: Annotated[float, Field(gt=0, description="passes over the data; max_steps wins")] = 3.0
+    epochs: Annotated[float, Field(gt=0, description="passes over the data; max_steps wins")] = 1.0
     max_steps: Annotated[int | None, Field(ge=1, description="optimiser steps")] = None
     batch_size: Annotated[int, Field(ge=1, description="rows per optimiser step")] = 16
     micro_batch_tokens: Annotated[int, Field(ge=1, description="padded tokens that run at once; bounds memory")] = 4096
@@ -109,7 +109,7 @@ class TuneSpec(ComputeSpec):
     @property
     def peak_lr(self) -> float:
         """The learning rate after warm-up: the one that was given, else the method's."""
-        return self.lr if self.lr is not None else {"lora": 1e-3, "full": 1e-4}[self.method]
+        return self.lr if self.lr is not None else {"lora": 1e-3, "full": 3e-4}[self.method]
 
 
 class PlugInSpec(Spec):

@@ -1,0 +1,103 @@
+"""The measurements behind the defaults of `pack` and `tune`: what each choice does to the plug-in.
+
+    python -m benchmarks.defaults                 every case that is not in the result yet
+    python -m benchmarks.defaults --only refit    cases whose name holds this
+
+Task: docstrings of the installed torch package's functions, by the demo's own reader; neither the demo's data nor the
+calibration text. Every case runs the public stages with two homes in one process and differs from the defaults in what
+its name says. An interrupted run continues; remove a case from the result file to measure it anew.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+RESULT = Path(__file__).parent / "results" / "defaults.json"
+STEPS = 60
+TRAIN_ROWS, TEST_ROWS = 1200, 120
+
+# name -> settings of pack and of tune over the defaults
+CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    "defaults": ({}, {}),
+    "plain drop": ({"heal": "none"}, {}),
+    "half the calibration tokens": ({"calibration_tokens": 32_768}, {}),
+    "select influence": ({"select": "influence"}, {}),
+    "lr 5e-4": ({}, {"lr": 5e-4}),
+    "lr 2e-3": ({}, {"lr": 2e-3}),
+    "twice the steps": ({}, {"max_steps": 2 * STEPS}),
+    "full, lr 1e-4": ({}, {"method": "full", "lr": 1e-4}),
+    "full, lr 3e-4": ({}, {"method": "full", "lr": 3e-4}),
+    "keep 14": ({"keep": 14}, {}),
+}
+
+
+def main() -> None:
+    """Measure what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cached = platformdirs.user_cache_path("offsite", appauthor=False) / "SmolLM2-135M-Instruct" / "base"
+    parser.add_argument("--base", type=Path, default=cached, help="base folder; `make demo` leaves one in the cache")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    wanted = parser.parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    results = json.loads(wanted.result.read_text()) if wanted.result.exists() else {}
+    for name in CASES:
+        if wanted.only in name and name not in results:
+            with tempfile.TemporaryDirectory(prefix="offsite-defaults-") as scratch:
+                results[name] = _measure(wanted.base, Path(scratch), *CASES[name])
+            wanted.result.parent.mkdir(exist_ok=True)
+            wanted.result.write_text(json.dumps(results, indent=1) + "\n")
+            print(name, results[name], flush=True)
+    print(_table(results))
+
+
+def _measure(base: Path, scratch: Path, packing: Mapping[str, Any], tuning: Mapping[str, Any]) -> dict[str, float]:
+    from offsite import Base, EvalSpec, Home, PackSpec, PlugInSpec, TuneSpec, evaluate, pack, plug_in, tune
+    from offsite.study.docstring_task import make_task, write_task
+
+    owner, hospital = Home(scratch / "owner"), Home(scratch / "hospital")
+    owner.create_identity("owner")
+    owner.trust("hospital", hospital.create_identity("hospital").public_key)
+    hospital.trust("owner", owner.identity().public_key)
+    torch_folder = Path(str(importlib.util.find_spec("torch").origin)).parent  # type: ignore[union-attr]
+    train, test = scratch / "train.jsonl", scratch / "test.jsonl"
+    write_task(make_task(torch_folder, TRAIN_ROWS, TEST_ROWS), train, test)
+    started = time.monotonic()
+    bundle = pack(Base(base), scratch / "bundle", "hospital", PackSpec(**packing), owner)
+    packed = time.monotonic()
+    spec = TuneSpec(**{"max_steps": STEPS, "long_rows": "skip", "max_length": 512, **tuning})
+    tune(bundle.folder, train, scratch / "return", spec, hospital)
+    tuned = time.monotonic()
+    plugged = plug_in(Base(base), scratch / "return", scratch / "plugged", PlugInSpec(), owner)
+    rows = EvalSpec(long_rows="skip", max_length=512)
+    on_base = plugged.manifest.form == "adapter"
+    return {
+        "zero_shot": evaluate(base, test, rows).loss,
+        "emulator_zero_shot": evaluate(bundle.folder, test, rows).loss,
+        "emulator": evaluate(bundle.folder, test, rows, adapter=scratch / "return").loss,
+        "plug_in": evaluate(
+            base if on_base else plugged.folder, test, rows, adapter=plugged.folder if on_base else None
+        ).loss,
+        "pack_seconds": round(packed - started, 1),
+        "tune_seconds": round(tuned - packed, 1),
+    }
+
+
+def _table(results: Mapping[str, Mapping[str, float]]) -> str:
+    lines = ["| case | zero-shot | emulator zero-shot | emulator | plug-in | pack, s | tune, s |", "|---|" + "---|" * 6]
+    for name, row in results.items():
+        losses = " | ".join(f"{row[key]:.3f}" for key in ("zero_shot", "emulator_zero_shot", "emulator", "plug_in"))
+        lines.append(f"| {name} | {losses} | {row['pack_seconds']:.0f} | {row['tune_seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
