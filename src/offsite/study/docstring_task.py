@@ -19,7 +19,7 @@ from offsite.errors import DataError
 
 _Def = ast.FunctionDef | ast.AsyncFunctionDef
 MARK = "\n\n# Docstring:\n"  # between the code and the answer
-TRAIN_ROWS = 1200
+TRAIN_ROWS = 1600
 TEST_ROWS = 200
 LEAST_TRAIN, LEAST_TEST = 32, 8
 _TEST_SHARE = 1 / 8  # of the functions, by whole modules
