@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 DEMO := offsite-demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test format clean
+.PHONY: help install demo test format docs clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ test: $(STAMP) ## format, lint, types, import contracts, tests with branch cover
 format: $(STAMP) ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP) ## write docs/models.md from the table of families
+	$(BIN)/python docs/render_models.py
 
 clean: ## remove .venv and everything that the tools made; the demo's folder stays
 	rm -rf .venv .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis build .coverage .coverage.*

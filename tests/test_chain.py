@@ -11,7 +11,7 @@ from offsite import Base, EvalSpec, PackSpec, PlugInSpec, TuneSpec
 from offsite.errors import PolicyError
 from offsite.exchange.manifest import MANIFEST
 from offsite.model_owner.ledger import Ledger
-from tiny import FAMILIES, Family, tiny_base, tiny_parties, tiny_rows
+from tiny import FAMILIES, KINDS, Family, tiny_base, tiny_parties, tiny_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 EXACT = EvalSpec(compute="fp32", device="cpu", threads=1)
@@ -68,12 +68,12 @@ def test_the_chain(tmp_path: Path, family: Family, method: Literal["lora", "full
     assert (issued.state, issued.kept) == ("plugged in", (0, 1, 4))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_nothing_compressed_means_nothing_lost(tmp_path: Path, family: Family, method: Literal["lora", "full"]) -> None:
+def test_nothing_compressed_means_nothing_lost(tmp_path: Path, kind: str, method: Literal["lora", "full"]) -> None:
     """The data owner's tuned emulator and the owner's plug-in are then the same model: every view scores alike."""
     parties = tiny_parties(tmp_path)
-    base = Base(tiny_base(tmp_path / "base", family, 4))
+    base = Base(tiny_base(tmp_path / "base", blocks=4, **KINDS[kind]))
     rows = tiny_rows(tmp_path / "rows.jsonl", 12)
     spec = PackSpec(bottom=1, top=1, keep=2, heal="refit", dtype="fp32", max_rank=4)  # nothing to heal
     offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)

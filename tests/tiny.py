@@ -5,8 +5,9 @@ with a large spread, norms and biases included, so that no mistake hides behind 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,52 @@ from offsite.exchange.home import Home
 from offsite.exchange.manifest import BundleManifest, Split, TensorEntry
 from offsite.exchange.pack import file_entries, seal
 
-Family = Literal["llama", "gpt2"]
-FAMILIES: tuple[Family, ...] = ("llama", "gpt2")
+Family = Literal[
+    "llama", "gpt2", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "stablelm", "phi",
+    "phi3", "gptj", "gpt_neox", "opt", "bloom", "falcon",
+]  # fmt: skip
+FAMILIES: tuple[Family, ...] = ("llama", "gpt2")  # what every test of a stage runs on
+# Every row of the table in every form that its columns tell apart: what the tests of the whole chain run on.
+KINDS: dict[str, dict[str, Any]] = {
+    "llama tied, grouped": {"family": "llama", "tied": True},
+    "llama untied": {"family": "llama", "tied": False},
+    "llama, one key head": {"family": "llama", "kv_heads": 1},
+    "llama, plain attention, biases": {"family": "llama", "kv_heads": 4, "attention_bias": True, "mlp_bias": True},
+    "gpt2 tied": {"family": "gpt2"},
+    "gpt2 untied": {"family": "gpt2", "tied": False},
+    "mistral": {"family": "mistral"},
+    "mistral with windows": {"family": "mistral", "sliding_window": 4},
+    "qwen2": {"family": "qwen2"},
+    "qwen2 tied, windows from block 2 on": {
+        "family": "qwen2", "tied": True, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2,
+    },
+    "qwen3": {"family": "qwen3", "attention_bias": True},
+    "smollm3": {
+        "family": "smollm3", "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 4,
+    },
+    "gemma": {"family": "gemma"},
+    "gemma2": {"family": "gemma2", "sliding_window": 4},
+    "gemma3": {"family": "gemma3_text", "sliding_window": 4, "sliding_window_pattern": 3},
+    "stablelm": {"family": "stablelm"},
+    "stablelm, parallel, biases": {"family": "stablelm", "use_qkv_bias": True, "use_parallel_residual": True},
+    "phi": {"family": "phi"},
+    "phi, norms of queries and keys": {"family": "phi", "qk_layernorm": True},
+    "phi3": {"family": "phi3"},
+    "gptj": {"family": "gptj"},
+    "gpt_neox": {"family": "gpt_neox"},
+    "gpt_neox, sequential, no biases": {"family": "gpt_neox", "use_parallel_residual": False, "attention_bias": False},
+    "opt": {"family": "opt"},
+    "opt, projections, norms behind": {"family": "opt", "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    "bloom": {"family": "bloom"},
+    "falcon, one key head": {"family": "falcon"},
+    "falcon, new decoder": {"family": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon, new decoder, one norm": {
+        "family": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1,
+    },
+    "falcon, alibi, sequential": {
+        "family": "falcon", "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True,
+    },
+}  # fmt: skip
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog.",
@@ -87,7 +132,7 @@ def tiny_base(
         folder: where it goes.
         family: a row of the table of architectures.
         blocks: how many.
-        tied: whether the head is the input embedding; None takes what published models of the family do (both: tied).
+        tied: whether the head is the input embedding; None takes what published small models of the family do.
         kv_heads: Llama's key and value heads: 4 is plain attention, 2 or 1 is grouped (GPT-2 has no such setting).
         dtype: of the stored weights.
         pad, bos, adds_bos: see `tiny_tokenizer`.
@@ -107,7 +152,7 @@ def tiny_base(
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        "tie_word_embeddings": True if tied is None else tied,
+        "tie_word_embeddings": (family == "llama" or ARCHITECTURES[family].tied_by_default) if tied is None else tied,
         **_SETTINGS[family](blocks, kv_heads),
         **config,
     }
@@ -122,24 +167,56 @@ def tiny_base(
     return folder
 
 
-_SETTINGS = {
-    "llama": lambda blocks, kv_heads: {
+def tiny_config(kind: str, blocks: int, **config: Any) -> Any:
+    """The transformers config of a kind, without a tokenizer or weights; sizes as in `tiny_base`."""
+    from transformers import AutoConfig
+
+    chosen: dict[str, Any] = KINDS[kind] | config
+    family, kv_heads, tied = chosen.pop("family"), chosen.pop("kv_heads", 2), chosen.pop("tied", None)
+    settings = _SETTINGS[family](blocks, kv_heads) | ({} if tied is None else {"tie_word_embeddings": tied}) | chosen
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return AutoConfig.for_model(family, vocab_size=320, **tokens, **settings)
+
+
+def _llama_sizes(blocks: int, kv_heads: int, **more: Any) -> dict[str, Any]:
+    return {
         "num_hidden_layers": blocks,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_attention_heads": 4,
         "num_key_value_heads": kv_heads,
-        "head_dim": 8,
         "max_position_embeddings": 64,
         "initializer_range": 0.15,
-    },
-    "gpt2": lambda blocks, kv_heads: {
-        "n_layer": blocks,
-        "n_embd": 32,
-        "n_head": 4,
-        "n_positions": 64,
-        "initializer_range": 0.15,
-    },
+        **more,
+    }
+
+
+def _gpt2_sizes(blocks: int, kv_heads: int, **more: Any) -> dict[str, Any]:
+    return {"n_layer": blocks, "n_embd": 32, "n_head": 4, "n_positions": 64, "initializer_range": 0.15, **more}
+
+
+def _other_sizes(blocks: int, kv_heads: int, **more: Any) -> dict[str, Any]:
+    return {"num_hidden_layers": blocks, "hidden_size": 32, "num_attention_heads": 4, **more}
+
+
+_SETTINGS: dict[str, Callable[..., dict[str, Any]]] = {
+    "llama": partial(_llama_sizes, head_dim=8),
+    "mistral": partial(_llama_sizes, head_dim=8),
+    "qwen2": _llama_sizes,
+    "qwen3": partial(_llama_sizes, head_dim=16),
+    "smollm3": _llama_sizes,
+    "gemma": partial(_llama_sizes, head_dim=16),
+    "gemma2": partial(_llama_sizes, head_dim=16, query_pre_attn_scalar=16, final_logit_softcapping=8.0),
+    "gemma3_text": partial(_llama_sizes, head_dim=16, query_pre_attn_scalar=16),
+    "stablelm": _llama_sizes,
+    "phi": _llama_sizes,
+    "phi3": partial(_llama_sizes, original_max_position_embeddings=64),
+    "gpt2": _gpt2_sizes,
+    "gptj": partial(_gpt2_sizes, rotary_dim=4),
+    "gpt_neox": partial(_other_sizes, intermediate_size=48, max_position_embeddings=64, initializer_range=0.15),
+    "opt": partial(_other_sizes, ffn_dim=48, max_position_embeddings=64, init_std=0.15),
+    "bloom": lambda blocks, kv_heads: {"n_layer": blocks, "hidden_size": 32, "n_head": 4, "initializer_range": 0.15},
+    "falcon": partial(_other_sizes, max_position_embeddings=64, initializer_range=0.15),
 }
 
 
@@ -196,7 +273,7 @@ def tiny_bundle(
         for path in row.linears
     }
     with staged_folder(out) as staging:
-        written = _copy_settings(base, staging, config, row, split.blocks) + write_checkpoint(staging, tensors)
+        written = _copy_settings(base, staging, config, row, stays) + write_checkpoint(staging, tensors)
         manifest = BundleManifest(
             format=1,
             requires=(),
@@ -234,9 +311,10 @@ def _in_out(shape: tuple[int, ...], row: Architecture) -> tuple[int, int]:
     return (shape[0], shape[1]) if row.transposed else (shape[1], shape[0])
 
 
-def _copy_settings(base: Path, out: Path, config: dict[str, Any], row: Architecture, blocks: int) -> list[Written]:
-    allowed = {key: value for key, value in config.items() if key in row.config_keys}
-    allowed |= {key: blocks for key in row.count_keys if key in config}
+def _copy_settings(
+    base: Path, out: Path, config: dict[str, Any], row: Architecture, stays: Sequence[int]
+) -> list[Written]:
+    allowed = {key: value for key, value in row.subset(config, stays).items() if key in row.config_keys}
     written = [write_stream(out / "config.json", [json.dumps(allowed, indent=1).encode()])]
     settings = cleaned(TOKENIZER_CONFIG, json.loads((base / TOKENIZER_CONFIG).read_text()))
     written.append(write_stream(out / TOKENIZER_CONFIG, [json.dumps(settings).encode()]))
@@ -259,4 +337,4 @@ def tiny_rows(file: Path, count: int = 12, *, kind: Literal["prompt", "text"] = 
     return file
 
 
-assert set(FAMILIES) <= set(ARCHITECTURES)
+assert set(_SETTINGS) == set(ARCHITECTURES) == {kind["family"] for kind in KINDS.values()}

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from offsite.exchange.signing import Identity, PublicKey
     from offsite.exchange.verify import verify, verify_bundle, verify_plug_in, verify_return
     from offsite.measure.evaluate import Score, evaluate
+    from offsite.measure.harness import TaskScore, run_tasks
     from offsite.model_owner.import_model import import_model
     from offsite.model_owner.intake import intake
     from offsite.model_owner.pack import pack
@@ -59,6 +60,7 @@ __all__ = [
     "Return",
     "Score",
     "StorageError",
+    "TaskScore",
     "TuneSpec",
     "UsageError",
     "VerificationError",
@@ -69,6 +71,7 @@ __all__ = [
     "load_spec",
     "pack",
     "plug_in",
+    "run_tasks",
     "tune",
     "verify",
     "verify_bundle",
@@ -95,6 +98,7 @@ _WHERE = {
     "offsite.exchange.signing": ("Identity", "PublicKey"),
     "offsite.exchange.verify": ("verify", "verify_bundle", "verify_plug_in", "verify_return"),
     "offsite.measure.evaluate": ("Score", "evaluate"),
+    "offsite.measure.harness": ("TaskScore", "run_tasks"),
     "offsite.model_owner.import_model": ("import_model",),
     "offsite.model_owner.intake": ("intake",),
     "offsite.model_owner.pack": ("pack",),

@@ -262,6 +262,18 @@ def two_spellings_of_the_block_count_disagree(lab: Lab) -> None:
     sign_again(lab.folder / "gpt2-bundle", lab.owner)
 
 
+@attack("_bundle_config", "qwen2-bundle", "expected one entry for each of 3 blocks")
+def a_list_with_an_entry_too_few(lab: Lab) -> None:
+    edit_json(lab.folder / "qwen2-bundle" / "config.json", layer_types=["full_attention"] * 2)
+    sign_again(lab.folder / "qwen2-bundle", lab.owner)
+
+
+@attack("_bundle_config", "qwen2-bundle", "layer_types = None")
+def no_list_so_that_windows_go_by_place(lab: Lab) -> None:
+    edit_json(lab.folder / "qwen2-bundle" / "config.json", layer_types=None)
+    sign_again(lab.folder / "qwen2-bundle", lab.owner)
+
+
 @attack("_bundle_returnable", "gpt2-bundle", "the weight's shape is")
 def lora_target_the_wrong_way_round(lab: Lab) -> None:
     targets = manifest_of(lab.folder / "gpt2-bundle")["lora_targets"]

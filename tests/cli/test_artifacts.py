@@ -8,6 +8,7 @@ import pytest
 from artifacts import lora_return, packed
 from offsite.cli import artifacts, data_owner, main
 from offsite.config import TuneSpec
+from offsite.data_owner.plan import returned_tensors
 from offsite.exchange.home import Home
 from tiny import Parties, tiny_base, tiny_parties
 
@@ -112,7 +113,7 @@ def test_the_return_is_announced_exactly(tmp_path: Path, base: Path, parties: Pa
     """What `tune` says that the return will hold is what a return holds."""
     bundle = packed(base, tmp_path / "bundle", parties)
     returned = lora_return(bundle, tmp_path / "return", parties.data_owner, rank=4)
-    expected = data_owner.returned_tensors(bundle.manifest, TuneSpec(rank=4))
+    expected = returned_tensors(bundle.manifest, TuneSpec(rank=4))
     assert expected == returned.manifest.tensors
     text = data_owner.promise(bundle.manifest, TuneSpec(rank=4))
     numbers = artifacts.numbers_in(returned.manifest.tensors.values())

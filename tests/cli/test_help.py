@@ -71,17 +71,20 @@ def _literal(annotation: Any) -> tuple[str, ...]:
         ("import", {"out", "config", "json"}),
         (
             "pack",
-            {"out", "for", "bottom", "top", "keep", "select", "heal", "calibration", "dtype", "config", "home", "json"},
+            {
+                "out", "for", "bottom", "top", "keep", "select", "heal", "calibration", "dtype", "plan", "config",
+                "home", "json",
+            },
         ),
         (
             "tune",
             {
-                "data", "out", "eval-data", "method", "rank", "lr", "epochs", "max-steps", "batch-size", "resume",
-                "config", "home", "json",
+                "data", "out", "eval-data", "tensorboard", "method", "rank", "lr", "epochs", "max-steps", "batch-size",
+                "resume", "plan", "config", "home", "json",
             },
         ),
-        ("plug-in", {"out", "as", "again", "config", "home", "json"}),
-        ("eval", {"adapter", "data", "samples", "config", "json"}),
+        ("plug-in", {"out", "as", "again", "plan", "config", "home", "json"}),
+        ("eval", {"adapter", "data", "samples", "tasks", "tasks-path", "config", "json"}),
         ("inspect", {"home", "json"}),
         ("verify", {"home", "json"}),
         ("keygen", {"name", "out", "home", "json"}),

@@ -1,27 +1,11 @@
 """What a command imports decides how fast it answers; checked in fresh processes, by module and not by the clock."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from fresh_process import HEAVY, modules_after
 from tiny import tiny_base, tiny_bundle, tiny_parties
-
-HEAVY = {"torch", "transformers", "peft", "accelerate"}
-_RUN = """
-import sys
-from offsite.cli import main
-code = main(sys.argv[1:])
-print(*sorted({name.partition(".")[0] for name in sys.modules}))
-sys.exit(code)
-"""
-
-
-def modules_after(*words: object) -> set[str]:
-    command = [sys.executable, "-c", _RUN, *(str(word) for word in words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return set(done.stdout.splitlines()[-1].split())
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -1,59 +1,121 @@
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from offsite.core.architectures import ARCHITECTURES, architecture_of, config_problems
 from offsite.errors import IncompatibleError
+from tiny import KINDS, tiny_config
 
 LLAMA, GPT2 = ARCHITECTURES["llama"], ARCHITECTURES["gpt2"]
-SMALL: dict[str, dict[str, Any]] = {
-    "llama": {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 30},
-    "gpt2": {"n_embd": 16, "n_head": 2, "vocab_size": 30, "n_positions": 16},
-}
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("biased", [True, False])
-def test_row_is_what_transformers_builds(family: str, tied: bool, biased: bool) -> None:
+def test_row_is_what_transformers_builds(kind: str, tied: bool) -> None:
     """Names of every tensor, in and around the blocks; linear maps, and which way round they store their weights."""
-    row = ARCHITECTURES[family]
-    extra = {"attention_bias": biased, "mlp_bias": biased} if family == "llama" else {}
-    settings = SMALL[family] | extra | {row.count_keys[0]: 2, "tie_word_embeddings": tied}
+    row = ARCHITECTURES[KINDS[kind]["family"]]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+        model = AutoModelForCausalLM.from_config(tiny_config(kind, 2, tied=tied))
     assert type(model).__name__ == row.class_name
     config = model.config.to_dict()
-    names = set(model.state_dict()) - ({row.head} if tied else set())
+    shapes = {row.spellings.get(name, name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if tied:
+        del shapes[row.head]
     expected = row.outer_tensors(config) | {
         row.in_block(i, path) for i in range(2) for path in row.block_tensors(config)
     }
-    assert names == expected
+    assert shapes.keys() == expected
     assert row.block_count(config) == 2
     assert row.tied(config) is tied
+    linears = (torch.nn.Linear, Conv1D)
+    block = model.get_submodule(row.in_block(1, "").rstrip("."))
+    assert set(row.linears) == {path for path, module in block.named_modules() if isinstance(module, linears)}
     for path in row.linears:
         module: Any = model.get_submodule(row.in_block(1, path))
         inputs, outputs = (module.nx, module.nf) if row.transposed else (module.in_features, module.out_features)
         assert tuple(module.weight.shape) == ((inputs, outputs) if row.transposed else (outputs, inputs))
     assert {row.attention_out, row.mlp_out} <= set(row.linears)
-    for name, tensor in model.state_dict().items():
-        assert row.shape_problem(name, tuple(tensor.shape), config) is None
-        assert row.shape_problem(name, (*tensor.shape, 1), config)
-        place = row.block_of(name)
-        assert (place[1] if place else name) in row.shapes
+    for name, shape in shapes.items():
+        assert row.sizes_of(name), name
+        assert row.shape_problem(name, shape, config) is None
+        assert row.shape_problem(name, (*shape, 1), config)
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_config_keys_that_travel_make_the_same_config(family: str) -> None:
-    row = ARCHITECTURES[family]
-    whole = AutoConfig.for_model(family, **SMALL[family], architectures=[row.class_name]).to_dict()
+def test_what_a_row_takes_for_granted_is_transformers_default(family: str) -> None:
+    """Conditions read a config that may leave keys out; so they must take what transformers would."""
+    row, config = ARCHITECTURES[family], AutoConfig.for_model(family).to_dict()
+    assert row.tied({}) is row.tied(config)
+    assert {key: config[key] for key in row.defaults} == dict(row.defaults)
+    conditions = [
+        *row.biases,
+        *row.only_if.values(),
+        *([row.linear_residual] if row.linear_residual not in (True, False) else []),
+    ]
+    for key in {word for condition in conditions for word in re.findall(r"[A-Za-z_]+", str(condition))} - {"or"}:
+        assert key in row.defaults or not config[key] or key == "word_embed_proj_dim", key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_config_keys_that_travel_make_the_same_config(kind: str) -> None:
+    row = ARCHITECTURES[KINDS[kind]["family"]]
+    whole = tiny_config(kind, 4, architectures=[row.class_name]).to_dict()
     kept = {key: value for key, value in whole.items() if key in row.config_keys}
     assert config_problems(kept, row) == []
     again = AutoConfig.for_model(**kept).to_dict()
-    assert {key for key in whole if whole[key] != again.get(key)} <= {"transformers_version", "_name_or_path"}
+    left = {"transformers_version", "_name_or_path", "sliding_window_pattern", "_sliding_window_pattern"}
+    assert {key for key in whole if whole[key] != again.get(key)} <= left
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if ARCHITECTURES[KINDS[kind]["family"]].per_block])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 7, 13])
+def test_lists_that_a_config_leaves_out_are_those_that_transformers_derives(kind: str, blocks: int) -> None:
+    row = ARCHITECTURES[KINDS[kind]["family"]]
+    config = tiny_config(kind, blocks)
+    without = {key: value for key, value in config.to_dict().items() if key not in row.per_block}
+    without |= {"sliding_window_pattern": 3} if "_sliding_window_pattern" in without else {}
+    whole = row.subset(without, range(blocks))
+    for key in row.per_block:
+        assert whole[key] == getattr(config, key)
+    kept = [index for index in range(blocks) if index % 3 != 1]
+    cut = row.subset(config.to_dict(), kept)
+    assert cut["layer_types"] == row.subset(without, kept)["layer_types"] == [config.layer_types[i] for i in kept]
+    assert cut[row.count_keys[0]] == len(kept)
+
+
+def test_a_list_that_is_not_as_long_as_there_are_blocks() -> None:
+    row = ARCHITECTURES["qwen2"]
+    for broken in (["full_attention"], "full_attention", 3):
+        with pytest.raises(IncompatibleError, match="one entry for each of the 2 blocks"):
+            row.subset({"num_hidden_layers": 2, "layer_types": broken}, [0])
+
+
+@pytest.mark.parametrize(
+    ("condition", "config", "holds"),
+    [
+        ("", {}, True),
+        ("a", {}, False),
+        ("a", {"a": 1}, True),
+        ("!a", {"a": 0}, True),
+        ("enable_bias", {}, True),
+        ("!enable_bias", {"enable_bias": False}, True),
+        ("a=2", {"a": 2}, True),
+        ("a=2", {"a": "2"}, False),
+        ("a!=b", {"a": 1, "b": 2}, True),
+        ("a!=b", {"a": 1, "b": 1}, False),
+        ("a!=b", {"a": None, "b": 1}, False),
+        ("a b", {"a": 1}, False),
+        ("a b or !c", {"a": 1}, True),
+        ("a b or c", {"a": 1, "b": {}}, False),
+    ],
+)
+def test_conditions(condition: str, config: dict[str, Any], holds: bool) -> None:
+    assert ARCHITECTURES["opt"].holds(condition, config) is holds
 
 
 @pytest.mark.parametrize(
@@ -79,24 +141,37 @@ def test_block_of(name: str, place: tuple[int, str] | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stored", "name"),
+    ("family", "stored", "name"),
     [
-        ("wte.weight", "transformer.wte.weight"),
-        ("transformer.wte.weight", "transformer.wte.weight"),
-        ("h.3.ln_1.bias", "transformer.h.3.ln_1.bias"),
-        ("lm_head.weight", "lm_head.weight"),
-        ("h.3.attn.bias", None),
-        ("transformer.h.11.attn.masked_bias", None),
-        ("h.3.attn.c_attn.bias", "transformer.h.3.attn.c_attn.bias"),
+        ("gpt2", "wte.weight", "transformer.wte.weight"),
+        ("gpt2", "transformer.wte.weight", "transformer.wte.weight"),
+        ("gpt2", "h.3.ln_1.bias", "transformer.h.3.ln_1.bias"),
+        ("gpt2", "lm_head.weight", "lm_head.weight"),
+        ("gpt2", "h.3.attn.bias", None),
+        ("gpt2", "transformer.h.11.attn.masked_bias", None),
+        ("gpt2", "h.3.attn.c_attn.bias", "transformer.h.3.attn.c_attn.bias"),
+        ("llama", "model.layers.3.self_attn.rotary_emb.inv_freq", None),
+        ("llama", "layers.3.self_attn.rotary_emb.inv_freq", None),
+        ("llama", "model.norm.weight", "model.norm.weight"),
+        ("llama", "norm.weight", "model.norm.weight"),
+        ("llama", "layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("llama", "vision.weight", "vision.weight"),
+        ("opt", "decoder.layers.0.fc1.bias", "model.decoder.layers.0.fc1.bias"),
+        ("opt", "decoder.embed_positions.weight", "model.decoder.embed_positions.weight"),
+        ("bloom", "word_embeddings.weight", "transformer.word_embeddings.weight"),
+        ("bloom", "h.1.self_attention.dense.bias", "transformer.h.1.self_attention.dense.bias"),
+        ("gpt_neox", "embed_out.weight", "embed_out.weight"),
+        ("gpt_neox", "lm_head.weight", "embed_out.weight"),
+        ("gpt_neox", "layers.1.attention.masked_bias", None),
+        ("gpt_neox", "gpt_neox.layers.1.attention.rotary_emb.inv_freq", None),
+        ("gpt_neox", "gpt_neox.layers.1.attention.dense.bias", "gpt_neox.layers.1.attention.dense.bias"),
+        ("gptj", "transformer.h.0.attn.bias", None),
+        ("gptj", "lm_head.bias", "lm_head.bias"),
+        ("phi", "lm_head.bias", "lm_head.bias"),
     ],
 )
-def test_todays_names_of_gpt2(stored: str, name: str | None) -> None:
-    assert GPT2.name_of(stored) == name
-
-
-def test_todays_names_of_llama() -> None:
-    assert LLAMA.name_of("model.layers.3.self_attn.rotary_emb.inv_freq") is None
-    assert LLAMA.name_of("model.norm.weight") == "model.norm.weight"
+def test_todays_names(family: str, stored: str, name: str | None) -> None:
+    assert ARCHITECTURES[family].name_of(stored) == name
 
 
 @pytest.mark.parametrize(
@@ -148,7 +223,7 @@ def test_shapes(shape: list[int], config: dict[str, Any], says: str | None) -> N
     assert says in problem if says and problem else problem is None and says is None
 
 
-@pytest.mark.parametrize("config", [{}, {"model_type": "bloom"}, {"model_type": ["llama"]}, {"model_type": None}])
+@pytest.mark.parametrize("config", [{}, {"model_type": "mamba"}, {"model_type": ["llama"]}, {"model_type": None}])
 def test_unknown_family(config: dict[str, Any]) -> None:
     with pytest.raises(IncompatibleError, match="are not supported"):
         architecture_of(config)
@@ -207,7 +282,7 @@ def test_no_branch_on_a_family_outside_the_table() -> None:
     """A family is a row, never a branch: no other file names one."""
     source = Path(__file__).parents[2] / "src" / "offsite"
     for file in source.rglob("*.py"):
-        if file.name in ("architectures.py", "pretrained.py"):
+        if file.name in ("families.py", "pretrained.py"):
             continue
         text = file.read_text(encoding="utf-8")
         assert '"gpt2"' not in text, file

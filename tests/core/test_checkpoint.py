@@ -138,7 +138,7 @@ def test_safetensors_reads_what_we_write(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [8, 16, 4096])
 def test_casting_on_the_way_is_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(checkpoint, "_CHUNK", chunk)
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk)
     tensors = some_tensors()
     save_file(tensors, tmp_path / WEIGHTS)
     held = open_checkpoint(tmp_path).tensors
@@ -160,7 +160,7 @@ def test_arrays(tmp_path: Path) -> None:
 
 
 def test_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_CHUNK", 8)
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 8)
     for dtype in ("F32", "BF16", "F16"):
         for value, expected in ((1.0, True), (np.nan, False), (np.inf, False), (-np.inf, False)):
             (tmp_path / "x").unlink(missing_ok=True)

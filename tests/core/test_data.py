@@ -1,10 +1,12 @@
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from offsite.core.data import Example, collate, encode, encode_prompt, micro_batches, read_rows, step_batches
+from offsite.core.data import Example, collate, encode, encode_choices, encode_prompt, micro_batches, step_batches
 from offsite.core.load import load_tokenizer
+from offsite.core.rows import read_rows
 from offsite.errors import DataError
 from tiny import tiny_rows, tiny_tokenizer
 
@@ -184,3 +186,59 @@ def test_padding_is_known_by_length_and_never_by_id(tmp_path):
     batch = collate(examples)
     assert batch.mask.sum() == sum(len(example.ids) - 1 for example in examples)
     assert sum(batch.targets == tokenizer.eos_token_id) == 4  # every EOS is a label, though it is the padding's id too
+
+
+def text_file(folder, text):
+    file = folder / "book.txt"
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("length", [8, 9, 1000])
+def test_a_long_text_is_cut_into_blocks_without_a_loss(tmp_path, bos, length):
+    tokenizer = tokenizer_in(tmp_path / "tokenizer", bos=bos)
+    text = "The quick brown fox\n\n  jumps över the lazy dog. " * 5
+    file = text_file(tmp_path, text)
+    encoded = encode(read_rows(file), tokenizer, source=file, max_length=length)
+    examples = encoded.examples
+    whole = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    labelled = np.concatenate([example.ids[example.labelled] for example in examples]).tolist()
+    assert labelled == (whole if bos else whole[1:])  # nothing predicts the first token of all
+    assert [example.line for example in examples] == list(range(1, len(examples) + 1))
+    assert all(len(example.ids) == length for example in examples[:-1])
+    assert len(examples[-1].ids) <= length
+    assert encoded.skipped == 0
+    for before, after in pairwise(examples):
+        assert after.ids[0] == (tokenizer.bos_token_id if bos else before.ids[-1])
+
+
+def test_the_ends_that_a_long_text_brings_are_not_doubled(tmp_path, tokenizer):
+    file = text_file(tmp_path, "<s>The fox</s>")
+    (example,) = encode(read_rows(file), tokenizer, source=file, max_length=32).examples
+    assert tokenizer.decode(example.ids) == "<s>The fox</s>"
+
+
+def test_a_choice_is_scored_on_its_own_tokens(tmp_path, tokenizer):
+    question = {"question": "What jumps?", "choices": ["the fox", "dog", "ö"], "answer": 1}
+    file = write(tmp_path, {"text": "a"}, question)
+    rows = read_rows(file)
+    (choices,) = encode_choices(rows, tokenizer, source=file, max_length=64)
+    assert (choices.line, choices.answer, choices.lengths) == (2, 1, (7, 3, 1))
+    asked = encode_prompt("Question: What jumps?\nAnswer:", tokenizer)
+    for example, choice in zip(choices.examples, question["choices"], strict=True):
+        assert example.ids[: example.given].tolist() == asked
+        assert tokenizer.decode(example.ids[example.given :]) == f" {choice}"
+    tuned = encode(rows, tokenizer, source=file, max_length=64).examples[1]
+    assert tuned.ids.tolist() == [*choices.examples[1].ids.tolist(), tokenizer.eos_token_id]
+    assert tuned.given == choices.examples[1].given
+
+
+def test_long_choices_are_listed_cut_or_skipped(tmp_path, tokenizer):
+    file = write(tmp_path, {"question": "q", "choices": ["x", "fox " * 30], "answer": 0})
+    with pytest.raises(DataError, match="longest length") as caught:
+        encode_choices(read_rows(file), tokenizer, source=file, max_length=30)
+    assert f"{file}:1: " in caught.value.reasons[0]
+    assert encode_choices(read_rows(file), tokenizer, source=file, max_length=30, long_rows="skip") == []
+    (cut,) = encode_choices(read_rows(file), tokenizer, source=file, max_length=30, long_rows="truncate")
+    assert [len(example.ids) for example in cut.examples][1] == 30

@@ -366,8 +366,9 @@ def test_norms_and_biases_do_not_decay(house, tmp_path):
 
 def test_a_bundle_that_keeps_every_block_tunes_as_the_base_would(tmp_path):
     """LoRA as trained here, against PEFT and torch alone on the same rows."""
-    from offsite.core.data import collate, encode, read_rows
+    from offsite.core.data import collate, encode
     from offsite.core.load import load_tokenizer
+    from offsite.core.rows import read_rows
     from offsite.data_owner.methods.lora import attach
 
     parties = tiny_parties(tmp_path)

@@ -6,10 +6,13 @@ import torch
 from torch.nn import functional as F
 
 from offsite.config import EvalSpec
-from offsite.core.data import encode, encode_prompt, read_rows
+from offsite.core.data import encode, encode_prompt
 from offsite.core.load import load_model, load_tokenizer
+from offsite.core.rows import read_rows
 from offsite.errors import DataError
-from offsite.measure.evaluate import evaluate, generate, perplexity
+from offsite.measure.bootstrap import Interval, interval
+from offsite.measure.evaluate import evaluate, generate
+from offsite.measure.row_losses import perplexity
 from tiny import FAMILIES, tiny_base, tiny_rows
 
 CPU = torch.device("cpu")
@@ -96,3 +99,85 @@ def test_a_text_without_a_prompt_gives_no_sample(base, tmp_path):
 
 def test_perplexity_overflows_to_infinity():
     assert perplexity(1e4) == math.inf
+
+
+QUESTIONS = [
+    {"question": "The quick brown?", "choices": ["fox", "dog jumps over", "ö"], "answer": 0},
+    {"question": "Who keeps the rows?", "choices": ["a data owner", "nobody"], "answer": 0},
+    {"question": "left + right", "choices": ["return", "add", "model", "two parties who do not"], "answer": 3},
+    {"question": "over the", "choices": ["lazy dog.", "x"], "answer": 1},
+]
+
+
+def written(file, *records):
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def test_choices_are_scored_by_their_log_likelihood(base, tmp_path):
+    """Against a loop over the tokens of transformers' own logits."""
+    file = written(tmp_path / "mc.jsonl", *QUESTIONS)
+    score = evaluate(base, file, SPEC)
+    tokenizer, model = load_tokenizer(base), load_model(base, dtype=torch.float32, device=CPU)
+    right, right_by_length = [], []
+    for question, found in zip(QUESTIONS, score.choice_scores, strict=True):
+        asked = encode_prompt(f"Question: {question['question']}\nAnswer:", tokenizer)
+        totals = []
+        for choice in question["choices"]:
+            ids = tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logits = model(torch.tensor([asked + ids])).logits[0]
+            logs = torch.log_softmax(logits, dim=-1)
+            totals.append(sum(float(logs[len(asked) - 1 + i, token]) for i, token in enumerate(ids)))
+        assert found.log_likelihoods == pytest.approx(totals, rel=1e-5)
+        by_length = [total / len(choice) for total, choice in zip(totals, question["choices"], strict=True)]
+        right.append(totals.index(max(totals)) == question["answer"])
+        right_by_length.append(by_length.index(max(by_length)) == question["answer"])
+    assert [choice.right for choice in score.choice_scores] == right
+    assert [choice.right_by_length for choice in score.choice_scores] == right_by_length
+    assert score.accuracy == sum(right) / 4
+    assert score.accuracy_norm == sum(right_by_length) / 4
+    assert score.intervals["accuracy"] == interval(right)
+    assert len(score.row_losses) == 4  # the right answers, as tuning sees them
+
+
+def test_of_equal_choices_the_first_wins_and_length_counts_characters():
+    from offsite.measure.choices import ChoiceScore
+
+    assert ChoiceScore(1, (-2.0, -2.0), (1, 1), 0).right
+    assert not ChoiceScore(1, (-2.0, -2.0), (1, 1), 1).right
+    longer = ChoiceScore(1, (-4.0, -6.0), (2, 4), 1)  # -2 and -1.5 a character
+    assert (longer.right, longer.right_by_length) == (False, True)
+
+
+def test_every_figure_has_its_interval(base, tmp_path):
+    file = written(
+        tmp_path / "mixed.jsonl", {"text": "The lazy dog."}, {"text": "neither shows"}, *QUESTIONS,
+        {"prompt": "The quick", "completion": " brown"},
+    )  # fmt: skip
+    score = evaluate(base, file, SPEC)
+    assert score.intervals.keys() == {"loss", "perplexity", "completion_loss", "accuracy", "accuracy_norm"}
+    answering = score.row_losses[2:]
+    assert score.completion_loss == pytest.approx(
+        sum(row.nats for row in answering) / sum(row.tokens for row in answering)
+    )
+    assert score.completion_loss != score.loss
+    loss = score.intervals["loss"]
+    assert loss == interval([row.nats for row in score.row_losses], [row.tokens for row in score.row_losses])
+    assert loss.low < score.loss < loss.high
+    assert score.intervals["perplexity"] == Interval(math.exp(loss.low), math.exp(loss.high))
+
+
+def test_plain_text_has_neither_accuracy_nor_completions(base, tmp_path):
+    score = evaluate(base, written(tmp_path / "t.jsonl", {"text": "The lazy dog."}), SPEC)
+    assert (score.completion_loss, score.accuracy, score.accuracy_norm) == (None, None, None)
+    assert score.intervals == {}  # one row says nothing of how rows vary
+
+
+def test_a_long_text_is_scored_block_by_block(base, tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    score = evaluate(base, file, SPEC)
+    assert score.tokens == len(load_tokenizer(base)(file.read_text(), add_special_tokens=False)["input_ids"]) + 1
+    assert score.rows == math.ceil(score.tokens / 63)
+    assert evaluate(base, file, SPEC.model_copy(update={"max_rows": 2})).rows == 2

@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from model_owner.test_pack import KINDS
+from offsite.core.architectures import ARCHITECTURES
 from offsite.core.runtime import Runtime
 from offsite.exchange.artifacts import Base
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.block_runner import BlockRunner, captured_input
+from tiny import KINDS
 
 MakeBase = Callable[..., Path]
 IDS = torch.tensor([[1, 5, 9, 40, 77, 3, 200], [1, 301, 12, 12, 8, 90, 4]])
@@ -22,12 +23,11 @@ EXACT = Runtime(torch.device("cpu"), torch.float32)
 def reference_states(base: Path) -> list[torch.Tensor]:
     """What enters block 0, and what leaves each block (before the final norm)."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    inner: Any = model.base_model
+    blocks: Any = model.get_submodule(ARCHITECTURES[model.config.model_type].blocks)
     states: list[torch.Tensor] = []
-    for block in inner.layers if hasattr(inner, "layers") else inner.h:
+    for block in blocks:
         block.register_forward_pre_hook(lambda _, arguments: states.append(arguments[0]))
-    final = inner.norm if hasattr(inner, "norm") else inner.ln_f
-    final.register_forward_pre_hook(lambda _, arguments: states.append(arguments[0]))
+    blocks[-1].register_forward_hook(lambda _, __, out: states.append(out[0] if isinstance(out, tuple) else out))
     with torch.no_grad():
         hidden = model(input_ids=IDS, use_cache=False, output_hidden_states=True).hidden_states
     for ours, theirs in zip(states[:-1], hidden[:-1], strict=True):

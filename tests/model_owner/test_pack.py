@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from artifacts import copied_folder, edit_json, edit_weights, packed
 from offsite.config import PackSpec
+from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import (
     INDEX,
     WEIGHTS,
@@ -28,17 +29,9 @@ from offsite.exchange.manifest import MANIFEST
 from offsite.exchange.verify import verify_bundle
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.pack import pack
-from tiny import Parties
+from tiny import KINDS, Parties
 
 MakeBase = Callable[..., Path]
-KINDS: dict[str, dict[str, Any]] = {
-    "llama tied, grouped": {"family": "llama", "tied": True},
-    "llama untied": {"family": "llama", "tied": False},
-    "llama, one key head": {"family": "llama", "kv_heads": 1},
-    "llama, plain attention, biases": {"family": "llama", "kv_heads": 4, "attention_bias": True, "mlp_bias": True},
-    "gpt2 tied": {"family": "gpt2"},
-    "gpt2 untied": {"family": "gpt2", "tied": False},
-}
 IDS = torch.tensor([[1, 5, 9, 40, 77, 3, 200], [1, 301, 12, 12, 8, 90, 4]])
 
 
@@ -59,9 +52,11 @@ def logits(model: Any) -> torch.Tensor:
 
 def cut(model: Any, kept: list[int]) -> Any:
     """A truncated model by hand: the blocks' modules themselves, in order."""
-    inner = model.base_model
-    name = "layers" if hasattr(inner, "layers") else "h"
+    path, _, name = ARCHITECTURES[model.config.model_type].blocks.rpartition(".")
+    inner = model.get_submodule(path)
     setattr(inner, name, torch.nn.ModuleList(getattr(inner, name)[i] for i in kept))
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[i] for i in kept]
     model.config.num_hidden_layers = len(kept)
     return model
 

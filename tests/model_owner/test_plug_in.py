@@ -12,14 +12,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from artifacts import copied_folder, edit_json, full_return, lora_return, packed
-from model_owner.test_pack import KINDS, bits, logits, plain, sharded
+from model_owner.test_pack import bits, logits, plain, sharded
 from offsite.config import PlugInSpec
 from offsite.core.checkpoint import INDEX, open_checkpoint, read_float32
 from offsite.exchange.artifacts import Base, PlugIn
 from offsite.exchange.verify import verify_plug_in
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.plug_in import plug_in
-from tiny import Parties
+from tiny import KINDS, Parties
 
 # peft 0.21 asks transformers 5.23 by the old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

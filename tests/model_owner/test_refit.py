@@ -13,11 +13,10 @@ from offsite.core.checkpoint import copied, open_checkpoint, read_float32, write
 from offsite.core.load import load_model
 from offsite.errors import DataError, IncompatibleError
 from offsite.exchange.artifacts import Base
-from offsite.model_owner import base_model
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.compress.calibration import calibration_batches
 from offsite.model_owner.compress.refit import USUAL_RIDGE
-from tiny import FAMILIES, TEXT, Family, tiny_base, tiny_parties
+from tiny import FAMILIES, KINDS, TEXT, Family, tiny_base, tiny_parties
 
 CPU = torch.device("cpu")
 BLOCKS = 8
@@ -51,12 +50,16 @@ def hidden_states(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(seen)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def linear_kinds() -> list[str]:
+    return [kind for kind, form in KINDS.items() if ARCHITECTURES[form["family"]].residual_is_linear(form)]
+
+
+@pytest.mark.parametrize("kind", linear_kinds())
 def test_solved_weights_are_the_ridge_solution_on_the_emulators_own_activations(
-    family: Family, tmp_path: Path, text: Path
+    kind: str, tmp_path: Path, text: Path
 ) -> None:
-    base = tiny_base(tmp_path / "base", family, BLOCKS)
-    row = ARCHITECTURES[family]
+    base = tiny_base(tmp_path / "base", blocks=BLOCKS, **KINDS[kind])
+    row = ARCHITECTURES[KINDS[kind]["family"]]
     (ids,) = calibration_batches(open_base(Base(base)), text, 8 * 64)  # one batch, so the ridge is the usual one
     bundle = pack_refitted(base, tmp_path, text, 8 * 64)
     targets = hidden_states(base, ids)
@@ -154,13 +157,11 @@ def renumbered(name: str, kept: tuple[int, ...]) -> str:
     return ARCHITECTURES["llama"].in_block(kept[place[0]], place[1]) if place else name
 
 
-def test_a_family_whose_residual_is_not_linear_is_refused(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = tiny_base(tmp_path / "base", "llama", BLOCKS)
-    curved = replace(ARCHITECTURES["llama"], linear_residual=False)
-    monkeypatch.setattr(base_model, "architecture_of", lambda config: curved)
-    with pytest.raises(IncompatibleError, match="linear"):
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "opt, projections, norms behind"])
+def test_a_family_whose_residual_is_not_linear_is_refused(tmp_path: Path, text: Path, kind: str) -> None:
+    assert set(KINDS) == {"gemma2", "gemma3", "opt, projections, norms behind", *linear_kinds()}
+    base = tiny_base(tmp_path / "base", blocks=BLOCKS, **KINDS[kind])
+    with pytest.raises(IncompatibleError, match=r"linear in the MLP's output(.|\n)*--heal none"):
         pack_refitted(base, tmp_path, text, 8 * 64)
     assert not (tmp_path / "bundle").exists()
 
@@ -180,7 +181,7 @@ def test_calibration_rows_may_be_jsonl(tmp_path: Path) -> None:
     plain.write_text("a b c " * 40 + "\n\n" + "d e f " * 40 + "g h " * 40)
     assert torch.equal(calibration_batches(base, file, 256)[0], calibration_batches(base, plain, 256)[0])
     file.write_text('{"text": "fine"}\n{"other": 1}\n')
-    with pytest.raises(DataError, match="line 2"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:2"):
         calibration_batches(base, file, 256)
 
 

@@ -6,18 +6,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from offsite.cli import artifacts, flags, terminal
+from offsite.cli.plan import show_plan
 
 if TYPE_CHECKING:
     from offsite.config import TuneSpec
-    from offsite.exchange.manifest import BundleManifest, TensorEntry
+    from offsite.exchange.manifest import BundleManifest
 
 
 def tune(
     context: typer.Context,
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="the folder that the model's owner sent")],
-    data: Annotated[Path, typer.Option(metavar="FILE", help="JSONL with rows {prompt, completion} or {text}")],
+    data: Annotated[
+        Path, typer.Option(metavar="FILE", help="rows: JSONL, .csv, .parquet, .txt, or a saved dataset folder")
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="new folder for the return")],
     eval_data: Annotated[Path | None, typer.Option(metavar="FILE", help="held-out rows to validate on")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(metavar="FOLDER", help="log for TensorBoard as well")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run, bit for bit")] = False,
     method: Annotated[str | None, flags.SETTING] = None,
     rank: Annotated[int | None, flags.SETTING] = None,
@@ -25,6 +29,7 @@ def tune(
     epochs: Annotated[float | None, flags.SETTING] = None,
     max_steps: Annotated[int | None, flags.SETTING] = None,
     batch_size: Annotated[int | None, flags.SETTING] = None,
+    plan: flags.PlanFlag = False,
     config: flags.ConfigFlag = None,
     home: flags.HomeFlag = None,
     as_json: flags.JsonFlag = False,
@@ -56,11 +61,19 @@ def tune(
     from offsite.exchange.verify import verify_bundle
 
     own = flags.home_of(context, home)
-    terminal.say(promise(verify_bundle(bundle, own).manifest, spec))
+    verified = verify_bundle(bundle, own)
+    if plan:
+        from offsite.data_owner.plan import plan_tune
+
+        show_plan(plan_tune(verified, data, spec), out, as_json=as_json)
+        return
+    terminal.say(promise(verified.manifest, spec))
     from offsite.data_owner.tune import tune as tune_stage
 
     with terminal.showing_progress() as progress:
-        returned = tune_stage(bundle, data, out, spec, own, eval_data=eval_data, resume=resume, progress=progress)
+        returned = tune_stage(
+            bundle, data, out, spec, own, eval_data=eval_data, tensorboard=tensorboard, resume=resume, progress=progress
+        )
     terminal.show(artifacts.describe(returned.folder, own), as_json=as_json)
     terminal.hint(f"next: send the folder {out} to the model's owner")
 
@@ -68,6 +81,7 @@ def tune(
 def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
     """What the return will contain, in words: every file, and the tensors by block."""
     from offsite.core.architectures import ARCHITECTURES
+    from offsite.data_owner.plan import returned_tensors
     from offsite.exchange.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RETURNED_WEIGHTS
     from offsite.exchange.manifest import MANIFEST, SIGNATURE
 
@@ -88,15 +102,3 @@ def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
         f"({len(tensors)} tensors, {numbers:,} numbers, {4 * numbers / 2**20:.1f} MiB); "
         "no paths, no names, no row counts, no losses"
     )
-
-
-def returned_tensors(manifest: "BundleManifest", spec: "TuneSpec") -> "dict[str, TensorEntry]":
-    """The tensors that a return with these settings will hold, by name."""
-    from offsite.exchange.lora_folder import adapter_tensors
-    from offsite.exchange.manifest import LoraSettings
-
-    if spec.method == "full":
-        return manifest.tensors
-    alpha = float(spec.lora_alpha or 2 * spec.rank)
-    lora = LoraSettings(rank=spec.rank, alpha=alpha, targets=tuple(manifest.lora_targets))
-    return adapter_tensors(lora, manifest.lora_targets)

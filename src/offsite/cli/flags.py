@@ -55,6 +55,7 @@ ConfigFlag = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="TOML file with settings; flags win over it")
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
+PlanFlag = Annotated[bool, typer.Option("--plan", help="print what it will do and need, and do nothing")]
 VersionFlag = Annotated[
     bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
 ]

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from offsite.cli import artifacts, flags, terminal
+from offsite.cli.plan import show_plan
 
 _Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="new folder for the result")]
 _BaseFolder = Annotated[Path, typer.Argument(metavar="BASE", help="base checkpoint folder, as import wrote it")]
@@ -46,6 +47,7 @@ def pack(
     heal: Annotated[str | None, flags.SETTING] = None,
     calibration: Annotated[Path | None, flags.SETTING] = None,
     dtype: Annotated[str | None, flags.SETTING] = None,
+    plan: flags.PlanFlag = False,
     config: flags.ConfigFlag = None,
     home: flags.HomeFlag = None,
     as_json: flags.JsonFlag = False,
@@ -73,6 +75,12 @@ def pack(
         },
     )
     from offsite.exchange.artifacts import Base
+
+    if plan:
+        from offsite.model_owner.plan import plan_pack
+
+        show_plan(plan_pack(Base(base), spec), out, as_json=as_json)
+        return
     from offsite.model_owner.pack import pack as pack_stage
 
     own = flags.home_of(context, home)
@@ -89,6 +97,7 @@ def plug_in(
     out: _Out,
     as_: Annotated[str | None, typer.Option("--as", rich_help_panel=flags.SETTINGS)] = None,
     again: Annotated[bool | None, typer.Option("--again", rich_help_panel=flags.SETTINGS)] = None,
+    plan: flags.PlanFlag = False,
     config: flags.ConfigFlag = None,
     home: flags.HomeFlag = None,
     as_json: flags.JsonFlag = False,
@@ -104,9 +113,15 @@ def plug_in(
 
     spec = flags.settings(PlugInSpec, config, {"as": as_, "again": again})
     from offsite.exchange.artifacts import Base
-    from offsite.model_owner.plug_in import plug_in as plug_in_stage
 
     own = flags.home_of(context, home)
+    if plan:
+        from offsite.model_owner.plan import plan_plug_in
+
+        show_plan(plan_plug_in(Base(base), returned, spec, own), out, as_json=as_json)
+        return
+    from offsite.model_owner.plug_in import plug_in as plug_in_stage
+
     with terminal.showing_progress() as progress:
         plugged = plug_in_stage(Base(base), returned, out, spec, own, progress)
     terminal.show(artifacts.describe(plugged.folder, own), as_json=as_json)

@@ -25,6 +25,8 @@ def use_short_attention(model: "PreTrainedModel") -> None:
 
     if model.config._attn_implementation != "sdpa" or model.device.type != "cpu" or model.dtype != torch.bfloat16:
         return
+    if not getattr(model, "_supports_attention_backend", False):
+        return  # its own code branches on the name: Falcon would take another attention under this one's mask
     AttentionInterface.register(_NAME, _attend)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
     model.set_attn_implementation(_NAME)

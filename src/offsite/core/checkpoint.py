@@ -24,7 +24,7 @@ FLOATS = ("F32", "BF16", "F16")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-_CHUNK = 8 * 2**20  # bytes copied at once; a multiple of every item size
+CHUNK_BYTES = 8 * 2**20  # bytes copied at once; a multiple of every item size
 _MAX_HEADER = 100 * 10**6  # the limit of the reference implementation
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
 
@@ -204,7 +204,7 @@ def read_chunks(tensor: TensorRange, dtype: str | None = None) -> Iterator[bytes
     with tensor.file.open("rb") as stream:
         stream.seek(tensor.start)
         while left:
-            wanted = min(_CHUNK, left)
+            wanted = min(CHUNK_BYTES, left)
             chunk = stream.read(wanted)
             if len(chunk) < wanted:
                 raise _broken(tensor.file, [f"ends {left - len(chunk)} bytes before the end of tensor {tensor.name!r}"])
@@ -265,8 +265,29 @@ def from_array(name: str, values: npt.NDArray[np.float32], dtype: str) -> NewTen
 
 def write_safetensors(file: Path, tensors: Iterable[NewTensor]) -> Written:
     """Write one new safetensors file, streaming tensor by tensor."""
+    ordered = _in_file_order(tensors)
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield _header(ordered)
+        for tensor in ordered:
+            yield from tensor.chunks()
+
+    return write_stream(file, chunks())
+
+
+def safetensors_bytes(tensors: Iterable[NewTensor]) -> int:
+    """The size in bytes of the file that `write_safetensors` would write."""
+    ordered = _in_file_order(tensors)
+    return len(_header(ordered)) + sum(tensor.size for tensor in ordered)
+
+
+def _in_file_order(tensors: Iterable[NewTensor]) -> list[NewTensor]:
     # wide items first, as the reference implementation does: so every tensor starts at a multiple of its item size
-    ordered = sorted(tensors, key=lambda tensor: -ITEM_SIZE[tensor.dtype])
+    return sorted(tensors, key=lambda tensor: -ITEM_SIZE[tensor.dtype])
+
+
+def _header(ordered: Iterable[NewTensor]) -> bytes:
+    """What stands before the tensors: the length of the JSON, and the JSON padded to a multiple of 8 bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in ordered:
@@ -275,31 +296,44 @@ def write_safetensors(file: Path, tensors: Iterable[NewTensor]) -> Written:
         offset += tensor.size
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-
-    def chunks() -> Iterator[bytes | memoryview]:
-        yield len(raw).to_bytes(8, "little") + raw
-        for tensor in ordered:
-            yield from tensor.chunks()
-
-    return write_stream(file, chunks())
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def write_checkpoint(folder: Path, tensors: Iterable[NewTensor], shard_bytes: int = SHARD_BYTES) -> list[Written]:
     """Write `model.safetensors`, or shards and their index where one file would be over `shard_bytes`."""
+    shards = _shards(tensors, shard_bytes)
+    written = [write_safetensors(folder / name, shard) for name, shard in shards.items()]
+    return written if len(shards) == 1 else [*written, write_stream(folder / INDEX, [_index(shards)])]
+
+
+def checkpoint_bytes(tensors: Iterable[NewTensor], shard_bytes: int = SHARD_BYTES) -> dict[str, int]:
+    """The files that `write_checkpoint` would write, by name, with their sizes in bytes."""
+    shards = _shards(tensors, shard_bytes)
+    sizes = {name: safetensors_bytes(shard) for name, shard in shards.items()}
+    return sizes if len(shards) == 1 else {**sizes, INDEX: len(_index(shards))}
+
+
+def _shards(tensors: Iterable[NewTensor], shard_bytes: int) -> dict[str, list[NewTensor]]:
+    """The tensors of each file, by the file's name."""
     shards: list[list[NewTensor]] = [[]]
+    held = 0
     for tensor in tensors:
-        if shards[-1] and sum(t.size for t in shards[-1]) + tensor.size > shard_bytes:
+        if shards[-1] and held + tensor.size > shard_bytes:
             shards.append([])
+            held = 0
         shards[-1].append(tensor)
+        held += tensor.size
     if len(shards) == 1:
-        return [write_safetensors(folder / WEIGHTS, shards[0])]
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    written = [write_safetensors(folder / name, shard) for name, shard in zip(names, shards, strict=True)]
+        return {WEIGHTS: shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def _index(shards: Mapping[str, Iterable[NewTensor]]) -> bytes:
     index = {
-        "metadata": {"total_size": sum(t.size for shard in shards for t in shard)},
-        "weight_map": {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard},
+        "metadata": {"total_size": sum(t.size for shard in shards.values() for t in shard)},
+        "weight_map": {t.name: name for name, shard in shards.items() for t in shard},
     }
-    return [*written, write_stream(folder / INDEX, [json.dumps(index, indent=1).encode()])]
+    return json.dumps(index, indent=1).encode()
 
 
 def strict_json(raw: bytes) -> Any:

@@ -1,11 +1,11 @@
 """Rows -> token ids -> batches: the one tokenisation that tuning, evaluation and generation share.
 
-A row is one JSON object a line, {"text": ...} or {"prompt": ..., "completion": ...}. An example is
-BOS + prompt + completion + EOS; the loss is on the completion and EOS (on all of a text and EOS). Batches hold rows of
-similar length, padded at the right; padding is known by length, never by id, since many models pad with their EOS.
+An example of a prompt row is BOS + prompt + completion + EOS; the loss is on the completion and EOS (on all of a text
+and EOS). A conversation is what the tokenizer's chat template makes of it, with the loss on what the assistant says. A
+long text is cut into blocks. Batches hold rows of similar length, padded at the right; padding is known by length,
+never by id, since many models pad with their EOS.
 """
 
-import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,38 +14,36 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from offsite.core.checkpoint import strict_json
+from offsite.core.chat import ConversationError, conversation_ids, require_template
+from offsite.core.rows import Row, counted, first
 from offsite.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LISTED = 20  # bad rows that an error lists
+LongRows = Literal["error", "truncate", "skip"]
+
 _SORTED_STEPS = 32  # steps whose rows are sorted by length together
-_FIELDS = ({"text"}, {"prompt", "completion"})
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row as it was written; a text has no prompt."""
-
-    line: int  # from 1
-    prompt: str | None
-    completion: str
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids of one row; the first `given` of them carry no label."""
+    """Token ids of one row; labels are on all of them after the first `given`, or on those at `places` alone."""
 
     line: int
     ids: npt.NDArray[np.int64]  # (T,)
     given: int  # at least 1: nothing predicts the first token
+    places: npt.NDArray[np.int64] | None = None  # positions in `ids` of a conversation's labels, ascending
+
+    @property
+    def labelled(self) -> npt.NDArray[np.int64]:
+        """Positions in `ids` that carry a label, (L,)."""
+        return np.arange(self.given, len(self.ids)) if self.places is None else self.places
 
     @property
     def labels(self) -> int:
         """Labelled tokens."""
-        return len(self.ids) - self.given
+        return len(self.ids) - self.given if self.places is None else len(self.places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,69 +54,14 @@ class Encoded:
     skipped: int
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read a JSONL file; blank lines are passed over.
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """A multiple-choice row: one example for each choice, labelled on the choice alone."""
 
-    Raises:
-        DataError: unreadable, without a row, or with bad rows, each listed by file, line and field.
-    """
-    try:
-        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise DataError(
-            f"cannot read the data set {path}: {error.strerror}", next_step="check the path; it is a JSONL file"
-        ) from None
-    rows, problems = [], []
-    for number, raw in enumerate(content.splitlines(), start=1):
-        if not raw.strip():
-            continue
-        row = _parse_row(raw, number)
-        if isinstance(row, Row):
-            rows.append(row)
-        else:
-            problems.append(f"{path}:{number}: {row}")
-    if problems:
-        raise DataError(
-            f"{_count(problems, 'bad row')} in {path}",
-            reasons=_first(problems),
-            next_step='mend these lines; a row is {"prompt": "...", "completion": "..."} or {"text": "..."}',
-        )
-    if not rows:
-        raise DataError(
-            f"the data set {path} is empty",
-            next_step='write one JSON object a line: {"prompt": "...", "completion": "..."} or {"text": "..."}',
-        )
-    return rows
-
-
-def _parse_row(raw: bytes, number: int) -> Row | str:
-    """The row, or what is wrong with it."""
-    try:
-        fields = strict_json(raw)
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 at byte {error.start}"
-    except ValueError as error:
-        return f"not JSON: {error}"
-    if not isinstance(fields, dict):
-        return f"a {type(fields).__name__}, expected an object"
-    if set(fields) not in _FIELDS:
-        found = ", ".join(repr(name)[:40] for name in sorted(fields)[:6]) or "none"
-        return f"fields {found}; expected 'text', or 'prompt' and 'completion'"
-    for name, value in fields.items():
-        problem = _field_problem(name, value)
-        if problem:
-            return f"field {name!r} {problem}"
-    return Row(number, fields.get("prompt"), fields["text"] if "text" in fields else fields["completion"])
-
-
-def _field_problem(name: str, value: object) -> str | None:
-    if not isinstance(value, str):
-        return f"is {type(value).__name__}, expected a string"
-    if not value and name != "prompt":
-        return "is empty"
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        return "holds half of a surrogate pair, which is no text"
-    return None
+    line: int
+    examples: tuple[Example, ...]
+    lengths: tuple[int, ...]  # characters of each choice, without the space that joins it to the prompt
+    answer: int
 
 
 def encode(
@@ -127,7 +70,7 @@ def encode(
     *,
     source: Path,
     max_length: int,
-    long_rows: Literal["error", "truncate", "skip"] = "error",
+    long_rows: LongRows = "error",
 ) -> Encoded:
     """Tokenise rows as tuning, evaluation and generation all see them.
 
@@ -139,45 +82,151 @@ def encode(
         rows: from `read_rows`.
         tokenizer: of the model.
         source: the file that the rows are from, for errors.
-        max_length: longest example in tokens, BOS and EOS included.
-        long_rows: longer ones are an error, cut (a prompt loses its start, then a completion its end), or left out.
+        max_length: longest example in tokens, BOS and EOS included; also the length of a long text's blocks.
+        long_rows: longer ones are an error, cut (a prompt loses its start, then a completion its end; a conversation
+            its end), or left out.
 
     Raises:
-        DataError: long rows under "error", all listed; or no row is left.
+        DataError: long rows under "error", all listed; conversations that the template cannot split; or no row is left.
     """
-    prompts = _tokenise(tokenizer, [row.prompt or "" for row in rows])
-    completions = _tokenise(tokenizer, [row.completion for row in rows])
-    examples, long = [], []
-    for row, prompt, completion in zip(rows, prompts, completions, strict=True):
-        start, answer = _with_ends(prompt, completion, tokenizer)
-        length = len(start) + len(answer)
-        if length > max_length:
-            long.append(f"{source}:{row.line}: {length} tokens, at most {max_length}")
-            if long_rows == "skip":
-                continue
-            start, answer = _cut(start, answer, max_length, bos=tokenizer.bos_token_id)
-        ids = np.array(start + answer, dtype=np.int64)
-        if len(ids) > 1:  # a single token has nothing to predict it
-            examples.append(Example(row.line, ids, max(1, len(start))))
-    if long and long_rows == "error":
-        raise DataError(
-            f"{_count(long, 'row')} of {source} over the longest length",
-            reasons=_first(long),
-            next_step="cut them with --long-rows truncate, leave them out with --long-rows skip, "
-            "or raise --max-length up to the model's context",
-        )
+    examples, long, skipped = [], [], 0
+    for draft in _drafts(rows, tokenizer, source, max_length):
+        if draft.length > max_length:
+            long.append(f"{source}:{draft.line}: {draft.length} tokens, at most {max_length}")
+        cut = draft.cut(max_length, bos=tokenizer.bos_token_id) if draft.length > max_length else draft
+        example = cut.example()
+        if example.labels and not (draft.length > max_length and long_rows == "skip"):
+            examples.append(example)
+        else:
+            skipped += 1  # also a single token, which has nothing to predict it
+    if long_rows == "error":
+        _require_short(long, source)
     if not examples:
         raise DataError(
             f"no row of {source} is left",
             reasons=[f"{len(rows)} rows read, {len(long)} over {max_length} tokens left out"],
             next_step="raise --max-length, or cut rows with --long-rows truncate",
         )
-    return Encoded(tuple(examples), len(rows) - len(examples))
+    return Encoded(tuple(examples), skipped)
+
+
+def encode_choices(
+    rows: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    source: Path,
+    max_length: int,
+    long_rows: LongRows = "error",
+) -> list[Choices]:
+    """Tokenise the multiple-choice rows among `rows`: BOS, prompt and a choice, for each choice; no EOS.
+
+    Raises:
+        DataError: a choice is too long under "error", all listed.
+    """
+    found, long = [], []
+    for row in rows:
+        if not row.choices:
+            continue
+        prompt, *choices = _tokenise(tokenizer, [row.prompt or "", *row.choices])
+        start = _with_ends(prompt, [], tokenizer)[0]
+        drafts = [_Draft(row.line, start, choice) for choice in choices]
+        longest = max(draft.length for draft in drafts)
+        if longest > max_length:
+            long.append(f"{source}:{row.line}: {longest} tokens with its longest choice, at most {max_length}")
+            if long_rows == "skip":
+                continue
+            drafts = [draft.cut(max_length, bos=tokenizer.bos_token_id) for draft in drafts]
+        lengths = tuple(len(choice) - 1 for choice in row.choices)
+        found.append(Choices(row.line, tuple(draft.example() for draft in drafts), lengths, row.answer))
+    if long_rows == "error":
+        _require_short(long, source)
+    return found
+
+
+def _require_short(long: Sequence[str], source: Path) -> None:
+    if long:
+        raise DataError(
+            f"{counted(long, 'row')} of {source} over the longest length",
+            reasons=first(long),
+            next_step="cut them with --long-rows truncate, leave them out with --long-rows skip, "
+            "or raise --max-length up to the model's context",
+        )
 
 
 def encode_prompt(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The ids that a model is given before it answers: those that `encode` puts before the completion."""
     return _with_ends(_tokenise(tokenizer, [prompt])[0], [], tokenizer)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """An example that may still be too long."""
+
+    line: int
+    start: list[int]
+    answer: list[int]  # of a conversation everything
+    places: list[int] | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.start) + len(self.answer)
+
+    def cut(self, most: int, *, bos: int | None) -> "_Draft":
+        if self.places is not None:
+            return _Draft(self.line, [], self.answer[:most], [place for place in self.places if place < most])
+        lead = self.start[:1] if self.start and self.start[0] == bos else []
+        room = max(most - len(self.answer) - len(lead), 0)
+        body = self.start[len(lead) :]
+        start = lead + (body[-room:] if room else [])
+        return _Draft(self.line, start, self.answer[: most - len(start)])
+
+    def example(self) -> Example:
+        ids = np.array(self.start + self.answer, dtype=np.int64)
+        if self.places is not None:
+            return Example(self.line, ids, 1, np.array(self.places, dtype=np.int64))
+        return Example(self.line, ids, max(1, len(self.start)))
+
+
+def _drafts(
+    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", source: Path, max_length: int
+) -> Iterator[_Draft]:
+    if any(row.turns for row in rows):
+        require_template(tokenizer)
+    prompts = _tokenise(tokenizer, [row.prompt or "" for row in rows])
+    completions = _tokenise(tokenizer, [row.completion for row in rows])
+    problems = []
+    for row, prompt, completion in zip(rows, prompts, completions, strict=True):
+        if row.document:
+            yield from _blocks(completion, tokenizer, max_length)
+        elif row.turns:
+            try:
+                yield _Draft(row.line, [], *conversation_ids(row.turns, tokenizer))
+            except ConversationError as error:
+                problems.append(f"{source}:{row.line}: field 'messages': {error}")
+        else:
+            yield _Draft(row.line, *_with_ends(prompt, completion, tokenizer))
+    if problems:
+        raise DataError(
+            f"{counted(problems, 'conversation')} of {source} cannot be labelled exactly",
+            reasons=first(problems),
+            next_step='mend these rows, write them as {"prompt", "completion"}, or have the model\'s owner put '
+            "{% generation %} marks into the chat template",
+        )
+
+
+def _blocks(text: list[int], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Iterator[_Draft]:
+    """Every token of a text (and EOS) once under a label, but for the first where nothing can predict it.
+
+    A block starts with a BOS, or where the tokenizer has none with the last token of the block before, unlabelled.
+    """
+    bos = tokenizer.bos_token_id
+    ids = text[1:] if text[:1] == [bos] else text
+    ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+    body = max_length - 1
+    before, ids = ([bos], ids) if bos is not None else (ids[:1], ids[1:])
+    for number, at in enumerate(range(0, len(ids), body), start=1):
+        yield _Draft(number, before, ids[at : at + body])
+        before = [bos] if bos is not None else ids[at + body - 1 : at + body]
 
 
 def _tokenise(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
@@ -192,14 +241,6 @@ def _with_ends(
     start = prompt if bos is None or [*prompt, *completion][:1] == [bos] else [bos, *prompt]
     answer = completion if completion and completion[-1] == eos else [*completion, eos]
     return start, answer
-
-
-def _cut(start: list[int], answer: list[int], most: int, *, bos: int | None) -> tuple[list[int], list[int]]:
-    lead = start[:1] if start and start[0] == bos else []
-    room = max(most - len(answer) - len(lead), 0)
-    body = start[len(lead) :]
-    start = lead + (body[-room:] if room else [])
-    return start, answer[: most - len(start)]
 
 
 def step_batches(examples: Sequence[Example], *, rows: int, seed: int, epoch: int) -> list[list[int]]:
@@ -250,16 +291,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         length = len(example.ids) - 1
         ids[i, :length] = example.ids[:-1]
         mask[i, :length] = 1
-        places.append(i * width + np.arange(example.given - 1, length))  # the token before predicts
-        targets.append(example.ids[example.given :])
+        places.append(i * width + example.labelled - 1)  # the token before predicts
+        targets.append(example.ids[example.labelled])
         owners.append(np.full(example.labels, i))
     return Batch(ids, mask, np.concatenate(places), np.concatenate(targets), np.concatenate(owners))
-
-
-def _count(items: Sequence[str], word: str) -> str:
-    return f"{len(items)} {word}{'' if len(items) == 1 else 's'}"
-
-
-def _first(lines: Sequence[str]) -> list[str]:
-    more = len(lines) - _LISTED
-    return [*lines[:_LISTED], *([f"and {more} more"] if more > 0 else [])]

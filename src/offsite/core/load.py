@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import TensorRange, open_checkpoint, read_chunks, read_header, strict_json
 from offsite.errors import IncompatibleError, StorageError
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -38,7 +39,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> "Pr
         IncompatibleError: the folder asks for foreign code, holds an adapter, or its tensors are not exactly the
             model's; every missing, unexpected and mismatched key is listed.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     _check_folder(folder)
     open_checkpoint(folder)  # transformers' own message for a truncated file names no file
@@ -46,14 +47,17 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> "Pr
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation=_attention(folder),
+            attn_implementation=attention_of(AutoConfig.from_pretrained(folder, **_OFFLINE)),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are listed instead of the first one raised
             **_OFFLINE,
             use_safetensors=True,
         )
     problems = [f"missing tensor {name}" for name in sorted(info["missing_keys"])]
-    problems += [f"unexpected tensor {name}" for name in sorted(info["unexpected_keys"])]
+    row = ARCHITECTURES.get(model.config.model_type)
+    problems += [
+        f"unexpected tensor {name}" for name in sorted(info["unexpected_keys"]) if not row or row.name_of(name)
+    ]  # beside masks and frequencies in older files
     problems += [f"mismatched tensor {_mismatch(entry)}" for entry in sorted(info["mismatched_keys"], key=str)]
     problems += [str(message) for message in info.get("error_msgs") or ()]
     if problems:
@@ -295,14 +299,13 @@ def _check_adapter(adapter: Path) -> None:
         )
 
 
-def _attention(folder: Path) -> str:
-    """SDPA, or the plain one where the family has no other."""
-    from transformers import AutoConfig
+def attention_of(config: "PretrainedConfig") -> str:
+    """SDPA, or the plain one where the family has no other, as under a cap on attention's logits."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = AutoConfig.from_pretrained(folder, **_OFFLINE)
     family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return "sdpa" if getattr(family, "_supports_sdpa", True) else "eager"
+    capped = getattr(config, "attn_logit_softcapping", None)
+    return "sdpa" if getattr(family, "_supports_sdpa", True) and not capped else "eager"
 
 
 def _mismatch(entry: object) -> str:

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from offsite.core.architectures import ARCHITECTURES
+from offsite.core.memory import CHUNK_ELEMENTS
 from offsite.errors import IncompatibleError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from offsite.core.data import Batch
-
-CHUNK_ELEMENTS = 2**25  # logits that exist at once: 128 MiB in fp32
 
 
 @dataclass(frozen=True)
@@ -28,29 +28,32 @@ class Network:
 
     body: nn.Module
     head: nn.Linear
+    cap: float | None = None  # logits are cap * tanh(logits / cap)
 
 
 def take_apart(model: "PreTrainedModel") -> Network:
     """Body and head of a model in eval mode, after checking on a few tokens that together they are the model.
 
     Raises:
-        IncompatibleError: logits are not head(body(ids)): the family caps or scales them.
+        IncompatibleError: logits are neither head(body(ids)) nor what the family's row makes of them.
     """
     body, head = model.base_model, model.get_output_embeddings()
+    row = ARCHITECTURES.get(model.config.model_type)
+    cap = getattr(model.config, row.logit_cap) if row and row.logit_cap else None
     ids = torch.arange(8, device=head.weight.device).remainder(head.weight.shape[0])[None]
     mask = torch.ones_like(ids)
     with torch.no_grad():
         whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-        parts = F.linear(_hidden(body, ids, mask), head.weight, head.bias).float()
+        parts = _capped(F.linear(_hidden(body, ids, mask), head.weight, head.bias), cap).float()
     # The same sums in the same order: more than a rounding step apart means another formula.
     step = torch.finfo(head.weight.dtype).eps
     if not torch.allclose(whole, parts, rtol=2 * step, atol=step * float(whole.abs().max())):
         raise IncompatibleError(
             f"models of type {model.config.model_type!r} do more to their logits than a linear head",
             reasons=[f"logits differ by up to {float((whole - parts).abs().max()):.3g}"],
-            next_step="use a family without a cap or scale on its logits",
+            next_step="use a family whose row in offsite/core/families.py says what becomes of its logits",
         )
-    return Network(body, head)
+    return Network(body, head, cap)
 
 
 def label_losses(network: Network, batch: "Batch") -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +69,7 @@ def label_losses(network: Network, batch: "Batch") -> tuple[torch.Tensor, torch.
     hidden = _hidden(network.body, ids, mask)  # (B, T, H)
     picked = hidden.flatten(0, 1).index_select(0, torch.from_numpy(batch.places).to(device))  # (L, H)
     targets = torch.from_numpy(batch.targets).to(device)
-    return labelled_cross_entropy(picked, network.head.weight, targets, network.head.bias)
+    return labelled_cross_entropy(picked, network.head.weight, targets, network.head.bias, network.cap)
 
 
 def _hidden(body: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -79,6 +82,7 @@ def labelled_cross_entropy(
     weight: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None = None,
+    cap: float | None = None,
     *,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,14 +93,19 @@ def labelled_cross_entropy(
         weight: of the head, (V, H); gets no gradient.
         targets: token ids, (L,).
         bias: of the head, (V,), or None; gets no gradient.
+        cap: logits become cap * tanh(logits / cap), as in Gemma 2 (arXiv 2408.00118, section 2).
         chunk_elements: most logits that exist at once.
 
     Returns:
         The sum of nats (a scalar with a gradient in `hidden`) and each label's nats, (L,), both fp32.
     """
     rows = max(1, chunk_elements // weight.shape[0])
-    total, nats = _LabelledCrossEntropy.apply(hidden, weight, bias, targets, rows)  # type: ignore[no-untyped-call]
+    total, nats = _LabelledCrossEntropy.apply(hidden, weight, bias, targets, cap, rows)  # type: ignore[no-untyped-call]
     return total, nats
+
+
+def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 class _LabelledCrossEntropy(torch.autograd.Function):
@@ -109,6 +118,7 @@ class _LabelledCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
+        cap: float | None,
         rows: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)  # float64 stays, for gradcheck
@@ -117,13 +127,17 @@ class _LabelledCrossEntropy(torch.autograd.Function):
         for begin in range(0, len(targets), rows):
             part = slice(begin, begin + rows)
             wanted = targets[part, None]  # (C, 1)
-            logits = F.linear(hidden[part], weight, bias)  # (C, V)
+            logits = _capped(F.linear(hidden[part], weight, bias), cap)  # (C, V)
             logs = torch.log_softmax(logits, dim=-1, dtype=wide)
             nats[part] = -logs.gather(1, wanted)[:, 0]
             if gradient is not None:
                 slope = logs.exp_()  # d nats / d logits = probability - 1 at the target
                 slope.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=wide))
+                if cap is not None:
+                    slope *= 1 - (logits / cap).square()  # d capped / d logits
                 gradient[part] = slope.to(weight.dtype) @ weight
+                del slope
+            del logits, logs  # else they would be there beside those of the next chunk
         if gradient is not None:
             ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(nats)
@@ -132,4 +146,4 @@ class _LabelledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (saved,) = ctx.saved_tensors
-        return saved * gradients[0].to(saved.dtype), None, None, None, None
+        return saved * gradients[0].to(saved.dtype), None, None, None, None, None

@@ -65,7 +65,8 @@ def _keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next step, where it would give it back and fault every page in anew.
 
     Activations and logits come and go in pieces of many megabytes: without this a step of a small model spends a third
-    of its time on page faults. The process's peak is the same; it is only not given back before the end.
+    of its time on page faults. It costs holes between the pieces, about a third more at the peak (docs/memory.md), and
+    nothing is given back before the end.
     """
     if sys.platform != "linux":
         return

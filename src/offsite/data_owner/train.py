@@ -21,11 +21,12 @@ from offsite.core.data import Example, collate, micro_batches
 from offsite.core.loss import Network, label_losses
 from offsite.core.progress import Event, Progress
 from offsite.core.storage import storage_errors
+from offsite.data_owner.board import board
 from offsite.data_owner.schedule import learning_rate, rows_of_steps, step_count
 from offsite.data_owner.state import RunState
 from offsite.data_owner.weights import TrainedWeights
 from offsite.errors import OffsiteError
-from offsite.measure.evaluate import perplexity, score
+from offsite.measure.row_losses import perplexity, row_losses
 
 _SPEED_STEPS = 20  # steps over which speed and time left are averaged
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -43,7 +44,15 @@ class Tuning:
     held_out: Sequence[Example]  # may be empty
 
 
-def train(tuning: Tuning, spec: TuneSpec, state: RunState, log: Path, progress: Progress) -> None:
+def train(
+    tuning: Tuning,
+    spec: TuneSpec,
+    state: RunState,
+    log: Path,
+    progress: Progress,
+    *,
+    tensorboard: Path | None = None,
+) -> None:
     """Train to the last step, saving resume points; the weights are changed in place.
 
     Raises:
@@ -57,7 +66,12 @@ def train(tuning: Tuning, spec: TuneSpec, state: RunState, log: Path, progress: 
     rows_of = rows_of_steps(spec, tuning.examples)
     speed = _Speed()
     whole = True  # whether the weights are those after `done` steps, and not between two
-    with _Log(log) as write, _stop_requests() as stopping:
+    with _Log(log) as to_file, board(tensorboard) as to_board, _stop_requests() as stopping:
+
+        def write(record: Mapping[str, Any]) -> None:
+            to_file(record)
+            to_board(record)
+
         write({"event": "resume" if done else "start", "step": done, "steps": steps})
         try:
             while done < steps:
@@ -126,7 +140,9 @@ def _validate(
         return
     for block in tuning.blocks:
         block.eval()
-    losses = score(tuning.network, tuning.held_out, 2 * spec.micro_batch_tokens, progress, f"validating step {step}")
+    losses = row_losses(
+        tuning.network, tuning.held_out, 2 * spec.micro_batch_tokens, progress, f"validating step {step}"
+    )
     loss = sum(row.nats for row in losses) / sum(row.tokens for row in losses)
     write({"event": "validation", "step": step, "loss": loss, "perplexity": perplexity(loss)})
 

@@ -5,12 +5,15 @@ from pathlib import Path
 from offsite.config import TuneSpec
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.attention import use_short_attention
-from offsite.core.data import Example, encode, read_rows
+from offsite.core.data import Example, encode
 from offsite.core.load import context_length, load_model, load_tokenizer
 from offsite.core.loss import take_apart
 from offsite.core.progress import Event, Progress, silent
+from offsite.core.row_files import data_digest
+from offsite.core.rows import read_rows
 from offsite.core.runtime import Runtime, runtime, seeded
-from offsite.core.storage import require_free, sha256_of
+from offsite.core.storage import require_free
+from offsite.data_owner.board import require_tensorboard
 from offsite.data_owner.methods import METHODS
 from offsite.data_owner.methods.lora import lora_settings
 from offsite.data_owner.send_back import send_back
@@ -35,6 +38,7 @@ def tune(
     home: Home,
     *,
     eval_data: Path | None = None,
+    tensorboard: Path | None = None,
     resume: bool = False,
     progress: Progress = silent,
 ) -> Return:
@@ -44,17 +48,19 @@ def tune(
 
     Args:
         bundle: the folder that the model's owner sent.
-        data: JSONL rows to train on.
+        data: rows to train on, as `offsite.core.rows.read_rows` takes them.
         out: the return's folder; it appears whole or not at all.
         spec: what trains and how.
         home: the data owner's.
-        eval_data: JSONL rows to validate on.
+        eval_data: rows to validate on.
+        tensorboard: a folder to log to for TensorBoard as well; it stays here, like the log.
         resume: continue an interrupted run bit for bit (on the same machine with as many threads); where there is
             none yet, start.
         progress: where the events go.
 
     Raises:
-        UsageError: `out` holds something, or an interrupted run is there that cannot or was not to be resumed.
+        UsageError: `out` holds something, an interrupted run is there that cannot or was not to be resumed, or a
+            package that was asked for is not installed.
         VerificationError: the bundle fails verification.
         PolicyError: the bundle does not permit the method or the rank.
         DataError: rows are bad, too long, or missing.
@@ -64,6 +70,8 @@ def tune(
         KeyboardInterrupt: the user stopped it; a resume point was saved.
     """
     require_free(out)
+    if tensorboard is not None:
+        require_tensorboard()
     identity = home.identity()
     progress(Event("verifying the bundle", 0))
     verified = verify_bundle(bundle, home)
@@ -75,7 +83,7 @@ def tune(
         state = RunState(run_folder(out), _identity_of_run(verified, data, spec, where), resume=resume)
         progress(Event("loading the model", 0))
         tuning = _prepare(verified, spec, where, examples, held_out)
-        train(tuning, spec, state, log_file(out), progress)
+        train(tuning, spec, state, log_file(out), progress, tensorboard=tensorboard)
     lora = lora_settings(verified.manifest, spec) if spec.method == "lora" else None
     progress(Event("writing the return", 0))
     returned = send_back(verified, tuning.weights.masters, lora, out, identity)
@@ -113,7 +121,7 @@ def _read(bundle: Bundle, data: Path | None, spec: TuneSpec) -> tuple[Example, .
 def _identity_of_run(bundle: Bundle, data: Path, spec: TuneSpec, where: Runtime) -> dict[str, object]:
     settings = spec.model_dump(mode="json", exclude=set(_FREE_SETTINGS))
     resolved = {"device": str(where.device), "compute": str(where.dtype)}
-    return {**settings, **resolved, "bundle": bundle.digest, "data": sha256_of(data)}
+    return {**settings, **resolved, "bundle": bundle.digest, "data": data_digest(data)}
 
 
 def _prepare(

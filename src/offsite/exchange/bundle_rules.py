@@ -50,6 +50,11 @@ def _bundle_config(sealed: Sealed) -> Iterator[str]:
     counts = {key: config[key] for key in row.count_keys if key in config}
     if not counts or any(type(count) is not int or count != manifest.split.blocks for count in counts.values()):
         yield f"{CONFIG} has block counts {str(counts)[:120]}, the split has {manifest.split.blocks}"
+    for key in row.per_block:
+        entries = config.get(key)
+        if not isinstance(entries, list) or len(entries) != manifest.split.blocks:
+            expected = f"expected one entry for each of {manifest.split.blocks} blocks"
+            yield f"{CONFIG} has {key} = {str(entries)[:60]}, {expected}"
     for key, value in row.set_switches(config).items():
         yield f"{CONFIG} has {key} = {str(value)[:60]!r}, under which blocks cannot be cut"
 

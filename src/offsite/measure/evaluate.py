@@ -1,22 +1,28 @@
-"""Held-out loss of a model, and what it answers."""
+"""Held-out loss of a model, its accuracy where rows are multiple choice, and what it answers.
 
-import math
+Every figure comes with a 95 % confidence interval over rows (`offsite.measure.bootstrap`).
+"""
+
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
 from offsite.config import EvalSpec
-from offsite.core.data import Example, Row, collate, encode, encode_prompt, micro_batches, read_rows
+from offsite.core.data import encode, encode_choices, encode_prompt
 from offsite.core.load import context_length, load_adapted, load_model, load_replaced, load_tokenizer
-from offsite.core.loss import Network, label_losses, take_apart
+from offsite.core.loss import take_apart
 from offsite.core.progress import Event, Progress, silent
+from offsite.core.rows import Row, read_rows
 from offsite.core.runtime import Runtime, runtime
 from offsite.exchange.contents import RETURNED_WEIGHTS
+from offsite.measure.bootstrap import Interval, interval
+from offsite.measure.choices import ChoiceScore, score_choices
+from offsite.measure.row_losses import RowLoss, perplexity, row_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,27 +40,23 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class RowLoss:
-    """Nats summed over the labelled tokens of one row, and how many those are."""
-
-    line: int
-    nats: float
-    tokens: int
-
-
-@dataclass(frozen=True)
 class Score:
     """Held-out loss in nats per labelled token, and what it was measured on."""
 
     loss: float
     perplexity: float
+    completion_loss: float | None  # of rows that answer something alone; None where all are plain text
+    accuracy: float | None  # of multiple-choice rows, by log-likelihood; None where there are none
+    accuracy_norm: float | None  # the same, by log-likelihood per character
     tokens: int  # labelled ones
     rows: int
     skipped: int
     seconds: float
-    tokens_per_s: float  # of all tokens that ran
+    tokens_per_s: float  # of all tokens that ran for the loss
+    intervals: Mapping[str, Interval]  # of the figures above, by name; none from fewer than two rows
     samples: tuple[Sample, ...] = ()
     row_losses: tuple[RowLoss, ...] = field(default=(), repr=False)
+    choice_scores: tuple[ChoiceScore, ...] = field(default=(), repr=False)
 
 
 def evaluate(
@@ -70,7 +72,7 @@ def evaluate(
 
     Args:
         model: a checkpoint folder: base, bundle or merged plug-in.
-        data: JSONL rows.
+        data: rows, as `offsite.core.rows.read_rows` takes them.
         spec: lengths, device, dtype of the arithmetic.
         adapter: what was tuned on that model: a return, or a plug-in in the form of an adapter.
         samples: answers to generate greedily, for the first prompts of the data.
@@ -86,64 +88,59 @@ def evaluate(
     tokenizer = load_tokenizer(model)
     longest = min(spec.max_length, context_length(model) or spec.max_length)
     encoded = encode(rows, tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
-    network_model = _load(model, adapter, where)
+    examples = encoded.examples[: spec.max_rows]  # a long text is one row, and many examples
+    questions = encode_choices(rows, tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
+    network_model = load_tuned(model, adapter, where)
+    network = take_apart(network_model)
     started = time.perf_counter()
-    losses = score(take_apart(network_model), encoded.examples, spec.micro_batch_tokens, progress)
+    losses = row_losses(network, examples, spec.micro_batch_tokens, progress)
     seconds = time.perf_counter() - started
-    tokens = sum(row.tokens for row in losses)
-    loss = sum(row.nats for row in losses) / tokens
+    choices = score_choices(network, questions, spec.micro_batch_tokens, progress)
+    answering = {row.line for row in rows if row.prompt is not None or row.turns}
     asked = [row for row in rows if row.prompt is not None][:samples]
     return Score(
-        loss=loss,
-        perplexity=perplexity(loss),
-        tokens=tokens,
+        **_figures(losses, [row for row in losses if row.line in answering], choices),
+        tokens=sum(row.tokens for row in losses),
         rows=len(losses),
         skipped=encoded.skipped,
         seconds=round(seconds, 3),
-        tokens_per_s=round(sum(len(example.ids) for example in encoded.examples) / seconds, 1),
+        tokens_per_s=round(sum(len(example.ids) for example in examples) / seconds, 1),
         samples=tuple(_answers(network_model, tokenizer, asked, longest, progress)),
         row_losses=tuple(losses),
+        choice_scores=tuple(choices),
     )
 
 
-def _load(model: Path, adapter: Path | None, where: Runtime) -> "PreTrainedModel":
+def _figures(
+    losses: Sequence[RowLoss], completions: Sequence[RowLoss], choices: Sequence[ChoiceScore]
+) -> dict[str, Any]:
+    """Every figure by name, and their intervals."""
+    found: dict[str, float | None] = {}
+    intervals: dict[str, Interval] = {}
+    ratios: dict[str, tuple[list[float], list[float]]] = {
+        "loss": ([row.nats for row in losses], [row.tokens for row in losses]),
+        "completion_loss": ([row.nats for row in completions], [row.tokens for row in completions]),
+        "accuracy": ([choice.right for choice in choices], [1.0] * len(choices)),
+        "accuracy_norm": ([choice.right_by_length for choice in choices], [1.0] * len(choices)),
+    }
+    for name, (parts, sizes) in ratios.items():
+        found[name] = sum(parts) / sum(sizes) if sizes else None
+        if ends := interval(parts, sizes):
+            intervals[name] = ends
+    found["perplexity"] = perplexity(found["loss"] or 0.0)
+    if "loss" in intervals:  # percentiles go through a rising function
+        intervals["perplexity"] = Interval(perplexity(intervals["loss"].low), perplexity(intervals["loss"].high))
+    return {**found, "intervals": intervals}
+
+
+def load_tuned(model: Path, adapter: Path | None, where: Runtime) -> "PreTrainedModel":
+    """A model, with what was tuned on it if there is something: a LoRA adapter, or a full return's tensors."""
     if adapter is None:
         return load_model(model, dtype=where.dtype, device=where.device)
     if (adapter / RETURNED_WEIGHTS).exists():
         return load_replaced(model, adapter / RETURNED_WEIGHTS, dtype=where.dtype, device=where.device)
     loaded: PreTrainedModel = load_adapted(model, adapter, dtype=where.dtype, device=where.device).get_base_model()
     return loaded
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-@torch.no_grad()
-def score(
-    network: Network, examples: Sequence[Example], budget: int, progress: Progress = silent, stage: str = "evaluating"
-) -> list[RowLoss]:
-    """The loss of every example, in their order; the network is in eval mode already.
-
-    Args:
-        network: body and head.
-        examples: what to score.
-        budget: padded tokens that run at once.
-        progress: where the events go.
-        stage: the events' name.
-    """
-    found: dict[int, RowLoss] = {}
-    nats_so_far, tokens_so_far = 0.0, 0
-    for group in micro_batches(examples, range(len(examples)), budget):
-        batch = collate([examples[i] for i in group])
-        nats = label_losses(network, batch)[1].double().cpu()  # (L,)
-        sums = torch.zeros(len(group), dtype=torch.float64).index_add_(0, torch.from_numpy(batch.owners), nats)
-        for i, total in zip(group, sums.tolist(), strict=True):
-            found[i] = RowLoss(examples[i].line, total, examples[i].labels)
-            nats_so_far, tokens_so_far = nats_so_far + total, tokens_so_far + examples[i].labels
-        progress(Event(stage, len(found), len(examples), {"loss": nats_so_far / tokens_so_far}))
-    return [found[i] for i in range(len(examples))]
 
 
 def _answers(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offsite.core.architectures import Architecture, architecture_of
+from offsite.core.architectures import ARCHITECTURES, Architecture, architecture_of
 from offsite.core.checkpoint import FLOATS, TensorRange, open_checkpoint, read_chunks, strict_json
 from offsite.errors import IncompatibleError, StorageError
 from offsite.exchange.artifacts import Base
@@ -39,7 +39,7 @@ def open_base(base: Base) -> BaseModel:
         IncompatibleError: the family is not supported, or tensors are missing or left over.
     """
     config = _read_config(base.folder / CONFIG)
-    row = architecture_of(config)
+    row = row_of(config)
     checkpoint = open_checkpoint(base.folder)
     tensors: dict[str, TensorRange] = {}
     for stored, tensor in checkpoint.tensors.items():
@@ -56,6 +56,19 @@ def open_base(base: Base) -> BaseModel:
     model = BaseModel(base.folder, config, row, tensors, row.block_count(config))
     _check_tensors(model)
     return model
+
+
+def row_of(config: Mapping[str, Any]) -> Architecture:
+    """The row of a base's config.
+
+    Raises:
+        IncompatibleError: there is none, and the error holds the one to add; or a switch is on that the row refuses.
+    """
+    if config.get("model_type") not in ARCHITECTURES:
+        from offsite.model_owner.detect import unknown_family
+
+        raise unknown_family(config)
+    return architecture_of(config)
 
 
 _IMPORT_AGAIN = "import the model afresh with `offsite import MODEL --out base/`"

@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from offsite.core.load import read_tensor
+from offsite.core.load import attention_of, read_tensor
 from offsite.core.runtime import Runtime
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel
@@ -52,7 +52,7 @@ class LoadedBlock:
             with torch.no_grad(), self._autocast():
                 self.surrounding(input_ids=ids, use_cache=False)
         except _ReachedBlock as reached:
-            return reached
+            return reached.with_traceback(None)  # which would keep the callers' frames, and all they hold, in a cycle
         finally:
             handle.remove()
         raise IncompatibleError(f"{type(self.surrounding).__name__} does not call its blocks with the hidden state")
@@ -67,14 +67,14 @@ class BlockRunner:
 
     def __init__(self, model: BaseModel, machine: Runtime) -> None:
         self._model, self._device, self._compute = model, machine.device, machine.dtype
-        self._outer = {name: self._read(name) for name in model.row.embeddings}
+        self._outer = {name: self._read(name) for name in model.row.embedding_tensors(model.config)}
 
     def load(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> LoadedBlock:
         """One block of the base, with some of its tensors (by path in the block) replaced."""
         row = self._model.row
         config = AutoConfig.for_model(**subset_config(self._model, [index]))
         with init_empty_weights(include_buffers=False):
-            surrounding = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+            surrounding = AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(config))
         weights = {path: self._read(row.in_block(index, path)) for path in self._model.block(index)}
         for path, value in (replaced or {}).items():
             weights[path] = value.to(self._device)

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from offsite.config import ImportSpec
-from offsite.core.architectures import architecture_of
 from offsite.core.checkpoint import INDEX, WEIGHTS, copied, open_checkpoint, write_checkpoint
 from offsite.core.progress import Event, Progress, silent
 from offsite.core.storage import require_free, staged_folder, write_stream
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.exchange.artifacts import Base
 from offsite.exchange.contents import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
-from offsite.model_owner.base_model import open_base
+from offsite.model_owner.base_model import open_base, row_of
 from offsite.model_owner.split import DTYPES
 
 _COMPANIONS = (GENERATION_CONFIG, *TOKENIZER_FILES, "added_tokens.json", "LICENSE", "LICENSE.txt")
@@ -89,7 +88,7 @@ def _convert(source: Path, folder: Path, dtype: str | None, progress: Progress, 
         options["gguf_file"] = gguf
     progress(Event("reading the model", 0))
     try:
-        architecture_of(AutoConfig.from_pretrained(source, **options).to_dict())
+        row_of(AutoConfig.from_pretrained(source, **options).to_dict())
         model = AutoModelForCausalLM.from_pretrained(
             source,
             **options,

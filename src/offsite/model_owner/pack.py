@@ -4,6 +4,7 @@ import datetime
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from offsite.config import PackSpec
 from offsite.core.architectures import config_problems
 from offsite.core.checkpoint import TensorRange, strict_json, write_checkpoint
 from offsite.core.progress import Event, Progress, silent
-from offsite.core.storage import Written, require_free, staged_folder, write_stream
+from offsite.core.storage import require_free, staged_folder, write_stream
 from offsite.errors import IncompatibleError, StorageError
 from offsite.exchange.artifacts import Base, Bundle
 from offsite.exchange.contents import (
@@ -24,7 +25,7 @@ from offsite.exchange.contents import (
     tokenizer_digest,
 )
 from offsite.exchange.home import Home
-from offsite.exchange.manifest import FORMAT, BundleManifest
+from offsite.exchange.manifest import FORMAT, BundleManifest, FileEntry, Split
 from offsite.exchange.pack import file_entries, seal
 from offsite.model_owner.base_model import BaseModel, fingerprint, open_base
 from offsite.model_owner.compress.select import select
@@ -67,31 +68,52 @@ def pack(base: Base, out: Path, recipient: str, spec: PackSpec, home: Home, prog
         emulator = select(model, sandwich, spec, progress)
         healed = _heal(model, sandwich, emulator, spec, Path(scratch), progress)
         kept = (*sandwich.bottom, *emulator, *sandwich.top)
-        numbers = counts(sandwich, spec)
         progress(Event("writing the bundle", 0))
         written = write_checkpoint(folder, bundle_tensors(model, kept, healed, dtype))
-        written += _write_settings(model, kept, dtype, folder)
-        files = file_entries(written)
-        manifest = BundleManifest(
-            kind="bundle",
-            format=FORMAT,
-            requires=(),
-            issued_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            issuer=identity.public_key.hex,
-            recipient=key.hex,
-            base=fingerprint(model, identity),
-            tokenizer=tokenizer_digest(files),
-            architecture=model.row.model_type,
-            split=numbers,
-            methods=spec.methods,
-            max_rank=spec.max_rank,
-            tensors=returnable(model, kept, numbers, dtype),
-            lora_targets=lora_targets(model, kept, numbers),
-            files=files,
-        )
+        settings = settings_files(model, kept, dtype)
+        written += [write_stream(folder / name, [content]) for name, content in settings.items()]
+        parties = Parties(identity.public_key.hex, key.hex, fingerprint(model, identity))
+        manifest = bundle_manifest(model, kept, counts(sandwich, spec), spec, file_entries(written), parties)
         bundle = Bundle(out, manifest, seal(folder, manifest, identity))
         Ledger(home.ledger).record_issue(bundle, recipient, kept, spec)
     return bundle
+
+
+@dataclass(frozen=True)
+class Parties:
+    """Who issues a bundle to whom, by key, and the fingerprint of the base; each is 64 hex digits."""
+
+    issuer: str
+    recipient: str
+    base: str
+
+
+def bundle_manifest(
+    model: BaseModel,
+    kept: Sequence[int],
+    numbers: Split,
+    spec: PackSpec,
+    files: tuple[FileEntry, ...],
+    parties: Parties,
+) -> BundleManifest:
+    """The manifest of a bundle that holds the base blocks `kept` in these files, issued now."""
+    return BundleManifest(
+        kind="bundle",
+        format=FORMAT,
+        requires=(),
+        issued_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        issuer=parties.issuer,
+        recipient=parties.recipient,
+        base=parties.base,
+        tokenizer=tokenizer_digest(files),
+        architecture=model.row.model_type,
+        split=numbers,
+        methods=spec.methods,
+        max_rank=spec.max_rank,
+        tensors=returnable(model, kept, numbers, DTYPES[spec.dtype]),
+        lora_targets=lora_targets(model, kept, numbers),
+        files=files,
+    )
 
 
 def _heal(
@@ -120,23 +142,26 @@ def _tokenizer_files(model: BaseModel) -> list[Path]:
     return found
 
 
-def _write_settings(model: BaseModel, kept: Sequence[int], dtype: str, folder: Path) -> list[Written]:
+def settings_files(model: BaseModel, kept: Sequence[int], dtype: str) -> dict[str, bytes]:
+    """What a bundle holds beside its weights, by file name: config, generation settings and tokenizer, cleaned.
+
+    Raises:
+        IncompatibleError: a file holds what may not travel.
+        StorageError: there is no tokenizer, or a file cannot be read.
+    """
     config = bundle_config(model, kept, dtype)
     problems = config_problems(config, model.row)
     if problems:
         raise IncompatibleError(
             "the base's config holds what may not travel", reasons=problems, next_step=f"mend {CONFIG} in the base"
         )
-    written = [_write_json(folder / CONFIG, config)]
+    files = {CONFIG: _json(config)}
     others = _tokenizer_files(model)
     if (model.folder / GENERATION_CONFIG).is_file():
         others.append(model.folder / GENERATION_CONFIG)
     for source in others:
-        if source.name in ALLOWED_KEYS:
-            written.append(_write_json(folder / source.name, _cleaned_file(source)))
-        else:
-            written.append(write_stream(folder / source.name, [source.read_bytes()]))
-    return written
+        files[source.name] = _json(_cleaned_file(source)) if source.name in ALLOWED_KEYS else source.read_bytes()
+    return files
 
 
 def _cleaned_file(source: Path) -> dict[str, Any]:
@@ -155,5 +180,5 @@ def _cleaned_file(source: Path) -> dict[str, Any]:
     return dict(kept)
 
 
-def _write_json(file: Path, content: object) -> Written:
-    return write_stream(file, [json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"])
+def _json(content: object) -> bytes:
+    return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +68,7 @@ def plug_in(base: Base, returned: Path, out: Path, spec: PlugInSpec, home: Home,
     require_free(out)
     progress(Event("verifying the return", 0))
     verified, parent = intake(returned, home)
-    form = _form(verified, spec)
+    form = form_of(verified, spec)
     _check_again(verified, spec, home)
     model = open_base(base)
     progress(Event("comparing the base with the ledger", 0))
@@ -110,7 +110,12 @@ def _refusals_recorded(verified: Return, home: Home) -> Iterator[None]:
         raise
 
 
-def _form(verified: Return, spec: PlugInSpec) -> Any:
+def form_of(verified: Return, spec: PlugInSpec) -> Literal["adapter", "merged"]:
+    """The form of a plug-in: the one that was asked for, else the one that suits the return.
+
+    Raises:
+        UsageError: a full return cannot become an adapter.
+    """
     if verified.manifest.method == "full" and spec.as_ == "adapter":
         raise UsageError(
             "a full return holds whole weights, which no adapter folder can carry",

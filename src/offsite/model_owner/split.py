@@ -6,7 +6,7 @@ from typing import Any
 
 from offsite.config import PackSpec
 from offsite.core.checkpoint import NewTensor, TensorRange, copied
-from offsite.errors import UsageError
+from offsite.errors import IncompatibleError, UsageError
 from offsite.exchange.manifest import Split, TensorEntry
 from offsite.model_owner.base_model import BaseModel
 
@@ -27,6 +27,7 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
 
     Raises:
         UsageError: bottom, keep and top do not fit into the blocks that there are.
+        IncompatibleError: the gap is to be healed in a way that the family does not permit.
     """
     middle = range(spec.bottom, model.blocks - spec.top)
     if not 1 <= spec.keep <= len(middle):
@@ -36,6 +37,13 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
             next_step=f"choose --keep between 1 and {len(middle)}"
             if len(middle) >= 1
             else "choose a smaller --bottom or --top",
+        )
+    if spec.heal == "refit" and spec.keep < len(middle) and not model.row.residual_is_linear(model.config):
+        raise IncompatibleError(
+            f"refit needs a residual that is linear in the MLP's output, which this {model.row.model_type} model "
+            "does not have",
+            reasons=["a norm follows the MLP in its blocks"],
+            next_step="pack with --heal none",
         )
     return Sandwich(tuple(range(spec.bottom)), tuple(middle), tuple(range(model.blocks - spec.top, model.blocks)))
 
@@ -79,12 +87,7 @@ def bundle_config(model: BaseModel, kept: Sequence[int], dtype: str) -> dict[str
 
 def subset_config(model: BaseModel, kept: Sequence[int]) -> dict[str, Any]:
     """The base's config for the blocks of `kept` alone, in that order."""
-    row = model.row
-    config = dict(model.config)
-    for key in row.per_block_keys:
-        if isinstance(config.get(key), list):
-            config[key] = [config[key][index] for index in kept]
-    return config | {key: len(kept) for key in row.count_keys if key in config or key == row.count_keys[0]}
+    return model.row.subset(model.config, kept)
 
 
 def counts(sandwich: Sandwich, spec: PackSpec) -> Split:

@@ -19,7 +19,6 @@ from offsite.core.checkpoint import TensorRange, from_array, read_header, write_
 from offsite.core.load import read_tensor
 from offsite.core.progress import Event, Progress
 from offsite.core.runtime import runtime
-from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner, LoadedBlock, captured_input
 from offsite.model_owner.compress.calibration import calibration_batches
@@ -52,15 +51,9 @@ def refit(
         The solved tensors by base name, as they lie in files of `scratch`.
 
     Raises:
-        IncompatibleError: the family's residual is not linear in what the projection gives.
         DataError: the calibration text is unreadable or too short.
     """
     row = model.row
-    if not row.linear_residual:
-        raise IncompatibleError(
-            f"refit needs a residual that is linear in the MLP's output, which {row.model_type} does not have",
-            next_step="pack with --heal none",
-        )
     machine = runtime(spec.device, spec.compute, spec.threads)
     runner = BlockRunner(model, machine)
     batches = [ids.to(machine.device) for ids in calibration_batches(model, spec.calibration, spec.calibration_tokens)]

@@ -1,0 +1,91 @@
+"""A base folder of any Llama's size without its weights: true headers over files that are one hole and take no room.
+
+    python -m benchmarks.hollow_base 7b FOLDER
+
+`offsite pack FOLDER --plan` reads config and headers alone, so it plans for models that this machine could not hold.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from offsite.core.checkpoint import INDEX, ITEM_SIZE
+
+# Llama 2 in the sizes of its paper (arXiv 2307.09288).
+SIZES = {
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 32},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+            "num_key_value_heads": 8},
+}  # fmt: skip
+_COMMON = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False,
+    "max_position_embeddings": 4096, "head_dim": 128, "hidden_act": "silu", "rms_norm_eps": 1e-5, "dtype": "bfloat16",
+    "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def main() -> None:
+    """Write the folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("folder", type=Path)
+    wanted = parser.parse_args()
+    config = _COMMON | SIZES[wanted.size]
+    wanted.folder.mkdir(parents=True)
+    (wanted.folder / "config.json").write_text(json.dumps(config, indent=1))
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from tiny import tiny_tokenizer
+
+    tiny_tokenizer(wanted.folder)
+    _write(wanted.folder, {f"{name}.weight": shape for name, shape in _shapes(config).items()})
+
+
+def _shapes(config: dict[str, object]) -> dict[str, tuple[int, ...]]:
+    keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+    hidden, inner, heads, key_heads, blocks = (int(str(config[key])) for key in keys)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (32000, hidden), "model.norm": (hidden,)}
+    block: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (128 * heads, hidden),
+        "self_attn.k_proj": (128 * key_heads, hidden),
+        "self_attn.v_proj": (128 * key_heads, hidden),
+        "self_attn.o_proj": (hidden, 128 * heads),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    for index in range(blocks):
+        shapes |= {f"model.layers.{index}.{path}": shape for path, shape in block.items()}
+    return shapes | {"lm_head": (32000, hidden)}
+
+
+def _write(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """One file for each tensor of more than one dimension, small tensors beside the one before."""
+    files: list[dict[str, tuple[int, ...]]] = []
+    for name, shape in shapes.items():
+        if len(shape) > 1:
+            files.append({})
+        files[-1][name] = shape
+    weight_map = {}
+    for number, held in enumerate(files, 1):
+        file = folder / f"model-{number:05}-of-{len(files):05}.safetensors"
+        header, offset = {}, 0
+        for name, shape in held.items():
+            size = ITEM_SIZE["BF16"]
+            for length in shape:
+                size *= length
+            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+            weight_map[name] = file.name
+        raw = json.dumps(header).encode()
+        with file.open("wb") as stream:
+            stream.write(len(raw).to_bytes(8, "little") + raw)
+            stream.truncate(8 + len(raw) + offset)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+if __name__ == "__main__":
+    main()

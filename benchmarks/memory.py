@@ -1,0 +1,173 @@
+"""Peak memory of every stage, as the operating system counts it, against what `--plan` says before.
+
+    python -m benchmarks.memory                 the model of the demo, from the user's cache
+    python -m benchmarks.memory --base FOLDER   any base folder; "tiny" makes a tiny random one
+
+Each command runs in a process of its own, one at a time; its peak is the ru_maxrss that the system reports when it
+ends. Nothing heavy is imported here: a child's peak counts what its parent held at the fork.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+RESULT = Path(__file__).parent / "results" / "memory.json"
+LIBRARIES = "interpreter and libraries"  # how the plan's first term starts
+_ROOT = Path(__file__).parent.parent
+_TEXT = _ROOT / "src" / "offsite" / "model_owner" / "calibration.txt"
+_ROWS = 64
+_TINY = "import sys; from pathlib import Path; from tiny import tiny_base; tiny_base(Path(sys.argv[1]), blocks=14)"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One command: its peak and the plan's, in bytes."""
+
+    case: str
+    measured: int
+    planned: int
+    libraries: int  # of the plan: the measured constant for what is there before any of the model
+    phase: str  # in which the plan has its peak
+    seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """Planned over measured, both above the libraries."""
+        return (self.planned - self.libraries) / max(1, self.measured - self.libraries)
+
+
+def main() -> None:
+    """Measure, print the table, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default=None, help='base folder, or "tiny"')
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--result", type=Path, default=None)
+    wanted = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": str(wanted.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    results = []
+    with tempfile.TemporaryDirectory(prefix="offsite-memory-") as scratch:
+        for one in _measure(_base(wanted.base, Path(scratch)), Path(scratch), wanted.tokens):
+            results.append(one)
+            print(_line(one), flush=True)
+    if wanted.result or wanted.base is None:
+        _write(wanted.result or RESULT, results, wanted)
+
+
+def _base(wanted: str | None, scratch: Path) -> Path:
+    if wanted == "tiny":
+        command = [sys.executable, "-c", _TINY, str(scratch / "base")]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(_ROOT / "tests")})
+        return scratch / "base"
+    if wanted:
+        return Path(wanted)
+    import platformdirs
+
+    return platformdirs.user_cache_path("offsite") / "SmolLM2-135M-Instruct" / "base"
+
+
+def _measure(base: Path, scratch: Path, tokens: int) -> Iterator[Measured]:
+    """Play both parties, one command after the other."""
+    acme, hospital = scratch / "acme", scratch / "hospital"
+    for home, name in ((acme, "acme"), (hospital, "hospital")):
+        _offsite("keygen", "--name", name, "--out", scratch / f"{name}.pub", "--home", home)
+    for home, name in ((acme, "hospital"), (hospital, "acme")):
+        _offsite("trust", "add", name, scratch / f"{name}.pub", "--home", home)
+    data, settings = scratch / "rows.jsonl", scratch / "settings.toml"
+    _rows(data, tokens)
+    context = min(tokens, json.loads((base / "config.json").read_text())["max_position_embeddings"])
+    settings.write_text(f'[tune]\nmax_length = {context}\nlong_rows = "truncate"\nmax_steps = 2\n')
+    print(f"{'command':34}{'measured':>12}{'planned':>12}{'libraries':>12}{'plan/measured':>15}{'seconds':>9}")
+    bundle = scratch / "bundle"
+    for heal in ("none", "refit"):
+        out = bundle if heal == "refit" else scratch / "plain"
+        words = ["pack", base, "--out", out, "--for", "hospital", "--home", acme, "--heal", heal]
+        yield _case(f"pack --heal {heal}", words)
+    for method in ("lora", "full"):
+        out = scratch / method
+        words = ["tune", bundle, "--data", data, "--out", out, "--home", hospital, "--method", method]
+        yield _case(f"tune --method {method}", [*words, "--config", settings])
+    for method, form in (("lora", "adapter"), ("lora", "merged"), ("full", "merged")):
+        out = scratch / f"{method}-{form}"
+        words = ["plug-in", base, scratch / method, "--out", out, "--as", form, "--again", "--home", acme]
+        yield _case(f"plug-in --as {form} of {method}", words)
+
+
+def _case(case: str, words: Sequence[object]) -> Measured:
+    plan: dict[str, Any] = json.loads(_offsite(*words, "--plan", "--json"))
+    peak = next(phase for phase in plan["phases"] if phase["name"] == plan["peak"]["phase"])
+    libraries = next(term["bytes"] for term in peak["terms"] if term["name"].startswith(LIBRARIES))
+    began = time.perf_counter()
+    measured = _peak(words)
+    return Measured(case, measured, peak["bytes"], libraries, peak["name"], round(time.perf_counter() - began, 1))
+
+
+def _peak(words: Sequence[object]) -> int:
+    """Peak resident memory in bytes of one command, as the system counts it for that process alone."""
+    with tempfile.TemporaryFile("w+") as said:
+        child = subprocess.Popen(_command(*words), stdout=subprocess.DEVNULL, stderr=said)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            said.seek(0)
+            raise SystemExit(f"{words}: exit code {child.returncode}\n{said.read()}")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _offsite(*words: object) -> str:
+    return subprocess.run(_command(*words), check=True, text=True, capture_output=True).stdout
+
+
+def _command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "offsite", *map(str, words)]
+
+
+def _rows(file: Path, tokens: int) -> None:
+    """Rows of ordinary text, each a little longer than the longest that the settings permit."""
+    text = _TEXT.read_text(encoding="utf-8")
+    length = 8 * tokens  # characters: more tokens than wanted, the rest is cut
+    starts = [i * (len(text) - length) // _ROWS for i in range(_ROWS)]
+    rows = [{"prompt": text[at : at + 40], "completion": text[at + 40 : at + length]} for at in starts]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _line(one: Measured) -> str:
+    sizes = "".join(f"{size / 2**20:>8,.0f} MiB" for size in (one.measured, one.planned, one.libraries))
+    return f"{one.case:34}{sizes}{one.ratio:>15.2f}{one.seconds:>9.1f}"
+
+
+def _write(file: Path, results: Sequence[Measured], wanted: argparse.Namespace) -> None:
+    names = ("offsite-tuning", "torch", "transformers", "numpy", "peft")
+    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    content = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": {
+            "system": platform.platform(),
+            "libc": " ".join(platform.libc_ver()),
+            "processor": cpu.partition(": ")[2] or platform.processor(),
+            "cores": os.cpu_count(),
+        },
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names},
+        "settings": {
+            "threads": wanted.threads,
+            "base": wanted.base or "SmolLM2-135M-Instruct",
+            "tokens_of_a_row": wanted.tokens,
+        },
+        "cases": [{**asdict(one), "planned_over_measured": round(one.ratio, 3)} for one in results],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Writes docs/models.md from the table of families and the tests' kinds, so that it cannot drift: `make docs`."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+from offsite.core.architectures import ARCHITECTURES  # noqa: E402
+from offsite.core.family import Architecture  # noqa: E402
+from tiny import KINDS  # noqa: E402
+
+INTRODUCTION = """# Model families
+
+<!-- Made by docs/render_models.py from src/offsite/core/families.py; run `make docs` after a change there. -->
+
+A family is a row of the table in [families.py](../src/offsite/core/families.py), named by the `model_type` of its
+configs. Both parties verify by that table. A model of another type is refused with the row that it would need
+([why](decisions/0008-unknown-families-are-refused.md)).
+
+| model type | class in transformers | head tied | refit |
+|---|---|---|---|
+"""
+
+TESTED = """
+For every family, in every form listed below, tiny random models go through the tests: with all blocks kept the
+bundle is the base bit for bit; with blocks dropped its logits are those of a truncated model; generation with a
+cache equals that without; block by block equals transformers' hidden states; refit, where the table has it, is the
+ridge solution; both methods go through pack, verify, tune and plug-in; the adapter, the merged checkpoint and the
+data owner's own view agree; an untouched return gives the base back bit for bit. These models are tiny and random:
+they show that the right thing is computed, not that tuning on an emulator pays.
+
+"""
+
+SPELLINGS = """
+## Spellings
+
+Tensors are read under the names of published files too: without the body's prefix (`h.0.`, `layers.0.`,
+`decoder.layers.0.`), with masks and rotary frequencies among the weights, with a tied head stored all the same, with
+GPT-NeoX's head as `embed_out` or `lm_head`. Configs may hold the block count under two keys, `torch_dtype`, rotary
+settings beside the others, and no lists with an entry per block: these are derived as transformers does, then cut.
+Each spelling packs to the same bundle (tested), and a merged plug-in keeps that of the base.
+
+Refused: mixtures of experts, models that need code of their own, and the switches listed above.
+
+## Adding a family
+
+Pack a model of it. The error prints the row, read from what transformers builds for the config. For StarCoder 2, after
+the first step below, it is
+
+```python
+"""
+
+WORKED_EXAMPLE = """Architecture(
+    model_type="starcoder2",
+    class_name="Starcoder2ForCausalLM",
+    blocks="model.layers",
+    embeddings={"model.embed_tokens.weight": "vocab_size hidden_size"},
+    final=_norm("model.norm"),
+    head="lm_head.weight",
+    tied_by_default=True,
+    linears={
+        **_ATTENTION,
+        **_ATTENTION_OUT,
+        "mlp.c_fc": "intermediate_size hidden_size",
+        "mlp.c_proj": "hidden_size intermediate_size",
+    },
+    norms=_norm("input_layernorm") | _norm("post_attention_layernorm"),
+    biases={"use_bias": (*_ATTENTION, *_ATTENTION_OUT, "mlp.c_fc", "mlp.c_proj")},
+    defaults={"use_bias": True},
+    attention_out="self_attn.o_proj",
+    mlp_out="mlp.c_proj",
+    count_keys=("num_hidden_layers",),
+    config_keys=_COMMON
+    | _ROTARY
+    | _words(
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+        "norm_epsilon sliding_window attention_dropout residual_dropout embedding_dropout use_bias"
+    ),
+)"""
+
+STEPS = """
+```
+
+1. Paste the row into `FAMILIES`, and read the family's file in transformers beside it. What the printed row cannot
+   know: which config key switches a tensor off (above, `use_bias`: printed rows say "always"), whether anything but
+   an addition follows `mlp_out` (then `linear_residual` stays False, or becomes the condition under which nothing
+   does), which switch makes a block depend on its place (`refused`), a cap on the logits (`logit_cap`), and older
+   names in files (`spellings`).
+2. A config list with an entry per block needs its rule in `per_block`: what transformers derives where a config
+   leaves it out.
+3. Take keys out of `config_keys` that the network does not compute with: what stands there travels to the other
+   party.
+4. Give the family sizes in `_SETTINGS` and its forms in `KINDS` of tests/tiny.py, older spellings in
+   tests/model_owner/test_spellings.py, run `make docs` and `make test`.
+"""
+
+
+def render() -> str:
+    """The text of docs/models.md."""
+    rows = sorted(ARCHITECTURES.values(), key=lambda row: row.model_type)
+    lines = [
+        f"| {row.model_type} | {row.class_name} | {'yes' if row.tied_by_default else 'no'} | {_refit(row)} |"
+        for row in rows
+    ]
+    return "".join(
+        [
+            INTRODUCTION,
+            "\n".join(lines) + "\n",
+            "\n## What was tested\n",
+            TESTED,
+            "\n".join(_details(row) for row in rows) + "\n",
+            SPELLINGS,
+            WORKED_EXAMPLE,
+            STEPS,
+        ]
+    )
+
+
+def _refit(row: Architecture) -> str:
+    if isinstance(row.linear_residual, bool):
+        return "yes" if row.linear_residual else "no: pack with `--heal none`"
+    return f"where the config has `{row.linear_residual}`"
+
+
+def _details(row: Architecture) -> str:
+    forms = "; ".join(kind for kind, form in KINDS.items() if form["family"] == row.model_type)
+    parts = [f"- **{row.model_type}**: {forms}. LoRA on `{'`, `'.join(row.linears)}`."]
+    if row.per_block:
+        parts.append(f"Cut with the blocks: `{'`, `'.join(row.per_block)}`.")
+    parts += [f"Refused with `{switch}`: {why}." for switch, why in row.refused.items()]
+    if row.logit_cap:
+        parts.append(f"Logits are capped by `{row.logit_cap}`.")
+    return " ".join(parts)
+
+
+if __name__ == "__main__":
+    (HERE / "models.md").write_text(render(), encoding="utf-8")

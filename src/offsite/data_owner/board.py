@@ -1,0 +1,64 @@
+"""The log of a tuning run as TensorBoard scalars, beside the JSONL log and from the same records."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from offsite.core.extras import require
+from offsite.core.storage import storage_errors
+
+Write = Callable[[Mapping[str, Any]], None]
+
+_TAGS = {"step": "train", "validation": "validation"}  # by event; other events have no scalars
+_UNDRAWN = ("event", "step", "time")
+
+
+def require_tensorboard() -> Any:
+    """The class that writes event files.
+
+    Raises:
+        UsageError: tensorboard is not installed.
+    """
+    return require("torch.utils.tensorboard", "tensorboard", "writing for TensorBoard").SummaryWriter
+
+
+@contextlib.contextmanager
+def board(folder: Path | None) -> Iterator[Write]:
+    """Write log records to a folder that TensorBoard reads; without a folder, to nowhere.
+
+    A resumed run goes on in the same curves: what an interrupted one wrote after its resume point is hidden.
+
+    Args:
+        folder: made if need be.
+
+    Yields:
+        Takes the records of the JSONL log, the first of which says where the run starts.
+
+    Raises:
+        UsageError: tensorboard is not installed.
+        StorageError: the folder cannot be written.
+    """
+    if folder is None:
+        yield lambda record: None
+        return
+    kind = require_tensorboard()
+    writers: list[Any] = []
+
+    def write(record: Mapping[str, Any]) -> None:
+        with storage_errors(folder):
+            if not writers:
+                writers.append(kind(log_dir=str(folder), purge_step=record["step"] + 1))
+            tag = _TAGS.get(record["event"])
+            for name, value in record.items():
+                if tag and name not in _UNDRAWN:
+                    writers[0].add_scalar(f"{tag}/{name}", value, record["step"])
+            if record["event"] == "validation":
+                writers[0].flush()
+
+    try:
+        yield write
+    finally:
+        for writer in writers:
+            with storage_errors(folder):
+                writer.close()

@@ -1,0 +1,228 @@
+"""What tuning will do and need, before it does anything. Torch-free, without side effects.
+
+docs/memory.md has the formulas in words; every term here carries its own.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from offsite.config import TuneSpec
+from offsite.core.architectures import ARCHITECTURES, Architecture
+from offsite.core.checkpoint import ITEM_SIZE, TensorRange, open_checkpoint, strict_json
+from offsite.core.memory import (
+    SHORT_ATTENTION,
+    BlockShape,
+    Part,
+    Phase,
+    Term,
+    allocator,
+    block_shape,
+    compute_bytes,
+    loss_chunk,
+    part,
+    torch_libraries,
+)
+from offsite.core.rows import read_rows
+from offsite.data_owner.schedule import step_count
+from offsite.exchange.artifacts import Bundle
+from offsite.exchange.contents import CONFIG, TOKENIZER_FILES
+from offsite.exchange.lora_folder import adapter_tensors
+from offsite.exchange.manifest import BundleManifest, LoraSettings, TensorEntry
+
+
+@dataclass(frozen=True)
+class TunePlan:
+    """What `tune` will do and need."""
+
+    architecture: str
+    method: Literal["lora", "full"]
+    bundle: tuple[Part, ...]
+    trained_tensors: int
+    trained_parameters: int
+    rows: int
+    steps: int
+    row_tokens: int  # of the longest row that the settings permit
+    micro_batch_tokens: int  # padded tokens that run at once, at most
+    compute: Literal["bf16", "fp32"]
+    phases: tuple[Phase, ...]
+    disk: tuple[Term, ...]
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.bytes)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Room that is needed on the disk of the return's folder."""
+        return sum(term.bytes for term in self.disk)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What the formulas are about."""
+
+    block: BlockShape
+    vocabulary: int
+    parameters: int  # of the bundle
+    stored: int  # bytes of the bundle's weights
+    same_dtype: bool  # whether they are stored in the dtype of the arithmetic
+    trained: int  # numbers that train
+    largest: int  # of the largest tensor that trains
+    through: int  # blocks that the gradient goes through
+    training: int  # blocks of which something trains
+    tokens: int  # that run at once
+    length: int  # of a row
+    item: int  # bytes of a number in the arithmetic
+    method: Literal["lora", "full"]
+
+
+def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
+    """What tuning a verified bundle with these settings will do and need; rows are counted, not tokenised.
+
+    Raises:
+        DataError: the rows cannot be read.
+        StorageError: the bundle cannot be read.
+    """
+    manifest, folder = bundle.manifest, bundle.folder
+    row = ARCHITECTURES[manifest.architecture]
+    config: dict[str, Any] = strict_json((folder / CONFIG).read_bytes())
+    tensors = open_checkpoint(folder).tensors
+    returned = returned_tensors(manifest, spec)
+    rows = len(read_rows(data))
+    length = min(spec.max_length, int(config.get("max_position_embeddings") or config.get("n_positions") or 2**31))
+    tokens = min(max(spec.micro_batch_tokens, length), spec.batch_size * length)
+    item = compute_bytes(spec.compute, spec.device)
+    parts = _parts(row, manifest, tensors)
+    first = manifest.split.trained[0]
+    shapes = {path: tensor.shape for path, tensor in _block(row, tensors, first).items()}
+    numbers = [math.prod(entry.shape) for entry in returned.values()]
+    sizes = _Sizes(
+        block=block_shape(row, shapes, config),
+        vocabulary=tensors[row.embedding_tensors(config)[0]].shape[0],
+        parameters=sum(one.parameters for one in parts),
+        stored=sum(one.bytes for one in parts),
+        same_dtype=all(ITEM_SIZE[tensor.dtype] == item for tensor in tensors.values()),
+        trained=sum(numbers),
+        largest=max(numbers),
+        through=manifest.split.blocks - first,
+        training=len(manifest.split.trained),
+        tokens=tokens,
+        length=length,
+        item=item,
+        method=spec.method,
+    )
+    tokenizer = sum((folder / name).stat().st_size for name in TOKENIZER_FILES if (folder / name).is_file())
+    return TunePlan(
+        architecture=manifest.architecture,
+        method=spec.method,
+        bundle=parts,
+        trained_tensors=len(returned),
+        trained_parameters=sizes.trained,
+        rows=rows,
+        steps=step_count(spec, rows),
+        row_tokens=length,
+        micro_batch_tokens=tokens,
+        compute="bf16" if item == 2 else "fp32",
+        phases=_phases(sizes, tokenizer),
+        disk=(
+            Term("resume points, the old and the new", 24 * sizes.trained, "2 * 12 * P_t"),
+            Term("return", 4 * sizes.trained, "4 * P_t"),
+        ),
+    )
+
+
+def returned_tensors(manifest: BundleManifest, spec: TuneSpec) -> dict[str, TensorEntry]:
+    """The tensors that a return with these settings will hold, by name: what trains."""
+    if spec.method == "full":
+        return manifest.tensors
+    alpha = float(spec.lora_alpha or 2 * spec.rank)
+    lora = LoraSettings(rank=spec.rank, alpha=alpha, targets=tuple(manifest.lora_targets))
+    return adapter_tensors(lora, manifest.lora_targets)
+
+
+def _block(row: Architecture, tensors: Mapping[str, TensorRange], index: int) -> dict[str, TensorRange]:
+    places = ((row.block_of(name), tensor) for name, tensor in tensors.items())
+    return {place[1]: tensor for place, tensor in places if place is not None and place[0] == index}
+
+
+def _parts(row: Architecture, manifest: BundleManifest, tensors: Mapping[str, TensorRange]) -> tuple[Part, ...]:
+    split = manifest.split
+    held: dict[str, list[TensorRange]] = {
+        name: [] for name in ("embeddings", "bottom", "emulator", "top", "final norm", "head")
+    }
+    for name, tensor in tensors.items():
+        place = row.block_of(name)
+        if place is not None:
+            index = place[0]
+            where = "bottom" if index < split.bottom else "emulator" if index < split.bottom + split.emulator else "top"
+        else:
+            where = "embeddings" if name in row.embeddings else "head" if name == row.head else "final norm"
+        held[where].append(tensor)
+    blocks = {"bottom": split.bottom, "emulator": split.emulator, "top": split.top}
+    return tuple(
+        part(name, [one.shape for one in there], ITEM_SIZE[there[0].dtype] if there else 1, blocks.get(name, 0))
+        for name, there in held.items()
+    )
+
+
+def _phases(sizes: _Sizes, tokenizer: int) -> tuple[Phase, ...]:
+    libraries = torch_libraries(tokenizer)
+    weights = Term("weights", sizes.item * sizes.parameters, "c * P")
+    always = (*libraries, weights, *_trained(sizes))
+    kept = _activations(sizes)
+    in_flight = Term(
+        "gradients of one block's activations",
+        sizes.tokens * sizes.block.forward(sizes.item),
+        "n * (c * (Q + A + F) + 8 * H)",
+    )
+    working = Term(
+        "gradients in bf16", sizes.item * sizes.trained if sizes.item < 4 else 0, "c * P_t, nothing where c is 4"
+    )
+    logits = loss_chunk(sizes.tokens, sizes.vocabulary, sizes.item)
+    return (
+        Phase("forward pass and loss", (*always, *kept, logits, allocator((*kept, logits)))),
+        Phase("backward pass", (*always, *kept, in_flight, allocator((*kept, in_flight)), working)),
+        Phase("writing a resume point", (*always, Term("one tensor's bytes", 4 * sizes.largest, "4 * largest P_t"))),
+    )
+
+
+def _trained(sizes: _Sizes) -> list[Term]:
+    """What lies in memory for the numbers that train, all of it from the first step on."""
+    beside = sizes.trained if sizes.method == "lora" else 0  # the pairs are no part of the bundle
+    terms = [Term("pairs in the network", sizes.item * beside, "c * P_t")] if beside else []
+    if sizes.item < 4:
+        terms.append(Term("masters in fp32", 4 * sizes.trained, "4 * P_t"))
+    terms.append(Term("gradients in fp32", 4 * sizes.trained, "4 * P_t"))
+    terms.append(Term("AdamW's moments", 8 * sizes.trained, "8 * P_t"))
+    return terms
+
+
+def _activations(sizes: _Sizes) -> list[Term]:
+    """What the forward pass keeps for the backward one, of the blocks that the gradient goes through."""
+    block, item = sizes.block, sizes.item
+    short = item < 4 and min(sizes.length, SHORT_ATTENTION)
+    attention = max(
+        block.attention(item, short, short=True) if short else 0,
+        block.attention(item, sizes.length, short=False) if sizes.length > (short or 0) else 0,
+    )
+    return [
+        Term(
+            "activations of the blocks",
+            sizes.through * sizes.tokens * block.forward(item),
+            "m * n * (c * (Q + A + F) + 8 * H)",
+        ),
+        Term(
+            "attention of the blocks",
+            sizes.through * sizes.tokens * attention,
+            "m * n * c * max(heads * min(T, 448), T)",
+        ),
+        Term(
+            "inputs of what trains",
+            sizes.training * sizes.tokens * block.trained(item, sizes.method),
+            "t * n * c * (4 * H + F), or (2 * H + F) for LoRA",
+        ),
+    ]

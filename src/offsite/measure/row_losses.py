@@ -1,0 +1,51 @@
+"""The loss of every row: what tuning validates with, and what every measure of a model is made of."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from offsite.core.data import Example, collate, micro_batches
+from offsite.core.loss import Network, label_losses
+from offsite.core.progress import Event, Progress, silent
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """Nats summed over the labelled tokens of one row, and how many those are."""
+
+    line: int
+    nats: float
+    tokens: int
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+@torch.no_grad()
+def row_losses(
+    network: Network, examples: Sequence[Example], budget: int, progress: Progress = silent, stage: str = "evaluating"
+) -> list[RowLoss]:
+    """The loss of every example, in their order; the network is in eval mode already.
+
+    Args:
+        network: body and head.
+        examples: what to score.
+        budget: padded tokens that run at once.
+        progress: where the events go.
+        stage: the events' name.
+    """
+    found: dict[int, RowLoss] = {}
+    nats_so_far, tokens_so_far = 0.0, 0
+    for group in micro_batches(examples, range(len(examples)), budget):
+        batch = collate([examples[i] for i in group])
+        nats = label_losses(network, batch)[1].double().cpu()  # (L,)
+        sums = torch.zeros(len(group), dtype=torch.float64).index_add_(0, torch.from_numpy(batch.owners), nats)
+        for i, total in zip(group, sums.tolist(), strict=True):
+            found[i] = RowLoss(examples[i].line, total, examples[i].labels)
+            nats_so_far, tokens_so_far = nats_so_far + total, tokens_so_far + examples[i].labels
+        progress(Event(stage, len(found), len(examples), {"loss": nats_so_far / tokens_so_far}))
+    return [found[i] for i in range(len(examples))]

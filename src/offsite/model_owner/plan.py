@@ -1,0 +1,313 @@
+"""What packing and plugging in will do and need, before either does anything. Torch-free, without side effects.
+
+docs/memory.md has the formulas in words; every term here carries its own.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from offsite.config import PackSpec, PlugInSpec
+from offsite.core.checkpoint import FLOATS, ITEM_SIZE, TensorRange, checkpoint_bytes, open_checkpoint
+from offsite.core.memory import (
+    CALIBRATION_BATCH,
+    BlockShape,
+    Part,
+    Phase,
+    Term,
+    block_shape,
+    calibration_length,
+    compute_bytes,
+    copy_buffer,
+    encoding,
+    part,
+    plain_libraries,
+    torch_libraries,
+)
+from offsite.core.progress import silent
+from offsite.errors import DataError, IncompatibleError
+from offsite.exchange.artifacts import Base
+from offsite.exchange.contents import TOKENIZER_FILES
+from offsite.exchange.home import Home
+from offsite.exchange.manifest import FileEntry, render_manifest
+from offsite.exchange.signing import SIGNATURE_BYTES
+from offsite.model_owner.base_model import BaseModel, open_base
+from offsite.model_owner.compress.select import select
+from offsite.model_owner.intake import check_return
+from offsite.model_owner.pack import Parties, bundle_manifest, settings_files
+from offsite.model_owner.plug_in import form_of
+from offsite.model_owner.split import DTYPES, Sandwich, bundle_tensors, counts, split
+
+_NOBODY = Parties(issuer="0" * 64, recipient="0" * 64, base="0" * 64)  # as long as anybody's key
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that runs through the base: at most so many sequences of so many tokens."""
+
+    sequences: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """All tokens, at most: a shorter text gives fewer."""
+        return self.sequences * self.length
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """What `pack` will do and need."""
+
+    architecture: str
+    base: tuple[Part, ...]
+    bundle: tuple[Part, ...]
+    files: tuple[tuple[str, int], ...]  # of the bundle, with their sizes in bytes
+    calibration: Calibration | None
+    compute: Literal["bf16", "fp32"] | None  # of the network; None where none runs
+    phases: tuple[Phase, ...]
+    disk: tuple[Term, ...]
+
+    @property
+    def bundle_bytes(self) -> int:
+        """Of all files of the bundle."""
+        return sum(size for _, size in self.files)
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.bytes)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Room that is needed on the disk of the bundle's folder."""
+        return sum(term.bytes for term in self.disk)
+
+
+def plan_pack(base: Base, spec: PackSpec) -> PackPlan:
+    """What packing a base with these settings will do and need; only its config and headers are read.
+
+    Raises:
+        UsageError: a setting does not fit the model.
+        IncompatibleError: the model cannot be cut.
+        StorageError: something cannot be read.
+    """
+    model = open_base(base)
+    sandwich = split(model, spec)
+    dropped = spec.keep < len(sandwich.middle)
+    healed = spec.heal == "refit" and dropped
+    runs = healed or (spec.select == "influence" and dropped)
+    # which blocks influence will choose is known only after the work; their sizes do not depend on it
+    emulator = select(model, sandwich, _without_work(spec), silent)
+    kept = (*sandwich.bottom, *emulator, *sandwich.top)
+    files = _bundle_files(model, sandwich, kept, spec)
+    length = calibration_length(model.config)
+    calibration = Calibration(spec.calibration_tokens // length, length) if runs else None
+    item = compute_bytes(spec.compute, spec.device)
+    phases = (
+        _network_phases(model, calibration, item, _text_bytes(spec.calibration), refits=healed) if calibration else []
+    )
+    libraries = torch_libraries(_tokenizer_bytes(model.folder)) if runs else (plain_libraries(),)
+    cast = any(tensor.dtype in FLOATS and tensor.dtype != DTYPES[spec.dtype] for tensor in model.tensors.values())
+    phases.append(Phase("writing the bundle", (*libraries, copy_buffer(_largest(model), cast=cast))))
+    scratch = [Term("healed weights, until the bundle is written", _healed_bytes(model, spec), "k * F * H * d")]
+    return PackPlan(
+        architecture=model.row.model_type,
+        base=_parts(model, sandwich, sandwich.middle, None),
+        bundle=_parts(model, sandwich, emulator, DTYPES[spec.dtype]),
+        files=tuple(sorted(files.items())),
+        calibration=calibration,
+        compute={2: "bf16", 4: "fp32"}[item] if runs else None,  # type: ignore[arg-type]
+        phases=tuple(phases),
+        disk=(Term("bundle", sum(files.values()), "all its files"), *(scratch if healed else ())),
+    )
+
+
+def _without_work(spec: PackSpec) -> PackSpec:
+    return spec.model_copy(update={"select": "uniform"}) if spec.select == "influence" else spec
+
+
+def _parts(model: BaseModel, sandwich: Sandwich, middle: Sequence[int], dtype: str | None) -> tuple[Part, ...]:
+    """The model in parts, stored as the base is, or in the bundle's dtype."""
+
+    def made(name: str, tensors: Sequence[TensorRange], blocks: int = 0) -> Part:
+        item = ITEM_SIZE[dtype or tensors[0].dtype] if tensors else 1
+        return part(name, [tensor.shape for tensor in tensors], item, blocks)
+
+    def blocks(name: str, indices: Sequence[int]) -> Part:
+        return made(name, [tensor for index in indices for tensor in model.block(index).values()], len(indices))
+
+    def outer(name: str, names: Iterable[str]) -> Part:
+        return made(name, [model.tensors[one] for one in names if one in model.tensors])
+
+    row = model.row
+    return (
+        outer("embeddings", row.embeddings),
+        blocks("bottom", sandwich.bottom),
+        blocks("middle" if dtype is None else "emulator", middle),
+        blocks("top", sandwich.top),
+        outer("final norm", row.final),
+        outer("head", (row.head,)),
+    )
+
+
+def _bundle_files(model: BaseModel, sandwich: Sandwich, kept: Sequence[int], spec: PackSpec) -> dict[str, int]:
+    """Every file of the bundle with its exact size: the manifest names no number that is not known before."""
+    dtype = DTYPES[spec.dtype]
+    sizes = checkpoint_bytes(bundle_tensors(model, kept, {}, dtype))
+    sizes |= {name: len(content) for name, content in settings_files(model, kept, dtype).items()}
+    entries = tuple(FileEntry(name=name, size=size, sha256="0" * 64) for name, size in sorted(sizes.items()))
+    manifest = bundle_manifest(model, kept, counts(sandwich, spec), spec, entries, _NOBODY)
+    return {**sizes, "offsite.json": len(render_manifest(manifest)), "offsite.json.sig": SIGNATURE_BYTES}
+
+
+def _healed_bytes(model: BaseModel, spec: PackSpec) -> int:
+    row, block = model.row, model.block(0)
+    paths = (f"{row.mlp_out}.weight", f"{row.mlp_out}.bias")
+    solved = part("", [block[path].shape for path in paths if path in block], ITEM_SIZE[DTYPES[spec.dtype]])
+    return spec.keep * solved.bytes
+
+
+def _largest(model: BaseModel) -> int:
+    return max(tensor.size for tensor in model.tensors.values())
+
+
+def _numbers(tensors: Mapping[str, TensorRange]) -> int:
+    return part("", [tensor.shape for tensor in tensors.values()], 1).parameters
+
+
+def _tokenizer_bytes(folder: Path) -> int:
+    return sum((folder / name).stat().st_size for name in TOKENIZER_FILES if (folder / name).is_file())
+
+
+def _text_bytes(file: Path | None) -> int:
+    if file is None:
+        return len((resources.files("offsite.model_owner") / "calibration.txt").read_bytes())
+    try:
+        return file.stat().st_size if file.is_file() else sum(one.stat().st_size for one in file.rglob("*.*"))
+    except OSError as error:
+        raise DataError(f"cannot read the calibration text {file}", reasons=[str(error)]) from None
+
+
+def _network_phases(model: BaseModel, calibration: Calibration, item: int, text: int, *, refits: bool) -> list[Phase]:
+    """Running the blocks over the calibration text one at a time, and solving for their projections."""
+    row = model.row
+    tensors = max(map(model.block, range(model.blocks)), key=_numbers)
+    sizes = block_shape(row, {path: tensor.shape for path, tensor in tensors.items()}, model.config)
+    embeddings = part("", [model.tensors[name].shape for name in row.embedding_tensors(model.config)], 4)
+    states = 2 if refits else 1
+    always = (
+        *torch_libraries(_tokenizer_bytes(model.folder)),
+        encoding(text),
+        Term("embeddings in fp32", embeddings.bytes, "4 * P_e"),
+        Term(
+            "hidden states, base and emulator" if refits else "hidden states",
+            states * 4 * calibration.tokens * sizes.hidden,
+            f"{states * 4} * N * H",
+        ),
+        Term("one block in fp32", 4 * sizes.parameters, "4 * P_b"),
+        Term("what reading a tensor holds", max(t.size for t in tensors.values()), "its bytes as stored"),
+    )
+    phases = [Phase("running the blocks", (*always, *_forward(sizes, calibration, item)))]
+    if refits:
+        phases.append(Phase("summing up a projection's problem", (*always, *_summing(sizes, calibration, item))))
+        phases.append(Phase("solving for a projection", (*always, *_solving(sizes))))
+    return phases
+
+
+def _forward(sizes: BlockShape, calibration: Calibration, item: int) -> list[Term]:
+    tokens = min(CALIBRATION_BATCH, calibration.sequences) * calibration.length
+    terms = [
+        Term("activations of one batch", tokens * sizes.forward(item), "n * (c * (Q + A + F) + 8 * H)"),
+        Term("hidden states of one batch, in and out", 12 * tokens * sizes.hidden, "12 * n * H"),
+    ]
+    if item < 4:
+        terms.append(Term("one block in bf16", item * sizes.parameters, "c * P_b"))
+    return terms
+
+
+def _summing(sizes: BlockShape, calibration: Calibration, item: int) -> list[Term]:
+    tokens = min(CALIBRATION_BATCH, calibration.sequences) * calibration.length
+    f, h = sizes.inner, sizes.hidden
+    return [
+        *_forward(sizes, calibration, item),
+        Term("sums of squares, fitted and held out", 2 * 4 * (f * f + f * h), "8 * (F^2 + F * H)"),
+        Term("a batch's sums", 4 * f * f, "4 * F^2"),
+        Term("the projection in fp64", 8 * f * h, "8 * F * H"),
+        Term("features of one batch, plain and weighted", 8 * tokens * f, "8 * n * F"),
+    ]
+
+
+def _solving(sizes: BlockShape) -> list[Term]:
+    f, h = sizes.inner, sizes.hidden
+    return [
+        Term("sums of squares, fitted, held out, together", 3 * 4 * (f * f + f * h), "12 * (F^2 + F * H)"),
+        Term("system and factor in fp64", 2 * 8 * f * f, "16 * F^2"),
+        Term("right sides, solution, projection in fp64", 4 * 8 * f * h, "32 * F * H"),
+    ]
+
+
+@dataclass(frozen=True)
+class PlugInPlan:
+    """What `plug-in` will do and need."""
+
+    form: Literal["adapter", "merged"]
+    changed: int  # base tensors that change (merged), or pairs (adapter)
+    changed_parameters: int
+    phases: tuple[Phase, ...]
+    disk: tuple[Term, ...]
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.bytes)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Room that is needed on the disk of the plug-in's folder."""
+        return sum(term.bytes for term in self.disk)
+
+
+def plan_plug_in(base: Base, returned: Path, spec: PlugInSpec, home: Home) -> PlugInPlan:
+    """What plugging a return into a base will do and need; the return is verified, and nothing is recorded.
+
+    Raises:
+        VerificationError: the return fails verification.
+        PolicyError: it goes beyond what was permitted.
+        UsageError: a full return cannot become an adapter.
+        IncompatibleError: the base has other blocks than the bundle's.
+    """
+    verified, parent = check_return(returned, home)
+    model = open_base(base)
+    lora, row = verified.manifest.lora, model.row
+    form = form_of(verified, spec)
+    names = [f"{target}.weight" for target in lora.targets] if lora else list(verified.manifest.tensors)
+    changed = []
+    for name in names:
+        place = row.block_of(name)
+        found = model.tensors.get(row.in_block(parent.kept[place[0]], place[1])) if place else None
+        if found is None:
+            raise IncompatibleError(f"{base.folder} has no tensor for {name[:200]} of the return")
+        changed.append(found)
+    largest, copies = max(changed, key=lambda tensor: tensor.size), copy_buffer(_largest(model), cast=False)
+    if form == "adapter":
+        writing, disk = copies, sum(entry.size for entry in verified.manifest.files)
+    else:
+        writing, disk = _merging(largest), open_checkpoint(base.folder).size + _tokenizer_bytes(base.folder)
+    return PlugInPlan(
+        form=form,
+        changed=len(changed),
+        changed_parameters=part("", [tensor.shape for tensor in changed], 1).parameters,
+        phases=(
+            Phase("verifying, and comparing the base", (plain_libraries(), copies)),
+            Phase("writing the plug-in", (plain_libraries(), max(writing, copies, key=lambda t: t.bytes))),
+        ),
+        disk=(Term("plug-in", disk, "its weights, and the tokenizer where it is merged"),),
+    )
+
+
+def _merging(largest: TensorRange) -> Term:
+    """The largest changed tensor: base, change and sum in fp32 (12), two steps of rounding (8), the result (2)."""
+    elements = largest.size // ITEM_SIZE[largest.dtype]
+    return Term("the largest changed tensor, in steps", 22 * elements, "22 * its numbers")

@@ -1,0 +1,119 @@
+"""The plan of tuning: what trains is exact, and the formulas by hand on a tiny model."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts import packed
+from offsite.config import TuneSpec
+from offsite.core import loss, memory
+from offsite.core.attention import _LONGEST
+from offsite.core.memory import Term
+from offsite.data_owner.plan import TunePlan, plan_tune
+from offsite.data_owner.tune import tune
+from tiny import KINDS, Parties, tiny_base, tiny_parties
+
+HIDDEN, INNER = 32, 48
+BLOCK = HIDDEN * (32 + 16 + 16 + 32) + 3 * HIDDEN * INNER + 2 * HIDDEN
+PAIRS = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)  # inputs and outputs of a block's linear maps
+FORWARD = 32 + 16 + 16 + 2 * INNER + 32 + INNER  # numbers of a token
+
+
+@pytest.fixture(scope="module")
+def parties(tmp_path_factory: pytest.TempPathFactory) -> Parties:
+    return tiny_parties(tmp_path_factory.mktemp("parties"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("base") / "base", blocks=6)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "add", "completion": f" {i}"}) + "\n" for i in range(20)))
+    return file
+
+
+def terms(plan: TunePlan, phase: str) -> dict[str, Term]:
+    (found,) = (one for one in plan.phases if one.name == phase)
+    return {term.name: term for term in found.terms}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_trains_is_what_comes_back(base: Path, tmp_path: Path, parties: Parties, rows: Path, method: Any) -> None:
+    bundle = packed(base, tmp_path / "bundle", parties)
+    spec = TuneSpec(method=method, rank=4, max_steps=1, batch_size=2)
+    plan = plan_tune(bundle, rows, spec)
+    by_hand = {"lora": 2 * 4 * PAIRS, "full": 2 * BLOCK}[method]
+    assert plan.trained_parameters == by_hand
+    returned = tune(bundle.folder, rows, tmp_path / "return", spec, parties.data_owner)
+    shapes = [entry.shape for entry in returned.manifest.tensors.values()]
+    assert plan.trained_tensors == len(shapes)
+    assert plan.trained_parameters == memory.part("", shapes, 1).parameters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_can_be_planned(tmp_path: Path, parties: Parties, rows: Path, kind: str) -> None:
+    bundle = packed(tiny_base(tmp_path / "base", **{"blocks": 5, **KINDS[kind]}), tmp_path / "bundle", parties)
+    plan = plan_tune(bundle, rows, TuneSpec(method="full"))
+    trained = sum(math.prod(entry.shape) for entry in bundle.manifest.tensors.values())
+    assert plan.trained_parameters == trained
+    assert sum(part.parameters for part in plan.bundle if part.name in ("bottom", "top")) == trained
+    assert plan.peak.bytes > memory.TORCH_LIBRARIES
+
+
+def test_rows_steps_and_tokens(base: Path, tmp_path: Path, parties: Parties, rows: Path) -> None:
+    bundle = packed(base, tmp_path / "bundle", parties)
+    plan = plan_tune(bundle, rows, TuneSpec(batch_size=8, epochs=2))
+    assert (plan.rows, plan.steps) == (20, 6)
+    assert (plan.row_tokens, plan.micro_batch_tokens) == (64, 8 * 64)  # the context is 64, a step has 8 rows
+    plan = plan_tune(bundle, rows, TuneSpec(batch_size=8, micro_batch_tokens=100, max_length=32))
+    assert (plan.row_tokens, plan.micro_batch_tokens) == (32, 100)
+    plan = plan_tune(bundle, rows, TuneSpec(micro_batch_tokens=1))  # a row goes alone
+    assert plan.micro_batch_tokens == 64
+
+
+def test_memory_by_hand(base: Path, tmp_path: Path, parties: Parties, rows: Path) -> None:
+    bundle = packed(base, tmp_path / "bundle", parties)
+    spec = TuneSpec(method="full", compute="bf16", batch_size=2)
+    plan = plan_tune(bundle, rows, spec)
+    trained, tokens, blocks = 2 * BLOCK, 2 * 64, 6
+    forward = terms(plan, "forward pass and loss")
+    assert forward["weights"].bytes == 2 * sum(part.parameters for part in plan.bundle)
+    assert forward["masters in fp32"].bytes == 4 * trained
+    assert forward["gradients in fp32"].bytes == 4 * trained
+    assert forward["AdamW's moments"].bytes == 8 * trained
+    assert forward["activations of the blocks"].bytes == blocks * tokens * (2 * FORWARD + 8 * HIDDEN)
+    assert forward["attention of the blocks"].bytes == blocks * tokens * 2 * 4 * 64
+    assert forward["inputs of what trains"].bytes == 2 * tokens * 2 * (4 * HIDDEN + INNER)
+    vocabulary = plan.bundle[0].parameters // HIDDEN
+    assert forward["logits of one chunk"].bytes == tokens * vocabulary * 10
+    assert terms(plan, "backward pass")["gradients in bf16"].bytes == 2 * trained
+    assert plan.peak.bytes == max(phase.bytes for phase in plan.phases)
+    assert plan.disk_bytes == 28 * trained
+
+
+def test_in_fp32_the_weights_are_the_masters(base: Path, tmp_path: Path, parties: Parties, rows: Path) -> None:
+    bundle = packed(base, tmp_path / "bundle", parties)
+    plan = plan_tune(bundle, rows, TuneSpec(method="full", compute="fp32"))
+    assert plan.compute == "fp32"
+    assert "masters in fp32" not in terms(plan, "forward pass and loss")
+    assert terms(plan, "backward pass")["gradients in bf16"].bytes == 0
+
+
+def test_below_the_first_trained_block_nothing_is_kept(
+    base: Path, tmp_path: Path, parties: Parties, rows: Path
+) -> None:
+    bundle = packed(base, tmp_path / "bundle", parties, bottom=0, top=1, keep=5)
+    forward = terms(plan_tune(bundle, rows, TuneSpec(compute="fp32", batch_size=2)), "forward pass and loss")
+    assert forward["activations of the blocks"].bytes == 1 * 2 * 64 * (4 * FORWARD + 8 * HIDDEN)
+
+
+def test_the_sizes_are_those_of_the_code() -> None:
+    assert loss.CHUNK_ELEMENTS is memory.CHUNK_ELEMENTS
+    assert memory.SHORT_ATTENTION == _LONGEST

@@ -1,0 +1,138 @@
+"""The plan of packing: exact where it can be, and the formulas by hand on a tiny model."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts import lora_return, packed
+from offsite.config import PackSpec, PlugInSpec
+from offsite.core import memory
+from offsite.core.runtime import runtime
+from offsite.errors import UsageError
+from offsite.exchange.artifacts import Base
+from offsite.model_owner.pack import pack
+from offsite.model_owner.plan import PackPlan, plan_pack, plan_plug_in
+from offsite.model_owner.plug_in import plug_in
+from tiny import KINDS, Parties
+
+MakeBase = Callable[..., Path]
+HIDDEN, INNER, VOCABULARY = 32, 48, 320
+# q 32, k and v 16 each, o 32, three of the MLP, two norms
+BLOCK = HIDDEN * (32 + 16 + 16 + 32) + 3 * HIDDEN * INNER + 2 * HIDDEN
+
+
+def spec(**settings: Any) -> PackSpec:
+    return PackSpec.model_validate({"bottom": 1, "top": 1, "keep": 2, "compute": "fp32", **settings})
+
+
+def term(plan: PackPlan, phase: str, name: str) -> int:
+    (found,) = (one for one in plan.phases if one.name == phase)
+    return next(one.bytes for one in found.terms if one.name == name)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("heal", ["none", "refit"])
+def test_the_bundle_has_the_planned_bytes(
+    base_of: MakeBase, tmp_path: Path, parties: Parties, family: str, dtype: str, heal: str
+) -> None:
+    base = base_of(family)
+    settings = spec(dtype=dtype, heal=heal, calibration_tokens=512)
+    plan = plan_pack(Base(base), settings)
+    bundle = pack(Base(base), tmp_path / "bundle", "hospital", settings, parties.owner)
+    assert dict(plan.files) == {file.name: file.stat().st_size for file in bundle.folder.iterdir()}
+    assert plan.bundle_bytes == sum(file.stat().st_size for file in bundle.folder.iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_can_be_planned(base_of: MakeBase, tmp_path: Path, parties: Parties, kind: str) -> None:
+    base = Base(base_of(**KINDS[kind]))
+    plan = plan_pack(base, spec(heal="none"))
+    bundle = pack(base, tmp_path / "bundle", "hospital", spec(heal="none"), parties.owner)
+    assert dict(plan.files) == {file.name: file.stat().st_size for file in bundle.folder.iterdir()}
+    influence = plan_pack(base, spec(heal="none", select="influence"))
+    assert influence.peak.bytes > plan.peak.bytes
+    assert sum(part.parameters for part in plan.bundle if part.name in ("bottom", "top")) == sum(
+        math.prod(entry.shape) for entry in bundle.manifest.tensors.values()
+    )
+
+
+def test_parts_by_hand(base_of: MakeBase) -> None:
+    plan = plan_pack(Base(base_of("llama", tied=False)), spec())
+    parts = {part.name: (part.blocks, part.parameters, part.bytes) for part in plan.bundle}
+    vocabulary = parts["embeddings"][1] // HIDDEN
+    assert parts == {
+        "embeddings": (0, vocabulary * HIDDEN, 2 * vocabulary * HIDDEN),
+        "bottom": (1, BLOCK, 2 * BLOCK),
+        "emulator": (2, 2 * BLOCK, 4 * BLOCK),
+        "top": (1, BLOCK, 2 * BLOCK),
+        "final norm": (0, HIDDEN, 2 * HIDDEN),
+        "head": (0, vocabulary * HIDDEN, 2 * vocabulary * HIDDEN),
+    }
+    assert [part.parameters for part in plan.base][2] == 3 * BLOCK
+    assert [part.bytes for part in plan.base][2] == 12 * BLOCK  # the base is in fp32
+
+
+def test_refit_by_hand(base_of: MakeBase) -> None:
+    plan = plan_pack(Base(base_of("llama")), spec(calibration_tokens=4096))
+    assert plan.calibration is not None
+    assert (plan.calibration.sequences, plan.calibration.length) == (64, 64)  # the context is 64
+    assert plan.compute == "fp32"
+    running, summing, solving, _ = (phase.name for phase in plan.phases)
+    assert term(plan, running, "hidden states, base and emulator") == 2 * 4 * 4096 * HIDDEN
+    assert term(plan, running, "one block in fp32") == 4 * BLOCK
+    batch, projected = 8 * 64, 32 + 16 + 16 + 2 * INNER
+    forward = 4 * (projected + 32 + INNER) + 8 * HIDDEN
+    assert term(plan, running, "activations of one batch") == batch * forward
+    assert term(plan, summing, "sums of squares, fitted and held out") == 8 * (INNER**2 + INNER * HIDDEN)
+    assert term(plan, summing, "features of one batch, plain and weighted") == 8 * batch * INNER
+    assert term(plan, solving, "system and factor in fp64") == 16 * INNER**2
+    assert {one.name: one.bytes for one in plan.disk}["healed weights, until the bundle is written"] == (
+        2 * 2 * INNER * HIDDEN
+    )
+
+
+def test_without_a_gap_no_network_runs(base_of: MakeBase) -> None:
+    for settings in (spec(heal="none"), spec(keep=3, select="influence")):
+        plan = plan_pack(Base(base_of("llama")), settings)
+        assert plan.calibration is None
+        assert plan.compute is None
+        assert [phase.name for phase in plan.phases] == ["writing the bundle"]
+        assert plan.peak.terms[0].bytes == memory.PLAIN_LIBRARIES
+
+
+def test_influence_alone_keeps_one_set_of_hidden_states(base_of: MakeBase) -> None:
+    plan = plan_pack(Base(base_of("llama")), spec(select="influence", heal="none", calibration_tokens=4096))
+    running, writing = plan.phases
+    assert term(plan, running.name, "hidden states") == 4 * 4096 * HIDDEN
+    assert writing.name == "writing the bundle"
+
+
+def test_what_cannot_be_packed_cannot_be_planned(base_of: MakeBase) -> None:
+    with pytest.raises(UsageError, match="cannot keep 4 blocks"):
+        plan_pack(Base(base_of("llama")), spec(keep=4))
+
+
+@pytest.mark.parametrize("compute", ["auto", "bf16", "fp32"])
+def test_the_arithmetic_is_foreseen(compute: Any) -> None:
+    assert memory.compute_bytes(compute, "cpu") == runtime("cpu", compute, 1).dtype.itemsize
+
+
+@pytest.mark.parametrize(("form", "more"), [("adapter", ()), ("merged", ("tokenizer.json",))])
+def test_plugging_in(base_of: MakeBase, tmp_path: Path, parties: Parties, form: Any, more: tuple[str, ...]) -> None:
+    base = base_of("llama")
+    bundle = packed(base, tmp_path / "bundle", parties)
+    returned = lora_return(bundle, tmp_path / "return", parties.data_owner)
+    settings = PlugInSpec.model_validate({"as": form})
+    plan = plan_plug_in(Base(base), returned.folder, settings, parties.owner)
+    assert plan.form == form
+    assert plan.changed == 2 * 7
+    assert plan.changed_parameters == 2 * (BLOCK - 2 * HIDDEN)  # every linear map of two blocks
+    if form == "merged":  # smaller than a chunk that is copied, so by hand: the largest map is 32 x 48
+        assert {term.name: term.bytes for term in plan.phases[1].terms}.keys() >= {"copy buffer"}
+    made = plug_in(Base(base), returned.folder, tmp_path / "plugged", settings, parties.owner)
+    assert plan.disk_bytes >= 0.9 * sum(file.stat().st_size for file in made.folder.iterdir())
+    assert all((made.folder / name).is_file() for name in more)
