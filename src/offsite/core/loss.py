@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from offsite.core.architectures import ARCHITECTURES
-from offsite.core.memory import CHUNK_ELEMENTS
+from offsite.core.memory import CHUNK_ELEMENTS, SOFTMAX_ELEMENTS
 from offsite.errors import IncompatibleError
 
 if TYPE_CHECKING:
@@ -108,6 +108,36 @@ def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, buffer: torch.Tensor) -> torch.Tensor:
+    logits = buffer[: len(hidden)]  # (C, V)
+    if bias is None:
+        return torch.mm(hidden, weight.T, out=logits)
+    return torch.addmm(bias, hidden, weight.T, out=logits)
+
+
+def _softmax(
+    logits: torch.Tensor, targets: torch.Tensor, cap: float | None, nats: torch.Tensor, *, slopes: bool
+) -> None:
+    """Write the labels' nats and, if asked, turn the logits (C, V) into d nats / d logits, a few rows at a time.
+
+    What softmax needs beside its input is in fp32, and small enough to stay in the processor's cache.
+    """
+    rows = max(1, SOFTMAX_ELEMENTS // logits.shape[1])
+    for begin in range(0, len(targets), rows):
+        part = slice(begin, begin + rows)
+        wanted = targets[part, None]  # (R, 1)
+        capped = _capped(logits[part], cap)  # (R, V)
+        logs = torch.log_softmax(capped, dim=-1, dtype=nats.dtype)
+        nats[part] = -logs.gather(1, wanted)[:, 0]
+        if not slopes:
+            continue
+        slope = logs.exp_()  # d nats / d capped = probability - 1 at the target
+        slope.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
+        if cap is not None:
+            slope *= 1 - (capped / cap).square()  # d capped / d logits
+        logits[part] = slope
+
+
 class _LabelledCrossEntropy(torch.autograd.Function):
     """Computes the gradient of `hidden` in the forward pass, while a chunk's probabilities are at hand."""
 
@@ -124,20 +154,14 @@ class _LabelledCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)  # float64 stays, for gradcheck
         nats = torch.empty(len(targets), dtype=wide, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # one buffer for all chunks: pieces of this size that come and go are what a heap gets its holes from
+        buffer = weight.new_empty(min(rows, len(targets)), weight.shape[0])
         for begin in range(0, len(targets), rows):
             part = slice(begin, begin + rows)
-            wanted = targets[part, None]  # (C, 1)
-            logits = _capped(F.linear(hidden[part], weight, bias), cap)  # (C, V)
-            logs = torch.log_softmax(logits, dim=-1, dtype=wide)
-            nats[part] = -logs.gather(1, wanted)[:, 0]
+            logits = _logits(hidden[part], weight, bias, buffer)  # (C, V)
+            _softmax(logits, targets[part], cap, nats[part], slopes=gradient is not None)
             if gradient is not None:
-                slope = logs.exp_()  # d nats / d logits = probability - 1 at the target
-                slope.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=wide))
-                if cap is not None:
-                    slope *= 1 - (logits / cap).square()  # d capped / d logits
-                gradient[part] = slope.to(weight.dtype) @ weight
-                del slope
-            del logits, logs  # else they would be there beside those of the next chunk
+                torch.mm(logits, weight, out=gradient[part])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(nats)

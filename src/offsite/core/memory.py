@@ -15,7 +15,8 @@ from offsite.core.architectures import Architecture
 from offsite.core.checkpoint import CHUNK_BYTES
 
 # The sizes that bound memory: how much runs at once.
-CHUNK_ELEMENTS = 2**25  # logits that exist at once: 128 MiB in fp32
+CHUNK_ELEMENTS = 2**25  # logits that exist at once: 64 MiB in bf16
+SOFTMAX_ELEMENTS = 2**21  # of these in fp32, for softmax: 8 MiB
 CALIBRATION_CHUNK = 512  # tokens in a sequence of calibration text, BOS included
 CALIBRATION_BATCH = 8  # sequences of it that run at once
 SHORT_ATTENTION = 448  # tokens; up to here training in bf16 on a processor keeps the attention's shares
@@ -153,13 +154,12 @@ def copy_buffer(largest: int, *, cast: bool) -> Term:
 
 
 def loss_chunk(labels: int, vocabulary: int, item: int) -> Term:
-    """The logits that exist at once: in the compute dtype, in fp32 twice (softmax), all gone before the next chunk."""
-    rows = min(labels, max(1, CHUNK_ELEMENTS // vocabulary))
-    wide = 8 if item < 4 else 4  # a cast to fp32 before the softmax
+    """The logits that exist at once, and what softmax makes of a few rows of them in fp32."""
+    rows, few = (min(labels, max(1, elements // vocabulary)) for elements in (CHUNK_ELEMENTS, SOFTMAX_ELEMENTS))
     return Term(
         "logits of one chunk",
-        rows * vocabulary * (item + wide),
-        "min(n, 2^25 / V) * V * (c + 8), or (c + 4) in fp32",
+        vocabulary * (rows * item + few * 8),
+        "V * (min(n, 2^25 / V) * c + min(n, 2^21 / V) * 8)",
     )
 
 
