@@ -98,10 +98,11 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     item = compute_bytes(spec.compute, spec.device)
     parts = _parts(row, manifest, tensors)
     first = manifest.split.trained[0]
-    shapes = {path: tensor.shape for path, tensor in _block(row, tensors, first).items()}
+    blocks = (_block(row, tensors, index) for index in range(first, manifest.split.blocks))
+    shapes = [block_shape(row, {path: one.shape for path, one in block.items()}, config) for block in blocks]
     numbers = [math.prod(entry.shape) for entry in returned.values()]
     sizes = _Sizes(
-        block=block_shape(row, shapes, config),
+        block=max(shapes, key=lambda shape: shape.forward(item)),
         vocabulary=tensors[row.embedding_tensors(config)[0]].shape[0],
         parameters=sum(one.parameters for one in parts),
         stored=sum(one.bytes for one in parts),
