@@ -59,7 +59,7 @@ plug-in keeps what the base has ([why](decisions/0010-experts-in-files-and-modul
   blocks while they train.
 - Refit is refused: what leaves the MLP is a sum over chosen experts and no one linear map. `--select influence` works.
 - Experts run in a loop of ours ([core/mixture.py](../src/offsite/core/mixture.py)), in fp32 and bf16: the outputs are
-  those of transformers' loop bit for bit, and the same at every run.
+  those of transformers' loop bit for bit, and the same at every run (tested on processors).
 
 ## Adding a family
 
