@@ -297,6 +297,8 @@ _mixture("another_number_of_experts", "_bundle_weights", "missing 'model.layers.
 _mixture("more_experts_than_tensors", "_bundle_weights", "the config makes it over", num_local_experts=1000)
 _mixture("endless_experts", "_bundle_weights", "expected one number from 1 to 1024", num_local_experts=10**9)
 _mixture("experts_that_are_no_number", "_bundle_weights", "expected one number from 1 to 1024", num_local_experts="4")
+_mixture("more_chosen_than_there_are", "_bundle_weights", "num_experts_per_tok = 5, expected", num_experts_per_tok=5)
+_mixture("chosen_by_no_number", "_bundle_weights", "num_experts_per_tok = all, expected", num_experts_per_tok="all")
 _mixture("two_numbers_of_experts", "_bundle_weights", "expected one number from 1 to 1024", num_experts=8)
 _mixture(
     "blocks_without_experts", "_bundle_weights", "unexpected 'model.layers.1.mlp.experts.0", mlp_only_layers=[0, 1, 2]

@@ -35,6 +35,7 @@ class Experts:
     maps: Mapping[str, str]  # linear maps of one expert, with their weights' sizes
     out: str  # the map that ends an expert
     stacks: Mapping[str, tuple[str, ...]]  # parameters of the module -> the maps that each holds
+    chosen_key: str = "num_experts_per_tok"  # config key with the number of experts that a token goes through
     where: Rule = lambda config, index: True  # whether a block has experts
     others: tuple[str, ...] = ()  # linear maps that end the MLP beside the experts, or in a block without
 
@@ -217,7 +218,8 @@ class Architecture:
         """The paths in a block of all its tensors: exactly these. Only blocks with and without experts differ.
 
         Raises:
-            IncompatibleError: the config does not say how many experts or heads there are, or where experts are.
+            IncompatibleError: the config does not say how many experts or heads there are, where experts are, or how
+                many of them a token goes through.
         """
         config = self._with_experts(config, index)
         biased = {path for condition, paths in self.biases.items() if self.holds(condition, config) for path in paths}
@@ -249,7 +251,13 @@ class Architecture:
     def _with_experts(self, config: Mapping[str, Any], index: int) -> Mapping[str, Any]:
         if self.experts is None:
             return config
-        count = self.number_of(self.experts.path, config)
+        count, chosen = self.number_of(self.experts.path, config), config.get(self.experts.chosen_key, 1)
+        if type(chosen) is not int or not 1 <= chosen <= count:
+            raise IncompatibleError(
+                "the config does not say how many experts a token goes through",
+                reasons=[f"{self.experts.chosen_key} = {str(chosen)[:60]}, expected one number from 1 to {count}"],
+                next_step="mend config.json in the base folder",
+            )
         return {**config, "experts": count, "has_experts": self.experts.where(config, index)}
 
     def embedding_tensors(self, config: Mapping[str, Any]) -> list[str]:

@@ -114,7 +114,7 @@ def block_shape(row: Architecture, shapes: Mapping[str, tuple[int, ...]], config
     projected = sum(sizes(path)[1] for path in linears if path not in ends)
     first = f"{row.experts.path}.0" if row.experts else ""
     if row.experts and f"{first}.{row.experts.out}.weight" in shapes:
-        chosen = int(config.get("num_experts_per_tok") or 1)
+        chosen = int(config.get(row.experts.chosen_key) or 1)
         inner += chosen * sizes(f"{first}.{row.experts.out}")[0]
         projected += chosen * sum(sizes(f"{first}.{path}")[1] for path in row.experts.maps)
     activation = str(config.get("hidden_act") or config.get("activation_function"))

@@ -150,10 +150,11 @@ def _stacks(
 ) -> Iterator[int]:
     """Numbers in each stack of experts that trains: it is one tensor in memory, and many in the return."""
     experts = row.experts
-    places = {place[0] for name in returned if experts and (place := row.block_of(name))}
-    for index in places:
+    if experts is None:
+        return
+    for index in {place[0] for name in returned if (place := row.block_of(name))}:
         block = _block(row, tensors, index)
-        for maps in experts.stacks.values() if experts else ():
+        for maps in experts.stacks.values():
             ends = tuple(f".{path}.weight" for path in maps)
             matrices = [path for path in block if path.startswith(f"{experts.path}.") and path.endswith(ends)]
             yield sum(math.prod(block[path].shape) for path in matrices if row.in_block(index, path) in returned)
