@@ -41,7 +41,25 @@ GPT-NeoX's head as `embed_out` or `lm_head`. Configs may hold the block count un
 settings beside the others, and no lists with an entry per block: these are derived as transformers does, then cut.
 Each spelling packs to the same bundle (tested), and a merged plug-in keeps that of the base.
 
-Refused: mixtures of experts, models that need code of their own, and the switches listed above.
+Refused: models that need code of their own, and the switches listed above.
+
+## Mixtures of experts
+
+In files an expert is a matrix for each of its maps (`mlp.experts.0.gate_proj.weight`), in transformers' modules all
+experts of a block are two stacks (`mlp.experts.gate_up_proj`). Manifests, full returns and bundles have the names of
+files; a base may also hold the stacks, as `save_pretrained(..., save_original_format=False)` writes them, and a merged
+plug-in keeps what the base has ([why](decisions/0010-experts-in-files-and-modules.md)).
+
+- A config that places dense blocks by a step is packed with a list: `mlp_only_layers` names those of the bundle.
+- `full` trains experts, routers, shared expert and dense blocks; each expert comes back under its name in files.
+- `lora` sits on attention alone: PEFT takes the other maps, named by block, for the experts of every block, the
+  emulator's too, in tuning and again when the plug-in is loaded. The router is no target.
+- The loss is the cross-entropy of the labels alone: the routers' balancing loss (`output_router_logits`,
+  `router_aux_loss_coef`) is off and does not travel. Mixtral's `router_jitter_noise` travels; it is at work in trained
+  blocks while they train.
+- Refit is refused: what leaves the MLP is a sum over chosen experts and no one linear map. `--select influence` works.
+- Experts run in a loop of ours ([core/mixture.py](../src/offsite/core/mixture.py)), in fp32 and bf16: the outputs are
+  those of transformers' loop bit for bit, and the same at every run (tested on processors).
 
 ## Adding a family
 
@@ -125,9 +143,9 @@ def _refit(row: Architecture) -> str:
 
 def _details(row: Architecture) -> str:
     forms = "; ".join(kind for kind, form in KINDS.items() if form["family"] == row.model_type)
-    parts = [f"- **{row.model_type}**: {forms}. LoRA on `{'`, `'.join(row.linears)}`."]
-    if row.per_block:
-        parts.append(f"Cut with the blocks: `{'`, `'.join(row.per_block)}`.")
+    parts = [f"- **{row.model_type}**: {forms}. LoRA on `{'`, `'.join(row.lora_linears)}`."]
+    if row.per_block or row.listed:
+        parts.append(f"Cut with the blocks: `{'`, `'.join((*row.per_block, *row.listed))}`.")
     parts += [f"Refused with `{switch}`: {why}." for switch, why in row.refused.items()]
     if row.logit_cap:
         parts.append(f"Logits are capped by `{row.logit_cap}`.")

@@ -34,7 +34,7 @@ def test_every_family_is_in_it(script: Any) -> None:
     for row in ARCHITECTURES.values():
         assert f"| {row.model_type} | {row.class_name} |" in text
         assert f"- **{row.model_type}**: " in text
-        assert all(f"`{path}`" in text for path in (*row.linears, *row.per_block, *row.refused))
+        assert all(f"`{path}`" in text for path in (*row.lora_linears, *row.per_block, *row.listed, *row.refused))
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -48,6 +48,6 @@ def test_the_worked_example_is_what_transformers_builds(script: Any, biased: boo
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     expected = row.outer_tensors(config.to_dict()) | {
-        row.in_block(index, path) for index in range(2) for path in row.block_tensors(config.to_dict())
+        row.in_block(index, path) for index in range(2) for path in row.block_tensors(config.to_dict(), index)
     }
     assert set(model.state_dict()) - ({row.head} if row.tied(config.to_dict()) else set()) == expected

@@ -22,7 +22,7 @@ from offsite.exchange.pack import file_entries, seal
 
 Family = Literal[
     "llama", "gpt2", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "stablelm", "phi",
-    "phi3", "gptj", "gpt_neox", "opt", "bloom", "falcon",
+    "phi3", "gptj", "gpt_neox", "opt", "bloom", "falcon", "mixtral", "qwen2_moe", "qwen3_moe",
 ]  # fmt: skip
 FAMILIES: tuple[Family, ...] = ("llama", "gpt2")  # what every test of a stage runs on
 # Every row of the table in every form that its columns tell apart: what the tests of the whole chain run on.
@@ -40,6 +40,14 @@ KINDS: dict[str, dict[str, Any]] = {
         "family": "qwen2", "tied": True, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2,
     },
     "qwen3": {"family": "qwen3", "attention_bias": True},
+    "mixtral": {"family": "mixtral"},
+    "qwen2_moe": {"family": "qwen2_moe"},
+    "qwen2_moe, dense blocks, windows": {
+        "family": "qwen2_moe", "mlp_only_layers": [0, 3], "use_sliding_window": True, "sliding_window": 4,
+        "qkv_bias": False,
+    },
+    "qwen3_moe": {"family": "qwen3_moe", "norm_topk_prob": True, "attention_bias": True},
+    "qwen3_moe tied, every second block dense": {"family": "qwen3_moe", "tied": True, "decoder_sparse_step": 2},
     "smollm3": {
         "family": "smollm3", "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 4,
     },
@@ -48,6 +56,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gemma3": {"family": "gemma3_text", "sliding_window": 4, "sliding_window_pattern": 3},
     "stablelm": {"family": "stablelm"},
     "stablelm, parallel, biases": {"family": "stablelm", "use_qkv_bias": True, "use_parallel_residual": True},
+    "stablelm, a norm per head": {"family": "stablelm", "qk_layernorm": True},
     "phi": {"family": "phi"},
     "phi, norms of queries and keys": {"family": "phi", "qk_layernorm": True},
     "phi3": {"family": "phi3"},
@@ -204,6 +213,11 @@ _SETTINGS: dict[str, Callable[..., dict[str, Any]]] = {
     "mistral": partial(_llama_sizes, head_dim=8),
     "qwen2": _llama_sizes,
     "qwen3": partial(_llama_sizes, head_dim=16),
+    "mixtral": partial(_llama_sizes, head_dim=8, num_local_experts=4),
+    "qwen2_moe": partial(
+        _llama_sizes, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, shared_expert_intermediate_size=24
+    ),
+    "qwen3_moe": partial(_llama_sizes, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20),
     "smollm3": _llama_sizes,
     "gemma": partial(_llama_sizes, head_dim=16),
     "gemma2": partial(_llama_sizes, head_dim=16, query_pre_attn_scalar=16, final_logit_softcapping=8.0),
@@ -270,7 +284,7 @@ def tiny_bundle(
     targets = {
         row.in_block(index, path): _in_out(returnable[row.in_block(index, f"{path}.weight")].shape, row)
         for index in split.trained
-        for path in row.linears
+        for path in row.lora_linears
     }
     with staged_folder(out) as staging:
         written = _copy_settings(base, staging, config, row, stays) + write_checkpoint(staging, tensors)

@@ -274,6 +274,62 @@ def no_list_so_that_windows_go_by_place(lab: Lab) -> None:
     sign_again(lab.folder / "qwen2-bundle", lab.owner)
 
 
+def _mixture(name: str, rule: str, says: str, **changes: Any) -> None:
+    def spoil(lab: Lab) -> None:
+        edit_json(lab.folder / "mixture-bundle" / "config.json", **changes)
+        sign_again(lab.folder / "mixture-bundle", lab.owner)
+
+    ATTACKS.append(Attack(name, rule, "mixture-bundle", says, spoil))
+
+
+_mixture(
+    "dense_blocks_by_place", "_bundle_config", "decoder_sparse_step = '2', by which", decoder_sparse_step=2,
+    mlp_only_layers=[],
+)  # fmt: skip
+_mixture(
+    "no_list_of_dense_blocks", "_bundle_config", "mlp_only_layers = None, expected", decoder_sparse_step=2,
+    mlp_only_layers=None,
+)  # fmt: skip
+_mixture("dense_blocks_out_of_range", "_bundle_config", "expected a list of some of 3", mlp_only_layers=[0, 2, 7])
+_mixture("dense_blocks_out_of_order", "_bundle_config", "expected a list of some of 3", mlp_only_layers=[2, 0])
+_mixture("dense_blocks_named_by_truth", "_bundle_config", "expected a list of some of 3", mlp_only_layers=[False, 2])
+_mixture("another_number_of_experts", "_bundle_weights", "missing 'model.layers.1.mlp.experts.4.", num_local_experts=5)
+_mixture("more_experts_than_tensors", "_bundle_weights", "the config makes it over", num_local_experts=1000)
+_mixture("endless_experts", "_bundle_weights", "expected one number from 1 to 1024", num_local_experts=10**9)
+_mixture("experts_that_are_no_number", "_bundle_weights", "expected one number from 1 to 1024", num_local_experts="4")
+_mixture("more_chosen_than_there_are", "_bundle_weights", "num_experts_per_tok = 5, expected", num_experts_per_tok=5)
+_mixture("chosen_by_no_number", "_bundle_weights", "num_experts_per_tok = all, expected", num_experts_per_tok="all")
+_mixture("two_numbers_of_experts", "_bundle_weights", "expected one number from 1 to 1024", num_experts=8)
+_mixture(
+    "blocks_without_experts", "_bundle_weights", "unexpected 'model.layers.1.mlp.experts.0", mlp_only_layers=[0, 1, 2]
+)
+
+
+@attack("_bundle_weights", "mixture-bundle", "missing 'model.layers.1.mlp.experts.3.up_proj.weight'")
+def an_expert_without_a_matrix(lab: Lab) -> None:
+    folder = lab.folder / "mixture-bundle"
+    edit_bundle_weights(folder, lambda w: void(w.pop("model.layers.1.mlp.experts.3.up_proj.weight")))
+    sign_again(folder, lab.owner)
+
+
+@attack("_bundle_weights", "mixture-bundle", "has shape [32, 21], others of its kind have [32, 20]")
+def an_expert_of_another_width_where_the_config_says_none(lab: Lab) -> None:
+    def wider(weights: dict[str, Any]) -> None:
+        weights["model.layers.1.mlp.experts.3.down_proj.weight"] = np.zeros((32, 21), np.float32)
+
+    folder = lab.folder / "mixture-bundle"
+    edit_json(folder / "config.json", moe_intermediate_size=GONE)
+    edit_bundle_weights(folder, wider)
+    sign_again(folder, lab.owner)
+
+
+@attack("_bundle_weights", "mixture-bundle", "unexpected 'model.layers.1.mlp.experts.gate_up_proj'")
+def experts_stacked_beside_the_others(lab: Lab) -> None:
+    folder, stack = lab.folder / "mixture-bundle", np.zeros((4, 40, 32), np.float32)
+    edit_bundle_weights(folder, lambda w: w.update({"model.layers.1.mlp.experts.gate_up_proj": stack}))
+    sign_again(folder, lab.owner)
+
+
 @attack("_bundle_returnable", "gpt2-bundle", "the weight's shape is")
 def lora_target_the_wrong_way_round(lab: Lab) -> None:
     targets = manifest_of(lab.folder / "gpt2-bundle")["lora_targets"]
@@ -332,7 +388,7 @@ def config_that_asks_for_all_memory(lab: Lab) -> None:
     lab.sign_bundle()
 
 
-@attack("_bundle_weights", "gpt2-bundle", "the first block's has")
+@attack("_bundle_weights", "gpt2-bundle", "others of its kind have")
 def emulator_block_of_another_width(lab: Lab) -> None:
     def wider(weights: dict[str, Any]) -> None:
         weights["transformer.h.1.mlp.c_fc.bias"] = np.zeros(64, np.float32)

@@ -21,6 +21,8 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tiny_base(folder / "base", "llama", 4)
     packed(tiny_base(folder / "gpt2", "gpt2", 3), folder / "gpt2-bundle", parties)
     packed(tiny_base(folder / "qwen2", "qwen2", 3), folder / "qwen2-bundle", parties)
+    mixture = tiny_base(folder / "mixture", "qwen3_moe", 3, mlp_only_layers=[0, 2])  # experts in the middle block
+    packed(mixture, folder / "mixture-bundle", parties)
     bundle = packed(base, folder / "bundle", parties, keep=1, max_rank=8)
     lora_return(bundle, folder / "lora", parties.data_owner)
     full_return(bundle, folder / "full", parties.data_owner, lambda name, shipped: shipped + 0.5)

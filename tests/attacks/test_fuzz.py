@@ -1,5 +1,6 @@
 """Whatever bytes come: the documented error, or a sound result; never another exception, never a hang."""
 
+import contextlib
 import json
 import tempfile
 from pathlib import Path
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from offsite.core.architectures import ARCHITECTURES, config_problems
 from offsite.core.checkpoint import ITEM_SIZE, read_chunks, read_header
-from offsite.errors import StorageError
+from offsite.errors import IncompatibleError, StorageError
 from offsite.exchange.contents import ALLOWED_KEYS, content_problems
 from offsite.exchange.manifest import ManifestProblem, parse_manifest, render_manifest
 
@@ -160,5 +161,7 @@ def test_any_config(family: str, data: st.DataObject) -> None:
     problems = config_problems(config, row)
     assert problems or set(config) <= row.config_keys
     row.set_switches(config)
-    row.block_tensors(config)
     row.outer_tensors(config)
+    with contextlib.suppress(IncompatibleError):  # what verify makes a finding of
+        for path in list(row.block_tensors(config, 1))[:40]:
+            row.shape_problem(row.in_block(1, path), (1,), config)

@@ -8,6 +8,7 @@ import pytest
 from artifacts import lora_return, packed
 from offsite.cli import artifacts, data_owner, main
 from offsite.config import TuneSpec
+from offsite.core.architectures import ARCHITECTURES
 from offsite.data_owner.plan import returned_tensors
 from offsite.exchange.home import Home
 from tiny import Parties, tiny_base, tiny_parties
@@ -51,6 +52,7 @@ def test_inspect_and_verify_along_the_chain(tmp_path: Path, base: Path, parties:
     assert shown["recipient"]["name"] == "hospital (this home)"
     assert shown["split"] == {"bottom": 1, "emulator": 2, "top": 1}
     assert shown["may_come_back"]["blocks"] == [0, 3]
+    assert shown["may_come_back"]["lora_targets"] == {path: [0, 3] for path in ARCHITECTURES["llama"].linears}
     assert shown["verified"] is True
     assert shown["bytes"] == sum(file.stat().st_size for file in bundle.folder.iterdir() if "offsite" not in file.name)
 
@@ -71,6 +73,16 @@ def test_inspect_and_verify_along_the_chain(tmp_path: Path, base: Path, parties:
     ):
         verified = run("verify", folder, "--home", home.folder)
         assert (verified["kind"], verified["verified"]) == (kind, True)
+
+
+def test_inspect_lists_where_lora_may_sit(tmp_path: Path, parties: Parties, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = packed(tiny_base(tmp_path / "base", "qwen3_moe", 6), tmp_path / "bundle", parties, bottom=2, keep=2, top=2)
+    assert main(["inspect", str(bundle.folder), "--home", str(parties.data_owner.folder)]) == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    targets = {name: value.strip() for name, value in lines.items() if ".lora_targets." in name}
+    assert targets == {
+        f"may come back.lora_targets.self_attn.{name}_proj": "0, 1, 4, 5" for name in ("q", "k", "v", "o")
+    }
 
 
 def test_inspect_says_why_it_does_not_verify_and_does_not_fail(

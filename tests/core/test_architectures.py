@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from offsite.core.architectures import ARCHITECTURES, architecture_of, config_problems
+from offsite.core.mixture import in_files
 from offsite.errors import IncompatibleError
 from tiny import KINDS, tiny_config
 
@@ -23,23 +24,28 @@ def test_row_is_what_transformers_builds(kind: str, tied: bool) -> None:
         model = AutoModelForCausalLM.from_config(tiny_config(kind, 2, tied=tied))
     assert type(model).__name__ == row.class_name
     config = model.config.to_dict()
-    shapes = {row.spellings.get(name, name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = in_files(row, model.state_dict())
+    shapes = {row.spellings.get(name, name): tuple(tensor.shape) for name, tensor in tensors.items()}
     if tied:
         del shapes[row.head]
     expected = row.outer_tensors(config) | {
-        row.in_block(i, path) for i in range(2) for path in row.block_tensors(config)
+        row.in_block(i, path) for i in range(2) for path in row.block_tensors(config, i)
     }
     assert shapes.keys() == expected
     assert row.block_count(config) == 2
     assert row.tied(config) is tied
     linears = (torch.nn.Linear, Conv1D)
-    block = model.get_submodule(row.in_block(1, "").rstrip("."))
-    assert set(row.linears) == {path for path, module in block.named_modules() if isinstance(module, linears)}
-    for path in row.linears:
-        module: Any = model.get_submodule(row.in_block(1, path))
-        inputs, outputs = (module.nx, module.nf) if row.transposed else (module.in_features, module.out_features)
-        assert tuple(module.weight.shape) == ((inputs, outputs) if row.transposed else (outputs, inputs))
-    assert {row.attention_out, row.mlp_out} <= set(row.linears)
+    for index in range(2):
+        block = model.get_submodule(row.in_block(index, "").rstrip("."))
+        found = {path: module for path, module in block.named_modules() if isinstance(module, linears)}
+        weights = {path for path in row.linears if f"{path}.weight" in row.block_tensors(config, index)}
+        assert found.keys() == weights if row.experts else found.keys() == weights == row.linears.keys()
+        assert found.keys() >= {row.attention_out, *row.lora_linears}
+        assert row.mlp_out in (dict(block.named_modules()) if row.experts else found)
+        module: Any
+        for module in found.values():
+            inputs, outputs = (module.nx, module.nf) if row.transposed else (module.in_features, module.out_features)
+            assert tuple(module.weight.shape) == ((inputs, outputs) if row.transposed else (outputs, inputs))
     for name, shape in shapes.items():
         assert row.sizes_of(name), name
         assert row.shape_problem(name, shape, config) is None
@@ -57,7 +63,10 @@ def test_what_a_row_takes_for_granted_is_transformers_default(family: str) -> No
         *row.only_if.values(),
         *([row.linear_residual] if row.linear_residual not in (True, False) else []),
     ]
-    for key in {word for condition in conditions for word in re.findall(r"[A-Za-z_]+", str(condition))} - {"or"}:
+    for key in {word for condition in conditions for word in re.findall(r"[A-Za-z_]+", str(condition))} - {
+        "or",
+        "has_experts",
+    }:
         assert key in row.defaults or not config[key] or key == "word_embed_proj_dim", key
 
 

@@ -67,6 +67,20 @@ def test_every_kind_of_model_can_be_planned(tmp_path: Path, parties: Parties, ro
     assert plan.peak.bytes > memory.TORCH_LIBRARIES
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_mixture_by_hand(tmp_path: Path, parties: Parties, rows: Path, method: Any) -> None:
+    """Four experts of width 20, of which a token goes through two, and one of width 24 that it always goes through."""
+    bundle = packed(tiny_base(tmp_path / "base", "qwen2_moe", 5), tmp_path / "bundle", parties)
+    plan = plan_tune(bundle, rows, TuneSpec(method=method, rank=4, compute="fp32", batch_size=2))
+    projected = 32 + 16 + 16 + 2 * (2 * 20 + HIDDEN) + 2 * 24 + 1
+    forward = terms(plan, "forward pass and loss")["activations of the blocks"]
+    assert forward.bytes == 5 * 2 * 64 * (4 * (projected + 32 + 2 * 20 + 24) + 8 * HIDDEN)
+    largest = {"lora": 4 * 32, "full": 4 * 2 * 20 * HIDDEN}[method]  # a pair's matrix, a stack of gates and ups
+    assert terms(plan, "writing a resume point")["one tensor's bytes"].bytes == 4 * largest
+    # experts, attention and its biases, norms, router, shared expert and its gate
+    assert plan.trained_tensors == {"lora": 2 * 4 * 2, "full": 2 * (4 * 3 + 4 + 3 + 2 + 1 + 3 + 1)}[method]
+
+
 def test_rows_steps_and_tokens(base: Path, tmp_path: Path, parties: Parties, rows: Path) -> None:
     bundle = packed(base, tmp_path / "bundle", parties)
     plan = plan_tune(bundle, rows, TuneSpec(batch_size=8, epochs=2))

@@ -2,12 +2,39 @@
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 
 from offsite.config import TuneSpec
 from offsite.core.architectures import ARCHITECTURES
-from offsite.core.load import load_model
+from offsite.core.load import load_model, quiet
+from offsite.core.mixture import in_files
 from offsite.data_owner.methods import METHODS
 from tiny import KINDS, tiny_base, tiny_bundle, tiny_parties
+
+
+@pytest.mark.parametrize("kind", ["llama untied", "mixtral", "qwen2_moe, dense blocks, windows"])
+def test_a_long_list_of_targets_is_no_longer_set(tmp_path, kind):
+    """PEFT shortens lists of twenty and more to endings."""
+    row = ARCHITECTURES[KINDS[kind]["family"]]
+    base = tiny_base(tmp_path / "b", blocks=13, **KINDS[kind])
+    bundle = tiny_bundle(base, tmp_path / "bundle", tiny_parties(tmp_path), bottom=2, top=3)
+    assert len(bundle.manifest.lora_targets) >= 20
+    model = load_model(bundle.folder, dtype=torch.float32, device=torch.device("cpu"))
+    METHODS["lora"](model, bundle.manifest, TuneSpec(rank=2, compute="fp32", device="cpu", threads=1))
+    trains = {name.partition(".lora_")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trains == set(bundle.manifest.lora_targets)
+    assert trains == {row.in_block(index, path) for index in (0, 1, 10, 11, 12) for path in row.lora_linears}
+
+
+def test_why_mixtures_take_lora_on_attention_alone(tmp_path):
+    """PEFT takes the MLP of a dense block for the experts of the others; once it does not, the rows may permit more."""
+    base = tiny_base(tmp_path / "b", blocks=3, **KINDS["qwen3_moe tied, every second block dense"])
+    model = load_model(base, dtype=torch.float32, device=torch.device("cpu"))
+    named = [f"model.layers.0.mlp.{path}" for path in ("gate_proj", "up_proj", "down_proj")]
+    with quiet():
+        inject_adapter_in_model(LoraConfig(target_modules=named), model)
+    trains = {name.partition(".lora_")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trains == {"model.layers.1.mlp.experts", "model.layers.1.mlp.experts.base_layer"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -23,9 +50,16 @@ def test_the_trainable_set_is_the_tables(tmp_path, kind, method):
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     trained = (0, 3)
     if method == "full":
-        paths = row.block_tensors(model.config.to_dict())
-        assert trains == set(returned) == {row.in_block(index, path) for index in trained for path in paths}
+        config = model.config.to_dict()
+        names = {row.in_block(index, path) for index in trained for path in row.block_tensors(config, index)}
+        assert trains == set(returned)
+        assert set(in_files(row, returned)) == names == set(bundle.manifest.tensors)
+        decayed = {name for name in returned if row.is_linear(name)}
+        assert decayed.isdisjoint(name for name, tensor in returned.items() if tensor.dim() == 1)
+        assert {name for name in returned if returned[name].dim() > 1} - decayed == (
+            {row.in_block(i, "mlp.gate.weight") for i in trained} & set(returned)
+        )
     else:
-        pairs = {f"{row.in_block(i, path)}.lora_{x}" for i in trained for path in row.linears for x in "AB"}
+        pairs = {f"{row.in_block(i, path)}.lora_{x}" for i in trained for path in row.lora_linears for x in "AB"}
         assert trains == {f"{pair}.default.weight" for pair in pairs}
         assert set(returned) == {f"base_model.model.{pair}.weight" for pair in pairs}

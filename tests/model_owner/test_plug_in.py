@@ -11,10 +11,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from artifacts import copied_folder, edit_json, full_return, lora_return, packed
+from artifacts import copied_folder, edit_json, edit_weights, full_return, lora_return, packed
 from model_owner.test_pack import bits, logits, plain, sharded
 from offsite.config import PlugInSpec
 from offsite.core.checkpoint import INDEX, open_checkpoint, read_float32
+from offsite.core.load import load_replaced
 from offsite.exchange.artifacts import Base, PlugIn
 from offsite.exchange.verify import verify_plug_in
 from offsite.model_owner.ledger import Ledger
@@ -67,8 +68,6 @@ def test_untouched_in_full_from_a_rounded_bundle(base_of: MakeBase, parties: Par
 
 
 def test_signs_of_zeros_stay(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
-    from artifacts import edit_weights
-
     base = copied_folder(base_of(blocks=3), tmp_path / "zeros")
     name = "model.layers.0.mlp.up_proj.weight"
     edit_weights(base / "model.safetensors", lambda w: w.update({name: np.full_like(w[name], -0.0)}))
@@ -115,11 +114,15 @@ def test_full_merged_and_the_data_owners_view_agree(
     returned = full_return(bundle, tmp_path / "return", parties.data_owner, noise)
     merged = plugged(base, returned.folder, tmp_path / "merged", parties)
     assert merged.manifest.form == "merged"
-    own = plain(bundle.folder)
-    held = {n: torch.from_numpy(read_float32(t).copy()) for n, t in open_returned(returned.folder).items()}
+    tuned = copied_folder(bundle.folder, tmp_path / "tuned")
+    held = {name: read_float32(tensor) for name, tensor in open_returned(returned.folder).items()}
     assert set(held) == set(bundle.manifest.tensors)
-    own.load_state_dict(held, strict=False)
+    edit_weights(tuned / "model.safetensors", lambda w: w.update(held))
+    own = plain(tuned)
     torch.testing.assert_close(logits(plain(merged.folder)), logits(own), rtol=1e-5, atol=1e-5)
+    weights = returned.folder / "adapter.safetensors"
+    view = load_replaced(bundle.folder, weights, dtype=torch.float32, device=torch.device("cpu"))
+    torch.testing.assert_close(logits(view), logits(own), rtol=1e-5, atol=1e-5)
     assert (logits(own) - logits(plain(base))).abs().max() > 0.1
 
 

@@ -157,11 +157,23 @@ def renumbered(name: str, kept: tuple[int, ...]) -> str:
     return ARCHITECTURES["llama"].in_block(kept[place[0]], place[1]) if place else name
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "opt, projections, norms behind"])
-def test_a_family_whose_residual_is_not_linear_is_refused(tmp_path: Path, text: Path, kind: str) -> None:
-    assert set(KINDS) == {"gemma2", "gemma3", "opt, projections, norms behind", *linear_kinds()}
+NOT_LINEAR = {
+    "gemma2": "a norm follows the MLP",
+    "gemma3": "a norm follows the MLP",
+    "opt, projections, norms behind": "a norm follows the MLP",
+    "mixtral": "a mixture of experts",
+    "qwen2_moe": "a mixture of experts",
+    "qwen2_moe, dense blocks, windows": "a mixture of experts",
+    "qwen3_moe": "a mixture of experts",
+    "qwen3_moe tied, every second block dense": "a mixture of experts",
+}
+
+
+@pytest.mark.parametrize(("kind", "why"), NOT_LINEAR.items())
+def test_a_family_whose_residual_is_not_linear_is_refused(tmp_path: Path, text: Path, kind: str, why: str) -> None:
+    assert set(KINDS) == {*NOT_LINEAR, *linear_kinds()}
     base = tiny_base(tmp_path / "base", blocks=BLOCKS, **KINDS[kind])
-    with pytest.raises(IncompatibleError, match=r"linear in the MLP's output(.|\n)*--heal none"):
+    with pytest.raises(IncompatibleError, match=rf"linear in the MLP's output(.|\n)*{why}(.|\n)*--heal none"):
         pack_refitted(base, tmp_path, text, 8 * 64)
     assert not (tmp_path / "bundle").exists()
 

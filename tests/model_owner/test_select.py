@@ -68,15 +68,14 @@ def test_everything_kept_needs_no_rule(base_of: MakeBase, monkeypatch: pytest.Mo
     assert select(model, Sandwich((0,), (1, 2, 3), (4,)), spec, silent) == (1, 2, 3)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
 def test_influence_is_what_transformers_computes(base_of: MakeBase, tmp_path: Path, family: str) -> None:
     base = base_of(family, 5)
     text = tmp_path / "calibration.txt"
     text.write_text("Two parties who do not trust each other tune one model. " * 60)
     model = open_base(Base(base))
-    spec = PackSpec.model_validate(
-        {"bottom": 1, "top": 1, "keep": 2, "calibration": text, "calibration_tokens": 512, "compute": "fp32"}
-    )
+    settings = {"bottom": 1, "top": 1, "keep": 2, "heal": "none", "compute": "fp32"}
+    spec = PackSpec.model_validate({**settings, "calibration": text, "calibration_tokens": 512})
     events: list[Event] = []
     found = block_influence(model, (1, 2, 3), spec, events.append)
     assert sorted(found) == [1, 2, 3]
@@ -90,7 +89,7 @@ def test_influence_is_what_transformers_computes(base_of: MakeBase, tmp_path: Pa
             or (states[0].append(arguments[0]) if index == 0 else None)
         )
 
-    blocks = reference.base_model.layers if family == "llama" else reference.base_model.h
+    blocks = reference.get_submodule(model.row.blocks)
     for index, block in enumerate(blocks):
         block.register_forward_hook(keep(index))
     with torch.no_grad():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from artifacts import copied_folder, edit_json, full_return, lora_return, packed
 from model_owner.test_pack import bits, logits, plain
@@ -65,8 +66,11 @@ def same_bundle(base: Path, other: Path, tmp_path: Path, parties: Parties) -> No
     told = {"files", "issued_at"}
     assert theirs.manifest.model_dump(exclude=told) == ours.manifest.model_dump(exclude=told)
     assert torch.equal(logits(plain(theirs.folder)), logits(plain(ours.folder)))
-    loaded = load_model(other, dtype=torch.float32, device=torch.device("cpu"))
-    assert torch.equal(logits(loaded), logits(load_model(base, dtype=torch.float32, device=torch.device("cpu"))))
+    models = [load_model(folder, dtype=torch.float32, device=torch.device("cpu")) for folder in (base, other)]
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
+    # where in a file a weight lies may decide which way it is multiplied
+    torch.testing.assert_close(logits(models[1]), logits(models[0]), rtol=1e-6, atol=2e-6)
     for name, returned in (
         ("untouched", full_return(theirs, tmp_path / "full", parties.data_owner)),
         ("tuned", lora_return(theirs, tmp_path / "lora", parties.data_owner, b=0.1)),
@@ -78,7 +82,9 @@ def same_bundle(base: Path, other: Path, tmp_path: Path, parties: Parties) -> No
         changed = {n for n in stored if b"".join(read_chunks(stored[n])) != b"".join(read_chunks(before[n]))}
         row = ARCHITECTURES[ours.manifest.architecture]
         targets = {
-            f"{row.in_block(theirs_index, path)}.weight" for theirs_index in (0, BLOCKS - 1) for path in row.linears
+            f"{row.in_block(theirs_index, path)}.weight"
+            for theirs_index in (0, BLOCKS - 1)
+            for path in row.lora_linears
         }
         assert {row.name_of(n) for n in changed} == (set() if name == "untouched" else targets)
 
@@ -116,6 +122,38 @@ def test_a_tied_head_that_is_stored_all_the_same(
     row = ARCHITECTURES[KINDS[kind]["family"]]
     head = load_file(base / WEIGHTS)[next(iter(row.embeddings))]
     same_bundle(base, respelled(base, tmp_path / "other", lambda name: name, {row.head: head}), tmp_path, parties)
+
+
+MIXTURES = [kind for kind in KINDS if ARCHITECTURES[KINDS[kind]["family"]].experts]
+
+
+def stacked(base: Path, out: Path) -> Path:
+    """A copy of a base with its experts stacked in the file under the modules' names, as transformers can save it."""
+    copied_folder(base, out)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.save_pretrained(out, save_original_format=False)
+    names = open_checkpoint(out).tensors.keys()
+    assert any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
+    assert not any(".experts.0." in name or "block_sparse_moe" in name for name in names)
+    return out
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_stacked_in_the_file(base_of: MakeBase, parties: Parties, tmp_path: Path, kind: str) -> None:
+    base = base_of(blocks=BLOCKS, **KINDS[kind])
+    other = stacked(base, tmp_path / "other")
+    same_bundle(base, other, tmp_path, parties)
+    bundle = packed(other, tmp_path / "bundle", parties, keep=1)
+    returned = full_return(bundle, tmp_path / "return", parties.data_owner, lambda name, shipped: shipped * 1.25)
+    ours, theirs = (
+        plug_in(Base(folder), returned.folder, tmp_path / name, PlugInSpec(again=True), parties.owner).folder
+        for folder, name in ((base, "from-matrices"), (other, "from-stacks"))
+    )
+    assert open_checkpoint(theirs).tensors.keys() == open_checkpoint(other).tensors.keys()
+    assert not torch.equal(logits(plain(theirs)), logits(plain(base)))
+    states = [plain(folder).state_dict() for folder in (ours, theirs)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_the_module_name_of_neoxs_head(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
@@ -160,6 +198,11 @@ def gemma_of_old(config: dict[str, Any]) -> None:
         config.pop(key)
 
 
+def qwen3_mixture_as_published(config: dict[str, Any]) -> None:
+    rope_of_old(config)
+    config |= {"num_experts": config.pop("num_local_experts"), "max_window_layers": 48, "router_aux_loss_coef": 0.001}
+
+
 def without(*keys: str) -> Callable[[dict[str, Any]], object]:
     return lambda config: [config.pop(key) for key in keys]
 
@@ -173,6 +216,13 @@ def without(*keys: str) -> Callable[[dict[str, Any]], object]:
         ("qwen2 tied, windows from block 2 on", without("layer_types")),
         ("qwen2", lambda config: [rope_of_old(config), config.pop("layer_types")]),
         ("qwen3", lambda config: [rope_of_old(config), config.pop("layer_types")]),
+        ("mixtral", lambda config: [rope_of_old(config), config.pop("head_dim"), config.pop("router_jitter_noise")]),
+        ("qwen2_moe, dense blocks, windows", without("layer_types", "decoder_sparse_step")),
+        ("qwen2_moe", lambda config: [rope_of_old(config), without("layer_types", "mlp_only_layers")(config)]),
+        ("qwen2_moe", without("qkv_bias", "norm_topk_prob")),
+        ("qwen3_moe", qwen3_mixture_as_published),
+        ("qwen3_moe tied, every second block dense", qwen3_mixture_as_published),
+        ("stablelm, a norm per head", rope_of_old),
         ("smollm3", without("layer_types", "no_rope_layers", "tie_word_embeddings")),
         ("smollm3", without("layer_types", "no_rope_layer_interval")),
         ("gemma", lambda config: [rope_of_old(config), config.update(hidden_act="gelu", hidden_activation=None)]),

@@ -127,9 +127,20 @@ def _bundle(manifest: "BundleManifest", digest: str, home: "Home") -> dict[str, 
             "blocks": list(split.trained),
             "tensors": len(manifest.tensors),
             "numbers": numbers_in(manifest.tensors.values()),
-            "lora_targets": len(manifest.lora_targets),
+            "lora_targets": _by_linear_map(manifest),
         },
     }
+
+
+def _by_linear_map(manifest: "BundleManifest") -> dict[str, list[int]]:
+    """Where LoRA may sit: the paths in a block of its linear maps, each with the blocks of the bundle."""
+    from offsite.core.architectures import ARCHITECTURES
+
+    row = ARCHITECTURES[manifest.architecture]
+    blocks: dict[str, list[int]] = {}
+    for index, path in sorted(place for name in manifest.lora_targets if (place := row.block_of(name))):
+        blocks.setdefault(path, []).append(index)
+    return blocks
 
 
 def _return(manifest: "ReturnManifest", digest: str, home: "Home") -> dict[str, Any]:

@@ -6,7 +6,8 @@ How to add one: docs/models.md.
 from collections.abc import Mapping
 from typing import Any
 
-from offsite.core.family import Architecture, Rule
+from offsite.core.family import Architecture, Experts, Rule
+from offsite.errors import IncompatibleError
 
 
 def _words(text: str) -> frozenset[str]:
@@ -46,6 +47,10 @@ _GATED_MLP = {
 _EMBEDDING = {"model.embed_tokens.weight": "vocab_size hidden_size"}
 _TWO_NORMS = {"input_layernorm.weight": "hidden_size", "post_attention_layernorm.weight": "hidden_size"}
 _HEAD_NORMS = {"self_attn.q_norm.weight": "head_dim", "self_attn.k_norm.weight": "head_dim"}
+_PER_HEAD_NORMS = {
+    "self_attn.q_layernorm.norms.*.weight": "head_dim",
+    "self_attn.k_layernorm.norms.*.weight": "head_dim",
+}
 
 
 def _norm(name: str, size: str = "hidden_size") -> dict[str, str]:
@@ -80,6 +85,29 @@ def _windows_without_rotation(config: Mapping[str, Any], index: int) -> str:
     return "sliding_attention" if windows and not rotates else "full_attention"
 
 
+def _early_windows(config: Mapping[str, Any], index: int) -> str:
+    """Sliding windows in every other block up to a block, where they are switched on."""
+    windows = config.get("use_sliding_window", False) and index < config.get("max_window_layers", 28)
+    return "sliding_attention" if windows and index % 2 == 0 else "full_attention"
+
+
+def _has_experts(config: Mapping[str, Any], index: int) -> bool:
+    """Experts in every so many blocks, but for those that are listed as dense."""
+    dense, step = config.get("mlp_only_layers"), config.get("decoder_sparse_step", 1)
+    dense = [] if dense is None else dense
+    if not isinstance(dense, list) or len(dense) > 4096 or type(step) is not int or step < 1:
+        raise IncompatibleError(
+            "the config does not say which blocks have experts",
+            reasons=[f"mlp_only_layers = {str(dense)[:60]}, expected a list; decoder_sparse_step = {str(step)[:60]}"],
+            next_step="mend config.json in the base folder",
+        )
+    return index not in dense and (index + 1) % step == 0
+
+
+def _is_dense(config: Mapping[str, Any], index: int) -> bool:
+    return not _has_experts(config, index)
+
+
 def _llama_like(model_type: str, class_name: str, keys: frozenset[str], **columns: Any) -> Architecture:
     """A family with Llama's names; `columns` are those that differ."""
     usual: dict[str, Any] = {
@@ -87,6 +115,7 @@ def _llama_like(model_type: str, class_name: str, keys: frozenset[str], **column
         "final": {"model.norm.weight": "hidden_size"},
         "linears": {**_ATTENTION, **_ATTENTION_OUT, **_GATED_MLP},
         "norms": _TWO_NORMS,
+        "mlp_out": "mlp.down_proj",
     }
     return Architecture(
         model_type=model_type,
@@ -94,7 +123,6 @@ def _llama_like(model_type: str, class_name: str, keys: frozenset[str], **column
         blocks="model.layers",
         head="lm_head.weight",
         attention_out="self_attn.o_proj",
-        mlp_out="mlp.down_proj",
         count_keys=("num_hidden_layers",),
         config_keys=_GATED | keys,
         **(usual | columns),
@@ -118,6 +146,57 @@ _GEMMA_KEYS = _words(
     "hidden_activation attention_bias query_pre_attn_scalar sliding_window layer_types "
     "final_logit_softcapping attn_logit_softcapping"
 )
+_SHARED_EXPERT = {
+    "mlp.shared_expert.gate_proj": "shared_expert_intermediate_size hidden_size",
+    "mlp.shared_expert.up_proj": "shared_expert_intermediate_size hidden_size",
+    "mlp.shared_expert.down_proj": "hidden_size shared_expert_intermediate_size",
+    "mlp.shared_expert_gate": "1 hidden_size",
+}
+_MIXTURE: dict[str, Any] = {
+    "mlp_out": "mlp",
+    "linear_residual": False,  # what a token gets is the sum of the experts that were chosen for it
+    # PEFT takes other targets of such a family for the experts of all blocks: docs/decisions/0010.
+    "adapted": (*_ATTENTION, *_ATTENTION_OUT),
+}
+_MIXTURE_KEYS = _words("hidden_act num_experts_per_tok")
+
+
+def _qwen_mixture(
+    model_type: str, class_name: str, keys: frozenset[str], shared: dict[str, str], **columns: Any
+) -> Architecture:
+    """A family with Qwen's mixture of experts, which some blocks may not have; `shared` is of the expert for all."""
+    counts = columns.pop("counts")
+    return _llama_like(
+        model_type,
+        class_name,
+        _MIXTURE_KEYS
+        | _words("moe_intermediate_size norm_topk_prob mlp_only_layers decoder_sparse_step")
+        | _words("use_sliding_window sliding_window")
+        | frozenset(counts)
+        | keys,
+        linears={**_ATTENTION, **_ATTENTION_OUT, **_GATED_MLP, **shared},
+        only_if=dict.fromkeys((f"{path}.weight" for path in _GATED_MLP), "!has_experts")
+        | dict.fromkeys((*(f"{path}.weight" for path in shared), "mlp.gate.weight"), "has_experts"),
+        listed={"mlp_only_layers": _is_dense},
+        settled={"decoder_sparse_step": 1},
+        numbered={"mlp.experts": counts},
+        experts=Experts(
+            path="mlp.experts",
+            module="mlp.experts",
+            maps={
+                "gate_proj": "moe_intermediate_size hidden_size",
+                "up_proj": "moe_intermediate_size hidden_size",
+                "down_proj": "hidden_size moe_intermediate_size",
+            },
+            out="down_proj",
+            stacks={"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
+            where=_has_experts,
+            others=("mlp.shared_expert.down_proj", "mlp.down_proj") if shared else ("mlp.down_proj",),
+        ),
+        **_MIXTURE,
+        **columns,
+    )
+
 
 FAMILIES = (
     _llama_like(
@@ -141,6 +220,49 @@ FAMILIES = (
         norms=_TWO_NORMS | _HEAD_NORMS,
         biases={"attention_bias": (*_ATTENTION, *_ATTENTION_OUT)},
         per_block={"layer_types": _late_windows},
+    ),
+    _llama_like(
+        "mixtral",
+        "MixtralForCausalLM",
+        _MIXTURE_KEYS | _words("sliding_window num_local_experts router_jitter_noise"),
+        linears={**_ATTENTION, **_ATTENTION_OUT},
+        norms=_TWO_NORMS | {"block_sparse_moe.gate.weight": "experts hidden_size"},
+        defaults={"num_local_experts": 8},
+        modules={"block_sparse_moe.gate.weight": "mlp.gate.weight"},
+        numbered={"block_sparse_moe.experts": ("num_local_experts",)},
+        experts=Experts(
+            path="block_sparse_moe.experts",
+            module="mlp.experts",
+            maps={
+                "w1": "intermediate_size hidden_size",
+                "w2": "hidden_size intermediate_size",
+                "w3": "intermediate_size hidden_size",
+            },
+            out="w2",
+            stacks={"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)},
+        ),
+        **_MIXTURE,
+    ),
+    _qwen_mixture(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        _words("shared_expert_intermediate_size qkv_bias max_window_layers layer_types"),
+        _SHARED_EXPERT,
+        counts=("num_experts",),
+        norms=_TWO_NORMS | {"mlp.gate.weight": "experts hidden_size"},
+        biases={"qkv_bias": _QKV},
+        defaults={"num_experts": 60, "qkv_bias": True},
+        per_block={"layer_types": _early_windows},
+    ),
+    _qwen_mixture(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        _words("attention_bias"),
+        {},
+        counts=("num_local_experts", "num_experts"),  # today's spelling, and that of published files
+        norms=_TWO_NORMS | _HEAD_NORMS | {"mlp.gate.weight": "experts hidden_size"},
+        biases={"attention_bias": (*_ATTENTION, *_ATTENTION_OUT)},
+        defaults={"num_local_experts": 128},
     ),
     _llama_like(
         "smollm3",
@@ -180,12 +302,20 @@ FAMILIES = (
     _llama_like(
         "stablelm",
         "StableLmForCausalLM",
-        _words("hidden_act layer_norm_eps partial_rotary_factor use_qkv_bias use_parallel_residual hidden_dropout"),
+        _words(
+            "hidden_act layer_norm_eps partial_rotary_factor use_qkv_bias use_parallel_residual hidden_dropout "
+            "qk_layernorm"
+        ),
         final=_norm("model.norm"),
-        norms=_norm("input_layernorm") | _norm("post_attention_layernorm"),
+        norms=_norm("input_layernorm") | _norm("post_attention_layernorm") | _PER_HEAD_NORMS,
         biases={"use_qkv_bias": _QKV},
-        only_if=dict.fromkeys(_norm("post_attention_layernorm"), "!use_parallel_residual"),
-        refused={"qk_layernorm": "it has a norm per head, which this row does not describe"},
+        only_if=dict.fromkeys(_norm("post_attention_layernorm"), "!use_parallel_residual")
+        | dict.fromkeys(_PER_HEAD_NORMS, "qk_layernorm"),
+        defaults={"num_attention_heads": 32, "num_key_value_heads": 32},
+        numbered={
+            "self_attn.q_layernorm.norms": ("num_attention_heads",),
+            "self_attn.k_layernorm.norms": ("num_key_value_heads",),
+        },
     ),
     _llama_like(
         "phi3",

@@ -1,7 +1,8 @@
 """What a model family is: where blocks, embeddings, head and linear maps are, and what may travel. Torch-free.
 
 A family is a row of `families.py`, never a branch elsewhere. Names are those of the tensors in files as transformers
-writes them today; `Architecture.name_of` maps the spellings of older published files to them.
+writes them today; `Architecture.name_of` maps the spellings of older published files to them. In modules a few have
+other names, and experts are stacked: `Architecture.stacked` is that map.
 """
 
 import math
@@ -19,6 +20,24 @@ _BUFFERS = re.compile(
     r".+\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)"
     r"|(attn|attention|self_attention|self_attn)\.(bias|masked_bias|embed_positions))"
 )
+_MOST = 1024  # experts, or heads with norms of their own: a config from a stranger may not announce more
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: in files a matrix for every map of every expert, in modules stacks of them.
+
+    A stack has shape (experts, outputs, inputs); where it holds several maps, their outputs follow one another.
+    """
+
+    path: str  # of the experts in a block, in files
+    module: str  # of the stacks in a block, in modules
+    maps: Mapping[str, str]  # linear maps of one expert, with their weights' sizes
+    out: str  # the map that ends an expert
+    stacks: Mapping[str, tuple[str, ...]]  # parameters of the module -> the maps that each holds
+    chosen_key: str = "num_experts_per_tok"  # config key with the number of experts that a token goes through
+    where: Rule = lambda config, index: True  # whether a block has experts
+    others: tuple[str, ...] = ()  # linear maps that end the MLP beside the experts, or in a block without
 
 
 @dataclass(frozen=True)
@@ -26,7 +45,8 @@ class Architecture:
     """One family of decoder language models.
 
     Sizes are products of numbers and config keys ("3*n_embd"); a factor that the config leaves out is free. Conditions
-    are words that must all hold: "key", "!key", "key=2" or "key!=other"; " or " separates alternatives.
+    are words that must all hold: "key", "!key", "key=2" or "key!=other"; " or " separates alternatives. Of a mixture of
+    experts, sizes may name "experts", their number, and conditions "has_experts", which is true of a block or not.
     """
 
     model_type: str
@@ -35,10 +55,10 @@ class Architecture:
     embeddings: Mapping[str, str]  # tensors before the blocks, with their sizes
     final: Mapping[str, str]  # tensors after the blocks beside the head, with their sizes
     head: str
-    linears: Mapping[str, str]  # paths in a block of the linear maps, where LoRA sits, with their weights' sizes
+    linears: Mapping[str, str]  # paths in a block of its linear maps, with their weights' sizes
     norms: Mapping[str, str]  # tensors of a block beside its linear maps, with their sizes
     attention_out: str
-    mlp_out: str
+    mlp_out: str  # a linear map, or the module of the MLP where it has experts
     count_keys: tuple[str, ...]  # config keys that hold the number of blocks, the one transformers reads first
     config_keys: frozenset[str]  # config keys that may travel
     head_size: str = "vocab_size hidden_size"
@@ -50,17 +70,61 @@ class Architecture:
     # Whether, or under which condition, a block's output is linear in what mlp_out gives: what refit solves for.
     linear_residual: bool | str = True
     per_block: Mapping[str, Rule] = field(default_factory=dict)  # config keys with an entry per block, and its rule
+    listed: Mapping[str, Rule] = field(default_factory=dict)  # config keys that list the blocks for which a rule holds
+    settled: Mapping[str, Any] = field(default_factory=dict)  # what else the rules read -> its value once all is listed
     refused: Mapping[str, str] = field(default_factory=dict)  # switches that must be off, and why
     logit_cap: str | None = None  # config key c: logits are c * tanh(logits / c)
     spellings: Mapping[str, str] = field(default_factory=dict)  # older names of tensors -> today's
+    modules: Mapping[str, str] = field(default_factory=dict)  # paths of tensors in a block -> in modules, if another
+    # Paths in a block of what there are several of, "*" for the number in their tensors' names -> config keys with it.
+    numbered: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    experts: Experts | None = None
+    adapted: tuple[str, ...] = ()  # linear maps where LoRA may sit; (): all of them
+
+    @property
+    def lora_linears(self) -> tuple[str, ...]:
+        """Paths in a block of the linear maps where LoRA may sit; every block has them."""
+        return self.adapted or tuple(self.linears)
 
     def name_of(self, stored: str) -> str | None:
-        """Today's name of a tensor as stored in a file, with or without the body's prefix; None for a mere buffer."""
+        """Today's name of a tensor as stored in a file, with or without the body's prefix; None for a mere buffer.
+
+        A module's name of a tensor becomes that of files; a stack of experts, which no single name has, keeps its own.
+        """
         name = self.spellings.get(stored, stored)
         prefixed = f"{self.blocks.partition('.')[0]}.{name}"
         if self.block_of(prefixed) or prefixed in self.embeddings or prefixed in self.final:
             name = prefixed
+        place = self.block_of(name) if self.modules else None
+        if place is not None:
+            paths = {module: path for path, module in self.modules.items()}
+            name = self.in_block(place[0], paths.get(place[1], place[1]))
         return None if _BUFFERS.fullmatch(name) else name
+
+    def stacked(self, name: str, count: int) -> list[tuple[str, ...]] | None:
+        """The names in files of what a module's parameter stacks: the maps of each of `count` experts, in order.
+
+        None for a parameter that stacks nothing.
+        """
+        place, experts = self.block_of(name), self.experts
+        if place is None or experts is None:
+            return None
+        module, _, leaf = place[1].rpartition(".")
+        if module != experts.module or leaf not in experts.stacks:
+            return None
+        return [
+            tuple(self.in_block(place[0], f"{experts.path}.{n}.{path}.weight") for path in experts.stacks[leaf])
+            for n in range(count)
+        ]
+
+    def is_linear(self, name: str) -> bool:
+        """Whether a tensor of a file or parameter of a module is the weight of a linear map, or a stack of them."""
+        place = self.block_of(name)
+        if place is None:
+            return False
+        path, _, kind = self.pattern_of(place[1]).rpartition(".")
+        stack = self.experts is not None and path == self.experts.module and kind in self.experts.stacks
+        return stack or (kind == "weight" and path in {**self.linears, **self._expert_maps})
 
     def block_of(self, name: str) -> tuple[int, str] | None:
         """The index of the block that a tensor or module belongs to, and its path in the block."""
@@ -77,30 +141,48 @@ class Architecture:
         Raises:
             IncompatibleError: the config names none, or two of its spellings disagree.
         """
-        found = {key: config[key] for key in self.count_keys if key in config}
-        numbers = {count for count in found.values() if type(count) is int and count > 0}
-        if len(numbers) != 1 or any(type(count) is not int or count not in numbers for count in found.values()):
+        count = _agreed(config, self.count_keys)
+        if count is None:
+            found = {key: config[key] for key in self.count_keys if key in config}
             raise IncompatibleError(
                 "the config does not say how many blocks the model has",
                 reasons=[f"found {found or 'none'}, expected one number under {' or '.join(self.count_keys)}"],
                 next_step="mend config.json in the base folder",
             )
-        return numbers.pop()
+        return count
+
+    def number_of(self, path: str, config: Mapping[str, Any]) -> int:
+        """How many a block has of what is numbered at `path`: experts, or norms of heads.
+
+        Raises:
+            IncompatibleError: the config names no number that may be, or two of its spellings disagree.
+        """
+        keys = self.numbered[path]
+        count = _agreed(config, keys, self.defaults.get(keys[0]))
+        if count is None or count > _MOST:
+            found = str({key: config[key] for key in keys if key in config})[:120]
+            raise IncompatibleError(
+                f"the config does not say how many {path} a block has",
+                reasons=[f"{path}: found {found}, expected one number from 1 to {_MOST} under {' or '.join(keys)}"],
+                next_step="mend config.json in the base folder",
+            )
+        return count
 
     def subset(self, config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
         """A config for the blocks of `kept` alone, in that order; lists that a config leaves to be derived are made.
 
         Raises:
-            IncompatibleError: a list has not one entry per block.
+            IncompatibleError: a list has not one entry per block, or its rule cannot read the config.
         """
         count = self.block_count(config)
         lists = {key: self._per_block(key, config, count) for key in self.per_block}
-        cut = {key: [entries[index] for index in kept] for key, entries in lists.items()}
-        return (
-            dict(config)
-            | cut
-            | {key: len(kept) for key in self.count_keys if key in config or key == self.count_keys[0]}
-        )
+        return {
+            **config,
+            **{key: [entries[index] for index in kept] for key, entries in lists.items()},
+            **{key: [new for new, old in enumerate(kept) if rule(config, old)] for key, rule in self.listed.items()},
+            **self.settled,
+            **{key: len(kept) for key in self.count_keys if key in config or key == self.count_keys[0]},
+        }
 
     def _per_block(self, key: str, config: Mapping[str, Any], count: int) -> list[Any]:
         found = config.get(key)
@@ -132,16 +214,51 @@ class Architecture:
     def _present(self, names: Mapping[str, str], config: Mapping[str, Any]) -> list[str]:
         return [name for name in names if name not in self.only_if or self.holds(self.only_if[name], config)]
 
-    def block_tensors(self, config: Mapping[str, Any]) -> frozenset[str]:
-        """The paths in a block of all its tensors: exactly these, in every block."""
+    def block_tensors(self, config: Mapping[str, Any], index: int) -> frozenset[str]:
+        """The paths in a block of all its tensors: exactly these. Only blocks with and without experts differ.
+
+        Raises:
+            IncompatibleError: the config does not say how many experts or heads there are, where experts are, or how
+                many of them a token goes through.
+        """
+        config = self._with_experts(config, index)
         biased = {path for condition, paths in self.biases.items() if self.holds(condition, config) for path in paths}
-        return frozenset(
-            {
-                *(f"{path}.weight" for path in self.linears),
-                *(f"{path}.bias" for path in biased),
-                *self._present(self.norms, config),
-            }
-        )
+        names = {
+            **{f"{path}.weight": "" for path in self.linears},
+            **{f"{path}.bias": "" for path in biased},
+            **self.norms,
+            **({f"{path}.weight": "" for path in self._expert_maps} if config.get("has_experts") else {}),
+        }
+        return frozenset(one for name in self._present(names, config) for one in self._every_one(name, config))
+
+    def _every_one(self, name: str, config: Mapping[str, Any]) -> list[str]:
+        path, star, rest = name.partition(".*")
+        return [f"{path}.{n}{rest}" for n in range(self.number_of(path, config))] if star else [name]
+
+    def pattern_of(self, path: str) -> str:
+        """A path in a block with "*" for the number of an expert or head, as the table has it."""
+        for several in self.numbered:
+            match = re.fullmatch(rf"{re.escape(several)}\.(?:0|[1-9]\d{{0,3}})(\..+)", path)
+            if match:
+                return f"{several}.*{match[1]}"
+        return path
+
+    @property
+    def _expert_maps(self) -> dict[str, str]:
+        experts = self.experts
+        return {f"{experts.path}.*.{path}": sizes for path, sizes in experts.maps.items()} if experts else {}
+
+    def _with_experts(self, config: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+        if self.experts is None:
+            return config
+        count, chosen = self.number_of(self.experts.path, config), config.get(self.experts.chosen_key, 1)
+        if type(chosen) is not int or not 1 <= chosen <= count:
+            raise IncompatibleError(
+                "the config does not say how many experts a token goes through",
+                reasons=[f"{self.experts.chosen_key} = {str(chosen)[:60]}, expected one number from 1 to {count}"],
+                next_step="mend config.json in the base folder",
+            )
+        return {**config, "experts": count, "has_experts": self.experts.where(config, index)}
 
     def embedding_tensors(self, config: Mapping[str, Any]) -> list[str]:
         """The names of the tensors before the blocks."""
@@ -157,17 +274,20 @@ class Architecture:
         place = self.block_of(name)
         if place is None:
             return {**self.embeddings, **self.final, self.head: self.head_size}.get(name)
-        path, _, kind = place[1].rpartition(".")
-        if path in self.linears:
-            sizes = self.linears[path].split()
+        path, _, kind = self.pattern_of(place[1]).rpartition(".")
+        maps = {**self.linears, **self._expert_maps}
+        if path in maps:
+            sizes = maps[path].split()
             return {"weight": " ".join(sizes), "bias": sizes[self.transposed]}.get(kind)
-        return self.norms.get(place[1])
+        return self.norms.get(f"{path}.{kind}")
 
     def shape_problem(self, name: str, shape: Sequence[int], config: Mapping[str, Any]) -> str | None:
         """What is wrong with a tensor's shape by the sizes that the config names; a size that it leaves out is free."""
-        sizes = self.sizes_of(name)
+        sizes, place = self.sizes_of(name), self.block_of(name)
         if sizes is None:
             return None
+        if place is not None and self.experts is not None:
+            config = {**config, "experts": self.number_of(self.experts.path, config)}
         expected = [_size(product, config) for product in sizes.split()]
         if len(shape) == len(expected) and all(e in (None, s) for s, e in zip(shape, expected, strict=True)):
             return None
@@ -182,6 +302,12 @@ class Architecture:
         """Whether a block's output is linear in what mlp_out gives, so that refit can solve for it."""
         linear = self.linear_residual
         return linear if isinstance(linear, bool) else self.holds(linear, config)
+
+
+def _agreed(config: Mapping[str, Any], keys: Sequence[str], usual: int | None = None) -> int | None:
+    """The positive number that a config has under one of these keys or more, else the usual one; None if it is none."""
+    found = [config[key] for key in keys if key in config] or [usual]
+    return found[0] if all(type(n) is int and n == found[0] and n > 0 for n in found) else None
 
 
 def _size(product: str, config: Mapping[str, Any]) -> int | None:

@@ -10,6 +10,7 @@ import torch
 
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import TensorRange, open_checkpoint, read_chunks, read_header, strict_json
+from offsite.core.mixture import experts_implementation, in_files
 from offsite.errors import IncompatibleError, StorageError
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> "Pr
             folder,
             dtype=dtype,
             attn_implementation=attention_of(AutoConfig.from_pretrained(folder, **_OFFLINE)),
+            experts_implementation=experts_implementation(),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are listed instead of the first one raised
             **_OFFLINE,
@@ -66,6 +68,8 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> "Pr
             reasons=problems,
             next_step="fetch the checkpoint again; if it came from the other party, ask for it again",
         )
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False  # a loss of its own, of which nothing here makes use
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return loaded
 
@@ -152,7 +156,7 @@ def load_replaced(base: Path, weights: Path, *, dtype: torch.dtype, device: torc
 
     Args:
         base: a plain checkpoint.
-        weights: a safetensors file with tensors of that model, such as a full return's.
+        weights: a safetensors file with tensors of that model by the names of files, such as a full return's.
         dtype: of all weights.
         device: where it goes.
 
@@ -162,7 +166,9 @@ def load_replaced(base: Path, weights: Path, *, dtype: torch.dtype, device: torc
     """
     held = read_header(weights)
     model = load_model(base, dtype=dtype, device=device)
+    row = ARCHITECTURES.get(model.config.model_type)
     own = dict(model.named_parameters())
+    own = in_files(row, own) if row else own
     problems = [f"unexpected tensor {name}" for name in sorted(held.keys() - own.keys())]
     problems += [
         f"tensor {name}: found shape {list(held[name].shape)}, expected {list(own[name].shape)}"

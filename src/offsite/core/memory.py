@@ -72,13 +72,13 @@ def part(name: str, shapes: Iterable[tuple[int, ...]], item: int, blocks: int = 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """The sizes of one block that memory depends on."""
+    """The sizes of one block that memory depends on; of experts, those that a token goes through."""
 
     parameters: int  # P_b
     hidden: int  # H
-    inner: int  # F: what enters the MLP's output projection
+    inner: int  # F: what enters the MLP's output projection, or all of them
     attended: int  # A: what enters the attention's output projection
-    projected: int  # Q: outputs of all other linear maps together
+    projected: int  # Q: outputs of all other linear maps together, of experts of all maps
     heads: int  # of the attention
     kept_by_activation: int  # elements of F that the activation function keeps beside its output
     linears: int  # linear maps in it
@@ -109,18 +109,25 @@ def block_shape(row: Architecture, shapes: Mapping[str, tuple[int, ...]], config
         first, second = shapes[f"{path}.weight"]
         return (first, second) if row.transposed else (second, first)
 
-    inner, hidden = sizes(row.mlp_out)
-    others = [path for path in row.linears if path not in (row.attention_out, row.mlp_out)]
+    ends = {row.attention_out, *(row.experts.others if row.experts else (row.mlp_out,))}
+    linears = [path for path in row.linears if f"{path}.weight" in shapes]
+    inner = sum(sizes(path)[0] for path in linears if path in ends and path != row.attention_out)
+    projected = sum(sizes(path)[1] for path in linears if path not in ends)
+    first = f"{row.experts.path}.0" if row.experts else ""
+    if row.experts and f"{first}.{row.experts.out}.weight" in shapes:
+        chosen = int(config.get(row.experts.chosen_key) or 1)
+        inner += chosen * sizes(f"{first}.{row.experts.out}")[0]
+        projected += chosen * sum(sizes(f"{first}.{path}")[1] for path in row.experts.maps)
     activation = str(config.get("hidden_act") or config.get("activation_function"))
     return BlockShape(
         parameters=sum(math.prod(shape) for shape in shapes.values()),
-        hidden=hidden,
+        hidden=sizes(row.attention_out)[1],
         inner=inner,
         attended=sizes(row.attention_out)[0],
-        projected=sum(sizes(path)[1] for path in others),
+        projected=projected,
         heads=int(config.get("num_attention_heads") or config.get("n_head") or 1),
         kept_by_activation=_KEPT_BY_ACTIVATION.get(activation, 0),
-        linears=len(row.linears),
+        linears=len(linears),
     )
 
 

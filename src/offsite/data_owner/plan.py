@@ -4,7 +4,7 @@ docs/memory.md has the formulas in words; every term here carries its own.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -98,16 +98,17 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     item = compute_bytes(spec.compute, spec.device)
     parts = _parts(row, manifest, tensors)
     first = manifest.split.trained[0]
-    shapes = {path: tensor.shape for path, tensor in _block(row, tensors, first).items()}
+    blocks = (_block(row, tensors, index) for index in range(first, manifest.split.blocks))
+    shapes = [block_shape(row, {path: one.shape for path, one in block.items()}, config) for block in blocks]
     numbers = [math.prod(entry.shape) for entry in returned.values()]
     sizes = _Sizes(
-        block=block_shape(row, shapes, config),
+        block=max(shapes, key=lambda shape: shape.forward(item)),
         vocabulary=tensors[row.embedding_tensors(config)[0]].shape[0],
         parameters=sum(one.parameters for one in parts),
         stored=sum(one.bytes for one in parts),
         same_dtype=all(ITEM_SIZE[tensor.dtype] == item for tensor in tensors.values()),
         trained=sum(numbers),
-        largest=max(numbers),
+        largest=max(*numbers, *_stacks(row, tensors, returned)),
         through=manifest.split.blocks - first,
         training=len(manifest.split.trained),
         tokens=tokens,
@@ -142,6 +143,21 @@ def returned_tensors(manifest: BundleManifest, spec: TuneSpec) -> dict[str, Tens
     alpha = float(spec.lora_alpha or 2 * spec.rank)
     lora = LoraSettings(rank=spec.rank, alpha=alpha, targets=tuple(manifest.lora_targets))
     return adapter_tensors(lora, manifest.lora_targets)
+
+
+def _stacks(
+    row: Architecture, tensors: Mapping[str, TensorRange], returned: Mapping[str, TensorEntry]
+) -> Iterator[int]:
+    """Numbers in each stack of experts that trains: it is one tensor in memory, and many in the return."""
+    experts = row.experts
+    if experts is None:
+        return
+    for index in {place[0] for name in returned if (place := row.block_of(name))}:
+        block = _block(row, tensors, index)
+        for maps in experts.stacks.values():
+            ends = tuple(f".{path}.weight" for path in maps)
+            matrices = [path for path in block if path.startswith(f"{experts.path}.") and path.endswith(ends)]
+            yield sum(math.prod(block[path].shape) for path in matrices if row.in_block(index, path) in returned)
 
 
 def _block(row: Architecture, tensors: Mapping[str, TensorRange], index: int) -> dict[str, TensorRange]:

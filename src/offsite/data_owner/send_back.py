@@ -8,6 +8,7 @@ import torch
 
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import write_safetensors
+from offsite.core.mixture import in_files
 from offsite.core.storage import Written, staged_folder, write_stream
 from offsite.data_owner.state import to_be_written
 from offsite.errors import OffsiteError
@@ -26,7 +27,7 @@ def send_back(
 
     Args:
         bundle: what it answers.
-        tensors: the trained fp32 tensors by the names that the bundle permits.
+        tensors: the trained fp32 tensors by their names in the model.
         lora: of a LoRA tuning; None after a full one.
         out: the return's folder; it appears whole or not at all.
         identity: the bundle's recipient, who signs.
@@ -36,6 +37,8 @@ def send_back(
         UsageError: `out` holds something.
         StorageError: it cannot be written; `out` is then as it was.
     """
+    if lora is None:
+        tensors = in_files(ARCHITECTURES[bundle.manifest.architecture], tensors)
     broken = sorted(name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
     if broken:
         raise OffsiteError(

@@ -133,13 +133,12 @@ def _prepare(
     use_short_attention(model)
     weights = TrainedWeights(METHODS[spec.method](model, manifest, spec))
     blocks = model.get_submodule(row.blocks)
-    linear = {f"{row.in_block(index, path)}.weight" for index in manifest.split.trained for path in row.linears}
     return Tuning(
         network=network,
         blocks=[blocks.get_submodule(str(index)) for index in manifest.split.trained],
         weights=weights,
         # every tensor of a LoRA is one of a linear map; of a block, norms and biases do not decay
-        decayed=frozenset(name for name in weights.masters if spec.method == "lora" or name in linear),
+        decayed=frozenset(name for name in weights.masters if spec.method == "lora" or row.is_linear(name)),
         examples=examples,
         held_out=held_out,
     )

@@ -8,6 +8,7 @@ from offsite.core.checkpoint import (
     INDEX,
     WEIGHTS,
     Checkpoint,
+    TensorRange,
     open_checkpoint,
 )
 from offsite.errors import VerificationError
@@ -55,8 +56,21 @@ def _bundle_config(sealed: Sealed) -> Iterator[str]:
         if not isinstance(entries, list) or len(entries) != manifest.split.blocks:
             expected = f"expected one entry for each of {manifest.split.blocks} blocks"
             yield f"{CONFIG} has {key} = {str(entries)[:60]}, {expected}"
+    for key in row.listed:
+        if not _lists_blocks(config.get(key), manifest.split.blocks):
+            found = str(config.get(key))[:60]
+            yield f"{CONFIG} has {key} = {found}, expected a list of some of {manifest.split.blocks} blocks, in order"
+    for key, value in row.settled.items():
+        if config.get(key) != value:
+            yield f"{CONFIG} has {key} = {str(config.get(key))[:60]!r}, by which blocks go by place, expected {value}"
     for key, value in row.set_switches(config).items():
         yield f"{CONFIG} has {key} = {str(value)[:60]!r}, under which blocks cannot be cut"
+
+
+def _lists_blocks(found: object, count: int) -> bool:
+    if not isinstance(found, list) or any(type(block) is not int or not 0 <= block < count for block in found):
+        return False
+    return found == sorted(set(found))
 
 
 def _bundle_weights(sealed: Sealed) -> Iterator[str]:
@@ -64,19 +78,23 @@ def _bundle_weights(sealed: Sealed) -> Iterator[str]:
     checkpoint = _open_listed(sealed)
     config = read_json(sealed, CONFIG)
     settings = config if isinstance(config, dict) else {}
-    paths = row.block_tensors(settings)
-    expected = row.outer_tensors(settings) | {
-        row.in_block(block, path) for block in range(manifest.split.blocks) for path in paths
-    }
+    held = len(checkpoint.tensors)
+    expected = set(row.outer_tensors(settings))
+    for block in range(manifest.split.blocks):
+        expected |= {row.in_block(block, path) for path in row.block_tensors(settings, block)}
+        if len(expected) > 2 * held + 1000:  # what is announced must not cost more than what was sent
+            yield f"weights: {held} tensors, the config makes it over {len(expected)}"
+            return
     yield from names_differ("weights", set(checkpoint.tensors), expected)
+    alike: dict[str, TensorRange] = {}  # the first of each path in a block, whichever the expert
     for name, tensor in checkpoint.tensors.items():
         problem = row.shape_problem(name, tensor.shape, settings)
         if problem:
             yield problem
         place = row.block_of(name)
-        twin = checkpoint.tensors.get(row.in_block(0, place[1])) if place else None
-        if twin is not None and tensor.shape != twin.shape:
-            yield f"{name[:120]!r} has shape {list(tensor.shape)}, the first block's has {list(twin.shape)}"
+        twin = alike.setdefault(row.pattern_of(place[1]), tensor) if place else tensor
+        if tensor.shape != twin.shape:
+            yield f"{name[:120]!r} has shape {list(tensor.shape)}, others of its kind have {list(twin.shape)}"
         if tensor.dtype not in FLOATS:
             yield f"{name[:120]!r} has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}"
 

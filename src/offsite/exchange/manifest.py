@@ -100,9 +100,12 @@ class BundleManifest(_Document):
             place = row.block_of(name)
             if place is None or place[0] not in self.split.trained:
                 raise ValueError(f"{name} belongs to no trained block, so it may not come back")
-        strange = sorted(name for name in self.lora_targets if (row.block_of(name) or (0, ""))[1] not in row.linears)
+        places = {name: row.block_of(name) for name in self.lora_targets}
+        strange = sorted(name for name, place in places.items() if place is None or place[1] not in row.lora_linears)
         if strange:
-            raise ValueError(f"LoRA targets that are no linear maps of {self.architecture}: {', '.join(strange[:4])}")
+            raise ValueError(
+                f"LoRA targets that are no linear maps of {self.architecture} for it: {', '.join(strange[:4])}"
+            )
         return self
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import hmac
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +42,34 @@ def open_base(base: Base) -> BaseModel:
     row = row_of(config)
     checkpoint = open_checkpoint(base.folder)
     tensors: dict[str, TensorRange] = {}
-    for stored, tensor in checkpoint.tensors.items():
-        name = row.name_of(stored)
-        if name is None or (name == row.head and row.tied(config)):
-            continue
-        if name in tensors:
-            raise IncompatibleError(
-                f"the weights in {base.folder} hold {name} under two spellings",
-                reasons=[f"{tensors[name].name} and {stored}"],
-                next_step="import the model afresh from where it was published",
-            )
-        tensors[name] = tensor
+    for stored in checkpoint.tensors.values():
+        for name, tensor in by_todays_names(row, stored).items():
+            if name == row.head and row.tied(config):
+                continue
+            if name in tensors:
+                raise IncompatibleError(
+                    f"the weights in {base.folder} hold {name} under two spellings",
+                    reasons=[f"{tensors[name].name} and {tensor.name}"],
+                    next_step="import the model afresh from where it was published",
+                )
+            tensors[name] = tensor
     model = BaseModel(base.folder, config, row, tensors, row.block_count(config))
     _check_tensors(model)
     return model
+
+
+def by_todays_names(row: Architecture, stored: TensorRange) -> dict[str, TensorRange]:
+    """What a tensor of a base's file is by today's names: nothing for a buffer, each matrix for stacked experts."""
+    name = row.name_of(stored.name)
+    if name is None:
+        return {}
+    stack = row.stacked(name, stored.shape[0]) if len(stored.shape) == 3 else None
+    if not stack or stored.shape[1] % len(stack[0]):
+        return {name: stored}
+    shape = (stored.shape[1] // len(stack[0]), stored.shape[2])
+    first = replace(stored, shape=shape)
+    matrices = [matrix for expert in stack for matrix in expert]  # as they lie in the file
+    return {matrix: replace(first, start=stored.start + place * first.size) for place, matrix in enumerate(matrices)}
 
 
 def row_of(config: Mapping[str, Any]) -> Architecture:
@@ -91,9 +105,8 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 def _check_tensors(model: BaseModel) -> None:
     row, held = model.row, set(model.tensors)
-    paths = row.block_tensors(model.config)
     expected = row.outer_tensors(model.config) | {
-        row.in_block(index, path) for index in range(model.blocks) for path in paths
+        row.in_block(index, path) for index in range(model.blocks) for path in row.block_tensors(model.config, index)
     }
     reasons = [f"missing {name}" for name in sorted(expected - held)]
     reasons += [f"unexpected {name}" for name in sorted(held - expected)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from offsite.core.load import attention_of, read_tensor
+from offsite.core.mixture import experts_implementation, in_files
 from offsite.core.runtime import Runtime
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel
@@ -74,16 +75,33 @@ class BlockRunner:
         row = self._model.row
         config = AutoConfig.for_model(**subset_config(self._model, [index]))
         with init_empty_weights(include_buffers=False):
-            surrounding = AutoModelForCausalLM.from_config(config, attn_implementation=attention_of(config))
-        weights = {path: self._read(row.in_block(index, path)) for path in self._model.block(index)}
-        for path, value in (replaced or {}).items():
-            weights[path] = value.to(self._device)
+            surrounding = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention_of(config), experts_implementation=experts_implementation()
+            )
         block = surrounding.get_submodule(row.in_block(0, "").rstrip("."))
-        block.load_state_dict(weights, strict=True, assign=True)
+        block.load_state_dict(self._weights(index, block, replaced or {}), strict=True, assign=True)
         for name, value in self._outer.items():
             path, _, leaf = name.rpartition(".")
             setattr(surrounding.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
         return LoadedBlock(block.eval(), surrounding.base_model.eval(), self._compute)
+
+    def _weights(self, index: int, block: nn.Module, replaced: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters of a block, by path in the module; stacks of experts are filled matrix by matrix."""
+        row, start = self._model.row, self._model.row.in_block(index, "")
+        stacks = {
+            path: torch.empty(parameter.shape, device=self._device)
+            for path, parameter in block.named_parameters()
+            if row.stacked(start + path, 0) is not None
+        }
+        matrices = in_files(row, {start + path: stack for path, stack in stacks.items()})
+        weights = dict(stacks)
+        for path in self._model.block(index):
+            value = replaced[path].to(self._device) if path in replaced else self._read(start + path)
+            if start + path in matrices:
+                matrices[start + path].copy_(value)
+            else:
+                weights[row.modules.get(path, path)] = value
+        return weights
 
     def _read(self, name: str) -> Tensor:
         return read_tensor(self._model.tensors[name], torch.float32).to(self._device)

@@ -94,6 +94,7 @@ def _convert(source: Path, folder: Path, dtype: str | None, progress: Progress, 
             **options,
             dtype={"bf16": torch.bfloat16, "fp32": torch.float32, None: "auto"}[dtype],
             attn_implementation="eager",  # over what the config may name: a hub kernel is code
+            experts_implementation="eager",
             **({} if gguf else {"weights_only": True}),
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)

@@ -1,8 +1,9 @@
 """Plugging in: a verified return is put into the base model. Tensors move by name; no model is built, torch-free."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +39,7 @@ from offsite.exchange.home import Home
 from offsite.exchange.lora_folder import adapter_config, lora_pair
 from offsite.exchange.manifest import FORMAT, LoraSettings, PlugInManifest
 from offsite.exchange.pack import file_entries, seal
-from offsite.model_owner.base_model import BaseModel, fingerprint, open_base
+from offsite.model_owner.base_model import BaseModel, by_todays_names, fingerprint, open_base
 from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Issued, Ledger
 
@@ -163,14 +164,22 @@ def _write_adapter(model: BaseModel, verified: Return, parent: Issued, folder: P
 def _write_merged(model: BaseModel, verified: Return, parent: Issued, folder: Path) -> list[Written]:
     changes = (_lora_changes if verified.manifest.lora else _full_changes)(model, verified, parent)
     tensors = []
-    for stored, tensor in open_checkpoint(model.folder).tensors.items():
-        change = changes.get(model.row.name_of(stored) or "")
-        tensors.append(_changed(tensor, change) if change else copied(tensor))
+    for stored in open_checkpoint(model.folder).tensors.values():
+        parts = by_todays_names(model.row, stored)
+        new = [_changed(part, changes[name]) if name in changes else copied(part) for name, part in parts.items()]
+        tensors.append(_joined(stored, new) if changes.keys() & parts.keys() else copied(stored))
     written = write_checkpoint(folder, tensors)
     for name in _COMPANIONS:
         if (model.folder / name).is_file():
             written.append(write_stream(folder / name, [(model.folder / name).read_bytes()]))
     return written
+
+
+def _joined(stored: TensorRange, parts: Sequence[NewTensor]) -> NewTensor:
+    """A tensor of the base's file from its parts: itself, or the matrices of stacked experts."""
+    return NewTensor(
+        stored.name, stored.dtype, stored.shape, lambda: chain.from_iterable(part.chunks() for part in parts)
+    )
 
 
 def _changed(tensor: TensorRange, change: Change) -> NewTensor:

@@ -39,10 +39,11 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
             else "choose a smaller --bottom or --top",
         )
     if spec.heal == "refit" and spec.keep < len(middle) and not model.row.residual_is_linear(model.config):
+        why = "its MLP is a mixture of experts" if model.row.experts else "a norm follows the MLP in its blocks"
         raise IncompatibleError(
             f"refit needs a residual that is linear in the MLP's output, which this {model.row.model_type} model "
             "does not have",
-            reasons=["a norm follows the MLP in its blocks"],
+            reasons=[why],
             next_step="pack with --heal none",
         )
     return Sandwich(tuple(range(spec.bottom)), tuple(middle), tuple(range(model.blocks - spec.top, model.blocks)))
@@ -109,7 +110,7 @@ def lora_targets(model: BaseModel, kept: Sequence[int], numbers: Split) -> dict[
     targets = {}
     for index in numbers.trained:
         block = model.block(kept[index])
-        for path in model.row.linears:
+        for path in model.row.lora_linears:
             rows, columns = block[f"{path}.weight"].shape
             targets[model.row.in_block(index, path)] = (rows, columns) if model.row.transposed else (columns, rows)
     return targets

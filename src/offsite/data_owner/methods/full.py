@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from offsite.config import TuneSpec
+from offsite.core.architectures import ARCHITECTURES
+from offsite.core.mixture import in_files
 from offsite.data_owner.methods.trainable import require_exactly
 from offsite.exchange.manifest import BundleManifest
 
@@ -16,15 +18,15 @@ def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -
     """Make exactly the manifest's tensors trainable.
 
     Returns:
-        The trainable parameters by the names under which they are returned.
+        The trainable parameters by their names in the model; `core.mixture.in_files` makes of them what is returned.
 
     Raises:
         IncompatibleError: the model does not have exactly these tensors in these shapes.
     """
-    own = dict(model.named_parameters())
-    for name in manifest.tensors:
-        if name in own:
-            own[name].requires_grad_(True)
-    trainable = {name: parameter for name, parameter in own.items() if parameter.requires_grad}
-    require_exactly(trainable, manifest.tensors)
+    row = ARCHITECTURES[manifest.architecture]
+    for name, parameter in model.named_parameters():
+        if in_files(row, {name: parameter}).keys() <= manifest.tensors.keys():
+            parameter.requires_grad_(True)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    require_exactly(in_files(row, trainable), manifest.tensors)
     return trainable

@@ -1,6 +1,5 @@
 """LoRA (arXiv 2106.09685): low-rank pairs beside the linear maps that the manifest names."""
 
-import re
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -38,8 +37,8 @@ def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=spec.lora_dropout,
-        # A pattern that matches whole paths: PEFT shortens a long list to suffixes, which may match other blocks.
-        target_modules="|".join(re.escape(target) for target in lora.targets),
+        # Whole paths in a list: of a pattern PEFT keeps the last words alone where a family has experts.
+        target_modules=list(lora.targets),
         fan_in_fan_out=ARCHITECTURES[manifest.architecture].transposed,
         bias="none",
     )

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 
-from torch import nn
+import torch
 
 from offsite.errors import IncompatibleError
 from offsite.exchange.manifest import TensorEntry
 
 
-def require_exactly(trainable: Mapping[str, nn.Parameter], expected: Mapping[str, TensorEntry]) -> None:
+def require_exactly(trainable: Mapping[str, torch.Tensor], expected: Mapping[str, TensorEntry]) -> None:
     """Compare names and shapes of the trainable parameters with what the manifest permits.
 
     Raises:
