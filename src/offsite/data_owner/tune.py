@@ -6,6 +6,7 @@ from offsite.config import TuneSpec
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.attention import use_short_attention
 from offsite.core.data import Example, encode
+from offsite.core.fused import fuse
 from offsite.core.load import context_length, load_model, load_tokenizer
 from offsite.core.loss import take_apart
 from offsite.core.progress import Event, Progress, silent
@@ -130,6 +131,7 @@ def _prepare(
     manifest, row = bundle.manifest, ARCHITECTURES[bundle.manifest.architecture]
     model = load_model(bundle.folder, dtype=where.dtype, device=where.device)
     network = take_apart(model)
+    fuse(model)
     use_short_attention(model)
     weights = TrainedWeights(METHODS[spec.method](model, manifest, spec))
     blocks = model.get_submodule(row.blocks)

@@ -1,0 +1,147 @@
+"""Norms, activations and gated MLPs that keep less for the backward pass, and pass over memory less often.
+
+Families write these as chains of small operations, each of which keeps what it was given: an RMS norm the hidden state
+twice in fp32, a gated MLP three tensors as wide as its inner size, GPT-2's GELU six. Here each is one function with its
+own gradient. A module is not judged by its class: it is replaced only if on random numbers it computes what its
+replacement does. Parameters keep their names, so adapters and returns do not notice.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
+_PROBE = 7  # rows of random numbers that a module and its replacement must agree on
+
+# (value of the activation, its gradient times what comes from above)
+_Gate = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
+_GATES: tuple[_Gate, ...] = (
+    (F.silu, torch.ops.aten.silu_backward),
+    (
+        lambda gate: F.gelu(gate, approximate="tanh"),
+        lambda above, gate: torch.ops.aten.gelu_backward(above, gate, approximate="tanh"),
+    ),
+)
+
+
+def fuse(model: "PreTrainedModel") -> int:
+    """Replace what can be replaced in a frozen model, before anything is attached to it.
+
+    Returns:
+        How many modules were replaced.
+    """
+    replaced: list[str] = []
+    for path, module in list(model.named_modules()):
+        if replaced and path.startswith(f"{replaced[-1]}."):
+            continue  # a part of what was replaced
+        fused = next((candidate for candidate in _candidates(module) if _agree(module, candidate)), None)
+        if fused is not None:
+            model.set_submodule(path, fused)
+            replaced.append(path)
+    return len(replaced)
+
+
+def _candidates(module: nn.Module) -> Iterator[nn.Module]:
+    """What might compute the same, by the names of a module's parts."""
+    children, own = dict(module.named_children()), dict(module.named_parameters(recurse=False))
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if set(children) == set(_GATED) and not own:
+        for gate in _GATES:
+            yield GatedMLP(children["gate_proj"], children["up_proj"], children["down_proj"], gate)
+    elif not children and set(own) == {"weight"} and own["weight"].dim() == 1 and isinstance(epsilon, float):
+        for offset in (0.0, 1.0):
+            yield RMSNorm(own["weight"], epsilon, offset)
+    elif not children and not own and "GELU" in type(module).__name__ and type(module) is not nn.GELU:
+        yield nn.GELU("tanh")
+
+
+@torch.no_grad()
+def _agree(module: nn.Module, fused: nn.Module) -> bool:
+    weight = next(module.parameters(), torch.ones(64, 64))
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(_PROBE, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+    try:
+        expected, found = module(probe), fused(probe)
+    except (TypeError, ValueError, RuntimeError):  # it takes other arguments, so it is something else
+        return False
+    if not isinstance(expected, torch.Tensor) or expected.shape != found.shape:
+        return False
+    step = torch.finfo(weight.dtype).eps
+    return bool(torch.allclose(expected, found, rtol=4 * step, atol=4 * step * float(expected.abs().max())))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (offset + weight) (arXiv 1910.07467); the offset is 1 in Gemma, else 0."""
+
+    def __init__(self, weight: nn.Parameter, epsilon: float, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight, self._epsilon, self._offset = weight, epsilon, offset
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., H) -> (..., H); the sums are in fp32, as in the families' own."""
+        normed: torch.Tensor = _RMSNorm.apply(hidden, self.weight, self._epsilon, self._offset)  # type: ignore[no-untyped-call]
+        return normed
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps the hidden state as it came, and one number a token."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> torch.Tensor:
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32), copy=True)
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()  # (..., 1)
+        scale = square.div_(hidden.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(hidden, weight, scale)
+        ctx.offset = offset
+        wide.mul_(scale)
+        if offset:  # such families round once, after the weight
+            return wide.mul_(weight.to(wide.dtype) + offset).to(hidden.dtype)
+        return wide.to(hidden.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, scale = ctx.saved_tensors
+        normed = hidden.to(scale.dtype, copy=True).mul_(scale)  # (..., H)
+        above = gradients[0].to(scale.dtype)
+        for_weight = None
+        if ctx.needs_input_grad[1]:
+            for_weight = (above * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        slope = above * (weight.to(scale.dtype) + ctx.offset)
+        along = (slope * normed).mean(-1, keepdim=True)  # (..., 1) what a longer x would change alone
+        return slope.sub_(normed.mul_(along)).mul_(scale).to(hidden.dtype), for_weight, None, None
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)) (arXiv 2002.05202), its parts under the names that Llama gave them."""
+
+    def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module, activation: _Gate) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self._activation = gate, up, down, activation
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., H) -> (..., H)."""
+        gated = _Gated.apply(self.gate_proj(hidden), self.up_proj(hidden), self._activation)  # type: ignore[no-untyped-call]
+        after: torch.Tensor = self.down_proj(gated)
+        return after
+
+
+class _Gated(torch.autograd.Function):
+    """act(gate) * up; keeps the two and makes act(gate) again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: _Gate) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return activation[0](gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        value, slope = ctx.activation
+        return slope(gradients[0] * up, gate), value(gate).mul_(gradients[0]), None
