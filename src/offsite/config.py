@@ -97,7 +97,17 @@ class TuneSpec(ComputeSpec):
     epochs: Annotated[float, Field(gt=0, description="passes over the data; max_steps wins")] = 1.0
     max_steps: Annotated[int | None, Field(ge=1, description="optimiser steps")] = None
     batch_size: Annotated[int, Field(ge=1, description="rows per optimiser step")] = 16
-    micro_batch_tokens: Annotated[int, Field(ge=1, description="padded tokens that run at once; bounds memory")] = 4096
+    micro_batch_tokens: Annotated[int, Field(ge=1, description="padded tokens that run at once, at most")] = 2048
+    memory: Annotated[
+        str | None,
+        Field(
+            pattern=r"^\d+(\.\d+)?(MiB|GiB|MB|GB)$",
+            description="bytes that the process may hold, such as 6GiB; measured on the rows before the first step",
+        ),
+    ] = None
+    gradient_checkpointing: Annotated[
+        bool, Field(description="run blocks again in the backward pass: less memory, about a quarter slower")
+    ] = False
     max_length: Annotated[int, Field(ge=8, description="longest row in tokens")] = 1024
     long_rows: Annotated[
         Literal["error", "truncate", "skip"], Field(description="what happens to rows over max_length")

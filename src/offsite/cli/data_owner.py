@@ -29,6 +29,8 @@ def tune(
     epochs: Annotated[float | None, flags.SETTING] = None,
     max_steps: Annotated[int | None, flags.SETTING] = None,
     batch_size: Annotated[int | None, flags.SETTING] = None,
+    memory: Annotated[str | None, flags.SETTING] = None,
+    gradient_checkpointing: Annotated[bool | None, flags.SETTING] = None,
     plan: flags.PlanFlag = False,
     config: flags.ConfigFlag = None,
     home: flags.HomeFlag = None,
@@ -56,6 +58,8 @@ def tune(
             "epochs": epochs,
             "max_steps": max_steps,
             "batch_size": batch_size,
+            "memory": memory,
+            "gradient_checkpointing": gradient_checkpointing,
         },
     )
     from offsite.exchange.verify import verify_bundle

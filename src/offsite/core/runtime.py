@@ -40,6 +40,9 @@ def runtime(
     resolved = _resolve_device(device)
     if resolved.type == "cpu":
         _keep_freed_memory()
+        # each shape's compiled products stay in memory, a thousand of them: rows of many lengths would fill hundreds of
+        # megabytes; one step needs about twenty
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     fast = compute == "bf16" or (compute == "auto" and _multiplies_bf16(resolved))
     return Runtime(resolved, torch.bfloat16 if fast else torch.float32)
 

@@ -37,7 +37,8 @@ class Tuning:
     """What a training run works on."""
 
     network: Network
-    blocks: Sequence[nn.Module]  # the trained ones: dropout runs in these and nowhere else
+    blocks: nn.Module  # the list of all of them
+    trained: Sequence[nn.Module]  # those that train: dropout runs in these and nowhere else
     weights: TrainedWeights
     decayed: frozenset[str]  # trained weights that decay: those of linear maps
     examples: Sequence[Example]
@@ -101,7 +102,7 @@ def _step(
     examples, masters = tuning.examples, list(tuning.weights.masters.values())
     labels = sum(examples[i].labels for i in rows)
     nats = 0.0
-    for block in tuning.blocks:
+    for block in tuning.trained:
         block.train()
     for group in micro_batches(examples, rows, spec.micro_batch_tokens):
         total, _ = label_losses(tuning.network, collate([examples[i] for i in group]))
@@ -138,7 +139,7 @@ def _validate(
 ) -> None:
     if not tuning.held_out:
         return
-    for block in tuning.blocks:
+    for block in tuning.trained:
         block.eval()
     losses = row_losses(
         tuning.network, tuning.held_out, 2 * spec.micro_batch_tokens, progress, f"validating step {step}"

@@ -15,6 +15,7 @@ from offsite.core.rows import read_rows
 from offsite.core.runtime import Runtime, runtime, seeded
 from offsite.core.storage import require_free
 from offsite.data_owner.board import require_tensorboard
+from offsite.data_owner.budget import within_memory
 from offsite.data_owner.methods import METHODS
 from offsite.data_owner.methods.lora import lora_settings
 from offsite.data_owner.send_back import send_back
@@ -67,6 +68,7 @@ def tune(
         DataError: rows are bad, too long, or missing.
         IncompatibleError: the bundle does not load, or what would train is not what its manifest says.
         OffsiteError: the training diverged.
+        UsageError: it does not fit into the memory that it may have.
         StorageError: something cannot be read or written.
         KeyboardInterrupt: the user stopped it; a resume point was saved.
     """
@@ -84,7 +86,8 @@ def tune(
         state = RunState(run_folder(out), _identity_of_run(verified, data, spec, where), resume=resume)
         progress(Event("loading the model", 0))
         tuning = _prepare(verified, spec, where, examples, held_out)
-        train(tuning, spec, state, log_file(out), progress, tensorboard=tensorboard)
+        fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
+        train(tuning, fitted, state, log_file(out), progress, tensorboard=tensorboard)
     lora = lora_settings(verified.manifest, spec) if spec.method == "lora" else None
     progress(Event("writing the return", 0))
     returned = send_back(verified, tuning.weights.masters, lora, out, identity)
@@ -137,7 +140,8 @@ def _prepare(
     blocks = model.get_submodule(row.blocks)
     return Tuning(
         network=network,
-        blocks=[blocks.get_submodule(str(index)) for index in manifest.split.trained],
+        blocks=blocks,
+        trained=[blocks.get_submodule(str(index)) for index in manifest.split.trained],
         weights=weights,
         # every tensor of a LoRA is one of a linear map; of a block, norms and biases do not decay
         decayed=frozenset(name for name in weights.masters if spec.method == "lora" or row.is_linear(name)),

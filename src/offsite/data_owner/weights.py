@@ -33,6 +33,11 @@ class TrainedWeights:
                 master.grad += parameter.grad
             parameter.grad = None
 
+    def forget_gradients(self) -> None:
+        """Drop the gradients of a pass that was only a trial."""
+        for parameter in self._working.values():
+            parameter.grad = None
+
     @torch.no_grad()
     def publish(self) -> None:
         """Give the network what the masters now are."""

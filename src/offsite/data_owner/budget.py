@@ -1,0 +1,164 @@
+"""Fitting a tuning into a memory budget: measured on the rows themselves before the first step, never guessed.
+
+What runs at once is doubled from a single row on, as long as the process's measured peak leaves room for twice as much.
+Where not even the longest row fits, blocks are recomputed in the backward pass; where that does not fit either, the
+tuning is refused with what it would need.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from offsite.config import TuneSpec
+from offsite.core.checkpoint import strict_json
+from offsite.core.data import Example, collate
+from offsite.core.loss import label_losses
+from offsite.core.progress import Event, Progress
+from offsite.core.runtime import Runtime
+from offsite.core.storage import replace_file
+from offsite.data_owner.recompute import keep_activations, recompute
+from offsite.data_owner.train import Tuning
+from offsite.errors import StorageError, UsageError
+
+_LEAST = 256  # tokens at once; fewer cost speed and save next to nothing
+_SPARE = 0.05  # share of the budget that stays free: heaps get holes over many steps
+_UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fits: padded tokens that run at once, whether blocks are recomputed, and the peak that was measured."""
+
+    tokens: int
+    recompute: bool
+    bytes: int
+
+
+def within_memory(tuning: Tuning, spec: TuneSpec, where: Runtime, file: Path, progress: Progress) -> TuneSpec:
+    """The settings with as many tokens at once as the memory permits; blocks are recomputed where they must be.
+
+    Args:
+        tuning: what will train; nothing of it changes but whether its blocks are recomputed.
+        spec: `memory`, and the most tokens at once.
+        where: the device and dtype.
+        file: keeps what was found, so that an interrupted run goes on bit for bit.
+        progress: where the events go.
+
+    Raises:
+        UsageError: not even the longest row fits, or this system does not say what a process holds.
+        StorageError: `file` cannot be written or read.
+    """
+    _recompute(tuning, spec.gradient_checkpointing)
+    if spec.memory is None:
+        return spec
+    found = _settled(file, lambda: _fit(tuning, spec, where, progress))
+    _recompute(tuning, found.recompute)
+    return spec.model_copy(update={"micro_batch_tokens": found.tokens})
+
+
+def _recompute(tuning: Tuning, again: bool) -> None:
+    (recompute if again else keep_activations)(tuning.blocks)
+
+
+def _fit(tuning: Tuning, spec: TuneSpec, where: Runtime, progress: Progress) -> Fit:
+    examples, budget = tuning.examples, _parse(str(spec.memory))
+    numbers = sum(master.numel() for master in tuning.weights.masters.values())
+    later = numbers * (8 if where.dtype == torch.float32 else 12)  # AdamW's moments, and gradients in fp32
+    ceiling = int(budget * (1 - _SPARE)) - later
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
+    least = 0
+    for again in (True,) if spec.gradient_checkpointing else (False, True):
+        _recompute(tuning, again)
+        found = None
+        for tokens, group in _doubling(examples, order, spec.micro_batch_tokens):
+            progress(Event(f"measuring memory: {tokens} tokens at once", 0))
+            before, peak = _measured(lambda rows=group: _run(tuning, rows), where.device)  # type: ignore[misc]
+            if peak > ceiling:
+                least = peak  # of the longest row alone, where nothing was found
+                break
+            found = Fit(tokens, again, peak + later)
+            if peak + (peak - before) > ceiling:
+                break
+        if found is not None:
+            return found
+    raise UsageError(
+        f"the tuning does not fit into {spec.memory}",
+        reasons=[f"its longest row ({len(examples[order[0]].ids)} tokens) alone takes {_shown(least + later)}"],
+        next_step=f"give --memory {_shown(int((least + later) / (1 - _SPARE)) + 2**20)} or more, or cut the rows: "
+        "--max-length with --long-rows truncate",
+    )
+
+
+def _run(tuning: Tuning, rows: Sequence[int]) -> None:
+    """A forward and backward pass that leaves nothing behind."""
+    for block in tuning.trained:
+        block.train()
+    with torch.random.fork_rng(devices=[]):  # dropout will draw as it would have without the trial
+        total, _ = label_losses(tuning.network, collate([tuning.examples[i] for i in rows]))
+        torch.autograd.backward(total)
+    tuning.weights.forget_gradients()
+
+
+def _parse(size: str) -> int:
+    number, unit = re.fullmatch(r"([\d.]+)([A-Za-z]+)", size).groups()  # type: ignore[union-attr]
+    return int(float(number) * _UNITS[unit])
+
+
+def _settled(file: Path, make: Callable[[], Fit]) -> Fit:
+    """The fit that an interrupted run found, so that it goes on bit for bit; else `make` it and keep it."""
+    if not file.exists():
+        found = make()
+        replace_file(file, json.dumps(vars(found)).encode())
+        return found
+    try:
+        return Fit(**strict_json(file.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise StorageError(
+            f"cannot read {file}",
+            reasons=[str(error)],
+            next_step=f"remove the run and start anew: rm -r {file.parent}",
+        ) from None
+
+
+def _doubling(examples: Sequence[Example], order: Sequence[int], most: int) -> Iterator[tuple[int, Sequence[int]]]:
+    """Budgets of tokens, each with the longest rows that fill it; the longest row alone is the least."""
+    width = len(examples[order[0]].ids)
+    tokens = max(_LEAST, width)
+    while True:
+        tokens = min(tokens, max(most, width))
+        everything = tokens // width >= len(order)
+        yield max(tokens, most) if everything else tokens, order[: max(1, tokens // width)]
+        if everything or tokens >= most:
+            return
+        tokens *= 2
+
+
+def _measured(work: Callable[[], None], device: torch.device) -> tuple[int, int]:
+    """Bytes that the process (or the device) held before, and at the peak of the work."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return before, torch.cuda.max_memory_reserved(device)
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if device.type != "cpu" or not reset.exists():
+        raise UsageError(
+            "--memory needs a system that says what a process holds: Linux, or a CUDA device",
+            next_step="use --gradient-checkpointing, or a lower micro_batch_tokens in --config; --plan estimates",
+        )
+    reset.write_text("5")  # the peak starts anew from here
+    before = _kilobytes(status, "VmRSS")
+    work()
+    return before, _kilobytes(status, "VmHWM")
+
+
+def _kilobytes(status: Path, key: str) -> int:
+    return int(re.search(rf"^{key}:\s+(\d+)", status.read_text(), re.MULTILINE)[1]) * 1024  # type: ignore[index]
+
+
+def _shown(size: int) -> str:
+    return f"{size / 2**20:.0f}MiB"

@@ -1,0 +1,42 @@
+"""Gradient checkpointing (arXiv 1604.06174): a block keeps its input alone, and runs again in the backward pass."""
+
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Recomputed(nn.Module):
+    """A block that is run again where its gradient is wanted; random numbers (dropout) are the same both times.
+
+    transformers' own switch works on modules in training mode alone, which would put dropout into frozen blocks.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model around asks its blocks for, such as the kind of attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+    def forward(self, *arguments: Any, **settings: Any) -> Any:
+        """As the block's."""
+        return checkpoint(self.block, *arguments, use_reentrant=False, **settings)
+
+
+def recompute(blocks: nn.Module) -> None:
+    """Have every block of a list recomputed, after all that trains was attached; again changes nothing."""
+    for name, block in list(blocks.named_children()):
+        if not isinstance(block, Recomputed):
+            blocks.register_module(name, Recomputed(block))
+
+
+def keep_activations(blocks: nn.Module) -> None:
+    """Undo `recompute`."""
+    for name, block in list(blocks.named_children()):
+        if isinstance(block, Recomputed):
+            blocks.register_module(name, block.block)

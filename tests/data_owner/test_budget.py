@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+import torch
+
+from offsite.config import TuneSpec
+from offsite.core.data import Example, collate
+from offsite.core.load import load_model
+from offsite.core.loss import label_losses, take_apart
+from offsite.core.progress import silent
+from offsite.core.runtime import Runtime
+from offsite.data_owner import budget
+from offsite.data_owner.budget import within_memory
+from offsite.data_owner.recompute import Recomputed, keep_activations, recompute
+from offsite.data_owner.train import Tuning
+from offsite.data_owner.weights import TrainedWeights
+from offsite.errors import UsageError
+from tiny import KINDS, tiny_base
+
+CPU = torch.device("cpu")
+WHERE = Runtime(CPU, torch.float32)
+
+
+def _examples(lengths):
+    generator = np.random.default_rng(0)
+    return tuple(Example(i, generator.integers(0, 300, length), 2) for i, length in enumerate(lengths))
+
+
+def _tuning(folder, lengths=(9, 14, 5, 14)):
+    model = load_model(folder, dtype=torch.float32, device=CPU)
+    blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    blocks.get_submodule("0").requires_grad_(True)
+    weights = TrainedWeights(dict(blocks.get_submodule("0").named_parameters()))
+    return Tuning(take_apart(model), blocks, [blocks.get_submodule("0")], weights, frozenset(), _examples(lengths), ())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputed_blocks_give_the_same_loss_and_gradients(tmp_path, kind):
+    tuning = _tuning(tiny_base(tmp_path / "base", blocks=3, **KINDS[kind]))
+    batch = collate(tuning.examples)
+    found = []
+    for again in (False, True):
+        (recompute if again else keep_activations)(tuning.blocks)
+        tuning.trained[0].train()  # GPT-2's, OPT's and BLOOM's have dropout there
+        torch.manual_seed(0)
+        total, _ = label_losses(tuning.network, batch)
+        total.backward()
+        found.append([float(total.detach()), *(master.grad for master in tuning.weights.masters.values())])
+        tuning.weights.forget_gradients()
+    assert all(isinstance(block, Recomputed) for block in tuning.blocks)
+    assert found[0][0] == found[1][0]
+    for first, second in zip(found[0][1:], found[1][1:], strict=True):
+        assert (first is None and second is None) or torch.equal(first, second)
+
+
+def _measuring(monkeypatch, tuning, *, per_token, recomputed):
+    """A process that holds 100 MiB, and so many bytes a token while it works."""
+    held = 100 * 2**20
+    tokens = []
+    run = budget._run
+
+    def counted(tuning, rows):
+        tokens.append(sum(len(tuning.examples[i].ids) for i in rows))
+        run(tuning, rows)
+
+    def measured(work, device):
+        work()
+        again = isinstance(next(iter(tuning.blocks)), Recomputed)
+        return held, held + tokens[-1] * (recomputed if again else per_token)
+
+    monkeypatch.setattr(budget, "_run", counted)
+    monkeypatch.setattr(budget, "_measured", measured)
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("memory", "tokens", "again"),
+    [("1300MiB", 4096, False), ("500MiB", 512, False), ("280MiB", 256, False), ("150MiB", 4096, True)],
+)
+def test_as_much_runs_at_once_as_fits(tmp_path, monkeypatch, memory, tokens, again):
+    tuning = _tuning(tiny_base(tmp_path / "base", blocks=3), lengths=(32,) * 40)
+    _measuring(monkeypatch, tuning, per_token=2**19, recomputed=2**14)
+    spec = TuneSpec(memory=memory, micro_batch_tokens=4096)
+    fitted = within_memory(tuning, spec, WHERE, tmp_path / "memory.json", silent)
+    assert fitted.micro_batch_tokens == tokens  # all rows fit: nothing bounds a micro-batch but the settings
+    assert all(isinstance(block, Recomputed) == again for block in tuning.blocks)
+    assert all(master.grad is None for master in tuning.weights.masters.values())
+
+
+def test_a_resumed_run_keeps_what_was_found(tmp_path, monkeypatch):
+    tuning = _tuning(tiny_base(tmp_path / "base", blocks=3), lengths=(32,) * 40)
+    trials = _measuring(monkeypatch, tuning, per_token=2**19, recomputed=2**14)
+    spec = TuneSpec(memory="500MiB", micro_batch_tokens=4096)
+    found = within_memory(tuning, spec, WHERE, tmp_path / "memory.json", silent)
+    before = len(trials)
+    assert within_memory(tuning, spec, WHERE, tmp_path / "memory.json", silent) == found
+    assert len(trials) == before
+
+
+def test_what_cannot_fit_is_refused_with_what_it_needs(tmp_path, monkeypatch):
+    tuning = _tuning(tiny_base(tmp_path / "base", blocks=3))
+    _measuring(monkeypatch, tuning, per_token=2**24, recomputed=2**23)
+    with pytest.raises(UsageError, match="does not fit into 120MiB") as refused:
+        within_memory(tuning, TuneSpec(memory="120MiB"), WHERE, tmp_path / "memory.json", silent)
+    needed = refused.value.next_step.split()[2]
+    assert within_memory(tuning, TuneSpec(memory=needed), WHERE, tmp_path / "memory.json", silent)
+
+
+def test_the_operating_system_is_asked():
+    def work():
+        torch.ones(2**24).sum()  # 64 MiB
+
+    before, peak = budget._measured(work, CPU)
+    assert 60 * 2**20 < peak - before < 2**30
+
+
+def test_checkpointing_goes_without_a_budget(tmp_path):
+    tuning = _tuning(tiny_base(tmp_path / "base", blocks=3))
+    spec = TuneSpec(gradient_checkpointing=True)
+    assert within_memory(tuning, spec, WHERE, tmp_path / "memory.json", silent) == spec
+    assert all(isinstance(block, Recomputed) for block in tuning.blocks)
