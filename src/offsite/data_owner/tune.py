@@ -16,15 +16,13 @@ from offsite.core.runtime import Runtime, runtime, seeded
 from offsite.core.storage import require_free
 from offsite.data_owner.board import require_tensorboard
 from offsite.data_owner.methods import METHODS
-from offsite.data_owner.methods.lora import lora_settings
+from offsite.data_owner.permitted import require_permitted
 from offsite.data_owner.send_back import send_back
 from offsite.data_owner.state import RunState, log_file, run_folder
 from offsite.data_owner.train import Tuning, train
 from offsite.data_owner.weights import TrainedWeights
-from offsite.errors import PolicyError
 from offsite.exchange.artifacts import Bundle, Return
 from offsite.exchange.home import Home
-from offsite.exchange.manifest import BundleManifest
 from offsite.exchange.verify import verify_bundle
 
 # Settings that do not change what comes out, so a resumed run may have others.
@@ -65,7 +63,8 @@ def tune(
         VerificationError: the bundle fails verification.
         PolicyError: the bundle does not permit the method or the rank.
         DataError: rows are bad, too long, or missing.
-        IncompatibleError: the bundle does not load, or what would train is not what its manifest says.
+        IncompatibleError: the bundle does not load, has nothing that the method trains, or other tensors than its
+            manifest says.
         OffsiteError: the training diverged.
         StorageError: something cannot be read or written.
         KeyboardInterrupt: the user stopped it; a resume point was saved.
@@ -85,30 +84,10 @@ def tune(
         progress(Event("loading the model", 0))
         tuning = _prepare(verified, spec, where, examples, held_out)
         train(tuning, spec, state, log_file(out), progress, tensorboard=tensorboard)
-    lora = lora_settings(verified.manifest, spec) if spec.method == "lora" else None
     progress(Event("writing the return", 0))
-    returned = send_back(verified, tuning.weights.masters, lora, out, identity)
+    returned = send_back(verified, tuning.weights.masters, spec, out, identity)
     state.remove()
     return returned
-
-
-def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
-    """Refuse settings whose return the owner would refuse.
-
-    Raises:
-        PolicyError: the method or the rank is not permitted.
-    """
-    reasons = []
-    if spec.method not in manifest.methods:
-        reasons.append(f"method {spec.method}, the bundle permits {', '.join(manifest.methods)}")
-    if spec.method == "lora" and spec.rank > manifest.max_rank:
-        reasons.append(f"rank {spec.rank}, the bundle permits up to {manifest.max_rank}")
-    if reasons:
-        raise PolicyError(
-            "the model's owner would refuse this tuning",
-            reasons=reasons,
-            next_step="choose what the bundle permits (`offsite inspect BUNDLE`), or ask the owner for another bundle",
-        )
 
 
 def _read(bundle: Bundle, data: Path | None, spec: TuneSpec) -> tuple[Example, ...]:
@@ -140,7 +119,12 @@ def _prepare(
         blocks=[blocks.get_submodule(str(index)) for index in manifest.split.trained],
         weights=weights,
         # every tensor of a LoRA is one of a linear map; of a block, norms and biases do not decay
-        decayed=frozenset(name for name in weights.masters if spec.method == "lora" or row.is_linear(name)),
+        decayed=frozenset(
+            name
+            for name in weights.masters
+            if spec.method == "lora"
+            or row.is_linear(name.replace(".bottleneck.down", "").replace(".bottleneck.up", ""))
+        ),
         examples=examples,
         held_out=held_out,
     )
