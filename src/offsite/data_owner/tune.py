@@ -118,12 +118,13 @@ def _prepare(
         network=network,
         blocks=[blocks.get_submodule(str(index)) for index in manifest.split.trained],
         weights=weights,
-        # every tensor of a LoRA is one of a linear map; of a block, norms and biases do not decay
+        # every tensor of a LoRA is one of a linear map; of blocks and bottlenecks, norms and biases do not decay
         decayed=frozenset(
             name
             for name in weights.masters
             if spec.method == "lora"
-            or row.is_linear(name.replace(".bottleneck.down", "").replace(".bottleneck.up", ""))
+            or row.is_linear(name)
+            or (spec.method == "bottleneck" and name.endswith(".weight"))
         ),
         examples=examples,
         held_out=held_out,

@@ -285,7 +285,8 @@ def plan_plug_in(base: Base, returned: Path, spec: PlugInSpec, home: Home) -> Pl
     form = form_of(verified, spec)
     names = [f"{target}.weight" for target in lora.targets] if lora else list(verified.manifest.tensors)
     if verified.manifest.bottleneck:
-        names = sorted({f"{place_of_bottleneck(name)}.weight" for name in names})
+        places = {place_of_bottleneck(name) or "" for name in names}
+        names = sorted(f"{place}.weight" for place in places if place.endswith(f".{row.attention_out}"))
     changed = []
     for name in names:
         place = row.block_of(name)

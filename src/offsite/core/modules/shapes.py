@@ -9,7 +9,7 @@ _BOTTLENECK = re.compile(r"(.+)\.bottleneck\.(?:down|up)\.(?:weight|bias)")
 
 
 def bottleneck_places(row: Architecture, blocks: Iterable[int]) -> list[str]:
-    """The modules behind which a bottleneck stands: what ends attention and MLP (a mixture as a whole), by full path."""
+    """The modules behind which a bottleneck stands: what ends attention and MLP (all of a mixture), by full path."""
     return [row.in_block(index, path) for index in blocks for path in (row.attention_out, row.mlp_out)]
 
 
