@@ -101,7 +101,7 @@ def test_nothing_compressed_means_nothing_lost(tmp_path: Path, kind: str, method
     assert expected < losses["zero-shot"] - 1e-3
 
 
-@pytest.mark.parametrize("kind", ["llama untied", "gpt2 tied", "falcon, new decoder"])
+@pytest.mark.parametrize("kind", ["llama untied", "gpt2 tied", "falcon, new decoder", "mixtral"])
 def test_nothing_lost_with_bottlenecks(tmp_path: Path, kind: str) -> None:
     """The same for the form that cannot be merged: the data owner's view and the plug-in score alike."""
     parties = tiny_parties(tmp_path)
