@@ -118,7 +118,8 @@ def test_a_return_tells_nothing_about_the_data(house, tmp_path, method):
     assert {path.name for path in out.iterdir()} == names | {"offsite.json", "offsite.json.sig"}
     manifest = json.loads((out / "offsite.json").read_text())
     assert set(manifest) == {
-        "format", "requires", "files", "kind", "bundle", "signer", "recipient", "method", "lora", "tensors",
+        "format", "requires", "files", "kind", "bundle", "signer", "recipient", "method", "lora", "bottleneck",
+            "tensors",
     }  # fmt: skip
     for path in out.iterdir():
         content = path.read_bytes()

@@ -277,7 +277,7 @@ def test_strength_scales_lora_once(
     assert adapter.manifest.strength == merged.manifest.strength == strength
     oracle = with_adapter(plain(base), whole.folder)
     for module in oracle.modules():
-        if hasattr(module, "scaling"):
+        if hasattr(module, "lora_A"):
             module.scaling["default"] *= strength
     torch.testing.assert_close(logits(with_adapter(plain(base), adapter.folder)), logits(oracle), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits(plain(merged.folder)), logits(oracle), rtol=1e-4, atol=1e-4)
