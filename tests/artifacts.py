@@ -5,12 +5,12 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from offsite.config import PackSpec
+from offsite.config import Method, PackSpec
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import (
     WEIGHTS,
@@ -22,10 +22,24 @@ from offsite.core.checkpoint import (
 )
 from offsite.core.storage import staged_folder, write_stream
 from offsite.exchange.artifacts import Base, Bundle, Return
-from offsite.exchange.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RETURNED_WEIGHTS, tokenizer_digest
+from offsite.exchange.contents import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BOTTLENECK_WEIGHTS,
+    RETURNED_WEIGHTS,
+    tokenizer_digest,
+)
 from offsite.exchange.home import Home
 from offsite.exchange.lora_folder import adapter_config, adapter_tensors
-from offsite.exchange.manifest import MANIFEST, SIGNATURE, FileEntry, LoraSettings, ReturnManifest, TensorEntry
+from offsite.exchange.manifest import (
+    MANIFEST,
+    SIGNATURE,
+    BottleneckSettings,
+    FileEntry,
+    LoraSettings,
+    ReturnManifest,
+    TensorEntry,
+)
 from offsite.exchange.pack import file_entries, seal
 from offsite.exchange.signing import Identity
 from offsite.model_owner.pack import pack
@@ -63,16 +77,37 @@ def lora_return(
 
 
 def full_return(
-    bundle: Bundle, out: Path, home: Home, change: Callable[[str, Array], Array] = lambda name, shipped: shipped
+    bundle: Bundle,
+    out: Path,
+    home: Home,
+    change: Callable[[str, Array], Array] = lambda name, shipped: shipped,
+    method: Method = "full",
 ) -> Return:
-    """A full return: of every tensor that may come back what `change(name, shipped)` gives, in fp32."""
+    """A full or BitFit return: of every tensor that may come back what `change(name, shipped)` gives, in fp32."""
     shipped = open_checkpoint(bundle.folder).tensors
-    arrays = {name: change(name, read_float32(shipped[name])) for name in bundle.manifest.tensors}
+    arrays = {name: change(name, read_float32(shipped[name])) for name in bundle.manifest.own_tensors(method)}
     entries = {name: TensorEntry(shape=array.shape, dtype="F32") for name, array in arrays.items()}
     with staged_folder(out) as folder:
         weights = [from_array(name, array, "F32") for name, array in arrays.items()]
         written = [write_safetensors(folder / RETURNED_WEIGHTS, weights)]
-        return _sealed(bundle, out, folder, home, written, "full", None, entries)
+        return _sealed(bundle, out, folder, home, written, method, None, entries)
+
+
+def bottleneck_return(
+    bundle: Bundle, out: Path, home: Home, *, width: int = 4, up: float = 0.5, seed: int = 0
+) -> Return:
+    """A return of bottlenecks; all random, W_up and its bias of scale `up` (0 leaves the model as it is)."""
+    settings = BottleneckSettings(width=width)
+    entries = settings.tensors(bundle.manifest)
+    draw = np.random.default_rng(seed)
+    arrays = {
+        name: (draw.standard_normal(entry.shape) * (up if ".up." in name else 0.2)).astype(np.float32)
+        for name, entry in entries.items()
+    }
+    with staged_folder(out) as folder:
+        weights = [from_array(name, array, "F32") for name, array in arrays.items()]
+        written = [write_safetensors(folder / BOTTLENECK_WEIGHTS, weights)]
+        return _sealed(bundle, out, folder, home, written, "bottleneck", None, entries, settings)
 
 
 def _sealed(
@@ -81,9 +116,10 @@ def _sealed(
     folder: Path,
     home: Home,
     written: Any,
-    method: Literal["lora", "full"],
+    method: Method,
     lora: LoraSettings | None,
     tensors: Mapping[str, TensorEntry],
+    bottleneck: BottleneckSettings | None = None,
 ) -> Return:
     manifest = ReturnManifest(
         kind="return",
@@ -95,6 +131,7 @@ def _sealed(
         recipient=bundle.manifest.issuer,
         method=method,
         lora=lora,
+        bottleneck=bottleneck,
         tensors=dict(tensors),
     )
     return Return(out, manifest, seal(folder, manifest, home.identity()))

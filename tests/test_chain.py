@@ -1,14 +1,19 @@
 """The whole protocol through the public stages, both methods, both families; what is handed over is a folder."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 import offsite
 from offsite import Base, EvalSpec, PackSpec, PlugInSpec, TuneSpec
+from offsite.config import Method
+from offsite.core.checkpoint import open_checkpoint, read_float32, read_header
 from offsite.errors import PolicyError
+from offsite.exchange.contents import WEIGHTS_OF
 from offsite.exchange.manifest import MANIFEST
 from offsite.model_owner.ledger import Ledger
 from tiny import FAMILIES, KINDS, Family, tiny_base, tiny_parties, tiny_rows
@@ -17,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 EXACT = EvalSpec(compute="fp32", device="cpu", threads=1)
 
 
-def tuning(method: Literal["lora", "full"], **settings: Any) -> TuneSpec:
+def tuning(method: Method, **settings: Any) -> TuneSpec:
     return TuneSpec.model_validate(
         {
             "method": method,
@@ -34,9 +39,11 @@ def tuning(method: Literal["lora", "full"], **settings: Any) -> TuneSpec:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_chain(tmp_path: Path, family: Family, method: Literal["lora", "full"]) -> None:
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [*itertools.product(("lora", "full", "bottleneck"), FAMILIES), ("bitfit", "gpt2"), ("bitfit", "opt")],
+)
+def test_the_chain(tmp_path: Path, family: Family, method: Method) -> None:
     parties = tiny_parties(tmp_path)
     base = Base(tiny_base(tmp_path / "base", family, 5))
     rows = tiny_rows(tmp_path / "rows.jsonl", 12)
@@ -50,9 +57,10 @@ def test_the_chain(tmp_path: Path, family: Family, method: Literal["lora", "full
     made = offsite.plug_in(base, tmp_path / "return", tmp_path / "plugged", PlugInSpec(), parties.owner)
     assert offsite.verify(tmp_path / "plugged", parties.owner) == made
     assert (made.manifest.bundle, made.manifest.returned) == (bundle.digest, returned.digest)
-    assert made.manifest.form == ("adapter" if method == "lora" else "merged")
-    adapter = made.folder if method == "lora" else None
-    model = base.folder if method == "lora" else made.folder
+    beside = method in ("lora", "bottleneck")
+    assert made.manifest.form == ("adapter" if beside else "merged")
+    adapter = made.folder if beside else None
+    model = base.folder if beside else made.folder
     plugged = offsite.evaluate(model, rows, EXACT, adapter=adapter)
     zero_shot = offsite.evaluate(base.folder, rows, EXACT)
     assert plugged.tokens == zero_shot.tokens > 0
@@ -91,6 +99,48 @@ def test_nothing_compressed_means_nothing_lost(tmp_path: Path, kind: str, method
     for name in set(losses) - {"zero-shot"}:
         assert losses[name] == pytest.approx(expected, abs=1e-5), losses
     assert expected < losses["zero-shot"] - 1e-3
+
+
+@pytest.mark.parametrize("kind", ["llama untied", "gpt2 tied", "falcon, new decoder", "mixtral"])
+def test_nothing_lost_with_bottlenecks(tmp_path: Path, kind: str) -> None:
+    """The same for the form that cannot be merged: the data owner's view and the plug-in score alike."""
+    parties = tiny_parties(tmp_path)
+    base = Base(tiny_base(tmp_path / "base", blocks=4, **KINDS[kind]))
+    rows = tiny_rows(tmp_path / "rows.jsonl", 12)
+    spec = PackSpec(bottom=1, top=1, keep=2, heal="none", dtype="fp32")
+    offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)
+    settings = tuning("bottleneck", width=8, lr=1e-2)
+    returned = offsite.tune(tmp_path / "bundle", rows, tmp_path / "return", settings, parties.data_owner)
+    made = offsite.plug_in(base, returned.folder, tmp_path / "plugged", PlugInSpec(), parties.owner)
+    plugged = offsite.evaluate(base.folder, rows, EXACT, adapter=made.folder).loss
+    assert plugged == pytest.approx(
+        offsite.evaluate(tmp_path / "bundle", rows, EXACT, adapter=returned.folder).loss, abs=1e-5
+    )
+    assert plugged < offsite.evaluate(base.folder, rows, EXACT).loss - 1e-3
+
+
+@pytest.mark.parametrize(("bottom", "top"), [(2, 0), (0, 2)])
+@pytest.mark.parametrize("method", ["lora", "full", "bitfit", "bottleneck"])
+def test_placed_at_one_end(tmp_path: Path, method: Method, bottom: int, top: int) -> None:
+    """Only first or only last blocks train; what comes back lands in those blocks of the base and in no other."""
+    parties = tiny_parties(tmp_path)
+    base = Base(tiny_base(tmp_path / "base", "gpt2", 6))
+    rows = tiny_rows(tmp_path / "rows.jsonl", 8)
+    spec = PackSpec(bottom=bottom, top=top, keep=2, heal="refit", dtype="fp32", calibration_tokens=256)
+    bundle = offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)
+    assert bundle.manifest.split.trained == ((0, 1) if bottom else (2, 3))
+    settings = tuning(method, max_steps=2)
+    returned = offsite.tune(tmp_path / "bundle", rows, tmp_path / "return", settings, parties.data_owner)
+    made = offsite.plug_in(base, returned.folder, tmp_path / "plugged", PlugInSpec(), parties.owner)
+    if made.manifest.form == "merged":
+        before, after = (open_checkpoint(folder).tensors for folder in (base.folder, made.folder))
+        names = {name for name in before if not np.array_equal(read_float32(before[name]), read_float32(after[name]))}
+    else:
+        names = set(read_header(made.folder / WEIGHTS_OF[method]))
+    blocks = {int(name.removeprefix("base_model.model.").split(".")[2]) for name in names}
+    assert blocks == ({0, 1} if bottom else {4, 5})
+    model, adapter = (base.folder, made.folder) if made.manifest.form == "adapter" else (made.folder, None)
+    assert offsite.evaluate(model, rows, EXACT, adapter=adapter).loss != offsite.evaluate(base.folder, rows, EXACT).loss
 
 
 def test_untuned_is_untouched(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def toml(tmp_path: Path, text: str) -> Path:
 
 def test_defaults() -> None:
     assert load_spec(PackSpec, {}) == PackSpec()
-    assert PackSpec().methods == ("lora", "full")
+    assert PackSpec().methods == ("lora", "full", "bitfit", "bottleneck")
     for spec in TABLES.values():
         assert load_spec(spec, {}) == spec()
 

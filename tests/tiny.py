@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from offsite.config import Method
 from offsite.core.architectures import ARCHITECTURES, Architecture, architecture_of
 from offsite.core.checkpoint import NewTensor, copied, open_checkpoint, write_checkpoint
 from offsite.core.storage import Written, staged_folder, write_stream
@@ -260,8 +261,9 @@ def tiny_bundle(
     bottom: int = 1,
     top: int = 1,
     keep: int | None = None,
-    methods: tuple[Literal["lora", "full"], ...] = ("lora", "full"),
+    methods: tuple[Method, ...] = ("lora", "full", "bitfit", "bottleneck"),
     max_rank: int = 64,
+    max_width: int = 64,
     dtype: Literal["F32", "BF16"] = "F32",
 ) -> Bundle:
     """Sign a bundle by hand, as model_owner.pack would by plain drop: the first `keep` blocks of the middle stay.
@@ -302,6 +304,7 @@ def tiny_bundle(
             split=split,
             methods=methods,
             max_rank=max_rank,
+            max_width=max_width,
             tensors={name: TensorEntry(shape=tensor.shape, dtype=dtype) for name, tensor in returnable.items()},
             lora_targets=targets,
         )

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from offsite.errors import UsageError
 
-Method = Literal["lora", "full"]
+Method = Literal["lora", "full", "bitfit", "bottleneck"]
 Dtype = Literal["bf16", "fp32"]
 
 
@@ -67,8 +67,11 @@ class PackSpec(ComputeSpec):
     methods: Annotated[tuple[Method, ...], Field(min_length=1, description="tuning methods that the owner permits")] = (
         "lora",
         "full",
+        "bitfit",
+        "bottleneck",
     )
     max_rank: Annotated[int, Field(ge=1, description="largest LoRA rank that the owner takes back")] = 64
+    max_width: Annotated[int, Field(ge=1, description="widest bottleneck that the owner takes back")] = 256
     seed: Annotated[int, Field(ge=0, description="seed of the random selection")] = 0
 
     @model_validator(mode="after")
@@ -81,12 +84,16 @@ class PackSpec(ComputeSpec):
 class TuneSpec(ComputeSpec):
     """How the data owner trains the adapter on the emulator."""
 
-    method: Annotated[Method, Field(description="what trains: LoRA pairs, or the blocks' own weights")] = "lora"
+    method: Annotated[
+        Method,
+        Field(description="what trains: LoRA pairs, the blocks' weights (full) or biases (bitfit), or bottlenecks"),
+    ] = "lora"
     rank: Annotated[int, Field(ge=1, description="rank of the LoRA pairs")] = 16
     lora_alpha: Annotated[float | None, Field(gt=0, description="LoRA scale numerator; None is twice the rank")] = None
     lora_dropout: Annotated[float, Field(ge=0, lt=1, description="dropout on the input of the LoRA pairs")] = 0.0
+    width: Annotated[int, Field(ge=1, description="width of the bottlenecks")] = 64
     lr: Annotated[
-        float | None, Field(gt=0, description="peak learning rate of AdamW; None is 1e-3 for lora, 3e-4 for full")
+        float | None, Field(gt=0, description="peak learning rate of AdamW; None is 3e-4 for full, else 1e-3")
     ] = None
     schedule: Annotated[Literal["cosine", "linear", "constant"], Field(description="learning rate after warm-up")] = (
         "cosine"
@@ -119,7 +126,7 @@ class TuneSpec(ComputeSpec):
     @property
     def peak_lr(self) -> float:
         """The learning rate after warm-up: the one that was given, else the method's."""
-        return self.lr if self.lr is not None else {"lora": 1e-3, "full": 3e-4}[self.method]
+        return self.lr if self.lr is not None else (3e-4 if self.method == "full" else 1e-3)
 
 
 class PlugInSpec(Spec):
@@ -127,8 +134,11 @@ class PlugInSpec(Spec):
 
     as_: Annotated[
         Literal["adapter", "merged"] | None,
-        Field(alias="as", description="adapter folder or complete checkpoint; None: adapter for LoRA, else merged"),
+        Field(alias="as", description="adapter folder or complete checkpoint; None: adapter where the method has one"),
     ] = None
+    strength: Annotated[
+        float, Field(ge=0, le=1.5, description="how far to go from the base's weights (0) to the returned ones (1)")
+    ] = 1.0
     again: Annotated[bool, Field(description="permit a return that was plugged in before")] = False
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 from artifacts import GONE, edit_bundle_weights, edit_json, edit_weights, manifest_of, sign_again
 from attacks.lab import Lab
-from offsite.exchange.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RETURNED_WEIGHTS
+from offsite.exchange.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BOTTLENECK_WEIGHTS, RETURNED_WEIGHTS
 from offsite.exchange.manifest import MANIFEST, SIGNATURE
 
 
@@ -594,7 +594,7 @@ def lora_pair_of_another_rank_than_the_settings(lab: Lab) -> None:
     lab.sign_lora(tensors=tensors)
 
 
-@attack("_return_full", "full", "tensors: missing 'model.layers.0.input_layernorm.weight'")
+@attack("_return_own", "full", "tensors: missing 'model.layers.0.input_layernorm.weight'")
 def full_return_without_a_tensor(lab: Lab) -> None:
     name = "model.layers.0.input_layernorm.weight"
     tensors = manifest_of(lab.full)["tensors"]
@@ -603,7 +603,7 @@ def full_return_without_a_tensor(lab: Lab) -> None:
     lab.sign_full(tensors=tensors)
 
 
-@attack("_return_full", "full", "tensors: unexpected 'model.layers.1.input_layernorm.weight'")
+@attack("_return_own", "full", "tensors: unexpected 'model.layers.1.input_layernorm.weight'")
 def full_return_with_a_frozen_tensor(lab: Lab) -> None:
     name = "model.layers.1.input_layernorm.weight"
     tensors = manifest_of(lab.full)["tensors"] | {name: {"shape": [32], "dtype": "F32"}}
@@ -611,7 +611,7 @@ def full_return_with_a_frozen_tensor(lab: Lab) -> None:
     lab.sign_full(tensors=tensors)
 
 
-@attack("_return_full", "full", "tensors: unexpected 'model.embed_tokens.weight'")
+@attack("_return_own", "full", "tensors: unexpected 'model.embed_tokens.weight'")
 def full_return_with_the_embedding(lab: Lab) -> None:
     name = "model.embed_tokens.weight"
     tensors = manifest_of(lab.full)["tensors"] | {name: {"shape": [320, 32], "dtype": "F32"}}
@@ -619,7 +619,7 @@ def full_return_with_the_embedding(lab: Lab) -> None:
     lab.sign_full(tensors=tensors)
 
 
-@attack("_return_full", "full", "is F32 [31], expected F32 [32]")
+@attack("_return_own", "full", "is F32 [31], expected F32 [32]")
 def full_return_of_another_shape(lab: Lab) -> None:
     name = "model.layers.0.input_layernorm.weight"
     tensors = manifest_of(lab.full)["tensors"]
@@ -630,6 +630,52 @@ def full_return_of_another_shape(lab: Lab) -> None:
 
     edit_weights(lab.full / RETURNED_WEIGHTS, shorter)
     lab.sign_full(tensors=tensors)
+
+
+@attack("_return_own", "bitfit", "tensors: unexpected 'transformer.h.0.ln_1.weight'")
+def bitfit_return_with_a_norms_weight(lab: Lab) -> None:
+    """Of one dimension like a bias, and permitted to a full return."""
+    name, folder = "transformer.h.0.ln_1.weight", lab.folder / "bitfit"
+    tensors = manifest_of(folder)["tensors"] | {name: {"shape": [32], "dtype": "F32"}}
+    edit_weights(folder / RETURNED_WEIGHTS, lambda w: w.update({name: np.ones(32, np.float32)}))
+    sign_again(folder, lab.data_owner, tensors=tensors)
+
+
+@attack("_return_own", "bitfit", "tensors: missing 'transformer.h.2.mlp.c_proj.bias'")
+def bitfit_return_without_a_bias(lab: Lab) -> None:
+    name, folder = "transformer.h.2.mlp.c_proj.bias", lab.folder / "bitfit"
+    tensors = manifest_of(folder)["tensors"]
+    del tensors[name]
+    edit_weights(folder / RETURNED_WEIGHTS, lambda w: void(w.pop(name)))
+    sign_again(folder, lab.data_owner, tensors=tensors)
+
+
+@attack("_return_bottleneck", "bottleneck", "tensors: unexpected 'model.layers.1.mlp.down_proj.bottleneck")
+def bottleneck_in_a_frozen_block(lab: Lab) -> None:
+    def moved(name: str) -> str:
+        return name.replace("model.layers.0.", "model.layers.1.")
+
+    folder = lab.folder / "bottleneck"
+    tensors = {moved(name): entry for name, entry in manifest_of(folder)["tensors"].items()}
+    edit_weights(folder / BOTTLENECK_WEIGHTS, lambda w: _rename(w, moved))
+    sign_again(folder, lab.data_owner, tensors=tensors)
+
+
+@attack("_return_bottleneck", "bottleneck", "is F32 [9, 32], expected F32 [4, 32]")
+def bottleneck_wider_than_its_settings(lab: Lab) -> None:
+    name, folder = "model.layers.0.mlp.down_proj.bottleneck.down.weight", lab.folder / "bottleneck"
+    tensors = manifest_of(folder)["tensors"]
+    tensors[name]["shape"] = [9, 32]
+    edit_weights(folder / BOTTLENECK_WEIGHTS, lambda w: w.update({name: np.zeros((9, 32), np.float32)}))
+    sign_again(folder, lab.data_owner, tensors=tensors)
+
+
+@attack("_return_bottleneck", "bottleneck", "tensors: unexpected 'model.layers.0.mlp.down_proj.weight'")
+def bottleneck_return_with_a_weight_of_the_block(lab: Lab) -> None:
+    name, folder = "model.layers.0.mlp.down_proj.weight", lab.folder / "bottleneck"
+    tensors = manifest_of(folder)["tensors"] | {name: {"shape": [32, 48], "dtype": "F32"}}
+    edit_weights(folder / BOTTLENECK_WEIGHTS, lambda w: w.update({name: np.zeros((32, 48), np.float32)}))
+    sign_again(folder, lab.data_owner, tensors=tensors)
 
 
 @attack("_return_parties", "lora", "signed by another party than the one that the bundle was issued to")

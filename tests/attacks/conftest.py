@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from artifacts import full_return, lora_return, packed
+from artifacts import bottleneck_return, full_return, lora_return, packed
 from attacks.lab import Lab
 from offsite.config import PlugInSpec
 from offsite.exchange.artifacts import Base
@@ -19,13 +19,16 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("honest")
     parties = tiny_parties(folder)
     base = tiny_base(folder / "base", "llama", 4)
-    packed(tiny_base(folder / "gpt2", "gpt2", 3), folder / "gpt2-bundle", parties)
+    biased = packed(tiny_base(folder / "gpt2", "gpt2", 3), folder / "gpt2-bundle", parties)
+    full_return(biased, folder / "bitfit", parties.data_owner, lambda name, shipped: shipped + 0.5, "bitfit")
     packed(tiny_base(folder / "qwen2", "qwen2", 3), folder / "qwen2-bundle", parties)
     mixture = tiny_base(folder / "mixture", "qwen3_moe", 3, mlp_only_layers=[0, 2])  # experts in the middle block
     packed(mixture, folder / "mixture-bundle", parties)
-    bundle = packed(base, folder / "bundle", parties, keep=1, max_rank=8)
+    bundle = packed(base, folder / "bundle", parties, keep=1, max_rank=8, max_width=8)
     lora_return(bundle, folder / "lora", parties.data_owner)
     full_return(bundle, folder / "full", parties.data_owner, lambda name, shipped: shipped + 0.5)
+    bottleneck_return(bundle, folder / "bottleneck", parties.data_owner)
+    bottleneck_return(bundle, folder / "width-9", parties.data_owner, width=9)
     only_lora = packed(base, folder / "only-lora", parties, keep=1, methods=("lora",), max_rank=8)
     full_return(only_lora, folder / "forbidden-full", parties.data_owner)
     lora_return(bundle, folder / "rank-9", parties.data_owner, rank=9)

@@ -57,14 +57,15 @@ class Lab:
     def sign_full(self, **options: Any) -> None:
         sign_again(self.full, self.data_owner, **options)
 
-    def parent(self) -> BundleManifest:
+    def parent(self, bundle: str = "bundle") -> BundleManifest:
         """The manifest that the owner's ledger holds: the honest one."""
-        manifest = read_unverified(self.bundle)
+        manifest = read_unverified(self.folder / bundle)
         assert isinstance(manifest, BundleManifest)
         return manifest
 
     def check(self, target: str) -> Bundle | Return:
-        """What the other party does with "bundle", "gpt2-bundle", "lora" or "full"."""
+        """What the other party does with "bundle", "gpt2-bundle", "lora", "full", "bitfit" or "bottleneck"."""
         if target.endswith("bundle"):
             return verify_bundle(self.folder / target, self.parties.data_owner)
-        return verify_return(self.folder / target, self.parties.owner, self.parent())
+        parent = self.parent("gpt2-bundle" if target == "bitfit" else "bundle")
+        return verify_return(self.folder / target, self.parties.owner, parent)

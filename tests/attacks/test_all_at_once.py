@@ -56,6 +56,12 @@ def test_verification_and_policy_together_are_a_failed_verification(lab: Lab) ->
     assert any("rank 9" in reason for reason in caught.value.reasons)
 
 
+def test_wider_than_permitted(lab: Lab) -> None:
+    with pytest.raises(PolicyError, match="beyond what the bundle permits") as caught:
+        lab.check("width-9")
+    assert caught.value.reasons == ("bottlenecks of width 9, the bundle permits up to 8",)
+
+
 def test_return_for_another_owner(lab: Lab) -> None:
     lab.sign_lora(recipient=lab.carol.public_key.hex)
     with pytest.raises(VerificationError) as caught:

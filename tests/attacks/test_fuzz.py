@@ -109,7 +109,8 @@ SOUND: list[dict[str, Any]] = [
         "kind": "bundle", "format": 1, "requires": [], "issued_at": "2026-01-01T00:00:00Z", "issuer": "0" * 64,
         "files": [{"name": "config.json", "size": 3, "sha256": "0" * 64}], "recipient": "1" * 64, "base": "2" * 64,
         "tokenizer": "3" * 64, "architecture": "llama", "split": {"bottom": 1, "emulator": 1, "top": 0},
-        "methods": ["lora"], "max_rank": 8, "tensors": {f"{TARGET}.weight": {"shape": [4, 4], "dtype": "F32"}},
+        "methods": ["lora"], "max_rank": 8, "max_width": 8,
+        "tensors": {f"{TARGET}.weight": {"shape": [4, 4], "dtype": "F32"}},
         "lora_targets": {TARGET: [4, 4]},
     },
     {

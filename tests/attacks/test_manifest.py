@@ -116,6 +116,7 @@ RETURN: dict[str, tuple[Callable[[Json], None], str]] = {
     "unknown requirement": (setting("requires", value=["dp"]), "requires dp, which this version does not know"),
     "future format": (setting("format", value=7), "has format 7"),
     "lora settings with a full tuning": (setting("method", value="full"), "lora settings go with method 'lora'"),
+    "a bottleneck beside a LoRA": (setting("bottleneck", value={"width": 4}), "bottleneck settings go with method"),
     "lora tuning without settings": (setting("lora", value=None), "lora settings go with method 'lora'"),
     "no rank": (setting("lora", "rank", value=0), "lora.rank: Input should be greater"),
     "no scale": (setting("lora", "alpha", value=0.0), "lora.alpha: Input should be greater"),

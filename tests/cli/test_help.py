@@ -79,11 +79,11 @@ def _literal(annotation: Any) -> tuple[str, ...]:
         (
             "tune",
             {
-                "data", "out", "eval-data", "tensorboard", "method", "rank", "lr", "epochs", "max-steps", "batch-size",
-                "resume", "plan", "config", "home", "json",
+                "data", "out", "eval-data", "tensorboard", "method", "rank", "width", "lr", "epochs", "max-steps",
+                "batch-size", "resume", "plan", "config", "home", "json",
             },
         ),
-        ("plug-in", {"out", "as", "again", "plan", "config", "home", "json"}),
+        ("plug-in", {"out", "as", "strength", "again", "plan", "config", "home", "json"}),
         ("eval", {"adapter", "data", "samples", "tasks", "tasks-path", "config", "json"}),
         ("inspect", {"home", "json"}),
         ("verify", {"home", "json"}),

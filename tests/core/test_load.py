@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 import shutil
 
 import numpy as np
@@ -10,16 +11,19 @@ from offsite.core.checkpoint import copied, from_array, open_checkpoint, write_s
 from offsite.core.load import (
     context_length,
     load_adapted,
+    load_bottlenecked,
     load_model,
     load_replaced,
     load_tokenizer,
     quiet,
     read_tensor,
 )
+from offsite.core.modules.shapes import bottleneck_shapes
 from offsite.errors import IncompatibleError, StorageError
 from tiny import FAMILIES, tiny_base
 
 CPU = torch.device("cpu")
+OUT = "model.layers.1.mlp.down_proj.bottleneck"  # a bottleneck's place in a tiny Llama
 
 
 @pytest.fixture(scope="module")
@@ -225,3 +229,34 @@ def test_loading_says_nothing(base, capfd):
     load_tokenizer(base)
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda w: w.pop(next(iter(w))), "missing tensor"),
+        (
+            lambda w: w.update({OUT.replace("1", "9") + ".up.bias": np.zeros(32, np.float32)}),
+            "unexpected",
+        ),
+        (lambda w: w.update({"model.norm.weight": np.zeros(32, np.float32)}), "unexpected tensor model.norm.weight"),
+        (
+            lambda w: w.update({f"{OUT}.up.weight": np.zeros((33, 3), np.float32)}),
+            "found shape .33, 3.",
+        ),
+        (lambda w: w.update({f"{OUT}.down.bias": np.zeros(2, np.float32)}), "found shape"),
+        (lambda w: w.clear(), "the file holds no tensor"),
+    ],
+)
+def test_bottlenecks_that_do_not_fit(tmp_path, spoil, says):
+    base = tiny_base(tmp_path / "base", "llama", 2)
+    held = {}
+    for path in ("self_attn.o_proj", "mlp.down_proj"):
+        for name, shape in bottleneck_shapes(f"model.layers.1.{path}", 32, 3).items():
+            held[name] = np.zeros(shape, np.float32)
+    spoil(held)
+    file = tmp_path / "bottleneck.safetensors"
+    write_safetensors(file, [from_array(name, array, "F32") for name, array in held.items()])
+    with pytest.raises(IncompatibleError, match="do not fit the model") as caught:
+        load_bottlenecked(base, file, dtype=torch.float32, device=torch.device("cpu"))
+    assert any(re.search(says, reason) for reason in caught.value.reasons), caught.value.reasons

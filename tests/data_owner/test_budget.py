@@ -107,10 +107,10 @@ def test_what_cannot_fit_is_refused_with_what_it_needs(tmp_path, monkeypatch):
 
 def test_the_operating_system_is_asked():
     def work():
-        torch.ones(2**24).sum()  # 64 MiB
+        torch.ones(2**27).sum()  # 512 MiB, of which the heap may still hold a part
 
     before, peak = budget._measured(work, CPU)
-    assert 60 * 2**20 < peak - before < 2**30
+    assert 256 * 2**20 < peak - before < 2**30
 
 
 def test_checkpointing_goes_without_a_budget(tmp_path):

@@ -44,12 +44,12 @@ def terms(plan: TunePlan, phase: str) -> dict[str, Term]:
     return {term.name: term for term in found.terms}
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "full", "bottleneck"])
 def test_what_trains_is_what_comes_back(base: Path, tmp_path: Path, parties: Parties, rows: Path, method: Any) -> None:
     bundle = packed(base, tmp_path / "bundle", parties)
-    spec = TuneSpec(method=method, rank=4, max_steps=1, batch_size=2)
+    spec = TuneSpec(method=method, rank=4, width=5, max_steps=1, batch_size=2)
     plan = plan_tune(bundle, rows, spec)
-    by_hand = {"lora": 2 * 4 * PAIRS, "full": 2 * BLOCK}[method]
+    by_hand = {"lora": 2 * 4 * PAIRS, "full": 2 * BLOCK, "bottleneck": 2 * 2 * (2 * 5 * HIDDEN + 5 + HIDDEN)}[method]
     assert plan.trained_parameters == by_hand
     returned = tune(bundle.folder, rows, tmp_path / "return", spec, parties.data_owner)
     shapes = [entry.shape for entry in returned.manifest.tensors.values()]

@@ -1,4 +1,4 @@
-"""What trains is what the table says, in every family: the trained blocks' linear maps, or all of their tensors."""
+"""What trains is what the table says, in every family: the trained blocks' linear maps, tensors, or biases."""
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ from offsite.core.architectures import ARCHITECTURES
 from offsite.core.load import load_model, quiet
 from offsite.core.mixture import in_files
 from offsite.data_owner.methods import METHODS
+from offsite.data_owner.permitted import require_permitted
+from offsite.errors import IncompatibleError
 from tiny import KINDS, tiny_base, tiny_bundle, tiny_parties
 
 
@@ -63,3 +65,58 @@ def test_the_trainable_set_is_the_tables(tmp_path, kind, method):
         pairs = {f"{row.in_block(i, path)}.lora_{x}" for i in trained for path in row.lora_linears for x in "AB"}
         assert trains == {f"{pair}.default.weight" for pair in pairs}
         assert set(returned) == {f"base_model.model.{pair}.weight" for pair in pairs}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bitfit_trains_the_biases(tmp_path, kind):
+    """Those of linear maps and of norms, and no weight of a norm, which has one dimension too."""
+    row = ARCHITECTURES[KINDS[kind]["family"]]
+    base = tiny_base(tmp_path / "b", blocks=5, **KINDS[kind])
+    bundle = tiny_bundle(base, tmp_path / "bundle", tiny_parties(tmp_path), keep=2)
+    spec = TuneSpec(method="bitfit", compute="fp32", device="cpu", threads=1)
+    model = load_model(bundle.folder, dtype=torch.float32, device=torch.device("cpu"))
+    modules = dict(model.get_submodule(row.blocks).named_modules())
+    biases = {
+        f"{row.blocks}.{path}.bias"
+        for path, module in modules.items()
+        if path.partition(".")[0] in ("0", "3") and isinstance(getattr(module, "bias", None), torch.nn.Parameter)
+    }
+    if not biases:
+        with pytest.raises(IncompatibleError, match="have none"):
+            require_permitted(bundle.manifest, spec)
+        return
+    require_permitted(bundle.manifest, spec)
+    returned = METHODS["bitfit"](model, bundle.manifest, spec)
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trains == set(returned) == biases
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bottlenecks_start_as_the_identity_and_train_alone(tmp_path, kind):
+    row = ARCHITECTURES[KINDS[kind]["family"]]
+    base = tiny_base(tmp_path / "b", blocks=5, **KINDS[kind])
+    bundle = tiny_bundle(base, tmp_path / "bundle", tiny_parties(tmp_path), keep=2)
+    model = load_model(bundle.folder, dtype=torch.float32, device=torch.device("cpu"))
+    ids = torch.arange(3, 15)[None]
+    before = model(input_ids=ids).logits
+    spec = TuneSpec(method="bottleneck", width=3, compute="fp32", device="cpu", threads=1)
+    returned = METHODS["bottleneck"](model, bundle.manifest, spec)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    places = [row.in_block(index, path) for index in (0, 3) for path in (row.attention_out, row.mlp_out)]
+    parts = ("down.weight", "down.bias", "up.weight", "up.bias")
+    assert set(returned) == {f"{place}.bottleneck.{part}" for place in places for part in parts}
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == set(returned)
+    hidden = {}  # what goes in and comes out, before Falcon adds to it in place
+    module = model.get_submodule(places[-1])
+    module.inner.register_forward_hook(lambda m, args, out: hidden.update(inside=out.clone()))
+    module.register_forward_hook(lambda m, args, out: hidden.update(outside=out.clone()))
+    with torch.no_grad():
+        for parameter in returned.values():
+            parameter.normal_(std=0.3)
+    assert not torch.allclose(model(input_ids=ids).logits, before)
+    down, up = (
+        [returned[f"{places[-1]}.bottleneck.{half}.{part}"] for part in ("weight", "bias")] for half in ("down", "up")
+    )
+    x = hidden["inside"]
+    expected = x + torch.nn.functional.gelu(x @ down[0].T + down[1]) @ up[0].T + up[1]
+    torch.testing.assert_close(hidden["outside"], expected, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ from offsite.core.checkpoint import open_checkpoint, read_header
 from offsite.core.load import load_model, read_tensor
 from offsite.data_owner.state import log_file, run_folder
 from offsite.data_owner.tune import tune
-from offsite.errors import DataError, OffsiteError, PolicyError, UsageError, VerificationError
+from offsite.errors import DataError, IncompatibleError, OffsiteError, PolicyError, UsageError, VerificationError
 from offsite.exchange.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RETURNED_WEIGHTS
 from offsite.exchange.verify import verify_return
 from offsite.measure.evaluate import evaluate
@@ -53,7 +53,7 @@ def house(tmp_path_factory):
 
 
 def tensors_of(returned):
-    name = RETURNED_WEIGHTS if returned.manifest.method == "full" else ADAPTER_WEIGHTS
+    name = ADAPTER_WEIGHTS if returned.manifest.method == "lora" else RETURNED_WEIGHTS
     return {name: read_tensor(tensor) for name, tensor in read_header(returned.folder / name).items()}
 
 
@@ -62,8 +62,9 @@ def losses_in(out):
     return [record["loss"] for record in records if record["event"] == "step"]
 
 
-@pytest.mark.parametrize("family", TUNED)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "family"), [*((method, family) for method in METHODS for family in TUNED), ("bitfit", "gpt2")]
+)
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_a_return_is_what_the_owner_accepts(house, tmp_path, family, method, compute):
     out = tmp_path / "return"
@@ -103,6 +104,12 @@ def test_a_lora_return_is_an_ordinary_peft_folder(house, tmp_path, family):
     assert all(bool(tensor.any()) for tensor in held.values())  # B starts at zero: everything has been trained
 
 
+def test_bitfit_is_refused_where_there_are_no_biases(house, tmp_path):
+    with pytest.raises(IncompatibleError, match="this llama model have none"):
+        house.tune(tmp_path / "out", "llama", method="bitfit")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_return_tells_nothing_about_the_data(house, tmp_path, method):
     out = tmp_path / "a-telling-name"
@@ -111,7 +118,8 @@ def test_a_return_tells_nothing_about_the_data(house, tmp_path, method):
     assert {path.name for path in out.iterdir()} == names | {"offsite.json", "offsite.json.sig"}
     manifest = json.loads((out / "offsite.json").read_text())
     assert set(manifest) == {
-        "format", "requires", "files", "kind", "bundle", "signer", "recipient", "method", "lora", "tensors",
+        "format", "requires", "files", "kind", "bundle", "signer", "recipient", "method", "lora", "bottleneck",
+            "tensors",
     }  # fmt: skip
     for path in out.iterdir():
         content = path.read_bytes()

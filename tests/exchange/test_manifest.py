@@ -24,7 +24,7 @@ def bundle(**changes: object) -> BundleManifest:
     fields: dict[str, object] = {
         "kind": "bundle", "format": 1, "requires": [], "files": [], "issued_at": "2026-01-01T00:00:00Z",
         "issuer": "0" * 64, "recipient": "1" * 64, "base": "2" * 64, "tokenizer": "3" * 64, "architecture": "llama",
-        "split": {"bottom": 1, "emulator": 2, "top": 1}, "methods": ["lora"], "max_rank": 8,
+        "split": {"bottom": 1, "emulator": 2, "top": 1}, "methods": ["lora"], "max_rank": 8, "max_width": 8,
         "tensors": {"model.layers.3.mlp.up_proj.weight": {"shape": [4, 8], "dtype": "BF16"}},
         "lora_targets": {"model.layers.0.mlp.up_proj": [8, 4]},
     }  # fmt: skip
@@ -63,7 +63,8 @@ def test_every_problem_is_named_with_its_place() -> None:
 def test_return_without_anything_about_the_data() -> None:
     fields = set(ReturnManifest.model_fields)
     assert fields == {
-        "kind", "format", "requires", "files", "bundle", "signer", "recipient", "method", "lora", "tensors",
+        "kind", "format", "requires", "files", "bundle", "signer", "recipient", "method", "lora",
+        "bottleneck", "tensors",
     }  # fmt: skip
     assert set(LoraSettings.model_fields) == {"rank", "alpha", "targets"}
 

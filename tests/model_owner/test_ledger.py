@@ -107,3 +107,18 @@ def test_two_at_once(tmp_path: Path) -> None:
     for worker in workers:
         worker.join()
     assert all(ledger.intakes(f"{i:064}") == [("refused", ["no"])] for i in range(8))
+
+
+def test_a_ledger_from_before_strengths(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
+    """What was entered then was of strength 1."""
+    packed(base_of(), tmp_path / "bundle", parties, keep=1)
+    with sqlite3.connect(parties.owner.ledger) as db:
+        db.execute("ALTER TABLE plug_ins DROP COLUMN strength")
+        db.execute(
+            "INSERT INTO plug_ins (digest, returned, bundle, made_at, form) VALUES ('a', 'b', 'c', 'd', 'merged')"
+        )
+    db.close()
+    assert Ledger(parties.owner.ledger).issued("0" * 64) is None
+    with sqlite3.connect(parties.owner.ledger) as db:
+        assert db.execute("SELECT strength FROM plug_ins").fetchall() == [(1.0,)]
+    db.close()

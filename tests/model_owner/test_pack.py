@@ -344,3 +344,17 @@ def test_output_that_holds_something(base_of: MakeBase, parties: Parties, tmp_pa
     with pytest.raises(UsageError, match="not an empty folder"):
         packed(base_of(), tmp_path / "out", parties)
     assert (tmp_path / "out" / "mine").read_text() == "x"
+
+
+def test_methods_that_have_nothing_to_train(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
+    """Llama has no biases, so BitFit is not offered; where nothing else is permitted, nothing is packed."""
+    assert packed(base_of("llama", 3), tmp_path / "a", parties).manifest.methods == ("lora", "full", "bottleneck")
+    assert packed(base_of("gpt2", 3), tmp_path / "b", parties).manifest.methods == (
+        "lora",
+        "full",
+        "bitfit",
+        "bottleneck",
+    )
+    with pytest.raises(UsageError, match="BitFit trains biases"):
+        packed(base_of("llama", 3), tmp_path / "c", parties, methods=("bitfit",))
+    assert not (tmp_path / "c").exists()

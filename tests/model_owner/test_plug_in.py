@@ -11,11 +11,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from artifacts import copied_folder, edit_json, edit_weights, full_return, lora_return, packed
+from artifacts import bottleneck_return, copied_folder, edit_json, edit_weights, full_return, lora_return, packed
 from model_owner.test_pack import bits, logits, plain, sharded
 from offsite.config import PlugInSpec
-from offsite.core.checkpoint import INDEX, open_checkpoint, read_float32
-from offsite.core.load import load_replaced
+from offsite.core.architectures import ARCHITECTURES
+from offsite.core.checkpoint import INDEX, open_checkpoint, read_float32, read_header
+from offsite.core.load import load_bottlenecked, load_replaced
+from offsite.errors import UsageError, VerificationError
 from offsite.exchange.artifacts import Base, PlugIn
 from offsite.exchange.verify import verify_plug_in
 from offsite.model_owner.ledger import Ledger
@@ -57,6 +59,45 @@ def test_untouched_gives_the_base_back(
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (made.folder / name).read_bytes() == (base / name).read_bytes()
     assert {t.dtype for t in open_checkpoint(made.folder).tensors.values()} == {"BF16" if dtype == "bf16" else "F32"}
+
+
+def test_bitfit_changes_the_biases_alone(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
+    base = base_of("gpt2", 5)
+    bundle = packed(base, tmp_path / "bundle", parties, keep=1)
+    returned = full_return(bundle, tmp_path / "return", parties.data_owner, lambda n, a: a + np.float32(0.5), "bitfit")
+    made = plugged(base, returned.folder, tmp_path / "plugged", parties)
+    assert made.manifest.form == "merged"
+    before, after = plain(base).state_dict(), plain(made.folder).state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {name for name in before if name.endswith(".bias") and name.split(".")[2] in ("0", "4")}
+    assert all(torch.equal(after[name], before[name] + 0.5) for name in changed)
+    with pytest.raises(UsageError, match="no adapter folder can carry"):
+        plugged(base, returned.folder, tmp_path / "adapter", parties, **{"as": "adapter"})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+def test_bottlenecks_are_mapped_back(base_of: MakeBase, parties: Parties, tmp_path: Path, family: str) -> None:
+    base = base_of(family, 5)
+    bundle = packed(base, tmp_path / "bundle", parties, keep=1)
+    returned = bottleneck_return(bundle, tmp_path / "return", parties.data_owner)
+    made = plugged(base, returned.folder, tmp_path / "plugged", parties)
+    assert made.manifest.form == "adapter"
+    weights, kind = made.folder / "bottleneck.safetensors", {"dtype": torch.float32, "device": torch.device("cpu")}
+    row = ARCHITECTURES[family]
+    names = {name: row.block_of(name) for name in read_header(weights)}
+    assert {place[0] for place in names.values() if place} == {0, 4}
+    model, sent = load_bottlenecked(base, weights, **kind), read_header(returned.folder / weights.name)
+    own = dict(model.named_parameters())
+    for name, place in names.items():
+        assert place is not None
+        shipped = sent[row.in_block({0: 0, 4: 2}[place[0]], place[1])]
+        assert np.array_equal(own[name].numpy(), read_float32(shipped))
+    assert (logits(model) - logits(plain(base))).abs().max() > 0.1
+    flat = bottleneck_return(bundle, tmp_path / "flat", parties.data_owner, up=0.0)
+    flat_made = plugged(base, flat.folder, tmp_path / "flat-plugged", parties)
+    assert torch.equal(logits(load_bottlenecked(base, flat_made.folder / weights.name, **kind)), logits(plain(base)))
+    with pytest.raises(UsageError, match="cannot be merged"):
+        plugged(base, returned.folder, tmp_path / "merged", parties, **{"as": "merged"})
 
 
 def test_untouched_in_full_from_a_rounded_bundle(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
@@ -216,6 +257,67 @@ def test_old_gpt2_keeps_its_spelling(base_of: MakeBase, parties: Parties, tmp_pa
     b = plugged(base, returned.folder, tmp_path / "b", parties).folder
     assert set(bits(a)) == {n.removeprefix("transformer.") for n in held}
     assert {f"transformer.{n}": raw for n, raw in bits(a).items()} == bits(b)
+
+
+# --- strength ---
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.5])
+def test_strength_scales_lora_once(
+    base_of: MakeBase, parties: Parties, tmp_path: Path, family: str, strength: float
+) -> None:
+    """In both forms: base + strength * alpha / rank * B A, as PEFT has it when its scaling is multiplied."""
+    base = base_of(family, 4)
+    bundle = packed(base, tmp_path / "bundle", parties, keep=1)
+    returned = lora_return(bundle, tmp_path / "return", parties.data_owner, b=0.1)
+    whole = plugged(base, returned.folder, tmp_path / "whole", parties)
+    adapter = plugged(base, returned.folder, tmp_path / "adapter", parties, strength=strength)
+    merged = plugged(base, returned.folder, tmp_path / "merged", parties, strength=strength, **{"as": "merged"})
+    assert adapter.manifest.strength == merged.manifest.strength == strength
+    oracle = with_adapter(plain(base), whole.folder)
+    for module in oracle.modules():
+        if hasattr(module, "lora_A"):
+            module.scaling["default"] *= strength
+    torch.testing.assert_close(logits(with_adapter(plain(base), adapter.folder)), logits(oracle), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(plain(merged.folder)), logits(oracle), rtol=1e-4, atol=1e-4)
+    assert (bits(merged.folder) == bits(base)) == (strength == 0)
+
+
+@pytest.mark.parametrize("method", ["full", "bitfit"])
+def test_strength_of_own_tensors(base_of: MakeBase, parties: Parties, tmp_path: Path, method: Any) -> None:
+    base = base_of("gpt2", 4)
+    bundle = packed(base, tmp_path / "bundle", parties, keep=1)
+    returned = full_return(bundle, tmp_path / "return", parties.data_owner, lambda n, a: a + np.float32(0.5), method)
+    half = plugged(base, returned.folder, tmp_path / "half", parties, strength=0.5)
+    before, after = plain(base).state_dict(), plain(half.folder).state_dict()
+    name = "transformer.h.3.mlp.c_proj.bias"
+    torch.testing.assert_close(after[name], before[name] + 0.25)
+    none = plugged(base, returned.folder, tmp_path / "none", parties, strength=0.0)
+    assert bits(none.folder) == bits(base)
+
+
+def test_strength_of_bottlenecks(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
+    base = base_of("llama", 4)
+    bundle = packed(base, tmp_path / "bundle", parties, keep=1)
+    returned = bottleneck_return(bundle, tmp_path / "return", parties.data_owner)
+    whole = read_header(plugged(base, returned.folder, tmp_path / "a", parties).folder / "bottleneck.safetensors")
+    half = plugged(base, returned.folder, tmp_path / "b", parties, strength=0.5).folder / "bottleneck.safetensors"
+    for name, tensor in read_header(half).items():
+        factor = np.float32(0.5 if ".up." in name else 1)
+        assert np.array_equal(read_float32(tensor), factor * read_float32(whole[name]))
+    none = plugged(base, returned.folder, tmp_path / "c", parties, strength=0.0).folder / "bottleneck.safetensors"
+    model = load_bottlenecked(base, none, dtype=torch.float32, device=torch.device("cpu"))
+    assert torch.equal(logits(model), logits(plain(base)))
+
+
+def test_strength_that_overflows(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
+    base = base_of("llama", 3)
+    bundle = packed(base, tmp_path / "bundle", parties)
+    returned = lora_return(bundle, tmp_path / "return", parties.data_owner, b=7e37)
+    with pytest.raises(VerificationError, match="at this strength"):
+        plugged(base, returned.folder, tmp_path / "out", parties, strength=1.5)
+    assert not (tmp_path / "out").exists()
 
 
 # --- what stands beside ---

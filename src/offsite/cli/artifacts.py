@@ -124,6 +124,7 @@ def _bundle(manifest: "BundleManifest", digest: str, home: "Home") -> dict[str, 
         "may_come_back": {
             "methods": list(manifest.methods),
             "max_rank": manifest.max_rank,
+            "max_width": manifest.max_width,
             "blocks": list(split.trained),
             "tensors": len(manifest.tensors),
             "numbers": numbers_in(manifest.tensors.values()),
@@ -151,6 +152,7 @@ def _return(manifest: "ReturnManifest", digest: str, home: "Home") -> dict[str, 
         "recipient": _party(manifest.recipient, home),
         "method": manifest.method,
         "lora": {"rank": lora.rank, "alpha": lora.alpha, "targets": len(lora.targets)} if lora else None,
+        "bottleneck": {"width": manifest.bottleneck.width} if manifest.bottleneck else None,
         "tensors": len(manifest.tensors),
         "numbers": numbers_in(manifest.tensors.values()),
     }
@@ -166,6 +168,7 @@ def _plug_in(manifest: "PlugInManifest", digest: str, home: "Home") -> dict[str,
         },
         "issuer": _party(manifest.issuer, home),
         "form": manifest.form,
+        "strength": manifest.strength,
         "architecture": manifest.architecture,
     }
 

@@ -25,6 +25,7 @@ def tune(
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run, bit for bit")] = False,
     method: Annotated[str | None, flags.SETTING] = None,
     rank: Annotated[int | None, flags.SETTING] = None,
+    width: Annotated[int | None, flags.SETTING] = None,
     lr: Annotated[float | None, flags.SETTING] = None,
     epochs: Annotated[float | None, flags.SETTING] = None,
     max_steps: Annotated[int | None, flags.SETTING] = None,
@@ -54,6 +55,7 @@ def tune(
         {
             "method": method,
             "rank": rank,
+            "width": width,
             "lr": lr,
             "epochs": epochs,
             "max_steps": max_steps,
@@ -62,10 +64,12 @@ def tune(
             "gradient_checkpointing": gradient_checkpointing,
         },
     )
+    from offsite.data_owner.permitted import require_permitted
     from offsite.exchange.verify import verify_bundle
 
     own = flags.home_of(context, home)
     verified = verify_bundle(bundle, own)
+    require_permitted(verified.manifest, spec)
     if plan:
         from offsite.data_owner.plan import plan_tune
 
@@ -86,20 +90,21 @@ def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
     """What the return will contain, in words: every file, and the tensors by block."""
     from offsite.core.architectures import ARCHITECTURES
     from offsite.data_owner.plan import returned_tensors
-    from offsite.exchange.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RETURNED_WEIGHTS
+    from offsite.exchange.contents import ADAPTER_CONFIG, WEIGHTS_OF
     from offsite.exchange.manifest import MANIFEST, SIGNATURE
 
     tensors = returned_tensors(manifest, spec)
     numbers = artifacts.numbers_in(tensors.values())
-    files: tuple[str, ...]
+    files = [WEIGHTS_OF[spec.method], MANIFEST, SIGNATURE]
     if spec.method == "lora":
-        files = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, SIGNATURE)
+        files = [ADAPTER_CONFIG, *files]
         row = ARCHITECTURES[manifest.architecture]
         linears = sorted({place[1] for name in manifest.lora_targets if (place := row.block_of(name))})
         what = f"LoRA pairs of rank {spec.rank} on {', '.join(linears)}"
+    elif spec.method == "bottleneck":
+        what = f"bottlenecks of width {spec.width} behind attention and MLP"
     else:
-        files = (RETURNED_WEIGHTS, MANIFEST, SIGNATURE)
-        what = "their own weights"
+        what = "their biases" if spec.method == "bitfit" else "their own weights"
     blocks = artifacts.ranges(manifest.split.trained)
     return (
         f"the return will hold {', '.join(files)} and nothing else: for blocks {blocks} of the bundle, {what} "

@@ -96,6 +96,7 @@ def plug_in(
     returned: Annotated[Path, typer.Argument(metavar="RETURN", help="the folder that the data owner sent back")],
     out: _Out,
     as_: Annotated[str | None, typer.Option("--as", rich_help_panel=flags.SETTINGS)] = None,
+    strength: Annotated[float | None, flags.SETTING] = None,
     again: Annotated[bool | None, typer.Option("--again", rich_help_panel=flags.SETTINGS)] = None,
     plan: flags.PlanFlag = False,
     config: flags.ConfigFlag = None,
@@ -111,7 +112,7 @@ def plug_in(
     """
     from offsite.config import PlugInSpec
 
-    spec = flags.settings(PlugInSpec, config, {"as": as_, "again": again})
+    spec = flags.settings(PlugInSpec, config, {"as": as_, "strength": strength, "again": again})
     from offsite.exchange.artifacts import Base
 
     own = flags.home_of(context, home)

@@ -281,6 +281,11 @@ class Architecture:
             return {"weight": " ".join(sizes), "bias": sizes[self.transposed]}.get(kind)
         return self.norms.get(f"{path}.{kind}")
 
+    def is_bias(self, name: str) -> bool:
+        """Whether a tensor is a bias of a block's linear map or norm, by its full name."""
+        place = self.block_of(name)
+        return place is not None and place[1].endswith(".bias") and self.sizes_of(name) is not None
+
     def shape_problem(self, name: str, shape: Sequence[int], config: Mapping[str, Any]) -> str | None:
         """What is wrong with a tensor's shape by the sizes that the config names; a size that it leaves out is free."""
         sizes, place = self.sizes_of(name), self.block_of(name)

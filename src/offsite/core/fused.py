@@ -42,7 +42,7 @@ def fuse(model: "PreTrainedModel") -> int:
             continue  # a part of what was replaced
         fused = next((candidate for candidate in _candidates(module) if _agree(module, candidate)), None)
         if fused is not None:
-            model.set_submodule(path, fused)
+            model.set_submodule(path, fused.train(module.training))
             replaced.append(path)
     return len(replaced)
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offsite.core.architectures import ARCHITECTURES
+from offsite.core.architectures import ARCHITECTURES, architecture_of
 from offsite.core.checkpoint import TensorRange, open_checkpoint, read_chunks, read_header, strict_json
 from offsite.core.mixture import experts_implementation, in_files
+from offsite.core.modules.bottleneck import insert_bottlenecks
+from offsite.core.modules.shapes import bottleneck_places, bottleneck_shapes, widths_of
 from offsite.errors import IncompatibleError, StorageError
 
 if TYPE_CHECKING:
@@ -185,6 +187,50 @@ def load_replaced(base: Path, weights: Path, *, dtype: torch.dtype, device: torc
         for name, tensor in held.items():
             own[name].copy_(read_tensor(tensor))
     return model
+
+
+def load_bottlenecked(base: Path, weights: Path, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
+    """Load a model with bottlenecks in some of its blocks, in eval mode and frozen.
+
+    Args:
+        base: a plain checkpoint.
+        weights: a safetensors file with the tensors of whole bottlenecks, all of one width.
+        dtype: of all weights.
+        device: where it goes.
+
+    Raises:
+        StorageError: weights are missing, truncated or malformed.
+        IncompatibleError: the tensors are not exactly those of bottlenecks behind attention and MLP of blocks that the
+            model has; every difference is listed.
+    """
+    held = {name: tensor.shape for name, tensor in read_header(weights).items()}
+    model = load_model(base, dtype=dtype, device=device)
+    row = architecture_of(model.config.to_dict())
+    hidden, modules = model.config.hidden_size, {name for name, _ in model.named_modules()}
+    widths = set(widths_of(held).values())
+    blocks = {found[0] for name in held if (found := row.block_of(name))}
+    places = [place for place in bottleneck_places(row, sorted(blocks)) if place in modules]
+    expected: dict[str, tuple[int, ...]] = {}
+    for place in places:
+        expected |= bottleneck_shapes(place, hidden, min(widths, default=0))
+    problems = [f"missing tensor {name}" for name in sorted(expected.keys() - held.keys())]
+    problems += [f"unexpected tensor {name}" for name in sorted(held.keys() - expected.keys())]
+    problems += [
+        f"tensor {name}: found shape {list(held[name])}, expected {list(expected[name])}"
+        for name in sorted(held.keys() & expected.keys())
+        if held[name] != expected[name]
+    ]
+    if problems or not held:
+        raise IncompatibleError(
+            f"the bottlenecks in {weights} do not fit the model {base}",
+            reasons=problems or ["the file holds no tensor"],
+            next_step="name the model that they were made for",
+        )
+    own = insert_bottlenecks(model, places, hidden, min(widths))
+    with torch.no_grad():
+        for name, tensor in read_header(weights).items():
+            own[name].copy_(read_tensor(tensor))
+    return model.eval().requires_grad_(False)
 
 
 def read_tensor(tensor: TensorRange, dtype: torch.dtype | None = None) -> torch.Tensor:

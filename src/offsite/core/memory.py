@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from offsite.config import Method
 from offsite.core.architectures import Architecture
 from offsite.core.checkpoint import CHUNK_BYTES
 
@@ -91,8 +92,16 @@ class BlockShape:
         """Bytes of a token that attention keeps beside that: the shares of each head, or a row of the mask."""
         return item * length * (self.heads if short else 1)
 
-    def trained(self, item: int, method: Literal["lora", "full"]) -> int:
-        """Further bytes of a token in a block that trains: what enters its maps, and for `full` its norms' outputs."""
+    def trained(self, item: int, method: Method, width: int) -> int:
+        """Further bytes of a token in a block that trains: what enters its maps, and for `full` its norms' outputs.
+
+        The gradient of a bias is the sum of what comes back, for which nothing is kept. Each of two bottlenecks keeps
+        its input, and the narrow state on both sides of its activation function.
+        """
+        if method == "bottleneck":
+            return item * 2 * (self.hidden + 2 * width)
+        if method == "bitfit":
+            return 0
         return item * ((4 if method == "full" else 2) * self.hidden + self.inner)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from offsite.config import TuneSpec
+from offsite.config import Method, TuneSpec
 from offsite.core.architectures import ARCHITECTURES, Architecture
 from offsite.core.checkpoint import ITEM_SIZE, TensorRange, open_checkpoint, strict_json
 from offsite.core.memory import (
@@ -26,11 +26,12 @@ from offsite.core.memory import (
     torch_libraries,
 )
 from offsite.core.rows import read_rows
+from offsite.data_owner.permitted import require_permitted
 from offsite.data_owner.schedule import step_count
 from offsite.exchange.artifacts import Bundle
 from offsite.exchange.contents import CONFIG, TOKENIZER_FILES
 from offsite.exchange.lora_folder import adapter_tensors
-from offsite.exchange.manifest import BundleManifest, LoraSettings, TensorEntry
+from offsite.exchange.manifest import BottleneckSettings, BundleManifest, LoraSettings, TensorEntry
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class TunePlan:
     """What `tune` will do and need."""
 
     architecture: str
-    method: Literal["lora", "full"]
+    method: Method
     bundle: tuple[Part, ...]
     trained_tensors: int
     trained_parameters: int
@@ -77,17 +78,21 @@ class _Sizes:
     tokens: int  # that run at once
     length: int  # of a row
     item: int  # bytes of a number in the arithmetic
-    method: Literal["lora", "full"]
+    method: Method
+    width: int  # of bottlenecks
 
 
 def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     """What tuning a verified bundle with these settings will do and need; rows are counted, not tokenised.
 
     Raises:
+        IncompatibleError: the method has nothing to train in this model.
+        PolicyError: the bundle does not permit the method or the rank.
         DataError: the rows cannot be read.
         StorageError: the bundle cannot be read.
     """
     manifest, folder = bundle.manifest, bundle.folder
+    require_permitted(manifest, spec)
     row = ARCHITECTURES[manifest.architecture]
     config: dict[str, Any] = strict_json((folder / CONFIG).read_bytes())
     tensors = open_checkpoint(folder).tensors
@@ -115,6 +120,7 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
         length=length,
         item=item,
         method=spec.method,
+        width=spec.width,
     )
     tokenizer = sum((folder / name).stat().st_size for name in TOKENIZER_FILES if (folder / name).is_file())
     return TunePlan(
@@ -138,8 +144,10 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
 
 def returned_tensors(manifest: BundleManifest, spec: TuneSpec) -> dict[str, TensorEntry]:
     """The tensors that a return with these settings will hold, by name: what trains."""
-    if spec.method == "full":
-        return manifest.tensors
+    if spec.method == "bottleneck":
+        return BottleneckSettings(width=spec.width).tensors(manifest)
+    if spec.method != "lora":
+        return manifest.own_tensors(spec.method)
     alpha = float(spec.lora_alpha or 2 * spec.rank)
     lora = LoraSettings(rank=spec.rank, alpha=alpha, targets=tuple(manifest.lora_targets))
     return adapter_tensors(lora, manifest.lora_targets)
@@ -208,8 +216,8 @@ def _phases(sizes: _Sizes, tokenizer: int) -> tuple[Phase, ...]:
 
 def _trained(sizes: _Sizes) -> list[Term]:
     """What lies in memory for the numbers that train, all of it from the first step on."""
-    beside = sizes.trained if sizes.method == "lora" else 0  # the pairs are no part of the bundle
-    terms = [Term("pairs in the network", sizes.item * beside, "c * P_t")] if beside else []
+    beside = {"lora": "pairs", "bottleneck": "bottlenecks"}.get(sizes.method)  # these are no part of the bundle
+    terms = [Term(f"{beside} in the network", sizes.item * sizes.trained, "c * P_t")] if beside else []
     if sizes.item < 4:
         terms.append(Term("masters in fp32", 4 * sizes.trained, "4 * P_t"))
     terms.append(Term("gradients in fp32", 4 * sizes.trained, "4 * P_t"))
@@ -225,7 +233,7 @@ def _activations(sizes: _Sizes) -> list[Term]:
         block.attention(item, short, short=True) if short else 0,
         block.attention(item, sizes.length, short=False) if sizes.length > (short or 0) else 0,
     )
-    return [
+    terms = [
         Term(
             "activations of the blocks",
             sizes.through * sizes.tokens * block.forward(item),
@@ -236,9 +244,11 @@ def _activations(sizes: _Sizes) -> list[Term]:
             sizes.through * sizes.tokens * attention,
             "m * n * c * max(heads * min(T, 448), T)",
         ),
-        Term(
-            "inputs of what trains",
-            sizes.training * sizes.tokens * block.trained(item, sizes.method),
-            "t * n * c * (4 * H + F), or (2 * H + F) for LoRA",
-        ),
     ]
+    inputs = sizes.training * sizes.tokens * block.trained(item, sizes.method, sizes.width)
+    if inputs:
+        formula = "t * n * c * (4 * H + F), or (2 * H + F) for LoRA"
+        if sizes.method == "bottleneck":
+            formula = "t * n * c * (2 * H + 4 * width)"
+        terms.append(Term("inputs of what trains", inputs, formula))
+    return terms

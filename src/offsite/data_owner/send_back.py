@@ -6,29 +6,35 @@ from pathlib import Path
 
 import torch
 
+from offsite.config import TuneSpec
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import write_safetensors
 from offsite.core.mixture import in_files
-from offsite.core.storage import Written, staged_folder, write_stream
+from offsite.core.storage import staged_folder, write_stream
+from offsite.data_owner.methods.lora import lora_settings
 from offsite.data_owner.state import to_be_written
 from offsite.errors import OffsiteError
 from offsite.exchange.artifacts import Bundle, Return
-from offsite.exchange.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RETURNED_WEIGHTS
+from offsite.exchange.contents import ADAPTER_CONFIG, WEIGHTS_OF
 from offsite.exchange.lora_folder import adapter_config
-from offsite.exchange.manifest import FORMAT, LoraSettings, ReturnManifest, TensorEntry
+from offsite.exchange.manifest import FORMAT, BottleneckSettings, ReturnManifest, TensorEntry
 from offsite.exchange.pack import file_entries, seal
 from offsite.exchange.signing import Identity
 
 
 def send_back(
-    bundle: Bundle, tensors: Mapping[str, torch.Tensor], lora: LoraSettings | None, out: Path, identity: Identity
+    bundle: Bundle,
+    tensors: Mapping[str, torch.Tensor],
+    spec: TuneSpec,
+    out: Path,
+    identity: Identity,
 ) -> Return:
     """Write and sign a return.
 
     Args:
         bundle: what it answers.
         tensors: the trained fp32 tensors by their names in the model.
-        lora: of a LoRA tuning; None after a full one.
+        spec: how they were tuned.
         out: the return's folder; it appears whole or not at all.
         identity: the bundle's recipient, who signs.
 
@@ -37,7 +43,7 @@ def send_back(
         UsageError: `out` holds something.
         StorageError: it cannot be written; `out` is then as it was.
     """
-    if lora is None:
+    if spec.method in ("full", "bitfit"):
         tensors = in_files(ARCHITECTURES[bundle.manifest.architecture], tensors)
     broken = sorted(name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
     if broken:
@@ -46,8 +52,13 @@ def send_back(
             reasons=broken,
             next_step="tune again with a lower --lr",
         )
+    lora = lora_settings(bundle.manifest, spec) if spec.method == "lora" else None
     with staged_folder(out) as staging:
-        written = _write_tensors(staging, tensors, lora, bundle)
+        ordered = [to_be_written(name, tensors[name]) for name in sorted(tensors)]
+        written = [write_safetensors(staging / WEIGHTS_OF[spec.method], ordered)]
+        if lora:
+            config = adapter_config(lora, ARCHITECTURES[bundle.manifest.architecture])
+            written.append(write_stream(staging / ADAPTER_CONFIG, [json.dumps(config, indent=1).encode() + b"\n"]))
         manifest = ReturnManifest(
             format=FORMAT,
             requires=(),
@@ -56,22 +67,10 @@ def send_back(
             bundle=bundle.digest,
             signer=identity.public_key.hex,
             recipient=bundle.manifest.issuer,
-            method="lora" if lora else "full",
+            method=spec.method,
             lora=lora,
+            bottleneck=BottleneckSettings(width=spec.width) if spec.method == "bottleneck" else None,
             tensors={name: TensorEntry(shape=tuple(tensor.shape), dtype="F32") for name, tensor in tensors.items()},
         )
         digest = seal(staging, manifest, identity)
     return Return(out, manifest, digest)
-
-
-def _write_tensors(
-    folder: Path, tensors: Mapping[str, torch.Tensor], lora: LoraSettings | None, bundle: Bundle
-) -> list[Written]:
-    ordered = [to_be_written(name, tensors[name]) for name in sorted(tensors)]
-    if lora is None:
-        return [write_safetensors(folder / RETURNED_WEIGHTS, ordered)]
-    config = adapter_config(lora, ARCHITECTURES[bundle.manifest.architecture])
-    return [
-        write_safetensors(folder / ADAPTER_WEIGHTS, ordered),
-        write_stream(folder / ADAPTER_CONFIG, [json.dumps(config, indent=1).encode() + b"\n"]),
-    ]

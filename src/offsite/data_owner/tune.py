@@ -17,15 +17,13 @@ from offsite.core.storage import require_free
 from offsite.data_owner.board import require_tensorboard
 from offsite.data_owner.budget import within_memory
 from offsite.data_owner.methods import METHODS
-from offsite.data_owner.methods.lora import lora_settings
+from offsite.data_owner.permitted import require_permitted
 from offsite.data_owner.send_back import send_back
 from offsite.data_owner.state import RunState, log_file, run_folder
 from offsite.data_owner.train import Tuning, train
 from offsite.data_owner.weights import TrainedWeights
-from offsite.errors import PolicyError
 from offsite.exchange.artifacts import Bundle, Return
 from offsite.exchange.home import Home
-from offsite.exchange.manifest import BundleManifest
 from offsite.exchange.verify import verify_bundle
 
 # Settings that do not change what comes out, so a resumed run may have others.
@@ -61,14 +59,14 @@ def tune(
         progress: where the events go.
 
     Raises:
-        UsageError: `out` holds something, an interrupted run is there that cannot or was not to be resumed, or a
-            package that was asked for is not installed.
+        UsageError: `out` holds something, the tuning does not fit into `memory`, an interrupted run is there that
+            cannot or was not to be resumed, or a package that was asked for is not installed.
         VerificationError: the bundle fails verification.
         PolicyError: the bundle does not permit the method or the rank.
         DataError: rows are bad, too long, or missing.
-        IncompatibleError: the bundle does not load, or what would train is not what its manifest says.
+        IncompatibleError: the bundle does not load, has nothing that the method trains, or other tensors than its
+            manifest says.
         OffsiteError: the training diverged.
-        UsageError: it does not fit into the memory that it may have.
         StorageError: something cannot be read or written.
         KeyboardInterrupt: the user stopped it; a resume point was saved.
     """
@@ -88,30 +86,10 @@ def tune(
         tuning = _prepare(verified, spec, where, examples, held_out)
         fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
         train(tuning, fitted, state, log_file(out), progress, tensorboard=tensorboard)
-    lora = lora_settings(verified.manifest, spec) if spec.method == "lora" else None
     progress(Event("writing the return", 0))
-    returned = send_back(verified, tuning.weights.masters, lora, out, identity)
+    returned = send_back(verified, tuning.weights.masters, spec, out, identity)
     state.remove()
     return returned
-
-
-def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
-    """Refuse settings whose return the owner would refuse.
-
-    Raises:
-        PolicyError: the method or the rank is not permitted.
-    """
-    reasons = []
-    if spec.method not in manifest.methods:
-        reasons.append(f"method {spec.method}, the bundle permits {', '.join(manifest.methods)}")
-    if spec.method == "lora" and spec.rank > manifest.max_rank:
-        reasons.append(f"rank {spec.rank}, the bundle permits up to {manifest.max_rank}")
-    if reasons:
-        raise PolicyError(
-            "the model's owner would refuse this tuning",
-            reasons=reasons,
-            next_step="choose what the bundle permits (`offsite inspect BUNDLE`), or ask the owner for another bundle",
-        )
 
 
 def _read(bundle: Bundle, data: Path | None, spec: TuneSpec) -> tuple[Example, ...]:
@@ -143,8 +121,14 @@ def _prepare(
         blocks=blocks,
         trained=[blocks.get_submodule(str(index)) for index in manifest.split.trained],
         weights=weights,
-        # every tensor of a LoRA is one of a linear map; of a block, norms and biases do not decay
-        decayed=frozenset(name for name in weights.masters if spec.method == "lora" or row.is_linear(name)),
+        # every tensor of a LoRA is one of a linear map; of blocks and bottlenecks, norms and biases do not decay
+        decayed=frozenset(
+            name
+            for name in weights.masters
+            if spec.method == "lora"
+            or row.is_linear(name)
+            or (spec.method == "bottleneck" and name.endswith(".weight"))
+        ),
         examples=examples,
         held_out=held_out,
     )

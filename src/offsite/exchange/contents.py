@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from offsite.config import Method
 from offsite.core.checkpoint import INDEX, WEIGHTS
 from offsite.exchange.manifest import FileEntry
 
@@ -25,9 +26,16 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-RETURNED_WEIGHTS = "adapter.safetensors"  # a full return's tensors; a name that transformers and PEFT do not load
+RETURNED_WEIGHTS = "adapter.safetensors"  # the model's own tensors; a name that transformers and PEFT do not load
+BOTTLENECK_WEIGHTS = "bottleneck.safetensors"  # of bottlenecks, in a return and in a plug-in
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
+WEIGHTS_OF: Mapping[Method, str] = {  # the file of a return's tensors, by method
+    "lora": ADAPTER_WEIGHTS,
+    "full": RETURNED_WEIGHTS,
+    "bitfit": RETURNED_WEIGHTS,
+    "bottleneck": BOTTLENECK_WEIGHTS,
+}
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _TOKENS = frozenset(

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from offsite.config import Method, describe_validation
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import strict_json
+from offsite.core.modules.shapes import bottleneck_places, bottleneck_shapes
 
 MANIFEST = "offsite.json"
 SIGNATURE = "offsite.json.sig"
@@ -88,6 +89,7 @@ class BundleManifest(_Document):
     split: Split
     methods: Annotated[tuple[Method, ...], Field(min_length=1, strict=False)]
     max_rank: Annotated[int, Field(ge=1, le=65_536)]
+    max_width: Annotated[int, Field(ge=1, le=65_536)]
     tensors: Annotated[dict[TensorName, TensorEntry], Field(min_length=1)]
     lora_targets: dict[TensorName, Annotated[tuple[Size, Size], Field(strict=False)]]
 
@@ -108,6 +110,33 @@ class BundleManifest(_Document):
             )
         return self
 
+    @property
+    def hidden(self) -> int:
+        """The model's hidden size, as the tensors that may come back show it."""
+        row = ARCHITECTURES[self.architecture]
+        weight = self.tensors[f"{row.in_block(self.split.trained[0], row.attention_out)}.weight"]
+        return weight.shape[1 if row.transposed else 0]
+
+    def own_tensors(self, method: Method) -> dict[str, TensorEntry]:
+        """The model's own tensors that come back of a tuning by this method; none where it trains others."""
+        row = ARCHITECTURES[self.architecture]
+        if method == "bitfit":
+            return {name: entry for name, entry in self.tensors.items() if row.is_bias(name)}
+        return dict(self.tensors) if method == "full" else {}
+
+
+class BottleneckSettings(_Part):
+    """The bottlenecks of a return: behind attention and MLP of every trained block, all of one width."""
+
+    width: Annotated[int, Field(ge=1, le=65_536)]
+
+    def tensors(self, bundle: BundleManifest) -> dict[str, TensorEntry]:
+        """Every tensor of the bottlenecks that a bundle permits."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for place in bottleneck_places(ARCHITECTURES[bundle.architecture], bundle.split.trained):
+            shapes |= bottleneck_shapes(place, bundle.hidden, self.width)
+        return {name: TensorEntry(shape=shape, dtype="F32") for name, shape in shapes.items()}
+
 
 class LoraSettings(_Part):
     """The LoRA of a return: rank, scale numerator, and the linear maps it sits on by full path in the bundle."""
@@ -126,12 +155,15 @@ class ReturnManifest(_Document):
     recipient: Digest
     method: Method
     lora: LoraSettings | None
+    bottleneck: BottleneckSettings | None = None
     tensors: Annotated[dict[TensorName, TensorEntry], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _consistent(self) -> "ReturnManifest":
         if (self.method == "lora") != (self.lora is not None):
             raise ValueError("lora settings go with method 'lora' and with no other")
+        if (self.method == "bottleneck") != (self.bottleneck is not None):
+            raise ValueError("bottleneck settings go with method 'bottleneck' and with no other")
         return self
 
 
@@ -144,6 +176,7 @@ class PlugInManifest(_Document):
     base: Digest
     bundle: Digest
     returned: Digest
+    strength: Annotated[float, Field(ge=0, le=1.5)] = 1.0
     issuer: Digest
 
 

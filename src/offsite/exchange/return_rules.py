@@ -12,8 +12,7 @@ from offsite.core.checkpoint import (
 )
 from offsite.exchange.contents import (
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    RETURNED_WEIGHTS,
+    WEIGHTS_OF,
 )
 from offsite.exchange.lora_folder import adapter_config, adapter_tensors, lora_pair
 from offsite.exchange.manifest import (
@@ -34,7 +33,7 @@ from offsite.exchange.sealed import (
 
 def _return_files(sealed: Sealed) -> Iterator[str]:
     manifest = _return_of(sealed)
-    expected = {ADAPTER_CONFIG, ADAPTER_WEIGHTS} if manifest.lora else {RETURNED_WEIGHTS}
+    expected = {WEIGHTS_OF[manifest.method], *((ADAPTER_CONFIG,) if manifest.lora else ())}
     yield from names_differ("files", {entry.name for entry in manifest.files}, expected)
 
 
@@ -73,11 +72,18 @@ def _return_lora(sealed: Sealed) -> Iterator[str]:
         yield f"{ADAPTER_CONFIG} is not the one that these LoRA settings give"
 
 
-def _return_full(sealed: Sealed) -> Iterator[str]:
+def _return_own(sealed: Sealed) -> Iterator[str]:
     manifest = _return_of(sealed)
-    if manifest.lora is None and sealed.parent is not None:
-        expected = {n: TensorEntry(shape=e.shape, dtype="F32") for n, e in sealed.parent.tensors.items()}
+    if manifest.method in ("full", "bitfit") and sealed.parent is not None:
+        own = sealed.parent.own_tensors(manifest.method)
+        expected = {n: TensorEntry(shape=e.shape, dtype="F32") for n, e in own.items()}
         yield from manifest_tensors_differ(manifest.tensors, expected)
+
+
+def _return_bottleneck(sealed: Sealed) -> Iterator[str]:
+    manifest = _return_of(sealed)
+    if manifest.bottleneck and sealed.parent is not None:
+        yield from manifest_tensors_differ(manifest.tensors, manifest.bottleneck.tensors(sealed.parent))
 
 
 def _return_parties(sealed: Sealed) -> Iterator[str]:
@@ -95,14 +101,14 @@ RETURN_RULES: tuple[Rule, ...] = (
     _return_tensors,
     _return_finite,
     _return_lora,
-    _return_full,
+    _return_own,
+    _return_bottleneck,
     _return_parties,
 )
 
 
 def _returned_weights(sealed: Sealed) -> dict[str, TensorRange]:
-    name = ADAPTER_WEIGHTS if _return_of(sealed).lora else RETURNED_WEIGHTS
-    return read_header(plain_file(sealed.folder, name))
+    return read_header(plain_file(sealed.folder, WEIGHTS_OF[_return_of(sealed).method]))
 
 
 def _return_of(sealed: Sealed) -> ReturnManifest:
@@ -118,4 +124,6 @@ def beyond_policy(manifest: ReturnManifest, bundle: BundleManifest) -> list[str]
         reasons.append(f"tuned by {manifest.method}, the bundle permits {', '.join(bundle.methods)}")
     if manifest.lora and manifest.lora.rank > bundle.max_rank:
         reasons.append(f"LoRA of rank {manifest.lora.rank}, the bundle permits up to {bundle.max_rank}")
+    if manifest.bottleneck and manifest.bottleneck.width > bundle.max_width:
+        reasons.append(f"bottlenecks of width {manifest.bottleneck.width}, the bundle permits up to {bundle.max_width}")
     return reasons

@@ -14,12 +14,19 @@ from torch.nn import functional as F
 
 from offsite.config import EvalSpec
 from offsite.core.data import encode, encode_choices, encode_prompt
-from offsite.core.load import context_length, load_adapted, load_model, load_replaced, load_tokenizer
+from offsite.core.load import (
+    context_length,
+    load_adapted,
+    load_bottlenecked,
+    load_model,
+    load_replaced,
+    load_tokenizer,
+)
 from offsite.core.loss import take_apart
 from offsite.core.progress import Event, Progress, silent
 from offsite.core.rows import Row, read_rows
 from offsite.core.runtime import Runtime, runtime
-from offsite.exchange.contents import RETURNED_WEIGHTS
+from offsite.exchange.contents import BOTTLENECK_WEIGHTS, RETURNED_WEIGHTS
 from offsite.measure.bootstrap import Interval, interval
 from offsite.measure.choices import ChoiceScore, score_choices
 from offsite.measure.row_losses import RowLoss, perplexity, row_losses
@@ -134,11 +141,13 @@ def _figures(
 
 
 def load_tuned(model: Path, adapter: Path | None, where: Runtime) -> "PreTrainedModel":
-    """A model, with what was tuned on it if there is something: a LoRA adapter, or a full return's tensors."""
+    """A model, with what was tuned on it if there is something: a LoRA adapter, bottlenecks, or tensors of its own."""
     if adapter is None:
         return load_model(model, dtype=where.dtype, device=where.device)
     if (adapter / RETURNED_WEIGHTS).exists():
         return load_replaced(model, adapter / RETURNED_WEIGHTS, dtype=where.dtype, device=where.device)
+    if (adapter / BOTTLENECK_WEIGHTS).exists():
+        return load_bottlenecked(model, adapter / BOTTLENECK_WEIGHTS, dtype=where.dtype, device=where.device)
     loaded: PreTrainedModel = load_adapted(model, adapter, dtype=where.dtype, device=where.device).get_base_model()
     return loaded
 

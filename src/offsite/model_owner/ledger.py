@@ -39,9 +39,11 @@ CREATE TABLE IF NOT EXISTS plug_ins (
     returned TEXT NOT NULL,
     bundle TEXT NOT NULL REFERENCES bundles(digest),
     made_at TEXT NOT NULL,
-    form TEXT NOT NULL
+    form TEXT NOT NULL,
+    strength REAL NOT NULL DEFAULT 1
 );
 """
+_ADDED = {"strength": "REAL NOT NULL DEFAULT 1"}  # columns of plug_ins that older ledgers lack
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,8 @@ class Ledger:
         manifest = plug_in.manifest
         with self._open() as db:
             db.execute(
-                "INSERT INTO plug_ins (digest, returned, bundle, made_at, form) VALUES (?, ?, ?, ?, ?)",
-                (plug_in.digest, manifest.returned, manifest.bundle, _now(), manifest.form),
+                "INSERT INTO plug_ins (digest, returned, bundle, made_at, form, strength) VALUES (?, ?, ?, ?, ?, ?)",
+                (plug_in.digest, manifest.returned, manifest.bundle, _now(), manifest.form, manifest.strength),
             )
             db.execute("UPDATE bundles SET state = 'plugged in' WHERE digest = ?", (manifest.bundle,))
             yield
@@ -132,6 +134,9 @@ class Ledger:
             try:
                 with db:  # one transaction: all of it, or nothing
                     db.executescript(_SCHEMA)
+                    there = {column[1] for column in db.execute("PRAGMA table_info(plug_ins)")}
+                    for name in _ADDED.keys() - there:
+                        db.execute(f"ALTER TABLE plug_ins ADD COLUMN {name} {_ADDED[name]}")
                     yield db
             finally:
                 db.close()

@@ -37,6 +37,7 @@ from offsite.model_owner.split import (
     bundle_tensors,
     counts,
     lora_targets,
+    permitted_methods,
     returnable,
     split,
 )
@@ -62,6 +63,7 @@ def pack(base: Base, out: Path, recipient: str, spec: PackSpec, home: Home, prog
     identity, key = home.identity(), home.trusted_key(recipient)
     model = open_base(base)
     sandwich = split(model, spec)
+    permitted_methods(model, spec)
     _tokenizer_files(model)  # a missing tokenizer must not show after the long work
     dtype = DTYPES[spec.dtype]
     with staged_folder(out) as folder, tempfile.TemporaryDirectory(dir=folder.parent, prefix=".healed.") as scratch:
@@ -108,8 +110,9 @@ def bundle_manifest(
         tokenizer=tokenizer_digest(files),
         architecture=model.row.model_type,
         split=numbers,
-        methods=spec.methods,
+        methods=permitted_methods(model, spec),
         max_rank=spec.max_rank,
+        max_width=spec.max_width,
         tensors=returnable(model, kept, numbers, DTYPES[spec.dtype]),
         lora_targets=lora_targets(model, kept, numbers),
         files=files,

@@ -26,6 +26,7 @@ from offsite.core.memory import (
     plain_libraries,
     torch_libraries,
 )
+from offsite.core.modules.shapes import place_of_bottleneck
 from offsite.core.progress import silent
 from offsite.errors import DataError, IncompatibleError
 from offsite.exchange.artifacts import Base
@@ -275,7 +276,7 @@ def plan_plug_in(base: Base, returned: Path, spec: PlugInSpec, home: Home) -> Pl
     Raises:
         VerificationError: the return fails verification.
         PolicyError: it goes beyond what was permitted.
-        UsageError: a full return cannot become an adapter.
+        UsageError: the return's method has no such form.
         IncompatibleError: the base has other blocks than the bundle's.
     """
     verified, parent = check_return(returned, home)
@@ -283,6 +284,9 @@ def plan_plug_in(base: Base, returned: Path, spec: PlugInSpec, home: Home) -> Pl
     lora, row = verified.manifest.lora, model.row
     form = form_of(verified, spec)
     names = [f"{target}.weight" for target in lora.targets] if lora else list(verified.manifest.tensors)
+    if verified.manifest.bottleneck:
+        places = {place_of_bottleneck(name) or "" for name in names}
+        names = sorted(f"{place}.weight" for place in places if place.endswith(f".{row.attention_out}"))
     changed = []
     for name in names:
         place = row.block_of(name)

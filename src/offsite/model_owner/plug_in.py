@@ -30,6 +30,7 @@ from offsite.exchange.artifacts import Base, PlugIn, Return
 from offsite.exchange.contents import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    BOTTLENECK_WEIGHTS,
     CONFIG,
     GENERATION_CONFIG,
     RETURNED_WEIGHTS,
@@ -55,7 +56,7 @@ def plug_in(base: Base, returned: Path, out: Path, spec: PlugInSpec, home: Home,
     Args:
         base: the owner's full model, the one that the bundle was packed from; it is only read.
         returned: the return's folder; it is verified first, and the verdict is recorded.
-        out: an adapter folder for `PeftModel.from_pretrained(base, out)`, or a complete checkpoint.
+        out: an adapter folder, for LoRA one for `PeftModel.from_pretrained(base, out)`; or a complete checkpoint.
         spec: the form, and whether a return may be plugged in again.
         home: the owner's.
         progress: where the events go.
@@ -64,7 +65,7 @@ def plug_in(base: Base, returned: Path, out: Path, spec: PlugInSpec, home: Home,
         VerificationError: the return fails verification.
         PolicyError: it goes beyond what was permitted, or was plugged in before.
         IncompatibleError: the base is another one than the bundle's.
-        UsageError: a full return cannot become an adapter, or `out` holds something.
+        UsageError: the return's method has no such form, or `out` holds something.
     """
     require_free(out)
     progress(Event("verifying the return", 0))
@@ -84,7 +85,7 @@ def plug_in(base: Base, returned: Path, out: Path, spec: PlugInSpec, home: Home,
     with ExitStack() as entry, staged_folder(out) as folder:
         write = _write_adapter if form == "adapter" else _write_merged
         with _refusals_recorded(verified, home):
-            written = write(model, verified, parent, folder)
+            written = write(model, verified, parent, folder, np.float32(spec.strength))
         manifest = PlugInManifest(
             kind="plug-in",
             format=FORMAT,
@@ -94,6 +95,7 @@ def plug_in(base: Base, returned: Path, out: Path, spec: PlugInSpec, home: Home,
             base=parent.manifest.base,
             bundle=parent.digest,
             returned=verified.digest,
+            strength=spec.strength,
             issuer=home.identity().public_key.hex,
             files=file_entries(written),
         )
@@ -115,14 +117,20 @@ def form_of(verified: Return, spec: PlugInSpec) -> Literal["adapter", "merged"]:
     """The form of a plug-in: the one that was asked for, else the one that suits the return.
 
     Raises:
-        UsageError: a full return cannot become an adapter.
+        UsageError: the return's method has no such form.
     """
-    if verified.manifest.method == "full" and spec.as_ == "adapter":
+    method = verified.manifest.method
+    if method == "bottleneck" and spec.as_ == "merged":
         raise UsageError(
-            "a full return holds whole weights, which no adapter folder can carry",
+            "a bottleneck stands beside the base's weights and cannot be merged into them",
+            next_step="plug it in with --as adapter",
+        )
+    if method in ("full", "bitfit") and spec.as_ == "adapter":
+        raise UsageError(
+            f"a {method} return holds the model's own tensors, which no adapter folder can carry",
             next_step="plug it in with --as merged",
         )
-    return spec.as_ or ("adapter" if verified.manifest.method == "lora" else "merged")
+    return spec.as_ or ("adapter" if method in ("lora", "bottleneck") else "merged")
 
 
 def _check_again(verified: Return, spec: PlugInSpec, home: Home) -> None:
@@ -146,13 +154,17 @@ def _to_base(name: str, model: BaseModel, parent: Issued) -> str:
     return model.row.in_block(parent.kept[place[0]], place[1])
 
 
-def _write_adapter(model: BaseModel, verified: Return, parent: Issued, folder: Path) -> list[Written]:
+def _write_adapter(
+    model: BaseModel, verified: Return, parent: Issued, folder: Path, strength: np.float32
+) -> list[Written]:
+    if verified.manifest.bottleneck:
+        return [_write_bottlenecks(model, verified, parent, folder, strength)]
     lora = _lora_of(verified)
     held = read_header(verified.folder / ADAPTER_WEIGHTS)
     renamed = []
     for target in lora.targets:
-        pairs = zip(lora_pair(target), lora_pair(_to_base(target, model, parent)), strict=True)
-        renamed += [copied(held[name], name=new_name) for name, new_name in pairs]
+        (a, b), (new_a, new_b) = lora_pair(target), lora_pair(_to_base(target, model, parent))
+        renamed += [copied(held[a], name=new_a), _scaled(held[b], new_b, strength)]
     targets = tuple(_to_base(target, model, parent) for target in lora.targets)
     config = adapter_config(lora.model_copy(update={"targets": targets}), model.row)
     return [
@@ -161,12 +173,27 @@ def _write_adapter(model: BaseModel, verified: Return, parent: Issued, folder: P
     ]
 
 
-def _write_merged(model: BaseModel, verified: Return, parent: Issued, folder: Path) -> list[Written]:
-    changes = (_lora_changes if verified.manifest.lora else _full_changes)(model, verified, parent)
+def _write_bottlenecks(
+    model: BaseModel, verified: Return, parent: Issued, folder: Path, strength: np.float32
+) -> Written:
+    held = read_header(verified.folder / BOTTLENECK_WEIGHTS)
+    renamed = []
+    for name, tensor in held.items():
+        factor = strength if ".bottleneck.up." in name else np.float32(1)
+        renamed.append(_scaled(tensor, _to_base(name, model, parent), factor))
+    return write_safetensors(folder / BOTTLENECK_WEIGHTS, renamed)
+
+
+def _write_merged(
+    model: BaseModel, verified: Return, parent: Issued, folder: Path, strength: np.float32
+) -> list[Written]:
+    changes = (_lora_changes if verified.manifest.lora else _own_changes)(model, verified, parent)
     tensors = []
     for stored in open_checkpoint(model.folder).tensors.values():
         parts = by_todays_names(model.row, stored)
-        new = [_changed(part, changes[name]) if name in changes else copied(part) for name, part in parts.items()]
+        new = [
+            _changed(part, changes[name], strength) if name in changes else copied(part) for name, part in parts.items()
+        ]
         tensors.append(_joined(stored, new) if changes.keys() & parts.keys() else copied(stored))
     written = write_checkpoint(folder, tensors)
     for name in _COMPANIONS:
@@ -182,13 +209,32 @@ def _joined(stored: TensorRange, parts: Sequence[NewTensor]) -> NewTensor:
     )
 
 
-def _changed(tensor: TensorRange, change: Change) -> NewTensor:
-    """A base tensor plus what the return changes, added in float32 and rounded once to the base's dtype."""
+def _scaled(tensor: TensorRange, name: str, factor: np.float32) -> NewTensor:
+    """A returned tensor under another name, multiplied in float32; by 1 it keeps its bits."""
+    if factor == 1:
+        return copied(tensor, name=name)
+
+    def chunks() -> list[bytes]:
+        with np.errstate(over="ignore"):  # judged below
+            values = read_float32(tensor) * factor
+        if not np.isfinite(values).all():
+            raise VerificationError(
+                "the return does not fit into F32 at this strength",
+                reasons=[f"{tensor.name} times {factor} would hold infinity"],
+                next_step="refuse the return; nothing was written",
+            )
+        return [from_float32(values, "F32").tobytes()]
+
+    return NewTensor(name, "F32", tensor.shape, chunks)
+
+
+def _changed(tensor: TensorRange, change: Change, strength: np.float32) -> NewTensor:
+    """A base tensor plus so much of what the return changes, added in float32 and rounded once to the base's dtype."""
 
     def chunks() -> list[bytes]:
         values = read_float32(tensor)
         with np.errstate(over="ignore", invalid="ignore"):  # judged below, by what would be written
-            delta = change(values)
+            delta = strength * change(values)
             # where nothing changed the base's bits stay, the sign of a zero included
             sums = from_float32(np.where(delta == 0, values, values + delta), tensor.dtype).tobytes()
         if not np.isfinite(to_float32(sums, tensor.dtype)).all():
@@ -217,7 +263,7 @@ def _lora_changes(model: BaseModel, verified: Return, parent: Issued) -> Mapping
     return {f"{_to_base(target, model, parent)}.weight": change_of(target) for target in lora.targets}
 
 
-def _full_changes(model: BaseModel, verified: Return, parent: Issued) -> Mapping[str, Change]:
+def _own_changes(model: BaseModel, verified: Return, parent: Issued) -> Mapping[str, Change]:
     held = read_header(verified.folder / RETURNED_WEIGHTS)
 
     def change_of(name: str) -> Change:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from offsite.config import PackSpec
+from offsite.config import Method, PackSpec
 from offsite.core.checkpoint import NewTensor, TensorRange, copied
 from offsite.errors import IncompatibleError, UsageError
 from offsite.exchange.manifest import Split, TensorEntry
@@ -103,6 +103,22 @@ def returnable(model: BaseModel, kept: Sequence[int], numbers: Split, dtype: str
         for index in numbers.trained
         for path, tensor in model.block(kept[index]).items()
     }
+
+
+def permitted_methods(model: BaseModel, spec: PackSpec) -> tuple[Method, ...]:
+    """The methods that the owner permits and that have something to train: BitFit needs biases.
+
+    Raises:
+        UsageError: none is left.
+    """
+    biased = any(model.row.is_bias(model.row.in_block(0, path)) for path in model.block(0))
+    methods = tuple(method for method in spec.methods if biased or method != "bitfit")
+    if not methods:
+        raise UsageError(
+            f"BitFit trains biases, and the blocks of this {model.row.model_type} model have none",
+            next_step="permit another method",
+        )
+    return methods
 
 
 def lora_targets(model: BaseModel, kept: Sequence[int], numbers: Split) -> dict[str, tuple[int, int]]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from offsite.config import Method, TuneSpec
-from offsite.data_owner.methods import full, lora
+from offsite.data_owner.methods import bottleneck, lora, own
 from offsite.exchange.manifest import BundleManifest
 
 if TYPE_CHECKING:
@@ -14,4 +14,9 @@ if TYPE_CHECKING:
 
 Attach = Callable[["PreTrainedModel", BundleManifest, TuneSpec], dict[str, nn.Parameter]]
 
-METHODS: Mapping[Method, Attach] = {"lora": lora.attach, "full": full.attach}
+METHODS: Mapping[Method, Attach] = {
+    "lora": lora.attach,
+    "full": own.attach,
+    "bitfit": own.attach,
+    "bottleneck": bottleneck.attach,
+}

@@ -1,4 +1,4 @@
-"""Full tuning: the trained blocks' own tensors; embeddings, final norm, head and emulator stay frozen."""
+"""Full tuning and BitFit: the trained blocks' own tensors, all of them or their biases alone (arXiv 2106.10199)."""
 
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -> dict[str, nn.Parameter]:
-    """Make exactly the manifest's tensors trainable.
+    """Make exactly the manifest's tensors for the method trainable; everything else stays frozen.
+
+    BitFit trains every bias, those of norms included, and no other tensor of one dimension.
 
     Returns:
         The trainable parameters by their names in the model; `core.mixture.in_files` makes of them what is returned.
@@ -23,10 +25,10 @@ def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -
     Raises:
         IncompatibleError: the model does not have exactly these tensors in these shapes.
     """
-    row = ARCHITECTURES[manifest.architecture]
+    row, wanted = ARCHITECTURES[manifest.architecture], manifest.own_tensors(spec.method)
     for name, parameter in model.named_parameters():
-        if in_files(row, {name: parameter}).keys() <= manifest.tensors.keys():
+        if in_files(row, {name: parameter}).keys() <= wanted.keys():
             parameter.requires_grad_(True)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    require_exactly(in_files(row, trainable), manifest.tensors)
+    require_exactly(in_files(row, trainable), wanted)
     return trainable

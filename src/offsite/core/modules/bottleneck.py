@@ -1,0 +1,60 @@
+"""The bottleneck adapter of Houlsby et al. (arXiv 1902.00751, section 2.1), behind a linear map."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Bottleneck(nn.Module):
+    """x + W_up gelu(W_down x + b_down) + b_up; with W_up and b_up zero, as it starts, the identity."""
+
+    def __init__(self, hidden: int, width: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.down = nn.Linear(hidden, width, dtype=dtype, device=device)
+        self.up = nn.Linear(width, hidden, dtype=dtype, device=device)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, H)
+        """Add what the bottleneck makes of its input to it."""
+        made: torch.Tensor = self.up(F.gelu(self.down(x)))
+        return x + made
+
+
+class WithBottleneck(nn.Module):
+    """A linear map and the bottleneck behind it, in the map's place."""
+
+    def __init__(self, inner: nn.Module, bottleneck: Bottleneck) -> None:
+        super().__init__()
+        self.inner = inner
+        self.bottleneck = bottleneck
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The map, then the bottleneck."""
+        made: torch.Tensor = self.bottleneck(self.inner(x))
+        return made
+
+
+def insert_bottlenecks(model: nn.Module, places: Iterable[str], hidden: int, width: int) -> dict[str, nn.Parameter]:
+    """Put untrained bottlenecks behind linear maps of a model, in the dtype and on the device of each map.
+
+    Args:
+        model: changed in place.
+        places: full paths of the linear maps.
+        hidden: their outputs.
+        width: of the bottlenecks.
+
+    Returns:
+        The new parameters by name.
+    """
+    made: dict[str, nn.Parameter] = {}
+    for place in places:
+        parent, _, name = place.rpartition(".")
+        inner = model.get_submodule(place)
+        weight = next(inner.parameters())
+        bottleneck = Bottleneck(hidden, width, dtype=weight.dtype, device=weight.device)
+        setattr(model.get_submodule(parent), name, WithBottleneck(inner, bottleneck))
+        made |= {f"{place}.bottleneck.{path}": parameter for path, parameter in bottleneck.named_parameters()}
+    return made

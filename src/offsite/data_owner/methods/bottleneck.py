@@ -1,0 +1,31 @@
+"""Bottleneck adapters (arXiv 1902.00751): two small layers behind attention and MLP of each trained block."""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from offsite.config import TuneSpec
+from offsite.core.architectures import ARCHITECTURES
+from offsite.core.modules.bottleneck import insert_bottlenecks
+from offsite.core.modules.shapes import bottleneck_places
+from offsite.data_owner.methods.trainable import require_exactly
+from offsite.exchange.manifest import BottleneckSettings, BundleManifest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -> dict[str, nn.Parameter]:
+    """Put bottlenecks that change nothing yet into the trained blocks, before the residual is added.
+
+    Returns:
+        The trainable parameters by the names under which they are returned.
+
+    Raises:
+        IncompatibleError: the model's bottlenecks are not exactly those that the manifest permits.
+    """
+    places = bottleneck_places(ARCHITECTURES[manifest.architecture], manifest.split.trained)
+    insert_bottlenecks(model, places, manifest.hidden, spec.width)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    require_exactly(trainable, BottleneckSettings(width=spec.width).tensors(manifest))
+    return trainable

@@ -1,0 +1,32 @@
+"""Whether the model's owner would take back what a tuning with these settings returns. Torch-free."""
+
+from offsite.config import TuneSpec
+from offsite.errors import IncompatibleError, PolicyError
+from offsite.exchange.manifest import BundleManifest
+
+
+def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
+    """Refuse settings that cannot work, or whose return the owner would refuse.
+
+    Raises:
+        IncompatibleError: BitFit was asked for, and the trained blocks have no biases.
+        PolicyError: the method, the rank or the width is not permitted.
+    """
+    if spec.method == "bitfit" and not manifest.own_tensors("bitfit"):
+        raise IncompatibleError(
+            f"BitFit trains biases, and the trained blocks of this {manifest.architecture} model have none",
+            next_step=f"tune by another method: the bundle permits {', '.join(manifest.methods)}",
+        )
+    reasons = []
+    if spec.method not in manifest.methods:
+        reasons.append(f"method {spec.method}, the bundle permits {', '.join(manifest.methods)}")
+    if spec.method == "lora" and spec.rank > manifest.max_rank:
+        reasons.append(f"rank {spec.rank}, the bundle permits up to {manifest.max_rank}")
+    if spec.method == "bottleneck" and spec.width > manifest.max_width:
+        reasons.append(f"width {spec.width}, the bundle permits up to {manifest.max_width}")
+    if reasons:
+        raise PolicyError(
+            "the model's owner would refuse this tuning",
+            reasons=reasons,
+            next_step="choose what the bundle permits (`offsite inspect BUNDLE`), or ask the owner for another bundle",
+        )
