@@ -5,7 +5,7 @@ import pytest
 
 from offsite.core import extras
 from offsite.core.row_files import data_digest
-from offsite.core.rows import Row, Turn, choice_completion, question_prompt, read_rows
+from offsite.core.rows import Row, Turn, choice_completion, parse_row, question_prompt, read_rows
 from offsite.errors import DataError, UsageError
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, «you»\n"}]
@@ -118,6 +118,14 @@ def test_what_is_wrong_with_a_row(tmp_path, record, says):
     (reason,) = reasons_of(jsonl(tmp_path / "rows.jsonl", [{"text": "good"}, record]))
     assert reason.startswith(f"{tmp_path / 'rows.jsonl'}:2: ")
     assert says in reason
+
+
+def test_other_columns_are_left_alone():
+    assert parse_row({"prompt": "p", "completion": "c", "id": 7, "answers": ["a"]}, 1) == Row(1, "p", "c")
+
+
+def test_a_row_of_two_kinds_is_refused():
+    assert "fields 'completion', 'prompt', 'text'" in parse_row({"prompt": "p", "completion": "c", "text": "t"}, 1)
 
 
 def test_rows_of_a_table_are_named_by_their_number(tmp_path):

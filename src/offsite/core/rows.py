@@ -17,6 +17,7 @@ from offsite.errors import DataError
 ROLES = ("system", "user", "assistant")
 _LISTED = 20  # bad rows that an error lists
 _FIELDS = ({"text"}, {"prompt", "completion"}, {"messages"}, {"question", "choices", "answer"})
+_NAMES = frozenset().union(*_FIELDS)
 _EXPECTED = "expected 'text', or 'prompt' and 'completion', or 'messages', or 'question', 'choices' and 'answer'"
 _EXAMPLE = '{"prompt": "...", "completion": "..."} or {"text": "..."}; docs/data.md has the others'
 
@@ -89,10 +90,12 @@ def _rows_of(records: Iterable[tuple[int, Mapping[str, Any] | str]], path: Path)
 
 
 def parse_row(fields: Mapping[str, Any], number: int) -> Row | str:
-    """The row, or everything that is wrong with it."""
-    if set(fields) not in _FIELDS:
+    """The row, or everything that is wrong with it; fields that no kind of row has are left alone."""
+    known = {name: value for name, value in fields.items() if name in _NAMES}
+    if set(known) not in _FIELDS:
         found = ", ".join(repr(name)[:40] for name in sorted(fields, key=str)[:6]) or "none"
         return f"fields {found}; {_EXPECTED}"
+    fields = known
     if "messages" in fields:
         return _conversation(fields["messages"], number)
     if "choices" in fields:
