@@ -29,8 +29,6 @@ TOKENIZER_FACTOR = 17  # bytes in memory for each byte of tokenizer.json, once l
 TEXT_FACTOR = 80  # bytes in memory for each byte of a text while it is tokenised
 ALLOCATOR_PERCENT = 35  # of activations and logits: room between pieces of many sizes that come and go, on a processor
 
-# Elements that a family's activation function keeps for the backward pass, beside its output.
-_KEPT_BY_ACTIVATION = {"gelu_new": 3, "gelu_pytorch_tanh": 0, "gelu_fast": 3}
 
 
 @dataclass(frozen=True)
@@ -81,12 +79,16 @@ class BlockShape:
     attended: int  # A: what enters the attention's output projection
     projected: int  # Q: outputs of all other linear maps together, of experts of all maps
     heads: int  # of the attention
-    kept_by_activation: int  # elements of F that the activation function keeps beside its output
+    gated: bool  # whether its MLP is one that core.fused runs as one function
     linears: int  # linear maps in it
 
     def forward(self, item: int) -> int:
         """Bytes of a token that a block's forward pass makes: outputs of its maps, and its norms in fp32."""
-        return item * (self.projected + self.attended + self.inner * (1 + self.kept_by_activation)) + 8 * self.hidden
+        return item * (self.projected + self.attended + self.inner) + 8 * self.hidden
+
+    def kept(self, item: int) -> int:
+        """Bytes of a token that tuning keeps of that for the backward pass, with what core.fused saves."""
+        return item * (self.projected + self.attended + (0 if self.gated else self.inner) + 2 * self.hidden)
 
     def attention(self, item: int, length: int, *, short: bool) -> int:
         """Bytes of a token that attention keeps beside that: the shares of each head, or a row of the mask."""
@@ -127,7 +129,6 @@ def block_shape(row: Architecture, shapes: Mapping[str, tuple[int, ...]], config
         chosen = int(config.get(row.experts.chosen_key) or 1)
         inner += chosen * sizes(f"{first}.{row.experts.out}")[0]
         projected += chosen * sum(sizes(f"{first}.{path}")[1] for path in row.experts.maps)
-    activation = str(config.get("hidden_act") or config.get("activation_function"))
     return BlockShape(
         parameters=sum(math.prod(shape) for shape in shapes.values()),
         hidden=sizes(row.attention_out)[1],
@@ -135,7 +136,7 @@ def block_shape(row: Architecture, shapes: Mapping[str, tuple[int, ...]], config
         attended=sizes(row.attention_out)[0],
         projected=projected,
         heads=int(config.get("num_attention_heads") or config.get("n_head") or 1),
-        kept_by_activation=_KEPT_BY_ACTIVATION.get(activation, 0),
+        gated={"mlp.gate_proj", "mlp.up_proj"} <= row.linears.keys(),
         linears=len(linears),
     )
 

@@ -107,7 +107,7 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     shapes = [block_shape(row, {path: one.shape for path, one in block.items()}, config) for block in blocks]
     numbers = [math.prod(entry.shape) for entry in returned.values()]
     sizes = _Sizes(
-        block=max(shapes, key=lambda shape: shape.forward(item)),
+        block=max(shapes, key=lambda shape: shape.kept(item)),
         vocabulary=tensors[row.embedding_tensors(config)[0]].shape[0],
         parameters=sum(one.parameters for one in parts),
         stored=sum(one.bytes for one in parts),
@@ -200,8 +200,8 @@ def _phases(sizes: _Sizes, tokenizer: int) -> tuple[Phase, ...]:
     kept = _activations(sizes)
     in_flight = Term(
         "gradients of one block's activations",
-        sizes.tokens * sizes.block.forward(sizes.item),
-        "n * (c * (Q + A + F) + 8 * H)",
+        sizes.tokens * sizes.block.kept(sizes.item),
+        "n * c * (Q + A + F' + 2 * H)",
     )
     working = Term(
         "gradients in bf16", sizes.item * sizes.trained if sizes.item < 4 else 0, "c * P_t, nothing where c is 4"
@@ -236,8 +236,8 @@ def _activations(sizes: _Sizes) -> list[Term]:
     terms = [
         Term(
             "activations of the blocks",
-            sizes.through * sizes.tokens * block.forward(item),
-            "m * n * (c * (Q + A + F) + 8 * H)",
+            sizes.through * sizes.tokens * block.kept(item),
+            "m * n * c * (Q + A + F' + 2 * H)",
         ),
         Term(
             "attention of the blocks",
