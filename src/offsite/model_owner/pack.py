@@ -1,9 +1,10 @@
 """Packing: split, select, heal, write and sign a bundle for one recipient."""
 
+import contextlib
 import datetime
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from offsite.config import PackSpec
 from offsite.core.architectures import config_problems
 from offsite.core.checkpoint import TensorRange, strict_json, write_checkpoint
 from offsite.core.progress import Event, Progress, silent
+from offsite.core.row_files import data_digest
 from offsite.core.storage import require_free, staged_folder, write_stream
 from offsite.errors import IncompatibleError, StorageError
 from offsite.exchange.artifacts import Base, Bundle
@@ -42,9 +44,24 @@ from offsite.model_owner.split import (
     split,
 )
 
+# Settings that do not change what comes out, so a resumed run may have others.
+_FREE_SETTINGS = frozenset({"threads", "search_minutes"})
 
-def pack(base: Base, out: Path, recipient: str, spec: PackSpec, home: Home, progress: Progress = silent) -> Bundle:
+
+def pack(
+    base: Base,
+    out: Path,
+    recipient: str,
+    spec: PackSpec,
+    home: Home,
+    progress: Progress = silent,
+    *,
+    resume: bool = False,
+) -> Bundle:
     """Make a signed bundle of a base model for one trusted party, and enter it in the ledger.
+
+    A distillation or search keeps resume points in `<out>.run/` while it runs; a distillation writes its healing curve
+    to `<out>.log.jsonl`. Both are beside the bundle, never in it.
 
     Args:
         base: the owner's full model; it is only read.
@@ -53,11 +70,16 @@ def pack(base: Base, out: Path, recipient: str, spec: PackSpec, home: Home, prog
         spec: how to split, compress and heal.
         home: the owner's.
         progress: where the events go.
+        resume: continue an interrupted distillation or search; where there is none, start.
 
     Raises:
-        UsageError: a setting does not fit the model, the recipient is unknown, or `out` holds something.
-        IncompatibleError: the model cannot be cut.
+        UsageError: a setting does not fit the model, the recipient is unknown, `out` holds something, or an interrupted
+            run is there that cannot or was not to be resumed.
+        IncompatibleError: the model cannot be cut, or not be healed in this way.
+        DataError: the calibration text is unreadable or too short.
+        OffsiteError: the distillation diverged.
         StorageError: something cannot be read or written; `out` is then as it was.
+        KeyboardInterrupt: the user stopped it.
     """
     require_free(out)
     identity, key = home.identity(), home.trusted_key(recipient)
@@ -66,15 +88,17 @@ def pack(base: Base, out: Path, recipient: str, spec: PackSpec, home: Home, prog
     permitted_methods(model, spec)
     _tokenizer_files(model)  # a missing tokenizer must not show after the long work
     dtype = DTYPES[spec.dtype]
-    with staged_folder(out) as folder, tempfile.TemporaryDirectory(dir=folder.parent, prefix=".healed.") as scratch:
-        emulator = select(model, sandwich, spec, progress)
-        healed = _heal(model, sandwich, emulator, spec, Path(scratch), progress)
+    base_code = fingerprint(model, identity)
+    with staged_folder(out) as folder, _scratch(out, folder, base_code, spec, resume=resume) as scratch:
+        emulator = select(model, sandwich, spec, scratch, progress)
+        healed = _heal(model, sandwich, emulator, spec, scratch, out, progress)
         kept = (*sandwich.bottom, *emulator, *sandwich.top)
         progress(Event("writing the bundle", 0))
-        written = write_checkpoint(folder, bundle_tensors(model, kept, healed, dtype))
+        tensors = bundle_tensors(model, kept, healed, dtype, emulator=emulator, prune=spec.prune)
+        written = write_checkpoint(folder, tensors)
         settings = settings_files(model, kept, dtype)
         written += [write_stream(folder / name, [content]) for name, content in settings.items()]
-        parties = Parties(identity.public_key.hex, key.hex, fingerprint(model, identity))
+        parties = Parties(identity.public_key.hex, key.hex, base_code)
         manifest = bundle_manifest(model, kept, counts(sandwich, spec), spec, file_entries(written), parties)
         bundle = Bundle(out, manifest, seal(folder, manifest, identity))
         Ledger(home.ledger).record_issue(bundle, recipient, kept, spec)
@@ -125,13 +149,31 @@ def _heal(
     emulator: Sequence[int],
     spec: PackSpec,
     scratch: Path,
+    out: Path,
     progress: Progress,
 ) -> Mapping[str, TensorRange]:
-    if spec.heal == "none" or len(emulator) == len(sandwich.middle):
+    if not spec.heal or len(emulator) == len(sandwich.middle):
         return {}  # where nothing was dropped there is no gap
-    from offsite.model_owner.compress.refit import refit
+    from offsite.core.resume import log_file
+    from offsite.model_owner.compress.heal import heal
 
-    return refit(model, sandwich, emulator, spec, scratch, progress)
+    return heal(model, sandwich, emulator, spec, scratch, log_file(out), progress)
+
+
+@contextlib.contextmanager
+def _scratch(out: Path, staging: Path, base: str, spec: PackSpec, *, resume: bool) -> Iterator[Path]:
+    """Where healed weights lie until the bundle is written; where the work is long, it outlives an interruption."""
+    if not spec.resumable:
+        with tempfile.TemporaryDirectory(dir=staging.parent, prefix=".healed.") as folder:
+            yield Path(folder)
+        return
+    from offsite.core.resume import RunState, run_folder
+
+    text = data_digest(spec.calibration) if spec.calibration else None
+    identity = {**spec.model_dump(mode="json", exclude=set(_FREE_SETTINGS)), "base": base, "text": text}
+    state = RunState(run_folder(out), identity, resume=resume)
+    yield state.folder
+    state.remove()
 
 
 def _tokenizer_files(model: BaseModel) -> list[Path]:

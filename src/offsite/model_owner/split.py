@@ -9,6 +9,8 @@ from offsite.core.checkpoint import NewTensor, TensorRange, copied
 from offsite.errors import IncompatibleError, UsageError
 from offsite.exchange.manifest import Split, TensorEntry
 from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.compress.contiguous import contiguous
+from offsite.model_owner.compress.prune import pruned
 
 DTYPES = {"bf16": "BF16", "fp32": "F32"}
 
@@ -38,19 +40,27 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
             if len(middle) >= 1
             else "choose a smaller --bottom or --top",
         )
-    if spec.heal == "refit" and spec.keep < len(middle) and not model.row.residual_is_linear(model.config):
+    if "refit" in spec.heal and spec.keep < len(middle) and not model.row.residual_is_linear(model.config):
         why = "its MLP is a mixture of experts" if model.row.experts else "a norm follows the MLP in its blocks"
         raise IncompatibleError(
             f"refit needs a residual that is linear in the MLP's output, which this {model.row.model_type} model "
             "does not have",
             reasons=[why],
-            next_step="pack with --heal none",
+            next_step="pack with --heal none or --heal distill",
         )
+    if spec.select == "contiguous":
+        contiguous(middle, spec.keep, spec.drop_from)  # refuses a piece that does not lie in the middle
     return Sandwich(tuple(range(spec.bottom)), tuple(middle), tuple(range(model.blocks - spec.top, model.blocks)))
 
 
 def bundle_tensors(
-    model: BaseModel, kept: Sequence[int], healed: Mapping[str, TensorRange], dtype: str
+    model: BaseModel,
+    kept: Sequence[int],
+    healed: Mapping[str, TensorRange],
+    dtype: str,
+    *,
+    emulator: Sequence[int] = (),
+    prune: float = 0.0,
 ) -> list[NewTensor]:
     """Every tensor of the bundle, blocks renumbered from 0, in the order of the base's computation.
 
@@ -59,6 +69,8 @@ def bundle_tensors(
         kept: base indices of all blocks that the bundle holds, in order.
         healed: tensors that take the place of the base's, by base name.
         dtype: "BF16" or "F32".
+        emulator: base indices of the blocks whose matrices are pruned.
+        prune: the share of each that becomes zero.
     """
     row = model.row
     renamed = {name: name for name in (*row.embeddings, *row.final, row.head) if name in model.tensors}
@@ -67,8 +79,13 @@ def bundle_tensors(
         for index, base_index in enumerate(kept)
         for path in model.block(base_index)
     }
+    sparse = {row.in_block(index, path) for index in emulator for path in model.block(index)} if prune else set()
     return [
-        copied(healed.get(name, model.tensors[name]), name=new_name, dtype=dtype) for name, new_name in renamed.items()
+        pruned(tensor, name=new_name, dtype=dtype, ratio=prune)
+        if name in sparse and len(tensor.shape) == 2
+        else copied(tensor, name=new_name, dtype=dtype)
+        for name, new_name in renamed.items()
+        for tensor in (healed.get(name, model.tensors[name]),)
     ]
 
 
