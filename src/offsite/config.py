@@ -14,7 +14,7 @@ from offsite.errors import UsageError
 
 Method = Literal["lora", "full", "bitfit", "bottleneck"]
 Dtype = Literal["bf16", "fp32"]
-Healing = Literal["refit", "distill"]
+Healing = Literal["share", "refit", "distill"]
 
 
 class Spec(BaseModel):
@@ -76,6 +76,16 @@ class PackSpec(ComputeSpec):
     prune: Annotated[
         float, Field(ge=0, lt=1, description="share of each emulator matrix set to zero, the smallest numbers")
     ] = 0.0
+    bits: Annotated[
+        Literal[8, 4] | None, Field(description="bits of a weight in the emulator's linear maps; None keeps floats")
+    ] = None
+    group: Annotated[Literal[64, 128], Field(description="weights that share a scale, with bits")] = 64
+    svd_rank: Annotated[
+        float | None, Field(gt=0, le=1, description="rank of the emulator's matrices as a share of the full; factors")
+    ] = None
+    mlp_width: Annotated[
+        float | None, Field(gt=0, le=1, description="share of the feed-forward neurons that the emulator keeps")
+    ] = None
     calibration: Annotated[
         Path | None, Field(description="text or rows to select and heal with; None takes the text that ships")
     ] = None
@@ -111,9 +121,19 @@ class PackSpec(ComputeSpec):
             raise ValueError(f"heal names a step twice: {','.join(self.heal)}")
         if "distill" in self.heal[:-1]:
             raise ValueError("distill must be heal's last step: a closed form after it would undo what it learnt")
+        if "share" in self.heal and "refit" in self.heal:
+            raise ValueError("share and refit are two ways to fill the same gap: choose one")
+        if self.bits is not None and self.svd_rank is not None:
+            raise ValueError("bits and svd_rank both store a matrix in another way: choose one")
         if self.drop_from is not None and self.select != "contiguous":
             raise ValueError("drop_from is a setting of select = contiguous and of no other")
         return self
+
+    @property
+    def declares(self) -> tuple[str, ...]:
+        """Settings under which the bundle is no checkpoint of its family any more."""
+        asked = {"bits": self.bits, "svd_rank": self.svd_rank, "mlp_width": self.mlp_width}
+        return (*(["share"] if "share" in self.heal else []), *(name for name in asked if asked[name] is not None))
 
     @property
     def resumable(self) -> bool:

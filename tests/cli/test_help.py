@@ -73,7 +73,8 @@ def _literal(annotation: Any) -> tuple[str, ...]:
             "pack",
             {
                 "out", "for", "bottom", "top", "keep", "select", "drop-from", "search-minutes", "heal",
-                "distill-tokens", "distill-epochs", "distill-steps", "distill-lr", "distill-ce", "prune", "calibration",
+                "distill-tokens", "distill-epochs", "distill-steps", "distill-lr", "distill-ce", "prune", "bits",
+                "group", "svd-rank", "mlp-width", "calibration",
                 "dtype", "resume", "plan", "config", "home", "json",
             },
         ),

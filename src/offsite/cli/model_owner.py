@@ -53,6 +53,10 @@ def pack(
     distill_lr: Annotated[float | None, flags.SETTING] = None,
     distill_ce: Annotated[float | None, flags.SETTING] = None,
     prune: Annotated[float | None, flags.SETTING] = None,
+    bits: Annotated[int | None, flags.SETTING] = None,
+    group: Annotated[int | None, flags.SETTING] = None,
+    svd_rank: Annotated[float | None, flags.SETTING] = None,
+    mlp_width: Annotated[float | None, flags.SETTING] = None,
     calibration: Annotated[Path | None, flags.SETTING] = None,
     dtype: Annotated[str | None, flags.SETTING] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted distillation or search")] = False,
@@ -63,7 +67,8 @@ def pack(
 ) -> None:
     """Make a signed bundle for one data owner: the blocks to train, and an emulator in place of the rest.
 
-    The bundle is an ordinary Hugging Face checkpoint of a smaller model. What was issued stands in the home's ledger.
+    The bundle is an ordinary Hugging Face checkpoint of a smaller model, unless the emulator shares, quantises, factors
+    or narrows its blocks. What was issued stands in the home's ledger.
 
     Example:
       offsite pack base/ --out bundle/ --for hospital --bottom 2 --top 2 --keep 8 --heal refit,distill
@@ -87,6 +92,10 @@ def pack(
             "distill_lr": distill_lr,
             "distill_ce": distill_ce,
             "prune": prune,
+            "bits": bits,
+            "group": group,
+            "svd_rank": svd_rank,
+            "mlp_width": mlp_width,
             "calibration": calibration,
             "dtype": dtype,
         },

@@ -11,7 +11,8 @@ from typing import Any
 
 from offsite.config import PackSpec
 from offsite.core.architectures import config_problems
-from offsite.core.checkpoint import TensorRange, strict_json, write_checkpoint
+from offsite.core.checkpoint import DECLARED_WEIGHTS, WEIGHTS, TensorRange, strict_json, write_checkpoint
+from offsite.core.modules.declared import Declared, wrapped
 from offsite.core.progress import Event, Progress, silent
 from offsite.core.row_files import data_digest
 from offsite.core.storage import require_free, staged_folder, write_stream
@@ -30,7 +31,9 @@ from offsite.exchange.home import Home
 from offsite.exchange.manifest import FORMAT, BundleManifest, FileEntry, Split
 from offsite.exchange.pack import file_entries, seal
 from offsite.model_owner.base_model import BaseModel, fingerprint, open_base
+from offsite.model_owner.compress.declare import declared_of
 from offsite.model_owner.compress.select import select
+from offsite.model_owner.compress.share import shared
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.split import (
     DTYPES,
@@ -90,16 +93,19 @@ def pack(
     dtype = DTYPES[spec.dtype]
     base_code = fingerprint(model, identity)
     with staged_folder(out) as folder, _scratch(out, folder, base_code, spec, resume=resume) as scratch:
-        emulator = select(model, sandwich, spec, scratch, progress)
+        chosen = select(model, sandwich, spec, scratch, progress)
+        emulator = shared(sandwich.middle, chosen) if "share" in spec.heal else chosen
         healed = _heal(model, sandwich, emulator, spec, scratch, out, progress)
         kept = (*sandwich.bottom, *emulator, *sandwich.top)
         progress(Event("writing the bundle", 0))
-        tensors = bundle_tensors(model, kept, healed, dtype, emulator=emulator, prune=spec.prune)
-        written = write_checkpoint(folder, tensors)
-        settings = settings_files(model, kept, dtype)
+        numbers = counts(sandwich, spec)
+        declared = declared_of(model, numbers.bottom, emulator, spec)
+        weights = DECLARED_WEIGHTS if declared else WEIGHTS
+        written = write_checkpoint(folder, bundle_tensors(model, kept, healed, dtype, numbers, spec), weights=weights)
+        settings = settings_files(model, kept, dtype, declared)
         written += [write_stream(folder / name, [content]) for name, content in settings.items()]
         parties = Parties(identity.public_key.hex, key.hex, base_code)
-        manifest = bundle_manifest(model, kept, counts(sandwich, spec), spec, file_entries(written), parties)
+        manifest = bundle_manifest(model, kept, numbers, spec, file_entries(written), parties, declared)
         bundle = Bundle(out, manifest, seal(folder, manifest, identity))
         Ledger(home.ledger).record_issue(bundle, recipient, kept, spec)
     return bundle
@@ -121,12 +127,13 @@ def bundle_manifest(
     spec: PackSpec,
     files: tuple[FileEntry, ...],
     parties: Parties,
+    declared: Declared | None = None,
 ) -> BundleManifest:
     """The manifest of a bundle that holds the base blocks `kept` in these files, issued now."""
     return BundleManifest(
         kind="bundle",
         format=FORMAT,
-        requires=(),
+        requires=declared.features if declared else (),
         issued_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         issuer=parties.issuer,
         recipient=parties.recipient,
@@ -152,7 +159,7 @@ def _heal(
     out: Path,
     progress: Progress,
 ) -> Mapping[str, TensorRange]:
-    if not spec.heal or len(emulator) == len(sandwich.middle):
+    if not set(spec.heal) - {"share"} or len(set(emulator)) == len(sandwich.middle):
         return {}  # where nothing was dropped there is no gap
     from offsite.core.resume import log_file
     from offsite.model_owner.compress.heal import heal
@@ -187,7 +194,9 @@ def _tokenizer_files(model: BaseModel) -> list[Path]:
     return found
 
 
-def settings_files(model: BaseModel, kept: Sequence[int], dtype: str) -> dict[str, bytes]:
+def settings_files(
+    model: BaseModel, kept: Sequence[int], dtype: str, declared: Declared | None = None
+) -> dict[str, bytes]:
     """What a bundle holds beside its weights, by file name: config, generation settings and tokenizer, cleaned.
 
     Raises:
@@ -200,7 +209,7 @@ def settings_files(model: BaseModel, kept: Sequence[int], dtype: str) -> dict[st
         raise IncompatibleError(
             "the base's config holds what may not travel", reasons=problems, next_step=f"mend {CONFIG} in the base"
         )
-    files = {CONFIG: _json(config)}
+    files = {CONFIG: _json(wrapped(config, declared) if declared else config)}
     others = _tokenizer_files(model)
     if (model.folder / GENERATION_CONFIG).is_file():
         others.append(model.folder / GENERATION_CONFIG)

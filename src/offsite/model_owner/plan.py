@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Literal
 
 from offsite.config import PackSpec, PlugInSpec
-from offsite.core.checkpoint import FLOATS, ITEM_SIZE, TensorRange, checkpoint_bytes, open_checkpoint
+from offsite.core.checkpoint import (
+    DECLARED_WEIGHTS,
+    FLOATS,
+    ITEM_SIZE,
+    WEIGHTS,
+    TensorRange,
+    checkpoint_bytes,
+    open_checkpoint,
+)
 from offsite.core.memory import (
     CALIBRATION_BATCH,
     CHUNK_ELEMENTS,
@@ -39,7 +47,9 @@ from offsite.exchange.home import Home
 from offsite.exchange.manifest import FileEntry, render_manifest
 from offsite.exchange.signing import SIGNATURE_BYTES
 from offsite.model_owner.base_model import BaseModel, open_base
+from offsite.model_owner.compress.declare import declared_of
 from offsite.model_owner.compress.select import select
+from offsite.model_owner.compress.share import shared
 from offsite.model_owner.intake import check_return
 from offsite.model_owner.pack import Parties, bundle_manifest, settings_files
 from offsite.model_owner.plug_in import form_of
@@ -103,9 +113,10 @@ def plan_pack(base: Base, spec: PackSpec) -> PackPlan:
     dropped = spec.keep < len(sandwich.middle)
     refits, distills = (step in spec.heal and dropped for step in ("refit", "distill"))
     searches = spec.select == "search" and dropped
-    runs = dropped and (bool(spec.heal) or spec.select in _WORK)
+    runs = dropped and (refits or distills or spec.select in _WORK)
     # which blocks the calibration text will choose is known only after the work; their sizes do not depend on it
     emulator = select(model, sandwich, _without_work(spec), Path(), silent)
+    emulator = shared(sandwich.middle, emulator) if "share" in spec.heal else emulator
     kept = (*sandwich.bottom, *emulator, *sandwich.top)
     files = _bundle_files(model, sandwich, kept, spec)
     length = calibration_length(model.config)
@@ -184,10 +195,14 @@ def _parts(model: BaseModel, sandwich: Sandwich, middle: Sequence[int], dtype: s
 def _bundle_files(model: BaseModel, sandwich: Sandwich, kept: Sequence[int], spec: PackSpec) -> dict[str, int]:
     """Every file of the bundle with its exact size: the manifest names no number that is not known before."""
     dtype = DTYPES[spec.dtype]
-    sizes = checkpoint_bytes(bundle_tensors(model, kept, {}, dtype))
-    sizes |= {name: len(content) for name, content in settings_files(model, kept, dtype).items()}
+    numbers = counts(sandwich, spec)
+    emulator = kept[numbers.bottom : numbers.bottom + numbers.emulator]
+    declared = declared_of(model, numbers.bottom, emulator, spec)
+    weights = DECLARED_WEIGHTS if declared else WEIGHTS
+    sizes = checkpoint_bytes(bundle_tensors(model, kept, {}, dtype, numbers, spec), weights=weights)
+    sizes |= {name: len(content) for name, content in settings_files(model, kept, dtype, declared).items()}
     entries = tuple(FileEntry(name=name, size=size, sha256="0" * 64) for name, size in sorted(sizes.items()))
-    manifest = bundle_manifest(model, kept, counts(sandwich, spec), spec, entries, _NOBODY)
+    manifest = bundle_manifest(model, kept, numbers, spec, entries, _NOBODY, declared)
     return {**sizes, "offsite.json": len(render_manifest(manifest)), "offsite.json.sig": SIGNATURE_BYTES}
 
 

@@ -31,13 +31,13 @@ def heal(
         OffsiteError: the distillation diverged.
         KeyboardInterrupt: the user stopped it.
     """
-    if len(emulator) == len(sandwich.middle):
+    if len(set(emulator)) == len(sandwich.middle):
         return {}
     healed: Mapping[str, TensorRange] = {}
     for step in spec.heal:
         if step == "refit":
             healed = _refitted(model, sandwich, emulator, spec, scratch / "refit", progress)
-        else:
+        elif step == "distill":
             from offsite.model_owner.compress.distill import distill
 
             healed = distill(model, sandwich, emulator, healed, spec, scratch, log, progress)
