@@ -53,7 +53,7 @@ def test_every_setting_is_shown_with_its_default(
         default = flags._shown(field.default)
         if f"--{shown.replace('_', '-')} " in text:
             assert field.default in (None, False) or f"(default {default})" in text
-            choices = _literal(field.annotation)
+            choices = [str(choice) for choice in _literal(field.annotation)]
             assert not choices or "|".join(choices) in text or ", ".join(choices) in text
         else:
             assert f"{shown} ({default})" in text
