@@ -82,6 +82,17 @@ def test_full_rank_full_width_and_8_bits_are_close_to_the_plain_model(
     assert errors[8] < errors[4] < spread
 
 
+@pytest.mark.parametrize("kind", ["gpt_neox", "gemma2", "bloom", "opt, projections, norms behind", "llama untied"])
+def test_other_families_at_full_rank_are_the_plain_model(
+    base_of: MakeBase, tmp_path: Path, parties: Parties, kind: str
+) -> None:
+    base = base_of(blocks=4, **KINDS[kind])
+    plain, factored = (
+        packed(base, tmp_path / str(rank), parties, keep=1, heal="none", svd_rank=rank) for rank in (None, 1.0)
+    )
+    torch.testing.assert_close(logits(factored.folder), logits(plain.folder), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sharing_is_a_model_with_repeated_blocks(
     base_of: MakeBase, tmp_path: Path, parties: Parties, family: str

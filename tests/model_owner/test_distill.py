@@ -96,7 +96,7 @@ def test_the_error_is_the_papers_with_each_tokens_own_rms() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["gemma2", "opt, projections, norms behind", "falcon, alibi, sequential", "phi3", "mixtral"]
+    "kind", ["gemma2", "opt, projections, norms behind", "falcon, alibi, sequential", "phi3", "gpt_neox", "mixtral"]
 )
 def test_families_that_refit_refuses_or_that_differ_can_be_distilled(
     base_of: MakeBase, tmp_path: Path, parties: Parties, kind: str

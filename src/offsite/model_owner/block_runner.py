@@ -194,7 +194,9 @@ class BlockRunner:
         around = row.outer_tensors(model.config) if whole else row.embedding_tensors(model.config)
         for name in around:
             path, _, leaf = name.rpartition(".")
-            setattr(surrounding.get_submodule(path), leaf, nn.Parameter(read(name), requires_grad=False))
+            # a head has another name in some families' modules than in their files
+            owner = surrounding.get_output_embeddings() if name == row.head else surrounding.get_submodule(path)
+            setattr(owner, leaf, nn.Parameter(read(name), requires_grad=False))
         if whole:
             surrounding.tie_weights()
         blocks = list(surrounding.get_submodule(row.blocks).children())

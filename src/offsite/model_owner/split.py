@@ -75,7 +75,7 @@ def bundle_tensors(
     """
     row = model.row
     tensors = [
-        copied(model.tensors[name], dtype=dtype)
+        copied(model.tensors[name], name=name, dtype=dtype)
         for name in (*row.embeddings, *row.final, row.head)
         if name in model.tensors
     ]

@@ -52,7 +52,9 @@ def build(
         problems += _assign(blocks[place], weights, row.in_block(place, ""))
     for name in row.outer_tensors(config) & tensors.keys():
         path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, nn.Parameter(tensors.pop(name), requires_grad=False))
+        # a head has another name in some families' modules than in their files
+        owner = model.get_output_embeddings() if name == row.head else model.get_submodule(path)
+        setattr(owner, leaf, nn.Parameter(tensors.pop(name), requires_grad=False))
     model.tie_weights()
     problems += [f"unexpected tensor {name}" for name in sorted(tensors)]
     problems += [f"missing tensor {name}" for name, value in model.named_parameters() if value.is_meta]
