@@ -33,7 +33,6 @@ TEXT_FACTOR = 80  # bytes in memory for each byte of a text while it is tokenise
 ALLOCATOR_PERCENT = 35  # of activations and logits: room between pieces of many sizes that come and go, on a processor
 
 
-
 @dataclass(frozen=True)
 class Term:
     """One thing that lies in memory: how much, and by which formula (symbols as in docs/memory.md)."""
