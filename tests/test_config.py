@@ -25,7 +25,7 @@ def test_defaults() -> None:
 def test_given_over_file_over_default(tmp_path: Path) -> None:
     file = toml(tmp_path, '[pack]\nbottom = 3\ntop = 4\nheal = "none"\n[tune]\nrank = 2\n')
     spec = load_spec(PackSpec, {"bottom": 5, "top": None, "keep": None}, file)
-    assert (spec.bottom, spec.top, spec.keep, spec.heal) == (5, 4, PackSpec().keep, "none")
+    assert (spec.bottom, spec.top, spec.keep, spec.heal) == (5, 4, PackSpec().keep, ())
     assert load_spec(TuneSpec, {}, file).rank == 2
     assert load_spec(EvalSpec, {}, file) == EvalSpec()
 

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from offsite.errors import UsageError
 
 Method = Literal["lora", "full", "bitfit", "bottleneck"]
 Dtype = Literal["bf16", "fp32"]
+Healing = Literal["share", "refit", "distill"]
 
 
 class Spec(BaseModel):
@@ -47,6 +48,12 @@ class ImportSpec(Spec):
     )
 
 
+def _chain(given: object) -> object:
+    """ "refit,distill" as a list of its words; "none" is an empty one."""
+    words = [word.strip() for word in given.split(",")] if isinstance(given, str) else given
+    return () if words in (["none"], []) else words
+
+
 class PackSpec(ComputeSpec):
     """How a base model becomes a bundle."""
 
@@ -54,15 +61,43 @@ class PackSpec(ComputeSpec):
     top: Annotated[int, Field(ge=0, description="last blocks that the data owner trains")] = 2
     keep: Annotated[int, Field(ge=1, description="blocks of the middle that the emulator keeps")] = 8
     select: Annotated[
-        Literal["uniform", "influence", "random"], Field(description="which blocks of the middle stay")
+        Literal["uniform", "influence", "cluster", "contiguous", "search", "random"],
+        Field(description="which blocks of the middle stay"),
     ] = "uniform"
-    heal: Annotated[Literal["none", "refit"], Field(description="how the emulator makes up for dropped blocks")] = (
-        "refit"
-    )
-    calibration: Annotated[
-        Path | None, Field(description="text or rows for influence and refit; None takes the text that ships")
+    drop_from: Annotated[
+        int | None, Field(ge=0, description="first block that 'contiguous' drops; None drops around the centre")
     ] = None
-    calibration_tokens: Annotated[int, Field(ge=256, description="tokens of calibration text to use")] = 65_536
+    search_minutes: Annotated[float, Field(gt=0, description="time that 'search' may take")] = 10.0
+    heal: Annotated[
+        tuple[Healing, ...],
+        BeforeValidator(_chain),
+        Field(description="how the emulator makes up for dropped blocks: none, or steps joined by commas"),
+    ] = ("refit",)
+    prune: Annotated[
+        float, Field(ge=0, lt=1, description="share of each emulator matrix set to zero, the smallest numbers")
+    ] = 0.0
+    bits: Annotated[
+        Literal[8, 4] | None, Field(description="bits of a weight in the emulator's linear maps; None keeps floats")
+    ] = None
+    group: Annotated[Literal[64, 128], Field(description="weights that share a scale, with bits")] = 64
+    svd_rank: Annotated[
+        float | None, Field(gt=0, le=1, description="rank of the emulator's matrices as a share of the full; factors")
+    ] = None
+    mlp_width: Annotated[
+        float | None, Field(gt=0, le=1, description="share of the feed-forward neurons that the emulator keeps")
+    ] = None
+    calibration: Annotated[
+        Path | None, Field(description="text or rows to select and heal with; None takes the text that ships")
+    ] = None
+    calibration_tokens: Annotated[int, Field(ge=256, description="tokens of it to select and refit with")] = 65_536
+    distill_tokens: Annotated[int, Field(ge=256, description="tokens of it to distill with")] = 262_144
+    distill_epochs: Annotated[float, Field(gt=0, description="passes over them; distill_steps wins")] = 3.0
+    distill_steps: Annotated[int | None, Field(ge=1, description="optimiser steps of the distillation")] = None
+    distill_batch_tokens: Annotated[int, Field(ge=1, description="tokens of one step, at least one batch")] = 4096
+    distill_lr: Annotated[float, Field(gt=0, description="peak learning rate of the distillation's AdamW")] = 5e-4
+    distill_ce: Annotated[
+        float, Field(ge=0, description="weight of the next token's cross-entropy; 0 leaves top and head out")
+    ] = 0.0
     dtype: Annotated[Dtype, Field(description="dtype of the bundle's weights")] = "bf16"
     methods: Annotated[tuple[Method, ...], Field(min_length=1, description="tuning methods that the owner permits")] = (
         "lora",
@@ -72,13 +107,38 @@ class PackSpec(ComputeSpec):
     )
     max_rank: Annotated[int, Field(ge=1, description="largest LoRA rank that the owner takes back")] = 64
     max_width: Annotated[int, Field(ge=1, description="widest bottleneck that the owner takes back")] = 256
-    seed: Annotated[int, Field(ge=0, description="seed of the random selection")] = 0
+    seed: Annotated[int, Field(ge=0, description="seed of random selection, search and distillation")] = 0
 
     @model_validator(mode="after")
     def _something_trains(self) -> Self:
         if self.bottom + self.top == 0:
             raise ValueError("bottom and top are both 0: nothing would train")
         return self
+
+    @model_validator(mode="after")
+    def _steps_fit_together(self) -> Self:
+        if len(set(self.heal)) != len(self.heal):
+            raise ValueError(f"heal names a step twice: {','.join(self.heal)}")
+        if "distill" in self.heal[:-1]:
+            raise ValueError("distill must be heal's last step: a closed form after it would undo what it learnt")
+        if "share" in self.heal and "refit" in self.heal:
+            raise ValueError("share and refit are two ways to fill the same gap: choose one")
+        if self.bits is not None and self.svd_rank is not None:
+            raise ValueError("bits and svd_rank both store a matrix in another way: choose one")
+        if self.drop_from is not None and self.select != "contiguous":
+            raise ValueError("drop_from is a setting of select = contiguous and of no other")
+        return self
+
+    @property
+    def declares(self) -> tuple[str, ...]:
+        """Settings under which the bundle is no checkpoint of its family any more."""
+        asked = {"bits": self.bits, "svd_rank": self.svd_rank, "mlp_width": self.mlp_width}
+        return (*(["share"] if "share" in self.heal else []), *(name for name in asked if asked[name] is not None))
+
+    @property
+    def resumable(self) -> bool:
+        """Whether packing keeps resume points: distillation and search take long."""
+        return "distill" in self.heal or self.select == "search"
 
 
 class TuneSpec(ComputeSpec):

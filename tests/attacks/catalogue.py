@@ -12,6 +12,7 @@ import numpy as np
 
 from artifacts import GONE, edit_bundle_weights, edit_json, edit_weights, manifest_of, sign_again
 from attacks.lab import Lab
+from offsite.core.checkpoint import DECLARED_WEIGHTS, WEIGHTS
 from offsite.exchange.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BOTTLENECK_WEIGHTS, RETURNED_WEIGHTS
 from offsite.exchange.manifest import MANIFEST, SIGNATURE
 
@@ -328,6 +329,45 @@ def experts_stacked_beside_the_others(lab: Lab) -> None:
     folder, stack = lab.folder / "mixture-bundle", np.zeros((4, 40, 32), np.float32)
     edit_bundle_weights(folder, lambda w: w.update({"model.layers.1.mlp.experts.gate_up_proj": stack}))
     sign_again(folder, lab.owner)
+
+
+# --- modules that the emulator declares ---
+
+
+@attack("_bundle_declared", "declared-bundle", "the manifest requires ['quantise', 'svd']")
+def feature_required_that_is_not_declared(lab: Lab) -> None:
+    sign_again(lab.folder / "declared-bundle", lab.owner, requires=["quantise", "svd"])
+
+
+@attack("_bundle_declared", "declared-bundle", "the manifest requires []")
+def declared_behind_a_manifest_that_says_plain(lab: Lab) -> None:
+    sign_again(lab.folder / "declared-bundle", lab.owner, requires=[])
+
+
+@attack("_bundle_declared", "declared-bundle", "name of the other kind of model")
+def declared_weights_that_transformers_would_half_load(lab: Lab) -> None:
+    folder = lab.folder / "declared-bundle"
+    (folder / DECLARED_WEIGHTS).rename(folder / WEIGHTS)
+    sign_again(folder, lab.owner)
+
+
+@attack("_bundle_weights", "declared-bundle", "what is declared makes it")
+def factor_of_another_rank_than_declared(lab: Lab) -> None:
+    def thinner(weights: dict[str, Any]) -> None:
+        name = "model.layers.1.self_attn.q_proj.down"
+        weights[name] = np.ascontiguousarray(weights[name][:-1])
+
+    edit_weights(lab.folder / "declared-bundle" / DECLARED_WEIGHTS, thinner)
+    sign_again(lab.folder / "declared-bundle", lab.owner)
+
+
+@attack("_bundle_weights", "declared-bundle", "model.layers.1.self_attn.q_proj.up")
+def factor_left_out(lab: Lab) -> None:
+    edit_weights(
+        lab.folder / "declared-bundle" / DECLARED_WEIGHTS,
+        lambda weights: void(weights.pop("model.layers.1.self_attn.q_proj.up")),
+    )
+    sign_again(lab.folder / "declared-bundle", lab.owner)
 
 
 @attack("_bundle_returnable", "gpt2-bundle", "the weight's shape is")

@@ -24,6 +24,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     packed(tiny_base(folder / "qwen2", "qwen2", 3), folder / "qwen2-bundle", parties)
     mixture = tiny_base(folder / "mixture", "qwen3_moe", 3, mlp_only_layers=[0, 2])  # experts in the middle block
     packed(mixture, folder / "mixture-bundle", parties)
+    packed(base, folder / "declared-bundle", parties, keep=1, svd_rank=0.5)
     bundle = packed(base, folder / "bundle", parties, keep=1, max_rank=8, max_width=8)
     lora_return(bundle, folder / "lora", parties.data_owner)
     full_return(bundle, folder / "full", parties.data_owner, lambda name, shipped: shipped + 0.5)

@@ -201,6 +201,5 @@ def test_terminal_codes_are_not_passed_on(lab: Lab) -> None:
     assert all(reason.isprintable() for reason in caught.value.reasons), caught.value.reasons
 
 
-def test_no_requirement_is_known_yet() -> None:
-    """Once one is, this must become a test that it is understood, and that another one still is not."""
-    assert frozenset() == module.KNOWN_REQUIREMENTS
+def test_only_features_that_this_version_can_build_are_known() -> None:
+    assert frozenset({"share", "quantise", "svd", "mlp-width"}) == module.KNOWN_REQUIREMENTS

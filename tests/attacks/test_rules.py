@@ -18,7 +18,9 @@ def names(attack: Attack) -> str:
     return f"{attack.rule}-{attack.name}"
 
 
-@pytest.mark.parametrize("target", ["bundle", "gpt2-bundle", "mixture-bundle", "lora", "full", "bitfit", "bottleneck"])
+@pytest.mark.parametrize(
+    "target", ["bundle", "gpt2-bundle", "declared-bundle", "mixture-bundle", "lora", "full", "bitfit", "bottleneck"]
+)
 def test_the_honest_exchange_passes(lab: Lab, target: str) -> None:
     assert lab.check(target).folder == lab.folder / target
 

@@ -53,8 +53,8 @@ def test_every_setting_is_shown_with_its_default(
         default = flags._shown(field.default)
         if f"--{shown.replace('_', '-')} " in text:
             assert field.default in (None, False) or f"(default {default})" in text
-            choices = _literal(field.annotation)
-            assert not choices or "|".join(choices) in text
+            choices = [str(choice) for choice in _literal(field.annotation)]
+            assert not choices or "|".join(choices) in text or ", ".join(choices) in text
         else:
             assert f"{shown} ({default})" in text
 
@@ -72,8 +72,10 @@ def _literal(annotation: Any) -> tuple[str, ...]:
         (
             "pack",
             {
-                "out", "for", "bottom", "top", "keep", "select", "heal", "calibration", "dtype", "plan", "config",
-                "home", "json",
+                "out", "for", "bottom", "top", "keep", "select", "drop-from", "search-minutes", "heal",
+                "distill-tokens", "distill-epochs", "distill-steps", "distill-lr", "distill-ce", "prune", "bits",
+                "group", "svd-rank", "mlp-width", "calibration",
+                "dtype", "resume", "plan", "config", "home", "json",
             },
         ),
         (

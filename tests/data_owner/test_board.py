@@ -6,9 +6,9 @@ import pytest
 
 from offsite.config import TuneSpec
 from offsite.core import extras
+from offsite.core.resume import log_file
 from offsite.data_owner import board as stage
 from offsite.data_owner.board import board
-from offsite.data_owner.state import log_file
 from offsite.data_owner.tune import tune
 from offsite.errors import StorageError, UsageError
 from tiny import tiny_base, tiny_bundle, tiny_parties, tiny_rows

@@ -8,11 +8,11 @@ from offsite.core.load import load_model
 from offsite.core.loss import label_losses, take_apart
 from offsite.core.progress import silent
 from offsite.core.runtime import Runtime
+from offsite.core.weights import TrainedWeights
 from offsite.data_owner import budget
 from offsite.data_owner.budget import within_memory
 from offsite.data_owner.recompute import Recomputed, keep_activations, recompute
 from offsite.data_owner.train import Tuning
-from offsite.data_owner.weights import TrainedWeights
 from offsite.errors import UsageError
 from tiny import KINDS, tiny_base
 

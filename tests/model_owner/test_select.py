@@ -14,7 +14,8 @@ from offsite.model_owner.base_model import open_base
 from offsite.model_owner.compress import influence as influence_module
 from offsite.model_owner.compress.calibration import calibration_batches
 from offsite.model_owner.compress.influence import block_influence
-from offsite.model_owner.compress.select import most_influential, select, uniform
+from offsite.model_owner.compress.select import most_influential, select
+from offsite.model_owner.compress.uniform import uniform
 from offsite.model_owner.split import Sandwich, split
 
 MakeBase = Callable[..., Path]
@@ -54,10 +55,10 @@ def test_most_influential() -> None:
 def test_random_is_seeded(base_of: MakeBase) -> None:
     model = open_base(Base(base_of(blocks=10)))
     spec = PackSpec(bottom=1, top=1, keep=3, select="random", seed=5)
-    found = select(model, split(model, spec), spec, silent)
-    assert found == select(model, split(model, spec), spec, silent) == tuple(sorted(found))
+    found = select(model, split(model, spec), spec, Path(), silent)
+    assert found == select(model, split(model, spec), spec, Path(), silent) == tuple(sorted(found))
     assert set(found) <= set(range(1, 9))
-    others = {select(model, split(model, spec), spec.model_copy(update={"seed": s}), silent) for s in range(20)}
+    others = {select(model, split(model, spec), spec.model_copy(update={"seed": s}), Path(), silent) for s in range(20)}
     assert len(others) > 5
 
 
@@ -65,7 +66,7 @@ def test_everything_kept_needs_no_rule(base_of: MakeBase, monkeypatch: pytest.Mo
     model = open_base(Base(base_of(blocks=5)))
     monkeypatch.setattr(influence_module, "block_influence", None)
     spec = PackSpec(bottom=1, top=1, keep=3, select="influence")
-    assert select(model, Sandwich((0,), (1, 2, 3), (4,)), spec, silent) == (1, 2, 3)
+    assert select(model, Sandwich((0,), (1, 2, 3), (4,)), spec, Path(), silent) == (1, 2, 3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
@@ -101,5 +102,5 @@ def test_influence_is_what_transformers_computes(base_of: MakeBase, tmp_path: Pa
             for before, after in zip(states[index], states[index + 1], strict=True)
         ]
         assert found[index] == pytest.approx(1 - float(torch.cat(cosines).mean()), abs=1e-5)
-    chosen = select(model, split(model, spec), spec.model_copy(update={"select": "influence"}), silent)
+    chosen = select(model, split(model, spec), spec.model_copy(update={"select": "influence"}), Path(), silent)
     assert chosen == most_influential(found, 2)

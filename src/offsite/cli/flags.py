@@ -62,6 +62,9 @@ VersionFlag = Annotated[
 SETTING = typer.Option(rich_help_panel=SETTINGS)  # help, default and choices come from the spec
 
 
+_WIDEST_CHOICES = 32  # letters of choices that fit beside the flags; more of them stand in the text
+
+
 class Command(TyperCommand):
     """A command whose help is completed from the spec of its settings, and only when somebody asks for help."""
 
@@ -82,8 +85,11 @@ class Command(TyperCommand):
                 continue
             field = fields.pop(str(param.opts[0]).removeprefix("--").replace("-", "_"))
             default = "" if field.default in (None, False) else f" [dim](default {_shown(field.default)})[/]"
-            param.help = f"{field.description}{default}"
-            param.metavar = "|".join(_choices(field.annotation)) or param.metavar
+            choices = "|".join(_choices(field.annotation))
+            wide = len(choices) > _WIDEST_CHOICES
+            named = f": {', '.join(_choices(field.annotation))}" if wide else ""
+            param.help = f"{field.description}{named}{default}"
+            param.metavar = "<choice>" if wide else choices or param.metavar
         more = ", ".join(f"{name} ({_shown(field.default)})" for name, field in fields.items())
         if more:
             self.epilog = f"Further settings, in table {self.name} of a --config file: {more}\n\n{EXIT_CODES}"

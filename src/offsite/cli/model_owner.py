@@ -44,9 +44,22 @@ def pack(
     top: Annotated[int | None, flags.SETTING] = None,
     keep: Annotated[int | None, flags.SETTING] = None,
     select: Annotated[str | None, flags.SETTING] = None,
+    drop_from: Annotated[int | None, flags.SETTING] = None,
+    search_minutes: Annotated[float | None, flags.SETTING] = None,
     heal: Annotated[str | None, flags.SETTING] = None,
+    distill_tokens: Annotated[int | None, flags.SETTING] = None,
+    distill_epochs: Annotated[float | None, flags.SETTING] = None,
+    distill_steps: Annotated[int | None, flags.SETTING] = None,
+    distill_lr: Annotated[float | None, flags.SETTING] = None,
+    distill_ce: Annotated[float | None, flags.SETTING] = None,
+    prune: Annotated[float | None, flags.SETTING] = None,
+    bits: Annotated[int | None, flags.SETTING] = None,
+    group: Annotated[int | None, flags.SETTING] = None,
+    svd_rank: Annotated[float | None, flags.SETTING] = None,
+    mlp_width: Annotated[float | None, flags.SETTING] = None,
     calibration: Annotated[Path | None, flags.SETTING] = None,
     dtype: Annotated[str | None, flags.SETTING] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted distillation or search")] = False,
     plan: flags.PlanFlag = False,
     config: flags.ConfigFlag = None,
     home: flags.HomeFlag = None,
@@ -54,10 +67,11 @@ def pack(
 ) -> None:
     """Make a signed bundle for one data owner: the blocks to train, and an emulator in place of the rest.
 
-    The bundle is an ordinary Hugging Face checkpoint of a smaller model. What was issued stands in the home's ledger.
+    The bundle is an ordinary Hugging Face checkpoint of a smaller model, unless the emulator shares, quantises, factors
+    or narrows its blocks. What was issued stands in the home's ledger.
 
     Example:
-      offsite pack base/ --out bundle/ --for hospital --bottom 2 --top 2 --keep 8
+      offsite pack base/ --out bundle/ --for hospital --bottom 2 --top 2 --keep 8 --heal refit,distill
     """
     from offsite.config import PackSpec
 
@@ -69,7 +83,19 @@ def pack(
             "top": top,
             "keep": keep,
             "select": select,
+            "drop_from": drop_from,
+            "search_minutes": search_minutes,
             "heal": heal,
+            "distill_tokens": distill_tokens,
+            "distill_epochs": distill_epochs,
+            "distill_steps": distill_steps,
+            "distill_lr": distill_lr,
+            "distill_ce": distill_ce,
+            "prune": prune,
+            "bits": bits,
+            "group": group,
+            "svd_rank": svd_rank,
+            "mlp_width": mlp_width,
             "calibration": calibration,
             "dtype": dtype,
         },
@@ -85,7 +111,7 @@ def pack(
 
     own = flags.home_of(context, home)
     with terminal.showing_progress() as progress:
-        bundle = pack_stage(Base(base), out, recipient, spec, own, progress)
+        bundle = pack_stage(Base(base), out, recipient, spec, own, progress, resume=resume)
     terminal.show(artifacts.describe(bundle.folder, own), as_json=as_json)
     terminal.hint(f"next: send the folder {out} to {recipient}")
 

@@ -23,6 +23,8 @@ ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16":
 FLOATS = ("F32", "BF16", "F16")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DECLARED_WEIGHTS = "offsite-model.safetensors"  # of models that transformers does not know, and must not half load
+DECLARED_INDEX = "offsite-model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 CHUNK_BYTES = 8 * 2**20  # bytes copied at once; a multiple of every item size
 _MAX_HEADER = 100 * 10**6  # the limit of the reference implementation
@@ -150,10 +152,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         StorageError: no weights, a missing, outside or truncated file, or an index that disagrees with its files.
     """
-    if (folder / INDEX).exists():
-        return _open_sharded(folder)
-    if (folder / WEIGHTS).exists():
-        return Checkpoint(folder, read_header(folder / WEIGHTS))
+    for weights, index in ((WEIGHTS, INDEX), (DECLARED_WEIGHTS, DECLARED_INDEX)):
+        if (folder / index).exists():
+            return _open_sharded(folder, index)
+        if (folder / weights).exists():
+            return Checkpoint(folder, read_header(folder / weights))
     raise StorageError(
         f"{folder} holds no {WEIGHTS} and no {INDEX}",
         reasons=[f"found: {', '.join(sorted(p.name for p in folder.iterdir())[:12]) or 'nothing'}"]
@@ -163,8 +166,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     )
 
 
-def _open_sharded(folder: Path) -> Checkpoint:
-    index = folder / INDEX
+def _open_sharded(folder: Path, name_of_index: str) -> Checkpoint:
+    index = folder / name_of_index
     try:
         with index.open("rb") as stream:
             raw = stream.read(_MAX_HEADER + 1)
@@ -299,21 +302,25 @@ def _header(ordered: Iterable[NewTensor]) -> bytes:
     return len(raw).to_bytes(8, "little") + raw
 
 
-def write_checkpoint(folder: Path, tensors: Iterable[NewTensor], shard_bytes: int = SHARD_BYTES) -> list[Written]:
+def write_checkpoint(
+    folder: Path, tensors: Iterable[NewTensor], shard_bytes: int = SHARD_BYTES, weights: str = WEIGHTS
+) -> list[Written]:
     """Write `model.safetensors`, or shards and their index where one file would be over `shard_bytes`."""
-    shards = _shards(tensors, shard_bytes)
+    shards = _shards(tensors, shard_bytes, weights)
     written = [write_safetensors(folder / name, shard) for name, shard in shards.items()]
-    return written if len(shards) == 1 else [*written, write_stream(folder / INDEX, [_index(shards)])]
+    return written if len(shards) == 1 else [*written, write_stream(folder / f"{weights}.index.json", [_index(shards)])]
 
 
-def checkpoint_bytes(tensors: Iterable[NewTensor], shard_bytes: int = SHARD_BYTES) -> dict[str, int]:
+def checkpoint_bytes(
+    tensors: Iterable[NewTensor], shard_bytes: int = SHARD_BYTES, weights: str = WEIGHTS
+) -> dict[str, int]:
     """The files that `write_checkpoint` would write, by name, with their sizes in bytes."""
-    shards = _shards(tensors, shard_bytes)
+    shards = _shards(tensors, shard_bytes, weights)
     sizes = {name: safetensors_bytes(shard) for name, shard in shards.items()}
-    return sizes if len(shards) == 1 else {**sizes, INDEX: len(_index(shards))}
+    return sizes if len(shards) == 1 else {**sizes, f"{weights}.index.json": len(_index(shards))}
 
 
-def _shards(tensors: Iterable[NewTensor], shard_bytes: int) -> dict[str, list[NewTensor]]:
+def _shards(tensors: Iterable[NewTensor], shard_bytes: int, weights: str) -> dict[str, list[NewTensor]]:
     """The tensors of each file, by the file's name."""
     shards: list[list[NewTensor]] = [[]]
     held = 0
@@ -324,8 +331,9 @@ def _shards(tensors: Iterable[NewTensor], shard_bytes: int) -> dict[str, list[Ne
         shards[-1].append(tensor)
         held += tensor.size
     if len(shards) == 1:
-        return {WEIGHTS: shards[0]}
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+        return {weights: shards[0]}
+    stem = weights.removesuffix(".safetensors")
+    return {f"{stem}-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
 def _index(shards: Mapping[str, Iterable[NewTensor]]) -> bytes:

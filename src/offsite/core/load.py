@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offsite.core.architectures import ARCHITECTURES, architecture_of
-from offsite.core.checkpoint import TensorRange, open_checkpoint, read_chunks, read_header, strict_json
+from offsite.core.checkpoint import FLOATS, TensorRange, open_checkpoint, read_chunks, read_header, strict_json
 from offsite.core.mixture import experts_implementation, in_files
 from offsite.core.modules.bottleneck import insert_bottlenecks
+from offsite.core.modules.declared import Declared, unwrapped
 from offsite.core.modules.shapes import bottleneck_places, bottleneck_shapes, widths_of
 from offsite.errors import IncompatibleError, StorageError
 
@@ -45,6 +46,9 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> "Pr
     from transformers import AutoConfig, AutoModelForCausalLM
 
     _check_folder(folder)
+    config, declared = _config_of(folder)
+    if declared:
+        return _load_declared(folder, config, declared, dtype=dtype, device=device)
     open_checkpoint(folder)  # transformers' own message for a truncated file names no file
     with quiet(), _incompatible(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -76,6 +80,50 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> "Pr
     return loaded
 
 
+def _load_declared(
+    folder: Path, config: dict[str, Any], declared: Declared, *, dtype: torch.dtype, device: torch.device
+) -> "PreTrainedModel":
+    """A bundle whose emulator has modules that transformers does not know."""
+    from transformers import AutoConfig
+
+    from offsite.core.modules.build import build
+
+    held = open_checkpoint(folder).tensors
+    tensors = {name: read_tensor(tensor, dtype if tensor.dtype in FLOATS else None) for name, tensor in held.items()}
+    with quiet(), _incompatible(folder):
+        attention = attention_of(AutoConfig.for_model(**config))
+        model, problems = build(config, declared, tensors, attention)
+    if problems:
+        raise IncompatibleError(
+            f"the tensors in {folder} are not those of its config",
+            reasons=problems,
+            next_step="ask the party that it came from for it again",
+        )
+    loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    return loaded
+
+
+def _config_of(folder: Path) -> tuple[dict[str, Any], Declared | None]:
+    """The family's config of a folder, and what its emulator declares."""
+    try:
+        return unwrapped(_read_settings(folder / "config.json"))
+    except ValueError as problem:
+        raise IncompatibleError(
+            f"{folder} has a config that cannot be read",
+            reasons=[str(problem)],
+            next_step="ask the party that it came from for it again",
+        ) from None
+
+
+def _loaded_config(folder: Path) -> "PretrainedConfig":
+    from transformers import AutoConfig
+
+    config, declared = _config_of(folder)
+    loaded: PretrainedConfig
+    loaded = AutoConfig.for_model(**config) if declared else AutoConfig.from_pretrained(folder, **_OFFLINE)
+    return loaded
+
+
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a folder.
 
@@ -86,7 +134,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
     _check_folder(folder)
     with quiet(), _incompatible(folder):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **_OFFLINE)
+        given = {"config": _loaded_config(folder)} if _config_of(folder)[1] else {}
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **given, **_OFFLINE)
     if tokenizer.eos_token_id is None:
         raise IncompatibleError(
             f"the tokenizer in {folder} has no end token, so no answer could ever end",
@@ -97,11 +146,9 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 def context_length(folder: Path) -> int | None:
     """Positions that the model in a folder has, by its config; None where it does not say."""
-    from transformers import AutoConfig
-
     _check_folder(folder)
     with quiet(), _incompatible(folder):
-        config = AutoConfig.from_pretrained(folder, **_OFFLINE)
+        config = _loaded_config(folder)
     found = getattr(config, "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 

@@ -20,6 +20,9 @@ CHUNK_ELEMENTS = 2**25  # logits that exist at once: 64 MiB in bf16
 SOFTMAX_ELEMENTS = 2**21  # of these in fp32, for softmax: 8 MiB
 CALIBRATION_CHUNK = 512  # tokens in a sequence of calibration text, BOS included
 CALIBRATION_BATCH = 8  # sequences of it that run at once
+GROUP_TOKENS = 65_536  # tokens of it whose hidden states are in memory on their way to the disk
+SEARCH_TOKENS = 16_384  # tokens of it that a search refits and judges a selection on, at most
+JUDGED = 8  # every so many of their batches one judges
 SHORT_ATTENTION = 448  # tokens; up to here training in bf16 on a processor keeps the attention's shares
 
 # What a process holds before it holds any of the model; measured by benchmarks/memory.py on Linux x86-64, Python 3.11.
@@ -28,7 +31,6 @@ TORCH_LIBRARIES = 436 * 2**20  # those, torch for processors, transformers: stag
 TOKENIZER_FACTOR = 17  # bytes in memory for each byte of tokenizer.json, once loaded
 TEXT_FACTOR = 80  # bytes in memory for each byte of a text while it is tokenised
 ALLOCATOR_PERCENT = 35  # of activations and logits: room between pieces of many sizes that come and go, on a processor
-
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from offsite.config import Method, TuneSpec
 from offsite.core.architectures import ARCHITECTURES, Architecture
@@ -25,6 +25,7 @@ from offsite.core.memory import (
     part,
     torch_libraries,
 )
+from offsite.core.modules.declared import unwrapped
 from offsite.core.rows import read_rows
 from offsite.data_owner.permitted import require_permitted
 from offsite.data_owner.schedule import step_count
@@ -94,7 +95,7 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     manifest, folder = bundle.manifest, bundle.folder
     require_permitted(manifest, spec)
     row = ARCHITECTURES[manifest.architecture]
-    config: dict[str, Any] = strict_json((folder / CONFIG).read_bytes())
+    config, declared = unwrapped(strict_json((folder / CONFIG).read_bytes()))
     tensors = open_checkpoint(folder).tensors
     returned = returned_tensors(manifest, spec)
     rows = len(read_rows(data))
@@ -103,7 +104,9 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     item = compute_bytes(spec.compute, spec.device)
     parts = _parts(row, manifest, tensors)
     first = manifest.split.trained[0]
-    blocks = (_block(row, tensors, index) for index in range(first, manifest.split.blocks))
+    # blocks of our own kinds are no larger than those of the family, and are counted as such
+    measured = manifest.split.trained if declared else range(first, manifest.split.blocks)
+    blocks = (_block(row, tensors, index) for index in measured)
     shapes = [block_shape(row, {path: one.shape for path, one in block.items()}, config) for block in blocks]
     numbers = [math.prod(entry.shape) for entry in returned.values()]
     sizes = _Sizes(

@@ -10,9 +10,9 @@ from offsite.config import TuneSpec
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import write_safetensors
 from offsite.core.mixture import in_files
+from offsite.core.resume import to_be_written
 from offsite.core.storage import staged_folder, write_stream
 from offsite.data_owner.methods.lora import lora_settings
-from offsite.data_owner.state import to_be_written
 from offsite.errors import OffsiteError
 from offsite.exchange.artifacts import Bundle, Return
 from offsite.exchange.contents import ADAPTER_CONFIG, WEIGHTS_OF

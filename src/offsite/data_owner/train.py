@@ -1,16 +1,11 @@
 """The training loop: from any resume point to the last step, the same bytes as without an interruption."""
 
 import collections
-import contextlib
-import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,11 +15,11 @@ from offsite.config import TuneSpec
 from offsite.core.data import Example, collate, micro_batches
 from offsite.core.loss import Network, label_losses
 from offsite.core.progress import Event, Progress
-from offsite.core.storage import storage_errors
+from offsite.core.resume import RunState
+from offsite.core.run_log import run_log, stop_requests
+from offsite.core.weights import TrainedWeights
 from offsite.data_owner.board import board
 from offsite.data_owner.schedule import learning_rate, rows_of_steps, step_count
-from offsite.data_owner.state import RunState
-from offsite.data_owner.weights import TrainedWeights
 from offsite.errors import OffsiteError
 from offsite.measure.row_losses import perplexity, row_losses
 
@@ -67,7 +62,7 @@ def train(
     rows_of = rows_of_steps(spec, tuning.examples)
     speed = _Speed()
     whole = True  # whether the weights are those after `done` steps, and not between two
-    with _Log(log) as to_file, board(tensorboard) as to_board, _stop_requests() as stopping:
+    with run_log(log) as to_file, board(tensorboard) as to_board, stop_requests() as stopping:
 
         def write(record: Mapping[str, Any]) -> None:
             to_file(record)
@@ -213,39 +208,3 @@ def _shown(facts: Mapping[str, float], speed: _Speed, left: int) -> dict[str, fl
         "tokens/s": round(speed.tokens_per_s),
         "left": f"{seconds // 60}:{seconds % 60:02}",
     }
-
-
-@contextlib.contextmanager
-def _Log(file: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:  # noqa: N802
-    """Append JSON lines to the log; each is on the disk's side of the process when the call returns."""
-    with storage_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        stream = file.open("a", encoding="utf-8")
-
-    def write(record: Mapping[str, Any]) -> None:
-        with storage_errors(file):
-            stream.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
-            stream.flush()
-
-    with stream:
-        yield write
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Hold back the first Ctrl-C until the step in work is whole; a second one stops at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)

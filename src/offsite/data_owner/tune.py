@@ -10,18 +10,18 @@ from offsite.core.fused import fuse
 from offsite.core.load import context_length, load_model, load_tokenizer
 from offsite.core.loss import take_apart
 from offsite.core.progress import Event, Progress, silent
+from offsite.core.resume import RunState, log_file, run_folder
 from offsite.core.row_files import data_digest
 from offsite.core.rows import read_rows
 from offsite.core.runtime import Runtime, runtime, seeded
 from offsite.core.storage import require_free
+from offsite.core.weights import TrainedWeights
 from offsite.data_owner.board import require_tensorboard
 from offsite.data_owner.budget import within_memory
 from offsite.data_owner.methods import METHODS
 from offsite.data_owner.permitted import require_permitted
 from offsite.data_owner.send_back import send_back
-from offsite.data_owner.state import RunState, log_file, run_folder
 from offsite.data_owner.train import Tuning, train
-from offsite.data_owner.weights import TrainedWeights
 from offsite.exchange.artifacts import Bundle, Return
 from offsite.exchange.home import Home
 from offsite.exchange.verify import verify_bundle

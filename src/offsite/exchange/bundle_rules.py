@@ -1,9 +1,12 @@
 """Rules for a bundle: an ordinary checkpoint of a known family, with what its manifest says and nothing that runs."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from offsite.core.architectures import ARCHITECTURES, Architecture, config_problems
 from offsite.core.checkpoint import (
+    DECLARED_INDEX,
+    DECLARED_WEIGHTS,
     FLOATS,
     INDEX,
     WEIGHTS,
@@ -11,6 +14,7 @@ from offsite.core.checkpoint import (
     TensorRange,
     open_checkpoint,
 )
+from offsite.core.modules.declared import Declared, Expected, unwrapped
 from offsite.errors import VerificationError
 from offsite.exchange.contents import (
     ALLOWED_KEYS,
@@ -44,6 +48,7 @@ def _bundle_config(sealed: Sealed) -> Iterator[str]:
     if not isinstance(config, dict):
         yield f"{CONFIG} is not a JSON object"
         return
+    config = _settings_of(sealed)[0]
     yield from config_problems(config, row)
     if config.get("model_type") != row.model_type or config.get("architectures") != [row.class_name]:
         found = f"{config.get('model_type')!r}, {config.get('architectures')!r}"
@@ -76,18 +81,25 @@ def _lists_blocks(found: object, count: int) -> bool:
 def _bundle_weights(sealed: Sealed) -> Iterator[str]:
     manifest, row = _bundle_of(sealed)
     checkpoint = _open_listed(sealed)
-    config = read_json(sealed, CONFIG)
-    settings = config if isinstance(config, dict) else {}
+    settings, declared = _settings_of(sealed)
     held = len(checkpoint.tensors)
     expected = set(row.outer_tensors(settings))
     for block in range(manifest.split.blocks):
-        expected |= {row.in_block(block, path) for path in row.block_tensors(settings, block)}
+        if not declared or not 0 <= block - declared.first < declared.blocks:
+            expected |= {row.in_block(block, path) for path in row.block_tensors(settings, block)}
         if len(expected) > 2 * held + 1000:  # what is announced must not cost more than what was sent
             yield f"weights: {held} tensors, the config makes it over {len(expected)}"
             return
-    yield from names_differ("weights", set(checkpoint.tensors), expected)
+    ours = _declared_tensors(declared, manifest, row, checkpoint, settings) if declared else {}
+    yield from names_differ("weights", set(checkpoint.tensors), expected | ours.keys())
     alike: dict[str, TensorRange] = {}  # the first of each path in a block, whichever the expert
     for name, tensor in checkpoint.tensors.items():
+        if name in ours:
+            shape, dtypes = ours[name]
+            if tensor.shape != shape or tensor.dtype not in dtypes:
+                found = f"{tensor.dtype} {list(tensor.shape)}"
+                yield f"{name[:120]!r} is {found}, what is declared makes it {' or '.join(dtypes)} {list(shape)}"
+            continue
         problem = row.shape_problem(name, tensor.shape, settings)
         if problem:
             yield problem
@@ -97,6 +109,47 @@ def _bundle_weights(sealed: Sealed) -> Iterator[str]:
             yield f"{name[:120]!r} has shape {list(tensor.shape)}, others of its kind have {list(twin.shape)}"
         if tensor.dtype not in FLOATS:
             yield f"{name[:120]!r} has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}"
+
+
+def _declared_tensors(
+    declared: Declared, manifest: BundleManifest, row: Architecture, checkpoint: Checkpoint, settings: dict[str, Any]
+) -> dict[str, Expected]:
+    """The emulator's tensors by full name: what is declared, in the sizes of the first trained block."""
+    first = manifest.split.trained[0]
+    paths = row.block_tensors(settings, first)
+    names = {path: row.in_block(first, path) for path in paths}
+    if not names.keys() <= {path for path, name in names.items() if name in checkpoint.tensors}:
+        return {}  # a finding of its own
+    shapes = {path: checkpoint.tensors[name].shape for path, name in names.items()}
+    if any(len(shapes[f"{path}.weight"]) != 2 for path in row.linears):
+        return {}
+    each = declared.tensors(row, shapes)
+    return {
+        row.in_block(declared.first + place, path): expected
+        for place in range(min(declared.blocks, manifest.split.emulator))
+        if declared.holds_weights(place)
+        for path, expected in each.items()
+    }
+
+
+def _bundle_declared(sealed: Sealed) -> Iterator[str]:
+    manifest, row = _bundle_of(sealed)
+    config = read_json(sealed, CONFIG)
+    try:
+        _, declared = unwrapped(config if isinstance(config, dict) else {})
+    except ValueError as problem:
+        yield f"{CONFIG}: {problem}"
+        return
+    features = declared.features if declared else ()
+    if manifest.requires != features:
+        yield f"the manifest requires {list(manifest.requires)}, {CONFIG} declares {list(features)}"
+    if declared and (declared.first, declared.blocks) != (manifest.split.bottom, manifest.split.emulator):
+        yield f"{CONFIG} declares {declared.blocks} blocks from {declared.first} on, which is not the split's emulator"
+    if declared and row.experts:
+        yield f"{CONFIG} declares modules that a mixture of experts cannot have"
+    ours = {entry.name.startswith("offsite-") for entry in manifest.files if is_weights(entry.name)}
+    if ours != {declared is not None}:
+        yield "the weights' file has the name of the other kind of model"
 
 
 def _bundle_returnable(sealed: Sealed) -> Iterator[str]:
@@ -123,6 +176,7 @@ BUNDLE_RULES: tuple[Rule, ...] = (
     _bundle_files,
     _bundle_settings,
     _bundle_config,
+    _bundle_declared,
     _bundle_weights,
     _bundle_returnable,
     _bundle_tokenizer,
@@ -135,15 +189,26 @@ def _bundle_of(sealed: Sealed) -> tuple[BundleManifest, Architecture]:
     return sealed.manifest, ARCHITECTURES[sealed.manifest.architecture]
 
 
+def _settings_of(sealed: Sealed) -> tuple[dict[str, Any], Declared | None]:
+    """The family's config and what the emulator declares; what is malformed is the finding of another rule."""
+    config = read_json(sealed, CONFIG)
+    try:
+        return unwrapped(config if isinstance(config, dict) else {})
+    except ValueError:
+        return {}, None
+
+
 def _open_listed(sealed: Sealed) -> Checkpoint:
     weights = [entry.name for entry in sealed.manifest.files if is_weights(entry.name)]
-    if {WEIGHTS, INDEX} <= set(weights):
-        raise VerificationError(f"it holds both {WEIGHTS} and {INDEX}, of which another reader may take the other")
+    ways = {WEIGHTS, INDEX, DECLARED_WEIGHTS, DECLARED_INDEX} & set(weights)
+    if len(ways) > 1:
+        both = " and ".join(sorted(ways))
+        raise VerificationError(f"it holds both {both}, of which another reader may take the other")
     for name in weights:
         plain_file(sealed.folder, name)
     checkpoint = open_checkpoint(sealed.folder)
     used = {tensor.file.name for tensor in checkpoint.tensors.values()}
-    listed = set(weights) - {INDEX}
+    listed = set(weights) - {INDEX, DECLARED_INDEX}
     if used != listed:
         raise VerificationError(f"the weights' files are {sorted(listed)}, the index uses {sorted(used)}")
     return checkpoint

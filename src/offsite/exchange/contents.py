@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from offsite.config import Method
-from offsite.core.checkpoint import INDEX, WEIGHTS
+from offsite.core.checkpoint import DECLARED_INDEX, DECLARED_WEIGHTS, INDEX, WEIGHTS
 from offsite.exchange.manifest import FileEntry
 
 CONFIG = "config.json"
@@ -37,7 +37,7 @@ WEIGHTS_OF: Mapping[Method, str] = {  # the file of a return's tensors, by metho
     "bottleneck": BOTTLENECK_WEIGHTS,
 }
 
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_SHARD = re.compile(r"(offsite-)?model-\d{5}-of-\d{5}\.safetensors")
 _TOKENS = frozenset(
     {
         "bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",
@@ -63,7 +63,7 @@ ALLOWED_KEYS: Mapping[str, frozenset[str]] = {
 
 def is_weights(name: str) -> bool:
     """Whether a file of a bundle holds weights or their index."""
-    return name in (WEIGHTS, INDEX) or _SHARD.fullmatch(name) is not None
+    return name in (WEIGHTS, INDEX, DECLARED_WEIGHTS, DECLARED_INDEX) or _SHARD.fullmatch(name) is not None
 
 
 def allowed_in_bundle(name: str) -> bool:

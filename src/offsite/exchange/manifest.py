@@ -8,13 +8,16 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from offsite.config import Method, describe_validation
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import strict_json
+from offsite.core.modules.declared import FEATURES
 from offsite.core.modules.shapes import bottleneck_places, bottleneck_shapes
 
 MANIFEST = "offsite.json"
 SIGNATURE = "offsite.json.sig"
 MANIFEST_BYTES = 16 * 2**20  # no manifest is larger
 FORMAT: Final = 1
-KNOWN_REQUIREMENTS: frozenset[str] = frozenset()  # features that this version understands beyond the format itself
+KNOWN_REQUIREMENTS: frozenset[str] = frozenset(
+    FEATURES
+)  # features that this version understands beyond the format itself
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 TensorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,200}$")]

@@ -1,7 +1,10 @@
-"""Running a base model block by block: at any time one block's weights are in memory, whatever the model's size."""
+"""Running a base model block by block: at any time one block's weights are in memory, whatever the model's size.
+
+Only what trains or judges a whole emulator holds more: a stack of blocks, with the model's end behind it on request.
+"""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +13,9 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from offsite.core.checkpoint import TensorRange
 from offsite.core.load import attention_of, read_tensor
+from offsite.core.loss import labelled_cross_entropy
 from offsite.core.mixture import experts_implementation, in_files
 from offsite.core.runtime import Runtime
 from offsite.errors import IncompatibleError
@@ -63,6 +68,76 @@ class LoadedBlock:
         return torch.autocast(device, self.compute, enabled=self.compute != torch.float32)
 
 
+class _LeftStack(Exception):  # noqa: N818  a signal, caught where it is raised for
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+@dataclass(frozen=True)
+class LoadedStack:
+    """Neighbouring blocks of an emulator with their weights; one that stands in several places is there once."""
+
+    parameters: Mapping[str, nn.Parameter]  # of the blocks, by base index and path in the module
+    whole: nn.Module
+    blocks: Sequence[nn.Module]
+    watched: int  # of these blocks: the hidden state behind so many is what a pass returns
+    cap: float | None
+
+    def __call__(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """ids (B, T), hidden before the first block (B, T, H) -> behind the watched ones (B, T, H), differentiable."""
+
+        def leave(_: nn.Module, __: object, output: Any) -> None:
+            raise _LeftStack(_state(output))
+
+        handle = self.blocks[self.watched - 1].register_forward_hook(leave)
+        try:
+            with self._entering(hidden):
+                self._body(input_ids=ids, use_cache=False)
+        except _LeftStack as left:
+            return left.with_traceback(None).hidden
+        finally:
+            handle.remove()
+        raise IncompatibleError(f"{type(self.whole).__name__} does not call its blocks in order")
+
+    def to_the_end(self, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """As a call, but through the head too: (B, T, H), and the mean nats of the tokens after the first."""
+        seen: list[Tensor] = []
+        handle = self.blocks[self.watched - 1].register_forward_hook(lambda _, __, output: seen.append(_state(output)))
+        try:
+            with self._entering(hidden):
+                last = self._body(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
+        finally:
+            handle.remove()
+        head: nn.Linear = self.whole.get_output_embeddings()  # type: ignore[operator]
+        rows = last[:, :-1].flatten(0, 1)
+        total, _ = labelled_cross_entropy(rows, head.weight, ids[:, 1:].flatten(), head.bias, self.cap)
+        return seen[0], total / len(rows)
+
+    @property
+    def _body(self) -> nn.Module:
+        body: nn.Module = self.whole.base_model  # type: ignore[assignment]
+        return body
+
+    @contextlib.contextmanager
+    def _entering(self, hidden: Tensor) -> Iterator[None]:
+        def replace(
+            _: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return (hidden, *arguments[1:]), settings
+
+        handle = self.blocks[0].register_forward_pre_hook(replace, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _state(output: Any) -> Tensor:
+    state: Tensor = output[0] if isinstance(output, tuple) else output
+    return state
+
+
 class BlockRunner:
     """Loads single blocks of a base; the hidden state stays in float32, matrix products run in the machine's dtype."""
 
@@ -73,34 +148,86 @@ class BlockRunner:
     def load(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> LoadedBlock:
         """One block of the base, with some of its tensors (by path in the block) replaced."""
         row = self._model.row
-        config = AutoConfig.for_model(**subset_config(self._model, [index]))
-        with init_empty_weights(include_buffers=False):
-            surrounding = AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention_of(config), experts_implementation=experts_implementation()
-            )
+        surrounding = self._skeleton([index])
         block = surrounding.get_submodule(row.in_block(0, "").rstrip("."))
-        block.load_state_dict(self._weights(index, block, replaced or {}), strict=True, assign=True)
+        start, changed = row.in_block(index, ""), replaced or {}
+
+        def read(name: str) -> Tensor:
+            path = name.removeprefix(start)
+            return changed[path].to(self._device) if path in changed else self._read(name)
+
+        block.load_state_dict(self._weights(index, block, read, torch.float32), strict=True, assign=True)
         for name, value in self._outer.items():
             path, _, leaf = name.rpartition(".")
             setattr(surrounding.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
         return LoadedBlock(block.eval(), surrounding.base_model.eval(), self._compute)
 
-    def _weights(self, index: int, block: nn.Module, replaced: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def stack(
+        self, emulator: Sequence[int], after: Sequence[int], changed: Mapping[str, TensorRange], *, whole: bool
+    ) -> LoadedStack:
+        """The emulator's blocks in the machine's dtype, frozen.
+
+        Args:
+            emulator: base indices of its blocks, in order.
+            after: base indices of blocks behind it.
+            changed: tensors that take the place of the base's, by base name.
+            whole: load final norm and head as well, so that a pass can go on to the end.
+        """
+        row, model = self._model.row, self._model
+        indices = (*emulator, *after)
+        surrounding = self._skeleton(indices)
+
+        def read(name: str) -> Tensor:
+            return read_tensor(changed.get(name, model.tensors[name]), self._compute).to(self._device)
+
+        parameters: dict[str, nn.Parameter] = {}
+        for place, index in enumerate(indices):
+            block = surrounding.get_submodule(row.in_block(place, "").rstrip("."))
+            start = row.in_block(index, "")
+            if not any(name.startswith(start) for name in parameters):
+                weights = self._weights(index, block, read, self._compute)
+                parameters |= {
+                    start + path: nn.Parameter(value, requires_grad=False) for path, value in weights.items()
+                }
+            held = {name.removeprefix(start): value for name, value in parameters.items() if name.startswith(start)}
+            block.load_state_dict(held, strict=True, assign=True)
+        around = row.outer_tensors(model.config) if whole else row.embedding_tensors(model.config)
+        for name in around:
+            path, _, leaf = name.rpartition(".")
+            # a head has another name in some families' modules than in their files
+            owner = surrounding.get_output_embeddings() if name == row.head else surrounding.get_submodule(path)
+            setattr(owner, leaf, nn.Parameter(read(name), requires_grad=False))
+        if whole:
+            surrounding.tie_weights()
+        blocks = list(surrounding.get_submodule(row.blocks).children())
+        cap = getattr(surrounding.config, row.logit_cap) if row.logit_cap else None
+        return LoadedStack(parameters, surrounding.eval(), blocks, len(emulator), cap)
+
+    def _skeleton(self, indices: Sequence[int]) -> Any:
+        """A model of these blocks without weights."""
+        config = AutoConfig.for_model(**subset_config(self._model, indices))
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention_of(config), experts_implementation=experts_implementation()
+            )
+
+    def _weights(
+        self, index: int, block: nn.Module, read: Callable[[str], Tensor], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
         """The parameters of a block, by path in the module; stacks of experts are filled matrix by matrix."""
         row, start = self._model.row, self._model.row.in_block(index, "")
         stacks = {
-            path: torch.empty(parameter.shape, device=self._device)
+            path: torch.empty(parameter.shape, device=self._device, dtype=dtype)
             for path, parameter in block.named_parameters()
             if row.stacked(start + path, 0) is not None
         }
         matrices = in_files(row, {start + path: stack for path, stack in stacks.items()})
         weights = dict(stacks)
         for path in self._model.block(index):
-            value = replaced[path].to(self._device) if path in replaced else self._read(start + path)
             if start + path in matrices:
-                matrices[start + path].copy_(value)
+                matrices[start + path].copy_(read(start + path))
             else:
-                weights[row.modules.get(path, path)] = value
+                weights[row.modules.get(path, path)] = read(start + path)
         return weights
 
     def _read(self, name: str) -> Tensor:

@@ -1,17 +1,20 @@
 """Packing: split, select, heal, write and sign a bundle for one recipient."""
 
+import contextlib
 import datetime
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from offsite.config import PackSpec
 from offsite.core.architectures import config_problems
-from offsite.core.checkpoint import TensorRange, strict_json, write_checkpoint
+from offsite.core.checkpoint import DECLARED_WEIGHTS, WEIGHTS, TensorRange, strict_json, write_checkpoint
+from offsite.core.modules.declared import Declared, wrapped
 from offsite.core.progress import Event, Progress, silent
+from offsite.core.row_files import data_digest
 from offsite.core.storage import require_free, staged_folder, write_stream
 from offsite.errors import IncompatibleError, StorageError
 from offsite.exchange.artifacts import Base, Bundle
@@ -28,7 +31,9 @@ from offsite.exchange.home import Home
 from offsite.exchange.manifest import FORMAT, BundleManifest, FileEntry, Split
 from offsite.exchange.pack import file_entries, seal
 from offsite.model_owner.base_model import BaseModel, fingerprint, open_base
+from offsite.model_owner.compress.declare import declared_of
 from offsite.model_owner.compress.select import select
+from offsite.model_owner.compress.share import shared
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.split import (
     DTYPES,
@@ -42,9 +47,24 @@ from offsite.model_owner.split import (
     split,
 )
 
+# Settings that do not change what comes out, so a resumed run may have others.
+_FREE_SETTINGS = frozenset({"threads", "search_minutes"})
 
-def pack(base: Base, out: Path, recipient: str, spec: PackSpec, home: Home, progress: Progress = silent) -> Bundle:
+
+def pack(
+    base: Base,
+    out: Path,
+    recipient: str,
+    spec: PackSpec,
+    home: Home,
+    progress: Progress = silent,
+    *,
+    resume: bool = False,
+) -> Bundle:
     """Make a signed bundle of a base model for one trusted party, and enter it in the ledger.
+
+    A distillation or search keeps resume points in `<out>.run/` while it runs; a distillation writes its healing curve
+    to `<out>.log.jsonl`. Both are beside the bundle, never in it.
 
     Args:
         base: the owner's full model; it is only read.
@@ -53,11 +73,16 @@ def pack(base: Base, out: Path, recipient: str, spec: PackSpec, home: Home, prog
         spec: how to split, compress and heal.
         home: the owner's.
         progress: where the events go.
+        resume: continue an interrupted distillation or search; where there is none, start.
 
     Raises:
-        UsageError: a setting does not fit the model, the recipient is unknown, or `out` holds something.
-        IncompatibleError: the model cannot be cut.
+        UsageError: a setting does not fit the model, the recipient is unknown, `out` holds something, or an interrupted
+            run is there that cannot or was not to be resumed.
+        IncompatibleError: the model cannot be cut, or not be healed in this way.
+        DataError: the calibration text is unreadable or too short.
+        OffsiteError: the distillation diverged.
         StorageError: something cannot be read or written; `out` is then as it was.
+        KeyboardInterrupt: the user stopped it.
     """
     require_free(out)
     identity, key = home.identity(), home.trusted_key(recipient)
@@ -66,16 +91,21 @@ def pack(base: Base, out: Path, recipient: str, spec: PackSpec, home: Home, prog
     permitted_methods(model, spec)
     _tokenizer_files(model)  # a missing tokenizer must not show after the long work
     dtype = DTYPES[spec.dtype]
-    with staged_folder(out) as folder, tempfile.TemporaryDirectory(dir=folder.parent, prefix=".healed.") as scratch:
-        emulator = select(model, sandwich, spec, progress)
-        healed = _heal(model, sandwich, emulator, spec, Path(scratch), progress)
+    base_code = fingerprint(model, identity)
+    with staged_folder(out) as folder, _scratch(out, folder, base_code, spec, resume=resume) as scratch:
+        chosen = select(model, sandwich, spec, scratch, progress)
+        emulator = shared(sandwich.middle, chosen) if "share" in spec.heal else chosen
+        healed = _heal(model, sandwich, emulator, spec, scratch, out, progress)
         kept = (*sandwich.bottom, *emulator, *sandwich.top)
         progress(Event("writing the bundle", 0))
-        written = write_checkpoint(folder, bundle_tensors(model, kept, healed, dtype))
-        settings = settings_files(model, kept, dtype)
+        numbers = counts(sandwich, spec)
+        declared = declared_of(model, numbers.bottom, emulator, spec)
+        weights = DECLARED_WEIGHTS if declared else WEIGHTS
+        written = write_checkpoint(folder, bundle_tensors(model, kept, healed, dtype, numbers, spec), weights=weights)
+        settings = settings_files(model, kept, dtype, declared)
         written += [write_stream(folder / name, [content]) for name, content in settings.items()]
-        parties = Parties(identity.public_key.hex, key.hex, fingerprint(model, identity))
-        manifest = bundle_manifest(model, kept, counts(sandwich, spec), spec, file_entries(written), parties)
+        parties = Parties(identity.public_key.hex, key.hex, base_code)
+        manifest = bundle_manifest(model, kept, numbers, spec, file_entries(written), parties, declared)
         bundle = Bundle(out, manifest, seal(folder, manifest, identity))
         Ledger(home.ledger).record_issue(bundle, recipient, kept, spec)
     return bundle
@@ -97,12 +127,13 @@ def bundle_manifest(
     spec: PackSpec,
     files: tuple[FileEntry, ...],
     parties: Parties,
+    declared: Declared | None = None,
 ) -> BundleManifest:
     """The manifest of a bundle that holds the base blocks `kept` in these files, issued now."""
     return BundleManifest(
         kind="bundle",
         format=FORMAT,
-        requires=(),
+        requires=declared.features if declared else (),
         issued_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         issuer=parties.issuer,
         recipient=parties.recipient,
@@ -125,13 +156,31 @@ def _heal(
     emulator: Sequence[int],
     spec: PackSpec,
     scratch: Path,
+    out: Path,
     progress: Progress,
 ) -> Mapping[str, TensorRange]:
-    if spec.heal == "none" or len(emulator) == len(sandwich.middle):
+    if not set(spec.heal) - {"share"} or len(set(emulator)) == len(sandwich.middle):
         return {}  # where nothing was dropped there is no gap
-    from offsite.model_owner.compress.refit import refit
+    from offsite.core.resume import log_file
+    from offsite.model_owner.compress.heal import heal
 
-    return refit(model, sandwich, emulator, spec, scratch, progress)
+    return heal(model, sandwich, emulator, spec, scratch, log_file(out), progress)
+
+
+@contextlib.contextmanager
+def _scratch(out: Path, staging: Path, base: str, spec: PackSpec, *, resume: bool) -> Iterator[Path]:
+    """Where healed weights lie until the bundle is written; where the work is long, it outlives an interruption."""
+    if not spec.resumable:
+        with tempfile.TemporaryDirectory(dir=staging.parent, prefix=".healed.") as folder:
+            yield Path(folder)
+        return
+    from offsite.core.resume import RunState, run_folder
+
+    text = data_digest(spec.calibration) if spec.calibration else None
+    identity = {**spec.model_dump(mode="json", exclude=set(_FREE_SETTINGS)), "base": base, "text": text}
+    state = RunState(run_folder(out), identity, resume=resume)
+    yield state.folder
+    state.remove()
 
 
 def _tokenizer_files(model: BaseModel) -> list[Path]:
@@ -145,7 +194,9 @@ def _tokenizer_files(model: BaseModel) -> list[Path]:
     return found
 
 
-def settings_files(model: BaseModel, kept: Sequence[int], dtype: str) -> dict[str, bytes]:
+def settings_files(
+    model: BaseModel, kept: Sequence[int], dtype: str, declared: Declared | None = None
+) -> dict[str, bytes]:
     """What a bundle holds beside its weights, by file name: config, generation settings and tokenizer, cleaned.
 
     Raises:
@@ -158,7 +209,7 @@ def settings_files(model: BaseModel, kept: Sequence[int], dtype: str) -> dict[st
         raise IncompatibleError(
             "the base's config holds what may not travel", reasons=problems, next_step=f"mend {CONFIG} in the base"
         )
-    files = {CONFIG: _json(config)}
+    files = {CONFIG: _json(wrapped(config, declared) if declared else config)}
     others = _tokenizer_files(model)
     if (model.folder / GENERATION_CONFIG).is_file():
         others.append(model.folder / GENERATION_CONFIG)

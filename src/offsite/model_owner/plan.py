@@ -10,9 +10,21 @@ from pathlib import Path
 from typing import Literal
 
 from offsite.config import PackSpec, PlugInSpec
-from offsite.core.checkpoint import FLOATS, ITEM_SIZE, TensorRange, checkpoint_bytes, open_checkpoint
+from offsite.core.checkpoint import (
+    DECLARED_WEIGHTS,
+    FLOATS,
+    ITEM_SIZE,
+    WEIGHTS,
+    TensorRange,
+    checkpoint_bytes,
+    open_checkpoint,
+)
 from offsite.core.memory import (
     CALIBRATION_BATCH,
+    CHUNK_ELEMENTS,
+    GROUP_TOKENS,
+    JUDGED,
+    SEARCH_TOKENS,
     BlockShape,
     Part,
     Phase,
@@ -35,7 +47,9 @@ from offsite.exchange.home import Home
 from offsite.exchange.manifest import FileEntry, render_manifest
 from offsite.exchange.signing import SIGNATURE_BYTES
 from offsite.model_owner.base_model import BaseModel, open_base
+from offsite.model_owner.compress.declare import declared_of
 from offsite.model_owner.compress.select import select
+from offsite.model_owner.compress.share import shared
 from offsite.model_owner.intake import check_return
 from offsite.model_owner.pack import Parties, bundle_manifest, settings_files
 from offsite.model_owner.plug_in import form_of
@@ -97,22 +111,27 @@ def plan_pack(base: Base, spec: PackSpec) -> PackPlan:
     model = open_base(base)
     sandwich = split(model, spec)
     dropped = spec.keep < len(sandwich.middle)
-    healed = spec.heal == "refit" and dropped
-    runs = healed or (spec.select == "influence" and dropped)
-    # which blocks influence will choose is known only after the work; their sizes do not depend on it
-    emulator = select(model, sandwich, _without_work(spec), silent)
+    refits, distills = (step in spec.heal and dropped for step in ("refit", "distill"))
+    searches = spec.select == "search" and dropped
+    runs = dropped and (refits or distills or spec.select in _WORK)
+    # which blocks the calibration text will choose is known only after the work; their sizes do not depend on it
+    emulator = select(model, sandwich, _without_work(spec), Path(), silent)
+    emulator = shared(sandwich.middle, emulator) if "share" in spec.heal else emulator
     kept = (*sandwich.bottom, *emulator, *sandwich.top)
     files = _bundle_files(model, sandwich, kept, spec)
     length = calibration_length(model.config)
     calibration = Calibration(spec.calibration_tokens // length, length) if runs else None
     item = compute_bytes(spec.compute, spec.device)
-    phases = (
-        _network_phases(model, calibration, item, _text_bytes(spec.calibration), refits=healed) if calibration else []
-    )
+    text = _text_bytes(spec.calibration)
+    closed = refits or (dropped and spec.select in _WORK)
+    phases = _network_phases(model, calibration, item, text, refits=refits) if calibration and closed else []
+    states = _state_tokens(spec, length, distills=distills, searches=searches)
+    if states:
+        phases += _stack_phases(model, sandwich, spec, item, text, length, distills=distills, searches=searches)
     libraries = torch_libraries(_tokenizer_bytes(model.folder)) if runs else (plain_libraries(),)
     cast = any(tensor.dtype in FLOATS and tensor.dtype != DTYPES[spec.dtype] for tensor in model.tensors.values())
     phases.append(Phase("writing the bundle", (*libraries, copy_buffer(_largest(model), cast=cast))))
-    scratch = [Term("healed weights, until the bundle is written", _healed_bytes(model, spec), "k * F * H * d")]
+    scratch = _scratch(model, spec, item, states, refits=refits, distills=distills)
     return PackPlan(
         architecture=model.row.model_type,
         base=_parts(model, sandwich, sandwich.middle, None),
@@ -121,12 +140,32 @@ def plan_pack(base: Base, spec: PackSpec) -> PackPlan:
         calibration=calibration,
         compute={2: "bf16", 4: "fp32"}[item] if runs else None,  # type: ignore[arg-type]
         phases=tuple(phases),
-        disk=(Term("bundle", sum(files.values()), "all its files"), *(scratch if healed else ())),
+        disk=(Term("bundle", sum(files.values()), "all its files"), *scratch),
     )
 
 
+_WORK = ("influence", "cluster", "search")  # selections that run the network
+
+
 def _without_work(spec: PackSpec) -> PackSpec:
-    return spec.model_copy(update={"select": "uniform"}) if spec.select == "influence" else spec
+    return spec.model_copy(update={"select": "uniform"}) if spec.select in _WORK else spec
+
+
+def _state_tokens(spec: PackSpec, length: int, *, distills: bool, searches: bool) -> int:
+    """Tokens whose hidden states lie on the disk, at most."""
+    judging = min(spec.calibration_tokens, SEARCH_TOKENS) // JUDGED if searches else 0
+    return judging + (spec.distill_tokens // length * length if distills else 0)
+
+
+def _scratch(model: BaseModel, spec: PackSpec, item: int, states: int, *, refits: bool, distills: bool) -> list[Term]:
+    """What lies beside the bundle until it is written."""
+    hidden, numbers = _block_sizes(model).hidden, _numbers(model.block(0))
+    terms = [
+        Term("healed weights, until the bundle is written", refits * _healed_bytes(model, spec), "k * F * H * d"),
+        Term("hidden states around the middle", 2 * states * hidden * item, "2 * N * H * c"),
+        Term("resume points, and the distilled weights", distills * 7 * 4 * spec.keep * numbers, "28 * k * P_b"),
+    ]
+    return [term for term in terms if term.bytes]
 
 
 def _parts(model: BaseModel, sandwich: Sandwich, middle: Sequence[int], dtype: str | None) -> tuple[Part, ...]:
@@ -156,10 +195,14 @@ def _parts(model: BaseModel, sandwich: Sandwich, middle: Sequence[int], dtype: s
 def _bundle_files(model: BaseModel, sandwich: Sandwich, kept: Sequence[int], spec: PackSpec) -> dict[str, int]:
     """Every file of the bundle with its exact size: the manifest names no number that is not known before."""
     dtype = DTYPES[spec.dtype]
-    sizes = checkpoint_bytes(bundle_tensors(model, kept, {}, dtype))
-    sizes |= {name: len(content) for name, content in settings_files(model, kept, dtype).items()}
+    numbers = counts(sandwich, spec)
+    emulator = kept[numbers.bottom : numbers.bottom + numbers.emulator]
+    declared = declared_of(model, numbers.bottom, emulator, spec)
+    weights = DECLARED_WEIGHTS if declared else WEIGHTS
+    sizes = checkpoint_bytes(bundle_tensors(model, kept, {}, dtype, numbers, spec), weights=weights)
+    sizes |= {name: len(content) for name, content in settings_files(model, kept, dtype, declared).items()}
     entries = tuple(FileEntry(name=name, size=size, sha256="0" * 64) for name, size in sorted(sizes.items()))
-    manifest = bundle_manifest(model, kept, counts(sandwich, spec), spec, entries, _NOBODY)
+    manifest = bundle_manifest(model, kept, numbers, spec, entries, _NOBODY, declared)
     return {**sizes, "offsite.json": len(render_manifest(manifest)), "offsite.json.sig": SIGNATURE_BYTES}
 
 
@@ -195,7 +238,7 @@ def _network_phases(model: BaseModel, calibration: Calibration, item: int, text:
     """Running the blocks over the calibration text one at a time, and solving for their projections."""
     row = model.row
     tensors = max(map(model.block, range(model.blocks)), key=_numbers)
-    sizes = block_shape(row, {path: tensor.shape for path, tensor in tensors.items()}, model.config)
+    sizes = _block_sizes(model)
     embeddings = part("", [model.tensors[name].shape for name in row.embedding_tensors(model.config)], 4)
     states = 2 if refits else 1
     always = (
@@ -214,6 +257,64 @@ def _network_phases(model: BaseModel, calibration: Calibration, item: int, text:
     if refits:
         phases.append(Phase("summing up a projection's problem", (*always, *_summing(sizes, calibration, item))))
         phases.append(Phase("solving for a projection", (*always, *_solving(sizes))))
+    return phases
+
+
+def _block_sizes(model: BaseModel) -> BlockShape:
+    tensors = max(map(model.block, range(model.blocks)), key=_numbers)
+    return block_shape(model.row, {path: tensor.shape for path, tensor in tensors.items()}, model.config)
+
+
+def _stack_phases(
+    model: BaseModel,
+    sandwich: Sandwich,
+    spec: PackSpec,
+    item: int,
+    text: int,
+    length: int,
+    *,
+    distills: bool,
+    searches: bool,
+) -> list[Phase]:
+    """Running a whole emulator from hidden states on the disk: to train it, or to judge it."""
+    sizes, row = _block_sizes(model), model.row
+    stack, top = spec.keep * sizes.parameters, len(sandwich.top) * sizes.parameters
+    outer = part("", [model.tensors[name].shape for name in row.outer_tensors(model.config)], item).bytes
+    batch = CALIBRATION_BATCH * length
+    groups = min(GROUP_TOKENS, max(spec.distill_tokens, 1))
+    always = (*torch_libraries(_tokenizer_bytes(model.folder)), encoding(text))
+    end = Term("embeddings, norm and head", outer, "c * P_o")
+    whole = bool(spec.distill_ce)
+    logits = Term("logits of a chunk, their logs and slopes", 3 * 4 * CHUNK_ELEMENTS, "12 * chunk")
+    phases = [
+        Phase(
+            "keeping hidden states of the base",
+            (
+                *always,
+                Term("hidden states of a group", 3 * 4 * groups * sizes.hidden, "12 * N_g * H"),
+                Term("one block in fp32", 4 * sizes.parameters, "4 * P_b"),
+                *_forward(sizes, Calibration(CALIBRATION_BATCH, length), item),
+            ),
+        )
+    ]
+    if searches:
+        terms = (Term("emulator and top", item * (stack + top), "c * (k + t) * P_b"), end, logits)
+        activations = Term("activations of one block", batch * sizes.forward(item), "n * (c * (Q + A + F) + 8 * H)")
+        phases.append(Phase("judging a selection", (*always, *terms, activations)))
+    if distills:
+        masters = 16 * stack + (item * stack if item < 4 else 0)
+        terms = (
+            Term("trained weights, gradients and moments", masters, "(16 + c) * k * P_b, 16 * k * P_b in fp32"),
+            Term("top, frozen", item * top if whole else 0, "c * t * P_b"),
+            end,
+            Term(
+                "activations of one batch, kept for the gradient",
+                2 * (spec.keep + (len(sandwich.top) if whole else 0)) * batch * sizes.forward(item),
+                "2 * k * n * (c * (Q + A + F) + 8 * H)",
+            ),
+            *((logits,) if whole else ()),
+        )
+        phases.append(Phase("distilling", (*always, *terms)))
     return phases
 
 

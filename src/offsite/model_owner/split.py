@@ -1,7 +1,7 @@
 """Splitting: which base blocks a bundle holds, under which names, and with which config. Tensors move by name."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from offsite.config import Method, PackSpec
@@ -9,6 +9,9 @@ from offsite.core.checkpoint import NewTensor, TensorRange, copied
 from offsite.errors import IncompatibleError, UsageError
 from offsite.exchange.manifest import Split, TensorEntry
 from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.compress.contiguous import contiguous
+from offsite.model_owner.compress.declare import block_tensors, declared_of, require_declarable
+from offsite.model_owner.compress.prune import pruned
 
 DTYPES = {"bf16": "BF16", "fp32": "F32"}
 
@@ -38,19 +41,27 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
             if len(middle) >= 1
             else "choose a smaller --bottom or --top",
         )
-    if spec.heal == "refit" and spec.keep < len(middle) and not model.row.residual_is_linear(model.config):
+    if "refit" in spec.heal and spec.keep < len(middle) and not model.row.residual_is_linear(model.config):
         why = "its MLP is a mixture of experts" if model.row.experts else "a norm follows the MLP in its blocks"
         raise IncompatibleError(
             f"refit needs a residual that is linear in the MLP's output, which this {model.row.model_type} model "
             "does not have",
             reasons=[why],
-            next_step="pack with --heal none",
+            next_step="pack with --heal none or --heal distill",
         )
+    if spec.select == "contiguous":
+        contiguous(middle, spec.keep, spec.drop_from)  # refuses a piece that does not lie in the middle
+    require_declarable(model, spec)
     return Sandwich(tuple(range(spec.bottom)), tuple(middle), tuple(range(model.blocks - spec.top, model.blocks)))
 
 
 def bundle_tensors(
-    model: BaseModel, kept: Sequence[int], healed: Mapping[str, TensorRange], dtype: str
+    model: BaseModel,
+    kept: Sequence[int],
+    healed: Mapping[str, TensorRange],
+    dtype: str,
+    numbers: Split,
+    spec: PackSpec,
 ) -> list[NewTensor]:
     """Every tensor of the bundle, blocks renumbered from 0, in the order of the base's computation.
 
@@ -59,17 +70,34 @@ def bundle_tensors(
         kept: base indices of all blocks that the bundle holds, in order.
         healed: tensors that take the place of the base's, by base name.
         dtype: "BF16" or "F32".
+        numbers: of blocks in bottom, emulator and top.
+        spec: how the emulator's blocks are stored.
     """
     row = model.row
-    renamed = {name: name for name in (*row.embeddings, *row.final, row.head) if name in model.tensors}
-    renamed |= {
-        row.in_block(base_index, path): row.in_block(index, path)
-        for index, base_index in enumerate(kept)
-        for path in model.block(base_index)
-    }
-    return [
-        copied(healed.get(name, model.tensors[name]), name=new_name, dtype=dtype) for name, new_name in renamed.items()
+    tensors = [
+        copied(model.tensors[name], name=name, dtype=dtype)
+        for name in (*row.embeddings, *row.final, row.head)
+        if name in model.tensors
     ]
+    slots = kept[numbers.bottom : numbers.bottom + numbers.emulator]
+    declared = declared_of(model, numbers.bottom, slots, spec)
+    for index, base_index in enumerate(kept):
+        block = model.block(base_index)
+        held = {path: healed.get(row.in_block(base_index, path), tensor) for path, tensor in block.items()}
+        place = index - numbers.bottom
+        if index in numbers.trained:
+            stored = [copied(tensor, name=path, dtype=dtype) for path, tensor in held.items()]
+        elif declared is None:
+            stored = [
+                pruned(tensor, name=path, dtype=dtype, ratio=spec.prune)
+                if spec.prune and len(tensor.shape) == 2
+                else copied(tensor, name=path, dtype=dtype)
+                for path, tensor in held.items()
+            ]
+        else:
+            stored = block_tensors(row, held, declared, spec, dtype) if declared.holds_weights(place) else []
+        tensors += [replace(tensor, name=row.in_block(index, tensor.name)) for tensor in stored]
+    return tensors
 
 
 def bundle_config(model: BaseModel, kept: Sequence[int], dtype: str) -> dict[str, Any]:
@@ -93,7 +121,12 @@ def subset_config(model: BaseModel, kept: Sequence[int]) -> dict[str, Any]:
 
 def counts(sandwich: Sandwich, spec: PackSpec) -> Split:
     """The split as the manifest has it: numbers of blocks, and nothing about which."""
-    return Split(bottom=len(sandwich.bottom), emulator=spec.keep, top=len(sandwich.top))
+    return Split(bottom=len(sandwich.bottom), emulator=emulator_blocks(sandwich, spec), top=len(sandwich.top))
+
+
+def emulator_blocks(sandwich: Sandwich, spec: PackSpec) -> int:
+    """Blocks that the emulator runs: those that are kept, or with sharing one in every place of the middle."""
+    return len(sandwich.middle) if "share" in spec.heal else spec.keep
 
 
 def returnable(model: BaseModel, kept: Sequence[int], numbers: Split, dtype: str) -> dict[str, TensorEntry]:

@@ -36,6 +36,8 @@ def refit(
     spec: PackSpec,
     scratch: Path,
     progress: Progress,
+    *,
+    batches: Sequence[Tensor] | None = None,
 ) -> Mapping[str, TensorRange]:
     """Solve the output projections of the kept blocks anew.
 
@@ -46,6 +48,7 @@ def refit(
         spec: calibration text, tokens, and the dtype that the bundle will have.
         scratch: a folder for the solved weights until the bundle is written.
         progress: where the events go.
+        batches: token ids (B, T) to fit on, in place of the calibration text of `spec`.
 
     Returns:
         The solved tensors by base name, as they lie in files of `scratch`.
@@ -56,7 +59,9 @@ def refit(
     row = model.row
     machine = runtime(spec.device, spec.compute, spec.threads)
     runner = BlockRunner(model, machine)
-    batches = [ids.to(machine.device) for ids in calibration_batches(model, spec.calibration, spec.calibration_tokens)]
+    if batches is None:
+        batches = calibration_batches(model, spec.calibration, spec.calibration_tokens)
+    batches = [ids.to(machine.device) for ids in batches]
     stage, end = "healing by refit", sandwich.middle[-1] + 1
     base = [runner.load(0).embed(ids) for ids in batches]
     for index in sandwich.bottom:

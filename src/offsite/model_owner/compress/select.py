@@ -1,33 +1,38 @@
 """Selection: which blocks of the middle the emulator keeps."""
 
 import random
-from collections.abc import Sequence
+from pathlib import Path
 
 from offsite.config import PackSpec
 from offsite.core.progress import Progress
 from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.compress.contiguous import contiguous
+from offsite.model_owner.compress.uniform import uniform
 from offsite.model_owner.split import Sandwich
 
 
-def select(model: BaseModel, sandwich: Sandwich, spec: PackSpec, progress: Progress) -> tuple[int, ...]:
-    """The base indices of the kept blocks, in order."""
-    if spec.keep == len(sandwich.middle):
-        return sandwich.middle
+def select(model: BaseModel, sandwich: Sandwich, spec: PackSpec, scratch: Path, progress: Progress) -> tuple[int, ...]:
+    """The base indices of the kept blocks, in order; `scratch` is where a search remembers what it tried."""
+    middle = sandwich.middle
+    if spec.keep == len(middle):
+        return middle
     if spec.select == "uniform":
-        return uniform(sandwich.middle, spec.keep)
+        return uniform(middle, spec.keep)
     if spec.select == "random":
-        return tuple(sorted(random.Random(spec.seed).sample(sandwich.middle, spec.keep)))  # noqa: S311  no secret
+        return tuple(sorted(random.Random(spec.seed).sample(middle, spec.keep)))  # noqa: S311  no secret
+    if spec.select == "contiguous":
+        return contiguous(middle, spec.keep, spec.drop_from)
+    if spec.select == "cluster":
+        from offsite.model_owner.compress.cluster import cluster
+
+        return cluster(model, middle, spec, progress)
+    if spec.select == "search":
+        from offsite.model_owner.compress.search import search
+
+        return search(model, sandwich, spec, scratch, progress)
     from offsite.model_owner.compress.influence import block_influence
 
-    scores = block_influence(model, sandwich.middle, spec, progress)
-    return most_influential(scores, spec.keep)
-
-
-def uniform(middle: Sequence[int], keep: int) -> tuple[int, ...]:
-    """Evenly spread blocks, the first and the last among them (paper, section 3.3); keep = 1 takes the first."""
-    if keep == 1:
-        return (middle[0],)
-    return tuple(middle[round(i * (len(middle) - 1) / (keep - 1))] for i in range(keep))
+    return most_influential(block_influence(model, middle, spec, progress), spec.keep)
 
 
 def most_influential(scores: dict[int, float], keep: int) -> tuple[int, ...]:

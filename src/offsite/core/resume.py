@@ -1,7 +1,7 @@
-"""Resume points of a tuning run: safetensors and JSON in a folder beside the return, never a pickle.
+"""Resume points of a long run: safetensors and JSON in a folder beside what it makes, never a pickle.
 
 `<out>.run/` holds `run.json` (what run this is), `state.json` (how far it is, and the name of the weights' file) and
-that file: fp32 weights, AdamW's moments, random states. It stays on this machine and is removed once the return is
+that file: fp32 weights, AdamW's moments, random states. It stays on this machine and is removed once the result is
 written.
 """
 
@@ -23,12 +23,12 @@ _NAMES = {torch.float32: "F32", torch.uint8: "U8"}
 
 
 def run_folder(out: Path) -> Path:
-    """Where the resume points of the tuning that writes `out` lie."""
+    """Where the resume points of the run that writes `out` lie."""
     return out.with_name(f"{out.name}.run")
 
 
 def log_file(out: Path) -> Path:
-    """The JSONL log of the tuning that writes `out`; it is beside the return, never in it."""
+    """The JSONL log of the run that writes `out`; it is beside the result, never in it."""
     return out.with_name(f"{out.name}.log.jsonl")
 
 
@@ -37,7 +37,7 @@ class RunState:
 
     Args:
         folder: from `run_folder`.
-        identity: what the run is, by name: settings, bundle, data. A run is resumed with exactly the same.
+        identity: what the run is, by name: settings, model, data. A run is resumed with exactly the same.
         resume: continue what is there; otherwise finding something is an error.
 
     Raises:
@@ -69,7 +69,7 @@ class RunState:
             raise UsageError(
                 f"the run in {self.folder} is another one, so it cannot be resumed",
                 reasons=different,
-                next_step=f"give the same settings, data and bundle, or remove it to start anew: rm -r {self.folder}",
+                next_step=f"give the same settings, model and data, or remove it to start anew: rm -r {self.folder}",
             )
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:

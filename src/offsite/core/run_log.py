@@ -1,0 +1,49 @@
+"""What every long run has beside its work: a log of JSON lines, and an end that leaves nothing half done."""
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from offsite.core.storage import storage_errors
+
+
+@contextlib.contextmanager
+def run_log(file: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Append JSON lines to the log; each is on the disk's side of the process when the call returns."""
+    with storage_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream = file.open("a", encoding="utf-8")
+
+    def write(record: Mapping[str, Any]) -> None:
+        with storage_errors(file):
+            stream.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+            stream.flush()
+
+    with stream:
+        yield write
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Hold back the first Ctrl-C until the step in work is whole; a second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

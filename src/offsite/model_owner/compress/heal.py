@@ -1,0 +1,62 @@
+"""Healing: the steps that make up for dropped blocks, one after the other, each from where the last one ended."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from offsite.config import PackSpec
+from offsite.core.checkpoint import TensorRange, read_header
+from offsite.core.progress import Progress
+from offsite.core.storage import replace_file
+from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.split import Sandwich
+
+
+def heal(
+    model: BaseModel,
+    sandwich: Sandwich,
+    emulator: Sequence[int],
+    spec: PackSpec,
+    scratch: Path,
+    log: Path,
+    progress: Progress,
+) -> Mapping[str, TensorRange]:
+    """The tensors of the emulator that healing changed, by base name, as they lie in files of `scratch`.
+
+    What an interrupted run has finished is taken from there. Where nothing was dropped there is no gap to heal.
+
+    Raises:
+        DataError: the calibration text is unreadable or too short.
+        StorageError: something cannot be written.
+        OffsiteError: the distillation diverged.
+        KeyboardInterrupt: the user stopped it.
+    """
+    if len(set(emulator)) == len(sandwich.middle):
+        return {}
+    healed: Mapping[str, TensorRange] = {}
+    for step in spec.heal:
+        if step == "refit":
+            healed = _refitted(model, sandwich, emulator, spec, scratch / "refit", progress)
+        elif step == "distill":
+            from offsite.model_owner.compress.distill import distill
+
+            healed = distill(model, sandwich, emulator, healed, spec, scratch, log, progress)
+    return healed
+
+
+def _refitted(
+    model: BaseModel, sandwich: Sandwich, emulator: Sequence[int], spec: PackSpec, folder: Path, progress: Progress
+) -> Mapping[str, TensorRange]:
+    whole = folder / "whole"  # says that the folder holds every solved block
+    if whole.exists():
+        files = {index: read_header(folder / f"{index}.safetensors") for index in emulator}
+        return {
+            model.row.in_block(index, path): tensor for index, held in files.items() for path, tensor in held.items()
+        }
+    from offsite.model_owner.compress.refit import refit
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    solved = refit(model, sandwich, emulator, spec, folder, progress)
+    replace_file(whole, b"")
+    return solved

@@ -1,0 +1,36 @@
+"""Pruning: exactly the share that was asked for, of exactly the emulator's matrices, and only the smallest."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from artifacts import packed
+from offsite.core.architectures import ARCHITECTURES
+from offsite.core.checkpoint import open_checkpoint, read_float32
+from tiny import FAMILIES, Parties
+
+MakeBase = Callable[..., Path]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_smallest_numbers_of_each_emulator_matrix_are_zero(
+    base_of: MakeBase, tmp_path: Path, parties: Parties, family: str
+) -> None:
+    base = base_of(family, 5)
+    plain, sparse = (
+        packed(base, tmp_path / str(ratio), parties, keep=3, prune=ratio, heal="none") for ratio in (0.0, 0.3)
+    )
+    row = ARCHITECTURES[plain.manifest.architecture]
+    before, after = (open_checkpoint(one.folder).tensors for one in (plain, sparse))
+    for name in before:
+        old, new = read_float32(before[name]), read_float32(after[name])
+        place = row.block_of(name)
+        if place is None or place[0] not in (1, 2, 3) or place[1].removesuffix(".weight") not in row.linears:
+            assert (old == new).all(), name
+            continue
+        gone = new == 0
+        assert gone.sum() == int(0.3 * old.size), name
+        assert (old[~gone] == new[~gone]).all()
+        assert np.abs(old[gone]).max() <= np.abs(old[~gone]).min()
