@@ -3,12 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := offsite-demo
+BENCH := offsite-bench
+DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test format docs clean
+.PHONY: help install demo test bench bench-long format docs clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## make .venv with the pinned dependencies
 
@@ -21,6 +23,16 @@ test: $(STAMP) ## format, lint, types, import contracts, tests with branch cover
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+bench: $(STAMP) ## speed and memory of tuning against peers, short form (DATA=folder of data sets)
+	$(BIN)/python -m benchmarks.tuning --data-root $(DATA) --shapes smollm2 --data sciq \
+	  --contestants full lora "offsite lora" --result $(BENCH)/tuning-short.json --work $(BENCH)
+
+bench-long: $(STAMP) ## every benchmark of speed; writes benchmarks/results and docs/performance.md
+	$(BIN)/python -m benchmarks.tuning --data-root $(DATA) --work $(BENCH)
+	$(BIN)/python -m benchmarks.ablation --data-root $(DATA) --work $(BENCH)
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.render
 
 format: $(STAMP) ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix .

@@ -82,7 +82,8 @@ def _literal(annotation: Any) -> tuple[str, ...]:
             "tune",
             {
                 "data", "out", "eval-data", "tensorboard", "method", "rank", "width", "lr", "epochs", "max-steps",
-                "batch-size", "resume", "plan", "config", "home", "json",
+                "batch-size", "memory", "gradient-checkpointing", "resume", "plan", "config",
+                "home", "json",
             },
         ),
         ("plug-in", {"out", "as", "strength", "again", "plan", "config", "home", "json"}),
