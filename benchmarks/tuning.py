@@ -18,12 +18,16 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.counted import Shape, ours, peer
+
+if TYPE_CHECKING:
+    from offsite.core.data import Example
 
 RESULT = Path(__file__).parent / "results" / "tuning.json"
 RANK = 16
@@ -214,8 +218,6 @@ def _run(command: Sequence[str]) -> tuple[str, int]:
     assert process.stderr is not None
     with process.stdout, process.stderr:
         errors: list[str] = []
-        import threading
-
         reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))  # type: ignore[union-attr]
         reader.start()
         output = process.stdout.read()
@@ -227,19 +229,38 @@ def _run(command: Sequence[str]) -> tuple[str, int]:
     return output, used.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
-def _shape(work: _Work, shape: str, data: str) -> Shape:
-    from offsite.core.architectures import architecture_of
-    from offsite.core.checkpoint import open_checkpoint
+def _examples(work: _Work, shape: str, data: str) -> "tuple[Example, ...]":
     from offsite.core.data import encode
     from offsite.core.load import load_tokenizer
     from offsite.core.rows import read_rows
+
+    file, tokenizer = work.folder / f"{data}.jsonl", load_tokenizer(work.base(shape))
+    return encode(read_rows(file), tokenizer, source=file, max_length=1024, long_rows="truncate").examples
+
+
+def _padding(examples: "tuple[Example, ...]", rows: int) -> float:
+    """Padded tokens over real ones in an epoch of our tuning."""
+    from offsite import TuneSpec
+    from offsite.core.data import micro_batches, step_batches
+
+    spec = TuneSpec()
+    groups = [
+        group
+        for step in step_batches(examples, rows=rows, seed=spec.seed, epoch=0)
+        for group in micro_batches(examples, step, spec.micro_batch_tokens)
+    ]
+    padded = sum(len(group) * max(len(examples[i].ids) for i in group) for group in groups)
+    return padded / sum(len(example.ids) for example in examples)
+
+
+def _shape(work: _Work, shape: str, found: "tuple[Example, ...]") -> Shape:
+    from offsite.core.architectures import architecture_of
+    from offsite.core.checkpoint import open_checkpoint
 
     folder = work.base(shape)
     config = json.loads((folder / "config.json").read_text())
     row, tensors = architecture_of(config), open_checkpoint(folder).tensors
     sizes = {path: next(t.shape for n, t in tensors.items() if n.endswith(f".0.{path}.weight")) for path in row.linears}
-    file = work.folder / f"{data}.jsonl"
-    found = encode(read_rows(file), load_tokenizer(folder), source=file, max_length=1024, long_rows="truncate").examples
     vocabulary, hidden = tensors[next(n for n in tensors if n.endswith((".embed_tokens.weight", ".wte.weight")))].shape
     bottom, keep, top = SHAPES[shape][0]
     tokens = sum(len(example.ids) for example in found)
@@ -267,7 +288,8 @@ def _results(work: _Work) -> dict[str, Any]:
             cells.setdefault((shape, data), {}).setdefault(contestant, []).append(record)
     records = []
     for (shape, data), contestants in cells.items():
-        counted = _shape(work, shape, data)
+        examples = _examples(work, shape, data)
+        counted = _shape(work, shape, examples)
         speeds = {name: [run["tokens"] / run["seconds"] for run in runs] for name, runs in contestants.items()}
         peaks = {name: statistics.median(run["peak_bytes"] for run in runs) for name, runs in contestants.items()}
         for name in contestants:
@@ -281,6 +303,7 @@ def _results(work: _Work) -> dict[str, Any]:
                 "spread": [round(min(speeds[name]), 1), round(max(speeds[name]), 1)],
                 "repetitions": len(speeds[name]),
                 "batch": contestants[name][0].get("batch"),
+                "padding": round(_padding(examples, SHAPES[shape][1]), 3) if name.startswith("offsite") else None,
                 "peak_bytes": int(peaks[name]),
                 "share_of_peak": round(speed * operations / work.records["peak"]["flops"], 3),
             }
@@ -351,7 +374,10 @@ def table(results: Mapping[str, Any]) -> str:
                 f"| {record['examples_per_s']:.2f} | {record['peak_bytes'] / 2**30:.2f} "
                 f"| {100 * record['share_of_peak']:.0f} % | {pair[0]} | {pair[1]} | {pair[2]} |"
             )
-        lines.append("")
+        padding = {
+            record["padding"] for record in results["records"] if (record["shape"], record["data"]) == (shape, data)
+        }
+        lines += ["", *(f"Padded over real tokens in offsite's steps: {found}." for found in padding if found), ""]
     return "\n".join(lines)
 
 
