@@ -87,7 +87,7 @@ def _literal(annotation: Any) -> tuple[str, ...]:
             },
         ),
         ("plug-in", {"out", "as", "strength", "again", "plan", "config", "home", "json"}),
-        ("eval", {"adapter", "data", "samples", "tasks", "tasks-path", "config", "json"}),
+        ("eval", {"adapter", "data", "samples", "tasks", "tasks-path", "row-scores", "config", "json"}),
         ("inspect", {"home", "json"}),
         ("verify", {"home", "json"}),
         ("keygen", {"name", "out", "home", "json"}),

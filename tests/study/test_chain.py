@@ -10,7 +10,7 @@ import pytest
 
 from offsite.core.progress import Event
 from offsite.errors import OffsiteError, UsageError, VerificationError
-from offsite.study import chain as chain_module
+from offsite.study import command
 from offsite.study.chain import STATE, Chain, opened
 
 
@@ -94,7 +94,7 @@ def test_the_wire_copies(tmp_path: Path) -> None:
     assert (tmp_path / "b" / "a" / "x").read_text() == "content"
 
 
-def commands(monkeypatch: pytest.MonkeyPatch, *scripts: str) -> list[list[str]]:
+def replaced(monkeypatch: pytest.MonkeyPatch, *scripts: str) -> list[list[str]]:
     """`python -m offsite ...` runs these scripts instead, one after another; returns the words that were given."""
     given: list[list[str]] = []
     popen = subprocess.Popen
@@ -108,7 +108,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, *scripts: str) -> list[list[str]]:
 
 
 def test_a_command_runs_with_the_home_of_its_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = commands(monkeypatch, "print('{\"x\": 1}')", "print('{}')", "print('{}')")
+    given = replaced(monkeypatch, "print('{\"x\": 1}')", "print('{}')", "print('{}')")
     chain = Chain(tmp_path, lambda _: None, 3)
     out = tmp_path / "model-owner" / "bundle"
     assert chain.command("pack", "", ["pack", "base", "--out", out], out) == {"x": 1}
@@ -125,7 +125,7 @@ def test_a_command_runs_with_the_home_of_its_party(tmp_path: Path, monkeypatch: 
 def test_a_second_try_says_so_and_finds_what_the_first_one_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = commands(monkeypatch, "import sys; sys.exit(130)", "print('{}')", "print('{}')")
+    given = replaced(monkeypatch, "import sys; sys.exit(130)", "print('{}')", "print('{}')")
     out, left = tmp_path / "return", tmp_path / "return.run"
 
     def go(*verb: str) -> bool:
@@ -142,7 +142,7 @@ def test_a_second_try_says_so_and_finds_what_the_first_one_left(
 
 
 def test_a_failed_command_passes_its_exit_code_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands(monkeypatch, "import sys; sys.exit(3)", "import os; os.kill(os.getpid(), 9)")
+    replaced(monkeypatch, "import sys; sys.exit(3)", "import os; os.kill(os.getpid(), 9)")
     chain = Chain(tmp_path, lambda _: None, 1)
     with pytest.raises(OffsiteError, match="`offsite verify x` ended with exit code 3") as caught:
         chain.run(["verify", "x"])
@@ -157,12 +157,12 @@ _STUBBORN = "import signal, sys, time; signal.signal(signal.SIGINT, {handler}); 
 
 @pytest.mark.parametrize(("handler", "code"), [("lambda *_: sys.exit(130)", 130), ("signal.SIG_IGN", -signal.SIGKILL)])
 def test_an_interrupted_command_may_clean_up(handler: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chain_module, "_STOP_SECONDS", 0.5 if code < 0 else 30.0)
+    monkeypatch.setattr(command, "_STOP_SECONDS", 0.5 if code < 0 else 30.0)
     script = _STUBBORN.format(handler=handler)
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()  # the handler is in place
-        chain_module._stop(process)
+        command._stop(process)
     assert process.returncode == code
 
 

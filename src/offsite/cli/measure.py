@@ -28,6 +28,9 @@ def eval_(
     tasks_path: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="task files of your own, for --tasks")
     ] = None,
+    row_scores: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="also write the score of every row as JSON lines")
+    ] = None,
     config: flags.ConfigFlag = None,
     as_json: flags.JsonFlag = False,
 ) -> None:
@@ -59,6 +62,10 @@ def eval_(
             from offsite.measure.evaluate import evaluate
 
             score = evaluate(model, data, spec, adapter=adapter, samples=samples, progress=progress)
+            if row_scores is not None:
+                from offsite.measure.row_scores import write_row_scores
+
+                write_row_scores(row_scores, score)
             result |= {name: value for name, value in asdict(score).items() if name not in _ROW_BY_ROW}
     terminal.show(result if as_json else with_intervals(result), as_json=as_json)
 

@@ -2,7 +2,7 @@
 
 With a vocabulary of 49,000 words the logits of a batch outweigh a small model many times over. So the body runs
 without its head; hidden states are picked where a label is; and head, softmax and gradient are computed in chunks
-that are gone before the next one. The head is frozen, so its own gradient is never made.
+that are gone before the next one. Where the head is frozen, as it is in every adapter, its own gradient is never made.
 """
 
 from dataclasses import dataclass
@@ -86,13 +86,13 @@ def labelled_cross_entropy(
     *,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy through a frozen head, in chunks; products in the weight's dtype, softmax in fp32.
+    """Cross-entropy through a head, in chunks; products in the weight's dtype, softmax in fp32.
 
     Args:
         hidden: states before the head, (L, H), in the weight's dtype.
-        weight: of the head, (V, H); gets no gradient.
+        weight: of the head, (V, H); gets a gradient if it asks for one.
         targets: token ids, (L,).
-        bias: of the head, (V,), or None; gets no gradient.
+        bias: of the head, (V,), or None; gets a gradient if it asks for one.
         cap: logits become cap * tanh(logits / cap), as in Gemma 2 (arXiv 2408.00118, section 2).
         chunk_elements: most logits that exist at once.
 
@@ -141,7 +141,7 @@ def _softmax(
 
 
 class _LabelledCrossEntropy(torch.autograd.Function):
-    """Computes the gradient of `hidden` in the forward pass, while a chunk's probabilities are at hand."""
+    """Computes the gradients in the forward pass, while a chunk's probabilities are at hand."""
 
     @staticmethod
     def forward(
@@ -156,20 +156,28 @@ class _LabelledCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)  # float64 stays, for gradcheck
         nats = torch.empty(len(targets), dtype=wide, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        of_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
+        slopes = any(wanted is not None for wanted in (gradient, of_weight, of_bias))
         # one buffer for all chunks: pieces of this size that come and go are what a heap gets its holes from
         buffer = weight.new_empty(min(rows, len(targets)), weight.shape[0])
         for begin in range(0, len(targets), rows):
             part = slice(begin, begin + rows)
             logits = _logits(hidden[part], weight, bias, buffer)  # (C, V)
-            _softmax(logits, targets[part], cap, nats[part], slopes=gradient is not None)
+            _softmax(logits, targets[part], cap, nats[part], slopes=slopes)
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
+            if of_weight is not None:
+                of_weight += logits.T @ hidden[part]  # (V, H)
+            if of_bias is not None:
+                of_bias += logits.sum(dim=0, dtype=wide)  # (V,)
+        ctx.save_for_backward(gradient, of_weight, of_bias)
+        ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(nats)
         return nats.sum(), nats
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (saved,) = ctx.saved_tensors
-        return saved * gradients[0].to(saved.dtype), None, None, None, None, None
+        hidden, weight, bias = (saved if saved is None else saved * gradients[0] for saved in ctx.saved_tensors)
+        head = (part if part is None else part.to(ctx.dtype) for part in (weight, bias))
+        return (hidden if hidden is None else hidden.to(ctx.dtype), *head, None, None, None)

@@ -82,6 +82,39 @@ def paired_interval(
     return _percentiles(_resampled(tables, resamples, seed), level)
 
 
+def share_interval(
+    zero: tuple[Sequence[float], Sequence[float]],
+    whole: tuple[Sequence[float], Sequence[float]],
+    reached: tuple[Sequence[float], Sequence[float]],
+    *,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Interval | None:
+    """The interval of (reached - zero) / (whole - zero), each a ratio of sums over the same drawn rows.
+
+    Args:
+        zero: parts and sizes of each row, (N,) each, of what counts as nothing.
+        whole: the same rows' of what counts as all.
+        reached: the same rows' of what lies between, or beyond.
+        resamples: how often rows are drawn.
+        level: share of the resampled shares inside.
+        seed: of the draws.
+
+    Returns:
+        The ends; None of fewer than two rows, or where a draw has nothing to share: `whole` is not surely on one side
+        of `zero`, so the share has no finite interval.
+    """
+    tables = [_table(*one) for one in (zero, whole, reached)]
+    if _rows(tables) < 2:
+        return None
+    low, high, middle = np.concatenate(list(_draws(tables, resamples, seed)), axis=1)  # (B,) each
+    gained = high - low
+    if gained.min() <= 0 <= gained.max():
+        return None
+    return _percentiles((middle - low) / gained, level)
+
+
 def _table(parts: Sequence[float], sizes: Sequence[float] | None) -> Floats:
     made = np.asarray(parts, dtype=np.float64)
     sized = np.ones_like(made) if sizes is None else np.asarray(sizes, dtype=np.float64)
@@ -92,15 +125,22 @@ def _table(parts: Sequence[float], sizes: Sequence[float] | None) -> Floats:
 
 def _resampled(tables: Sequence[Floats], resamples: int, seed: int) -> Floats | None:
     """The ratio of the first table, minus that of the second if there is one, for each draw, (B,)."""
+    if _rows(tables) < 2:
+        return None
+    ratios = np.concatenate(list(_draws(tables, resamples, seed)), axis=1)
+    drawn: Floats = ratios[0] if len(ratios) == 1 else ratios[0] - ratios[1]
+    return drawn
+
+
+def _rows(tables: Sequence[Floats]) -> int:
     rows = tables[0].shape[1]
     if any(table.shape[1] != rows for table in tables):
         raise ValueError(f"paired rows: {' and '.join(str(table.shape[1]) for table in tables)}")
-    if rows < 2:
-        return None
-    return np.concatenate(list(_draws(tables, resamples, seed)))
+    return rows
 
 
 def _draws(tables: Sequence[Floats], resamples: int, seed: int) -> Iterator[Floats]:
+    """The ratio of every table for some draws at once, (tables, b)."""
     generator = np.random.default_rng(seed)
     rows = tables[0].shape[1]
     at_once = max(1, _PLACES_AT_ONCE // rows)
@@ -110,7 +150,7 @@ def _draws(tables: Sequence[Floats], resamples: int, seed: int) -> Iterator[Floa
         for table in tables:
             parts, sizes = (side[drawn].sum(axis=1) for side in table)  # (b,) each
             ratios.append(parts / sizes)
-        yield ratios[0] if len(ratios) == 1 else ratios[0] - ratios[1]
+        yield np.stack(ratios)
 
 
 def _percentiles(ratios: Floats | None, level: float) -> Interval | None:

@@ -5,11 +5,7 @@ What was done stands in one JSON file. The commands of the two parties run as pr
 
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +14,11 @@ from typing import Any
 
 from offsite.core.progress import Event, Progress
 from offsite.core.storage import replace_file, staged_folder
-from offsite.errors import OffsiteError, UsageError
+from offsite.errors import UsageError
+from offsite.study.command import Words, run_command, settings_toml
 
 STATE = "stages.json"
 OWNER, TUNER = "model-owner", "data-owner"  # names of the parties, and of their folders
-Words = list[str | Path]
-_STOP_SECONDS = 30.0  # how long an interrupted command may take to clean up
 
 
 @dataclass
@@ -48,9 +43,8 @@ class Chain:
 
     def write_config(self, **both: str) -> Path:
         """Settings that tuning and scoring share, in the data owner's TOML file."""
-        lines = "".join(f"{name} = {json.dumps(value)}\n" for name, value in both.items())
         path = self.folder(TUNER, "settings.toml")
-        content = f"[tune]\n{lines}\n[eval]\n{lines}".encode()
+        content = settings_toml({"tune": both, "eval": both})
         if not path.exists() or path.read_bytes() != content:
             replace_file(path, content)
         return path
@@ -96,14 +90,10 @@ class Chain:
         return self._step(name, says, lambda _started: act(), outputs, stamp)
 
     def copy(self, name: str, source: Path, target: Path) -> None:
-        """The wire: whatever comes across is a copy of files."""
+        """A step that takes something across."""
 
         def act() -> dict[str, Any]:
-            if source.is_dir():
-                with staged_folder(target) as folder:
-                    shutil.copytree(source, folder, dirs_exist_ok=True)
-            else:
-                replace_file(target, source.read_bytes())
+            over_the_wire(source, target)
             return {}
 
         self.step(name, f"{name}: a plain copy", act, [target], {"source": str(source)})
@@ -136,7 +126,7 @@ class Chain:
             return record["result"]
         self.announce(name, says)
         for path in (*outputs, *(() if same else leftovers)):
-            _remove(path)
+            remove(path)
         self._write(name, {"key": self._key, "done": False})
         started = time.monotonic()
         result = act(bool(record))
@@ -162,18 +152,16 @@ class Chain:
         Raises:
             OffsiteError: it failed, with its exit code; it has said why.
         """
-        command = [sys.executable, "-m", "offsite", *(str(word) for word in words), "--json"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process:
-            try:
-                stdout, _ = process.communicate()
-            except KeyboardInterrupt:
-                _stop(process)
-                raise
-        if process.returncode == 130:
-            raise KeyboardInterrupt
-        if process.returncode != 0:
-            raise _failed(words, process.returncode)
-        return json.loads(stdout)
+        return run_command(words, "the demo").result
+
+
+def over_the_wire(source: Path, target: Path) -> None:
+    """The wire: whatever comes across is a copy of files."""
+    if source.is_dir():
+        with staged_folder(target) as folder:
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+    else:
+        replace_file(target, source.read_bytes())
 
 
 def opened(workdir: Path) -> Path:
@@ -195,27 +183,9 @@ def _digest(before: str, name: str, stamp: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([before, name, stamp], sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a folder, where there is one."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """Let an interrupted command clean up: on a terminal it has had the signal as well, elsewhere it gets it now."""
-    if not (sys.stdin and sys.stdin.isatty()):
-        process.send_signal(signal.SIGINT)
-    try:
-        process.wait(_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-
-
-def _failed(words: Sequence[str | Path], code: int) -> OffsiteError:
-    error = OffsiteError(
-        f"the demo stopped: `offsite {' '.join(str(word) for word in words)}` ended with exit code {code}",
-        next_step="its own message stands above; run the demo again to continue from here",
-    )
-    error.exit_code = code if 0 < code < 128 else 1
-    return error

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from offsite.core.progress import Progress, silent
-from offsite.study.chain import OWNER, TUNER, Chain, Words, opened
+from offsite.study.chain import OWNER, TUNER, Chain, opened
+from offsite.study.command import Words
 from offsite.study.docstring_task import make_task, standard_library, write_task
 from offsite.study.pretrained import cached_smollm2
 

@@ -1,0 +1,314 @@
+"""A recipe: the grid of a study in a TOML file. docs/study.md shows how to write one.
+
+A [[pack]] table is a PackSpec with a name, a [[tune]] table a TuneSpec with a name: whatever setting a stage has, a
+recipe has, and nothing here lists them.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import Field, ValidationError
+
+from offsite.config import EvalSpec, PackSpec, PlugInSpec, Spec, TuneSpec, describe_validation
+from offsite.errors import UsageError
+
+RowName = Literal["zero_shot", "emulator_zero_shot", "full", "adapter_on_base", "emulator", "plug_in"]
+ROWS: tuple[RowName, ...] = get_args(RowName)  # in the order of every result table
+SMOLLM2 = "smollm2"
+_Name = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[^|\n]+$")]
+S = TypeVar("S", bound=Spec)
+
+
+class DataTable(Spec):
+    """A data set: what the data owner tunes on, and the held-out rows that everything is scored on."""
+
+    name: _Name
+    train: Annotated[Path, Field(description="rows to tune on, relative to --data-root or to the recipe")]
+    test: Annotated[Path, Field(description="rows to score on, relative to --data-root or to the recipe")]
+    max_train_rows: Annotated[int | None, Field(ge=1, description="use so many, spread evenly; None is all")] = None
+    max_test_rows: Annotated[int | None, Field(ge=1, description="use so many, spread evenly; None is all")] = None
+    leave_out: Annotated[
+        tuple[str, ...], Field(description="fields of the records that are no part of a row, such as labels")
+    ] = ()
+    score: Annotated[
+        Literal["loss", "accuracy", "accuracy_norm"],
+        Field(description="what the report shows beside the loss; the accuracies need multiple-choice rows"),
+    ] = "loss"
+
+
+class RecipeTables(Spec):
+    """The file as it is written; the settings of a stage are checked by that stage's own spec."""
+
+    title: _Name
+    about: str = ""
+    base: Annotated[str, Field(min_length=1, description=f"a base folder, or {SMOLLM2!r}")]
+    architecture: Annotated[str | None, Field(description="the model type that the base must have")] = None
+    blocks: Annotated[int | None, Field(ge=1, description="how many blocks the base must have")] = None
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    rows: Annotated[tuple[RowName, ...], Field(min_length=1)] = ROWS
+    keep_models: Annotated[bool, Field(description="keep merged plug-ins and fully tuned models once scored")] = True
+    data: Annotated[tuple[DataTable, ...], Field(min_length=1)]
+    pack: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
+    placement: tuple[dict[str, Any], ...] = ()
+    tune: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
+    shared: dict[str, Any] = {}
+    full: dict[str, Any] = {}
+    plug_in: dict[str, Any] = {}
+    eval: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """One way to pack: a [[pack]] table, at one [[placement]] where there are any."""
+
+    name: str
+    placement: str  # "" where the recipe has no placements
+    spec: PackSpec
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to tune, and the full fine-tuning that it is compared with."""
+
+    name: str
+    spec: TuneSpec  # the seed is the cell's
+    full: TuneSpec
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe; every path in it stands on its own."""
+
+    file: Path
+    title: str
+    about: str
+    base: str | Path
+    architecture: str | None
+    blocks: int | None
+    seeds: tuple[int, ...]
+    rows: tuple[RowName, ...]
+    keep_models: bool
+    data: tuple[DataTable, ...]
+    compressors: tuple[Compressor, ...]
+    methods: tuple[Method, ...]
+    plug_in: PlugInSpec
+    eval: EvalSpec
+    missing: tuple[str, ...]  # files that it names and that are not there
+
+    @property
+    def cells(self) -> int:
+        """Cells of the grid."""
+        return len(self.data) * len(self.compressors) * len(self.methods) * len(self.seeds)
+
+
+def load_recipe(file: Path, *, data_root: Path | None = None, base: Path | None = None) -> Recipe:
+    """Read a recipe and check every setting in it.
+
+    Args:
+        file: the TOML file.
+        data_root: where its data files are looked for first.
+        base: takes the place of the base that the recipe names.
+
+    Raises:
+        UsageError: the file cannot be read, or anything in it is wrong; every problem is listed.
+    """
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"cannot read the recipe {file}", reasons=[str(error)]) from None
+    try:
+        tables = RecipeTables.model_validate(content)
+    except ValidationError as error:
+        raise _wrong(file, _problems(RecipeTables, error)) from None
+    problems: list[str] = []
+    places = _Places(file.resolve().parent, data_root)
+    recipe = Recipe(
+        file=file,
+        title=tables.title,
+        about=tables.about,
+        base=base if base is not None else _base(tables, places),
+        architecture=tables.architecture,
+        blocks=tables.blocks,
+        seeds=tables.seeds,
+        rows=tuple(row for row in ROWS if row in tables.rows),
+        keep_models=tables.keep_models,
+        data=tuple(one.model_copy(update=places.paths(one)) for one in tables.data),
+        compressors=tuple(_compressors(tables, places, problems)),
+        methods=tuple(_methods(tables, places, problems)),
+        plug_in=_spec(PlugInSpec, "[plug_in]", tables.plug_in, problems),
+        eval=_spec(EvalSpec, "[eval]", {**_part(EvalSpec, tables.shared), **tables.eval}, problems),
+        missing=(),
+    )
+    problems += _repeated("[[data]]", [one.name for one in recipe.data])
+    problems += _repeated("seeds", [str(seed) for seed in recipe.seeds])
+    problems += _unknown_shared(tables.shared)
+    problems += _not_permitted(recipe)
+    if problems:
+        raise _wrong(file, problems)
+    return replace(recipe, missing=tuple(_missing(recipe)))
+
+
+def require_files(recipe: Recipe) -> None:
+    """Refuse a recipe whose files are not all there, before any work starts.
+
+    Raises:
+        UsageError: some are not; all are listed.
+    """
+    if recipe.missing:
+        raise UsageError(
+            f"the recipe {recipe.file} names what is not there",
+            reasons=recipe.missing,
+            next_step="put the files there, or say where they are with --data-root and --base; "
+            "--check tries the recipe without them",
+        )
+
+
+def _missing(recipe: Recipe) -> Iterator[str]:
+    if isinstance(recipe.base, Path) and not recipe.base.exists():
+        yield f"base: no such folder {recipe.base}"
+    named = [(f"[[data]] {one.name!r}", one) for one in recipe.data]
+    named += [(f"[[pack]] {one.name!r}", one.spec) for one in recipe.compressors]
+    named += [(f"[[tune]] {one.name!r}", one.spec) for one in recipe.methods]
+    for where, spec in named:
+        for name, value in spec:
+            if isinstance(value, Path) and not value.exists():
+                yield f"{where}.{name}: no such file {value}"
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where a recipe's relative paths may lie."""
+
+    recipe: Path
+    data_root: Path | None
+
+    def find(self, path: Path) -> Path:
+        """The first place that has it; where none has, the first one, for the error to name."""
+        roots = [root.resolve() for root in (self.data_root, self.recipe) if root is not None]
+        return next((root / path for root in roots if (root / path).exists()), roots[0] / path)
+
+    def paths(self, spec: Spec) -> dict[str, Path]:
+        """Every path of a spec, found."""
+        return {name: self.find(value) for name, value in spec if isinstance(value, Path)}
+
+
+def _base(tables: RecipeTables, places: _Places) -> str | Path:
+    return SMOLLM2 if tables.base == SMOLLM2 else places.find(Path(tables.base))
+
+
+def _compressors(tables: RecipeTables, places: _Places, problems: list[str]) -> Iterator[Compressor]:
+    placed = [_named("[[placement]]", table, i, problems) for i, table in enumerate(tables.placement)] or [("", {})]
+    packs = [_named("[[pack]]", table, i, problems) for i, table in enumerate(tables.pack)]
+    problems += _repeated("[[placement]]", [name for name, _ in placed])
+    problems += _repeated("[[pack]]", [name for name, _ in packs])
+    for name, own in packs:
+        for placement, where in placed:
+            label = f"[[pack]] {name!r}" + (f" at [[placement]] {placement!r}" if placement else "")
+            problems += [f"{label}.{key}: given in both tables; leave it out of one" for key in sorted(own.keys() & where)]
+            settings = {**_part(PackSpec, tables.shared), **own, **where}
+            spec = _spec(PackSpec, label, settings, problems)
+            yield Compressor(name, placement, spec.model_copy(update=places.paths(spec)))
+
+
+def _methods(tables: RecipeTables, places: _Places, problems: list[str]) -> Iterator[Method]:
+    named = [_named("[[tune]]", table, i, problems) for i, table in enumerate(tables.tune)]
+    problems += _repeated("[[tune]]", [name for name, _ in named])
+    for name, own in named:
+        for where, table in ((f"[[tune]] {name!r}", own), ("[full]", tables.full), ("[shared]", tables.shared)):
+            if "seed" in table:
+                problems.append(f"{where}.seed: cells have the seeds of the list `seeds`, e.g. seeds = [{table['seed']}]")
+        shared = _part(TuneSpec, tables.shared)
+        spec = _spec(TuneSpec, f"[[tune]] {name!r}", {**shared, **own}, problems)
+        common = {key: value for key, value in own.items() if key not in _OF_A_METHOD}
+        full = _spec(TuneSpec, "[full]", {**shared, **common, **tables.full, "method": "full"}, problems)
+        paths = places.paths(spec)
+        yield Method(name, spec.model_copy(update=paths), full.model_copy(update=places.paths(full)))
+
+
+# Settings of TuneSpec that say what trains: full fine-tuning has no use for them.
+_OF_A_METHOD = frozenset({"method", "rank", "lora_alpha", "lora_dropout"})
+
+
+def _named(where: str, table: Mapping[str, Any], index: int, problems: list[str]) -> tuple[str, dict[str, Any]]:
+    name = table.get("name")
+    if not isinstance(name, str) or not name or "|" in name or "\n" in name or len(name) > 60:
+        problems.append(f'{where} number {index + 1}.name: found {name!r}, expected a short text, e.g. name = "uniform"')
+        name = str(index + 1)
+    return name, {key: value for key, value in table.items() if key != "name"}
+
+
+def _part(kind: type[Spec], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of [shared] that a stage has; a seed and a method are never shared."""
+    return {name: value for name, value in shared.items() if name in _keys(kind)}
+
+
+def _unknown_shared(shared: Mapping[str, Any]) -> list[str]:
+    known = sorted(_keys(TuneSpec) | _keys(EvalSpec))
+    return [_unknown(f"[shared].{name}", name, known) for name in shared if name not in known]
+
+
+def _keys(kind: type[Spec]) -> set[str]:
+    return {field.alias or name for name, field in kind.model_fields.items()}
+
+
+def _spec(kind: type[S], where: str, settings: Mapping[str, Any], problems: list[str]) -> S:
+    """The settings of a stage; what is wrong goes to `problems`, and the defaults stand in."""
+    try:
+        return kind.model_validate(settings)
+    except ValidationError as error:
+        problems += [f"{where}.{line}" for line in _problems(kind, error) if f"{where}.{line}" not in problems]
+        return kind()
+
+
+def _problems(kind: type[Spec], error: ValidationError) -> list[str]:
+    """Every problem with the field's name and with what would work."""
+    lines = []
+    for problem, described in zip(error.errors(include_url=False), describe_validation(error), strict=True):
+        place = problem["loc"]
+        name = str(place[0]) if place else ""
+        if problem["type"] == "extra_forbidden" and len(place) == 1:
+            lines.append(_unknown(name, name, sorted(_keys(kind))))
+            continue
+        field = kind.model_fields.get(name)
+        about = f"; {name}: {field.description}" if field is not None and field.description else ""
+        works = "" if field is None or field.is_required() or len(place) > 1 else f" (the default is {_toml_word(field.default)})"
+        lines.append(f"{described}{about}{works}")
+    return lines
+
+
+def _toml_word(default: object) -> str:
+    return "to leave it out" if default is None else repr(default)
+
+
+def _unknown(where: str, name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    meant = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
+    return f"{where}: there is no such setting; {meant}"
+
+
+def _repeated(where: str, names: Sequence[str]) -> list[str]:
+    return [f"{where}: {name!r} is there more than once" for name in dict.fromkeys(names) if names.count(name) > 1]
+
+
+def _not_permitted(recipe: Recipe) -> Iterator[str]:
+    if not {"adapter_on_base", "emulator", "plug_in"} & set(recipe.rows):
+        return
+    for pack in recipe.compressors:
+        for tune in recipe.methods:
+            if tune.spec.method not in pack.spec.methods:
+                yield (
+                    f"[[tune]] {tune.name!r}.method: [[pack]] {pack.name!r} permits "
+                    f"{', '.join(pack.spec.methods)}; put {tune.spec.method!r} into its `methods`"
+                )
+
+
+def _wrong(file: Path, problems: Sequence[str]) -> UsageError:
+    return UsageError(
+        f"the recipe {file} is wrong",
+        reasons=list(dict.fromkeys(problems)),
+        next_step="mend the recipe; docs/study.md says what each table holds. Nothing was run",
+    )
