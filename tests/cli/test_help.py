@@ -7,7 +7,7 @@ import typer
 from offsite.cli import build, flags, main
 from offsite.config import TABLES, Spec
 
-VERBS = ("import", "pack", "plug-in", "tune", "keygen", "inspect", "verify", "eval", "demo")
+VERBS = ("import", "pack", "plug-in", "tune", "keygen", "inspect", "verify", "eval", "demo", "study")
 
 
 def command(name: str) -> Any:
@@ -91,6 +91,7 @@ def _literal(annotation: Any) -> tuple[str, ...]:
         ("inspect", {"home", "json"}),
         ("verify", {"home", "json"}),
         ("keygen", {"name", "out", "home", "json"}),
+        ("study", {"out", "data-root", "base", "check", "report-only", "json"}),
         ("demo", {"full", "data", "model", "workdir", "steps", "json"}),
     ],
 )  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from offsite.cli import artifacts, data_owner, demo, flags, keys, measure, model_owner, terminal
+from offsite.cli import artifacts, data_owner, demo, flags, keys, measure, model_owner, study, terminal
 from offsite.errors import OffsiteError
 
 INTERRUPTED = 130
@@ -18,6 +18,7 @@ INTERRUPTED = 130
 _AFTER_INTERRUPT = {
     "tune": "run the same command with --resume to continue from the last resume point",
     "demo": "run the same command again: finished steps are not repeated",
+    "study": "run the same command again: finished stages are not repeated",
 }
 
 
@@ -44,8 +45,10 @@ def build() -> typer.Typer:
         (flags.BOTH, "verify", artifacts.verify),
         (flags.BOTH, "eval", measure.eval_),
         (flags.BOTH, "demo", demo.demo),
+        (flags.BOTH, "study", study.study),
     ):
         app.command(name, rich_help_panel=panel, cls=flags.Command, epilog=flags.EXIT_CODES)(verb)
+    app.command("full-fine-tuning", hidden=True, epilog=flags.EXIT_CODES)(study.full_fine_tuning)  # of a study alone
     app.add_typer(keys.trust_commands(), name="trust", rich_help_panel=flags.BOTH)
     return app
 

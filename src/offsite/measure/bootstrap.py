@@ -133,7 +133,7 @@ def _resampled(tables: Sequence[Floats], resamples: int, seed: int) -> Floats | 
 
 
 def _rows(tables: Sequence[Floats]) -> int:
-    rows = tables[0].shape[1]
+    rows = int(tables[0].shape[1])
     if any(table.shape[1] != rows for table in tables):
         raise ValueError(f"paired rows: {' and '.join(str(table.shape[1]) for table in tables)}")
     return rows

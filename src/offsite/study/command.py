@@ -57,7 +57,7 @@ def run_command(words: Sequence[str | Path], doing: str, log: Path | None = None
     if process.returncode == 130:
         raise KeyboardInterrupt
     if process.returncode != 0:
-        raise _failed(words, process.returncode, doing, stdout if log else b"")
+        raise failed(words, process.returncode, doing, stdout if log else b"")
     return Outcome(json.loads(stdout), round(time.monotonic() - started, 2), peak)
 
 
@@ -98,7 +98,8 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
         process.kill()
 
 
-def _failed(words: Sequence[str | Path], code: int, doing: str, stdout: bytes) -> OffsiteError:
+def failed(words: Sequence[str | Path], code: int, doing: str, stdout: bytes) -> OffsiteError:
+    """The error of a command that ended with this code: in its own words, if it printed them as JSON."""
     said = _error_in(stdout)
     error = (
         OffsiteError(str(said["what"]), reasons=said.get("reasons") or (), next_step=said.get("next_step"))

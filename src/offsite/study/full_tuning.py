@@ -105,10 +105,12 @@ def _in_linear_map(name: str, row: Architecture) -> bool:
 
 
 def _write(model: "PreTrainedModel", base: Base, out: Path) -> None:
+    from transformers import GenerationConfig
+
     with staged_folder(out) as folder:
         with quiet():
             model.set_attn_implementation("eager")  # no name of ours goes into the config
-            model.generation_config = None  # of no use in scoring, and transformers refuses to write odd ones
+            model.generation_config = GenerationConfig()  # of no use in scoring, and it would refuse to write odd ones
             model.save_pretrained(folder)
         for name in TOKENIZER_FILES:
             if (base.folder / name).is_file():

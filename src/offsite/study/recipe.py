@@ -55,10 +55,10 @@ class RecipeTables(Spec):
     pack: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
     placement: tuple[dict[str, Any], ...] = ()
     tune: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
-    shared: dict[str, Any] = {}
-    full: dict[str, Any] = {}
-    plug_in: dict[str, Any] = {}
-    eval: dict[str, Any] = {}
+    shared: dict[str, Any] = Field(default_factory=dict)
+    full: dict[str, Any] = Field(default_factory=dict)
+    plug_in: dict[str, Any] = Field(default_factory=dict)
+    eval: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def require_files(recipe: Recipe) -> None:
 def _missing(recipe: Recipe) -> Iterator[str]:
     if isinstance(recipe.base, Path) and not recipe.base.exists():
         yield f"base: no such folder {recipe.base}"
-    named = [(f"[[data]] {one.name!r}", one) for one in recipe.data]
+    named: list[tuple[str, Spec]] = [(f"[[data]] {one.name!r}", one) for one in recipe.data]
     named += [(f"[[pack]] {one.name!r}", one.spec) for one in recipe.compressors]
     named += [(f"[[tune]] {one.name!r}", one.spec) for one in recipe.methods]
     for where, spec in named:
@@ -208,7 +208,9 @@ def _compressors(tables: RecipeTables, places: _Places, problems: list[str]) -> 
     for name, own in packs:
         for placement, where in placed:
             label = f"[[pack]] {name!r}" + (f" at [[placement]] {placement!r}" if placement else "")
-            problems += [f"{label}.{key}: given in both tables; leave it out of one" for key in sorted(own.keys() & where)]
+            problems += [
+                f"{label}.{key}: given in both tables; leave it out of one" for key in sorted(own.keys() & where)
+            ]
             settings = {**_part(PackSpec, tables.shared), **own, **where}
             spec = _spec(PackSpec, label, settings, problems)
             yield Compressor(name, placement, spec.model_copy(update=places.paths(spec)))
@@ -220,7 +222,9 @@ def _methods(tables: RecipeTables, places: _Places, problems: list[str]) -> Iter
     for name, own in named:
         for where, table in ((f"[[tune]] {name!r}", own), ("[full]", tables.full), ("[shared]", tables.shared)):
             if "seed" in table:
-                problems.append(f"{where}.seed: cells have the seeds of the list `seeds`, e.g. seeds = [{table['seed']}]")
+                problems.append(
+                    f"{where}.seed: cells have the seeds of the list `seeds`, e.g. seeds = [{table['seed']}]"
+                )
         shared = _part(TuneSpec, tables.shared)
         spec = _spec(TuneSpec, f"[[tune]] {name!r}", {**shared, **own}, problems)
         common = {key: value for key, value in own.items() if key not in _OF_A_METHOD}
@@ -236,7 +240,9 @@ _OF_A_METHOD = frozenset({"method", "rank", "lora_alpha", "lora_dropout"})
 def _named(where: str, table: Mapping[str, Any], index: int, problems: list[str]) -> tuple[str, dict[str, Any]]:
     name = table.get("name")
     if not isinstance(name, str) or not name or "|" in name or "\n" in name or len(name) > 60:
-        problems.append(f'{where} number {index + 1}.name: found {name!r}, expected a short text, e.g. name = "uniform"')
+        problems.append(
+            f'{where} number {index + 1}.name: found {name!r}, expected a short text, e.g. name = "uniform"'
+        )
         name = str(index + 1)
     return name, {key: value for key, value in table.items() if key != "name"}
 
@@ -275,7 +281,11 @@ def _problems(kind: type[Spec], error: ValidationError) -> list[str]:
             continue
         field = kind.model_fields.get(name)
         about = f"; {name}: {field.description}" if field is not None and field.description else ""
-        works = "" if field is None or field.is_required() or len(place) > 1 else f" (the default is {_toml_word(field.default)})"
+        works = (
+            ""
+            if field is None or field.is_required() or len(place) > 1
+            else f" (the default is {_toml_word(field.default)})"
+        )
         lines.append(f"{described}{about}{works}")
     return lines
 

@@ -1,0 +1,217 @@
+"""Both parties on one machine, for any grid of settings: study."""
+
+import contextlib
+import io
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from offsite.cli import flags, terminal
+from offsite.errors import OffsiteError, UsageError
+
+if TYPE_CHECKING:
+    from offsite.study.cells import Cell
+    from offsite.study.command import Outcome, Words
+    from offsite.study.recipe import Recipe
+    from offsite.study.results import Results
+    from offsite.study.run import News, Tell
+
+_Folder = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="the study's folder, new or begun")]
+
+
+def study(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="the grid: bases, data, [[pack]], [[tune]]")],
+    out: _Folder = None,
+    data_root: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="where the recipe's data files are looked for first")
+    ] = None,
+    base: Annotated[Path | None, typer.Option(metavar="FOLDER", help="a base in place of the recipe's")] = None,
+    check: Annotated[bool, typer.Option("--check", help="try every setting on a tiny random model, and stop")] = False,
+    report_only: Annotated[bool, typer.Option("--report-only", help="run nothing; report what was run so far")] = False,
+    as_json: flags.JsonFlag = False,
+) -> None:
+    """Play both parties through pack, verify, tune and plug-in for every cell of a grid, and compare what comes out.
+
+    Every stage runs as a process of its own and is kept under a digest of what determines it: an interrupted study
+    continues, and what did not change is not computed again. Results: results.json, report.md, report.html, plots/.
+
+    Example:
+      offsite study recipes/small/table1.toml --data-root data/ --out runs/table1
+    """
+    from offsite.study.recipe import load_recipe
+
+    loaded = load_recipe(recipe, data_root=data_root, base=base)
+    if check:
+        _check(loaded, as_json=as_json)
+        return
+    if out is None:
+        raise UsageError("there is nowhere to put the results", next_step="name a folder with --out")
+    from offsite.study.cells import cells_of
+    from offsite.study.prepare import prepare
+    from offsite.study.run import Runner, run_cells, stages_of
+
+    lab, rows = prepare(loaded, out, terminal.say)
+    cells = cells_of(loaded, lab, rows)
+    failed = 0
+    try:
+        if not report_only:
+            with _watching(cells) as tell:
+                runner = Runner(lab, tell, len(stages_of(cells)))
+                failed = run_cells(cells, runner, keep_models=loaded.keep_models)
+    finally:  # what is there is reported, however the run ended
+        results = _report(loaded, cells, out)
+    if as_json:
+        _print_json(results)
+    else:
+        _print(results, out)
+    if failed:
+        raise OffsiteError(
+            f"{failed} of {len(cells)} cells failed",
+            reasons=_failures(results),
+            next_step="mend what failed and run the same command again: what is done is not repeated",
+        )
+
+
+def full_fine_tuning(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="base checkpoint folder")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="rows to train on")],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="new folder for the tuned checkpoint")],
+    eval_data: Annotated[Path | None, typer.Option(metavar="FILE", help="held-out rows to validate on")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run")] = False,
+    config: flags.ConfigFlag = None,
+    as_json: flags.JsonFlag = False,
+) -> None:
+    """Tune every weight of a base: what a study compares plug-ins with. No party of the protocol could do it.
+
+    Settings come from table [tune] of --config.
+
+    Example:
+      offsite full-fine-tuning base/ --data train.jsonl --out tuned/
+    """
+    from offsite.config import TuneSpec
+
+    spec = flags.settings(TuneSpec, config, {})
+    from offsite.exchange.artifacts import Base
+    from offsite.study.full_tuning import full_fine_tuning as run
+
+    with terminal.showing_progress() as progress:
+        tuned = run(Base(base), data, out, spec, eval_data=eval_data, resume=resume, progress=progress)
+    terminal.show({"kind": "checkpoint", "folder": str(tuned.folder)}, as_json=as_json)
+
+
+def _report(recipe: "Recipe", cells: "list[Cell]", out: Path) -> "Results":
+    from offsite.study.report import write_report
+    from offsite.study.results import collect
+
+    results = collect(recipe, cells, out)
+    files, advice = write_report(results, out)
+    if advice:
+        terminal.say(advice)
+    terminal.say(f"wrote {', '.join(str(file) for file in files)}")
+    return results
+
+
+def _print_json(results: "Results") -> None:
+    from dataclasses import asdict
+
+    typer.echo(terminal.render_json(asdict(results)))
+
+
+def _print(results: "Results", out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from offsite.study.tables import tables
+
+    console = Console(highlight=False)
+    for one in tables(results)[:-1]:  # what it costs stands in the report
+        shown = Table(
+            title=one.title, title_justify="left", title_style="bold", caption=one.note, caption_justify="left"
+        )
+        for i, name in enumerate(one.head):
+            shown.add_column(
+                name, justify="left" if i < one.keys else "right", style="bold" if name == "plug-in" else ""
+            )
+        for line in one.lines:
+            shown.add_row(*(Text(terminal.printable(cell)) for cell in line))
+        console.print(shown)
+        console.print()
+    terminal.hint(f"next: open {out / 'report.html'}")
+
+
+def _failures(results: "Results") -> list[str]:
+    from offsite.study.tables import failures
+
+    return [" ".join(line.split()) for line in failures(results)]
+
+
+@contextlib.contextmanager
+def _watching(cells: "list[Cell]") -> "Iterator[Tell]":
+    """Show where a study is: a live table on a terminal, elsewhere a line for each stage and score."""
+    import sys
+
+    if not sys.stderr.isatty():
+        yield _lines
+        return
+    from offsite.cli.study_board import board
+
+    with board(cells) as tell:
+        yield tell
+
+
+def _lines(news: "News") -> None:
+    where = f"[{news.done}/{news.total}]"
+    if news.what == "score":
+        terminal.say(f"{where} cell {news.cell + 1} {news.row}: loss {news.loss:.4f}")
+    elif news.what == "failure":
+        terminal.say(f"{where} cell {news.cell + 1} {news.row} FAILED: {news.says}")
+    else:
+        terminal.say(f"{where} {news.says}")
+
+
+def _check(recipe: "Recipe", *, as_json: bool) -> None:
+    from offsite.study.check import check
+
+    tried = check(recipe, _in_this_process, _lines if not as_json else lambda _: None)
+    facts = {
+        "recipe": str(recipe.file),
+        "cells": recipe.cells,
+        "tried_cells": tried.cells,
+        "tried_stages": tried.stages,
+        "failed": list(tried.failures),
+        "missing": list(tried.missing),
+    }
+    terminal.show(facts, as_json=as_json)
+    if tried.failures:
+        raise OffsiteError(
+            f"{len(tried.failures)} scores of the recipe {recipe.file} cannot be had",
+            reasons=tried.failures,
+            next_step="mend the recipe; nothing was kept",
+        )
+    for line in tried.missing:
+        terminal.hint(f"not there yet: {line}")
+
+
+def _in_this_process(words: "Words", log: Path) -> "Outcome":
+    """A command without a process of its own: for stages of a moment, which starting Python would outlast."""
+    from offsite.cli import main
+    from offsite.study.command import Outcome, failed
+
+    started = time.monotonic()
+    said = io.StringIO()
+    with (
+        log.open("w", encoding="utf-8") as messages,
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(messages),
+    ):
+        code = main([*(str(word) for word in words), "--json"])
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise failed(words, code, "the check", said.getvalue().encode())
+    return Outcome(json.loads(said.getvalue()), round(time.monotonic() - started, 2), None)

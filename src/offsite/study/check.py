@@ -1,0 +1,137 @@
+"""Trying a recipe: every stage of its grid on a tiny random model and a few rows that are made up."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from offsite.config import PackSpec, Spec
+from offsite.core.checkpoint import strict_json
+from offsite.errors import UsageError
+from offsite.study.cells import cells_of
+from offsite.study.prepare import prepare
+from offsite.study.recipe import SMOLLM2, DataTable, Recipe
+from offsite.study.run import News, Runner, RunStage, Tell, run_cells, stages_of
+from offsite.study.tiny_base import tiny_base
+
+S = TypeVar("S", bound=Spec)
+_SMOLLM2 = ("llama", 30)
+_TOKENS = 512  # of any setting that counts tokens
+_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a check ran, and what of it failed."""
+
+    cells: int
+    stages: int
+    failures: Sequence[str]
+    missing: Sequence[str]  # files that the recipe names and that are not there
+
+
+def check(recipe: Recipe, run: RunStage, tell: Tell) -> Tried:
+    """Run the whole grid in small: two steps on a few rows, one data set of each kind, one seed.
+
+    Args:
+        recipe: from `load_recipe`; its base and files need not be there.
+        run: runs a command.
+        tell: told of every stage.
+
+    Raises:
+        UsageError: the recipe does not fit the base, or does not say which architecture it is for.
+        IncompatibleError: there is no such architecture.
+    """
+    with tempfile.TemporaryDirectory(prefix="offsite-check-") as scratch:
+        folder = Path(scratch)
+        small = replace(
+            _small(recipe, _data(recipe, folder)),
+            base=tiny_base(folder / "base", *_kind(recipe), like=_there(recipe)).folder,
+            missing=(),
+        )
+        lab, rows = prepare(small, folder / "study", lambda _: None)
+        cells = cells_of(small, lab, rows)
+        failures: list[str] = []
+
+        def remember(news: News) -> None:
+            if news.what == "failure":
+                cell = cells[news.cell]
+                failures.append(f"{cell.compressor.name}, {cell.method.name}, {news.row}: {news.says}")
+            tell(news)
+
+        total = len(stages_of(cells))
+        run_cells(cells, Runner(lab, remember, total, run))
+        return Tried(len(cells), total, failures, recipe.missing)
+
+
+def _kind(recipe: Recipe) -> tuple[str, int | None]:
+    """Architecture and number of blocks: the base's own, else what the recipe says."""
+    if recipe.base == SMOLLM2:
+        return _SMOLLM2
+    there = _there(recipe)
+    if there is not None:
+        return str(strict_json((there / "config.json").read_bytes()).get("model_type")), None
+    if recipe.architecture is None or recipe.blocks is None:
+        raise UsageError(
+            f"the base {recipe.base} is not there, and the recipe does not say what it is",
+            next_step='add it to the recipe, e.g. architecture = "llama" and blocks = 30, or name it with --base',
+        )
+    return recipe.architecture, recipe.blocks
+
+
+def _there(recipe: Recipe) -> Path | None:
+    return recipe.base if isinstance(recipe.base, Path) and (recipe.base / "config.json").exists() else None
+
+
+def _data(recipe: Recipe, folder: Path) -> tuple[DataTable, ...]:
+    """A data set of made-up rows for each kind of score in the recipe."""
+    kinds = dict.fromkeys(table.score for table in recipe.data)
+    return tuple(_made_up(kind, folder) for kind in kinds)
+
+
+def _made_up(score: Any, folder: Path) -> DataTable:
+    files = []
+    for part in ("train", "test"):
+        rows: list[Mapping[str, Any]] = [
+            {"question": f"{part} {i}?", "choices": ["yes", "no"], "answer": i % 2}
+            if score != "loss"
+            else {"prompt": f"{part} {i}:", "completion": " yes" * (1 + i % 3)}
+            for i in range(_ROWS)
+        ]
+        files.append(folder / f"{score}.{part}.jsonl")
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return DataTable(name=f"made up, for {score}", train=files[0], test=files[1], score=score)
+
+
+def _small(recipe: Recipe, data: tuple[DataTable, ...]) -> Recipe:
+    tuning = {"max_steps": 2, "batch_size": 4, "eval_every": None, "epochs": 1.0, "micro_batch_tokens": _TOKENS}
+    fits = {"max_length": 256, "long_rows": "error"}
+    return replace(
+        recipe,
+        data=data,
+        seeds=recipe.seeds[:1],
+        compressors=tuple(replace(one, spec=_quick(one.spec)) for one in recipe.compressors),
+        methods=tuple(
+            replace(one, spec=_with(one.spec, tuning | fits), full=_with(one.full, tuning | fits))
+            for one in recipe.methods
+        ),
+        eval=_with(recipe.eval, fits | {"micro_batch_tokens": _TOKENS}),
+    )
+
+
+def _with(spec: S, values: Mapping[str, Any]) -> S:
+    known = {name: value for name, value in values.items() if name in type(spec).model_fields}
+    return type(spec).model_validate(spec.model_dump(by_alias=True) | known)
+
+
+def _quick(spec: PackSpec) -> PackSpec:
+    """Whatever a setting counts, steps or tokens of text, is few; a text of one's own is not read."""
+    few: dict[str, Any] = {}
+    for name, field in type(spec).model_fields.items():
+        if field.annotation is int or int in get_args(field.annotation):
+            few |= {name: 2} if name.endswith("steps") else {name: _TOKENS} if name.endswith("tokens") else {}
+        elif isinstance(getattr(spec, name), Path):
+            few[name] = None
+    return _with(spec, few)

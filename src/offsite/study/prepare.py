@@ -1,0 +1,179 @@
+"""What a study needs before its first stage: two parties, a base, rows; and that every setting fits the base."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from offsite.config import PackSpec
+from offsite.core.row_files import data_digest, read_records
+from offsite.core.rows import counted, first, parse_row, read_rows
+from offsite.core.storage import replace_file
+from offsite.errors import DataError, IncompatibleError, OffsiteError, UsageError
+from offsite.exchange.artifacts import Base
+from offsite.exchange.home import Home
+from offsite.model_owner.base_model import open_base
+from offsite.model_owner.plan import plan_pack
+from offsite.study.chain import OWNER, TUNER
+from offsite.study.command import run_command
+from offsite.study.pretrained import cached_smollm2
+from offsite.study.recipe import SMOLLM2, DataTable, Recipe, require_files
+from offsite.study.stages import Lab, Rows
+
+_MARK = "stages"  # what every study's folder has
+
+
+def prepare(recipe: Recipe, out: Path, say: Callable[[str], None]) -> tuple[Lab, dict[str, Rows]]:
+    """Make the folder of a study ready, and refuse what could not work before anything runs.
+
+    Args:
+        recipe: from `load_recipe`.
+        out: the study's folder: new, or that of an earlier run.
+        say: told what takes a while.
+
+    Raises:
+        UsageError: files are missing, the folder holds other things, or a setting does not fit the base.
+        DataError: rows are bad.
+        IncompatibleError: the base is not what the recipe says, or cannot be cut as it says.
+    """
+    require_files(recipe)
+    _require_own(out)
+    base = _base(recipe, say)
+    require_fit(recipe, base)
+    rows = {table.name: stage_rows(table, out / TUNER / "data") for table in recipe.data}
+    (out / _MARK).mkdir(parents=True, exist_ok=True)
+    introduce(out)
+    return Lab(out.resolve(), base.resolve(), _base_digest(base, out, say), recipe.eval, recipe.plug_in), rows
+
+
+def _require_own(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()) and not (out / _MARK).is_dir():
+        raise UsageError(
+            f"{out} holds other things than a study",
+            reasons=[f"it has no folder {_MARK}/"],
+            next_step="name a new folder with --out; nothing was changed",
+        )
+
+
+def _base(recipe: Recipe, say: Callable[[str], None]) -> Path:
+    if recipe.base == SMOLLM2:
+        return cached_smollm2(
+            lambda: say("getting SmolLM2-135M-Instruct"), lambda words: run_command(words, "the study").result
+        )[0]
+    return Path(recipe.base)
+
+
+def require_fit(recipe: Recipe, base: Path) -> None:
+    """Refuse a base that is not the recipe's, and settings that it cannot be packed with.
+
+    Raises:
+        IncompatibleError: another family, or another number of blocks.
+        UsageError: a setting does not fit; all are listed.
+    """
+    model = open_base(Base(base))
+    reasons = []
+    if recipe.architecture not in (None, model.row.model_type):
+        reasons.append(f"architecture {model.row.model_type}, the recipe says {recipe.architecture}")
+    if recipe.blocks not in (None, model.blocks):
+        reasons.append(f"{model.blocks} blocks, the recipe says {recipe.blocks}")
+    if reasons:
+        raise IncompatibleError(
+            f"{base} is not the base of this recipe", reasons=reasons, next_step="name the right one with --base"
+        )
+    for one in recipe.compressors:
+        label = f"[[pack]] {one.name!r}" + (f" at {one.placement!r}" if one.placement else "")
+        reasons += [f"{label}: {problem}" for problem in _unfit(Base(base), one.spec)]
+    if reasons:
+        raise UsageError(
+            f"the recipe does not fit the base {base}", reasons=reasons, next_step="mend the recipe; nothing was run"
+        )
+
+
+def _unfit(base: Base, spec: PackSpec) -> Sequence[str]:
+    try:
+        plan_pack(base, spec)
+    except OffsiteError as error:
+        return [". ".join((error.what, *error.reasons, *([error.next_step] if error.next_step else [])))]
+    return []
+
+
+def introduce(out: Path) -> None:
+    """Two homes, each with a key of its own that the other trusts; those of an earlier run stay."""
+    homes = {party: Home(out / party / "home") for party in (OWNER, TUNER)}
+    for party, home in homes.items():
+        if not (home.folder / "key.pem").exists():
+            home.create_identity(party)
+    for party, other in ((OWNER, TUNER), (TUNER, OWNER)):
+        homes[party].trust(other, homes[other].identity().public_key)
+
+
+def _base_digest(base: Path, out: Path, say: Callable[[str], None]) -> str:
+    """SHA-256 over the base's files; read once, as long as no file's size or time changes."""
+    files = sorted(file for file in base.rglob("*") if file.is_file())
+    seen = [[str(base.resolve())], *([file.name, (at := file.stat()).st_size, at.st_mtime_ns] for file in files)]
+    known = out / "experimenter" / "base.json"
+    try:
+        record = json.loads(known.read_bytes())
+        if record["files"] == seen:
+            return str(record["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    say(f"reading the base {base}")
+    digest = data_digest(base)
+    replace_file(known, json.dumps({"files": seen, "digest": digest}).encode())
+    return digest
+
+
+def stage_rows(table: DataTable, folder: Path) -> Rows:
+    """The rows that the study uses, in the data owner's folder.
+
+    Raises:
+        DataError: rows are bad, or are not multiple choice where the score needs it; files are named by source.
+    """
+    parts = {"train": (table.train, table.max_train_rows), "test": (table.test, table.max_test_rows)}
+    made = {}
+    for part, (source, most) in parts.items():
+        if not _has_records(source):
+            read_rows(source)
+            if most is not None or table.leave_out:
+                raise DataError(
+                    f"[[data]] {table.name!r}: {source} is not made of records, of which some could be taken",
+                    next_step=f"leave out max_{part}_rows and leave_out, and cut the file by hand",
+                )
+            made[part] = source.resolve()
+            continue
+        content = "".join(json.dumps(fields) + "\n" for fields in _records(table, part, source, most))
+        made[part] = folder / f"{table.name.replace('/', '-')}.{part}.jsonl"
+        if not made[part].exists() or made[part].read_bytes() != content.encode():
+            replace_file(made[part], content.encode())
+    return Rows(made["train"], made["test"], f"{data_digest(made['train'])} {data_digest(made['test'])}")
+
+
+def _has_records(source: Path) -> bool:
+    return (source / "state.json").exists() if source.is_dir() else source.suffix != ".txt"
+
+
+def _records(table: DataTable, part: str, source: Path, most: int | None) -> list[dict[str, Any]]:
+    picked, problems = [], []
+    for number, record in read_records(source):
+        if isinstance(record, str):
+            problems.append(f"{source}:{number}: {record}")
+            continue
+        fields = {name: value for name, value in record.items() if name not in table.leave_out}
+        row = parse_row(fields, number)
+        if isinstance(row, str):
+            extra = "; fields that are no part of a row can be left out with leave_out" if len(fields) > 1 else ""
+            problems.append(f"{source}:{number}: {row}{extra}")
+        elif part == "test" and table.score != "loss" and not row.choices:
+            problems.append(f"{source}:{number}: no multiple choice, which score = {table.score!r} needs")
+        picked.append(fields)
+    if problems or not picked:
+        raise DataError(
+            f"[[data]] {table.name!r}: {counted(problems, 'bad row')} in {source}"
+            if problems
+            else f"{source} is empty",
+            reasons=first(problems),
+            next_step="mend the file or the [[data]] table; docs/data.md shows every kind of row",
+        )
+    count = len(picked)
+    return [picked[i * count // most] for i in range(most)] if most is not None and most < count else picked
