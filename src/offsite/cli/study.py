@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -69,11 +69,12 @@ def study(
     else:
         _print(results, out)
     if failed:
-        raise OffsiteError(
+        error = OffsiteError(
             f"{failed} of {len(cells)} cells failed",
             reasons=_failures(results),
             next_step="mend what failed and run the same command again: what is done is not repeated",
         )
+        _end(error, as_json=as_json)
 
 
 def full_fine_tuning(
@@ -188,13 +189,22 @@ def _check(recipe: "Recipe", *, as_json: bool) -> None:
     }
     terminal.show(facts, as_json=as_json)
     if tried.failures:
-        raise OffsiteError(
+        error = OffsiteError(
             f"{len(tried.failures)} scores of the recipe {recipe.file} cannot be had",
             reasons=tried.failures,
             next_step="mend the recipe; nothing was kept",
         )
+        _end(error, as_json=as_json)
     for line in tried.missing:
         terminal.hint(f"not there yet: {line}")
+
+
+def _end(error: OffsiteError, *, as_json: bool) -> NoReturn:
+    """Fail after the result was shown: as JSON it tells of the failures, and a second document would break it."""
+    if not as_json:
+        raise error
+    terminal.say(str(error))
+    raise typer.Exit(error.exit_code)
 
 
 def _in_this_process(words: "Words", log: Path) -> "Outcome":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from offsite.core.extras import require
 from offsite.study.results import Results
-from offsite.study.tables import LABELS, Group, curve_file, groups, loss_of
+from offsite.study.tables import LABELS, Group, curve_file, groups, loss_of, names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,48 +122,48 @@ def _bars(results: Results, grouped: Sequence[Group]) -> "Figure | None":
     shown = [group for group in grouped if any(cell.scores for cell in group.cells)][:_PANELS]
     if not shown:
         return None
-    figure, panels = _panels(len(shown), 4.4, 0.75 + 0.27 * len(results.rows))
-    for axes, group in zip(panels, shown, strict=True):
-        rows = [row for row in results.rows if group.mean(loss_of(row)) is not None]
-        means = [group.mean(loss_of(row)) or 0.0 for row in rows]
-        places = range(len(rows))
-        axes.barh(
-            places,
-            means,
-            color=[COLOURS[row] for row in rows],
-            height=0.72,
-            xerr=_whiskers(group, rows),
-            ecolor="#555555",
-        )
-        for place, mean, end in zip(places, means, _ends(group, rows), strict=True):
-            axes.annotate(f"{mean:.3f}", (end, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.set_yticks(places, [LABELS[row] for row in rows])
-        axes.invert_yaxis()
-        axes.grid(visible=False, axis="y")
-        axes.set_xlim(0, max(_ends(group, rows)) * 1.18)
-        axes.set_title(_title(group), fontsize=9)
-        if "zero_shot" in rows:
-            axes.axvline(means[rows.index("zero_shot")], color="#555555", linestyle="--", linewidth=0.9)
-        axes.set_xlabel("held-out loss, nats per labelled token")
+    short = names(grouped)
+    rows = [[row for row in results.rows if group.mean(loss_of(row)) is not None] for group in shown]
+    longest: dict[str, float] = {}  # by data set: its panels have one scale
+    for group, there in zip(shown, rows, strict=True):
+        longest[group.dataset] = max(longest.get(group.dataset, 0.0), *_ends(group, there))
+    abreast = len(short) if len(short) in (2, 3) else 3  # where it fits, a line for each data set
+    figure, panels = _panels(len(shown), 4.4, 0.85 + 0.27 * len(results.rows), most=abreast)
+    for axes, group, there in zip(panels, shown, rows, strict=True):
+        _one_bars(axes, group, there)
+        axes.set_xlim(0, 1.2 * longest[group.dataset])
+        axes.set_title(f"{group.dataset}: {short[group.words[1:]]}", fontsize=9)
     return figure
 
 
-def _title(group: Group) -> str:
-    from textwrap import fill
-
-    return f"{group.dataset}\n{fill(group.name, 48)}"
+def _one_bars(axes: "Axes", group: Group, rows: Sequence[str]) -> None:
+    means = [group.mean(loss_of(row)) or 0.0 for row in rows]
+    places = range(len(rows))
+    colours = [COLOURS[row] for row in rows]
+    if "zero_shot" in rows:
+        axes.axvline(means[rows.index("zero_shot")], color="#555555", linestyle="--", linewidth=0.9, zorder=0)
+    axes.barh(places, means, color=colours, height=0.72, xerr=_whiskers(group, rows), ecolor="#555555")
+    for place, mean, end in zip(places, means, _ends(group, rows), strict=True):
+        axes.annotate(
+            f"{mean:.3f}", (end, place), (4, 0), textcoords="offset points", va="center", fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+        )  # fmt: skip
+    axes.set_yticks(places, [LABELS[row] for row in rows])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("held-out loss, nats per labelled token")
 
 
 def _whiskers(group: Group, rows: Sequence[str]) -> Any:
-    """Below and above each bar: the interval of a single seed, else how far seeds lie apart."""
+    """Below and above each bar: how far seeds lie apart, else the interval over test rows."""
     ends = []
     for row in rows:
         values = group.values(loss_of(row))
-        figure = group.cells[0].scores[row].loss if row in group.cells[0].scores else None
+        figure = next(cell.scores[row].loss for cell in group.cells if row in cell.scores)
         mean = sum(values) / len(values)
-        if len(values) > 1:
+        if len(set(values)) > 1:
             ends.append((mean - min(values), max(values) - mean))
-        elif figure is not None and figure.low is not None and figure.high is not None:
+        elif figure.low is not None and figure.high is not None:
             ends.append((mean - figure.low, figure.high - mean))
         else:
             ends.append((0.0, 0.0))
@@ -175,85 +175,100 @@ def _ends(group: Group, rows: Sequence[str]) -> list[float]:
     return [(group.mean(loss_of(row)) or 0.0) + more for row, more in zip(rows, above, strict=True)]
 
 
+def _size(group: Group) -> float:
+    return (group.mean(lambda cell: cell.bundle_bytes) or 0.0) / 2**20
+
+
 def _frontier(grouped: Sequence[Group]) -> "Figure | None":
     """A panel for each data set and tuning: the plug-in's and the emulator's loss over the bundle's size."""
-    sized = [
-        group for group in grouped if group.mean(lambda cell: cell.bundle_bytes) and group.mean(loss_of("plug_in"))
-    ]
     panels: dict[tuple[str, str], list[Group]] = {}
-    for group in sized:
-        panels.setdefault((group.dataset, group.tune), []).append(group)
-    shown = {key: found for key, found in panels.items() if len(found) > 1}
+    for group in grouped:
+        if _size(group) and group.mean(loss_of("plug_in")) is not None:
+            panels.setdefault((group.dataset, group.tune), []).append(group)
+    shown = {key: sorted(found, key=_size) for key, found in panels.items() if len(found) > 1}
     if not shown:
         return None
-    figure, all_axes = _panels(len(shown), 4.6, 3.6)
+    figure, all_axes = _panels(len(shown), 6.0, 4.2, most=2)
     for axes, ((dataset, tune), found) in zip(all_axes, shown.items(), strict=True):
         _one_frontier(axes, found)
         axes.set_title(f"{dataset}, {tune}")
-    all_axes[0].legend(loc="best", fontsize=8)
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
 def _one_frontier(axes: "Axes", found: Sequence[Group]) -> None:
-    by_size = sorted(found, key=lambda group: group.mean(lambda cell: cell.bundle_bytes) or 0.0)
-    sizes = [(group.mean(lambda cell: cell.bundle_bytes) or 0.0) / 2**20 for group in by_size]
-    for row, marker in (("emulator", "s"), ("plug_in", "o")):
-        points = [
-            (x, y) for x, group in zip(sizes, by_size, strict=True) if (y := group.mean(loss_of(row))) is not None
-        ]
-        xs, ys = [x for x, _ in points], [y for _, y in points]
-        axes.scatter(xs, ys, color=COLOURS[row], marker=marker, s=34, label=LABELS[row], zorder=3)
-    for x, group in zip(sizes, by_size, strict=True):
+    for group in found:  # one bundle: what each side has of it
         low, high = group.mean(loss_of("plug_in")), group.mean(loss_of("emulator"))
-        if low is not None and high is not None:  # one bundle: what each side has of it
-            axes.plot([x, x], [low, high], color="#c8c8c8", linewidth=1, zorder=1)
+        if low is not None and high is not None:
+            axes.plot([_size(group)] * 2, [low, high], color="#d0d0d0", linewidth=1, zorder=1)
+    for row, marker in (("emulator", "s"), ("plug_in", "o")):
+        points = [(_size(group), y) for group in found if (y := group.mean(loss_of(row))) is not None]
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        axes.scatter(xs, ys, color=COLOURS[row], marker=marker, s=36, label=LABELS[row], zorder=3)
     for row, style in (("zero_shot", "--"), ("full", ":")):
         level = found[0].mean(loss_of(row))
         if level is not None:
-            axes.axhline(level, color=COLOURS[row], linestyle=style, linewidth=1, label=LABELS[row])
-    _name_points(axes, sizes, by_size)
-    axes.margins(x=0.16, y=0.14)
+            axes.axhline(level, color=COLOURS[row], linestyle=style, linewidth=1.1, label=LABELS[row], zorder=0)
+    axes.margins(x=0.08, y=0.08)
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high + 0.22 * (high - low))  # room for the names
+    _name_points(axes, found)
     axes.set_xlabel("bundle, MiB")
     axes.set_ylabel("held-out loss, nats per labelled token")
 
 
-def _name_points(axes: "Axes", sizes: Sequence[float], by_size: Sequence[Group]) -> None:
-    """Each plug-in's name below it; neighbours of about the same size at different heights."""
-    near = (max(sizes) - min(sizes)) * 0.12
-    level = 0
-    for i, (x, group) in enumerate(zip(sizes, by_size, strict=True)):
-        level = level + 1 if i and x - sizes[i - 1] < near else 0
-        name = ", ".join(part for part in (group.compress, group.placement) if part)
+def _name_points(axes: "Axes", found: Sequence[Group]) -> None:
+    """Each plug-in's name at its right; of neighbours of about one size, one above the other."""
+    short = names(found)
+    bottom, top = axes.get_ylim()
+    left, right = axes.get_xlim()
+    gap, near = 0.042 * (top - bottom), 0.2 * (right - left)
+    placed: list[tuple[float, float]] = []
+    for group in sorted(found, key=lambda one: one.mean(loss_of("plug_in")) or 0.0):
+        x, y = _size(group), group.mean(loss_of("plug_in")) or 0.0
+        at = y
+        while any(abs(x - other) < near and abs(at - height) < gap for other, height in placed):
+            at += gap / 4
+        placed.append((x, at))
         axes.annotate(
-            name, (x, group.mean(loss_of("plug_in")) or 0.0), (0, -12 - 9 * (level % 4)), textcoords="offset points",
-            ha="center", fontsize=7,
+            short[group.words[1:]], (x, y), (x + 0.022 * (right - left), at), va="center", fontsize=7.5, zorder=4,
+            arrowprops={"arrowstyle": "-", "color": "#9a9a9a", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4, "alpha": 0.8},
         )  # fmt: skip
 
 
 def _curves(grouped: Sequence[Group], folder: Path) -> "Figure | None":
-    drawn: dict[str, list[tuple[str, Mapping[str, list[tuple[int, float]]]]]] = {}
+    drawn: dict[str, dict[str, Mapping[str, list[tuple[int, float]]]]] = {}
+    short = names(grouped)
     for group in grouped:
         file = curve_file(group.cells[0], folder)
-        curve: Mapping[str, list[tuple[int, float]]] = read_curve(file) if file is not None and file.exists() else {}
+        curve = read_curve(file) if file is not None and file.exists() else {}
         if curve.get("step"):
-            drawn.setdefault(group.dataset, []).append((group.name, curve))
+            drawn.setdefault(group.dataset, {})[short[group.words[1:]]] = curve
     if not drawn:
         return None
-    figure, panels = _panels(len(drawn), 5.2, 3.6, most=2)
+    figure, panels = _panels(len(drawn), 5.4, 3.4, most=2)
+    looks = {name: (_LINES[i % len(_LINES)], _DASHES[i // len(_LINES) % 4]) for i, name in enumerate(short.values())}
+    seen: dict[str, Any] = {}
     for axes, (dataset, curves) in zip(panels, drawn.items(), strict=True):
-        for i, (name, curve) in enumerate(curves):
-            colour, dash = _LINES[i % len(_LINES)], _DASHES[i // len(_LINES) % len(_DASHES)]
-            steps, losses = zip(*curve["step"], strict=True)
-            axes.plot(steps, losses, color=colour, linewidth=0.6, alpha=0.25)
-            axes.plot(steps, _running_mean(losses), color=colour, linestyle=dash, linewidth=1.6, label=name)
-            if curve.get("validation"):
-                steps, losses = zip(*curve["validation"], strict=True)
-                axes.scatter(steps, losses, color=colour, marker="D", s=18, zorder=3)
+        for name, curve in curves.items():
+            seen[name] = _one_curve(axes, curve, *looks[name])
         axes.set_title(dataset)
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("loss, nats per labelled token")
-        axes.legend(fontsize=7, loc="upper right")
+    columns = 2 if len(drawn) == 1 else 4
+    figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=columns, fontsize=8)
     return figure
+
+
+def _one_curve(axes: "Axes", curve: Mapping[str, list[tuple[int, float]]], colour: str, dash: str) -> Any:
+    steps, losses = zip(*curve["step"], strict=True)
+    axes.plot(steps, losses, color=colour, linewidth=0.6, alpha=0.3)
+    (line,) = axes.plot(steps, _running_mean(losses), color=colour, linestyle=dash, linewidth=1.7)
+    if curve.get("validation"):
+        at, held_out = zip(*curve["validation"], strict=True)
+        axes.scatter(at, held_out, color=colour, marker="D", s=18, zorder=3)
+    return line
 
 
 def read_curve(file: Path) -> dict[str, list[tuple[int, float]]]:

@@ -118,7 +118,9 @@ def _environment() -> dict[str, Any]:
 
 def _cell(cell: Cell, folder: Path, cache: dict[str, RowScores]) -> CellResult:
     known: dict[str, Mapping[str, Any]] = {
-        row: record for row, stage in cell.rows.items() if (record := read_record(folder, stage)).get("done")
+        row: record
+        for row, stage in cell.rows.items()
+        if (record := read_record(folder, stage)).get("done") and stage.out.exists()
     }
     rows = {row: _row_scores(cell.rows[row], cache) for row in known}  # type: ignore[index]
     scores = {row: _score(record["result"], rows[row], rows.get("zero_shot")) for row, record in known.items()}

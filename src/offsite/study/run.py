@@ -7,7 +7,6 @@ after scoring is made again only if another score wants it.
 import contextlib
 import json
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,29 +60,26 @@ class Runner:
         """Stages that are done, or need not be."""
         return len(self._passed)
 
-    def result(self, stage: Stage) -> Mapping[str, Any]:
-        """What a stage gave, running it and what it needs if that is not known yet.
+    def made(self, stage: Stage) -> Mapping[str, Any]:
+        """Have what a stage makes on the disk, running it and what it needs if it is not there yet.
+
+        Returns:
+            The stage's record.
 
         Raises:
             OffsiteError: it failed, now or earlier in this run, or a stage before it did.
         """
         record = read_record(self.lab.folder, stage)
-        if record.get("done"):
+        if record.get("done") and stage.out.exists():
             self._passed |= {one.key for one in before(stage)}
             return record
         if stage.key in self.failures:
             raise self.failures[stage.key]
         for need in stage.needs:
-            self._made(need)
+            self.made(need)
         found = self._run(stage)
         self._passed.add(stage.key)
         return found
-
-    def _made(self, stage: Stage) -> None:
-        """Have what a stage makes on the disk."""
-        if not stage.out.exists() and read_record(self.lab.folder, stage).get("done"):
-            record_file(self.lab.folder, stage).unlink()  # it was removed: make it again
-        self.result(stage)
 
     def _run(self, stage: Stage) -> Mapping[str, Any]:
         folder = self.lab.folder
@@ -93,7 +89,6 @@ class Runner:
         if stage.settings:
             replace_file(config, settings_toml(stage.settings))
         remove(stage.out)  # of a run that was ended between making it and saying so
-        started = time.monotonic()
         try:
             if stage.copies is not None:
                 over_the_wire(stage.copies, stage.out)
@@ -103,8 +98,7 @@ class Runner:
             _write(folder, stage, {"done": False, "error": str(error), "exit_code": error.exit_code})
             raise
         measured = {"seconds": outcome.seconds, "peak_bytes": outcome.peak_bytes}
-        whole = round(time.monotonic() - started, 2)
-        record = {"done": True, **measured, "with_copies": whole, "result": outcome.result}
+        record = {"done": True, **measured, "result": outcome.result}
         _write(folder, stage, record)
         return record
 
@@ -126,7 +120,7 @@ def run_cells(cells: Sequence[Cell], runner: Runner, *, keep_models: bool = True
         broken = False
         for row, stage in cell.rows.items():
             try:
-                loss = float(runner.result(stage)["result"]["loss"])
+                loss = float(runner.made(stage)["result"]["loss"])
             except OffsiteError as error:
                 broken = True
                 runner.tell(News("failure", runner.done, runner.total, error.what, index, row))

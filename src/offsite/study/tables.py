@@ -41,11 +41,6 @@ class Group:
     cells: tuple[CellResult, ...]
 
     @property
-    def name(self) -> str:
-        """What tells it from the others of its data set."""
-        return ", ".join(part for part in (self.compress, self.placement, self.tune) if part)
-
-    @property
     def words(self) -> tuple[str, ...]:
         """The first columns of a table."""
         return self.dataset, self.compress, self.placement, self.tune
@@ -66,6 +61,17 @@ def groups(results: Results) -> list[Group]:
     for cell in results.cells:
         found.setdefault((cell.dataset, cell.compress, cell.placement or "", cell.tune), []).append(cell)
     return [Group(*key, tuple(cells)) for key, cells in found.items()]
+
+
+def names(grouped: Sequence[Group]) -> dict[tuple[str, ...], str]:
+    """A short name for each group, by all its words but the data set: what differs in this study, and no more."""
+    keys = list(dict.fromkeys(group.words[1:] for group in grouped))
+    compress, placements, tunes = ({key[i] for key in keys} for i in range(3))
+    apart = len({key[:2] for key in keys}) > len(compress)  # a compressor at several placements
+    wanted = (len(compress) > 1, apart and len(placements) > 1, len(tunes) > 1)
+    return {
+        key: ", ".join(part for part, differs in zip(key, wanted, strict=True) if differs) or key[0] for key in keys
+    }
 
 
 def tables(results: Results) -> list[Table]:
@@ -93,7 +99,7 @@ def loss_of(row: str) -> Callable[[CellResult], float | None]:
 def _losses(results: Results, grouped: Sequence[Group]) -> Table:
     note = (
         "Nats per labelled token on the test rows; lower is better. Behind ±: half the width of the 95 % interval over "
-        f"test rows{', and of several seeds the standard deviation' if _seeds(grouped) > 1 else ''}."
+        f"test rows{', or the standard deviation over seeds where these differ' if _seeds(grouped) > 1 else ''}."
     )
     lines = [(*group.words, *(_loss(group, row) for row in results.rows)) for group in grouped]
     return Table("Held-out loss", note, (*_KEYS, *(LABELS[row] for row in results.rows)), tuple(lines), len(_KEYS))
@@ -103,9 +109,10 @@ def _loss(group: Group, row: str) -> str:
     mean = group.mean(loss_of(row))
     if mean is None:
         return "failed" if any(row in cell.errors for cell in group.cells) else ""
-    if len(group.cells) > 1:
-        return f"{mean:.3f}{_deviation(group.values(loss_of(row)), 3)}"
-    figure = group.cells[0].scores[row].loss
+    values = group.values(loss_of(row))
+    if len(set(values)) > 1:
+        return f"{mean:.3f} ± {statistics.stdev(values):.3f}"
+    figure = next(cell.scores[row].loss for cell in group.cells if row in cell.scores)
     return f"{mean:.3f}{_half(figure, 3)}"
 
 
@@ -113,10 +120,6 @@ def _half(figure: Figure, places: int) -> str:
     if figure.low is None or figure.high is None:
         return ""
     return f" ± {(figure.high - figure.low) / 2:.{places}f}"
-
-
-def _deviation(values: Sequence[float], places: int) -> str:
-    return f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else ""
 
 
 def _recovered(grouped: Sequence[Group]) -> Table:
