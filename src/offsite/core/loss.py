@@ -178,6 +178,8 @@ class _LabelledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias = (saved if saved is None else saved * gradients[0] for saved in ctx.saved_tensors)
+        hidden, weight, bias = (
+            saved if saved is None else saved * gradients[0].to(saved.dtype) for saved in ctx.saved_tensors
+        )
         head = (part if part is None else part.to(ctx.dtype) for part in (weight, bias))
         return (hidden if hidden is None else hidden.to(ctx.dtype), *head, None, None, None)

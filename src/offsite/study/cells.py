@@ -36,7 +36,7 @@ def cells_of(recipe: Recipe, lab: Lab, rows: Mapping[str, Rows]) -> list[Cell]:
     model = open_base(Base(lab.base))
 
     def middle(spec: PackSpec) -> int:
-        return len(split(model, spec.model_copy(update={"keep": 1, "heal": "none"})).middle)
+        return len(split(model, uncompressed(spec, 1)).middle)
 
     return [
         _cell(recipe, lab, rows[dataset.name], dataset, compressor, method, seed, middle(compressor.spec))

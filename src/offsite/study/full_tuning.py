@@ -9,16 +9,19 @@ from offsite.config import TuneSpec
 from offsite.core.architectures import Architecture
 from offsite.core.attention import use_short_attention
 from offsite.core.data import Example, encode
+from offsite.core.fused import fuse
 from offsite.core.load import context_length, load_model, load_tokenizer, quiet
 from offsite.core.loss import take_apart
 from offsite.core.progress import Event, Progress, silent
+from offsite.core.resume import RunState, log_file, run_folder
 from offsite.core.row_files import data_digest
 from offsite.core.rows import read_rows
 from offsite.core.runtime import runtime, seeded
 from offsite.core.storage import require_free, staged_folder, write_stream
-from offsite.data_owner.state import RunState, log_file, run_folder
+from offsite.core.weights import TrainedWeights
+from offsite.data_owner.budget import within_memory
+from offsite.data_owner.recompute import keep_activations
 from offsite.data_owner.train import Tuning, train
-from offsite.data_owner.weights import TrainedWeights
 from offsite.exchange.artifacts import Base
 from offsite.exchange.contents import TOKENIZER_FILES
 from offsite.model_owner.base_model import open_base
@@ -66,7 +69,9 @@ def full_fine_tuning(
         progress(Event("loading the model", 0))
         model = load_model(base.folder, dtype=where.dtype, device=where.device)
         tuning = _prepare(model, row, examples, held_out)
-        train(tuning, spec, state, log_file(out), progress)
+        fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
+        train(tuning, fitted, state, log_file(out), progress)
+    keep_activations(tuning.blocks)  # which puts the blocks' own names back
     progress(Event("writing the tuned model", 0))
     _write(model, base, out)
     state.remove()
@@ -85,23 +90,20 @@ def _prepare(
     model: "PreTrainedModel", row: Architecture, examples: tuple[Example, ...], held_out: tuple[Example, ...]
 ) -> Tuning:
     network = take_apart(model)
+    fuse(model)
     use_short_attention(model)
     model.requires_grad_(True)
     trained = dict(model.named_parameters())  # a tied head is the embedding, and is there once
     matrices = {*(name for name, sizes in row.embeddings.items() if " " in sizes), row.head}  # and no norm among them
     return Tuning(
         network=network,
-        blocks=[model],  # dropout runs everywhere
+        blocks=model.get_submodule(row.blocks),
+        trained=[model],  # dropout runs everywhere
         weights=TrainedWeights(trained),
-        decayed=frozenset(name for name in trained if name in matrices or _in_linear_map(name, row)),
+        decayed=frozenset(name for name in trained if name in matrices or row.is_linear(name)),
         examples=examples,
         held_out=held_out,
     )
-
-
-def _in_linear_map(name: str, row: Architecture) -> bool:
-    place = row.block_of(name)
-    return place is not None and place[1].removesuffix(".weight") in row.linears and name.endswith(".weight")
 
 
 def _write(model: "PreTrainedModel", base: Base, out: Path) -> None:

@@ -251,8 +251,8 @@ def _curves(grouped: Sequence[Group], folder: Path) -> "Figure | None":
     looks = {name: (_LINES[i % len(_LINES)], _DASHES[i // len(_LINES) % 4]) for i, name in enumerate(short.values())}
     seen: dict[str, Any] = {}
     for axes, (dataset, curves) in zip(panels, drawn.items(), strict=True):
-        for name, curve in curves.items():
-            seen[name] = _one_curve(axes, curve, *looks[name])
+        for name, points in curves.items():
+            seen[name] = _one_curve(axes, points, *looks[name])
         axes.set_title(dataset)
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("loss, nats per labelled token")

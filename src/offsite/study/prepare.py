@@ -135,14 +135,14 @@ def stage_rows(table: DataTable, folder: Path) -> Rows:
     for part, (source, most) in parts.items():
         if not _has_records(source):
             read_rows(source)
-            if most is not None or table.leave_out:
+            if most is not None:
                 raise DataError(
                     f"[[data]] {table.name!r}: {source} is not made of records, of which some could be taken",
-                    next_step=f"leave out max_{part}_rows and leave_out, and cut the file by hand",
+                    next_step=f"leave out max_{part}_rows, and cut the file by hand",
                 )
             made[part] = source.resolve()
             continue
-        content = "".join(json.dumps(fields) + "\n" for fields in _records(table, part, source, most))
+        content = "".join(json.dumps(fields, default=str) + "\n" for fields in _records(table, part, source, most))
         made[part] = folder / f"{table.name.replace('/', '-')}.{part}.jsonl"
         if not made[part].exists() or made[part].read_bytes() != content.encode():
             replace_file(made[part], content.encode())
@@ -159,14 +159,12 @@ def _records(table: DataTable, part: str, source: Path, most: int | None) -> lis
         if isinstance(record, str):
             problems.append(f"{source}:{number}: {record}")
             continue
-        fields = {name: value for name, value in record.items() if name not in table.leave_out}
-        row = parse_row(fields, number)
+        row = parse_row(record, number)
         if isinstance(row, str):
-            extra = "; fields that are no part of a row can be left out with leave_out" if len(fields) > 1 else ""
-            problems.append(f"{source}:{number}: {row}{extra}")
+            problems.append(f"{source}:{number}: {row}")
         elif part == "test" and table.score != "loss" and not row.choices:
             problems.append(f"{source}:{number}: no multiple choice, which score = {table.score!r} needs")
-        picked.append(fields)
+        picked.append(record)
     if problems or not picked:
         raise DataError(
             f"[[data]] {table.name!r}: {counted(problems, 'bad row')} in {source}"

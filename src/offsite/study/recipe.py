@@ -31,9 +31,6 @@ class DataTable(Spec):
     test: Annotated[Path, Field(description="rows to score on, relative to --data-root or to the recipe")]
     max_train_rows: Annotated[int | None, Field(ge=1, description="use so many, spread evenly; None is all")] = None
     max_test_rows: Annotated[int | None, Field(ge=1, description="use so many, spread evenly; None is all")] = None
-    leave_out: Annotated[
-        tuple[str, ...], Field(description="fields of the records that are no part of a row, such as labels")
-    ] = ()
     score: Annotated[
         Literal["loss", "accuracy", "accuracy_norm"],
         Field(description="what the report shows beside the loss; the accuracies need multiple-choice rows"),
@@ -43,7 +40,7 @@ class DataTable(Spec):
 class RecipeTables(Spec):
     """The file as it is written; the settings of a stage are checked by that stage's own spec."""
 
-    title: _Name
+    title: Annotated[str, Field(min_length=1, max_length=200)]
     about: str = ""
     base: Annotated[str, Field(min_length=1, description=f"a base folder, or {SMOLLM2!r}")]
     architecture: Annotated[str | None, Field(description="the model type that the base must have")] = None
@@ -234,7 +231,7 @@ def _methods(tables: RecipeTables, places: _Places, problems: list[str]) -> Iter
 
 
 # Settings of TuneSpec that say what trains: full fine-tuning has no use for them.
-_OF_A_METHOD = frozenset({"method", "rank", "lora_alpha", "lora_dropout"})
+_OF_A_METHOD = frozenset({"method", "rank", "lora_alpha", "lora_dropout", "width"})
 
 
 def _named(where: str, table: Mapping[str, Any], index: int, problems: list[str]) -> tuple[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ EXPERIMENTER = "experimenter"  # what no party does: it sees all
 PARTIES = (OWNER, TUNER, EXPERIMENTER)
 _STAGES = 1  # what a stage does; raise it when that changes between versions
 # Settings that say where blocks train and what may come back; all others of PackSpec say how the rest is compressed.
-_PLACEMENT = frozenset({"bottom", "top", "methods", "max_rank", "dtype", "compute", "device", "threads"})
+_PLACEMENT = frozenset({"bottom", "top", "methods", "max_rank", "max_width", "dtype", "compute", "device", "threads"})
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Lab:
 
     def pack(self, spec: PackSpec) -> Stage:
         """The model's owner packs a bundle."""
-        words: Words = ["pack", self.base, "--for", TUNER]
+        words: Words = ["pack", self.base, "--for", TUNER, *(["--resume"] if spec.resumable else [])]
         inputs = {"base": self.base_digest, "spec": addressed(spec)}
         return self._stage("pack", OWNER, "bundles", words, inputs, settings={"pack": spec})
 
@@ -158,7 +158,7 @@ def _scored_words(stage: Stage) -> Words:
 def uncompressed(spec: PackSpec, middle: int) -> PackSpec:
     """The same blocks train, and nothing of the base's `middle` blocks is dropped or changed: the bound of a cell."""
     kept = {name: value for name, value in spec if name in _PLACEMENT}
-    return PackSpec(**kept, keep=middle, heal="none")
+    return PackSpec(**kept, keep=middle, heal=())
 
 
 def addressed(spec: Spec) -> dict[str, Any]:
