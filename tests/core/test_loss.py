@@ -34,6 +34,20 @@ def test_value_and_gradient_are_those_of_torch(chunk, with_bias, cap):
 
 
 @pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("chunk", [10, 100])
+@pytest.mark.parametrize("body", [False, True], ids=["head alone", "body as well"])
+def test_a_head_that_trains_gets_its_gradient(cap, chunk, body):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 3, generator=generator, dtype=torch.float64, requires_grad=body)
+    weight = torch.randn(5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 4, 2, 2])
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: labelled_cross_entropy(h, w, targets, b, cap, chunk_elements=chunk)[0], (hidden, weight, bias)
+    )
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
 def test_the_gradient_passes_gradcheck(cap):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, 3, generator=generator, dtype=torch.float64, requires_grad=True)

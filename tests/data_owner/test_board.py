@@ -6,7 +6,7 @@ import pytest
 
 from offsite.config import TuneSpec
 from offsite.core import extras
-from offsite.core.resume import log_file
+from offsite.core.run_log import log_file
 from offsite.data_owner import board as stage
 from offsite.data_owner.board import board
 from offsite.data_owner.tune import tune

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from offsite.measure import bootstrap
-from offsite.measure.bootstrap import Interval, interval, paired_interval
+from offsite.measure.bootstrap import Interval, interval, paired_interval, share_interval
 
 
 def test_two_rows_by_hand():
@@ -103,3 +103,27 @@ def test_rows_must_match():
         paired_interval([1, 2], [1, 2, 3])
     with pytest.raises(ValueError, match="sizes of 1"):
         interval([1, 2], [1])
+
+
+def test_a_share_is_taken_over_the_same_rows():
+    draw = np.random.default_rng(0)
+    hard = draw.normal(3, 1, 200)  # what makes a row hard for all three
+    sizes = [1.0] * 200
+    zero, whole = (list(hard), sizes), (list(hard - 1 + draw.normal(0, 0.05, 200)), sizes)
+    half = (list(hard - 0.5 + draw.normal(0, 0.05, 200)), sizes)
+    ends = share_interval(zero, whole, half)
+    assert ends is not None
+    assert 0.47 < ends.low < 0.5 < ends.high < 0.53
+    assert share_interval(zero, whole, half) == ends
+    assert share_interval(zero, whole, zero).high == 0.0
+    assert share_interval(zero, whole, whole) == Interval(1.0, 1.0)
+
+
+def test_a_share_of_nothing_has_no_interval():
+    draw = np.random.default_rng(0)
+    sizes = [1.0] * 50
+    zero, same = (list(draw.normal(0, 1, 50)), sizes), (list(draw.normal(0, 1, 50)), sizes)
+    assert share_interval(zero, same, zero) is None
+    assert share_interval(([1.0], [1.0]), ([0.5], [1.0]), ([0.7], [1.0])) is None
+    with pytest.raises(ValueError, match="paired rows"):
+        share_interval(zero, ([1.0], [1.0]), zero)

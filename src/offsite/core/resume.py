@@ -27,11 +27,6 @@ def run_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.run")
 
 
-def log_file(out: Path) -> Path:
-    """The JSONL log of the run that writes `out`; it is beside the result, never in it."""
-    return out.with_name(f"{out.name}.log.jsonl")
-
-
 class RunState:
     """The resume points of one run.
 

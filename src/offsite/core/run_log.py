@@ -13,6 +13,11 @@ from typing import Any
 from offsite.core.storage import storage_errors
 
 
+def log_file(out: Path) -> Path:
+    """The JSONL log of the run that writes `out`; it is beside the result, never in it."""
+    return out.with_name(f"{out.name}.log.jsonl")
+
+
 @contextlib.contextmanager
 def run_log(file: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Append JSON lines to the log; each is on the disk's side of the process when the call returns."""

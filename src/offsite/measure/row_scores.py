@@ -57,6 +57,8 @@ def read_row_scores(file: Path) -> RowScores:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         rows = [line for line in lines if "nats" in line]
         asked = [line for line in lines if "right" in line]
+        if not rows:
+            raise ValueError("it holds no row")
         return RowScores(
             lines=tuple(int(row["line"]) for row in rows),
             nats=tuple(float(row["nats"]) for row in rows),

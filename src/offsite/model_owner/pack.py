@@ -161,7 +161,7 @@ def _heal(
 ) -> Mapping[str, TensorRange]:
     if not set(spec.heal) - {"share"} or len(set(emulator)) == len(sandwich.middle):
         return {}  # where nothing was dropped there is no gap
-    from offsite.core.resume import log_file
+    from offsite.core.run_log import log_file
     from offsite.model_owner.compress.heal import heal
 
     return heal(model, sandwich, emulator, spec, scratch, log_file(out), progress)

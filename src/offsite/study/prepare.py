@@ -1,5 +1,6 @@
 """What a study needs before its first stage: two parties, a base, rows; and that every setting fits the base."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -142,10 +143,12 @@ def stage_rows(table: DataTable, folder: Path) -> Rows:
                 )
             made[part] = source.resolve()
             continue
-        content = "".join(json.dumps(fields, default=str) + "\n" for fields in _records(table, part, source, most))
-        made[part] = folder / f"{table.name.replace('/', '-')}.{part}.jsonl"
-        if not made[part].exists() or made[part].read_bytes() != content.encode():
-            replace_file(made[part], content.encode())
+        records = _records(table, part, source, most)
+        content = "".join(json.dumps(fields, default=str) + "\n" for fields in records).encode()
+        digest = hashlib.sha256(content).hexdigest()[:8]  # another number of rows is another file
+        made[part] = folder / f"{table.name.replace('/', '-')}.{part}.{digest}.jsonl"
+        if not made[part].exists():
+            replace_file(made[part], content)
     return Rows(made["train"], made["test"], f"{data_digest(made['train'])} {data_digest(made['test'])}")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from offsite import __version__
-from offsite.core.resume import log_file
+from offsite.core.run_log import log_file
 from offsite.measure.bootstrap import Interval, interval, share_interval
 from offsite.measure.row_scores import RowScores, loss_difference, read_row_scores, require_same_rows
 from offsite.study.cells import Cell

@@ -17,7 +17,8 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 _SIZES: Mapping[str, Any] = {
     "hidden_size": 32, "n_embd": 32, "intermediate_size": 48, "ffn_dim": 48, "word_embed_proj_dim": 32,
     "num_attention_heads": 4, "n_head": 4, "num_key_value_heads": 2, "num_kv_heads": 4, "head_dim": 8,
-    "query_pre_attn_scalar": 8, "rotary_dim": 4,
+    "query_pre_attn_scalar": 8, "rotary_dim": 4, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
 }  # fmt: skip
 _SPREAD = {"initializer_range": 0.15, "init_std": 0.15}  # far enough from zero that logits differ
 _NOT_TAKEN = frozenset({"n_inner", "ffn_hidden_size", "dtype", "torch_dtype", "architectures", "vocab_size"})

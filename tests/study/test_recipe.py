@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import pytest
+
+from offsite.errors import UsageError
+from offsite.study.recipe import ROWS, load_recipe, require_files
+from studies import RECIPE, lay_out
+
+
+def problems(tmp_path: Path, old: str, new: str) -> list[str]:
+    assert old in RECIPE
+    with pytest.raises(UsageError) as caught:
+        load_recipe(lay_out(tmp_path, RECIPE.replace(old, new)))
+    assert "Nothing was run" in str(caught.value.next_step)
+    return list(caught.value.reasons)
+
+
+def test_a_recipe_is_resolved_by_the_specs_of_the_stages(tmp_path: Path) -> None:
+    recipe = load_recipe(lay_out(tmp_path))
+    assert recipe.rows == ROWS
+    assert recipe.cells == 2
+    assert recipe.base == tmp_path / "base"
+    assert recipe.data[0].train == tmp_path / "train.jsonl"
+    (pack,), (tune,) = recipe.compressors, recipe.methods
+    assert (pack.spec.keep, pack.spec.heal, pack.spec.compute) == (2, (), "fp32")
+    assert (tune.spec.rank, tune.spec.max_steps, tune.spec.peak_lr) == (2, 3, 1e-3)
+    assert (tune.full.method, tune.full.lr, tune.full.max_steps) == ("full", 1e-3, 3)
+    assert (recipe.eval.max_length, recipe.eval.compute) == (64, "fp32")
+    assert recipe.missing == ()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("keep = 2", "kep = 2", "[[pack]] 'drop'.kep: there is no such setting; did you mean 'keep'?"),
+        ("keep = 2", "keep = 0", "[[pack]] 'drop'.keep: Input should be greater than or equal to 1 (found 0)"),
+        ('heal = "none"', 'heal = "refit,refit"', "heal names a step twice"),
+        ("rank = 2", "lr = 0", "[[tune]] 'LoRA'.lr: Input should be greater than 0 (found 0)"),
+        ("rank = 2", "seed = 4", "[[tune]] 'LoRA'.seed: cells have the seeds of the list `seeds`, e.g. seeds = [4]"),
+        ("rank = 2", 'rank = 2\n[[tune]]\nname = "LoRA"', "[[tune]]: 'LoRA' is there more than once"),
+        ("[full]", "[full]\nrnk = 3", "[full].rnk: there is no such setting; did you mean 'rank'?"),
+        ("max_length = 64", "max_len = 64", "[shared].max_len: there is no such setting; did you mean 'max_length'?"),
+        ('base = "base"', 'base = "base"\nrows = ["plugin"]', "rows.0: Input should be 'zero_shot'"),
+        ('base = "base"', 'base = "base"\ngrid = 1', "grid: there is no such setting; expected one of"),
+        ('base = "base"', 'base = "base"\nseeds = [1, 1]', "seeds: '1' is there more than once"),
+        ('name = "drop"', "", "[[pack]] number 1.name: found None, expected a short text"),
+        ('name = "choices"', 'name = "prompts"', "[[data]]: 'prompts' is there more than once"),
+        (
+            "keep = 2",
+            'keep = 2\nmethods = ["full"]',
+            "[[tune]] 'LoRA'.method: [[pack]] 'drop' permits full; put 'lora'",
+        ),
+        ("[[pack]]", '[[placement]]\nname = "one"\nkeep = 3\n[[pack]]', "keep: given in both tables"),
+    ],
+)
+def test_every_problem_names_its_field_and_what_would_work(tmp_path: Path, old: str, new: str, said: str) -> None:
+    assert any(said in problem for problem in problems(tmp_path, old, new))
+
+
+def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
+    found = problems(tmp_path, "keep = 2", "keep = 0\nbottum = 1")
+    assert len(found) == 2
+
+
+def test_a_default_is_named_where_a_value_is_wrong(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, "keep = 2", "keep = 0")
+    assert "blocks of the middle that the emulator keeps" in found
+    assert "the default is 8" in found
+
+
+def test_not_toml(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("title =")
+    with pytest.raises(UsageError, match="cannot read the recipe"):
+        load_recipe(tmp_path / "r.toml")
+
+
+def test_placements_multiply_with_compressors(tmp_path: Path) -> None:
+    text = RECIPE.replace("bottom = 1\ntop = 1\n", "")
+    text += '[[placement]]\nname = "ends"\nbottom = 1\ntop = 1\n[[placement]]\nname = "top"\nbottom = 0\ntop = 2\n'
+    recipe = load_recipe(lay_out(tmp_path, text))
+    assert [(one.name, one.placement, one.spec.bottom, one.spec.keep) for one in recipe.compressors] == [
+        ("drop", "ends", 1, 2),
+        ("drop", "top", 0, 2),
+    ]
+
+
+def test_files_are_looked_for_in_the_data_root_first(tmp_path: Path) -> None:
+    file = lay_out(tmp_path)
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "train.jsonl").write_text("x")
+    recipe = load_recipe(file, data_root=root, base=tmp_path / "other")
+    assert recipe.data[0].train == root / "train.jsonl"
+    assert recipe.data[0].test == tmp_path / "test.jsonl"
+    assert recipe.base == tmp_path / "other"
+
+
+def test_what_is_not_there_is_listed_before_anything_runs(tmp_path: Path) -> None:
+    file = lay_out(tmp_path, RECIPE.replace("keep = 2", 'keep = 2\ncalibration = "text.txt"'))
+    (tmp_path / "train.jsonl").unlink()
+    recipe = load_recipe(file)
+    with pytest.raises(UsageError) as caught:
+        require_files(recipe)
+    assert [reason.split(":")[0] for reason in caught.value.reasons] == [
+        "[[data]] 'prompts'.train",
+        "[[pack]] 'drop'.calibration",
+    ]

@@ -1,0 +1,51 @@
+"""Every recipe of the repository: all of its settings are checked, and its grid is tried in small.
+
+To stay fast the grid runs for its first and last compressor and up to the last row; `offsite study RECIPE --check` runs
+all of it.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from offsite.cli.study import _in_this_process
+from offsite.study.check import check
+from offsite.study.prepare import require_fit
+from offsite.study.recipe import load_recipe
+from offsite.study.tiny_base import tiny_base
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*.toml"))
+each = pytest.mark.parametrize("file", RECIPES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+
+
+def test_they_are_all_found() -> None:
+    assert len(RECIPES) >= 13
+
+
+@each
+def test_every_compressor_fits_the_base(file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(file)
+    base = tiny_base(tmp_path / "base", recipe.architecture or "llama", recipe.blocks or 30)
+    require_fit(recipe, base.folder)
+
+
+@each
+def test_the_grid_runs_in_small(file: Path) -> None:
+    recipe = load_recipe(file)
+    some = tuple(dict.fromkeys((recipe.compressors[0], recipe.compressors[-1])))
+    tried = check(replace(recipe, compressors=some, rows=recipe.rows[-1:]), _in_this_process, lambda _: None)
+    assert tried.failures == []
+    assert tried.cells == len(some) * len(recipe.methods) * len({one.score for one in recipe.data})
+
+
+def test_every_compressor_of_the_comparison_can_be_tuned() -> None:
+    recipe = load_recipe(next(file for file in RECIPES if file.stem == "compressors"))
+    tried = check(replace(recipe, rows=("emulator",)), _in_this_process, lambda _: None)
+    assert tried.failures == []
+    assert tried.cells == len(recipe.compressors) == 8
+
+
+@each
+def test_a_reader_finds_it(file: Path) -> None:
+    assert file.name in (file.parents[1] / "README.md").read_text()

@@ -1,0 +1,224 @@
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from offsite.errors import DataError, IncompatibleError, OffsiteError, UsageError
+from offsite.measure.bootstrap import paired_interval
+from offsite.measure.row_scores import read_row_scores
+from offsite.study.recipe import ROWS
+from offsite.study.results import Results, collect
+from studies import RECIPE, Played, lay_out
+
+
+@dataclass(frozen=True)
+class Study:
+    folder: Path
+    played: Played
+    results: Results
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    folder = tmp_path_factory.mktemp("study")
+    played = Played(lay_out(folder), folder / "out")
+    assert played.go() == 0
+    return Study(folder, played, collect(played.recipe, played.cells, folder / "out"))
+
+
+def test_stages_that_cells_share_run_once(study: Study) -> None:
+    """Two data sets: one bundle and one uncompressed bundle for both, everything else twice."""
+    counts = {verb: study.played.ran.count(verb) for verb in sorted(set(study.played.ran))}
+    # tune, verify and plug-in: on the emulator and on the base; each bundle is verified once
+    assert counts == {"pack": 2, "tune": 4, "verify": 2 + 4, "plug-in": 4, "full-fine-tuning": 2, "eval": 12}
+    assert len(study.played.stages) == sum(counts.values())
+    assert study.played.news[-1].done == study.played.news[-1].total == len(study.played.stages)
+
+
+def test_an_unchanged_study_runs_nothing(study: Study) -> None:
+    again = Played(study.folder / "recipe.toml", study.folder / "out")
+    assert again.go() == 0
+    assert again.ran == []
+    assert collect(again.recipe, again.cells, study.folder / "out") == study.results
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "ran"),
+    [
+        ("rank = 2", "rank = 3", {"tune": 4, "verify": 4, "plug-in": 4, "eval": 6}),
+        ("lr = 1e-3", "lr = 2e-3", {"full-fine-tuning": 2, "eval": 2}),
+        ("keep = 2", "keep = 3", {"pack": 1, "tune": 2, "verify": 3, "plug-in": 2, "eval": 6}),
+        ("max_test_rows = 6", "max_test_rows = 5",
+         {"tune": 2, "verify": 2, "plug-in": 2, "full-fine-tuning": 1, "eval": 6}),
+    ],
+)  # fmt: skip
+def test_a_change_runs_what_depends_on_it_and_no_more(
+    study: Study, tmp_path: Path, old: str, new: str, ran: dict[str, int]
+) -> None:
+    changed = RECIPE.replace(old, new)
+    shutil.copytree(study.folder / "base", tmp_path / "base")
+    played = Played(lay_out(tmp_path, changed), study.folder / "out")
+    known = {file.stem for file in (study.folder / "out" / "stages").iterdir()}
+    new_stages = [stage for key, stage in played.stages.items() if key not in known]
+    verbs = {"verify bundle": "verify", "verify return": "verify", "full fine-tuning": "full-fine-tuning"}
+    found = [verbs.get(stage.name, stage.name) for stage in new_stages]
+    assert {verb: found.count(verb) for verb in set(found)} == ran
+
+
+def test_every_row_is_scored_on_the_same_rows(study: Study) -> None:
+    for cell in study.results.cells:
+        assert list(cell.scores) == list(ROWS)
+        assert len({(score.rows, score.tokens) for score in cell.scores.values()}) == 1
+        losses = {row: score.loss.value for row, score in cell.scores.items()}
+        assert len(set(losses.values())) == len(ROWS)  # six models, and no two of them the same
+        assert losses["full"] < losses["zero_shot"]
+        assert losses["emulator"] < losses["emulator_zero_shot"]
+    assert study.results.cells[0].scores["plug_in"].rows == 6
+
+
+def test_figures_are_what_they_say(study: Study) -> None:
+    cell = study.results.cells[0]
+    loss = {row: score.loss.value for row, score in cell.scores.items()}
+    assert cell.gain_recovered is not None
+    assert cell.bound_recovered is not None
+    assert cell.plug_in_gap is not None
+    gain = loss["plug_in"] - loss["zero_shot"]
+    assert cell.gain_recovered.value == pytest.approx(gain / (loss["full"] - loss["zero_shot"]))
+    assert cell.bound_recovered.value == pytest.approx(gain / (loss["adapter_on_base"] - loss["zero_shot"]))
+    assert cell.plug_in_gap.value == pytest.approx(loss["plug_in"] - loss["emulator"])
+    rows = {row: read_row_scores(stage.out) for row, stage in study.played.cells[0].rows.items()}
+    ends = paired_interval(rows["plug_in"].nats, rows["zero_shot"].nats, rows["plug_in"].tokens)
+    against = cell.scores["plug_in"].against_zero_shot
+    assert ends is not None
+    assert against is not None
+    assert (against.value, against.low, against.high) == (pytest.approx(gain), ends.low, ends.high)
+
+
+def test_accuracy_stands_beside_the_loss(study: Study) -> None:
+    prompts, choices = study.results.cells
+    assert prompts.scores["plug_in"].accuracy is None
+    score = choices.scores["plug_in"]
+    assert score.accuracy is not None
+    assert score.accuracy_stderr == pytest.approx(math.sqrt(score.accuracy * (1 - score.accuracy) / 7))
+
+
+def test_costs_are_of_the_protocol(study: Study) -> None:
+    cell = study.results.cells[0]
+    assert [(one.stage, one.party) for one in cell.spent] == [
+        ("pack", "model-owner"),
+        ("verify bundle", "data-owner"),
+        ("tune", "data-owner"),
+        ("verify return", "model-owner"),
+        ("plug-in", "model-owner"),
+    ]
+    assert cell.placement == "1-2-1"
+    assert cell.bundle_bytes is not None
+    assert cell.return_bytes is not None
+    assert cell.return_bytes < cell.bundle_bytes
+    assert cell.log is not None
+    assert (study.folder / "out" / cell.log).is_file()
+
+
+def test_the_parties_share_nothing_but_the_wire(study: Study) -> None:
+    owner, tuner = study.folder / "out" / "model-owner", study.folder / "out" / "data-owner"
+    assert not list(owner.rglob("*.jsonl"))
+    assert not (tuner / "home" / "ledger.sqlite").exists()
+    assert (owner / "home" / "key.pem").read_bytes() != (tuner / "home" / "key.pem").read_bytes()
+    cell = study.played.cells[0]
+    pack, received = cell.protocol[:2]
+    sent = {path.name: path.read_bytes() for path in pack.out.iterdir()}
+    assert sent == {path.name: path.read_bytes() for path in received.out.iterdir()}
+
+
+def test_a_failed_stage_fails_its_cells_alone(tmp_path: Path) -> None:
+    file = lay_out(
+        tmp_path, RECIPE.replace('base = "base"', 'base = "base"\nrows = ["zero_shot", "emulator_zero_shot"]')
+    )
+    played = Played(file, tmp_path / "out")
+    run = played.run
+
+    def fail(words: list[str | Path], log: Path) -> object:
+        if "pack" in words:
+            raise OffsiteError("the disk is full", reasons=["by 1 byte"])
+        return run(words, log)
+
+    played.run = fail  # type: ignore[method-assign, assignment]
+    assert played.go() == 2
+    results = collect(played.recipe, played.cells, tmp_path / "out")
+    for cell in results.cells:
+        assert set(cell.scores) == {"zero_shot"}
+        assert cell.errors == {"emulator_zero_shot": "the disk is full\n  - by 1 byte"}
+    assert played.ran == ["eval", "eval"]
+    again = Played(file, tmp_path / "out")
+    assert again.go() == 0
+    assert again.ran == ["pack", "verify", "eval", "eval"]  # zero-shot is known; the pack is tried again
+    assert not any(cell.errors for cell in collect(again.recipe, again.cells, tmp_path / "out").cells)
+
+
+def test_an_interrupted_study_goes_on(tmp_path: Path) -> None:
+    file = lay_out(
+        tmp_path, RECIPE.replace('base = "base"', 'base = "base"\nrows = ["zero_shot", "emulator_zero_shot"]')
+    )
+    played = Played(file, tmp_path / "out")
+    run = played.run
+
+    def interrupt(words: list[str | Path], log: Path) -> object:
+        if "verify" in words:
+            raise KeyboardInterrupt
+        return run(words, log)
+
+    played.run = interrupt  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyboardInterrupt):
+        played.go()
+    again = Played(file, tmp_path / "out")
+    assert again.go() == 0
+    assert again.ran == ["verify", "eval", "eval", "eval"]
+
+
+def test_large_models_go_once_they_are_scored(tmp_path: Path) -> None:
+    text = RECIPE.replace('base = "base"', 'base = "base"\nkeep_models = false\nrows = ["full", "plug_in"]')
+    text = text.replace('method = "lora"\nrank = 2', 'method = "full"')
+    text = text.replace(text[text.index('[[data]]\nname = "choices"') : text.index("[[pack]]")], "")
+    played = Played(lay_out(tmp_path, text), tmp_path / "out")
+    assert played.go() == 0
+    assert not list((tmp_path / "out").rglob("plug-ins/*/config.json"))
+    assert not list((tmp_path / "out").rglob("full/*/config.json"))
+    again = Played(tmp_path / "recipe.toml", tmp_path / "out")
+    assert again.go() == 0
+    assert again.ran == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error", "said"),
+    [
+        ('base = "base"', 'base = "base"\nblocks = 7', IncompatibleError, "6 blocks, the recipe says 7"),
+        ('base = "base"', 'base = "base"\narchitecture = "gpt2"', IncompatibleError, "the recipe says gpt2"),
+        ("keep = 2", "keep = 9", UsageError, "cannot keep 9 blocks of a middle of 4"),
+        ("max_test_rows = 6", 'score = "accuracy"', DataError, "no multiple choice, which score = 'accuracy' needs"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_runs(
+    tmp_path: Path, old: str, new: str, error: type[OffsiteError], said: str
+) -> None:
+    with pytest.raises(error) as caught:
+        Played(lay_out(tmp_path, RECIPE.replace(old, new)), tmp_path / "out")
+    assert said in str(caught.value)
+    assert not (tmp_path / "out" / "stages").exists()
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("precious")
+    with pytest.raises(UsageError, match="holds other things than a study"):
+        Played(lay_out(tmp_path), tmp_path / "out")
+
+
+def test_rows_are_spread_over_the_file(tmp_path: Path) -> None:
+    played = Played(lay_out(tmp_path, RECIPE.replace("max_test_rows = 6", "max_test_rows = 3")), tmp_path / "out")
+    source = (tmp_path / "test.jsonl").read_text().splitlines()
+    (file,) = (played.lab.folder / "data-owner" / "data").glob("prompts.test.*.jsonl")
+    taken = file.read_text().splitlines()
+    assert [json.loads(line) for line in taken] == [json.loads(source[i]) for i in (0, 3, 6)]
