@@ -68,6 +68,14 @@ def test_a_default_is_named_where_a_value_is_wrong(tmp_path: Path) -> None:
     assert "the default is 8" in found
 
 
+def test_the_example_in_the_documents_is_a_recipe(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "study.md").read_text()
+    (tmp_path / "recipe.toml").write_text(text.split("```toml\n")[1].split("```")[0])
+    recipe = load_recipe(tmp_path / "recipe.toml")
+    assert (recipe.base, recipe.seeds, recipe.methods[0].full.lr) == ("smollm2", (0, 1), 1e-4)
+    assert recipe.compressors[0].placement == "ends"
+
+
 def test_not_toml(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text("title =")
     with pytest.raises(UsageError, match="cannot read the recipe"):
