@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,18 +130,21 @@ def _print(results: "Results", out: Path) -> None:
 
     from offsite.study.tables import tables
 
-    console = Console(highlight=False)
+    wide = None if sys.stdout.isatty() else 200  # a file has no edge
+    console = Console(highlight=False, width=wide)
     for one in tables(results)[:-1]:  # what it costs stands in the report
-        shown = Table(
-            title=one.title, title_justify="left", title_style="bold", caption=one.note, caption_justify="left"
-        )
-        for i, name in enumerate(one.head):
-            shown.add_column(
-                name, justify="left" if i < one.keys else "right", style="bold" if name == "plug-in" else ""
-            )
+        # words that are the same in every line say nothing here
+        columns = [
+            i for i in range(len(one.head)) if i == 0 or i >= one.keys or len({line[i] for line in one.lines}) > 1
+        ]
+        shown = Table(title=one.title, title_justify="left", title_style="bold")
+        for i in columns:
+            style = "bold" if one.head[i] == "plug-in" else ""
+            shown.add_column(one.head[i], justify="left" if i < one.keys else "right", style=style, overflow="fold")
         for line in one.lines:
-            shown.add_row(*(Text(terminal.printable(cell)) for cell in line))
+            shown.add_row(*(Text(terminal.printable(line[i])) for i in columns))
         console.print(shown)
+        console.print(Text(one.note, style="dim"))
         console.print()
     terminal.hint(f"next: open {out / 'report.html'}")
 
@@ -154,8 +158,6 @@ def _failures(results: "Results") -> list[str]:
 @contextlib.contextmanager
 def _watching(cells: "list[Cell]") -> "Iterator[Tell]":
     """Show where a study is: a live table on a terminal, elsewhere a line for each stage and score."""
-    import sys
-
     if not sys.stderr.isatty():
         yield _lines
         return
