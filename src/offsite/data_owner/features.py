@@ -117,7 +117,7 @@ class _Features:
     def _read(self, into: Tensor, place: int) -> None:
         """Plain reads: a mapping would count against the process's memory."""
         assert self._file is not None
-        room = memoryview(into.view(torch.uint8).flatten().numpy())  # the same memory
+        room = into.view(torch.uint8).flatten().numpy().data  # the same memory
         try:
             self._file.seek(place * self.bytes_per_token)
             if self._file.readinto(room) == len(room):
@@ -259,7 +259,7 @@ def _write(tuning: Tuning, first: nn.Module, features: _Features, file: Path, pr
         for group in _groups(examples):
             states = _entering(tuning, first, collate([examples[i] for i in group])).cpu()
             for state, row in zip(states, group, strict=True):
-                yield memoryview(state[: len(examples[row].ids) - 1].contiguous().view(torch.uint8).flatten().numpy())
+                yield state[: len(examples[row].ids) - 1].contiguous().view(torch.uint8).flatten().numpy().data
             done += len(group)
             progress(Event(f"frozen blocks, once for all epochs ({_shown(size)} on disk)", done, len(features.places)))
 
