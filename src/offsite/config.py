@@ -175,6 +175,10 @@ class TuneSpec(ComputeSpec):
     gradient_checkpointing: Annotated[
         bool, Field(description="run blocks again in the backward pass: less memory, about a quarter slower")
     ] = False
+    cache_features: Annotated[
+        Literal["auto", "off"],
+        Field(description="whether frozen blocks before the first trained one run once and keep the result on disk"),
+    ] = "auto"
     max_length: Annotated[int, Field(ge=8, description="longest row in tokens")] = 1024
     long_rows: Annotated[
         Literal["error", "truncate", "skip"], Field(description="what happens to rows over max_length")

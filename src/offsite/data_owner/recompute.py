@@ -6,11 +6,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-class Recomputed(nn.Module):
-    """A block that is run again where its gradient is wanted; random numbers (dropout) are the same both times.
-
-    transformers' own switch works on modules in training mode alone, which would put dropout into frozen blocks.
-    """
+class Wrapped(nn.Module):
+    """A block in the place of which another module runs."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -22,6 +19,13 @@ class Recomputed(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("block"), name)
+
+
+class Recomputed(Wrapped):
+    """A block that is run again where its gradient is wanted; random numbers (dropout) are the same both times.
+
+    transformers' own switch works on modules in training mode alone, which would put dropout into frozen blocks.
+    """
 
     def forward(self, *arguments: Any, **settings: Any) -> Any:
         """As the block's."""

@@ -19,6 +19,7 @@ from offsite.core.storage import require_free
 from offsite.core.weights import TrainedWeights
 from offsite.data_owner.board import require_tensorboard
 from offsite.data_owner.budget import within_memory
+from offsite.data_owner.features import cached_features
 from offsite.data_owner.methods import METHODS
 from offsite.data_owner.permitted import require_permitted
 from offsite.data_owner.send_back import send_back
@@ -85,8 +86,9 @@ def tune(
         state = RunState(run_folder(out), _identity_of_run(verified, data, spec, where), resume=resume)
         progress(Event("loading the model", 0))
         tuning = _prepare(verified, spec, where, examples, held_out)
-        fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
-        train(tuning, fitted, state, log_file(out), progress, tensorboard=tensorboard)
+        with cached_features(tuning, spec, state.folder, progress):
+            fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
+            train(tuning, fitted, state, log_file(out), progress, tensorboard=tensorboard)
     progress(Event("writing the return", 0))
     returned = send_back(verified, tuning.weights.masters, spec, out, identity)
     state.remove()
