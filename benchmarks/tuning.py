@@ -228,7 +228,7 @@ class Measurements:
     def _habits_of(self, name: str) -> dict[str, Any]:
         """How a peer runs: the paper's way, or what its calibration found fastest."""
         if name in PADDED:
-            return {**HABITS, "keep_freed": False, "batch": _PAPER_BATCH}
+            return {**HABITS, "keep_freed": False, "batch": min(_PAPER_BATCH, self._cell.rows)}
         habits = HABITS if self._quick else self._settled(name)
         if len(self._cell.batches) == 1:
             return {**habits, "batch": self._cell.batches[0]}
