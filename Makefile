@@ -7,10 +7,10 @@ BENCH := offsite-bench
 DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench bench-long format docs clean
+.PHONY: help install demo test bench bench-long bench-pieces format docs clean
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## make .venv with the pinned dependencies
 
@@ -25,13 +25,17 @@ test: $(STAMP) ## format, lint, types, import contracts, tests with branch cover
 	$(BIN)/python -m pytest --cov --cov-report=term
 
 bench: $(STAMP) ## speed and memory of tuning against peers, short form (DATA=folder of data sets)
-	$(BIN)/python -m benchmarks.tuning --data-root $(DATA) --shapes smollm2 --data sciq \
+	$(BIN)/python -m benchmarks.tuning --data-root $(DATA) --cells smollm2/sciq --quick \
 	  --contestants full lora "offsite lora" --result $(BENCH)/tuning-short.json --work $(BENCH)
 
-bench-long: $(STAMP) ## every benchmark of speed; writes benchmarks/results and docs/performance.md
+bench-long: $(STAMP) ## every shape and data set, and start-up; writes benchmarks/results and docs/performance.md
+	$(BIN)/python -m benchmarks.tuning --data-root $(DATA) --work $(BENCH) --predict
 	$(BIN)/python -m benchmarks.tuning --data-root $(DATA) --work $(BENCH)
-	$(BIN)/python -m benchmarks.ablation --data-root $(DATA) --work $(BENCH)
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.render
+
+bench-pieces: $(STAMP) ## what each piece of the tuning's speed and memory is worth; writes as bench-long does
+	$(BIN)/python -m benchmarks.ablation --data-root $(DATA) --work $(BENCH)
 	$(BIN)/python -m benchmarks.render
 
 format: $(STAMP) ## format the code and mend what the linter can

@@ -2,23 +2,22 @@
 
     python -m benchmarks.ablation --data-root ../shared/data
 
-Every run is a process of its own, and cases take turns. A case replaces a function of the package, or a setting, before
-it calls `offsite.tune` on the bundle that `benchmarks.tuning` made of SmolLM2-135M.
+Every run is a process of its own, cases take turns, and an interrupted run continues. A case replaces a function of the
+package, or a setting, before it calls `offsite.tune` on a bundle of SmolLM2-135M.
 """
 
 import argparse
 import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tuning
+from benchmarks.cells import Cell
+from benchmarks.work import ROOT, Work, code_digest, commit, digest, last_line, machine, run, versions
 
 RESULT = Path(__file__).parent / "results" / "ablation.json"
 _WARMUP, _STEPS, _ROWS = 1, 3, 8
@@ -80,8 +79,11 @@ CASES: Mapping[str, tuple[Callable[[], None], Mapping[str, Any]]] = {
     "compiled products of all shapes kept": (_without_bounded_kernels, {}),
     "head at every position": (_head_everywhere, {}),
     "512 tokens at once": (_nothing, {"micro_batch_tokens": 512}),
+    "1024 tokens at once": (_nothing, {"micro_batch_tokens": 1024}),
+    "4096 tokens at once": (_nothing, {"micro_batch_tokens": 4096}),
     "8192 tokens at once": (_nothing, {"micro_batch_tokens": 8192}),
     "blocks recomputed": (_nothing, {"gradient_checkpointing": True}),
+    "one thread": (_nothing, {"threads": 1}),
     "fp32": (_nothing, {"compute": "fp32"}),
     "the blocks' own weights (full)": (_nothing, {"method": "full"}),
 }
@@ -90,47 +92,59 @@ CASES: Mapping[str, tuple[Callable[[], None], Mapping[str, Any]]] = {
 def main() -> None:
     """Measure every case, print the table, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", type=Path, default=tuning._ROOT.parent / "shared" / "data")
+    parser.add_argument("--data-root", type=lambda path: Path(path).resolve(), default=ROOT.parent / "shared" / "data")
     parser.add_argument("--data", default="gsm8k")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--work", type=Path, default=Path("offsite-bench"))
     parser.add_argument("--result", type=Path, default=RESULT)
-    parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, metavar=("CASE", "BUNDLE", "ROWS"), help=argparse.SUPPRESS)
     wanted = parser.parse_args()
-    wanted.work.mkdir(parents=True, exist_ok=True)
-    os.environ |= {"OMP_NUM_THREADS": str(wanted.threads), "HF_HUB_OFFLINE": "1"}
-    work = tuning._Work(wanted.work, wanted.threads)
-    rows = work.rows(wanted.data_root / wanted.data / "train.jsonl", wanted.data)
+    os.environ |= {"OMP_NUM_THREADS": str(wanted.threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     if wanted.child:
-        print(json.dumps(_child(wanted.child, work, rows)))
+        name, bundle, rows = wanted.child
+        print(json.dumps(_child(name, Path(bundle), Path(rows), wanted.work / "tuner")))
         return
-    work.bundle("smollm2")
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in CASES}
-    command = [sys.executable, "-m", "benchmarks.ablation", *sys.argv[1:], "--child"]
-    for _ in range(wanted.repetitions):
-        for name, runs in found.items():
-            done = subprocess.run([*command, name], cwd=tuning._ROOT, capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-            runs.append(json.loads(done.stdout.splitlines()[-1]))
-            print(name, runs[-1], flush=True)
-    records = [
-        {
-            "case": name,
-            "tokens_per_s": round(statistics.median(run["tokens_per_s"] for run in runs), 1),
-            "spread": [round(pick(run["tokens_per_s"] for run in runs), 1) for pick in (min, max)],
-            "peak_bytes": int(statistics.median(run["peak_bytes"] for run in runs)),
-            "loss": runs[0]["loss"],
-        }
-        for name, runs in found.items()
-    ]
-    result = {"machine": tuning._machine(wanted.threads), "data": wanted.data, "records": records}
+    work = Work(wanted.work, wanted.threads)
+    rows = work.rows(Cell("smollm2", wanted.data, _WARMUP, _STEPS, (), rows=_ROWS), wanted.data_root)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted.cases}
+    for repetition in range(wanted.repetitions):
+        first = repetition % len(runs)
+        for name in (*wanted.cases[first:], *wanted.cases[:first]):
+            runs[name].append(_measured(work, name, wanted.data, rows, repetition))
+    result = {
+        "machine": machine(wanted.threads), "versions": versions(), "commit": commit(), "data": wanted.data,
+        "records": [_record(name, found) for name, found in runs.items()],
+    }  # fmt: skip
     wanted.result.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
 
 
-def _child(name: str, work: "tuning._Work", rows: Path) -> dict[str, float]:
+def _measured(work: Work, name: str, data: str, rows: Path, repetition: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.ablation", "--threads", str(work.threads), "--work", str(work.folder)]
+
+    def measure() -> dict[str, Any]:
+        output, peak = run([*command, "--child", name, str(work.bundle("smollm2")), str(rows)])
+        return {**last_line(output), "peak_bytes": peak}
+
+    of = [code_digest(), Path(__file__).read_text(), digest(rows.read_text())]
+    return work.once(f"ablation/{data}/{name}/{repetition}", of, measure)
+
+
+def _record(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    speeds = [run["tokens_per_s"] for run in runs]
+    return {
+        "case": name,
+        "tokens_per_s": round(statistics.median(speeds), 1),
+        "spread": [round(min(speeds), 1), round(max(speeds), 1)],
+        "peak_bytes": int(statistics.median(run["peak_bytes"] for run in runs)),
+        "loss": runs[0]["loss"],
+        "runs": [{key: run[key] for key in ("at", "tokens_per_s", "peak_bytes")} for run in runs],
+    }
+
+
+def _child(name: str, bundle: Path, rows: Path, home: Path) -> dict[str, float]:
     prepare, settings = CASES[name]
     prepare()
     from offsite import Home, TuneSpec, tune
@@ -140,13 +154,12 @@ def _child(name: str, work: "tuning._Work", rows: Path) -> dict[str, float]:
     )
     with tempfile.TemporaryDirectory(prefix="offsite-ablation-") as scratch:
         out = Path(scratch) / "return"
-        tune(work.bundle("smollm2"), rows, out, spec, Home(work.folder / "tuner"))
+        tune(bundle, rows, out, spec, Home(home))
         lines = out.with_name("return.log.jsonl").read_text().splitlines()
     marks = [record for record in map(json.loads, lines) if record["event"] == "step"]
     tokens = sum(record["tokens"] for record in marks[_WARMUP:])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     speed = tokens / (marks[-1]["time"] - marks[_WARMUP - 1]["time"])
-    return {"tokens_per_s": speed, "peak_bytes": peak, "loss": round(marks[0]["loss"], 4)}
+    return {"tokens_per_s": round(speed, 2), "loss": round(marks[0]["loss"], 4)}
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -1,20 +1,26 @@
 """One measurement of a peer: fine-tuning the whole model with transformers' Trainer, in a process of its own.
 
-    python -m benchmarks.peers '{"base": ..., "data": ..., "method": "full" or "lora", ...}'
+    python -m benchmarks.peers '{"base": ..., "rows": ..., "method": "full" or "lora", ...}'
 
-`benchmarks.tuning` calls it; it prints one line of JSON: seconds and real tokens of the steps after the warm-up, and
-the process's peak resident memory.
+`benchmarks.tuning` calls it; it prints one line of JSON: the seconds of each step on the clock, their real tokens, and
+the resident memory once the model was loaded.
 """
 
+import itertools
 import json
 import os
 import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-RANK = 16
+from benchmarks.cells import RANK
+from benchmarks.steps import encoded, steps_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 def main() -> None:
@@ -22,41 +28,60 @@ def main() -> None:
     wanted: dict[str, Any] = json.loads(sys.argv[1])
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     import torch
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer
 
     torch.set_num_threads(wanted["threads"])
     if wanted["keep_freed"]:
         from offsite.core.runtime import _keep_freed_memory
 
         _keep_freed_memory()
-    rows = _rows(Path(wanted["base"]), Path(wanted["data"]))
-    lora = wanted["method"] == "lora"
-    # full fine-tuning keeps fp32 weights under autocast; LoRA's frozen weights are bf16 and so are cast once
-    dtype = torch.bfloat16 if lora else torch.float32
+    rows, model = _rows(wanted), _model(wanted)
+    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    clock = _clock()
+    # Where the model itself is called, since the loader fetches a batch ahead.
+    model.register_forward_pre_hook(clock.count, with_kwargs=True)
+    trainer = Trainer(
+        model=model,
+        args=_arguments(wanted),
+        train_dataset=rows,
+        data_collator=lambda examples: _collated(examples, wanted["pad_to"]),
+        callbacks=[clock],
+    )
+    trainer.train()
+    times, tokens = zip(*clock.marks[wanted["warmup"] - 1 :], strict=True)
+    seconds = [round(after - before, 4) for before, after in itertools.pairwise(times)]
+    print(json.dumps({"seconds": seconds, "tokens": tokens[-1] - tokens[0], "loaded_bytes": loaded}))
+
+
+def _model(wanted: dict[str, Any]) -> "nn.Module":
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    # Full fine-tuning keeps fp32 weights under autocast, as the paper's code does for everything. LoRA's frozen
+    # weights are bf16, which saves their casts; PEFT keeps the pairs in fp32.
+    narrow = wanted["method"] == "lora" and wanted["bf16"] and not wanted["pad_to"]
+    dtype = torch.bfloat16 if narrow else torch.float32
     model = AutoModelForCausalLM.from_pretrained(wanted["base"], dtype=dtype, local_files_only=True)
-    if lora:
+    if wanted["method"] == "lora":
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
-    seen = _Seen()
+        return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
+    return model
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        """Time and tokens at the end of every optimiser step."""
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            seen.marks.append((time.perf_counter(), seen.tokens))
+def _arguments(wanted: dict[str, Any]) -> Any:
+    from transformers import TrainingArguments
 
-    batch, steps = wanted["batch"], wanted["warmup"] + wanted["steps"]
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=wanted["out"],
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=wanted["rows"] // batch,
-        max_steps=steps,
+        per_device_train_batch_size=wanted["batch"],
+        gradient_accumulation_steps=wanted["per_step"] // wanted["batch"],
+        max_steps=wanted["warmup"] + wanted["steps"],
         learning_rate=1e-5,
-        bf16=True,
+        bf16=wanted["bf16"],
         use_cpu=True,
-        optim="adamw_torch_fused",
-        train_sampling_strategy="random" if wanted["pad_to"] else "group_by_length",
+        optim="adamw_torch" if wanted["pad_to"] else "adamw_torch_fused",
+        train_sampling_strategy="sequential",  # rows come in the order of the steps, similar lengths together
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
@@ -65,49 +90,50 @@ def main() -> None:
         remove_unused_columns=False,
     )
 
-    def collate(examples: list[dict[str, list[int]]]) -> dict[str, Any]:
-        width = wanted["pad_to"] or max(len(example["input_ids"]) for example in examples)
-        seen.tokens += sum(len(example["input_ids"]) for example in examples)
 
-        def padded(key: str, filler: int) -> torch.Tensor:
-            lists = [example[key] if key in example else [1] * len(example["input_ids"]) for example in examples]
-            return torch.tensor([values[:width] + [filler] * (width - len(values)) for values in lists])
-
-        return {
-            "input_ids": padded("input_ids", 0),
-            "labels": padded("labels", -100),
-            "attention_mask": padded("attention_mask", 0),
-        }
-
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()])
-    trainer.train()
-    (begin, before), (end, after) = seen.marks[wanted["warmup"] - 1], seen.marks[-1]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": end - begin, "tokens": after - before, "peak_bytes": peak}))
-
-
-class _Seen:
-    """Real tokens that went through the collator, and marks of steps; the loader fetches no batch ahead of its step."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.marks: list[tuple[float, int]] = []
-
-
-def _rows(base: Path, data: Path) -> list[dict[str, list[int]]]:
-    """Token ids and labels as our own tuning makes them; prompts carry no loss."""
-    from offsite.core.data import encode
-    from offsite.core.load import load_tokenizer
-    from offsite.core.rows import read_rows
-
-    found = encode(read_rows(data), load_tokenizer(base), source=data, max_length=1024, long_rows="truncate").examples
+def _rows(wanted: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """Token ids and labels, in the steps that our own tuning takes; prompts carry no loss."""
+    examples = encoded(Path(wanted["base"]), Path(wanted["rows"]))
+    count = wanted["warmup"] + wanted["steps"]
     return [
         {
             "input_ids": example.ids.tolist(),
             "labels": [-100] * example.given + example.ids[example.given :].tolist(),
+            "attention_mask": [1] * len(example.ids),
         }
-        for example in found
+        for step in steps_of(examples, wanted["per_step"], count, wanted["seed"])
+        for example in step
     ]
+
+
+def _collated(examples: list[dict[str, list[int]]], pad_to: int | None) -> "dict[str, torch.Tensor]":
+    """Rows padded to the longest of them, or to a fixed width."""
+    import torch
+
+    width = pad_to or max(len(example["input_ids"]) for example in examples)
+    fillers = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    return {
+        key: torch.tensor([example[key] + [filler] * (width - len(example[key])) for example in examples])
+        for key, filler in fillers.items()
+    }
+
+
+def _clock() -> Any:
+    """A callback that notes the time, and the real tokens so far, at the end of every optimiser step."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.tokens = 0
+            self.marks: list[tuple[float, int]] = []
+
+        def count(self, module: Any, positional: Any, named: dict[str, Any]) -> None:
+            self.tokens += int(named["attention_mask"].sum())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.marks.append((time.perf_counter(), self.tokens))
+
+    return Clock()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """A base with random weights in a published shape, and a tokenizer whose ids fit: for speed and memory, not quality.
 
-python -m benchmarks.random_base gpt2-large TOKENIZER_FOLDER FOLDER
+    python -m benchmarks.random_base gpt2-large TOKENIZER_FOLDER FOLDER
+
+GPT-2 large as published; OPT-1.3B in its width with 18 of its 24 blocks (see `benchmarks.cells`).
 """
 
 import shutil
@@ -12,9 +14,14 @@ import torch
 
 def main() -> None:
     """Write the folder."""
-    from transformers import AutoModelForCausalLM, GPT2Config
+    from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 
-    shapes = {"gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20)}
+    shapes = {
+        "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
+        "opt-1.3b, 18 blocks": OPTConfig(
+            hidden_size=2048, ffn_dim=8192, num_hidden_layers=18, num_attention_heads=32, word_embed_proj_dim=2048
+        ),
+    }
     name, tokenizer, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(shapes[name], dtype=torch.bfloat16)

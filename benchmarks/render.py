@@ -1,33 +1,64 @@
-"""Write the tables of docs/performance.md from the results, so that no figure there is typed by hand.
+"""Write the tables of docs/performance.md and benchmarks/NOTES.md from the results, so that no figure is typed by hand.
 
 python -m benchmarks.render
 """
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from benchmarks.cells import BEST
 
 from benchmarks import ablation, startup, tuning
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
+NOTES = Path(__file__).parent / "NOTES.md"
 
 
 def main() -> None:
     """Replace what stands between the marks of each result that is there."""
-    text = DOCUMENT.read_text(encoding="utf-8")
     for name, module in (("tuning", tuning), ("ablation", ablation), ("startup", startup)):
         if module.RESULT.exists():
             result = json.loads(module.RESULT.read_text())
-            machine = result["machine"]
-            where = (
-                f"{machine['processor']} ({', '.join(machine['instructions'])}), {machine['threads']} thread(s), "
-                f"{machine['memory_gib']} GiB, Python {machine['python']}"
+            _fill(DOCUMENT, name, f"{_where(result['machine'])}.\n\n{module.table(result).strip()}")
+    if tuning.PREDICTED.exists():
+        measured = json.loads(tuning.RESULT.read_text())["records"] if tuning.RESULT.exists() else []
+        _fill(NOTES, "predictions", predictions(json.loads(tuning.PREDICTED.read_text())["records"], measured))
+
+
+def predictions(predicted: list[dict[str, Any]], measured: list[dict[str, Any]]) -> str:
+    """What was counted before anything ran, and what was measured then, as Markdown."""
+    found = {_key(record): record for record in measured}
+    lines = ["| shape, data | contestant | against | counted before | measured |", "|---|---|---|---|---|"]
+    for record in predicted:
+        for rival in BEST:
+            outcome = found.get(_key(record), {}).get(f"speed_vs_{rival}", "")
+            bound = record.get(f"counted_bound_vs_{rival}")
+            lines.append(
+                f"| {record['shape']}, {record['data']} | {record['contestant']} | {rival} | {bound} | {outcome} |"
             )
-            if "matmul_peak_gflops" in result:
-                where += f"; bf16 matrix products reach {result['matmul_peak_gflops']} GFLOP/s"
-            filled = f"<!-- {name} -->\n\n{where}.\n\n{module.table(result).strip()}\n\n<!-- end -->"
-            text = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _, new=filled: new, text, flags=re.DOTALL)
-    DOCUMENT.write_text(text, encoding="utf-8")
+    return "\n".join(lines)
+
+
+def _key(record: Mapping[str, Any]) -> tuple[str, str, str]:
+    return record["shape"], record["data"], record["contestant"]
+
+
+def _where(machine: Mapping[str, Any]) -> str:
+    return (
+        f"{machine['processor']} ({', '.join(machine['instructions'])}), {machine['threads']} thread(s), "
+        f"{machine['memory_gib']} GiB, Python {machine['python']}"
+    )
+
+
+def _fill(file: Path, name: str, content: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    marks = re.compile(rf"<!-- {name} -->.*?<!-- end -->", flags=re.DOTALL)
+    if not marks.search(text):
+        raise SystemExit(f"{file} has no marks for {name}: <!-- {name} --> and <!-- end -->")
+    file.write_text(marks.sub(lambda _: f"<!-- {name} -->\n\n{content}\n\n<!-- end -->", text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,46 +1,49 @@
 """Speed and memory of `offsite tune` against full fine-tuning and LoRA on the full model, side by side.
 
-    python -m benchmarks.tuning --data-root ../shared/data            everything (about 40 minutes on two cores)
-    python -m benchmarks.tuning --shapes smollm2 --data sciq          one cell; without the padded peers, `make bench`
+    python -m benchmarks.tuning --data-root ../shared/data        every cell of benchmarks/cells.py but the last
+    python -m benchmarks.tuning --cells smollm2/sciq --quick      one cell, without settling every habit of the peers
+    python -m benchmarks.tuning --predict                         counted bounds alone; nothing is measured
 
-Peers are transformers' Trainer at its best (bf16 autocast, rows grouped by length, padded to the batch's longest, fused
-AdamW, and the batch size that is fastest in a short calibration), and "padded to 512", as the paper's code feeds rows.
-Every repetition is a process of its own, contestants take turns, and speeds are those of the steps after the warm-up.
-An interrupted run continues: finished measurements lie in the work folder.
+Peers are transformers' Trainer at its best (bf16, rows padded to the longest of those at once, fused AdamW, and the
+rows at once, allocator, threads and dtype that a short calibration finds fastest), and "as the paper's code": fp32
+weights under autocast, four rows at once, all padded to the longest of the data set. Everybody sees the same rows in
+the same steps, which is checked. Every repetition is a process of its own, contestants take turns, speeds are those of
+the steps after the warm-up, and peaks are what the system counted. An interrupted run continues from the work folder.
 """
 
 import argparse
+import itertools
 import json
 import os
-import platform
-import resource
 import shutil
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks.counted import Shape, ours, peer
+from benchmarks.bounds import operations, shape_of
+from benchmarks.cells import BEST, CELLS, CONTESTANTS, DEFAULT, FIRST, PADDED, PEERS, Cell
+from benchmarks.work import OFFSITE, ROOT, ChildError, Work, code_digest, digest, last_line, run
 
-if TYPE_CHECKING:
-    from offsite.core.data import Example
+from benchmarks import work as bench
 
 RESULT = Path(__file__).parent / "results" / "tuning.json"
-RANK = 16
-_ROOT = Path(__file__).parent.parent
-_CODE = ["-c", "from offsite.cli import main; main()"]
-
-# name -> split of the bundle, rows of a step, steps of warm-up, steps measured, batch sizes that peers try
-SHAPES: Mapping[str, tuple[tuple[int, int, int], int, int, int, tuple[int, ...]]] = {
-    "smollm2": ((2, 8, 2), 16, 1, 4, (4, 16)),
-    "gpt2-large": ((2, 12, 2), 4, 1, 2, (1, 4)),
-}
-CONTESTANTS = ("full", "lora", "full, padded to 512", "lora, padded to 512", "offsite lora", "offsite full")
-PEERS = CONTESTANTS[:4]
+PREDICTED = Path(__file__).parent / "results" / "predicted.json"
+HABITS: Mapping[str, Any] = {"keep_freed": True, "wait": "PASSIVE", "bf16": True}
+_OTHERS: Mapping[str, Any] = {"keep_freed": False, "wait": "ACTIVE", "bf16": False}
+_PAPER_BATCH = 4  # of its scripts for OPT-1.3B
+_PEAK = (
+    "import sys, time, torch\ntorch.set_num_threads(int(sys.argv[1]))\nbest = 0.0\n"
+    "for size in (2048, 3072, 4096):\n"
+    "    a, b = (torch.randn(size, size).bfloat16() for _ in range(2))\n"
+    "    for _ in range(6):\n"
+    "        began = time.perf_counter(); torch.nn.functional.linear(a, b)\n"
+    "        best = max(best, 2 * size**3 / (time.perf_counter() - began))\n"
+    "print(best)"
+)
 _COLUMNS = (
     "", "tokens/s (least to most)", "examples/s", "peak, GiB", "share of matrix-product peak",
     "speed against full / LoRA", "counted bound", "memory below full / LoRA",
@@ -50,334 +53,277 @@ _COLUMNS = (
 def main() -> None:
     """Measure what is missing, print the table, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", type=Path, default=_ROOT.parent / "shared" / "data")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--data", nargs="+", default=["sciq", "gsm8k"], help="folders with a train.jsonl")
+    parser.add_argument("--data-root", type=lambda path: Path(path).resolve(), default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(DEFAULT), metavar="SHAPE/DATA")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--quick", action="store_true", help="peers try rows at once alone, not their other habits")
+    parser.add_argument("--predict", action="store_true", help="print counted bounds and measure nothing")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--work", type=Path, default=Path("offsite-bench"), help="bases, bundles and measurements")
     parser.add_argument("--result", type=Path, default=RESULT)
     wanted = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": str(wanted.threads), "HF_HUB_OFFLINE": "1"}
-    wanted.work.mkdir(parents=True, exist_ok=True)
-    work = _Work(wanted.work, wanted.threads)
-    for shape in wanted.shapes:
-        for data in wanted.data:
-            rows = work.rows(wanted.data_root / data / "train.jsonl", data)
-            for repetition in range(wanted.repetitions):
-                for contestant in wanted.contestants:
-                    work.measure(shape, data, rows, contestant, repetition)
-    work.measure_peak()
-    results = _results(work)
-    wanted.result.parent.mkdir(exist_ok=True)
-    wanted.result.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+    os.environ |= {"OMP_NUM_THREADS": str(wanted.threads), "OMP_WAIT_POLICY": HABITS["wait"], "HF_HUB_OFFLINE": "1"}
+    work, cells, root = Work(wanted.work, wanted.threads), [CELLS[name] for name in wanted.cells], wanted.data_root
+    for cell in {FIRST.data: FIRST, **{cell.data: cell for cell in cells}}.values():
+        work.source(root, cell.data)  # before any work
+    if wanted.predict:
+        _predict(work, cells, root)
+        return
+    records = []
+    for cell in cells:
+        here = [name for name in cell.contestants if name in wanted.contestants]
+        try:
+            records += Measurements(work, cell, root, quick=wanted.quick).records(here, wanted.repetitions)
+        except ChildError as error:
+            sys.exit(f"{error}\nwhat was measured stays in {work.folder}: run the same command again to continue")
+        _write(wanted.result, work, records)
+    print(table(json.loads(wanted.result.read_text())))
 
 
-class _Work:
-    """The work folder: what was made and measured so far."""
+class Measurements:
+    """The measurements of one cell."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
-        self.folder, self.threads = folder.resolve(), threads
-        self._log = self.folder / "measurements.jsonl"
-        lines = self._log.read_text().splitlines() if self._log.exists() else []
-        self.records: dict[str, dict[str, Any]] = {record["key"]: record for record in map(json.loads, lines)}
+    def __init__(self, work: Work, cell: Cell, root: Path, *, quick: bool) -> None:
+        self._work, self._cell, self._root, self._quick = work, cell, root, quick
+        self._base, self._rows = work.base(cell.shape), work.rows(cell, root)
+        self.plan = self._planned()
 
-    def note(self, key: str, record: Mapping[str, Any]) -> None:
-        self.records[key] = {"key": key, **record}
-        with self._log.open("a") as stream:
-            stream.write(json.dumps(self.records[key]) + "\n")
-        print(key, json.dumps(dict(record)), flush=True)
+    def records(self, contestants: Sequence[str], repetitions: int) -> list[dict[str, Any]]:
+        """Measure every contestant, taking turns, and hold them against each other."""
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
+        peaks = []
+        for repetition in range(repetitions):
+            first = repetition % max(1, len(contestants))
+            for name in (*contestants[first:], *contestants[:first]):
+                runs[name].append(self._measured(name, repetition))
+            peaks.append(self._work.once(f"{self._cell.name}/peak/{repetition}", _PEAK, self._peak)["flops"])
+        shape = shape_of(self._cell, self._base, self.plan)
+        counted = {name: operations(shape, name, self._pad_to(name)) for name in contestants}
+        return [self._record(name, runs, counted, max(peaks)) for name in contestants]
 
-    def rows(self, source: Path, name: str) -> Path:
-        """The rows' prompts and completions, in a file of their own."""
-        target = self.folder / f"{name}.jsonl"
-        if not target.exists():
-            if not source.exists():
-                sys.exit(f"no rows at {source}: name the folder of data sets with --data-root")
-            with source.open() as lines:
-                found = [json.loads(line) for line in lines]
-            target.write_text("".join(json.dumps({k: r[k] for k in ("prompt", "completion")}) + "\n" for r in found))
-        return target
-
-    def measure(self, shape: str, data: str, rows: Path, contestant: str, repetition: int) -> None:
-        key = f"{shape}/{data}/{contestant}/{repetition}"
-        if key in self.records:
-            return
-        if contestant in PEERS:
-            pad_to = 512 if "padded" in contestant else None
-            method = contestant.split(",")[0]
-            batch, keep = self._best(shape, data, rows, method) if pad_to is None else (SHAPES[shape][4][0], True)
-            self.note(key, self._peer(shape, rows, method, batch, keep, pad_to, steps=SHAPES[shape][3]))
-        else:
-            self.note(key, self._ours(shape, rows, contestant.split()[1]))
-
-    def _best(self, shape: str, data: str, rows: Path, method: str) -> tuple[int, bool]:
-        """The peer's fastest batch size, and whether it too gains from keeping freed memory; found once."""
-        key = f"{shape}/{data}/{method}/calibration"
-        if key not in self.records:
-            sizes = SHAPES[shape][4]
-            tried = {(batch, True): self._peer(shape, rows, method, batch, True, None, steps=2) for batch in sizes}
-            best = max(tried, key=lambda one: tried[one]["tokens"] / tried[one]["seconds"])
-            tried[best[0], False] = self._peer(shape, rows, method, best[0], False, None, steps=2)
-            best = max(tried, key=lambda one: tried[one]["tokens"] / tried[one]["seconds"])
-            speeds = {f"{b}, {k}": round(r["tokens"] / r["seconds"], 1) for (b, k), r in tried.items()}
-            self.note(key, {"batch": best[0], "keep_freed": best[1], "tokens_per_s": speeds})
-        record = self.records[key]
-        return record["batch"], record["keep_freed"]
-
-    def _peer(
-        self, shape: str, rows: Path, method: str, batch: int, keep: bool, pad_to: int | None, *, steps: int
+    def _record(
+        self, name: str, runs: Mapping[str, list[dict[str, Any]]], counted: Mapping[str, float], peak: float
     ) -> dict[str, Any]:
-        _, per_step, warmup, _, _ = SHAPES[shape]
-        settings = {
-            "base": str(self.base(shape)), "data": str(rows), "method": method, "batch": batch, "rows": per_step,
-            "warmup": 1 if pad_to else warmup, "steps": min(steps, 2) if pad_to else steps, "pad_to": pad_to,
-            "threads": self.threads, "keep_freed": keep, "out": str(self.folder / "trainer"),
+        each = self.plan["tokens"] / self.plan["rows"]
+        of_a_step = each * self._cell.rows
+        speeds = {one: [of_a_step / statistics.fmean(run["seconds"]) for run in runs[one]] for one in runs}
+        speed = {one: statistics.median(found) for one, found in speeds.items()}
+        memory = {one: int(statistics.median(run["peak_bytes"] for run in runs[one])) for one in runs}
+        record = {
+            "shape": self._cell.shape, "data": self._cell.data, "contestant": name,
+            "examples_per_s": round(speed[name] / each, 3),
+            "tokens_per_s": round(speed[name], 1),
+            "spread": [round(min(speeds[name]), 1), round(max(speeds[name]), 1)],
+            "peak_bytes": memory[name],
+            "share_of_peak": round(speed[name] * counted[name] / peak, 3),
         }  # fmt: skip
-        line, _ = _run([sys.executable, "-m", "benchmarks.peers", json.dumps(settings)])
-        return {**json.loads(line.splitlines()[-1]), "batch": batch}
-
-    def _ours(self, shape: str, rows: Path, method: str) -> dict[str, Any]:
-        _, per_step, warmup, steps, _ = SHAPES[shape]
-        bundle, out = self.bundle(shape), self.folder / "return"
-        for left in (out, out.with_name("return.run")):
-            shutil.rmtree(left, ignore_errors=True)
-        log = out.with_name("return.log.jsonl")
-        log.unlink(missing_ok=True)
-        settings = self.folder / "settings.toml"
-        settings.write_text('[tune]\nlong_rows = "truncate"\nsave_every = 1000000\n')
-        words = ["tune", bundle, "--data", rows, "--out", out, "--method", method, "--config", settings]
-        words += ["--max-steps", warmup + steps, "--batch-size", per_step, "--home", self.folder / "tuner"]
-        _, peak = _run([sys.executable, *_CODE, *map(str, words)])
-        marks = [record for record in map(json.loads, log.read_text().splitlines()) if record["event"] == "step"]
-        tokens = sum(record["tokens"] for record in marks[warmup:])
-        return {
-            "seconds": marks[-1]["time"] - marks[warmup - 1]["time"],
-            "tokens": tokens,
-            "labels": sum(record["labels"] for record in marks[warmup:]),
-            "peak_bytes": peak,
+        for rival in (*BEST, *PADDED):
+            if rival in runs:
+                ratio, bound = speed[name] / speed[rival], counted[rival] / counted[name]
+                label = rival.split(",")[0] + ("_padded" if rival in PADDED else "")
+                record |= {
+                    f"speed_vs_{label}": round(ratio, 2),
+                    f"memory_vs_{label}": round(memory[rival] / memory[name], 2),
+                    f"counted_bound_vs_{label}": round(bound, 2),
+                    f"share_of_bound_vs_{label}": round(ratio / bound, 2),
+                }
+        return record | {
+            "operations_per_token": round(counted[name]),
+            "matmul_peak_gflops": round(peak / 1e9),
+            "rows_of_a_step": self._cell.rows,
+            "tokens_of_a_row": round(each, 1),
+            "padding": round(self.plan["padded"] / self.plan["tokens"], 3) if name not in PEERS else None,
+            "settings": None if name not in PEERS else self._habits_of(name),
+            "runs": [{key: run[key] for key in run if key not in ("key", "of", "fits")} for run in runs[name]],
+            "measured_at": runs[name][-1]["at"][:10],
+            "commit": bench.commit(),
         }
 
-    def base(self, shape: str) -> Path:
-        """A base folder: real weights, or random ones in the published shape with a tokenizer that fits."""
-        cached = self._smollm2()
-        folder = self.folder / shape
-        if shape == "smollm2":
-            return cached
-        if not folder.exists():
-            _run([sys.executable, "-m", "benchmarks.random_base", shape, str(cached), str(folder)])
-        return folder
+    def _planned(self) -> dict[str, Any]:
+        source = self._work.source(self._root, self._cell.data)
+        wanted = {
+            "base": str(self._base), "rows": str(self._rows), "whole": str(source), "per_step": self._cell.rows,
+            "warmup": self._cell.warmup, "steps": self._cell.steps,
+        }  # fmt: skip
 
-    def _smollm2(self) -> Path:
-        from offsite.study.pretrained import cached_smollm2
+        def make() -> dict[str, Any]:
+            return dict(last_line(run([sys.executable, "-m", "benchmarks.steps", json.dumps(wanted)])[0]))
 
-        def run(words: Sequence[str | Path]) -> None:
-            _run([sys.executable, *_CODE, *map(str, words)])
+        of = [asdict(self._cell), digest(self._rows.read_text()), code_digest(), _text("steps.py")]
+        return self._work.once(f"{self._cell.name}/plan", of, make)
 
-        return cached_smollm2(lambda: print("downloading SmolLM2-135M-Instruct", flush=True), run)[0]
+    def _measured(self, name: str, repetition: int) -> dict[str, Any]:
+        key = f"{self._cell.name}/{name}/{repetition}"
+        if name in PEERS:
+            pad_to = self._pad_to(name)
+            steps = 1 if pad_to else self._cell.steps  # every padded step costs the same, whatever its rows
+            return self._peer(key, name.split(",")[0], self._habits_of(name), steps, pad_to)
+        method = name.split()[1]
+        of = [asdict(self._cell), self.plan["seed"], self.plan["tokens"], code_digest()]
+        return self._work.once(key, of, lambda: self._ours(method))
 
-    def bundle(self, shape: str) -> Path:
-        """A bundle of the base; how it is healed does not change its speed."""
-        from offsite import Base, Home, PackSpec, pack
-
-        folder = self.folder / f"{shape}-bundle"
-        if not folder.exists():
-            owner, tuner = Home(self.folder / "owner"), Home(self.folder / "tuner")
-            if not owner.folder.exists():
-                owner.create_identity("owner")
-                owner.trust("tuner", tuner.create_identity("tuner").public_key)
-                tuner.trust("owner", owner.identity().public_key)
-            bottom, keep, top = SHAPES[shape][0]
-            spec = PackSpec(bottom=bottom, keep=keep, top=top, heal="none")
-            pack(Base(self.base(shape)), folder, "tuner", spec, owner)
-        return folder
-
-    def measure_peak(self) -> None:
-        """The machine's own matrix products in bf16, with as many threads."""
-        if "peak" in self.records:
-            return
-        code = (
-            "import torch,time\n"
-            f"torch.set_num_threads({self.threads})\n"
-            "a=torch.randn(2048,2048).bfloat16()\nbest=9e9\n"
-            "for i in range(30):\n"
-            "    t=time.perf_counter(); torch.nn.functional.linear(a,a); best=min(best,time.perf_counter()-t)\n"
-            "print(2*2048**3/best)"
+    def _ours(self, method: str) -> dict[str, Any]:
+        cell, work = self._cell, self._work
+        bundle, out = work.bundle(cell.shape), work.folder / "return"
+        log, settings = out.with_name("return.log.jsonl"), work.folder / "settings.toml"
+        for left in (out, out.with_name("return.run")):
+            shutil.rmtree(left, ignore_errors=True)
+        log.unlink(missing_ok=True)
+        settings.write_text(
+            f'[tune]\nlong_rows = "truncate"\nsave_every = 1000000\nseed = {self.plan["seed"]}\n'
+            f"threads = {work.threads}\n"
         )
-        self.note("peak", {"flops": float(_run([sys.executable, "-c", code])[0])})
+        words = ["tune", bundle, "--data", self._rows, "--out", out, "--method", method, "--config", settings]
+        words += ["--max-steps", cell.warmup + cell.steps, "--batch-size", cell.rows, "--home", work.home]
+        _, peak = run([*OFFSITE, *map(str, words)])
+        marks = [record for record in map(json.loads, log.read_text().splitlines()) if record["event"] == "step"]
+        timed = marks[cell.warmup - 1 :]
+        seconds = [round(after["time"] - before["time"], 4) for before, after in itertools.pairwise(timed)]
+        self._require_same_rows(sum(mark["tokens"] for mark in timed[1:]))
+        return {"seconds": seconds, "peak_bytes": peak, "losses": [round(mark["loss"], 4) for mark in marks]}
+
+    def _peer(
+        self,
+        key: str,
+        method: str,
+        settings: Mapping[str, Any],
+        steps: int,
+        pad_to: int | None = None,
+        *,
+        may_fail: bool = False,
+    ) -> dict[str, Any]:
+        cell = self._cell
+        wanted = {
+            "base": str(self._base), "rows": str(self._rows), "method": method, "batch": settings["batch"],
+            "per_step": cell.rows, "warmup": cell.warmup, "steps": steps, "seed": self.plan["seed"], "pad_to": pad_to,
+            "threads": self._work.threads, "keep_freed": settings["keep_freed"], "bf16": settings["bf16"],
+            "out": str(self._work.folder / "trainer"),
+        }  # fmt: skip
+
+        def measure() -> dict[str, Any]:
+            command = [sys.executable, "-m", "benchmarks.peers", json.dumps(wanted)]
+            try:
+                output, peak = run(command, {"OMP_WAIT_POLICY": settings["wait"]})
+            except ChildError as error:
+                if may_fail and error.no_memory:
+                    return {"fits": False}
+                raise
+            found: dict[str, Any] = last_line(output)
+            if steps == cell.steps:
+                self._require_same_rows(found["tokens"])
+            return {**found, "peak_bytes": peak, "fits": True}
+
+        of = [wanted, settings["wait"], self.plan["tokens"], _text("peers.py"), _text("steps.py")]
+        return self._work.once(key, of, measure)
+
+    def _require_same_rows(self, tokens: int) -> None:
+        if tokens != self.plan["tokens"]:
+            sys.exit(f"{self._cell.name}: {tokens} tokens in the steps on the clock, not {self.plan['tokens']}")
+
+    def _pad_to(self, name: str) -> int | None:
+        """The width that the paper's code pads to: the longest row's next multiple of 8, at most 1024."""
+        return min(1024, (self.plan["longest"] // 8 + 1) * 8) if name in PADDED else None
+
+    def _habits_of(self, name: str) -> dict[str, Any]:
+        """How a peer runs: the paper's way, or what its calibration found fastest."""
+        if name in PADDED:
+            return {**HABITS, "keep_freed": False, "batch": min(_PAPER_BATCH, self._cell.rows)}
+        habits = HABITS if self._quick else self._settled(name)
+        if len(self._cell.batches) == 1:
+            return {**habits, "batch": self._cell.batches[0]}
+        steps, tried = min(2, self._cell.steps), {}
+        for batch in self._cell.batches:
+            key = f"{self._cell.name}/{name}/calibration/{batch} at once"
+            tried[batch] = self._speed(key, name, {**habits, "batch": batch}, steps)
+        return {**habits, "batch": max(tried, key=lambda batch: tried[batch])}
+
+    def _settled(self, method: str) -> dict[str, Any]:
+        """Kept memory, waiting threads, dtype: each is changed in the first cell, and stays so if that is faster."""
+        if self._cell != FIRST:
+            return Measurements(self._work, FIRST, self._root, quick=False)._settled(method)
+        habits = {**HABITS, "batch": max(FIRST.batches)}
+        best = self._speed(f"{FIRST.name}/{method}/calibration/habits", method, habits, 2)
+        for habit, other in _OTHERS.items():
+            changed = {**habits, habit: other}
+            speed = self._speed(f"{FIRST.name}/{method}/calibration/{habit} {other}", method, changed, 2)
+            if speed > best:
+                habits, best = changed, speed
+        return {habit: habits[habit] for habit in HABITS}
+
+    def _speed(self, key: str, method: str, settings: Mapping[str, Any], steps: int) -> float:
+        """Tokens a second of a short run; 0 if it does not fit into this machine's memory."""
+        found = self._peer(key, method, settings, steps, may_fail=True)
+        return float(found["tokens"] / sum(found["seconds"])) if found["fits"] else 0.0
+
+    def _peak(self) -> dict[str, float]:
+        """The machine's own matrix products in bf16, with as many threads."""
+        return {"flops": float(run([sys.executable, "-c", _PEAK, str(self._work.threads)])[0])}
 
 
-def _run(command: Sequence[str]) -> tuple[str, int]:
-    """Run a child; its standard output, and the peak resident bytes that the system counted."""
-    process = subprocess.Popen(
-        command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    with process.stdout, process.stderr:
-        errors: list[str] = []
-        reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))  # type: ignore[union-attr]
-        reader.start()
-        output = process.stdout.read()
-        reader.join()
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{' '.join(command)[:300]} failed:\n{errors[0][-3000:]}")
-    return output, used.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+def _text(name: str) -> str:
+    return digest((Path(__file__).parent / name).read_text())
 
 
-def _examples(work: _Work, shape: str, data: str) -> "tuple[Example, ...]":
-    from offsite.core.data import encode
-    from offsite.core.load import load_tokenizer
-    from offsite.core.rows import read_rows
-
-    file, tokenizer = work.folder / f"{data}.jsonl", load_tokenizer(work.base(shape))
-    return encode(read_rows(file), tokenizer, source=file, max_length=1024, long_rows="truncate").examples
-
-
-def _padding(examples: "tuple[Example, ...]", rows: int) -> float:
-    """Padded tokens over real ones in an epoch of our tuning."""
-    from offsite import TuneSpec
-    from offsite.core.data import micro_batches, step_batches
-
-    spec = TuneSpec()
-    groups = [
-        group
-        for step in step_batches(examples, rows=rows, seed=spec.seed, epoch=0)
-        for group in micro_batches(examples, step, spec.micro_batch_tokens)
-    ]
-    padded = sum(len(group) * max(len(examples[i].ids) for i in group) for group in groups)
-    return padded / sum(len(example.ids) for example in examples)
+def _write(file: Path, work: Work, records: Sequence[Mapping[str, Any]]) -> None:
+    """The records, beside those of other cells that an earlier run measured on the same machine."""
+    found: dict[str, Any] = {
+        "machine": bench.machine(work.threads), "versions": bench.versions(), "written_at": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    before = json.loads(file.read_text()) if file.exists() else {}
+    alike = all(before.get(key) == found[key] for key in ("machine", "versions"))
+    measured = {(record["shape"], record["data"]) for record in records}
+    kept = [one for one in before.get("records", []) if alike and (one["shape"], one["data"]) not in measured]
+    order = list(CELLS)
+    found["records"] = sorted([*kept, *records], key=lambda one: order.index(f"{one['shape']}/{one['data']}"))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _shape(work: _Work, shape: str, found: "tuple[Example, ...]") -> Shape:
-    from offsite.core.architectures import architecture_of
-    from offsite.core.checkpoint import open_checkpoint
-
-    folder = work.base(shape)
-    config = json.loads((folder / "config.json").read_text())
-    row, tensors = architecture_of(config), open_checkpoint(folder).tensors
-    sizes = {path: next(t.shape for n, t in tensors.items() if n.endswith(f".0.{path}.weight")) for path in row.linears}
-    vocabulary, hidden = tensors[next(n for n in tensors if n.endswith((".embed_tokens.weight", ".wte.weight")))].shape
-    bottom, keep, top = SHAPES[shape][0]
-    tokens = sum(len(example.ids) for example in found)
-    return Shape(
-        blocks=row.block_count(config),
-        kept=bottom + keep + top,
-        trained=bottom + top,
-        block=sum(first * second for first, second in sizes.values()),
-        pairs=sum(first + second for first, second in sizes.values()),
-        attended=sizes[row.attention_out][0 if row.transposed else 1],
-        head=vocabulary * hidden,
-        tokens=tokens / len(found),
-        labelled=sum(example.labels for example in found) / tokens,
-    )
-
-
-def _results(work: _Work) -> dict[str, Any]:
-    import torch
-    import transformers
-
-    cells: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
-    for key, record in work.records.items():
-        if key.count("/") == 3 and not key.endswith("calibration"):
-            shape, data, contestant, _ = key.split("/")
-            cells.setdefault((shape, data), {}).setdefault(contestant, []).append(record)
-    records = []
-    for (shape, data), contestants in cells.items():
-        examples = _examples(work, shape, data)
-        counted = _shape(work, shape, examples)
-        speeds = {name: [run["tokens"] / run["seconds"] for run in runs] for name, runs in contestants.items()}
-        peaks = {name: statistics.median(run["peak_bytes"] for run in runs) for name, runs in contestants.items()}
-        for name in contestants:
-            speed, operations = statistics.median(speeds[name]), _operations(counted, name)
-            record = {
-                "shape": shape,
-                "data": data,
-                "contestant": name,
-                "tokens_per_s": round(speed, 1),
-                "examples_per_s": round(speed / counted.tokens, 3),
-                "spread": [round(min(speeds[name]), 1), round(max(speeds[name]), 1)],
-                "repetitions": len(speeds[name]),
-                "batch": contestants[name][0].get("batch"),
-                "padding": round(_padding(examples, SHAPES[shape][1]), 3) if name.startswith("offsite") else None,
-                "peak_bytes": int(peaks[name]),
-                "share_of_peak": round(speed * operations / work.records["peak"]["flops"], 3),
+def _predict(work: Work, cells: Sequence[Cell], root: Path) -> None:
+    """Counted bounds of every cell, before anything runs."""
+    found = []
+    for cell in cells:
+        one = Measurements(work, cell, root, quick=True)
+        shape = shape_of(cell, work.base(cell.shape), one.plan)
+        counted = {name: operations(shape, name, one._pad_to(name)) for name in CONTESTANTS}
+        found += [
+            {
+                "shape": cell.shape, "data": cell.data, "contestant": name,
+                "operations_per_token": round(counted[name]),
+                **{f"counted_bound_vs_{rival}": round(counted[rival] / counted[name], 2) for rival in BEST},
             }
-            for rival in ("full", "lora"):
-                for suffix, label in (("", rival), (", padded to 512", f"{rival}_padded")):
-                    other = rival + suffix
-                    if other in speeds:
-                        bound = _operations(counted, other) / operations
-                        ratio = speed / statistics.median(speeds[other])
-                        record |= {
-                            f"speed_vs_{label}": round(ratio, 2),
-                            f"memory_vs_{label}": round(peaks[other] / peaks[name], 2),
-                            f"counted_bound_vs_{label}": round(bound, 2),
-                            f"share_of_bound_vs_{label}": round(ratio / bound, 2),
-                        }
-            records.append(record)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=_ROOT, capture_output=True, text=True, check=False)
-    return {
-        "machine": _machine(work.threads),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "commit": commit.stdout.strip(),
-        "measured_at": time.strftime("%Y-%m-%d"),
-        "matmul_peak_gflops": round(work.records["peak"]["flops"] / 1e9),
-        "calibrations": {key: record for key, record in work.records.items() if key.endswith("calibration")},
-        "records": records,
-    }
-
-
-def _operations(counted: Shape, contestant: str) -> float:
-    if contestant.startswith("offsite"):
-        return ours(counted, contestant.split()[1], RANK)
-    return peer(counted, contestant.split(",")[0], RANK, 512 if "padded" in contestant else None)
-
-
-def _machine(threads: int) -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    flags = next((line for line in lines if line.startswith("flags")), "").split()
-    return {
-        "processor": model or platform.processor(),
-        "instructions": sorted(set(flags) & {"amx_bf16", "avx512_bf16", "avx512f", "avx2"}),
-        "threads": threads,
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "python": platform.python_version(),
-        "page_size": resource.getpagesize(),
-    }
+            for name in CONTESTANTS
+            if name not in PEERS and name in cell.contestants
+        ]  # fmt: skip
+    PREDICTED.write_text(json.dumps({"records": found}, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
 
 
 def table(results: Mapping[str, Any]) -> str:
     """The result as Markdown."""
     lines = []
     for shape, data in dict.fromkeys((record["shape"], record["data"]) for record in results["records"]):
+        records = [record for record in results["records"] if (record["shape"], record["data"]) == (shape, data)]
+        one = records[0]
+        about = (
+            f"**{shape}, {data}**: {one['rows_of_a_step']} rows a step of {one['tokens_of_a_row']:.0f} tokens each; "
+            f"bf16 matrix products reach {one['matmul_peak_gflops']} GFLOP/s"
+        )
         lines += [
-            f"**{shape}, {data}**",
-            "",
-            f"| {' | '.join(_COLUMNS)} |",
-            "|---" * len(_COLUMNS) + "|",
-        ]
-        for record in results["records"]:
-            if (record["shape"], record["data"]) != (shape, data):
-                continue
+            about, "", f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|",
+        ]  # fmt: skip
+        for record in records:
             low, high = record["spread"]
-            pair = [" / ".join(f"{record.get(f'{what}_vs_{rival}', '-')}" for rival in ("full", "lora"))
+            pair = [" / ".join(f"{record.get(f'{what}_vs_{rival}', '-')}" for rival in BEST)
                     for what in ("speed", "counted_bound", "memory")]  # fmt: skip
             lines.append(
                 f"| {record['contestant']} | {record['tokens_per_s']:.0f} ({low:.0f} to {high:.0f}) "
                 f"| {record['examples_per_s']:.2f} | {record['peak_bytes'] / 2**30:.2f} "
                 f"| {100 * record['share_of_peak']:.0f} % | {pair[0]} | {pair[1]} | {pair[2]} |"
             )
-        padding = {
-            record["padding"] for record in results["records"] if (record["shape"], record["data"]) == (shape, data)
-        }
-        lines += ["", *(f"Padded over real tokens in offsite's steps: {found}." for found in padding if found), ""]
+        padding = {record["padding"] for record in records if record["padding"]}
+        lines += ["", *(f"Padded over real tokens in offsite's steps: {found}." for found in padding), ""]
     return "\n".join(lines)
 
 

@@ -33,6 +33,7 @@ def _shape(model, *, tokens, labelled, trained):
         attended=block.self_attn.o_proj.weight.shape[1],
         head=model.lm_head.weight.numel(),
         tokens=tokens,
+        context=tokens,
         labelled=labelled,
     )
 

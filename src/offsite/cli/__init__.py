@@ -64,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # Threads that wait for each other by spinning lose most of their time on a machine that has other work to do.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Looking for plugins, pydantic would read the metadata of every installed package at each start; we use none.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     words = list(sys.argv[1:] if arguments is None else arguments)
     run = flags.Run()
     try:

@@ -1,0 +1,40 @@
+"""Operations a token of every contestant of a cell, counted from the base's headers and the cell's rows."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cells import PEERS, RANK, SHAPES, Cell
+from benchmarks.counted import Shape, ours, peer
+
+
+def shape_of(cell: Cell, base: Path, plan: Mapping[str, Any]) -> Shape:
+    """What `benchmarks.counted` needs: sizes from the base, rows from the cell's plan (`benchmarks.steps`)."""
+    from offsite.core.architectures import architecture_of
+    from offsite.core.checkpoint import open_checkpoint
+
+    config = json.loads((base / "config.json").read_text())
+    row, tensors = architecture_of(config), open_checkpoint(base).tensors
+    sizes = {path: next(t.shape for n, t in tensors.items() if n.endswith(f".0.{path}.weight")) for path in row.linears}
+    vocabulary, hidden = tensors[next(n for n in tensors if n.endswith((".embed_tokens.weight", ".wte.weight")))].shape
+    bottom, keep, top = SHAPES[cell.shape]
+    return Shape(
+        blocks=row.block_count(config),
+        kept=bottom + keep + top,
+        trained=bottom + top,
+        block=sum(first * second for first, second in sizes.values()),
+        pairs=sum(first + second for first, second in sizes.values()),
+        attended=sizes[row.attention_out][0 if row.transposed else 1],
+        head=vocabulary * hidden,
+        tokens=plan["tokens"] / plan["rows"],
+        context=plan["squares"] / plan["tokens"],
+        labelled=plan["labels"] / plan["tokens"],
+    )
+
+
+def operations(shape: Shape, contestant: str, pad_to: int | None) -> float:
+    """Operations a real token of one contestant."""
+    if contestant in PEERS:
+        return peer(shape, contestant.split(",")[0], RANK, pad_to)
+    return ours(shape, contestant.split()[1], RANK)

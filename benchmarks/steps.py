@@ -1,0 +1,83 @@
+"""Which rows every contestant sees, step by step: those of `offsite tune` under the seed that the cell was given.
+
+    python -m benchmarks.steps '{"base": ..., "rows": ..., "whole": ..., "per_step": 16, "warmup": 1, "steps": 4}'
+
+As a command it prints the plan of one cell as a line of JSON: the seed, and what its steps hold. It is a process of its
+own, so that who starts the measurements stays small.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from offsite.core.data import Example
+
+LENGTH = 1024  # `offsite tune`'s own limit
+_SEEDS = 64
+
+
+def main() -> None:
+    """Print the plan of one cell."""
+    wanted: dict[str, Any] = json.loads(sys.argv[1])
+    base, count = Path(wanted["base"]), wanted["warmup"] + wanted["steps"]
+    examples = encoded(base, Path(wanted["rows"]))
+    mean = sum(map(_length, examples)) / len(examples)
+
+    def on_the_clock(seed: int) -> "list[list[Example]]":
+        return steps_of(examples, wanted["per_step"], count, seed)[wanted["warmup"] :]
+
+    def distance(seed: int) -> float:
+        found = [_length(example) for step in on_the_clock(seed) for example in step]
+        return abs(sum(found) / len(found) - mean)
+
+    seed = min(range(_SEEDS), key=distance)  # so the steps on the clock are like the data, and not only long or short
+    steps = on_the_clock(seed)
+    lengths = [_length(example) for step in steps for example in step]
+    plan = {
+        "seed": seed,
+        "tokens": sum(lengths),
+        "labels": sum(example.labels for step in steps for example in step),
+        "rows": len(lengths),
+        "squares": sum(length**2 for length in lengths),
+        "longest": max(map(_length, encoded(base, Path(wanted["whole"])))),
+        "padded": sum(_padded(step) for step in steps),
+    }
+    print(json.dumps(plan))
+
+
+def encoded(base: Path, rows: Path) -> "tuple[Example, ...]":
+    """Rows as tuning encodes them."""
+    from offsite.core.data import encode
+    from offsite.core.load import load_tokenizer
+    from offsite.core.rows import read_rows
+
+    return encode(read_rows(rows), load_tokenizer(base), source=rows, max_length=LENGTH, long_rows="truncate").examples
+
+
+def steps_of(examples: "Sequence[Example]", per_step: int, count: int, seed: int) -> "list[list[Example]]":
+    """The rows of the first steps of a tuning, in each step from short to long."""
+    from offsite import TuneSpec
+    from offsite.data_owner.schedule import rows_of_steps
+
+    rows_of = rows_of_steps(TuneSpec(batch_size=per_step, seed=seed), examples)
+    return [sorted((examples[row] for row in rows_of(step)), key=_length) for step in range(count)]
+
+
+def _padded(step: "Sequence[Example]") -> int:
+    """Tokens of a step of ours, padding included."""
+    from offsite import TuneSpec
+    from offsite.core.data import micro_batches
+
+    groups = micro_batches(step, range(len(step)), TuneSpec().micro_batch_tokens)
+    return sum(len(group) * max(_length(step[i]) for i in group) for group in groups)
+
+
+def _length(example: "Example") -> int:
+    return len(example.ids)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The folder of a run of benchmarks: bases, bundles, rows, and every finished measurement, so that a run continues.
+
+A measurement counts again only while it is of the same thing: the same code, settings, versions and threads.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cells import SHAPES, Cell
+
+ROOT = Path(__file__).parent.parent
+OFFSITE = (sys.executable, "-c", "import sys; from offsite.cli import main; sys.exit(main())")
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
+
+
+class ChildError(Exception):
+    """A measurement's process failed."""
+
+    def __init__(self, command: Sequence[str], code: int, said: str) -> None:
+        self.no_memory = code == -signal.SIGKILL or "can't allocate memory" in said
+        super().__init__(f"{' '.join(command)[:400]} ended with {code}:\n{said[-3000:]}")
+
+
+class Work:
+    """The work folder: what was made and measured so far."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self.folder, self.threads = folder.resolve(), threads
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._log = self.folder / "measurements.jsonl"
+        lines = self._log.read_text().splitlines() if self._log.exists() else []
+        self._records: dict[str, dict[str, Any]] = {record["key"]: record for record in map(json.loads, lines)}
+
+    def once(self, key: str, of: object, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """A measurement, taken from the folder if it is there and of the same thing."""
+        stamp = digest([of, self.threads, versions()])
+        found = self._records.get(key)
+        if found is None or found["of"] != stamp:
+            found = {"key": key, "of": stamp, "at": time.strftime("%Y-%m-%dT%H:%M:%S"), **measure()}
+            self._records[key] = found
+            with self._log.open("a") as stream:
+                stream.write(json.dumps(found) + "\n")
+            print(key, {name: value for name, value in found.items() if name not in ("key", "of", "at")}, flush=True)
+        return found
+
+    def source(self, root: Path, data: str) -> Path:
+        """The training rows of a data set."""
+        file = root / data / "train.jsonl"
+        if not file.exists():
+            sys.exit(
+                f"no rows at {file}\nname the folder that holds {data}/train.jsonl with --data-root; "
+                'a row is {"prompt": ..., "completion": ...}'
+            )
+        return file
+
+    def rows(self, cell: Cell, root: Path) -> Path:
+        """As many rows as the cell's steps take, of every length alike (by characters), or the longest."""
+        count = cell.rows * (cell.warmup + cell.steps)
+        with self.source(root, cell.data).open(encoding="utf-8") as lines:
+            found = [json.loads(line) for line in lines]
+        pairs = sorted(
+            ({key: row[key] for key in ("prompt", "completion")} for row in found),
+            key=lambda row: len(row["prompt"] + row["completion"]),
+        )
+        if len(pairs) < count:
+            sys.exit(f"{cell.data} has {len(pairs)} rows, and {cell.name} takes {count}: use a larger data set")
+        chosen = pairs[-count:] if cell.longest else [pairs[int((i + 0.5) * len(pairs) / count)] for i in range(count)]
+        random.Random(0).shuffle(chosen)
+        target = self.folder / f"{cell.shape.split(',')[0]}-{cell.data}.jsonl"
+        target.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+        return target
+
+    def base(self, shape: str) -> Path:
+        """A base folder: real weights, or random ones in the published shape with a tokenizer that fits."""
+        from offsite.study.pretrained import cached_smollm2
+
+        def offsite(words: Sequence[str | Path]) -> None:
+            run([*OFFSITE, *map(str, words)])
+
+        real = cached_smollm2(lambda: print("downloading SmolLM2-135M-Instruct", flush=True), offsite)[0]
+        folder = self.folder / shape.split(",")[0]
+        if shape == "smollm2":
+            return real
+        if not folder.exists():
+            run([sys.executable, "-m", "benchmarks.random_base", shape, str(real), str(folder)])
+        return folder
+
+    def bundle(self, shape: str) -> Path:
+        """A bundle of the base, made anew when the code changes; how it is healed does not change its speed."""
+        from offsite import Base, Home, PackSpec, pack
+
+        name = f"{shape.split(',')[0]}-bundle"
+        folder = self.folder / f"{name}-{code_digest()[:12]}"
+        if not folder.exists():
+            for old in self.folder.glob(f"{name}-*"):
+                shutil.rmtree(old)
+            owner, tuner = Home(self.folder / "owner"), Home(self.folder / "tuner")
+            if not owner.folder.exists():
+                owner.create_identity("owner")
+                owner.trust("tuner", tuner.create_identity("tuner").public_key)
+                tuner.trust("owner", owner.identity().public_key)
+            bottom, keep, top = SHAPES[shape]
+            spec = PackSpec(bottom=bottom, keep=keep, top=top, heal="none")  # type: ignore[arg-type]
+            pack(Base(self.base(shape)), folder, "tuner", spec, owner)
+        return folder
+
+    @property
+    def home(self) -> Path:
+        """Of the party that tunes."""
+        return self.folder / "tuner"
+
+
+def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[str, int]:
+    """Run a child; its standard output, and the peak resident bytes that the system counted for it alone.
+
+    Raises:
+        ChildError: it failed.
+    """
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **(environment or {})},
+    )  # fmt: skip
+    _end_first(process.pid)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process.stdout, process.stderr:
+        errors: list[str] = []
+        reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))  # type: ignore[union-attr]
+        reader.start()
+        output = process.stdout.read()
+        reader.join()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise ChildError(command, process.returncode, errors[0])
+    return output, used.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def _end_first(pid: int) -> None:
+    """Let this child be the process that the system ends if memory runs out, and no one else's."""
+    file = Path(f"/proc/{pid}/oom_score_adj")
+    if file.exists():
+        file.write_text("1000")
+
+
+def last_line(output: str) -> Any:
+    """The JSON that a child printed last."""
+    return json.loads(output.splitlines()[-1])
+
+
+def digest(of: object) -> str:
+    """A name for anything that JSON holds."""
+    return hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def code_digest() -> str:
+    """Our own code."""
+    found = hashlib.sha256()
+    for file in sorted((ROOT / "src" / "offsite").rglob("*.py")):
+        found.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    return found.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The libraries that the speed depends on."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def commit() -> str:
+    """The commit that is checked out, and whether files differ from it."""
+    said = [
+        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "src", "benchmarks/*.py"])
+    ]
+    return said[0] + (" with changes" if said[1] else "")
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    return {
+        "processor": model or platform.processor(),
+        "instructions": sorted(set(flags) & {"amx_bf16", "avx512_bf16", "avx512f", "avx2"}),
+        "threads": threads,
+        "settings": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")},
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+    }

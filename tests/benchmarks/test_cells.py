@@ -1,0 +1,119 @@
+"""What the benchmark of tuning measures: every cell can be planned, and its figures are of the same thing."""
+
+import json
+
+import pytest
+from benchmarks.cells import BEST, CELLS, CONTESTANTS, DEFAULT, PADDED, PEERS, SHAPES, Cell
+from benchmarks.counted import Shape
+from benchmarks.render import predictions
+from benchmarks.steps import encoded, steps_of
+from benchmarks.work import Work
+
+from benchmarks import tuning
+from tiny import tiny_base
+
+ROWS = [{"prompt": "a" * (1 + i % 5), "completion": " " + "b" * (1 + i)} for i in range(24)]
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data" / "letters"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder.parent
+
+
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda cell: cell.name)
+def test_cells_name_what_is_there(cell):
+    assert cell.shape in SHAPES
+    assert set(cell.contestants) <= set(CONTESTANTS)
+    assert all(cell.rows % batch == 0 for batch in cell.batches)
+    assert cell.warmup >= 1
+
+
+def test_every_default_cell_but_the_long_rows_has_the_peers_at_their_best():
+    assert all(set(BEST) <= set(CELLS[name].contestants) for name in DEFAULT if not CELLS[name].longest)
+
+
+def test_rows_are_of_every_length(tmp_path, data):
+    work = Work(tmp_path / "work", 1)
+    rows = work.rows(Cell("smollm2", "letters", 1, 1, (1,), rows=4), data).read_text().splitlines()
+    sizes = sorted(len(json.loads(row)["completion"]) for row in rows)
+    assert len(sizes) == 8
+    assert sizes[0] <= 5
+    assert sizes[-1] >= 22
+
+
+def test_long_rows_are_the_longest(tmp_path, data):
+    work = Work(tmp_path / "work", 1)
+    rows = work.rows(Cell("smollm2", "letters", 1, 1, (1,), rows=1, longest=True), data).read_text().splitlines()
+    assert sorted(len(json.loads(row)["completion"]) for row in rows) == [24, 25]
+
+
+def test_missing_rows_are_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"letters/train\.jsonl.*\n.*--data-root"):
+        Work(tmp_path / "work", 1).source(tmp_path, "letters")
+
+
+def test_a_measurement_is_taken_once_while_it_is_of_the_same_thing(tmp_path):
+    taken = []
+
+    def measure():
+        taken.append(1)
+        return {"seconds": len(taken)}
+
+    for of in ("this", "this", "that"):
+        Work(tmp_path, 1).once("key", of, measure)  # a new one each time, as after an interruption
+    assert len(taken) == 2
+    assert Work(tmp_path, 1).once("key", "that", measure)["seconds"] == 2
+
+
+def test_peers_see_the_rows_of_a_tuning(tmp_path, data):
+    """The steps that peers are fed are those that `offsite tune` takes under the same seed."""
+    from offsite import TuneSpec
+    from offsite.data_owner.schedule import rows_of_steps
+
+    base = tiny_base(tmp_path / "base")
+    examples = encoded(base, data / "letters" / "train.jsonl")
+    rows_of = rows_of_steps(TuneSpec(batch_size=4, seed=3), examples)
+    for step, rows in enumerate(steps_of(examples, 4, 6, seed=3)):
+        lengths = [len(row.ids) for row in rows]
+        assert lengths == sorted(lengths)
+        assert lengths == sorted(len(examples[i].ids) for i in rows_of(step))
+
+
+def test_records_hold_contestants_against_each_other():
+    one = object.__new__(tuning.Measurements)
+    one._cell = Cell("smollm2", "letters", 1, 2, (4,), rows=4)
+    one._quick = True
+    one.plan = {"tokens": 80, "rows": 8, "padded": 88, "squares": 800, "labels": 8, "longest": 20}
+    run = {"peak_bytes": 100, "at": "2026-01-01T00:00:00"}
+    runs = {
+        "lora": [{**run, "seconds": [1.0, 3.0]}],
+        "offsite lora": [{**run, "peak_bytes": 50, "seconds": [0.5, 0.5]}],
+    }
+    found = one._record("offsite lora", runs, {"lora": 300.0, "offsite lora": 100.0}, peak=16000.0)
+    assert found["tokens_per_s"] == 80
+    assert found["examples_per_s"] == 8
+    assert found["speed_vs_lora"] == 4
+    assert found["counted_bound_vs_lora"] == 3
+    assert found["memory_vs_lora"] == 2
+    assert found["share_of_peak"] == 0.5
+    assert "offsite lora" in tuning.table({"records": [found]})
+    before = {"shape": "smollm2", "data": "letters", "contestant": "offsite lora", "counted_bound_vs_lora": 3.0}
+    assert "| lora | 3.0 | 4.0 |" in predictions([before], [found])
+
+
+@pytest.mark.parametrize(("longest", "width"), [(69, 72), (72, 80), (1024, 1024)])
+def test_the_paper_pads_to_the_longest_row_of_the_data(longest, width):
+    one = object.__new__(tuning.Measurements)
+    one.plan = {"longest": longest}
+    assert all(one._pad_to(name) == width for name in PADDED)
+    assert all(one._pad_to(name) is None for name in set(PEERS) - set(PADDED))
+
+
+def test_operations_are_those_of_the_contestant():
+    shape = Shape(4, 3, 2, block=100_000, pairs=100, attended=10, head=500, tokens=20, context=25, labelled=0.1)
+    assert tuning.operations(shape, "full", None) > tuning.operations(shape, "lora", None)
+    assert tuning.operations(shape, "offsite lora", None) < tuning.operations(shape, "offsite full", None)
+    assert tuning.operations(shape, PADDED[0], 40) > 2 * tuning.operations(shape, "full", None)
