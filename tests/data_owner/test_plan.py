@@ -19,7 +19,7 @@ from tiny import KINDS, Parties, tiny_base, tiny_parties
 HIDDEN, INNER = 32, 48
 BLOCK = HIDDEN * (32 + 16 + 16 + 32) + 3 * HIDDEN * INNER + 2 * HIDDEN
 PAIRS = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)  # inputs and outputs of a block's linear maps
-FORWARD = 32 + 16 + 16 + 2 * INNER + 32 + INNER  # numbers of a token
+KEPT = 32 + 16 + 16 + 2 * INNER + 32 + 2 * HIDDEN  # numbers of a token that a frozen block keeps
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_a_mixture_by_hand(tmp_path: Path, parties: Parties, rows: Path, method:
     plan = plan_tune(bundle, rows, TuneSpec(method=method, rank=4, compute="fp32", batch_size=2))
     projected = 32 + 16 + 16 + 2 * (2 * 20 + HIDDEN) + 2 * 24 + 1
     forward = terms(plan, "forward pass and loss")["activations of the blocks"]
-    assert forward.bytes == 5 * 2 * 64 * (4 * (projected + 32 + 2 * 20 + 24) + 8 * HIDDEN)
+    assert forward.bytes == 5 * 2 * 64 * 4 * (projected + 32 + 2 * 20 + 24 + 2 * HIDDEN)
     largest = {"lora": 4 * 32, "full": 4 * 2 * 20 * HIDDEN}[method]  # a pair's matrix, a stack of gates and ups
     assert terms(plan, "writing a resume point")["one tensor's bytes"].bytes == 4 * largest
     # experts, attention and its biases, norms, router, shared expert and its gate
@@ -102,7 +102,7 @@ def test_memory_by_hand(base: Path, tmp_path: Path, parties: Parties, rows: Path
     assert forward["masters in fp32"].bytes == 4 * trained
     assert forward["gradients in fp32"].bytes == 4 * trained
     assert forward["AdamW's moments"].bytes == 8 * trained
-    assert forward["activations of the blocks"].bytes == blocks * tokens * (2 * FORWARD + 8 * HIDDEN)
+    assert forward["activations of the blocks"].bytes == blocks * tokens * 2 * KEPT
     assert forward["attention of the blocks"].bytes == blocks * tokens * 2 * 4 * 64
     assert forward["inputs of what trains"].bytes == 2 * tokens * 2 * (4 * HIDDEN + INNER)
     vocabulary = plan.bundle[0].parameters // HIDDEN
@@ -125,7 +125,7 @@ def test_below_the_first_trained_block_nothing_is_kept(
 ) -> None:
     bundle = packed(base, tmp_path / "bundle", parties, bottom=0, top=1, keep=5)
     forward = terms(plan_tune(bundle, rows, TuneSpec(compute="fp32", batch_size=2)), "forward pass and loss")
-    assert forward["activations of the blocks"].bytes == 1 * 2 * 64 * (4 * FORWARD + 8 * HIDDEN)
+    assert forward["activations of the blocks"].bytes == 1 * 2 * 64 * 4 * KEPT
 
 
 def test_the_sizes_are_those_of_the_code() -> None:

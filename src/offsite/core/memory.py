@@ -138,7 +138,7 @@ def block_shape(row: Architecture, shapes: Mapping[str, tuple[int, ...]], config
         attended=sizes(row.attention_out)[0],
         projected=projected,
         heads=int(config.get("num_attention_heads") or config.get("n_head") or 1),
-        gated={"mlp.gate_proj", "mlp.up_proj"} <= row.linears.keys(),
+        gated={"mlp.gate_proj.weight", "mlp.up_proj.weight"} <= shapes.keys(),
         linears=len(linears),
     )
 
