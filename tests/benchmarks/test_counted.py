@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from benchmarks.counted import Shape, ours, peer
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.counted import Shape, ours, peer
 from offsite.core.data import Example, collate
 from offsite.core.load import load_model
 from offsite.core.loss import label_losses, take_apart

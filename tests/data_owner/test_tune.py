@@ -321,7 +321,7 @@ def test_dropout_runs_in_trained_blocks_and_nowhere_else(house, tmp_path, monkey
 
     def watched(tuning, *rest):
         result = step(tuning, *rest)
-        seen["training"] = {name for name, module in tuning.network.body.named_modules() if module.training}
+        seen["training"] = {name for name, module in tuning.task.network.body.named_modules() if module.training}
         return result
 
     monkeypatch.setattr(train, "_step", watched)
