@@ -119,7 +119,7 @@ def test_a_return_tells_nothing_about_the_data(house, tmp_path, method):
     manifest = json.loads((out / "offsite.json").read_text())
     assert set(manifest) == {
         "format", "requires", "files", "kind", "bundle", "signer", "recipient", "method", "lora", "bottleneck",
-            "tensors",
+            "tensors", "classes",
     }  # fmt: skip
     for path in out.iterdir():
         content = path.read_bytes()

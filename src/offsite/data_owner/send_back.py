@@ -77,6 +77,7 @@ def send_back(
             method=spec.method,
             lora=lora,
             bottleneck=BottleneckSettings(width=spec.width) if spec.method == "bottleneck" else None,
+            classes=classes,
             tensors={name: TensorEntry(shape=tuple(tensor.shape), dtype="F32") for name, tensor in tensors.items()},
         )
         digest = seal(staging, manifest, identity)

@@ -227,5 +227,4 @@ def parse_manifest(raw: bytes) -> Manifest:
 
 def render_manifest(manifest: Manifest) -> bytes:
     """The bytes of `offsite.json`; what is signed are these bytes, so no canonical form is needed."""
-    # what has a default is left out where it is not used, so that older versions read the rest
-    return manifest.model_dump_json(indent=1, exclude_defaults=True).encode() + b"\n"
+    return manifest.model_dump_json(indent=1).encode() + b"\n"
