@@ -384,7 +384,7 @@ def tiny_vision_config(kind: str, blocks: int, **config: Any) -> Any:
     }  # fmt: skip
     if "dinov2" not in chosen["family"]:
         sizes["intermediate_size"] = 48
-    return AutoConfig.for_model(chosen.pop("family"), **sizes, **chosen)
+    return AutoConfig.for_model(chosen.pop("family"), **(sizes | chosen))
 
 
 def tiny_vision_base(

@@ -209,7 +209,10 @@ class BlockRunner:
 
     def _skeleton(self, indices: Sequence[int]) -> Any:
         """A model of these blocks without weights."""
-        config = AutoConfig.for_model(**subset_config(self._model, indices))
+        settings = subset_config(self._model, indices)
+        if self._model.row.vision is not None:  # an encoder's config also names its blocks, for uses that are not ours
+            settings = {key: value for key, value in settings.items() if key in self._model.row.config_keys}
+        config = AutoConfig.for_model(**settings)
         with init_empty_weights(include_buffers=False):
             return (AutoModel if self._model.row.vision else AutoModelForCausalLM).from_config(
                 config,
