@@ -189,6 +189,10 @@ class TuneSpec(ComputeSpec):
         Literal["class", "mean", "both"] | None,
         Field(description="images: what the classifier reads, class token or mean of patches; None is the family's"),
     ] = None
+    head_start: Annotated[
+        Literal["probe", "random"],
+        Field(description="images: the classifier starts as a linear probe of the emulator, or as next to nothing"),
+    ] = "probe"
     head_lr_factor: Annotated[float, Field(gt=0, description="images: learning rate of the classifier, times lr")] = (
         10.0
     )

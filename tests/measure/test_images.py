@@ -60,10 +60,14 @@ def test_a_return_for_another_encoder(tmp_path: Path) -> None:
 
 
 def test_the_probe_is_at_the_minimum_of_its_loss() -> None:
+    """That of standardised features; what comes back is for the features as they are."""
     draw = torch.Generator().manual_seed(0)
-    features, wanted = torch.randn(60, 8, generator=draw), torch.arange(60) % 3
+    features, wanted = 3 * torch.randn(60, 8, generator=draw) + 5, torch.arange(60) % 3
     weight, bias = fit_probe(features, wanted, 3)
-    weight.requires_grad_(True)
-    loss = F.cross_entropy(F.linear(features, weight, bias), wanted) + 1e-2 * weight.square().sum()
-    (slope,) = torch.autograd.grad(loss, weight)
+    mean, spread = features.mean(dim=0), features.std(dim=0)
+    inner = (weight * spread).requires_grad_(True)
+    logits = F.linear((features - mean) / spread, inner, bias + weight @ mean)
+    torch.testing.assert_close(logits.detach(), F.linear(features, weight, bias), rtol=1e-4, atol=1e-4)
+    loss = F.cross_entropy(logits, wanted) + 1e-2 * inner.square().sum()
+    (slope,) = torch.autograd.grad(loss, inner)
     assert float(slope.abs().max()) < 1e-3

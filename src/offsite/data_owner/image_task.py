@@ -17,6 +17,7 @@ from offsite.core.images import Pictures, held_out_part, load_processor, read_pi
 from offsite.core.progress import Event, Progress
 from offsite.core.vision import BIAS, WEIGHT, Encoder, batches
 from offsite.errors import DataError, UsageError
+from offsite.measure.images import fit_probe, probe_features
 
 _HEAD_SPREAD = 0.01  # of the weights of a new head
 
@@ -75,12 +76,22 @@ def open_album(bundle: Path, data: Path, eval_data: Path | None, spec: TuneSpec,
     return Album(train, kept, classes)
 
 
-def new_head(encoder: Encoder, classes: int, used: torch.Tensor) -> nn.Linear:
-    """An untrained head in fp32, drawn under the caller's seed; zero where it may not read."""
-    head = nn.Linear(encoder.inputs, classes)
-    nn.init.normal_(head.weight, std=_HEAD_SPREAD)
-    nn.init.zeros_(head.bias)
+def new_head(encoder: Encoder, album: Album, used: torch.Tensor, spec: TuneSpec, progress: Progress) -> nn.Linear:
+    """A head in fp32 that may be trained; zero where it may not read.
+
+    As a linear probe it starts where the encoder's features are best put to use as they are, so that what is trained
+    with it is not led astray first (arXiv 2202.10054); at random it is drawn under the caller's seed.
+    """
+    head = nn.Linear(encoder.inputs, len(album.classes))
     with torch.no_grad():
+        if spec.head_start == "probe":
+            features = probe_features(encoder, album.train, spec.micro_batch_images, progress) * used
+            weight, bias = fit_probe(features, album.labels(album.train).to(encoder.device), len(album.classes))
+            head.weight.copy_(weight)
+            head.bias.copy_(bias)
+        else:
+            nn.init.normal_(head.weight, std=_HEAD_SPREAD)
+            nn.init.zeros_(head.bias)
         head.weight.mul_(used.cpu())
     return head.to(encoder.device)
 

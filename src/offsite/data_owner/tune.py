@@ -109,7 +109,7 @@ def _reading(
         examples, held_out = _read(bundle, data, spec), _read(bundle, eval_data, spec)
         return lambda where: _prepare(bundle, spec, where, examples, held_out), None
     album = open_album(bundle.folder, data, eval_data, spec, progress)
-    return lambda where: _prepare_images(bundle, spec, where, album), album.classes
+    return lambda where: _prepare_images(bundle, spec, where, album, progress), album.classes
 
 
 def _read(bundle: Bundle, data: Path | None, spec: TuneSpec) -> tuple[Example, ...]:
@@ -137,11 +137,11 @@ def _prepare(
     return _tuning(bundle, spec, model, weights, TextTask(network, examples, held_out))
 
 
-def _prepare_images(bundle: Bundle, spec: TuneSpec, where: Runtime, album: Album) -> Tuning:
+def _prepare_images(bundle: Bundle, spec: TuneSpec, where: Runtime, album: Album, progress: Progress) -> Tuning:
     model = load_model(bundle.folder, dtype=where.dtype, device=where.device)
     encoder = encoder_of(model)
     used = encoder.read_by(spec.pooling)
-    head = new_head(encoder, len(album.classes), used)
+    head = new_head(encoder, album, used, spec, progress)
     made = head_parameters(head)
     weights = TrainedWeights(METHODS[spec.method](model, bundle.manifest, spec) | made)
     task = ImageTask(encoder, head, used, album, spec.augment)

@@ -165,37 +165,46 @@ def _of_return(model: Path, returned: Path, where: Runtime) -> tuple[Logits, tup
 def _of_probe(encoder: Encoder, pictures: Pictures, size: int, progress: Progress) -> tuple[Logits, tuple[str, ...]]:
     classes = tuple(sorted({picture.label or "" for picture in pictures.pictures}))
     wanted = _labels(pictures.pictures, classes).to(encoder.device)
+    weight, bias = fit_probe(probe_features(encoder, pictures, size, progress), wanted, len(classes))
+    return lambda pixels: F.linear(encoder.features(pixels), weight, bias), classes
+
+
+@torch.no_grad()
+def probe_features(encoder: Encoder, pictures: Pictures, size: int, progress: Progress) -> torch.Tensor:
+    """What a head reads of each picture, (N, F), with so many pictures at once."""
     made = []
-    with torch.no_grad():
-        for rows in batches(len(pictures), size):
-            made.append(encoder.features(pictures.batch(rows)))
-            progress(Event("features for the probe", rows[-1] + 1, len(pictures)))
-    features = torch.cat(made)  # (N, F)
-    mean, spread = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
-    weight, bias = fit_probe((features - mean) / spread, wanted, len(classes))
-    return lambda pixels: F.linear((encoder.features(pixels) - mean) / spread, weight, bias), classes
+    for rows in batches(len(pictures), size):
+        made.append(encoder.features(pictures.batch(rows)))
+        progress(Event("features for the probe", rows[-1] + 1, len(pictures)))
+    return torch.cat(made)
 
 
+@torch.enable_grad()
 def fit_probe(features: torch.Tensor, wanted: torch.Tensor, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Logistic regression with a penalty on squared weights, from zero, so a function of the arguments alone.
 
+    The penalty is on the weights of standardised features; what comes back is for the features as they are.
+
     Args:
-        features: standardised, (N, F), fp32.
+        features: (N, F), fp32.
         wanted: class of each, (N,).
         classes: how many there are.
 
     Returns:
         Weight (C, F) and bias (C,).
     """
+    mean, spread = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
+    standard = (features - mean) / spread
     weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
     bias = torch.zeros(classes, device=features.device, requires_grad=True)
     solver = torch.optim.LBFGS([weight, bias], max_iter=_PROBE_STEPS, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         solver.zero_grad()
-        loss = F.cross_entropy(F.linear(features, weight, bias), wanted) + _PENALTY * weight.square().sum()
+        loss = F.cross_entropy(F.linear(standard, weight, bias), wanted) + _PENALTY * weight.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     solver.step(closure)  # type: ignore[no-untyped-call]
-    return weight.detach(), bias.detach()
+    scaled = weight.detach() / spread
+    return scaled, bias.detach() - scaled @ mean
