@@ -193,13 +193,19 @@ class TuneSpec(ComputeSpec):
         Literal["probe", "random"],
         Field(description="images: the classifier starts as a linear probe of the emulator, or as next to nothing"),
     ] = "probe"
-    head_lr_factor: Annotated[float, Field(gt=0, description="images: learning rate of the classifier, times lr")] = (
-        10.0
-    )
+    head_lr_factor: Annotated[
+        float | None,
+        Field(gt=0, description="images: learning rate of the classifier, times lr; None is 1 for a probe, else 10"),
+    ] = None
     augment: Annotated[bool, Field(description="images: crop and mirror at random")] = True
     skip_bad: Annotated[bool, Field(description="images: leave out pictures that cannot be read")] = False
     eval_share: Annotated[float, Field(ge=0, lt=1, description="images: share held out for validation")] = 0.0
     micro_batch_images: Annotated[int, Field(ge=1, description="images: pictures that run at once")] = 16
+
+    @property
+    def head_factor(self) -> float:
+        """What the classifier's learning rate is multiplied by: what was given, else what suits its start."""
+        return self.head_lr_factor or (1.0 if self.head_start == "probe" else 10.0)
 
     @property
     def peak_lr(self) -> float:

@@ -146,7 +146,7 @@ def _prepare_images(bundle: Bundle, spec: TuneSpec, where: Runtime, album: Album
     weights = TrainedWeights(METHODS[spec.method](model, bundle.manifest, spec) | made)
     task = ImageTask(encoder, head, used, album, spec.augment)
     tuning = _tuning(bundle, spec, model, weights, task)
-    return replace(tuning, decayed=tuning.decayed - {BIAS} | {WEIGHT}, faster=dict.fromkeys(made, spec.head_lr_factor))
+    return replace(tuning, decayed=tuning.decayed - {BIAS} | {WEIGHT}, faster=dict.fromkeys(made, spec.head_factor))
 
 
 def _tuning(bundle: Bundle, spec: TuneSpec, model: "PreTrainedModel", weights: TrainedWeights, task: Task) -> Tuning:
