@@ -190,9 +190,9 @@ class TuneSpec(ComputeSpec):
         Field(description="images: what the classifier reads, class token or mean of patches; None is the family's"),
     ] = None
     head_start: Annotated[
-        Literal["probe", "random"],
-        Field(description="images: the classifier starts as a linear probe of the emulator, or as next to nothing"),
-    ] = "probe"
+        Literal["random", "probe"],
+        Field(description="images: the classifier starts as next to nothing, or as a linear probe of the emulator"),
+    ] = "random"
     head_lr_factor: Annotated[
         float | None,
         Field(gt=0, description="images: learning rate of the classifier, times lr; None is 1 for a probe, else 10"),

@@ -25,7 +25,7 @@ ROWS = ("zero-shot", "emulator zero-shot", "emulator", "plug-in")
 IMAGE_SIZE = 112  # pixels; a quarter of the tokens, and of the time, of 224
 SPLIT = {"bottom": 2, "keep": 4, "top": 2}  # of 12 blocks: half of the middle is shipped
 TRAIN, TEST, OWN = 1000, 500, 256  # pictures at most: to train on, held out, and the model owner's
-EPOCHS, BATCH = 3, 32
+EPOCHS, BATCH = 4, 32
 
 
 @dataclass(frozen=True)
