@@ -8,14 +8,15 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 
 from offsite.core.architectures import ARCHITECTURES  # noqa: E402
 from offsite.core.family import Architecture  # noqa: E402
-from tiny import KINDS  # noqa: E402
+from tiny import KINDS, VISION_KINDS  # noqa: E402
 
 INTRODUCTION = """# Model families
 
 <!-- Made by docs/render_models.py from src/offsite/core/families.py; run `make docs` after a change there. -->
 
 A family is a row of the table in [families.py](../src/offsite/core/families.py), named by the `model_type` of its
-configs. Both parties verify by that table. A model of another type is refused with the row that it would need
+configs; image encoders are rows of [vision_families.py](../src/offsite/core/vision_families.py). Both parties verify by
+that table. A model of another type is refused with the row that it would need
 ([why](decisions/0008-unknown-families-are-refused.md)).
 
 | model type | class in transformers | head tied | refit |
@@ -29,6 +30,34 @@ cache equals that without; block by block equals transformers' hidden states; re
 ridge solution; both methods go through pack, verify, tune and plug-in; the adapter, the merged checkpoint and the
 data owner's own view agree; an untouched return gives the base back bit for bit. These models are tiny and random:
 they show that the right thing is computed, not that tuning on an emulator pays.
+
+"""
+
+VISION = """
+## Image encoders
+
+| model type | bundle | plug-in | its head reads | image sizes | tested forms |
+|---|---|---|---|---|---|
+"""
+
+VISION_NOTES = """
+For every form: with all blocks kept the bundle computes what the base does, bit for bit; with blocks dropped what a
+truncated base does; block by block equals transformers' blocks; refit brings the emulator closer, also where a block
+scales what its MLP gives; LoRA and full tuning go through pack, verify, tune and plug-in; the data owner's own view and
+the plug-in, which `AutoModelForImageClassification` loads without a missing or unexpected tensor, have the same loss to
+1e-5; an untouched return gives the base's encoder back bit for bit.
+
+- A bundle is the encoder alone: the owner's classifier, class names, poolers and text tower are left out. It loads with
+  `AutoModel`; of ViT and DeiT say `add_pooling_layer=False`, else transformers adds a pooler of random numbers beside
+  what is used.
+- DINOv2's head may also read one of its two parts (setting `pooling`): the other one's weights are zero.
+- LoRA sits on all linear maps of a block, under the names of transformers' modules. Its plug-in is merged: an adapter
+  folder has no place for a classifier.
+- For language models alone, and refused of an encoder: bottlenecks, distillation, search and clusters, declared module
+  kinds, `--plan`, `--memory`.
+- Refused: DINOv2 with a gated feed-forward (`use_swiglu_ffn`, the giant one). timm's models are not supported.
+- `offsite import` takes the image tower out of CLIP and SigLIP checkpoints in safetensors, and a DINOv2 encoder out of
+  an ONNX file of torch's exporter.
 
 """
 
@@ -116,7 +145,7 @@ STEPS = """
 
 def render() -> str:
     """The text of docs/models.md."""
-    rows = sorted(ARCHITECTURES.values(), key=lambda row: row.model_type)
+    rows = sorted((row for row in ARCHITECTURES.values() if row.vision is None), key=lambda row: row.model_type)
     lines = [
         f"| {row.model_type} | {row.class_name} | {'yes' if row.tied_by_default else 'no'} | {_refit(row)} |"
         for row in rows
@@ -128,11 +157,28 @@ def render() -> str:
             "\n## What was tested\n",
             TESTED,
             "\n".join(_details(row) for row in rows) + "\n",
+            VISION,
+            "\n".join(_encoder(row) for row in sorted(_encoders(), key=lambda row: row.model_type)) + "\n",
+            VISION_NOTES,
             SPELLINGS,
             WORKED_EXAMPLE,
             STEPS,
         ]
     )
+
+
+def _encoders() -> list[Architecture]:
+    return [row for row in ARCHITECTURES.values() if row.vision is not None]
+
+
+def _encoder(row: Architecture) -> str:
+    vision = row.vision
+    assert vision is not None
+    read = {"class": "class token", "mean": "mean of patches", "pooled": "what its config pools"}
+    forms = "; ".join(kind for kind, form in VISION_KINDS.items() if form["family"] == row.model_type)
+    features = " and ".join(read[name] for name in vision.features)
+    sizes = "any that patches fill" if vision.any_size else "its own"
+    return f"| {row.model_type} | {row.class_name} | {vision.class_name} | {features} | {sizes} | {forms} |"
 
 
 def _refit(row: Architecture) -> str:

@@ -26,6 +26,7 @@ from offsite.exchange.contents import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BOTTLENECK_WEIGHTS,
+    CLASSIFIER,
     RETURNED_WEIGHTS,
     tokenizer_digest,
 )
@@ -41,6 +42,7 @@ from offsite.exchange.manifest import (
     TensorEntry,
 )
 from offsite.exchange.pack import file_entries, seal
+from offsite.exchange.return_rules import classifier_inputs
 from offsite.exchange.signing import Identity
 from offsite.model_owner.pack import pack
 from tiny import Parties
@@ -82,15 +84,27 @@ def full_return(
     home: Home,
     change: Callable[[str, Array], Array] = lambda name, shipped: shipped,
     method: Method = "full",
+    classes: tuple[str, ...] | None = None,
 ) -> Return:
-    """A full or BitFit return: of every tensor that may come back what `change(name, shipped)` gives, in fp32."""
+    """A full or BitFit return: of every tensor that may come back what `change(name, shipped)` gives, in fp32.
+
+    Of an image encoder also a classifier of these classes, with random weights.
+    """
     shipped = open_checkpoint(bundle.folder).tensors
     arrays = {name: change(name, read_float32(shipped[name])) for name in bundle.manifest.own_tensors(method)}
     entries = {name: TensorEntry(shape=array.shape, dtype="F32") for name, array in arrays.items()}
     with staged_folder(out) as folder:
         weights = [from_array(name, array, "F32") for name, array in arrays.items()]
         written = [write_safetensors(folder / RETURNED_WEIGHTS, weights)]
-        return _sealed(bundle, out, folder, home, written, method, None, entries)
+        if classes:
+            head = {
+                "classifier.weight": np.random.default_rng(0).standard_normal(
+                    (len(classes), classifier_inputs(bundle.manifest) or 1), dtype=np.float32
+                ),
+                "classifier.bias": np.zeros(len(classes), dtype=np.float32),
+            }
+            written.append(write_safetensors(folder / CLASSIFIER, [from_array(n, a, "F32") for n, a in head.items()]))
+        return _sealed(bundle, out, folder, home, written, method, None, entries, classes=classes)
 
 
 def bottleneck_return(
@@ -120,6 +134,7 @@ def _sealed(
     lora: LoraSettings | None,
     tensors: Mapping[str, TensorEntry],
     bottleneck: BottleneckSettings | None = None,
+    classes: tuple[str, ...] | None = None,
 ) -> Return:
     manifest = ReturnManifest(
         kind="return",
@@ -133,6 +148,7 @@ def _sealed(
         lora=lora,
         bottleneck=bottleneck,
         tensors=dict(tensors),
+        classes=classes,
     )
     return Return(out, manifest, seal(folder, manifest, home.identity()))
 

@@ -33,6 +33,9 @@ def test_every_family_is_in_it(script: Any) -> None:
     text = script.render()
     for row in ARCHITECTURES.values():
         assert f"| {row.model_type} | {row.class_name} |" in text
+        if row.vision is not None:
+            assert f"| {row.vision.class_name} |" in text
+            continue
         assert f"- **{row.model_type}**: " in text
         assert all(f"`{path}`" in text for path in (*row.lora_linears, *row.per_block, *row.listed, *row.refused))
 

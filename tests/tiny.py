@@ -354,4 +354,98 @@ def tiny_rows(file: Path, count: int = 12, *, kind: Literal["prompt", "text"] = 
     return file
 
 
-assert set(_SETTINGS) == set(ARCHITECTURES) == {kind["family"] for kind in KINDS.values()}
+# Every row of vision encoders in every form that its columns tell apart, with what their configs say beside the sizes.
+VISION_KINDS: dict[str, dict[str, Any]] = {
+    "vit": {"family": "vit"},
+    "vit, no biases of queries": {"family": "vit", "qkv_bias": False},
+    "deit": {"family": "deit"},
+    "dinov2": {"family": "dinov2", "layerscale_value": 0.5},
+    "dinov2, no mask token": {"family": "dinov2", "use_mask_token": False},
+    "dinov2 with registers": {"family": "dinov2_with_registers", "num_register_tokens": 2},
+    "clip tower": {"family": "clip_vision_model"},
+    "siglip tower": {"family": "siglip_vision_model"},
+    "beit, relative positions": {"family": "beit", "use_relative_position_bias": True},
+    "beit, shared relative positions, class token": {
+        "family": "beit", "use_shared_relative_position_bias": True, "use_absolute_position_embeddings": True,
+        "use_mean_pooling": False, "use_mask_token": True,
+    },
+}  # fmt: skip
+SIDE = 16  # pixels of a tiny encoder's image; patches are of 4
+
+
+def tiny_vision_config(kind: str, blocks: int, **config: Any) -> Any:
+    """The transformers config of a kind of encoder: hidden size 32, 4 heads, 16 patches of 4 pixels."""
+    from transformers import AutoConfig
+
+    chosen = VISION_KINDS[kind] | config
+    sizes = {
+        "hidden_size": 32, "num_hidden_layers": blocks, "num_attention_heads": 4, "image_size": SIDE, "patch_size": 4,
+        "initializer_range": 0.15,
+    }  # fmt: skip
+    if "dinov2" not in chosen["family"]:
+        sizes["intermediate_size"] = 48
+    return AutoConfig.for_model(chosen.pop("family"), **(sizes | chosen))
+
+
+def tiny_vision_base(
+    folder: Path,
+    kind: str = "vit",
+    blocks: int = 5,
+    *,
+    classifier: bool = False,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    seed: int = 0,
+    **config: Any,
+) -> Path:
+    """Save a tiny random encoder with its image processor; weights as in `tiny_base`, all of them away from 0 and 1.
+
+    Args:
+        folder: where it goes.
+        kind: of VISION_KINDS.
+        blocks: how many.
+        classifier: as a classifier with the owner's own head of 3 classes, where transformers has one of the type.
+        dtype: of the stored weights.
+        seed: of the weights.
+        config: further settings of the family's config.
+    """
+    import torch
+    from transformers import AutoModel, AutoModelForImageClassification
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    settings = tiny_vision_config(kind, blocks, architectures=[], **config)
+    if classifier:
+        settings.id2label = {0: "SECRET-one", 1: "SECRET-two", 2: "SECRET-three"}
+        settings.label2id = {name: index for index, name in settings.id2label.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = (AutoModelForImageClassification if classifier else AutoModel).from_config(settings)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                spread = 0.1 if parameter.dim() == 1 else 0.15
+                parameter.add_(torch.randn_like(parameter) * spread)
+    model.to(torch.bfloat16 if dtype == "bf16" else torch.float32).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    return folder
+
+
+def tiny_pictures(folder: Path, per_class: int = 6, *, seed: int = 0) -> Path:
+    """Write pictures of three classes that differ in colour, of different sizes, as sub-folders of PNG files."""
+    import numpy as np
+    from PIL import Image
+
+    draw = np.random.default_rng(seed)
+    for name, channel in (("blue", 2), ("green", 1), ("red", 0)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index in range(per_class):
+            height, width = draw.integers(12, 30, size=2)
+            pixels = draw.integers(0, 120, size=(height, width, 3), dtype=np.uint8)
+            pixels[..., channel] += 110
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    return folder
+
+
+assert {row.model_type for row in ARCHITECTURES.values() if row.vision} == {
+    kind["family"] for kind in VISION_KINDS.values()
+}
+LANGUAGE = [name for name, row in ARCHITECTURES.items() if row.vision is None]
+assert set(_SETTINGS) == set(LANGUAGE) == {kind["family"] for kind in KINDS.values()}

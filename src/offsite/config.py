@@ -46,6 +46,9 @@ class ImportSpec(Spec):
     dtype: Annotated[Dtype | None, Field(description="dtype to store; None keeps the checkpoint's (bf16 for GGUF)")] = (
         None
     )
+    image_size: Annotated[
+        int | None, Field(ge=1, le=4096, description="ONNX: side in pixels of the images that the model is given")
+    ] = None
 
 
 def _chain(given: object) -> object:
@@ -186,6 +189,27 @@ class TuneSpec(ComputeSpec):
     eval_every: Annotated[int | None, Field(ge=1, description="steps between validations; None only at the end")] = None
     save_every: Annotated[int, Field(ge=1, description="steps between resume points")] = 50
     seed: Annotated[int, Field(ge=0, description="seed of order, dropout and LoRA initialisation")] = 0
+    pooling: Annotated[
+        Literal["class", "mean", "both"] | None,
+        Field(description="images: what the classifier reads, class token or mean of patches; None is the family's"),
+    ] = None
+    head_start: Annotated[
+        Literal["random", "probe"],
+        Field(description="images: the classifier starts as next to nothing, or as a linear probe of the emulator"),
+    ] = "random"
+    head_lr_factor: Annotated[
+        float | None,
+        Field(gt=0, description="images: learning rate of the classifier, times lr; None is 1 for a probe, else 10"),
+    ] = None
+    augment: Annotated[bool, Field(description="images: crop and mirror at random")] = True
+    skip_bad: Annotated[bool, Field(description="images: leave out pictures that cannot be read")] = False
+    eval_share: Annotated[float, Field(ge=0, lt=1, description="images: share held out for validation")] = 0.0
+    micro_batch_images: Annotated[int, Field(ge=1, description="images: pictures that run at once")] = 16
+
+    @property
+    def head_factor(self) -> float:
+        """What the classifier's learning rate is multiplied by: what was given, else what suits its start."""
+        return self.head_lr_factor or (1.0 if self.head_start == "probe" else 10.0)
 
     @property
     def peak_lr(self) -> float:
@@ -217,6 +241,8 @@ class EvalSpec(ComputeSpec):
     ] = "error"
     micro_batch_tokens: Annotated[int, Field(ge=1, description="padded tokens that run at once")] = 8192
     max_rows: Annotated[int | None, Field(ge=1, description="score the first rows only")] = None
+    skip_bad: Annotated[bool, Field(description="images: leave out pictures that cannot be read")] = False
+    micro_batch_images: Annotated[int, Field(ge=1, description="images: pictures that run at once")] = 32
 
 
 # The tables that a TOML file may hold, one for each verb with settings.

@@ -13,7 +13,14 @@ import numpy as np
 from artifacts import GONE, edit_bundle_weights, edit_json, edit_weights, manifest_of, sign_again
 from attacks.lab import Lab
 from offsite.core.checkpoint import DECLARED_WEIGHTS, WEIGHTS
-from offsite.exchange.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BOTTLENECK_WEIGHTS, RETURNED_WEIGHTS
+from offsite.exchange.contents import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BOTTLENECK_WEIGHTS,
+    CLASSIFIER,
+    PROCESSOR,
+    RETURNED_WEIGHTS,
+)
 from offsite.exchange.manifest import MANIFEST, SIGNATURE
 
 
@@ -716,6 +723,61 @@ def bottleneck_return_with_a_weight_of_the_block(lab: Lab) -> None:
     tensors = manifest_of(folder)["tensors"] | {name: {"shape": [32, 48], "dtype": "F32"}}
     edit_weights(folder / BOTTLENECK_WEIGHTS, lambda w: w.update({name: np.zeros((32, 48), np.float32)}))
     sign_again(folder, lab.data_owner, tensors=tensors)
+
+
+@attack("_bundle_settings", "encoder-bundle", "auto_map")
+def image_processor_of_the_owners_own_code(lab: Lab) -> None:
+    edit_json(lab.folder / "encoder-bundle" / PROCESSOR, auto_map={"AutoImageProcessor": "evil.Processor"})
+    sign_again(lab.folder / "encoder-bundle", lab.owner)
+
+
+@attack("_bundle_settings", "encoder-bundle", "size = ")
+def image_processor_that_makes_images_of_terabytes(lab: Lab) -> None:
+    edit_json(lab.folder / "encoder-bundle" / PROCESSOR, size={"height": 10**6, "width": 10**6})
+    sign_again(lab.folder / "encoder-bundle", lab.owner)
+
+
+@attack("_return_files", "encoder-full", "files: unexpected 'more.safetensors'")
+def second_classifier_beside_the_first(lab: Lab) -> None:
+    (lab.encoder_full / "more.safetensors").write_bytes((lab.encoder_full / CLASSIFIER).read_bytes())
+    lab.sign_encoder_full()
+
+
+@attack("_return_classifier", "encoder-full", "no classifier comes back")
+def encoder_without_a_classifier(lab: Lab) -> None:
+    (lab.encoder_full / CLASSIFIER).unlink()
+    lab.sign_encoder_full(classes=None)
+
+
+@attack("_return_classifier", "full", "a classifier comes back")
+def classifier_for_a_language_model(lab: Lab) -> None:
+    (lab.full / CLASSIFIER).write_bytes((lab.encoder_full / CLASSIFIER).read_bytes())
+    lab.sign_full(classes=["cat", "dog"])
+
+
+@attack("_return_classifier", "encoder-full", "is F32 [2, 64], expected F32 [3, 64]")
+def classifier_with_fewer_outputs_than_classes(lab: Lab) -> None:
+    lab.sign_encoder_full(classes=["cat", "dog", "horse"])
+
+
+@attack("_return_classifier", "encoder-full", "is F32 [2, 63], expected F32 [2, 64]")
+def classifier_of_another_encoder(lab: Lab) -> None:
+    edit_weights(
+        lab.encoder_full / CLASSIFIER, lambda w: w.update({"classifier.weight": w["classifier.weight"][:, :63]})
+    )
+    lab.sign_encoder_full()
+
+
+@attack("_return_classifier", "encoder-full", "classifier: unexpected 'dinov2.layernorm.weight'")
+def classifier_with_a_tensor_of_the_encoder(lab: Lab) -> None:
+    edit_weights(lab.encoder_full / CLASSIFIER, lambda w: w.update({"dinov2.layernorm.weight": np.ones(2, np.float32)}))
+    lab.sign_encoder_full()
+
+
+@attack("_return_classifier", "encoder-full", "holds NaN or infinity")
+def classifier_that_is_no_number(lab: Lab) -> None:
+    edit_weights(lab.encoder_full / CLASSIFIER, lambda w: void(w["classifier.bias"].fill(np.nan)))
+    lab.sign_encoder_full()
 
 
 @attack("_return_parties", "lora", "signed by another party than the one that the bundle was issued to")

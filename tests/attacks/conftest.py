@@ -11,7 +11,7 @@ from offsite.config import PlugInSpec
 from offsite.exchange.artifacts import Base
 from offsite.exchange.home import Home
 from offsite.model_owner.plug_in import plug_in
-from tiny import Parties, tiny_base, tiny_parties
+from tiny import Parties, tiny_base, tiny_parties, tiny_vision_base
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +25,8 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mixture = tiny_base(folder / "mixture", "qwen3_moe", 3, mlp_only_layers=[0, 2])  # experts in the middle block
     packed(mixture, folder / "mixture-bundle", parties)
     packed(base, folder / "declared-bundle", parties, keep=1, svd_rank=0.5)
+    encoder = packed(tiny_vision_base(folder / "encoder", "dinov2", 3), folder / "encoder-bundle", parties)
+    full_return(encoder, folder / "encoder-full", parties.data_owner, classes=("cat", "dog"))
     bundle = packed(base, folder / "bundle", parties, keep=1, max_rank=8, max_width=8)
     lora_return(bundle, folder / "lora", parties.data_owner)
     full_return(bundle, folder / "full", parties.data_owner, lambda name, shipped: shipped + 0.5)

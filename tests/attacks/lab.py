@@ -57,6 +57,13 @@ class Lab:
     def sign_full(self, **options: Any) -> None:
         sign_again(self.full, self.data_owner, **options)
 
+    @property
+    def encoder_full(self) -> Path:
+        return self.folder / "encoder-full"
+
+    def sign_encoder_full(self, **options: Any) -> None:
+        sign_again(self.encoder_full, self.data_owner, **options)
+
     def parent(self, bundle: str = "bundle") -> BundleManifest:
         """The manifest that the owner's ledger holds: the honest one."""
         manifest = read_unverified(self.folder / bundle)
@@ -64,8 +71,8 @@ class Lab:
         return manifest
 
     def check(self, target: str) -> Bundle | Return:
-        """What the other party does with "bundle", "gpt2-bundle", "lora", "full", "bitfit" or "bottleneck"."""
+        """What the other party does with a bundle, such as "gpt2-bundle", or a return, such as "lora"."""
         if target.endswith("bundle"):
             return verify_bundle(self.folder / target, self.parties.data_owner)
-        parent = self.parent("gpt2-bundle" if target == "bitfit" else "bundle")
+        parent = self.parent({"bitfit": "gpt2-bundle", "encoder-full": "encoder-bundle"}.get(target, "bundle"))
         return verify_return(self.folder / target, self.parties.owner, parent)

@@ -19,7 +19,19 @@ def names(attack: Attack) -> str:
 
 
 @pytest.mark.parametrize(
-    "target", ["bundle", "gpt2-bundle", "declared-bundle", "mixture-bundle", "lora", "full", "bitfit", "bottleneck"]
+    "target",
+    [
+        "bundle",
+        "gpt2-bundle",
+        "declared-bundle",
+        "mixture-bundle",
+        "encoder-bundle",
+        "lora",
+        "full",
+        "bitfit",
+        "bottleneck",
+        "encoder-full",
+    ],
 )
 def test_the_honest_exchange_passes(lab: Lab, target: str) -> None:
     assert lab.check(target).folder == lab.folder / target

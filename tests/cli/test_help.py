@@ -82,17 +82,23 @@ def _literal(annotation: Any) -> tuple[str, ...]:
             "tune",
             {
                 "data", "out", "eval-data", "tensorboard", "method", "rank", "width", "lr", "epochs", "max-steps",
-                "batch-size", "memory", "gradient-checkpointing", "resume", "plan", "config",
+                "batch-size", "memory", "gradient-checkpointing", "skip-bad", "resume", "plan", "config",
                 "home", "json",
             },
         ),
         ("plug-in", {"out", "as", "strength", "again", "plan", "config", "home", "json"}),
-        ("eval", {"adapter", "data", "samples", "tasks", "tasks-path", "row-scores", "config", "json"}),
+        (
+            "eval",
+            {
+                "adapter", "data", "probe", "skip-bad", "samples", "tasks", "tasks-path", "row-scores", "config",
+                "json",
+            },
+        ),
         ("inspect", {"home", "json"}),
         ("verify", {"home", "json"}),
         ("keygen", {"name", "out", "home", "json"}),
         ("study", {"out", "data-root", "base", "check", "report-only", "json"}),
-        ("demo", {"full", "data", "model", "workdir", "steps", "json"}),
+        ("demo", {"full", "data", "images", "vision", "model", "workdir", "steps", "json"}),
     ],
 )  # fmt: skip
 def test_flags_are_those_that_are_documented(verb: str, expected: set[str]) -> None:

@@ -12,6 +12,7 @@ from offsite.core.weights import TrainedWeights
 from offsite.data_owner import budget
 from offsite.data_owner.budget import within_memory
 from offsite.data_owner.recompute import Recomputed, keep_activations, recompute
+from offsite.data_owner.task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.errors import UsageError
 from tiny import KINDS, tiny_base
@@ -30,19 +31,20 @@ def _tuning(folder, lengths=(9, 14, 5, 14)):
     blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     blocks.get_submodule("0").requires_grad_(True)
     weights = TrainedWeights(dict(blocks.get_submodule("0").named_parameters()))
-    return Tuning(take_apart(model), blocks, [blocks.get_submodule("0")], weights, frozenset(), _examples(lengths), ())
+    task = TextTask(take_apart(model), _examples(lengths), ())
+    return Tuning(task, blocks, [blocks.get_submodule("0")], weights, frozenset())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_recomputed_blocks_give_the_same_loss_and_gradients(tmp_path, kind):
     tuning = _tuning(tiny_base(tmp_path / "base", blocks=3, **KINDS[kind]))
-    batch = collate(tuning.examples)
+    batch = collate(tuning.task.examples)
     found = []
     for again in (False, True):
         (recompute if again else keep_activations)(tuning.blocks)
         tuning.trained[0].train()  # GPT-2's, OPT's and BLOOM's have dropout there
         torch.manual_seed(0)
-        total, _ = label_losses(tuning.network, batch)
+        total, _ = label_losses(tuning.task.network, batch)
         total.backward()
         found.append([float(total.detach()), *(master.grad for master in tuning.weights.masters.values())])
         tuning.weights.forget_gradients()
@@ -59,7 +61,7 @@ def _measuring(monkeypatch, tuning, *, per_token, recomputed):
     run = budget._run
 
     def counted(tuning, rows):
-        tokens.append(sum(len(tuning.examples[i].ids) for i in rows))
+        tokens.append(sum(len(tuning.task.examples[i].ids) for i in rows))
         run(tuning, rows)
 
     def measured(work, device):

@@ -19,6 +19,7 @@ from offsite.data_owner import features
 from offsite.data_owner import tune as stage
 from offsite.data_owner.features import _Skipped, cached_features
 from offsite.data_owner.recompute import keep_activations, recompute
+from offsite.data_owner.task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.errors import StorageError, UsageError
 from offsite.exchange.contents import ADAPTER_WEIGHTS
@@ -42,7 +43,7 @@ def tuning_of(folder, dtype=torch.float32, first=2):
     weights = TrainedWeights({f"{i}.{n}": p for i, b in enumerate(trained) for n, p in b.named_parameters()})
     generator = np.random.default_rng(0)
     examples = tuple(Example(i, generator.integers(0, 300, length), 1) for i, length in enumerate(LENGTHS))
-    return Tuning(network, blocks, trained, weights, frozenset(), examples, ())
+    return Tuning(TextTask(network, examples, ()), blocks, trained, weights, frozenset())
 
 
 def calls_of(module):
@@ -52,7 +53,7 @@ def calls_of(module):
 
 
 def loss_and_gradients(tuning, examples):
-    total, nats = label_losses(tuning.network, collate(examples))
+    total, nats = label_losses(tuning.task.network, collate(examples))
     total.backward()
     tuning.weights.collect_gradients()
     gradients = {name: master.grad for name, master in tuning.weights.masters.items() if master.grad is not None}
@@ -70,7 +71,7 @@ FORMS = ("llama untied", "gpt2 tied", "falcon, one key head", "gemma2")  # one o
 )
 def test_losses_and_gradients_are_those_of_the_whole_network(tmp_path, kind, again):
     tuning = tuning_of(tiny_base(tmp_path / "base", blocks=3, **KINDS[kind]))
-    picked = [tuning.examples[i] for i in (4, 0, 2)]
+    picked = [tuning.task.examples[i] for i in (4, 0, 2)]
     nats, gradients = loss_and_gradients(tuning, picked)
     calls = [calls_of(block) for block in list(tuning.blocks)[:2]]
     if again == "before":
@@ -91,37 +92,37 @@ def test_losses_and_gradients_are_those_of_the_whole_network(tmp_path, kind, aga
     for name, slope in slopes.items():
         scale = float(gradients[name].abs().max())
         torch.testing.assert_close(slope, gradients[name], rtol=1e-5, atol=1e-5 * max(1.0, scale))
-    assert not any(isinstance(module, _Skipped) for module in tuning.network.body.modules())
+    assert not any(isinstance(module, _Skipped) for module in tuning.task.network.body.modules())
     assert (tmp_path / "features.bin").stat().st_size == (sum(LENGTHS) - len(LENGTHS)) * 32 * 4
 
 
 @pytest.mark.parametrize("kind", ["llama untied", "gpt2 tied"])
 def test_bf16_is_kept_as_it_is(tmp_path, kind):
     tuning = tuning_of(tiny_base(tmp_path / "base", blocks=3, **KINDS[kind]), torch.bfloat16)
-    nats, _ = loss_and_gradients(tuning, tuning.examples)
+    nats, _ = loss_and_gradients(tuning, tuning.task.examples)
     with cached_features(tuning, SPEC, tmp_path, silent):
-        found, _ = loss_and_gradients(tuning, tuning.examples)
+        found, _ = loss_and_gradients(tuning, tuning.task.examples)
     torch.testing.assert_close(found, nats, rtol=2e-2, atol=2e-2)
     assert (tmp_path / "features.bin").stat().st_size == (sum(LENGTHS) - len(LENGTHS)) * 32 * 2
 
 
 def test_a_batch_with_an_unknown_row_runs_as_usual(tmp_path):
     tuning = tuning_of(tiny_base(tmp_path / "base", blocks=3))
-    stranger = Example(9, tuning.examples[0].ids[::-1].copy(), 1)
+    stranger = Example(9, tuning.task.examples[0].ids[::-1].copy(), 1)
     calls = calls_of(next(iter(tuning.blocks)))
-    mixed = [tuning.examples[0], stranger]
-    _, expected = label_losses(tuning.network, collate(mixed))
+    mixed = [tuning.task.examples[0], stranger]
+    _, expected = label_losses(tuning.task.network, collate(mixed))
     with cached_features(tuning, SPEC, tmp_path, silent):
-        label_losses(tuning.network, collate(tuning.examples[:2]))  # what is known of it must not stay
+        label_losses(tuning.task.network, collate(tuning.task.examples[:2]))  # what is known of it must not stay
         made = len(calls)
-        _, found = label_losses(tuning.network, collate(mixed))
+        _, found = label_losses(tuning.task.network, collate(mixed))
         assert len(calls) == made + 1
     assert torch.equal(found, expected)
 
 
 def test_rows_that_repeat_are_kept_once(tmp_path):
     tuning = tuning_of(tiny_base(tmp_path / "base", blocks=3))
-    twice = Tuning(**{**vars(tuning), "examples": tuning.examples * 2})
+    twice = Tuning(**{**vars(tuning), "task": TextTask(tuning.task.network, tuning.task.examples * 2, ())})
     with cached_features(twice, SPEC, tmp_path, silent):
         pass
     assert (tmp_path / "features.bin").stat().st_size == (sum(LENGTHS) - len(LENGTHS)) * 32 * 4
@@ -155,14 +156,14 @@ class Remembering(torch.nn.Module):
 def test_a_network_that_carries_more_than_the_hidden_state_is_not_cached(tmp_path):
     tuning = tuning_of(tiny_base(tmp_path / "base", blocks=3))
     memory, events = {}, []
-    tuning.network.body.register_forward_pre_hook(lambda *_: memory.update(left=torch.zeros(())))
+    tuning.task.network.body.register_forward_pre_hook(lambda *_: memory.update(left=torch.zeros(())))
     tuning.blocks[0] = Remembering(tuning.blocks[0], memory, takes=False)
     tuning.blocks[2] = Remembering(tuning.blocks[2], memory, takes=True)
     tuning = Tuning(**{**vars(tuning), "trained": [tuning.blocks[2]]})
-    _, expected = label_losses(tuning.network, collate(tuning.examples))
+    _, expected = label_losses(tuning.task.network, collate(tuning.task.examples))
     for _ in range(2):  # and what was decided stays
         with cached_features(tuning, SPEC, tmp_path, events.append):
-            _, found = label_losses(tuning.network, collate(tuning.examples))
+            _, found = label_losses(tuning.task.network, collate(tuning.task.examples))
         assert torch.equal(found, expected)
         assert not (tmp_path / "features.bin").exists()
     assert json.loads((tmp_path / "features.json").read_text()) == {"cached": False}
@@ -202,7 +203,7 @@ def test_a_file_that_shrinks_is_named(tmp_path):
     with cached_features(tuning, SPEC, tmp_path, silent):
         (tmp_path / "features.bin").write_bytes(b"")
         with pytest.raises(StorageError, match=r"features\.bin"):
-            label_losses(tuning.network, collate(tuning.examples))
+            label_losses(tuning.task.network, collate(tuning.task.examples))
 
 
 class House:

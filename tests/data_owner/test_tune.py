@@ -120,7 +120,7 @@ def test_a_return_tells_nothing_about_the_data(house, tmp_path, method):
     manifest = json.loads((out / "offsite.json").read_text())
     assert set(manifest) == {
         "format", "requires", "files", "kind", "bundle", "signer", "recipient", "method", "lora", "bottleneck",
-            "tensors",
+            "tensors", "classes",
     }  # fmt: skip
     for path in out.iterdir():
         content = path.read_bytes()
@@ -322,7 +322,7 @@ def test_dropout_runs_in_trained_blocks_and_nowhere_else(house, tmp_path, monkey
 
     def watched(tuning, *rest):
         result = step(tuning, *rest)
-        seen["training"] = {name for name, module in tuning.network.body.named_modules() if module.training}
+        seen["training"] = {name for name, module in tuning.task.network.body.named_modules() if module.training}
         return result
 
     monkeypatch.setattr(train, "_step", watched)

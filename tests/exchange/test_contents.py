@@ -5,6 +5,7 @@ import pytest
 from offsite.exchange.contents import (
     ALLOWED_KEYS,
     GENERATION_CONFIG,
+    PROCESSOR,
     SPECIAL_TOKENS,
     TOKENIZER_CONFIG,
     allowed_in_bundle,
@@ -38,7 +39,7 @@ BAD = [
     "README.md",
     "tf_model.h5",
     "model.gguf",
-    "preprocessor_config.json",
+    "processor_config.json",
     "custom_generate.py",
     "Config.json",
     "consolidated.pth",
@@ -56,13 +57,52 @@ def test_files_that_it_may_not(name: str) -> None:
     assert not is_weights(name)
 
 
-@pytest.mark.parametrize("name", sorted(ALLOWED_KEYS))
+@pytest.mark.parametrize("name", sorted(set(ALLOWED_KEYS) - {PROCESSOR}))
 def test_cleaned_is_without_problems(name: str) -> None:
     content = dict.fromkeys(ALLOWED_KEYS[name], "x") | {"auto_map": {}, "name_or_path": "/home/x", "_private": 1}
     kept = cleaned(name, content)
     assert set(kept) == ALLOWED_KEYS[name]
     assert content_problems(name, kept) == []
     assert len(content_problems(name, content)) == 3
+
+
+PLAIN = {
+    "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": 224, "width": 224},
+    "resample": 3, "do_center_crop": None, "crop_size": 224, "do_rescale": True, "rescale_factor": 1 / 255,
+    "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [1, 0.5, 0.25], "do_convert_rgb": None,
+}  # fmt: skip
+
+
+def test_settings_of_an_image_processor() -> None:
+    assert set(PLAIN) == ALLOWED_KEYS[PROCESSOR]
+    assert content_problems(PROCESSOR, PLAIN) == []
+    assert content_problems(PROCESSOR, {}) == []
+    assert cleaned(PROCESSOR, {**PLAIN, "auto_map": {}}) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image_processor_type", "evil/module"),
+        ("do_resize", "x"),
+        ("do_rescale", 1),
+        ("size", {"longest_edge": 224}),
+        ("size", {"height": 100_000, "width": 100_000}),
+        ("size", {"height": 0, "width": 1}),
+        ("size", "224"),
+        ("crop_size", {"height": True, "width": 224}),
+        ("resample", 6),
+        ("resample", "bicubic"),
+        ("rescale_factor", "1/255"),
+        ("image_mean", 0.5),
+        ("image_mean", []),
+        ("image_mean", ["a"]),
+        ("image_std", [0.5, 0, 0.5]),
+        ("auto_map", {"AutoImageProcessor": "evil.Processor"}),
+    ],
+)
+def test_settings_that_an_image_processor_may_not_have(key: str, value: object) -> None:
+    assert len(content_problems(PROCESSOR, PLAIN | {key: value})) == 1
 
 
 @pytest.mark.parametrize("value", ["a.b", "a/b", "a--b", "", None, 3, ["x"], "x" * 65])

@@ -64,7 +64,7 @@ def test_return_without_anything_about_the_data() -> None:
     fields = set(ReturnManifest.model_fields)
     assert fields == {
         "kind", "format", "requires", "files", "bundle", "signer", "recipient", "method", "lora",
-        "bottleneck", "tensors",
+        "bottleneck", "tensors", "classes",
     }  # fmt: skip
     assert set(LoraSettings.model_fields) == {"rank", "alpha", "targets"}
 

@@ -19,12 +19,12 @@ from offsite.core.checkpoint import WEIGHTS, open_checkpoint, read_chunks
 from offsite.core.load import load_model
 from offsite.exchange.artifacts import Base
 from offsite.model_owner.plug_in import plug_in
-from tiny import KINDS, Parties
+from tiny import KINDS, LANGUAGE, Parties
 
 MakeBase = Callable[..., Path]
 BLOCKS = 4
 # One kind of each family.
-PLAIN = [next(kind for kind in KINDS if KINDS[kind]["family"] == family) for family in ARCHITECTURES]
+PLAIN = [next(kind for kind in KINDS if KINDS[kind]["family"] == family) for family in LANGUAGE]
 
 
 def respelled(

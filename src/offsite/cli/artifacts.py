@@ -139,7 +139,7 @@ def _by_linear_map(manifest: "BundleManifest") -> dict[str, list[int]]:
 
     row = ARCHITECTURES[manifest.architecture]
     blocks: dict[str, list[int]] = {}
-    for index, path in sorted(place for name in manifest.lora_targets if (place := row.block_of(name))):
+    for index, path in sorted(place for name in manifest.lora_targets if (place := row.map_of(name))):
         blocks.setdefault(path, []).append(index)
     return blocks
 
@@ -155,6 +155,7 @@ def _return(manifest: "ReturnManifest", digest: str, home: "Home") -> dict[str, 
         "bottleneck": {"width": manifest.bottleneck.width} if manifest.bottleneck else None,
         "tensors": len(manifest.tensors),
         "numbers": numbers_in(manifest.tensors.values()),
+        **({"classes": list(manifest.classes)} if manifest.classes else {}),
     }
 
 

@@ -17,12 +17,14 @@ def tune(
     context: typer.Context,
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="the folder that the model's owner sent")],
     data: Annotated[
-        Path, typer.Option(metavar="FILE", help="rows: JSONL, .csv, .parquet, .txt, or a saved dataset folder")
+        Path,
+        typer.Option(metavar="FILE", help="rows: JSONL, .csv, .parquet, .txt, a saved dataset folder; or pictures"),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="new folder for the return")],
     eval_data: Annotated[Path | None, typer.Option(metavar="FILE", help="held-out rows to validate on")] = None,
     tensorboard: Annotated[Path | None, typer.Option(metavar="FOLDER", help="log for TensorBoard as well")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run, bit for bit")] = False,
+    skip_bad: Annotated[bool | None, flags.SKIP_BAD] = None,
     method: Annotated[str | None, flags.SETTING] = None,
     rank: Annotated[int | None, flags.SETTING] = None,
     width: Annotated[int | None, flags.SETTING] = None,
@@ -62,6 +64,7 @@ def tune(
             "batch_size": batch_size,
             "memory": memory,
             "gradient_checkpointing": gradient_checkpointing,
+            "skip_bad": skip_bad,
         },
     )
     from offsite.data_owner.permitted import require_permitted
@@ -90,7 +93,7 @@ def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
     """What the return will contain, in words: every file, and the tensors by block."""
     from offsite.core.architectures import ARCHITECTURES
     from offsite.data_owner.plan import returned_tensors
-    from offsite.exchange.contents import ADAPTER_CONFIG, WEIGHTS_OF
+    from offsite.exchange.contents import ADAPTER_CONFIG, CLASSIFIER, WEIGHTS_OF
     from offsite.exchange.manifest import MANIFEST, SIGNATURE
 
     tensors = returned_tensors(manifest, spec)
@@ -99,15 +102,19 @@ def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
     if spec.method == "lora":
         files = [ADAPTER_CONFIG, *files]
         row = ARCHITECTURES[manifest.architecture]
-        linears = sorted({place[1] for name in manifest.lora_targets if (place := row.block_of(name))})
+        linears = sorted({place[1] for name in manifest.lora_targets if (place := row.map_of(name))})
         what = f"LoRA pairs of rank {spec.rank} on {', '.join(linears)}"
     elif spec.method == "bottleneck":
         what = f"bottlenecks of width {spec.width} behind attention and MLP"
     else:
         what = "their biases" if spec.method == "bitfit" else "their own weights"
+    vision = ARCHITECTURES[manifest.architecture].vision is not None
+    if vision:
+        files = sorted([*files, CLASSIFIER])
+    also = ", and a classifier with the NAMES OF YOUR CLASSES" if vision else ""
     blocks = artifacts.ranges(manifest.split.trained)
     return (
         f"the return will hold {', '.join(files)} and nothing else: for blocks {blocks} of the bundle, {what} "
-        f"({len(tensors)} tensors, {numbers:,} numbers, {4 * numbers / 2**20:.1f} MiB); "
-        "no paths, no names, no row counts, no losses"
+        f"({len(tensors)} tensors, {numbers:,} numbers, {4 * numbers / 2**20:.1f} MiB){also}; "
+        f"no paths, no {'other ' if vision else ''}names, no row counts, no losses"
     )

@@ -59,6 +59,7 @@ PlanFlag = Annotated[bool, typer.Option("--plan", help="print what it will do an
 VersionFlag = Annotated[
     bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
 ]
+SKIP_BAD = typer.Option("--skip-bad", help="leave out pictures that cannot be read")
 SETTING = typer.Option(rich_help_panel=SETTINGS)  # help, default and choices come from the spec
 
 

@@ -1,6 +1,6 @@
 """Scoring a model: eval."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,9 +18,13 @@ def eval_(
     ],
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="rows: JSONL, .csv, .parquet, .txt, or a saved dataset folder"),
+        typer.Option(metavar="FILE", help="rows: JSONL, .csv, .parquet, .txt, a saved dataset folder; or pictures"),
     ] = None,
     adapter: Annotated[Path | None, typer.Option(metavar="FOLDER", help="PEFT adapter: a return or a plug-in")] = None,
+    probe: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="pictures to fit a linear probe on an encoder without a head")
+    ] = None,
+    skip_bad: Annotated[bool | None, flags.SKIP_BAD] = None,
     samples: Annotated[int, typer.Option(metavar="N", min=0, help="also generate answers to the first N prompts")] = 0,
     tasks: Annotated[
         str | None, typer.Option(metavar="NAMES", help="tasks of lm-evaluation-harness, with commas between them")
@@ -37,7 +41,8 @@ def eval_(
     """Score a model on rows: loss per labelled token, perplexity, and accuracy where rows are multiple choice.
 
     Prompts are not scored. Figures come with 95 % confidence intervals over rows. With --tasks, lm-evaluation-harness
-    scores the same model on tasks of its own or of yours (extra 'lm-eval').
+    scores the same model on tasks of its own or of yours (extra 'lm-eval'). Of an image model: accuracy and loss on
+    pictures.
 
     Example:
       offsite eval base/ --adapter plugged/ --data test.jsonl
@@ -48,7 +53,8 @@ def eval_(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if data is None and not names:
         raise UsageError("there is nothing to score on", next_step="give rows with --data, or tasks with --tasks")
-    spec = flags.settings(EvalSpec, config, {})
+    spec = flags.settings(EvalSpec, config, {"skip_bad": skip_bad})
+    _require_fitting(model, names, samples, probe)
     result: dict[str, Any] = {"model": str(model), "adapter": str(adapter) if adapter else None}
     with terminal.showing_progress() as progress:
         if names:  # first, since a task that is unknown or not installed is known at once
@@ -59,15 +65,42 @@ def eval_(
         if data is not None:
             from dataclasses import asdict
 
-            from offsite.measure.evaluate import evaluate
+            if _sees_images(model):
+                from offsite.measure.images import evaluate_images
 
-            score = evaluate(model, data, spec, adapter=adapter, samples=samples, progress=progress)
-            if row_scores is not None:
-                from offsite.measure.row_scores import write_row_scores
+                result |= asdict(evaluate_images(model, data, spec, adapter=adapter, probe=probe, progress=progress))
+            else:
+                from offsite.measure.evaluate import evaluate
 
-                write_row_scores(row_scores, score)
-            result |= {name: value for name, value in asdict(score).items() if name not in _ROW_BY_ROW}
+                score = evaluate(model, data, spec, adapter=adapter, samples=samples, progress=progress)
+                if row_scores is not None:
+                    from offsite.measure.row_scores import write_row_scores
+
+                    write_row_scores(row_scores, score)
+                result |= {name: value for name, value in asdict(score).items() if name not in _ROW_BY_ROW}
     terminal.show(result if as_json else with_intervals(result), as_json=as_json)
+
+
+def _sees_images(model: Path) -> bool:
+    from offsite.core.load import model_settings
+    from offsite.core.vision import sees_images
+
+    return sees_images(model_settings(model))
+
+
+def _require_fitting(model: Path, tasks: Sequence[str], samples: int, probe: Path | None) -> None:
+    """Refuse flags of the other kind of model.
+
+    Raises:
+        UsageError: a language model is to be probed, or an image model to write.
+    """
+    from offsite.errors import UsageError
+
+    images = _sees_images(model)
+    if images and (tasks or samples):
+        raise UsageError(f"{model} sees images and writes nothing", next_step="leave --tasks and --samples out")
+    if probe is not None and not images:
+        raise UsageError(f"{model} is no image model, so there is nothing to probe", next_step="leave --probe out")
 
 
 def with_intervals(result: Mapping[str, Any]) -> dict[str, Any]:

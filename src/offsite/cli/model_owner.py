@@ -14,7 +14,9 @@ _BaseFolder = Annotated[Path, typer.Argument(metavar="BASE", help="base checkpoi
 
 def import_(
     context: typer.Context,
-    source: Annotated[Path, typer.Argument(metavar="MODEL", help="a .gguf file, or a folder that transformers reads")],
+    source: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="a .gguf or .onnx file, or a folder that transformers reads")
+    ],
     out: _Out,
     config: flags.ConfigFlag = None,
     as_json: flags.JsonFlag = False,

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from offsite.core.families import FAMILIES
-from offsite.core.family import Architecture, config_problems
+from offsite.core.family import Architecture, Vision, config_problems
+from offsite.core.vision_families import VISION_FAMILIES
 from offsite.errors import IncompatibleError
 
-__all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "config_problems"]
+__all__ = ["ARCHITECTURES", "Architecture", "Vision", "architecture_of", "config_problems"]
 
-ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in FAMILIES}
+ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in (*FAMILIES, *VISION_FAMILIES)}
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:

@@ -41,8 +41,22 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Vision:
+    """What a family of vision encoders has beside its blocks, and the classifier that transformers makes of it."""
+
+    class_name: str  # the classifier's
+    prefix: str  # path of the encoder in the classifier
+    features: tuple[str, ...]  # what its linear head reads, side by side: "class", "mean" (of patches) or "pooled"
+    before: tuple[str, ...] = ("1",)  # tokens before the patches: numbers and config keys, added up
+    stays: tuple[str, ...] = ()  # starts of names of tensors that are no part of the encoder: heads, poolers, buffers
+    keywords: Mapping[str, Any] = field(default_factory=dict)  # with which transformers builds the encoder alone
+    tower_of: str = ""  # model type of a larger model that this is the image tower of, and the classifier's
+    any_size: bool = False  # whether it fits its position embeddings to the image by itself
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """One family of decoder language models.
+    """One family of decoder language models, or of vision encoders, which have no head of their own.
 
     Sizes are products of numbers and config keys ("3*n_embd"); a factor that the config leaves out is free. Conditions
     are words that must all hold: "key", "!key", "key=2" or "key!=other"; " or " separates alternatives. Of a mixture of
@@ -80,6 +94,9 @@ class Architecture:
     numbered: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     experts: Experts | None = None
     adapted: tuple[str, ...] = ()  # linear maps where LoRA may sit; (): all of them
+    vision: Vision | None = None
+    module_blocks: str = ""  # path of the list of blocks in modules, if another
+    mlp_scale: str | None = None  # tensor of a block by which what mlp_out gives is multiplied before it is added
 
     @property
     def lora_linears(self) -> tuple[str, ...]:
@@ -91,6 +108,8 @@ class Architecture:
 
         A module's name of a tensor becomes that of files; a stack of experts, which no single name has, keeps its own.
         """
+        if self.vision is not None:
+            return self._name_in_encoder(stored, self.vision)
         name = self.spellings.get(stored, stored)
         prefixed = f"{self.blocks.partition('.')[0]}.{name}"
         if self.block_of(prefixed) or prefixed in self.embeddings or prefixed in self.final:
@@ -100,6 +119,32 @@ class Architecture:
             paths = {module: path for path, module in self.modules.items()}
             name = self.in_block(place[0], paths.get(place[1], place[1]))
         return None if _BUFFERS.fullmatch(name) else name
+
+    def _name_in_encoder(self, stored: str, vision: Vision) -> str | None:
+        """A tensor's name in files of the encoder alone; None for what is no part of it."""
+        name = stored.removeprefix(f"{vision.prefix}.")
+        if name.startswith(vision.stays):
+            return None
+        files = {module: path for path, module in self.modules.items()}
+        match = re.fullmatch(rf"{re.escape(self.module_blocks or self.blocks)}\.(0|[1-9]\d{{0,4}})\.(.+)", name)
+        return self.in_block(int(match[1]), files.get(match[2], match[2])) if match else files.get(name, name)
+
+    def module_of(self, name: str) -> str:
+        """The name in modules of a tensor or linear map, by its name in files."""
+        place = self.block_of(name)
+        if place is None:
+            return self.modules.get(name, name)
+        path = self.modules.get(place[1])
+        if path is None:  # no tensor, or one whose name is the same
+            path = self.modules.get(f"{place[1]}.weight", f"{place[1]}.weight").removesuffix(".weight")
+        return f"{self.module_blocks or self.blocks}.{place[0]}.{path}"
+
+    def map_of(self, target: str) -> tuple[int, str] | None:
+        """The block of a linear map and its path there in files, by its name in modules; None if none is named so."""
+        weight = self.name_of(f"{target}.weight")
+        if weight is None or self.module_of(weight) != f"{target}.weight":
+            return None
+        return self.block_of(weight.removesuffix(".weight"))
 
     def stacked(self, name: str, count: int) -> list[tuple[str, ...]] | None:
         """The names in files of what a module's parameter stacks: the maps of each of `count` experts, in order.
@@ -119,7 +164,7 @@ class Architecture:
 
     def is_linear(self, name: str) -> bool:
         """Whether a tensor of a file or parameter of a module is the weight of a linear map, or a stack of them."""
-        place = self.block_of(name)
+        place = self.block_of((self.name_of(name) or name) if self.vision else name)
         if place is None:
             return False
         path, _, kind = self.pattern_of(place[1]).rpartition(".")
@@ -267,7 +312,7 @@ class Architecture:
     def outer_tensors(self, config: Mapping[str, Any]) -> frozenset[str]:
         """The names of all tensors outside the blocks; a tied head is none."""
         around = (*self.embedding_tensors(config), *self._present(self.final, config))
-        return frozenset({*around, *(() if self.tied(config) else (self.head,))})
+        return frozenset({*around, *(() if self.tied(config) or not self.head else (self.head,))})
 
     def sizes_of(self, name: str) -> str | None:
         """The sizes of a tensor by its full name, or None if no tensor of the family has that name."""

@@ -2,13 +2,13 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offsite.core.architectures import ARCHITECTURES, architecture_of
+from offsite.core.architectures import ARCHITECTURES, Architecture, architecture_of
 from offsite.core.checkpoint import FLOATS, TensorRange, open_checkpoint, read_chunks, read_header, strict_json
 from offsite.core.mixture import experts_implementation, in_files
 from offsite.core.modules.bottleneck import insert_bottlenecks
@@ -31,7 +31,7 @@ _FOREIGN_KEYS = frozenset({"auto_map", "custom_pipelines", "transformers_weights
 
 
 def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
-    """Load a causal language model, in eval mode and frozen.
+    """Load a causal language model, or a vision encoder without any head, in eval mode and frozen.
 
     Args:
         folder: a plain checkpoint: base, bundle or merged plug-in.
@@ -43,7 +43,41 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> "Pr
         IncompatibleError: the folder asks for foreign code, holds an adapter, or its tensors are not exactly the
             model's; every missing, unexpected and mismatched key is listed.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    row = ARCHITECTURES.get(str(model_settings(folder).get("model_type")))
+    auto = AutoModel if row is not None and row.vision else AutoModelForCausalLM
+    return _load(auto, folder, dtype, device, row.vision.keywords if row is not None and row.vision else {})
+
+
+def load_classifier(folder: Path, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
+    """Load an image classifier, such as a merged plug-in, in eval mode and frozen; raises as `load_model`."""
+    from transformers import AutoModelForImageClassification
+
+    return _load(AutoModelForImageClassification, folder, dtype, device, {})
+
+
+def model_settings(folder: Path) -> dict[str, Any]:
+    """The config of a model folder that may be loaded.
+
+    Raises:
+        StorageError: there is none, or it cannot be read.
+        IncompatibleError: the folder asks for foreign code, or holds an adapter.
+    """
+    _check_folder(folder)
+    return _read_settings(folder / "config.json")
+
+
+def encoder_keywords(row: Architecture, config: "PretrainedConfig") -> dict[str, Any]:
+    """With what transformers builds the encoder alone, beside what its config says."""
+    keywords = row.vision.keywords if row.vision else {}
+    return {key: value for key, value in keywords.items() if not hasattr(config, key)}
+
+
+def _load(
+    auto: Any, folder: Path, dtype: torch.dtype, device: torch.device, keywords: Mapping[str, Any]
+) -> "PreTrainedModel":
+    from transformers import AutoConfig
 
     _check_folder(folder)
     config, declared = _config_of(folder)
@@ -51,7 +85,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> "Pr
         return _load_declared(folder, config, declared, dtype=dtype, device=device)
     open_checkpoint(folder)  # transformers' own message for a truncated file names no file
     with quiet(), _incompatible(folder):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention_of(AutoConfig.from_pretrained(folder, **_OFFLINE)),
@@ -59,6 +93,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> "Pr
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are listed instead of the first one raised
             **_OFFLINE,
+            **keywords,
             use_safetensors=True,
         )
     problems = [f"missing tensor {name}" for name in sorted(info["missing_keys"])]
@@ -334,7 +369,7 @@ def _incompatible(folder: Path) -> Iterator[None]:
 def _check_folder(folder: Path) -> None:
     """Refuse what would run foreign code, reach outside the folder, or silently load something else."""
     problems = []
-    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json"):
         file = folder / name
         if file.exists():
             problems += [f"{name} has {found}" for found in _foreign(_read_settings(file))]
@@ -400,9 +435,9 @@ def _check_adapter(adapter: Path) -> None:
 
 def attention_of(config: "PretrainedConfig") -> str:
     """SDPA, or the plain one where the family has no other, as under a cap on attention's logits."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) or MODEL_MAPPING.get(type(config), None)
     capped = getattr(config, "attn_logit_softcapping", None)
     return "sdpa" if getattr(family, "_supports_sdpa", True) and not capped else "eager"
 

@@ -15,12 +15,12 @@ import torch
 
 from offsite.config import TuneSpec
 from offsite.core.checkpoint import strict_json
-from offsite.core.data import Example, collate
-from offsite.core.loss import label_losses
+from offsite.core.data import Example
 from offsite.core.progress import Event, Progress
 from offsite.core.runtime import Runtime
 from offsite.core.storage import replace_file
 from offsite.data_owner.recompute import keep_activations, recompute
+from offsite.data_owner.task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.errors import StorageError, UsageError
 
@@ -65,7 +65,7 @@ def _recompute(tuning: Tuning, again: bool) -> None:
 
 
 def _fit(tuning: Tuning, spec: TuneSpec, where: Runtime, progress: Progress) -> Fit:
-    examples, budget = tuning.examples, _parse(str(spec.memory))
+    examples, budget = _text(tuning).examples, _parse(str(spec.memory))
     numbers = sum(master.numel() for master in tuning.weights.masters.values())
     later = numbers * (8 if where.dtype == torch.float32 else 12)  # AdamW's moments, and gradients in fp32
     ceiling = int(budget * (1 - _SPARE)) - later
@@ -93,13 +93,21 @@ def _fit(tuning: Tuning, spec: TuneSpec, where: Runtime, progress: Progress) -> 
     )
 
 
+def _text(tuning: Tuning) -> TextTask:
+    if not isinstance(tuning.task, TextTask):
+        raise UsageError(
+            "--memory is for text, whose rows differ in length",
+            next_step="of pictures choose how many run at once: micro_batch_images in --config",
+        )
+    return tuning.task
+
+
 def _run(tuning: Tuning, rows: Sequence[int]) -> None:
     """A forward and backward pass that leaves nothing behind."""
     for block in tuning.trained:
         block.train()
     with torch.random.fork_rng(devices=[]):  # dropout will draw as it would have without the trial
-        total, _ = label_losses(tuning.network, collate([tuning.examples[i] for i in rows]))
-        torch.autograd.backward(total)
+        torch.autograd.backward(tuning.task.loss(rows, 0, 0))
     tuning.weights.forget_gradients()
 
 

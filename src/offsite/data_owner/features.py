@@ -28,6 +28,7 @@ from offsite.core.progress import Event, Progress
 from offsite.core.storage import replace_file, storage_errors, write_stream
 from offsite.data_owner.recompute import Recomputed, Wrapped
 from offsite.data_owner.schedule import rows_of_steps, step_count
+from offsite.data_owner.task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.errors import IncompatibleError, StorageError
 
@@ -52,11 +53,14 @@ def cached_features(tuning: Tuning, spec: TuneSpec, folder: Path, progress: Prog
     Raises:
         StorageError: a file cannot be written or read.
     """
+    if not isinstance(tuning.task, TextTask):  # pictures are seen anew in every epoch
+        yield
+        return
     blocks = dict(tuning.blocks.named_children())
     trained = {id(block) for block in tuning.trained}
     before = next(i for i, block in enumerate(blocks.values()) if id(_plain(block)) in trained)
-    epoch = math.ceil(len(tuning.examples) / spec.batch_size)
-    if spec.cache_features == "off" or not before or step_count(spec, len(tuning.examples)) <= epoch:
+    rows = tuning.task.rows
+    if spec.cache_features == "off" or not before or step_count(spec, rows) <= math.ceil(rows / spec.batch_size):
         yield
         return
     features = _Features()
@@ -72,12 +76,18 @@ def cached_features(tuning: Tuning, spec: TuneSpec, folder: Path, progress: Prog
                 with storage_errors(file):
                     opened.enter_context(features.read_from(file))
                 opened.callback(
-                    tuning.network.body.register_forward_pre_hook(features.recognise, with_kwargs=True).remove
+                    _text(tuning).network.body.register_forward_pre_hook(features.recognise, with_kwargs=True).remove
                 )
             yield
     finally:
         for name, block in frozen.items():
             tuning.blocks.register_module(name, block)
+
+
+def _text(tuning: Tuning) -> TextTask:
+    if not isinstance(tuning.task, TextTask):
+        raise TypeError("features of something else than text were asked for")
+    return tuning.task
 
 
 class _Features:
@@ -163,12 +173,14 @@ def _entering(tuning: Tuning, first: nn.Module, batch: Batch) -> Tensor:
 
     handle = first.register_forward_pre_hook(stop)
     try:
-        label_losses(tuning.network, batch)
+        label_losses(_text(tuning).network, batch)
     except _Reached as reached:
         return reached.hidden
     finally:
         handle.remove()
-    raise IncompatibleError(f"{type(tuning.network.body).__name__} does not call its blocks with the hidden state")
+    raise IncompatibleError(
+        f"{type(_text(tuning).network.body).__name__} does not call its blocks with the hidden state"
+    )
 
 
 def _settled(
@@ -179,8 +191,8 @@ def _settled(
     decided = _decided(record) if record.exists() else None
     if decided is False:
         return False
-    agree = _agree(tuning, first, features, rows_of_steps(spec, tuning.examples)(0))
-    features.places, tokens = _places(tuning.examples)
+    agree = _agree(tuning, first, features, rows_of_steps(spec, tuning.task.rows, tuning.task.order)(0)[1])
+    features.places, tokens = _places(_text(tuning).examples)
     if decided is None:
         size, numbers = tokens * features.bytes_per_token, sum(map(torch.numel, tuning.weights.masters.values()))
         with storage_errors(folder):
@@ -214,15 +226,15 @@ def _agree(tuning: Tuning, first: nn.Module, features: _Features, rows: Sequence
     """Whether some rows have the same losses with the frozen blocks skipped as with them run."""
     for block in tuning.trained:
         block.eval()
-    group = next(micro_batches(tuning.examples, rows, _TOKENS))
-    batch = collate([tuning.examples[i] for i in group])
-    expected = label_losses(tuning.network, batch)[1]
+    group = next(micro_batches(_text(tuning).examples, rows, _TOKENS))
+    batch = collate([_text(tuning).examples[i] for i in group])
+    expected = label_losses(_text(tuning).network, batch)[1]
     states = _entering(tuning, first, batch)
     features.width, features.dtype = states.shape[-1], states.dtype
     mask = torch.from_numpy(batch.mask).to(states.device, torch.bool)
     try:
         features.known = states.masked_fill(~mask[..., None], 0)  # as they are read
-        found = label_losses(tuning.network, batch)[1]
+        found = label_losses(_text(tuning).network, batch)[1]
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):  # it misses what a block returned beside
         return False
     finally:
@@ -249,7 +261,7 @@ def _groups(examples: Sequence[Example]) -> Iterator[list[int]]:
 
 def _write(tuning: Tuning, first: nn.Module, features: _Features, file: Path, progress: Progress) -> None:
     """Run every row through the frozen blocks and write what comes out, unless an interrupted run has done so."""
-    examples = tuning.examples
+    examples = _text(tuning).examples
     size = features.bytes_per_token * sum(len(examples[i].ids) - 1 for group in _groups(examples) for i in group)
     if file.exists() and file.stat().st_size == size:
         return

@@ -29,6 +29,7 @@ from offsite.core.modules.declared import unwrapped
 from offsite.core.rows import read_rows
 from offsite.data_owner.permitted import require_permitted
 from offsite.data_owner.schedule import step_count
+from offsite.errors import UsageError
 from offsite.exchange.artifacts import Bundle
 from offsite.exchange.contents import CONFIG, TOKENIZER_FILES
 from offsite.exchange.lora_folder import adapter_tensors
@@ -91,10 +92,13 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
         PolicyError: the bundle does not permit the method or the rank.
         DataError: the rows cannot be read.
         StorageError: the bundle cannot be read.
+        UsageError: the bundle is of an image encoder.
     """
     manifest, folder = bundle.manifest, bundle.folder
     require_permitted(manifest, spec)
     row = ARCHITECTURES[manifest.architecture]
+    if row.vision is not None:
+        raise UsageError("plans are made for language models alone", next_step="leave --plan out for an image encoder")
     config, declared = unwrapped(strict_json((folder / CONFIG).read_bytes()))
     tensors = open_checkpoint(folder).tensors
     returned = returned_tensors(manifest, spec)

@@ -2,10 +2,9 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from offsite.config import TuneSpec
-from offsite.core.data import Example, step_batches
 
 
 def step_count(spec: TuneSpec, rows: int) -> int:
@@ -13,15 +12,23 @@ def step_count(spec: TuneSpec, rows: int) -> int:
     return spec.max_steps or max(1, math.ceil(spec.epochs * math.ceil(rows / spec.batch_size)))
 
 
-def rows_of_steps(spec: TuneSpec, examples: Sequence[Example]) -> Callable[[int], list[int]]:
-    """A function from a step (from 0) to its rows; it depends on nothing that ran before."""
-    per_epoch = math.ceil(len(examples) / spec.batch_size)
+def rows_of_steps(
+    spec: TuneSpec, rows: int, order: Callable[[int, int, int], list[list[int]]]
+) -> Callable[[int], tuple[int, list[int]]]:
+    """A function from a step (from 0) to its epoch and its rows; it depends on nothing that ran before.
+
+    Args:
+        spec: rows in a step, and the seed.
+        rows: how many there are.
+        order: from those and an epoch to the rows of every step of it.
+    """
+    per_epoch = math.ceil(rows / spec.batch_size)
 
     @functools.lru_cache(maxsize=1)
     def of_epoch(epoch: int) -> list[list[int]]:
-        return step_batches(examples, rows=spec.batch_size, seed=spec.seed, epoch=epoch)
+        return order(spec.batch_size, spec.seed, epoch)
 
-    return lambda step: of_epoch(step // per_epoch)[step % per_epoch]
+    return lambda step: (step // per_epoch, of_epoch(step // per_epoch)[step % per_epoch])
 
 
 def learning_rate(spec: TuneSpec, step: int, steps: int) -> float:

@@ -12,10 +12,11 @@ from offsite.core.checkpoint import write_safetensors
 from offsite.core.mixture import in_files
 from offsite.core.resume import to_be_written
 from offsite.core.storage import staged_folder, write_stream
+from offsite.core.vision import BIAS, WEIGHT
 from offsite.data_owner.methods.lora import lora_settings
 from offsite.errors import OffsiteError
 from offsite.exchange.artifacts import Bundle, Return
-from offsite.exchange.contents import ADAPTER_CONFIG, WEIGHTS_OF
+from offsite.exchange.contents import ADAPTER_CONFIG, CLASSIFIER, WEIGHTS_OF
 from offsite.exchange.lora_folder import adapter_config
 from offsite.exchange.manifest import FORMAT, BottleneckSettings, ReturnManifest, TensorEntry
 from offsite.exchange.pack import file_entries, seal
@@ -28,6 +29,7 @@ def send_back(
     spec: TuneSpec,
     out: Path,
     identity: Identity,
+    classes: tuple[str, ...] | None = None,
 ) -> Return:
     """Write and sign a return.
 
@@ -37,12 +39,15 @@ def send_back(
         spec: how they were tuned.
         out: the return's folder; it appears whole or not at all.
         identity: the bundle's recipient, who signs.
+        classes: what the classifier among the tensors tells apart; None where there is none.
 
     Raises:
         OffsiteError: a tensor holds NaN or infinity; nothing is signed.
         UsageError: `out` holds something.
         StorageError: it cannot be written; `out` is then as it was.
     """
+    head = {name: tensor for name, tensor in tensors.items() if name in (WEIGHT, BIAS)} if classes else {}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in head}
     if spec.method in ("full", "bitfit"):
         tensors = in_files(ARCHITECTURES[bundle.manifest.architecture], tensors)
     broken = sorted(name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
@@ -56,6 +61,8 @@ def send_back(
     with staged_folder(out) as staging:
         ordered = [to_be_written(name, tensors[name]) for name in sorted(tensors)]
         written = [write_safetensors(staging / WEIGHTS_OF[spec.method], ordered)]
+        if head:
+            written.append(write_safetensors(staging / CLASSIFIER, [to_be_written(*pair) for pair in head.items()]))
         if lora:
             config = adapter_config(lora, ARCHITECTURES[bundle.manifest.architecture])
             written.append(write_stream(staging / ADAPTER_CONFIG, [json.dumps(config, indent=1).encode() + b"\n"]))
@@ -70,6 +77,7 @@ def send_back(
             method=spec.method,
             lora=lora,
             bottleneck=BottleneckSettings(width=spec.width) if spec.method == "bottleneck" else None,
+            classes=classes,
             tensors={name: TensorEntry(shape=tuple(tensor.shape), dtype="F32") for name, tensor in tensors.items()},
         )
         digest = seal(staging, manifest, identity)

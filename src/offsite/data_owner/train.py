@@ -4,7 +4,7 @@ import collections
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,14 @@ import torch
 from torch import nn
 
 from offsite.config import TuneSpec
-from offsite.core.data import Example, collate, micro_batches
-from offsite.core.loss import Network, label_losses
 from offsite.core.progress import Event, Progress
 from offsite.core.resume import RunState
 from offsite.core.run_log import run_log, stop_requests
 from offsite.core.weights import TrainedWeights
 from offsite.data_owner.board import board
 from offsite.data_owner.schedule import learning_rate, rows_of_steps, step_count
+from offsite.data_owner.task import Task
 from offsite.errors import OffsiteError
-from offsite.measure.row_losses import perplexity, row_losses
 
 _SPEED_STEPS = 20  # steps over which speed and time left are averaged
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -31,13 +29,12 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class Tuning:
     """What a training run works on."""
 
-    network: Network
+    task: Task
     blocks: nn.Module  # the list of all of them
     trained: Sequence[nn.Module]  # those that train: dropout runs in these and nowhere else
     weights: TrainedWeights
     decayed: frozenset[str]  # trained weights that decay: those of linear maps
-    examples: Sequence[Example]
-    held_out: Sequence[Example]  # may be empty
+    faster: Mapping[str, float] = field(default_factory=dict)  # weights whose learning rate is multiplied by this
 
 
 def train(
@@ -56,10 +53,10 @@ def train(
         StorageError: a resume point or the log cannot be written.
         KeyboardInterrupt: the user stopped it; a resume point was saved.
     """
-    steps = step_count(spec, len(tuning.examples))
+    steps = step_count(spec, tuning.task.rows)
     optimizer = _optimizer(tuning, spec)
     done = _restore(tuning, optimizer, state)
-    rows_of = rows_of_steps(spec, tuning.examples)
+    rows_of = rows_of_steps(spec, tuning.task.rows, tuning.task.order)
     speed = _Speed()
     whole = True  # whether the weights are those after `done` steps, and not between two
     with run_log(log) as to_file, board(tensorboard) as to_board, stop_requests() as stopping:
@@ -72,7 +69,7 @@ def train(
         try:
             while done < steps:
                 whole = False
-                facts = _step(tuning, optimizer, spec, rows_of(done), learning_rate(spec, done, steps))
+                facts = _step(tuning, optimizer, spec, *rows_of(done), learning_rate(spec, done, steps))
                 done, whole = done + 1, True
                 speed.add(facts["tokens"])
                 write({"event": "step", "step": done, **facts, "tokens_per_s": speed.tokens_per_s})
@@ -91,16 +88,17 @@ def train(
 
 
 def _step(
-    tuning: Tuning, optimizer: torch.optim.Optimizer, spec: TuneSpec, rows: Sequence[int], rate: float
+    tuning: Tuning, optimizer: torch.optim.Optimizer, spec: TuneSpec, epoch: int, rows: Sequence[int], rate: float
 ) -> dict[str, float]:
     """One optimiser step; the loss is per labelled token of the whole step, however it is cut into micro-batches."""
-    examples, masters = tuning.examples, list(tuning.weights.masters.values())
-    labels = sum(examples[i].labels for i in rows)
+    task, masters = tuning.task, list(tuning.weights.masters.values())
+    size = task.size(rows)
+    labels = size["labels"]
     nats = 0.0
     for block in tuning.trained:
         block.train()
-    for group in micro_batches(examples, rows, spec.micro_batch_tokens):
-        total, _ = label_losses(tuning.network, collate([examples[i] for i in group]))
+    for group in task.groups(rows, spec):
+        total = task.loss(group, spec.seed, epoch)
         torch.autograd.backward(total / labels)
         tuning.weights.collect_gradients()
         nats += float(total.detach())
@@ -112,19 +110,28 @@ def _step(
             next_step="lower --lr; if it happens at the first step, the bundle's weights or the rows are odd",
         )
     for parameters in optimizer.param_groups:
-        parameters["lr"] = rate
+        parameters["lr"] = rate * parameters["faster"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tuning.weights.publish()
-    tokens = sum(len(examples[i].ids) for i in rows)
-    return {"loss": nats / labels, "lr": rate, "grad_norm": norm, "tokens": tokens, "labels": labels}
+    return {"loss": nats / labels, "lr": rate, "grad_norm": norm, **size}
 
 
 def _optimizer(tuning: Tuning, spec: TuneSpec) -> torch.optim.AdamW:
     masters = tuning.weights.masters
-    decayed = [master for name, master in masters.items() if name in tuning.decayed]
-    rest = [master for name, master in masters.items() if name not in tuning.decayed]
-    groups = [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [
+                master
+                for name, master in masters.items()
+                if (name in tuning.decayed) is decays and tuning.faster.get(name, 1.0) == faster
+            ],
+            "weight_decay": spec.weight_decay if decays else 0.0,
+            "faster": faster,
+        }
+        for faster in sorted({1.0, *tuning.faster.values()})
+        for decays in (True, False)
+    ]
     fused = next(iter(masters.values())).device.type in ("cpu", "cuda", "mps", "xpu")
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=spec.peak_lr, fused=fused)
 
@@ -132,15 +139,11 @@ def _optimizer(tuning: Tuning, spec: TuneSpec) -> torch.optim.AdamW:
 def _validate(
     tuning: Tuning, spec: TuneSpec, step: int, write: Callable[[Mapping[str, Any]], None], progress: Progress
 ) -> None:
-    if not tuning.held_out:
-        return
     for block in tuning.trained:
         block.eval()
-    losses = row_losses(
-        tuning.network, tuning.held_out, 2 * spec.micro_batch_tokens, progress, f"validating step {step}"
-    )
-    loss = sum(row.nats for row in losses) / sum(row.tokens for row in losses)
-    write({"event": "validation", "step": step, "loss": loss, "perplexity": perplexity(loss)})
+    figures = tuning.task.validate(spec, progress, f"validating step {step}")
+    if figures:
+        write({"event": "validation", "step": step, **figures})
 
 
 def _save(tuning: Tuning, optimizer: torch.optim.Optimizer, state: RunState, step: int) -> None:
@@ -148,7 +151,7 @@ def _save(tuning: Tuning, optimizer: torch.optim.Optimizer, state: RunState, ste
     for name, master in tuning.weights.masters.items():
         tensors |= {f"{moment}.{name}": optimizer.state[master][moment] for moment in _MOMENTS}
     tensors["random.cpu"] = torch.get_rng_state()
-    device = tuning.network.head.weight.device
+    device = tuning.task.device
     if device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(device)
     state.save(step, tensors)
@@ -169,7 +172,7 @@ def _restore(tuning: Tuning, optimizer: torch.optim.Optimizer, state: RunState) 
         }
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"], tuning.network.head.weight.device)
+        torch.cuda.set_rng_state(tensors["random.cuda"], tuning.task.device)
     return step
 
 

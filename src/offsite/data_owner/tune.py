@@ -1,6 +1,9 @@
 """Tuning: verify a bundle, train its adapter on one's own rows, and write the signed return."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from offsite.config import TuneSpec
 from offsite.core.architectures import ARCHITECTURES
@@ -16,17 +19,23 @@ from offsite.core.rows import read_rows
 from offsite.core.run_log import log_file
 from offsite.core.runtime import Runtime, runtime, seeded
 from offsite.core.storage import require_free
+from offsite.core.vision import BIAS, WEIGHT, encoder_of
 from offsite.core.weights import TrainedWeights
 from offsite.data_owner.board import require_tensorboard
 from offsite.data_owner.budget import within_memory
 from offsite.data_owner.features import cached_features
+from offsite.data_owner.image_task import Album, ImageTask, head_parameters, new_head, open_album
 from offsite.data_owner.methods import METHODS
 from offsite.data_owner.permitted import require_permitted
 from offsite.data_owner.send_back import send_back
+from offsite.data_owner.task import Task, TextTask
 from offsite.data_owner.train import Tuning, train
 from offsite.exchange.artifacts import Bundle, Return
 from offsite.exchange.home import Home
 from offsite.exchange.verify import verify_bundle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Settings that do not change what comes out, so a resumed run may have others.
 _FREE_SETTINGS = frozenset({"save_every", "eval_every", "threads"})
@@ -81,18 +90,29 @@ def tune(
     require_permitted(verified.manifest, spec)
     where = runtime(spec.device, spec.compute, spec.threads)
     progress(Event("reading the rows", 0))
-    examples, held_out = _read(verified, data, spec), _read(verified, eval_data, spec)
+    prepare, classes = _reading(verified, data, eval_data, spec, progress)
     with seeded(spec.seed, where.device):
         state = RunState(run_folder(out), _identity_of_run(verified, data, spec, where), resume=resume)
         progress(Event("loading the model", 0))
-        tuning = _prepare(verified, spec, where, examples, held_out)
+        tuning = prepare(where)
         with cached_features(tuning, spec, state.folder, progress):
             fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
             train(tuning, fitted, state, log_file(out), progress, tensorboard=tensorboard)
     progress(Event("writing the return", 0))
-    returned = send_back(verified, tuning.weights.masters, spec, out, identity)
+    returned = send_back(verified, tuning.weights.masters, spec, out, identity, classes)
     state.remove()
     return returned
+
+
+def _reading(
+    bundle: Bundle, data: Path, eval_data: Path | None, spec: TuneSpec, progress: Progress
+) -> tuple[Callable[[Runtime], Tuning], tuple[str, ...] | None]:
+    """Read the rows; what makes a run of them once it is known where, and the names of classes of pictures."""
+    if ARCHITECTURES[bundle.manifest.architecture].vision is None:
+        examples, held_out = _read(bundle, data, spec), _read(bundle, eval_data, spec)
+        return lambda where: _prepare(bundle, spec, where, examples, held_out), None
+    album = open_album(bundle.folder, data, eval_data, spec, progress)
+    return lambda where: _prepare_images(bundle, spec, where, album, progress), album.classes
 
 
 def _read(bundle: Bundle, data: Path | None, spec: TuneSpec) -> tuple[Example, ...]:
@@ -112,15 +132,31 @@ def _identity_of_run(bundle: Bundle, data: Path, spec: TuneSpec, where: Runtime)
 def _prepare(
     bundle: Bundle, spec: TuneSpec, where: Runtime, examples: tuple[Example, ...], held_out: tuple[Example, ...]
 ) -> Tuning:
-    manifest, row = bundle.manifest, ARCHITECTURES[bundle.manifest.architecture]
     model = load_model(bundle.folder, dtype=where.dtype, device=where.device)
     network = take_apart(model)
     fuse(model)
     use_short_attention(model)
-    weights = TrainedWeights(METHODS[spec.method](model, manifest, spec))
-    blocks = model.get_submodule(row.blocks)
+    weights = TrainedWeights(METHODS[spec.method](model, bundle.manifest, spec))
+    return _tuning(bundle, spec, model, weights, TextTask(network, examples, held_out))
+
+
+def _prepare_images(bundle: Bundle, spec: TuneSpec, where: Runtime, album: Album, progress: Progress) -> Tuning:
+    model = load_model(bundle.folder, dtype=where.dtype, device=where.device)
+    encoder = encoder_of(model)
+    used = encoder.read_by(spec.pooling)
+    head = new_head(encoder, album, used, spec, progress)
+    made = head_parameters(head)
+    weights = TrainedWeights(METHODS[spec.method](model, bundle.manifest, spec) | made)
+    task = ImageTask(encoder, head, used, album, spec.augment)
+    tuning = _tuning(bundle, spec, model, weights, task)
+    return replace(tuning, decayed=tuning.decayed - {BIAS} | {WEIGHT}, faster=dict.fromkeys(made, spec.head_factor))
+
+
+def _tuning(bundle: Bundle, spec: TuneSpec, model: "PreTrainedModel", weights: TrainedWeights, task: Task) -> Tuning:
+    manifest, row = bundle.manifest, ARCHITECTURES[bundle.manifest.architecture]
+    blocks = model.get_submodule(row.module_blocks or row.blocks)
     return Tuning(
-        network=network,
+        task=task,
         blocks=blocks,
         trained=[blocks.get_submodule(str(index)) for index in manifest.split.trained],
         weights=weights,
@@ -132,6 +168,4 @@ def _prepare(
             or row.is_linear(name)
             or (spec.method == "bottleneck" and name.endswith(".weight"))
         ),
-        examples=examples,
-        held_out=held_out,
     )

@@ -159,7 +159,8 @@ def _bundle_returnable(sealed: Sealed) -> Iterator[str]:
     yield from names_differ("tensors that may come back", set(manifest.tensors), trained)
     yield from entries_differ(manifest.tensors, checkpoint.tensors)
     for target, (inputs, outputs) in manifest.lora_targets.items():
-        weight = checkpoint.tensors.get(f"{target}.weight")
+        place = row.map_of(target)
+        weight = checkpoint.tensors.get(f"{row.in_block(*place)}.weight") if place else None
         shape = (inputs, outputs) if row.transposed else (outputs, inputs)
         if weight is None or weight.shape != shape:
             found = weight.shape if weight else "no such weight"

@@ -26,8 +26,10 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+PROCESSOR = "preprocessor_config.json"  # how images become what a vision encoder is given
 RETURNED_WEIGHTS = "adapter.safetensors"  # the model's own tensors; a name that transformers and PEFT do not load
 BOTTLENECK_WEIGHTS = "bottleneck.safetensors"  # of bottlenecks, in a return and in a plug-in
+CLASSIFIER = "classifier.safetensors"  # the head that the data owner made; loaded by no library
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
 WEIGHTS_OF: Mapping[Method, str] = {  # the file of a return's tensors, by method
@@ -45,6 +47,12 @@ _TOKENS = frozenset(
     }
 )  # fmt: skip
 ALLOWED_KEYS: Mapping[str, frozenset[str]] = {
+    PROCESSOR: frozenset(
+        {
+            "image_processor_type", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale",
+            "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb",
+        }
+    ),
     GENERATION_CONFIG: frozenset(
         {
             "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p",
@@ -68,7 +76,7 @@ def is_weights(name: str) -> bool:
 
 def allowed_in_bundle(name: str) -> bool:
     """Whether a bundle may hold a file of this name."""
-    return is_weights(name) or name in (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES)
+    return is_weights(name) or name in (CONFIG, GENERATION_CONFIG, PROCESSOR, *TOKENIZER_FILES)
 
 
 def cleaned(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,16 +89,50 @@ def content_problems(name: str, content: object) -> list[str]:
     if not isinstance(content, dict):
         return [f"{name} is not a JSON object"]
     problems = [f"{name}: key {key!r} is not permitted" for key in sorted(set(content) - ALLOWED_KEYS[name])]
-    kind = content.get("tokenizer_class", "")
-    if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z0-9_]{0,64}", kind):
-        problems.append(f"{name}: tokenizer_class {str(kind)[:60]!r} is no class name")
+    for key in ("tokenizer_class", "image_processor_type"):
+        kind = content.get(key, "")
+        if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z0-9_]{0,64}", kind):
+            problems.append(f"{name}: {key} {str(kind)[:60]!r} is no class name")
+    if name == PROCESSOR:
+        problems += processor_problems(content)
     return problems
 
 
+def processor_problems(content: Mapping[str, Any]) -> list[str]:
+    """What in the settings of an image processor is none of the few that are understood."""
+    numbers = (int, float)
+    bad = [key for key in _SWITCHES if type(content.get(key, False)) not in (bool, type(None))]
+    bad += [key for key in ("image_mean", "image_std") if not _numbers(content.get(key, [1.0]))]
+    if isinstance(content.get("image_std"), list) and 0 in content["image_std"]:
+        bad.append("image_std")
+    bad += [key for key in ("size", "crop_size") if not _sides(content.get(key))]
+    if content.get("resample", 3) not in (0, 1, 2, 3, 4, 5) or type(content.get("resample", 3)) is not int:
+        bad.append("resample")
+    if type(content.get("rescale_factor", 1.0)) not in numbers:
+        bad.append("rescale_factor")
+    return [f"{PROCESSOR}: {key} = {str(content.get(key))[:60]!r} is no plain setting" for key in bad]
+
+
+_SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+_LARGEST_SIDE = 4096  # pixels
+
+
+def _numbers(value: object) -> bool:
+    return isinstance(value, list) and 1 <= len(value) <= 4 and all(type(one) in (int, float) for one in value)
+
+
+def _sides(value: object) -> bool:
+    """Whether a size is a side, or sides by name, that an image may sensibly be resized to."""
+    named = value if isinstance(value, dict) else {"height": 1 if value is None else value}
+    return set(named) in ({"height"}, {"height", "width"}, {"shortest_edge"}) and all(
+        type(side) is int and 1 <= side <= _LARGEST_SIDE for side in named.values()
+    )
+
+
 def tokenizer_digest(files: Iterable[FileEntry]) -> str:
-    """One SHA-256 for the tokenizer: over the names and digests of its files, in order of name."""
+    """One SHA-256 for the tokenizer or image processor: over the names and digests of its files, in order of name."""
     digest = hashlib.sha256()
     for entry in sorted(files, key=lambda entry: entry.name):
-        if entry.name in TOKENIZER_FILES:
+        if entry.name in (PROCESSOR, *TOKENIZER_FILES):
             digest.update(f"{entry.name} {entry.sha256}\n".encode())
     return digest.hexdigest()

@@ -14,7 +14,7 @@ def adapter_config(lora: LoraSettings, architecture: Architecture) -> dict[str, 
     """The content of `adapter_config.json` for PEFT: a plain LoRA on exactly these modules."""
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "FEATURE_EXTRACTION" if architecture.vision else "CAUSAL_LM",
         "base_model_name_or_path": None,
         "revision": None,
         "inference_mode": True,

@@ -24,6 +24,7 @@ TensorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
 Feature = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,64}$")]
 Size = Annotated[int, Field(ge=0, lt=2**56)]
+ClassName = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,128}$")]
 
 
 class _Part(BaseModel):
@@ -102,10 +103,10 @@ class BundleManifest(_Document):
         if row is None:
             raise ValueError(f"architecture {self.architecture[:64]!r} is not known to this version; update offsite")
         for name in (*self.tensors, *self.lora_targets):
-            place = row.block_of(name)
+            place = row.map_of(name) if name in self.lora_targets else row.block_of(name)
             if place is None or place[0] not in self.split.trained:
                 raise ValueError(f"{name} belongs to no trained block, so it may not come back")
-        places = {name: row.block_of(name) for name in self.lora_targets}
+        places = {name: row.map_of(name) for name in self.lora_targets}
         strange = sorted(name for name, place in places.items() if place is None or place[1] not in row.lora_linears)
         if strange:
             raise ValueError(
@@ -150,7 +151,10 @@ class LoraSettings(_Part):
 
 
 class ReturnManifest(_Document):
-    """A return: which bundle it answers, how it was tuned, and every tensor in it. Nothing about the data."""
+    """A return: which bundle it answers, how it was tuned, and every tensor in it. Nothing about the data.
+
+    But for images: `classes` names what the classifier beside the adapter tells apart, in the order of its outputs.
+    """
 
     kind: Literal["return"]
     bundle: Digest
@@ -160,9 +164,12 @@ class ReturnManifest(_Document):
     lora: LoraSettings | None
     bottleneck: BottleneckSettings | None = None
     tensors: Annotated[dict[TensorName, TensorEntry], Field(min_length=1)]
+    classes: Annotated[tuple[ClassName, ...], Field(min_length=2, max_length=100_000, strict=False)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "ReturnManifest":
+        if self.classes is not None and len(set(self.classes)) != len(self.classes):
+            raise ValueError("a class is named twice")
         if (self.method == "lora") != (self.lora is not None):
             raise ValueError("lora settings go with method 'lora' and with no other")
         if (self.method == "bottleneck") != (self.bottleneck is not None):

@@ -12,6 +12,7 @@ from offsite.core.checkpoint import (
 )
 from offsite.exchange.contents import (
     ADAPTER_CONFIG,
+    CLASSIFIER,
     WEIGHTS_OF,
 )
 from offsite.exchange.lora_folder import adapter_config, adapter_tensors, lora_pair
@@ -34,6 +35,7 @@ from offsite.exchange.sealed import (
 def _return_files(sealed: Sealed) -> Iterator[str]:
     manifest = _return_of(sealed)
     expected = {WEIGHTS_OF[manifest.method], *((ADAPTER_CONFIG,) if manifest.lora else ())}
+    expected |= {CLASSIFIER} if manifest.classes else set()
     yield from names_differ("files", {entry.name for entry in manifest.files}, expected)
 
 
@@ -86,6 +88,35 @@ def _return_bottleneck(sealed: Sealed) -> Iterator[str]:
         yield from manifest_tensors_differ(manifest.tensors, manifest.bottleneck.tensors(sealed.parent))
 
 
+def _return_classifier(sealed: Sealed) -> Iterator[str]:
+    """A linear head with an output for each class, from an encoder, and from nothing else."""
+    classes, parent = _return_of(sealed).classes, sealed.parent
+    inputs = classifier_inputs(parent) if parent else None
+    if parent is not None and (inputs is None) != (classes is None):
+        yield "a classifier comes back" if classes else "no classifier comes back, which an image encoder needs"
+    if classes is None:
+        return
+    held = read_header(plain_file(sealed.folder, CLASSIFIER))
+    yield from names_differ("classifier", set(held), {"classifier.weight", "classifier.bias"})
+    for name, tensor in held.items():
+        width = tensor.shape[-1] if inputs is None and tensor.shape else inputs
+        expected = (len(classes), width) if name.endswith("weight") else (len(classes),)
+        if tensor.dtype != "F32" or tensor.shape != expected:
+            yield f"{name[:120]!r} is {tensor.dtype} {list(tensor.shape)}, expected F32 {list(expected)}"
+        elif not finite(tensor):
+            yield f"{name[:120]!r} holds NaN or infinity"
+
+
+def classifier_inputs(bundle: BundleManifest) -> int | None:
+    """How many numbers of an image the classifier of a bundle reads; None of a language model."""
+    row = ARCHITECTURES[bundle.architecture]
+    if row.vision is None:
+        return None
+    places = ((row.map_of(name), shape) for name, shape in bundle.lora_targets.items())
+    hidden = next((shape[1] for place, shape in places if place and place[1] == row.mlp_out), 0)
+    return hidden * len(row.vision.features)
+
+
 def _return_parties(sealed: Sealed) -> Iterator[str]:
     manifest = _return_of(sealed)
     if sealed.parent is None:
@@ -103,6 +134,7 @@ RETURN_RULES: tuple[Rule, ...] = (
     _return_lora,
     _return_own,
     _return_bottleneck,
+    _return_classifier,
     _return_parties,
 )
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from offsite.core.checkpoint import TensorRange
-from offsite.core.load import attention_of, read_tensor
+from offsite.core.load import attention_of, encoder_keywords, read_tensor
 from offsite.core.loss import labelled_cross_entropy
 from offsite.core.mixture import experts_implementation, in_files
 from offsite.core.runtime import Runtime
@@ -36,13 +36,14 @@ class LoadedBlock:
     module: nn.Module
     surrounding: nn.Module
     compute: torch.dtype
+    vision: bool = False
 
     def embed(self, ids: Tensor) -> Tensor:
-        """What enters the first block: ids (B, T) -> hidden (B, T, H) in float32."""
+        """What enters the first block: ids (B, T), or pixels (B, 3, Y, X) -> hidden (B, T, H) in float32."""
         return self._reach(ids).hidden.float()
 
     def __call__(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """One block's forward pass: ids (B, T) for positions and masks, hidden (B, T, H) -> (B, T, H) in float32."""
+        """One block's forward pass: inputs for positions and masks, hidden (B, T, H) -> (B, T, H) in float32."""
         call = self._reach(ids)
         with torch.no_grad(), self._autocast():
             output = self.module(hidden, *call.arguments, **call.settings)
@@ -56,7 +57,10 @@ class LoadedBlock:
         handle = self.module.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             with torch.no_grad(), self._autocast():
-                self.surrounding(input_ids=ids, use_cache=False)
+                if self.vision:
+                    self.surrounding(pixel_values=ids)
+                else:
+                    self.surrounding(input_ids=ids, use_cache=False)
         except _ReachedBlock as reached:
             return reached.with_traceback(None)  # which would keep the callers' frames, and all they hold, in a cycle
         finally:
@@ -149,7 +153,7 @@ class BlockRunner:
         """One block of the base, with some of its tensors (by path in the block) replaced."""
         row = self._model.row
         surrounding = self._skeleton([index])
-        block = surrounding.get_submodule(row.in_block(0, "").rstrip("."))
+        block = surrounding.get_submodule(f"{row.module_blocks or row.blocks}.0")
         start, changed = row.in_block(index, ""), replaced or {}
 
         def read(name: str) -> Tensor:
@@ -158,9 +162,9 @@ class BlockRunner:
 
         block.load_state_dict(self._weights(index, block, read, torch.float32), strict=True, assign=True)
         for name, value in self._outer.items():
-            path, _, leaf = name.rpartition(".")
+            path, _, leaf = row.module_of(name).rpartition(".")
             setattr(surrounding.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
-        return LoadedBlock(block.eval(), surrounding.base_model.eval(), self._compute)
+        return LoadedBlock(block.eval(), surrounding.base_model.eval(), self._compute, row.vision is not None)
 
     def stack(
         self, emulator: Sequence[int], after: Sequence[int], changed: Mapping[str, TensorRange], *, whole: bool
@@ -205,10 +209,16 @@ class BlockRunner:
 
     def _skeleton(self, indices: Sequence[int]) -> Any:
         """A model of these blocks without weights."""
-        config = AutoConfig.for_model(**subset_config(self._model, indices))
+        settings = subset_config(self._model, indices)
+        if self._model.row.vision is not None:  # an encoder's config also names its blocks, for uses that are not ours
+            settings = {key: value for key, value in settings.items() if key in self._model.row.config_keys}
+        config = AutoConfig.for_model(**settings)
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention_of(config), experts_implementation=experts_implementation()
+            return (AutoModel if self._model.row.vision else AutoModelForCausalLM).from_config(
+                config,
+                attn_implementation=attention_of(config),
+                experts_implementation=experts_implementation(),
+                **encoder_keywords(self._model.row, config),
             )
 
     def _weights(

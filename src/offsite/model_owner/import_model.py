@@ -10,18 +10,21 @@ from offsite.core.progress import Event, Progress, silent
 from offsite.core.storage import require_free, staged_folder, write_stream
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.exchange.artifacts import Base
-from offsite.exchange.contents import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
+from offsite.exchange.contents import CONFIG, GENERATION_CONFIG, PROCESSOR, TOKENIZER_FILES
 from offsite.model_owner.base_model import open_base, row_of
+from offsite.model_owner.import_onnx import import_onnx
+from offsite.model_owner.import_tower import copy_tower, tower_in
 from offsite.model_owner.split import DTYPES
 
-_COMPANIONS = (GENERATION_CONFIG, *TOKENIZER_FILES, "added_tokens.json", "LICENSE", "LICENSE.txt")
+_COMPANIONS = (GENERATION_CONFIG, PROCESSOR, *TOKENIZER_FILES, "added_tokens.json", "LICENSE", "LICENSE.txt")
 
 
 def import_model(source: Path, out: Path, spec: ImportSpec | None = None, progress: Progress = silent) -> Base:
     """Make a base folder of anything that transformers reads: a GGUF file, or a folder with safetensors or .bin.
 
-    Safetensors are copied tensor by tensor. GGUF and .bin files go through transformers, the latter by torch's
-    loader for plain weights, which runs no code.
+    Of a model of images and texts the image tower is taken, of an ONNX file a DINOv2 encoder. Safetensors are copied
+    tensor by tensor. GGUF and .bin files go through transformers, the latter by torch's loader for plain weights, which
+    runs no code.
 
     Raises:
         UsageError: the source is neither, or `out` holds something.
@@ -33,6 +36,11 @@ def import_model(source: Path, out: Path, spec: ImportSpec | None = None, progre
     with staged_folder(out) as folder:
         if source.is_file() and source.suffix == ".gguf":
             _import_by_transformers(source.parent, folder, settings.dtype or "bf16", progress, gguf=source.name)
+        elif source.is_file() and source.suffix == ".onnx":
+            progress(Event("reading the model", 0))
+            import_onnx(source, folder, DTYPES[settings.dtype or "fp32"], settings.image_size)
+        elif (tower := tower_in(source)) is not None:
+            copy_tower(source, folder, tower, DTYPES[settings.dtype] if settings.dtype else None)
         elif (source / WEIGHTS).is_file() or (source / INDEX).is_file():
             _copy_folder(source, folder, settings, progress)
         elif (source / CONFIG).is_file():
@@ -40,7 +48,7 @@ def import_model(source: Path, out: Path, spec: ImportSpec | None = None, progre
         else:
             raise UsageError(
                 f"{source} is no model",
-                reasons=[f"expected a .gguf file, or a folder with {CONFIG} and weights"],
+                reasons=[f"expected a .gguf or .onnx file, or a folder with {CONFIG} and weights"],
                 next_step="name the file or folder that transformers would load",
             )
         open_base(Base(folder))  # what could not be packed later is refused now
@@ -78,7 +86,7 @@ def _convert(source: Path, folder: Path, dtype: str | None, progress: Progress, 
 
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     from offsite.core.load import LIBRARY_ERRORS
 
@@ -88,16 +96,17 @@ def _convert(source: Path, folder: Path, dtype: str | None, progress: Progress, 
         options["gguf_file"] = gguf
     progress(Event("reading the model", 0))
     try:
-        row_of(AutoConfig.from_pretrained(source, **options).to_dict())
-        model = AutoModelForCausalLM.from_pretrained(
+        vision = row_of(AutoConfig.from_pretrained(source, **options).to_dict()).vision
+        model = (AutoModel if vision else AutoModelForCausalLM).from_pretrained(
             source,
             **options,
             dtype={"bf16": torch.bfloat16, "fp32": torch.float32, None: "auto"}[dtype],
             attn_implementation="eager",  # over what the config may name: a hub kernel is code
             experts_implementation="eager",
             **({} if gguf else {"weights_only": True}),
+            **(vision.keywords if vision else {}),
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = None if vision else AutoTokenizer.from_pretrained(source, **options)
     except (*LIBRARY_ERRORS, UnpicklingError, StructError, EOFError) as error:
         raise StorageError(
             f"transformers cannot read {source / (gguf or '')}",
@@ -115,7 +124,10 @@ def _convert(source: Path, folder: Path, dtype: str | None, progress: Progress, 
         raise StorageError(
             f"cannot write {folder}: {error}", next_step="free some space on that disk or name another one"
         ) from error
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    elif (source / PROCESSOR).is_file():
+        write_stream(folder / PROCESSOR, [(source / PROCESSOR).read_bytes()])
     _drop_source_names(folder / CONFIG)
 
 

@@ -22,6 +22,7 @@ from offsite.exchange.contents import (
     ALLOWED_KEYS,
     CONFIG,
     GENERATION_CONFIG,
+    PROCESSOR,
     TOKENIZER_FILES,
     cleaned,
     content_problems,
@@ -89,7 +90,7 @@ def pack(
     model = open_base(base)
     sandwich = split(model, spec)
     permitted_methods(model, spec)
-    _tokenizer_files(model)  # a missing tokenizer must not show after the long work
+    _input_files(model)  # a missing tokenizer must not show after the long work
     dtype = DTYPES[spec.dtype]
     base_code = fingerprint(model, identity)
     with staged_folder(out) as folder, _scratch(out, folder, base_code, spec, resume=resume) as scratch:
@@ -183,6 +184,18 @@ def _scratch(out: Path, staging: Path, base: str, spec: PackSpec, *, resume: boo
     state.remove()
 
 
+def _input_files(model: BaseModel) -> list[Path]:
+    """What makes inputs of text, or of images."""
+    if model.row.vision is None:
+        return _tokenizer_files(model)
+    if not (model.folder / PROCESSOR).is_file():
+        raise StorageError(
+            f"{model.folder} holds no {PROCESSOR}, without which nobody knows how images are given to the model",
+            next_step="copy the image processor's file into the base folder",
+        )
+    return [model.folder / PROCESSOR]
+
+
 def _tokenizer_files(model: BaseModel) -> list[Path]:
     found = [model.folder / name for name in TOKENIZER_FILES if (model.folder / name).is_file()]
     if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for path in found):
@@ -197,7 +210,7 @@ def _tokenizer_files(model: BaseModel) -> list[Path]:
 def settings_files(
     model: BaseModel, kept: Sequence[int], dtype: str, declared: Declared | None = None
 ) -> dict[str, bytes]:
-    """What a bundle holds beside its weights, by file name: config, generation settings and tokenizer, cleaned.
+    """What a bundle holds beside its weights, by file name: config, and tokenizer or image processor, cleaned.
 
     Raises:
         IncompatibleError: a file holds what may not travel.
@@ -210,8 +223,8 @@ def settings_files(
             "the base's config holds what may not travel", reasons=problems, next_step=f"mend {CONFIG} in the base"
         )
     files = {CONFIG: _json(wrapped(config, declared) if declared else config)}
-    others = _tokenizer_files(model)
-    if (model.folder / GENERATION_CONFIG).is_file():
+    others = _input_files(model)
+    if model.row.vision is None and (model.folder / GENERATION_CONFIG).is_file():
         others.append(model.folder / GENERATION_CONFIG)
     for source in others:
         files[source.name] = _json(_cleaned_file(source)) if source.name in ALLOWED_KEYS else source.read_bytes()

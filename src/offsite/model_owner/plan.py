@@ -40,7 +40,7 @@ from offsite.core.memory import (
 )
 from offsite.core.modules.shapes import place_of_bottleneck
 from offsite.core.progress import silent
-from offsite.errors import DataError, IncompatibleError
+from offsite.errors import DataError, IncompatibleError, UsageError
 from offsite.exchange.artifacts import Base
 from offsite.exchange.contents import TOKENIZER_FILES
 from offsite.exchange.home import Home
@@ -104,11 +104,13 @@ def plan_pack(base: Base, spec: PackSpec) -> PackPlan:
     """What packing a base with these settings will do and need; only its config and headers are read.
 
     Raises:
-        UsageError: a setting does not fit the model.
+        UsageError: a setting does not fit the model, or it is an image encoder.
         IncompatibleError: the model cannot be cut.
         StorageError: something cannot be read.
     """
     model = open_base(base)
+    if model.row.vision is not None:
+        raise UsageError("plans are made for language models alone", next_step="leave --plan out for an image encoder")
     sandwich = split(model, spec)
     dropped = spec.keep < len(sandwich.middle)
     refits, distills = (step in spec.heal and dropped for step in ("refit", "distill"))
@@ -384,7 +386,9 @@ def plan_plug_in(base: Base, returned: Path, spec: PlugInSpec, home: Home) -> Pl
     model = open_base(base)
     lora, row = verified.manifest.lora, model.row
     form = form_of(verified, spec)
-    names = [f"{target}.weight" for target in lora.targets] if lora else list(verified.manifest.tensors)
+    names = (
+        [row.name_of(f"{target}.weight") or "" for target in lora.targets] if lora else list(verified.manifest.tensors)
+    )
     if verified.manifest.bottleneck:
         places = {place_of_bottleneck(name) or "" for name in names}
         names = sorted(f"{place}.weight" for place in places if place.endswith(f".{row.attention_out}"))

@@ -23,6 +23,7 @@ from offsite.core.checkpoint import (
     write_checkpoint,
     write_safetensors,
 )
+from offsite.core.family import Vision
 from offsite.core.progress import Event, Progress, silent
 from offsite.core.storage import Written, require_free, staged_folder, write_stream
 from offsite.errors import IncompatibleError, PolicyError, UsageError, VerificationError
@@ -33,6 +34,7 @@ from offsite.exchange.contents import (
     BOTTLENECK_WEIGHTS,
     CONFIG,
     GENERATION_CONFIG,
+    PROCESSOR,
     RETURNED_WEIGHTS,
     TOKENIZER_FILES,
 )
@@ -41,6 +43,7 @@ from offsite.exchange.lora_folder import adapter_config, lora_pair
 from offsite.exchange.manifest import FORMAT, LoraSettings, PlugInManifest
 from offsite.exchange.pack import file_entries, seal
 from offsite.model_owner.base_model import BaseModel, by_todays_names, fingerprint, open_base
+from offsite.model_owner.classifier import classifier_config, classifier_tensors
 from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Issued, Ledger
 
@@ -117,9 +120,16 @@ def form_of(verified: Return, spec: PlugInSpec) -> Literal["adapter", "merged"]:
     """The form of a plug-in: the one that was asked for, else the one that suits the return.
 
     Raises:
-        UsageError: the return's method has no such form.
+        UsageError: the return's method, or the classifier that it brings, has no such form.
     """
     method = verified.manifest.method
+    if verified.manifest.classes is not None:
+        if spec.as_ == "adapter":
+            raise UsageError(
+                "a return with a classifier becomes a complete checkpoint, since an adapter folder has no place for it",
+                next_step="plug it in with --as merged",
+            )
+        return "merged"
     if method == "bottleneck" and spec.as_ == "merged":
         raise UsageError(
             "a bottleneck stands beside the base's weights and cannot be merged into them",
@@ -146,9 +156,9 @@ def _check_again(verified: Return, spec: PlugInSpec, home: Home) -> None:
         )
 
 
-def _to_base(name: str, model: BaseModel, parent: Issued) -> str:
-    """A tensor's or module's name in the bundle as the base has it: the block's index is mapped back."""
-    place = model.row.block_of(name)
+def _to_base(name: str, model: BaseModel, parent: Issued, *, target: bool = False) -> str:
+    """The base's name in files of a tensor, or of a target of LoRA, of the bundle: the block's index is mapped back."""
+    place = model.row.map_of(name) if target else model.row.block_of(name)
     if place is None:
         raise IncompatibleError(f"{name[:200]} belongs to no block")
     return model.row.in_block(parent.kept[place[0]], place[1])
@@ -163,9 +173,10 @@ def _write_adapter(
     held = read_header(verified.folder / ADAPTER_WEIGHTS)
     renamed = []
     for target in lora.targets:
-        (a, b), (new_a, new_b) = lora_pair(target), lora_pair(_to_base(target, model, parent))
+        base_target = _to_base(target, model, parent, target=True)
+        (a, b), (new_a, new_b) = lora_pair(target), lora_pair(base_target)
         renamed += [copied(held[a], name=new_a), _scaled(held[b], new_b, strength)]
-    targets = tuple(_to_base(target, model, parent) for target in lora.targets)
+    targets = tuple(_to_base(target, model, parent, target=True) for target in lora.targets)
     config = adapter_config(lora.model_copy(update={"targets": targets}), model.row)
     return [
         write_safetensors(folder / ADAPTER_WEIGHTS, renamed),
@@ -188,6 +199,8 @@ def _write_merged(
     model: BaseModel, verified: Return, parent: Issued, folder: Path, strength: np.float32
 ) -> list[Written]:
     changes = (_lora_changes if verified.manifest.lora else _own_changes)(model, verified, parent)
+    if model.row.vision is not None:
+        return _write_classifier(model, model.row.vision, verified, changes, folder, strength)
     tensors = []
     for stored in open_checkpoint(model.folder).tensors.values():
         parts = by_todays_names(model.row, stored)
@@ -195,11 +208,29 @@ def _write_merged(
             _changed(part, changes[name], strength) if name in changes else copied(part) for name, part in parts.items()
         ]
         tensors.append(_joined(stored, new) if changes.keys() & parts.keys() else copied(stored))
-    written = write_checkpoint(folder, tensors)
-    for name in _COMPANIONS:
-        if (model.folder / name).is_file():
-            written.append(write_stream(folder / name, [(model.folder / name).read_bytes()]))
-    return written
+    return write_checkpoint(folder, tensors) + _companions(model, folder, _COMPANIONS)
+
+
+def _write_classifier(
+    model: BaseModel,
+    vision: Vision,
+    verified: Return,
+    changes: Mapping[str, Change],
+    folder: Path,
+    strength: np.float32,
+) -> list[Written]:
+    tuned = {name: _changed(model.tensors[name], change, strength) for name, change in changes.items()}
+    written = write_checkpoint(folder, classifier_tensors(model, vision, tuned, verified))
+    written.append(write_stream(folder / CONFIG, [classifier_config(model, vision, verified)]))
+    return written + _companions(model, folder, (PROCESSOR, "LICENSE", "LICENSE.txt"))
+
+
+def _companions(model: BaseModel, folder: Path, names: Sequence[str]) -> list[Written]:
+    return [
+        write_stream(folder / name, [(model.folder / name).read_bytes()])
+        for name in names
+        if (model.folder / name).is_file()
+    ]
 
 
 def _joined(stored: TensorRange, parts: Sequence[NewTensor]) -> NewTensor:
@@ -260,7 +291,7 @@ def _lora_changes(model: BaseModel, verified: Return, parent: Issued) -> Mapping
 
         return change
 
-    return {f"{_to_base(target, model, parent)}.weight": change_of(target) for target in lora.targets}
+    return {f"{_to_base(target, model, parent, target=True)}.weight": change_of(target) for target in lora.targets}
 
 
 def _own_changes(model: BaseModel, verified: Return, parent: Issued) -> Mapping[str, Change]:

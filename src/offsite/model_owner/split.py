@@ -49,10 +49,31 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
             reasons=[why],
             next_step="pack with --heal none or --heal distill",
         )
+    if model.row.vision is not None:
+        _require_for_images(spec)
     if spec.select == "contiguous":
         contiguous(middle, spec.keep, spec.drop_from)  # refuses a piece that does not lie in the middle
     require_declarable(model, spec)
     return Sandwich(tuple(range(spec.bottom)), tuple(middle), tuple(range(model.blocks - spec.top, model.blocks)))
+
+
+def _require_for_images(spec: PackSpec) -> None:
+    """Refuse what is made for language models alone, before any work.
+
+    Raises:
+        UsageError: it was asked for.
+    """
+    reasons = [f"select = {spec.select}"] if spec.select in ("search", "cluster") else []
+    reasons += [f"heal = {step}" for step in spec.heal if step != "refit"]
+    reasons += [f"{name}: a declared module kind" for name in spec.declares if name != "share"]
+    if set(spec.methods) == {"bottleneck"}:
+        reasons.append("methods = bottleneck")
+    if reasons:
+        raise UsageError(
+            "settings that are for language models alone, of an image encoder",
+            reasons=reasons,
+            next_step="select by uniform, influence, contiguous or random, and heal by refit or none",
+        )
 
 
 def bundle_tensors(
@@ -109,7 +130,7 @@ def bundle_config(model: BaseModel, kept: Sequence[int], dtype: str) -> dict[str
     return config | {
         "architectures": [row.class_name],
         "model_type": row.model_type,
-        "tie_word_embeddings": row.tied(model.config),
+        **({"tie_word_embeddings": row.tied(model.config)} if row.head else {}),
         "dtype": {"BF16": "bfloat16", "F32": "float32"}[dtype],
     }
 
@@ -139,13 +160,15 @@ def returnable(model: BaseModel, kept: Sequence[int], numbers: Split, dtype: str
 
 
 def permitted_methods(model: BaseModel, spec: PackSpec) -> tuple[Method, ...]:
-    """The methods that the owner permits and that have something to train: BitFit needs biases.
+    """The methods that the owner permits and that can train this model: BitFit needs biases, bottlenecks a decoder.
 
     Raises:
         UsageError: none is left.
     """
     biased = any(model.row.is_bias(model.row.in_block(0, path)) for path in model.block(0))
-    methods = tuple(method for method in spec.methods if biased or method != "bitfit")
+    without = {"bitfit"} if not biased else set()
+    without |= {"bottleneck"} if model.row.vision is not None else set()
+    methods = tuple(method for method in spec.methods if method not in without)
     if not methods:
         raise UsageError(
             f"BitFit trains biases, and the blocks of this {model.row.model_type} model have none",
@@ -155,11 +178,13 @@ def permitted_methods(model: BaseModel, spec: PackSpec) -> tuple[Method, ...]:
 
 
 def lora_targets(model: BaseModel, kept: Sequence[int], numbers: Split) -> dict[str, tuple[int, int]]:
-    """The linear maps that LoRA may sit on, by module path in the bundle, with their (inputs, outputs)."""
+    """The linear maps that LoRA may sit on, by their names in modules of the bundle, with their (inputs, outputs)."""
     targets = {}
     for index in numbers.trained:
         block = model.block(kept[index])
         for path in model.row.lora_linears:
             rows, columns = block[f"{path}.weight"].shape
-            targets[model.row.in_block(index, path)] = (rows, columns) if model.row.transposed else (columns, rows)
+            targets[model.row.module_of(model.row.in_block(index, path))] = (
+                (rows, columns) if model.row.transposed else (columns, rows)
+            )
     return targets

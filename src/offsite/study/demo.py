@@ -59,9 +59,9 @@ def demo(
     Raises:
         OffsiteError: a step failed; its own message is on standard error already.
     """
-    chain = Chain(opened(workdir), progress, _step_count(full), basis=_code_digest())
+    chain = Chain(opened(workdir), progress, _step_count(full), basis=code_digest())
     base = _obtain(chain, model)
-    _introduce(chain)
+    introduce(chain)
     task = _private_data(chain, data)
     _protocol(chain, base, steps)
     scores = _score(chain, base, _subjects(chain, base))
@@ -86,12 +86,13 @@ def _obtain(chain: Chain, model: Path | None) -> Path:
         chain.note("import", {"source": str(base)}, {"bytes": size}, seconds)
         return base
     base = chain.folder(OWNER, "base")
-    stamp = {"source": str(model.resolve()), "changed": _newest(model)}
+    stamp = {"source": str(model.resolve()), "changed": newest(model)}
     chain.command("import", "the model's owner imports the base model", ["import", model, "--out", base], base, stamp)
     return base
 
 
-def _introduce(chain: Chain) -> None:
+def introduce(chain: Chain) -> None:
+    """Both parties make their keys, exchange the public ones and trust each other."""
     for party, other in ((OWNER, TUNER), (TUNER, OWNER)):
         public = chain.folder(party, f"{party}.pub")
         chain.step(f"keys of {party}", f"{party} makes its keys", partial(_keygen, chain, party, public), [public], {})
@@ -134,7 +135,7 @@ def _protocol(chain: Chain, base: Path, steps: int | None) -> None:
     received, came_back = chain.folder(TUNER, "bundle"), chain.folder(OWNER, "return")
     plugged = chain.folder(OWNER, "plugged")
     pack: Words = ["pack", base, "--out", bundle, "--for", TUNER]
-    chain.command("pack", "the model's owner packs a bundle", pack, bundle, {"base": _newest(base)})
+    chain.command("pack", "the model's owner packs a bundle", pack, bundle, {"base": newest(base)})
     chain.copy("bundle over the wire", bundle, received)
     chain.command("verify bundle", "the data owner verifies the bundle", ["verify", received], by=TUNER)
     _tune(chain, "tune", "the data owner tunes the adapter on the emulator", received, returned, steps)
@@ -175,7 +176,7 @@ def _bound(
     bundle, returned, plugged = (chain.folder("bounds", name, part) for part in ("bundle", "return", "plugged"))
     pack: Words = ["pack", base, "--out", bundle, "--for", TUNER, "--bottom", str(ends[0]), "--top", str(ends[1])]
     pack += ["--keep", str(count - sum(ends)), "--heal", "none"]
-    stamp = {"base": _newest(base)}
+    stamp = {"base": newest(base)}
     chain.command(f"{name}: pack", f"{name}: nothing is compressed", pack, bundle, stamp, by=OWNER)
     _tune(chain, f"{name}: tune", f"{name}: tune", bundle, returned, steps, *method)
     plug: Words = ["plug-in", base, returned, "--out", plugged]
@@ -201,7 +202,7 @@ def _score(chain: Chain, base: Path, subjects: Subjects) -> dict[str, Any]:
         verb: Words = ["eval", model, "--data", chain.folder(TUNER, "test.jsonl"), "--config", config]
         verb += ["--adapter", adapter] if adapter else []
         verb += ["--samples", str(_SAMPLES)] if name in ("zero-shot", "plug-in") else []
-        says, stamp = f"score the test rows: {name}", {"base": _newest(base)}
+        says, stamp = f"score the test rows: {name}", {"base": newest(base)}
         scores[name] = chain.command(f"eval {name}", says, verb, stamp=stamp, by="")
     return scores
 
@@ -228,12 +229,12 @@ def _step_count(full: bool) -> int:
     return 19 + (8 if full else 0)
 
 
-def _newest(path: Path) -> int:
+def newest(path: Path) -> int:
     """When a file or anything in a folder last changed, in nanoseconds."""
     return max((part.stat().st_mtime_ns for part in (path, *(path.iterdir() if path.is_dir() else ()))), default=0)
 
 
-def _code_digest() -> str:
+def code_digest() -> str:
     """Our own code and defaults: after a change of them, an earlier run's figures are another program's."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()

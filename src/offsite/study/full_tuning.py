@@ -22,6 +22,7 @@ from offsite.core.storage import require_free, staged_folder, write_stream
 from offsite.core.weights import TrainedWeights
 from offsite.data_owner.budget import within_memory
 from offsite.data_owner.recompute import keep_activations
+from offsite.data_owner.task import TextTask
 from offsite.data_owner.train import Tuning, train
 from offsite.exchange.artifacts import Base
 from offsite.exchange.contents import TOKENIZER_FILES
@@ -97,13 +98,11 @@ def _prepare(
     trained = dict(model.named_parameters())  # a tied head is the embedding, and is there once
     matrices = {*(name for name, sizes in row.embeddings.items() if " " in sizes), row.head}  # and no norm among them
     return Tuning(
-        network=network,
+        task=TextTask(network, examples, held_out),
         blocks=model.get_submodule(row.blocks),
         trained=[model],  # dropout runs everywhere
         weights=TrainedWeights(trained),
         decayed=frozenset(name for name in trained if name in matrices or row.is_linear(name)),
-        examples=examples,
-        held_out=held_out,
     )
 
 

@@ -1,7 +1,7 @@
 """Calibration text: what the owner runs through its model to choose and heal the emulator's blocks.
 
 Never the data owner's: it is the owner's own file (plain text, or rows of any kind), or the text that ships with this
-package.
+package. For an image encoder it is a folder of the owner's own pictures.
 """
 
 from importlib import resources
@@ -10,20 +10,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from offsite.core.images import Pictures, load_processor, read_pictures
 from offsite.core.load import load_tokenizer
 from offsite.core.memory import CALIBRATION_BATCH, calibration_length
 from offsite.core.row_files import RECORDS, read_text
 from offsite.core.rows import read_rows
-from offsite.errors import DataError
+from offsite.core.vision import batches
+from offsite.errors import DataError, UsageError
 from offsite.model_owner.base_model import BaseModel
 
 
 def calibration_batches(model: BaseModel, file: Path | None, tokens: int) -> list[Tensor]:
     """Token ids of the calibration text, in batches (B, T); each sequence starts with a BOS if there is one.
 
+    Of an encoder, pictures as it is given them, (B, 3, Y, X): about as many as have that many tokens.
+
     Raises:
         DataError: the text cannot be read or is too short for one sequence.
     """
+    if model.row.vision is not None:
+        return _picture_batches(model, file, tokens)
     tokenizer = load_tokenizer(model.folder)
     ids = tokenizer(_read(file), add_special_tokens=False, verbose=False)["input_ids"]
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -38,6 +44,22 @@ def calibration_batches(model: BaseModel, file: Path | None, tokens: int) -> lis
     stride = len(ids) // count  # spread over the whole text, so that every part of it has its say
     rows = torch.tensor([start + ids[i * stride : i * stride + body] for i in range(count)])
     return [rows[at : at + CALIBRATION_BATCH] for at in range(0, count, CALIBRATION_BATCH)]
+
+
+def _picture_batches(model: BaseModel, folder: Path | None, tokens: int) -> list[Tensor]:
+    if folder is None:
+        raise UsageError(
+            "no calibration pictures ship with this package",
+            next_step="name a folder of your own pictures, which need no classes, with --calibration; "
+            "or pack with --select uniform --heal none",
+        )
+    processor = load_processor(model.folder)
+    listed = read_pictures(folder, labelled=False)
+    patch = int(model.config.get("patch_size", 16))
+    count = min(len(listed), max(1, tokens // (processor.side[0] * processor.side[1] // patch**2)))
+    stride = len(listed) // count  # spread over the whole folder
+    pictures = Pictures([listed[i * stride] for i in range(count)], processor, skip_bad=True)
+    return [torch.from_numpy(pictures.batch(rows)) for rows in batches(len(pictures), CALIBRATION_BATCH)]
 
 
 def _read(file: Path | None) -> str:

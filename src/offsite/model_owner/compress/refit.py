@@ -16,6 +16,7 @@ from torch import Tensor
 
 from offsite.config import PackSpec
 from offsite.core.checkpoint import TensorRange, from_array, read_header, write_safetensors
+from offsite.core.family import Architecture
 from offsite.core.load import read_tensor
 from offsite.core.progress import Event, Progress
 from offsite.core.runtime import runtime
@@ -74,7 +75,7 @@ def refit(
             progress(Event(stage, done, end))
             _advance(runner.load(done), batches, base)
             done += 1
-        solved = _solve(runner.load(kept), row.mlp_out, row.transposed, batches, student, base)
+        solved = _solve(runner.load(kept), row, batches, student, base)
         file = scratch / f"{kept}.safetensors"
         arrays = [from_array(path, value.float().cpu().numpy(), DTYPES[spec.dtype]) for path, value in solved.items()]
         write_safetensors(file, arrays)
@@ -123,14 +124,18 @@ class _Moments:
 
 def _solve(
     block: LoadedBlock,
-    path: str,
-    transposed: bool,
+    row: Architecture,
     batches: Sequence[Tensor],
     student: Sequence[Tensor],
     targets: Sequence[Tensor],
 ) -> dict[str, Tensor]:
-    """New weight (and bias, where there is one) of the linear map at `path`, by path in the block."""
-    parameters = dict(block.module.named_parameters())
+    """New weight (and bias, where there is one) of the linear map that ends the MLP, by path in the block in files.
+
+    Where a block multiplies what the map gives by a learned scale, the problem is solved behind it.
+    """
+    parameters, transposed = dict(block.module.named_parameters()), row.transposed
+    path = row.modules.get(f"{row.mlp_out}.weight", f"{row.mlp_out}.weight").removesuffix(".weight")
+    scale_of_map = parameters.get(row.modules.get(row.mlp_scale, row.mlp_scale)) if row.mlp_scale else None
     weight, bias = parameters[f"{path}.weight"].double(), parameters.get(f"{path}.bias")
     inputs, outputs = weight.shape if transposed else weight.shape[::-1]
     columns = inputs + (bias is not None)  # a bias is the weight of an input that is always 1
@@ -147,9 +152,12 @@ def _solve(
         moments = held_out if position in _held_out(len(batches)) else fitted
         moments.add(features, (target - after).flatten(0, -2), scale)
     change = _best_change(fitted, held_out)  # (F, H)
-    solved = {f"{path}.weight": weight + (change[:inputs] if transposed else change[:inputs].T)}
+    if scale_of_map is not None:  # an output that is scaled to next to nothing stays as it is
+        by = scale_of_map.double()
+        change = change * torch.where(by.abs() > 1e-6 * by.abs().max(), 1 / by, 0.0)
+    solved = {f"{row.mlp_out}.weight": weight + (change[:inputs] if transposed else change[:inputs].T)}
     if bias is not None:
-        solved[f"{path}.bias"] = bias.double() + change[inputs]
+        solved[f"{row.mlp_out}.bias"] = bias.double() + change[inputs]
     return {name: value.detach().contiguous() for name, value in solved.items()}
 
 

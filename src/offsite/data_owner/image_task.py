@@ -1,0 +1,158 @@
+"""Classifying images: the data owner's pictures, and the head that it makes on its own side.
+
+The head is linear and trained with the adapter, faster than it (paper, appendix: ten times the learning rate).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from offsite.config import TuneSpec
+from offsite.core.images import Pictures, held_out_part, load_processor, read_pictures, split_by_seed
+from offsite.core.progress import Event, Progress
+from offsite.core.vision import BIAS, WEIGHT, Encoder, batches
+from offsite.errors import DataError, UsageError
+from offsite.measure.images import fit_probe, probe_features
+
+_HEAD_SPREAD = 0.01  # of the weights of a new head
+
+
+@dataclass(frozen=True)
+class Album:
+    """The pictures of a tuning run, and the names of their classes in the order of the head's outputs."""
+
+    train: Pictures
+    held_out: Pictures | None
+    classes: tuple[str, ...]
+
+    def labels(self, pictures: Pictures) -> torch.Tensor:
+        """The class of each picture by its place, (N,)."""
+        place = {name: index for index, name in enumerate(self.classes)}
+        return torch.tensor([place[picture.label or ""] for picture in pictures.pictures])
+
+
+def open_album(bundle: Path, data: Path, eval_data: Path | None, spec: TuneSpec, progress: Progress) -> Album:
+    """Read and decode the pictures that a run is about.
+
+    Raises:
+        DataError: pictures or rows are bad, there are fewer than two classes, or held-out ones are of other classes.
+        UsageError: held-out pictures are asked for in two ways.
+        IncompatibleError: the bundle's image processor does not fit its model.
+    """
+    processor = load_processor(bundle)
+    listed = read_pictures(data, part="train")
+    if eval_data is not None:
+        if spec.eval_share:
+            raise UsageError("held-out pictures and eval_share were both given", next_step="give one of them")
+        held_out = read_pictures(eval_data, part="held out")
+    elif spec.eval_share:
+        listed, held_out = split_by_seed(listed, spec.eval_share, spec.seed)
+    else:
+        held_out = read_pictures(data, part="held out") if held_out_part(data) else []
+    progress(Event("decoding the pictures", 0))
+    train = Pictures(listed, processor, skip_bad=spec.skip_bad)
+    kept = Pictures(held_out, processor, skip_bad=spec.skip_bad) if held_out else None
+    if train.skipped or (kept and kept.skipped):
+        progress(Event("bad pictures left out", len(train.skipped) + (len(kept.skipped) if kept else 0)))
+    classes = tuple(sorted({picture.label or "" for picture in train.pictures}))
+    strange = {picture.label or "" for picture in kept.pictures} - set(classes) if kept else set()
+    if len(classes) < 2 or strange:
+        raise DataError(
+            "the pictures do not make a task of classification",
+            reasons=[f"classes to train on: {', '.join(classes)[:200]}"]
+            + ([f"only among the held-out ones: {', '.join(sorted(strange))[:200]}"] if strange else []),
+            next_step="give pictures of at least two classes, and of each that is held out some to train on",
+        )
+    too_long = [name[:40] for name in classes if len(name) > 128 or not name.isprintable()]
+    if too_long:
+        raise DataError(
+            "names of classes that cannot be returned", reasons=too_long, next_step="at most 128 printable characters"
+        )
+    return Album(train, kept, classes)
+
+
+def new_head(encoder: Encoder, album: Album, used: torch.Tensor, spec: TuneSpec, progress: Progress) -> nn.Linear:
+    """A head in fp32 that may be trained; zero where it may not read.
+
+    As a linear probe it starts where the encoder's features are best put to use as they are, so that what is trained
+    with it is not led astray first (arXiv 2202.10054); at random it is drawn under the caller's seed.
+    """
+    head = nn.Linear(encoder.inputs, len(album.classes))
+    with torch.no_grad():
+        if spec.head_start == "probe":
+            features = probe_features(encoder, album.train, spec.micro_batch_images, progress) * used
+            weight, bias = fit_probe(features, album.labels(album.train).to(encoder.device), len(album.classes))
+            head.weight.copy_(weight)
+            head.bias.copy_(bias)
+        else:
+            nn.init.normal_(head.weight, std=_HEAD_SPREAD)
+            nn.init.zeros_(head.bias)
+        head.weight.mul_(used.cpu())
+    return head.to(encoder.device)
+
+
+def head_parameters(head: nn.Linear) -> dict[str, nn.Parameter]:
+    """The head's parameters by the names under which they are returned."""
+    own = dict(head.named_parameters())
+    return {WEIGHT: own["weight"], BIAS: own["bias"]}
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """Pictures under an encoder and a head."""
+
+    encoder: Encoder
+    head: nn.Linear
+    used: torch.Tensor  # (F,), 1 where the head reads
+    album: Album
+    augment: bool
+
+    @property
+    def rows(self) -> int:
+        """As in `Task`."""
+        return len(self.album.train)
+
+    @property
+    def device(self) -> torch.device:
+        """As in `Task`."""
+        return self.encoder.device
+
+    def order(self, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+        """As in `Task`: shuffled."""
+        order = np.random.default_rng([seed, epoch]).permutation(self.rows).tolist()
+        return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+
+    def groups(self, rows: Sequence[int], spec: TuneSpec) -> Iterator[list[int]]:
+        """As in `Task`."""
+        return ([rows[i] for i in places] for places in batches(len(rows), spec.micro_batch_images))
+
+    def loss(self, rows: Sequence[int], seed: int, epoch: int) -> torch.Tensor:
+        """As in `Task`; how a picture is cropped and flipped depends on seed, epoch and row alone."""
+        pixels = self.album.train.batch(
+            rows, (lambda row: np.random.default_rng([seed, epoch, row])) if self.augment else None
+        )
+        wanted = self.album.labels(self.album.train)[list(rows)].to(self.device)
+        return F.cross_entropy(self.head(self.encoder.features(pixels) * self.used), wanted, reduction="sum")
+
+    def size(self, rows: Sequence[int]) -> dict[str, int]:
+        """As in `Task`: every picture is one label, and counts as one token."""
+        return {"tokens": len(rows), "labels": len(rows)}
+
+    @torch.no_grad()
+    def validate(self, spec: TuneSpec, progress: Progress, stage: str) -> Mapping[str, float]:
+        """As in `Task`."""
+        held_out = self.album.held_out
+        if held_out is None:
+            return {}
+        wanted, nats, right = self.album.labels(held_out), 0.0, 0
+        for rows in batches(len(held_out), 2 * spec.micro_batch_images):
+            logits = self.head(self.encoder.features(held_out.batch(rows)) * self.used).cpu()
+            nats += float(F.cross_entropy(logits, wanted[list(rows)], reduction="sum"))
+            right += int((logits.argmax(dim=1) == wanted[list(rows)]).sum())
+            progress(Event(stage, rows[-1] + 1, len(held_out)))
+        return {"loss": nats / len(held_out), "accuracy": right / len(held_out)}

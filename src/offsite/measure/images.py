@@ -1,0 +1,210 @@
+"""Held-out accuracy and loss of an image model, each with a 95 % confidence interval over pictures.
+
+A classifier is scored as it is, a bundle with the return that was tuned on it. An encoder alone tells no classes apart;
+of it a linear probe is scored: logistic regression on its frozen features, fitted on pictures of one's own.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from offsite.config import EvalSpec
+from offsite.core.checkpoint import read_header
+from offsite.core.images import Floats, Picture, Pictures, load_processor, read_pictures
+from offsite.core.load import load_classifier, model_settings, read_tensor
+from offsite.core.progress import Event, Progress, silent
+from offsite.core.runtime import Runtime, runtime
+from offsite.core.vision import BIAS, WEIGHT, Encoder, batches, encoder_of, is_classifier
+from offsite.errors import DataError, IncompatibleError, UsageError
+from offsite.exchange.contents import CLASSIFIER
+from offsite.exchange.manifest import ReturnManifest
+from offsite.exchange.verify import read_unverified
+from offsite.measure.bootstrap import Interval, interval
+from offsite.measure.evaluate import load_tuned
+
+_PENALTY = 1e-2  # of the probe's squared weights, per picture
+_PROBE_STEPS = 100
+
+Logits = Callable[[Floats], torch.Tensor]  # pixels (B, 3, Y, X) -> (B, C) in fp32
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """Accuracy and loss in nats per picture, and what they were measured on."""
+
+    accuracy: float
+    loss: float
+    rows: int
+    classes: int
+    skipped: int
+    seconds: float
+    images_per_s: float
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
+
+
+def evaluate_images(
+    model: Path,
+    data: Path,
+    spec: EvalSpec,
+    *,
+    adapter: Path | None = None,
+    probe: Path | None = None,
+    progress: Progress = silent,
+) -> ImageScore:
+    """Score an image model on labelled pictures.
+
+    Args:
+        model: a classifier (a merged plug-in), or an encoder (a base, a bundle).
+        data: pictures, as `offsite.core.images.read_pictures` takes them; of a folder with parts the held-out one.
+        spec: device, dtype of the arithmetic, how many pictures run at once.
+        adapter: the return that was tuned on that bundle, with its classifier.
+        probe: for an encoder alone, pictures to fit a linear probe on; of a folder with parts the training one.
+        progress: where the events go.
+
+    Raises:
+        DataError: pictures are bad, or of classes that the model does not know.
+        UsageError: an encoder is to be scored without a classifier or a probe.
+        StorageError: a file is missing or broken.
+        IncompatibleError: the folder is no plain checkpoint, or the adapter does not fit it.
+    """
+    where = runtime(spec.device, spec.compute, spec.threads)
+    processor = load_processor(model)
+    pictures = Pictures(read_pictures(data, part="held out")[: spec.max_rows], processor, skip_bad=spec.skip_bad)
+    if is_classifier(model_settings(model)):
+        logits, classes = _of_classifier(model, where)
+    elif adapter is not None:
+        logits, classes = _of_return(model, adapter, where)
+    elif probe is not None:
+        fitted_on = Pictures(read_pictures(probe, part="train"), processor, skip_bad=spec.skip_bad)
+        encoder = encoder_of(load_tuned(model, None, where))
+        logits, classes = _of_probe(encoder, fitted_on, spec.micro_batch_images, progress)
+    else:
+        raise UsageError(
+            f"{model} is an encoder without a classifier",
+            next_step="name a return with --adapter, or pictures to fit a linear probe on with --probe",
+        )
+    wanted = _labels(pictures.pictures, classes)
+    started = time.perf_counter()
+    nats, right = _score(logits, pictures, wanted, spec.micro_batch_images, progress)
+    seconds = time.perf_counter() - started
+    ends = {"accuracy": interval(right), "loss": interval(nats)}
+    return ImageScore(
+        accuracy=sum(right) / len(right),
+        loss=sum(nats) / len(nats),
+        rows=len(pictures),
+        classes=len(classes),
+        skipped=len(pictures.skipped),
+        seconds=round(seconds, 3),
+        images_per_s=round(len(pictures) / seconds, 1),
+        intervals={name: found for name, found in ends.items() if found},
+    )
+
+
+def _labels(pictures: list[Picture], classes: tuple[str, ...]) -> torch.Tensor:
+    place = {name: index for index, name in enumerate(classes)}
+    strange = sorted({picture.label or "" for picture in pictures} - set(place))
+    if strange:
+        raise DataError(
+            "the pictures are of classes that the model does not tell apart",
+            reasons=[f"found {', '.join(strange)[:200]}", f"it knows {', '.join(classes)[:200]}"],
+            next_step="score it on pictures of its own classes",
+        )
+    return torch.tensor([place[picture.label or ""] for picture in pictures])
+
+
+@torch.no_grad()
+def _score(
+    logits: Logits, pictures: Pictures, wanted: torch.Tensor, size: int, progress: Progress
+) -> tuple[list[float], list[float]]:
+    """Nats of each picture, and whether it was told right (1 or 0)."""
+    nats: list[float] = []
+    right: list[float] = []
+    for rows in batches(len(pictures), size):
+        found = logits(pictures.batch(rows)).float().cpu()
+        there = wanted[list(rows)]
+        nats += F.cross_entropy(found, there, reduction="none").tolist()
+        right += (found.argmax(dim=1) == there).float().tolist()
+        progress(Event("evaluating", len(nats), len(pictures), {"accuracy": sum(right) / len(right)}))
+    return nats, right
+
+
+def _of_classifier(model: Path, where: Runtime) -> tuple[Logits, tuple[str, ...]]:
+    loaded = load_classifier(model, dtype=where.dtype, device=where.device)
+    names = tuple(str(loaded.config.id2label[index]) for index in range(loaded.config.num_labels))
+
+    def logits(pixels: Floats) -> torch.Tensor:
+        found: torch.Tensor = loaded(pixel_values=torch.from_numpy(pixels).to(where.device, where.dtype)).logits
+        return found
+
+    return logits, names
+
+
+def _of_return(model: Path, returned: Path, where: Runtime) -> tuple[Logits, tuple[str, ...]]:
+    manifest = read_unverified(returned)
+    classes = manifest.classes if isinstance(manifest, ReturnManifest) else None
+    if classes is None:
+        raise IncompatibleError(
+            f"{returned} brings no classifier", next_step="name a return that was tuned on pictures with --adapter"
+        )
+    encoder = encoder_of(load_tuned(model, returned, where))
+    head = {name: read_tensor(tensor).to(where.device) for name, tensor in read_header(returned / CLASSIFIER).items()}
+    found, expected = {name: tuple(tensor.shape) for name, tensor in head.items()}, (len(classes), encoder.inputs)
+    if found != {WEIGHT: expected, BIAS: expected[:1]}:
+        raise IncompatibleError(
+            f"the classifier in {returned} does not fit the encoder {model}",
+            reasons=[f"found {found}, expected a weight of {expected} and a bias"],
+            next_step="name the bundle that it was tuned on",
+        )
+    return lambda pixels: F.linear(encoder.features(pixels), head[WEIGHT], head[BIAS]), classes
+
+
+def _of_probe(encoder: Encoder, pictures: Pictures, size: int, progress: Progress) -> tuple[Logits, tuple[str, ...]]:
+    classes = tuple(sorted({picture.label or "" for picture in pictures.pictures}))
+    wanted = _labels(pictures.pictures, classes).to(encoder.device)
+    weight, bias = fit_probe(probe_features(encoder, pictures, size, progress), wanted, len(classes))
+    return lambda pixels: F.linear(encoder.features(pixels), weight, bias), classes
+
+
+@torch.no_grad()
+def probe_features(encoder: Encoder, pictures: Pictures, size: int, progress: Progress) -> torch.Tensor:
+    """What a head reads of each picture, (N, F), with so many pictures at once."""
+    made = []
+    for rows in batches(len(pictures), size):
+        made.append(encoder.features(pictures.batch(rows)))
+        progress(Event("features for the probe", rows[-1] + 1, len(pictures)))
+    return torch.cat(made)
+
+
+@torch.enable_grad()
+def fit_probe(features: torch.Tensor, wanted: torch.Tensor, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logistic regression with a penalty on squared weights, from zero, so a function of the arguments alone.
+
+    The penalty is on the weights of standardised features; what comes back is for the features as they are.
+
+    Args:
+        features: (N, F), fp32.
+        wanted: class of each, (N,).
+        classes: how many there are.
+
+    Returns:
+        Weight (C, F) and bias (C,).
+    """
+    mean, spread = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
+    standard = (features - mean) / spread
+    weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
+    bias = torch.zeros(classes, device=features.device, requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=_PROBE_STEPS, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        solver.zero_grad()
+        loss = F.cross_entropy(F.linear(standard, weight, bias), wanted) + _PENALTY * weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    solver.step(closure)  # type: ignore[no-untyped-call]
+    scaled = weight.detach() / spread
+    return scaled, bias.detach() - scaled @ mean

@@ -1,0 +1,60 @@
+"""The image tower of a model of images and texts, such as CLIP: its tensors and its part of the config, copied."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from offsite.core.architectures import ARCHITECTURES, Architecture
+from offsite.core.checkpoint import INDEX, WEIGHTS, copied, open_checkpoint, strict_json, write_checkpoint
+from offsite.core.storage import write_stream
+from offsite.errors import IncompatibleError
+from offsite.exchange.contents import CONFIG, PROCESSOR
+
+
+def tower_in(source: Path) -> Architecture | None:
+    """The row of the image tower of the model in a folder with safetensors; None where it has none."""
+    if not any((source / name).is_file() for name in (WEIGHTS, INDEX)) or not (source / CONFIG).is_file():
+        return None
+    try:
+        config = strict_json((source / CONFIG).read_bytes())
+    except ValueError:
+        return None  # who reads it next says what is wrong
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    return next((row for row in ARCHITECTURES.values() if row.vision and row.vision.tower_of == kind), None)
+
+
+def copy_tower(source: Path, folder: Path, row: Architecture, dtype: str | None) -> None:
+    """Write the tower as a base folder.
+
+    Args:
+        source: a folder with config, safetensors and the image processor's settings.
+        folder: where the base goes.
+        row: of the tower.
+        dtype: of the weights; None keeps theirs.
+
+    Raises:
+        IncompatibleError: the config says nothing of the tower.
+        StorageError: the weights are broken.
+    """
+    whole: dict[str, Any] = strict_json((source / CONFIG).read_bytes())
+    config = whole.get("vision_config")
+    if row.vision is None or not isinstance(config, dict):
+        raise IncompatibleError(
+            f"{source / CONFIG} has no vision_config, so the image tower is not described",
+            next_step="import the model afresh from where it was published",
+        )
+    start = f"{row.vision.prefix}."
+    tensors = [
+        copied(tensor, name=name.removeprefix(start), dtype=dtype)
+        for name, tensor in open_checkpoint(source).tensors.items()
+        if name.startswith(start) and row.name_of(name) is not None
+    ]
+    write_checkpoint(folder, tensors)
+    stored = {"BF16": "bfloat16", "F32": "float32"}.get(dtype or "")
+    kept = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
+    kept |= {"model_type": row.model_type, "architectures": [row.class_name]}
+    kept |= {"dtype": stored or config.get("dtype") or whole.get("dtype") or whole.get("torch_dtype") or "float32"}
+    write_stream(folder / CONFIG, [json.dumps(kept, indent=1).encode() + b"\n"])
+    for name in (PROCESSOR, "LICENSE", "LICENSE.txt"):
+        if (source / name).is_file():
+            write_stream(folder / name, [(source / name).read_bytes()])

@@ -1,0 +1,124 @@
+"""The data owner's pictures, and the head that it makes."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from artifacts import packed
+from offsite.config import TuneSpec
+from offsite.core.images import load_processor
+from offsite.core.progress import silent
+from offsite.data_owner.image_task import open_album
+from offsite.data_owner.tune import tune
+from offsite.errors import DataError, UsageError
+from offsite.exchange.artifacts import Bundle
+from offsite.exchange.contents import CLASSIFIER
+from offsite.exchange.home import Home
+from tiny import tiny_parties, tiny_pictures, tiny_vision_base
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return packed(tiny_vision_base(tmp_path / "base", "dinov2", 4), tmp_path / "bundle", tiny_parties(tmp_path), keep=1)
+
+
+def spec(**settings: Any) -> TuneSpec:
+    usual = {"max_steps": 3, "batch_size": 4, "compute": "fp32", "device": "cpu", "threads": 1, "rank": 2}
+    return TuneSpec.model_validate(usual | settings)
+
+
+def run(tmp_path: Path, bundle: Bundle, pictures: Path, out: str = "return", **settings: Any) -> list[dict[str, Any]]:
+    """Tune; the records of the log."""
+    tune(bundle.folder, pictures, tmp_path / out, spec(**settings), Home(tmp_path / "hospital-home"))
+    return [json.loads(line) for line in (tmp_path / f"{out}.log.jsonl").read_text().splitlines()]
+
+
+def test_held_out_pictures(tmp_path: Path, bundle: Bundle) -> None:
+    pictures = tiny_pictures(tmp_path / "set", 10)
+    last = run(tmp_path, bundle, pictures, eval_share=0.2)[-1]
+    assert last["event"] == "validation"
+    assert 0 <= last["accuracy"] <= 1
+    assert last["loss"] > 0
+    album = open_album(bundle.folder, pictures, None, spec(eval_share=0.2), silent)
+    assert (len(album.train), len(album.held_out or ())) == (24, 6)
+    with pytest.raises(UsageError, match="were both given"):
+        open_album(bundle.folder, pictures, pictures, spec(eval_share=0.2), silent)
+    tiny_pictures(tmp_path / "parts" / "train", 3)
+    tiny_pictures(tmp_path / "parts" / "test", 1)
+    album = open_album(bundle.folder, tmp_path / "parts", None, spec(), silent)
+    assert (len(album.train), len(album.held_out or ())) == (9, 3)
+
+
+def test_no_task(tmp_path: Path, bundle: Bundle) -> None:
+    pictures = tiny_pictures(tmp_path / "set", 1)
+    shutil.copytree(pictures / "red", pictures / "rosy")
+    with pytest.raises(DataError) as caught:
+        open_album(bundle.folder, tiny_pictures(tmp_path / "train", 1), pictures, spec(), silent)
+    assert "only among the held-out ones: rosy" in caught.value.reasons[1]
+    for name in ("blue", "green", "rosy"):
+        shutil.rmtree(pictures / name)
+    with pytest.raises(DataError, match="do not make a task"):
+        open_album(bundle.folder, pictures, None, spec(), silent)
+
+
+def test_names_that_cannot_be_returned(tmp_path: Path, bundle: Bundle) -> None:
+    pictures = tiny_pictures(tmp_path / "set", 1)
+    (pictures / "red").rename(pictures / ("r" * 129))
+    with pytest.raises(DataError, match="cannot be returned"):
+        open_album(bundle.folder, pictures, None, spec(), silent)
+
+
+def test_bad_pictures_are_left_out_on_demand(tmp_path: Path, bundle: Bundle) -> None:
+    pictures = tiny_pictures(tmp_path / "set", 2)
+    (pictures / "red" / "bad.png").write_text("none")
+    with pytest.raises(DataError, match="1 picture cannot be read"):
+        run(tmp_path, bundle, pictures)
+    assert run(tmp_path, bundle, pictures, skip_bad=True)[-1]["step"] == 3
+
+
+@pytest.mark.parametrize(("start", "factor"), [("probe", 1.0), ("random", 10.0)])
+def test_where_the_head_starts_and_how_fast_it_learns(
+    tmp_path: Path, bundle: Bundle, start: str, factor: float
+) -> None:
+    """Adam's first step is of the size of the learning rate, whatever the gradient."""
+    pictures = tiny_pictures(tmp_path / "set", 4)
+    settings: dict[str, Any] = {"head_start": start, "max_steps": 1, "schedule": "constant", "warmup": 0.0}
+    slow = load_file(_tuned(tmp_path, bundle, pictures, "slow", lr=1e-9, **settings))["classifier.weight"]
+    fast = load_file(_tuned(tmp_path, bundle, pictures, "fast", lr=1e-3, **settings))["classifier.weight"]
+    moved = (fast - slow).abs().max()
+    torch.testing.assert_close(moved, torch.tensor(1e-3 * factor), rtol=1e-2, atol=0)
+    assert float(slow.abs().max()) > 0
+    losses = run(tmp_path, bundle, pictures, "again", lr=1e-9, augment=False, batch_size=12, **settings)
+    assert (losses[1]["loss"] < 0.5) == (start == "probe")
+
+
+def _tuned(tmp_path: Path, bundle: Bundle, pictures: Path, out: str, **settings: Any) -> Path:
+    run(tmp_path, bundle, pictures, out, **settings)
+    return tmp_path / out / CLASSIFIER
+
+
+def test_memory_is_for_text(tmp_path: Path, bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="--memory is for text"):
+        run(tmp_path, bundle, tiny_pictures(tmp_path / "set", 2), memory="4GiB")
+
+
+def test_recomputed_blocks_give_the_same_return(tmp_path: Path, bundle: Bundle) -> None:
+    pictures = tiny_pictures(tmp_path / "set", 4)
+    plain = _tuned(tmp_path, bundle, pictures, "plain", method="full", lr=1e-3)
+    again = _tuned(tmp_path, bundle, pictures, "again", method="full", lr=1e-3, gradient_checkpointing=True)
+    assert plain.read_bytes() == again.read_bytes()
+
+
+def test_bitfit(tmp_path: Path, bundle: Bundle) -> None:
+    run(tmp_path, bundle, tiny_pictures(tmp_path / "set", 2), method="bitfit")
+    names = set(load_file(tmp_path / "return" / "adapter.safetensors"))
+    assert names == {name for name in bundle.manifest.tensors if name.endswith(".bias")}
+
+
+def test_the_processor_is_the_bundles(bundle: Bundle) -> None:
+    assert load_processor(bundle.folder).side == (16, 16)

@@ -1,0 +1,86 @@
+"""The demo on images with a tiny encoder; its commands run in this process, each with the words that it would have."""
+
+import contextlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offsite.cli import main
+from offsite.study.chain import Chain
+from offsite.study.vision_demo import ROWS, SPLIT
+from tiny import tiny_pictures, tiny_vision_base
+
+STEPS = 3
+
+
+@pytest.fixture
+def words(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The words of every command that ran."""
+    seen: list[list[str]] = []
+
+    def run(_: Chain, given: Sequence[str | Path]) -> Any:
+        seen.append([str(word) for word in given])
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            assert main([*seen[-1], "--json"]) == 0
+        return json.loads(output.getvalue())
+
+    monkeypatch.setattr(Chain, "run", run)
+    return seen
+
+
+def test_the_demo(tmp_path: Path, words: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny_vision_base(tmp_path / "model", "dinov2", 12)
+    tiny_pictures(tmp_path / "set" / "train", 30)
+    tiny_pictures(tmp_path / "set" / "val", 4, seed=1)
+    result, workdir = tmp_path / "result.json", tmp_path / "work"
+    command = ["demo", "--vision", "--images", str(tmp_path / "set"), "--model", str(base), "--workdir", str(workdir)]
+    command += ["--steps", str(STEPS), "--json", str(result)]
+    assert main(command) == 0
+    found = json.loads(result.read_text())
+    assert [row["name"] for row in found["rows"]] == list(ROWS)
+    for row in found["rows"]:
+        assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
+        assert row["rows"] == 12
+    assert found["task"] == {"train": 72, "test": 12, "own": 18, "classes": 3}
+    assert found["settings"]["split"] == {"bottom": SPLIT["bottom"], "emulator": SPLIT["keep"], "top": SPLIT["top"]}
+    shown = capsys.readouterr().out
+    assert "Accuracy on 12 held-out pictures of 3 classes" in shown
+    assert all(name in shown for name in ROWS)
+    listed = {line for file in ("train.csv", "test.csv") for line in _paths(workdir / "data-owner" / file)}
+    assert not listed & set(_paths(workdir / "model-owner" / "pictures.csv"))  # nobody shares pictures
+    before = len(words)
+    assert main(command) == 0
+    assert len(words) == before  # nothing is done twice
+
+
+def _paths(file: Path) -> list[str]:
+    return [line.split(",")[0] for line in file.read_text().splitlines()[1:]]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--vision"], "go together"),
+        (["--images", "x"], "go together"),
+        (["--vision", "--images", "x", "--data", "y"], "do not go together"),
+        (["--vision", "--images", "x", "--full"], "do not go together"),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    tmp_path: Path, given: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", *given, "--workdir", str(tmp_path / "work")]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+def test_too_few_pictures(tmp_path: Path, words: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny_vision_base(tmp_path / "model", "dinov2", 12)
+    tiny_pictures(tmp_path / "set", 1)
+    arguments = ["--images", str(tmp_path / "set"), "--model", str(base), "--workdir", str(tmp_path / "work")]
+    assert main(["demo", "--vision", *arguments]) == 2
+    assert "too few pictures" in capsys.readouterr().err
