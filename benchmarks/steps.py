@@ -59,11 +59,14 @@ def encoded(base: Path, rows: Path) -> "tuple[Example, ...]":
 
 def steps_of(examples: "Sequence[Example]", per_step: int, count: int, seed: int) -> "list[list[Example]]":
     """The rows of the first steps of a tuning, in each step from short to long."""
-    from offsite import TuneSpec
-    from offsite.data_owner.schedule import rows_of_steps
+    from offsite.core.data import step_batches
 
-    rows_of = rows_of_steps(TuneSpec(batch_size=per_step, seed=seed), examples)
-    return [sorted((examples[row] for row in rows_of(step)), key=_length) for step in range(count)]
+    per_epoch = -(-len(examples) // per_step)
+    epochs = [
+        step_batches(examples, rows=per_step, seed=seed, epoch=epoch) for epoch in range(1 + (count - 1) // per_epoch)
+    ]
+    steps = [step for epoch in epochs for step in epoch][:count]
+    return [sorted((examples[row] for row in step), key=_length) for step in steps]
 
 
 def _padded(step: "Sequence[Example]") -> int:

@@ -72,14 +72,16 @@ def test_peers_see_the_rows_of_a_tuning(tmp_path, data):
     """The steps that peers are fed are those that `offsite tune` takes under the same seed."""
     from offsite import TuneSpec
     from offsite.data_owner.schedule import rows_of_steps
+    from offsite.data_owner.task import TextTask
 
     base = tiny_base(tmp_path / "base")
     examples = encoded(base, data / "letters" / "train.jsonl")
-    rows_of = rows_of_steps(TuneSpec(batch_size=4, seed=3), examples)
+    spec = TuneSpec(batch_size=4, seed=3)
+    rows_of = rows_of_steps(spec, len(examples), TextTask(None, examples, ()).order)
     for step, rows in enumerate(steps_of(examples, 4, 6, seed=3)):
         lengths = [len(row.ids) for row in rows]
         assert lengths == sorted(lengths)
-        assert lengths == sorted(len(examples[i].ids) for i in rows_of(step))
+        assert lengths == sorted(len(examples[i].ids) for i in rows_of(step)[1])
 
 
 def test_records_hold_contestants_against_each_other():

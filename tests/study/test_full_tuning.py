@@ -37,7 +37,7 @@ def test_every_weight_has_the_gradient_of_the_whole_model(tmp_path: Path, kind: 
     batch = collate(examples)
     model = load_model(base, dtype=torch.float32, device=CPU)
     tuning = _prepare(model, open_base(Base(base)).row, examples, ())
-    total, _ = label_losses(tuning.network, batch)
+    total, _ = label_losses(tuning.task.network, batch)
     total.backward()
     reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask)

@@ -73,6 +73,8 @@ def require_fit(recipe: Recipe, base: Path) -> None:
     """
     model = open_base(Base(base))
     reasons = []
+    if model.row.vision is not None:
+        reasons.append(f"architecture {model.row.model_type} sees pictures; studies are of language models")
     if recipe.architecture not in (None, model.row.model_type):
         reasons.append(f"architecture {model.row.model_type}, the recipe says {recipe.architecture}")
     if recipe.blocks not in (None, model.blocks):

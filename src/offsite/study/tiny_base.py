@@ -38,9 +38,10 @@ def tiny_base(folder: Path, architecture: str, blocks: int | None = None, *, lik
         StorageError: it cannot be written.
     """
     row = ARCHITECTURES.get(architecture)
-    if row is None:
+    if row is None or row.vision is not None:
+        known = sorted(name for name, one in ARCHITECTURES.items() if one.vision is None)
         raise IncompatibleError(
-            f"there is no model type {architecture[:64]!r}", next_step=f"name one of {', '.join(sorted(ARCHITECTURES))}"
+            f"there is no language model of type {architecture[:64]!r}", next_step=f"name one of {', '.join(known)}"
         )
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
