@@ -289,9 +289,9 @@ def test_validation_is_what_evaluation_measures(house, tmp_path, method, compute
     found = {record["step"]: record["loss"] for record in records if record["event"] == "validation"}
     assert found.keys() == {4, 6}
     spec = EvalSpec(compute=compute, device="cpu", threads=1)
-    assert evaluate(house.bundles["llama"].folder, house.rows, spec, adapter=out).loss == pytest.approx(
-        found[6], rel=1e-5
-    )
+    scored = evaluate(house.bundles["llama"].folder, house.rows, spec, adapter=out).loss
+    # tuning runs norms and MLPs as single functions, which round at other places in bf16
+    assert scored == pytest.approx(found[6], rel={"fp32": 1e-5, "bf16": 1e-3}[compute])
     tuning = [event for event in events if event.stage == "tuning"]
     assert [(event.done, event.total) for event in tuning] == [(step, 6) for step in range(1, 7)]
     assert set(tuning[0].facts) == {"loss", "lr", "tokens/s", "left"}
