@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from offsite.exchange.contents import (
     BOTTLENECK_WEIGHTS,
     CLASSIFIER,
     RETURNED_WEIGHTS,
+    WEIGHTS_OF,
+    checkpoint_file,
     tokenizer_digest,
 )
 from offsite.exchange.home import Home
@@ -122,6 +124,15 @@ def bottleneck_return(
         weights = [from_array(name, array, "F32") for name, array in arrays.items()]
         written = [write_safetensors(folder / BOTTLENECK_WEIGHTS, weights)]
         return _sealed(bundle, out, folder, home, written, "bottleneck", None, entries, settings)
+
+
+def with_earlier(returned: Return, earlier: Sequence[Return], home: Home, **changes: Any) -> Path:
+    """Make of a return one that holds the tensors of others, tuned alike, as its earlier checkpoints."""
+    weights = WEIGHTS_OF[returned.manifest.method]
+    for number, other in enumerate(earlier, 1):
+        shutil.copy(other.folder / weights, returned.folder / checkpoint_file(number))
+    sign_again(returned.folder, home.identity(), earlier_checkpoints=len(earlier), **changes)
+    return returned.folder
 
 
 def _sealed(

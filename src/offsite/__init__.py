@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from offsite.exchange.verify import verify, verify_bundle, verify_plug_in, verify_return
     from offsite.measure.evaluate import Score, evaluate
     from offsite.measure.harness import TaskScore, run_tasks
+    from offsite.model_owner.choose import Choice, choose
     from offsite.model_owner.import_model import import_model
     from offsite.model_owner.intake import intake
     from offsite.model_owner.pack import pack
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Base",
     "Bundle",
+    "Choice",
     "DataError",
     "EvalSpec",
     "Event",
@@ -65,6 +67,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "__version__",
+    "choose",
     "evaluate",
     "import_model",
     "intake",
@@ -99,6 +102,7 @@ _WHERE = {
     "offsite.exchange.verify": ("verify", "verify_bundle", "verify_plug_in", "verify_return"),
     "offsite.measure.evaluate": ("Score", "evaluate"),
     "offsite.measure.harness": ("TaskScore", "run_tasks"),
+    "offsite.model_owner.choose": ("Choice", "choose"),
     "offsite.model_owner.import_model": ("import_model",),
     "offsite.model_owner.intake": ("intake",),
     "offsite.model_owner.pack": ("pack",),

@@ -187,6 +187,12 @@ class TuneSpec(ComputeSpec):
         Literal["error", "truncate", "skip"], Field(description="what happens to rows over max_length")
     ] = "error"
     eval_every: Annotated[int | None, Field(ge=1, description="steps between validations; None only at the end")] = None
+    checkpoints: Annotated[
+        int, Field(ge=1, le=100, description="checkpoints in the return, evenly spaced, the last step's included")
+    ] = 1
+    report_scores: Annotated[
+        bool, Field(description="tell the owner the loss of each checkpoint on the eval rows, in the signed return")
+    ] = False
     save_every: Annotated[int, Field(ge=1, description="steps between resume points")] = 50
     seed: Annotated[int, Field(ge=0, description="seed of order, dropout and LoRA initialisation")] = 0
     pooling: Annotated[
@@ -217,6 +223,14 @@ class TuneSpec(ComputeSpec):
         return self.lr if self.lr is not None else (3e-4 if self.method == "full" else 1e-3)
 
 
+def _numbers(given: object) -> object:
+    """ "0,0.5,1" as a list of its parts."""
+    return [part.strip() for part in given.split(",")] if isinstance(given, str) else given
+
+
+_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+
+
 class PlugInSpec(Spec):
     """How a return is put into the base model."""
 
@@ -225,11 +239,30 @@ class PlugInSpec(Spec):
         Field(alias="as", description="adapter folder or complete checkpoint; None: adapter where the method has one"),
     ] = None
     strength: Annotated[
-        float, Field(ge=0, le=1.5, description="how far to go from the base's weights (0) to the returned ones (1)")
-    ] = 1.0
+        float | None,
+        Field(
+            ge=0, le=1.5, description="how far to go from the base's weights (0) to the returned ones (1); None is 1"
+        ),
+    ] = None
+    strengths: Annotated[
+        tuple[Annotated[float, Field(ge=0, le=1.5)], ...],
+        BeforeValidator(_numbers),
+        Field(min_length=1, description="strengths to choose from, with --choose-on"),
+    ] = _STRENGTHS
+    checkpoint: Annotated[
+        int | None, Field(ge=1, description="which checkpoint of the return, from 1; None is the last")
+    ] = None
     again: Annotated[bool, Field(description="permit a return that was plugged in before")] = False
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> Self:
+        if self.strength is not None and self.strengths != _STRENGTHS:
+            raise ValueError("strength and strengths were both given: the one is fixed, the others are to choose from")
+        if not any(self.strengths):
+            raise ValueError("strengths holds nothing but 0, which is the base itself")
+        return self
 
 
 class EvalSpec(ComputeSpec):

@@ -4,6 +4,7 @@ Nearly all are by a hostile party with a valid, trusted key, which signs again a
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 
 from artifacts import GONE, edit_bundle_weights, edit_json, edit_weights, manifest_of, sign_again
 from attacks.lab import Lab
-from offsite.core.checkpoint import DECLARED_WEIGHTS, WEIGHTS
+from offsite.core.checkpoint import DECLARED_WEIGHTS, WEIGHTS, read_header
 from offsite.exchange.contents import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -20,6 +21,7 @@ from offsite.exchange.contents import (
     CLASSIFIER,
     PROCESSOR,
     RETURNED_WEIGHTS,
+    checkpoint_file,
 )
 from offsite.exchange.manifest import MANIFEST, SIGNATURE
 
@@ -520,6 +522,56 @@ def full_return_that_peft_would_load(lab: Lab) -> None:
     lab.sign_full()
 
 
+@attack("_return_files", "checkpoints", "files: unexpected 'checkpoint-3.safetensors'")
+def more_checkpoints_than_announced(lab: Lab) -> None:
+    folder = lab.folder / "checkpoints"
+    shutil.copy(folder / checkpoint_file(2), folder / checkpoint_file(3))
+    sign_again(folder, lab.data_owner)
+
+
+@attack("_return_files", "checkpoints", "files: missing 'checkpoint-2.safetensors'")
+def fewer_checkpoints_than_announced(lab: Lab) -> None:
+    (lab.folder / "checkpoints" / checkpoint_file(2)).unlink()
+    sign_again(lab.folder / "checkpoints", lab.data_owner)
+
+
+@attack("_return_files", "lora", "files: unexpected 'checkpoint-1.safetensors'")
+def checkpoint_beside_a_return_that_announces_none(lab: Lab) -> None:
+    shutil.copy(lab.lora / ADAPTER_WEIGHTS, lab.lora / checkpoint_file(1))
+    lab.sign_lora()
+
+
+@attack("_return_tensors", "checkpoints", "tensors in checkpoint-1.safetensors: unexpected 'rows'")
+def tensor_beside_an_earlier_checkpoint(lab: Lab) -> None:
+    folder = lab.folder / "checkpoints"
+    edit_weights(folder / checkpoint_file(1), lambda w: w.update(rows=np.zeros(3, np.float32)))
+    sign_again(folder, lab.data_owner)
+
+
+@attack("_return_tensors", "checkpoints", "tensors in checkpoint-2.safetensors: missing")
+def tensor_of_an_earlier_checkpoint_left_out(lab: Lab) -> None:
+    folder = lab.folder / "checkpoints"
+    edit_weights(folder / checkpoint_file(2), lambda w: void(w.pop(next(iter(w)))))
+    sign_again(folder, lab.data_owner)
+
+
+@attack("_return_tensors", "checkpoints", "in checkpoint-1.safetensors, F32 [")
+def earlier_checkpoint_of_another_shape(lab: Lab) -> None:
+    def longer(weights: dict[str, Any]) -> None:
+        name = next(iter(weights))
+        weights[name] = np.zeros((9, *weights[name].shape[1:]), np.float32)
+
+    edit_weights(lab.folder / "checkpoints" / checkpoint_file(1), longer)
+    sign_again(lab.folder / "checkpoints", lab.data_owner)
+
+
+@attack("_return_tensors", "checkpoints", "has dtype F16 in checkpoint-1.safetensors, expected F32")
+def earlier_checkpoint_of_another_dtype(lab: Lab) -> None:
+    file = lab.folder / "checkpoints" / checkpoint_file(1)
+    edit_weights(file, lambda w: None, dict.fromkeys(read_header(file), "F16"))
+    sign_again(lab.folder / "checkpoints", lab.data_owner)
+
+
 @attack("_return_tensors", "lora", "tensors in the file: unexpected 'rows'")
 def tensor_beside_the_adapter(lab: Lab) -> None:
     edit_weights(lab.lora / ADAPTER_WEIGHTS, lambda w: w.update(rows=np.zeros(3, np.float32)))
@@ -542,7 +594,7 @@ def returned_shape_is_not_the_manifests(lab: Lab) -> None:
     lab.sign_full()
 
 
-@attack("_return_tensors", "full", "has dtype BF16, expected F32")
+@attack("_return_tensors", "full", "has dtype BF16 in the file, expected F32")
 def returned_dtype_is_not_the_manifests(lab: Lab) -> None:
     name = "model.layers.0.input_layernorm.weight"
     edit_weights(lab.full / RETURNED_WEIGHTS, lambda w: None, {name: "BF16"})
@@ -562,6 +614,8 @@ def _not_finite(name: str, target: str, file: str, value: float) -> None:
 
 _not_finite("nan_in_a_lora_return", "lora", ADAPTER_WEIGHTS, float("nan"))
 _not_finite("infinity_in_a_lora_return", "lora", ADAPTER_WEIGHTS, float("-inf"))
+_not_finite("nan_in_an_earlier_checkpoint", "checkpoints", "checkpoint-1.safetensors", float("nan"))
+_not_finite("infinity_in_an_earlier_checkpoint", "checkpoints", "checkpoint-2.safetensors", float("inf"))
 _not_finite("nan_in_a_full_return", "full", RETURNED_WEIGHTS, float("nan"))
 _not_finite("infinity_in_a_full_return", "full", RETURNED_WEIGHTS, float("inf"))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from artifacts import bottleneck_return, full_return, lora_return, packed
+from artifacts import bottleneck_return, full_return, lora_return, packed, with_earlier
 from attacks.lab import Lab
 from offsite.config import PlugInSpec
 from offsite.exchange.artifacts import Base
@@ -31,6 +31,9 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lora_return(bundle, folder / "lora", parties.data_owner)
     full_return(bundle, folder / "full", parties.data_owner, lambda name, shipped: shipped + 0.5)
     bottleneck_return(bundle, folder / "bottleneck", parties.data_owner)
+    last, *earlier = (lora_return(bundle, folder / f"r{seed}", parties.data_owner, seed=seed) for seed in range(3))
+    with_earlier(last, earlier, parties.data_owner, scores=[1.5, 1.25, 1.0])
+    last.folder.rename(folder / "checkpoints")
     bottleneck_return(bundle, folder / "width-9", parties.data_owner, width=9)
     only_lora = packed(base, folder / "only-lora", parties, keep=1, methods=("lora",), max_rank=8)
     full_return(only_lora, folder / "forbidden-full", parties.data_owner)

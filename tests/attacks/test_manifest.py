@@ -124,6 +124,18 @@ RETURN: dict[str, tuple[Callable[[Json], None], str]] = {
     "no targets": (setting("lora", "targets", value=[]), "lora.targets: Tuple should have at least 1"),
     "target with a star": (setting("lora", "targets", value=["model.*"]), "lora.targets.0: String should match"),
     "parent is no digest": (setting("bundle", value="x"), "bundle: String should match"),
+    "fewer checkpoints than none": (setting("earlier_checkpoints", value=-1), "earlier_checkpoints: Input should be"),
+    "endless checkpoints": (setting("earlier_checkpoints", value=100), "earlier_checkpoints: Input should be less"),
+    "checkpoints as truth": (
+        setting("earlier_checkpoints", value=True),
+        "earlier_checkpoints: Input should be a valid",
+    ),
+    "checkpoints as text": (setting("earlier_checkpoints", value="1"), "earlier_checkpoints: Input should be a valid"),
+    "scores of other checkpoints": (setting("scores", value=[1.0, 2.0]), "2 scores of 1 checkpoints"),
+    "no scores": (setting("scores", value=[]), "scores: Tuple should have at least 1"),
+    "negative score": (setting("scores", value=[-0.5]), "scores.0: Input should be greater"),
+    "score as text": (setting("scores", value=["1.5"]), "scores.0: Input should be a valid number"),
+    "score that tells more": (setting("scores", value=[{"rows": 12}]), "scores.0: Input should be a valid number"),
     "nothing in it": (setting("tensors", value={}), "tensors: Dictionary should have at least 1"),
 }
 

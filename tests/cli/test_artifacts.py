@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from artifacts import lora_return, packed
+from artifacts import lora_return, packed, with_earlier
 from offsite.cli import artifacts, data_owner, main
 from offsite.config import TuneSpec
 from offsite.core.architectures import ARCHITECTURES
@@ -136,6 +136,19 @@ def test_the_return_is_announced_exactly(tmp_path: Path, base: Path, parties: Pa
     full = data_owner.promise(bundle.manifest, TuneSpec(method="full"))
     assert f"({len(bundle.manifest.tensors)} tensors" in full
     assert "adapter.safetensors" in full
+    assert text.endswith("no losses")
+
+
+def test_checkpoints_and_scores_are_announced(tmp_path: Path, base: Path, parties: Parties, run: Run) -> None:
+    bundle = packed(base, tmp_path / "bundle", parties)
+    last, *earlier = (lora_return(bundle, tmp_path / f"r{i}", parties.data_owner, rank=4, seed=i) for i in range(3))
+    folder = with_earlier(last, earlier, parties.data_owner, scores=[3.0, 2.5, 2.25])
+    text = data_owner.promise(bundle.manifest, TuneSpec(rank=4, checkpoints=3, report_scores=True))
+    assert all(file.name in text for file in folder.iterdir())
+    assert "in each of 3 checkpoints" in text
+    assert text.endswith("but the held-out loss of each checkpoint, as --report-scores asks")
+    shown = run("inspect", folder, "--home", parties.owner.folder)
+    assert (shown["checkpoints"], shown["scores"], shown["verified"]) == (3, [3.0, 2.5, 2.25], True)
 
 
 def test_ranges() -> None:

@@ -82,11 +82,17 @@ def _literal(annotation: Any) -> tuple[str, ...]:
             "tune",
             {
                 "data", "out", "eval-data", "tensorboard", "method", "rank", "width", "lr", "epochs", "max-steps",
-                "batch-size", "memory", "gradient-checkpointing", "skip-bad", "resume", "plan", "config",
-                "home", "json",
+                "batch-size", "checkpoints", "report-scores", "memory", "gradient-checkpointing", "skip-bad", "resume",
+                "plan", "config", "home", "json",
             },
         ),
-        ("plug-in", {"out", "as", "strength", "again", "plan", "config", "home", "json"}),
+        (
+            "plug-in",
+            {
+                "out", "as", "choose-on", "checkpoint", "strength", "strengths", "again", "plan", "config", "home",
+                "json",
+            },
+        ),
         (
             "eval",
             {

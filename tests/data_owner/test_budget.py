@@ -32,7 +32,8 @@ def _tuning(folder, lengths=(9, 14, 5, 14)):
     blocks.get_submodule("0").requires_grad_(True)
     weights = TrainedWeights(dict(blocks.get_submodule("0").named_parameters()))
     task = TextTask(take_apart(model), _examples(lengths), ())
-    return Tuning(task, blocks, [blocks.get_submodule("0")], weights, frozenset())
+    trained = [blocks.get_submodule("0")]
+    return Tuning(task, blocks, trained, weights, frozenset(), returned=weights.masters)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -43,7 +43,7 @@ def tuning_of(folder, dtype=torch.float32, first=2):
     weights = TrainedWeights({f"{i}.{n}": p for i, b in enumerate(trained) for n, p in b.named_parameters()})
     generator = np.random.default_rng(0)
     examples = tuple(Example(i, generator.integers(0, 300, length), 1) for i, length in enumerate(LENGTHS))
-    return Tuning(TextTask(network, examples, ()), blocks, trained, weights, frozenset())
+    return Tuning(TextTask(network, examples, ()), blocks, trained, weights, frozenset(), returned=weights.masters)
 
 
 def calls_of(module):

@@ -14,6 +14,7 @@ from offsite.core.attention import _LONGEST
 from offsite.core.memory import Term
 from offsite.data_owner.plan import TunePlan, plan_tune
 from offsite.data_owner.tune import tune
+from offsite.errors import UsageError
 from tiny import KINDS, Parties, tiny_base, tiny_parties
 
 HIDDEN, INNER = 32, 48
@@ -79,6 +80,14 @@ def test_a_mixture_by_hand(tmp_path: Path, parties: Parties, rows: Path, method:
     assert terms(plan, "writing a resume point")["one tensor's bytes"].bytes == 4 * largest
     # experts, attention and its biases, norms, router, shared expert and its gate
     assert plan.trained_tensors == {"lora": 2 * 4 * 2, "full": 2 * (4 * 3 + 4 + 3 + 2 + 1 + 3 + 1)}[method]
+
+
+def test_checkpoints_take_room(base: Path, tmp_path: Path, parties: Parties, rows: Path) -> None:
+    bundle = packed(base, tmp_path / "bundle", parties)
+    one, three = (plan_tune(bundle, rows, TuneSpec(max_steps=3, checkpoints=count)) for count in (1, 3))
+    assert three.disk_bytes - one.disk_bytes == (2 + 2) * 4 * one.trained_parameters
+    with pytest.raises(UsageError, match="4 checkpoints were asked for, of a run of 3 steps"):
+        plan_tune(bundle, rows, TuneSpec(max_steps=3, checkpoints=4))
 
 
 def test_rows_steps_and_tokens(base: Path, tmp_path: Path, parties: Parties, rows: Path) -> None:

@@ -120,8 +120,9 @@ def test_a_return_tells_nothing_about_the_data(house, tmp_path, method):
     manifest = json.loads((out / "offsite.json").read_text())
     assert set(manifest) == {
         "format", "requires", "files", "kind", "bundle", "signer", "recipient", "method", "lora", "bottleneck",
-            "tensors", "classes",
+            "earlier_checkpoints", "scores", "tensors", "classes",
     }  # fmt: skip
+    assert (manifest["earlier_checkpoints"], manifest["scores"]) == (0, None)
     for path in out.iterdir():
         content = path.read_bytes()
         for secret in (b"telling", b"rows", b"loss", str(house.rows.parent).encode(), b"/tmp"):

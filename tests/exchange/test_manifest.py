@@ -61,10 +61,12 @@ def test_every_problem_is_named_with_its_place() -> None:
 
 
 def test_return_without_anything_about_the_data() -> None:
+    """But for the scores, which are null unless the data owner asks to tell them."""
     fields = set(ReturnManifest.model_fields)
+    assert ReturnManifest.model_fields["scores"].default is None
     assert fields == {
         "kind", "format", "requires", "files", "bundle", "signer", "recipient", "method", "lora",
-        "bottleneck", "tensors", "classes",
+        "bottleneck", "earlier_checkpoints", "scores", "tensors", "classes",
     }  # fmt: skip
     assert set(LoraSettings.model_fields) == {"rank", "alpha", "targets"}
 

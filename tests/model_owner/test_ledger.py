@@ -109,16 +109,17 @@ def test_two_at_once(tmp_path: Path) -> None:
     assert all(ledger.intakes(f"{i:064}") == [("refused", ["no"])] for i in range(8))
 
 
-def test_a_ledger_from_before_strengths(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
-    """What was entered then was of strength 1."""
+def test_a_ledger_from_before_strengths_and_checkpoints(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
+    """What was entered then was of strength 1 and of the one checkpoint."""
     packed(base_of(), tmp_path / "bundle", parties, keep=1)
     with sqlite3.connect(parties.owner.ledger) as db:
         db.execute("ALTER TABLE plug_ins DROP COLUMN strength")
+        db.execute("ALTER TABLE plug_ins DROP COLUMN checkpoint")
         db.execute(
             "INSERT INTO plug_ins (digest, returned, bundle, made_at, form) VALUES ('a', 'b', 'c', 'd', 'merged')"
         )
     db.close()
     assert Ledger(parties.owner.ledger).issued("0" * 64) is None
     with sqlite3.connect(parties.owner.ledger) as db:
-        assert db.execute("SELECT strength FROM plug_ins").fetchall() == [(1.0,)]
+        assert db.execute("SELECT strength, checkpoint FROM plug_ins").fetchall() == [(1.0, 1)]
     db.close()

@@ -11,7 +11,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from artifacts import bottleneck_return, copied_folder, edit_json, edit_weights, full_return, lora_return, packed
+from artifacts import (
+    bottleneck_return,
+    copied_folder,
+    edit_json,
+    edit_weights,
+    full_return,
+    lora_return,
+    packed,
+    with_earlier,
+)
 from model_owner.test_pack import bits, logits, plain, sharded
 from offsite.config import PlugInSpec
 from offsite.core.architectures import ARCHITECTURES
@@ -318,6 +327,40 @@ def test_strength_that_overflows(base_of: MakeBase, parties: Parties, tmp_path: 
     with pytest.raises(VerificationError, match="at this strength"):
         plugged(base, returned.folder, tmp_path / "out", parties, strength=1.5)
     assert not (tmp_path / "out").exists()
+
+
+# --- checkpoints ---
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "bottleneck"])
+def test_each_checkpoint_is_plugged_in_like_a_return_of_its_own(
+    base_of: MakeBase, parties: Parties, tmp_path: Path, method: str
+) -> None:
+    base = base_of("llama", 4)
+    bundle = packed(base, tmp_path / "bundle", parties, keep=1)
+    home, made = parties.data_owner, []
+    for seed in range(3):
+        out = tmp_path / f"return{seed}"
+        if method == "lora":
+            made.append(lora_return(bundle, out, home, seed=seed))
+        elif method == "full":
+            made.append(full_return(bundle, out, home, lambda name, shipped, by=seed: shipped + np.float32(by + 1)))
+        else:
+            made.append(bottleneck_return(bundle, out, home, seed=seed))
+    alone = [plugged(base, one.folder, tmp_path / f"alone{i}", parties).folder for i, one in enumerate(made)]
+    folder = with_earlier(made[2], made[:2], home)
+    weights = {"lora": "adapter_model", "full": "model", "bottleneck": "bottleneck"}[method] + ".safetensors"
+    for number, expected in enumerate(alone, 1):
+        found = plugged(base, folder, tmp_path / f"checkpoint{number}", parties, checkpoint=number)
+        assert found.manifest.checkpoint == number
+        assert (found.folder / weights).read_bytes() == (expected / weights).read_bytes()
+    assert (alone[0] / weights).read_bytes() != (alone[2] / weights).read_bytes()
+    last = plugged(base, folder, tmp_path / "last", parties)
+    assert last.manifest.checkpoint == 3
+    assert (last.folder / weights).read_bytes() == (alone[2] / weights).read_bytes()
+    with pytest.raises(UsageError, match="has no checkpoint 4"):
+        plugged(base, folder, tmp_path / "fourth", parties, checkpoint=4)
+    assert not (tmp_path / "fourth").exists()
 
 
 # --- what stands beside ---

@@ -32,6 +32,8 @@ def tune(
     epochs: Annotated[float | None, flags.SETTING] = None,
     max_steps: Annotated[int | None, flags.SETTING] = None,
     batch_size: Annotated[int | None, flags.SETTING] = None,
+    checkpoints: Annotated[int | None, flags.SETTING] = None,
+    report_scores: Annotated[bool | None, typer.Option("--report-scores", rich_help_panel=flags.SETTINGS)] = None,
     memory: Annotated[str | None, flags.SETTING] = None,
     gradient_checkpointing: Annotated[bool | None, flags.SETTING] = None,
     plan: flags.PlanFlag = False,
@@ -62,14 +64,17 @@ def tune(
             "epochs": epochs,
             "max_steps": max_steps,
             "batch_size": batch_size,
+            "checkpoints": checkpoints,
+            "report_scores": report_scores,
             "memory": memory,
             "gradient_checkpointing": gradient_checkpointing,
             "skip_bad": skip_bad,
         },
     )
-    from offsite.data_owner.permitted import require_permitted
+    from offsite.data_owner.permitted import require_permitted, require_something_to_report
     from offsite.exchange.verify import verify_bundle
 
+    require_something_to_report(spec, eval_data)
     own = flags.home_of(context, home)
     verified = verify_bundle(bundle, own)
     require_permitted(verified.manifest, spec)
@@ -93,12 +98,13 @@ def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
     """What the return will contain, in words: every file, and the tensors by block."""
     from offsite.core.architectures import ARCHITECTURES
     from offsite.data_owner.plan import returned_tensors
-    from offsite.exchange.contents import ADAPTER_CONFIG, CLASSIFIER, WEIGHTS_OF
+    from offsite.exchange.contents import ADAPTER_CONFIG, CLASSIFIER, WEIGHTS_OF, checkpoint_file
     from offsite.exchange.manifest import MANIFEST, SIGNATURE
 
     tensors = returned_tensors(manifest, spec)
     numbers = artifacts.numbers_in(tensors.values())
-    files = [WEIGHTS_OF[spec.method], MANIFEST, SIGNATURE]
+    earlier = [checkpoint_file(number) for number in range(1, spec.checkpoints)]
+    files = [WEIGHTS_OF[spec.method], *earlier, MANIFEST, SIGNATURE]
     if spec.method == "lora":
         files = [ADAPTER_CONFIG, *files]
         row = ARCHITECTURES[manifest.architecture]
@@ -113,8 +119,13 @@ def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
         files = sorted([*files, CLASSIFIER])
     also = ", and a classifier with the NAMES OF YOUR CLASSES" if vision else ""
     blocks = artifacts.ranges(manifest.split.trained)
+    size = f"{len(tensors)} tensors, {numbers:,} numbers, {4 * numbers / 2**20:.1f} MiB"
+    if earlier:
+        size = f"in each of {spec.checkpoints} checkpoints {size}"
+    told = "no losses"
+    if spec.report_scores:
+        told = f"but the held-out loss of {'each checkpoint' if earlier else 'what trained'}, as --report-scores asks"
     return (
         f"the return will hold {', '.join(files)} and nothing else: for blocks {blocks} of the bundle, {what} "
-        f"({len(tensors)} tensors, {numbers:,} numbers, {4 * numbers / 2**20:.1f} MiB){also}; "
-        f"no paths, no {'other ' if vision else ''}names, no row counts, no losses"
+        f"({size}){also}; no paths, no {'other ' if vision else ''}names, no row counts, {told}"
     )

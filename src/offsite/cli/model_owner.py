@@ -1,12 +1,18 @@
 """The verbs of the party that owns a model: import, pack, plug-in."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offsite.cli import artifacts, flags, terminal
+from offsite.cli import artifacts, choice, flags, terminal
 from offsite.cli.plan import show_plan
+
+if TYPE_CHECKING:
+    from offsite.config import PlugInSpec
+    from offsite.exchange.artifacts import Base
+    from offsite.exchange.home import Home
+    from offsite.model_owner.choose import Choice
 
 _Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="new folder for the result")]
 _BaseFolder = Annotated[Path, typer.Argument(metavar="BASE", help="base checkpoint folder, as import wrote it")]
@@ -124,7 +130,12 @@ def plug_in(
     returned: Annotated[Path, typer.Argument(metavar="RETURN", help="the folder that the data owner sent back")],
     out: _Out,
     as_: Annotated[str | None, typer.Option("--as", rich_help_panel=flags.SETTINGS)] = None,
+    choose_on: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="choose checkpoint and strength by the loss on these rows")
+    ] = None,
+    checkpoint: Annotated[int | None, flags.SETTING] = None,
     strength: Annotated[float | None, flags.SETTING] = None,
+    strengths: Annotated[str | None, flags.SETTING] = None,
     again: Annotated[bool | None, typer.Option("--again", rich_help_panel=flags.SETTINGS)] = None,
     plan: flags.PlanFlag = False,
     config: flags.ConfigFlag = None,
@@ -134,13 +145,26 @@ def plug_in(
     """Check a return against the ledger and put it into the base model.
 
     As an adapter, the result is an ordinary PEFT folder for the base; merged, it is a complete checkpoint.
+    With --choose-on, every checkpoint of the return is scored at every strength on rows of your own, and the best wins.
 
     Example:
       offsite plug-in base/ return/ --out plugged/
     """
     from offsite.config import PlugInSpec
+    from offsite.errors import UsageError
 
-    spec = flags.settings(PlugInSpec, config, {"as": as_, "strength": strength, "again": again})
+    given = {"as": as_, "checkpoint": checkpoint, "strength": strength, "strengths": strengths, "again": again}
+    spec = flags.settings(PlugInSpec, config, given)
+    if choose_on is None and strengths is not None:
+        raise UsageError(
+            "--strengths are to choose from, and there are no rows to choose on",
+            next_step="name rows of your own with --choose-on, or give one --strength",
+        )
+    if choose_on is not None and plan:
+        raise UsageError(
+            "--plan does not know what --choose-on needs",
+            next_step="leave --choose-on out of the plan; choosing holds the base in memory, as `offsite eval` does",
+        )
     from offsite.exchange.artifacts import Base
 
     own = flags.home_of(context, home)
@@ -151,8 +175,31 @@ def plug_in(
         return
     from offsite.model_owner.plug_in import plug_in as plug_in_stage
 
+    chosen = None
+    if choose_on is not None:
+        chosen = _choose(Base(base), returned, choose_on, out, spec, own, config)
+        spec = spec.model_copy(update={"checkpoint": chosen.best.checkpoint, "strength": chosen.best.strength})
     with terminal.showing_progress() as progress:
         plugged = plug_in_stage(Base(base), returned, out, spec, own, progress)
-    terminal.show(artifacts.describe(plugged.folder, own), as_json=as_json)
+    if chosen and not as_json:
+        for line in choice.lines(chosen):
+            typer.echo(line)
+    shown = artifacts.describe(plugged.folder, own)
+    terminal.show({**shown, "choice": choice.facts(chosen)} if chosen and as_json else shown, as_json=as_json)
     scored = f"{base} --adapter {out}" if plugged.manifest.form == "adapter" else f"{out}"
     terminal.hint(f"next: offsite eval {scored} --data test.jsonl")
+
+
+def _choose(
+    base: "Base", returned: Path, data: Path, out: Path, spec: "PlugInSpec", own: "Home", config: Path | None
+) -> "Choice":
+    """Choose, under the settings of `offsite eval`; an `out` that is taken is refused before, not after."""
+    from offsite.config import EvalSpec
+    from offsite.core.storage import require_free
+
+    measured = flags.settings(EvalSpec, config, {})
+    require_free(out)
+    from offsite.model_owner.choose import choose
+
+    with terminal.showing_progress() as progress:
+        return choose(base, returned, data, spec, measured, own, progress)

@@ -1,7 +1,9 @@
 """Whether the model's owner would take back what a tuning with these settings returns. Torch-free."""
 
+from pathlib import Path
+
 from offsite.config import TuneSpec
-from offsite.errors import IncompatibleError, PolicyError
+from offsite.errors import IncompatibleError, PolicyError, UsageError
 from offsite.exchange.manifest import BundleManifest
 
 
@@ -29,4 +31,17 @@ def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
             "the model's owner would refuse this tuning",
             reasons=reasons,
             next_step="choose what the bundle permits (`offsite inspect BUNDLE`), or ask the owner for another bundle",
+        )
+
+
+def require_something_to_report(spec: TuneSpec, eval_data: Path | None) -> None:
+    """Refuse to report the losses of rows that are not there.
+
+    Raises:
+        UsageError: scores are to be reported, and there are no held-out rows.
+    """
+    if spec.report_scores and eval_data is None:
+        raise UsageError(
+            "--report-scores has no rows to measure a loss on",
+            next_step="name held-out rows with --eval-data, or leave --report-scores out",
         )

@@ -28,7 +28,7 @@ from offsite.core.memory import (
 from offsite.core.modules.declared import unwrapped
 from offsite.core.rows import read_rows
 from offsite.data_owner.permitted import require_permitted
-from offsite.data_owner.schedule import step_count
+from offsite.data_owner.schedule import checkpoint_steps, step_count
 from offsite.errors import UsageError
 from offsite.exchange.artifacts import Bundle
 from offsite.exchange.contents import CONFIG, TOKENIZER_FILES
@@ -91,6 +91,7 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
         IncompatibleError: the method has nothing to train in this model.
         PolicyError: the bundle does not permit the method or the rank.
         DataError: the rows cannot be read.
+        UsageError: there are fewer steps than checkpoints.
         StorageError: the bundle cannot be read.
         UsageError: the bundle is of an image encoder.
     """
@@ -103,6 +104,7 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     tensors = open_checkpoint(folder).tensors
     returned = returned_tensors(manifest, spec)
     rows = len(read_rows(data))
+    checkpoint_steps(spec, step_count(spec, rows))
     length = min(spec.max_length, int(config.get("max_position_embeddings") or config.get("n_positions") or 2**31))
     tokens = min(max(spec.micro_batch_tokens, length), spec.batch_size * length)
     item = compute_bytes(spec.compute, spec.device)
@@ -144,7 +146,8 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
         phases=_phases(sizes, tokenizer),
         disk=(
             Term("resume points, the old and the new", 24 * sizes.trained, "2 * 12 * P_t"),
-            Term("return", 4 * sizes.trained, "4 * P_t"),
+            Term("checkpoints, in the run's folder", 4 * sizes.trained * (spec.checkpoints - 1), "4 * P_t each"),
+            Term("return", 4 * sizes.trained * spec.checkpoints, "4 * P_t, for each checkpoint"),
         ),
     )
 

@@ -5,11 +5,26 @@ import math
 from collections.abc import Callable
 
 from offsite.config import TuneSpec
+from offsite.errors import UsageError
 
 
 def step_count(spec: TuneSpec, rows: int) -> int:
     """Optimiser steps in all: `max_steps`, else `epochs` passes over the rows, rounded up."""
     return spec.max_steps or max(1, math.ceil(spec.epochs * math.ceil(rows / spec.batch_size)))
+
+
+def checkpoint_steps(spec: TuneSpec, steps: int) -> tuple[int, ...]:
+    """The steps after which checkpoints are taken: evenly spaced over the run, the last step among them.
+
+    Raises:
+        UsageError: the run has fewer steps than checkpoints.
+    """
+    if spec.checkpoints > steps:
+        raise UsageError(
+            f"{spec.checkpoints} checkpoints were asked for, of a run of {steps} steps",
+            next_step="ask for fewer with --checkpoints, or tune for longer",
+        )
+    return tuple(math.ceil(steps * number / spec.checkpoints) for number in range(1, spec.checkpoints + 1))
 
 
 def rows_of_steps(

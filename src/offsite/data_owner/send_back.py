@@ -1,4 +1,4 @@
-"""The return: trained tensors, the settings that name them, a manifest and a signature; nothing about the data."""
+"""The return: trained tensors, what names them, a manifest and a signature; of the data only scores, if asked for."""
 
 import json
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ import torch
 
 from offsite.config import TuneSpec
 from offsite.core.architectures import ARCHITECTURES
-from offsite.core.checkpoint import write_safetensors
-from offsite.core.mixture import in_files
+from offsite.core.checkpoint import copied, finite, read_header, write_safetensors
 from offsite.core.resume import to_be_written
 from offsite.core.storage import staged_folder, write_stream
 from offsite.core.vision import BIAS, WEIGHT
+from offsite.data_owner.checkpoints import Checkpoints
 from offsite.data_owner.methods.lora import lora_settings
 from offsite.errors import OffsiteError
 from offsite.exchange.artifacts import Bundle, Return
@@ -29,16 +29,18 @@ def send_back(
     spec: TuneSpec,
     out: Path,
     identity: Identity,
+    checkpoints: Checkpoints,
     classes: tuple[str, ...] | None = None,
 ) -> Return:
     """Write and sign a return.
 
     Args:
         bundle: what it answers.
-        tensors: the trained fp32 tensors by their names in the model.
+        tensors: the trained fp32 tensors by the names under which they are returned.
         spec: how they were tuned.
         out: the return's folder; it appears whole or not at all.
         identity: the bundle's recipient, who signs.
+        checkpoints: the earlier ones, and what is told of them.
         classes: what the classifier among the tensors tells apart; None where there is none.
 
     Raises:
@@ -48,9 +50,10 @@ def send_back(
     """
     head = {name: tensor for name, tensor in tensors.items() if name in (WEIGHT, BIAS)} if classes else {}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in head}
-    if spec.method in ("full", "bitfit"):
-        tensors = in_files(ARCHITECTURES[bundle.manifest.architecture], tensors)
     broken = sorted(name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
+    earlier = {file.name: read_header(file) for file in checkpoints.earlier}
+    for file, held in earlier.items():
+        broken += [f"{name} of {file}" for name, tensor in held.items() if not finite(tensor)]
     if broken:
         raise OffsiteError(
             "the trained weights hold NaN or infinity, so they are not sent",
@@ -63,6 +66,8 @@ def send_back(
         written = [write_safetensors(staging / WEIGHTS_OF[spec.method], ordered)]
         if head:
             written.append(write_safetensors(staging / CLASSIFIER, [to_be_written(*pair) for pair in head.items()]))
+        for file, held in earlier.items():
+            written.append(write_safetensors(staging / file, [copied(tensor) for tensor in held.values()]))
         if lora:
             config = adapter_config(lora, ARCHITECTURES[bundle.manifest.architecture])
             written.append(write_stream(staging / ADAPTER_CONFIG, [json.dumps(config, indent=1).encode() + b"\n"]))
@@ -78,6 +83,8 @@ def send_back(
             lora=lora,
             bottleneck=BottleneckSettings(width=spec.width) if spec.method == "bottleneck" else None,
             classes=classes,
+            earlier_checkpoints=len(earlier),
+            scores=checkpoints.scores,
             tensors={name: TensorEntry(shape=tuple(tensor.shape), dtype="F32") for name, tensor in tensors.items()},
         )
         digest = seal(staging, manifest, identity)

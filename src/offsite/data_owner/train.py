@@ -17,6 +17,7 @@ from offsite.core.resume import RunState
 from offsite.core.run_log import run_log, stop_requests
 from offsite.core.weights import TrainedWeights
 from offsite.data_owner.board import board
+from offsite.data_owner.checkpoints import Checkpoints
 from offsite.data_owner.schedule import learning_rate, rows_of_steps, step_count
 from offsite.data_owner.task import Task
 from offsite.errors import OffsiteError
@@ -34,6 +35,7 @@ class Tuning:
     trained: Sequence[nn.Module]  # those that train: dropout runs in these and nowhere else
     weights: TrainedWeights
     decayed: frozenset[str]  # trained weights that decay: those of linear maps
+    returned: Mapping[str, torch.Tensor]  # the trained weights, by the names under which they are returned
     faster: Mapping[str, float] = field(default_factory=dict)  # weights whose learning rate is multiplied by this
 
 
@@ -41,21 +43,23 @@ def train(
     tuning: Tuning,
     spec: TuneSpec,
     state: RunState,
+    checkpoints: Checkpoints,
     log: Path,
     progress: Progress,
     *,
     tensorboard: Path | None = None,
 ) -> None:
-    """Train to the last step, saving resume points; the weights are changed in place.
+    """Train to the last step, saving resume points and checkpoints; the weights are changed in place.
 
     Raises:
         OffsiteError: the loss is no longer a number.
-        StorageError: a resume point or the log cannot be written.
+        StorageError: a resume point, a checkpoint or the log cannot be written, or a checkpoint is gone.
         KeyboardInterrupt: the user stopped it; a resume point was saved.
     """
     steps = step_count(spec, tuning.task.rows)
     optimizer = _optimizer(tuning, spec)
     done = _restore(tuning, optimizer, state)
+    checkpoints.require_taken(done)
     rows_of = rows_of_steps(spec, tuning.task.rows, tuning.task.order)
     speed = _Speed()
     whole = True  # whether the weights are those after `done` steps, and not between two
@@ -65,12 +69,22 @@ def train(
             to_file(record)
             to_board(record)
 
+        def validate() -> None:
+            loss = _validate(tuning, spec, done, write, progress)
+            if loss is not None:
+                checkpoints.score(done, loss)
+            speed.rest()
+
         write({"event": "resume" if done else "start", "step": done, "steps": steps})
+        if checkpoints.wants_score(done):  # interrupted between the step and its validation
+            validate()
         try:
             while done < steps:
                 whole = False
                 facts = _step(tuning, optimizer, spec, *rows_of(done), learning_rate(spec, done, steps))
-                done, whole = done + 1, True
+                done += 1
+                checkpoints.take(done, tuning.returned)
+                whole = True  # only now: a resume point of this step says that its checkpoint has been taken
                 speed.add(facts["tokens"])
                 write({"event": "step", "step": done, **facts, "tokens_per_s": speed.tokens_per_s})
                 if done % spec.save_every == 0 or done == steps or stopping():
@@ -78,9 +92,8 @@ def train(
                 if stopping():
                     raise KeyboardInterrupt
                 progress(Event("tuning", done, steps, _shown(facts, speed, steps - done)))
-                if done == steps or (spec.eval_every and done % spec.eval_every == 0):
-                    _validate(tuning, spec, done, write, progress)
-                    speed.rest()
+                if checkpoints.is_due(done) or (spec.eval_every and done % spec.eval_every == 0):
+                    validate()
         except KeyboardInterrupt:
             if whole and done:
                 _save(tuning, optimizer, state, done)
@@ -138,12 +151,15 @@ def _optimizer(tuning: Tuning, spec: TuneSpec) -> torch.optim.AdamW:
 
 def _validate(
     tuning: Tuning, spec: TuneSpec, step: int, write: Callable[[Mapping[str, Any]], None], progress: Progress
-) -> None:
+) -> float | None:
+    """The loss of the held-out rows, also into the log; None where there are none."""
     for block in tuning.trained:
         block.eval()
     figures = tuning.task.validate(spec, progress, f"validating step {step}")
-    if figures:
-        write({"event": "validation", "step": step, **figures})
+    if not figures:
+        return None
+    write({"event": "validation", "step": step, **figures})
+    return figures["loss"]
 
 
 def _save(tuning: Tuning, optimizer: torch.optim.Optimizer, state: RunState, step: int) -> None:

@@ -1,7 +1,7 @@
 """Tuning: verify a bundle, train its adapter on one's own rows, and write the signed return."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from offsite.core.data import Example, encode
 from offsite.core.fused import fuse
 from offsite.core.load import context_length, load_model, load_tokenizer
 from offsite.core.loss import take_apart
+from offsite.core.mixture import in_files
 from offsite.core.progress import Event, Progress, silent
 from offsite.core.resume import RunState, run_folder
 from offsite.core.row_files import data_digest
@@ -23,13 +24,16 @@ from offsite.core.vision import BIAS, WEIGHT, encoder_of
 from offsite.core.weights import TrainedWeights
 from offsite.data_owner.board import require_tensorboard
 from offsite.data_owner.budget import within_memory
+from offsite.data_owner.checkpoints import Checkpoints
 from offsite.data_owner.features import cached_features
 from offsite.data_owner.image_task import Album, ImageTask, head_parameters, new_head, open_album
 from offsite.data_owner.methods import METHODS
-from offsite.data_owner.permitted import require_permitted
+from offsite.data_owner.permitted import require_permitted, require_something_to_report
+from offsite.data_owner.schedule import checkpoint_steps, step_count
 from offsite.data_owner.send_back import send_back
 from offsite.data_owner.task import Task, TextTask
 from offsite.data_owner.train import Tuning, train
+from offsite.errors import UsageError
 from offsite.exchange.artifacts import Bundle, Return
 from offsite.exchange.home import Home
 from offsite.exchange.verify import verify_bundle
@@ -63,14 +67,15 @@ def tune(
         out: the return's folder; it appears whole or not at all.
         spec: what trains and how.
         home: the data owner's.
-        eval_data: rows to validate on.
+        eval_data: rows to validate on; needed where the return is to tell the checkpoints' losses.
         tensorboard: a folder to log to for TensorBoard as well; it stays here, like the log.
         resume: continue an interrupted run bit for bit (on the same machine with as many threads); where there is
             none yet, start.
         progress: where the events go.
 
     Raises:
-        UsageError: `out` holds something, the tuning does not fit into `memory`, an interrupted run is there that
+        UsageError: `out` holds something, there are fewer steps than checkpoints, or losses to be told and no rows
+            to measure them on, the tuning does not fit into `memory`, an interrupted run is there that
             cannot or was not to be resumed, or a package that was asked for is not installed.
         VerificationError: the bundle fails verification.
         PolicyError: the bundle does not permit the method or the rank.
@@ -82,6 +87,7 @@ def tune(
         KeyboardInterrupt: the user stopped it; a resume point was saved.
     """
     require_free(out)
+    require_something_to_report(spec, eval_data)
     if tensorboard is not None:
         require_tensorboard()
     identity = home.identity()
@@ -90,29 +96,45 @@ def tune(
     require_permitted(verified.manifest, spec)
     where = runtime(spec.device, spec.compute, spec.threads)
     progress(Event("reading the rows", 0))
-    prepare, classes = _reading(verified, data, eval_data, spec, progress)
+    rows = _reading(verified, data, eval_data, spec, progress)
+    steps = step_count(spec, rows.count)
+    checkpoint_steps(spec, steps)  # refused before the run has a folder
     with seeded(spec.seed, where.device):
-        state = RunState(run_folder(out), _identity_of_run(verified, data, spec, where), resume=resume)
+        state = RunState(run_folder(out), _identity_of_run(verified, data, eval_data, spec, where), resume=resume)
+        checkpoints = Checkpoints(state, spec, steps)
         progress(Event("loading the model", 0))
-        tuning = prepare(where)
+        tuning = rows.prepare(where)
         with cached_features(tuning, spec, state.folder, progress):
             fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
-            train(tuning, fitted, state, log_file(out), progress, tensorboard=tensorboard)
+            train(tuning, fitted, state, checkpoints, log_file(out), progress, tensorboard=tensorboard)
     progress(Event("writing the return", 0))
-    returned = send_back(verified, tuning.weights.masters, spec, out, identity, classes)
+    head = {name: master for name, master in tuning.weights.masters.items() if name in (WEIGHT, BIAS)}
+    returned = send_back(verified, {**tuning.returned, **head}, spec, out, identity, checkpoints, rows.classes)
     state.remove()
     return returned
 
 
-def _reading(
-    bundle: Bundle, data: Path, eval_data: Path | None, spec: TuneSpec, progress: Progress
-) -> tuple[Callable[[Runtime], Tuning], tuple[str, ...] | None]:
-    """Read the rows; what makes a run of them once it is known where, and the names of classes of pictures."""
+@dataclass(frozen=True)
+class _Rows:
+    """What was read: how many rows train, what makes a run of them once it is known where, and classes of pictures."""
+
+    count: int
+    prepare: Callable[[Runtime], Tuning]
+    classes: tuple[str, ...] | None = None
+
+
+def _reading(bundle: Bundle, data: Path, eval_data: Path | None, spec: TuneSpec, progress: Progress) -> _Rows:
     if ARCHITECTURES[bundle.manifest.architecture].vision is None:
         examples, held_out = _read(bundle, data, spec), _read(bundle, eval_data, spec)
-        return lambda where: _prepare(bundle, spec, where, examples, held_out), None
+        return _Rows(len(examples), lambda where: _prepare(bundle, spec, where, examples, held_out))
+    if spec.checkpoints > 1 or spec.report_scores:
+        raise UsageError(
+            "a return of pictures holds one checkpoint and no scores",
+            reasons=["its classifier would have to be in every checkpoint"],
+            next_step="leave out --checkpoints and --report-scores",
+        )
     album = open_album(bundle.folder, data, eval_data, spec, progress)
-    return lambda where: _prepare_images(bundle, spec, where, album, progress), album.classes
+    return _Rows(len(album.train), lambda where: _prepare_images(bundle, spec, where, album, progress), album.classes)
 
 
 def _read(bundle: Bundle, data: Path | None, spec: TuneSpec) -> tuple[Example, ...]:
@@ -123,10 +145,13 @@ def _read(bundle: Bundle, data: Path | None, spec: TuneSpec) -> tuple[Example, .
     return encode(read_rows(data), tokenizer, source=data, max_length=longest, long_rows=spec.long_rows).examples
 
 
-def _identity_of_run(bundle: Bundle, data: Path, spec: TuneSpec, where: Runtime) -> dict[str, object]:
+def _identity_of_run(
+    bundle: Bundle, data: Path, eval_data: Path | None, spec: TuneSpec, where: Runtime
+) -> dict[str, object]:
     settings = spec.model_dump(mode="json", exclude=set(_FREE_SETTINGS))
     resolved = {"device": str(where.device), "compute": str(where.dtype)}
-    return {**settings, **resolved, "bundle": bundle.digest, "data": data_digest(data)}
+    told = {"eval_data": data_digest(eval_data)} if eval_data and spec.report_scores else {}
+    return {**settings, **resolved, "bundle": bundle.digest, "data": data_digest(data), **told}
 
 
 def _prepare(
@@ -155,6 +180,7 @@ def _prepare_images(bundle: Bundle, spec: TuneSpec, where: Runtime, album: Album
 def _tuning(bundle: Bundle, spec: TuneSpec, model: "PreTrainedModel", weights: TrainedWeights, task: Task) -> Tuning:
     manifest, row = bundle.manifest, ARCHITECTURES[bundle.manifest.architecture]
     blocks = model.get_submodule(row.module_blocks or row.blocks)
+    own = {name: master for name, master in weights.masters.items() if name not in (WEIGHT, BIAS)}
     return Tuning(
         task=task,
         blocks=blocks,
@@ -168,4 +194,5 @@ def _tuning(bundle: Bundle, spec: TuneSpec, model: "PreTrainedModel", weights: T
             or row.is_linear(name)
             or (spec.method == "bottleneck" and name.endswith(".weight"))
         ),
+        returned=in_files(row, own) if spec.method in ("full", "bitfit") else own,
     )

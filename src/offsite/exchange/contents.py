@@ -39,6 +39,12 @@ WEIGHTS_OF: Mapping[Method, str] = {  # the file of a return's tensors, by metho
     "bottleneck": BOTTLENECK_WEIGHTS,
 }
 
+
+def checkpoint_file(number: int) -> str:
+    """The file of a return's earlier checkpoint, counted from 1; the last one is in the file of `WEIGHTS_OF`."""
+    return f"checkpoint-{number}.safetensors"
+
+
 _SHARD = re.compile(r"(offsite-)?model-\d{5}-of-\d{5}\.safetensors")
 _TOKENS = frozenset(
     {

@@ -25,6 +25,7 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
 Feature = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,64}$")]
 Size = Annotated[int, Field(ge=0, lt=2**56)]
 ClassName = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,128}$")]
+Score = Annotated[float, Field(ge=0)]  # nats per labelled token
 
 
 class _Part(BaseModel):
@@ -151,9 +152,10 @@ class LoraSettings(_Part):
 
 
 class ReturnManifest(_Document):
-    """A return: which bundle it answers, how it was tuned, and every tensor in it. Nothing about the data.
+    """A return: which bundle it answers, how it was tuned, and every tensor in it.
 
-    But for images: `classes` names what the classifier beside the adapter tells apart, in the order of its outputs.
+    Nothing about the data, but for the held-out loss of each checkpoint where the data owner chose to tell it, and of
+    images: `classes` names what the classifier beside the adapter tells apart, in the order of its outputs.
     """
 
     kind: Literal["return"]
@@ -163,6 +165,8 @@ class ReturnManifest(_Document):
     method: Method
     lora: LoraSettings | None
     bottleneck: BottleneckSettings | None = None
+    earlier_checkpoints: Annotated[int, Field(ge=0, lt=100)] = 0  # beside the last one, each with the same tensors
+    scores: Annotated[tuple[Score, ...], Field(min_length=1, max_length=100, strict=False)] | None = None
     tensors: Annotated[dict[TensorName, TensorEntry], Field(min_length=1)]
     classes: Annotated[tuple[ClassName, ...], Field(min_length=2, max_length=100_000, strict=False)] | None = None
 
@@ -170,11 +174,18 @@ class ReturnManifest(_Document):
     def _consistent(self) -> "ReturnManifest":
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise ValueError("a class is named twice")
+        if self.scores is not None and len(self.scores) != self.checkpoints:
+            raise ValueError(f"{len(self.scores)} scores of {self.checkpoints} checkpoints")
         if (self.method == "lora") != (self.lora is not None):
             raise ValueError("lora settings go with method 'lora' and with no other")
         if (self.method == "bottleneck") != (self.bottleneck is not None):
             raise ValueError("bottleneck settings go with method 'bottleneck' and with no other")
         return self
+
+    @property
+    def checkpoints(self) -> int:
+        """Checkpoints in all, the last one included."""
+        return self.earlier_checkpoints + 1
 
 
 class PlugInManifest(_Document):
@@ -187,6 +198,7 @@ class PlugInManifest(_Document):
     bundle: Digest
     returned: Digest
     strength: Annotated[float, Field(ge=0, le=1.5)] = 1.0
+    checkpoint: Annotated[int, Field(ge=1, le=100)] = 1  # of the return's, in their order
     issuer: Digest
 
 

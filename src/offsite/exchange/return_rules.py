@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import (
     FLOATS,
-    TensorRange,
     finite,
     read_header,
 )
@@ -14,6 +13,7 @@ from offsite.exchange.contents import (
     ADAPTER_CONFIG,
     CLASSIFIER,
     WEIGHTS_OF,
+    checkpoint_file,
 )
 from offsite.exchange.lora_folder import adapter_config, adapter_tensors, lora_pair
 from offsite.exchange.manifest import (
@@ -34,23 +34,28 @@ from offsite.exchange.sealed import (
 
 def _return_files(sealed: Sealed) -> Iterator[str]:
     manifest = _return_of(sealed)
-    expected = {WEIGHTS_OF[manifest.method], *((ADAPTER_CONFIG,) if manifest.lora else ())}
+    checkpoints = {checkpoint_file(number) for number in range(1, manifest.checkpoints)}
+    expected = {WEIGHTS_OF[manifest.method], *((ADAPTER_CONFIG,) if manifest.lora else ()), *checkpoints}
     expected |= {CLASSIFIER} if manifest.classes else set()
     yield from names_differ("files", {entry.name for entry in manifest.files}, expected)
 
 
 def _return_tensors(sealed: Sealed) -> Iterator[str]:
     manifest = _return_of(sealed)
-    held = _returned_weights(sealed)
-    yield from names_differ("tensors in the file", set(held), set(manifest.tensors))
-    yield from entries_differ(manifest.tensors, held)
-    yield from (f"{name[:120]!r} has dtype {t.dtype}, expected F32" for name, t in held.items() if t.dtype != "F32")
+    for file in _returned_files(manifest):
+        where = "the file" if file == WEIGHTS_OF[manifest.method] else file
+        held = read_header(plain_file(sealed.folder, file))
+        yield from names_differ(f"tensors in {where}", set(held), set(manifest.tensors))
+        yield from entries_differ(manifest.tensors, held, where)
+        wrong = {name: tensor.dtype for name, tensor in held.items() if tensor.dtype != "F32"}
+        yield from (f"{name[:120]!r} has dtype {dtype} in {where}, expected F32" for name, dtype in wrong.items())
 
 
 def _return_finite(sealed: Sealed) -> Iterator[str]:
-    for name, tensor in _returned_weights(sealed).items():
-        if tensor.dtype in FLOATS and not finite(tensor):
-            yield f"{name[:120]!r} holds NaN or infinity"
+    for file in _returned_files(_return_of(sealed)):
+        for name, tensor in read_header(plain_file(sealed.folder, file)).items():
+            if tensor.dtype in FLOATS and not finite(tensor):
+                yield f"{name[:120]!r} holds NaN or infinity in {file}"
 
 
 def _return_lora(sealed: Sealed) -> Iterator[str]:
@@ -139,8 +144,11 @@ RETURN_RULES: tuple[Rule, ...] = (
 )
 
 
-def _returned_weights(sealed: Sealed) -> dict[str, TensorRange]:
-    return read_header(plain_file(sealed.folder, WEIGHTS_OF[_return_of(sealed).method]))
+def _returned_files(manifest: ReturnManifest) -> list[str]:
+    """The files that hold the tensors, the last checkpoint first; of the earlier ones those that are listed."""
+    listed = {entry.name for entry in manifest.files}
+    earlier = [checkpoint_file(number) for number in range(1, manifest.checkpoints)]
+    return [WEIGHTS_OF[manifest.method], *(name for name in earlier if name in listed)]  # _return_files misses the rest
 
 
 def _return_of(sealed: Sealed) -> ReturnManifest:

@@ -55,12 +55,14 @@ def names_differ(what: str, found: Set[str], expected: Set[str]) -> Iterator[str
             yield f"{what}: {label} {', '.join(repr(name[:120]) for name in names[:6])}{more}"
 
 
-def entries_differ(entries: Mapping[str, TensorEntry], held: Mapping[str, TensorRange]) -> Iterator[str]:
+def entries_differ(
+    entries: Mapping[str, TensorEntry], held: Mapping[str, TensorRange], where: str = "the file"
+) -> Iterator[str]:
     """Findings about tensors whose shape or dtype in a file is not what the manifest says."""
     for name in sorted(set(entries) & set(held)):
         found = TensorEntry.model_construct(shape=held[name].shape, dtype=held[name].dtype)
         if (found.shape, found.dtype) != (entries[name].shape, entries[name].dtype):
-            yield f"{name} is {_shown(found)} in the file, {_shown(entries[name])} in {MANIFEST}"
+            yield f"{name} is {_shown(found)} in {where}, {_shown(entries[name])} in {MANIFEST}"
 
 
 def manifest_tensors_differ(found: dict[str, TensorEntry], expected: dict[str, TensorEntry]) -> Iterator[str]:

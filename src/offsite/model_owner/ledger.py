@@ -40,10 +40,12 @@ CREATE TABLE IF NOT EXISTS plug_ins (
     bundle TEXT NOT NULL REFERENCES bundles(digest),
     made_at TEXT NOT NULL,
     form TEXT NOT NULL,
-    strength REAL NOT NULL DEFAULT 1
+    strength REAL NOT NULL DEFAULT 1,
+    checkpoint INTEGER NOT NULL DEFAULT 1
 );
 """
-_ADDED = {"strength": "REAL NOT NULL DEFAULT 1"}  # columns of plug_ins that older ledgers lack
+# Columns of plug_ins that older ledgers lack.
+_ADDED = {"strength": "REAL NOT NULL DEFAULT 1", "checkpoint": "INTEGER NOT NULL DEFAULT 1"}
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,17 @@ class Ledger:
         manifest = plug_in.manifest
         with self._open() as db:
             db.execute(
-                "INSERT INTO plug_ins (digest, returned, bundle, made_at, form, strength) VALUES (?, ?, ?, ?, ?, ?)",
-                (plug_in.digest, manifest.returned, manifest.bundle, _now(), manifest.form, manifest.strength),
+                "INSERT INTO plug_ins (digest, returned, bundle, made_at, form, strength, checkpoint)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    plug_in.digest,
+                    manifest.returned,
+                    manifest.bundle,
+                    _now(),
+                    manifest.form,
+                    manifest.strength,
+                    manifest.checkpoint,
+                ),
             )
             db.execute("UPDATE bundles SET state = 'plugged in' WHERE digest = ?", (manifest.bundle,))
             yield

@@ -42,7 +42,7 @@ from offsite.core.modules.shapes import place_of_bottleneck
 from offsite.core.progress import silent
 from offsite.errors import DataError, IncompatibleError, UsageError
 from offsite.exchange.artifacts import Base
-from offsite.exchange.contents import TOKENIZER_FILES
+from offsite.exchange.contents import TOKENIZER_FILES, checkpoint_file
 from offsite.exchange.home import Home
 from offsite.exchange.manifest import FileEntry, render_manifest
 from offsite.exchange.signing import SIGNATURE_BYTES
@@ -52,7 +52,7 @@ from offsite.model_owner.compress.select import select
 from offsite.model_owner.compress.share import shared
 from offsite.model_owner.intake import check_return
 from offsite.model_owner.pack import Parties, bundle_manifest, settings_files
-from offsite.model_owner.plug_in import form_of
+from offsite.model_owner.plug_in import checkpoint_of, form_of
 from offsite.model_owner.split import DTYPES, Sandwich, bundle_tensors, counts, split
 
 _NOBODY = Parties(issuer="0" * 64, recipient="0" * 64, base="0" * 64)  # as long as anybody's key
@@ -379,13 +379,14 @@ def plan_plug_in(base: Base, returned: Path, spec: PlugInSpec, home: Home) -> Pl
     Raises:
         VerificationError: the return fails verification.
         PolicyError: it goes beyond what was permitted.
-        UsageError: the return's method has no such form.
+        UsageError: the return's method has no such form, or it has no such checkpoint.
         IncompatibleError: the base has other blocks than the bundle's.
     """
     verified, parent = check_return(returned, home)
     model = open_base(base)
     lora, row = verified.manifest.lora, model.row
     form = form_of(verified, spec)
+    checkpoint_of(verified, spec)
     names = (
         [row.name_of(f"{target}.weight") or "" for target in lora.targets] if lora else list(verified.manifest.tensors)
     )
@@ -401,7 +402,8 @@ def plan_plug_in(base: Base, returned: Path, spec: PlugInSpec, home: Home) -> Pl
         changed.append(found)
     largest, copies = max(changed, key=lambda tensor: tensor.size), copy_buffer(_largest(model), cast=False)
     if form == "adapter":
-        writing, disk = copies, sum(entry.size for entry in verified.manifest.files)
+        others = {checkpoint_file(number) for number in range(1, verified.manifest.checkpoints)}  # all of one size
+        writing, disk = copies, sum(entry.size for entry in verified.manifest.files if entry.name not in others)
     else:
         writing, disk = _merging(largest), open_checkpoint(base.folder).size + _tokenizer_bytes(base.folder)
     return PlugInPlan(

@@ -1,25 +1,20 @@
 """Plugging in: a verified return is put into the base model. Tensors move by name; no model is built, torch-free."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from offsite.config import PlugInSpec
 from offsite.core.checkpoint import (
     NewTensor,
     TensorRange,
     copied,
-    from_float32,
     open_checkpoint,
-    read_float32,
-    read_header,
-    to_float32,
     write_checkpoint,
     write_safetensors,
 )
@@ -30,27 +25,24 @@ from offsite.errors import IncompatibleError, PolicyError, UsageError, Verificat
 from offsite.exchange.artifacts import Base, PlugIn, Return
 from offsite.exchange.contents import (
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    BOTTLENECK_WEIGHTS,
     CONFIG,
     GENERATION_CONFIG,
     PROCESSOR,
-    RETURNED_WEIGHTS,
     TOKENIZER_FILES,
+    WEIGHTS_OF,
 )
 from offsite.exchange.home import Home
-from offsite.exchange.lora_folder import adapter_config, lora_pair
-from offsite.exchange.manifest import FORMAT, LoraSettings, PlugInManifest
+from offsite.exchange.lora_folder import adapter_config
+from offsite.exchange.manifest import FORMAT, PlugInManifest
 from offsite.exchange.pack import file_entries, seal
 from offsite.model_owner.base_model import BaseModel, by_todays_names, fingerprint, open_base
 from offsite.model_owner.classifier import classifier_config, classifier_tensors
 from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Issued, Ledger
+from offsite.model_owner.plugged_tensors import Chosen, adapter_tensors, changed_tensors, to_base
 
 # What a merged plug-in takes over from the base beside its weights.
 _COMPANIONS = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, "added_tokens.json", "LICENSE", "LICENSE.txt")
-
-Change = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
 
 def plug_in(base: Base, returned: Path, out: Path, spec: PlugInSpec, home: Home, progress: Progress = silent) -> PlugIn:
@@ -71,24 +63,15 @@ def plug_in(base: Base, returned: Path, out: Path, spec: PlugInSpec, home: Home,
         UsageError: the return's method has no such form, or `out` holds something.
     """
     require_free(out)
-    progress(Event("verifying the return", 0))
-    verified, parent = intake(returned, home)
-    form = form_of(verified, spec)
-    _check_again(verified, spec, home)
-    model = open_base(base)
-    progress(Event("comparing the base with the ledger", 0))
-    if fingerprint(model, home.identity()) != parent.manifest.base:
-        raise IncompatibleError(
-            f"{base.folder} is not the base that this bundle was packed from",
-            reasons=["its fingerprint differs from the ledger's"],
-            next_step="name the folder that `offsite pack` was given for this bundle",
-        )
+    model, verified, parent = open_both(base, returned, spec, home, progress)
+    form, strength = form_of(verified, spec), 1.0 if spec.strength is None else spec.strength
+    chosen = Chosen(verified, parent, checkpoint_of(verified, spec), np.float32(strength))
     progress(Event("writing the plug-in", 0))
     # the ledger's entry is made before the folder appears, and kept once it has
     with ExitStack() as entry, staged_folder(out) as folder:
-        write = _write_adapter if form == "adapter" else _write_merged
-        with _refusals_recorded(verified, home):
-            written = write(model, verified, parent, folder, np.float32(spec.strength))
+        write = write_adapter if form == "adapter" else _write_merged
+        with refusals_recorded(verified, home):
+            written = write(model, chosen, folder)
         manifest = PlugInManifest(
             kind="plug-in",
             format=FORMAT,
@@ -98,7 +81,8 @@ def plug_in(base: Base, returned: Path, out: Path, spec: PlugInSpec, home: Home,
             base=parent.manifest.base,
             bundle=parent.digest,
             returned=verified.digest,
-            strength=spec.strength,
+            strength=strength,
+            checkpoint=chosen.checkpoint,
             issuer=home.identity().public_key.hex,
             files=file_entries(written),
         )
@@ -107,8 +91,36 @@ def plug_in(base: Base, returned: Path, out: Path, spec: PlugInSpec, home: Home,
     return made
 
 
+def open_both(
+    base: Base, returned: Path, spec: PlugInSpec, home: Home, progress: Progress
+) -> tuple[BaseModel, Return, Issued]:
+    """Take a return in, and open the base that it was made for.
+
+    Raises:
+        VerificationError: as `plug_in`, like the others.
+        PolicyError: as `plug_in`.
+        IncompatibleError: as `plug_in`.
+        UsageError: the return's method has no such form, or it has no such checkpoint.
+    """
+    progress(Event("verifying the return", 0))
+    verified, parent = intake(returned, home)
+    form_of(verified, spec)
+    checkpoint_of(verified, spec)
+    _check_again(verified, spec, home)
+    model = open_base(base)
+    progress(Event("comparing the base with the ledger", 0))
+    if fingerprint(model, home.identity()) != parent.manifest.base:
+        raise IncompatibleError(
+            f"{base.folder} is not the base that this bundle was packed from",
+            reasons=["its fingerprint differs from the ledger's"],
+            next_step="name the folder that `offsite pack` was given for this bundle",
+        )
+    return model, verified, parent
+
+
 @contextmanager
-def _refusals_recorded(verified: Return, home: Home) -> Iterator[None]:
+def refusals_recorded(verified: Return, home: Home) -> Iterator[None]:
+    """Enter a return that turns out not to fit while it is used as refused in the ledger."""
     try:
         yield
     except VerificationError as error:
@@ -143,6 +155,22 @@ def form_of(verified: Return, spec: PlugInSpec) -> Literal["adapter", "merged"]:
     return spec.as_ or ("adapter" if method in ("lora", "bottleneck") else "merged")
 
 
+def checkpoint_of(verified: Return, spec: PlugInSpec) -> int:
+    """The number of the checkpoint: the one that was asked for, else the last.
+
+    Raises:
+        UsageError: the return has no such checkpoint.
+    """
+    there = verified.manifest.checkpoints
+    if spec.checkpoint is not None and spec.checkpoint > there:
+        raise UsageError(
+            f"{verified.folder} has no checkpoint {spec.checkpoint}",
+            reasons=[f"it holds {there}, counted from 1; the last is what it holds under the usual name"],
+            next_step=f"give --checkpoint from 1 to {there}, or leave it out for the last",
+        )
+    return spec.checkpoint or there
+
+
 def _check_again(verified: Return, spec: PlugInSpec, home: Home) -> None:
     ledger = Ledger(home.ledger)
     before = ledger.plugged_in(verified)
@@ -156,57 +184,25 @@ def _check_again(verified: Return, spec: PlugInSpec, home: Home) -> None:
         )
 
 
-def _to_base(name: str, model: BaseModel, parent: Issued, *, target: bool = False) -> str:
-    """The base's name in files of a tensor, or of a target of LoRA, of the bundle: the block's index is mapped back."""
-    place = model.row.map_of(name) if target else model.row.block_of(name)
-    if place is None:
-        raise IncompatibleError(f"{name[:200]} belongs to no block")
-    return model.row.in_block(parent.kept[place[0]], place[1])
+def write_adapter(model: BaseModel, chosen: Chosen, folder: Path) -> list[Written]:
+    """Write what makes a folder an adapter of the base, but for the manifest."""
+    written = [write_safetensors(folder / WEIGHTS_OF[chosen.returned.manifest.method], adapter_tensors(model, chosen))]
+    lora = chosen.returned.manifest.lora
+    if lora:
+        targets = tuple(to_base(target, model, chosen.parent, target=True) for target in lora.targets)
+        config = adapter_config(lora.model_copy(update={"targets": targets}), model.row)
+        written.append(write_stream(folder / ADAPTER_CONFIG, [json.dumps(config, indent=1).encode() + b"\n"]))
+    return written
 
 
-def _write_adapter(
-    model: BaseModel, verified: Return, parent: Issued, folder: Path, strength: np.float32
-) -> list[Written]:
-    if verified.manifest.bottleneck:
-        return [_write_bottlenecks(model, verified, parent, folder, strength)]
-    lora = _lora_of(verified)
-    held = read_header(verified.folder / ADAPTER_WEIGHTS)
-    renamed = []
-    for target in lora.targets:
-        base_target = _to_base(target, model, parent, target=True)
-        (a, b), (new_a, new_b) = lora_pair(target), lora_pair(base_target)
-        renamed += [copied(held[a], name=new_a), _scaled(held[b], new_b, strength)]
-    targets = tuple(_to_base(target, model, parent, target=True) for target in lora.targets)
-    config = adapter_config(lora.model_copy(update={"targets": targets}), model.row)
-    return [
-        write_safetensors(folder / ADAPTER_WEIGHTS, renamed),
-        write_stream(folder / ADAPTER_CONFIG, [json.dumps(config, indent=1).encode() + b"\n"]),
-    ]
-
-
-def _write_bottlenecks(
-    model: BaseModel, verified: Return, parent: Issued, folder: Path, strength: np.float32
-) -> Written:
-    held = read_header(verified.folder / BOTTLENECK_WEIGHTS)
-    renamed = []
-    for name, tensor in held.items():
-        factor = strength if ".bottleneck.up." in name else np.float32(1)
-        renamed.append(_scaled(tensor, _to_base(name, model, parent), factor))
-    return write_safetensors(folder / BOTTLENECK_WEIGHTS, renamed)
-
-
-def _write_merged(
-    model: BaseModel, verified: Return, parent: Issued, folder: Path, strength: np.float32
-) -> list[Written]:
-    changes = (_lora_changes if verified.manifest.lora else _own_changes)(model, verified, parent)
+def _write_merged(model: BaseModel, chosen: Chosen, folder: Path) -> list[Written]:
+    changes = changed_tensors(model, chosen)
     if model.row.vision is not None:
-        return _write_classifier(model, model.row.vision, verified, changes, folder, strength)
+        return _write_classifier(model, model.row.vision, chosen, changes, folder)
     tensors = []
     for stored in open_checkpoint(model.folder).tensors.values():
         parts = by_todays_names(model.row, stored)
-        new = [
-            _changed(part, changes[name], strength) if name in changes else copied(part) for name, part in parts.items()
-        ]
+        new = [changes.get(name) or copied(part) for name, part in parts.items()]
         tensors.append(_joined(stored, new) if changes.keys() & parts.keys() else copied(stored))
     return write_checkpoint(folder, tensors) + _companions(model, folder, _COMPANIONS)
 
@@ -214,14 +210,12 @@ def _write_merged(
 def _write_classifier(
     model: BaseModel,
     vision: Vision,
-    verified: Return,
-    changes: Mapping[str, Change],
+    chosen: Chosen,
+    tuned: Mapping[str, NewTensor],
     folder: Path,
-    strength: np.float32,
 ) -> list[Written]:
-    tuned = {name: _changed(model.tensors[name], change, strength) for name, change in changes.items()}
-    written = write_checkpoint(folder, classifier_tensors(model, vision, tuned, verified))
-    written.append(write_stream(folder / CONFIG, [classifier_config(model, vision, verified)]))
+    written = write_checkpoint(folder, classifier_tensors(model, vision, tuned, chosen.returned))
+    written.append(write_stream(folder / CONFIG, [classifier_config(model, vision, chosen.returned)]))
     return written + _companions(model, folder, (PROCESSOR, "LICENSE", "LICENSE.txt"))
 
 
@@ -238,78 +232,3 @@ def _joined(stored: TensorRange, parts: Sequence[NewTensor]) -> NewTensor:
     return NewTensor(
         stored.name, stored.dtype, stored.shape, lambda: chain.from_iterable(part.chunks() for part in parts)
     )
-
-
-def _scaled(tensor: TensorRange, name: str, factor: np.float32) -> NewTensor:
-    """A returned tensor under another name, multiplied in float32; by 1 it keeps its bits."""
-    if factor == 1:
-        return copied(tensor, name=name)
-
-    def chunks() -> list[bytes]:
-        with np.errstate(over="ignore"):  # judged below
-            values = read_float32(tensor) * factor
-        if not np.isfinite(values).all():
-            raise VerificationError(
-                "the return does not fit into F32 at this strength",
-                reasons=[f"{tensor.name} times {factor} would hold infinity"],
-                next_step="refuse the return; nothing was written",
-            )
-        return [from_float32(values, "F32").tobytes()]
-
-    return NewTensor(name, "F32", tensor.shape, chunks)
-
-
-def _changed(tensor: TensorRange, change: Change, strength: np.float32) -> NewTensor:
-    """A base tensor plus so much of what the return changes, added in float32 and rounded once to the base's dtype."""
-
-    def chunks() -> list[bytes]:
-        values = read_float32(tensor)
-        with np.errstate(over="ignore", invalid="ignore"):  # judged below, by what would be written
-            delta = strength * change(values)
-            # where nothing changed the base's bits stay, the sign of a zero included
-            sums = from_float32(np.where(delta == 0, values, values + delta), tensor.dtype).tobytes()
-        if not np.isfinite(to_float32(sums, tensor.dtype)).all():
-            raise VerificationError(
-                f"the return does not fit into {tensor.dtype}",
-                reasons=[f"{tensor.name} would hold NaN or infinity, though every returned number is finite"],
-                next_step="refuse the return; nothing was written",
-            )
-        return [sums]
-
-    return NewTensor(tensor.name, tensor.dtype, tensor.shape, chunks)
-
-
-def _lora_changes(model: BaseModel, verified: Return, parent: Issued) -> Mapping[str, Change]:
-    lora = _lora_of(verified)
-    held = read_header(verified.folder / ADAPTER_WEIGHTS)
-
-    def change_of(target: str) -> Change:
-        def change(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-            a, b = (read_float32(held[name]) for name in lora_pair(target))  # (r, in), (out, r)
-            delta = np.float32(lora.alpha / lora.rank) * (b @ a)  # (out, in)
-            return delta.T if model.row.transposed else delta
-
-        return change
-
-    return {f"{_to_base(target, model, parent, target=True)}.weight": change_of(target) for target in lora.targets}
-
-
-def _own_changes(model: BaseModel, verified: Return, parent: Issued) -> Mapping[str, Change]:
-    held = read_header(verified.folder / RETURNED_WEIGHTS)
-
-    def change_of(name: str) -> Change:
-        shipped_as = parent.manifest.tensors[name].dtype
-
-        def change(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-            shipped = to_float32(from_float32(values, shipped_as).tobytes(), shipped_as).reshape(values.shape)
-            return read_float32(held[name]) - shipped
-
-        return change
-
-    return {_to_base(name, model, parent): change_of(name) for name in verified.manifest.tensors}
-
-
-def _lora_of(verified: Return) -> LoraSettings:
-    if verified.manifest.lora is None:
-        raise IncompatibleError("this return holds no LoRA")
-    return verified.manifest.lora

@@ -21,7 +21,9 @@ from offsite.core.runtime import runtime, seeded
 from offsite.core.storage import require_free, staged_folder, write_stream
 from offsite.core.weights import TrainedWeights
 from offsite.data_owner.budget import within_memory
+from offsite.data_owner.checkpoints import Checkpoints
 from offsite.data_owner.recompute import keep_activations
+from offsite.data_owner.schedule import step_count
 from offsite.data_owner.task import TextTask
 from offsite.data_owner.train import Tuning, train
 from offsite.exchange.artifacts import Base
@@ -72,7 +74,9 @@ def full_fine_tuning(
         model = load_model(base.folder, dtype=where.dtype, device=where.device)
         tuning = _prepare(model, row, examples, held_out)
         fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
-        train(tuning, fitted, state, log_file(out), progress)
+        only_the_last = spec.model_copy(update={"checkpoints": 1, "report_scores": False})
+        checkpoints = Checkpoints(state, only_the_last, step_count(spec, len(examples)))
+        train(tuning, fitted, state, checkpoints, log_file(out), progress)
     keep_activations(tuning.blocks)  # which puts the blocks' own names back
     progress(Event("writing the tuned model", 0))
     _write(model, base, out)
@@ -103,6 +107,7 @@ def _prepare(
         trained=[model],  # dropout runs everywhere
         weights=TrainedWeights(trained),
         decayed=frozenset(name for name in trained if name in matrices or row.is_linear(name)),
+        returned={},  # to nobody
     )
 
 

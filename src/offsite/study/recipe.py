@@ -230,8 +230,8 @@ def _methods(tables: RecipeTables, places: _Places, problems: list[str]) -> Iter
         yield Method(name, spec.model_copy(update=paths), full.model_copy(update=places.paths(full)))
 
 
-# Settings of TuneSpec that say what trains: full fine-tuning has no use for them.
-_OF_A_METHOD = frozenset({"method", "rank", "lora_alpha", "lora_dropout", "width"})
+# Settings of TuneSpec that say what trains or what comes back: full fine-tuning has no use for them.
+_OF_A_METHOD = frozenset({"method", "rank", "width", "lora_alpha", "lora_dropout", "checkpoints", "report_scores"})
 
 
 def _named(where: str, table: Mapping[str, Any], index: int, problems: list[str]) -> tuple[str, dict[str, Any]]:

@@ -111,7 +111,7 @@ class Lab:
         )
 
     def _tuning(self, spec: TuneSpec, rows: Rows) -> Words:
-        validation: Words = ["--eval-data", rows.test] if spec.eval_every else []
+        validation: Words = ["--eval-data", rows.test] if spec.eval_every or spec.report_scores else []
         return ["--data", rows.train, "--resume", *validation]
 
     def _stage(

@@ -1,0 +1,149 @@
+"""The tensors of a plug-in: what a checkpoint of a verified return makes of the base's. Numpy, torch-free."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from offsite.core.checkpoint import (
+    NewTensor,
+    TensorRange,
+    copied,
+    from_float32,
+    read_float32,
+    read_header,
+    to_float32,
+)
+from offsite.errors import IncompatibleError, VerificationError
+from offsite.exchange.artifacts import Return
+from offsite.exchange.contents import WEIGHTS_OF, checkpoint_file
+from offsite.exchange.lora_folder import lora_pair
+from offsite.exchange.manifest import LoraSettings
+from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.ledger import Issued
+
+Change = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What of a verified return is plugged in, and how far."""
+
+    returned: Return
+    parent: Issued
+    checkpoint: int  # from 1
+    strength: np.float32
+
+    @property
+    def held(self) -> dict[str, TensorRange]:
+        """The checkpoint's tensors, by the names in the return."""
+        manifest = self.returned.manifest
+        last = self.checkpoint == manifest.checkpoints
+        name = WEIGHTS_OF[manifest.method] if last else checkpoint_file(self.checkpoint)
+        return read_header(self.returned.folder / name)
+
+
+def adapter_tensors(model: BaseModel, chosen: Chosen) -> list[NewTensor]:
+    """The tensors of a plug-in in the form of an adapter: strength is in B, or in a bottleneck's way up."""
+    held, parent, lora = chosen.held, chosen.parent, chosen.returned.manifest.lora
+    renamed = []
+    if lora is None:
+        for name, tensor in held.items():
+            factor = chosen.strength if ".bottleneck.up." in name else np.float32(1)
+            renamed.append(_scaled(tensor, to_base(name, model, parent), factor))
+        return renamed
+    for target in lora.targets:
+        (a, b), (new_a, new_b) = lora_pair(target), lora_pair(to_base(target, model, parent, target=True))
+        renamed += [copied(held[a], name=new_a), _scaled(held[b], new_b, chosen.strength)]
+    return renamed
+
+
+def changed_tensors(model: BaseModel, chosen: Chosen) -> dict[str, NewTensor]:
+    """The tensors of the base that a merged plug-in changes, by today's names, as it would hold them."""
+    changes = (_lora_changes if chosen.returned.manifest.lora else _own_changes)(model, chosen)
+    return {name: _changed(model.tensors[name], change, chosen.strength) for name, change in changes.items()}
+
+
+def to_base(name: str, model: BaseModel, parent: Issued, *, target: bool = False) -> str:
+    """The base's name in files of a tensor, or of a target of LoRA, of the bundle: the block's index is mapped back."""
+    place = model.row.map_of(name) if target else model.row.block_of(name)
+    if place is None:
+        raise IncompatibleError(f"{name[:200]} belongs to no block")
+    return model.row.in_block(parent.kept[place[0]], place[1])
+
+
+def _scaled(tensor: TensorRange, name: str, factor: np.float32) -> NewTensor:
+    """A returned tensor under another name, multiplied in float32; by 1 it keeps its bits."""
+    if factor == 1:
+        return copied(tensor, name=name)
+
+    def chunks() -> list[bytes]:
+        with np.errstate(over="ignore"):  # judged below
+            values = read_float32(tensor) * factor
+        if not np.isfinite(values).all():
+            raise VerificationError(
+                "the return does not fit into F32 at this strength",
+                reasons=[f"{tensor.name} times {factor} would hold infinity"],
+                next_step="refuse the return; nothing was written",
+            )
+        return [from_float32(values, "F32").tobytes()]
+
+    return NewTensor(name, "F32", tensor.shape, chunks)
+
+
+def _changed(tensor: TensorRange, change: Change, strength: np.float32) -> NewTensor:
+    """A base tensor plus so much of what the return changes, added in float32 and rounded once to the base's dtype."""
+
+    def chunks() -> list[bytes]:
+        values = read_float32(tensor)
+        with np.errstate(over="ignore", invalid="ignore"):  # judged below, by what would be written
+            delta = strength * change(values)
+            # where nothing changed the base's bits stay, the sign of a zero included
+            sums = from_float32(np.where(delta == 0, values, values + delta), tensor.dtype).tobytes()
+        if not np.isfinite(to_float32(sums, tensor.dtype)).all():
+            raise VerificationError(
+                f"the return does not fit into {tensor.dtype}",
+                reasons=[f"{tensor.name} would hold NaN or infinity, though every returned number is finite"],
+                next_step="refuse the return; nothing was written",
+            )
+        return [sums]
+
+    return NewTensor(tensor.name, tensor.dtype, tensor.shape, chunks)
+
+
+def _lora_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
+    lora, held = _lora_of(chosen.returned), chosen.held
+
+    def change_of(target: str) -> Change:
+        def change(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+            a, b = (read_float32(held[name]) for name in lora_pair(target))  # (r, in), (out, r)
+            delta = np.float32(lora.alpha / lora.rank) * (b @ a)  # (out, in)
+            return delta.T if model.row.transposed else delta
+
+        return change
+
+    return {
+        f"{to_base(target, model, chosen.parent, target=True)}.weight": change_of(target) for target in lora.targets
+    }
+
+
+def _own_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
+    held, parent = chosen.held, chosen.parent
+
+    def change_of(name: str) -> Change:
+        shipped_as = parent.manifest.tensors[name].dtype
+
+        def change(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+            shipped = to_float32(from_float32(values, shipped_as).tobytes(), shipped_as).reshape(values.shape)
+            return read_float32(held[name]) - shipped
+
+        return change
+
+    return {to_base(name, model, parent): change_of(name) for name in held}
+
+
+def _lora_of(verified: Return) -> LoraSettings:
+    if verified.manifest.lora is None:
+        raise IncompatibleError("this return holds no LoRA")
+    return verified.manifest.lora
