@@ -67,6 +67,8 @@ def test_a_check_says_what_cannot_be_had(tmp_path: Path, capsys: pytest.CaptureF
 def test_wrong_words_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", str(lay_out(tmp_path))]) == 2
     assert "name a folder with --out" in capsys.readouterr().err
+    assert main(["study", str(tmp_path / "recipe.toml"), "--check", "--report-only"]) == 2
+    assert "give one of the two" in capsys.readouterr().err
     (tmp_path / "recipe.toml").write_text(RECIPE.replace('base = "base"', 'base = "gone"'))
     assert main(["study", str(tmp_path / "recipe.toml"), "--check"]) == 2
     assert 'architecture = "llama"' in capsys.readouterr().err

@@ -1,7 +1,7 @@
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ import pytest
 from offsite.errors import DataError, IncompatibleError, OffsiteError, UsageError
 from offsite.measure.bootstrap import paired_interval
 from offsite.measure.row_scores import read_row_scores
+from offsite.study.command import Outcome
 from offsite.study.recipe import ROWS
 from offsite.study.results import Results, collect
 from studies import RECIPE, Played, lay_out
@@ -156,6 +157,62 @@ def test_a_failed_stage_fails_its_cells_alone(tmp_path: Path) -> None:
     assert again.go() == 0
     assert again.ran == ["pack", "verify", "eval", "eval"]  # zero-shot is known; the pack is tried again
     assert not any(cell.errors for cell in collect(again.recipe, again.cells, tmp_path / "out").cells)
+
+
+def test_without_full_fine_tuning_the_rest_is_there(tmp_path: Path) -> None:
+    text = RECIPE.replace(RECIPE[RECIPE.index('[[data]]\nname = "choices"') : RECIPE.index("[[pack]]")], "")
+    played = Played(lay_out(tmp_path, text), tmp_path / "out")
+    run = played.run
+
+    def fail(words: list[str | Path], log: Path) -> object:
+        if "full-fine-tuning" in words:
+            raise OffsiteError("no room for it")
+        return run(words, log)
+
+    played.run = fail  # type: ignore[method-assign, assignment]
+    assert played.go() == 1
+    (cell,) = collect(played.recipe, played.cells, tmp_path / "out").cells
+    assert set(ROWS) - set(cell.scores) == {"full"} == set(cell.errors)
+    assert cell.gain_recovered is None
+    assert cell.bound_recovered is not None
+
+
+def test_a_model_that_diverged_fails_its_row_alone(tmp_path: Path) -> None:
+    text = RECIPE.replace('base = "base"', 'base = "base"\nrows = ["zero_shot", "emulator_zero_shot"]')
+    played = Played(lay_out(tmp_path, text), tmp_path / "out")
+    run = played.run
+
+    def diverged(words: list[str | Path], log: Path) -> Outcome:
+        outcome = run(words, log)
+        bundle = any("bundles" in str(word) for word in words)
+        return replace(outcome, result={**outcome.result, "loss": None}) if "eval" in words and bundle else outcome
+
+    played.run = diverged  # type: ignore[method-assign]
+    assert played.go() == 2
+    for cell in collect(played.recipe, played.cells, tmp_path / "out").cells:
+        assert set(cell.scores) == {"zero_shot"}
+        assert "not a finite number" in cell.errors["emulator_zero_shot"]
+
+
+def test_half_a_removed_model_does_not_pass_for_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = RECIPE.replace('base = "base"', 'base = "base"\nkeep_models = false\nrows = ["full"]')
+    text = text.replace(text[text.index('[[data]]\nname = "choices"') : text.index("[[pack]]")], "")
+    played = Played(lay_out(tmp_path, text), tmp_path / "out")
+
+    rmtree = shutil.rmtree
+
+    def stopped(folder: Path, **options: bool) -> None:
+        if not folder.name.endswith(".removed"):
+            rmtree(folder, **options)
+            return
+        (folder / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("offsite.study.run.shutil.rmtree", stopped)
+        played.go()
+    (tuned,) = (stage for stage in played.stages.values() if stage.large)
+    assert not tuned.out.exists()
 
 
 def test_an_interrupted_study_goes_on(tmp_path: Path) -> None:

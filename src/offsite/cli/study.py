@@ -43,6 +43,10 @@ def study(
     Example:
       offsite study recipes/small/table1.toml --data-root data/ --out runs/table1
     """
+    if check and report_only:
+        raise UsageError(
+            "--check runs nothing of the study, and --report-only reports what was run", next_step="give one of the two"
+        )
     from offsite.study.recipe import load_recipe
 
     loaded = load_recipe(recipe, data_root=data_root, base=base)

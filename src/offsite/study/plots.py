@@ -238,6 +238,8 @@ def _name_points(axes: "Axes", found: Sequence[Group]) -> None:
 
 
 def _curves(grouped: Sequence[Group], folder: Path) -> "Figure | None":
+    from matplotlib.ticker import MaxNLocator
+
     drawn: dict[str, dict[str, Mapping[str, list[tuple[int, float]]]]] = {}
     short = names(grouped)
     for group in grouped:
@@ -254,6 +256,7 @@ def _curves(grouped: Sequence[Group], folder: Path) -> "Figure | None":
         for name, points in curves.items():
             seen[name] = _one_curve(axes, points, *looks[name])
         axes.set_title(dataset)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("loss, nats per labelled token")
     columns = 2 if len(drawn) == 1 else 4

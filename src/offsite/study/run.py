@@ -93,6 +93,7 @@ class Runner:
             if stage.copies is not None:
                 over_the_wire(stage.copies, stage.out)
             outcome = self.run(command_words(stage, self.lab, config), log)
+            _require_finite(stage, outcome)
         except OffsiteError as error:
             self.failures[stage.key] = error
             _write(folder, stage, {"done": False, "error": str(error), "exit_code": error.exit_code})
@@ -106,7 +107,10 @@ class Runner:
         """Remove the whole models that stages made; their records stay."""
         for stage in stages:
             if stage.large and (stage.out / "config.json").exists():
-                shutil.rmtree(stage.out)
+                going = stage.out.with_name(f"{stage.out.name}.removed")  # half a model must not pass for a whole one
+                remove(going)
+                stage.out.rename(going)
+                shutil.rmtree(going)
 
 
 def run_cells(cells: Sequence[Cell], runner: Runner, *, keep_models: bool = True) -> int:
@@ -150,6 +154,15 @@ def read_record(folder: Path, stage: Stage) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def _require_finite(stage: Stage, outcome: Outcome) -> None:
+    """A model that diverged has no loss to compare; JSON has null in its place."""
+    if stage.name == "eval" and outcome.result.get("loss") is None:
+        raise OffsiteError(
+            f"{stage.says}: its loss on the test rows is not a finite number",
+            next_step="the model diverged: try a lower learning rate, or a compressor that keeps more",
+        )
 
 
 def _write(folder: Path, stage: Stage, record: Mapping[str, Any]) -> None:
