@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.work import OFFSITE, ROOT, commit, machine, run
 
 RESULT = Path(__file__).parent / "results" / "startup.json"
-VERBS = ("import", "pack", "plug-in", "tune", "verify", "inspect", "eval", "keygen", "demo")
+VERBS = ("import", "pack", "plug-in", "tune", "verify", "inspect", "eval", "keygen", "trust", "demo", "study")
 STAGES: Mapping[str, str] = {
     "import": "offsite.model_owner.import_model",
     "pack": "offsite.model_owner.pack",

@@ -1,6 +1,6 @@
 """The folder of a run of benchmarks: bases, bundles, rows, and every finished measurement, so that a run continues.
 
-A measurement counts again only while it is of the same thing: the same code, settings, versions and threads.
+A measurement counts again only while it is of the same thing: the same code, settings, versions, threads and processor.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ class Work:
 
     def once(self, key: str, of: object, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """A measurement, taken from the folder if it is there and of the same thing."""
-        stamp = digest([of, self.threads, versions()])
+        stamp = digest([of, self.threads, versions(), processor()])
         found = self._records.get(key)
         if found is None or found["of"] != stamp:
             found = {"key": key, "of": stamp, "at": time.strftime("%Y-%m-%dT%H:%M:%S"), **measure()}
@@ -188,8 +188,8 @@ def commit() -> str:
     return said[0] + (" with changes" if said[1] else "")
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """What the figures were measured on."""
+def processor() -> dict[str, Any]:
+    """Its name, and the instructions that decide how fast bf16 is."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
@@ -197,6 +197,13 @@ def machine(threads: int) -> dict[str, Any]:
     return {
         "processor": model or platform.processor(),
         "instructions": sorted(set(flags) & {"amx_bf16", "avx512_bf16", "avx512f", "avx2"}),
+    }
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        **processor(),
         "threads": threads,
         "settings": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")},
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

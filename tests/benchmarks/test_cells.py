@@ -9,7 +9,7 @@ from benchmarks.render import predictions
 from benchmarks.steps import encoded, steps_of
 from benchmarks.work import Work
 
-from benchmarks import tuning
+from benchmarks import tuning, work
 from tiny import tiny_base
 
 ROWS = [{"prompt": "a" * (1 + i % 5), "completion": " " + "b" * (1 + i)} for i in range(24)]
@@ -66,6 +66,14 @@ def test_a_measurement_is_taken_once_while_it_is_of_the_same_thing(tmp_path):
         Work(tmp_path, 1).once("key", of, measure)  # a new one each time, as after an interruption
     assert len(taken) == 2
     assert Work(tmp_path, 1).once("key", "that", measure)["seconds"] == 2
+
+
+def test_a_measurement_of_another_processor_does_not_count(tmp_path, monkeypatch):
+    found = []
+    for name in ("one", "other"):
+        monkeypatch.setattr(work, "processor", lambda name=name: {"processor": name, "instructions": []})
+        found.append(Work(tmp_path, 1).once("key", "this", lambda name=name: {"taken_on": name})["taken_on"])
+    assert found == ["one", "other"]
 
 
 def test_peers_see_the_rows_of_a_tuning(tmp_path, data):
