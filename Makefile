@@ -7,7 +7,7 @@ BENCH := offsite-bench
 DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench bench-long bench-pieces format docs clean
+.PHONY: help install demo test bench bench-long bench-race bench-pieces format docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -32,6 +32,10 @@ bench-long: $(STAMP) ## every shape and data set, and start-up; writes benchmark
 	$(BIN)/python -m benchmarks.tuning --data-root $(DATA) --work $(BENCH) --predict
 	$(BIN)/python -m benchmarks.tuning --data-root $(DATA) --work $(BENCH)
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.render
+
+bench-race: $(STAMP) ## time to a held-out loss, emulators of several sizes against the full model; writes as bench-long does
+	$(BIN)/python -m benchmarks.time_to_loss --data-root $(DATA) --work $(BENCH)
 	$(BIN)/python -m benchmarks.render
 
 bench-pieces: $(STAMP) ## what each piece of the tuning's speed and memory is worth; writes as bench-long does

@@ -2,16 +2,19 @@
 
     python -m benchmarks.peers '{"base": ..., "rows": ..., "method": "full" or "lora", ...}'
 
-`benchmarks.tuning` calls it; it prints one line of JSON: the seconds of each step on the clock, their real tokens, and
-the resident memory once the model was loaded.
+`benchmarks.tuning` and `benchmarks.time_to_loss` call it; it prints one line of JSON: the seconds of each step on the
+clock, their real tokens, and the resident memory once the model was loaded. With "save" it also writes the model, as a
+complete checkpoint, after these steps; the clock stands still meanwhile.
 """
 
+import copy
 import itertools
 import json
 import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +40,7 @@ def main() -> None:
         _keep_freed_memory()
     rows, model = _rows(wanted), _model(wanted)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    clock = _clock()
+    clock = _clock(Path(wanted["out"]), wanted.get("save", ()))
     # Where the model itself is called, since the loader fetches a batch ahead.
     model.register_forward_pre_hook(clock.count, with_kwargs=True)
     trainer = Trainer(
@@ -48,7 +51,7 @@ def main() -> None:
         callbacks=[clock],
     )
     trainer.train()
-    times, tokens = zip(*clock.marks[wanted["warmup"] - 1 :], strict=True)
+    times, tokens = zip(*clock.marks[wanted["warmup"] :], strict=True)
     seconds = [round(after - before, 4) for before, after in itertools.pairwise(times)]
     print(json.dumps({"seconds": seconds, "tokens": tokens[-1] - tokens[0], "loaded_bytes": loaded}))
 
@@ -77,7 +80,9 @@ def _arguments(wanted: dict[str, Any]) -> Any:
         per_device_train_batch_size=wanted["batch"],
         gradient_accumulation_steps=wanted["per_step"] // wanted["batch"],
         max_steps=wanted["warmup"] + wanted["steps"],
-        learning_rate=1e-5,
+        learning_rate=wanted.get("lr", 1e-5),
+        lr_scheduler_type="cosine",
+        warmup_steps=round(0.05 * (wanted["warmup"] + wanted["steps"])),
         bf16=wanted["bf16"],
         use_cpu=True,
         optim="adamw_torch" if wanted["pad_to"] else "adamw_torch_fused",
@@ -118,22 +123,37 @@ def _collated(examples: list[dict[str, list[int]]], pad_to: int | None) -> "dict
     }
 
 
-def _clock() -> Any:
-    """A callback that notes the time, and the real tokens so far, at the end of every optimiser step."""
+def _clock(folder: Path, save: Sequence[int]) -> Any:
+    """A callback that notes the time, and the real tokens so far, at the start and after every optimiser step."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.tokens = 0
             self.marks: list[tuple[float, int]] = []
+            self._stood = 0.0
 
         def count(self, module: Any, positional: Any, named: dict[str, Any]) -> None:
             self.tokens += int(named["attention_mask"].sum())
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.marks.append((time.perf_counter(), self.tokens))
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.marks.append((time.perf_counter(), 0))
+
+        def on_step_end(self, _: Any, state: Any, __: Any, model: Any, **___: Any) -> None:
+            now = time.perf_counter()
+            self.marks.append((now - self._stood, self.tokens))
+            if state.global_step in save:
+                _save(model, folder / f"step-{state.global_step}")
+                self._stood += time.perf_counter() - now
 
     return Clock()
+
+
+def _save(model: Any, folder: Path) -> None:
+    """The model as a complete checkpoint, with LoRA pairs merged for the moment."""
+    if hasattr(model, "merge_adapter"):
+        model = copy.deepcopy(model).merge_and_unload()
+    model.save_pretrained(folder)
 
 
 if __name__ == "__main__":

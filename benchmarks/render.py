@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.cells import BEST
 
-from benchmarks import ablation, startup, tuning
+from benchmarks import ablation, startup, time_to_loss, tuning
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
 NOTES = Path(__file__).parent / "NOTES.md"
@@ -19,7 +19,10 @@ NOTES = Path(__file__).parent / "NOTES.md"
 
 def main() -> None:
     """Replace what stands between the marks of each result that is there."""
-    for name, module in (("tuning", tuning), ("ablation", ablation), ("startup", startup)):
+    pages: tuple[tuple[str, Any], ...] = (
+        ("tuning", tuning), ("time_to_loss", time_to_loss), ("ablation", ablation), ("startup", startup),
+    )  # fmt: skip
+    for name, module in pages:
         if module.RESULT.exists():
             result = json.loads(module.RESULT.read_text())
             _fill(DOCUMENT, name, f"{_where(result['machine'])}.\n\n{module.table(result).strip()}")
