@@ -21,6 +21,13 @@ def test_a_linear_probe_tells_colours_apart(tmp_path: Path) -> None:
     assert (score.rows, score.classes, score.skipped) == (12, 3, 0)
     assert score.intervals["accuracy"].low <= score.accuracy <= score.intervals["accuracy"].high
     assert score.intervals["loss"].low <= score.loss <= score.intervals["loss"].high
+    assert [one.line for one in score.pictures] == list(range(1, 13))
+    assert sum(one.right for one in score.pictures) == pytest.approx(12 * score.accuracy)
+    assert sum(one.nats for one in score.pictures) == pytest.approx(12 * score.loss)
+    colours = [colour for colour in ("blue", "green", "red") for _ in range(4)]  # as a folder is listed
+    assert [one.told == colour for one, colour in zip(score.pictures, colours, strict=True)] == [
+        one.right for one in score.pictures
+    ]
     again = evaluate_images(base, test, EvalSpec(compute="fp32", device="cpu", threads=1, max_rows=4), probe=train)
     assert again.rows == 4
 

@@ -6,7 +6,7 @@ import pytest
 from offsite.cli import main
 from offsite.errors import StorageError
 from offsite.measure.bootstrap import paired_interval
-from offsite.measure.row_scores import RowScores, loss_difference, read_row_scores
+from offsite.measure.row_scores import RowScores, difference, read_row_scores
 from tiny import tiny_base, tiny_rows
 
 
@@ -28,11 +28,11 @@ def test_eval_writes_what_adds_up_to_its_figures(tmp_path: Path, capsys: pytest.
 def test_differences_are_paired() -> None:
     one = RowScores((1, 2, 3), (1.0, 5.0, 9.0), (1.0, 2.0, 3.0), (), ())
     other = RowScores((1, 2, 3), (2.0, 7.0, 12.0), (1.0, 2.0, 3.0), (), ())
-    value, ends = loss_difference(one, other)
+    value, ends = difference(one, other)
     assert value == -1.0
     assert ends == paired_interval(one.nats, other.nats, one.tokens)
     with pytest.raises(ValueError, match="different rows"):
-        loss_difference(one, RowScores((1, 2, 4), (2.0, 7.0, 12.0), (1.0, 2.0, 3.0), (), ()))
+        difference(one, RowScores((1, 2, 4), (2.0, 7.0, 12.0), (1.0, 2.0, 3.0), (), ()))
 
 
 @pytest.mark.parametrize("content", ["{", '{"nats": 1}\n', "[]\n"])

@@ -20,7 +20,7 @@ def cell(folder: Path, **changes: Any) -> CellResult:
     log.write_text("".join(json.dumps(step) + "\n" for step in steps))
     losses = dict(zip(ROWS, (3.0, 6.0, 2.0, 2.2, 4.0, 2.5), strict=True))
     scores = {
-        row: RowResult(Figure(loss, loss - 0.1, loss + 0.1), None, Figure(loss - 3, loss - 3.1, loss - 2.9), None, None,
+        row: RowResult(Figure(loss, loss - 0.1, loss + 0.1), Figure(loss), None, Figure(loss - 3, loss - 3.1, loss - 2.9), None, None,
                        None, None, 10, 99)
         for row, loss in losses.items()
     }  # fmt: skip
@@ -34,7 +34,7 @@ def cell(folder: Path, **changes: Any) -> CellResult:
 
 
 def results(*cells: CellResult) -> Results:
-    return Results("Sums & more", "about <them>", "base", list(ROWS), {"offsite": "1"}, cells)
+    return Results("Sums & more", "about <them>", "base", "loss", list(ROWS), {"offsite": "1"}, cells)
 
 
 def test_tables_say_what_was_found(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_tables_say_what_was_found(tmp_path: Path) -> None:
 
 def test_seeds_are_averaged(tmp_path: Path) -> None:
     one = cell(tmp_path)
-    other = replace(one, seed=1, scores=one.scores | {"plug_in": replace(one.scores["plug_in"], loss=Figure(2.7))})
+    other = replace(one, seed=1, scores=one.scores | {"plug_in": replace(one.scores["plug_in"], primary=Figure(2.7))})
     (line,) = tables(results(one, other))[0].lines
     assert line[-1] == "2.600 ± 0.141"
     assert line[4] == "3.000 ± 0.100"  # the same in both: its interval over rows

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from offsite.core.architectures import ARCHITECTURES
+from offsite.core.images import load_processor
 from offsite.core.load import load_tokenizer
 from offsite.errors import IncompatibleError
 from offsite.exchange.artifacts import Base
@@ -12,7 +13,7 @@ from offsite.study.tiny_base import tiny_base as made
 from tiny import KINDS, tiny_base
 
 
-@pytest.mark.parametrize("architecture", sorted(name for name, row in ARCHITECTURES.items() if row.vision is None))
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_every_family_in_small(architecture: str, tmp_path: Path) -> None:
     base = made(tmp_path / "base", architecture, 3)
     model = open_base(base)
@@ -45,10 +46,9 @@ def test_its_tokenizer_knows_every_text(tmp_path: Path) -> None:
 
 
 def test_an_unknown_family_is_named(tmp_path: Path) -> None:
-    with pytest.raises(IncompatibleError, match="no language model of type 'gpt5'"):
+    with pytest.raises(IncompatibleError, match="no model of type 'gpt5'"):
         made(tmp_path / "base", "gpt5", 2)
 
 
-def test_an_encoder_of_pictures_is_refused(tmp_path):
-    with pytest.raises(IncompatibleError, match="no language model of type 'vit'"):
-        made(tmp_path / "base", "vit")
+def test_an_encoder_has_a_processor_of_its_size(tmp_path: Path) -> None:
+    assert load_processor(made(tmp_path / "base", "clip_vision_model", 2).folder).side == (16, 16)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from offsite.cli import main
 from offsite.study.chain import Chain
@@ -50,6 +51,9 @@ def test_the_demo(tmp_path: Path, words: list[list[str]], capsys: pytest.Capture
     shown = capsys.readouterr().out
     assert "Accuracy on 12 held-out pictures of 3 classes" in shown
     assert all(name in shown for name in ROWS)
+    with Image.open(workdir / "predictions.png") as sheet:
+        assert sheet.width > 6 * 176
+    assert str(workdir / "predictions.png") in shown
     listed = {line for file in ("train.csv", "test.csv") for line in _paths(workdir / "data-owner" / file)}
     assert not listed & set(_paths(workdir / "model-owner" / "pictures.csv"))  # nobody shares pictures
     before = len(words)

@@ -105,6 +105,7 @@ def _print_vision(result: "VisionDemo", workdir: Path, json_file: Path | None) -
     sizes = "  ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in result.bytes.items())
     seconds = "  ".join(f"{name} {seconds:.0f}" for name, seconds in result.seconds.items() if seconds >= 1)
     for title, text in (
+        ("Some held-out pictures, before and after", f"  {result.predictions}"),
         ("Sizes", sizes),
         ("Seconds", seconds),
         ("Where to look next", _next_steps(workdir, json_file)),

@@ -8,7 +8,7 @@ import typer
 
 from offsite.cli import flags, terminal
 
-_ROW_BY_ROW = ("row_losses", "choice_scores")  # what Python sees and no summary shows
+_ROW_BY_ROW = ("row_losses", "choice_scores", "pictures")  # what Python sees and no summary shows
 
 
 def eval_(
@@ -33,7 +33,7 @@ def eval_(
         Path | None, typer.Option(metavar="FOLDER", help="task files of your own, for --tasks")
     ] = None,
     row_scores: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="also write the score of every row as JSON lines")
+        Path | None, typer.Option(metavar="FILE", help="also write the score of every row or picture as JSON lines")
     ] = None,
     config: flags.ConfigFlag = None,
     as_json: flags.JsonFlag = False,
@@ -67,17 +67,21 @@ def eval_(
 
             if _sees_images(model):
                 from offsite.measure.images import evaluate_images
+                from offsite.measure.row_scores import write_picture_scores
 
-                result |= asdict(evaluate_images(model, data, spec, adapter=adapter, probe=probe, progress=progress))
+                seen = evaluate_images(model, data, spec, adapter=adapter, probe=probe, progress=progress)
+                if row_scores is not None:
+                    write_picture_scores(row_scores, seen)
+                figures = asdict(seen)
             else:
                 from offsite.measure.evaluate import evaluate
+                from offsite.measure.row_scores import write_row_scores
 
                 score = evaluate(model, data, spec, adapter=adapter, samples=samples, progress=progress)
                 if row_scores is not None:
-                    from offsite.measure.row_scores import write_row_scores
-
                     write_row_scores(row_scores, score)
-                result |= {name: value for name, value in asdict(score).items() if name not in _ROW_BY_ROW}
+                figures = asdict(score)
+            result |= {name: value for name, value in figures.items() if name not in _ROW_BY_ROW}
     terminal.show(result if as_json else with_intervals(result), as_json=as_json)
 
 

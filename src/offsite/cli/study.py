@@ -110,11 +110,12 @@ def full_fine_tuning(
 
 
 def _report(recipe: "Recipe", cells: "list[Cell]", out: Path) -> "Results":
+    from offsite.study.contact_sheet import sheets
     from offsite.study.report import write_report
     from offsite.study.results import collect
 
     results = collect(recipe, cells, out)
-    files, advice = write_report(results, out)
+    files, advice = write_report(results, out, sheets(cells, out))
     if advice:
         terminal.say(advice)
     terminal.say(f"wrote {', '.join(str(file) for file in files)}")
@@ -174,7 +175,7 @@ def _watching(cells: "list[Cell]") -> "Iterator[Tell]":
 def _lines(news: "News") -> None:
     where = f"[{news.done}/{news.total}]"
     if news.what == "score":
-        terminal.say(f"{where} cell {news.cell + 1} {news.row}: loss {news.loss:.4f}")
+        terminal.say(f"{where} cell {news.cell + 1} {news.row}: {news.shown}")
     elif news.what == "failure":
         terminal.say(f"{where} cell {news.cell + 1} {news.row} FAILED: {news.says}")
     else:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from offsite.cli.terminal import printable
 from offsite.study.cells import Cell
+from offsite.study.primary import PRIMARIES, Primary
 from offsite.study.run import News, Tell
 from offsite.study.tables import LABELS
 
@@ -34,16 +35,21 @@ class Board:
         if news.what == "stage":
             self.news, self.since = news, time.monotonic()
         elif news.what == "score":
-            self.scores[news.cell, news.row] = f"{news.loss:.3f}"
+            self.scores[news.cell, news.row] = self._primary.shown(news.score or 0.0)
         else:
             self.scores[news.cell, news.row] = "[red]failed[/]"
+
+    @property
+    def _primary(self) -> Primary:
+        """A study has one base, and so one measure."""
+        return PRIMARIES[self.cells[0].primary if self.cells else "loss"]
 
     def __rich__(self) -> RenderableType:
         return Group(self._table(), *self._now())
 
     def _table(self) -> Table:
         rows = list(self.cells[0].rows) if self.cells else []
-        table = Table(title="held-out loss, nats per labelled token", title_justify="left", title_style="dim")
+        table = Table(title=self._primary.axis, title_justify="left", title_style="dim")
         for name in ("data set", "compress", "tuning", "seed"):
             table.add_column(name, no_wrap=True)
         for row in rows:

@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from offsite.core.extras import require
-from offsite.core.load import LIBRARY_ERRORS, model_settings, quiet
 from offsite.core.row_files import read_records
 from offsite.core.rows import counted, first
 from offsite.errors import DataError, IncompatibleError
@@ -272,6 +271,8 @@ def load_processor(folder: Path) -> Processor:
         StorageError: a file cannot be read.
     """
     from transformers import AutoImageProcessor
+
+    from offsite.core.load import LIBRARY_ERRORS, model_settings, quiet  # who lists pictures needs no torch
 
     require("PIL.Image", "vision", "reading pictures")
     settings = model_settings(folder)

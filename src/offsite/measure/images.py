@@ -5,7 +5,7 @@ of it a linear probe is scored: logistic regression on its frozen features, fitt
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +32,16 @@ _PROBE_STEPS = 100
 Logits = Callable[[Floats], torch.Tensor]  # pixels (B, 3, Y, X) -> (B, C) in fp32
 
 
+@dataclass(frozen=True, slots=True)
+class PictureScore:
+    """How one picture was told."""
+
+    line: int  # its place in the data set, from 1
+    nats: float
+    right: bool
+    told: str  # the class that it was taken for
+
+
 @dataclass(frozen=True)
 class ImageScore:
     """Accuracy and loss in nats per picture, and what they were measured on."""
@@ -44,6 +54,7 @@ class ImageScore:
     seconds: float
     images_per_s: float
     intervals: Mapping[str, Interval] = field(default_factory=dict)
+    pictures: Sequence[PictureScore] = field(default=(), repr=False)
 
 
 def evaluate_images(
@@ -73,7 +84,8 @@ def evaluate_images(
     """
     where = runtime(spec.device, spec.compute, spec.threads)
     processor = load_processor(model)
-    pictures = Pictures(read_pictures(data, part="held out")[: spec.max_rows], processor, skip_bad=spec.skip_bad)
+    listed = read_pictures(data, part="held out")[: spec.max_rows]
+    pictures = Pictures(listed, processor, skip_bad=spec.skip_bad)
     if is_classifier(model_settings(model)):
         logits, classes = _of_classifier(model, where)
     elif adapter is not None:
@@ -89,9 +101,11 @@ def evaluate_images(
         )
     wanted = _labels(pictures.pictures, classes)
     started = time.perf_counter()
-    nats, right = _score(logits, pictures, wanted, spec.micro_batch_images, progress)
+    nats, told = _score(logits, pictures, wanted, spec.micro_batch_images, progress)
     seconds = time.perf_counter() - started
+    right = [float(found == there) for found, there in zip(told, wanted.tolist(), strict=True)]
     ends = {"accuracy": interval(right), "loss": interval(nats)}
+    places = {picture.name: number for number, picture in enumerate(listed, start=1)}
     return ImageScore(
         accuracy=sum(right) / len(right),
         loss=sum(nats) / len(nats),
@@ -101,6 +115,10 @@ def evaluate_images(
         seconds=round(seconds, 3),
         images_per_s=round(len(pictures) / seconds, 1),
         intervals={name: found for name, found in ends.items() if found},
+        pictures=[
+            PictureScore(places[picture.name], loss, bool(hit), classes[index])
+            for picture, loss, hit, index in zip(pictures.pictures, nats, right, told, strict=True)
+        ],
     )
 
 
@@ -119,17 +137,19 @@ def _labels(pictures: list[Picture], classes: tuple[str, ...]) -> torch.Tensor:
 @torch.no_grad()
 def _score(
     logits: Logits, pictures: Pictures, wanted: torch.Tensor, size: int, progress: Progress
-) -> tuple[list[float], list[float]]:
-    """Nats of each picture, and whether it was told right (1 or 0)."""
+) -> tuple[list[float], list[int]]:
+    """Nats of each picture, and the class that it was taken for."""
     nats: list[float] = []
-    right: list[float] = []
+    told: list[int] = []
+    right = 0
     for rows in batches(len(pictures), size):
         found = logits(pictures.batch(rows)).float().cpu()
         there = wanted[list(rows)]
         nats += F.cross_entropy(found, there, reduction="none").tolist()
-        right += (found.argmax(dim=1) == there).float().tolist()
-        progress(Event("evaluating", len(nats), len(pictures), {"accuracy": sum(right) / len(right)}))
-    return nats, right
+        told += found.argmax(dim=1).tolist()
+        right += int((found.argmax(dim=1) == there).sum())
+        progress(Event("evaluating", len(nats), len(pictures), {"accuracy": right / len(told)}))
+    return nats, told
 
 
 def _of_classifier(model: Path, where: Runtime) -> tuple[Logits, tuple[str, ...]]:

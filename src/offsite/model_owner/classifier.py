@@ -5,7 +5,7 @@ Its head is linear on what the family's own classifier reads (`Vision.features`)
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from offsite.core.checkpoint import NewTensor, copied, read_header
@@ -36,15 +36,16 @@ def classifier_tensors(
     return tensors + [copied(tensor) for tensor in read_header(verified.folder / CLASSIFIER).values()]
 
 
-def classifier_config(model: BaseModel, vision: Vision, verified: Return) -> bytes:
-    """config.json of the classifier: the encoder's, within that of the larger model that the family is a tower of."""
+def classifier_config(model: BaseModel, vision: Vision, names: Sequence[str]) -> bytes:
+    """config.json of a classifier of these classes: the encoder's config, within that of the larger model if the family
+    is a tower of one.
+    """
     encoder = {key: value for key, value in model.config.items() if key not in (*_OWN, "architectures")}
     encoder |= model.row.settled
     whole: dict[str, Any] = encoder
     if vision.tower_of:
         whole = {"model_type": vision.tower_of, "vision_config": encoder}
         whole |= {key: encoder[key] for key in ("dtype", "torch_dtype") if key in encoder}
-    names = verified.manifest.classes or ()
     return (
         json.dumps(
             {

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from offsite.config import PackSpec, TuneSpec
 from offsite.exchange.artifacts import Base
+from offsite.measure.row_scores import Measure
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.split import split
 from offsite.study.recipe import Compressor, DataTable, Method, Recipe, RowName
@@ -16,6 +17,7 @@ class Cell:
     """One point of the grid, and where its figures come from."""
 
     dataset: DataTable
+    data: Rows
     compressor: Compressor
     method: Method
     seed: int
@@ -23,6 +25,11 @@ class Cell:
     pack: Stage
     tune: Stage
     protocol: tuple[Stage, ...]  # what both parties did between base and plug-in
+
+    @property
+    def primary(self) -> Measure:
+        """What its models are compared by."""
+        return "accuracy" if self.data.pictures else "loss"
 
 
 def cells_of(recipe: Recipe, lab: Lab, rows: Mapping[str, Rows]) -> list[Cell]:
@@ -78,7 +85,7 @@ def _cell(
         return lab.score(rows, row, adapter=bound[-1])
 
     scores = {row: score(row) for row in recipe.rows}
-    return Cell(dataset, compressor, method, seed, scores, pack, tune, protocol)
+    return Cell(dataset, rows, compressor, method, seed, scores, pack, tune, protocol)
 
 
 def _protocol(lab: Lab, pack: Stage, spec: TuneSpec, rows: Rows) -> tuple[Stage, ...]:

@@ -1,4 +1,4 @@
-"""Trying a recipe: every stage of its grid on a tiny random model and a few rows that are made up."""
+"""Trying a recipe: every stage of its grid on a tiny random model and a few rows or pictures that are made up."""
 
 import json
 import tempfile
@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from offsite.config import PackSpec, Spec
+from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import strict_json
+from offsite.core.extras import require
 from offsite.errors import UsageError
 from offsite.study.cells import cells_of
 from offsite.study.prepare import prepare
-from offsite.study.recipe import SMOLLM2, DataTable, Recipe
+from offsite.study.recipe import SMOLLM2, VIT_S14, DataTable, Recipe
 from offsite.study.run import News, Runner, RunStage, Tell, run_cells, stages_of
 from offsite.study.tiny_base import tiny_base
 
 S = TypeVar("S", bound=Spec)
-_SMOLLM2 = ("llama", 30)
+_PUBLISHED = {SMOLLM2: ("llama", 30), VIT_S14: ("dinov2", 12)}
 _TOKENS = 512  # of any setting that counts tokens
 _ROWS = 8
+_COLOURS = {"red": (220, 40, 40), "blue": (40, 40, 220)}
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,14 @@ def check(recipe: Recipe, run: RunStage, tell: Tell) -> Tried:
     """
     with tempfile.TemporaryDirectory(prefix="offsite-check-") as scratch:
         folder = Path(scratch)
-        small = replace(
-            _small(recipe, _data(recipe, folder)),
-            base=tiny_base(folder / "base", *_kind(recipe), like=_there(recipe)).folder,
-            missing=(),
-        )
+        architecture, blocks = _kind(recipe)
+        base = tiny_base(folder / "base", architecture, blocks, like=_there(recipe)).folder
+        if ARCHITECTURES[architecture].vision is None:
+            small = _small(recipe, _data(recipe, folder), None)
+        else:
+            pictures = _made_up_pictures(folder)
+            small = _small(recipe, (pictures,), pictures.train)
+        small = replace(small, base=base, missing=())
         lab, rows = prepare(small, folder / "study", lambda _: None)
         cells = cells_of(small, lab, rows)
         failures: list[str] = []
@@ -68,8 +74,8 @@ def check(recipe: Recipe, run: RunStage, tell: Tell) -> Tried:
 
 def _kind(recipe: Recipe) -> tuple[str, int | None]:
     """Architecture and number of blocks: the base's own, else what the recipe says."""
-    if recipe.base == SMOLLM2:
-        return _SMOLLM2
+    if isinstance(recipe.base, str):
+        return _PUBLISHED[recipe.base]
     there = _there(recipe)
     if there is not None:
         return str(strict_json((there / "config.json").read_bytes()).get("model_type")), None
@@ -105,14 +111,26 @@ def _made_up(score: Any, folder: Path) -> DataTable:
     return DataTable(name=f"made up, for {score}", train=files[0], test=files[1], score=score)
 
 
-def _small(recipe: Recipe, data: tuple[DataTable, ...]) -> Recipe:
+def _made_up_pictures(folder: Path) -> DataTable:
+    """Plain pictures of two colours, which are its classes."""
+    image = require("PIL.Image", "vision", "making pictures up")
+    for part in ("train", "test"):
+        for name, colour in _COLOURS.items():
+            place = folder / "pictures" / part / name
+            place.mkdir(parents=True)
+            for i in range(_ROWS // 2):
+                image.new("RGB", (20 + i, 20), tuple(max(0, level - 10 * i) for level in colour)).save(place / f"{i}.png")
+    return DataTable(name="made up", train=folder / "pictures" / "train", test=folder / "pictures" / "test")
+
+
+def _small(recipe: Recipe, data: tuple[DataTable, ...], own: Path | None) -> Recipe:
     tuning = {"max_steps": 2, "batch_size": 4, "eval_every": None, "epochs": 1.0, "micro_batch_tokens": _TOKENS}
     fits = {"max_length": 256, "long_rows": "error"}
     return replace(
         recipe,
         data=data,
         seeds=recipe.seeds[:1],
-        compressors=tuple(replace(one, spec=_quick(one.spec)) for one in recipe.compressors),
+        compressors=tuple(replace(one, spec=_quick(one.spec, own)) for one in recipe.compressors),
         methods=tuple(
             replace(one, spec=_with(one.spec, tuning | fits), full=_with(one.full, tuning | fits))
             for one in recipe.methods
@@ -126,12 +144,12 @@ def _with(spec: S, values: Mapping[str, Any]) -> S:
     return type(spec).model_validate(spec.model_dump(by_alias=True) | known)
 
 
-def _quick(spec: PackSpec) -> PackSpec:
-    """Whatever a setting counts, steps or tokens of text, is few; a text of one's own is not read."""
+def _quick(spec: PackSpec, own: Path | None) -> PackSpec:
+    """Whatever a setting counts, steps or tokens, is few; what the owner would have of its own is `own` or nothing."""
     few: dict[str, Any] = {}
     for name, field in type(spec).model_fields.items():
         if field.annotation is int or int in get_args(field.annotation):
             few |= {name: 2} if name.endswith("steps") else {name: _TOKENS} if name.endswith("tokens") else {}
         elif isinstance(getattr(spec, name), Path):
-            few[name] = None
+            few[name] = own
     return _with(spec, few)

@@ -1,17 +1,24 @@
 """Full fine-tuning: every weight of the base, embeddings, norms and head included. What no party of the protocol can
-do, and what its plug-ins are compared with; the loop is the data owner's own.
+do, and what its plug-ins are compared with; the loop is the data owner's own. An encoder becomes an image classifier
+with a head for the classes of the pictures, as a plug-in is one.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
 from offsite.config import TuneSpec
 from offsite.core.architectures import Architecture
 from offsite.core.attention import use_short_attention
+from offsite.core.checkpoint import from_array, write_checkpoint
 from offsite.core.data import Example, encode
 from offsite.core.fused import fuse
+from offsite.core.images import Floats
 from offsite.core.load import context_length, load_model, load_tokenizer, quiet
 from offsite.core.loss import take_apart
+from offsite.core.vision import BIAS, WEIGHT, Encoder, encoder_of
 from offsite.core.progress import Event, Progress, silent
 from offsite.core.resume import RunState, run_folder
 from offsite.core.row_files import data_digest
@@ -22,13 +29,15 @@ from offsite.core.storage import require_free, staged_folder, write_stream
 from offsite.core.weights import TrainedWeights
 from offsite.data_owner.budget import within_memory
 from offsite.data_owner.checkpoints import Checkpoints
+from offsite.data_owner.image_task import Album, ImageTask, head_parameters, new_head, open_album
 from offsite.data_owner.recompute import keep_activations
 from offsite.data_owner.schedule import step_count
 from offsite.data_owner.task import TextTask
 from offsite.data_owner.train import Tuning, train
 from offsite.exchange.artifacts import Base
-from offsite.exchange.contents import TOKENIZER_FILES
-from offsite.model_owner.base_model import open_base
+from offsite.exchange.contents import CONFIG, PROCESSOR, TOKENIZER_FILES
+from offsite.model_owner.base_model import BaseModel, open_base
+from offsite.model_owner.classifier import classifier_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,22 +73,30 @@ def full_fine_tuning(
         KeyboardInterrupt: the user stopped it; a resume point was saved.
     """
     require_free(out)
-    row = open_base(base).row
+    opened = open_base(base)
+    row = opened.row
     where = runtime(spec.device, spec.compute, spec.threads)
-    examples, held_out = _read(base, data, spec), _read(base, eval_data, spec)
+    album = open_album(base.folder, data, eval_data, spec, progress) if row.vision is not None else None
+    examples, held_out = ((), ()) if album else (_read(base, data, spec), _read(base, eval_data, spec))
     with seeded(spec.seed, where.device):
         run = {**spec.model_dump(mode="json"), "base": str(base.folder.resolve()), "data": data_digest(data)}
         state = RunState(run_folder(out), {**run, "compute": str(where.dtype)}, resume=resume)
         progress(Event("loading the model", 0))
         model = load_model(base.folder, dtype=where.dtype, device=where.device)
-        tuning = _prepare(model, row, examples, held_out)
+        if album is None:
+            tuning = _prepare(model, row, examples, held_out)
+        else:
+            tuning = _prepare_images(model, row, album, spec, progress)
         fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
         only_the_last = spec.model_copy(update={"checkpoints": 1, "report_scores": False})
-        checkpoints = Checkpoints(state, only_the_last, step_count(spec, len(examples)))
+        checkpoints = Checkpoints(state, only_the_last, step_count(spec, tuning.task.rows))
         train(tuning, fitted, state, checkpoints, log_file(out), progress)
     keep_activations(tuning.blocks)  # which puts the blocks' own names back
     progress(Event("writing the tuned model", 0))
-    _write(model, base, out)
+    if isinstance(tuning.task, ImageTask):
+        _write_classifier(tuning.task, opened, "BF16" if where.dtype == torch.bfloat16 else "F32", out)
+    else:
+        _write(model, base, out)
     state.remove()
     return Base(out)
 
@@ -109,6 +126,51 @@ def _prepare(
         decayed=frozenset(name for name in trained if name in matrices or row.is_linear(name)),
         returned={},  # to nobody
     )
+
+
+def _prepare_images(
+    model: "PreTrainedModel", row: Architecture, album: Album, spec: TuneSpec, progress: Progress
+) -> Tuning:
+    encoder = encoder_of(model)
+    used = encoder.read_by(spec.pooling)
+    head = new_head(encoder, album, used, spec, progress)
+    made = head_parameters(head)
+    model.requires_grad_(True)
+    trained = _reached(encoder, album.train.batch(range(1)))
+    model.requires_grad_(False)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    return Tuning(
+        task=ImageTask(encoder, head, used, album, spec.augment),
+        blocks=model.get_submodule(row.module_blocks or row.blocks),
+        trained=[model],
+        weights=TrainedWeights(trained | made),
+        decayed=frozenset({WEIGHT, *(name for name in trained if row.is_linear(name))}),
+        returned={},
+        faster=dict.fromkeys(made, spec.head_factor),
+    )
+
+
+def _reached(encoder: Encoder, pixels: Floats) -> dict[str, nn.Parameter]:
+    """The parameters that what the head reads depends on: not a mask token, nor a norm behind it."""
+    encoder.features(pixels).sum().backward()  # type: ignore[no-untyped-call]
+    reached = {name: parameter for name, parameter in encoder.body.named_parameters() if parameter.grad is not None}
+    encoder.body.zero_grad(set_to_none=True)
+    return reached
+
+
+def _write_classifier(task: ImageTask, base: BaseModel, dtype: str, out: Path) -> None:
+    """The encoder and its head as the classifier of transformers that a plug-in would be."""
+    vision = task.encoder.vision
+    tuned = {f"{vision.prefix}.{base.row.name_of(name) or name}": it for name, it in task.encoder.body.named_parameters()}
+    made = [from_array(name, it.detach().float().cpu().numpy(), dtype) for name, it in tuned.items()]
+    made += [
+        from_array(name, it.detach().cpu().numpy(), "F32") for name, it in head_parameters(task.head).items()
+    ]
+    with staged_folder(out) as folder:
+        write_checkpoint(folder, made)
+        write_stream(folder / CONFIG, [classifier_config(base, vision, task.album.classes)])
+        write_stream(folder / PROCESSOR, [(base.folder / PROCESSOR).read_bytes()])
 
 
 def _write(model: "PreTrainedModel", base: Base, out: Path) -> None:

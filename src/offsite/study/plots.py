@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offsite.core.extras import require
+from offsite.study.primary import PRIMARIES, Primary
 from offsite.study.results import Results
-from offsite.study.tables import LABELS, Group, curve_file, groups, loss_of, names
+from offsite.study.tables import LABELS, Group, curve_file, groups, score_of, names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,25 +85,28 @@ def draw(results: Results, folder: Path) -> list[Plot]:
 
 
 def _figures(results: Results, folder: Path) -> list[tuple[str, str, str, "Figure | None"]]:
-    grouped = groups(results)
+    grouped, primary = groups(results), PRIMARIES[results.primary]
+    better = f"; {'higher' if primary.higher_is_better else 'lower'} is better"
     return [
         (
             "rows",
             "Every row in the house order",
-            "Held-out loss of each model; the dashed line is zero-shot, whiskers are 95 % intervals over test rows.",
+            f"{primary.title} of each model{better}; the dashed line is zero-shot, whiskers are 95 % intervals over "
+            "test rows.",
             _bars(results, grouped),
         ),
         (
             "frontier",
-            "Bundle size against loss",
-            "What the model's owner gets (plug-in) and what the data owner has (emulator, tuned) by the bundle's size.",
-            _frontier(grouped),
+            f"Bundle size against {primary.name}",
+            "What the model's owner gets (plug-in) and what the data owner has (emulator, tuned) by the bundle's "
+            f"size{better}.",
+            _frontier(grouped, primary),
         ),
         (
             "curves",
             "Training curves",
             "Loss on the emulator (faint: single steps; strong: their running mean); diamonds: held-out rows.",
-            _curves(grouped, folder),
+            _curves(results, grouped, folder),
         ),
     ]
 
@@ -123,43 +127,46 @@ def _bars(results: Results, grouped: Sequence[Group]) -> "Figure | None":
     if not shown:
         return None
     short = names(grouped)
-    rows = [[row for row in results.rows if group.mean(loss_of(row)) is not None] for group in shown]
+    rows = [[row for row in results.rows if group.mean(score_of(row)) is not None] for group in shown]
     longest: dict[str, float] = {}  # by data set: its panels have one scale
     for group, there in zip(shown, rows, strict=True):
         longest[group.dataset] = max(longest.get(group.dataset, 0.0), *_ends(group, there))
+    primary = PRIMARIES[results.primary]
     abreast = len(short) if len(short) in (2, 3) else 3  # where it fits, a line for each data set
     figure, panels = _panels(len(shown), 4.4, 0.85 + 0.27 * len(results.rows), most=abreast)
     for axes, group, there in zip(panels, shown, rows, strict=True):
-        _one_bars(axes, group, there)
-        axes.set_xlim(0, 1.2 * longest[group.dataset])
+        _one_bars(axes, group, there, primary)
+        axes.set_xlim(0, 1.2 * longest[group.dataset] * primary.scale)
         axes.set_title(f"{group.dataset}: {short[group.words[1:]]}", fontsize=9)
     return figure
 
 
-def _one_bars(axes: "Axes", group: Group, rows: Sequence[str]) -> None:
-    means = [group.mean(loss_of(row)) or 0.0 for row in rows]
+def _one_bars(axes: "Axes", group: Group, rows: Sequence[str], primary: Primary) -> None:
+    means = [primary.scale * (group.mean(score_of(row)) or 0.0) for row in rows]
     places = range(len(rows))
     colours = [COLOURS[row] for row in rows]
     if "zero_shot" in rows:
         axes.axvline(means[rows.index("zero_shot")], color="#555555", linestyle="--", linewidth=0.9, zorder=0)
-    axes.barh(places, means, color=colours, height=0.72, xerr=_whiskers(group, rows), ecolor="#555555")
-    for place, mean, end in zip(places, means, _ends(group, rows), strict=True):
+    whiskers = [[primary.scale * one for one in side] for side in _whiskers(group, rows)]
+    axes.barh(places, means, color=colours, height=0.72, xerr=whiskers, ecolor="#555555")
+    for place, mean, above in zip(places, means, whiskers[1], strict=True):
         axes.annotate(
-            f"{mean:.3f}", (end, place), (4, 0), textcoords="offset points", va="center", fontsize=8,
+            f"{mean:.{primary.places}f}", (mean + above, place), (4, 0), textcoords="offset points", va="center",
+            fontsize=8,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
         )  # fmt: skip
     axes.set_yticks(places, [LABELS[row] for row in rows])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel("held-out loss, nats per labelled token")
+    axes.set_xlabel(primary.axis)
 
 
 def _whiskers(group: Group, rows: Sequence[str]) -> Any:
     """Below and above each bar: how far seeds lie apart, else the interval over test rows."""
     ends = []
     for row in rows:
-        values = group.values(loss_of(row))
-        figure = next(cell.scores[row].loss for cell in group.cells if row in cell.scores)
+        values = group.values(score_of(row))
+        figure = next(cell.scores[row].primary for cell in group.cells if row in cell.scores)
         mean = sum(values) / len(values)
         if len(set(values)) > 1:
             ends.append((mean - min(values), max(values) - mean))
@@ -172,61 +179,64 @@ def _whiskers(group: Group, rows: Sequence[str]) -> Any:
 
 def _ends(group: Group, rows: Sequence[str]) -> list[float]:
     above = _whiskers(group, rows)[1]
-    return [(group.mean(loss_of(row)) or 0.0) + more for row, more in zip(rows, above, strict=True)]
+    return [(group.mean(score_of(row)) or 0.0) + more for row, more in zip(rows, above, strict=True)]
 
 
 def _size(group: Group) -> float:
     return (group.mean(lambda cell: cell.bundle_bytes) or 0.0) / 2**20
 
 
-def _frontier(grouped: Sequence[Group]) -> "Figure | None":
-    """A panel for each data set and tuning: the plug-in's and the emulator's loss over the bundle's size."""
+def _frontier(grouped: Sequence[Group], primary: Primary) -> "Figure | None":
+    """A panel for each data set and tuning: the plug-in's and the emulator's score over the bundle's size."""
     panels: dict[tuple[str, str], list[Group]] = {}
     for group in grouped:
-        if _size(group) and group.mean(loss_of("plug_in")) is not None:
+        if _size(group) and group.mean(score_of("plug_in")) is not None:
             panels.setdefault((group.dataset, group.tune), []).append(group)
     shown = {key: sorted(found, key=_size) for key, found in panels.items() if len(found) > 1}
     if not shown:
         return None
     figure, all_axes = _panels(len(shown), 6.0, 4.2, most=2)
     for axes, ((dataset, tune), found) in zip(all_axes, shown.items(), strict=True):
-        _one_frontier(axes, found)
+        _one_frontier(axes, found, primary)
         axes.set_title(f"{dataset}, {tune}")
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
-def _one_frontier(axes: "Axes", found: Sequence[Group]) -> None:
+def _one_frontier(axes: "Axes", found: Sequence[Group], primary: Primary) -> None:
+    def height(group: Group, row: str) -> float | None:
+        mean = group.mean(score_of(row))
+        return None if mean is None else primary.scale * mean
+
     for group in found:  # one bundle: what each side has of it
-        low, high = group.mean(loss_of("plug_in")), group.mean(loss_of("emulator"))
-        if low is not None and high is not None:
-            axes.plot([_size(group)] * 2, [low, high], color="#d0d0d0", linewidth=1, zorder=1)
+        one, other = height(group, "plug_in"), height(group, "emulator")
+        if one is not None and other is not None:
+            axes.plot([_size(group)] * 2, [one, other], color="#d0d0d0", linewidth=1, zorder=1)
     for row, marker in (("emulator", "s"), ("plug_in", "o")):
-        points = [(_size(group), y) for group in found if (y := group.mean(loss_of(row))) is not None]
+        points = [(_size(group), y) for group in found if (y := height(group, row)) is not None]
         xs, ys = [x for x, _ in points], [y for _, y in points]
         axes.scatter(xs, ys, color=COLOURS[row], marker=marker, s=36, label=LABELS[row], zorder=3)
     for row, style in (("zero_shot", "--"), ("full", ":")):
-        level = found[0].mean(loss_of(row))
+        level = height(found[0], row)
         if level is not None:
             axes.axhline(level, color=COLOURS[row], linestyle=style, linewidth=1.1, label=LABELS[row], zorder=0)
     axes.margins(x=0.08, y=0.08)
     low, high = axes.get_xlim()
     axes.set_xlim(low, high + 0.22 * (high - low))  # room for the names
-    _name_points(axes, found)
+    _name_points(axes, [(group, height(group, "plug_in") or 0.0) for group in found])
     axes.set_xlabel("bundle, MiB")
-    axes.set_ylabel("held-out loss, nats per labelled token")
+    axes.set_ylabel(primary.axis)
 
 
-def _name_points(axes: "Axes", found: Sequence[Group]) -> None:
+def _name_points(axes: "Axes", found: Sequence[tuple[Group, float]]) -> None:
     """Each plug-in's name at its right; of neighbours of about one size, one above the other."""
-    short = names(found)
+    short = names([group for group, _ in found])
     bottom, top = axes.get_ylim()
     left, right = axes.get_xlim()
     gap, near = 0.042 * (top - bottom), 0.2 * (right - left)
     placed: list[tuple[float, float]] = []
-    for group in sorted(found, key=lambda one: one.mean(loss_of("plug_in")) or 0.0):
-        x, y = _size(group), group.mean(loss_of("plug_in")) or 0.0
-        at = y
+    for group, y in sorted(found, key=lambda one: one[1]):
+        x, at = _size(group), y
         while any(abs(x - other) < near and abs(at - height) < gap for other, height in placed):
             at += gap / 4
         placed.append((x, at))
@@ -237,7 +247,7 @@ def _name_points(axes: "Axes", found: Sequence[Group]) -> None:
         )  # fmt: skip
 
 
-def _curves(grouped: Sequence[Group], folder: Path) -> "Figure | None":
+def _curves(results: Results, grouped: Sequence[Group], folder: Path) -> "Figure | None":
     from matplotlib.ticker import MaxNLocator
 
     drawn: dict[str, dict[str, Mapping[str, list[tuple[int, float]]]]] = {}
@@ -258,7 +268,7 @@ def _curves(grouped: Sequence[Group], folder: Path) -> "Figure | None":
         axes.set_title(dataset)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("optimiser step")
-        axes.set_ylabel("loss, nats per labelled token")
+        axes.set_ylabel(f"loss, nats per {'picture' if results.primary == 'accuracy' else 'labelled token'}")
     columns = 2 if len(drawn) == 1 else 4
     figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=columns, fontsize=8)
     return figure

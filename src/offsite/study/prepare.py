@@ -13,12 +13,14 @@ from offsite.core.storage import replace_file
 from offsite.errors import DataError, IncompatibleError, OffsiteError, UsageError
 from offsite.exchange.artifacts import Base
 from offsite.exchange.home import Home
-from offsite.model_owner.base_model import open_base
+from offsite.model_owner.base_model import BaseModel, open_base
 from offsite.model_owner.plan import plan_pack
+from offsite.model_owner.split import permitted_methods, split
 from offsite.study.chain import OWNER, TUNER
 from offsite.study.command import run_command
-from offsite.study.pretrained import cached_smollm2
-from offsite.study.recipe import SMOLLM2, DataTable, Recipe, require_files
+from offsite.study.picture_data import stage_pictures
+from offsite.study.pretrained import IMAGE_SIZE, cached_encoder, cached_smollm2
+from offsite.study.recipe import SMOLLM2, VIT_S14, DataTable, Recipe, require_files
 from offsite.study.stages import Lab, Rows
 
 _MARK = "stages"  # what every study's folder has
@@ -41,7 +43,8 @@ def prepare(recipe: Recipe, out: Path, say: Callable[[str], None]) -> tuple[Lab,
     _require_own(out)
     base = _base(recipe, say)
     require_fit(recipe, base)
-    rows = {table.name: stage_rows(table, out / TUNER / "data") for table in recipe.data}
+    stage = stage_rows if open_base(Base(base)).row.vision is None else stage_pictures
+    rows = {table.name: stage(table, out / TUNER / "data") for table in recipe.data}
     (out / _MARK).mkdir(parents=True, exist_ok=True)
     introduce(out)
     return Lab(out.resolve(), base.resolve(), _base_digest(base, out, say), recipe.eval, recipe.plug_in), rows
@@ -57,10 +60,13 @@ def _require_own(out: Path) -> None:
 
 
 def _base(recipe: Recipe, say: Callable[[str], None]) -> Path:
+    def run(words: Sequence[str | Path]) -> Any:
+        return run_command(words, "the study").result
+
     if recipe.base == SMOLLM2:
-        return cached_smollm2(
-            lambda: say("getting SmolLM2-135M-Instruct"), lambda words: run_command(words, "the study").result
-        )[0]
+        return cached_smollm2(lambda: say("getting SmolLM2-135M-Instruct"), run)[0]
+    if recipe.base == VIT_S14:
+        return cached_encoder(lambda: say("getting a ViT-S/14 (DINOv2)"), run, IMAGE_SIZE)[0]
     return Path(recipe.base)
 
 
@@ -73,8 +79,6 @@ def require_fit(recipe: Recipe, base: Path) -> None:
     """
     model = open_base(Base(base))
     reasons = []
-    if model.row.vision is not None:
-        reasons.append(f"architecture {model.row.model_type} sees pictures; studies are of language models")
     if recipe.architecture not in (None, model.row.model_type):
         reasons.append(f"architecture {model.row.model_type}, the recipe says {recipe.architecture}")
     if recipe.blocks not in (None, model.blocks):
@@ -85,19 +89,45 @@ def require_fit(recipe: Recipe, base: Path) -> None:
         )
     for one in recipe.compressors:
         label = f"[[pack]] {one.name!r}" + (f" at {one.placement!r}" if one.placement else "")
-        reasons += [f"{label}: {problem}" for problem in _unfit(Base(base), one.spec)]
+        reasons += [f"{label}: {problem}" for problem in _unfit(model, one.spec)]
+    if model.row.vision is not None:
+        reasons += [
+            f"[[data]] {table.name!r}.score: pictures have no {table.score!r}; leave it out or say 'accuracy'"
+            for table in recipe.data
+            if table.score == "accuracy_norm"
+        ]
     if reasons:
         raise UsageError(
             f"the recipe does not fit the base {base}", reasons=reasons, next_step="mend the recipe; nothing was run"
         )
 
 
-def _unfit(base: Base, spec: PackSpec) -> Sequence[str]:
+def _unfit(model: BaseModel, spec: PackSpec) -> Sequence[str]:
     try:
-        plan_pack(base, spec)
+        if model.row.vision is None:
+            plan_pack(Base(model.folder), spec)
+        else:
+            split(model, spec)
+            permitted_methods(model, spec)
+            _require_pictures(model, spec)
     except OffsiteError as error:
         return [". ".join((error.what, *error.reasons, *([error.next_step] if error.next_step else [])))]
     return []
+
+
+def _require_pictures(model: BaseModel, spec: PackSpec) -> None:
+    """Refuse to look at pictures that there are none of.
+
+    Raises:
+        UsageError: the blocks are chosen or healed by pictures of the owner's own, and the recipe names none.
+    """
+    looks = bool(spec.heal) or spec.select not in ("uniform", "contiguous", "random")
+    if looks and spec.keep < len(split(model, spec).middle) and spec.calibration is None:
+        raise UsageError(
+            "no calibration pictures ship with this package",
+            next_step="name a folder of the model owner's own pictures, calibration = \"...\"; or say "
+            'select = "uniform" and heal = "none"',
+        )
 
 
 def introduce(out: Path) -> None:

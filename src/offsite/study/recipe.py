@@ -18,7 +18,7 @@ from offsite.errors import UsageError
 
 RowName = Literal["zero_shot", "emulator_zero_shot", "full", "adapter_on_base", "emulator", "plug_in"]
 ROWS: tuple[RowName, ...] = get_args(RowName)  # in the order of every result table
-SMOLLM2 = "smollm2"
+SMOLLM2, VIT_S14 = "smollm2", "vit-s14"  # bases that come from a package registry
 _Name = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[^|\n]+$")]
 S = TypeVar("S", bound=Spec)
 
@@ -33,7 +33,7 @@ class DataTable(Spec):
     max_test_rows: Annotated[int | None, Field(ge=1, description="use so many, spread evenly; None is all")] = None
     score: Annotated[
         Literal["loss", "accuracy", "accuracy_norm"],
-        Field(description="what the report shows beside the loss; the accuracies need multiple-choice rows"),
+        Field(description="what the report shows beside the loss; of text the accuracies need multiple-choice rows"),
     ] = "loss"
 
 
@@ -42,7 +42,7 @@ class RecipeTables(Spec):
 
     title: Annotated[str, Field(min_length=1, max_length=200)]
     about: str = ""
-    base: Annotated[str, Field(min_length=1, description=f"a base folder, or {SMOLLM2!r}")]
+    base: Annotated[str, Field(min_length=1, description=f"a base folder, or {SMOLLM2!r} or {VIT_S14!r}")]
     architecture: Annotated[str | None, Field(description="the model type that the base must have")] = None
     blocks: Annotated[int | None, Field(ge=1, description="how many blocks the base must have")] = None
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
@@ -194,7 +194,7 @@ class _Places:
 
 
 def _base(tables: RecipeTables, places: _Places) -> str | Path:
-    return SMOLLM2 if tables.base == SMOLLM2 else places.find(Path(tables.base))
+    return tables.base if tables.base in (SMOLLM2, VIT_S14) else places.find(Path(tables.base))
 
 
 def _compressors(tables: RecipeTables, places: _Places, problems: list[str]) -> Iterator[Compressor]:

@@ -16,12 +16,13 @@ from offsite.study.results import Results
 from offsite.study.tables import Table, failures, tables
 
 
-def write_report(results: Results, folder: Path) -> tuple[list[Path], str | None]:
+def write_report(results: Results, folder: Path, sheets: Sequence[Plot] = ()) -> tuple[list[Path], str | None]:
     """Write everything that there is to see of a study.
 
     Args:
         results: from `collect`.
         folder: the study's.
+        sheets: of pictures with what models took them for.
 
     Returns:
         The files, and what to do about the plots where they could not be drawn.
@@ -36,6 +37,7 @@ def write_report(results: Results, folder: Path) -> tuple[list[Path], str | None
         plots = draw(results, folder)
     except UsageError as error:  # everything else works without
         advice = f"no plots: {error.what}; {error.next_step}"
+    plots += sheets
     made = tables(results)
     files["report.md"] = markdown(results, made, plots, folder)
     files["report.html"] = page(results, made, plots)
@@ -65,6 +67,8 @@ def _facts(results: Results) -> str:
 def _tested(results: Results) -> str:
     """How many rows and tokens the figures of each data set stand on."""
     found = {cell.dataset: row for cell in results.cells for row in cell.scores.values()}
+    if results.primary == "accuracy":
+        return " ".join(f"{name}: {row.rows:,} test pictures." for name, row in found.items())
     return " ".join(f"{name}: {row.rows:,} test rows, {row.tokens:,} labelled tokens." for name, row in found.items())
 
 

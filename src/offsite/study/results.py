@@ -1,7 +1,7 @@
 """What a study found: figures of every cell, from the records of its stages and the scores of single rows.
 
-The primary score is the held-out loss in nats per labelled token. Intervals are 95 % over test rows; differences and
-shares are taken over the same drawn rows for every model (`offsite.measure.bootstrap`).
+The primary score is the held-out loss in nats per labelled token, or of pictures the accuracy. Intervals are 95 % over
+test rows; differences and shares are taken over the same drawn rows for every model (`offsite.measure.bootstrap`).
 """
 
 import math
@@ -16,9 +16,10 @@ from typing import Any
 from offsite import __version__
 from offsite.core.run_log import log_file
 from offsite.measure.bootstrap import Interval, interval, share_interval
-from offsite.measure.row_scores import RowScores, loss_difference, read_row_scores, require_same_rows
+from offsite.measure.row_scores import Measure, RowScores, difference, read_row_scores, require_same_rows
 from offsite.study.cells import Cell
 from offsite.study.chain import OWNER, TUNER
+from offsite.study.primary import PRIMARIES
 from offsite.study.recipe import Recipe
 from offsite.study.run import read_record
 from offsite.study.stages import Stage, before
@@ -39,10 +40,11 @@ class Figure:
 class RowResult:
     """How one model of a cell scored."""
 
-    loss: Figure  # nats per labelled token
-    perplexity: float | None  # None where it overflows
-    against_zero_shot: Figure | None  # loss minus that of the untouched base, paired
-    accuracy: float | None  # share of right answers; None where rows are not multiple choice
+    primary: Figure  # the loss, or of pictures the accuracy: what models are compared by
+    loss: Figure  # nats per labelled token, or per picture
+    perplexity: float | None  # None where it overflows, and of pictures
+    against_zero_shot: Figure | None  # primary score minus that of the untouched base, paired
+    accuracy: float | None  # share of right answers; None where rows are neither multiple choice nor pictures
     accuracy_stderr: float | None
     accuracy_norm: float | None
     accuracy_norm_stderr: float | None
@@ -72,11 +74,9 @@ class CellResult:
     method: str
     seed: int
     scores: Mapping[str, RowResult]
-    gain_recovered: Figure | None  # (plug_in - zero_shot) / (full - zero_shot), of losses
+    gain_recovered: Figure | None  # (plug_in - zero_shot) / (full - zero_shot), of primary scores
     bound_recovered: Figure | None  # the same with adapter_on_base in place of full
-    plug_in_gap: (
-        Figure | None
-    )  # plug_in - emulator, of losses: below 0 the data owner does not have what the owner gets
+    plug_in_gap: Figure | None  # plug_in - emulator: if better, the data owner does not have what the owner gets
     bundle_bytes: int | None
     return_bytes: int | None
     seconds: Mapping[str, float]  # by party
@@ -93,6 +93,7 @@ class Results:
     title: str
     about: str
     base: str
+    primary: Measure
     rows: Sequence[str]
     environment: Mapping[str, Any]
     cells: Sequence[CellResult]
@@ -102,7 +103,8 @@ def collect(recipe: Recipe, cells: Sequence[Cell], folder: Path) -> Results:
     """The results of what has been run so far."""
     cache: dict[str, RowScores] = {}
     found = [_cell(cell, folder, cache) for cell in cells]
-    return Results(recipe.title, recipe.about, Path(recipe.base).name, list(recipe.rows), _environment(), found)
+    base, primary = Path(recipe.base).name, cells[0].primary  # a study has one base, so all its cells have one measure
+    return Results(recipe.title, recipe.about, base, primary, list(recipe.rows), _environment(), found)
 
 
 def _environment() -> dict[str, Any]:
@@ -123,7 +125,9 @@ def _cell(cell: Cell, folder: Path, cache: dict[str, RowScores]) -> CellResult:
         if (record := read_record(folder, stage)).get("done") and stage.out.exists()
     }
     rows = {row: _row_scores(cell.rows[row], cache) for row in known}  # type: ignore[index]
-    scores = {row: _score(record["result"], rows[row], rows.get("zero_shot")) for row, record in known.items()}
+    scores = {
+        row: _score(record["result"], rows[row], rows.get("zero_shot"), cell.primary) for row, record in known.items()
+    }
     pack, tune = read_record(folder, cell.pack), read_record(folder, cell.tune)
     split = pack.get("result", {}).get("split") if pack.get("done") else None
     spent = [
@@ -141,9 +145,9 @@ def _cell(cell: Cell, folder: Path, cache: dict[str, RowScores]) -> CellResult:
         method=cell.method.spec.method,
         seed=cell.seed,
         scores=scores,
-        gain_recovered=_share(rows, "full"),
-        bound_recovered=_share(rows, "adapter_on_base"),
-        plug_in_gap=_difference(rows.get("plug_in"), rows.get("emulator")),
+        gain_recovered=_share(rows, "full", cell.primary),
+        bound_recovered=_share(rows, "adapter_on_base", cell.primary),
+        plug_in_gap=_difference(rows.get("plug_in"), rows.get("emulator"), cell.primary),
         bundle_bytes=pack["result"]["bytes"] if pack.get("done") else None,
         return_bytes=tune["result"]["bytes"] if tune.get("done") else None,
         seconds={party: round(sum(s.seconds for s in spent if s.party == party), 2) for party in (OWNER, TUNER)},
@@ -162,12 +166,12 @@ def _row_scores(stage: Stage, cache: dict[str, RowScores]) -> RowScores:
     return cache[stage.key]
 
 
-def _score(result: Mapping[str, Any], rows: RowScores, zero_shot: RowScores | None) -> RowResult:
-    ends = interval(rows.nats, rows.tokens)
+def _score(result: Mapping[str, Any], rows: RowScores, zero_shot: RowScores | None, primary: Measure) -> RowResult:
     return RowResult(
-        loss=_figure(rows.loss, ends),
-        perplexity=result["perplexity"],
-        against_zero_shot=None if zero_shot in (None, rows) else _difference(rows, zero_shot),
+        primary=_figure(rows.mean(primary), interval(*rows.parts(primary))),
+        loss=_figure(rows.loss, interval(*rows.parts("loss"))),
+        perplexity=result.get("perplexity"),
+        against_zero_shot=None if zero_shot in (None, rows) else _difference(rows, zero_shot, primary),
         accuracy=_share_right(rows.right),
         accuracy_stderr=_stderr(rows.right),
         accuracy_norm=_share_right(rows.right_by_length),
@@ -191,20 +195,21 @@ def _figure(value: float, ends: Interval | None) -> Figure:
     return Figure(value, ends.low, ends.high) if ends else Figure(value)
 
 
-def _difference(one: RowScores | None, other: RowScores | None) -> Figure | None:
-    return None if one is None or other is None else _figure(*loss_difference(one, other))
+def _difference(one: RowScores | None, other: RowScores | None, primary: Measure) -> Figure | None:
+    return None if one is None or other is None else _figure(*difference(one, other, primary))
 
 
-def _share(rows: Mapping[str, RowScores], whole: str) -> Figure | None:
+def _share(rows: Mapping[str, RowScores], whole: str, primary: Measure) -> Figure | None:
     """The share of a gain over zero-shot that the plug-in has; None where that gain is none."""
     if not {"zero_shot", whole, "plug_in"} <= rows.keys():
         return None
     zero, best, reached = rows["zero_shot"], rows[whole], rows["plug_in"]
     require_same_rows((zero, best, reached))
-    if best.loss >= zero.loss:
+    least, most, there = (one.mean(primary) for one in (zero, best, reached))
+    if not PRIMARIES[primary].is_gain(most, least):
         return None
-    parts = [(one.nats, one.tokens) for one in (zero, best, reached)]
-    return _figure((reached.loss - zero.loss) / (best.loss - zero.loss), share_interval(parts[0], parts[1], parts[2]))
+    ends = share_interval(zero.parts(primary), best.parts(primary), reached.parts(primary))
+    return _figure((there - least) / (most - least), ends)
 
 
 def _placement(split: Mapping[str, int]) -> str:

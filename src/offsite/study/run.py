@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 from offsite.core.storage import replace_file
 from offsite.errors import OffsiteError
+from offsite.measure.row_scores import Measure
 from offsite.study.cells import Cell
 from offsite.study.chain import over_the_wire, remove
 from offsite.study.command import Outcome, Words, run_command, settings_toml
+from offsite.study.primary import PRIMARIES
 from offsite.study.stages import Lab, Stage, before, command_words
 
 RunStage = Callable[[Words, Path], Outcome]  # words after `offsite`, and a file for what the command says
@@ -32,8 +34,15 @@ class News:
     says: str
     cell: int = -1  # index, of a row
     row: str = ""
-    loss: float | None = None
+    score: float | None = None
+    measure: Measure = "loss"  # of the score
     log: Path | None = None  # what the running stage says
+
+    @property
+    def shown(self) -> str:
+        """The score with its measure, for a person."""
+        primary = PRIMARIES[self.measure]
+        return "" if self.score is None else f"{primary.name} {primary.shown(self.score)}"
 
 
 Tell = Callable[[News], None]
@@ -124,12 +133,12 @@ def run_cells(cells: Sequence[Cell], runner: Runner, *, keep_models: bool = True
         broken = False
         for row, stage in cell.rows.items():
             try:
-                loss = float(runner.made(stage)["result"]["loss"])
+                score = float(runner.made(stage)["result"][cell.primary])
             except OffsiteError as error:
                 broken = True
                 runner.tell(News("failure", runner.done, runner.total, error.what, index, row))
                 continue
-            runner.tell(News("score", runner.done, runner.total, stage.says, index, row, loss))
+            runner.tell(News("score", runner.done, runner.total, stage.says, index, row, score, cell.primary))
         failed += broken
         if not keep_models and not broken:
             with contextlib.suppress(OSError):  # they only take room

@@ -48,6 +48,7 @@ class Rows:
     train: Path
     test: Path
     digest: str
+    pictures: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,12 @@ class Lab:
         """The experimenter scores the test rows: the base, or what a stage made, with what was tuned on it.
 
         A plug-in is a folder beside the base or in its place, which only shows once it is there; so words name both,
-        and `scored_words` decides.
+        and `_scored_words` decides. An encoder on which nothing was tuned is scored by a probe of the training rows.
         """
         needs = tuple(stage for stage in (model, adapter) if stage is not None)
         words: Words = ["eval", model.out if model else self.base, "--data", rows.test]
         words += ["--adapter", adapter.out] if adapter else []
+        words += ["--probe", rows.train] if rows.pictures and row in ("zero_shot", "emulator_zero_shot") else []
         inputs: dict[str, Any] = {"spec": addressed(self.eval), "rows": rows.digest}
         inputs |= {} if model else {"base": self.base_digest}
         says = f"score {row.replace('_', ' ')}"

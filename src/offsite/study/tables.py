@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offsite.study.chain import OWNER, TUNER
+from offsite.study.primary import PRIMARIES, Primary
 from offsite.study.results import CellResult, Figure, Results
 
 LABELS = {
@@ -76,8 +77,9 @@ def names(grouped: Sequence[Group]) -> dict[tuple[str, ...], str]:
 
 def tables(results: Results) -> list[Table]:
     """Every table of a report that has something to show."""
-    grouped = groups(results)
-    made = [_losses(results, grouped), _recovered(grouped), _accuracies(results, grouped), _costs(grouped)]
+    grouped, primary = groups(results), PRIMARIES[results.primary]
+    beside = _picture_losses if results.primary == "accuracy" else _accuracies
+    made = [_primary(results, grouped), _recovered(grouped, primary), beside(results, grouped), _costs(grouped)]
     return [table for table in made if table is not None and table.lines]
 
 
@@ -91,49 +93,62 @@ def failures(results: Results) -> list[str]:
     ]
 
 
-def loss_of(row: str) -> Callable[[CellResult], float | None]:
-    """A function from a cell to the loss of one of its rows."""
-    return lambda cell: cell.scores[row].loss.value if row in cell.scores else None
+def score_of(row: str) -> Callable[[CellResult], float | None]:
+    """A function from a cell to the primary score of one of its rows."""
+    return lambda cell: cell.scores[row].primary.value if row in cell.scores else None
 
 
-def _losses(results: Results, grouped: Sequence[Group]) -> Table:
-    note = (
-        "Nats per labelled token on the test rows; lower is better. Behind ±: half the width of the 95 % interval over "
-        f"test rows{', or the standard deviation over seeds where these differ' if _seeds(grouped) > 1 else ''}."
-    )
-    lines = [(*group.words, *(_loss(group, row) for row in results.rows)) for group in grouped]
+def _primary(results: Results, grouped: Sequence[Group]) -> Table:
+    primary = PRIMARIES[results.primary]
+    if results.primary == "accuracy":
+        note = "Per cent of the test pictures told right; higher is better. Zero-shot rows are linear probes of frozen "
+        note += "features, fitted on the training pictures. Behind ±: the standard error over test pictures"
+    else:
+        note = "Nats per labelled token on the test rows; lower is better. Behind ±: half the width of the 95 % "
+        note += "interval over test rows"
+    note += f"{', or the standard deviation over seeds where these differ' if _seeds(grouped) > 1 else ''}."
+    lines = [(*group.words, *(_score(group, row, primary) for row in results.rows)) for group in grouped]
+    return Table(primary.title, note, (*_KEYS, *(LABELS[row] for row in results.rows)), tuple(lines), len(_KEYS))
+
+
+def _score(group: Group, row: str, primary: Primary) -> str:
+    mean = group.mean(score_of(row))
+    if mean is None:
+        return "failed" if any(row in cell.errors for cell in group.cells) else ""
+    values = group.values(score_of(row))
+    if len(set(values)) > 1:
+        return f"{primary.shown(mean)} ± {primary.shown(statistics.stdev(values))}"
+    found = next(cell.scores[row] for cell in group.cells if row in cell.scores)
+    off = found.accuracy_stderr if primary.name == "accuracy" else _half(found.primary)
+    return primary.shown(mean) + ("" if off is None else f" ± {primary.shown(off)}")
+
+
+def _half(figure: Figure) -> float | None:
+    return None if figure.low is None or figure.high is None else (figure.high - figure.low) / 2
+
+
+def _picture_losses(results: Results, grouped: Sequence[Group]) -> Table:
+    def loss(group: Group, row: str) -> str:
+        mean = group.mean(lambda cell: cell.scores[row].loss.value if row in cell.scores else None)
+        return "" if mean is None else f"{mean:.3f}"
+
+    note = "Nats per test picture; lower is better."
+    lines = [(*group.words, *(loss(group, row) for row in results.rows)) for group in grouped]
     return Table("Held-out loss", note, (*_KEYS, *(LABELS[row] for row in results.rows)), tuple(lines), len(_KEYS))
 
 
-def _loss(group: Group, row: str) -> str:
-    mean = group.mean(loss_of(row))
-    if mean is None:
-        return "failed" if any(row in cell.errors for cell in group.cells) else ""
-    values = group.values(loss_of(row))
-    if len(set(values)) > 1:
-        return f"{mean:.3f} ± {statistics.stdev(values):.3f}"
-    figure = next(cell.scores[row].loss for cell in group.cells if row in cell.scores)
-    return f"{mean:.3f}{_half(figure, 3)}"
-
-
-def _half(figure: Figure, places: int) -> str:
-    if figure.low is None or figure.high is None:
-        return ""
-    return f" ± {(figure.high - figure.low) / 2:.{places}f}"
-
-
-def _recovered(grouped: Sequence[Group]) -> Table:
+def _recovered(grouped: Sequence[Group], primary: Primary) -> Table:
     head = (
-        *_KEYS, "plug-in against zero-shot, nats", "gain recovered, %", "bound recovered, %", "plug-in gap, nats",
-        "bundle, MiB",
+        *_KEYS, f"plug-in against zero-shot, {primary.difference}", "gain recovered, %", "bound recovered, %",
+        f"plug-in gap, {primary.difference}", "bundle, MiB",
     )  # fmt: skip
     lines = [
         (
             *group.words,
-            _signed(group, lambda cell: cell.scores["plug_in"].against_zero_shot if "plug_in" in cell.scores else None),
+            _with_ends(group, _against_zero_shot, primary.signed),
             _percent(group, lambda cell: cell.gain_recovered),
             _percent(group, lambda cell: cell.bound_recovered),
-            _signed(group, lambda cell: cell.plug_in_gap),
+            _with_ends(group, lambda cell: cell.plug_in_gap, primary.signed),
             _mebibytes(group.mean(lambda cell: cell.bundle_bytes)),
         )
         for group in grouped
@@ -141,15 +156,15 @@ def _recovered(grouped: Sequence[Group]) -> Table:
     note = (
         "Gain recovered is the share of full fine-tuning's gain over zero-shot that the plug-in has, bound recovered "
         "the share of what the same adapter gains on the uncompressed base; the plug-in gap is plug-in minus emulator, "
-        "and below 0 where the data owner does not have what the model's owner gets. In brackets: 95 % intervals over "
-        "the same drawn test rows for every model"
+        f"and {'above' if primary.higher_is_better else 'below'} 0 where the data owner does not have what the model's "
+        "owner gets. In brackets: 95 % intervals over the same drawn test rows for every model"
         + (" (of several seeds: the standard deviation)." if _seeds(grouped) > 1 else ".")
     )
     return Table("What the plug-in recovers", note, head, tuple(lines), len(_KEYS))
 
 
-def _signed(group: Group, of: Callable[[CellResult], Figure | None]) -> str:
-    return _with_ends(group, of, lambda value: f"{value:+.3f}")
+def _against_zero_shot(cell: CellResult) -> Figure | None:
+    return cell.scores["plug_in"].against_zero_shot if "plug_in" in cell.scores else None
 
 
 def _percent(group: Group, of: Callable[[CellResult], Figure | None]) -> str:

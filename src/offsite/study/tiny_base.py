@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from offsite.core.architectures import ARCHITECTURES
+from offsite.core.extras import require
 from offsite.core.load import quiet
 from offsite.core.storage import staged_folder
 from offsite.errors import IncompatibleError
@@ -21,11 +22,12 @@ _SIZES: Mapping[str, Any] = {
     "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
 }  # fmt: skip
 _SPREAD = {"initializer_range": 0.15, "init_std": 0.15}  # far enough from zero that logits differ
+_SIDE, _PATCH = 16, 4  # pixels of an encoder's picture, and of a patch
 _NOT_TAKEN = frozenset({"n_inner", "ffn_hidden_size", "dtype", "torch_dtype", "architectures", "vocab_size"})
 
 
 def tiny_base(folder: Path, architecture: str, blocks: int | None = None, *, like: Path | None = None) -> Base:
-    """Make a base folder with random weights, hidden size 32, and a byte-level tokenizer.
+    """Make a base folder with random weights, hidden size 32, and a byte-level tokenizer or an image processor.
 
     Args:
         folder: where it goes.
@@ -38,25 +40,25 @@ def tiny_base(folder: Path, architecture: str, blocks: int | None = None, *, lik
         StorageError: it cannot be written.
     """
     row = ARCHITECTURES.get(architecture)
-    if row is None or row.vision is not None:
-        known = sorted(name for name, one in ARCHITECTURES.items() if one.vision is None)
+    if row is None:
         raise IncompatibleError(
-            f"there is no language model of type {architecture[:64]!r}", next_step=f"name one of {', '.join(known)}"
+            f"there is no model of type {architecture[:64]!r}", next_step=f"name one of {', '.join(sorted(ARCHITECTURES))}"
         )
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     settings = _switches(row.config_keys, like)
     count = blocks or (row.block_count(settings) if like else 6)
     with staged_folder(folder) as staging, quiet(), torch.random.fork_rng(devices=[]):
-        tokens = _tokenizer(staging)
+        inputs = _tokenizer(staging) if row.vision is None else _processor(staging)
         settings |= {key: size for key, size in {**_SIZES, **_SPREAD}.items() if key in row.config_keys}
-        settings |= {row.count_keys[0]: count, **tokens}
+        settings |= {row.count_keys[0]: count, **inputs}
         for key in (*row.per_block, *row.count_keys[1:]):
             settings.pop(key, None)  # lists are derived anew for the blocks that there are
         torch.manual_seed(0)
+        auto = AutoModelForCausalLM if row.vision is None else AutoModel
         try:
-            AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings)).save_pretrained(staging)
+            auto.from_config(AutoConfig.for_model(architecture, **settings)).save_pretrained(staging)
         except (ValueError, TypeError, RuntimeError, KeyError) as error:
             raise IncompatibleError(
                 f"transformers makes no tiny {architecture} model", reasons=[f"{type(error).__name__}: {error}"]
@@ -70,6 +72,15 @@ def _switches(taken: frozenset[str], like: Path | None) -> dict[str, Any]:
         return {}
     config = json.loads((like / "config.json").read_text(encoding="utf-8"))
     return {key: value for key, value in config.items() if key in taken - _NOT_TAKEN - {"model_type"}}
+
+
+def _processor(folder: Path) -> dict[str, int]:
+    """Save an image processor; returns what a config says of pictures."""
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    require("PIL.Image", "vision", "reading pictures")
+    ViTImageProcessorPil(size={"height": _SIDE, "width": _SIDE}).save_pretrained(folder)
+    return {"image_size": _SIDE, "patch_size": _PATCH}
 
 
 def _tokenizer(folder: Path) -> dict[str, int]:

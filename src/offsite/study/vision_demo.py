@@ -4,8 +4,6 @@ Of the pictures a part is the data owner's to train on, a part is held out, and 
 model owner's own, by which it heals its emulator.
 """
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +17,12 @@ from offsite.core.storage import replace_file
 from offsite.errors import UsageError
 from offsite.study.chain import OWNER, TUNER, Chain, opened
 from offsite.study.command import Words
+from offsite.study.contact_sheet import draw_sheet, told_of
 from offsite.study.demo import code_digest, introduce, newest
-from offsite.study.pretrained import cached_encoder
+from offsite.study.picture_data import picture_table
+from offsite.study.pretrained import IMAGE_SIZE, cached_encoder
 
 ROWS = ("zero-shot", "emulator zero-shot", "emulator", "plug-in")
-IMAGE_SIZE = 112  # pixels; a quarter of the tokens, and of the time, of 224
 SPLIT = {"bottom": 2, "keep": 4, "top": 2}  # of 12 blocks: half of the middle is shipped
 TRAIN, TEST, OWN = 1000, 500, 256  # pictures at most: to train on, held out, and the model owner's
 EPOCHS, BATCH = 4, 32
@@ -38,6 +37,7 @@ class VisionDemo:
     bytes: Mapping[str, int]
     task: Mapping[str, int]
     settings: Mapping[str, Any]
+    predictions: str  # the file of the sheet with some held-out pictures, before and after
 
 
 def vision_demo(
@@ -56,12 +56,13 @@ def vision_demo(
         DataError: the pictures are none.
         OffsiteError: a step failed; its own message is on standard error already.
     """
-    chain = Chain(opened(workdir), progress, 19, basis=code_digest())
+    chain = Chain(opened(workdir), progress, 20, basis=code_digest())
     base = _obtain(chain, model)
     introduce(chain)
     task = _pictures(chain, images)
     _protocol(chain, base, steps)
     scores = _score(chain, base)
+    sheet = _sheet(chain)
     rows = tuple(_row(name, scores[name]) for name in ROWS)
     sizes = {"base": "import", "bundle": "pack", "return": "tune", "plug-in": "plug-in"}
     return VisionDemo(
@@ -70,6 +71,7 @@ def vision_demo(
         {name: chain.results[step]["bytes"] for name, step in sizes.items()},
         task,
         {"split": chain.results["pack"]["split"], "method": chain.results["tune"]["method"]},
+        str(sheet),
     )
 
 
@@ -126,12 +128,8 @@ def _pictures(chain: Chain, images: Path) -> Mapping[str, int]:
 
 
 def _table(pictures: Sequence[Picture], classes: bool) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(["path", "label"] if classes else ["path"])
-    for picture in pictures:
-        writer.writerow([str(picture.source), picture.label] if classes else [str(picture.source)])
-    return text.getvalue().encode()
+    files = [Path(str(picture.source)) for picture in pictures]  # as a folder has them
+    return picture_table(files, [picture.label if classes else None for picture in pictures])
 
 
 def _protocol(chain: Chain, base: Path, steps: int | None) -> None:
@@ -170,9 +168,26 @@ def _score(chain: Chain, base: Path) -> dict[str, Any]:
         name: chain.command(
             f"eval {name}",
             f"score the held-out pictures: {name}",
-            ["eval", *words, "--data", chain.folder(TUNER, "test.csv")],
-            stamp=stamp,
+            ["eval", *words, "--data", chain.folder(TUNER, "test.csv"), "--row-scores", _scored(chain, name)],
+            _scored(chain, name),
+            stamp,
             by="",
         )
         for name, words in subjects.items()
     }
+
+
+def _scored(chain: Chain, name: str) -> Path:
+    return chain.folder("scores", f"{name}.jsonl")
+
+
+def _sheet(chain: Chain) -> Path:
+    """Some held-out pictures with what the base and the plug-in took them for."""
+    file, names = chain.folder("predictions.png"), ("zero-shot", "plug-in")
+
+    def make() -> dict[str, Any]:
+        draw_sheet(file, told_of(chain.folder(TUNER, "test.csv"), [_scored(chain, name) for name in names]), names)
+        return {}
+
+    chain.step("predictions", "some held-out pictures, before and after", make, [file], {})
+    return file
