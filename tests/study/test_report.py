@@ -20,8 +20,8 @@ def cell(folder: Path, **changes: Any) -> CellResult:
     log.write_text("".join(json.dumps(step) + "\n" for step in steps))
     losses = dict(zip(ROWS, (3.0, 6.0, 2.0, 2.2, 4.0, 2.5), strict=True))
     scores = {
-        row: RowResult(Figure(loss, loss - 0.1, loss + 0.1), Figure(loss), None, Figure(loss - 3, loss - 3.1, loss - 2.9), None, None,
-                       None, None, 10, 99)
+        row: RowResult(Figure(loss, loss - 0.1, loss + 0.1), Figure(loss), None,
+                       Figure(loss - 3, loss - 3.1, loss - 2.9), None, None, None, None, 10, 99)
         for row, loss in losses.items()
     }  # fmt: skip
     made = CellResult(

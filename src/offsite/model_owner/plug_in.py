@@ -215,7 +215,9 @@ def _write_classifier(
     folder: Path,
 ) -> list[Written]:
     written = write_checkpoint(folder, classifier_tensors(model, vision, tuned, chosen.returned))
-    written.append(write_stream(folder / CONFIG, [classifier_config(model, vision, chosen.returned.manifest.classes or ())]))
+    written.append(
+        write_stream(folder / CONFIG, [classifier_config(model, vision, chosen.returned.manifest.classes or ())])
+    )
     return written + _companions(model, folder, (PROCESSOR, "LICENSE", "LICENSE.txt"))
 
 

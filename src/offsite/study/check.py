@@ -119,7 +119,9 @@ def _made_up_pictures(folder: Path) -> DataTable:
             place = folder / "pictures" / part / name
             place.mkdir(parents=True)
             for i in range(_ROWS // 2):
-                image.new("RGB", (20 + i, 20), tuple(max(0, level - 10 * i) for level in colour)).save(place / f"{i}.png")
+                image.new("RGB", (20 + i, 20), tuple(max(0, level - 10 * i) for level in colour)).save(
+                    place / f"{i}.png"
+                )
     return DataTable(name="made up", train=folder / "pictures" / "train", test=folder / "pictures" / "test")
 
 

@@ -49,7 +49,7 @@ def sheets(cells: Sequence[Cell], folder: Path) -> list[Plot]:
     """
     made: dict[str, Plot] = {}
     for cell in cells:
-        stages = [cell.rows[row] for row in ("zero_shot", "plug_in") if row in cell.rows]  # type: ignore[index]
+        stages = [cell.rows[row] for row in ("zero_shot", "plug_in") if row in cell.rows]
         there = [stage.out for stage in stages if read_record(folder, stage).get("done") and stage.out.exists()]
         if cell.dataset.name in made or not cell.data.pictures or len(there) < 2:
             continue

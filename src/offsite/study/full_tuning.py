@@ -18,7 +18,6 @@ from offsite.core.fused import fuse
 from offsite.core.images import Floats
 from offsite.core.load import context_length, load_model, load_tokenizer, quiet
 from offsite.core.loss import take_apart
-from offsite.core.vision import BIAS, WEIGHT, Encoder, encoder_of
 from offsite.core.progress import Event, Progress, silent
 from offsite.core.resume import RunState, run_folder
 from offsite.core.row_files import data_digest
@@ -26,6 +25,7 @@ from offsite.core.rows import read_rows
 from offsite.core.run_log import log_file
 from offsite.core.runtime import runtime, seeded
 from offsite.core.storage import require_free, staged_folder, write_stream
+from offsite.core.vision import WEIGHT, Encoder, encoder_of
 from offsite.core.weights import TrainedWeights
 from offsite.data_owner.budget import within_memory
 from offsite.data_owner.checkpoints import Checkpoints
@@ -162,11 +162,11 @@ def _reached(encoder: Encoder, pixels: Floats) -> dict[str, nn.Parameter]:
 def _write_classifier(task: ImageTask, base: BaseModel, dtype: str, out: Path) -> None:
     """The encoder and its head as the classifier of transformers that a plug-in would be."""
     vision = task.encoder.vision
-    tuned = {f"{vision.prefix}.{base.row.name_of(name) or name}": it for name, it in task.encoder.body.named_parameters()}
+    tuned = {
+        f"{vision.prefix}.{base.row.name_of(name) or name}": it for name, it in task.encoder.body.named_parameters()
+    }
     made = [from_array(name, it.detach().float().cpu().numpy(), dtype) for name, it in tuned.items()]
-    made += [
-        from_array(name, it.detach().cpu().numpy(), "F32") for name, it in head_parameters(task.head).items()
-    ]
+    made += [from_array(name, it.detach().cpu().numpy(), "F32") for name, it in head_parameters(task.head).items()]
     with staged_folder(out) as folder:
         write_checkpoint(folder, made)
         write_stream(folder / CONFIG, [classifier_config(base, vision, task.album.classes)])

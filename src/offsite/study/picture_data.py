@@ -28,7 +28,10 @@ def stage_pictures(table: DataTable, folder: Path) -> Rows:
     """
     name = table.name.replace("/", "-")
     made, digests = {}, []
-    parts = {"train": (table.train, table.max_train_rows, "train"), "test": (table.test, table.max_test_rows, "held out")}
+    parts = {
+        "train": (table.train, table.max_train_rows, "train"),
+        "test": (table.test, table.max_test_rows, "held out"),
+    }
     for part, (source, most, wanted) in parts.items():
         listed = _spread(read_pictures(source.resolve(), part=wanted), most)
         digests.append(_digest(listed))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from offsite.core.extras import require
 from offsite.study.primary import PRIMARIES, Primary
 from offsite.study.results import Results
-from offsite.study.tables import LABELS, Group, curve_file, groups, score_of, names
+from offsite.study.tables import LABELS, Group, curve_file, groups, names, score_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,20 +86,18 @@ def draw(results: Results, folder: Path) -> list[Plot]:
 
 def _figures(results: Results, folder: Path) -> list[tuple[str, str, str, "Figure | None"]]:
     grouped, primary = groups(results), PRIMARIES[results.primary]
-    better = f"; {'higher' if primary.higher_is_better else 'lower'} is better"
+    better = f"{'higher' if primary.higher_is_better else 'lower'} is better"
     return [
         (
             "rows",
             "Every row in the house order",
-            f"{primary.title} of each model{better}; the dashed line is zero-shot, whiskers are 95 % intervals over "
-            "test rows.",
+            f"{primary.title} of each model, {better}; dashed: zero-shot; whiskers: 95 % intervals over test rows.",
             _bars(results, grouped),
         ),
         (
             "frontier",
             f"Bundle size against {primary.name}",
-            "What the model's owner gets (plug-in) and what the data owner has (emulator, tuned) by the bundle's "
-            f"size{better}.",
+            f"What the model's owner gets (plug-in) and the data owner has (emulator, tuned) by bundle size; {better}.",
             _frontier(grouped, primary),
         ),
         (

@@ -125,7 +125,7 @@ def _require_pictures(model: BaseModel, spec: PackSpec) -> None:
     if looks and spec.keep < len(split(model, spec).middle) and spec.calibration is None:
         raise UsageError(
             "no calibration pictures ship with this package",
-            next_step="name a folder of the model owner's own pictures, calibration = \"...\"; or say "
+            next_step='name a folder of the model owner\'s own pictures, calibration = "..."; or say '
             'select = "uniform" and heal = "none"',
         )
 

@@ -42,7 +42,8 @@ def tiny_base(folder: Path, architecture: str, blocks: int | None = None, *, lik
     row = ARCHITECTURES.get(architecture)
     if row is None:
         raise IncompatibleError(
-            f"there is no model of type {architecture[:64]!r}", next_step=f"name one of {', '.join(sorted(ARCHITECTURES))}"
+            f"there is no model of type {architecture[:64]!r}",
+            next_step=f"name one of {', '.join(sorted(ARCHITECTURES))}",
         )
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
