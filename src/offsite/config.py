@@ -202,10 +202,10 @@ class TuneSpec(ComputeSpec):
     head_start: Annotated[
         Literal["random", "probe"],
         Field(description="images: the classifier starts as next to nothing, or as a linear probe of the emulator"),
-    ] = "random"
+    ] = "probe"
     head_lr_factor: Annotated[
         float | None,
-        Field(gt=0, description="images: learning rate of the classifier, times lr; None is 1 for a probe, else 10"),
+        Field(gt=0, description="images: learning rate of the classifier, times lr; None is 0.1 for a probe, else 10"),
     ] = None
     augment: Annotated[bool, Field(description="images: crop and mirror at random")] = True
     skip_bad: Annotated[bool, Field(description="images: leave out pictures that cannot be read")] = False
@@ -215,7 +215,7 @@ class TuneSpec(ComputeSpec):
     @property
     def head_factor(self) -> float:
         """What the classifier's learning rate is multiplied by: what was given, else what suits its start."""
-        return self.head_lr_factor or (1.0 if self.head_start == "probe" else 10.0)
+        return self.head_lr_factor or (0.1 if self.head_start == "probe" else 10.0)
 
     @property
     def peak_lr(self) -> float:

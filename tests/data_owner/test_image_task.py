@@ -81,7 +81,7 @@ def test_bad_pictures_are_left_out_on_demand(tmp_path: Path, bundle: Bundle) -> 
     assert run(tmp_path, bundle, pictures, skip_bad=True)[-1]["step"] == 3
 
 
-@pytest.mark.parametrize(("start", "factor"), [("probe", 1.0), ("random", 10.0)])
+@pytest.mark.parametrize(("start", "factor"), [("probe", 0.1), ("random", 10.0)])
 def test_where_the_head_starts_and_how_fast_it_learns(
     tmp_path: Path, bundle: Bundle, start: str, factor: float
 ) -> None:

@@ -70,7 +70,7 @@ def test_the_probe_is_at_the_minimum_of_its_loss() -> None:
     """That of standardised features; what comes back is for the features as they are."""
     draw = torch.Generator().manual_seed(0)
     features, wanted = 3 * torch.randn(60, 8, generator=draw) + 5, torch.arange(60) % 3
-    weight, bias = fit_probe(features, wanted, 3)
+    weight, bias = fit_probe(features, wanted, 3, 1e-2)
     mean, spread = features.mean(dim=0), features.std(dim=0)
     inner = (weight * spread).requires_grad_(True)
     logits = F.linear((features - mean) / spread, inner, bias + weight @ mean)
@@ -78,3 +78,16 @@ def test_the_probe_is_at_the_minimum_of_its_loss() -> None:
     loss = F.cross_entropy(logits, wanted) + 1e-2 * inner.square().sum()
     (slope,) = torch.autograd.grad(loss, inner)
     assert float(slope.abs().max()) < 1e-3
+
+
+def test_the_penalty_is_chosen_on_pictures_that_the_probe_has_not_seen() -> None:
+    """Features that say nothing want a strong one, features that tell the classes apart a weak one."""
+    draw = torch.Generator().manual_seed(0)
+    wanted = torch.arange(60) % 3
+    noise = torch.randn(60, 30, generator=draw)
+    telling = torch.cat([10 * F.one_hot(wanted, 3).float(), 0.1 * noise], dim=1)
+    for features, penalty in ((noise, 0.3), (telling, 0.003)):
+        chosen, expected = fit_probe(features, wanted, 3), fit_probe(features, wanted, 3, penalty)
+        assert all(torch.equal(one, other) for one, other in zip(chosen, expected, strict=True))
+    few = fit_probe(noise[:5], wanted[:5], 3), fit_probe(noise[:5], wanted[:5], 3, 0.1)
+    assert torch.equal(few[0][0], few[1][0])

@@ -1,6 +1,7 @@
 """Classifying images: the data owner's pictures, and the head that it makes on its own side.
 
-The head is linear and trained with the adapter, faster than it (paper, appendix: ten times the learning rate).
+The head is linear and trained with the adapter: as a linear probe of the emulator it is good already and moves slower,
+from nothing it learns faster (paper, appendix: ten times the learning rate).
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -26,7 +26,14 @@ from offsite.exchange.verify import read_unverified
 from offsite.measure.bootstrap import Interval, interval
 from offsite.measure.evaluate import load_tuned
 
-_PENALTY = 1e-2  # of the probe's squared weights, per picture
+_PENALTIES = (
+    0.1,
+    0.03,
+    0.01,
+    0.003,
+    0.3,
+)  # of the probe's squared weights, per picture; the first where none can be chosen
+_FOLDS = 3  # of the pictures, by which one is chosen
 _PROBE_STEPS = 100
 
 Logits = Callable[[Floats], torch.Tensor]  # pixels (B, 3, Y, X) -> (B, C) in fp32
@@ -199,20 +206,48 @@ def probe_features(encoder: Encoder, pictures: Pictures, size: int, progress: Pr
     return torch.cat(made)
 
 
-@torch.enable_grad()
-def fit_probe(features: torch.Tensor, wanted: torch.Tensor, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_probe(
+    features: torch.Tensor, wanted: torch.Tensor, classes: int, penalty: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logistic regression with a penalty on squared weights, from zero, so a function of the arguments alone.
 
-    The penalty is on the weights of standardised features; what comes back is for the features as they are.
+    The penalty is on the weights of standardised features; what comes back is for the features as they are. Few
+    pictures want a strong one and many a weak one, so it is chosen by cross-validation on these same pictures.
 
     Args:
         features: (N, F), fp32.
         wanted: class of each, (N,).
         classes: how many there are.
+        penalty: per picture, of the sum of squares; None chooses it.
 
     Returns:
         Weight (C, F) and bias (C,).
     """
+    return _regression(features, wanted, classes, _chosen(features, wanted, classes) if penalty is None else penalty)
+
+
+def _chosen(features: torch.Tensor, wanted: torch.Tensor, classes: int) -> float:
+    """The penalty with the least loss on pictures that it was not fitted on, each picture once."""
+    count = len(wanted)
+    if count < 2 * _FOLDS:
+        return _PENALTIES[0]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(features.device)
+    losses = []
+    for penalty in _PENALTIES:
+        nats = 0.0
+        for fold in range(_FOLDS):
+            out = torch.zeros(count, dtype=torch.bool, device=features.device)
+            out[order[fold::_FOLDS]] = True
+            weight, bias = _regression(features[~out], wanted[~out], classes, penalty)
+            nats += float(F.cross_entropy(F.linear(features[out], weight, bias), wanted[out], reduction="sum"))
+        losses.append(nats)
+    return _PENALTIES[losses.index(min(losses))]
+
+
+@torch.enable_grad()
+def _regression(
+    features: torch.Tensor, wanted: torch.Tensor, classes: int, penalty: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     mean, spread = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
     standard = (features - mean) / spread
     weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
@@ -221,7 +256,7 @@ def fit_probe(features: torch.Tensor, wanted: torch.Tensor, classes: int) -> tup
 
     def closure() -> torch.Tensor:
         solver.zero_grad()
-        loss = F.cross_entropy(F.linear(standard, weight, bias), wanted) + _PENALTY * weight.square().sum()
+        loss = F.cross_entropy(F.linear(standard, weight, bias), wanted) + penalty * weight.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
