@@ -5,16 +5,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from offsite.config import TuneSpec
-from offsite.core.checkpoint import open_checkpoint
+from offsite.config import EvalSpec, TuneSpec
+from offsite.core.checkpoint import open_checkpoint, read_float32
 from offsite.core.data import collate, encode
 from offsite.core.load import load_model, load_tokenizer
 from offsite.core.loss import label_losses
 from offsite.core.rows import read_rows
+from offsite.core.vision import BIAS, WEIGHT
 from offsite.exchange.artifacts import Base
+from offsite.measure.images import evaluate_images
 from offsite.model_owner.base_model import open_base
 from offsite.study.full_tuning import _prepare, full_fine_tuning
-from tiny import tiny_base, tiny_rows
+from tiny import tiny_base, tiny_pictures, tiny_rows, tiny_vision_base
 
 CPU = torch.device("cpu")
 KINDS = [
@@ -94,3 +96,24 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
         tmp_path / "two" / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "clip tower", "beit, shared relative positions, class token"])
+def test_an_encoder_becomes_a_classifier(tmp_path: Path, kind: str) -> None:
+    """All that the head depends on moves; a mask token and a norm that it does not see stay as they are."""
+    base = tiny_vision_base(tmp_path / "base", kind, 3)
+    pictures = tiny_pictures(tmp_path / "pictures", 4)
+    spec = TuneSpec(lr=1e-3, max_steps=8, batch_size=6, compute="fp32", device="cpu", threads=1, augment=False)
+    tuned = full_fine_tuning(Base(base), pictures, tmp_path / "tuned", spec)
+    row = open_base(Base(base)).row
+    before = {f"{row.vision.prefix}.{name}": stored for name, stored in open_base(Base(base)).tensors.items()}
+    after = open_checkpoint(tuned.folder).tensors
+    assert after.keys() == before.keys() | {WEIGHT, BIAS}
+    same = {name for name, stored in before.items() if (read_float32(stored) == read_float32(after[name])).all()}
+    unseen = {"clip_vision_model": {"post_layernorm.weight", "post_layernorm.bias"}}.get(
+        row.model_type, {"embeddings.mask_token"}
+    )
+    assert same == {f"{row.vision.prefix}.{name}" for name in unseen}
+    exact = EvalSpec(compute="fp32", device="cpu", threads=1)
+    probed = evaluate_images(base, pictures, exact, probe=pictures)
+    assert evaluate_images(tuned.folder, pictures, exact).loss < probed.loss
