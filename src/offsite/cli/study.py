@@ -37,6 +37,8 @@ def study(
 ) -> None:
     """Play both parties through pack, verify, tune and plug-in for every cell of a grid, and compare what comes out.
 
+    Of an image encoder the data sets are pictures, and models are compared by accuracy instead of loss.
+
     Every stage runs as a process of its own and is kept under a digest of what determines it: an interrupted study
     continues, and what did not change is not computed again. Results: results.json, report.md, report.html, plots/.
 

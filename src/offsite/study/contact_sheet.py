@@ -108,7 +108,7 @@ def draw_sheet(file: Path, shown: Sequence[Told], names: Sequence[str]) -> None:
             _mark(pen, at, right=told == one.picture.label)
             _write(pen, font, (left + _MARK + 6, at[1]), f"{name}: {told}", _QUIET)
     content = io.BytesIO()
-    sheet.save(content, "PNG")
+    sheet.save(content, "PNG", optimize=True)
     replace_file(file, content.getvalue())
 
 
