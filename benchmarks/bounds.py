@@ -23,6 +23,7 @@ def shape_of(cell: Cell, base: Path, plan: Mapping[str, Any]) -> Shape:
         blocks=row.block_count(config),
         kept=bottom + keep + top,
         trained=bottom + top,
+        below=0 if bottom else keep,
         block=sum(first * second for first, second in sizes.values()),
         pairs=sum(first + second for first, second in sizes.values()),
         attended=sizes[row.attention_out][0 if row.transposed else 1],

@@ -3,7 +3,7 @@
 Per real token. A linear map of P numbers costs 2 P forward, 2 P backward through its input, 2 P for its weight's
 gradient; frozen weights have no gradient. Attention costs 4 T A a token and block forward (scores and sums over T
 tokens, A = heads * head size), twice that backward; over rows of several lengths T is their mean weighted by tokens.
-The lowest trained block is the first one, so the backward pass goes through all that is there. Norms, activations,
+The backward pass goes down to the lowest trained block; what is kept below it runs forward alone. Norms, activations,
 softmax and optimisers are left out: they are bound by memory, not by arithmetic.
 """
 
@@ -17,6 +17,7 @@ class Shape:
     blocks: int  # N of the base
     kept: int  # M of the bundle
     trained: int  # of these
+    below: int  # of these, before the lowest that trains: through them no gradient goes
     block: int  # P_b: numbers in a block's linear maps
     pairs: int  # (inputs + outputs) of a block's linear maps, summed: what a LoRA rank multiplies
     attended: int  # A
@@ -38,7 +39,8 @@ def peer(shape: Shape, method: str, rank: int, pad_to: int | None = None) -> flo
 
 def ours(shape: Shape, method: str, rank: int) -> float:
     """Operations a real token of tuning the bundle, head on labelled positions alone."""
-    linear = 4 * (shape.kept * shape.block + shape.head * shape.labelled)
+    backwards = shape.kept - shape.below
+    linear = 2 * (shape.kept + backwards) * shape.block + 4 * shape.head * shape.labelled
     trained = 2 * shape.block if method == "full" else 6 * rank * shape.pairs
-    attention = 3 * 4 * shape.context * shape.attended * shape.kept
+    attention = 4 * shape.context * shape.attended * (shape.kept + 2 * backwards)
     return linear + trained * shape.trained + attention

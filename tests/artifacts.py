@@ -32,6 +32,7 @@ from offsite.exchange.contents import (
     checkpoint_file,
     tokenizer_digest,
 )
+from offsite.exchange.head import head_names, returned_head
 from offsite.exchange.home import Home
 from offsite.exchange.lora_folder import adapter_config, adapter_tensors
 from offsite.exchange.manifest import (
@@ -61,9 +62,20 @@ def packed(base: Path, out: Path, parties: Parties, **settings: Any) -> Bundle:
 
 
 def lora_return(
-    bundle: Bundle, out: Path, home: Home, *, rank: int = 4, alpha: float = 8.0, b: float = 0.5, seed: int = 0
+    bundle: Bundle,
+    out: Path,
+    home: Home,
+    *,
+    rank: int = 4,
+    alpha: float = 8.0,
+    b: float = 0.5,
+    seed: int = 0,
+    head: float | None = None,
 ) -> Return:
-    """A LoRA return on every permitted target; A and B random, B of scale `b` (0 leaves the model as it is)."""
+    """A LoRA return on every permitted target; A and B random, B of scale `b` (0 leaves the model as it is).
+
+    With `head` also the head that was shipped, and random numbers of that scale on it.
+    """
     lora = LoraSettings(rank=rank, alpha=alpha, targets=tuple(sorted(bundle.manifest.lora_targets)))
     entries = adapter_tensors(lora, bundle.manifest.lora_targets)
     draw = np.random.default_rng(seed)
@@ -71,13 +83,23 @@ def lora_return(
         name: (draw.standard_normal(entry.shape) * (b if ".lora_B." in name else 0.2)).astype(np.float32)
         for name, entry in entries.items()
     }
+    if head is not None:
+        entries |= returned_head(bundle.manifest, "lora")
+        arrays |= _tuned_head(bundle, "lora", head)
     row = ARCHITECTURES[bundle.manifest.architecture]
+    config = adapter_config(lora, row, head=head is not None)
     with staged_folder(out) as folder:
         written = [
             write_safetensors(folder / ADAPTER_WEIGHTS, [from_array(n, a, "F32") for n, a in arrays.items()]),
-            write_stream(folder / ADAPTER_CONFIG, [json.dumps(adapter_config(lora, row), indent=1).encode()]),
+            write_stream(folder / ADAPTER_CONFIG, [json.dumps(config, indent=1).encode()]),
         ]
-        return _sealed(bundle, out, folder, home, written, "lora", lora, entries)
+        return _sealed(bundle, out, folder, home, written, "lora", lora, entries, head=head is not None)
+
+
+def _tuned_head(bundle: Bundle, method: Method, scale: float) -> dict[str, Array]:
+    shipped, draw = open_checkpoint(bundle.folder).tensors, np.random.default_rng(7)
+    heads = {returned: read_float32(shipped[name]) for returned, name in head_names(bundle.manifest, method).items()}
+    return {name: h + (scale * draw.standard_normal(h.shape)).astype(np.float32) for name, h in heads.items()}
 
 
 def full_return(
@@ -87,26 +109,30 @@ def full_return(
     change: Callable[[str, Array], Array] = lambda name, shipped: shipped,
     method: Method = "full",
     classes: tuple[str, ...] | None = None,
+    head: float | None = None,
 ) -> Return:
     """A full or BitFit return: of every tensor that may come back what `change(name, shipped)` gives, in fp32.
 
-    Of an image encoder also a classifier of these classes, with random weights.
+    Of an image encoder also a classifier of these classes, with random weights; with `head` as in `lora_return`.
     """
     shipped = open_checkpoint(bundle.folder).tensors
     arrays = {name: change(name, read_float32(shipped[name])) for name in bundle.manifest.own_tensors(method)}
+    arrays |= {} if head is None else _tuned_head(bundle, method, head)
     entries = {name: TensorEntry(shape=array.shape, dtype="F32") for name, array in arrays.items()}
     with staged_folder(out) as folder:
         weights = [from_array(name, array, "F32") for name, array in arrays.items()]
         written = [write_safetensors(folder / RETURNED_WEIGHTS, weights)]
         if classes:
-            head = {
+            classifier = {
                 "classifier.weight": np.random.default_rng(0).standard_normal(
                     (len(classes), classifier_inputs(bundle.manifest) or 1), dtype=np.float32
                 ),
                 "classifier.bias": np.zeros(len(classes), dtype=np.float32),
             }
-            written.append(write_safetensors(folder / CLASSIFIER, [from_array(n, a, "F32") for n, a in head.items()]))
-        return _sealed(bundle, out, folder, home, written, method, None, entries, classes=classes)
+            weights = [from_array(name, array, "F32") for name, array in classifier.items()]
+            written.append(write_safetensors(folder / CLASSIFIER, weights))
+        made = {"classes": classes, "head": head is not None}
+        return _sealed(bundle, out, folder, home, written, method, None, entries, **made)
 
 
 def bottleneck_return(
@@ -146,6 +172,7 @@ def _sealed(
     tensors: Mapping[str, TensorEntry],
     bottleneck: BottleneckSettings | None = None,
     classes: tuple[str, ...] | None = None,
+    head: bool = False,
 ) -> Return:
     manifest = ReturnManifest(
         kind="return",
@@ -160,6 +187,7 @@ def _sealed(
         bottleneck=bottleneck,
         tensors=dict(tensors),
         classes=classes,
+        head=head,
     )
     return Return(out, manifest, seal(folder, manifest, home.identity()))
 

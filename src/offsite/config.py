@@ -110,6 +110,9 @@ class PackSpec(ComputeSpec):
     )
     max_rank: Annotated[int, Field(ge=1, description="largest LoRA rank that the owner takes back")] = 64
     max_width: Annotated[int, Field(ge=1, description="widest bottleneck that the owner takes back")] = 256
+    permit_head: Annotated[
+        bool, Field(description="take back the head too, for tune --tune-head; only where it is not the embedding")
+    ] = False
     seed: Annotated[int, Field(ge=0, description="seed of random selection, search and distillation")] = 0
 
     @model_validator(mode="after")
@@ -155,6 +158,9 @@ class TuneSpec(ComputeSpec):
     lora_alpha: Annotated[float | None, Field(gt=0, description="LoRA scale numerator; None is twice the rank")] = None
     lora_dropout: Annotated[float, Field(ge=0, lt=1, description="dropout on the input of the LoRA pairs")] = 0.0
     width: Annotated[int, Field(ge=1, description="width of the bottlenecks")] = 64
+    tune_head: Annotated[
+        bool, Field(description="train the whole output head too, and send it back; if the owner permits it")
+    ] = False
     lr: Annotated[
         float | None, Field(gt=0, description="peak learning rate of AdamW; None is 3e-4 for full, else 1e-3")
     ] = None

@@ -502,6 +502,17 @@ def lora_target_of_another_shape(lab: Lab) -> None:
     lab.sign_bundle(lora_targets=targets)
 
 
+@attack("_bundle_returnable", "bundle", "the head that may come back: unexpected 'lm_head.weight'")
+def embedding_asked_for_as_a_tied_head(lab: Lab) -> None:
+    lab.sign_bundle(head={"lm_head.weight": {"shape": [320, 32], "dtype": "F32"}})
+
+
+@attack("_bundle_returnable", "head-bundle", "lm_head.weight is F32 [320, 32] in the file, F32 [640, 32] in")
+def head_asked_for_with_more_rows_than_it_has(lab: Lab) -> None:
+    head = {"lm_head.weight": {"shape": [640, 32], "dtype": "F32"}}
+    sign_again(lab.folder / "head-bundle", lab.owner, head=head)
+
+
 @attack("_bundle_tokenizer", "bundle", "do not give the tokenizer digest")
 def tokenizer_digest_of_another_tokenizer(lab: Lab) -> None:
     lab.sign_bundle(tokenizer="0" * 64)
@@ -749,6 +760,45 @@ def bitfit_return_without_a_bias(lab: Lab) -> None:
     del tensors[name]
     edit_weights(folder / RETURNED_WEIGHTS, lambda w: void(w.pop(name)))
     sign_again(folder, lab.data_owner, tensors=tensors)
+
+
+@attack("_return_own", "head-full", "tensors: missing 'lm_head.weight'")
+def full_return_that_keeps_the_head_it_announces(lab: Lab) -> None:
+    folder = lab.folder / "head-full"
+    tensors = manifest_of(folder)["tensors"]
+    del tensors["lm_head.weight"]
+    edit_weights(folder / RETURNED_WEIGHTS, lambda w: void(w.pop("lm_head.weight")))
+    sign_again(folder, lab.data_owner, tensors=tensors)
+
+
+@attack("_return_own", "head-full", "tensors: unexpected 'lm_head.weight'")
+def full_return_with_a_head_that_it_does_not_announce(lab: Lab) -> None:
+    sign_again(lab.folder / "head-full", lab.data_owner, head=False)
+
+
+@attack("_return_lora", "head-lora", "base_model.model.lm_head.weight is F32 [319, 32], expected F32 [320, 32]")
+def head_of_a_smaller_vocabulary_beside_the_adapter(lab: Lab) -> None:
+    folder, name = lab.folder / "head-lora", "base_model.model.lm_head.weight"
+    tensors = manifest_of(folder)["tensors"]
+    tensors[name]["shape"] = [319, 32]
+
+    def shorter(weights: dict[str, Any]) -> None:
+        weights[name] = weights[name][:319]
+
+    edit_weights(folder / ADAPTER_WEIGHTS, shorter)
+    sign_again(folder, lab.data_owner, tensors=tensors)
+
+
+@attack("_return_lora", "head-lora", "adapter_config.json is not the one")
+def adapter_that_saves_the_embedding_too(lab: Lab) -> None:
+    folder = lab.folder / "head-lora"
+    edit_json(folder / ADAPTER_CONFIG, modules_to_save=["lm_head", "embed_tokens"])
+    sign_again(folder, lab.data_owner)
+
+
+@attack("_return_head", "full", "the head was tuned, which the bundle does not permit")
+def head_announced_where_none_is_permitted(lab: Lab) -> None:
+    lab.sign_full(head=True)
 
 
 @attack("_return_bottleneck", "bottleneck", "tensors: unexpected 'model.layers.1.mlp.down_proj.bottleneck")

@@ -74,5 +74,6 @@ class Lab:
         """What the other party does with a bundle, such as "gpt2-bundle", or a return, such as "lora"."""
         if target.endswith("bundle"):
             return verify_bundle(self.folder / target, self.parties.data_owner)
-        parent = self.parent({"bitfit": "gpt2-bundle", "encoder-full": "encoder-bundle"}.get(target, "bundle"))
+        bundles = {"bitfit": "gpt2-bundle", "encoder-full": "encoder-bundle"}
+        parent = self.parent("head-bundle" if target.startswith("head-") else bundles.get(target, "bundle"))
         return verify_return(self.folder / target, self.parties.owner, parent)

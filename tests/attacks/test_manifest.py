@@ -54,6 +54,10 @@ BUNDLE: dict[str, tuple[Callable[[Json], None], str]] = {
     "no kind": (without("kind"), "Unable to extract tag"),
     "no signer": (without("issuer"), "issuer: Field required"),
     "no files": (without("files"), "files: Field required"),
+    "an embedding as the head": (
+        setting("head", value={"model.embed_tokens.weight": ENTRY}),
+        "model.embed_tokens.weight is no part of the head of llama, so it may not come back",
+    ),
     "file listed twice": (
         lambda m: m["files"].append(m["files"][0]),
         "a file is listed twice",
@@ -117,6 +121,10 @@ RETURN: dict[str, tuple[Callable[[Json], None], str]] = {
     "future format": (setting("format", value=7), "has format 7"),
     "lora settings with a full tuning": (setting("method", value="full"), "lora settings go with method 'lora'"),
     "a bottleneck beside a LoRA": (setting("bottleneck", value={"width": 4}), "bottleneck settings go with method"),
+    "a head beside bottlenecks": (
+        lambda m: m.update(head=True, method="bottleneck", lora=None, bottleneck={"width": 4}),
+        "a head goes with the methods",
+    ),
     "lora tuning without settings": (setting("lora", value=None), "lora settings go with method 'lora'"),
     "no rank": (setting("lora", "rank", value=0), "lora.rank: Input should be greater"),
     "no scale": (setting("lora", "alpha", value=0.0), "lora.alpha: Input should be greater"),

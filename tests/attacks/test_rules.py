@@ -21,8 +21,8 @@ def names(attack: Attack) -> str:
 @pytest.mark.parametrize(
     "target",
     [
-        *("bundle", "gpt2-bundle", "declared-bundle", "mixture-bundle", "encoder-bundle"),
-        *("lora", "full", "bitfit", "bottleneck", "checkpoints", "encoder-full"),
+        *("bundle", "gpt2-bundle", "declared-bundle", "mixture-bundle", "encoder-bundle", "head-bundle"),
+        *("lora", "full", "bitfit", "bottleneck", "checkpoints", "encoder-full", "head-lora", "head-full"),
     ],
 )
 def test_the_honest_exchange_passes(lab: Lab, target: str) -> None:

@@ -123,7 +123,7 @@ def test_the_paper_pads_to_the_longest_row_of_the_data(longest, width):
 
 
 def test_operations_are_those_of_the_contestant():
-    shape = Shape(4, 3, 2, block=100_000, pairs=100, attended=10, head=500, tokens=20, context=25, labelled=0.1)
+    shape = Shape(4, 3, 2, 0, block=100_000, pairs=100, attended=10, head=500, tokens=20, context=25, labelled=0.1)
     assert tuning.operations(shape, "full", None) > tuning.operations(shape, "lora", None)
     assert tuning.operations(shape, "offsite lora", None) < tuning.operations(shape, "offsite full", None)
     assert tuning.operations(shape, PADDED[0], 40) > 2 * tuning.operations(shape, "full", None)

@@ -21,13 +21,14 @@ def model(tmp_path):
     return found
 
 
-def _shape(model, *, tokens, labelled, trained):
+def _shape(model, *, tokens, labelled, trained, below=0):
     block = model.model.layers[0]
     sizes = [module.weight.shape for module in block.modules() if isinstance(module, torch.nn.Linear)]
     return Shape(
         blocks=BLOCKS,
         kept=BLOCKS,
         trained=trained,
+        below=below,
         block=sum(outputs * inputs for outputs, inputs in sizes),
         pairs=sum(outputs + inputs for outputs, inputs in sizes),
         attended=block.self_attn.o_proj.weight.shape[1],
@@ -38,8 +39,9 @@ def _shape(model, *, tokens, labelled, trained):
     )
 
 
-def test_full_tuning_of_the_bundle(model):
-    for block in model.model.layers[:2]:
+@pytest.mark.parametrize("below", [0, 2])
+def test_full_tuning_of_the_bundle(model, below):
+    for block in model.model.layers[below : below + 2]:
         block.requires_grad_(True)
     generator = np.random.default_rng(0)
     rows = [Example(i, generator.integers(0, 300, LENGTH + 1), LENGTH + 1 - LABELLED) for i in range(ROWS)]
@@ -47,9 +49,10 @@ def test_full_tuning_of_the_bundle(model):
         label_losses(take_apart(model), collate(rows))[0].backward()
     with FlopCounterMode(display=False) as probe:
         take_apart(model)
-    counted = ours(_shape(model, tokens=LENGTH, labelled=LABELLED / LENGTH, trained=2), "full", 0) * ROWS * LENGTH
+    shape = _shape(model, tokens=LENGTH, labelled=LABELLED / LENGTH, trained=2, below=below)
+    counted = ours(shape, "full", 0) * ROWS * LENGTH
     found = counter.get_total_flops() - probe.get_total_flops()
-    # the first block's inputs want no gradient, which the formula does not look into
+    # the first trained block's inputs want no gradient, which the formula does not look into
     assert counted == pytest.approx(found, rel=0.08)
 
 

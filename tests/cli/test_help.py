@@ -74,7 +74,7 @@ def _literal(annotation: Any) -> tuple[str, ...]:
             {
                 "out", "for", "bottom", "top", "keep", "select", "drop-from", "search-minutes", "heal",
                 "distill-tokens", "distill-epochs", "distill-steps", "distill-lr", "distill-ce", "prune", "bits",
-                "group", "svd-rank", "mlp-width", "calibration",
+                "group", "svd-rank", "mlp-width", "calibration", "permit-head",
                 "dtype", "resume", "plan", "config", "home", "json",
             },
         ),
@@ -82,8 +82,8 @@ def _literal(annotation: Any) -> tuple[str, ...]:
             "tune",
             {
                 "data", "out", "eval-data", "tensorboard", "method", "rank", "width", "lr", "epochs", "max-steps",
-                "batch-size", "checkpoints", "report-scores", "memory", "gradient-checkpointing", "skip-bad", "resume",
-                "plan", "config", "home", "json",
+                "batch-size", "tune-head", "checkpoints", "report-scores", "memory", "gradient-checkpointing",
+                "skip-bad", "resume", "plan", "config", "home", "json",
             },
         ),
         (

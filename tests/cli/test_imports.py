@@ -24,3 +24,4 @@ def test_verify_and_inspect_import_no_torch(tmp_path: Path) -> None:
         loaded = modules_after(verb, bundle.folder, "--home", parties.data_owner.folder)
         assert not HEAVY & loaded
         assert "cryptography" in loaded  # it did verify
+        assert "numpy" not in loaded  # of a bundle no number is looked at

@@ -7,6 +7,7 @@ import pytest
 from fresh_process import HEAVY, modules_after
 from offsite.cli import main
 from offsite.cli.study_board import Board, _last_line
+from offsite.study.lock import only_run
 from offsite.study.run import News
 from studies import RECIPE, Played, lay_out
 
@@ -43,6 +44,19 @@ def test_a_report_of_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "Held-out loss" in out
     assert "Nats per labelled token" in out
     assert len(list((tmp_path / "out" / "stages").iterdir())) == 1  # nothing was run
+
+
+def test_two_runs_of_one_study_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["study", str(lay_out(tmp_path)), "--out", str(tmp_path / "out")]
+    (tmp_path / "out" / "stages").mkdir(parents=True)
+    with only_run(tmp_path / "out"):
+        assert main(words) == 2
+        assert "another run of a study is at work" in capsys.readouterr().err
+        assert not (tmp_path / "out" / "results.json").exists()  # the other one's to write
+        assert list((tmp_path / "out" / "stages").iterdir()) == []
+        assert main([*words, "--report-only"]) == 0
+    with only_run(tmp_path / "out"):  # let go of
+        pass
 
 
 def test_a_check_needs_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

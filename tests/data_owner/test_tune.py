@@ -119,7 +119,7 @@ def test_a_return_tells_nothing_about_the_data(house, tmp_path, method):
     assert {path.name for path in out.iterdir()} == names | {"offsite.json", "offsite.json.sig"}
     manifest = json.loads((out / "offsite.json").read_text())
     assert set(manifest) == {
-        "format", "requires", "files", "kind", "bundle", "signer", "recipient", "method", "lora", "bottleneck",
+        "format", "requires", "files", "kind", "bundle", "signer", "recipient", "method", "lora", "bottleneck", "head",
             "earlier_checkpoints", "scores", "tensors", "classes",
     }  # fmt: skip
     assert (manifest["earlier_checkpoints"], manifest["scores"]) == (0, None)

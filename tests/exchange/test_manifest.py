@@ -66,7 +66,7 @@ def test_return_without_anything_about_the_data() -> None:
     assert ReturnManifest.model_fields["scores"].default is None
     assert fields == {
         "kind", "format", "requires", "files", "bundle", "signer", "recipient", "method", "lora",
-        "bottleneck", "earlier_checkpoints", "scores", "tensors", "classes",
+        "bottleneck", "head", "earlier_checkpoints", "scores", "tensors", "classes",
     }  # fmt: skip
     assert set(LoraSettings.model_fields) == {"rank", "alpha", "targets"}
 

@@ -53,10 +53,19 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
 
 
 def _interrupted_at(line: str, words: list[str]) -> "subprocess.CompletedProcess[str]":
-    """Run until a line appears, then press Ctrl-C."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "offsite", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    """Run until a line appears, then press Ctrl-C.
+
+    A shell without job control starts what it puts into the background deaf to Ctrl-C, and children inherit that; of a
+    signal that this process handles they inherit nothing.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        started = subprocess.Popen(
+            [sys.executable, "-m", "offsite", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with started as process:
         assert process.stderr is not None
         seen = ""
         for said in process.stderr:

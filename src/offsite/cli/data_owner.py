@@ -28,6 +28,7 @@ def tune(
     method: Annotated[str | None, flags.SETTING] = None,
     rank: Annotated[int | None, flags.SETTING] = None,
     width: Annotated[int | None, flags.SETTING] = None,
+    tune_head: Annotated[bool | None, typer.Option("--tune-head", rich_help_panel=flags.SETTINGS)] = None,
     lr: Annotated[float | None, flags.SETTING] = None,
     epochs: Annotated[float | None, flags.SETTING] = None,
     max_steps: Annotated[int | None, flags.SETTING] = None,
@@ -60,6 +61,7 @@ def tune(
             "method": method,
             "rank": rank,
             "width": width,
+            "tune_head": tune_head,
             "lr": lr,
             "epochs": epochs,
             "max_steps": max_steps,
@@ -114,6 +116,8 @@ def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
         what = f"bottlenecks of width {spec.width} behind attention and MLP"
     else:
         what = "their biases" if spec.method == "bitfit" else "their own weights"
+    if spec.tune_head:
+        what += ", and the model's output head"
     vision = ARCHITECTURES[manifest.architecture].vision is not None
     if vision:
         files = sorted([*files, CLASSIFIER])

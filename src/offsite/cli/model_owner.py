@@ -67,6 +67,7 @@ def pack(
     mlp_width: Annotated[float | None, flags.SETTING] = None,
     calibration: Annotated[Path | None, flags.SETTING] = None,
     dtype: Annotated[str | None, flags.SETTING] = None,
+    permit_head: Annotated[bool | None, typer.Option("--permit-head", rich_help_panel=flags.SETTINGS)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted distillation or search")] = False,
     plan: flags.PlanFlag = False,
     config: flags.ConfigFlag = None,
@@ -106,6 +107,7 @@ def pack(
             "mlp_width": mlp_width,
             "calibration": calibration,
             "dtype": dtype,
+            "permit_head": permit_head,
         },
     )
     from offsite.exchange.artifacts import Base

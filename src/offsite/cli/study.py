@@ -58,19 +58,21 @@ def study(
     if out is None:
         raise UsageError("there is nowhere to put the results", next_step="name a folder with --out")
     from offsite.study.cells import cells_of
+    from offsite.study.lock import only_run
     from offsite.study.prepare import prepare
     from offsite.study.run import Runner, run_cells, stages_of
 
     lab, rows = prepare(loaded, out, terminal.say)
     cells = cells_of(loaded, lab, rows)
     failed = 0
-    try:
-        if not report_only:
-            with _watching(cells) as tell:
-                runner = Runner(lab, tell, len(stages_of(cells)))
-                failed = run_cells(cells, runner, keep_models=loaded.keep_models)
-    finally:  # what is there is reported, however the run ended
-        results = _report(loaded, cells, out)
+    with contextlib.nullcontext() if report_only else only_run(out):
+        try:
+            if not report_only:
+                with _watching(cells) as tell:
+                    runner = Runner(lab, tell, len(stages_of(cells)))
+                    failed = run_cells(cells, runner, keep_models=loaded.keep_models)
+        finally:  # what is there is reported, however the run ended
+            results = _report(loaded, cells, out)
     if as_json:
         _print_json(results)
     else:

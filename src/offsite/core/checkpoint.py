@@ -11,13 +11,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from offsite.core.storage import Written, write_stream
 from offsite.errors import StorageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 FLOATS = ("F32", "BF16", "F16")
@@ -218,15 +219,19 @@ def read_chunks(tensor: TensorRange, dtype: str | None = None) -> Iterator[bytes
                 yield from_float32(to_float32(chunk, tensor.dtype), dtype).data.cast("B")
 
 
-def read_float32(tensor: TensorRange) -> npt.NDArray[np.float32]:
+def read_float32(tensor: TensorRange) -> "npt.NDArray[np.float32]":
     """A whole float tensor as float32, in its shape."""
+    import numpy as np  # verifying a bundle does without
+
     parts = [to_float32(chunk, tensor.dtype) for chunk in read_chunks(tensor)]
     flat = np.concatenate(parts) if parts else np.empty(0, np.float32)
     return flat.reshape(tensor.shape)
 
 
-def to_float32(content: bytes | memoryview, dtype: str) -> npt.NDArray[np.float32]:
+def to_float32(content: bytes | memoryview, dtype: str) -> "npt.NDArray[np.float32]":
     """Bytes of a float dtype as float32, exactly."""
+    import numpy as np
+
     if dtype == "F32":
         return np.frombuffer(content, "<f4").astype(np.float32, copy=False)
     if dtype == "F16":
@@ -236,8 +241,10 @@ def to_float32(content: bytes | memoryview, dtype: str) -> npt.NDArray[np.float3
     raise TypeError(f"{dtype} is no float dtype of a weight")
 
 
-def from_float32(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
+def from_float32(values: "npt.NDArray[np.float32]", dtype: str) -> "npt.NDArray[Any]":
     """Float32 rounded once, to nearest even, as torch does; bfloat16 comes as its 16 bits (uint16)."""
+    import numpy as np
+
     if dtype == "F32":
         return np.ascontiguousarray(values, "<f4")
     if dtype == "F16":
@@ -252,6 +259,8 @@ def from_float32(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any
 
 def finite(tensor: TensorRange) -> bool:
     """Whether a float tensor holds neither NaN nor infinity."""
+    import numpy as np
+
     return all(bool(np.isfinite(to_float32(chunk, tensor.dtype)).all()) for chunk in read_chunks(tensor))
 
 
@@ -261,7 +270,7 @@ def copied(tensor: TensorRange, *, name: str | None = None, dtype: str | None = 
     return NewTensor(name or tensor.name, kind, tensor.shape, lambda: read_chunks(tensor, kind))
 
 
-def from_array(name: str, values: npt.NDArray[np.float32], dtype: str) -> NewTensor:
+def from_array(name: str, values: "npt.NDArray[np.float32]", dtype: str) -> NewTensor:
     """A float32 array as a tensor to be written in `dtype`."""
     return NewTensor(name, dtype, values.shape, lambda: [from_float32(values, dtype).tobytes()])
 

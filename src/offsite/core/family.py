@@ -314,6 +314,19 @@ class Architecture:
         around = (*self.embedding_tensors(config), *self._present(self.final, config))
         return frozenset({*around, *(() if self.tied(config) or not self.head else (self.head,))})
 
+    @property
+    def head_module(self) -> str:
+        """The name in modules of the head, which files may name in another way."""
+        modules = {today: stored for stored, today in self.spellings.items()}
+        return modules.get(self.head, self.head).removesuffix(".weight")
+
+    def head_tensors(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The names of the tensors of a head of the model's own; none where it is tied, and of encoders."""
+        if not self.head or self.tied(config):
+            return ()
+        bias = f"{self.head.removesuffix('.weight')}.bias"
+        return (self.head, *(name for name in self._present(self.final, config) if name == bias))
+
     def sizes_of(self, name: str) -> str | None:
         """The sizes of a tensor by its full name, or None if no tensor of the family has that name."""
         place = self.block_of(name)

@@ -1,6 +1,7 @@
 """A folder -> a runnable model: only from this disk, no foreign code, and every key accounted for."""
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTED = re.compile(r"\.(lora_[AB]|modules_to_save)\.")  # in names of parameters that PEFT adds
 _TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -189,11 +191,12 @@ def context_length(folder: Path) -> int | None:
 
 
 def load_adapted(base: Path, adapter: Path, *, dtype: torch.dtype, device: torch.device) -> "PeftModel":
-    """Load a model with a LoRA adapter beside it, in eval mode and frozen.
+    """Load a model with a LoRA adapter beside it, and a head in place of its own if one is there; eval mode, frozen.
 
     Args:
         base: a plain checkpoint.
-        adapter: an ordinary PEFT folder: adapter_config.json and adapter_model.safetensors.
+        adapter: an ordinary PEFT folder, with no module but the head saved whole:
+            adapter_config.json and adapter_model.safetensors.
         dtype: of the base's weights and of the adapter's, so that no activation is cast between them.
         device: where it goes.
 
@@ -204,7 +207,7 @@ def load_adapted(base: Path, adapter: Path, *, dtype: torch.dtype, device: torch
     """
     from peft import PeftModel
 
-    _check_adapter(adapter)
+    _check_adapter(adapter, _own_head(base))
     held = {name: tensor.shape for name, tensor in read_header(adapter / ADAPTER_WEIGHTS).items()}
     model = load_model(base, dtype=dtype, device=device)
     with quiet(), _incompatible(adapter):
@@ -212,9 +215,7 @@ def load_adapted(base: Path, adapter: Path, *, dtype: torch.dtype, device: torch
             model, str(adapter), is_trainable=False, autocast_adapter_dtype=False, torch_device=str(device)
         )
     expected = {
-        name.replace(".default.weight", ".weight"): tuple(parameter.shape)
-        for name, parameter in adapted.named_parameters()
-        if ".lora_" in name
+        saved_as(name): tuple(parameter.shape) for name, parameter in adapted.named_parameters() if ADAPTED.search(name)
     }
     problems = [f"missing tensor {name}" for name in sorted(expected.keys() - held.keys())]
     problems += [f"unexpected tensor {name}" for name in sorted(held.keys() - expected.keys())]
@@ -233,6 +234,11 @@ def load_adapted(base: Path, adapter: Path, *, dtype: torch.dtype, device: torch
         parameter.data = parameter.data.to(dtype)
     frozen: PeftModel = adapted.to(device).eval().requires_grad_(False)
     return frozen
+
+
+def saved_as(parameter: str) -> str:
+    """The name in PEFT's files of a parameter of PEFT's."""
+    return parameter.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
 
 
 def load_replaced(base: Path, weights: Path, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
@@ -413,7 +419,14 @@ def _foreign(settings: object, path: str = "") -> list[str]:
     return found
 
 
-def _check_adapter(adapter: Path) -> None:
+def _own_head(base: Path) -> list[str]:
+    """The module of a model's head, if it is no tied embedding: what an adapter may hold whole."""
+    settings = model_settings(base)
+    row = ARCHITECTURES.get(str(settings.get("model_type")))
+    return [row.head_module] if row is not None and row.head_tensors(settings) else []
+
+
+def _check_adapter(adapter: Path, saved: list[str]) -> None:
     if not (adapter / ADAPTER_CONFIG).exists():
         raise StorageError(
             f"{adapter} holds no {ADAPTER_CONFIG}, so it is no LoRA adapter",
@@ -425,7 +438,10 @@ def _check_adapter(adapter: Path) -> None:
         problems.append(f"peft_type is {config.get('peft_type')!r}, expected 'LORA'")
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         problems.append(f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base's weights")
-    wrong = ("auto_mapping", "modules_to_save", "layer_replication", "megatron_config", "trainable_token_indices")
+    if config.get("modules_to_save") not in (None, [], saved):
+        expected = f"none or {saved[0]}" if saved else "none"
+        problems.append(f"modules_to_save is {str(config['modules_to_save'])[:80]}, expected {expected}")
+    wrong = ("auto_mapping", "layer_replication", "megatron_config", "trainable_token_indices")
     problems += [f"{key} is set" for key in wrong if config.get(key)]
     if problems:
         raise IncompatibleError(

@@ -11,9 +11,16 @@ def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
     """Refuse settings that cannot work, or whose return the owner would refuse.
 
     Raises:
+        UsageError: the head was asked for with bottlenecks.
         IncompatibleError: BitFit was asked for, and the trained blocks have no biases.
-        PolicyError: the method, the rank or the width is not permitted.
+        PolicyError: the method, the rank, the width or the head is not permitted.
     """
+    if spec.tune_head and spec.method == "bottleneck":
+        raise UsageError(
+            "--tune-head does not go with bottlenecks",
+            reasons=["what they are plugged in as stands beside the base, and holds none of the base's own tensors"],
+            next_step="tune by lora, full or bitfit, or leave --tune-head out",
+        )
     if spec.method == "bitfit" and not manifest.own_tensors("bitfit"):
         raise IncompatibleError(
             f"BitFit trains biases, and the trained blocks of this {manifest.architecture} model have none",
@@ -26,6 +33,11 @@ def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
         reasons.append(f"rank {spec.rank}, the bundle permits up to {manifest.max_rank}")
     if spec.method == "bottleneck" and spec.width > manifest.max_width:
         reasons.append(f"width {spec.width}, the bundle permits up to {manifest.max_width}")
+    if spec.tune_head and not manifest.head:
+        reasons.append(
+            "--tune-head, the bundle does not permit the head: its owner did not say `pack --permit-head`, which works "
+            "where the head is not the input embedding"
+        )
     if reasons:
         raise PolicyError(
             "the model's owner would refuse this tuning",

@@ -32,6 +32,7 @@ from offsite.data_owner.schedule import checkpoint_steps, step_count
 from offsite.errors import UsageError
 from offsite.exchange.artifacts import Bundle
 from offsite.exchange.contents import CONFIG, TOKENIZER_FILES
+from offsite.exchange.head import returned_head
 from offsite.exchange.lora_folder import adapter_tensors
 from offsite.exchange.manifest import BottleneckSettings, BundleManifest, LoraSettings, TensorEntry
 
@@ -82,6 +83,7 @@ class _Sizes:
     item: int  # bytes of a number in the arithmetic
     method: Method
     width: int  # of bottlenecks
+    head: int  # numbers of the head, where it trains
 
 
 def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
@@ -130,6 +132,7 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
         item=item,
         method=spec.method,
         width=spec.width,
+        head=sum(math.prod(entry.shape) for entry in manifest.head.values()) if spec.tune_head else 0,
     )
     tokenizer = sum((folder / name).stat().st_size for name in TOKENIZER_FILES if (folder / name).is_file())
     return TunePlan(
@@ -156,11 +159,12 @@ def returned_tensors(manifest: BundleManifest, spec: TuneSpec) -> dict[str, Tens
     """The tensors that a return with these settings will hold, by name: what trains."""
     if spec.method == "bottleneck":
         return BottleneckSettings(width=spec.width).tensors(manifest)
+    head = returned_head(manifest, spec.method) if spec.tune_head else {}
     if spec.method != "lora":
-        return manifest.own_tensors(spec.method)
+        return manifest.own_tensors(spec.method) | head
     alpha = float(spec.lora_alpha or 2 * spec.rank)
     lora = LoraSettings(rank=spec.rank, alpha=alpha, targets=tuple(manifest.lora_targets))
-    return adapter_tensors(lora, manifest.lora_targets)
+    return adapter_tensors(lora, manifest.lora_targets) | head
 
 
 def _stacks(
@@ -217,8 +221,15 @@ def _phases(sizes: _Sizes, tokenizer: int) -> tuple[Phase, ...]:
         "gradients in bf16", sizes.item * sizes.trained if sizes.item < 4 else 0, "c * P_t, nothing where c is 4"
     )
     logits = loss_chunk(sizes.tokens, sizes.vocabulary, sizes.item)
+    summed = Term("sum of the head's gradient, and one chunk's", (4 + sizes.item) * sizes.head, "(4 + c) * P_h")
+    scaled = Term("the head's gradient: sum, scaled, in c", (8 + sizes.item) * sizes.head, "(8 + c) * P_h")
+    of_head = Phase("gradient of the head", (*always, *kept, scaled, allocator(kept)))
     return (
-        Phase("forward pass and loss", (*always, *kept, logits, allocator((*kept, logits)))),
+        Phase(
+            "forward pass and loss",
+            (*always, *kept, logits, *([summed] if sizes.head else []), allocator((*kept, logits))),
+        ),
+        *([of_head] if sizes.head else []),
         Phase("backward pass", (*always, *kept, in_flight, allocator((*kept, in_flight)), working)),
         Phase("writing a resume point", (*always, Term("one tensor's bytes", 4 * sizes.largest, "4 * largest P_t"))),
     )
@@ -227,7 +238,8 @@ def _phases(sizes: _Sizes, tokenizer: int) -> tuple[Phase, ...]:
 def _trained(sizes: _Sizes) -> list[Term]:
     """What lies in memory for the numbers that train, all of it from the first step on."""
     beside = {"lora": "pairs", "bottleneck": "bottlenecks"}.get(sizes.method)  # these are no part of the bundle
-    terms = [Term(f"{beside} in the network", sizes.item * sizes.trained, "c * P_t")] if beside else []
+    added = sizes.item * (sizes.trained - sizes.head)
+    terms = [Term(f"{beside} in the network", added, "c * (P_t - P_h)")] if beside else []
     if sizes.item < 4:
         terms.append(Term("masters in fp32", 4 * sizes.trained, "4 * P_t"))
     terms.append(Term("gradients in fp32", 4 * sizes.trained, "4 * P_t"))

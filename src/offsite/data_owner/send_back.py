@@ -69,7 +69,7 @@ def send_back(
         for file, held in earlier.items():
             written.append(write_safetensors(staging / file, [copied(tensor) for tensor in held.values()]))
         if lora:
-            config = adapter_config(lora, ARCHITECTURES[bundle.manifest.architecture])
+            config = adapter_config(lora, ARCHITECTURES[bundle.manifest.architecture], head=spec.tune_head)
             written.append(write_stream(staging / ADAPTER_CONFIG, [json.dumps(config, indent=1).encode() + b"\n"]))
         manifest = ReturnManifest(
             format=FORMAT,
@@ -83,6 +83,7 @@ def send_back(
             lora=lora,
             bottleneck=BottleneckSettings(width=spec.width) if spec.method == "bottleneck" else None,
             classes=classes,
+            head=spec.tune_head,
             earlier_checkpoints=len(earlier),
             scores=checkpoints.scores,
             tensors={name: TensorEntry(shape=tuple(tensor.shape), dtype="F32") for name, tensor in tensors.items()},

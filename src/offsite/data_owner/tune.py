@@ -28,6 +28,7 @@ from offsite.data_owner.checkpoints import Checkpoints
 from offsite.data_owner.features import cached_features
 from offsite.data_owner.image_task import Album, ImageTask, head_parameters, new_head, open_album
 from offsite.data_owner.methods import METHODS
+from offsite.data_owner.methods.head import attach_head
 from offsite.data_owner.permitted import require_permitted, require_something_to_report
 from offsite.data_owner.schedule import checkpoint_steps, step_count
 from offsite.data_owner.send_back import send_back
@@ -161,7 +162,8 @@ def _prepare(
     network = take_apart(model)
     fuse(model)
     use_short_attention(model)
-    weights = TrainedWeights(METHODS[spec.method](model, bundle.manifest, spec))
+    attached = METHODS[spec.method](model, bundle.manifest, spec)
+    weights = TrainedWeights(attached | attach_head(model, bundle.manifest, spec))
     return _tuning(bundle, spec, model, weights, TextTask(network, examples, held_out))
 
 
@@ -186,13 +188,13 @@ def _tuning(bundle: Bundle, spec: TuneSpec, model: "PreTrainedModel", weights: T
         blocks=blocks,
         trained=[blocks.get_submodule(str(index)) for index in manifest.split.trained],
         weights=weights,
-        # every tensor of a LoRA is one of a linear map; of blocks and bottlenecks, norms and biases do not decay
+        # LoRA and bottlenecks hold linear maps, and so does the head; of blocks, norms do not decay; no bias does
         decayed=frozenset(
             name
             for name in weights.masters
-            if spec.method == "lora"
-            or row.is_linear(name)
-            or (spec.method == "bottleneck" and name.endswith(".weight"))
+            if row.is_linear(name)
+            or (spec.method in ("lora", "bottleneck") and name.endswith(".weight"))
+            or name == f"{row.head_module}.weight"
         ),
         returned=in_files(row, own) if spec.method in ("full", "bitfit") else own,
     )

@@ -157,7 +157,9 @@ def _bundle_returnable(sealed: Sealed) -> Iterator[str]:
     checkpoint = _open_listed(sealed)
     trained = {n for n in checkpoint.tensors if (p := row.block_of(n)) and p[0] in manifest.split.trained}
     yield from names_differ("tensors that may come back", set(manifest.tensors), trained)
-    yield from entries_differ(manifest.tensors, checkpoint.tensors)
+    head = set(row.head_tensors(_settings_of(sealed)[0])) if manifest.head else set()
+    yield from names_differ("the head that may come back", set(manifest.head), head)
+    yield from entries_differ({**manifest.tensors, **manifest.head}, checkpoint.tensors)
     for target, (inputs, outputs) in manifest.lora_targets.items():
         place = row.map_of(target)
         weight = checkpoint.tensors.get(f"{row.in_block(*place)}.weight") if place else None

@@ -10,8 +10,8 @@ from offsite.core.architectures import Architecture
 from offsite.exchange.manifest import LoraSettings, TensorEntry
 
 
-def adapter_config(lora: LoraSettings, architecture: Architecture) -> dict[str, object]:
-    """The content of `adapter_config.json` for PEFT: a plain LoRA on exactly these modules."""
+def adapter_config(lora: LoraSettings, architecture: Architecture, *, head: bool = False) -> dict[str, object]:
+    """The content of `adapter_config.json` for PEFT: a plain LoRA on exactly these modules, and the head if tuned."""
     return {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION" if architecture.vision else "CAUSAL_LM",
@@ -27,7 +27,7 @@ def adapter_config(lora: LoraSettings, architecture: Architecture) -> dict[str, 
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": [architecture.head_module] if head else None,
     }
 
 

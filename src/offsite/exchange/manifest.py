@@ -97,6 +97,7 @@ class BundleManifest(_Document):
     max_width: Annotated[int, Field(ge=1, le=65_536)]
     tensors: Annotated[dict[TensorName, TensorEntry], Field(min_length=1)]
     lora_targets: dict[TensorName, Annotated[tuple[Size, Size], Field(strict=False)]]
+    head: dict[TensorName, TensorEntry] = {}  # what may come back of the head, beside what trains in the blocks
 
     @model_validator(mode="after")
     def _consistent(self) -> "BundleManifest":
@@ -107,6 +108,9 @@ class BundleManifest(_Document):
             place = row.map_of(name) if name in self.lora_targets else row.block_of(name)
             if place is None or place[0] not in self.split.trained:
                 raise ValueError(f"{name} belongs to no trained block, so it may not come back")
+        for name in self.head:
+            if not row.head or name not in (row.head, f"{row.head.removesuffix('.weight')}.bias"):
+                raise ValueError(f"{name} is no part of the head of {self.architecture}, so it may not come back")
         places = {name: row.map_of(name) for name in self.lora_targets}
         strange = sorted(name for name, place in places.items() if place is None or place[1] not in row.lora_linears)
         if strange:
@@ -165,6 +169,7 @@ class ReturnManifest(_Document):
     method: Method
     lora: LoraSettings | None
     bottleneck: BottleneckSettings | None = None
+    head: bool = False  # whether the model's head was tuned too, and is among the tensors
     earlier_checkpoints: Annotated[int, Field(ge=0, lt=100)] = 0  # beside the last one, each with the same tensors
     scores: Annotated[tuple[Score, ...], Field(min_length=1, max_length=100, strict=False)] | None = None
     tensors: Annotated[dict[TensorName, TensorEntry], Field(min_length=1)]
@@ -180,6 +185,8 @@ class ReturnManifest(_Document):
             raise ValueError("lora settings go with method 'lora' and with no other")
         if (self.method == "bottleneck") != (self.bottleneck is not None):
             raise ValueError("bottleneck settings go with method 'bottleneck' and with no other")
+        if self.head and self.method == "bottleneck":
+            raise ValueError("a head goes with the methods 'lora', 'full' and 'bitfit'")
         return self
 
     @property

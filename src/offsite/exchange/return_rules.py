@@ -15,6 +15,7 @@ from offsite.exchange.contents import (
     WEIGHTS_OF,
     checkpoint_file,
 )
+from offsite.exchange.head import returned_head, returned_name
 from offsite.exchange.lora_folder import adapter_config, adapter_tensors, lora_pair
 from offsite.exchange.manifest import (
     BundleManifest,
@@ -67,15 +68,20 @@ def _return_lora(sealed: Sealed) -> Iterator[str]:
         yield "a LoRA target is named twice"
     strange = sorted(set(lora.targets) - set(parent.lora_targets)) if parent else []
     yield from (f"LoRA sits on {name}, which the bundle does not permit" for name in strange)
+    rows = [ARCHITECTURES[parent.architecture]] if parent else ARCHITECTURES.values()
     if parent is None:  # shapes are the bundle's to say
         names = {name for target in lora.targets for name in lora_pair(target)}
+        heads = {returned_name(f"head.{kind}", row, "lora") for row in rows for kind in ("weight", "bias") if row.head}
+        names |= heads & manifest.tensors.keys() if manifest.head else set()
         yield from names_differ("tensors", set(manifest.tensors), names)
     elif not strange:
-        yield from manifest_tensors_differ(manifest.tensors, adapter_tensors(lora, parent.lora_targets))
-    rows = [ARCHITECTURES[parent.architecture]] if parent else ARCHITECTURES.values()
+        yield from manifest_tensors_differ(
+            manifest.tensors, adapter_tensors(lora, parent.lora_targets) | _head_of(manifest, parent)
+        )
     held = read_json(sealed, ADAPTER_CONFIG)
+    configs = [adapter_config(lora, row, head=manifest.head) for row in rows]
     # compared as text, in which 1 is not true
-    if json.dumps(held, sort_keys=True) not in [json.dumps(adapter_config(lora, row), sort_keys=True) for row in rows]:
+    if json.dumps(held, sort_keys=True) not in [json.dumps(config, sort_keys=True) for config in configs]:
         yield f"{ADAPTER_CONFIG} is not the one that these LoRA settings give"
 
 
@@ -84,7 +90,13 @@ def _return_own(sealed: Sealed) -> Iterator[str]:
     if manifest.method in ("full", "bitfit") and sealed.parent is not None:
         own = sealed.parent.own_tensors(manifest.method)
         expected = {n: TensorEntry(shape=e.shape, dtype="F32") for n, e in own.items()}
-        yield from manifest_tensors_differ(manifest.tensors, expected)
+        yield from manifest_tensors_differ(manifest.tensors, expected | _head_of(manifest, sealed.parent))
+
+
+def _return_head(sealed: Sealed) -> Iterator[str]:
+    """What it must hold is for the rules of the methods."""
+    if _return_of(sealed).head and sealed.parent is not None and not sealed.parent.head:
+        yield "the head was tuned, which the bundle does not permit"
 
 
 def _return_bottleneck(sealed: Sealed) -> Iterator[str]:
@@ -138,10 +150,15 @@ RETURN_RULES: tuple[Rule, ...] = (
     _return_finite,
     _return_lora,
     _return_own,
+    _return_head,
     _return_bottleneck,
     _return_classifier,
     _return_parties,
 )
+
+
+def _head_of(manifest: ReturnManifest, parent: BundleManifest) -> dict[str, TensorEntry]:
+    return returned_head(parent, manifest.method) if manifest.head else {}
 
 
 def _returned_files(manifest: ReturnManifest) -> list[str]:

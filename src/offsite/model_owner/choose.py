@@ -18,7 +18,7 @@ from offsite.config import EvalSpec, PlugInSpec
 from offsite.core.architectures import Architecture
 from offsite.core.checkpoint import NewTensor, to_float32
 from offsite.core.data import Example, encode
-from offsite.core.load import context_length, load_model, load_tokenizer
+from offsite.core.load import ADAPTED, context_length, load_model, load_tokenizer, saved_as
 from offsite.core.loss import Network, take_apart
 from offsite.core.mixture import in_files
 from offsite.core.progress import Event, Progress, silent
@@ -178,9 +178,8 @@ class _Trial:
 
 
 def _by_names_in_files(row: Architecture, model: "PreTrainedModel") -> dict[str, torch.Tensor]:
-    """The parameters by the names of a plug-in's tensors, LoRA pairs by those that PEFT gives them in files."""
+    """The parameters by the names of a plug-in's tensors, those of PEFT by the names that it gives them in files."""
     parameters = dict(model.named_parameters())
-    pairs = {name: parameter for name, parameter in parameters.items() if ".lora_" in name}
-    own = {name: parameter for name, parameter in parameters.items() if name not in pairs}
-    named = {f"base_model.model.{name.replace('.default.weight', '.weight')}": pairs[name] for name in pairs}
-    return {**in_files(row, own), **named}
+    tuned = {name: parameter for name, parameter in parameters.items() if ADAPTED.search(name)}
+    own = {name: parameter for name, parameter in parameters.items() if name not in tuned}
+    return {**in_files(row, own), **{f"base_model.model.{saved_as(name)}": tuned[name] for name in tuned}}

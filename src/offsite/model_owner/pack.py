@@ -45,6 +45,7 @@ from offsite.model_owner.split import (
     lora_targets,
     permitted_methods,
     returnable,
+    returnable_head,
     split,
 )
 
@@ -147,6 +148,7 @@ def bundle_manifest(
         max_width=spec.max_width,
         tensors=returnable(model, kept, numbers, DTYPES[spec.dtype]),
         lora_targets=lora_targets(model, kept, numbers),
+        head=returnable_head(model, spec),
         files=files,
     )
 

@@ -190,7 +190,9 @@ def write_adapter(model: BaseModel, chosen: Chosen, folder: Path) -> list[Writte
     lora = chosen.returned.manifest.lora
     if lora:
         targets = tuple(to_base(target, model, chosen.parent, target=True) for target in lora.targets)
-        config = adapter_config(lora.model_copy(update={"targets": targets}), model.row)
+        config = adapter_config(
+            lora.model_copy(update={"targets": targets}), model.row, head=chosen.returned.manifest.head
+        )
         written.append(write_stream(folder / ADAPTER_CONFIG, [json.dumps(config, indent=1).encode() + b"\n"]))
     return written
 

@@ -1,7 +1,7 @@
 """The tensors of a plug-in: what a checkpoint of a verified return makes of the base's. Numpy, torch-free."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from offsite.core.checkpoint import (
 from offsite.errors import IncompatibleError, VerificationError
 from offsite.exchange.artifacts import Return
 from offsite.exchange.contents import WEIGHTS_OF, checkpoint_file
+from offsite.exchange.head import head_names
 from offsite.exchange.lora_folder import lora_pair
 from offsite.exchange.manifest import LoraSettings
 from offsite.model_owner.base_model import BaseModel
@@ -43,9 +44,15 @@ class Chosen:
         name = WEIGHTS_OF[manifest.method] if last else checkpoint_file(self.checkpoint)
         return read_header(self.returned.folder / name)
 
+    @property
+    def head(self) -> dict[str, str]:
+        """The names in the base of the head's tensors, by those in the return; none where the head was not tuned."""
+        manifest = self.returned.manifest
+        return head_names(self.parent.manifest, manifest.method) if manifest.head else {}
+
 
 def adapter_tensors(model: BaseModel, chosen: Chosen) -> list[NewTensor]:
-    """The tensors of a plug-in in the form of an adapter: strength is in B, or in a bottleneck's way up."""
+    """The tensors of a plug-in in the form of an adapter: strength is in B, in a bottleneck's way up, in the head."""
     held, parent, lora = chosen.held, chosen.parent, chosen.returned.manifest.lora
     renamed = []
     if lora is None:
@@ -56,12 +63,16 @@ def adapter_tensors(model: BaseModel, chosen: Chosen) -> list[NewTensor]:
     for target in lora.targets:
         (a, b), (new_a, new_b) = lora_pair(target), lora_pair(to_base(target, model, parent, target=True))
         renamed += [copied(held[a], name=new_a), _scaled(held[b], new_b, chosen.strength)]
+    for returned, name in chosen.head.items():
+        head = _changed(model.tensors[name], _difference(held[returned], name, parent), chosen.strength, dtype="F32")
+        renamed.append(replace(head, name=returned))
     return renamed
 
 
 def changed_tensors(model: BaseModel, chosen: Chosen) -> dict[str, NewTensor]:
     """The tensors of the base that a merged plug-in changes, by today's names, as it would hold them."""
-    changes = (_lora_changes if chosen.returned.manifest.lora else _own_changes)(model, chosen)
+    changes = {**(_lora_changes if chosen.returned.manifest.lora else _own_changes)(model, chosen)}
+    changes |= {name: _difference(chosen.held[returned], name, chosen.parent) for returned, name in chosen.head.items()}
     return {name: _changed(model.tensors[name], change, chosen.strength) for name, change in changes.items()}
 
 
@@ -92,24 +103,25 @@ def _scaled(tensor: TensorRange, name: str, factor: np.float32) -> NewTensor:
     return NewTensor(name, "F32", tensor.shape, chunks)
 
 
-def _changed(tensor: TensorRange, change: Change, strength: np.float32) -> NewTensor:
-    """A base tensor plus so much of what the return changes, added in float32 and rounded once to the base's dtype."""
+def _changed(tensor: TensorRange, change: Change, strength: np.float32, dtype: str | None = None) -> NewTensor:
+    """A base tensor plus so much of what the return changes, added in float32 and rounded once, to the base's dtype."""
+    dtype = dtype or tensor.dtype
 
     def chunks() -> list[bytes]:
         values = read_float32(tensor)
         with np.errstate(over="ignore", invalid="ignore"):  # judged below, by what would be written
             delta = strength * change(values)
             # where nothing changed the base's bits stay, the sign of a zero included
-            sums = from_float32(np.where(delta == 0, values, values + delta), tensor.dtype).tobytes()
-        if not np.isfinite(to_float32(sums, tensor.dtype)).all():
+            sums = from_float32(np.where(delta == 0, values, values + delta), dtype).tobytes()
+        if not np.isfinite(to_float32(sums, dtype)).all():
             raise VerificationError(
-                f"the return does not fit into {tensor.dtype}",
+                f"the return does not fit into {dtype}",
                 reasons=[f"{tensor.name} would hold NaN or infinity, though every returned number is finite"],
                 next_step="refuse the return; nothing was written",
             )
         return [sums]
 
-    return NewTensor(tensor.name, tensor.dtype, tensor.shape, chunks)
+    return NewTensor(tensor.name, dtype, tensor.shape, chunks)
 
 
 def _lora_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
@@ -129,18 +141,19 @@ def _lora_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
 
 
 def _own_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
-    held, parent = chosen.held, chosen.parent
+    held = {name: tensor for name, tensor in chosen.held.items() if name not in chosen.head}
+    return {to_base(name, model, chosen.parent): _difference(held[name], name, chosen.parent) for name in held}
 
-    def change_of(name: str) -> Change:
-        shipped_as = parent.manifest.tensors[name].dtype
 
-        def change(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-            shipped = to_float32(from_float32(values, shipped_as).tobytes(), shipped_as).reshape(values.shape)
-            return read_float32(held[name]) - shipped
+def _difference(returned: TensorRange, name: str, parent: Issued) -> Change:
+    """What a tensor that came back whole changes: what came back less what was shipped under that name."""
+    shipped_as = {**parent.manifest.tensors, **parent.manifest.head}[name].dtype
 
-        return change
+    def change(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        shipped = to_float32(from_float32(values, shipped_as).tobytes(), shipped_as).reshape(values.shape)
+        return read_float32(returned) - shipped
 
-    return {to_base(name, model, parent): change_of(name) for name in held}
+    return change
 
 
 def _lora_of(verified: Return) -> LoraSettings:

@@ -30,6 +30,7 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
 
     Raises:
         UsageError: bottom, keep and top do not fit into the blocks that there are.
+        UsageError: the head is permitted, and the model has none of its own.
         IncompatibleError: the gap is to be healed in a way that the family does not permit.
     """
     middle = range(spec.bottom, model.blocks - spec.top)
@@ -48,6 +49,16 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
             "does not have",
             reasons=[why],
             next_step="pack with --heal none or --heal distill",
+        )
+    if spec.permit_head and not model.row.head_tensors(model.config):
+        raise UsageError(
+            "--permit-head has no head to permit",
+            reasons=[
+                "its head is the input embedding, which trains with no adapter"
+                if model.row.head
+                else "an image encoder has none: its classifier is the data owner's"
+            ],
+            next_step="pack without --permit-head",
         )
     if model.row.vision is not None:
         _require_for_images(spec)
@@ -156,6 +167,15 @@ def returnable(model: BaseModel, kept: Sequence[int], numbers: Split, dtype: str
         model.row.in_block(index, path): TensorEntry.model_validate({"shape": tensor.shape, "dtype": dtype})
         for index in numbers.trained
         for path, tensor in model.block(kept[index]).items()
+    }
+
+
+def returnable_head(model: BaseModel, spec: PackSpec) -> dict[str, TensorEntry]:
+    """The head's tensors that may come back, by name; none where the owner does not permit it."""
+    names = model.row.head_tensors(model.config) if spec.permit_head else ()
+    return {
+        name: TensorEntry.model_validate({"shape": model.tensors[name].shape, "dtype": DTYPES[spec.dtype]})
+        for name in names
     }
 
 
