@@ -1,6 +1,7 @@
 """A tiny study: a base, two data sets and a recipe, run without a process for each stage."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from offsite.cli.study import _in_this_process
@@ -8,6 +9,7 @@ from offsite.study.cells import Cell, cells_of
 from offsite.study.command import Outcome, Words
 from offsite.study.prepare import prepare
 from offsite.study.recipe import Recipe, load_recipe
+from offsite.study.results import Results, collect
 from offsite.study.run import News, Runner, run_cells, stages_of
 from tiny import tiny_base, tiny_rows
 
@@ -84,3 +86,19 @@ class Played:
         """Run what is not there yet; returns how many cells failed."""
         runner = Runner(self.lab, self.news.append, len(self.stages), self.run)
         return run_cells(self.cells, runner, keep_models=self.recipe.keep_models)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that was played to its end without a failure, and what it found."""
+
+    folder: Path
+    played: Played
+    results: Results
+
+
+def played_study(recipe: Path) -> Study:
+    """Play a recipe that was laid out; what it makes goes to `out` beside it."""
+    played = Played(recipe, recipe.parent / "out")
+    assert played.go() == 0
+    return Study(recipe.parent, played, collect(played.recipe, played.cells, recipe.parent / "out"))

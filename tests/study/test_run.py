@@ -1,7 +1,7 @@
 import json
 import math
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,23 +11,13 @@ from offsite.measure.bootstrap import paired_interval
 from offsite.measure.row_scores import read_row_scores
 from offsite.study.command import Outcome
 from offsite.study.recipe import ROWS
-from offsite.study.results import Results, collect
-from studies import RECIPE, Played, lay_out
-
-
-@dataclass(frozen=True)
-class Study:
-    folder: Path
-    played: Played
-    results: Results
+from offsite.study.results import collect
+from studies import RECIPE, Played, Study, lay_out, played_study
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    folder = tmp_path_factory.mktemp("study")
-    played = Played(lay_out(folder), folder / "out")
-    assert played.go() == 0
-    return Study(folder, played, collect(played.recipe, played.cells, folder / "out"))
+    return played_study(lay_out(tmp_path_factory.mktemp("study")))
 
 
 def test_stages_that_cells_share_run_once(study: Study) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,8 @@ from offsite.measure.bootstrap import paired_interval
 from offsite.measure.row_scores import read_row_scores
 from offsite.study.prepare import prepare
 from offsite.study.recipe import ROWS, load_recipe
-from offsite.study.results import CellResult, Results, collect
 from offsite.study.tables import tables
-from studies import Played
+from studies import Played, Study, played_study
 from tiny import tiny_pictures, tiny_vision_base
 
 RECIPE = """
@@ -54,17 +52,6 @@ lr = 1e-3
 """
 
 
-@dataclass(frozen=True)
-class Study:
-    folder: Path
-    played: Played
-    results: Results
-
-    @property
-    def cell(self) -> CellResult:
-        return self.results.cells[0]
-
-
 def lay_out(folder: Path, recipe: str = RECIPE) -> Path:
     if not (folder / "base").exists():
         tiny_vision_base(folder / "base", "dinov2", 4)
@@ -78,21 +65,18 @@ def lay_out(folder: Path, recipe: str = RECIPE) -> Path:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    folder = tmp_path_factory.mktemp("study")
-    played = Played(lay_out(folder), folder / "out")
-    assert played.go() == 0
-    return Study(folder, played, collect(played.recipe, played.cells, folder / "out"))
+    return played_study(lay_out(tmp_path_factory.mktemp("study")))
 
 
 def test_every_row_is_scored_on_the_same_pictures(study: Study) -> None:
     assert study.results.primary == "accuracy"
-    assert list(study.cell.scores) == list(ROWS)
-    for score in study.cell.scores.values():
+    assert list(study.results.cells[0].scores) == list(ROWS)
+    for score in study.results.cells[0].scores.values():
         assert (score.rows, score.tokens) == (9, 9)
         assert score.primary.value == score.accuracy
         assert score.accuracy is not None
         assert score.accuracy_stderr == pytest.approx(math.sqrt(score.accuracy * (1 - score.accuracy) / 8))
-    losses = {row: score.loss.value for row, score in study.cell.scores.items()}
+    losses = {row: score.loss.value for row, score in study.results.cells[0].scores.items()}
     assert len(set(losses.values())) == len(ROWS)  # six models, and no two of them the same
     assert {row: losses[row] < math.log(3) for row in ROWS} == dict.fromkeys(ROWS, True)  # each knows something
 
@@ -107,7 +91,7 @@ def test_zero_shot_is_a_probe_of_the_training_pictures(study: Study) -> None:
 def test_figures_are_of_accuracies(study: Study) -> None:
     rows = {row: read_row_scores(stage.out) for row, stage in study.played.cells[0].rows.items()}
     right = {row: sum(scores.right) / 9 for row, scores in rows.items()}
-    against, gap = study.cell.scores["plug_in"].against_zero_shot, study.cell.plug_in_gap
+    against, gap = study.results.cells[0].scores["plug_in"].against_zero_shot, study.results.cells[0].plug_in_gap
     assert against is not None
     assert gap is not None
     ends = paired_interval(rows["plug_in"].right, rows["zero_shot"].right)
@@ -147,7 +131,7 @@ def test_a_report_shows_per_cent_and_pictures(study: Study, capsys: pytest.Captu
     out = study.folder / "out"
     _report(study.played.recipe, study.played.cells, out)
     text = (out / "report.md").read_text()
-    share = study.cell.scores["plug_in"].primary.value
+    share = study.results.cells[0].scores["plug_in"].primary.value
     assert f"{100 * share:.1f} ± " in text
     for words in ("## Held-out accuracy", "higher is better", "against zero-shot, points", "9 test pictures"):
         assert words in text
