@@ -26,13 +26,8 @@ from offsite.exchange.verify import read_unverified
 from offsite.measure.bootstrap import Interval, interval
 from offsite.measure.evaluate import load_tuned
 
-_PENALTIES = (
-    0.1,
-    0.03,
-    0.01,
-    0.003,
-    0.3,
-)  # of the probe's squared weights, per picture; the first where none can be chosen
+# of the probe's squared weights, per picture; the first where none can be chosen
+_PENALTIES = (0.1, 0.03, 0.01, 0.003, 0.3)
 _FOLDS = 3  # of the pictures, by which one is chosen
 _PROBE_STEPS = 100
 
