@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from offsite.config import Method, PackSpec
 from offsite.core.architectures import ARCHITECTURES
@@ -20,6 +21,7 @@ from offsite.core.checkpoint import (
     read_header,
     write_safetensors,
 )
+from offsite.core.load import load_model
 from offsite.core.storage import staged_folder, write_stream
 from offsite.exchange.artifacts import Base, Bundle, Return
 from offsite.exchange.contents import (
@@ -274,3 +276,17 @@ def raw_safetensors(file: Path, header: object, data: bytes = b"", *, length: in
 def copied_folder(source: Path, out: Path) -> Path:
     """A copy to spoil."""
     return Path(shutil.copytree(source, out, symlinks=True))
+
+
+def hidden_states(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What enters each block, and what leaves the last (before the final norm)."""
+    model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
+    row = ARCHITECTURES[model.config.model_type]
+    seen: list[torch.Tensor] = []
+    blocks = model.get_submodule(row.blocks)
+    blocks[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    for block in blocks:
+        block.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    return tuple(seen)

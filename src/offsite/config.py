@@ -76,9 +76,11 @@ class PackSpec(ComputeSpec):
         BeforeValidator(_chain),
         Field(description="how the emulator makes up for dropped blocks: none, or steps joined by commas"),
     ] = ("refit",)
-    prune: Annotated[
-        float, Field(ge=0, lt=1, description="share of each emulator matrix set to zero, the smallest numbers")
-    ] = 0.0
+    prune: Annotated[float, Field(ge=0, lt=1, description="share of each emulator matrix set to zero")] = 0.0
+    prune_by: Annotated[
+        Literal["magnitude", "sparsegpt"],
+        Field(description="which numbers: the smallest; or those that cost least, and the others make up for them"),
+    ] = "sparsegpt"
     bits: Annotated[
         Literal[8, 4] | None, Field(description="bits of a weight in the emulator's linear maps; None keeps floats")
     ] = None

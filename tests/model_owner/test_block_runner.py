@@ -12,7 +12,7 @@ from offsite.core.architectures import ARCHITECTURES
 from offsite.core.runtime import Runtime
 from offsite.exchange.artifacts import Base
 from offsite.model_owner.base_model import open_base
-from offsite.model_owner.block_runner import BlockRunner, captured_input
+from offsite.model_owner.block_runner import BlockRunner, captured_inputs
 from tiny import KINDS
 
 MakeBase = Callable[..., Path]
@@ -64,16 +64,16 @@ def test_replaced_weights_and_captured_inputs(base_of: MakeBase, family: str) ->
     runner = BlockRunner(model, EXACT)
     hidden = runner.load(0).embed(IDS)
     plain = runner.load(1)
-    with captured_input(plain, row.mlp_out) as seen:
+    with captured_inputs(plain, [row.mlp_out]) as seen:
         before = plain(IDS, hidden)
-    assert len(seen) == 1
+    (entered,) = seen.values()
     linear = plain.module.get_submodule(row.mlp_out)
     zero = {f"{row.mlp_out}.weight": torch.zeros_like(linear.weight)}
     after = runner.load(1, zero)(IDS, hidden)
     matrix = linear.weight if row.transposed else linear.weight.T
-    torch.testing.assert_close(before - after, seen[0] @ matrix, rtol=1e-4, atol=1e-4)
-    plain(IDS, hidden)
-    assert len(seen) == 1  # the hook is off
+    torch.testing.assert_close(before - after, entered @ matrix, rtol=1e-4, atol=1e-4)
+    plain(IDS, hidden + 1)
+    assert seen[row.mlp_out] is entered  # the hook is off
 
 
 def test_reduced_precision_is_near(base_of: MakeBase) -> None:

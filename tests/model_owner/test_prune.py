@@ -20,7 +20,8 @@ def test_the_smallest_numbers_of_each_emulator_matrix_are_zero(
 ) -> None:
     base = base_of(family, 5)
     plain, sparse = (
-        packed(base, tmp_path / str(ratio), parties, keep=3, prune=ratio, heal="none") for ratio in (0.0, 0.3)
+        packed(base, tmp_path / str(ratio), parties, keep=3, prune=ratio, prune_by="magnitude", heal="none")
+        for ratio in (0.0, 0.3)
     )
     row = ARCHITECTURES[plain.manifest.architecture]
     before, after = (open_checkpoint(one.folder).tensors for one in (plain, sparse))

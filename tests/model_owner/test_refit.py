@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from artifacts import packed
+from artifacts import hidden_states, packed
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import copied, open_checkpoint, read_float32, write_checkpoint
 from offsite.core.load import load_model
@@ -34,20 +34,6 @@ def text(tmp_path: Path) -> Path:
 def pack_refitted(base: Path, tmp_path: Path, text: Path, tokens: int, **settings: object) -> Path:
     options = {"keep": 3, "heal": "refit", "calibration": text, "calibration_tokens": tokens, "compute": "fp32"}
     return packed(base, tmp_path / "bundle", tiny_parties(tmp_path), **{**options, **settings}).folder
-
-
-def hidden_states(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What enters each block, and what leaves the last (before the final norm)."""
-    model = load_model(folder, dtype=torch.float32, device=CPU)
-    row = ARCHITECTURES[model.config.model_type]
-    seen: list[torch.Tensor] = []
-    blocks = model.get_submodule(row.blocks)
-    blocks[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    for block in blocks:
-        block.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
-    with torch.no_grad():
-        model(ids, use_cache=False)
-    return tuple(seen)
 
 
 def linear_kinds() -> list[str]:

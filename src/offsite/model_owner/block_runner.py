@@ -4,6 +4,7 @@ Only what trains or judges a whole emulator holds more: a stack of blocks, with 
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -245,15 +246,18 @@ class BlockRunner:
 
 
 @contextlib.contextmanager
-def captured_input(block: LoadedBlock, path: str) -> Iterator[list[Tensor]]:
-    """While the block runs, collect what enters one of its linear maps."""
-    seen: list[Tensor] = []
+def captured_inputs(block: LoadedBlock, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """While the block runs, keep what last entered some of its linear maps, by path in the module."""
+    seen: dict[str, Tensor] = {}
 
-    def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        seen.append(arguments[0])
+    def keep(path: str, _: nn.Module, arguments: tuple[Any, ...]) -> None:
+        seen[path] = arguments[0]
 
-    handle = block.module.get_submodule(path).register_forward_pre_hook(keep)
+    handles = [
+        block.module.get_submodule(path).register_forward_pre_hook(functools.partial(keep, path)) for path in paths
+    ]
     try:
         yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -47,6 +47,7 @@ from offsite.model_owner.split import (
     returnable,
     returnable_head,
     split,
+    work_of,
 )
 
 # Settings that do not change what comes out, so a resumed run may have others.
@@ -162,8 +163,9 @@ def _heal(
     out: Path,
     progress: Progress,
 ) -> Mapping[str, TensorRange]:
-    if not set(spec.heal) - {"share"} or len(set(emulator)) == len(sandwich.middle):
-        return {}  # where nothing was dropped there is no gap
+    work = work_of(sandwich.middle, spec)
+    if not (work.block_by_block or work.distills):
+        return {}
     from offsite.core.run_log import log_file
     from offsite.model_owner.compress.heal import heal
 

@@ -25,6 +25,27 @@ class Sandwich:
     top: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is computed for the emulator's weights before they are stored. Where nothing is lost, nothing is healed."""
+
+    solves: bool  # the maps that end the MLPs are solved anew
+    prunes: float  # share of every matrix that SparseGPT takes away
+    distills: bool
+
+    @property
+    def block_by_block(self) -> bool:
+        """Whether each block is changed in its turn, on what the blocks before it give."""
+        return self.solves or self.prunes > 0
+
+
+def work_of(middle: Sequence[int], spec: PackSpec) -> Work:
+    """What the settings ask for with a middle of these blocks."""
+    prunes = spec.prune if spec.prune_by == "sparsegpt" else 0.0
+    lost = spec.keep < len(middle) or prunes > 0
+    return Work("refit" in spec.heal and lost, prunes, "distill" in spec.heal and lost)
+
+
 def split(model: BaseModel, spec: PackSpec) -> Sandwich:
     """Cut a base in bottom, middle and top.
 
@@ -42,13 +63,20 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
             if len(middle) >= 1
             else "choose a smaller --bottom or --top",
         )
-    if "refit" in spec.heal and spec.keep < len(middle) and not model.row.residual_is_linear(model.config):
+    work = work_of(middle, spec)
+    if work.solves and not model.row.residual_is_linear(model.config):
         why = "its MLP is a mixture of experts" if model.row.experts else "a norm follows the MLP in its blocks"
         raise IncompatibleError(
             f"refit needs a residual that is linear in the MLP's output, which this {model.row.model_type} model "
             "does not have",
             reasons=[why],
             next_step="pack with --heal none or --heal distill",
+        )
+    if work.prunes and model.row.experts:
+        raise IncompatibleError(
+            f"SparseGPT cannot prune this {model.row.model_type} model",
+            reasons=["which expert a token goes to changes with what is pruned"],
+            next_step="pack with --prune-by magnitude",
         )
     if spec.permit_head and not model.row.head_tensors(model.config):
         raise UsageError(

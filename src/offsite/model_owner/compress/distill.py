@@ -30,7 +30,7 @@ from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner, LoadedStack
 from offsite.model_owner.compress.calibration import calibration_batches
 from offsite.model_owner.compress.middle_states import MiddleStates, middle_states
-from offsite.model_owner.split import Sandwich
+from offsite.model_owner.split import Sandwich, work_of
 
 HIDDEN_WEIGHT = 30.0  # of the hidden states' term beside the cross-entropy, as in the paper's code
 WARMUP = 0.05  # share of the steps
@@ -83,7 +83,10 @@ def distill(
     working = {name: parameter for name, parameter in sorted(stack.parameters.items()) if name.startswith(starts)}
     for parameter in working.values():
         parameter.requires_grad = True
-    run = _Distillation(stack, states, TrainedWeights(working), spec)
+    weights = TrainedWeights(working)
+    prunes = work_of(sandwich.middle, spec).prunes > 0
+    gone = {name: master == 0 for name, master in weights.masters.items() if prunes and master.dim() == 2}
+    run = _Distillation(stack, states, weights, spec, gone)
     _train(run, RunState(scratch / "distill", {}, resume=True), log, progress)
     file = scratch / "distilled.safetensors"
     file.unlink(missing_ok=True)
@@ -105,6 +108,7 @@ class _Distillation:
     states: MiddleStates
     weights: TrainedWeights
     spec: PackSpec
+    gone: Mapping[str, Tensor]  # of pruned matrices: which numbers stay zero
 
     @property
     def held_out(self) -> list[int]:
@@ -177,6 +181,10 @@ def _step(run: _Distillation, optimizer: torch.optim.Optimizer, step: int) -> di
         run.weights.collect_gradients()
         errors.append(float(error.detach()))
         nats += [] if cross is None else [float(cross.detach())]
+    for name, places in run.gone.items():
+        gradient = run.weights.masters[name].grad
+        if gradient is not None:
+            gradient.masked_fill_(places, 0)
     norm = float(nn.utils.clip_grad_norm_(run.weights.masters.values(), MAX_GRAD_NORM))
     rate = run.rate(step)
     if not math.isfinite(norm) or not all(map(math.isfinite, (*errors, *nats))):

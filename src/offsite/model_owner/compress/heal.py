@@ -9,7 +9,7 @@ from offsite.core.checkpoint import TensorRange, read_header
 from offsite.core.progress import Progress
 from offsite.core.storage import replace_file
 from offsite.model_owner.base_model import BaseModel
-from offsite.model_owner.split import Sandwich
+from offsite.model_owner.split import Sandwich, work_of
 
 
 def heal(
@@ -23,7 +23,7 @@ def heal(
 ) -> Mapping[str, TensorRange]:
     """The tensors of the emulator that healing changed, by base name, as they lie in files of `scratch`.
 
-    What an interrupted run has finished is taken from there. Where nothing was dropped there is no gap to heal.
+    What an interrupted run has finished is taken from there.
 
     Raises:
         DataError: the calibration text is unreadable or too short.
@@ -31,16 +31,14 @@ def heal(
         OffsiteError: the distillation diverged.
         KeyboardInterrupt: the user stopped it.
     """
-    if len(set(emulator)) == len(sandwich.middle):
-        return {}
+    work = work_of(sandwich.middle, spec)
     healed: Mapping[str, TensorRange] = {}
-    for step in spec.heal:
-        if step == "refit":
-            healed = _refitted(model, sandwich, emulator, spec, scratch / "refit", progress)
-        elif step == "distill":
-            from offsite.model_owner.compress.distill import distill
+    if work.block_by_block:
+        healed = _refitted(model, sandwich, emulator, spec, scratch / "refit", progress)
+    if work.distills:
+        from offsite.model_owner.compress.distill import distill
 
-            healed = distill(model, sandwich, emulator, healed, spec, scratch, log, progress)
+        healed = distill(model, sandwich, emulator, healed, spec, scratch, log, progress)
     return healed
 
 

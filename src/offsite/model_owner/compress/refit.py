@@ -21,9 +21,10 @@ from offsite.core.load import read_tensor
 from offsite.core.progress import Event, Progress
 from offsite.core.runtime import runtime
 from offsite.model_owner.base_model import BaseModel
-from offsite.model_owner.block_runner import BlockRunner, LoadedBlock, captured_input
+from offsite.model_owner.block_runner import BlockRunner, LoadedBlock, captured_inputs
 from offsite.model_owner.compress.calibration import calibration_batches
-from offsite.model_owner.split import DTYPES, Sandwich
+from offsite.model_owner.compress.sparsegpt import prune_maps, pruned_in_order
+from offsite.model_owner.split import DTYPES, Sandwich, Work, work_of
 
 RIDGES = (0.03, 0.1, 0.3, 1.0)  # times the mean of the Gram matrix's diagonal
 USUAL_RIDGE = 0.1  # where there is too little text to hold any out
@@ -40,7 +41,7 @@ def refit(
     *,
     batches: Sequence[Tensor] | None = None,
 ) -> Mapping[str, TensorRange]:
-    """Solve the output projections of the kept blocks anew.
+    """Solve the output projections of the kept blocks anew, and prune all maps on the way if SparseGPT is to.
 
     Args:
         model: the base; its blocks are loaded one at a time.
@@ -52,7 +53,7 @@ def refit(
         batches: token ids (B, T) to fit on, in place of the calibration text of `spec`.
 
     Returns:
-        The solved tensors by base name, as they lie in files of `scratch`.
+        The changed tensors by base name, as they lie in files of `scratch`.
 
     Raises:
         DataError: the calibration text is unreadable or too short.
@@ -63,7 +64,8 @@ def refit(
     if batches is None:
         batches = calibration_batches(model, spec.calibration, spec.calibration_tokens)
     batches = [ids.to(machine.device) for ids in batches]
-    stage, end = "healing by refit", sandwich.middle[-1] + 1
+    work = work_of(sandwich.middle, spec)
+    stage, end = "healing by refit" if work.solves else "pruning by SparseGPT", sandwich.middle[-1] + 1
     base = [runner.load(0).embed(ids) for ids in batches]
     for index in sandwich.bottom:
         _advance(runner.load(index), batches, base)
@@ -75,7 +77,9 @@ def refit(
             progress(Event(stage, done, end))
             _advance(runner.load(done), batches, base)
             done += 1
-        solved = _solve(runner.load(kept), row, batches, student, base)
+        pruned = prune_maps(runner.load(kept), row, batches, student, work.prunes) if work.prunes else {}
+        block = runner.load(kept, pruned)
+        solved = {**pruned, **_solve(block, row, batches, student, base, work)}
         file = scratch / f"{kept}.safetensors"
         arrays = [from_array(path, value.float().cpu().numpy(), DTYPES[spec.dtype]) for path, value in solved.items()]
         write_safetensors(file, arrays)
@@ -128,10 +132,19 @@ def _solve(
     batches: Sequence[Tensor],
     student: Sequence[Tensor],
     targets: Sequence[Tensor],
+    work: Work,
 ) -> dict[str, Tensor]:
     """New weight (and bias, where there is one) of the linear map that ends the MLP, by path in the block in files.
 
     Where a block multiplies what the map gives by a learned scale, the problem is solved behind it.
+
+    Args:
+        block: the block, its other maps as they will be shipped.
+        row: of its family.
+        batches: token ids (B, T), or pixels of pictures.
+        student: what enters the block in the emulator, (B, T, H) for each batch.
+        targets: what should leave it.
+        work: whether the map is solved anew, and which share of it is pruned then.
     """
     parameters, transposed = dict(block.module.named_parameters()), row.transposed
     path = row.modules.get(f"{row.mlp_out}.weight", f"{row.mlp_out}.weight").removesuffix(".weight")
@@ -141,21 +154,25 @@ def _solve(
     columns = inputs + (bias is not None)  # a bias is the weight of an input that is always 1
     fitted, held_out = (_Moments.zeros(columns, outputs, weight.device) for _ in range(2))
     for position, ids in enumerate(batches):
-        with captured_input(block, path) as seen:
+        with captured_inputs(block, [path]) as seen:
             after = block(ids, student[position])
         target = targets[position]
-        features = seen[0].flatten(0, -2).float()  # (B * T, F)
+        features = seen[path].flatten(0, -2).float()  # (B * T, F)
         if bias is not None:
             features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
         # a few tokens have a thousand times the others' norm; plain squares would fit those alone
         scale = target.flatten(0, -2).norm(dim=-1, keepdim=True).clamp_min(1e-6).reciprocal()  # (B * T, 1)
         moments = held_out if position in _held_out(len(batches)) else fitted
         moments.add(features, (target - after).flatten(0, -2), scale)
-    change = _best_change(fitted, held_out)  # (F, H)
+    moments = fitted.plus(held_out)
+    change = _best_change(fitted, held_out) if work.solves else torch.zeros_like(moments.cross).double()  # (F, H)
     if scale_of_map is not None:  # an output that is scaled to next to nothing stays as it is
         by = scale_of_map.double()
         change = change * torch.where(by.abs() > 1e-6 * by.abs().max(), 1 / by, 0.0)
-    solved = {f"{row.mlp_out}.weight": weight + (change[:inputs] if transposed else change[:inputs].T)}
+    matrix = (weight.T if transposed else weight) + change[:inputs].T  # (H, F)
+    if work.prunes:
+        matrix = pruned_in_order(matrix, moments.gram[:inputs, :inputs], work.prunes)
+    solved = {f"{row.mlp_out}.weight": matrix.T if transposed else matrix}
     if bias is not None:
         solved[f"{row.mlp_out}.bias"] = bias.double() + change[inputs]
     return {name: value.detach().contiguous() for name, value in solved.items()}

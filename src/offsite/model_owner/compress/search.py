@@ -27,7 +27,7 @@ from offsite.model_owner.compress.contiguous import contiguous
 from offsite.model_owner.compress.middle_states import MiddleStates, middle_states
 from offsite.model_owner.compress.refit import refit
 from offsite.model_owner.compress.uniform import uniform
-from offsite.model_owner.split import Sandwich
+from offsite.model_owner.split import Sandwich, work_of
 
 Blocks = tuple[int, ...]
 Score = Callable[[Blocks], float]
@@ -105,7 +105,7 @@ def _judge(model: BaseModel, sandwich: Sandwich, spec: PackSpec, scratch: Path, 
         model, sandwich, held_out, machine, scratch / "judged", progress, "hidden states to search with"
     )
     runner = BlockRunner(model, machine)
-    refits = "refit" in spec.heal
+    refits = work_of(sandwich.middle, spec).block_by_block
 
     @torch.no_grad()
     def score(blocks: Blocks) -> float:
