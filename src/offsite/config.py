@@ -81,6 +81,10 @@ class PackSpec(ComputeSpec):
         Literal["magnitude", "sparsegpt"],
         Field(description="which numbers: the smallest; or those that cost least, and the others make up for them"),
     ] = "sparsegpt"
+    zeros: Annotated[
+        Literal["stored", "left-out"],
+        Field(description="pruned numbers: an ordinary checkpoint has them; left out they save their bytes"),
+    ] = "stored"
     bits: Annotated[
         Literal[8, 4] | None, Field(description="bits of a weight in the emulator's linear maps; None keeps floats")
     ] = None
@@ -133,6 +137,8 @@ class PackSpec(ComputeSpec):
             raise ValueError("share and refit are two ways to fill the same gap: choose one")
         if self.bits is not None and self.svd_rank is not None:
             raise ValueError("bits and svd_rank both store a matrix in another way: choose one")
+        if self.zeros == "left-out" and (self.prune == 0 or self.bits is not None or self.svd_rank is not None):
+            raise ValueError("zeros = left-out goes with prune above 0, and not with bits or svd_rank")
         if self.drop_from is not None and self.select != "contiguous":
             raise ValueError("drop_from is a setting of select = contiguous and of no other")
         return self
@@ -141,7 +147,12 @@ class PackSpec(ComputeSpec):
     def declares(self) -> tuple[str, ...]:
         """Settings under which the bundle is no checkpoint of its family any more."""
         asked = {"bits": self.bits, "svd_rank": self.svd_rank, "mlp_width": self.mlp_width}
-        return (*(["share"] if "share" in self.heal else []), *(name for name in asked if asked[name] is not None))
+        named = [name for name in asked if asked[name] is not None]
+        return (
+            *(["share"] if "share" in self.heal else []),
+            *named,
+            *(["zeros"] if self.zeros == "left-out" else []),
+        )
 
     @property
     def resumable(self) -> bool:

@@ -31,6 +31,14 @@ DECLARED: dict[str, dict[str, Any]] = {
     "factors": {"svd_rank": 0.5, "heal": "none"},
     "narrower": {"mlp_width": 0.5, "heal": "none"},
     "share, 8 bits": {"heal": "share", "bits": 8},
+    "sparse": {"prune": 0.5, "zeros": "left-out", "heal": "refit"},
+    "sparse by magnitude, narrower": {
+        "prune": 0.3,
+        "prune_by": "magnitude",
+        "zeros": "left-out",
+        "mlp_width": 0.5,
+        "heal": "none",
+    },
 }
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 IDS = torch.arange(3, 43).reshape(2, 20)
@@ -80,6 +88,18 @@ def test_full_rank_full_width_and_8_bits_are_close_to_the_plain_model(
     errors = {bits: float((made(f"bits{bits}", bits=bits) - plain).std()) for bits in (8, 4)}
     assert 0 < errors[8] < 0.05 * spread
     assert errors[8] < errors[4] < spread
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_zeros_that_are_left_out_are_zeros_all_the_same(
+    base_of: MakeBase, tmp_path: Path, parties: Parties, family: str
+) -> None:
+    settings = {"prune": 0.5, "heal": "refit", "calibration_tokens": 512, "compute": "fp32"}
+    stored, left_out = (
+        packed(base_of(family, 4), tmp_path / zeros, parties, zeros=zeros, **settings).folder
+        for zeros in ("stored", "left-out")
+    )
+    torch.testing.assert_close(logits(left_out), logits(stored), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "gemma2", "bloom", "opt, projections, norms behind", "llama untied"])

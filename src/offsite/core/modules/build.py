@@ -10,7 +10,7 @@ from offsite.core.architectures import architecture_of
 from offsite.core.family import Architecture
 from offsite.core.mixture import experts_implementation
 from offsite.core.modules.declared import Declared
-from offsite.core.modules.linear import FactoredLinear, QuantisedLinear
+from offsite.core.modules.linear import FactoredLinear, QuantisedLinear, unpacked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +48,7 @@ def build(
     for at, place in enumerate(emulator):
         owner = declared.share[at] if declared.share else at
         weights = dict(owned.setdefault(owner, _taken(row, place, tensors)))  # one tensor in all places that share it
+        problems += _unpack(blocks[place], row, declared, weights, row.in_block(place, ""))
         _make_room(blocks[place], row, declared, weights)
         problems += _assign(blocks[place], weights, row.in_block(place, ""))
     for name in row.outer_tensors(config) & tensors.keys():
@@ -65,6 +66,23 @@ def _taken(row: Architecture, place: int, tensors: dict[str, Tensor]) -> dict[st
     """The tensors of one block, by path, taken out of all."""
     start = row.in_block(place, "")
     return {name.removeprefix(start): tensors.pop(name) for name in sorted(tensors) if name.startswith(start)}
+
+
+def _unpack(
+    block: nn.Module, row: Architecture, declared: Declared, weights: dict[str, Tensor], start: str
+) -> list[str]:
+    """Put full matrices in the place of sparse ones; masks that do not fit their numbers are listed."""
+    problems = []
+    for path in row.linears if declared.sparse is not None else ():
+        if f"{path}.mask" not in weights or f"{path}.values" not in weights:
+            continue  # which the caller reports as missing
+        mask, values = weights.pop(f"{path}.mask"), weights.pop(f"{path}.values")
+        full = unpacked(mask, values, _inputs(block.get_submodule(path), row, declared, path))
+        if full is None:
+            problems.append(f"{start}{path}.mask does not have a place for each of the {len(values)} values")
+        else:
+            weights[f"{path}.weight"] = full.T.contiguous() if row.transposed else full
+    return problems
 
 
 def _make_room(block: nn.Module, row: Architecture, declared: Declared, weights: dict[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from offsite.core.checkpoint import FLOATS
 from offsite.core.family import Architecture
 
 MODEL_TYPE = "offsite"
-FEATURES = ("share", "quantise", "svd", "mlp-width")
+FEATURES = ("share", "quantise", "svd", "mlp-width", "sparse")
 
 Shapes = Mapping[str, tuple[int, ...]]  # by path in a block
 Expected = tuple[tuple[int, ...], tuple[str, ...]]  # a tensor's shape, and the dtypes that it may have
@@ -32,13 +32,14 @@ class Declared(BaseModel):
     group: Literal[64, 128] | None = None
     svd_rank: Annotated[float, Field(gt=0, le=1)] | None = None
     mlp_width: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    sparse: Annotated[float, Field(gt=0, lt=1)] | None = None  # share of every matrix that is zero and not stored
 
     @model_validator(mode="after")
     def _consistent(self) -> "Declared":
         if (self.bits is None) != (self.group is None):
             raise ValueError("bits and group go together")
-        if self.bits is not None and self.svd_rank is not None:
-            raise ValueError("a linear map is quantised or factored, not both")
+        if sum(kind is not None for kind in (self.bits, self.svd_rank, self.sparse)) > 1:
+            raise ValueError("a linear map is quantised, factored or sparse, and never two of these")
         for place, owner in enumerate(self.share or ()):
             if not 0 <= owner <= place or (self.share or ())[owner] != owner:
                 raise ValueError(f"block {place} of the emulator shares the weights of {owner}, which holds none")
@@ -51,7 +52,7 @@ class Declared(BaseModel):
     @property
     def features(self) -> tuple[str, ...]:
         """What a reader must understand, as the manifest's `requires` lists it."""
-        kinds = (self.share, self.bits, self.svd_rank, self.mlp_width)
+        kinds = (self.share, self.bits, self.svd_rank, self.mlp_width, self.sparse)
         return tuple(name for name, kind in zip(FEATURES, kinds, strict=True) if kind is not None)
 
     def holds_weights(self, place: int) -> bool:
@@ -80,7 +81,7 @@ class Declared(BaseModel):
         """Every tensor of an emulator block that holds weights, by path, from the shapes of a block of the family."""
         plain = self.narrowed(row, shapes)
         found: dict[str, Expected] = {path: (shape, FLOATS) for path, shape in plain.items()}
-        if self.bits is None and self.svd_rank is None:
+        if self.bits is None and self.svd_rank is None and self.sparse is None:
             return found
         for path in row.linears:
             shape, _ = found.pop(f"{path}.weight")
@@ -89,6 +90,9 @@ class Declared(BaseModel):
                 stored = inputs if self.bits == 8 else -(-inputs // 2)
                 found[f"{path}.quantised"] = ((outputs, stored), ("I8" if self.bits == 8 else "U8",))
                 found[f"{path}.scales"] = ((outputs, -(-inputs // self.group)), FLOATS)
+            elif self.sparse is not None:
+                found[f"{path}.mask"] = ((outputs, -(-inputs // 8)), ("U8",))
+                found[f"{path}.values"] = ((outputs * inputs - int(self.sparse * outputs * inputs),), FLOATS)
             else:
                 rank = self.rank(inputs, outputs)
                 found[f"{path}.down"] = ((rank, inputs), FLOATS)

@@ -63,3 +63,21 @@ class FactoredLinear(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
         return F.linear(F.linear(hidden, self.down), self.up, self.bias)
+
+
+def unpacked(mask: Tensor, values: Tensor, inputs: int) -> Tensor | None:
+    """A sparse matrix in full.
+
+    Args:
+        mask: where numbers stand, uint8 (outputs, inputs / 8 rounded up), the first input in the lowest bit.
+        values: the numbers, (count,), row after row.
+        inputs: columns of the matrix.
+
+    Returns:
+        (outputs, inputs) in the dtype of the values; None where the mask has another number of places.
+    """
+    bits = mask[..., None] >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
+    places = bits.flatten(1)[:, :inputs].bool()
+    if int(places.sum()) != len(values):
+        return None
+    return torch.zeros(places.shape, dtype=values.dtype, device=values.device).masked_scatter_(places, values)

@@ -1,7 +1,7 @@
 """An emulator with modules of our own: what its config declares, and the tensors that are stored for a block.
 
-Applied to what healing gave, in this order: feed-forward width, pruning, then factors or low bits. A matrix is read,
-changed and written when its turn comes. Torch-free.
+Applied to what healing gave, in this order: feed-forward width, pruning, then factors, low bits or a mask. A matrix is
+read, changed and written when its turn comes. Torch-free.
 """
 
 import functools
@@ -18,7 +18,7 @@ from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.compress.low_rank import factors
 from offsite.model_owner.compress.mlp_width import narrowed, neurons
-from offsite.model_owner.compress.prune import sparse
+from offsite.model_owner.compress.prune import packed, sparse
 from offsite.model_owner.compress.quantise import quantised
 from offsite.model_owner.compress.share import owners
 
@@ -41,6 +41,7 @@ def declared_of(model: BaseModel, bottom: int, slots: Sequence[int], spec: PackS
         "group": spec.group if spec.bits else None,
         "svd_rank": spec.svd_rank,
         "mlp_width": max(1, round(spec.mlp_width * width)) if spec.mlp_width is not None else None,
+        "sparse": spec.prune if spec.zeros == "left-out" else None,
     }
     if all(kind is None for kind in places.values()):
         return None
@@ -105,6 +106,9 @@ def block_tensors(
             weight = matrix(path)
             down, up = factors(weight, declared.rank(weight.shape[1], weight.shape[0]))
             return [from_float32(down if kind == "down" else up, dtype).tobytes()]
+        if kind in ("mask", "values"):
+            mask, kept = packed(matrix(path), spec.prune)
+            return [mask.tobytes() if kind == "mask" else from_float32(kept, dtype).tobytes()]
         return [from_float32(values(f"{path}.{kind}"), dtype).tobytes()]
 
     expected = declared.tensors(row, {path: tensor.shape for path, tensor in tensors.items()})

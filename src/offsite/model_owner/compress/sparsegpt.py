@@ -59,7 +59,8 @@ def _inverse_factor(gram: Tensor) -> Tensor:
     system.diagonal()[dead] = 1
     system.diagonal().add_(DAMPING * system.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
 
 
 def prune_maps(
