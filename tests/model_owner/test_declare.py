@@ -14,7 +14,7 @@ from artifacts import packed
 from offsite import Base, EvalSpec, PlugInSpec, TuneSpec
 from offsite.config import PackSpec
 from offsite.core.architectures import ARCHITECTURES
-from offsite.core.checkpoint import open_checkpoint, read_float32
+from offsite.core.checkpoint import DECLARED_WEIGHTS, open_checkpoint, read_float32, read_header
 from offsite.core.load import load_model
 from offsite.data_owner.plan import plan_tune
 from offsite.errors import IncompatibleError, UsageError
@@ -102,6 +102,17 @@ def test_zeros_that_are_left_out_are_zeros_all_the_same(
     torch.testing.assert_close(logits(left_out), logits(stored), atol=0, rtol=0)
 
 
+def test_a_mask_that_does_not_fit_its_numbers_is_told(base_of: MakeBase, tmp_path: Path, parties: Parties) -> None:
+    bundle = packed(base_of("llama", 4), tmp_path / "out", parties, prune=0.5, zeros="left-out", prune_by="magnitude")
+    file = bundle.folder / DECLARED_WEIGHTS
+    content = file.read_bytes()
+    mask = next(tensor for name, tensor in read_header(file).items() if name.endswith("q_proj.mask"))
+    file.write_bytes(content[: mask.start] + bytes([content[mask.start] ^ 1]) + content[mask.start + 1 :])
+    with pytest.raises(IncompatibleError) as caught:
+        logits(bundle.folder)
+    assert caught.value.reasons[0].endswith("q_proj.mask does not have a place for each of the 512 values")
+
+
 @pytest.mark.parametrize("kind", ["gpt_neox", "gemma2", "bloom", "opt, projections, norms behind", "llama untied"])
 def test_other_families_at_full_rank_are_the_plain_model(
     base_of: MakeBase, tmp_path: Path, parties: Parties, kind: str
@@ -159,6 +170,8 @@ def test_what_is_stored_is_smaller(base_of: MakeBase, tmp_path: Path, parties: P
     assert size("int8", bits=8) == 4 * (matrices + 4 * (scales + norms))
     assert size("int4", bits=4) == 4 * (matrices // 2 + 4 * (scales + norms))
     assert size("half", mlp_width=0.5) == 4 * 4 * (matrices - 3 * hidden * inner // 2 + norms)
+    sparse = matrices // 8 + 4 * (matrices - matrices // 4)
+    assert size("sparse", prune=0.25, zeros="left-out", prune_by="magnitude") == 4 * (sparse + 4 * norms)
     factored = 2 * 8 * (hidden + hidden) + 2 * 4 * (hidden + kv) + 3 * 8 * (hidden + inner)
     assert size("svd", svd_rank=0.25) == 4 * 4 * (factored + norms)
 

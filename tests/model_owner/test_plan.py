@@ -95,6 +95,16 @@ def test_refit_by_hand(base_of: MakeBase) -> None:
     )
 
 
+def test_pruning_by_hand(base_of: MakeBase) -> None:
+    plan = plan_pack(Base(base_of("llama")), spec(keep=3, prune=0.5, calibration_tokens=4096))
+    running, pruning, *_ = (phase.name for phase in plan.phases)
+    assert term(plan, running, "hidden states, base and emulator") == 2 * 4 * 4096 * HIDDEN
+    assert term(plan, pruning, "sums of squares, at most one for each map") == 4 * 6 * HIDDEN**2
+    assert {one.name: one.bytes for one in plan.disk}["healed weights, until the bundle is written"] == (
+        3 * 2 * (BLOCK - 2 * HIDDEN)  # all but the norms
+    )
+
+
 def test_without_a_gap_no_network_runs(base_of: MakeBase) -> None:
     for settings in (spec(heal="none"), spec(keep=3, select="influence")):
         plan = plan_pack(Base(base_of("llama")), settings)

@@ -3,6 +3,7 @@
 docs/memory.md has the formulas in words; every term here carries its own.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -53,7 +54,7 @@ from offsite.model_owner.compress.share import shared
 from offsite.model_owner.intake import check_return
 from offsite.model_owner.pack import Parties, bundle_manifest, settings_files
 from offsite.model_owner.plug_in import checkpoint_of, form_of
-from offsite.model_owner.split import DTYPES, Sandwich, bundle_tensors, counts, split
+from offsite.model_owner.split import DTYPES, Sandwich, Work, bundle_tensors, counts, split, work_of
 
 _NOBODY = Parties(issuer="0" * 64, recipient="0" * 64, base="0" * 64)  # as long as anybody's key
 
@@ -113,9 +114,10 @@ def plan_pack(base: Base, spec: PackSpec) -> PackPlan:
         raise UsageError("plans are made for language models alone", next_step="leave --plan out for an image encoder")
     sandwich = split(model, spec)
     dropped = spec.keep < len(sandwich.middle)
-    refits, distills = (step in spec.heal and dropped for step in ("refit", "distill"))
+    work = work_of(sandwich.middle, spec)
     searches = spec.select == "search" and dropped
-    runs = dropped and (refits or distills or spec.select in _WORK)
+    closed = work.block_by_block or (dropped and spec.select in _WORK)
+    runs = closed or work.distills
     # which blocks the calibration text will choose is known only after the work; their sizes do not depend on it
     emulator = select(model, sandwich, _without_work(spec), Path(), silent)
     emulator = shared(sandwich.middle, emulator) if "share" in spec.heal else emulator
@@ -125,15 +127,14 @@ def plan_pack(base: Base, spec: PackSpec) -> PackPlan:
     calibration = Calibration(spec.calibration_tokens // length, length) if runs else None
     item = compute_bytes(spec.compute, spec.device)
     text = _text_bytes(spec.calibration)
-    closed = refits or (dropped and spec.select in _WORK)
-    phases = _network_phases(model, calibration, item, text, refits=refits) if calibration and closed else []
-    states = _state_tokens(spec, length, distills=distills, searches=searches)
+    phases = _network_phases(model, calibration, item, text, work) if calibration and closed else []
+    states = _state_tokens(spec, length, distills=work.distills, searches=searches)
     if states:
-        phases += _stack_phases(model, sandwich, spec, item, text, length, distills=distills, searches=searches)
+        phases += _stack_phases(model, sandwich, spec, item, text, length, distills=work.distills, searches=searches)
     libraries = torch_libraries(_tokenizer_bytes(model.folder)) if runs else (plain_libraries(),)
     cast = any(tensor.dtype in FLOATS and tensor.dtype != DTYPES[spec.dtype] for tensor in model.tensors.values())
     phases.append(Phase("writing the bundle", (*libraries, copy_buffer(_largest(model), cast=cast))))
-    scratch = _scratch(model, spec, item, states, refits=refits, distills=distills)
+    scratch = _scratch(model, spec, item, states, work)
     return PackPlan(
         architecture=model.row.model_type,
         base=_parts(model, sandwich, sandwich.middle, None),
@@ -159,13 +160,17 @@ def _state_tokens(spec: PackSpec, length: int, *, distills: bool, searches: bool
     return judging + (spec.distill_tokens // length * length if distills else 0)
 
 
-def _scratch(model: BaseModel, spec: PackSpec, item: int, states: int, *, refits: bool, distills: bool) -> list[Term]:
+def _scratch(model: BaseModel, spec: PackSpec, item: int, states: int, work: Work) -> list[Term]:
     """What lies beside the bundle until it is written."""
     hidden, numbers = _block_sizes(model).hidden, _numbers(model.block(0))
     terms = [
-        Term("healed weights, until the bundle is written", refits * _healed_bytes(model, spec), "k * F * H * d"),
+        Term(
+            "healed weights, until the bundle is written",
+            _healed_bytes(model, spec, work),
+            "k * F * H * d, pruned k * P_b * d",
+        ),
         Term("hidden states around the middle", 2 * states * hidden * item, "2 * N * H * c"),
-        Term("resume points, and the distilled weights", distills * 7 * 4 * spec.keep * numbers, "28 * k * P_b"),
+        Term("resume points, and the distilled weights", work.distills * 7 * 4 * spec.keep * numbers, "28 * k * P_b"),
     ]
     return [term for term in terms if term.bytes]
 
@@ -208,9 +213,12 @@ def _bundle_files(model: BaseModel, sandwich: Sandwich, kept: Sequence[int], spe
     return {**sizes, "offsite.json": len(render_manifest(manifest)), "offsite.json.sig": SIGNATURE_BYTES}
 
 
-def _healed_bytes(model: BaseModel, spec: PackSpec) -> int:
+def _healed_bytes(model: BaseModel, spec: PackSpec, work: Work) -> int:
     row, block = model.row, model.block(0)
-    paths = (f"{row.mlp_out}.weight", f"{row.mlp_out}.bias")
+    if not work.block_by_block:
+        return 0
+    pruned = [f"{path}.weight" for path in row.linears] if work.prunes else []
+    paths = {*pruned, f"{row.mlp_out}.weight", f"{row.mlp_out}.bias"}
     solved = part("", [block[path].shape for path in paths if path in block], ITEM_SIZE[DTYPES[spec.dtype]])
     return spec.keep * solved.bytes
 
@@ -236,19 +244,19 @@ def _text_bytes(file: Path | None) -> int:
         raise DataError(f"cannot read the calibration text {file}", reasons=[str(error)]) from None
 
 
-def _network_phases(model: BaseModel, calibration: Calibration, item: int, text: int, *, refits: bool) -> list[Phase]:
+def _network_phases(model: BaseModel, calibration: Calibration, item: int, text: int, work: Work) -> list[Phase]:
     """Running the blocks over the calibration text one at a time, and solving for their projections."""
     row = model.row
     tensors = max(map(model.block, range(model.blocks)), key=_numbers)
     sizes = _block_sizes(model)
     embeddings = part("", [model.tensors[name].shape for name in row.embedding_tensors(model.config)], 4)
-    states = 2 if refits else 1
+    states = 2 if work.block_by_block else 1
     always = (
         *torch_libraries(_tokenizer_bytes(model.folder)),
         encoding(text),
         Term("embeddings in fp32", embeddings.bytes, "4 * P_e"),
         Term(
-            "hidden states, base and emulator" if refits else "hidden states",
+            "hidden states, base and emulator" if work.block_by_block else "hidden states",
             states * 4 * calibration.tokens * sizes.hidden,
             f"{states * 4} * N * H",
         ),
@@ -256,7 +264,9 @@ def _network_phases(model: BaseModel, calibration: Calibration, item: int, text:
         Term("what reading a tensor holds", max(t.size for t in tensors.values()), "its bytes as stored"),
     )
     phases = [Phase("running the blocks", (*always, *_forward(sizes, calibration, item)))]
-    if refits:
+    if work.prunes:
+        phases.append(Phase("pruning a block's maps", (*always, *_pruning(model, sizes, calibration, item))))
+    if work.block_by_block:
         phases.append(Phase("summing up a projection's problem", (*always, *_summing(sizes, calibration, item))))
         phases.append(Phase("solving for a projection", (*always, *_solving(sizes))))
     return phases
@@ -340,6 +350,21 @@ def _summing(sizes: BlockShape, calibration: Calibration, item: int) -> list[Ter
         Term("a batch's sums", 4 * f * f, "4 * F^2"),
         Term("the projection in fp64", 8 * f * h, "8 * F * H"),
         Term("features of one batch, plain and weighted", 8 * tokens * f, "8 * n * F"),
+    ]
+
+
+def _pruning(model: BaseModel, sizes: BlockShape, calibration: Calibration, item: int) -> list[Term]:
+    """Sums of squares of what enters every map but the one that ends the MLP, and the largest of these pruned."""
+    row, block = model.row, model.block(0)
+    shapes = [block[f"{path}.weight"].shape for path in row.linears if path != row.mlp_out]
+    inputs = [shape[0] if row.transposed else shape[1] for shape in shapes]
+    widest = max(inputs)
+    return [
+        *_forward(sizes, calibration, item),
+        Term("sums of squares, at most one for each map", 4 * sum(one * one for one in inputs), "4 * sum of I^2"),
+        Term("a batch's sums", 4 * widest * widest, "4 * I^2"),
+        Term("system, factor and inverse in fp64", 3 * 8 * widest * widest, "24 * I^2"),
+        Term("a matrix, pruned, with what each number's going costs", 5 * 4 * max(map(math.prod, shapes)), "20 * P_m"),
     ]
 
 
