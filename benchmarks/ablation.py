@@ -33,10 +33,16 @@ def _without_fusing() -> None:
     tune.fuse = lambda model: 0
 
 
-def _without_short_attention() -> None:
+def _without_own_attention() -> None:
     from offsite.data_owner import tune
 
-    tune.use_short_attention = lambda model: None  # type: ignore[assignment]
+    tune.use_tiled_attention = lambda model: None  # type: ignore[assignment]
+
+
+def _without_tiles() -> None:
+    from offsite.core import attention
+
+    attention._TILE = attention._LONGEST
 
 
 def _without_kept_memory() -> None:
@@ -53,9 +59,9 @@ def _head_everywhere() -> None:
     import numpy as np
 
     from offsite.core.data import Batch
-    from offsite.data_owner import train
+    from offsite.data_owner import task
 
-    collate = train.collate
+    collate = task.collate
 
     def everywhere(examples: Any) -> Batch:
         batch = collate(examples)
@@ -67,14 +73,15 @@ def _head_everywhere() -> None:
         targets = np.concatenate([batch.targets, batch.ids.flatten()[rest]])
         return Batch(batch.ids, batch.mask, places, targets, owners)
 
-    train.collate = everywhere
+    task.collate = everywhere
 
 
 # name -> (what is done before, settings of the tuning)
 CASES: Mapping[str, tuple[Callable[[], None], Mapping[str, Any]]] = {
     "as it is": (_nothing, {}),
     "norms, activations and MLPs as the family writes them": (_without_fusing, {}),
-    "torch's own attention": (_without_short_attention, {}),
+    "torch's own attention": (_without_own_attention, {}),
+    "attention's shares kept": (_without_tiles, {}),
     "freed memory given back": (_without_kept_memory, {}),
     "compiled products of all shapes kept": (_without_bounded_kernels, {}),
     "head at every position": (_head_everywhere, {}),

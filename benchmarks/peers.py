@@ -64,7 +64,9 @@ def _model(wanted: dict[str, Any]) -> "nn.Module":
     # weights are bf16, which saves their casts; PEFT keeps the pairs in fp32.
     narrow = wanted["method"] == "lora" and wanted["bf16"] and not wanted["pad_to"]
     dtype = torch.bfloat16 if narrow else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(wanted["base"], dtype=dtype, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        wanted["base"], dtype=dtype, attn_implementation=wanted.get("attention", "sdpa"), local_files_only=True
+    )
     if wanted["method"] == "lora":
         from peft import LoraConfig, get_peft_model
 

@@ -5,10 +5,11 @@
     python -m benchmarks.tuning --predict                         counted bounds alone; nothing is measured
 
 Peers are transformers' Trainer at its best (bf16, rows padded to the longest of those at once, fused AdamW, and the
-rows at once, allocator, threads and dtype that a short calibration finds fastest), and "as the paper's code": fp32
-weights under autocast, four rows at once, all padded to the longest of the data set. Everybody sees the same rows in
-the same steps, which is checked. Every repetition is a process of its own, contestants take turns, speeds are those of
-the steps after the warm-up, and peaks are what the system counted. An interrupted run continues from the work folder.
+rows at once, allocator, threads, dtype and attention that a short calibration finds fastest), and "as the paper's
+code": fp32 weights under autocast, four rows at once, all padded to the longest of the data set. Everybody sees the
+same rows in the same steps, which is checked. Every repetition is a process of its own, contestants take turns, speeds
+are those of the steps after the warm-up, and peaks are what the system counted. An interrupted run continues from the
+work folder.
 """
 
 import argparse
@@ -32,8 +33,8 @@ from benchmarks import work as bench
 
 RESULT = Path(__file__).parent / "results" / "tuning.json"
 PREDICTED = Path(__file__).parent / "results" / "predicted.json"
-HABITS: Mapping[str, Any] = {"keep_freed": True, "wait": "PASSIVE", "bf16": True}
-_OTHERS: Mapping[str, Any] = {"keep_freed": False, "wait": "ACTIVE", "bf16": False}
+HABITS: Mapping[str, Any] = {"keep_freed": True, "wait": "PASSIVE", "bf16": True, "attention": "sdpa"}
+_OTHERS: Mapping[str, Any] = {"keep_freed": False, "wait": "ACTIVE", "bf16": False, "attention": "eager"}
 _PAPER_BATCH = 4  # of its scripts for OPT-1.3B
 _PEAK = (
     "import sys, time, torch\ntorch.set_num_threads(int(sys.argv[1]))\nbest = 0.0\n"
@@ -198,7 +199,7 @@ class Measurements:
             "base": str(self._base), "rows": str(self._rows), "method": method, "batch": settings["batch"],
             "per_step": cell.rows, "warmup": cell.warmup, "steps": steps, "seed": self.plan["seed"], "pad_to": pad_to,
             "threads": self._work.threads, "keep_freed": settings["keep_freed"], "bf16": settings["bf16"],
-            "out": str(self._work.folder / "trainer"),
+            "attention": settings["attention"], "out": str(self._work.folder / "trainer"),
         }  # fmt: skip
 
         def measure() -> dict[str, Any]:
@@ -228,7 +229,7 @@ class Measurements:
     def _habits_of(self, name: str) -> dict[str, Any]:
         """How a peer runs: the paper's way, or what its calibration found fastest."""
         if name in PADDED:
-            return {**HABITS, "keep_freed": False, "batch": min(_PAPER_BATCH, self._cell.rows)}
+            return {**HABITS, "keep_freed": False, "attention": "eager", "batch": min(_PAPER_BATCH, self._cell.rows)}
         habits = HABITS if self._quick else self._settled(name)
         if len(self._cell.batches) == 1:
             return {**habits, "batch": self._cell.batches[0]}
@@ -239,7 +240,7 @@ class Measurements:
         return {**habits, "batch": max(tried, key=lambda batch: tried[batch])}
 
     def _settled(self, method: str) -> dict[str, Any]:
-        """Kept memory, waiting threads, dtype: each is changed in the first cell, and stays so if that is faster."""
+        """Memory, threads, dtype, attention: changed one by one in the first cell; what is faster stays."""
         if self._cell != FIRST:
             return Measurements(self._work, FIRST, self._root, quick=False)._settled(method)
         habits = {**HABITS, "batch": max(FIRST.batches)}

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from offsite.core import attention
-from offsite.core.attention import use_short_attention
+from offsite.core.attention import use_tiled_attention
 from offsite.core.data import Example, collate
 from offsite.core.load import load_model
 from offsite.core.loss import label_losses, take_apart
@@ -21,18 +21,22 @@ def losses_and_gradient(model, examples):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lengths", [(12, 12), (5, 30, 17)], ids=["causal", "padded"])
-def test_it_computes_what_the_fused_one_does(tmp_path, kind, lengths, monkeypatch):
+@pytest.mark.parametrize(("lengths", "tile"), [((12, 12), None), ((5, 30, 17), 8)], ids=["at once", "padded, in tiles"])
+def test_it_computes_what_the_fused_one_does(tmp_path, kind, lengths, tile, monkeypatch):
     model = load_model(tiny_base(tmp_path / "b", blocks=2, **KINDS[kind]), dtype=torch.bfloat16, device=CPU)
     generator = np.random.default_rng(0)
     examples = [Example(i, generator.integers(0, 300, length), 1) for i, length in enumerate(lengths)]
     fused = losses_and_gradient(model, examples)
     through_interface = model._supports_attention_backend and model.config._attn_implementation == "sdpa"
     assert through_interface or KINDS[kind]["family"] in ("gemma2", "stablelm", "gptj", "bloom", "falcon")
-    use_short_attention(model)
+    use_tiled_attention(model)
     calls = []
-    additive = attention._additive
-    monkeypatch.setattr(attention, "_additive", lambda *inputs: calls.append(1) or additive(*inputs))
+    tiled = attention.causal_attention
+    at_once = attention._at_once
+    monkeypatch.setattr(attention, "_at_once", lambda *inputs: calls.append(1) or at_once(*inputs))
+    if tile:
+        monkeypatch.setattr(attention, "_TILE", tile)
+        monkeypatch.setattr(attention, "causal_attention", lambda *inputs: calls.append(1) or tiled(*inputs))
     short = losses_and_gradient(model, examples)
     assert len(calls) == (2 if through_interface else 0)  # once a block: it did run
     assert (fused[0] - short[0]).abs().max() < 0.15
@@ -45,12 +49,75 @@ def test_without_a_gradient_the_fused_one_runs(tmp_path, monkeypatch):
     ids = torch.arange(10)[None]
     with torch.no_grad():
         fused = model(ids).logits
-        use_short_attention(model)
+        use_tiled_attention(model)
         assert model.config._attn_implementation != "sdpa"
         assert torch.equal(model(ids).logits, fused)
 
 
 def test_fp32_models_stay_as_they_are(tmp_path):
     model = load_model(tiny_base(tmp_path / "b", blocks=1), dtype=torch.float32, device=CPU)
-    use_short_attention(model)
+    use_tiled_attention(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+def by_the_book(query, key, value, scale, lives=None):
+    """Shares of every query in one product, as papers write it."""
+    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+    length = query.shape[2]
+    scores = (query @ key.transpose(2, 3) * scale).masked_fill(~torch.ones(length, length).bool().tril(), -torch.inf)
+    shares = scores.softmax(-1) if lives is None else scores.softmax(-1) * lives
+    return (shares @ value).transpose(1, 2)
+
+
+def random_inputs(length, dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, heads, length, 8) for heads in (6, 2, 2)]
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_(True) for shape in shapes]
+
+
+@pytest.mark.parametrize("length", [1, 100, 128, 129, 300])
+@pytest.mark.parametrize("pieces", [2**20, 2**15], ids=["all rows at once", "few rows at once"])
+def test_tiles_are_the_whole(length, pieces, monkeypatch):
+    monkeypatch.setattr(attention, "_SHARES", pieces)
+    inputs = random_inputs(length, torch.float32)
+    expected, found = by_the_book(*inputs, 0.3), attention.causal_attention(*inputs, 0.3)
+    assert torch.allclose(expected, found, atol=1e-5)
+    above = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    for one, other in zip(
+        torch.autograd.grad(expected, inputs, above), torch.autograd.grad(found, inputs, above), strict=True
+    ):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [40, 200])
+def test_dropout_takes_the_share_that_was_asked_for_and_the_same_backwards(length):
+    query, key, value = random_inputs(length, torch.float32)
+    seeds = torch.get_rng_state()
+    found = attention.causal_attention(query, key, value, 0.3, 0.25)
+    torch.set_rng_state(seeds)
+    units = torch.eye(length).expand(2, 2, length, length)  # values that show each share
+
+    def shown(dropout):
+        torch.set_rng_state(seeds)
+        wide = [torch.nn.functional.pad(part, (0, length - 8)) for part in (query, key)]
+        return attention.causal_attention(*wide, units, 0.3, dropout).transpose(1, 2).detach()
+
+    lives = (shown(0.25) > 0).float()
+    causal = torch.ones(length, length).tril().bool()
+    assert abs(float(lives[..., causal].mean()) - 0.75) < 0.01
+    expected = by_the_book(query, key, value, 0.3, lives / 0.75)
+    assert torch.allclose(expected, found, atol=1e-4)
+    above = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    for one, other in zip(
+        torch.autograd.grad(expected, (query, key, value), above),
+        torch.autograd.grad(found, (query, key, value), above),
+        strict=True,
+    ):
+        assert torch.allclose(one, other, atol=1e-3)
+
+
+def test_rows_padded_at_the_left_are_masked():
+    at_right, at_left = torch.tensor([[1, 1, 1], [1, 1, 0]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    assert attention._mask(2, 3, 3, attention_mask=at_right) is None
+    assert attention._mask(2, 3, 3, attention_mask=at_left.bool())[1, 0].tolist()[2] == [False, True, True]
+    assert attention._mask(2, 1, 3, attention_mask=at_right.bool(), q_offset=2)[1, 0].tolist() == [[True, True, False]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offsite.config import TuneSpec
-from offsite.core.attention import use_short_attention
+from offsite.core.attention import use_tiled_attention
 from offsite.core.checkpoint import read_header
 from offsite.core.data import Example, collate
 from offsite.core.fused import fuse
@@ -35,7 +35,7 @@ def tuning_of(folder, dtype=torch.float32, first=2):
     model = load_model(folder, dtype=dtype, device=CPU)
     network = take_apart(model)
     fuse(model)
-    use_short_attention(model)
+    use_tiled_attention(model)
     blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     trained = list(blocks)[first:]
     for block in trained:

@@ -10,7 +10,7 @@ import pytest
 from artifacts import packed
 from offsite.config import TuneSpec
 from offsite.core import loss, memory
-from offsite.core.attention import _LONGEST
+from offsite.core.attention import _TILE
 from offsite.core.memory import Term
 from offsite.data_owner.plan import TunePlan, plan_tune
 from offsite.data_owner.tune import tune
@@ -139,4 +139,4 @@ def test_below_the_first_trained_block_nothing_is_kept(
 
 def test_the_sizes_are_those_of_the_code() -> None:
     assert loss.CHUNK_ELEMENTS is memory.CHUNK_ELEMENTS
-    assert memory.SHORT_ATTENTION == _LONGEST
+    assert memory.SHORT_ATTENTION == _TILE

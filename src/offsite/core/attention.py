@@ -1,10 +1,12 @@
-"""Attention that is fast to train on a processor: plain matrix products where sequences are short.
+"""Attention that is fast to train on a processor, and of long rows keeps nothing that grows with the square of T.
 
-torch's fused attention on processors is slow backwards in bf16: at 200 tokens, 9 heads and 3 key-value heads, forward
-and backward take 32 ms there and 12 ms here (one core with AMX, 1,600 tokens). It wins from about 500 tokens on, and
-whenever no gradient is wanted; then it runs. Registered through transformers' own interface, nothing is patched.
+torch's fused attention on processors is slow backwards in bf16 for short rows, and has no dropout: with it, every share
+goes through fp32 in memory. Here queries run a tile at a time, up to the last key that they may see; shares stay in
+the processor's cache and are made again in the backward pass (Dao et al., arXiv 2205.14135, section 3). Registered
+through transformers' own interface, nothing is patched.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,22 +16,53 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_NAME = "offsite_short"
-_LONGEST = 448  # tokens; above, the fused one is as fast and needs less memory
+_NAME = "offsite_tiled"
+_LONGEST = 448  # tokens; above, and without dropout, the fused one is as fast
+_TILE = 128  # queries of each head that run at once; of longer rows nothing that grows with T * T is kept
+_SHARES = 2**20  # of them at once: 2 MiB in bf16
+_LEVELS = 2**16  # random numbers that dropout compares: 16 bits each, for bernoulli_ takes eight times as long
+
+# some rows, a tile of their queries, the keys that it sees, its shares, and which of them dropout lets live
+_Piece = tuple[slice, slice, slice, torch.Tensor, torch.Tensor | None]
 
 
-def use_short_attention(model: "PreTrainedModel") -> None:
+def use_tiled_attention(model: "PreTrainedModel") -> None:
     """Let a bf16 model on a processor train with the attention of this file; others stay as they are."""
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface
 
     if model.config._attn_implementation != "sdpa" or model.device.type != "cpu" or model.dtype != torch.bfloat16:
         return
     if not getattr(model, "_supports_attention_backend", False):
         return  # its own code branches on the name: Falcon would take another attention under this one's mask
     AttentionInterface.register(_NAME, _attend)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    AttentionMaskInterface.register(_NAME, _mask)
     model.set_attn_implementation(_NAME)
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *positional: Any,
+    attention_mask: torch.Tensor | None = None,  # (B, T), 1 where a token is
+    **named: Any,
+) -> torch.Tensor | None:
+    """None where the causal rule says it all, as it does for rows padded at the right; else what SDPA would get.
+
+    What stands after a row's last token is seen by no token of it; what comes out there is read by nobody.
+    """
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    causal = named.get("mask_function", causal_mask_function) is causal_mask_function
+    if causal and not positional and q_length == kv_length and named.get("allow_is_causal_skip", True):
+        at_right = attention_mask is None or bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+        if at_right and not named.get("q_offset") and not named.get("kv_offset"):
+            return None
+    mask: torch.Tensor | None = sdpa_mask(
+        batch_size, q_length, kv_length, *positional, attention_mask=attention_mask, **named
+    )
+    return mask
 
 
 def _attend(
@@ -46,31 +79,46 @@ def _attend(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     length = query.shape[2]
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
     ours = (
         torch.is_grad_enabled()
         and query.requires_grad
-        and key.shape[2] == length <= _LONGEST
-        and (causal if attention_mask is None else attention_mask.shape[1] == 1)
+        and key.shape[2] == length
         and all(kwargs.get(name) is None for name in ("softcap", "position_bias", "cache", "s_aux"))
     )
-    if not ours:
-        attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **kwargs
-        )
-        return attended
-    batch, heads, _, width = query.shape
+    if ours and attention_mask is None:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        if causal and length > _TILE and (length <= _LONGEST or dropout) and value.shape[3] == query.shape[3]:
+            return causal_attention(query, key, value, scale, dropout), None
+        ours = causal and length <= _TILE
+    if ours and length <= _LONGEST and (attention_mask is None or attention_mask.shape[1] == 1):
+        return _at_once(query, key, value, attention_mask, scale, dropout), None
+    attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+    return attended
+
+
+def _at_once(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    dropout: float,
+) -> torch.Tensor:
+    """Plain products, (B, T, heads, D): of few shares, making them again costs more than keeping them."""
+    batch, heads, length, width = query.shape
     groups = key.shape[1]
-    scale = width**-0.5 if scaling is None else scaling
     # heads that share a key-value head are rows of one product: nothing is repeated
     rows = (query * scale).reshape(batch, groups, heads // groups * length, width)
     scores = rows @ key.transpose(2, 3)  # (B, G, heads/G * T, T)
-    scores.view(batch, heads, length, length).add_(_additive(attention_mask, scores))
+    scores.view(batch, heads, length, length).add_(_additive(mask, scores))
     shares = F.softmax(scores, dim=-1)  # computed in fp32, stored in bf16
     if dropout:
         shares = F.dropout(shares, dropout, training=True)
-    output = (shares @ value).view(batch, heads, length, width)
-    return output.transpose(1, 2).contiguous(), None
+    output = (shares @ value).view(batch, heads, length, value.shape[3])
+    return output.transpose(1, 2).contiguous()
 
 
 def _additive(mask: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
@@ -82,3 +130,108 @@ def _additive(mask: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
         return mask
     lowest = torch.finfo(scores.dtype).min
     return torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_fill_(~mask, lowest)
+
+
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, dropout: float = 0.0
+) -> torch.Tensor:
+    """Causal attention in which every share is made twice and never kept.
+
+    Args:
+        query: (B, heads, T, D).
+        key: (B, key-value heads, T, D), of which each serves as many heads.
+        value: as `key`.
+        scale: of the scores.
+        dropout: probability, to a 65,536th, that a share is zero.
+
+    Returns:
+        (B, T, heads, D).
+    """
+    seed = int(torch.randint(2**62, ())) if dropout else None
+    attended: torch.Tensor = _Causal.apply(query, key, value, scale, round(dropout * _LEVELS), seed)  # type: ignore[no-untyped-call]
+    return attended
+
+
+class _Causal(torch.autograd.Function):
+    """Heads that share keys are rows of one product: nothing is repeated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        dropped: int,
+        seed: int | None,
+    ) -> torch.Tensor:
+        batch, heads, length, width = query.shape
+        groups = key.shape[1]
+        each = heads // groups
+        queries = (query * scale).view(batch, groups, each, length, width).transpose(2, 3)
+        queries = queries.reshape(batch * groups, length * each, width)  # (B G, T R, D)
+        keys, values = (kept.reshape(batch * groups, length, width) for kept in (key, value))  # (B G, T, D)
+        output = torch.empty_like(queries)
+        for rows, tile, seen, shares, lives in _pieces(queries, keys, dropped, seed):
+            output[rows, tile] = (shares if lives is None else shares * lives) @ values[rows, seen]
+        ctx.save_for_backward(queries, keys, values)
+        ctx.of = scale, dropped, seed, (batch, groups, each, length, width)
+        if dropped:
+            output.mul_(_LEVELS / (_LEVELS - dropped))
+        together = output.view(batch, groups, length, each, width).transpose(1, 2)
+        return together.reshape(batch, length, heads, width)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        queries, keys, values = ctx.saved_tensors
+        scale, dropped, seed, (batch, groups, each, length, width) = ctx.of
+        above = gradients[0].reshape(batch, length, groups, each, width).transpose(1, 2)
+        above = above.reshape(queries.shape)  # (B G, T R, D)
+        if dropped:
+            above = above * (_LEVELS / (_LEVELS - dropped))
+        of_queries = torch.empty_like(queries)
+        of_keys, of_values = (torch.zeros_like(keys, dtype=torch.float32) for _ in range(2))  # sums over tiles
+        for rows, tile, seen, shares, lives in _pieces(queries, keys, dropped, seed):
+            come = above[rows, tile]
+            of_values[rows, seen] += ((shares if lives is None else shares * lives).transpose(1, 2) @ come).float()
+            of_shares = come @ values[rows, seen].transpose(1, 2)
+            if lives is not None:
+                of_shares *= lives
+            of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+            of_queries[rows, tile] = of_scores @ keys[rows, seen]
+            of_keys[rows, seen] += (of_scores.transpose(1, 2) @ queries[rows, tile]).float()
+        of_query = of_queries.mul_(scale).view(batch, groups, length, each, width).transpose(2, 3)
+        of_pairs = (
+            part.to(keys.dtype).view(batch, groups, length, width) for part in (of_keys, of_values)
+        )  # queries were scaled when they met the keys
+        return of_query.reshape(batch, groups * each, length, width), *of_pairs, None, None, None
+
+
+def _pieces(
+    queries: torch.Tensor,  # (B G, T R, D), scaled
+    keys: torch.Tensor,  # (B G, T, D)
+    dropped: int,
+    seed: int | None,
+) -> Iterator[_Piece]:
+    """Every piece of the attention; the same arguments give the same, dropout included."""
+    length = keys.shape[1]
+    each = queries.shape[1] // length
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    tile = min(_TILE, length)
+    future = queries.new_full((tile, tile), torch.finfo(queries.dtype).min).triu_(1).repeat_interleave(each, 0)
+    for begin in range(0, length, tile):
+        end = min(length, begin + tile)
+        here = slice(begin * each, end * each)
+        many = max(1, _SHARES // ((end - begin) * each * end))
+        for first in range(0, len(queries), many):
+            rows = slice(first, first + many)
+            scores = queries[rows, here] @ keys[rows, :end].transpose(1, 2)  # (P, tile R, end)
+            scores[..., begin:] += future[: (end - begin) * each, : end - begin]
+            shares = scores.softmax(-1)  # computed in fp32, stored in bf16
+            yield rows, here, slice(end), shares, None if generator is None else _lives(shares, dropped, generator)
+
+
+def _lives(shares: torch.Tensor, dropped: int, generator: torch.Generator) -> torch.Tensor:
+    """Of which shares dropout makes no zeros, as booleans: all but `dropped` of 65,536."""
+    words = torch.empty(-(-shares.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    return (words.view(torch.int16)[: shares.numel()] >= dropped - _LEVELS // 2).view(shares.shape)

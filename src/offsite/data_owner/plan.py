@@ -264,7 +264,7 @@ def _activations(sizes: _Sizes) -> list[Term]:
         Term(
             "attention of the blocks",
             sizes.through * sizes.tokens * attention,
-            "m * n * c * max(heads * min(T, 448), T)",
+            "m * n * c * max(heads * min(T, 128), T)",
         ),
     ]
     inputs = sizes.training * sizes.tokens * block.trained(item, sizes.method, sizes.width)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from offsite.config import TuneSpec
 from offsite.core.architectures import ARCHITECTURES
-from offsite.core.attention import use_short_attention
+from offsite.core.attention import use_tiled_attention
 from offsite.core.data import Example, encode
 from offsite.core.fused import fuse
 from offsite.core.load import context_length, load_model, load_tokenizer
@@ -161,7 +161,7 @@ def _prepare(
     model = load_model(bundle.folder, dtype=where.dtype, device=where.device)
     network = take_apart(model)
     fuse(model)
-    use_short_attention(model)
+    use_tiled_attention(model)
     attached = METHODS[spec.method](model, bundle.manifest, spec)
     weights = TrainedWeights(attached | attach_head(model, bundle.manifest, spec))
     return _tuning(bundle, spec, model, weights, TextTask(network, examples, held_out))

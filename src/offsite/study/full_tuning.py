@@ -11,7 +11,7 @@ from torch import nn
 
 from offsite.config import TuneSpec
 from offsite.core.architectures import Architecture
-from offsite.core.attention import use_short_attention
+from offsite.core.attention import use_tiled_attention
 from offsite.core.checkpoint import from_array, write_checkpoint
 from offsite.core.data import Example, encode
 from offsite.core.fused import fuse
@@ -114,7 +114,7 @@ def _prepare(
 ) -> Tuning:
     network = take_apart(model)
     fuse(model)
-    use_short_attention(model)
+    use_tiled_attention(model)
     model.requires_grad_(True)
     trained = dict(model.named_parameters())  # a tied head is the embedding, and is there once
     matrices = {*(name for name, sizes in row.embeddings.items() if " " in sizes), row.head}  # and no norm among them
