@@ -4,7 +4,7 @@ Defaults were chosen by measurement on SmolLM2-135M-Instruct; docs/decisions/ sa
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -15,6 +15,7 @@ from offsite.errors import UsageError
 Method = Literal["lora", "full", "bitfit", "bottleneck"]
 Dtype = Literal["bf16", "fp32"]
 Healing = Literal["share", "refit", "distill"]
+USUAL_PRUNE = 0.5  # of an emulator that drops no block
 
 
 class Spec(BaseModel):
@@ -62,7 +63,10 @@ class PackSpec(ComputeSpec):
 
     bottom: Annotated[int, Field(ge=0, description="first blocks that the data owner trains")] = 2
     top: Annotated[int, Field(ge=0, description="last blocks that the data owner trains")] = 2
-    keep: Annotated[int, Field(ge=1, description="blocks of the middle that the emulator keeps")] = 8
+    keep: Annotated[
+        int | None,
+        Field(ge=1, description="blocks of the middle that the emulator keeps; None: all, each pruned to half"),
+    ] = None
     select: Annotated[
         Literal["uniform", "influence", "cluster", "contiguous", "search", "random"],
         Field(description="which blocks of the middle stay"),
@@ -76,7 +80,14 @@ class PackSpec(ComputeSpec):
         BeforeValidator(_chain),
         Field(description="how the emulator makes up for dropped blocks: none, or steps joined by commas"),
     ] = ("refit",)
-    prune: Annotated[float, Field(ge=0, lt=1, description="share of each emulator matrix set to zero")] = 0.0
+    prune: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            lt=1,
+            description="share of each emulator matrix set to zero; None: 0.5 if nothing else compresses, else 0",
+        ),
+    ] = None
     prune_by: Annotated[
         Literal["magnitude", "sparsegpt"],
         Field(description="which numbers: the smallest; or those that cost least, and the others make up for them"),
@@ -137,8 +148,11 @@ class PackSpec(ComputeSpec):
             raise ValueError("share and refit are two ways to fill the same gap: choose one")
         if self.bits is not None and self.svd_rank is not None:
             raise ValueError("bits and svd_rank both store a matrix in another way: choose one")
-        if self.zeros == "left-out" and (self.prune == 0 or self.bits is not None or self.svd_rank is not None):
+        if self.zeros == "left-out" and (self.pruned == 0 or self.bits is not None or self.svd_rank is not None):
             raise ValueError("zeros = left-out goes with prune above 0, and not with bits or svd_rank")
+        if self.keep is None and (self.select != "uniform" or "share" in self.heal):
+            what = "heal = share" if "share" in self.heal else f"select = {self.select}"
+            raise ValueError(f"{what} is about blocks that are dropped: say with keep how many stay")
         if self.drop_from is not None and self.select != "contiguous":
             raise ValueError("drop_from is a setting of select = contiguous and of no other")
         return self
@@ -153,6 +167,18 @@ class PackSpec(ComputeSpec):
             *named,
             *(["zeros"] if self.zeros == "left-out" else []),
         )
+
+    @property
+    def pruned(self) -> float:
+        """The share of each emulator matrix that becomes zero."""
+        if self.prune is not None:
+            return self.prune
+        otherwise = (self.keep, self.bits, self.svd_rank, self.mlp_width)
+        return USUAL_PRUNE if all(setting is None for setting in otherwise) else 0.0
+
+    def kept(self, middle: Sequence[int]) -> int:
+        """How many blocks of a middle the emulator keeps."""
+        return len(middle) if self.keep is None else self.keep
 
     @property
     def resumable(self) -> bool:

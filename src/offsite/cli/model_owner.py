@@ -61,6 +61,8 @@ def pack(
     distill_lr: Annotated[float | None, flags.SETTING] = None,
     distill_ce: Annotated[float | None, flags.SETTING] = None,
     prune: Annotated[float | None, flags.SETTING] = None,
+    prune_by: Annotated[str | None, flags.SETTING] = None,
+    zeros: Annotated[str | None, flags.SETTING] = None,
     bits: Annotated[int | None, flags.SETTING] = None,
     group: Annotated[int | None, flags.SETTING] = None,
     svd_rank: Annotated[float | None, flags.SETTING] = None,
@@ -76,11 +78,13 @@ def pack(
 ) -> None:
     """Make a signed bundle for one data owner: the blocks to train, and an emulator in place of the rest.
 
-    The bundle is an ordinary Hugging Face checkpoint of a smaller model, unless the emulator shares, quantises, factors
-    or narrows its blocks. What was issued stands in the home's ledger.
+    The emulator is the middle of the model with half of its numbers pruned, for the best plug-in; or with --keep a few
+    of its blocks, for the fastest tuning. The bundle is an ordinary Hugging Face checkpoint, unless the emulator shares,
+    quantises, factors or narrows its blocks or leaves zeros out. What was issued stands in the home's ledger.
 
     Example:
-      offsite pack base/ --out bundle/ --for hospital --bottom 2 --top 2 --keep 8 --heal refit,distill
+      offsite pack base/ --out bundle/ --for hospital --bottom 4 --top 6
+      offsite pack base/ --out bundle/ --for hospital --keep 8 --heal refit,distill
     """
     from offsite.config import PackSpec
 
@@ -101,6 +105,8 @@ def pack(
             "distill_lr": distill_lr,
             "distill_ce": distill_ce,
             "prune": prune,
+            "prune_by": prune_by,
+            "zeros": zeros,
             "bits": bits,
             "group": group,
             "svd_rank": svd_rank,

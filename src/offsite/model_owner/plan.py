@@ -113,7 +113,8 @@ def plan_pack(base: Base, spec: PackSpec) -> PackPlan:
     if model.row.vision is not None:
         raise UsageError("plans are made for language models alone", next_step="leave --plan out for an image encoder")
     sandwich = split(model, spec)
-    dropped = spec.keep < len(sandwich.middle)
+    keep = spec.kept(sandwich.middle)
+    dropped = keep < len(sandwich.middle)
     work = work_of(sandwich.middle, spec)
     searches = spec.select == "search" and dropped
     closed = work.block_by_block or (dropped and spec.select in _WORK)
@@ -134,7 +135,7 @@ def plan_pack(base: Base, spec: PackSpec) -> PackPlan:
     libraries = torch_libraries(_tokenizer_bytes(model.folder)) if runs else (plain_libraries(),)
     cast = any(tensor.dtype in FLOATS and tensor.dtype != DTYPES[spec.dtype] for tensor in model.tensors.values())
     phases.append(Phase("writing the bundle", (*libraries, copy_buffer(_largest(model), cast=cast))))
-    scratch = _scratch(model, spec, item, states, work)
+    scratch = _scratch(model, spec, keep, item, states, work)
     return PackPlan(
         architecture=model.row.model_type,
         base=_parts(model, sandwich, sandwich.middle, None),
@@ -160,17 +161,17 @@ def _state_tokens(spec: PackSpec, length: int, *, distills: bool, searches: bool
     return judging + (spec.distill_tokens // length * length if distills else 0)
 
 
-def _scratch(model: BaseModel, spec: PackSpec, item: int, states: int, work: Work) -> list[Term]:
+def _scratch(model: BaseModel, spec: PackSpec, keep: int, item: int, states: int, work: Work) -> list[Term]:
     """What lies beside the bundle until it is written."""
     hidden, numbers = _block_sizes(model).hidden, _numbers(model.block(0))
     terms = [
         Term(
             "healed weights, until the bundle is written",
-            _healed_bytes(model, spec, work),
+            _healed_bytes(model, spec, keep, work),
             "k * F * H * d, pruned k * P_b * d",
         ),
         Term("hidden states around the middle", 2 * states * hidden * item, "2 * N * H * c"),
-        Term("resume points, and the distilled weights", work.distills * 7 * 4 * spec.keep * numbers, "28 * k * P_b"),
+        Term("resume points, and the distilled weights", work.distills * 7 * 4 * keep * numbers, "28 * k * P_b"),
     ]
     return [term for term in terms if term.bytes]
 
@@ -213,14 +214,14 @@ def _bundle_files(model: BaseModel, sandwich: Sandwich, kept: Sequence[int], spe
     return {**sizes, "offsite.json": len(render_manifest(manifest)), "offsite.json.sig": SIGNATURE_BYTES}
 
 
-def _healed_bytes(model: BaseModel, spec: PackSpec, work: Work) -> int:
+def _healed_bytes(model: BaseModel, spec: PackSpec, keep: int, work: Work) -> int:
     row, block = model.row, model.block(0)
     if not work.block_by_block:
         return 0
     pruned = [f"{path}.weight" for path in row.linears] if work.prunes else []
     paths = {*pruned, f"{row.mlp_out}.weight", f"{row.mlp_out}.bias"}
     solved = part("", [block[path].shape for path in paths if path in block], ITEM_SIZE[DTYPES[spec.dtype]])
-    return spec.keep * solved.bytes
+    return keep * solved.bytes
 
 
 def _largest(model: BaseModel) -> int:
@@ -289,8 +290,9 @@ def _stack_phases(
     searches: bool,
 ) -> list[Phase]:
     """Running a whole emulator from hidden states on the disk: to train it, or to judge it."""
+    keep = spec.kept(sandwich.middle)
     sizes, row = _block_sizes(model), model.row
-    stack, top = spec.keep * sizes.parameters, len(sandwich.top) * sizes.parameters
+    stack, top = keep * sizes.parameters, len(sandwich.top) * sizes.parameters
     outer = part("", [model.tensors[name].shape for name in row.outer_tensors(model.config)], item).bytes
     batch = CALIBRATION_BATCH * length
     groups = min(GROUP_TOKENS, max(spec.distill_tokens, 1))
@@ -321,7 +323,7 @@ def _stack_phases(
             end,
             Term(
                 "activations of one batch, kept for the gradient",
-                2 * (spec.keep + (len(sandwich.top) if whole else 0)) * batch * sizes.forward(item),
+                2 * (keep + (len(sandwich.top) if whole else 0)) * batch * sizes.forward(item),
                 "2 * k * n * (c * (Q + A + F) + 8 * H)",
             ),
             *((logits,) if whole else ()),

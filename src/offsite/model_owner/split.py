@@ -41,8 +41,8 @@ class Work:
 
 def work_of(middle: Sequence[int], spec: PackSpec) -> Work:
     """What the settings ask for with a middle of these blocks."""
-    prunes = spec.prune if spec.prune_by == "sparsegpt" else 0.0
-    lost = spec.keep < len(middle) or prunes > 0
+    prunes = spec.pruned if spec.prune_by == "sparsegpt" else 0.0
+    lost = spec.kept(middle) < len(middle) or prunes > 0
     return Work("refit" in spec.heal and lost, prunes, "distill" in spec.heal and lost)
 
 
@@ -55,9 +55,9 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
         IncompatibleError: the gap is to be healed in a way that the family does not permit.
     """
     middle = range(spec.bottom, model.blocks - spec.top)
-    if not 1 <= spec.keep <= len(middle):
+    if not 1 <= spec.kept(middle) <= len(middle):
         raise UsageError(
-            f"cannot keep {spec.keep} blocks of a middle of {max(0, len(middle))}",
+            f"cannot keep {spec.kept(middle) or 'any'} blocks of a middle of {len(middle)}",
             reasons=[f"the base has {model.blocks} blocks, {spec.bottom} are bottom and {spec.top} are top"],
             next_step=f"choose --keep between 1 and {len(middle)}"
             if len(middle) >= 1
@@ -91,7 +91,7 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
     if model.row.vision is not None:
         _require_for_images(spec)
     if spec.select == "contiguous":
-        contiguous(middle, spec.keep, spec.drop_from)  # refuses a piece that does not lie in the middle
+        contiguous(middle, spec.kept(middle), spec.drop_from)  # refuses a piece that does not lie in the middle
     require_declarable(model, spec)
     return Sandwich(tuple(range(spec.bottom)), tuple(middle), tuple(range(model.blocks - spec.top, model.blocks)))
 
@@ -149,8 +149,8 @@ def bundle_tensors(
             stored = [copied(tensor, name=path, dtype=dtype) for path, tensor in held.items()]
         elif declared is None:
             stored = [
-                pruned(tensor, name=path, dtype=dtype, ratio=spec.prune)
-                if spec.prune and len(tensor.shape) == 2
+                pruned(tensor, name=path, dtype=dtype, ratio=spec.pruned)
+                if spec.pruned and len(tensor.shape) == 2
                 else copied(tensor, name=path, dtype=dtype)
                 for path, tensor in held.items()
             ]
@@ -186,7 +186,7 @@ def counts(sandwich: Sandwich, spec: PackSpec) -> Split:
 
 def emulator_blocks(sandwich: Sandwich, spec: PackSpec) -> int:
     """Blocks that the emulator runs: those that are kept, or with sharing one in every place of the middle."""
-    return len(sandwich.middle) if "share" in spec.heal else spec.keep
+    return len(sandwich.middle) if "share" in spec.heal else spec.kept(sandwich.middle)
 
 
 def returnable(model: BaseModel, kept: Sequence[int], numbers: Split, dtype: str) -> dict[str, TensorEntry]:

@@ -15,7 +15,7 @@ from offsite.exchange.artifacts import Base
 from offsite.exchange.home import Home
 from offsite.model_owner.base_model import BaseModel, open_base
 from offsite.model_owner.plan import plan_pack
-from offsite.model_owner.split import permitted_methods, split
+from offsite.model_owner.split import permitted_methods, split, work_of
 from offsite.study.chain import OWNER, TUNER
 from offsite.study.command import run_command
 from offsite.study.picture_data import stage_pictures
@@ -121,8 +121,9 @@ def _require_pictures(model: BaseModel, spec: PackSpec) -> None:
     Raises:
         UsageError: the blocks are chosen or healed by pictures of the owner's own, and the recipe names none.
     """
-    looks = bool(spec.heal) or spec.select not in ("uniform", "contiguous", "random")
-    if looks and spec.keep < len(split(model, spec).middle) and spec.calibration is None:
+    middle = split(model, spec).middle
+    chooses = spec.kept(middle) < len(middle) and spec.select not in ("uniform", "contiguous", "random")
+    if (work_of(middle, spec).block_by_block or chooses) and spec.calibration is None:
         raise UsageError(
             "no calibration pictures ship with this package",
             next_step='name a folder of the model owner\'s own pictures, calibration = "..."; or say '

@@ -24,7 +24,7 @@ def cluster(model: BaseModel, middle: Sequence[int], spec: PackSpec, progress: P
     """The centres of as many clusters as blocks are to be kept, by base index."""
     pooled = _pooled_outputs(model, middle, spec, progress)
     alike = [[linear_cka(one, other) for other in pooled] for one in pooled]
-    return tuple(middle[place] for place in centres(alike, spec.keep))
+    return tuple(middle[place] for place in centres(alike, spec.kept(middle)))
 
 
 def linear_cka(left: Tensor, right: Tensor) -> float:

@@ -41,7 +41,7 @@ def declared_of(model: BaseModel, bottom: int, slots: Sequence[int], spec: PackS
         "group": spec.group if spec.bits else None,
         "svd_rank": spec.svd_rank,
         "mlp_width": max(1, round(spec.mlp_width * width)) if spec.mlp_width is not None else None,
-        "sparse": spec.prune if spec.zeros == "left-out" else None,
+        "sparse": spec.pruned if spec.zeros == "left-out" else None,
     }
     if all(kind is None for kind in places.values()):
         return None
@@ -92,7 +92,7 @@ def block_tensors(
         found = read_float32(tensors[path])
         if declared.mlp_width is not None:
             found = narrowed(row, path, found, stay())
-        return sparse(found, spec.prune) if spec.prune and found.ndim == 2 else found
+        return sparse(found, spec.pruned) if spec.pruned and found.ndim == 2 else found
 
     def matrix(path: str) -> Array:  # (outputs, inputs)
         found = values(f"{path}.weight")
@@ -107,7 +107,7 @@ def block_tensors(
             down, up = factors(weight, declared.rank(weight.shape[1], weight.shape[0]))
             return [from_float32(down if kind == "down" else up, dtype).tobytes()]
         if kind in ("mask", "values"):
-            mask, kept = packed(matrix(path), spec.prune)
+            mask, kept = packed(matrix(path), spec.pruned)
             return [mask.tobytes() if kind == "mask" else from_float32(kept, dtype).tobytes()]
         return [from_float32(values(f"{path}.{kind}"), dtype).tobytes()]
 

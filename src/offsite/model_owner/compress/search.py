@@ -49,7 +49,7 @@ def search(model: BaseModel, sandwich: Sandwich, spec: PackSpec, scratch: Path, 
         progress(Event("searching for blocks", len(tried), None, {"loss": tried[-1], "best": min(tried)}))
         return tried[-1]
 
-    start = min(starts(sandwich.middle, spec.keep), key=judged)
+    start = min(starts(sandwich.middle, spec.kept(sandwich.middle)), key=judged)
     return improve(start, sandwich.middle, judged, spec.seed, lambda: time.monotonic() < deadline)
 
 

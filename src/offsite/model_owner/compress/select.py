@@ -13,15 +13,15 @@ from offsite.model_owner.split import Sandwich
 
 def select(model: BaseModel, sandwich: Sandwich, spec: PackSpec, scratch: Path, progress: Progress) -> tuple[int, ...]:
     """The base indices of the kept blocks, in order; `scratch` is where a search remembers what it tried."""
-    middle = sandwich.middle
-    if spec.keep == len(middle):
+    middle, keep = sandwich.middle, spec.kept(sandwich.middle)
+    if keep == len(middle):
         return middle
     if spec.select == "uniform":
-        return uniform(middle, spec.keep)
+        return uniform(middle, keep)
     if spec.select == "random":
-        return tuple(sorted(random.Random(spec.seed).sample(middle, spec.keep)))  # noqa: S311  no secret
+        return tuple(sorted(random.Random(spec.seed).sample(middle, keep)))  # noqa: S311  no secret
     if spec.select == "contiguous":
-        return contiguous(middle, spec.keep, spec.drop_from)
+        return contiguous(middle, keep, spec.drop_from)
     if spec.select == "cluster":
         from offsite.model_owner.compress.cluster import cluster
 
@@ -32,7 +32,7 @@ def select(model: BaseModel, sandwich: Sandwich, spec: PackSpec, scratch: Path, 
         return search(model, sandwich, spec, scratch, progress)
     from offsite.model_owner.compress.influence import block_influence
 
-    return most_influential(block_influence(model, middle, spec, progress), spec.keep)
+    return most_influential(block_influence(model, middle, spec, progress), keep)
 
 
 def most_influential(scores: dict[int, float], keep: int) -> tuple[int, ...]:
