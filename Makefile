@@ -7,10 +7,10 @@ BENCH := offsite-bench
 DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench bench-long bench-race bench-pieces format docs clean
+.PHONY: help install demo test bench bench-long bench-race bench-pieces bench-images bench-images-long format docs clean
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## make .venv with the pinned dependencies
 
@@ -40,6 +40,14 @@ bench-race: $(STAMP) ## time to a held-out loss, emulators of several sizes agai
 
 bench-pieces: $(STAMP) ## what each piece of the tuning's speed and memory is worth; writes as bench-long does
 	$(BIN)/python -m benchmarks.ablation --data-root $(DATA) --work $(BENCH)
+	$(BIN)/python -m benchmarks.render
+
+bench-images: $(STAMP) ## speed and memory of tuning on pictures against peers, short form: ViT-S/14's shape
+	$(BIN)/python -m benchmarks.images --cells vit-s-14 --quick --repetitions 3 --work $(BENCH) \
+	  --contestants full lora "offsite lora, 0-4-4" --result $(BENCH)/images-short.json
+
+bench-images-long: $(STAMP) ## both encoders and every contestant; writes benchmarks/results and docs/performance.md
+	$(BIN)/python -m benchmarks.images --work $(BENCH)
 	$(BIN)/python -m benchmarks.render
 
 format: $(STAMP) ## format the code and mend what the linter can

@@ -14,7 +14,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +40,12 @@ def main() -> None:
         _keep_freed_memory()
     rows, model = _rows(wanted), _model(wanted)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    clock = _clock(Path(wanted["out"]), wanted.get("save", ()))
+    clock = clock_of(lambda batch: int(batch["attention_mask"].sum()), Path(wanted["out"]), wanted.get("save", ()))
     # Where the model itself is called, since the loader fetches a batch ahead.
     model.register_forward_pre_hook(clock.count, with_kwargs=True)
     trainer = Trainer(
         model=model,
-        args=_arguments(wanted),
+        args=arguments_of(wanted),
         train_dataset=rows,
         data_collator=lambda examples: _collated(examples, wanted["pad_to"]),
         callbacks=[clock],
@@ -74,7 +74,8 @@ def _model(wanted: dict[str, Any]) -> "nn.Module":
     return model
 
 
-def _arguments(wanted: dict[str, Any]) -> Any:
+def arguments_of(wanted: dict[str, Any]) -> Any:
+    """The Trainer's settings of one measurement."""
     from transformers import TrainingArguments
 
     return TrainingArguments(
@@ -125,25 +126,31 @@ def _collated(examples: list[dict[str, list[int]]], pad_to: int | None) -> "dict
     }
 
 
-def _clock(folder: Path, save: Sequence[int]) -> Any:
-    """A callback that notes the time, and the real tokens so far, at the start and after every optimiser step."""
+def clock_of(counted: Callable[[dict[str, Any]], int], folder: Path, save: Sequence[int] = ()) -> Any:
+    """A callback that notes the time, and what was seen so far, at the start and after every optimiser step.
+
+    Args:
+        counted: the real tokens, or pictures, in what the model is called with.
+        folder: where models are saved.
+        save: after which steps.
+    """
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.tokens = 0
+            self.seen = 0
             self.marks: list[tuple[float, int]] = []
             self._stood = 0.0
 
         def count(self, module: Any, positional: Any, named: dict[str, Any]) -> None:
-            self.tokens += int(named["attention_mask"].sum())
+            self.seen += counted(named)
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             self.marks.append((time.perf_counter(), 0))
 
         def on_step_end(self, _: Any, state: Any, __: Any, model: Any, **___: Any) -> None:
             now = time.perf_counter()
-            self.marks.append((now - self._stood, self.tokens))
+            self.marks.append((now - self._stood, self.seen))
             if state.global_step in save:
                 _save(model, folder / f"step-{state.global_step}")
                 self._stood += time.perf_counter() - now

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tuning import HABITS
+from benchmarks.compared import HABITS
 from benchmarks.work import OFFSITE, ROOT, Work, code_digest, commit, digest, last_line, machine, run, versions
 
 RESULT = Path(__file__).parent / "results" / "time_to_loss.json"

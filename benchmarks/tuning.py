@@ -19,7 +19,6 @@ import os
 import shutil
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,24 +26,14 @@ from typing import Any
 
 from benchmarks.bounds import operations, shape_of
 from benchmarks.cells import BEST, CELLS, CONTESTANTS, DEFAULT, FIRST, PADDED, PEERS, Cell
+from benchmarks.compared import HABITS, against, fastest_habits, write_beside
 from benchmarks.work import OFFSITE, ROOT, ChildError, Work, code_digest, digest, last_line, run
 
 from benchmarks import work as bench
 
 RESULT = Path(__file__).parent / "results" / "tuning.json"
 PREDICTED = Path(__file__).parent / "results" / "predicted.json"
-HABITS: Mapping[str, Any] = {"keep_freed": True, "wait": "PASSIVE", "bf16": True, "attention": "sdpa"}
-_OTHERS: Mapping[str, Any] = {"keep_freed": False, "wait": "ACTIVE", "bf16": False, "attention": "eager"}
 _PAPER_BATCH = 4  # of its scripts for OPT-1.3B
-_PEAK = (
-    "import sys, time, torch\ntorch.set_num_threads(int(sys.argv[1]))\nbest = 0.0\n"
-    "for size in (2048, 3072, 4096):\n"
-    "    a, b = (torch.randn(size, size).bfloat16() for _ in range(2))\n"
-    "    for _ in range(6):\n"
-    "        began = time.perf_counter(); torch.nn.functional.linear(a, b)\n"
-    "        best = max(best, 2 * size**3 / (time.perf_counter() - began))\n"
-    "print(best)"
-)
 _COLUMNS = (
     "", "tokens/s (least to most)", "examples/s", "peak, GiB", "share of matrix-product peak",
     "speed against full / LoRA", "counted bound", "memory below full / LoRA",
@@ -78,7 +67,7 @@ def main() -> None:
             records += Measurements(work, cell, root, quick=wanted.quick).records(here, wanted.repetitions)
         except ChildError as error:
             sys.exit(f"{error}\nwhat was measured stays in {work.folder}: run the same command again to continue")
-        _write(wanted.result, work, records)
+        write_beside(wanted.result, work, records, ("shape", "data"), [cell.name for cell in CELLS.values()])
     print(table(json.loads(wanted.result.read_text())))
 
 
@@ -98,7 +87,7 @@ class Measurements:
             first = repetition % max(1, len(contestants))
             for name in (*contestants[first:], *contestants[:first]):
                 runs[name].append(self._measured(name, repetition))
-            peaks.append(self._work.once(f"{self._cell.name}/peak/{repetition}", _PEAK, self._peak)["flops"])
+            peaks.append(self._work.peak(f"{self._cell.name}/peak/{repetition}"))
         shape = shape_of(self._cell, self._base, self.plan)
         counted = {name: operations(shape, name, self._pad_to(name)) for name in contestants}
         return [self._record(name, runs, counted, max(peaks)) for name in contestants]
@@ -121,14 +110,8 @@ class Measurements:
         }  # fmt: skip
         for rival in (*BEST, *PADDED):
             if rival in runs:
-                ratio, bound = speed[name] / speed[rival], counted[rival] / counted[name]
                 label = rival.split(",")[0] + ("_padded" if rival in PADDED else "")
-                record |= {
-                    f"speed_vs_{label}": round(ratio, 2),
-                    f"memory_vs_{label}": round(memory[rival] / memory[name], 2),
-                    f"counted_bound_vs_{label}": round(bound, 2),
-                    f"share_of_bound_vs_{label}": round(ratio / bound, 2),
-                }
+                record |= against(name, rival, label, speed, memory, counted)
         return record | {
             "operations_per_token": round(counted[name]),
             "matmul_peak_gflops": round(peak / 1e9),
@@ -243,42 +226,21 @@ class Measurements:
         """Memory, threads, dtype, attention: changed one by one in the first cell; what is faster stays."""
         if self._cell != FIRST:
             return Measurements(self._work, FIRST, self._root, quick=False)._settled(method)
-        habits = {**HABITS, "batch": max(FIRST.batches)}
-        best = self._speed(f"{FIRST.name}/{method}/calibration/habits", method, habits, 2)
-        for habit, other in _OTHERS.items():
-            changed = {**habits, habit: other}
-            speed = self._speed(f"{FIRST.name}/{method}/calibration/{habit} {other}", method, changed, 2)
-            if speed > best:
-                habits, best = changed, speed
-        return {habit: habits[habit] for habit in HABITS}
+
+        def speed(key: str, habits: Mapping[str, Any]) -> float:
+            settings = {**habits, "batch": max(FIRST.batches)}
+            return self._speed(f"{FIRST.name}/{method}/calibration/{key}", method, settings, 2)
+
+        return fastest_habits(speed)
 
     def _speed(self, key: str, method: str, settings: Mapping[str, Any], steps: int) -> float:
         """Tokens a second of a short run; 0 if it does not fit into this machine's memory."""
         found = self._peer(key, method, settings, steps, may_fail=True)
         return float(found["tokens"] / sum(found["seconds"])) if found["fits"] else 0.0
 
-    def _peak(self) -> dict[str, float]:
-        """The machine's own matrix products in bf16, with as many threads."""
-        return {"flops": float(run([sys.executable, "-c", _PEAK, str(self._work.threads)])[0])}
-
 
 def _text(name: str) -> str:
     return digest((Path(__file__).parent / name).read_text())
-
-
-def _write(file: Path, work: Work, records: Sequence[Mapping[str, Any]]) -> None:
-    """The records, beside those of other cells that an earlier run measured on the same machine."""
-    found: dict[str, Any] = {
-        "machine": bench.machine(work.threads), "versions": bench.versions(), "written_at": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
-    before = json.loads(file.read_text()) if file.exists() else {}
-    alike = all(before.get(key) == found[key] for key in ("machine", "versions"))
-    measured = {(record["shape"], record["data"]) for record in records}
-    kept = [one for one in before.get("records", []) if alike and (one["shape"], one["data"]) not in measured]
-    order = list(CELLS)
-    found["records"] = sorted([*kept, *records], key=lambda one: order.index(f"{one['shape']}/{one['data']}"))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _predict(work: Work, cells: Sequence[Cell], root: Path) -> None:

@@ -24,6 +24,15 @@ from benchmarks.cells import SHAPES, Cell
 ROOT = Path(__file__).parent.parent
 OFFSITE = (sys.executable, "-c", "import sys; from offsite.cli import main; sys.exit(main())")
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
+_PEAK = (
+    "import sys, time, torch\ntorch.set_num_threads(int(sys.argv[1]))\nbest = 0.0\n"
+    "for size in (2048, 3072, 4096):\n"
+    "    a, b = (torch.randn(size, size).bfloat16() for _ in range(2))\n"
+    "    for _ in range(6):\n"
+    "        began = time.perf_counter(); torch.nn.functional.linear(a, b)\n"
+    "        best = max(best, 2 * size**3 / (time.perf_counter() - began))\n"
+    "print(best)"
+)
 
 
 class ChildError(Exception):
@@ -55,6 +64,14 @@ class Work:
                 stream.write(json.dumps(found) + "\n")
             print(key, {name: value for name, value in found.items() if name not in ("key", "of", "at")}, flush=True)
         return found
+
+    def peak(self, key: str) -> float:
+        """The machine's own matrix products in bf16 with as many threads, in operations a second."""
+
+        def measure() -> dict[str, float]:
+            return {"flops": float(run([sys.executable, "-c", _PEAK, str(self.threads)])[0])}
+
+        return float(self.once(key, _PEAK, measure)["flops"])
 
     def source(self, root: Path, data: str) -> Path:
         """The training rows of a data set."""
@@ -99,10 +116,13 @@ class Work:
         return folder
 
     def bundle(self, shape: str) -> Path:
-        """A bundle of the base, made anew when the code changes; how it is healed does not change its speed."""
+        """A bundle of a language model's shape, as `packed`."""
+        return self.packed(f"{shape.split(',')[0]}-bundle", self.base(shape), SHAPES[shape])
+
+    def packed(self, name: str, base: Path, split: tuple[int, int, int]) -> Path:
+        """A bundle of a base, made anew when the code changes; how it is healed does not change its speed."""
         from offsite import Base, Home, PackSpec, pack
 
-        name = f"{shape.split(',')[0]}-bundle"
         folder = self.folder / f"{name}-{code_digest()[:12]}"
         if not folder.exists():
             for old in self.folder.glob(f"{name}-*"):
@@ -112,9 +132,9 @@ class Work:
                 owner.create_identity("owner")
                 owner.trust("tuner", tuner.create_identity("tuner").public_key)
                 tuner.trust("owner", owner.identity().public_key)
-            bottom, keep, top = SHAPES[shape]
+            bottom, keep, top = split
             spec = PackSpec(bottom=bottom, keep=keep, top=top, heal="none")  # type: ignore[arg-type]
-            pack(Base(self.base(shape)), folder, "tuner", spec, owner)
+            pack(Base(base), folder, "tuner", spec, owner)
         return folder
 
     @property

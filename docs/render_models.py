@@ -55,9 +55,13 @@ the plug-in, which `AutoModelForImageClassification` loads without a missing or 
   folder has no place for a classifier.
 - For language models alone, and refused of an encoder: bottlenecks, distillation, search and clusters, declared module
   kinds, `--plan`, `--memory`.
-- Refused: DINOv2 with a gated feed-forward (`use_swiglu_ffn`, the giant one). timm's models are not supported.
+- Refused: DINOv2 with a gated feed-forward (`use_swiglu_ffn`, the giant one).
+- `timm_wrapper` is timm's EVA, EVA-02 and plain ViT, of the names in
+  [timm_family.py](../src/offsite/core/timm_family.py), and needs the extra `timm` to heal, tune and evaluate;
+  torchvision must fit torch. Its tests skip where timm does not import
+  ([what was tested where](decisions/0020-timm.md)). LoRA sits on all maps but EVA's matrix of queries, keys and values.
 - `offsite import` takes the image tower out of CLIP and SigLIP checkpoints in safetensors, and a DINOv2 encoder out of
-  an ONNX file of torch's exporter.
+  an ONNX file of torch's exporter; a folder as timm publishes it becomes a base with settings for Pillow.
 
 """
 

@@ -9,3 +9,16 @@ os.environ["COLUMNS"] = "120"
 os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"  # else help is coloured on GitHub's machines
 for name in ("FORCE_COLOR", "PY_COLORS", "OFFSITE_HOME"):
     os.environ.pop(name, None)
+
+import pytest  # noqa: E402
+
+from tiny import timm_imports  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _timm(request: pytest.FixtureRequest) -> None:
+    """Models of timm are tested where it can be imported: beside the pinned torch for processors it cannot."""
+    given = getattr(request.node, "callspec", None)
+    named = [given.params.get(key) for key in ("kind", "architecture")] if given is not None else []
+    if any(str(name).startswith("timm") for name in named) and not timm_imports():
+        pytest.skip("timm cannot be imported here")

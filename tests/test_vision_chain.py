@@ -115,10 +115,10 @@ def test_an_untouched_return_gives_the_base_back(tmp_path: Path, kind: str) -> N
     returned = full_return(bundle, tmp_path / "return", parties.data_owner, classes=("one", "two"))
     made = offsite.plug_in(Base(base), returned.folder, tmp_path / "plugged", PlugInSpec(), parties.owner)
     whole = AutoModelForImageClassification.from_pretrained(made.folder, dtype=torch.bfloat16).eval()
-    vision = ARCHITECTURES[VISION_KINDS[kind]["family"]].vision
+    row = ARCHITECTURES[VISION_KINDS[kind]["family"]]
     encoder = load_model(base, dtype=torch.bfloat16, device=CPU)
-    own = dict(whole.get_submodule(vision.prefix).named_parameters())
-    parameters = dict(encoder.named_parameters())
+    own = {row.name_of(name): parameter for name, parameter in whole.named_parameters() if row.name_of(name)}
+    parameters = {row.name_of(name): parameter for name, parameter in encoder.named_parameters()}
     assert own.keys() == parameters.keys()
     for name, parameter in parameters.items():
         assert torch.equal(own[name], parameter), name

@@ -7,13 +7,13 @@ with a large spread, norms and biases included, so that no mistake hides behind 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 from offsite.config import Method
 from offsite.core.architectures import ARCHITECTURES, Architecture, architecture_of
-from offsite.core.checkpoint import NewTensor, copied, open_checkpoint, write_checkpoint
+from offsite.core.checkpoint import NewTensor, copied, from_array, open_checkpoint, write_checkpoint
 from offsite.core.storage import Written, staged_folder, write_stream
 from offsite.exchange.artifacts import Bundle
 from offsite.exchange.contents import TOKENIZER_CONFIG, cleaned, tokenizer_digest
@@ -369,6 +369,11 @@ VISION_KINDS: dict[str, dict[str, Any]] = {
         "family": "beit", "use_shared_relative_position_bias": True, "use_absolute_position_embeddings": True,
         "use_mean_pooling": False, "use_mask_token": True,
     },
+    "timm, eva": {"family": "timm_wrapper", "architecture": "eva_giant_patch14_224"},
+    "timm, eva, class token": {"family": "timm_wrapper", "architecture": "eva_giant_patch14_clip_224"},
+    "timm, eva02, one matrix": {"family": "timm_wrapper", "architecture": "eva02_tiny_patch14_224"},
+    "timm, eva02, separate maps": {"family": "timm_wrapper", "architecture": "eva02_base_patch14_224"},
+    "timm, vit": {"family": "timm_wrapper", "architecture": "vit_base_patch16_224"},
 }  # fmt: skip
 SIDE = 16  # pixels of a tiny encoder's image; patches are of 4
 
@@ -408,6 +413,8 @@ def tiny_vision_base(
         seed: of the weights.
         config: further settings of the family's config.
     """
+    if "architecture" in VISION_KINDS[kind]:
+        return _tiny_timm_base(folder, VISION_KINDS[kind]["architecture"], blocks, classifier, dtype, seed)
     import torch
     from transformers import AutoModel, AutoModelForImageClassification
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -426,6 +433,47 @@ def tiny_vision_base(
     model.to(torch.bfloat16 if dtype == "bf16" else torch.float32).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
     return folder
+
+
+def _tiny_timm_base(folder: Path, architecture: str, blocks: int, classifier: bool, dtype: str, seed: int) -> Path:
+    """By the row of the table alone, so that it is there where timm is not."""
+    import numpy as np
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    row, draw = ARCHITECTURES["timm_wrapper"], np.random.default_rng(seed)
+    config: dict[str, Any] = {
+        "model_type": row.model_type, "architectures": [row.class_name], "architecture": architecture,
+        "hidden_size": 32, "num_hidden_layers": blocks, "num_attention_heads": 4, "intermediate_size": 48,
+        "image_size": SIDE, "patch_size": 4, "dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
+    }  # fmt: skip
+    config |= {**row.settled, **row.settled_by(config)}
+    paths = [row.in_block(index, path) for index in range(blocks) for path in sorted(row.block_tensors(config, index))]
+    values: dict[str, Any] = {}
+    for name in (*sorted(row.outer_tensors(config)), *paths):
+        factors = [product.split("*") for product in (row.sizes_of(name) or "").split()]
+        shape = [int(np.prod([int(f) if f.isdigit() else config[f] for f in product])) for product in factors]
+        is_norm = "norm" in name and name.endswith("weight")
+        values[name] = draw.normal(1.0 if is_norm else 0.0, 0.1 if len(shape) == 1 else 0.15, shape)
+    if classifier:
+        config |= {"label_names": ["SECRET-one", "SECRET-two", "SECRET-three"], "num_classes": 3}
+        config["architectures"] = ["TimmWrapperForImageClassification"]
+        values |= {"head.weight": draw.normal(0, 0.1, (3, 32)), "head.bias": draw.normal(0, 0.1, 3)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    kind = {"bf16": "BF16", "fp32": "F32"}[dtype]
+    write_checkpoint(folder, [from_array(name, value.astype(np.float32), kind) for name, value in values.items()])
+    ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    return folder
+
+
+@cache
+def timm_imports() -> bool:
+    """Whether timm can be imported here; beside a torchvision for another torch it fails in its own way."""
+    try:
+        import timm  # type: ignore[import-not-found,import-untyped,unused-ignore] # noqa: F401
+    except (ImportError, RuntimeError):
+        return False
+    return True
 
 
 def tiny_pictures(folder: Path, per_class: int = 6, *, seed: int = 0) -> Path:

@@ -891,3 +891,56 @@ def return_signed_by_another_customer(lab: Lab) -> None:
 
 def void(_: object) -> None:
     """A lambda that pops must return None."""
+
+
+def _of_timm(lab: Lab, **config: Any) -> None:
+    folder = lab.folder / "timm-bundle"
+    edit_json(folder / "config.json", **config)
+    sign_again(folder, lab.owner)
+
+
+def _arguments(lab: Lab) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((lab.folder / "timm-bundle" / "config.json").read_text())["model_args"]
+    return found
+
+
+@attack("_bundle_config", "timm-bundle", "architecture = 'hf-hub:evil/model', expected one of eva02_base")
+def function_of_timm_that_fetches_from_a_hub(lab: Lab) -> None:
+    _of_timm(lab, architecture="hf-hub:evil/model")
+
+
+@attack("_bundle_config", "timm-bundle", "architecture = 'vit_giant_patch14_dinov2', expected one of")
+def function_of_timm_that_is_not_among_the_permitted(lab: Lab) -> None:
+    _of_timm(lab, architecture="vit_giant_patch14_dinov2")
+
+
+@attack("_bundle_config", "timm-bundle", "config has model_args = ")
+def arguments_by_which_timm_reads_a_file(lab: Lab) -> None:
+    _of_timm(lab, model_args={**_arguments(lab), "checkpoint_path": "weights.pth"})
+
+
+@attack("_bundle_config", "timm-bundle", "config has model_args = ")
+def arguments_by_which_timm_fetches_weights(lab: Lab) -> None:
+    _of_timm(lab, model_args={**_arguments(lab), "pretrained": True})
+
+
+@attack("_bundle_config", "timm-bundle", "config has model_args = ")
+def arguments_by_which_timm_builds_a_huge_model(lab: Lab) -> None:
+    _of_timm(lab, model_args={**_arguments(lab), "depth": 10**6})
+
+
+@attack("_bundle_config", "timm-bundle", "config has model_args = ")
+def no_arguments_so_that_timm_builds_the_published_size(lab: Lab) -> None:
+    _of_timm(lab, model_args=None)
+
+
+@attack("_bundle_config", "timm-bundle", "config key 'pretrained_cfg' is not permitted")
+def published_settings_that_name_a_file_of_weights(lab: Lab) -> None:
+    _of_timm(lab, pretrained_cfg={"file": "weights.pth"})
+
+
+@attack("_bundle_returnable", "timm-bundle", "attn.qkv: pairs there have no effect")
+def lora_where_timm_passes_it_by(lab: Lab) -> None:
+    folder = lab.folder / "timm-bundle"
+    targets = manifest_of(folder)["lora_targets"] | {"timm_model.blocks.0.attn.qkv": [32, 96]}
+    sign_again(folder, lab.owner, lora_targets=targets)

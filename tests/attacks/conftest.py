@@ -26,6 +26,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     packed(mixture, folder / "mixture-bundle", parties)
     packed(base, folder / "declared-bundle", parties, keep=1, svd_rank=0.5)
     encoder = packed(tiny_vision_base(folder / "encoder", "dinov2", 3), folder / "encoder-bundle", parties)
+    packed(tiny_vision_base(folder / "timm", "timm, eva", 3), folder / "timm-bundle", parties)
     full_return(encoder, folder / "encoder-full", parties.data_owner, classes=("cat", "dog"))
     bundle = packed(base, folder / "bundle", parties, keep=1, max_rank=8, max_width=8)
     lora_return(bundle, folder / "lora", parties.data_owner)

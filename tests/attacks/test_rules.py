@@ -21,7 +21,7 @@ def names(attack: Attack) -> str:
 @pytest.mark.parametrize(
     "target",
     [
-        *("bundle", "gpt2-bundle", "declared-bundle", "mixture-bundle", "encoder-bundle", "head-bundle"),
+        *("bundle", "gpt2-bundle", "declared-bundle", "mixture-bundle", "encoder-bundle", "timm-bundle", "head-bundle"),
         *("lora", "full", "bitfit", "bottleneck", "checkpoints", "encoder-full", "head-lora", "head-full"),
     ],
 )

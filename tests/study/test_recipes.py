@@ -14,9 +14,15 @@ from offsite.study.check import check
 from offsite.study.prepare import require_fit
 from offsite.study.recipe import load_recipe
 from offsite.study.tiny_base import tiny_base
+from tiny import timm_imports
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*.toml"))
 each = pytest.mark.parametrize("file", RECIPES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+
+
+def skip_without_timm(file: Path) -> None:
+    if load_recipe(file).architecture == "timm_wrapper" and not timm_imports():
+        pytest.skip("timm cannot be imported here")
 
 
 def test_they_are_all_found() -> None:
@@ -25,6 +31,7 @@ def test_they_are_all_found() -> None:
 
 @each
 def test_every_compressor_fits_the_base(file: Path, tmp_path: Path) -> None:
+    skip_without_timm(file)
     recipe = load_recipe(file)
     base = tiny_base(tmp_path / "base", recipe.architecture or "llama", recipe.blocks or 30)
     require_fit(recipe, base.folder)
@@ -32,6 +39,7 @@ def test_every_compressor_fits_the_base(file: Path, tmp_path: Path) -> None:
 
 @each
 def test_the_grid_runs_in_small(file: Path) -> None:
+    skip_without_timm(file)
     recipe = load_recipe(file)
     some = tuple(dict.fromkeys((recipe.compressors[0], recipe.compressors[-1])))
     tried = check(replace(recipe, compressors=some, rows=recipe.rows[-1:]), _in_this_process, lambda _: None)

@@ -5,12 +5,13 @@ from typing import Any
 
 from offsite.core.families import FAMILIES
 from offsite.core.family import Architecture, Vision, config_problems
+from offsite.core.timm_family import TIMM
 from offsite.core.vision_families import VISION_FAMILIES
 from offsite.errors import IncompatibleError
 
 __all__ = ["ARCHITECTURES", "Architecture", "Vision", "architecture_of", "config_problems"]
 
-ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in (*FAMILIES, *VISION_FAMILIES)}
+ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in (*FAMILIES, *VISION_FAMILIES, TIMM)}
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
@@ -32,5 +33,12 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
             f"this {row.model_type} model has blocks that cannot be cut",
             reasons=[f"config has {key} = {value!r}: {row.refused[key]}" for key, value in bad.items()],
             next_step="use a checkpoint without that setting",
+        )
+    strays = row.strays(config)
+    if strays:
+        raise IncompatibleError(
+            f"this {row.model_type} model is none that is supported",
+            reasons=strays,
+            next_step="import the model afresh with `offsite import MODEL --out base/`",
         )
     return row

@@ -7,7 +7,7 @@ other names, and experts are stacked: `Architecture.stacked` is that map.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,9 @@ class Vision:
     keywords: Mapping[str, Any] = field(default_factory=dict)  # with which transformers builds the encoder alone
     tower_of: str = ""  # model type of a larger model that this is the image tower of, and the classifier's
     any_size: bool = False  # whether it fits its position embeddings to the image by itself
+    head: str = "classifier"  # path of its linear head in the classifier
+    label_list: str = ""  # config key of the classifier with the names of classes in a list, if it has them so
+    extra: str = ""  # the optional package that it is made by, and the extra that brings it
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class Architecture:
     per_block: Mapping[str, Rule] = field(default_factory=dict)  # config keys with an entry per block, and its rule
     listed: Mapping[str, Rule] = field(default_factory=dict)  # config keys that list the blocks for which a rule holds
     settled: Mapping[str, Any] = field(default_factory=dict)  # what else the rules read -> its value once all is listed
+    among: Mapping[str, Collection[str]] = field(default_factory=dict)  # config keys that have one of these values
+    follows: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)  # keys the others settle
     refused: Mapping[str, str] = field(default_factory=dict)  # switches that must be off, and why
     logit_cap: str | None = None  # config key c: logits are c * tanh(logits / c)
     spellings: Mapping[str, str] = field(default_factory=dict)  # older names of tensors -> today's
@@ -94,14 +99,24 @@ class Architecture:
     numbered: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     experts: Experts | None = None
     adapted: tuple[str, ...] = ()  # linear maps where LoRA may sit; (): all of them
+    bypassed: Mapping[str, str] = field(default_factory=dict)  # linear maps -> condition under which LoRA has no effect
     vision: Vision | None = None
     module_blocks: str = ""  # path of the list of blocks in modules, if another
     mlp_scale: str | None = None  # tensor of a block by which what mlp_out gives is multiplied before it is added
 
     @property
     def lora_linears(self) -> tuple[str, ...]:
-        """Paths in a block of the linear maps where LoRA may sit; every block has them."""
+        """Paths in a block of the linear maps where LoRA may sit in some form of the family."""
         return self.adapted or tuple(self.linears)
+
+    def lora_linears_of(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Those of `lora_linears` where it may sit under a config; every block has them."""
+        return tuple(
+            path
+            for path in self.lora_linears
+            if self.holds(self.only_if.get(f"{path}.weight", ""), config)
+            and not (path in self.bypassed and self.holds(self.bypassed[path], config))
+        )
 
     def name_of(self, stored: str) -> str | None:
         """Today's name of a tensor as stored in a file, with or without the body's prefix; None for a mere buffer.
@@ -221,13 +236,31 @@ class Architecture:
         """
         count = self.block_count(config)
         lists = {key: self._per_block(key, config, count) for key in self.per_block}
-        return {
+        cut = {
             **config,
             **{key: [entries[index] for index in kept] for key, entries in lists.items()},
             **{key: [new for new, old in enumerate(kept) if rule(config, old)] for key, rule in self.listed.items()},
             **self.settled,
             **{key: len(kept) for key in self.count_keys if key in config or key == self.count_keys[0]},
         }
+        return cut | self.settled_by(cut)
+
+    def settled_by(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The config keys that follow from the others, with their values."""
+        return {key: rule(config) for key, rule in self.follows.items()}
+
+    def strays(self, config: Mapping[str, Any]) -> list[str]:
+        """What in a config is none of the values that may be, or does not follow from the rest."""
+        problems = [
+            f"config has {key} = {str(config.get(key))[:60]!r}, expected one of {', '.join(sorted(values))}"
+            for key, values in self.among.items()
+            if not isinstance(config.get(key), str) or config[key] not in values
+        ]
+        return problems or [
+            f"config has {key} = {str(config.get(key))[:120]!r}, the rest makes it {str(value)[:120]!r}"
+            for key, value in self.settled_by(config).items()
+            if value is None or config.get(key) != value
+        ]
 
     def _per_block(self, key: str, config: Mapping[str, Any], count: int) -> list[Any]:
         found = config.get(key)
@@ -342,7 +375,7 @@ class Architecture:
     def is_bias(self, name: str) -> bool:
         """Whether a tensor is a bias of a block's linear map or norm, by its full name."""
         place = self.block_of(name)
-        return place is not None and place[1].endswith(".bias") and self.sizes_of(name) is not None
+        return place is not None and place[1].endswith("bias") and self.sizes_of(name) is not None
 
     def shape_problem(self, name: str, shape: Sequence[int], config: Mapping[str, Any]) -> str | None:
         """What is wrong with a tensor's shape by the sizes that the config names; a size that it leaves out is free."""

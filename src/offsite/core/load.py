@@ -11,6 +11,7 @@ import torch
 
 from offsite.core.architectures import ARCHITECTURES, Architecture, architecture_of
 from offsite.core.checkpoint import FLOATS, TensorRange, open_checkpoint, read_chunks, read_header, strict_json
+from offsite.core.extras import require
 from offsite.core.mixture import experts_implementation, in_files
 from offsite.core.modules.bottleneck import insert_bottlenecks
 from offsite.core.modules.declared import Declared, unwrapped
@@ -83,6 +84,11 @@ def _load(
 
     _check_folder(folder)
     config, declared = _config_of(folder)
+    made_by = ARCHITECTURES.get(str(config.get("model_type")))
+    if made_by is not None and made_by.vision is not None and made_by.vision.extra:
+        extra = made_by.vision.extra
+        with _incompatible(folder):  # torchvision beside another torch fails otherwise than by being absent
+            require(extra, extra, f"a model of type {made_by.model_type}")
     if declared:
         return _load_declared(folder, config, declared, dtype=dtype, device=device)
     open_checkpoint(folder)  # transformers' own message for a truncated file names no file
@@ -374,16 +380,19 @@ def _incompatible(folder: Path) -> Iterator[None]:
 
 def _check_folder(folder: Path) -> None:
     """Refuse what would run foreign code, reach outside the folder, or silently load something else."""
-    problems = []
+    config = folder / "config.json"
+    if not config.exists():
+        raise StorageError(
+            f"{folder} holds no config.json, so it is no checkpoint",
+            next_step="name a base, bundle or merged plug-in folder",
+        )
+    settings = _read_settings(config)
+    row = ARCHITECTURES.get(str(settings.get("model_type")))
+    problems = row.strays(settings) if row else []
     for name in ("config.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json"):
         file = folder / name
         if file.exists():
             problems += [f"{name} has {found}" for found in _foreign(_read_settings(file))]
-        elif name == "config.json":
-            raise StorageError(
-                f"{folder} holds no config.json, so it is no checkpoint",
-                next_step="name a base, bundle or merged plug-in folder",
-            )
     if (folder / ADAPTER_CONFIG).exists():
         problems.append(f"{ADAPTER_CONFIG} lies beside the checkpoint, and transformers would load that adapter too")
     if problems:

@@ -68,6 +68,7 @@ def _bundle_config(sealed: Sealed) -> Iterator[str]:
     for key, value in row.settled.items():
         if config.get(key) != value:
             yield f"{CONFIG} has {key} = {str(config.get(key))[:60]!r}, by which blocks go by place, expected {value}"
+    yield from (f"{CONFIG}: {stray}" for stray in row.strays(config))
     for key, value in row.set_switches(config).items():
         yield f"{CONFIG} has {key} = {str(value)[:60]!r}, under which blocks cannot be cut"
 
@@ -121,7 +122,7 @@ def _declared_tensors(
     if not names.keys() <= {path for path, name in names.items() if name in checkpoint.tensors}:
         return {}  # a finding of its own
     shapes = {path: checkpoint.tensors[name].shape for path, name in names.items()}
-    if any(len(shapes[f"{path}.weight"]) != 2 for path in row.linears):
+    if any(len(shapes.get(f"{path}.weight", ())) != 2 for path in row.linears):
         return {}
     each = declared.tensors(row, shapes)
     return {
@@ -160,8 +161,11 @@ def _bundle_returnable(sealed: Sealed) -> Iterator[str]:
     head = set(row.head_tensors(_settings_of(sealed)[0])) if manifest.head else set()
     yield from names_differ("the head that may come back", set(manifest.head), head)
     yield from entries_differ({**manifest.tensors, **manifest.head}, checkpoint.tensors)
+    permitted = row.lora_linears_of(_settings_of(sealed)[0])
     for target, (inputs, outputs) in manifest.lora_targets.items():
         place = row.map_of(target)
+        if place and place[1] not in permitted:
+            yield f"LoRA target {target}: pairs there have no effect under this config"
         weight = checkpoint.tensors.get(f"{row.in_block(*place)}.weight") if place else None
         shape = (inputs, outputs) if row.transposed else (outputs, inputs)
         if weight is None or weight.shape != shape:

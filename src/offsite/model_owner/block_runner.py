@@ -165,7 +165,8 @@ class BlockRunner:
         for name, value in self._outer.items():
             path, _, leaf = row.module_of(name).rpartition(".")
             setattr(surrounding.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
-        return LoadedBlock(block.eval(), surrounding.base_model.eval(), self._compute, row.vision is not None)
+        body = surrounding if row.vision is not None else surrounding.base_model  # without the head
+        return LoadedBlock(block.eval(), body.eval(), self._compute, row.vision is not None)
 
     def stack(
         self, emulator: Sequence[int], after: Sequence[int], changed: Mapping[str, TensorRange], *, whole: bool

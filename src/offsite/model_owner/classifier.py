@@ -15,7 +15,10 @@ from offsite.exchange.contents import CLASSIFIER
 from offsite.model_owner.base_model import BaseModel
 
 # Of the owner's own head, and what transformers writes of its own version.
-_OWN = ("id2label", "label2id", "num_labels", "problem_type", "_name_or_path", "transformers_version")
+_OWN = (
+    "id2label", "label2id", "num_labels", "label_names", "num_classes", "problem_type", "_name_or_path",
+    "transformers_version",
+)  # fmt: skip
 
 
 def classifier_tensors(
@@ -33,7 +36,8 @@ def classifier_tensors(
     for name, tensor in model.tensors.items():
         new = tuned.get(name) or copied(tensor)
         tensors.append(NewTensor(f"{vision.prefix}.{name}", new.dtype, new.shape, new.chunks))
-    return tensors + [copied(tensor) for tensor in read_header(verified.folder / CLASSIFIER).values()]
+    head = read_header(verified.folder / CLASSIFIER)
+    return tensors + [copied(head[name], name=f"{vision.head}.{name.rpartition('.')[2]}") for name in head]
 
 
 def classifier_config(model: BaseModel, vision: Vision, names: Sequence[str]) -> bytes:
@@ -46,15 +50,10 @@ def classifier_config(model: BaseModel, vision: Vision, names: Sequence[str]) ->
     if vision.tower_of:
         whole = {"model_type": vision.tower_of, "vision_config": encoder}
         whole |= {key: encoder[key] for key in ("dtype", "torch_dtype") if key in encoder}
-    return (
-        json.dumps(
-            {
-                **whole,
-                "architectures": [vision.class_name],
-                "id2label": {str(index): name for index, name in enumerate(names)},
-                "label2id": {name: index for index, name in enumerate(names)},
-            },
-            indent=1,
-        ).encode()
-        + b"\n"
-    )
+    labels: dict[str, Any] = {
+        "id2label": {str(index): name for index, name in enumerate(names)},
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+    if vision.label_list:
+        labels = {vision.label_list: list(names), "num_classes": len(names)}
+    return json.dumps({**whole, "architectures": [vision.class_name], **labels}, indent=1).encode() + b"\n"

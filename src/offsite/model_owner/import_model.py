@@ -13,6 +13,7 @@ from offsite.exchange.artifacts import Base
 from offsite.exchange.contents import CONFIG, GENERATION_CONFIG, PROCESSOR, TOKENIZER_FILES
 from offsite.model_owner.base_model import open_base, row_of
 from offsite.model_owner.import_onnx import import_onnx
+from offsite.model_owner.import_timm import copy_timm, is_timm
 from offsite.model_owner.import_tower import copy_tower, tower_in
 from offsite.model_owner.split import DTYPES
 
@@ -22,7 +23,8 @@ _COMPANIONS = (GENERATION_CONFIG, PROCESSOR, *TOKENIZER_FILES, "added_tokens.jso
 def import_model(source: Path, out: Path, spec: ImportSpec | None = None, progress: Progress = silent) -> Base:
     """Make a base folder of anything that transformers reads: a GGUF file, or a folder with safetensors or .bin.
 
-    Of a model of images and texts the image tower is taken, of an ONNX file a DINOv2 encoder. Safetensors are copied
+    Of a model of images and texts the image tower is taken, of an ONNX file a DINOv2 encoder, of
+    a model of timm its encoder. Safetensors are copied
     tensor by tensor. GGUF and .bin files go through transformers, the latter by torch's loader for plain weights, which
     runs no code.
 
@@ -41,6 +43,8 @@ def import_model(source: Path, out: Path, spec: ImportSpec | None = None, progre
             import_onnx(source, folder, DTYPES[settings.dtype or "fp32"], settings.image_size)
         elif (tower := tower_in(source)) is not None:
             copy_tower(source, folder, tower, DTYPES[settings.dtype] if settings.dtype else None)
+        elif is_timm(source):
+            copy_timm(source, folder, DTYPES[settings.dtype] if settings.dtype else None)
         elif (source / WEIGHTS).is_file() or (source / INDEX).is_file():
             _copy_folder(source, folder, settings, progress)
         elif (source / CONFIG).is_file():

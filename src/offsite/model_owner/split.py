@@ -230,7 +230,7 @@ def lora_targets(model: BaseModel, kept: Sequence[int], numbers: Split) -> dict[
     targets = {}
     for index in numbers.trained:
         block = model.block(kept[index])
-        for path in model.row.lora_linears:
+        for path in model.row.lora_linears_of(model.config):
             rows, columns = block[f"{path}.weight"].shape
             targets[model.row.module_of(model.row.in_block(index, path))] = (
                 (rows, columns) if model.row.transposed else (columns, rows)

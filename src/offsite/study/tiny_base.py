@@ -56,11 +56,13 @@ def tiny_base(folder: Path, architecture: str, blocks: int | None = None, *, lik
         settings |= {row.count_keys[0]: count, **inputs}
         for key in (*row.per_block, *row.count_keys[1:]):
             settings.pop(key, None)  # lists are derived anew for the blocks that there are
+        settings |= {key: settings.get(key, next(iter(values))) for key, values in row.among.items()}
+        settings |= {**row.settled, **row.settled_by(settings)} if row.follows else {}
         torch.manual_seed(0)
         auto = AutoModelForCausalLM if row.vision is None else AutoModel
         try:
             auto.from_config(AutoConfig.for_model(architecture, **settings)).save_pretrained(staging)
-        except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        except (ValueError, TypeError, RuntimeError, KeyError, ImportError) as error:
             raise IncompatibleError(
                 f"transformers makes no tiny {architecture} model", reasons=[f"{type(error).__name__}: {error}"]
             ) from error

@@ -1,0 +1,84 @@
+"""Contestants held against each other: how peers run at their best, ratios, and results kept beside earlier ones."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.work import Work, machine, versions
+
+# How a peer runs unless a calibration finds the other way faster.
+HABITS: Mapping[str, Any] = {"keep_freed": True, "wait": "PASSIVE", "bf16": True, "attention": "sdpa"}
+_OTHERS: Mapping[str, Any] = {"keep_freed": False, "wait": "ACTIVE", "bf16": False, "attention": "eager"}
+
+
+def fastest_habits(speed: Callable[[str, Mapping[str, Any]], float]) -> dict[str, Any]:
+    """Memory, threads, dtype, attention: each is changed once, and stays so if that is faster.
+
+    Args:
+        speed: of a short run with these habits, under a key of its own.
+    """
+    habits = dict(HABITS)
+    best = speed("habits", habits)
+    for habit, other in _OTHERS.items():
+        changed = {**habits, habit: other}
+        found = speed(f"{habit} {other}", changed)
+        if found > best:
+            habits, best = changed, found
+    return habits
+
+
+def against(
+    name: str,
+    rival: str,
+    label: str,
+    speed: Mapping[str, float],
+    memory: Mapping[str, int],
+    counted: Mapping[str, float],
+) -> dict[str, float]:
+    """How many times faster and smaller a contestant is than a rival, and than arithmetic alone would make it.
+
+    Args:
+        name: the contestant.
+        rival: whom it is held against.
+        label: the rival in the names of the ratios.
+        speed: of each, in tokens or images a second.
+        memory: peak bytes of each.
+        counted: operations of each for one token or image.
+    """
+    ratio, bound = speed[name] / speed[rival], counted[rival] / counted[name]
+    return {
+        f"speed_vs_{label}": round(ratio, 2),
+        f"memory_vs_{label}": round(memory[rival] / memory[name], 2),
+        f"counted_bound_vs_{label}": round(bound, 2),
+        f"share_of_bound_vs_{label}": round(ratio / bound, 2),
+    }
+
+
+def write_beside(
+    file: Path, work: Work, records: Sequence[Mapping[str, Any]], cell: Sequence[str], order: Sequence[str]
+) -> None:
+    """Write the records, beside those of other cells that an earlier run measured on the same machine.
+
+    Args:
+        file: the result.
+        work: whose threads were measured with.
+        records: of whole cells.
+        cell: the keys of a record that name its cell; joined by a slash they are the cell's name.
+        order: the names of all cells.
+    """
+    found: dict[str, Any] = {
+        "machine": machine(work.threads), "versions": versions(), "written_at": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+    def name(record: Mapping[str, Any]) -> str:
+        return "/".join(str(record[key]) for key in cell)
+
+    before = json.loads(file.read_text()) if file.exists() else {}
+    alike = all(before.get(key) == found[key] for key in ("machine", "versions"))
+    measured = {name(record) for record in records}
+    kept = [one for one in before.get("records", []) if alike and name(one) not in measured]
+    found["records"] = sorted([*kept, *records], key=lambda one: order.index(name(one)))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,0 +1,127 @@
+"""One measurement of a peer: fine-tuning a whole encoder with transformers' Trainer, in a process of its own.
+
+    python -m benchmarks.image_peers '{"base": ..., "pictures": ..., "method": "full" or "lora", ...}'
+
+`benchmarks.images` calls it; it prints one line of JSON: the seconds of each step on the clock, and their pictures.
+Pictures are decoded once and kept, cropped, mirrored and prepared by the code of `offsite tune` under the same seeds,
+so that everybody is given the same arrays at the same cost.
+"""
+
+import itertools
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.cells import RANK
+from benchmarks.peers import arguments_of, clock_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from offsite.data_owner.image_task import Album
+
+SEED = 0  # of order and crops
+
+
+def main() -> None:
+    """Run one measurement."""
+    wanted: dict[str, Any] = json.loads(sys.argv[1])
+    os.environ |= {"HF_HUB_OFFLINE": "1"}
+    import torch
+    from transformers import Trainer
+
+    torch.set_num_threads(wanted["threads"])
+    if wanted["keep_freed"]:
+        from offsite.core.runtime import _keep_freed_memory
+
+        _keep_freed_memory()
+    album = album_of(Path(wanted["base"]), Path(wanted["pictures"]))
+    model = classifier(wanted, len(album.classes))
+    clock = clock_of(lambda batch: len(batch["pixel_values"]), Path(wanted["out"]))
+    model.register_forward_pre_hook(clock.count, with_kwargs=True)
+    rows = order_of(album, SEED)[: wanted["per_step"] * (wanted["warmup"] + wanted["steps"])]
+    trainer = Trainer(
+        model=model,
+        args=arguments_of({**wanted, "pad_to": None}),
+        train_dataset=[{"row": row} for row in rows],
+        data_collator=lambda examples: collated(album, [example["row"] for example in examples]),
+        callbacks=[clock],
+    )
+    trainer.train()
+    times, pictures = zip(*clock.marks[wanted["warmup"] :], strict=True)
+    seconds = [round(after - before, 4) for before, after in itertools.pairwise(times)]
+    print(json.dumps({"seconds": seconds, "pictures": pictures[-1] - pictures[0]}))
+
+
+def album_of(base: Path, pictures: Path) -> "Album":
+    """The pictures, as `offsite tune` opens them."""
+    from offsite import TuneSpec
+    from offsite.core.progress import silent
+    from offsite.data_owner.image_task import open_album
+
+    return open_album(base, pictures, None, TuneSpec(), silent)
+
+
+def order_of(album: "Album", seed: int) -> list[int]:
+    """The pictures of the first epoch of a tuning, step after step."""
+    import numpy as np
+
+    return [int(row) for row in np.random.default_rng([seed, 0]).permutation(len(album.train))]
+
+
+def collated(album: "Album", rows: Sequence[int]) -> dict[str, Any]:
+    """Pixels (B, 3, Y, X) and classes (B,), cropped and mirrored as `offsite tune` does in its first epoch."""
+    import numpy as np
+    import torch
+
+    pixels = album.train.batch(rows, lambda row: np.random.default_rng([SEED, 0, row]))
+    return {"pixel_values": torch.from_numpy(pixels), "labels": album.labels(album.train)[list(rows)]}
+
+
+def classifier(wanted: dict[str, Any], classes: int) -> "nn.Module":
+    """Encoder and linear head; full fine-tuning holds fp32 weights under autocast, LoRA frozen ones in bf16."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    from offsite.core.architectures import architecture_of
+    from offsite.core.load import load_model
+    from offsite.core.vision import encoder_of
+
+    class Classifier(nn.Module):
+        """What transformers' classifiers compute; of an image tower alone it has none."""
+
+        def __init__(self, body: Any) -> None:
+            super().__init__()
+            self._encoder = encoder_of(body)
+            self.body, self.classifier = body, nn.Linear(self._encoder.inputs, classes)
+
+        def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            """Pixels (B, 3, Y, X) and classes (B,) -> their mean loss."""
+            return {"loss": F.cross_entropy(self.classifier(self._encoder.features(pixel_values.numpy())), labels)}
+
+    narrow = wanted["method"] == "lora" and wanted["bf16"]
+    body = load_model(
+        Path(wanted["base"]), dtype=torch.bfloat16 if narrow else torch.float32, device=torch.device("cpu")
+    )
+    body.set_attn_implementation(wanted["attention"])
+    whole = Classifier(body)
+    if wanted["method"] == "full":
+        return whole.requires_grad_(True)
+    from peft import LoraConfig, get_peft_model
+
+    config = body.config.to_dict()
+    row = architecture_of(config)
+    blocks = [
+        row.in_block(index, path) for index in range(row.block_count(config)) for path in row.lora_linears_of(config)
+    ]
+    targets = [f"body.{row.module_of(block)}" for block in blocks]
+    adapted = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, modules_to_save=["classifier"])
+    return get_peft_model(whole, adapted)
+
+
+if __name__ == "__main__":
+    main()
