@@ -122,3 +122,10 @@ def test_bitfit(tmp_path: Path, bundle: Bundle) -> None:
 
 def test_the_processor_is_the_bundles(bundle: Bundle) -> None:
     assert load_processor(bundle.folder).side == (16, 16)
+
+
+def test_workers_change_nothing(tmp_path: Path, bundle: Bundle) -> None:
+    pictures = tiny_pictures(tmp_path / "set", 4)
+    here = _tuned(tmp_path, bundle, pictures, "here", workers=0)
+    there = _tuned(tmp_path, bundle, pictures, "there", workers=2)
+    assert here.read_bytes() == there.read_bytes()

@@ -8,8 +8,9 @@ import torch
 
 from artifacts import packed
 from offsite.core.architectures import ARCHITECTURES
-from offsite.core.images import Pictures, load_processor, read_pictures
+from offsite.core.images import load_processor, read_pictures
 from offsite.core.load import load_model
+from offsite.core.pictures import Pictures
 from offsite.core.runtime import Runtime
 from offsite.errors import UsageError
 from offsite.exchange.artifacts import Base

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offsite.core.images import Pictures, load_processor, read_pictures
+from offsite.core.images import load_processor, read_pictures
 from offsite.core.load import load_tokenizer
 from offsite.core.memory import CALIBRATION_BATCH, calibration_length
+from offsite.core.pictures import Pictures
 from offsite.core.row_files import RECORDS, read_text
 from offsite.core.rows import read_rows
-from offsite.core.vision import batches
 from offsite.errors import DataError, UsageError
 from offsite.model_owner.base_model import BaseModel
 
@@ -59,7 +59,7 @@ def _picture_batches(model: BaseModel, folder: Path | None, tokens: int) -> list
     count = min(len(listed), max(1, tokens // (processor.side[0] * processor.side[1] // patch**2)))
     stride = len(listed) // count  # spread over the whole folder
     pictures = Pictures([listed[i * stride] for i in range(count)], processor, skip_bad=True)
-    return [torch.from_numpy(pictures.batch(rows)) for rows in batches(len(pictures), CALIBRATION_BATCH)]
+    return [torch.from_numpy(pixels) for _, pixels in pictures.in_order(CALIBRATION_BATCH)]
 
 
 def _read(file: Path | None) -> str:
