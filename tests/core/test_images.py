@@ -185,7 +185,7 @@ def test_pictures_that_do_not_fit_into_memory_are_decoded_anew(tmp_path: Path, m
     processor = load_processor(tiny_vision_base(tmp_path / "base", blocks=1))
     listed = read_pictures(tiny_pictures(tmp_path / "set", 2))
     whole = Pictures(listed, processor).batch(range(6))
-    monkeypatch.setattr(pictures, "_CACHE_BYTES", 3000)
+    monkeypatch.setattr(pictures, "CACHE_BYTES", 3000)
     assert (Pictures(listed, processor).batch(range(6)) == whole).all()
 
 

@@ -23,7 +23,7 @@ def test_any_number_of_processes_makes_the_same(tmp_path: Path, monkeypatch: pyt
     processor = load_processor(tiny_vision_base(tmp_path / "base", blocks=1))
     listed = read_pictures(tiny_pictures(tmp_path / "set", 2))
     listed[0] = Picture("bytes", Path(str(listed[0].source)).read_bytes(), listed[0].label)
-    monkeypatch.setattr(pictures, "_CACHE_BYTES", 3000)  # some are kept, others decoded anew
+    monkeypatch.setattr(pictures, "CACHE_BYTES", 3000)  # some are kept, others decoded anew
     made = []
     for count in (0, 1, 2):
         with PictureWorkers(count) as workers:

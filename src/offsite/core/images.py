@@ -132,6 +132,11 @@ def split_by_seed(pictures: Sequence[Picture], share: float, seed: int) -> tuple
     )
 
 
+def as_file(picture: Picture) -> io.BytesIO | Path:
+    """What Pillow opens of a picture."""
+    return io.BytesIO(picture.source) if isinstance(picture.source, bytes) else picture.source
+
+
 def decode(picture: Picture) -> Pixels:
     """A picture as it is to be looked at: turned as its EXIF data say, in RGB (Y, X, 3), transparency dropped.
 
@@ -140,11 +145,10 @@ def decode(picture: Picture) -> Pixels:
     """
     image = require("PIL.Image", "vision", "reading pictures")
     ops = require("PIL.ImageOps", "vision", "reading pictures")
-    source = io.BytesIO(picture.source) if isinstance(picture.source, bytes) else picture.source
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; what is too large is refused below
-            with image.open(source, formats=FORMATS) as opened:
+            with image.open(as_file(picture), formats=FORMATS) as opened:
                 width, height = opened.size
                 if width * height > MOST_PIXELS:
                     raise _bad(picture, f"{width} x {height} pixels, at most {MOST_PIXELS:,} are read")

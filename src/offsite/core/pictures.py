@@ -6,11 +6,10 @@ from concurrent.futures import Future
 import numpy as np
 
 from offsite.core.images import FORMATS, Floats, Picture, Pixels, Processor, augmented
+from offsite.core.picture_sizes import CACHE_BYTES
 from offsite.core.picture_workers import PictureWorkers
 from offsite.core.rows import counted, first
 from offsite.errors import DataError
-
-_CACHE_BYTES = 2**30  # decoded pictures that are kept in memory; others are decoded anew at each use
 
 
 class Pictures:
@@ -35,7 +34,7 @@ class Pictures:
         skip_bad: bool = False,
         workers: PictureWorkers | None = None,
     ) -> None:
-        self._processor, self._room = processor, _CACHE_BYTES
+        self._processor, self._room = processor, CACHE_BYTES
         self._workers = workers or PictureWorkers()
         self._decoded: dict[int, Pixels] = {}
         self._coming: dict[tuple[int, ...], Future[Floats]] = {}

@@ -13,6 +13,7 @@ from torch import Tensor
 from offsite.core.images import load_processor, read_pictures
 from offsite.core.load import load_tokenizer
 from offsite.core.memory import CALIBRATION_BATCH, calibration_length
+from offsite.core.picture_sizes import seen_picture, spread_pictures
 from offsite.core.pictures import Pictures
 from offsite.core.row_files import RECORDS, read_text
 from offsite.core.rows import read_rows
@@ -55,10 +56,8 @@ def _picture_batches(model: BaseModel, folder: Path | None, tokens: int) -> list
         )
     processor = load_processor(model.folder)
     listed = read_pictures(folder, labelled=False)
-    patch = int(model.config.get("patch_size", 16))
-    count = min(len(listed), max(1, tokens // (processor.side[0] * processor.side[1] // patch**2)))
-    stride = len(listed) // count  # spread over the whole folder
-    pictures = Pictures([listed[i * stride] for i in range(count)], processor, skip_bad=True)
+    seen = seen_picture(model.folder, model.row, model.config)
+    pictures = Pictures(spread_pictures(listed, seen, model.config, tokens), processor, skip_bad=True)
     return [torch.from_numpy(pixels) for _, pixels in pictures.in_order(CALIBRATION_BATCH)]
 
 
