@@ -115,7 +115,7 @@ class _Served:
         try:
             _send(to, {**wanted, "crop": crop, "key": list(key)}, content)
             answer, made = _receive(back)
-        except (OSError, ValueError):  # ValueError: the pipe was closed by this process
+        except (OSError, EOFError, ValueError):  # ValueError: the pipe was closed by this process
             raise OffsiteError(
                 f"a process that decodes pictures ended while it looked at {picture.name}",
                 reasons=[f"its exit code is {self._process.poll()}; a negative one is a signal"],
