@@ -96,7 +96,7 @@ class PackSpec(ComputeSpec):
         float | None, Field(gt=0, le=1, description="share of the feed-forward neurons that the emulator keeps")
     ] = None
     calibration: Annotated[
-        Path | None, Field(description="text or rows to select and heal with; None takes the text that ships")
+        Path | None, Field(description="text, rows or pictures to select and heal with; None takes what ships")
     ] = None
     calibration_tokens: Annotated[int, Field(ge=256, description="tokens of it to select and refit with")] = 65_536
     distill_tokens: Annotated[int, Field(ge=256, description="tokens of it to distill with")] = 262_144

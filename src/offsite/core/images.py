@@ -183,15 +183,20 @@ def look(picture: Picture, crop: Sequence[int] | None = None, key: Sequence[int]
     return pixels if crop is None else augmented(pixels, crop, np.random.default_rng(list(key)))
 
 
-def augmented(pixels: Pixels, side: Sequence[int], draw: np.random.Generator) -> Pixels:
-    """A random crop, resized to `side` (height, width), and as often as not mirrored (arXiv 1409.4842, section 6)."""
+def augmented(
+    pixels: Pixels, side: Sequence[int], draw: np.random.Generator, *, area: tuple[float, float] = _CROP_AREA
+) -> Pixels:
+    """A random crop of a share of the `area`, made `side` (height, width), and mirrored as often as not.
+
+    After arXiv 1409.4842, section 6.
+    """
     from PIL import Image
 
     height, width = pixels.shape[:2]
-    area = height * width * draw.uniform(*_CROP_AREA)
+    size = height * width * draw.uniform(*area)
     ratio = np.exp(draw.uniform(*np.log(_CROP_RATIO)))
-    crop_width = min(width, max(1, round(float(np.sqrt(area * ratio)))))
-    crop_height = min(height, max(1, round(float(np.sqrt(area / ratio)))))
+    crop_width = min(width, max(1, round(float(np.sqrt(size * ratio)))))
+    crop_height = min(height, max(1, round(float(np.sqrt(size / ratio)))))
     left, top = int(draw.integers(width - crop_width + 1)), int(draw.integers(height - crop_height + 1))
     crop = Image.fromarray(pixels[top : top + crop_height, left : left + crop_width])
     resized = np.asarray(crop.resize((side[1], side[0]), Image.Resampling.BICUBIC))

@@ -65,10 +65,12 @@ def decoded(pictures: Iterable[Picture]) -> Term:
     return Term("decoded pictures", min(CACHE_BYTES, 3 * pixels), "min(1 GiB, 3 * pixels of all)")
 
 
-def spread_pictures(
-    listed: Sequence[Picture], seen: SeenPicture, config: Mapping[str, Any], tokens: int
-) -> Sequence[Picture]:
-    """About as many pictures as have so many tokens, spread over all that are listed."""
-    patches = seen.height * seen.width // int(config.get("patch_size", 16)) ** 2
-    count = min(len(listed), max(1, tokens // patches))
+def picture_count(seen: SeenPicture, config: Mapping[str, Any], tokens: int) -> int:
+    """About as many pictures as have so many tokens."""
+    return max(1, tokens // (seen.height * seen.width // int(config.get("patch_size", 16)) ** 2))
+
+
+def spread(listed: Sequence[Picture], count: int) -> Sequence[Picture]:
+    """At most so many pictures, over all that are listed."""
+    count = min(count, len(listed))
     return [listed[i * (len(listed) // count)] for i in range(count)]

@@ -41,7 +41,7 @@ from offsite.core.memory import (
     torch_libraries,
 )
 from offsite.core.modules.shapes import place_of_bottleneck
-from offsite.core.picture_sizes import decoded, seen_picture, spread_pictures
+from offsite.core.picture_sizes import decoded, picture_count, seen_picture, spread
 from offsite.core.progress import silent
 from offsite.errors import DataError, IncompatibleError
 from offsite.exchange.artifacts import Base
@@ -50,6 +50,7 @@ from offsite.exchange.home import Home
 from offsite.exchange.manifest import FileEntry, render_manifest
 from offsite.exchange.signing import SIGNATURE_BYTES
 from offsite.model_owner.base_model import BaseModel, open_base
+from offsite.model_owner.compress.calibration_pictures import photos
 from offsite.model_owner.compress.declare import declared_of
 from offsite.model_owner.compress.select import select
 from offsite.model_owner.compress.share import shared
@@ -154,10 +155,11 @@ def _calibration(model: BaseModel, spec: PackSpec) -> tuple[Calibration, tuple[T
         length = calibration_length(model.config)
         return Calibration(spec.calibration_tokens // length, length), (encoding(_text_bytes(spec.calibration)),)
     seen = seen_picture(model.folder, model.row, model.config)
-    listed = read_pictures(spec.calibration, labelled=False) if spec.calibration else []
-    chosen = spread_pictures(listed, seen, model.config, spec.calibration_tokens)
-    prepared = Term("prepared pictures", len(chosen) * seen.bytes, "12 * height * width each")
-    return Calibration(len(chosen), seen.tokens), (decoded(chosen), prepared)
+    count = picture_count(seen, model.config, spec.calibration_tokens)
+    chosen = spread(read_pictures(spec.calibration, labelled=False), count) if spec.calibration else photos()
+    count = len(chosen) if spec.calibration else count  # of a photo there are many crops
+    prepared = Term("prepared pictures", count * seen.bytes, "12 * height * width each")
+    return Calibration(count, seen.tokens), (decoded(chosen), prepared)
 
 
 _WORK = ("influence", "cluster", "search")  # selections that run the network
