@@ -7,7 +7,7 @@ BENCH := offsite-bench
 DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench bench-long bench-race bench-pieces bench-images bench-images-long format docs clean
+.PHONY: help install demo demo-vision test bench bench-long bench-race bench-pieces bench-images bench-images-long format docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -16,6 +16,10 @@ install: $(STAMP) ## make .venv with the pinned dependencies
 
 demo: $(STAMP) ## play both parties on a real language model (ARGS="--full" for the bounds as well)
 	$(BIN)/offsite demo --workdir $(DEMO) --json $(DEMO)/result.json $(ARGS)
+
+demo-vision: $(STAMP) ## the same on an image encoder and handwritten digits (ARGS="--images FOLDER" for pictures of yours)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[demo-vision]'
+	$(BIN)/offsite demo --vision --workdir $(DEMO)-vision --json $(DEMO)-vision/result.json $(ARGS)
 
 test: $(STAMP) ## format, lint, types, import contracts, tests with branch coverage
 	$(BIN)/ruff format --check .

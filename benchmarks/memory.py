@@ -2,6 +2,7 @@
 
     python -m benchmarks.memory                 the model of the demo, from the user's cache
     python -m benchmarks.memory --base FOLDER   any base folder; "tiny" makes a tiny random one
+    python -m benchmarks.memory --base FOLDER --images FOLDER   an image encoder, and pictures by class
 
 Each command runs in a process of its own, one at a time; its peak is the ru_maxrss that the system reports when it
 ends. Nothing heavy is imported here: a child's peak counts what its parent held at the fork.
@@ -51,13 +52,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=None, help='base folder, or "tiny"')
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
+    parser.add_argument("--images", type=Path, default=None, help="pictures, where the base is an image encoder")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--result", type=Path, default=None)
     wanted = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": str(wanted.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     results = []
     with tempfile.TemporaryDirectory(prefix="offsite-memory-") as scratch:
-        for one in _measure(_base(wanted.base, Path(scratch)), Path(scratch), wanted.tokens):
+        for one in _measure(_base(wanted.base, Path(scratch)), Path(scratch), wanted.tokens, wanted.images):
             results.append(one)
             print(_line(one), flush=True)
     if wanted.result or wanted.base is None:
@@ -76,27 +78,34 @@ def _base(wanted: str | None, scratch: Path) -> Path:
     return platformdirs.user_cache_path("offsite") / "SmolLM2-135M-Instruct" / "base"
 
 
-def _measure(base: Path, scratch: Path, tokens: int) -> Iterator[Measured]:
+def _measure(base: Path, scratch: Path, tokens: int, images: Path | None) -> Iterator[Measured]:
     """Play both parties, one command after the other."""
     acme, hospital = scratch / "acme", scratch / "hospital"
     for home, name in ((acme, "acme"), (hospital, "hospital")):
         _offsite("keygen", "--name", name, "--out", scratch / f"{name}.pub", "--home", home)
     for home, name in ((acme, "hospital"), (hospital, "acme")):
         _offsite("trust", "add", name, scratch / f"{name}.pub", "--home", home)
-    data, settings = scratch / "rows.jsonl", scratch / "settings.toml"
-    _rows(data, tokens)
-    context = min(tokens, json.loads((base / "config.json").read_text())["max_position_embeddings"])
-    settings.write_text(f'[tune]\nmax_length = {context}\nlong_rows = "truncate"\nmax_steps = 2\n')
+    data, settings = images or scratch / "rows.jsonl", scratch / "settings.toml"
+    split: list[object] = []
+    if images is None:
+        _rows(data, tokens)
+        context = min(tokens, json.loads((base / "config.json").read_text())["max_position_embeddings"])
+        settings.write_text(f'[tune]\nmax_length = {context}\nlong_rows = "truncate"\nmax_steps = 2\n')
+    else:
+        settings.write_text("[tune]\nmax_steps = 2\n")
+        split = ["--bottom", 0, "--keep", 4, "--top", 4, "--calibration", images]
     print(f"{'command':34}{'measured':>12}{'planned':>12}{'libraries':>12}{'plan/measured':>15}{'seconds':>9}")
     bundle = scratch / "bundle"
     for heal in ("none", "refit"):
         out = bundle if heal == "refit" else scratch / "plain"
-        words = ["pack", base, "--out", out, "--for", "hospital", "--home", acme, "--heal", heal]
+        words = ["pack", base, "--out", out, "--for", "hospital", "--home", acme, "--heal", heal, *split]
         yield _case(f"pack --heal {heal}", words)
     for method in ("lora", "full"):
         out = scratch / method
         words = ["tune", bundle, "--data", data, "--out", out, "--home", hospital, "--method", method]
         yield _case(f"tune --method {method}", [*words, "--config", settings])
+    if images is not None:  # plugging in moves the same tensors
+        return
     for method, form in (("lora", "adapter"), ("lora", "merged"), ("full", "merged")):
         out = scratch / f"{method}-{form}"
         words = ["plug-in", base, scratch / method, "--out", out, "--as", form, "--again", "--home", acme]
@@ -161,7 +170,8 @@ def _write(file: Path, results: Sequence[Measured], wanted: argparse.Namespace) 
         "settings": {
             "threads": wanted.threads,
             "base": wanted.base or "SmolLM2-135M-Instruct",
-            "tokens_of_a_row": wanted.tokens,
+            "tokens_of_a_row": None if wanted.images else wanted.tokens,
+            "pictures": wanted.images and sum(1 for _ in wanted.images.rglob("*.*")),
         },
         "cases": [{**asdict(one), "planned_over_measured": round(one.ratio, 3)} for one in results],
     }

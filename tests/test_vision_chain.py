@@ -14,8 +14,9 @@ import offsite
 from artifacts import full_return, packed
 from offsite import Base, EvalSpec, PackSpec, PlugInSpec, TuneSpec
 from offsite.core.architectures import ARCHITECTURES
-from offsite.core.images import Pictures, load_processor, read_pictures
+from offsite.core.images import load_processor, read_pictures
 from offsite.core.load import load_model, model_settings
+from offsite.core.pictures import Pictures
 from offsite.errors import UsageError
 from offsite.exchange.contents import CLASSIFIER, PROCESSOR
 from offsite.exchange.manifest import MANIFEST

@@ -107,7 +107,7 @@ class PackSpec(ComputeSpec):
         float | None, Field(gt=0, le=1, description="share of the feed-forward neurons that the emulator keeps")
     ] = None
     calibration: Annotated[
-        Path | None, Field(description="text or rows to select and heal with; None takes the text that ships")
+        Path | None, Field(description="text, rows or pictures to select and heal with; None takes what ships")
     ] = None
     calibration_tokens: Annotated[int, Field(ge=256, description="tokens of it to select and refit with")] = 65_536
     distill_tokens: Annotated[int, Field(ge=256, description="tokens of it to distill with")] = 262_144
@@ -256,6 +256,14 @@ class TuneSpec(ComputeSpec):
     skip_bad: Annotated[bool, Field(description="images: leave out pictures that cannot be read")] = False
     eval_share: Annotated[float, Field(ge=0, lt=1, description="images: share held out for validation")] = 0.0
     micro_batch_images: Annotated[int, Field(ge=1, description="images: pictures that run at once")] = 16
+    workers: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=64,
+            description="images: processes that decode and crop; None is 0 on a processor: it does it itself",
+        ),
+    ] = None
 
     @property
     def head_factor(self) -> float:
@@ -321,6 +329,14 @@ class EvalSpec(ComputeSpec):
     max_rows: Annotated[int | None, Field(ge=1, description="score the first rows only")] = None
     skip_bad: Annotated[bool, Field(description="images: leave out pictures that cannot be read")] = False
     micro_batch_images: Annotated[int, Field(ge=1, description="images: pictures that run at once")] = 32
+    workers: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=64,
+            description="images: processes that decode and crop; None is 0 on a processor: it does it itself",
+        ),
+    ] = None
 
 
 # The tables that a TOML file may hold, one for each verb with settings.

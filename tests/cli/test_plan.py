@@ -12,7 +12,7 @@ from fresh_process import HEAVY, modules_after
 from offsite.cli import main
 from offsite.config import PackSpec
 from offsite.exchange.artifacts import Bundle
-from tiny import Parties, tiny_base, tiny_parties
+from tiny import Parties, tiny_base, tiny_parties, tiny_pictures, tiny_vision_base
 
 Run = Callable[..., dict[str, Any]]
 
@@ -70,10 +70,14 @@ def test_planning_leaves_no_trace(tmp_path: Path, base: Path, parties: Parties, 
 def test_planning_imports_no_torch(tmp_path: Path, base: Path, bundle: Bundle, parties: Parties, rows: Path) -> None:
     returned = lora_return(bundle, tmp_path / "return", parties.data_owner)
     out = ("--out", tmp_path / "new", "--plan")
+    encoder, pictures = tiny_vision_base(tmp_path / "encoder", blocks=4), tiny_pictures(tmp_path / "set", 2)
+    seen = packed(encoder, tmp_path / "seen", parties, keep=1)
     for words in (
         ("pack", base, "--for", "hospital", "--keep", 1, "--home", parties.owner.folder, *out),
         ("tune", bundle.folder, "--data", rows, "--home", parties.data_owner.folder, *out),
         ("plug-in", base, returned.folder, "--home", parties.owner.folder, *out),
+        ("pack", encoder, "--for", "x", "--keep", 1, "--bottom", 1, "--top", 1, "--calibration", pictures, *out),
+        ("tune", seen.folder, "--data", pictures, "--home", parties.data_owner.folder, *out),
     ):
         loaded = modules_after(*words)
         assert not HEAVY & loaded

@@ -8,17 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from offsite.core import images
-from offsite.core.images import (
-    Picture,
-    Pictures,
-    augmented,
-    decode,
-    held_out_part,
-    load_processor,
-    read_pictures,
-    split_by_seed,
-)
+from offsite.core import images, pictures
+from offsite.core.images import Picture, augmented, decode, held_out_part, load_processor, read_pictures, split_by_seed
+from offsite.core.pictures import Pictures
 from offsite.errors import DataError, IncompatibleError
 from tiny import tiny_pictures, tiny_vision_base
 
@@ -193,7 +185,7 @@ def test_pictures_that_do_not_fit_into_memory_are_decoded_anew(tmp_path: Path, m
     processor = load_processor(tiny_vision_base(tmp_path / "base", blocks=1))
     listed = read_pictures(tiny_pictures(tmp_path / "set", 2))
     whole = Pictures(listed, processor).batch(range(6))
-    monkeypatch.setattr(images, "_CACHE_BYTES", 3000)
+    monkeypatch.setattr(pictures, "CACHE_BYTES", 3000)
     assert (Pictures(listed, processor).batch(range(6)) == whole).all()
 
 

@@ -13,6 +13,7 @@ from artifacts import packed
 from offsite.config import TuneSpec
 from offsite.core.images import load_processor
 from offsite.core.progress import silent
+from offsite.data_owner import budget
 from offsite.data_owner.image_task import open_album
 from offsite.data_owner.tune import tune
 from offsite.errors import DataError, UsageError
@@ -102,9 +103,24 @@ def _tuned(tmp_path: Path, bundle: Bundle, pictures: Path, out: str, **settings:
     return tmp_path / out / CLASSIFIER
 
 
-def test_memory_is_for_text(tmp_path: Path, bundle: Bundle) -> None:
-    with pytest.raises(UsageError, match="--memory is for text"):
-        run(tmp_path, bundle, tiny_pictures(tmp_path / "set", 2), memory="4GiB")
+def test_memory_is_measured_on_the_pictures(tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many at once as fit, and the same sum: only the order of adding changes."""
+    seen: list[int] = []
+
+    def measured(work: Any, device: torch.device) -> tuple[int, int]:
+        seen.append(len(work.__defaults__[0]))
+        work()
+        return 2**20, 2**20 * (1 + 100 * seen[-1])
+
+    monkeypatch.setattr(budget, "_measured", measured)
+    pictures = tiny_pictures(tmp_path / "set", 4)
+    losses = run(tmp_path, bundle, pictures, memory="300MiB", batch_size=8)
+    assert seen == [1, 2]
+    plain = run(tmp_path, bundle, pictures, "plain", batch_size=8)
+    assert losses[1]["loss"] == pytest.approx(plain[1]["loss"], rel=1e-5)
+    with pytest.raises(UsageError, match="does not fit into 50MiB") as caught:
+        run(tmp_path, bundle, pictures, "none", memory="50MiB")
+    assert "one picture alone takes" in caught.value.reasons[0]
 
 
 def test_recomputed_blocks_give_the_same_return(tmp_path: Path, bundle: Bundle) -> None:
@@ -122,3 +138,10 @@ def test_bitfit(tmp_path: Path, bundle: Bundle) -> None:
 
 def test_the_processor_is_the_bundles(bundle: Bundle) -> None:
     assert load_processor(bundle.folder).side == (16, 16)
+
+
+def test_workers_change_nothing(tmp_path: Path, bundle: Bundle) -> None:
+    pictures = tiny_pictures(tmp_path / "set", 4)
+    here = _tuned(tmp_path, bundle, pictures, "here", workers=0)
+    there = _tuned(tmp_path, bundle, pictures, "there", workers=2)
+    assert here.read_bytes() == there.read_bytes()

@@ -11,11 +11,13 @@ from artifacts import packed
 from offsite.config import TuneSpec
 from offsite.core import loss, memory
 from offsite.core.attention import _TILE
+from offsite.core.checkpoint import read_header
+from offsite.core.images import Picture, decode
 from offsite.core.memory import Term
 from offsite.data_owner.plan import TunePlan, plan_tune
 from offsite.data_owner.tune import tune
 from offsite.errors import UsageError
-from tiny import KINDS, Parties, tiny_base, tiny_parties
+from tiny import KINDS, Parties, tiny_base, tiny_parties, tiny_pictures, tiny_vision_base
 
 HIDDEN, INNER = 32, 48
 BLOCK = HIDDEN * (32 + 16 + 16 + 32) + 3 * HIDDEN * INNER + 2 * HIDDEN
@@ -140,3 +142,27 @@ def test_below_the_first_trained_block_nothing_is_kept(
 def test_the_sizes_are_those_of_the_code() -> None:
     assert loss.CHUNK_ELEMENTS is memory.CHUNK_ELEMENTS
     assert memory.SHORT_ATTENTION == _TILE
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_pictures_are_planned_from_their_headers(tmp_path: Path, parties: Parties, method: Any) -> None:
+    bundle = packed(tiny_vision_base(tmp_path / "base", "dinov2", 4), tmp_path / "bundle", parties, keep=1)
+    pictures = tiny_pictures(tmp_path / "set", 4)
+    (pictures / "red" / "bad.png").write_text("none")  # tuning will name it
+    spec = TuneSpec(method=method, compute="fp32", batch_size=4, eval_share=0.5)
+    plan = plan_tune(bundle, pictures, spec)
+    config = json.loads((bundle.folder / "config.json").read_text())
+    tokens, hidden = (16 // config["patch_size"]) ** 2 + 1, config["hidden_size"]
+    assert (plan.rows, plan.row_tokens, plan.micro_batch_tokens) == (7, tokens, 4 * tokens)
+    forward = terms(plan, "forward pass and loss")
+    sizes = [decode(Picture(file.name, file, None)).nbytes for file in pictures.rglob("[0-9].png")]
+    assert forward["decoded pictures"].bytes == sum(sizes)
+    assert forward["pixels of what runs at once, twice"].bytes == 2 * 4 * 4 * 3 * 16 * 16
+    classifier = 3 * (2 * hidden + 1)
+    assert forward["classifier in fp32"].bytes == 4 * classifier
+    tune(bundle.folder, pictures, tmp_path / "out", spec.model_copy(update={"skip_bad": True}), parties.data_owner)
+    returned = (tmp_path / "out").glob("*.safetensors")
+    numbers = sum(math.prod(tensor.shape) for file in returned for tensor in read_header(file).values())
+    assert plan.trained_parameters == numbers
+    assert "logits of one chunk" not in forward
+    assert "the probe, and validation" in {phase.name for phase in plan.phases}

@@ -1,22 +1,25 @@
 """The plan of packing: exact where it can be, and the formulas by hand on a tiny model."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from artifacts import lora_return, packed
 from offsite.config import PackSpec, PlugInSpec
 from offsite.core import memory
+from offsite.core.load import load_model
 from offsite.core.runtime import runtime
-from offsite.errors import UsageError
+from offsite.errors import IncompatibleError, UsageError
 from offsite.exchange.artifacts import Base
 from offsite.model_owner.pack import pack
 from offsite.model_owner.plan import PackPlan, plan_pack, plan_plug_in
 from offsite.model_owner.plug_in import plug_in
-from tiny import KINDS, Parties
+from tiny import KINDS, VISION_KINDS, Parties, tiny_pictures, tiny_vision_base
 
 MakeBase = Callable[..., Path]
 HIDDEN, INNER, VOCABULARY = 32, 48, 320
@@ -146,3 +149,32 @@ def test_plugging_in(base_of: MakeBase, tmp_path: Path, parties: Parties, form: 
     made = plug_in(Base(base), returned.folder, tmp_path / "plugged", settings, parties.owner)
     assert plan.disk_bytes >= 0.9 * sum(file.stat().st_size for file in made.folder.iterdir())
     assert all((made.folder / name).is_file() for name in more)
+
+
+@pytest.mark.parametrize("kind", VISION_KINDS)
+def test_every_kind_of_encoder_can_be_planned(tmp_path: Path, parties: Parties, kind: str) -> None:
+    base, own = Base(tiny_vision_base(tmp_path / "base", kind, 4)), tiny_pictures(tmp_path / "own", 3)
+    settings = spec(keep=1, heal="refit", calibration=own)
+    plan = plan_pack(base, settings)
+    bundle = pack(base, tmp_path / "bundle", "hospital", settings, parties.owner)
+    assert dict(plan.files) == {file.name: file.stat().st_size for file in bundle.folder.iterdir()}
+    assert plan.calibration is not None
+    assert plan.calibration.sequences == 9
+    assert term(plan, "running the blocks", "prepared pictures") == 9 * 4 * 3 * 16 * 16
+    config = json.loads((base.folder / "config.json").read_text())
+    with torch.no_grad():
+        model = load_model(base.folder, dtype=torch.float32, device=torch.device("cpu"))
+        seen = model(pixel_values=torch.zeros(1, 3, 16, 16))
+    tokens = seen.last_hidden_state.shape[1]
+    assert plan.calibration.length == tokens
+    hidden = 2 * 4 * 9 * tokens * config["hidden_size"]
+    assert term(plan, "running the blocks", "hidden states, base and emulator") == hidden
+
+
+def test_an_encoder_whose_processor_says_no_size_cannot_be_planned(tmp_path: Path) -> None:
+    base = tiny_vision_base(tmp_path / "base", blocks=4)
+    file = base / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "size": {"shortest_edge": 16}}))
+    with pytest.raises(IncompatibleError, match="does not say how large") as caught:
+        plan_pack(Base(base), spec(keep=1, calibration=tiny_pictures(tmp_path / "own", 1)))
+    assert "'height'" in caught.value.reasons[0]

@@ -1,20 +1,29 @@
 """Encoders block by block, and healed by refit on pictures."""
 
+import importlib.util
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from artifacts import packed
+from offsite.config import PackSpec
 from offsite.core.architectures import ARCHITECTURES
-from offsite.core.images import Pictures, load_processor, read_pictures
+from offsite.core.images import load_processor, read_pictures
 from offsite.core.load import load_model
+from offsite.core.pictures import Pictures
 from offsite.core.runtime import Runtime
 from offsite.errors import UsageError
 from offsite.exchange.artifacts import Base
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.block_runner import BlockRunner
+from offsite.model_owner.compress.calibration import calibration_batches
+from offsite.model_owner.compress.calibration_pictures import PHOTOS, crops, photos
+from offsite.model_owner.plan import plan_pack
 from tiny import VISION_KINDS, tiny_parties, tiny_pictures, tiny_vision_base
 
 CPU = torch.device("cpu")
@@ -67,11 +76,50 @@ def test_refit_brings_the_emulator_closer(tmp_path: Path, kind: str) -> None:
     assert errors["refit"] < 0.9 * errors["none"], errors
 
 
-def test_no_pictures_ship(tmp_path: Path) -> None:
+def test_photos_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     base = tiny_vision_base(tmp_path / "base", blocks=4)
-    with pytest.raises(UsageError, match="no calibration pictures ship") as caught:
+    with pytest.raises(UsageError, match="scikit-image are not installed") as caught:
         packed(base, tmp_path / "bundle", tiny_parties(tmp_path), keep=1, heal="refit")
+    assert "offsite-tuning[calibration-images]" in (caught.value.next_step or "")
     assert "--calibration" in (caught.value.next_step or "")
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a package with the photos' names lies; the folder of its data."""
+    folder = tmp_path / "skimage" / "data"
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    for name in PHOTOS:
+        Image.fromarray(draw.integers(0, 255, size=(40, 50, 3), dtype=np.uint8)).save(folder / name)
+    spec = ModuleSpec("skimage", None, is_package=True)
+    spec.submodule_search_locations = [str(folder.parent)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    return folder
+
+
+def test_without_pictures_of_its_own(tmp_path: Path, installed: Path) -> None:
+    """Crops of the photos that are installed, the same every time."""
+    base, parties = tiny_vision_base(tmp_path / "base", "dinov2", 5), tiny_parties(tmp_path)
+    made = [packed(base, tmp_path / out, parties, keep=2, heal="refit", calibration_tokens=512).folder for out in "ab"]
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in made)
+    assert first == second
+    plain = packed(base, tmp_path / "plain", parties, keep=2, heal="none").folder
+    assert first != (plain / "model.safetensors").read_bytes()
+    assert {one.shape for one in crops(40, (16, 12))} == {(16, 12, 3)}
+    assert len({one.tobytes() for one in crops(40, (16, 12))}) == 40
+    plan = plan_pack(Base(base), PackSpec(bottom=1, keep=2, top=1, calibration_tokens=512))
+    assert plan.calibration is not None
+    assert plan.calibration.sequences == sum(map(len, calibration_batches(open_base(Base(base)), None, 512)))
+
+
+def test_a_package_without_the_photos(tmp_path: Path, installed: Path) -> None:
+    (installed / "coffee.png").unlink()
+    with pytest.raises(UsageError, match="does not hold the photos") as caught:
+        photos()
+    assert "coffee.png" in caught.value.reasons[0]
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,23 @@
 """The demo on images with a tiny encoder; its commands run in this process, each with the words that it would have."""
 
 import contextlib
+import gzip
+import importlib.util
 import io
 import json
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from offsite.cli import main
+from offsite.errors import DataError
 from offsite.study.chain import Chain
+from offsite.study.digits import digits_file, write_digits
 from offsite.study.vision_demo import ROWS, SPLIT
 from tiny import tiny_pictures, tiny_vision_base
 
@@ -68,8 +74,7 @@ def _paths(file: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (["--vision"], "go together"),
-        (["--images", "x"], "go together"),
+        (["--images", "x"], "--images is for the demo on pictures"),
         (["--vision", "--images", "x", "--data", "y"], "do not go together"),
         (["--vision", "--images", "x", "--full"], "do not go together"),
     ],
@@ -88,3 +93,57 @@ def test_too_few_pictures(tmp_path: Path, words: list[list[str]], capsys: pytest
     arguments = ["--images", str(tmp_path / "set"), "--model", str(base), "--workdir", str(tmp_path / "work")]
     assert main(["demo", "--vision", *arguments]) == 2
     assert "too few pictures" in capsys.readouterr().err
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a package with the digits' file lies; the file, with 20 lines a class that differ."""
+    file = tmp_path / "sklearn" / "datasets" / "data" / "digits.csv.gz"
+    file.parent.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    lines = [[*(draw.integers(0, 8, 64) + 8 * (np.arange(64) // 6 == label)), label] for label in range(10)] * 20
+    file.write_bytes(gzip.compress("".join(f"{','.join(map(str, line))}\n" for line in lines).encode()))
+    spec = ModuleSpec("sklearn", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path / "sklearn")]
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: spec if name == "sklearn" else found(name, *more)
+    )
+    return file
+
+
+def test_without_pictures_it_runs_on_handwritten_digits(
+    tmp_path: Path, words: list[list[str]], installed: Path
+) -> None:
+    base, result = tiny_vision_base(tmp_path / "model", "dinov2", 12), tmp_path / "result.json"
+    command = ["demo", "--vision", "--model", str(base), "--workdir", str(tmp_path / "work"), "--json", str(result)]
+    assert main([*command, "--steps", "2"]) == 0
+    found = json.loads(result.read_text())
+    assert [row["name"] for row in found["rows"]] == list(ROWS)
+    assert found["task"] == {"train": 120, "test": 50, "own": 30, "classes": 10}
+    tune = next(one for one in words if "tune" in one)
+    assert "augment = false" in Path(tune[tune.index("--config") + 1]).read_text()
+
+
+def test_digits_as_pictures(tmp_path: Path, installed: Path) -> None:
+    assert write_digits(digits_file(), tmp_path / "out") == {"pictures": 200}
+    assert sorted(folder.name for folder in (tmp_path / "out").iterdir()) == list("0123456789")
+    with Image.open(tmp_path / "out" / "3" / "0003.png") as image:
+        assert image.size == (96, 96)
+        assert np.asarray(image).max() > 128
+    installed.write_bytes(gzip.compress(b"1,2,3\n"))
+    with pytest.raises(DataError, match="does not hold the digits"):
+        write_digits(installed, tmp_path / "none")
+    installed.write_bytes(b"no archive")
+    with pytest.raises(DataError, match="cannot read the digits"):
+        write_digits(installed, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_digits_that_are_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None)
+    assert main(["demo", "--vision", "--workdir", str(tmp_path / "work")]) == 2
+    assert "offsite-tuning[demo-vision]" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()

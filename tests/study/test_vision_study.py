@@ -156,15 +156,16 @@ def test_a_study_of_pictures_stays_small(tmp_path: Path) -> None:
     assert 0 <= record["result"]["accuracy"] <= 1
 
 
-def test_what_cannot_work_is_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_what_cannot_work_is_refused_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lay_out(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
 
     def refused(old: str, new: str) -> list[str]:
         with pytest.raises(UsageError) as caught:
             prepare(load_recipe(lay_out(tmp_path, RECIPE.replace(old, new))), tmp_path / "out", print)
         return list(caught.value.reasons)
 
-    assert "no calibration pictures ship" in refused('calibration = "own"', "")[0]
+    assert "no calibration pictures were named" in refused('calibration = "own"', "")[0]
     assert "pictures have no 'accuracy_norm'" in refused('name = "colours"', 'name = "c"\nscore = "accuracy_norm"')[0]
     assert "keep" in refused("keep = 1", "keep = 9")[0]
     with pytest.raises(IncompatibleError, match="not the base"):

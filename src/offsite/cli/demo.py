@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def demo(
     vision: Annotated[bool, typer.Option("--vision", help="images: an encoder, and a classifier tuned on it")] = False,
     images: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="with --vision: pictures, a sub-folder for each class")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="with --vision: pictures by class [default: handwritten digits]"),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Python code to tune on [default: the standard library]")
@@ -51,7 +52,7 @@ def demo(
     from offsite.core.storage import replace_file
 
     _require_fitting(vision=vision, images=images, others={"--data": data, "--full": full or None})
-    if images is not None:
+    if vision:
         from offsite.study.vision_demo import vision_demo
 
         seen = vision_demo(workdir, images, model=model, steps=steps, progress=_announce)
@@ -71,16 +72,12 @@ def _require_fitting(*, vision: bool, images: Path | None, others: Mapping[str, 
     """Refuse flags that do not go together.
 
     Raises:
-        UsageError: pictures without --vision or the other way round, or flags of the demo of language.
+        UsageError: pictures without --vision, or flags of the demo of language.
     """
     from offsite.errors import UsageError
 
-    if vision != (images is not None):
-        raise UsageError(
-            "--vision and --images go together",
-            reasons=["no pictures ship with this package"],
-            next_step="name a folder with a sub-folder of pictures for each class: --vision --images FOLDER",
-        )
+    if images is not None and not vision:
+        raise UsageError("--images is for the demo on pictures", next_step="add --vision, or leave --images out")
     given = [name for name, value in others.items() if value is not None]
     if vision and given:
         raise UsageError(f"{', '.join(given)} and --vision do not go together", next_step="leave one of them out")

@@ -79,8 +79,8 @@ def pack(
     """Make a signed bundle for one data owner: the blocks to train, and an emulator in place of the rest.
 
     The emulator is the middle of the model with half of its numbers pruned, for the best plug-in; or with --keep a few
-    of its blocks, for the fastest tuning. The bundle is an ordinary Hugging Face checkpoint, unless the emulator shares,
-    quantises, factors or narrows its blocks or leaves zeros out. What was issued stands in the home's ledger.
+    of its blocks, for the fastest tuning. The bundle is an ordinary Hugging Face checkpoint, unless the emulator
+    shares, quantises, factors or narrows its blocks or leaves zeros out. What was issued stands in the home's ledger.
 
     Example:
       offsite pack base/ --out bundle/ --for hospital --bottom 4 --top 6

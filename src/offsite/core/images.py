@@ -8,8 +8,7 @@ tuning, to evaluation and to a pipeline of transformers as one and the same arra
 import io
 import struct
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +27,8 @@ if TYPE_CHECKING:
 KINDS = "a folder with a sub-folder for each class, a .csv of path and label, or a .parquet of image and label"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 MOST_PIXELS = 50_000_000  # a file of some kilobytes may announce billions
-_FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = ("PNG", "JPEG", "WEBP")
 _TRAINING, _HELD_OUT = ("train",), ("validation", "val", "valid", "test")  # names of a folder's parts
-_CACHE_BYTES = 2**30  # decoded pictures that are kept in memory; others are decoded anew at each use
 _CROP_AREA, _CROP_RATIO = (0.35, 1.0), (3 / 4, 4 / 3)  # of a random crop: share of the picture, width by height
 
 Pixels = npt.NDArray[np.uint8]  # (Y, X, 3)
@@ -134,6 +132,11 @@ def split_by_seed(pictures: Sequence[Picture], share: float, seed: int) -> tuple
     )
 
 
+def as_file(picture: Picture) -> io.BytesIO | Path:
+    """What Pillow opens of a picture."""
+    return io.BytesIO(picture.source) if isinstance(picture.source, bytes) else picture.source
+
+
 def decode(picture: Picture) -> Pixels:
     """A picture as it is to be looked at: turned as its EXIF data say, in RGB (Y, X, 3), transparency dropped.
 
@@ -142,11 +145,10 @@ def decode(picture: Picture) -> Pixels:
     """
     image = require("PIL.Image", "vision", "reading pictures")
     ops = require("PIL.ImageOps", "vision", "reading pictures")
-    source = io.BytesIO(picture.source) if isinstance(picture.source, bytes) else picture.source
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; what is too large is refused below
-            with image.open(source, formats=_FORMATS) as opened:
+            with image.open(as_file(picture), formats=FORMATS) as opened:
                 width, height = opened.size
                 if width * height > MOST_PIXELS:
                     raise _bad(picture, f"{width} x {height} pixels, at most {MOST_PIXELS:,} are read")
@@ -171,75 +173,30 @@ def _eight_bit(opened: "Image") -> "Image":
     return Image.fromarray((np.asarray(opened).clip(0, 65535) // 257).astype(np.uint8))
 
 
-class Pictures:
-    """Pictures that can be read, decoded once as long as there is room, and prepared for one encoder.
-
-    Args:
-        listed: from `read_pictures`; each is decoded here once, so that a broken one is known before any work.
-        processor: from `load_processor`.
-        skip_bad: leave broken ones out instead of refusing the data set.
+def look(picture: Picture, crop: Sequence[int] | None = None, key: Sequence[int] = ()) -> Pixels:
+    """A picture decoded, and with `crop` (height, width) cropped and mirrored by random numbers of which `key` decides.
 
     Raises:
-        DataError: pictures are broken, each listed by name, or none is left.
+        DataError: as `decode` does.
     """
-
-    def __init__(self, listed: Sequence[Picture], processor: "Processor", *, skip_bad: bool = False) -> None:
-        self._processor, self._room = processor, _CACHE_BYTES
-        self._decoded: dict[int, Pixels] = {}
-        self.pictures: list[Picture] = []
-        problems = []
-        for picture in listed:
-            try:
-                self._keep(len(self.pictures), decode(picture))
-            except DataError as error:
-                problems.append(f"{picture.name}: {'; '.join(error.reasons)}")
-                continue
-            self.pictures.append(picture)
-        self.skipped = tuple(problems)
-        if problems and not (skip_bad and self.pictures):
-            raise DataError(
-                f"{counted(problems, 'picture')} cannot be read",
-                reasons=first(problems),
-                next_step="mend or remove them, or leave them out with --skip-bad"
-                if self.pictures
-                else f"name pictures that can be read: {', '.join(_FORMATS)}",
-            )
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def _keep(self, index: int, pixels: Pixels) -> None:
-        if pixels.nbytes <= self._room:
-            self._decoded[index] = pixels
-            self._room -= pixels.nbytes
-
-    def batch(self, rows: Sequence[int], draw: Callable[[int], np.random.Generator] | None = None) -> Floats:
-        """Pictures as the encoder is given them, (B, 3, Y, X).
-
-        Args:
-            rows: which ones.
-            draw: makes the random numbers of a row, by which it is cropped and flipped; None takes it as it is.
-        """
-
-        def prepare(row: int) -> Floats:
-            pixels = self._decoded[row] if row in self._decoded else decode(self.pictures[row])
-            if draw is None:
-                return self._processor(pixels)
-            return self._processor(augmented(pixels, self._processor.side, draw(row)), whole=True)
-
-        with ThreadPoolExecutor(max_workers=4) as pool:  # Pillow and NumPy let other threads work
-            return np.stack(list(pool.map(prepare, rows)))
+    pixels = decode(picture)
+    return pixels if crop is None else augmented(pixels, crop, np.random.default_rng(list(key)))
 
 
-def augmented(pixels: Pixels, side: tuple[int, int], draw: np.random.Generator) -> Pixels:
-    """A random crop, resized to `side` (height, width), and as often as not mirrored (arXiv 1409.4842, section 6)."""
+def augmented(
+    pixels: Pixels, side: Sequence[int], draw: np.random.Generator, *, area: tuple[float, float] = _CROP_AREA
+) -> Pixels:
+    """A random crop of a share of the `area`, made `side` (height, width), and mirrored as often as not.
+
+    After arXiv 1409.4842, section 6.
+    """
     from PIL import Image
 
     height, width = pixels.shape[:2]
-    area = height * width * draw.uniform(*_CROP_AREA)
+    size = height * width * draw.uniform(*area)
     ratio = np.exp(draw.uniform(*np.log(_CROP_RATIO)))
-    crop_width = min(width, max(1, round(float(np.sqrt(area * ratio)))))
-    crop_height = min(height, max(1, round(float(np.sqrt(area / ratio)))))
+    crop_width = min(width, max(1, round(float(np.sqrt(size * ratio)))))
+    crop_height = min(height, max(1, round(float(np.sqrt(size / ratio)))))
     left, top = int(draw.integers(width - crop_width + 1)), int(draw.integers(height - crop_height + 1))
     crop = Image.fromarray(pixels[top : top + crop_height, left : left + crop_width])
     resized = np.asarray(crop.resize((side[1], side[0]), Image.Resampling.BICUBIC))

@@ -13,6 +13,8 @@ import torch
 
 from offsite.errors import UsageError
 
+_MOST_WORKERS = 8  # that are started unasked
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -52,6 +54,16 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def worker_count(wanted: int | None, device: torch.device) -> int:
+    """How many processes decode pictures: what was given, else what pays beside a network on that device.
+
+    On a processor none does: what they would take from the network is what they save it (docs/images.md).
+    """
+    if wanted is not None:
+        return wanted
+    return 0 if device.type == "cpu" else min(_MOST_WORKERS, available_cores() - 1)
 
 
 @contextlib.contextmanager

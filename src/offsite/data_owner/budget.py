@@ -31,9 +31,9 @@ _UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
 
 @dataclass(frozen=True)
 class Fit:
-    """What fits: padded tokens that run at once, whether blocks are recomputed, and the peak that was measured."""
+    """What fits: padded tokens (or pictures) that run at once, whether blocks are recomputed, and the measured peak."""
 
-    tokens: int
+    at_once: int
     recompute: bool
     bytes: int
 
@@ -57,7 +57,8 @@ def within_memory(tuning: Tuning, spec: TuneSpec, where: Runtime, file: Path, pr
         return spec
     found = _settled(file, lambda: _fit(tuning, spec, where, progress))
     _recompute(tuning, found.recompute)
-    return spec.model_copy(update={"micro_batch_tokens": found.tokens})
+    setting = "micro_batch_tokens" if isinstance(tuning.task, TextTask) else "micro_batch_images"
+    return spec.model_copy(update={setting: found.at_once})
 
 
 def _recompute(tuning: Tuning, again: bool) -> None:
@@ -65,41 +66,54 @@ def _recompute(tuning: Tuning, again: bool) -> None:
 
 
 def _fit(tuning: Tuning, spec: TuneSpec, where: Runtime, progress: Progress) -> Fit:
-    examples, budget = _text(tuning).examples, _parse(str(spec.memory))
+    budget = _parse(str(spec.memory))
     numbers = sum(master.numel() for master in tuning.weights.masters.values())
     later = numbers * (8 if where.dtype == torch.float32 else 12)  # AdamW's moments, and gradients in fp32
     ceiling = int(budget * (1 - _SPARE)) - later
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
+    unit = "tokens" if isinstance(tuning.task, TextTask) else "pictures"
     least = 0
     for again in (True,) if spec.gradient_checkpointing else (False, True):
         _recompute(tuning, again)
         found = None
-        for tokens, group in _doubling(examples, order, spec.micro_batch_tokens):
-            progress(Event(f"measuring memory: {tokens} tokens at once", 0))
+        for count, group in _trials(tuning, spec):
+            progress(Event(f"measuring memory: {count} {unit} at once", 0))
             before, peak = _measured(lambda rows=group: _run(tuning, rows), where.device)  # type: ignore[misc]
             if peak > ceiling:
-                least = peak  # of the longest row alone, where nothing was found
+                least = peak  # of one row alone, where nothing was found
                 break
-            found = Fit(tokens, again, peak + later)
+            found = Fit(count, again, peak + later)
             if peak + (peak - before) > ceiling:
                 break
         if found is not None:
             return found
+    what, otherwise = _one_row(tuning)
     raise UsageError(
         f"the tuning does not fit into {spec.memory}",
-        reasons=[f"its longest row ({len(examples[order[0]].ids)} tokens) alone takes {_shown(least + later)}"],
-        next_step=f"give --memory {_shown(int((least + later) / (1 - _SPARE)) + 2**20)} or more, or cut the rows: "
-        "--max-length with --long-rows truncate",
+        reasons=[f"{what} alone takes {_shown(least + later)}"],
+        next_step=f"give --memory {_shown(int((least + later) / (1 - _SPARE)) + 2**20)} or more{otherwise}",
     )
 
 
-def _text(tuning: Tuning) -> TextTask:
+def _trials(tuning: Tuning, spec: TuneSpec) -> Iterator[tuple[int, Sequence[int]]]:
+    """More and more rows at once, up to what the settings permit: how many tokens or pictures, and which."""
+    if isinstance(tuning.task, TextTask):
+        examples = tuning.task.examples
+        order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
+        yield from _doubling(examples, order, spec.micro_batch_tokens)
+        return
+    most, count = min(spec.micro_batch_images, spec.batch_size, tuning.task.rows), 1  # pictures are all of one size
+    while count < most:
+        yield count, range(count)
+        count *= 2
+    yield most, range(most)
+
+
+def _one_row(tuning: Tuning) -> tuple[str, str]:
+    """What the longest row is, and what to do about it beside giving more memory."""
     if not isinstance(tuning.task, TextTask):
-        raise UsageError(
-            "--memory is for text, whose rows differ in length",
-            next_step="of pictures choose how many run at once: micro_batch_images in --config",
-        )
-    return tuning.task
+        return "one picture", ", or a bundle with fewer trained blocks"
+    longest = max(len(example.ids) for example in tuning.task.examples)
+    return f"its longest row ({longest} tokens)", ", or cut the rows: --max-length with --long-rows truncate"
 
 
 def _run(tuning: Tuning, rows: Sequence[int]) -> None:
@@ -156,7 +170,8 @@ def _measured(work: Callable[[], None], device: torch.device) -> tuple[int, int]
     if device.type != "cpu" or not reset.exists():
         raise UsageError(
             "--memory needs a system that says what a process holds: Linux, or a CUDA device",
-            next_step="use --gradient-checkpointing, or a lower micro_batch_tokens in --config; --plan estimates",
+            next_step="use --gradient-checkpointing, or a lower micro_batch_tokens (of images micro_batch_images) "
+            "in --config; --plan estimates",
         )
     reset.write_text("5")  # the peak starts anew from here
     before = _kilobytes(status, "VmRSS")

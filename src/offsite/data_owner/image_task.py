@@ -14,7 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from offsite.config import TuneSpec
-from offsite.core.images import Pictures, held_out_part, load_processor, read_pictures, split_by_seed
+from offsite.core.images import held_out_part, load_processor, read_pictures, split_by_seed
+from offsite.core.picture_workers import PictureWorkers
+from offsite.core.pictures import Pictures
 from offsite.core.progress import Event, Progress
 from offsite.core.vision import BIAS, WEIGHT, Encoder, batches
 from offsite.errors import DataError, UsageError
@@ -37,8 +39,23 @@ class Album:
         return torch.tensor([place[picture.label or ""] for picture in pictures.pictures])
 
 
-def open_album(bundle: Path, data: Path, eval_data: Path | None, spec: TuneSpec, progress: Progress) -> Album:
+def open_album(
+    bundle: Path,
+    data: Path,
+    eval_data: Path | None,
+    spec: TuneSpec,
+    progress: Progress,
+    workers: PictureWorkers | None = None,
+) -> Album:
     """Read and decode the pictures that a run is about.
+
+    Args:
+        bundle: a folder whose image processor prepares them.
+        data: the pictures to train on, or all.
+        eval_data: held-out ones.
+        spec: what is held out, and whether broken ones are left out.
+        progress: where the events go.
+        workers: who decodes; None takes threads of this process.
 
     Raises:
         DataError: pictures or rows are bad, there are fewer than two classes, or held-out ones are of other classes.
@@ -56,8 +73,8 @@ def open_album(bundle: Path, data: Path, eval_data: Path | None, spec: TuneSpec,
     else:
         held_out = read_pictures(data, part="held out") if held_out_part(data) else []
     progress(Event("decoding the pictures", 0))
-    train = Pictures(listed, processor, skip_bad=spec.skip_bad)
-    kept = Pictures(held_out, processor, skip_bad=spec.skip_bad) if held_out else None
+    train = Pictures(listed, processor, skip_bad=spec.skip_bad, workers=workers)
+    kept = Pictures(held_out, processor, skip_bad=spec.skip_bad, workers=workers) if held_out else None
     if train.skipped or (kept and kept.skipped):
         progress(Event("bad pictures left out", len(train.skipped) + (len(kept.skipped) if kept else 0)))
     classes = tuple(sorted({picture.label or "" for picture in train.pictures}))
@@ -134,11 +151,13 @@ class ImageTask:
 
     def loss(self, rows: Sequence[int], seed: int, epoch: int) -> torch.Tensor:
         """As in `Task`; how a picture is cropped and flipped depends on seed, epoch and row alone."""
-        pixels = self.album.train.batch(
-            rows, (lambda row: np.random.default_rng([seed, epoch, row])) if self.augment else None
-        )
+        pixels = self.album.train.batch(rows, [seed, epoch] if self.augment else None)
         wanted = self.album.labels(self.album.train)[list(rows)].to(self.device)
         return F.cross_entropy(self.head(self.encoder.features(pixels) * self.used), wanted, reduction="sum")
+
+    def foresee(self, rows: Sequence[int], seed: int, epoch: int) -> None:
+        """As in `Task`: other processes decode and crop them."""
+        self.album.train.foresee(rows, [seed, epoch] if self.augment else None)
 
     def size(self, rows: Sequence[int]) -> dict[str, int]:
         """As in `Task`: every picture is one label, and counts as one token."""
@@ -151,8 +170,8 @@ class ImageTask:
         if held_out is None:
             return {}
         wanted, nats, right = self.album.labels(held_out), 0.0, 0
-        for rows in batches(len(held_out), 2 * spec.micro_batch_images):
-            logits = self.head(self.encoder.features(held_out.batch(rows)) * self.used).cpu()
+        for rows, pixels in held_out.in_order(2 * spec.micro_batch_images):
+            logits = self.head(self.encoder.features(pixels) * self.used).cpu()
             nats += float(F.cross_entropy(logits, wanted[list(rows)], reduction="sum"))
             right += int((logits.argmax(dim=1) == wanted[list(rows)]).sum())
             progress(Event(stage, rows[-1] + 1, len(held_out)))

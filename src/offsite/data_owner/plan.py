@@ -12,6 +12,7 @@ from typing import Literal
 from offsite.config import Method, TuneSpec
 from offsite.core.architectures import ARCHITECTURES, Architecture
 from offsite.core.checkpoint import ITEM_SIZE, TensorRange, open_checkpoint, strict_json
+from offsite.core.images import read_pictures, split_by_seed
 from offsite.core.memory import (
     SHORT_ATTENTION,
     BlockShape,
@@ -26,15 +27,16 @@ from offsite.core.memory import (
     torch_libraries,
 )
 from offsite.core.modules.declared import unwrapped
+from offsite.core.picture_sizes import SeenPicture, decoded, seen_picture
 from offsite.core.rows import read_rows
 from offsite.data_owner.permitted import require_permitted
 from offsite.data_owner.schedule import checkpoint_steps, step_count
-from offsite.errors import UsageError
 from offsite.exchange.artifacts import Bundle
 from offsite.exchange.contents import CONFIG, TOKENIZER_FILES
 from offsite.exchange.head import returned_head
 from offsite.exchange.lora_folder import adapter_tensors
 from offsite.exchange.manifest import BottleneckSettings, BundleManifest, LoraSettings, TensorEntry
+from offsite.exchange.return_rules import classifier_inputs
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,35 @@ class _Sizes:
     method: Method
     width: int  # of bottlenecks
     head: int  # numbers of the head, where it trains
+    seen: "_Seen | None"  # what is about pictures
+    scaled: bool  # whether what attention and MLP give is multiplied by a scale before it is added
+
+    @property
+    def kept(self) -> int:
+        """Bytes of a token that a block keeps for the backward pass."""
+        return self.block.kept(self.item) + (2 * self.item * self.block.hidden if self.scaled else 0)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The pictures of a run."""
+
+    rows: int
+    picture: SeenPicture
+    classifier: int  # P_c: numbers of the new classifier
+    features: int  # that it reads of a picture
+    decoded: Term
+
+
+def _seen(bundle: Bundle, data: Path, spec: TuneSpec) -> _Seen:
+    """Listed, and sizes read from their headers; none is decoded."""
+    manifest, folder = bundle.manifest, bundle.folder
+    listed = read_pictures(data, part="train")
+    train = split_by_seed(listed, spec.eval_share, spec.seed)[0] if spec.eval_share else listed
+    classes, inputs = len({picture.label for picture in train}), classifier_inputs(manifest) or 0
+    config = unwrapped(strict_json((folder / CONFIG).read_bytes()))[0]
+    picture = seen_picture(folder, ARCHITECTURES[manifest.architecture], config)
+    return _Seen(len(train), picture, classes * (inputs + 1), inputs, decoded(listed))
 
 
 def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
@@ -95,20 +126,20 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
         DataError: the rows cannot be read.
         UsageError: there are fewer steps than checkpoints.
         StorageError: the bundle cannot be read.
-        UsageError: the bundle is of an image encoder.
     """
     manifest, folder = bundle.manifest, bundle.folder
     require_permitted(manifest, spec)
     row = ARCHITECTURES[manifest.architecture]
-    if row.vision is not None:
-        raise UsageError("plans are made for language models alone", next_step="leave --plan out for an image encoder")
     config, declared = unwrapped(strict_json((folder / CONFIG).read_bytes()))
     tensors = open_checkpoint(folder).tensors
     returned = returned_tensors(manifest, spec)
-    rows = len(read_rows(data))
+    seen = _seen(bundle, data, spec) if row.vision is not None else None
+    rows = seen.rows if seen else len(read_rows(data))
     checkpoint_steps(spec, step_count(spec, rows))
-    length = min(spec.max_length, int(config.get("max_position_embeddings") or config.get("n_positions") or 2**31))
+    context = config.get("max_position_embeddings") or config.get("n_positions") or 2**31
+    length = seen.picture.tokens if seen else min(spec.max_length, int(context))
     tokens = min(max(spec.micro_batch_tokens, length), spec.batch_size * length)
+    tokens = min(spec.micro_batch_images, spec.batch_size, rows) * length if seen else tokens
     item = compute_bytes(spec.compute, spec.device)
     parts = _parts(row, manifest, tensors)
     first = manifest.split.trained[0]
@@ -119,11 +150,11 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     numbers = [math.prod(entry.shape) for entry in returned.values()]
     sizes = _Sizes(
         block=max(shapes, key=lambda shape: shape.kept(item)),
-        vocabulary=tensors[row.embedding_tensors(config)[0]].shape[0],
+        vocabulary=0 if seen else tensors[row.embedding_tensors(config)[0]].shape[0],
         parameters=sum(one.parameters for one in parts),
         stored=sum(one.bytes for one in parts),
         same_dtype=all(ITEM_SIZE[tensor.dtype] == item for tensor in tensors.values()),
-        trained=sum(numbers),
+        trained=sum(numbers) + (seen.classifier if seen else 0),
         largest=max(*numbers, *_stacks(row, tensors, returned)),
         through=manifest.split.blocks - first,
         training=len(manifest.split.trained),
@@ -133,13 +164,15 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
         method=spec.method,
         width=spec.width,
         head=sum(math.prod(entry.shape) for entry in manifest.head.values()) if spec.tune_head else 0,
+        seen=seen,
+        scaled=row.mlp_scale is not None,
     )
     tokenizer = sum((folder / name).stat().st_size for name in TOKENIZER_FILES if (folder / name).is_file())
     return TunePlan(
         architecture=manifest.architecture,
         method=spec.method,
         bundle=parts,
-        trained_tensors=len(returned),
+        trained_tensors=len(returned) + (2 if seen else 0),
         trained_parameters=sizes.trained,
         rows=rows,
         steps=step_count(spec, rows),
@@ -210,17 +243,17 @@ def _parts(row: Architecture, manifest: BundleManifest, tensors: Mapping[str, Te
 def _phases(sizes: _Sizes, tokenizer: int) -> tuple[Phase, ...]:
     libraries = torch_libraries(tokenizer)
     weights = Term("weights", sizes.item * sizes.parameters, "c * P")
-    always = (*libraries, weights, *_trained(sizes))
+    always = (*libraries, weights, *_trained(sizes), *([sizes.seen.decoded] if sizes.seen else []))
     kept = _activations(sizes)
     in_flight = Term(
         "gradients of one block's activations",
-        sizes.tokens * sizes.block.kept(sizes.item),
+        sizes.tokens * sizes.kept,
         "n * c * (Q + A + F' + 2 * H)",
     )
     working = Term(
         "gradients in bf16", sizes.item * sizes.trained if sizes.item < 4 else 0, "c * P_t, nothing where c is 4"
     )
-    logits = loss_chunk(sizes.tokens, sizes.vocabulary, sizes.item)
+    logits = _pixels(sizes, sizes.seen) if sizes.seen else loss_chunk(sizes.tokens, sizes.vocabulary, sizes.item)
     summed = Term("sum of the head's gradient, and one chunk's", (4 + sizes.item) * sizes.head, "(4 + c) * P_h")
     scaled = Term("the head's gradient: sum, scaled, in c", (8 + sizes.item) * sizes.head, "(8 + c) * P_h")
     of_head = Phase("gradient of the head", (*always, *kept, scaled, allocator(kept)))
@@ -230,18 +263,38 @@ def _phases(sizes: _Sizes, tokenizer: int) -> tuple[Phase, ...]:
             (*always, *kept, logits, *([summed] if sizes.head else []), allocator((*kept, logits))),
         ),
         *([of_head] if sizes.head else []),
+        *([_without_gradients(sizes, sizes.seen, always)] if sizes.seen else []),
         Phase("backward pass", (*always, *kept, in_flight, allocator((*kept, in_flight)), working)),
         Phase("writing a resume point", (*always, Term("one tensor's bytes", 4 * sizes.largest, "4 * largest P_t"))),
     )
 
 
+def _pixels(sizes: _Sizes, seen: _Seen) -> Term:
+    count = sizes.tokens // sizes.length
+    return Term("pixels of what runs at once, twice", 2 * count * seen.picture.bytes, "2 * 12 * height * width * n / T")
+
+
+def _without_gradients(sizes: _Sizes, seen: _Seen, always: tuple[Term, ...]) -> Phase:
+    """What the probe and validation need, of which the latter runs twice as many pictures."""
+    forward = Term(
+        "activations of one block, pixels among them",
+        2 * (sizes.tokens * sizes.block.forward(sizes.item) + _pixels(sizes, seen).bytes),
+        "2 * n * (c * (Q + A + F) + 8 * H), and pixels",
+    )
+    features = Term("features of all pictures, and two copies", 12 * seen.rows * seen.features, "12 * rows * F_c")
+    return Phase("the probe, and validation", (*always, forward, features, allocator((forward,))))
+
+
 def _trained(sizes: _Sizes) -> list[Term]:
     """What lies in memory for the numbers that train, all of it from the first step on."""
     beside = {"lora": "pairs", "bottleneck": "bottlenecks"}.get(sizes.method)  # these are no part of the bundle
-    added = sizes.item * (sizes.trained - sizes.head)
+    classifier = sizes.seen.classifier if sizes.seen else 0
+    added = sizes.item * (sizes.trained - sizes.head - classifier)
     terms = [Term(f"{beside} in the network", added, "c * (P_t - P_h)")] if beside else []
     if sizes.item < 4:
         terms.append(Term("masters in fp32", 4 * sizes.trained, "4 * P_t"))
+    elif classifier:
+        terms.append(Term("classifier in fp32", 4 * classifier, "4 * P_c"))
     terms.append(Term("gradients in fp32", 4 * sizes.trained, "4 * P_t"))
     terms.append(Term("AdamW's moments", 8 * sizes.trained, "8 * P_t"))
     return terms
@@ -250,7 +303,7 @@ def _trained(sizes: _Sizes) -> list[Term]:
 def _activations(sizes: _Sizes) -> list[Term]:
     """What the forward pass keeps for the backward one, of the blocks that the gradient goes through."""
     block, item = sizes.block, sizes.item
-    short = item < 4 and min(sizes.length, SHORT_ATTENTION)
+    short = item < 4 and not sizes.seen and min(sizes.length, SHORT_ATTENTION)
     attention = max(
         block.attention(item, short, short=True) if short else 0,
         block.attention(item, sizes.length, short=False) if sizes.length > (short or 0) else 0,
@@ -258,7 +311,7 @@ def _activations(sizes: _Sizes) -> list[Term]:
     terms = [
         Term(
             "activations of the blocks",
-            sizes.through * sizes.tokens * block.kept(item),
+            sizes.through * sizes.tokens * sizes.kept,
             "m * n * c * (Q + A + F' + 2 * H)",
         ),
         Term(

@@ -38,6 +38,10 @@ class Task(Protocol):
         """Nats summed over the labels of rows that run at once."""
         ...
 
+    def foresee(self, rows: Sequence[int], seed: int, epoch: int) -> None:
+        """Rows whose `loss` will be asked for soon: what can be done for them beside the network may begin."""
+        ...
+
     def size(self, rows: Sequence[int]) -> dict[str, int]:
         """Tokens and labels of rows."""
         ...
@@ -76,6 +80,9 @@ class TextTask:
     def loss(self, rows: Sequence[int], seed: int, epoch: int) -> torch.Tensor:
         """As in `Task`."""
         return label_losses(self.network, collate([self.examples[i] for i in rows]))[0]
+
+    def foresee(self, rows: Sequence[int], seed: int, epoch: int) -> None:
+        """As in `Task`: text is ready."""
 
     def size(self, rows: Sequence[int]) -> dict[str, int]:
         """As in `Task`."""

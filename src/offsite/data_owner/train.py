@@ -81,6 +81,9 @@ def train(
         try:
             while done < steps:
                 whole = False
+                for step in range(done, min(done + 2, steps)):
+                    epoch, rows = rows_of(step)
+                    tuning.task.foresee(rows, spec.seed, epoch)
                 facts = _step(tuning, optimizer, spec, *rows_of(done), learning_rate(spec, done, steps))
                 done += 1
                 checkpoints.take(done, tuning.returned)

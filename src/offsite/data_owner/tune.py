@@ -13,12 +13,13 @@ from offsite.core.fused import fuse
 from offsite.core.load import context_length, load_model, load_tokenizer
 from offsite.core.loss import take_apart
 from offsite.core.mixture import in_files
+from offsite.core.picture_workers import PictureWorkers
 from offsite.core.progress import Event, Progress, silent
 from offsite.core.resume import RunState, run_folder
 from offsite.core.row_files import data_digest
 from offsite.core.rows import read_rows
 from offsite.core.run_log import log_file
-from offsite.core.runtime import Runtime, runtime, seeded
+from offsite.core.runtime import Runtime, runtime, seeded, worker_count
 from offsite.core.storage import require_free
 from offsite.core.vision import BIAS, WEIGHT, encoder_of
 from offsite.core.weights import TrainedWeights
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Settings that do not change what comes out, so a resumed run may have others.
-_FREE_SETTINGS = frozenset({"save_every", "eval_every", "threads"})
+_FREE_SETTINGS = frozenset({"save_every", "eval_every", "threads", "workers"})
 
 
 def tune(
@@ -96,18 +97,19 @@ def tune(
     verified = verify_bundle(bundle, home)
     require_permitted(verified.manifest, spec)
     where = runtime(spec.device, spec.compute, spec.threads)
-    progress(Event("reading the rows", 0))
-    rows = _reading(verified, data, eval_data, spec, progress)
-    steps = step_count(spec, rows.count)
-    checkpoint_steps(spec, steps)  # refused before the run has a folder
-    with seeded(spec.seed, where.device):
-        state = RunState(run_folder(out), _identity_of_run(verified, data, eval_data, spec, where), resume=resume)
-        checkpoints = Checkpoints(state, spec, steps)
-        progress(Event("loading the model", 0))
-        tuning = rows.prepare(where)
-        with cached_features(tuning, spec, state.folder, progress):
-            fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
-            train(tuning, fitted, state, checkpoints, log_file(out), progress, tensorboard=tensorboard)
+    with PictureWorkers(worker_count(spec.workers, where.device)) as workers:
+        progress(Event("reading the rows", 0))
+        rows = _reading(verified, data, eval_data, spec, progress, workers)
+        steps = step_count(spec, rows.count)
+        checkpoint_steps(spec, steps)  # refused before the run has a folder
+        with seeded(spec.seed, where.device):
+            state = RunState(run_folder(out), _identity_of_run(verified, data, eval_data, spec, where), resume=resume)
+            checkpoints = Checkpoints(state, spec, steps)
+            progress(Event("loading the model", 0))
+            tuning = rows.prepare(where)
+            with cached_features(tuning, spec, state.folder, progress):
+                fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
+                train(tuning, fitted, state, checkpoints, log_file(out), progress, tensorboard=tensorboard)
     progress(Event("writing the return", 0))
     head = {name: master for name, master in tuning.weights.masters.items() if name in (WEIGHT, BIAS)}
     returned = send_back(verified, {**tuning.returned, **head}, spec, out, identity, checkpoints, rows.classes)
@@ -124,7 +126,9 @@ class _Rows:
     classes: tuple[str, ...] | None = None
 
 
-def _reading(bundle: Bundle, data: Path, eval_data: Path | None, spec: TuneSpec, progress: Progress) -> _Rows:
+def _reading(
+    bundle: Bundle, data: Path, eval_data: Path | None, spec: TuneSpec, progress: Progress, workers: PictureWorkers
+) -> _Rows:
     if ARCHITECTURES[bundle.manifest.architecture].vision is None:
         examples, held_out = _read(bundle, data, spec), _read(bundle, eval_data, spec)
         return _Rows(len(examples), lambda where: _prepare(bundle, spec, where, examples, held_out))
@@ -134,7 +138,7 @@ def _reading(bundle: Bundle, data: Path, eval_data: Path | None, spec: TuneSpec,
             reasons=["its classifier would have to be in every checkpoint"],
             next_step="leave out --checkpoints and --report-scores",
         )
-    album = open_album(bundle.folder, data, eval_data, spec, progress)
+    album = open_album(bundle.folder, data, eval_data, spec, progress, workers)
     return _Rows(len(album.train), lambda where: _prepare_images(bundle, spec, where, album, progress), album.classes)
 
 

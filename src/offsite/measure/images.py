@@ -14,11 +14,13 @@ from torch.nn import functional as F
 
 from offsite.config import EvalSpec
 from offsite.core.checkpoint import read_header
-from offsite.core.images import Floats, Picture, Pictures, load_processor, read_pictures
+from offsite.core.images import Floats, Picture, load_processor, read_pictures
 from offsite.core.load import load_classifier, model_settings, read_tensor
+from offsite.core.picture_workers import PictureWorkers
+from offsite.core.pictures import Pictures
 from offsite.core.progress import Event, Progress, silent
-from offsite.core.runtime import Runtime, runtime
-from offsite.core.vision import BIAS, WEIGHT, Encoder, batches, encoder_of, is_classifier
+from offsite.core.runtime import Runtime, runtime, worker_count
+from offsite.core.vision import BIAS, WEIGHT, Encoder, encoder_of, is_classifier
 from offsite.errors import DataError, IncompatibleError, UsageError
 from offsite.exchange.contents import CLASSIFIER
 from offsite.exchange.manifest import ReturnManifest
@@ -85,15 +87,29 @@ def evaluate_images(
         IncompatibleError: the folder is no plain checkpoint, or the adapter does not fit it.
     """
     where = runtime(spec.device, spec.compute, spec.threads)
+    with PictureWorkers(worker_count(spec.workers, where.device)) as workers:
+        return _evaluated(model, data, spec, adapter, probe, where, workers, progress)
+
+
+def _evaluated(
+    model: Path,
+    data: Path,
+    spec: EvalSpec,
+    adapter: Path | None,
+    probe: Path | None,
+    where: Runtime,
+    workers: PictureWorkers,
+    progress: Progress,
+) -> ImageScore:
     processor = load_processor(model)
     listed = read_pictures(data, part="held out")[: spec.max_rows]
-    pictures = Pictures(listed, processor, skip_bad=spec.skip_bad)
+    pictures = Pictures(listed, processor, skip_bad=spec.skip_bad, workers=workers)
     if is_classifier(model_settings(model)):
         logits, classes = _of_classifier(model, where)
     elif adapter is not None:
         logits, classes = _of_return(model, adapter, where)
     elif probe is not None:
-        fitted_on = Pictures(read_pictures(probe, part="train"), processor, skip_bad=spec.skip_bad)
+        fitted_on = Pictures(read_pictures(probe, part="train"), processor, skip_bad=spec.skip_bad, workers=workers)
         encoder = encoder_of(load_tuned(model, None, where))
         logits, classes = _of_probe(encoder, fitted_on, spec.micro_batch_images, progress)
     else:
@@ -144,8 +160,8 @@ def _score(
     nats: list[float] = []
     told: list[int] = []
     right = 0
-    for rows in batches(len(pictures), size):
-        found = logits(pictures.batch(rows)).float().cpu()
+    for rows, pixels in pictures.in_order(size):
+        found = logits(pixels).float().cpu()
         there = wanted[list(rows)]
         nats += F.cross_entropy(found, there, reduction="none").tolist()
         told += found.argmax(dim=1).tolist()
@@ -195,8 +211,8 @@ def _of_probe(encoder: Encoder, pictures: Pictures, size: int, progress: Progres
 def probe_features(encoder: Encoder, pictures: Pictures, size: int, progress: Progress) -> torch.Tensor:
     """What a head reads of each picture, (N, F), with so many pictures at once."""
     made = []
-    for rows in batches(len(pictures), size):
-        made.append(encoder.features(pictures.batch(rows)))
+    for rows, pixels in pictures.in_order(size):
+        made.append(encoder.features(pixels))
         progress(Event("features for the probe", rows[-1] + 1, len(pictures)))
     return torch.cat(made)
 

@@ -20,6 +20,7 @@ from offsite.core.checkpoint import (
     checkpoint_bytes,
     open_checkpoint,
 )
+from offsite.core.images import read_pictures
 from offsite.core.memory import (
     CALIBRATION_BATCH,
     CHUNK_ELEMENTS,
@@ -40,14 +41,16 @@ from offsite.core.memory import (
     torch_libraries,
 )
 from offsite.core.modules.shapes import place_of_bottleneck
+from offsite.core.picture_sizes import decoded, picture_count, seen_picture, spread
 from offsite.core.progress import silent
-from offsite.errors import DataError, IncompatibleError, UsageError
+from offsite.errors import DataError, IncompatibleError
 from offsite.exchange.artifacts import Base
 from offsite.exchange.contents import TOKENIZER_FILES, checkpoint_file
 from offsite.exchange.home import Home
 from offsite.exchange.manifest import FileEntry, render_manifest
 from offsite.exchange.signing import SIGNATURE_BYTES
 from offsite.model_owner.base_model import BaseModel, open_base
+from offsite.model_owner.compress.calibration_pictures import photos
 from offsite.model_owner.compress.declare import declared_of
 from offsite.model_owner.compress.select import select
 from offsite.model_owner.compress.share import shared
@@ -105,13 +108,11 @@ def plan_pack(base: Base, spec: PackSpec) -> PackPlan:
     """What packing a base with these settings will do and need; only its config and headers are read.
 
     Raises:
-        UsageError: a setting does not fit the model, or it is an image encoder.
+        UsageError: a setting does not fit the model.
         IncompatibleError: the model cannot be cut.
         StorageError: something cannot be read.
     """
     model = open_base(base)
-    if model.row.vision is not None:
-        raise UsageError("plans are made for language models alone", next_step="leave --plan out for an image encoder")
     sandwich = split(model, spec)
     keep = spec.kept(sandwich.middle)
     dropped = keep < len(sandwich.middle)
@@ -124,14 +125,15 @@ def plan_pack(base: Base, spec: PackSpec) -> PackPlan:
     emulator = shared(sandwich.middle, emulator) if "share" in spec.heal else emulator
     kept = (*sandwich.bottom, *emulator, *sandwich.top)
     files = _bundle_files(model, sandwich, kept, spec)
-    length = calibration_length(model.config)
-    calibration = Calibration(spec.calibration_tokens // length, length) if runs else None
     item = compute_bytes(spec.compute, spec.device)
-    text = _text_bytes(spec.calibration)
-    phases = _network_phases(model, calibration, item, text, work) if calibration and closed else []
+    calibration, material = _calibration(model, spec) if runs else (None, ())
+    length = calibration.length if calibration else calibration_length(model.config)
+    phases = _network_phases(model, calibration, item, material, work) if calibration and closed else []
     states = _state_tokens(spec, length, distills=work.distills, searches=searches)
     if states:
-        phases += _stack_phases(model, sandwich, spec, item, text, length, distills=work.distills, searches=searches)
+        phases += _stack_phases(
+            model, sandwich, spec, item, material, length, distills=work.distills, searches=searches
+        )
     libraries = torch_libraries(_tokenizer_bytes(model.folder)) if runs else (plain_libraries(),)
     cast = any(tensor.dtype in FLOATS and tensor.dtype != DTYPES[spec.dtype] for tensor in model.tensors.values())
     phases.append(Phase("writing the bundle", (*libraries, copy_buffer(_largest(model), cast=cast))))
@@ -146,6 +148,19 @@ def plan_pack(base: Base, spec: PackSpec) -> PackPlan:
         phases=tuple(phases),
         disk=(Term("bundle", sum(files.values()), "all its files"), *scratch),
     )
+
+
+def _calibration(model: BaseModel, spec: PackSpec) -> tuple[Calibration, tuple[Term, ...]]:
+    """How much runs through the base, and what it takes in memory itself."""
+    if model.row.vision is None:
+        length = calibration_length(model.config)
+        return Calibration(spec.calibration_tokens // length, length), (encoding(_text_bytes(spec.calibration)),)
+    seen = seen_picture(model.folder, model.row, model.config)
+    count = picture_count(seen, model.config, spec.calibration_tokens)
+    chosen = spread(read_pictures(spec.calibration, labelled=False), count) if spec.calibration else photos()
+    count = len(chosen) if spec.calibration else count  # of a photo there are many crops
+    prepared = Term("prepared pictures", count * seen.bytes, "12 * height * width each")
+    return Calibration(count, seen.tokens), (decoded(chosen), prepared)
 
 
 _WORK = ("influence", "cluster", "search")  # selections that run the network
@@ -245,7 +260,9 @@ def _text_bytes(file: Path | None) -> int:
         raise DataError(f"cannot read the calibration text {file}", reasons=[str(error)]) from None
 
 
-def _network_phases(model: BaseModel, calibration: Calibration, item: int, text: int, work: Work) -> list[Phase]:
+def _network_phases(
+    model: BaseModel, calibration: Calibration, item: int, material: tuple[Term, ...], work: Work
+) -> list[Phase]:
     """Running the blocks over the calibration text one at a time, and solving for their projections."""
     row = model.row
     tensors = max(map(model.block, range(model.blocks)), key=_numbers)
@@ -254,7 +271,7 @@ def _network_phases(model: BaseModel, calibration: Calibration, item: int, text:
     states = 2 if work.block_by_block else 1
     always = (
         *torch_libraries(_tokenizer_bytes(model.folder)),
-        encoding(text),
+        *material,
         Term("embeddings in fp32", embeddings.bytes, "4 * P_e"),
         Term(
             "hidden states, base and emulator" if work.block_by_block else "hidden states",
@@ -283,7 +300,7 @@ def _stack_phases(
     sandwich: Sandwich,
     spec: PackSpec,
     item: int,
-    text: int,
+    material: tuple[Term, ...],
     length: int,
     *,
     distills: bool,
@@ -296,7 +313,7 @@ def _stack_phases(
     outer = part("", [model.tensors[name].shape for name in row.outer_tensors(model.config)], item).bytes
     batch = CALIBRATION_BATCH * length
     groups = min(GROUP_TOKENS, max(spec.distill_tokens, 1))
-    always = (*torch_libraries(_tokenizer_bytes(model.folder)), encoding(text))
+    always = (*torch_libraries(_tokenizer_bytes(model.folder)), *material)
     end = Term("embeddings, norm and head", outer, "c * P_o")
     whole = bool(spec.distill_ce)
     logits = Term("logits of a chunk, their logs and slopes", 3 * 4 * CHUNK_ELEMENTS, "12 * chunk")

@@ -18,12 +18,13 @@ from offsite.core.fused import fuse
 from offsite.core.images import Floats
 from offsite.core.load import context_length, load_model, load_tokenizer, quiet
 from offsite.core.loss import take_apart
+from offsite.core.picture_workers import PictureWorkers
 from offsite.core.progress import Event, Progress, silent
 from offsite.core.resume import RunState, run_folder
 from offsite.core.row_files import data_digest
 from offsite.core.rows import read_rows
 from offsite.core.run_log import log_file
-from offsite.core.runtime import runtime, seeded
+from offsite.core.runtime import runtime, seeded, worker_count
 from offsite.core.storage import require_free, staged_folder, write_stream
 from offsite.core.vision import WEIGHT, Encoder, encoder_of
 from offsite.core.weights import TrainedWeights
@@ -76,21 +77,27 @@ def full_fine_tuning(
     opened = open_base(base)
     row = opened.row
     where = runtime(spec.device, spec.compute, spec.threads)
-    album = open_album(base.folder, data, eval_data, spec, progress) if row.vision is not None else None
-    examples, held_out = ((), ()) if album else (_read(base, data, spec), _read(base, eval_data, spec))
-    with seeded(spec.seed, where.device):
-        run = {**spec.model_dump(mode="json"), "base": str(base.folder.resolve()), "data": data_digest(data)}
-        state = RunState(run_folder(out), {**run, "compute": str(where.dtype)}, resume=resume)
-        progress(Event("loading the model", 0))
-        model = load_model(base.folder, dtype=where.dtype, device=where.device)
-        if album is None:
-            tuning = _prepare(model, row, examples, held_out)
-        else:
-            tuning = _prepare_images(model, row, album, spec, progress)
-        fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
-        only_the_last = spec.model_copy(update={"checkpoints": 1, "report_scores": False})
-        checkpoints = Checkpoints(state, only_the_last, step_count(spec, tuning.task.rows))
-        train(tuning, fitted, state, checkpoints, log_file(out), progress)
+    with PictureWorkers(worker_count(spec.workers, where.device)) as workers:
+        vision = row.vision is not None
+        album = open_album(base.folder, data, eval_data, spec, progress, workers) if vision else None
+        examples, held_out = ((), ()) if album else (_read(base, data, spec), _read(base, eval_data, spec))
+        with seeded(spec.seed, where.device):
+            run = {
+                **spec.model_dump(mode="json", exclude={"workers"}),
+                "base": str(base.folder.resolve()),
+                "data": data_digest(data),
+            }
+            state = RunState(run_folder(out), {**run, "compute": str(where.dtype)}, resume=resume)
+            progress(Event("loading the model", 0))
+            model = load_model(base.folder, dtype=where.dtype, device=where.device)
+            if album is None:
+                tuning = _prepare(model, row, examples, held_out)
+            else:
+                tuning = _prepare_images(model, row, album, spec, progress)
+            fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
+            only_the_last = spec.model_copy(update={"checkpoints": 1, "report_scores": False})
+            checkpoints = Checkpoints(state, only_the_last, step_count(spec, tuning.task.rows))
+            train(tuning, fitted, state, checkpoints, log_file(out), progress)
     keep_activations(tuning.blocks)  # which puts the blocks' own names back
     progress(Event("writing the tuned model", 0))
     if isinstance(tuning.task, ImageTask):

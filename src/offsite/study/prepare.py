@@ -14,6 +14,7 @@ from offsite.errors import DataError, IncompatibleError, OffsiteError, UsageErro
 from offsite.exchange.artifacts import Base
 from offsite.exchange.home import Home
 from offsite.model_owner.base_model import BaseModel, open_base
+from offsite.model_owner.compress.calibration_pictures import photos
 from offsite.model_owner.plan import plan_pack
 from offsite.model_owner.split import permitted_methods, split, work_of
 from offsite.study.chain import OWNER, TUNER
@@ -119,16 +120,12 @@ def _require_pictures(model: BaseModel, spec: PackSpec) -> None:
     """Refuse to look at pictures that there are none of.
 
     Raises:
-        UsageError: the blocks are chosen or healed by pictures of the owner's own, and the recipe names none.
+        UsageError: the blocks are chosen or healed by pictures, the recipe names none, and none are installed.
     """
     middle = split(model, spec).middle
     chooses = spec.kept(middle) < len(middle) and spec.select not in ("uniform", "contiguous", "random")
     if (work_of(middle, spec).block_by_block or chooses) and spec.calibration is None:
-        raise UsageError(
-            "no calibration pictures ship with this package",
-            next_step='name a folder of the model owner\'s own pictures, calibration = "..."; or say '
-            'select = "uniform" and heal = "none"',
-        )
+        photos()
 
 
 def introduce(out: Path) -> None:

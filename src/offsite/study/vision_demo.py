@@ -1,4 +1,4 @@
-"""The demo on images: the same protocol and commands as `offsite.study.demo`, with an encoder and a folder of pictures.
+"""The demo on images: the same protocol and commands as `offsite.study.demo`, with an encoder and pictures.
 
 Of the pictures a part is the data owner's to train on, a part is held out, and a third part, without its labels, is the
 model owner's own, by which it heals its emulator.
@@ -16,9 +16,10 @@ from offsite.core.progress import Progress, silent
 from offsite.core.storage import replace_file
 from offsite.errors import UsageError
 from offsite.study.chain import OWNER, TUNER, Chain, opened
-from offsite.study.command import Words
+from offsite.study.command import Words, settings_toml
 from offsite.study.contact_sheet import draw_sheet, told_of
 from offsite.study.demo import code_digest, introduce, newest
+from offsite.study.digits import digits_file, write_digits
 from offsite.study.picture_data import picture_table
 from offsite.study.pretrained import IMAGE_SIZE, cached_encoder
 
@@ -41,26 +42,35 @@ class VisionDemo:
 
 
 def vision_demo(
-    workdir: Path, images: Path, *, model: Path | None = None, steps: int | None = None, progress: Progress = silent
+    workdir: Path,
+    images: Path | None = None,
+    *,
+    model: Path | None = None,
+    steps: int | None = None,
+    progress: Progress = silent,
 ) -> VisionDemo:
     """Run the protocol on pictures, or what is left of it after an interruption, and score every row of the table.
 
     Args:
         workdir: the folder of both parties; steps whose inputs are unchanged since an earlier run are not repeated.
-        images: pictures, a sub-folder for each class; with or without parts for training and testing.
+        images: pictures, a sub-folder for each class; with or without parts for training and testing. None takes
+            the handwritten digits that come with scikit-learn.
         model: a base folder or ONNX file; None takes the ViT-S/14 from its wheel.
         steps: optimiser steps; None makes some passes over the training pictures.
         progress: one event for each step, before it runs.
 
     Raises:
         DataError: the pictures are none.
+        UsageError: there are too few of them, or none were named and none are installed.
         OffsiteError: a step failed; its own message is on standard error already.
     """
-    chain = Chain(opened(workdir), progress, 20, basis=code_digest())
+    if images is None:
+        digits_file()  # refused before anything is downloaded
+    chain = Chain(opened(workdir), progress, 20 if images else 21, basis=code_digest())
     base = _obtain(chain, model)
     introduce(chain)
-    task = _pictures(chain, images)
-    _protocol(chain, base, steps)
+    task = _pictures(chain, images or _digits(chain, digits_file()))
+    _protocol(chain, base, steps, mirror=images is not None)
     scores = _score(chain, base)
     sheet = _sheet(chain)
     rows = tuple(_row(name, scores[name]) for name in ROWS)
@@ -92,6 +102,14 @@ def _obtain(chain: Chain, model: Path | None) -> Path:
     stamp = {"source": str(model.resolve()), "changed": newest(model)}
     chain.command("import", "the model's owner imports the encoder", ["import", model, "--out", base], base, stamp)
     return base
+
+
+def _digits(chain: Chain, source: Path) -> Path:
+    folder = chain.folder("digits")
+    chain.step(
+        "digits", "take handwritten digits out of scikit-learn", lambda: write_digits(source, folder), [folder], {}
+    )
+    return folder
 
 
 def _pictures(chain: Chain, images: Path) -> Mapping[str, int]:
@@ -132,7 +150,7 @@ def _table(pictures: Sequence[Picture], classes: bool) -> bytes:
     return picture_table(files, [picture.label if classes else None for picture in pictures])
 
 
-def _protocol(chain: Chain, base: Path, steps: int | None) -> None:
+def _protocol(chain: Chain, base: Path, steps: int | None, *, mirror: bool) -> None:
     bundle, returned = chain.folder(OWNER, "bundle"), chain.folder(TUNER, "return")
     received, came_back = chain.folder(TUNER, "bundle"), chain.folder(OWNER, "return")
     plugged, own = chain.folder(OWNER, "plugged"), chain.folder(OWNER, "pictures.csv")
@@ -145,6 +163,10 @@ def _protocol(chain: Chain, base: Path, steps: int | None) -> None:
     tune: Words = ["tune", received, "--data", chain.folder(TUNER, "train.csv"), "--out", returned, "--resume"]
     tune += ["--batch-size", str(BATCH)]
     tune += ["--epochs", str(EPOCHS)] if steps is None else ["--max-steps", str(steps)]
+    if not mirror:  # a mirrored digit is none, and a part of one may be another
+        settings = chain.folder(TUNER, "settings.toml")
+        replace_file(settings, settings_toml({"tune": {"augment": False}}))
+        tune += ["--config", settings]
     leftovers = [returned.with_name("return.run"), returned.with_name("return.log.jsonl")]
     says = "the data owner tunes adapter and classifier on the emulator"
     chain.command("tune", says, tune, returned, leftovers=leftovers, by=TUNER)

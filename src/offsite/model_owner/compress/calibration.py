@@ -1,23 +1,26 @@
 """Calibration text: what the owner runs through its model to choose and heal the emulator's blocks.
 
 Never the data owner's: it is the owner's own file (plain text, or rows of any kind), or the text that ships with this
-package. For an image encoder it is a folder of the owner's own pictures.
+package. For an image encoder it is a folder of the owner's own pictures, or crops of photos that come with another.
 """
 
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from offsite.core.images import Pictures, load_processor, read_pictures
+from offsite.core.images import load_processor, read_pictures
 from offsite.core.load import load_tokenizer
 from offsite.core.memory import CALIBRATION_BATCH, calibration_length
+from offsite.core.picture_sizes import picture_count, seen_picture, spread
+from offsite.core.pictures import Pictures
 from offsite.core.row_files import RECORDS, read_text
 from offsite.core.rows import read_rows
-from offsite.core.vision import batches
-from offsite.errors import DataError, UsageError
+from offsite.errors import DataError
 from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.compress.calibration_pictures import crops
 
 
 def calibration_batches(model: BaseModel, file: Path | None, tokens: int) -> list[Tensor]:
@@ -26,7 +29,8 @@ def calibration_batches(model: BaseModel, file: Path | None, tokens: int) -> lis
     Of an encoder, pictures as it is given them, (B, 3, Y, X): about as many as have that many tokens.
 
     Raises:
-        DataError: the text cannot be read or is too short for one sequence.
+        DataError: the text cannot be read or is too short for one sequence, or pictures cannot be read.
+        UsageError: no pictures were named, and none are installed.
     """
     if model.row.vision is not None:
         return _picture_batches(model, file, tokens)
@@ -47,19 +51,13 @@ def calibration_batches(model: BaseModel, file: Path | None, tokens: int) -> lis
 
 
 def _picture_batches(model: BaseModel, folder: Path | None, tokens: int) -> list[Tensor]:
-    if folder is None:
-        raise UsageError(
-            "no calibration pictures ship with this package",
-            next_step="name a folder of your own pictures, which need no classes, with --calibration; "
-            "or pack with --select uniform --heal none",
-        )
     processor = load_processor(model.folder)
-    listed = read_pictures(folder, labelled=False)
-    patch = int(model.config.get("patch_size", 16))
-    count = min(len(listed), max(1, tokens // (processor.side[0] * processor.side[1] // patch**2)))
-    stride = len(listed) // count  # spread over the whole folder
-    pictures = Pictures([listed[i * stride] for i in range(count)], processor, skip_bad=True)
-    return [torch.from_numpy(pictures.batch(rows)) for rows in batches(len(pictures), CALIBRATION_BATCH)]
+    count = picture_count(seen_picture(model.folder, model.row, model.config), model.config, tokens)
+    if folder is None:
+        made = torch.from_numpy(np.stack([processor(one, whole=True) for one in crops(count, processor.side)]))
+        return [made[at : at + CALIBRATION_BATCH] for at in range(0, count, CALIBRATION_BATCH)]
+    pictures = Pictures(spread(read_pictures(folder, labelled=False), count), processor, skip_bad=True)
+    return [torch.from_numpy(pixels) for _, pixels in pictures.in_order(CALIBRATION_BATCH)]
 
 
 def _read(file: Path | None) -> str:
