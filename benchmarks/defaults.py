@@ -4,9 +4,9 @@
     python -m benchmarks.defaults --only refit    cases whose name holds this
 
 Task: docstrings of the installed torch package's functions, by the demo's own reader; neither the demo's data nor the
-calibration text. Every case runs the public stages with two homes in one process. "defaults" has none of its own; the others
-keep 8 blocks of the middle and differ from that in what their name says. An interrupted run continues; remove a case
-from the result file to measure it anew.
+calibration text. Every case runs the public stages with two homes in one process. "defaults" has no settings; the
+others keep 8 blocks of the middle and differ from that in what their name says. An interrupted run continues; remove a
+case from the result file to measure it anew.
 """
 
 import argparse
