@@ -19,6 +19,8 @@ from typing import Any
 from benchmarks.cells import Cell
 from benchmarks.work import ROOT, Work, code_digest, commit, digest, last_line, machine, run, versions
 
+from offsite.core.threads import settle_waiting
+
 RESULT = Path(__file__).parent / "results" / "ablation.json"
 _WARMUP, _STEPS, _ROWS = 1, 3, 8
 
@@ -93,7 +95,9 @@ CASES: Mapping[str, tuple[Callable[[], None], Mapping[str, Any]]] = {
     "one thread": (_nothing, {"threads": 1}),
     "fp32": (_nothing, {"compute": "fp32"}),
     "the blocks' own weights (full)": (_nothing, {"method": "full"}),
+    "threads that sleep at once when they wait": (_nothing, {}),
 }
+_ENVIRONMENTS = {"threads that sleep at once when they wait": {"GOMP_SPINCOUNT": "0"}}
 
 
 def main() -> None:
@@ -108,7 +112,8 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--child", nargs=3, metavar=("CASE", "BUNDLE", "ROWS"), help=argparse.SUPPRESS)
     wanted = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": str(wanted.threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"OMP_NUM_THREADS": str(wanted.threads), "HF_HUB_OFFLINE": "1"}
+    settle_waiting(os.environ)
     if wanted.child:
         name, bundle, rows = wanted.child
         print(json.dumps(_child(name, Path(bundle), Path(rows), wanted.work / "tuner")))
@@ -132,7 +137,8 @@ def _measured(work: Work, name: str, data: str, rows: Path, repetition: int) -> 
     command = [sys.executable, "-m", "benchmarks.ablation", "--threads", str(work.threads), "--work", str(work.folder)]
 
     def measure() -> dict[str, Any]:
-        output, peak = run([*command, "--child", name, str(work.bundle("smollm2")), str(rows)])
+        child = [*command, "--child", name, str(work.bundle("smollm2")), str(rows)]
+        output, peak = run(child, _ENVIRONMENTS.get(name))
         return {**last_line(output), "peak_bytes": peak}
 
     of = [code_digest(), Path(__file__).read_text(), digest(rows.read_text())]

@@ -9,8 +9,8 @@ from typing import Any
 from benchmarks.work import Work, machine, versions
 
 # How a peer runs unless a calibration finds the other way faster.
-HABITS: Mapping[str, Any] = {"keep_freed": True, "wait": "PASSIVE", "bf16": True, "attention": "sdpa"}
-_OTHERS: Mapping[str, Any] = {"keep_freed": False, "wait": "ACTIVE", "bf16": False, "attention": "eager"}
+HABITS: Mapping[str, Any] = {"keep_freed": True, "wait": "ACTIVE", "bf16": True, "attention": "sdpa"}
+_OTHERS: Mapping[str, Any] = {"keep_freed": False, "wait": "PASSIVE", "bf16": False, "attention": "eager"}
 
 
 def fastest_habits(speed: Callable[[str, Mapping[str, Any]], float]) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from typing import Any
 
 import platformdirs
 
+from offsite.core.threads import settle_waiting
+
 RESULT = Path(__file__).parent / "results" / "defaults.json"
 STEPS = 60
 TRAIN_ROWS, TEST_ROWS = 1200, 120
@@ -50,7 +52,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--result", type=Path, default=RESULT)
     wanted = parser.parse_args()
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    settle_waiting(os.environ)
     results = json.loads(wanted.result.read_text()) if wanted.result.exists() else {}
     for name in CASES:
         if wanted.only in name and name not in results:

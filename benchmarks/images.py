@@ -50,7 +50,7 @@ def main() -> None:
     strange = set(wanted.contestants or ()) - {name for cell in cells for name in cell.contestants}
     if strange:
         parser.error(f"no cell has the contestants {sorted(strange)}: name some of {cells[0].contestants}")
-    os.environ |= {"OMP_NUM_THREADS": str(wanted.threads), "OMP_WAIT_POLICY": HABITS["wait"], "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"OMP_NUM_THREADS": str(wanted.threads), "HF_HUB_OFFLINE": "1"}
     work, records = Work(wanted.work, wanted.threads), []
     for cell in cells:
         here = [name for name in cell.contestants if name in (wanted.contestants or cell.contestants)]

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("offsite-bench"), help="bases, bundles and measurements")
     parser.add_argument("--result", type=Path, default=RESULT)
     wanted = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": str(wanted.threads), "OMP_WAIT_POLICY": HABITS["wait"], "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"OMP_NUM_THREADS": str(wanted.threads), "HF_HUB_OFFLINE": "1"}
     work, cells, root = Work(wanted.work, wanted.threads), [CELLS[name] for name in wanted.cells], wanted.data_root
     for cell in {FIRST.data: FIRST, **{cell.data: cell for cell in cells}}.values():
         work.source(root, cell.data)  # before any work

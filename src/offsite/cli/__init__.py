@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import typer
 
 from offsite.cli import artifacts, data_owner, demo, flags, keys, measure, model_owner, study, terminal
+from offsite.core.threads import settle_waiting
 from offsite.errors import OffsiteError
 
 INTERRUPTED = 130
@@ -20,6 +21,9 @@ _AFTER_INTERRUPT = {
     "demo": "run the same command again: finished steps are not repeated",
     "study": "run the same command again: finished stages are not repeated",
 }
+
+
+_PLAYERS = ("demo", "study")  # compute nothing themselves; each process that they start looks at the machine anew
 
 
 def build() -> typer.Typer:
@@ -62,8 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or that of the error (see `offsite.errors`), or 130 after Ctrl-C.
     """
-    # Threads that wait for each other by spinning lose most of their time on a machine that has other work to do.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Looking for plugins, pydantic would read the metadata of every installed package at each start; we use none.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -103,6 +105,8 @@ def _root(
     run = flags.run_of(context)
     run.verb = context.invoked_subcommand or ""
     run.home = home
+    if run.verb not in _PLAYERS:
+        settle_waiting(os.environ)
 
 
 def _wants_json(words: Sequence[str], run: flags.Run) -> bool:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from offsite.core.threads import available_cores
 from offsite.errors import UsageError
 
 _MOST_WORKERS = 8  # that are started unasked
@@ -47,13 +48,6 @@ def runtime(
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     fast = compute == "bf16" or (compute == "auto" and _multiplies_bf16(resolved))
     return Runtime(resolved, torch.bfloat16 if fast else torch.float32)
-
-
-def available_cores() -> int:
-    """Cores that this process may use: a container's share, not the machine's count."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def worker_count(wanted: int | None, device: torch.device) -> int:
