@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NAME = "offsite_tiled"
-_LONGEST = 448  # tokens; above, and without dropout, the fused one is as fast
+_LONGEST = 448  # tokens of a row under a mask; above, the fused one is as fast
 _TILE = 128  # queries of each head that run at once; of longer rows nothing that grows with T * T is kept
 _SHARES = 2**20  # of them at once: 2 MiB in bf16
 _LEVELS = 2**16  # random numbers that dropout compares: 16 bits each, for bernoulli_ takes eight times as long
@@ -88,7 +88,7 @@ def _attend(
     )
     if ours and attention_mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        if causal and length > _TILE and (length <= _LONGEST or dropout) and value.shape[3] == query.shape[3]:
+        if causal and length > _TILE and value.shape[3] == query.shape[3]:
             return causal_attention(query, key, value, scale, dropout), None
         ours = causal and length <= _TILE
     if ours and length <= _LONGEST and (attention_mask is None or attention_mask.shape[1] == 1):
