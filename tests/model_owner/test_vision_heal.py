@@ -1,4 +1,4 @@
-"""Encoders block by block, and healed by refit on pictures."""
+"""Encoders block by block, and healed by refit and distillation on pictures."""
 
 import importlib.util
 from importlib.machinery import ModuleSpec
@@ -13,6 +13,7 @@ from PIL import Image
 from artifacts import packed
 from offsite.config import PackSpec
 from offsite.core.architectures import ARCHITECTURES
+from offsite.core.checkpoint import open_checkpoint, read_float32
 from offsite.core.images import load_processor, read_pictures
 from offsite.core.load import load_model
 from offsite.core.pictures import Pictures
@@ -23,6 +24,7 @@ from offsite.model_owner.base_model import open_base
 from offsite.model_owner.block_runner import BlockRunner
 from offsite.model_owner.compress.calibration import calibration_batches
 from offsite.model_owner.compress.calibration_pictures import PHOTOS, crops, photos
+from offsite.model_owner.compress.distill import hidden_error
 from offsite.model_owner.plan import plan_pack
 from tiny import VISION_KINDS, tiny_parties, tiny_pictures, tiny_vision_base
 
@@ -45,6 +47,12 @@ def states(folder: Path, pixels: torch.Tensor) -> list[torch.Tensor]:
     return seen
 
 
+def some_pixels(base: Path, folder: Path) -> torch.Tensor:
+    """Twelve pictures that nothing was healed on, (12, 3, Y, X)."""
+    pictures = Pictures(read_pictures(tiny_pictures(folder, 4, seed=5)), load_processor(base))
+    return torch.from_numpy(pictures.batch(range(12)))
+
+
 @pytest.mark.parametrize("kind", VISION_KINDS)
 def test_block_by_block_is_the_whole_model(tmp_path: Path, kind: str) -> None:
     base = tiny_vision_base(tmp_path / "base", kind, 3)
@@ -62,10 +70,7 @@ def test_refit_brings_the_emulator_closer(tmp_path: Path, kind: str) -> None:
     parties = tiny_parties(tmp_path)
     base = tiny_vision_base(tmp_path / "base", kind, 6)
     own = tiny_pictures(tmp_path / "own", 16)
-    processor = load_processor(base)
-    pixels = torch.from_numpy(
-        Pictures(read_pictures(tiny_pictures(tmp_path / "x", 4, seed=5)), processor).batch(range(12))
-    )
+    pixels = some_pixels(base, tmp_path / "x")
     target = states(base, pixels)[4]  # before the top block
     errors = {}
     for heal in ("none", "refit"):
@@ -74,6 +79,47 @@ def test_refit_brings_the_emulator_closer(tmp_path: Path, kind: str) -> None:
         found = states(out, pixels)[2]
         errors[heal] = float((found - target).norm() / target.norm())
     assert errors["refit"] < 0.9 * errors["none"], errors
+
+
+@pytest.mark.parametrize("kind", VISION_KINDS)
+def test_distillation_brings_the_emulator_closer(tmp_path: Path, kind: str) -> None:
+    """On patch tokens; bottom, top and what is around the blocks stay, and a second run gives the same."""
+    parties = tiny_parties(tmp_path)
+    base = tiny_vision_base(tmp_path / "base", kind, 6)
+    own = tiny_pictures(tmp_path / "own", 16)
+    pixels = some_pixels(base, tmp_path / "x")
+    target = states(base, pixels)[4]  # before the top block
+    settings: dict[str, Any] = {
+        "keep": 2, "calibration": own, "compute": "fp32", "dtype": "fp32", "device": "cpu", "threads": 1,
+        "distill_steps": 40, "distill_lr": 3e-3, "distill_batch_tokens": 256,
+    }  # fmt: skip
+    plain = packed(base, tmp_path / "plain", parties, **(settings | {"heal": "none"}))
+    twice = [packed(base, tmp_path / out, parties, **settings, heal="distill") for out in "ab"]
+    errors = [float(hidden_error(states(one.folder, pixels)[2], target, 0)) for one in (plain, twice[0])]
+    assert errors[1] < 0.9 * errors[0], errors
+    row = ARCHITECTURES[plain.manifest.architecture]
+    before, after, again = (open_checkpoint(one.folder).tensors for one in (plain, *twice))
+    assert before.keys() == after.keys()
+    for name in before:
+        place = row.block_of(name)
+        kept = bool((read_float32(before[name]) == read_float32(after[name])).all())
+        assert bool((read_float32(after[name]) == read_float32(again[name])).all())
+        if place is None or place[0] in plain.manifest.split.trained:
+            assert kept, name
+    assert not all((read_float32(before[name]) == read_float32(after[name])).all() for name in before)
+
+
+def test_refit_then_distillation_keeps_zeros_of_sparsegpt(tmp_path: Path) -> None:
+    base = tiny_vision_base(tmp_path / "base", "dinov2", 5)
+    bundle = packed(
+        base, tmp_path / "bundle", tiny_parties(tmp_path), prune=0.5, heal="refit,distill", dtype="fp32",
+        calibration=tiny_pictures(tmp_path / "own", 8), distill_steps=3,
+    )  # fmt: skip
+    row = ARCHITECTURES[bundle.manifest.architecture]
+    for name, tensor in open_checkpoint(bundle.folder).tensors.items():
+        place = row.block_of(name)
+        if place and place[0] not in bundle.manifest.split.trained and len(tensor.shape) == 2:
+            assert (read_float32(tensor) == 0).mean() == pytest.approx(0.5, abs=0.02), name
 
 
 def test_photos_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +173,7 @@ def test_a_package_without_the_photos(tmp_path: Path, installed: Path) -> None:
     [
         {"select": "search"},
         {"select": "cluster"},
-        {"heal": "distill"},
+        {"heal": "distill", "distill_ce": 1.0},
         {"heal": "share"},
         {"bits": 8},
         {"svd_rank": 0.5},

@@ -53,7 +53,7 @@ def test_the_demo(tmp_path: Path, words: list[list[str]], capsys: pytest.Capture
         assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
         assert row["rows"] == 12
     assert found["task"] == {"train": 72, "test": 12, "own": 18, "classes": 3}
-    assert found["settings"]["split"] == {"bottom": SPLIT["bottom"], "emulator": SPLIT["keep"], "top": SPLIT["top"]}
+    assert found["settings"]["split"] == {**SPLIT, "emulator": 12 - sum(SPLIT.values())}
     shown = capsys.readouterr().out
     assert "Accuracy on 12 held-out pictures of 3 classes" in shown
     assert all(name in shown for name in ROWS)

@@ -152,7 +152,7 @@ class Architecture:
         path = self.modules.get(place[1])
         if path is None:  # no tensor, or one whose name is the same
             path = self.modules.get(f"{place[1]}.weight", f"{place[1]}.weight").removesuffix(".weight")
-        return f"{self.module_blocks or self.blocks}.{place[0]}.{path}"
+        return f"{self.block_module(place[0])}.{path}"
 
     def map_of(self, target: str) -> tuple[int, str] | None:
         """The block of a linear map and its path there in files, by its name in modules; None if none is named so."""
@@ -190,6 +190,10 @@ class Architecture:
         """The index of the block that a tensor or module belongs to, and its path in the block."""
         match = re.fullmatch(rf"{re.escape(self.blocks)}\.(0|[1-9]\d{{0,4}})\.(.+)", name)
         return (int(match[1]), match[2]) if match else None
+
+    def block_module(self, index: int) -> str:
+        """The path of a block in modules."""
+        return f"{self.module_blocks or self.blocks}.{index}"
 
     def in_block(self, index: int, path: str) -> str:
         """The full name of a tensor or module of a block."""

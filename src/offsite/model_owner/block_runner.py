@@ -88,9 +88,15 @@ class LoadedStack:
     blocks: Sequence[nn.Module]
     watched: int  # of these blocks: the hidden state behind so many is what a pass returns
     cap: float | None
+    vision: bool = False
 
     def __call__(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """ids (B, T), hidden before the first block (B, T, H) -> behind the watched ones (B, T, H), differentiable."""
+        """Of a batch, what enters the first block (B, T, H) -> what leaves the watched ones (B, T, H), differentiable.
+
+        Args:
+            ids: (B, T), or pixels (B, 3, Y, X): the model around the blocks makes positions and masks of them.
+            hidden: in place of what it would hand to the first block.
+        """
 
         def leave(_: nn.Module, __: object, output: Any) -> None:
             raise _LeftStack(_state(output))
@@ -98,7 +104,10 @@ class LoadedStack:
         handle = self.blocks[self.watched - 1].register_forward_hook(leave)
         try:
             with self._entering(hidden):
-                self._body(input_ids=ids, use_cache=False)
+                if self.vision:
+                    self.whole(pixel_values=ids.to(hidden.dtype))
+                else:
+                    self._body(input_ids=ids, use_cache=False)
         except _LeftStack as left:
             return left.with_traceback(None).hidden
         finally:
@@ -154,7 +163,7 @@ class BlockRunner:
         """One block of the base, with some of its tensors (by path in the block) replaced."""
         row = self._model.row
         surrounding = self._skeleton([index])
-        block = surrounding.get_submodule(f"{row.module_blocks or row.blocks}.0")
+        block = surrounding.get_submodule(row.block_module(0))
         start, changed = row.in_block(index, ""), replaced or {}
 
         def read(name: str) -> Tensor:
@@ -188,8 +197,8 @@ class BlockRunner:
 
         parameters: dict[str, nn.Parameter] = {}
         for place, index in enumerate(indices):
-            block = surrounding.get_submodule(row.in_block(place, "").rstrip("."))
-            start = row.in_block(index, "")
+            block = surrounding.get_submodule(row.block_module(place))
+            start = f"{row.block_module(index)}."
             if not any(name.startswith(start) for name in parameters):
                 weights = self._weights(index, block, read, self._compute)
                 parameters |= {
@@ -199,15 +208,15 @@ class BlockRunner:
             block.load_state_dict(held, strict=True, assign=True)
         around = row.outer_tensors(model.config) if whole else row.embedding_tensors(model.config)
         for name in around:
-            path, _, leaf = name.rpartition(".")
+            path, _, leaf = row.module_of(name).rpartition(".")
             # a head has another name in some families' modules than in their files
             owner = surrounding.get_output_embeddings() if name == row.head else surrounding.get_submodule(path)
             setattr(owner, leaf, nn.Parameter(read(name), requires_grad=False))
         if whole:
             surrounding.tie_weights()
-        blocks = list(surrounding.get_submodule(row.blocks).children())
+        blocks = [surrounding.get_submodule(row.block_module(place)) for place in range(len(indices))]
         cap = getattr(surrounding.config, row.logit_cap) if row.logit_cap else None
-        return LoadedStack(parameters, surrounding.eval(), blocks, len(emulator), cap)
+        return LoadedStack(parameters, surrounding.eval(), blocks, len(emulator), cap, row.vision is not None)
 
     def _skeleton(self, indices: Sequence[int]) -> Any:
         """A model of these blocks without weights."""

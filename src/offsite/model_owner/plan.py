@@ -156,11 +156,16 @@ def _calibration(model: BaseModel, spec: PackSpec) -> tuple[Calibration, tuple[T
         length = calibration_length(model.config)
         return Calibration(spec.calibration_tokens // length, length), (encoding(_text_bytes(spec.calibration)),)
     seen = seen_picture(model.folder, model.row, model.config)
-    count = picture_count(seen, model.config, spec.calibration_tokens)
-    chosen = spread(read_pictures(spec.calibration, labelled=False), count) if spec.calibration else photos()
-    count = len(chosen) if spec.calibration else count  # of a photo there are many crops
-    prepared = Term("prepared pictures", count * seen.bytes, "12 * height * width each")
-    return Calibration(count, seen.tokens), (decoded(chosen), prepared)
+    fitted, distilled = (
+        picture_count(seen, model.config, tokens)
+        for tokens in (spec.calibration_tokens, spec.distill_tokens if "distill" in spec.heal else 1)
+    )
+    most = max(fitted, distilled)
+    chosen = spread(read_pictures(spec.calibration, labelled=False), most) if spec.calibration else photos()
+    if spec.calibration:  # of a photo there are many crops
+        fitted, most = min(fitted, len(chosen)), len(chosen)
+    prepared = Term("prepared pictures", most * seen.bytes, "12 * height * width each")
+    return Calibration(fitted, seen.tokens), (decoded(chosen), prepared)
 
 
 _WORK = ("influence", "cluster", "search")  # selections that run the network

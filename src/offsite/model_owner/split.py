@@ -103,7 +103,8 @@ def _require_for_images(spec: PackSpec) -> None:
         UsageError: it was asked for.
     """
     reasons = [f"select = {spec.select}"] if spec.select in ("search", "cluster") else []
-    reasons += [f"heal = {step}" for step in spec.heal if step != "refit"]
+    reasons += [f"heal = {step}" for step in spec.heal if step not in ("refit", "distill")]
+    reasons += ["distill_ce: the next token's cross-entropy"] if spec.distill_ce else []
     reasons += [f"{name}: a declared module kind" for name in spec.declares if name != "share"]
     if set(spec.methods) == {"bottleneck"}:
         reasons.append("methods = bottleneck")
@@ -111,7 +112,7 @@ def _require_for_images(spec: PackSpec) -> None:
         raise UsageError(
             "settings that are for language models alone, of an image encoder",
             reasons=reasons,
-            next_step="select by uniform, influence, contiguous or random, and heal by refit or none",
+            next_step="select by uniform, influence, contiguous or random, and heal by refit, distill or none",
         )
 
 

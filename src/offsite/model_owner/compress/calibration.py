@@ -4,6 +4,7 @@ Never the data owner's: it is the owner's own file (plain text, or rows of any k
 package. For an image encoder it is a folder of the owner's own pictures, or crops of photos that come with another.
 """
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -48,6 +49,14 @@ def calibration_batches(model: BaseModel, file: Path | None, tokens: int) -> lis
     stride = len(ids) // count  # spread over the whole text, so that every part of it has its say
     rows = torch.tensor([start + ids[i * stride : i * stride + body] for i in range(count)])
     return [rows[at : at + CALIBRATION_BATCH] for at in range(0, count, CALIBRATION_BATCH)]
+
+
+def token_counts(model: BaseModel, batches: Sequence[Tensor]) -> list[int]:
+    """Tokens of each batch of texts or pictures, B * T."""
+    if model.row.vision is None:
+        return [batch.numel() for batch in batches]
+    each = seen_picture(model.folder, model.row, model.config).tokens
+    return [len(batch) * each for batch in batches]
 
 
 def _picture_batches(model: BaseModel, folder: Path | None, tokens: int) -> list[Tensor]:

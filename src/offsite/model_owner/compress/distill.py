@@ -3,7 +3,8 @@
 The paper's loss is the next token's cross-entropy plus 30 times mean(((H_T - H_S) / rms(H_T))^2) of the hidden states
 at the end of the middle. Here the cross-entropy is left out unless asked for: then neither bottom, top, head nor the
 teacher runs again, for what enters and leaves the middle lies on the disk. rms is taken per token, and the first token
-of a sample left out: a few tokens have a thousand times the others' norm. Bottom and top never train.
+of a text left out: a few tokens have a thousand times the others' norm. Of an encoder, pictures take the place of text
+and every token counts. Bottom and top never train.
 """
 
 import math
@@ -79,14 +80,14 @@ def distill(
     )
     after = sandwich.top if spec.distill_ce else ()
     stack = BlockRunner(model, machine).stack(emulator, after, healed, whole=spec.distill_ce > 0)
-    starts = tuple(model.row.in_block(index, "") for index in emulator)
+    starts = tuple(f"{model.row.block_module(index)}." for index in emulator)
     working = {name: parameter for name, parameter in sorted(stack.parameters.items()) if name.startswith(starts)}
     for parameter in working.values():
         parameter.requires_grad = True
     weights = TrainedWeights(working)
     prunes = work_of(sandwich.middle, spec).prunes > 0
     gone = {name: master == 0 for name, master in weights.masters.items() if prunes and master.dim() == 2}
-    run = _Distillation(stack, states, weights, spec, gone)
+    run = _Distillation(stack, states, weights, spec, gone, skipped=0 if model.row.vision else 1)
     _train(run, RunState(scratch / "distill", {}, resume=True), log, progress)
     file = scratch / "distilled.safetensors"
     file.unlink(missing_ok=True)
@@ -95,10 +96,10 @@ def distill(
     return read_header(file)
 
 
-def hidden_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """mean(((H_T - H_S) / rms(H_T))^2) over the tokens after the first, with each token's own rms; both (B, T, H)."""
-    student, teacher = student[:, 1:].float(), teacher[:, 1:].float()
-    scale = teacher.square().mean(-1, keepdim=True).clamp_min(1e-12)  # (B, T - 1, 1)
+def hidden_error(student: Tensor, teacher: Tensor, skipped: int = 1) -> Tensor:
+    """mean(((H_T - H_S) / rms(H_T))^2) over the tokens after the skipped, with each token's own rms; both (B, T, H)."""
+    student, teacher = student[:, skipped:].float(), teacher[:, skipped:].float()
+    scale = teacher.square().mean(-1, keepdim=True).clamp_min(1e-12)  # (B, T - skipped, 1)
     return ((teacher - student).square() / scale).mean()
 
 
@@ -109,6 +110,7 @@ class _Distillation:
     weights: TrainedWeights
     spec: PackSpec
     gone: Mapping[str, Tensor]  # of pruned matrices: which numbers stay zero
+    skipped: int  # first tokens of a sample that do not count
 
     @property
     def held_out(self) -> list[int]:
@@ -119,7 +121,7 @@ class _Distillation:
         """The batches of each step of a pass, before they are shuffled: how many steps it has."""
         held_out = set(self.held_out)
         trained = [position for position in range(len(self.states.batches)) if position not in held_out]
-        width = max(1, self.spec.distill_batch_tokens // self.states.batches[0].numel())
+        width = max(1, self.spec.distill_batch_tokens // self.states.tokens[0])
         return [trained[at : at + width] for at in range(0, len(trained), width)]
 
     def steps(self) -> int:
@@ -145,7 +147,7 @@ class _Distillation:
         """Of one batch: the hidden states' term, and the cross-entropy if it counts."""
         ids, enters, leaves = self.states.at(position)
         if not self.spec.distill_ce:
-            return hidden_error(self.stack(ids, enters), leaves), None
+            return hidden_error(self.stack(ids, enters), leaves, self.skipped), None
         student, nats = self.stack.to_the_end(ids, enters)
         return hidden_error(student, leaves), nats
 

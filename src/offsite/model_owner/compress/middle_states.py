@@ -20,6 +20,7 @@ from offsite.core.storage import replace_file
 from offsite.errors import StorageError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner
+from offsite.model_owner.compress.calibration import token_counts
 from offsite.model_owner.split import Sandwich
 
 
@@ -28,10 +29,11 @@ class MiddleStates:
     """Hidden states of every batch on the disk, in the machine's dtype."""
 
     folder: Path
-    batches: Sequence[Tensor]  # token ids (B, T)
+    batches: Sequence[Tensor]  # token ids (B, T), or pixels (B, 3, Y, X)
+    tokens: Sequence[int]  # of each batch, B * T
 
     def at(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of one batch: ids (B, T), what enters the middle and what leaves it, each (B, T, H)."""
+        """Of one batch: ids or pixels, what enters the middle and what leaves it, each (B, T, H)."""
         ids, held = self.batches[position], read_header(self.folder / _name(position))
         return ids, read_tensor(held["enters"]).to(ids.device), read_tensor(held["leaves"]).to(ids.device)
 
@@ -45,7 +47,7 @@ def middle_states(
     progress: Progress,
     stage: str,
 ) -> MiddleStates:
-    """Run the base over token ids up to the end of its middle; what is there of an earlier run is not run again.
+    """Run the base over token ids or pixels up to the end of its middle; what is there of an earlier run stays.
 
     Raises:
         StorageError: the disk has too little room, or cannot be written.
@@ -54,7 +56,8 @@ def middle_states(
     missing = [position for position in range(len(batches)) if not (folder / _name(position)).exists()]
     runner = BlockRunner(model, machine)
     end = sandwich.middle[-1] + 1
-    for number, group in enumerate(groups := list(_groups(missing, batches))):
+    tokens = token_counts(model, batches)
+    for number, group in enumerate(groups := list(_groups(missing, tokens))):
         hidden = {position: runner.load(0).embed(batches[position]) for position in group}
         if not number:
             _require_room(folder, len(missing) * 2 * hidden[group[0]].numel() * machine.dtype.itemsize)
@@ -69,18 +72,18 @@ def middle_states(
             states = {"enters": enters[position], "leaves": hidden[position]}
             kept = {name: value.to("cpu", machine.dtype).contiguous() for name, value in states.items()}
             replace_file(folder / _name(position), save(kept))
-    return MiddleStates(folder, batches)
+    return MiddleStates(folder, batches, tokens)
 
 
 def _name(position: int) -> str:
     return f"batch-{position:06}.safetensors"
 
 
-def _groups(positions: Sequence[int], batches: Sequence[Tensor]) -> Iterator[list[int]]:
+def _groups(positions: Sequence[int], tokens: Sequence[int]) -> Iterator[list[int]]:
     group: list[int] = []
     for position in positions:
         group.append(position)
-        if sum(batches[one].numel() for one in group) >= GROUP_TOKENS:
+        if sum(tokens[one] for one in group) >= GROUP_TOKENS:
             yield group
             group = []
     if group:
