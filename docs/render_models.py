@@ -187,7 +187,8 @@ def _encoder(row: Architecture) -> str:
 
 def _refit(row: Architecture) -> str:
     if isinstance(row.linear_residual, bool):
-        return "yes" if row.linear_residual else "no: pack with `--heal none`"
+        other = "" if row.experts else ", or with `--keep` and `--heal affine`"
+        return "yes" if row.linear_residual else f"no: pack with `--heal none`{other}"
     return f"where the config has `{row.linear_residual}`"
 
 
