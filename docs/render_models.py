@@ -53,8 +53,8 @@ the plug-in, which `AutoModelForImageClassification` loads without a missing or 
 - DINOv2's head may also read one of its two parts (setting `pooling`): the other one's weights are zero.
 - LoRA sits on all linear maps of a block, under the names of transformers' modules. Its plug-in is merged: an adapter
   folder has no place for a classifier.
-- For language models alone, and refused of an encoder: bottlenecks, distillation, search and clusters, declared module
-  kinds, `--plan`, `--memory`.
+- For language models alone, and refused of an encoder: bottlenecks, search and clusters, declared module kinds, and the
+  cross-entropy in distillation.
 - Refused: DINOv2 with a gated feed-forward (`use_swiglu_ffn`, the giant one).
 - `timm_wrapper` is timm's EVA, EVA-02 and plain ViT, of the names in
   [timm_family.py](../src/offsite/core/timm_family.py), and needs the extra `timm` to heal, tune and evaluate;
@@ -187,7 +187,8 @@ def _encoder(row: Architecture) -> str:
 
 def _refit(row: Architecture) -> str:
     if isinstance(row.linear_residual, bool):
-        return "yes" if row.linear_residual else "no: pack with `--heal none`"
+        other = "" if row.experts else ", or with `--keep` and `--heal affine`"
+        return "yes" if row.linear_residual else f"no: pack with `--heal none`{other}"
     return f"where the config has `{row.linear_residual}`"
 
 

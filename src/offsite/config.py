@@ -14,7 +14,7 @@ from offsite.errors import UsageError
 
 Method = Literal["lora", "full", "bitfit", "bottleneck"]
 Dtype = Literal["bf16", "fp32"]
-Healing = Literal["share", "refit", "distill"]
+Healing = Literal["share", "refit", "distill", "affine"]
 USUAL_PRUNE = 0.5  # of an emulator that drops no block
 
 
@@ -109,7 +109,7 @@ class PackSpec(ComputeSpec):
     calibration: Annotated[
         Path | None, Field(description="text, rows or pictures to select and heal with; None takes what ships")
     ] = None
-    calibration_tokens: Annotated[int, Field(ge=256, description="tokens of it to select and refit with")] = 65_536
+    calibration_tokens: Annotated[int, Field(ge=256, description="tokens of it to select and solve with")] = 65_536
     distill_tokens: Annotated[int, Field(ge=256, description="tokens of it to distill with")] = 262_144
     distill_epochs: Annotated[float, Field(gt=0, description="passes over them; distill_steps wins")] = 3.0
     distill_steps: Annotated[int | None, Field(ge=1, description="optimiser steps of the distillation")] = None
@@ -146,6 +146,8 @@ class PackSpec(ComputeSpec):
             raise ValueError("distill must be heal's last step: a closed form after it would undo what it learnt")
         if "share" in self.heal and "refit" in self.heal:
             raise ValueError("share and refit are two ways to fill the same gap: choose one")
+        if "affine" in self.heal:
+            self._affine_fits()
         if self.bits is not None and self.svd_rank is not None:
             raise ValueError("bits and svd_rank both store a matrix in another way: choose one")
         if self.zeros == "left-out" and (self.pruned == 0 or self.bits is not None or self.svd_rank is not None):
@@ -157,13 +159,23 @@ class PackSpec(ComputeSpec):
             raise ValueError("drop_from is a setting of select = contiguous and of no other")
         return self
 
+    def _affine_fits(self) -> None:
+        if len(self.heal) > 1:
+            raise ValueError(
+                "affine is heal's only step: refit and share fill the same gap, distill trains the blocks as if there "
+                "were no maps behind them; choose heal = affine, or heal = refit,distill"
+            )
+        if self.pruned and self.prune_by == "sparsegpt":
+            way = "say with keep how many blocks stay" if self.prune is None else "choose prune_by = magnitude"
+            raise ValueError(f"heal = affine does not go with prune_by = sparsegpt, which has a pass of its own: {way}")
+
     @property
     def declares(self) -> tuple[str, ...]:
         """Settings under which the bundle is no checkpoint of its family any more."""
         asked = {"bits": self.bits, "svd_rank": self.svd_rank, "mlp_width": self.mlp_width}
         named = [name for name in asked if asked[name] is not None]
         return (
-            *(["share"] if "share" in self.heal else []),
+            *(step for step in ("share", "affine") if step in self.heal),
             *named,
             *(["zeros"] if self.zeros == "left-out" else []),
         )

@@ -379,6 +379,16 @@ def factor_left_out(lab: Lab) -> None:
     sign_again(lab.folder / "declared-bundle", lab.owner)
 
 
+@attack("_bundle_weights", "declared-bundle", "what is declared makes it F32 or BF16 or F16 [32, 32]")
+def map_behind_a_block_of_another_shape(lab: Lab) -> None:
+    def thinner(weights: dict[str, Any]) -> None:
+        name = "model.layers.1.affine.weight"
+        weights[name] = np.ascontiguousarray(weights[name][:-1])
+
+    edit_weights(lab.folder / "declared-bundle" / DECLARED_WEIGHTS, thinner)
+    sign_again(lab.folder / "declared-bundle", lab.owner)
+
+
 @attack("_bundle_returnable", "gpt2-bundle", "the weight's shape is")
 def lora_target_the_wrong_way_round(lab: Lab) -> None:
     targets = manifest_of(lab.folder / "gpt2-bundle")["lora_targets"]

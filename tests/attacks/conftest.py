@@ -24,7 +24,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     packed(tiny_base(folder / "qwen2", "qwen2", 3), folder / "qwen2-bundle", parties)
     mixture = tiny_base(folder / "mixture", "qwen3_moe", 3, mlp_only_layers=[0, 2])  # experts in the middle block
     packed(mixture, folder / "mixture-bundle", parties)
-    packed(base, folder / "declared-bundle", parties, keep=1, svd_rank=0.5)
+    packed(base, folder / "declared-bundle", parties, keep=1, svd_rank=0.5, heal="affine", calibration_tokens=256)
     encoder = packed(tiny_vision_base(folder / "encoder", "dinov2", 3), folder / "encoder-bundle", parties)
     packed(tiny_vision_base(folder / "timm", "timm, eva", 3), folder / "timm-bundle", parties)
     full_return(encoder, folder / "encoder-full", parties.data_owner, classes=("cat", "dog"))

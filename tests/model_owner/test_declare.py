@@ -31,6 +31,8 @@ DECLARED: dict[str, dict[str, Any]] = {
     "factors": {"svd_rank": 0.5, "heal": "none"},
     "narrower": {"mlp_width": 0.5, "heal": "none"},
     "share, 8 bits": {"heal": "share", "bits": 8},
+    "affine": {"heal": "affine"},
+    "affine, 8 bits": {"heal": "affine", "bits": 8},
     "sparse": {"prune": 0.5, "zeros": "left-out", "heal": "refit"},
     "sparse by magnitude, narrower": {
         "prune": 0.3,
@@ -193,6 +195,7 @@ def test_the_neurons_that_stay_have_the_largest_norms(base_of: MakeBase, tmp_pat
         ("phi3", {"mlp_width": 0.5}, "several outputs for each neuron"),
         ("mixtral", {"bits": 8}, "other tensors in files"),
         ("mixtral", {"heal": "share"}, "other tensors in files"),
+        ("mixtral", {"heal": "affine"}, "other tensors in files"),
     ],
 )
 def test_what_a_family_cannot_have_is_refused_before_any_work(

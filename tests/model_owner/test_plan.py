@@ -38,7 +38,7 @@ def term(plan: PackPlan, phase: str, name: str) -> int:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("heal", ["none", "refit"])
+@pytest.mark.parametrize("heal", ["none", "refit", "affine"])
 def test_the_bundle_has_the_planned_bytes(
     base_of: MakeBase, tmp_path: Path, parties: Parties, family: str, dtype: str, heal: str
 ) -> None:
@@ -96,6 +96,20 @@ def test_refit_by_hand(base_of: MakeBase) -> None:
     assert {one.name: one.bytes for one in plan.disk}["healed weights, until the bundle is written"] == (
         2 * 2 * INNER * HIDDEN
     )
+
+
+def test_affine_maps_by_hand(base_of: MakeBase) -> None:
+    plan = plan_pack(Base(base_of("llama")), spec(heal="affine", calibration_tokens=4096))
+    running, summing, solving, _ = (phase.name for phase in plan.phases)
+    behind = HIDDEN**2 + HIDDEN
+    assert term(plan, running, "hidden states, base and emulator") == 2 * 4 * 4096 * HIDDEN
+    assert term(plan, running, "the map behind it") == 4 * behind
+    assert term(plan, summing, "sums of squares, fitted and held out") == 8 * 2 * HIDDEN**2
+    assert term(plan, summing, "features of one batch, plain and weighted") == 8 * 8 * 64 * HIDDEN
+    assert term(plan, solving, "system and factor in fp64") == 16 * HIDDEN**2
+    assert {one.name: one.bytes for one in plan.disk}["healed weights, until the bundle is written"] == 2 * 2 * behind
+    parts = {part.name: (part.blocks, part.parameters, part.bytes) for part in plan.bundle}
+    assert parts["emulator"] == (2, 2 * (BLOCK + behind), 2 * 2 * (BLOCK + behind))
 
 
 def test_pruning_by_hand(base_of: MakeBase) -> None:

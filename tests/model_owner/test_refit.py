@@ -15,7 +15,7 @@ from offsite.errors import DataError, IncompatibleError
 from offsite.exchange.artifacts import Base
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.compress.calibration import calibration_batches
-from offsite.model_owner.compress.refit import USUAL_RIDGE
+from offsite.model_owner.compress.ridge import USUAL_RIDGE
 from tiny import FAMILIES, KINDS, TEXT, Family, tiny_base, tiny_parties
 
 CPU = torch.device("cpu")

@@ -46,7 +46,7 @@ def test_it_walks_downhill_to_where_no_move_helps() -> None:
     assert improve((1, 2), range(1, 7), score, 0, lambda: False) == (1, 2)
 
 
-@pytest.mark.parametrize("heal", ["none", "refit"])
+@pytest.mark.parametrize("heal", ["none", "refit", "affine"])
 def test_the_best_of_what_was_judged(base_of: MakeBase, tmp_path: Path, heal: str) -> None:
     model = open_base(Base(base_of(blocks=7)))
     settings = spec(heal=heal)

@@ -175,6 +175,7 @@ def test_a_package_without_the_photos(tmp_path: Path, installed: Path) -> None:
         {"select": "cluster"},
         {"heal": "distill", "distill_ce": 1.0},
         {"heal": "share"},
+        {"heal": "affine"},
         {"bits": 8},
         {"svd_rank": 0.5},
         {"mlp_width": 0.5},

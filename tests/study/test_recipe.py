@@ -64,7 +64,7 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
 
 def test_a_default_is_named_where_a_value_is_wrong(tmp_path: Path) -> None:
     (found,) = problems(tmp_path, "keep = 2", "keep = 2\ncalibration_tokens = 1")
-    assert "tokens of it to select and refit with" in found
+    assert "tokens of it to select and solve with" in found
     assert "the default is 65536" in found
 
 

@@ -80,7 +80,8 @@ def pack(
 
     The emulator is the middle of the model with half of its numbers pruned, for the best plug-in; or with --keep a few
     of its blocks, for the fastest tuning. The bundle is an ordinary Hugging Face checkpoint, unless the emulator
-    shares, quantises, factors or narrows its blocks or leaves zeros out. What was issued stands in the home's ledger.
+    shares, quantises, factors or narrows its blocks, leaves zeros out or has maps behind them. What was issued stands
+    in the home's ledger.
 
     Example:
       offsite pack base/ --out bundle/ --for hospital --bottom 4 --top 6

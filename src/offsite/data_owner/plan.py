@@ -143,7 +143,7 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     item = compute_bytes(spec.compute, spec.device)
     parts = _parts(row, manifest, tensors)
     first = manifest.split.trained[0]
-    # blocks of our own kinds are no larger than those of the family, and are counted as such
+    # blocks of our own kinds keep no more for the backward pass than those of the family, and are counted as such
     measured = manifest.split.trained if declared else range(first, manifest.split.blocks)
     blocks = (_block(row, tensors, index) for index in measured)
     shapes = [block_shape(row, {path: one.shape for path, one in block.items()}, config) for block in blocks]

@@ -18,6 +18,8 @@ from offsite.core.checkpoint import TensorRange
 from offsite.core.load import attention_of, encoder_keywords, read_tensor
 from offsite.core.loss import labelled_cross_entropy
 from offsite.core.mixture import experts_implementation, in_files
+from offsite.core.modules.affine import Affine, stand_behind
+from offsite.core.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT
 from offsite.core.runtime import Runtime
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel
@@ -160,7 +162,7 @@ class BlockRunner:
         self._outer = {name: self._read(name) for name in model.row.embedding_tensors(model.config)}
 
     def load(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> LoadedBlock:
-        """One block of the base, with some of its tensors (by path in the block) replaced."""
+        """One block of the base, some of its tensors replaced by path; behind it an affine map, if there is one."""
         row = self._model.row
         surrounding = self._skeleton([index])
         block = surrounding.get_submodule(row.block_module(0))
@@ -171,6 +173,8 @@ class BlockRunner:
             return changed[path].to(self._device) if path in changed else self._read(name)
 
         block.load_state_dict(self._weights(index, block, read, torch.float32), strict=True, assign=True)
+        if AFFINE_WEIGHT in changed:
+            stand_behind(block, Affine(read(start + AFFINE_WEIGHT), read(start + AFFINE_BIAS)))
         for name, value in self._outer.items():
             path, _, leaf = row.module_of(name).rpartition(".")
             setattr(surrounding.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
@@ -185,7 +189,7 @@ class BlockRunner:
         Args:
             emulator: base indices of its blocks, in order.
             after: base indices of blocks behind it.
-            changed: tensors that take the place of the base's, by base name.
+            changed: tensors that take the place of the base's, and those of maps behind blocks, by base name.
             whole: load final norm and head as well, so that a pass can go on to the end.
         """
         row, model = self._model.row, self._model
@@ -193,7 +197,8 @@ class BlockRunner:
         surrounding = self._skeleton(indices)
 
         def read(name: str) -> Tensor:
-            return read_tensor(changed.get(name, model.tensors[name]), self._compute).to(self._device)
+            tensor = changed[name] if name in changed else model.tensors[name]
+            return read_tensor(tensor, self._compute).to(self._device)
 
         parameters: dict[str, nn.Parameter] = {}
         for place, index in enumerate(indices):
@@ -206,6 +211,8 @@ class BlockRunner:
                 }
             held = {name.removeprefix(start): value for name, value in parameters.items() if name.startswith(start)}
             block.load_state_dict(held, strict=True, assign=True)
+            if start + AFFINE_WEIGHT in changed:
+                stand_behind(block, Affine(read(start + AFFINE_WEIGHT), read(start + AFFINE_BIAS)))
         around = row.outer_tensors(model.config) if whole else row.embedding_tensors(model.config)
         for name in around:
             path, _, leaf = row.module_of(name).rpartition(".")

@@ -40,6 +40,7 @@ from offsite.core.memory import (
     plain_libraries,
     torch_libraries,
 )
+from offsite.core.modules.declared import affine_shapes
 from offsite.core.modules.shapes import place_of_bottleneck
 from offsite.core.picture_sizes import decoded, picture_count, seen_picture, spread
 from offsite.core.progress import silent
@@ -141,7 +142,7 @@ def plan_pack(base: Base, spec: PackSpec) -> PackPlan:
     return PackPlan(
         architecture=model.row.model_type,
         base=_parts(model, sandwich, sandwich.middle, None),
-        bundle=_parts(model, sandwich, emulator, DTYPES[spec.dtype]),
+        bundle=_parts(model, sandwich, emulator, DTYPES[spec.dtype], keep if work.maps else 0),
         files=tuple(sorted(files.items())),
         calibration=calibration,
         compute={2: "bf16", 4: "fp32"}[item] if runs else None,  # type: ignore[arg-type]
@@ -188,7 +189,7 @@ def _scratch(model: BaseModel, spec: PackSpec, keep: int, item: int, states: int
         Term(
             "healed weights, until the bundle is written",
             _healed_bytes(model, spec, keep, work),
-            "k * F * H * d, pruned k * P_b * d",
+            "k * P_a * d" if work.maps else "k * F * H * d, pruned k * P_b * d",
         ),
         Term("hidden states around the middle", 2 * states * hidden * item, "2 * N * H * c"),
         Term("resume points, and the distilled weights", work.distills * 7 * 4 * keep * numbers, "28 * k * P_b"),
@@ -196,15 +197,20 @@ def _scratch(model: BaseModel, spec: PackSpec, keep: int, item: int, states: int
     return [term for term in terms if term.bytes]
 
 
-def _parts(model: BaseModel, sandwich: Sandwich, middle: Sequence[int], dtype: str | None) -> tuple[Part, ...]:
-    """The model in parts, stored as the base is, or in the bundle's dtype."""
+def _parts(
+    model: BaseModel, sandwich: Sandwich, middle: Sequence[int], dtype: str | None, maps: int = 0
+) -> tuple[Part, ...]:
+    """The model in parts, stored as the base is, or in the bundle's dtype with so many maps behind its blocks."""
 
-    def made(name: str, tensors: Sequence[TensorRange], blocks: int = 0) -> Part:
+    def made(
+        name: str, tensors: Sequence[TensorRange], blocks: int = 0, beside: Sequence[tuple[int, ...]] = ()
+    ) -> Part:
         item = ITEM_SIZE[dtype or tensors[0].dtype] if tensors else 1
-        return part(name, [tensor.shape for tensor in tensors], item, blocks)
+        return part(name, [*(tensor.shape for tensor in tensors), *beside], item, blocks)
 
-    def blocks(name: str, indices: Sequence[int]) -> Part:
-        return made(name, [tensor for index in indices for tensor in model.block(index).values()], len(indices))
+    def blocks(name: str, indices: Sequence[int], beside: Sequence[tuple[int, ...]] = ()) -> Part:
+        held = [tensor for index in indices for tensor in model.block(index).values()]
+        return made(name, held, len(indices), beside)
 
     def outer(name: str, names: Iterable[str]) -> Part:
         return made(name, [model.tensors[one] for one in names if one in model.tensors])
@@ -213,7 +219,7 @@ def _parts(model: BaseModel, sandwich: Sandwich, middle: Sequence[int], dtype: s
     return (
         outer("embeddings", row.embeddings),
         blocks("bottom", sandwich.bottom),
-        blocks("middle" if dtype is None else "emulator", middle),
+        blocks("middle" if dtype is None else "emulator", middle, maps * _map_shapes(model)),
         blocks("top", sandwich.top),
         outer("final norm", row.final),
         outer("head", (row.head,)),
@@ -238,10 +244,17 @@ def _healed_bytes(model: BaseModel, spec: PackSpec, keep: int, work: Work) -> in
     row, block = model.row, model.block(0)
     if not work.block_by_block:
         return 0
+    if work.maps:
+        return keep * part("", _map_shapes(model), ITEM_SIZE[DTYPES[spec.dtype]]).bytes
     pruned = [f"{path}.weight" for path in row.linears] if work.prunes else []
     paths = {*pruned, f"{row.mlp_out}.weight", f"{row.mlp_out}.bias"}
     solved = part("", [block[path].shape for path in paths if path in block], ITEM_SIZE[DTYPES[spec.dtype]])
     return keep * solved.bytes
+
+
+def _map_shapes(model: BaseModel) -> list[tuple[int, ...]]:
+    """What an affine map behind a block holds."""
+    return list(affine_shapes(_block_sizes(model).hidden).values())
 
 
 def _largest(model: BaseModel) -> int:
@@ -268,7 +281,7 @@ def _text_bytes(file: Path | None) -> int:
 def _network_phases(
     model: BaseModel, calibration: Calibration, item: int, material: tuple[Term, ...], work: Work
 ) -> list[Phase]:
-    """Running the blocks over the calibration text one at a time, and solving for their projections."""
+    """Running the blocks over the calibration text one at a time, and solving for their projections, or maps behind."""
     row = model.row
     tensors = max(map(model.block, range(model.blocks)), key=_numbers)
     sizes = _block_sizes(model)
@@ -284,14 +297,17 @@ def _network_phases(
             f"{states * 4} * N * H",
         ),
         Term("one block in fp32", 4 * sizes.parameters, "4 * P_b"),
+        *([Term("the map behind it", 4 * part("", _map_shapes(model), 1).parameters, "4 * P_a")] if work.maps else []),
         Term("what reading a tensor holds", max(t.size for t in tensors.values()), "its bytes as stored"),
     )
     phases = [Phase("running the blocks", (*always, *_forward(sizes, calibration, item)))]
     if work.prunes:
         phases.append(Phase("pruning a block's maps", (*always, *_pruning(model, sizes, calibration, item))))
     if work.block_by_block:
-        phases.append(Phase("summing up a projection's problem", (*always, *_summing(sizes, calibration, item))))
-        phases.append(Phase("solving for a projection", (*always, *_solving(sizes))))
+        what = "map" if work.maps else "projection"
+        summing, solving = _summing(sizes, calibration, item, maps=work.maps), _solving(sizes, maps=work.maps)
+        phases.append(Phase(f"summing up a {what}'s problem", (*always, *summing)))
+        phases.append(Phase(f"solving for a {what}", (*always, *solving)))
     return phases
 
 
@@ -314,7 +330,8 @@ def _stack_phases(
     """Running a whole emulator from hidden states on the disk: to train it, or to judge it."""
     keep = spec.kept(sandwich.middle)
     sizes, row = _block_sizes(model), model.row
-    stack, top = keep * sizes.parameters, len(sandwich.top) * sizes.parameters
+    maps = part("", _map_shapes(model), 1).parameters if work_of(sandwich.middle, spec).maps else 0
+    stack, top = keep * (sizes.parameters + maps), len(sandwich.top) * sizes.parameters
     outer = part("", [model.tensors[name].shape for name in row.outer_tensors(model.config)], item).bytes
     batch = CALIBRATION_BATCH * length
     groups = min(GROUP_TOKENS, max(spec.distill_tokens, 1))
@@ -365,15 +382,15 @@ def _forward(sizes: BlockShape, calibration: Calibration, item: int) -> list[Ter
     return terms
 
 
-def _summing(sizes: BlockShape, calibration: Calibration, item: int) -> list[Term]:
+def _summing(sizes: BlockShape, calibration: Calibration, item: int, *, maps: bool) -> list[Term]:
     tokens = min(CALIBRATION_BATCH, calibration.sequences) * calibration.length
-    f, h = sizes.inner, sizes.hidden
+    (f, h), name = _sides(sizes, maps=maps)
     return [
         *_forward(sizes, calibration, item),
-        Term("sums of squares, fitted and held out", 2 * 4 * (f * f + f * h), "8 * (F^2 + F * H)"),
-        Term("a batch's sums", 4 * f * f, "4 * F^2"),
-        Term("the projection in fp64", 8 * f * h, "8 * F * H"),
-        Term("features of one batch, plain and weighted", 8 * tokens * f, "8 * n * F"),
+        Term("sums of squares, fitted and held out", 2 * 4 * (f * f + f * h), f"8 * ({name}^2 + {name} * H)"),
+        Term("a batch's sums", 4 * f * f, f"4 * {name}^2"),
+        *([] if maps else [Term("the projection in fp64", 8 * f * h, "8 * F * H")]),
+        Term("features of one batch, plain and weighted", 8 * tokens * f, f"8 * n * {name}"),
     ]
 
 
@@ -392,13 +409,19 @@ def _pruning(model: BaseModel, sizes: BlockShape, calibration: Calibration, item
     ]
 
 
-def _solving(sizes: BlockShape) -> list[Term]:
-    f, h = sizes.inner, sizes.hidden
+def _solving(sizes: BlockShape, *, maps: bool) -> list[Term]:
+    (f, h), name = _sides(sizes, maps=maps)
+    what = "map" if maps else "projection"
     return [
-        Term("sums of squares, fitted, held out, together", 3 * 4 * (f * f + f * h), "12 * (F^2 + F * H)"),
-        Term("system and factor in fp64", 2 * 8 * f * f, "16 * F^2"),
-        Term("right sides, solution, projection in fp64", 4 * 8 * f * h, "32 * F * H"),
+        Term("sums of squares, fitted, held out, together", 3 * 4 * (f * f + f * h), f"12 * ({name}^2 + {name} * H)"),
+        Term("system and factor in fp64", 2 * 8 * f * f, f"16 * {name}^2"),
+        Term(f"right sides, solution, {what} in fp64", 4 * 8 * f * h, f"32 * {name} * H"),
     ]
+
+
+def _sides(sizes: BlockShape, *, maps: bool) -> tuple[tuple[int, int], str]:
+    """Inputs and outputs of what is solved, and the symbol of the inputs; a bias, one input more, is left out."""
+    return ((sizes.hidden, sizes.hidden), "H") if maps else ((sizes.inner, sizes.hidden), "F")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from offsite.config import Method, PackSpec
 from offsite.core.checkpoint import NewTensor, TensorRange, copied
+from offsite.core.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT
 from offsite.errors import IncompatibleError, UsageError
 from offsite.exchange.manifest import Split, TensorEntry
 from offsite.model_owner.base_model import BaseModel
@@ -32,18 +33,25 @@ class Work:
     solves: bool  # the maps that end the MLPs are solved anew
     prunes: float  # share of every matrix that SparseGPT takes away
     distills: bool
+    maps: bool  # a map of the hidden state is solved for behind each kept block
 
     @property
     def block_by_block(self) -> bool:
         """Whether each block is changed in its turn, on what the blocks before it give."""
-        return self.solves or self.prunes > 0
+        return self.solves or self.maps or self.prunes > 0
 
 
 def work_of(middle: Sequence[int], spec: PackSpec) -> Work:
     """What the settings ask for with a middle of these blocks."""
     prunes = spec.pruned if spec.prune_by == "sparsegpt" else 0.0
-    lost = spec.kept(middle) < len(middle) or prunes > 0
-    return Work("refit" in spec.heal and lost, prunes, "distill" in spec.heal and lost)
+    dropped = spec.kept(middle) < len(middle)
+    lost = dropped or prunes > 0
+    return Work(
+        solves="refit" in spec.heal and lost,
+        prunes=prunes,
+        distills="distill" in spec.heal and lost,
+        maps="affine" in spec.heal and dropped,
+    )
 
 
 def split(model: BaseModel, spec: PackSpec) -> Sandwich:
@@ -66,11 +74,12 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
     work = work_of(middle, spec)
     if work.solves and not model.row.residual_is_linear(model.config):
         why = "its MLP is a mixture of experts" if model.row.experts else "a norm follows the MLP in its blocks"
+        other = "" if model.row.experts or model.row.vision else "; or, with --keep, --heal affine"
         raise IncompatibleError(
             f"refit needs a residual that is linear in the MLP's output, which this {model.row.model_type} model "
             "does not have",
             reasons=[why],
-            next_step="pack with --heal none or --heal distill",
+            next_step=f"pack with --heal none or --heal distill{other}",
         )
     if work.prunes and model.row.experts:
         raise IncompatibleError(
@@ -105,7 +114,7 @@ def _require_for_images(spec: PackSpec) -> None:
     reasons = [f"select = {spec.select}"] if spec.select in ("search", "cluster") else []
     reasons += [f"heal = {step}" for step in spec.heal if step not in ("refit", "distill")]
     reasons += ["distill_ce: the next token's cross-entropy"] if spec.distill_ce else []
-    reasons += [f"{name}: a declared module kind" for name in spec.declares if name != "share"]
+    reasons += [f"{name}: a declared module kind" for name in spec.declares if name not in spec.heal]
     if set(spec.methods) == {"bottleneck"}:
         reasons.append("methods = bottleneck")
     if reasons:
@@ -129,7 +138,7 @@ def bundle_tensors(
     Args:
         model: the base.
         kept: base indices of all blocks that the bundle holds, in order.
-        healed: tensors that take the place of the base's, by base name.
+        healed: tensors that take the place of the base's, and those of maps behind blocks, by base name.
         dtype: "BF16" or "F32".
         numbers: of blocks in bottom, emulator and top.
         spec: how the emulator's blocks are stored.
@@ -156,6 +165,8 @@ def bundle_tensors(
                 for path, tensor in held.items()
             ]
         else:
+            behind = {path: row.in_block(base_index, path) for path in (AFFINE_WEIGHT, AFFINE_BIAS)}
+            held |= {path: healed[name] for path, name in behind.items() if name in healed}
             stored = block_tensors(row, held, declared, spec, dtype) if declared.holds_weights(place) else []
         tensors += [replace(tensor, name=row.in_block(index, tensor.name)) for tensor in stored]
     return tensors

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from offsite.core.architectures import architecture_of
 from offsite.core.family import Architecture
 from offsite.core.mixture import experts_implementation
+from offsite.core.modules.affine import Affine, stand_behind
 from offsite.core.modules.declared import Declared
 from offsite.core.modules.linear import FactoredLinear, QuantisedLinear, unpacked
 
@@ -50,6 +51,8 @@ def build(
         weights = dict(owned.setdefault(owner, _taken(row, place, tensors)))  # one tensor in all places that share it
         problems += _unpack(blocks[place], row, declared, weights, row.in_block(place, ""))
         _make_room(blocks[place], row, declared, weights)
+        if declared.affine:
+            stand_behind(blocks[place], Affine.empty(made.hidden_size))
         problems += _assign(blocks[place], weights, row.in_block(place, ""))
     for name in row.outer_tensors(config) & tensors.keys():
         path, _, leaf = name.rpartition(".")

@@ -14,7 +14,8 @@ from offsite.core.checkpoint import FLOATS
 from offsite.core.family import Architecture
 
 MODEL_TYPE = "offsite"
-FEATURES = ("share", "quantise", "svd", "mlp-width", "sparse")
+FEATURES = ("share", "quantise", "svd", "mlp-width", "sparse", "affine")
+AFFINE_WEIGHT, AFFINE_BIAS = "affine.weight", "affine.bias"  # of the map behind a block, by path in it
 
 Shapes = Mapping[str, tuple[int, ...]]  # by path in a block
 Expected = tuple[tuple[int, ...], tuple[str, ...]]  # a tensor's shape, and the dtypes that it may have
@@ -33,6 +34,7 @@ class Declared(BaseModel):
     svd_rank: Annotated[float, Field(gt=0, le=1)] | None = None
     mlp_width: Annotated[int, Field(ge=1, le=2**20)] | None = None
     sparse: Annotated[float, Field(gt=0, lt=1)] | None = None  # share of every matrix that is zero and not stored
+    affine: bool | None = None  # true: a map of the hidden state behind every block
 
     @model_validator(mode="after")
     def _consistent(self) -> "Declared":
@@ -40,6 +42,10 @@ class Declared(BaseModel):
             raise ValueError("bits and group go together")
         if sum(kind is not None for kind in (self.bits, self.svd_rank, self.sparse)) > 1:
             raise ValueError("a linear map is quantised, factored or sparse, and never two of these")
+        if self.affine is False:
+            raise ValueError("affine is true or null")
+        if self.share is not None and self.affine:
+            raise ValueError("blocks that share weights have no affine maps behind them")
         for place, owner in enumerate(self.share or ()):
             if not 0 <= owner <= place or (self.share or ())[owner] != owner:
                 raise ValueError(f"block {place} of the emulator shares the weights of {owner}, which holds none")
@@ -52,7 +58,7 @@ class Declared(BaseModel):
     @property
     def features(self) -> tuple[str, ...]:
         """What a reader must understand, as the manifest's `requires` lists it."""
-        kinds = (self.share, self.bits, self.svd_rank, self.mlp_width, self.sparse)
+        kinds = (self.share, self.bits, self.svd_rank, self.mlp_width, self.sparse, self.affine)
         return tuple(name for name, kind in zip(FEATURES, kinds, strict=True) if kind is not None)
 
     def holds_weights(self, place: int) -> bool:
@@ -81,6 +87,9 @@ class Declared(BaseModel):
         """Every tensor of an emulator block that holds weights, by path, from the shapes of a block of the family."""
         plain = self.narrowed(row, shapes)
         found: dict[str, Expected] = {path: (shape, FLOATS) for path, shape in plain.items()}
+        if self.affine:
+            hidden = shapes[f"{row.attention_out}.weight"][1 if row.transposed else 0]
+            found |= {path: (shape, FLOATS) for path, shape in affine_shapes(hidden).items()}
         if self.bits is None and self.svd_rank is None and self.sparse is None:
             return found
         for path in row.linears:
@@ -98,6 +107,11 @@ class Declared(BaseModel):
                 found[f"{path}.down"] = ((rank, inputs), FLOATS)
                 found[f"{path}.up"] = ((outputs, rank), FLOATS)
         return found
+
+
+def affine_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of the map behind a block, by path in it, from the hidden size."""
+    return {AFFINE_WEIGHT: (hidden, hidden), AFFINE_BIAS: (hidden,)}
 
 
 def mlp_inputs(row: Architecture) -> list[str]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from offsite.config import PackSpec
 from offsite.core.checkpoint import NewTensor, TensorRange, from_float32, read_float32
 from offsite.core.family import Architecture
-from offsite.core.modules.declared import Declared, mlp_inputs
+from offsite.core.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT, Declared, mlp_inputs
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.compress.low_rank import factors
@@ -35,6 +35,7 @@ def declared_of(model: BaseModel, bottom: int, slots: Sequence[int], spec: PackS
         spec: what was asked for.
     """
     width = _inner(model) if spec.mlp_width is not None else 0
+    dropped = len(slots) < model.blocks - bottom - spec.top
     places = {
         "share": owners(slots) if len(set(slots)) < len(slots) else None,
         "bits": spec.bits,
@@ -42,6 +43,7 @@ def declared_of(model: BaseModel, bottom: int, slots: Sequence[int], spec: PackS
         "svd_rank": spec.svd_rank,
         "mlp_width": max(1, round(spec.mlp_width * width)) if spec.mlp_width is not None else None,
         "sparse": spec.pruned if spec.zeros == "left-out" else None,
+        "affine": True if "affine" in spec.heal and dropped else None,
     }
     if all(kind is None for kind in places.values()):
         return None
@@ -67,7 +69,7 @@ def require_declarable(model: BaseModel, spec: PackSpec) -> None:
         raise IncompatibleError(
             f"this {row.model_type} model's emulator cannot be compressed in this way",
             reasons=reasons,
-            next_step="leave these settings out; dropping, healing and pruning work with every family",
+            next_step="leave these settings out; dropping, distilling and pruning by magnitude work with every family",
         )
 
 
@@ -78,7 +80,7 @@ def block_tensors(
 
     Args:
         row: of the family.
-        tensors: the block's, as healed, by path.
+        tensors: the block's, as healed, by path; with those of the map behind it, if there is one.
         declared: what the block is.
         spec: for the share that is pruned.
         dtype: of the floats.
@@ -90,6 +92,8 @@ def block_tensors(
 
     def values(path: str) -> Array:
         found = read_float32(tensors[path])
+        if path in (AFFINE_WEIGHT, AFFINE_BIAS):  # not the block's own
+            return found
         if declared.mlp_width is not None:
             found = narrowed(row, path, found, stay())
         return sparse(found, spec.pruned) if spec.pruned and found.ndim == 2 else found

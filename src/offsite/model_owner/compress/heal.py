@@ -34,7 +34,7 @@ def heal(
     work = work_of(sandwich.middle, spec)
     healed: Mapping[str, TensorRange] = {}
     if work.block_by_block:
-        healed = _refitted(model, sandwich, emulator, spec, scratch / "refit", progress)
+        healed = _solved(model, sandwich, emulator, spec, scratch / "solved", progress)
     if work.distills:
         from offsite.model_owner.compress.distill import distill
 
@@ -42,7 +42,7 @@ def heal(
     return healed
 
 
-def _refitted(
+def _solved(
     model: BaseModel, sandwich: Sandwich, emulator: Sequence[int], spec: PackSpec, folder: Path, progress: Progress
 ) -> Mapping[str, TensorRange]:
     whole = folder / "whole"  # says that the folder holds every solved block
@@ -51,10 +51,10 @@ def _refitted(
         return {
             model.row.in_block(index, path): tensor for index, held in files.items() for path, tensor in held.items()
         }
-    from offsite.model_owner.compress.refit import refit
+    from offsite.model_owner.compress.block_by_block import block_by_block
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    solved = refit(model, sandwich, emulator, spec, folder, progress)
+    solved = block_by_block(model, sandwich, emulator, spec, folder, progress)
     replace_file(whole, b"")
     return solved

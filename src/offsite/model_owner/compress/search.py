@@ -1,4 +1,4 @@
-"""Search: exchange blocks while the emulator's loss, refitted if healing refits, on held-out calibration text falls.
+"""Search: exchange blocks while the emulator's loss, healed in closed form if it is to be, on held-out text falls.
 
 It starts from the better of uniform and the best contiguous drop. A move puts one dropped block in the place of a kept
 one, which also shifts a dropped piece by one; the first move that helps is taken. Candidates that were judged are
@@ -22,10 +22,10 @@ from offsite.core.runtime import runtime
 from offsite.core.storage import replace_file
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner, LoadedStack
+from offsite.model_owner.compress.block_by_block import block_by_block
 from offsite.model_owner.compress.calibration import calibration_batches
 from offsite.model_owner.compress.contiguous import contiguous
 from offsite.model_owner.compress.middle_states import MiddleStates, middle_states
-from offsite.model_owner.compress.refit import refit
 from offsite.model_owner.compress.uniform import uniform
 from offsite.model_owner.split import Sandwich, work_of
 
@@ -96,7 +96,7 @@ def _remembered(score: Score, file: Path) -> Score:
 
 
 def _judge(model: BaseModel, sandwich: Sandwich, spec: PackSpec, scratch: Path, progress: Progress) -> Score:
-    """A function from blocks to nats per token of the emulator with them, refitted where the family permits it."""
+    """A function from blocks to nats per token of the emulator with them, healed in closed form if it is to be."""
     machine = runtime(spec.device, spec.compute, spec.threads)
     batches = calibration_batches(model, spec.calibration, min(spec.calibration_tokens, SEARCH_TOKENS))
     held_out = batches[JUDGED - 1 :: JUDGED] or batches[-1:]
@@ -105,14 +105,14 @@ def _judge(model: BaseModel, sandwich: Sandwich, spec: PackSpec, scratch: Path, 
         model, sandwich, held_out, machine, scratch / "judged", progress, "hidden states to search with"
     )
     runner = BlockRunner(model, machine)
-    refits = work_of(sandwich.middle, spec).block_by_block
+    solves = work_of(sandwich.middle, spec).block_by_block
 
     @torch.no_grad()
     def score(blocks: Blocks) -> float:
         folder = scratch / "candidate"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        healed = refit(model, sandwich, blocks, spec, folder, silent, batches=fitted) if refits else {}
+        healed = block_by_block(model, sandwich, blocks, spec, folder, silent, batches=fitted) if solves else {}
         stack = runner.stack(blocks, sandwich.top, healed, whole=True)
         return fmean(_nats(stack, states, position) for position in range(len(held_out)))
 

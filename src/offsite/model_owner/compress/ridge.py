@@ -1,0 +1,85 @@
+"""Ridge regression of what should leave a block on what enters a map in it: what healing in closed form solves.
+
+Each token counts by 1 / norm of its target. The ridge is chosen by the error on every eighth batch, then the problem is
+solved on all. Sums are in float32 on the device, the solution is in float64. docs/decisions/0004-refit.md says why.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+RIDGES = (0.03, 0.1, 0.3, 1.0)  # times the mean of the Gram matrix's diagonal
+USUAL_RIDGE = 0.1  # where there is too little text to hold any out
+HELD_OUT = 8  # every so many batches one chooses the ridge and is not fitted
+
+
+@dataclass
+class _Moments:
+    """Sums of a weighted least squares problem: inputs (F,), errors (H,), in float32 on the device."""
+
+    gram: Tensor  # (F, F)
+    cross: Tensor  # (F, H)
+    square: float = field(default=0.0)
+
+    @classmethod
+    def zeros(cls, inputs: int, outputs: int, device: torch.device) -> "_Moments":
+        return cls(torch.zeros(inputs, inputs, device=device), torch.zeros(inputs, outputs, device=device))
+
+    def add(self, inputs: Tensor, errors: Tensor, weights: Tensor) -> None:
+        """Rows (N, F) and (N, H) with weights (N, 1)."""
+        weighted = inputs * weights
+        self.gram += weighted.T @ inputs
+        self.cross += weighted.T @ errors
+        self.square += float((weights * errors.square()).sum())
+
+    def plus(self, other: "_Moments") -> "_Moments":
+        """The sums over both sets of rows."""
+        return _Moments(self.gram + other.gram, self.cross + other.cross, self.square + other.square)
+
+    def error(self, change: Tensor) -> float:
+        """Weighted squared error that is left after adding `change` (F, H) to the map."""
+        gram, cross = self.gram.double(), self.cross.double()
+        return self.square - 2 * float((change * cross).sum()) + float((change * (gram @ change)).sum())
+
+
+class RidgeProblem:
+    """What has to be added to a map with F inputs so that a block gives its targets; batches come in one by one."""
+
+    def __init__(self, inputs: int, outputs: int, batches: int, device: torch.device, *, bias: bool) -> None:
+        self._bias, self._batches = bias, batches
+        columns = inputs + bias  # a bias is the weight of an input that is always 1, the last
+        self._fitted, self._held_out = (_Moments.zeros(columns, outputs, device) for _ in range(2))
+
+    def add(self, position: int, inputs: Tensor, after: Tensor, target: Tensor) -> None:
+        """Take a batch: what enters the map (B, T, F), what leaves the block and what should leave it, (B, T, H)."""
+        features = inputs.flatten(0, -2).float()  # (B * T, F)
+        if self._bias:
+            features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
+        # a few tokens have a thousand times the others' norm; plain squares would fit those alone
+        scale = target.flatten(0, -2).norm(dim=-1, keepdim=True).clamp_min(1e-6).reciprocal()  # (B * T, 1)
+        moments = self._held_out if position in _held_out(self._batches) else self._fitted
+        moments.add(features, (target - after).flatten(0, -2), scale)
+
+    def gram(self) -> Tensor:
+        """The Gram matrix of all batches, (F, F), or with a bias (F + 1, F + 1)."""
+        return self._fitted.gram + self._held_out.gram
+
+    def change(self) -> Tensor:
+        """The solution, (F, H) or with a bias (F + 1, H), in float64; its ridge is the best on held-out batches."""
+        fitted, judge, ridge = self._fitted, self._held_out, USUAL_RIDGE
+        if judge.square:
+            ridge = min(RIDGES, key=lambda candidate: judge.error(_ridge_solution(fitted, candidate)))
+        return _ridge_solution(fitted.plus(judge), ridge)
+
+
+def _held_out(batches: int) -> range:
+    """Positions of the batches that choose the ridge: every eighth, or the last of a few; none of a single one."""
+    first = min(HELD_OUT, batches) - 1
+    return range(first, batches, HELD_OUT) if first else range(0)
+
+
+def _ridge_solution(moments: _Moments, ridge: float) -> Tensor:
+    system = moments.gram.double()
+    system.diagonal().add_(ridge * system.diagonal().mean())
+    return torch.cholesky_solve(moments.cross.double(), torch.linalg.cholesky(system))
