@@ -22,6 +22,7 @@ from offsite.study.pretrained import cached_smollm2
 ROWS = ("zero-shot", "emulator zero-shot", "full fine-tuning", "adapter on base", "emulator", "plug-in")
 _SHOWN = ("loss", "perplexity", "tokens", "rows", "skipped")
 _SAMPLES = 3
+CALIBRATION_TOKENS = 32_768  # half of the default, for a demo of a few minutes
 Subjects = dict[str, tuple[Path, Path | None]]  # what is scored, by row: a model, and an adapter on it
 
 
@@ -134,7 +135,8 @@ def _protocol(chain: Chain, base: Path, steps: int | None) -> None:
     bundle, returned = chain.folder(OWNER, "bundle"), chain.folder(TUNER, "return")
     received, came_back = chain.folder(TUNER, "bundle"), chain.folder(OWNER, "return")
     plugged = chain.folder(OWNER, "plugged")
-    pack: Words = ["pack", base, "--out", bundle, "--for", TUNER]
+    pack: Words = ["pack", base, "--out", bundle, "--for", TUNER, "--zeros", "left-out"]
+    pack += ["--calibration-tokens", str(CALIBRATION_TOKENS)]
     chain.command("pack", "the model's owner packs a bundle", pack, bundle, {"base": newest(base)})
     chain.copy("bundle over the wire", bundle, received)
     chain.command("verify bundle", "the data owner verifies the bundle", ["verify", received], by=TUNER)
