@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from offsite.core.progress import Progress, silent
+from offsite.core.storage import replace_file
 from offsite.study.chain import OWNER, TUNER, Chain, opened
-from offsite.study.command import Words
+from offsite.study.command import Words, settings_toml
 from offsite.study.docstring_task import make_task, standard_library, write_task
 from offsite.study.pretrained import cached_smollm2
 
@@ -136,7 +137,9 @@ def _protocol(chain: Chain, base: Path, steps: int | None) -> None:
     received, came_back = chain.folder(TUNER, "bundle"), chain.folder(OWNER, "return")
     plugged = chain.folder(OWNER, "plugged")
     pack: Words = ["pack", base, "--out", bundle, "--for", TUNER, "--zeros", "left-out"]
-    pack += ["--calibration-tokens", str(CALIBRATION_TOKENS)]
+    settings = chain.folder(OWNER, "settings.toml")
+    replace_file(settings, settings_toml({"pack": {"calibration_tokens": CALIBRATION_TOKENS}}))
+    pack += ["--config", settings]
     chain.command("pack", "the model's owner packs a bundle", pack, bundle, {"base": newest(base)})
     chain.copy("bundle over the wire", bundle, received)
     chain.command("verify bundle", "the data owner verifies the bundle", ["verify", received], by=TUNER)
