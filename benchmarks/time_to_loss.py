@@ -26,9 +26,9 @@ RESULT = Path(__file__).parent / "results" / "time_to_loss.json"
 PLOT = ROOT / "docs" / "time-to-loss.png"
 DATA = "e2e_nlg"
 STEPS, ROWS, CHECKPOINTS, TEST_ROWS = 60, 16, 4, 100
-KEEP = (4, 8, 13)  # of the middle's 26 blocks
+KEEP = (4, 8, 13, None)  # of the middle's 26 blocks; None: all, half of each matrix pruned, as `pack` does unasked
 LEARNING_RATES = {"full": 1e-4, "lora": 1e-3}
-_COLOURS = ("#000000", "#7f7f7f", "#56b4e9", "#0072b2", "#009e73")  # Okabe and Ito's
+_COLOURS = ("#000000", "#7f7f7f", "#56b4e9", "#0072b2", "#009e73", "#d55e00")  # Okabe and Ito's
 _NAMES = {"full": "full fine-tuning", "lora": "LoRA on the full model"}
 
 
@@ -100,7 +100,7 @@ class Race:
         found = self._work.once(f"race/{method}", [*self._of, wanted], measure)
         return {"name": _NAMES[method], **_shown(found)}
 
-    def ours(self, keep: int) -> dict[str, Any]:
+    def ours(self, keep: int | None) -> dict[str, Any]:
         """Losses of the plug-ins of a return's checkpoints, and the seconds at each."""
 
         def measure() -> dict[str, Any]:
@@ -111,7 +111,8 @@ class Race:
             self._work.bundle("smollm2")  # which makes both homes
             owner = self._work.folder / "owner"
             began = time.perf_counter()
-            self._offsite("pack", self._base, "--out", bundle, "--for", "tuner", "--keep", keep, "--home", owner)
+            kept = ["--keep", keep] if keep else []
+            self._offsite("pack", self._base, "--out", bundle, "--for", "tuner", *kept, "--home", owner)
             packing = time.perf_counter() - began
             peak = self._offsite(
                 "tune", bundle, "--data", self._rows, "--out", returned, "--max-steps", STEPS, "--batch-size", ROWS,
@@ -137,7 +138,7 @@ class Race:
             }  # fmt: skip
 
         found = self._work.once(f"race/keep {keep}", [*self._of, keep, code_digest()], measure)
-        return {"name": f"offsite, LoRA, keep {keep}", **_shown(found)}
+        return {"name": f"offsite, LoRA, {f'keep {keep}' if keep else 'half pruned'}", **_shown(found)}
 
     def _some(self, source: Path, count: int) -> Path:
         """Rows spread evenly over a file, as a file of their own."""
@@ -198,8 +199,8 @@ def draw(result: Mapping[str, Any], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 4.0), dpi=150, layout="constrained")
-    styles: Sequence[str] = ("s--", "D--", "o-", "o-", "o-")
-    for record, colour, style in zip(result["records"], _COLOURS, styles, strict=True):
+    styles: Sequence[str] = ("s--", "D--", *("o-" for _ in result["records"][len(LEARNING_RATES) :]))
+    for record, colour, style in zip(result["records"], _COLOURS, styles, strict=False):
         seconds, losses = [0.0, *record["seconds"]], [result["zero_shot"], *record["losses"]]
         axes.plot(seconds, losses, style, color=colour, label=record["name"], markersize=4)
     axes.set(xlabel="seconds of tuning", ylabel="held-out loss, nats per labelled token")
