@@ -54,7 +54,20 @@ def _without_kept_memory() -> None:
 
 
 def _without_bounded_kernels() -> None:
-    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "1024"  # oneDNN's own default
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ[cache] = "1024"  # their own default
+
+
+def _without_lean_pairs() -> None:
+    from offsite.data_owner import tune
+
+    tune.run_lean = lambda model: 0  # type: ignore[assignment]
+
+
+def _padded_to_the_budget() -> None:
+    from offsite.core import data
+
+    data._PASS = 10**9
 
 
 def _head_everywhere() -> None:
@@ -82,13 +95,15 @@ def _head_everywhere() -> None:
 CASES: Mapping[str, tuple[Callable[[], None], Mapping[str, Any]]] = {
     "as it is": (_nothing, {}),
     "norms, activations and MLPs as the family writes them": (_without_fusing, {}),
+    "LoRA pairs as PEFT runs them": (_without_lean_pairs, {}),
     "torch's own attention": (_without_own_attention, {}),
     "attention's shares kept": (_without_tiles, {}),
     "freed memory given back": (_without_kept_memory, {}),
     "compiled products of all shapes kept": (_without_bounded_kernels, {}),
+    "as few passes as fit": (_padded_to_the_budget, {}),
     "head at every position": (_head_everywhere, {}),
     "512 tokens at once": (_nothing, {"micro_batch_tokens": 512}),
-    "1024 tokens at once": (_nothing, {"micro_batch_tokens": 1024}),
+    "2048 tokens at once": (_nothing, {"micro_batch_tokens": 2048}),
     "4096 tokens at once": (_nothing, {"micro_batch_tokens": 4096}),
     "8192 tokens at once": (_nothing, {"micro_batch_tokens": 8192}),
     "blocks recomputed": (_nothing, {"gradient_checkpointing": True}),

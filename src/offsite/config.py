@@ -224,7 +224,7 @@ class TuneSpec(ComputeSpec):
     epochs: Annotated[float, Field(gt=0, description="passes over the data; max_steps wins")] = 1.0
     max_steps: Annotated[int | None, Field(ge=1, description="optimiser steps")] = None
     batch_size: Annotated[int, Field(ge=1, description="rows per optimiser step")] = 16
-    micro_batch_tokens: Annotated[int, Field(ge=1, description="padded tokens that run at once, at most")] = 2048
+    micro_batch_tokens: Annotated[int, Field(ge=1, description="padded tokens that run at once, at most")] = 1024
     memory: Annotated[
         str | None,
         Field(

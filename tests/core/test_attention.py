@@ -7,7 +7,7 @@ from offsite.core.attention import use_tiled_attention
 from offsite.core.data import Example, collate
 from offsite.core.load import load_model
 from offsite.core.loss import label_losses, take_apart
-from tiny import KINDS, tiny_base
+from tiny import KINDS, VISION_KINDS, tiny_base, tiny_vision_base
 
 CPU = torch.device("cpu")
 
@@ -31,17 +31,46 @@ def test_it_computes_what_the_fused_one_does(tmp_path, kind, lengths, tile, monk
     assert through_interface or KINDS[kind]["family"] in ("gemma2", "stablelm", "gptj", "bloom", "falcon")
     use_tiled_attention(model)
     calls = []
-    tiled = attention.causal_attention
+    tiled = attention.tiled_attention
     at_once = attention._at_once
-    monkeypatch.setattr(attention, "_at_once", lambda *inputs: calls.append(1) or at_once(*inputs))
+    monkeypatch.setattr(attention, "_at_once", lambda *inputs, **kind: calls.append(1) or at_once(*inputs, **kind))
     if tile:
         monkeypatch.setattr(attention, "_TILE", tile)
-        monkeypatch.setattr(attention, "causal_attention", lambda *inputs: calls.append(1) or tiled(*inputs))
+        monkeypatch.setattr(
+            attention, "tiled_attention", lambda *inputs, **kind: calls.append(1) or tiled(*inputs, **kind)
+        )
     short = losses_and_gradient(model, examples)
     assert len(calls) == (2 if through_interface else 0)  # once a block: it did run
     assert (fused[0] - short[0]).abs().max() < 0.15
     cosine = torch.nn.functional.cosine_similarity(fused[1].float().flatten(), short[1].float().flatten(), dim=0)
     assert cosine > 0.995
+
+
+@pytest.mark.parametrize("kind", [kind for kind in VISION_KINDS if "timm" not in kind])
+@pytest.mark.parametrize("tile", [None, 8], ids=["at once", "in tiles"])
+def test_encoders_compute_and_learn_what_they_did(tmp_path, kind, tile, monkeypatch):
+    model = load_model(tiny_vision_base(tmp_path / "b", kind, blocks=2), dtype=torch.bfloat16, device=CPU)
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+
+    def features_and_gradient():
+        features = model(pixel_values=pixels).last_hidden_state
+        return features.detach(), torch.autograd.grad(features.float().square().sum(), pixels)[0]
+
+    fused = features_and_gradient()
+    through_interface = model._supports_attention_backend and model.config._attn_implementation == "sdpa"
+    use_tiled_attention(model)
+    calls = []
+    whole = {"_at_once": attention._at_once, "tiled_attention": attention.tiled_attention}
+    for name, run in whole.items():
+        monkeypatch.setattr(attention, name, lambda *q, run=run, **kind: calls.append(kind) or run(*q, **kind))
+    if tile:
+        monkeypatch.setattr(attention, "_TILE", tile)
+    ours = features_and_gradient()
+    assert through_interface
+    assert calls == [{"causal": False}] * 2  # once a block
+    for one, other in zip(fused, ours, strict=True):
+        cosine = torch.nn.functional.cosine_similarity(one.float().flatten(), other.float().flatten(), dim=0)
+        assert cosine > 0.995
 
 
 def test_without_a_gradient_the_fused_one_runs(tmp_path, monkeypatch):
@@ -60,11 +89,12 @@ def test_fp32_models_stay_as_they_are(tmp_path):
     assert model.config._attn_implementation == "sdpa"
 
 
-def by_the_book(query, key, value, scale, lives=None):
+def by_the_book(query, key, value, scale, lives=None, *, causal=True):
     """Shares of every query in one product, as papers write it."""
     key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
     length = query.shape[2]
-    scores = (query @ key.transpose(2, 3) * scale).masked_fill(~torch.ones(length, length).bool().tril(), -torch.inf)
+    hidden = ~torch.ones(length, length).bool().tril() & causal
+    scores = (query @ key.transpose(2, 3) * scale).masked_fill(hidden, -torch.inf)
     shares = scores.softmax(-1) if lives is None else scores.softmax(-1) * lives
     return (shares @ value).transpose(1, 2)
 
@@ -77,10 +107,12 @@ def random_inputs(length, dtype):
 
 @pytest.mark.parametrize("length", [1, 100, 128, 129, 300])
 @pytest.mark.parametrize("pieces", [2**20, 2**15], ids=["all rows at once", "few rows at once"])
-def test_tiles_are_the_whole(length, pieces, monkeypatch):
-    monkeypatch.setattr(attention, "_SHARES", pieces)
+@pytest.mark.parametrize("causal", [True, False])
+def test_tiles_are_the_whole(length, pieces, causal, monkeypatch):
+    monkeypatch.setattr(attention, "_SHARES", pieces)  # few: of 300 tokens that see all, queries are cut too
     inputs = random_inputs(length, torch.float32)
-    expected, found = by_the_book(*inputs, 0.3), attention.causal_attention(*inputs, 0.3)
+    expected = by_the_book(*inputs, 0.3, causal=causal)
+    found = attention.tiled_attention(*inputs, 0.3, causal=causal)
     assert torch.allclose(expected, found, atol=1e-5)
     above = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     for one, other in zip(
@@ -93,14 +125,14 @@ def test_tiles_are_the_whole(length, pieces, monkeypatch):
 def test_dropout_takes_the_share_that_was_asked_for_and_the_same_backwards(length):
     query, key, value = random_inputs(length, torch.float32)
     seeds = torch.get_rng_state()
-    found = attention.causal_attention(query, key, value, 0.3, 0.25)
+    found = attention.tiled_attention(query, key, value, 0.3, 0.25)
     torch.set_rng_state(seeds)
     units = torch.eye(length).expand(2, 2, length, length)  # values that show each share
 
     def shown(dropout):
         torch.set_rng_state(seeds)
         wide = [torch.nn.functional.pad(part, (0, length - 8)) for part in (query, key)]
-        return attention.causal_attention(*wide, units, 0.3, dropout).transpose(1, 2).detach()
+        return attention.tiled_attention(*wide, units, 0.3, dropout).transpose(1, 2).detach()
 
     lives = (shown(0.25) > 0).float()
     causal = torch.ones(length, length).tril().bool()

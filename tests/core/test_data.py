@@ -169,6 +169,37 @@ def test_micro_batches_keep_the_budget():
     assert groups == [[0, 4, 2], [1, 5], [3]]  # 3 x 9, 2 x 31, and the long one alone
 
 
+def test_rows_run_apart_where_padding_would_cost_more_than_another_pass():
+    examples = examples_of([20] * 12 + [60] * 2)
+    assert [len(group) for group in micro_batches(examples, range(14), 4096)] == [12, 2]  # 12 x 40 less
+    examples = examples_of([20] * 12 + [24] * 2)
+    assert [len(group) for group in micro_batches(examples, range(14), 4096)] == [14]  # 12 x 4 less
+
+
+def test_micro_batches_of_a_step_are_alike():
+    examples = examples_of([100] * 16)
+    assert [len(group) for group in micro_batches(examples, range(16), 1000)] == [8, 8]  # and not 10 and 6
+
+
+@pytest.mark.parametrize("budget", [50, 200, 1000])
+def test_micro_batches_are_the_cheapest_cut(budget):
+    sizes = sorted(np.random.default_rng(budget).integers(5, 90, 9).tolist())
+    examples = examples_of(sizes)
+
+    def cost(cuts):
+        padded = [max(sizes[i] for i in group) * len(group) for group in cuts]
+        if any(tokens > budget and len(group) > 1 for tokens, group in zip(padded, cuts, strict=True)):
+            return float("inf")
+        return sum(tokens + 128 * (1 + 0.5 * (tokens / budget) ** 2) for tokens in padded)
+
+    found = list(micro_batches(examples, range(9), budget))
+    assert [row for group in found for row in group] == list(range(9))
+    ways = (
+        np.split(np.arange(9), [at for at in range(1, 9) if bits >> (at - 1) & 1]) for bits in range(2**8)
+    )  # every cut of nine rows
+    assert cost(found) == pytest.approx(min(map(cost, ways)))
+
+
 def test_labels_stand_where_their_predecessor_is():
     rows = [Example(1, np.array([7, 8, 9, 2]), 2), Example(2, np.array([7, 5]), 1)]
     batch = collate(rows)

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 
 from offsite.core.data import Example, collate
-from offsite.core.fused import GatedMLP, RMSNorm, fuse
+from offsite.core.fused import GatedMLP, QuickGELU, RMSNorm, fuse
 from offsite.core.load import load_model
 from offsite.core.loss import label_losses, take_apart
-from tiny import KINDS, tiny_base
+from tiny import KINDS, tiny_base, tiny_vision_base
 
 CPU = torch.device("cpu")
 
@@ -49,6 +49,15 @@ def test_the_norm_passes_gradcheck(offset):
     hidden = torch.randn(2, 3, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(norm, hidden)
     assert torch.autograd.gradcheck(lambda w: torch.func.functional_call(norm, {"weight": w}, hidden), norm.weight)
+
+
+def test_clips_activation_is_found_and_passes_gradcheck(tmp_path):
+    model = load_model(tiny_vision_base(tmp_path / "base", "clip tower", blocks=2), dtype=torch.bfloat16, device=CPU)
+    assert fuse(model) == 2
+    assert sum(isinstance(module, QuickGELU) for module in model.modules()) == 2
+    hidden = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(QuickGELU(), hidden)
+    assert torch.allclose(QuickGELU()(hidden), hidden * torch.sigmoid(1.702 * hidden))
 
 
 def test_a_module_that_only_looks_like_a_norm_stays():

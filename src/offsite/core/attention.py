@@ -1,12 +1,14 @@
 """Attention that is fast to train on a processor, and of long rows keeps nothing that grows with the square of T.
 
-torch's fused attention on processors is slow backwards in bf16 for short rows, and has no dropout: with it, every share
-goes through fp32 in memory. Here queries run a tile at a time, up to the last key that they may see; shares stay in
-the processor's cache and are made again in the backward pass (Dao et al., arXiv 2205.14135, section 3). Registered
-through transformers' own interface, nothing is patched.
+torch's fused attention on processors is slow backwards in bf16, for short rows and pictures most of all, and has no
+dropout: with it, every share goes through fp32 in memory. Here queries run a tile at a time, up to the last key that
+they may see, and without the causal rule all at once for a few heads; shares stay in the processor's cache and are
+made again in the backward pass (Dao et al., arXiv 2205.14135, section 3). Registered through transformers' own
+interface, nothing is patched.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,7 +72,7 @@ def _attend(
     query: torch.Tensor,  # (B, heads, T, D)
     key: torch.Tensor,  # (B, key-value heads, S, D)
     value: torch.Tensor,  # (B, key-value heads, S, D)
-    attention_mask: torch.Tensor | None,  # (B, 1, T, S), bool, or to be added
+    attention_mask: torch.Tensor | None,  # (B or 1, 1 or heads, T, S), bool, or to be added
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -80,19 +82,18 @@ def _attend(
 
     length = query.shape[2]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     ours = (
         torch.is_grad_enabled()
         and query.requires_grad
         and key.shape[2] == length
         and all(kwargs.get(name) is None for name in ("softcap", "position_bias", "cache", "s_aux"))
     )
-    if ours and attention_mask is None:
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        if causal and length > _TILE and value.shape[3] == query.shape[3]:
-            return causal_attention(query, key, value, scale, dropout), None
-        ours = causal and length <= _TILE
-    if ours and length <= _LONGEST and (attention_mask is None or attention_mask.shape[1] == 1):
-        return _at_once(query, key, value, attention_mask, scale, dropout), None
+    if ours and attention_mask is None and length > _TILE:
+        if value.shape[3] == query.shape[3]:
+            return tiled_attention(query, key, value, scale, dropout, causal=causal), None
+    elif ours and length <= _LONGEST:
+        return _at_once(query, key, value, attention_mask, scale, dropout, causal=causal), None
     attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
@@ -106,6 +107,8 @@ def _at_once(
     mask: torch.Tensor | None,
     scale: float,
     dropout: float,
+    *,
+    causal: bool,
 ) -> torch.Tensor:
     """Plain products, (B, T, heads, D): of few shares, making them again costs more than keeping them."""
     batch, heads, length, width = query.shape
@@ -113,7 +116,8 @@ def _at_once(
     # heads that share a key-value head are rows of one product: nothing is repeated
     rows = (query * scale).reshape(batch, groups, heads // groups * length, width)
     scores = rows @ key.transpose(2, 3)  # (B, G, heads/G * T, T)
-    scores.view(batch, heads, length, length).add_(_additive(mask, scores))
+    if mask is not None or causal:
+        scores.view(batch, heads, length, length).add_(_additive(mask, scores))
     shares = F.softmax(scores, dim=-1)  # computed in fp32, stored in bf16
     if dropout:
         shares = F.dropout(shares, dropout, training=True)
@@ -132,10 +136,16 @@ def _additive(mask: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_fill_(~mask, lowest)
 
 
-def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, dropout: float = 0.0
+def tiled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    *,
+    causal: bool = True,
 ) -> torch.Tensor:
-    """Causal attention in which every share is made twice and never kept.
+    """Attention in which every share is made twice and never kept.
 
     Args:
         query: (B, heads, T, D).
@@ -143,16 +153,28 @@ def causal_attention(
         value: as `key`.
         scale: of the scores.
         dropout: probability, to a 65,536th, that a share is zero.
+        causal: whether a query sees no key after its own.
 
     Returns:
         (B, T, heads, D).
     """
     seed = int(torch.randint(2**62, ())) if dropout else None
-    attended: torch.Tensor = _Causal.apply(query, key, value, scale, round(dropout * _LEVELS), seed)  # type: ignore[no-untyped-call]
+    attended: torch.Tensor = _Tiled.apply(  # type: ignore[no-untyped-call]
+        query, key, value, scale, _Kind(round(dropout * _LEVELS), seed, causal)
+    )
     return attended
 
 
-class _Causal(torch.autograd.Function):
+@dataclass(frozen=True)
+class _Kind:
+    """What else makes the shares: how many of 65,536 dropout makes zeros, under which seed, and what queries see."""
+
+    dropped: int
+    seed: int | None
+    causal: bool
+
+
+class _Tiled(torch.autograd.Function):
     """Heads that share keys are rows of one product: nothing is repeated."""
 
     @staticmethod
@@ -162,8 +184,7 @@ class _Causal(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         scale: float,
-        dropped: int,
-        seed: int | None,
+        kind: _Kind,
     ) -> torch.Tensor:
         batch, heads, length, width = query.shape
         groups = key.shape[1]
@@ -172,63 +193,76 @@ class _Causal(torch.autograd.Function):
         queries = queries.reshape(batch * groups, length * each, width)  # (B G, T R, D)
         keys, values = (kept.reshape(batch * groups, length, width) for kept in (key, value))  # (B G, T, D)
         output = torch.empty_like(queries)
-        for rows, tile, seen, shares, lives in _pieces(queries, keys, dropped, seed):
+        for rows, tile, seen, shares, lives in _pieces(queries, keys, kind):
             output[rows, tile] = (shares if lives is None else shares * lives) @ values[rows, seen]
         ctx.save_for_backward(queries, keys, values)
-        ctx.of = scale, dropped, seed, (batch, groups, each, length, width)
-        if dropped:
-            output.mul_(_LEVELS / (_LEVELS - dropped))
+        ctx.of = scale, kind, (batch, groups, each, length, width)
+        if kind.dropped:
+            output.mul_(_LEVELS / (_LEVELS - kind.dropped))
         together = output.view(batch, groups, length, each, width).transpose(1, 2)
         return together.reshape(batch, length, heads, width)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         queries, keys, values = ctx.saved_tensors
-        scale, dropped, seed, (batch, groups, each, length, width) = ctx.of
+        scale, kind, (batch, groups, each, length, width) = ctx.of
         above = gradients[0].reshape(batch, length, groups, each, width).transpose(1, 2)
         above = above.reshape(queries.shape)  # (B G, T R, D)
-        if dropped:
-            above = above * (_LEVELS / (_LEVELS - dropped))
+        if kind.dropped:
+            above = above * (_LEVELS / (_LEVELS - kind.dropped))
         of_queries = torch.empty_like(queries)
-        of_keys, of_values = (torch.zeros_like(keys, dtype=torch.float32) for _ in range(2))  # sums over tiles
-        for rows, tile, seen, shares, lives in _pieces(queries, keys, dropped, seed):
+        once = _tile(length, kind) == length
+        of_keys, of_values = (
+            torch.empty_like(keys) if once else torch.zeros_like(keys, dtype=torch.float32)  # a sum over tiles
+            for _ in range(2)
+        )
+        put = torch.Tensor.copy_ if once else torch.Tensor.add_
+        for rows, tile, seen, shares, lives in _pieces(queries, keys, kind):
             come = above[rows, tile]
-            of_values[rows, seen] += ((shares if lives is None else shares * lives).transpose(1, 2) @ come).float()
+            of_seen = (shares if lives is None else shares * lives).transpose(1, 2) @ come
+            put(of_values[rows, seen], of_seen)
             of_shares = come @ values[rows, seen].transpose(1, 2)
             if lives is not None:
                 of_shares *= lives
             of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
             of_queries[rows, tile] = of_scores @ keys[rows, seen]
-            of_keys[rows, seen] += (of_scores.transpose(1, 2) @ queries[rows, tile]).float()
+            of_seen = of_scores.transpose(1, 2) @ queries[rows, tile]
+            put(of_keys[rows, seen], of_seen)
         of_query = of_queries.mul_(scale).view(batch, groups, length, each, width).transpose(2, 3)
         of_pairs = (
             part.to(keys.dtype).view(batch, groups, length, width) for part in (of_keys, of_values)
         )  # queries were scaled when they met the keys
-        return of_query.reshape(batch, groups * each, length, width), *of_pairs, None, None, None
+        return of_query.reshape(batch, groups * each, length, width), *of_pairs, None, None
+
+
+def _tile(length: int, kind: _Kind) -> int:
+    """Queries that run at once: all of them where none of their shares would be in vain and one row's are few."""
+    return length if not kind.causal and length**2 <= _SHARES else min(_TILE, length)
 
 
 def _pieces(
     queries: torch.Tensor,  # (B G, T R, D), scaled
     keys: torch.Tensor,  # (B G, T, D)
-    dropped: int,
-    seed: int | None,
+    kind: _Kind,
 ) -> Iterator[_Piece]:
     """Every piece of the attention; the same arguments give the same, dropout included."""
     length = keys.shape[1]
     each = queries.shape[1] // length
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    tile = min(_TILE, length)
+    generator = None if kind.seed is None else torch.Generator().manual_seed(kind.seed)
+    tile = _tile(length, kind)
     future = queries.new_full((tile, tile), torch.finfo(queries.dtype).min).triu_(1).repeat_interleave(each, 0)
     for begin in range(0, length, tile):
         end = min(length, begin + tile)
-        here = slice(begin * each, end * each)
-        many = max(1, _SHARES // ((end - begin) * each * end))
+        here, seen = slice(begin * each, end * each), end if kind.causal else length
+        many = max(1, _SHARES // ((end - begin) * each * seen))
         for first in range(0, len(queries), many):
             rows = slice(first, first + many)
-            scores = queries[rows, here] @ keys[rows, :end].transpose(1, 2)  # (P, tile R, end)
-            scores[..., begin:] += future[: (end - begin) * each, : end - begin]
+            scores = queries[rows, here] @ keys[rows, :seen].transpose(1, 2)  # (P, tile R, seen)
+            if kind.causal:
+                scores[..., begin:] += future[: (end - begin) * each, : end - begin]
             shares = scores.softmax(-1)  # computed in fp32, stored in bf16
-            yield rows, here, slice(end), shares, None if generator is None else _lives(shares, dropped, generator)
+            lives = None if generator is None else _lives(shares, kind.dropped, generator)
+            yield rows, here, slice(seen), shares, lives
 
 
 def _lives(shares: torch.Tensor, dropped: int, generator: torch.Generator) -> torch.Tensor:

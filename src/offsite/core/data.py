@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 LongRows = Literal["error", "truncate", "skip"]
 
 _SORTED_STEPS = 32  # steps whose rows are sorted by length together
+_PASS = 128  # padded tokens that take as long as what a pass costs beside them: 70 to 430 were measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,15 +260,29 @@ def step_batches(examples: Sequence[Example], *, rows: int, seed: int, epoch: in
 
 
 def micro_batches(examples: Sequence[Example], rows: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Cut rows into groups of at most `budget` padded tokens (a longer row goes alone), similar lengths together."""
-    group: list[int] = []
-    for row in sorted(rows, key=lambda i: (len(examples[i].ids), i)):
-        if group and len(examples[row].ids) * (len(group) + 1) > budget:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
+    """Cut rows, similar lengths together, into the groups that cost least.
+
+    A group costs its padded tokens and what every pass costs (`_PASS`), a full one half as much of that again: of cuts
+    that pad alike the evenest holds the least memory at once.
+
+    Args:
+        examples: that `rows` count.
+        rows: to cut.
+        budget: most padded tokens of a group; a longer row goes alone.
+    """
+    order = sorted(rows, key=lambda i: (len(examples[i].ids), i))
+    costs, begins = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=np.int64)  # of the first so many rows
+    for end in range(1, len(order) + 1):
+        width = len(examples[order[end - 1]].ids)
+        begin = np.arange(max(0, end - max(1, budget // width)), end)
+        padded = width * (end - begin)
+        cost = costs[begin] + padded + _PASS * (1 + 0.5 * (padded / budget) ** 2)
+        costs[end], begins[end] = cost.min(), begin[cost.argmin()]
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[begins[end] : end])
+        end = int(begins[end])
+    yield from reversed(groups)
 
 
 @dataclass(frozen=True, slots=True)

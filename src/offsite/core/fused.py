@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
+_STEEPNESS = 1.702
 _PROBE = 7  # rows of random numbers that a module and its replacement must agree on
 
 # (value of the activation, its gradient times what comes from above)
@@ -40,7 +41,7 @@ def fuse(model: "PreTrainedModel") -> int:
     for path, module in list(model.named_modules()):
         if replaced and path.startswith(f"{replaced[-1]}."):
             continue  # a part of what was replaced
-        fused = next((candidate for candidate in _candidates(module) if _agree(module, candidate)), None)
+        fused = next((candidate for candidate in _candidates(module) if agree(module, candidate)), None)
         if fused is not None:
             model.set_submodule(path, fused.train(module.training))
             replaced.append(path)
@@ -59,13 +60,15 @@ def _candidates(module: nn.Module) -> Iterator[nn.Module]:
             yield RMSNorm(own["weight"], epsilon, offset)
     elif not children and not own and "GELU" in type(module).__name__ and type(module) is not nn.GELU:
         yield nn.GELU("tanh")
+        yield QuickGELU()
 
 
 @torch.no_grad()
-def _agree(module: nn.Module, fused: nn.Module) -> bool:
+def agree(module: nn.Module, fused: nn.Module, width: int | None = None) -> bool:
+    """Whether two modules compute the same of random numbers, (7, width); None is the width of the first's weight."""
     weight = next(module.parameters(), torch.ones(64, 64))
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(_PROBE, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+    probe = torch.randn(_PROBE, width or weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
     try:
         expected, found = module(probe), fused(probe)
     except (TypeError, ValueError, RuntimeError):  # it takes other arguments, so it is something else
@@ -115,6 +118,30 @@ class _RMSNorm(torch.autograd.Function):
         slope = above * (weight.to(scale.dtype) + ctx.offset)
         along = (slope * normed).mean(-1, keepdim=True)  # (..., 1) what a longer x would change alone
         return slope.sub_(normed.mul_(along)).mul_(scale).to(hidden.dtype), for_weight, None, None
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x) (arXiv 1606.08415, section 2), as in CLIP; keeps x alone."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Any shape."""
+        after: torch.Tensor = _QuickGELU.apply(hidden)  # type: ignore[no-untyped-call]
+        return after
+
+
+class _QuickGELU(torch.autograd.Function):
+    """silu(a x) / a, whose slope is that of silu at a x."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden)
+        return F.silu(hidden * _STEEPNESS, inplace=True).div_(_STEEPNESS)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (hidden,) = ctx.saved_tensors
+        slope: torch.Tensor = torch.ops.aten.silu_backward(gradients[0], hidden * _STEEPNESS)
+        return slope
 
 
 class GatedMLP(nn.Module):

@@ -17,7 +17,7 @@ from offsite.core.checkpoint import CHUNK_BYTES
 
 # The sizes that bound memory: how much runs at once.
 CHUNK_ELEMENTS = 2**25  # logits that exist at once: 64 MiB in bf16
-SOFTMAX_ELEMENTS = 2**21  # of these in fp32, for softmax: 8 MiB
+SOFTMAX_ELEMENTS = 2**19  # of these in fp32, for softmax: 2 MiB
 CALIBRATION_CHUNK = 512  # tokens in a sequence of calibration text, BOS included
 CALIBRATION_BATCH = 8  # sequences of it that run at once
 GROUP_TOKENS = 65_536  # tokens of it whose hidden states are in memory on their way to the disk
@@ -178,7 +178,7 @@ def loss_chunk(labels: int, vocabulary: int, item: int) -> Term:
     return Term(
         "logits of one chunk",
         vocabulary * (rows * item + few * 8),
-        "V * (min(n, 2^25 / V) * c + min(n, 2^21 / V) * 8)",
+        "V * (min(n, 2^25 / V) * c + min(n, 2^19 / V) * 8)",
     )
 
 

@@ -15,6 +15,9 @@ from offsite.core.threads import available_cores
 from offsite.errors import UsageError
 
 _MOST_WORKERS = 8  # that are started unasked
+# Products of each shape that oneDNN keeps compiled, and torch's bridge to it (ideep) in a cache of its own. Unless told
+# each keeps a thousand: rows of many lengths would fill hundreds of megabytes, and one pass needs about thirty.
+_COMPILED = "32"
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,8 @@ def runtime(
     resolved = _resolve_device(device)
     if resolved.type == "cpu":
         _keep_freed_memory()
-        # each shape's compiled products stay in memory, a thousand of them: rows of many lengths would fill hundreds of
-        # megabytes; one step needs about twenty
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(cache, _COMPILED)
     fast = compute == "bf16" or (compute == "auto" and _multiplies_bf16(resolved))
     return Runtime(resolved, torch.bfloat16 if fast else torch.float32)
 

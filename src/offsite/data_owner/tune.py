@@ -30,6 +30,7 @@ from offsite.data_owner.features import cached_features
 from offsite.data_owner.image_task import Album, ImageTask, head_parameters, new_head, open_album
 from offsite.data_owner.methods import METHODS
 from offsite.data_owner.methods.head import attach_head
+from offsite.data_owner.methods.lean_pairs import run_lean
 from offsite.data_owner.permitted import require_permitted, require_something_to_report
 from offsite.data_owner.schedule import checkpoint_steps, step_count
 from offsite.data_owner.send_back import send_back
@@ -41,6 +42,7 @@ from offsite.exchange.home import Home
 from offsite.exchange.verify import verify_bundle
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 # Settings that do not change what comes out, so a resumed run may have others.
@@ -164,10 +166,8 @@ def _prepare(
 ) -> Tuning:
     model = load_model(bundle.folder, dtype=where.dtype, device=where.device)
     network = take_apart(model)
-    fuse(model)
-    use_tiled_attention(model)
-    attached = METHODS[spec.method](model, bundle.manifest, spec)
-    weights = TrainedWeights(attached | attach_head(model, bundle.manifest, spec))
+    trained = _attach(model, bundle, spec)
+    weights = TrainedWeights(trained | attach_head(model, bundle.manifest, spec))
     return _tuning(bundle, spec, model, weights, TextTask(network, examples, held_out))
 
 
@@ -177,10 +177,19 @@ def _prepare_images(bundle: Bundle, spec: TuneSpec, where: Runtime, album: Album
     used = encoder.read_by(spec.pooling)
     head = new_head(encoder, album, used, spec, progress)
     made = head_parameters(head)
-    weights = TrainedWeights(METHODS[spec.method](model, bundle.manifest, spec) | made)
+    weights = TrainedWeights(_attach(model, bundle, spec) | made)
     task = ImageTask(encoder, head, used, album, spec.augment)
     tuning = _tuning(bundle, spec, model, weights, task)
     return replace(tuning, decayed=tuning.decayed - {BIAS} | {WEIGHT}, faster=dict.fromkeys(made, spec.head_factor))
+
+
+def _attach(model: "PreTrainedModel", bundle: Bundle, spec: TuneSpec) -> dict[str, "nn.Parameter"]:
+    """Make the model fast to train, and attach what trains: by the names under which it is returned."""
+    fuse(model)
+    use_tiled_attention(model)
+    attached = METHODS[spec.method](model, bundle.manifest, spec)
+    run_lean(model)
+    return attached
 
 
 def _tuning(bundle: Bundle, spec: TuneSpec, model: "PreTrainedModel", weights: TrainedWeights, task: Task) -> Tuning:
