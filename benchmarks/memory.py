@@ -96,10 +96,10 @@ def _measure(base: Path, scratch: Path, tokens: int, images: Path | None) -> Ite
         split = ["--bottom", 0, "--keep", 4, "--top", 4, "--calibration", images]
     print(f"{'command':34}{'measured':>12}{'planned':>12}{'libraries':>12}{'plan/measured':>15}{'seconds':>9}")
     bundle = scratch / "bundle"
-    for heal in ("none", "refit"):
-        out = bundle if heal == "refit" else scratch / "plain"
-        words = ["pack", base, "--out", out, "--for", "hospital", "--home", acme, "--heal", heal, *split]
-        yield _case(f"pack --heal {heal}", words)
+    for kind in (["--keep", 8, "--heal", "none"], ["--keep", 8], []) if images is None else (["--heal", "none"], []):
+        out = scratch / f"dropped-{len(kind)}" if kind else bundle
+        words = ["pack", base, "--out", out, "--for", "hospital", "--home", acme, *kind, *split]
+        yield _case(" ".join(map(str, ["pack", *kind])), words)
     for method in ("lora", "full"):
         out = scratch / method
         words = ["tune", bundle, "--data", data, "--out", out, "--home", hospital, "--method", method]
