@@ -24,9 +24,10 @@ def main() -> None:
         ("images", images),
     )  # fmt: skip
     for name, module in pages:
-        if module.RESULT.exists():
-            result = json.loads(module.RESULT.read_text())
-            _fill(DOCUMENT, name, f"{_where(result['machine'])}.\n\n{module.table(result).strip()}")
+        for file in (module.RESULT, *sorted(module.RESULT.parent.glob(f"{name}-*.json"))):  # and of other machines
+            if file.exists():
+                result = json.loads(file.read_text())
+                _fill(DOCUMENT, file.stem, f"{_where(result['machine'])}.\n\n{module.table(result).strip()}")
     if tuning.PREDICTED.exists():
         measured = json.loads(tuning.RESULT.read_text())["records"] if tuning.RESULT.exists() else []
         _fill(NOTES, "predictions", predictions(json.loads(tuning.PREDICTED.read_text())["records"], measured))
