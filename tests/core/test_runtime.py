@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -36,3 +38,14 @@ def test_seeding_leaves_the_callers_random_state_alone():
     assert torch.equal(torch.rand(2), expected)
     with seeded(1, torch.device("cpu")):
         assert torch.equal(torch.rand(3), first)
+
+
+def test_compiled_products_are_kept_for_a_pass_and_not_for_every_shape(monkeypatch):
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        monkeypatch.setenv(cache, "7")
+    runtime("cpu", threads=1)
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7"  # what the user says stays
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        monkeypatch.delenv(cache)
+    runtime("cpu", threads=1)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == os.environ["LRU_CACHE_CAPACITY"] == "32"
