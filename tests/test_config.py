@@ -22,6 +22,24 @@ def test_defaults() -> None:
         assert load_spec(spec, {}) == spec()
 
 
+@pytest.mark.parametrize(
+    ("blocks", "bottom", "top", "ends"),
+    [
+        (30, None, None, (4, 6)),
+        (36, None, None, (5, 7)),
+        (24, None, None, (3, 5)),
+        (12, None, None, (2, 2)),
+        (6, None, None, (2, 2)),
+        (30, 0, None, (0, 6)),
+        (30, 2, 0, (2, 0)),
+    ],
+)
+def test_ends_follow_the_depth_unless_given(
+    blocks: int, bottom: int | None, top: int | None, ends: tuple[int, int]
+) -> None:
+    assert PackSpec(bottom=bottom, top=top).ends(blocks) == ends
+
+
 def test_given_over_file_over_default(tmp_path: Path) -> None:
     file = toml(tmp_path, '[pack]\nbottom = 3\ntop = 4\nheal = "none"\n[tune]\nrank = 2\n')
     spec = load_spec(PackSpec, {"bottom": 5, "top": None, "keep": None}, file)

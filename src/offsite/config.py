@@ -61,8 +61,12 @@ def _chain(given: object) -> object:
 class PackSpec(ComputeSpec):
     """How a base model becomes a bundle."""
 
-    bottom: Annotated[int, Field(ge=0, description="first blocks that the data owner trains")] = 2
-    top: Annotated[int, Field(ge=0, description="last blocks that the data owner trains")] = 2
+    bottom: Annotated[
+        int | None, Field(ge=0, description="first blocks that the data owner trains; None: 2 in 15, at least 2")
+    ] = None
+    top: Annotated[
+        int | None, Field(ge=0, description="last blocks that the data owner trains; None: 1 in 5, at least 2")
+    ] = None
     keep: Annotated[
         int | None,
         Field(ge=1, description="blocks of the middle that the emulator keeps; None: all, each pruned to half"),
@@ -134,7 +138,7 @@ class PackSpec(ComputeSpec):
 
     @model_validator(mode="after")
     def _something_trains(self) -> Self:
-        if self.bottom + self.top == 0:
+        if self.bottom == self.top == 0:
             raise ValueError("bottom and top are both 0: nothing would train")
         return self
 
@@ -168,6 +172,12 @@ class PackSpec(ComputeSpec):
         if self.pruned and self.prune_by == "sparsegpt":
             way = "say with keep how many blocks stay" if self.prune is None else "choose prune_by = magnitude"
             raise ValueError(f"heal = affine does not go with prune_by = sparsegpt, which has a pass of its own: {way}")
+
+    def ends(self, blocks: int) -> tuple[int, int]:
+        """Blocks of bottom and top for a base of so many; 4 and 6 of 30 by default, which recovered most (LOG.md)."""
+        bottom = max(2, round(2 * blocks / 15)) if self.bottom is None else self.bottom
+        top = max(2, round(blocks / 5)) if self.top is None else self.top
+        return bottom, top
 
     @property
     def declares(self) -> tuple[str, ...]:

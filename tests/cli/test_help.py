@@ -38,6 +38,10 @@ def test_help_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "130 interrupted" in text
 
 
+def test_tables_of_a_recipe_are_not_taken_for_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "the grid: bases, data, [[pack]], [[tune]]" in help_of(capsys, "study")
+
+
 @pytest.mark.parametrize("verb", ["add", "list", "remove"])
 def test_help_of_trust_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"Example: offsite trust {verb}" in help_of(capsys, "trust", verb)

@@ -25,7 +25,7 @@ _Folder = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="t
 
 
 def study(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="the grid: bases, data, [[pack]], [[tune]]")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help=r"the grid: bases, data, [\[pack]], [\[tune]]")],
     out: _Folder = None,
     data_root: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="where the recipe's data files are looked for first")

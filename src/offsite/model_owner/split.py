@@ -62,11 +62,12 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
         UsageError: the head is permitted, and the model has none of its own.
         IncompatibleError: the gap is to be healed in a way that the family does not permit.
     """
-    middle = range(spec.bottom, model.blocks - spec.top)
+    bottom, top = spec.ends(model.blocks)
+    middle = range(bottom, model.blocks - top)
     if not 1 <= spec.kept(middle) <= len(middle):
         raise UsageError(
             f"cannot keep {spec.kept(middle) or 'any'} blocks of a middle of {len(middle)}",
-            reasons=[f"the base has {model.blocks} blocks, {spec.bottom} are bottom and {spec.top} are top"],
+            reasons=[f"the base has {model.blocks} blocks, {bottom} are bottom and {top} are top"],
             next_step=f"choose --keep between 1 and {len(middle)}"
             if len(middle) >= 1
             else "choose a smaller --bottom or --top",
@@ -102,7 +103,7 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
     if spec.select == "contiguous":
         contiguous(middle, spec.kept(middle), spec.drop_from)  # refuses a piece that does not lie in the middle
     require_declarable(model, spec)
-    return Sandwich(tuple(range(spec.bottom)), tuple(middle), tuple(range(model.blocks - spec.top, model.blocks)))
+    return Sandwich(tuple(range(bottom)), tuple(middle), tuple(range(middle.stop, model.blocks)))
 
 
 def _require_for_images(spec: PackSpec) -> None:
