@@ -45,11 +45,11 @@ CELLS: Mapping[str, Cell] = {
     cell.name: cell
     for cell in (
         Cell("smollm2", "sciq", 2, 8, (4, 16)),
-        Cell("smollm2", "gsm8k", 1, 4, (4, 16), contestants=(*CONTESTANTS[:3], *CONTESTANTS[4:])),
-        Cell("gpt2-large", "sciq", 1, 4, (4, 16), contestants=_UNPADDED),
-        Cell("opt-1.3b, 18 blocks", "sciq", 1, 4, (16,), contestants=_UNPADDED),
+        Cell("smollm2", "gsm8k", 1, 3, (4, 16), contestants=(*CONTESTANTS[:3], *CONTESTANTS[4:])),
+        Cell("gpt2-large", "sciq", 1, 2, (4, 16), contestants=_UNPADDED),
+        Cell("opt-1.3b, 18 blocks", "sciq", 1, 2, (16,), contestants=_UNPADDED),
         # rows of 1024 tokens, for the share of the machine's peak; against whom is the next cell's matter
-        Cell("gpt2-large", "wikitext2", 1, 4, (1, 2), rows=2, longest=True, contestants=CONTESTANTS[4:]),
+        Cell("gpt2-large", "wikitext2", 1, 2, (1, 2), rows=2, longest=True, contestants=CONTESTANTS[4:]),
         Cell("gpt2-large", "gsm8k", 1, 2, (2, 4), contestants=_UNPADDED),
     )
 }

@@ -3,9 +3,10 @@
     python -m benchmarks.time_to_loss --data-root ../shared/data
 
 SmolLM2-135M on E2E (descriptions of restaurants), 60 steps of 16 rows, four checkpoints on the way. What is scored of
-offsite is the plug-in, each checkpoint of a return plugged into the full model; of the peers, transformers' Trainer as
-in `benchmarks.tuning`, the model itself. The clock runs from the first step, and stands still where a peer writes a
-checkpoint. Packing, which the model's owner does once for each bundle, is shown beside. An interrupted run continues.
+offsite is the plug-in, each checkpoint of a return plugged into the full model; of the peers, transformers' Trainer at
+its best as in `benchmarks.tuning`, the model itself. The clock runs from the first step, and stands still where a peer
+writes a checkpoint. Packing, which the model's owner does once for each bundle, is shown beside. An interrupted run
+continues.
 """
 
 import argparse
@@ -19,15 +20,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compared import HABITS
+from benchmarks.compared import fastest_habits
 from benchmarks.work import OFFSITE, ROOT, Work, code_digest, commit, digest, last_line, machine, run, versions
 
 RESULT = Path(__file__).parent / "results" / "time_to_loss.json"
 PLOT = ROOT / "docs" / "time-to-loss.png"
 DATA = "e2e_nlg"
 STEPS, ROWS, CHECKPOINTS, TEST_ROWS = 60, 16, 4, 100
-KEEP = (4, 8, 13, None)  # of the middle's 20 blocks; None: all, half of each matrix pruned, as `pack` does unasked
+_TWO = ("--bottom", 2, "--top", 2)
+BUNDLES: Mapping[str, tuple[object, ...]] = {  # name -> flags of `pack`
+    "keep 4": (*_TWO, "--keep", 4),  # of the 26 in the middle
+    "keep 8": (*_TWO, "--keep", 8),
+    "half pruned": _TWO,
+    "half pruned, 4 + 6": (),  # the defaults
+}
 LEARNING_RATES = {"full": 1e-4, "lora": 1e-3}
+BATCHES = (4, 16)  # rows at once that peers try
 _COLOURS = ("#000000", "#7f7f7f", "#56b4e9", "#0072b2", "#009e73", "#d55e00")  # Okabe and Ito's
 _NAMES = {"full": "full fine-tuning", "lora": "LoRA on the full model"}
 
@@ -43,7 +51,7 @@ def main() -> None:
     wanted = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": str(wanted.threads), "HF_HUB_OFFLINE": "1"}
     race = Race(Work(wanted.work, wanted.threads), wanted.data_root)
-    records = [race.peer(method) for method in LEARNING_RATES] + [race.ours(keep) for keep in KEEP]
+    records = [race.peer(method) for method in LEARNING_RATES] + [race.ours(name) for name in BUNDLES]
     result = {
         "machine": machine(wanted.threads), "versions": versions(), "commit": commit(),
         "written_at": time.strftime("%Y-%m-%d"), "zero_shot": race.zero_shot(), "records": records,
@@ -71,19 +79,15 @@ class Race:
 
     def peer(self, method: str) -> dict[str, Any]:
         """A peer's losses and seconds at each checkpoint."""
-        out = self._work.folder / "race"
         steps = [STEPS * (i + 1) // CHECKPOINTS for i in range(CHECKPOINTS)]
-        wanted = {
-            "base": str(self._base), "rows": str(self._rows), "method": method, "batch": ROWS, "per_step": ROWS,
-            "warmup": 0, "steps": STEPS, "seed": 0, "pad_to": None, "threads": self._work.threads,
-            "keep_freed": HABITS["keep_freed"], "bf16": HABITS["bf16"], "lr": LEARNING_RATES[method],
-            "out": str(out), "save": steps,
-        }  # fmt: skip
+        habits = self._fastest(method)
+        wanted = self._wanted(method, habits, warmup=0, steps=STEPS) | {"save": steps}
+        out = Path(wanted["out"])
 
         def measure() -> dict[str, Any]:
             shutil.rmtree(out, ignore_errors=True)
             command = [sys.executable, "-m", "benchmarks.peers", json.dumps(wanted)]
-            output, peak = run(command, {"OMP_WAIT_POLICY": HABITS["wait"]})
+            output, peak = run(command, {"OMP_WAIT_POLICY": habits["wait"]})
             seconds, losses = last_line(output)["seconds"], []
             for step in steps:
                 folder = out / f"step-{step}"
@@ -97,10 +101,37 @@ class Race:
                 "losses": losses, "peak_bytes": peak,
             }  # fmt: skip
 
-        found = self._work.once(f"race/{method}", [*self._of, wanted], measure)
-        return {"name": _NAMES[method], **_shown(found)}
+        found = self._work.once(f"race/{method}", [*self._of, wanted, habits["wait"]], measure)
+        return {"name": _NAMES[method], **_shown(found), "settings": habits}
 
-    def ours(self, keep: int | None) -> dict[str, Any]:
+    def _wanted(self, method: str, habits: Mapping[str, Any], *, warmup: int, steps: int) -> dict[str, Any]:
+        """What `benchmarks.peers` is asked for."""
+        return {
+            "base": str(self._base), "rows": str(self._rows), "method": method, "batch": habits["batch"],
+            "per_step": ROWS, "warmup": warmup, "steps": steps, "seed": 0, "pad_to": None,
+            "threads": self._work.threads, "keep_freed": habits["keep_freed"], "bf16": habits["bf16"],
+            "attention": habits["attention"], "lr": LEARNING_RATES[method], "out": str(self._work.folder / "race"),
+        }  # fmt: skip
+
+    def _fastest(self, method: str) -> dict[str, Any]:
+        """How a peer is fastest on these rows, by a short run for each habit and each number of rows at once."""
+
+        def speed(key: str, habits: Mapping[str, Any]) -> float:
+            wanted = self._wanted(method, {"batch": ROWS, **habits}, warmup=1, steps=2)
+
+            def measure() -> dict[str, Any]:
+                command = [sys.executable, "-m", "benchmarks.peers", json.dumps(wanted)]
+                return dict(last_line(run(command, {"OMP_WAIT_POLICY": habits["wait"]})[0]))
+
+            key = f"race/{method}/calibration/{key}"
+            found = self._work.once(key, [*self._of, wanted, habits["wait"]], measure)
+            return float(found["tokens"] / sum(found["seconds"]))
+
+        habits = fastest_habits(speed)
+        tried = {batch: speed(f"{batch} at once", {**habits, "batch": batch}) for batch in BATCHES}
+        return {**habits, "batch": max(tried, key=lambda batch: tried[batch])}
+
+    def ours(self, name: str) -> dict[str, Any]:
         """Losses of the plug-ins of a return's checkpoints, and the seconds at each."""
 
         def measure() -> dict[str, Any]:
@@ -111,8 +142,7 @@ class Race:
             self._work.bundle("smollm2")  # which makes both homes
             owner = self._work.folder / "owner"
             began = time.perf_counter()
-            kept = ["--keep", keep] if keep else []
-            self._offsite("pack", self._base, "--out", bundle, "--for", "tuner", *kept, "--home", owner)
+            self._offsite("pack", self._base, "--out", bundle, "--for", "tuner", *BUNDLES[name], "--home", owner)
             packing = time.perf_counter() - began
             peak = self._offsite(
                 "tune", bundle, "--data", self._rows, "--out", returned, "--max-steps", STEPS, "--batch-size", ROWS,
@@ -137,8 +167,8 @@ class Race:
                 "peak_bytes": peak, "packing_seconds": round(packing, 1), "bundle_bytes": size,
             }  # fmt: skip
 
-        found = self._work.once(f"race/keep {keep}", [*self._of, keep, code_digest()], measure)
-        return {"name": f"offsite, LoRA, {f'keep {keep}' if keep else 'half pruned'}", **_shown(found)}
+        found = self._work.once(f"race/{name}", [*self._of, BUNDLES[name], code_digest()], measure)
+        return {"name": f"offsite, LoRA, {name}", **_shown(found)}
 
     def _some(self, source: Path, count: int) -> Path:
         """Rows spread evenly over a file, as a file of their own."""
