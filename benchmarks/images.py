@@ -99,6 +99,7 @@ class Measurements:
         memory = {one: int(statistics.median(run["peak_bytes"] for run in runs[one])) for one in runs}
         record = {
             "shape": self._cell.shape, "side": self._cell.side, "contestant": name,
+            "method": name.split(",")[0].removeprefix("offsite "),
             "images_per_s": round(speed[name], 3),
             "spread": [round(min(speeds[name]), 3), round(max(speeds[name]), 3)],
             "peak_bytes": memory[name],

@@ -102,6 +102,7 @@ class Measurements:
         memory = {one: int(statistics.median(run["peak_bytes"] for run in runs[one])) for one in runs}
         record = {
             "shape": self._cell.shape, "data": self._cell.data, "contestant": name,
+            "method": name.split(",")[0].removeprefix("offsite "),
             "examples_per_s": round(speed[name] / each, 3),
             "tokens_per_s": round(speed[name], 1),
             "spread": [round(min(speeds[name]), 1), round(max(speeds[name]), 1)],
