@@ -277,7 +277,7 @@ class TuneSpec(ComputeSpec):
     augment: Annotated[bool, Field(description="images: crop and mirror at random")] = True
     skip_bad: Annotated[bool, Field(description="images: leave out pictures that cannot be read")] = False
     eval_share: Annotated[float, Field(ge=0, lt=1, description="images: share held out for validation")] = 0.0
-    micro_batch_images: Annotated[int, Field(ge=1, description="images: pictures that run at once")] = 16
+    micro_batch_images: Annotated[int, Field(ge=1, description="images: pictures that run at once")] = 8
     workers: Annotated[
         int | None,
         Field(
