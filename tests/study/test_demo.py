@@ -108,7 +108,7 @@ def test_the_result_has_what_a_report_needs(played: Played) -> None:
     assert sizes["return"] < sizes["bundle"] < sizes["base"]
     assert set(played.result["sample"]) == {"prompt", "reference", "zero-shot", "plug-in"}
     assert played.result["sample"]["prompt"].startswith("def sum_")
-    assert played.result["settings"]["split"] == {"bottom": 2, "emulator": 9, "top": 2}
+    assert played.result["settings"]["split"] == {"bottom": 2, "emulator": 8, "top": 3}
     assert played.result["task"]["train_modules"] + played.result["task"]["test_modules"] == 12
 
 
