@@ -90,7 +90,8 @@ plug-in keeps what the base has ([why](decisions/0010-experts-in-files-and-modul
 - The loss is the cross-entropy of the labels alone: the routers' balancing loss (`output_router_logits`,
   `router_aux_loss_coef`) is off and does not travel. Mixtral's `router_jitter_noise` travels; it is at work in trained
   blocks while they train.
-- Refit is refused: what leaves the MLP is a sum over chosen experts and no one linear map. `--select influence` works.
+- Refit of the MLP is refused: what leaves it is a sum over chosen experts and no one linear map. Attention's projection
+  alone can be solved (`refit_maps = "attention"` in a `--config` file). `--select influence` works.
 - Experts run in a loop of ours ([core/mixture.py](../src/offsite/core/mixture.py)), in fp32 and bf16: the outputs are
   those of transformers' loop bit for bit, and the same at every run (tested on processors).
 
@@ -187,8 +188,9 @@ def _encoder(row: Architecture) -> str:
 
 def _refit(row: Architecture) -> str:
     if isinstance(row.linear_residual, bool):
-        other = "" if row.experts else ", or with `--keep` and `--heal affine`"
-        return "yes" if row.linear_residual else f"no: pack with `--heal none`{other}"
+        other = ', or with `refit_maps = "attention"`' if row.experts else ", or with `--keep` and `--heal affine`"
+        some = f", of attention where the config has `{row.linear_attention}`" if row.linear_attention else ""
+        return f"yes{some}" if row.linear_residual else f"no: pack with `--heal none`{other}"
     return f"where the config has `{row.linear_residual}`"
 
 

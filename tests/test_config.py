@@ -69,6 +69,11 @@ def test_table_with_a_dash_and_key_that_is_a_keyword(tmp_path: Path) -> None:
         ("[pack]\nbottom = 0\ntop = 0\n", "nothing would train"),
         ("[pack]\nmethods = []\n", "methods"),
         ("[pack]\nselect = 'best'\n", "select"),
+        ("[pack]\nrefit_maps = []\n", "refit_maps"),
+        ("[pack]\nrefit_maps = ''\n", "refit_maps"),
+        ("[pack]\nrefit_maps = 'mlp,head'\n", "refit_maps"),
+        (f"[pack]\nrefit_maps = {['mlp'] * 9}\n", "refit_maps"),
+        ("[pack]\nheal = 'distill'\nrefit_maps = 'attention,mlp'\n", "heal = refit"),
     ],
 )
 def test_what_is_wrong_in_a_file(tmp_path: Path, text: str, says: str) -> None:
@@ -76,6 +81,15 @@ def test_what_is_wrong_in_a_file(tmp_path: Path, text: str, says: str) -> None:
         load_spec(PackSpec, {}, toml(tmp_path, text))
     assert says in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_maps_of_refit_are_a_chain_or_a_list(tmp_path: Path) -> None:
+    assert load_spec(PackSpec, {}).refit_maps == ("mlp",)
+    for written in ("'attention, mlp'", "['attention', 'mlp']"):
+        assert load_spec(PackSpec, {}, toml(tmp_path, f"[pack]\nrefit_maps = {written}\n")).refit_maps == (
+            "attention",
+            "mlp",
+        )
 
 
 def test_missing_file(tmp_path: Path) -> None:

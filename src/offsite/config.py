@@ -15,6 +15,7 @@ from offsite.errors import UsageError
 Method = Literal["lora", "full", "bitfit", "bottleneck"]
 Dtype = Literal["bf16", "fp32"]
 Healing = Literal["share", "refit", "distill", "affine"]
+RefitMap = Literal["mlp", "attention"]
 USUAL_PRUNE = 0.5  # of an emulator that drops no block
 
 
@@ -58,6 +59,11 @@ def _chain(given: object) -> object:
     return () if words in (["none"], []) else words
 
 
+def _parts(given: object) -> object:
+    """ "0,0.5,1" as a list of its parts."""
+    return [part.strip() for part in given.split(",")] if isinstance(given, str) else given
+
+
 class PackSpec(ComputeSpec):
     """How a base model becomes a bundle."""
 
@@ -84,6 +90,15 @@ class PackSpec(ComputeSpec):
         BeforeValidator(_chain),
         Field(description="how the emulator makes up for dropped blocks: none, or steps joined by commas"),
     ] = ("refit",)
+    refit_maps: Annotated[
+        tuple[RefitMap, ...],
+        BeforeValidator(_parts),
+        Field(
+            min_length=1,
+            max_length=8,
+            description="output projections that refit solves in a kept block, in this order, also repeatedly",
+        ),
+    ] = ("mlp",)
     prune: Annotated[
         float | None,
         Field(
@@ -159,6 +174,8 @@ class PackSpec(ComputeSpec):
         if self.keep is None and (self.select != "uniform" or "share" in self.heal):
             what = "heal = share" if "share" in self.heal else f"select = {self.select}"
             raise ValueError(f"{what} is about blocks that are dropped: say with keep how many stay")
+        if self.refit_maps != ("mlp",) and "refit" not in self.heal:
+            raise ValueError("refit_maps is a setting of heal = refit and of no other")
         if self.drop_from is not None and self.select != "contiguous":
             raise ValueError("drop_from is a setting of select = contiguous and of no other")
         return self
@@ -298,11 +315,6 @@ class TuneSpec(ComputeSpec):
         return self.lr if self.lr is not None else (3e-4 if self.method == "full" else 1e-3)
 
 
-def _numbers(given: object) -> object:
-    """ "0,0.5,1" as a list of its parts."""
-    return [part.strip() for part in given.split(",")] if isinstance(given, str) else given
-
-
 _STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 
 
@@ -321,7 +333,7 @@ class PlugInSpec(Spec):
     ] = None
     strengths: Annotated[
         tuple[Annotated[float, Field(ge=0, le=1.5)], ...],
-        BeforeValidator(_numbers),
+        BeforeValidator(_parts),
         Field(min_length=1, description="strengths to choose from, with --choose-on"),
     ] = _STRENGTHS
     checkpoint: Annotated[

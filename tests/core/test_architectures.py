@@ -61,7 +61,7 @@ def test_what_a_row_takes_for_granted_is_transformers_default(family: str) -> No
     conditions = [
         *row.biases,
         *row.only_if.values(),
-        *([row.linear_residual] if row.linear_residual not in (True, False) else []),
+        *(one for one in (row.linear_residual, row.linear_attention) if isinstance(one, str)),
     ]
     for key in {word for condition in conditions for word in re.findall(r"[A-Za-z_]+", str(condition))} - {
         "or",

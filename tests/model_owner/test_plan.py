@@ -98,6 +98,25 @@ def test_refit_by_hand(base_of: MakeBase) -> None:
     )
 
 
+def test_refit_of_both_maps_by_hand(base_of: MakeBase) -> None:
+    base = Base(base_of("llama", head_dim=12))
+    attended = 4 * 12
+    plan = plan_pack(base, spec(refit_maps="attention,mlp,attention", calibration_tokens=4096))
+    _, *solved, _ = (phase.name for phase in plan.phases)
+    assert solved == [
+        "summing up an attention's projection's problem",
+        "solving for an attention's projection",
+        "summing up a projection's problem",
+        "solving for a projection",
+    ]
+    assert term(plan, solved[0], "sums of squares, fitted and held out") == 8 * (attended**2 + attended * HIDDEN)
+    assert term(plan, solved[1], "system and factor in fp64") == 16 * attended**2
+    assert term(plan, solved[3], "system and factor in fp64") == 16 * INNER**2
+    assert {one.name: one.bytes for one in plan.disk}["healed weights, until the bundle is written"] == (
+        2 * 2 * (attended + INNER) * HIDDEN
+    )
+
+
 def test_affine_maps_by_hand(base_of: MakeBase) -> None:
     plan = plan_pack(Base(base_of("llama")), spec(heal="affine", calibration_tokens=4096))
     running, summing, solving, _ = (phase.name for phase in plan.phases)

@@ -1,21 +1,29 @@
 """Refit against an oracle that solves the same least squares from a whole transformers model's activations."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from artifacts import hidden_states, packed
+from offsite.config import RefitMap
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import copied, open_checkpoint, read_float32, write_checkpoint
 from offsite.core.load import load_model
+from offsite.core.runtime import Runtime
 from offsite.errors import DataError, IncompatibleError
 from offsite.exchange.artifacts import Base
 from offsite.model_owner.base_model import open_base
+from offsite.model_owner.block_runner import BlockRunner, LoadedBlock, captured_inputs
 from offsite.model_owner.compress.calibration import calibration_batches
+from offsite.model_owner.compress.refit import refit
 from offsite.model_owner.compress.ridge import USUAL_RIDGE
+from offsite.model_owner.split import Work
 from tiny import FAMILIES, KINDS, TEXT, Family, tiny_base, tiny_parties
 
 CPU = torch.device("cpu")
@@ -104,6 +112,88 @@ def test_refit_brings_the_emulator_closer_to_the_base_on_text_it_has_not_seen(
     assert error[healed] < 0.9 * error[plain]
 
 
+class OneBlock:
+    """A block of a tiny base that is to do the work of the one behind it too, on one batch of calibration text."""
+
+    def __init__(self, base: Path, text: Path) -> None:
+        self.model = open_base(Base(base))
+        self.batches = calibration_batches(self.model, text, 8 * 64)  # one batch, so the ridge is the usual one
+        runner = BlockRunner(self.model, Runtime(CPU, torch.float32))
+        self.load = partial(runner.load, 1)
+        self.enters = self._run(runner.load(0), [runner.load(0).embed(ids) for ids in self.batches])
+        self.targets = self._run(runner.load(2), self._run(self.load(), self.enters))
+
+    def _run(self, block: LoadedBlock, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [block(ids, state) for ids, state in zip(self.batches, hidden, strict=True)]
+
+    def refitted(self, *maps: RefitMap) -> dict[str, torch.Tensor]:
+        work = Work(solves=maps, prunes=0.0, distills=False, maps=False)
+        return refit(self.load, {}, self.model.row, self.batches, self.enters, self.targets, work)
+
+    def error(self, changed: dict[str, torch.Tensor]) -> float:
+        """Of the block's output, each token by 1 / norm of its target."""
+        (after,), (target,) = self._run(self.load(changed), self.enters), self.targets
+        return float(((after - target).square().sum(-1) / target.norm(dim=-1)).sum())
+
+
+def kinds_linear_in_attention() -> list[str]:
+    rows = {kind: ARCHITECTURES[form["family"]] for kind, form in KINDS.items()}
+    return [kind for kind, row in rows.items() if row.residual_is_linear(KINDS[kind], "attention")]
+
+
+@pytest.mark.parametrize("kind", kinds_linear_in_attention())
+def test_attentions_projection_is_the_ridge_solution_with_the_mlps_output_held(
+    kind: str, tmp_path: Path, text: Path
+) -> None:
+    one = OneBlock(tiny_base(tmp_path / "base", blocks=4, **KINDS[kind]), text)
+    row, block = one.model.row, one.load()
+    with captured_inputs(block, [row.attention_out]) as seen:
+        after = block(one.batches[0], one.enters[0])
+    linear = block.module.get_submodule(row.attention_out)
+    features, target = seen[row.attention_out].flatten(0, 1).detach(), one.targets[0].flatten(0, 1)
+    if linear.bias is not None:
+        features = torch.cat([features, torch.ones(len(features), 1)], dim=1)
+    root = target.norm(dim=1, keepdim=True).rsqrt().double()
+    left, right = features.double() * root, (target - after.flatten(0, 1)).double() * root
+    penalty = USUAL_RIDGE * left.square().sum(0).mean()
+    stacked = torch.cat([left, penalty.sqrt() * torch.eye(left.shape[1], dtype=torch.float64)])
+    change = torch.linalg.lstsq(stacked, torch.cat([right, torch.zeros(left.shape[1], right.shape[1])])).solution
+    assert change.abs().max() > 1e-3  # there was something to heal
+    found = one.refitted("attention")
+    inputs = linear.weight.shape[0 if row.transposed else 1]
+    old = linear.weight if row.transposed else linear.weight.T  # (A, H)
+    solved = found[f"{row.attention_out}.weight"]
+    solved = solved if row.transposed else solved.T
+    torch.testing.assert_close(solved, (old.double() + change[:inputs]).float(), atol=2e-4, rtol=2e-3)
+    if linear.bias is not None:
+        expected = (linear.bias.double() + change[inputs]).float()
+        torch.testing.assert_close(found[f"{row.attention_out}.bias"], expected, atol=2e-4, rtol=2e-3)
+    assert found.keys() <= {f"{row.attention_out}.weight", f"{row.attention_out}.bias"}
+    assert one.error(found) < one.error({})
+
+
+PARALLEL = ["stablelm, parallel, biases", "phi", "gptj", "gpt_neox", "falcon, one key head", "falcon, new decoder"]
+
+
+@pytest.mark.parametrize("kind", PARALLEL)
+def test_every_turn_brings_a_block_of_parallel_branches_closer(kind: str, tmp_path: Path, text: Path) -> None:
+    """There nothing that one map gives enters the other, so no turn can undo what one before it won."""
+    one = OneBlock(tiny_base(tmp_path / "base", blocks=4, **KINDS[kind]), text)
+    turns: tuple[RefitMap, ...] = ("attention", "mlp", "attention", "mlp")
+    errors = [one.error(one.refitted(*turns[:count]) if count else {}) for count in range(5)]
+    assert errors == sorted(errors, reverse=True)
+    assert len(set(errors)) == 5
+    assert one.error(one.refitted("mlp", "attention")) < one.error(one.refitted("mlp"))
+
+
+@pytest.mark.parametrize("kind", ["llama tied, grouped", "gpt2 tied", "qwen3", "gemma", "bloom"])
+def test_the_mlp_is_solved_on_what_the_new_attention_gives(kind: str, tmp_path: Path, text: Path) -> None:
+    one = OneBlock(tiny_base(tmp_path / "base", blocks=4, **KINDS[kind]), text)
+    attention, both = one.refitted("attention"), one.refitted("attention", "mlp")
+    assert one.error(both) < one.error(attention)
+    assert all(torch.equal(both[name], value) for name, value in attention.items())
+
+
 def test_a_dropped_block_that_does_nothing_leaves_nothing_to_heal(tmp_path: Path, text: Path) -> None:
     base = tiny_base(tmp_path / "base", "llama", BLOCKS)
     idle = {ARCHITECTURES["llama"].in_block(i, p) for i in range(1, 7) if i not in KEPT for p in
@@ -125,17 +215,31 @@ def test_a_dropped_block_that_does_nothing_leaves_nothing_to_heal(tmp_path: Path
         assert abs(solved - old).max() < 1e-5
 
 
-def test_only_the_output_projections_of_kept_blocks_differ_from_the_base(tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize(
+    ("maps", "paths"),
+    [
+        ("mlp", ["mlp.down_proj"]),
+        ("attention", ["self_attn.o_proj"]),
+        ("attention,mlp,attention", ["mlp.down_proj", "self_attn.o_proj"]),
+    ],
+)
+def test_only_the_named_projections_of_kept_blocks_differ_from_the_base(
+    tmp_path: Path, text: Path, maps: str, paths: list[str]
+) -> None:
     base = tiny_base(tmp_path / "base", "llama", BLOCKS)
-    bundle = pack_refitted(base, tmp_path, text, 8 * 64)
+    bundle = pack_refitted(base, tmp_path, text, 8 * 64, refit_maps=maps)
+    assert changed_tensors(base, bundle) == {f"model.layers.{n}.{path}.weight" for n in (1, 2, 3) for path in paths}
+
+
+def changed_tensors(base: Path, bundle: Path) -> set[str]:
+    """Names in the bundle of what is not as in the base."""
     held, own = open_checkpoint(bundle).tensors, open_checkpoint(base).tensors
     kept = (0, *KEPT, 7)
-    changed = {
+    return {
         name
         for name, tensor in held.items()
         if not (read_float32(tensor) == read_float32(own[renumbered(name, kept)])).all()
     }
-    assert changed == {f"model.layers.{place}.mlp.down_proj.weight" for place in (1, 2, 3)}
 
 
 def renumbered(name: str, kept: tuple[int, ...]) -> str:
@@ -159,9 +263,39 @@ NOT_LINEAR = {
 def test_a_family_whose_residual_is_not_linear_is_refused(tmp_path: Path, text: Path, kind: str, why: str) -> None:
     assert set(KINDS) == {*NOT_LINEAR, *linear_kinds()}
     base = tiny_base(tmp_path / "base", blocks=BLOCKS, **KINDS[kind])
-    with pytest.raises(IncompatibleError, match=rf"linear in the MLP's output(.|\n)*{why}(.|\n)*--heal none"):
+    with pytest.raises(IncompatibleError, match=rf"linear in the MLP's output(.|\n)*{why}(.|\n)*--heal none") as caught:
         pack_refitted(base, tmp_path, text, 8 * 64)
+    assert ('refit_maps = "attention"' in caught.value.next_step) is ("experts" in why)
     assert not (tmp_path / "bundle").exists()
+
+
+NOT_LINEAR_IN_ATTENTION: list[tuple[str, dict[str, Any], str]] = [
+    ("gemma2", {}, "--heal none"),
+    ("gemma3", {}, "--heal none"),
+    ("opt, projections, norms behind", {}, "--heal none"),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}, 'refit_maps = "mlp"'),
+]
+
+
+@pytest.mark.parametrize(("kind", "config", "instead"), NOT_LINEAR_IN_ATTENTION)
+def test_a_norm_behind_the_attention_is_refused(
+    tmp_path: Path, text: Path, kind: str, config: dict[str, Any], instead: str
+) -> None:
+    base = tiny_base(tmp_path / "base", blocks=BLOCKS, **KINDS[kind], **config)
+    with pytest.raises(IncompatibleError, match="refit_maps names attention") as caught:
+        pack_refitted(base, tmp_path, text, 8 * 64, refit_maps="attention")
+    assert instead in caught.value.next_step
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_mixture_of_experts_is_refitted_by_its_attention(tmp_path: Path, text: Path) -> None:
+    base = tiny_base(tmp_path / "base", "mixtral", BLOCKS)
+    bundle = pack_refitted(base, tmp_path, text, 8 * 64, refit_maps="attention")
+    ids = torch.tensor([[1, *range(60, 120)], [1, *range(30, 90)]])
+    plain = packed(base, tmp_path / "plain", tiny_parties(tmp_path / "others"), keep=3).folder
+    target = hidden_states(base, ids)[7]
+    healed, dropped = (float((hidden_states(one, ids)[4] - target).square().mean()) for one in (bundle, plain))
+    assert healed < dropped
 
 
 def test_too_little_calibration_text_is_refused(tmp_path: Path) -> None:

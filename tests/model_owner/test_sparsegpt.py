@@ -89,6 +89,18 @@ def test_bundles_have_the_zeros_and_are_closer_to_the_base_than_by_magnitude(
     assert error[0] < error[1]
 
 
+@pytest.mark.parametrize("maps", ["attention", "attention,mlp", "mlp,attention,mlp"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_whatever_refit_solves_ends_pruned(
+    base_of: MakeBase, tmp_path: Path, parties: Parties, text: Path, family: str, maps: str
+) -> None:
+    bundle = packed(
+        base_of(family, 5), tmp_path / "out", parties,
+        keep=3, heal="refit", refit_maps=maps, prune=SHARE, calibration=text, calibration_tokens=8 * 64,
+    )  # fmt: skip
+    assert zeros(bundle) == {name: int(SHARE * size) for name, size in pruned_sizes(bundle).items()}
+
+
 def pruned_sizes(bundle: Bundle) -> dict[str, int]:
     """The matrices of the emulator's linear maps, and how many numbers each has."""
     row, tensors = ARCHITECTURES[bundle.manifest.architecture], open_checkpoint(bundle.folder).tensors

@@ -82,6 +82,22 @@ def test_refit_brings_the_emulator_closer(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", VISION_KINDS)
+def test_refit_of_attention_brings_the_emulator_closer(tmp_path: Path, kind: str) -> None:
+    """Also where a block scales what its attention gives."""
+    parties = tiny_parties(tmp_path)
+    base = tiny_vision_base(tmp_path / "base", kind, 6)
+    own = tiny_pictures(tmp_path / "own", 16)
+    pixels = some_pixels(base, tmp_path / "x")
+    target = states(base, pixels)[4]  # before the top block
+    errors = []
+    for maps in ({"heal": "none"}, {"refit_maps": "attention"}, {"refit_maps": "attention,mlp"}):
+        out = tmp_path / str(len(errors))
+        packed(base, out, parties, **{"keep": 2, "heal": "refit", "calibration": own, "compute": "fp32", **maps})
+        errors.append(float((states(out, pixels)[2] - target).norm() / target.norm()))
+    assert errors[2] < errors[1] < errors[0], errors
+
+
+@pytest.mark.parametrize("kind", VISION_KINDS)
 def test_distillation_brings_the_emulator_closer(tmp_path: Path, kind: str) -> None:
     """On patch tokens; bottom, top and what is around the blocks stay, and a second run gives the same."""
     parties = tiny_parties(tmp_path)

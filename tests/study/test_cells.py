@@ -18,7 +18,7 @@ TWO_PACKS = ONE_SET + '[[pack]]\nname = "share"\nbottom = 1\ntop = 1\nkeep = 2\n
 COMPRESSION = {
     "bits", "calibration", "calibration_tokens", "distill_batch_tokens", "distill_ce", "distill_epochs", "distill_lr",
     "distill_steps", "distill_tokens", "drop_from", "group", "heal", "keep", "mlp_width", "prune", "prune_by",
-    "search_minutes", "seed", "select", "svd_rank", "zeros",
+    "refit_maps", "search_minutes", "seed", "select", "svd_rank", "zeros",
 }  # fmt: skip
 
 

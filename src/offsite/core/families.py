@@ -155,6 +155,7 @@ _SHARED_EXPERT = {
 _MIXTURE: dict[str, Any] = {
     "mlp_out": "mlp",
     "linear_residual": False,  # what a token gets is the sum of the experts that were chosen for it
+    "linear_attention": True,
     # PEFT takes other targets of such a family for the experts of all blocks: docs/decisions/0010.
     "adapted": (*_ATTENTION, *_ATTENTION_OUT),
 }
@@ -510,6 +511,7 @@ FAMILIES = (
         },
         attention_out="self_attention.dense",
         mlp_out="mlp.dense_4h_to_h",
+        linear_attention="!apply_residual_connection_post_layernorm",  # else a norm follows the attention
         count_keys=("n_layer", "num_hidden_layers"),
         config_keys=_COMMON
         | _words(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from offsite.config import RefitMap
 from offsite.errors import IncompatibleError
 
 Rule = Callable[[Mapping[str, Any], int], Any]  # (config, index of a block) -> what transformers derives for it
@@ -86,6 +87,7 @@ class Architecture:
     transposed: bool = False  # linear maps store their weights (in, out): GPT-2's Conv1D
     # Whether, or under which condition, a block's output is linear in what mlp_out gives: what refit solves for.
     linear_residual: bool | str = True
+    linear_attention: bool | str | None = None  # the same of attention_out, the MLP's output held; None: as the MLP's
     per_block: Mapping[str, Rule] = field(default_factory=dict)  # config keys with an entry per block, and its rule
     listed: Mapping[str, Rule] = field(default_factory=dict)  # config keys that list the blocks for which a rule holds
     settled: Mapping[str, Any] = field(default_factory=dict)  # what else the rules read -> its value once all is listed
@@ -103,6 +105,7 @@ class Architecture:
     vision: Vision | None = None
     module_blocks: str = ""  # path of the list of blocks in modules, if another
     mlp_scale: str | None = None  # tensor of a block by which what mlp_out gives is multiplied before it is added
+    attention_scale: str | None = None  # the same of attention_out
 
     @property
     def lora_linears(self) -> tuple[str, ...]:
@@ -398,9 +401,15 @@ class Architecture:
         """The refused switches that a config turns on; transformers takes anything that is true for on."""
         return {key: config[key] for key in self.refused if config.get(key)}
 
-    def residual_is_linear(self, config: Mapping[str, Any]) -> bool:
-        """Whether a block's output is linear in what mlp_out gives, so that refit can solve for it."""
+    def output_of(self, part: RefitMap) -> tuple[str, str | None]:
+        """The path in a block of the linear map that ends its MLP or attention, and of the scale behind it."""
+        return (self.mlp_out, self.mlp_scale) if part == "mlp" else (self.attention_out, self.attention_scale)
+
+    def residual_is_linear(self, config: Mapping[str, Any], part: RefitMap = "mlp") -> bool:
+        """Whether a block's output is linear in what mlp_out or attention_out gives, so that refit can solve for it."""
         linear = self.linear_residual
+        if part == "attention" and self.linear_attention is not None:
+            linear = self.linear_attention
         return linear if isinstance(linear, bool) else self.holds(linear, config)
 
 

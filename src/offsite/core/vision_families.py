@@ -94,6 +94,7 @@ def _dinov2_like(model_type: str, class_name: str, vision: Vision, **columns: An
         attention_out="attention.output.dense",
         mlp_out="mlp.fc2",
         mlp_scale="layer_scale2.lambda1",
+        attention_scale="layer_scale1.lambda1",
         modules=_both(_ATTENTION_MODULES),
         refused={
             "use_swiglu_ffn": "its gated feed-forward is two maps in one matrix, which this row does not describe"
@@ -208,6 +209,7 @@ VISION_FAMILIES = (
             ),
         },
         mlp_scale="lambda_2",
+        attention_scale="lambda_1",
     ),
     _dinov2_like(
         "dinov2",

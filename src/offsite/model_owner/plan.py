@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from offsite.config import PackSpec, PlugInSpec
+from offsite.config import PackSpec, PlugInSpec, RefitMap
 from offsite.core.checkpoint import (
     DECLARED_WEIGHTS,
     FLOATS,
@@ -189,7 +189,7 @@ def _scratch(model: BaseModel, spec: PackSpec, keep: int, item: int, states: int
         Term(
             "healed weights, until the bundle is written",
             _healed_bytes(model, spec, keep, work),
-            "k * P_a * d" if work.maps else "k * F * H * d, pruned k * P_b * d",
+            "k * P_a * d" if work.maps else "k * F * H * d (A for attention's), pruned k * P_b * d",
         ),
         Term("hidden states around the middle", 2 * states * hidden * item, "2 * N * H * c"),
         Term("resume points, and the distilled weights", work.distills * 7 * 4 * keep * numbers, "28 * k * P_b"),
@@ -247,7 +247,8 @@ def _healed_bytes(model: BaseModel, spec: PackSpec, keep: int, work: Work) -> in
     if work.maps:
         return keep * part("", _map_shapes(model), ITEM_SIZE[DTYPES[spec.dtype]]).bytes
     pruned = [f"{path}.weight" for path in row.linears] if work.prunes else []
-    paths = {*pruned, f"{row.mlp_out}.weight", f"{row.mlp_out}.bias"}
+    refitted = [row.output_of(part)[0] for part in work.refits]
+    paths = {*pruned, *(f"{path}.{kind}" for path in refitted for kind in ("weight", "bias"))}
     solved = part("", [block[path].shape for path in paths if path in block], ITEM_SIZE[DTYPES[spec.dtype]])
     return keep * solved.bytes
 
@@ -302,12 +303,12 @@ def _network_phases(
     )
     phases = [Phase("running the blocks", (*always, *_forward(sizes, calibration, item)))]
     if work.prunes:
-        phases.append(Phase("pruning a block's maps", (*always, *_pruning(model, sizes, calibration, item))))
-    if work.block_by_block:
-        what = "map" if work.maps else "projection"
-        summing, solving = _summing(sizes, calibration, item, maps=work.maps), _solving(sizes, maps=work.maps)
-        phases.append(Phase(f"summing up a {what}'s problem", (*always, *summing)))
-        phases.append(Phase(f"solving for a {what}", (*always, *solving)))
+        phases.append(Phase("pruning a block's maps", (*always, *_pruning(model, sizes, calibration, item, work))))
+    for solved in dict.fromkeys(work.refits) if not work.maps else (None,):
+        what = _SOLVED[solved]
+        summing, solving = _summing(sizes, calibration, item, solved), _solving(sizes, solved)
+        phases.append(Phase(f"summing up {what}'s problem", (*always, *summing)))
+        phases.append(Phase(f"solving for {what}", (*always, *solving)))
     return phases
 
 
@@ -382,22 +383,23 @@ def _forward(sizes: BlockShape, calibration: Calibration, item: int) -> list[Ter
     return terms
 
 
-def _summing(sizes: BlockShape, calibration: Calibration, item: int, *, maps: bool) -> list[Term]:
+def _summing(sizes: BlockShape, calibration: Calibration, item: int, solved: RefitMap | None) -> list[Term]:
     tokens = min(CALIBRATION_BATCH, calibration.sequences) * calibration.length
-    (f, h), name = _sides(sizes, maps=maps)
+    (f, h), name = _sides(sizes, solved)
     return [
         *_forward(sizes, calibration, item),
         Term("sums of squares, fitted and held out", 2 * 4 * (f * f + f * h), f"8 * ({name}^2 + {name} * H)"),
         Term("a batch's sums", 4 * f * f, f"4 * {name}^2"),
-        *([] if maps else [Term("the projection in fp64", 8 * f * h, "8 * F * H")]),
+        *([Term("the projection in fp64", 8 * f * h, f"8 * {name} * H")] if solved else []),
         Term("features of one batch, plain and weighted", 8 * tokens * f, f"8 * n * {name}"),
     ]
 
 
-def _pruning(model: BaseModel, sizes: BlockShape, calibration: Calibration, item: int) -> list[Term]:
-    """Sums of squares of what enters every map but the one that ends the MLP, and the largest of these pruned."""
+def _pruning(model: BaseModel, sizes: BlockShape, calibration: Calibration, item: int, work: Work) -> list[Term]:
+    """Sums of squares of what enters every map but those that refit goes through, and the largest of these pruned."""
     row, block = model.row, model.block(0)
-    shapes = [block[f"{path}.weight"].shape for path in row.linears if path != row.mlp_out]
+    refitted = {row.output_of(part)[0] for part in work.refits}
+    shapes = [block[f"{path}.weight"].shape for path in row.linears if path not in refitted]
     inputs = [shape[0] if row.transposed else shape[1] for shape in shapes]
     widest = max(inputs)
     return [
@@ -409,9 +411,9 @@ def _pruning(model: BaseModel, sizes: BlockShape, calibration: Calibration, item
     ]
 
 
-def _solving(sizes: BlockShape, *, maps: bool) -> list[Term]:
-    (f, h), name = _sides(sizes, maps=maps)
-    what = "map" if maps else "projection"
+def _solving(sizes: BlockShape, solved: RefitMap | None) -> list[Term]:
+    (f, h), name = _sides(sizes, solved)
+    what = "projection" if solved else "map"
     return [
         Term("sums of squares, fitted, held out, together", 3 * 4 * (f * f + f * h), f"12 * ({name}^2 + {name} * H)"),
         Term("system and factor in fp64", 2 * 8 * f * f, f"16 * {name}^2"),
@@ -419,9 +421,17 @@ def _solving(sizes: BlockShape, *, maps: bool) -> list[Term]:
     ]
 
 
-def _sides(sizes: BlockShape, *, maps: bool) -> tuple[tuple[int, int], str]:
+_SOLVED: Mapping[RefitMap | None, str] = {
+    "mlp": "a projection",
+    "attention": "an attention's projection",
+    None: "a map",  # behind a block
+}
+
+
+def _sides(sizes: BlockShape, solved: RefitMap | None) -> tuple[tuple[int, int], str]:
     """Inputs and outputs of what is solved, and the symbol of the inputs; a bias, one input more, is left out."""
-    return ((sizes.hidden, sizes.hidden), "H") if maps else ((sizes.inner, sizes.hidden), "F")
+    inputs, name = {"mlp": (sizes.inner, "F"), "attention": (sizes.attended, "A"), None: (sizes.hidden, "H")}[solved]
+    return (inputs, sizes.hidden), name
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from offsite.config import Method, PackSpec
+from offsite.config import Method, PackSpec, RefitMap
 from offsite.core.checkpoint import NewTensor, TensorRange, copied
 from offsite.core.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT
 from offsite.errors import IncompatibleError, UsageError
@@ -30,7 +30,7 @@ class Sandwich:
 class Work:
     """What is computed for the emulator's weights before they are stored. Where nothing is lost, nothing is healed."""
 
-    solves: bool  # the maps that end the MLPs are solved anew
+    solves: tuple[RefitMap, ...]  # the maps that end attention or MLP and are solved anew, in this order
     prunes: float  # share of every matrix that SparseGPT takes away
     distills: bool
     maps: bool  # a map of the hidden state is solved for behind each kept block
@@ -38,7 +38,12 @@ class Work:
     @property
     def block_by_block(self) -> bool:
         """Whether each block is changed in its turn, on what the blocks before it give."""
-        return self.solves or self.maps or self.prunes > 0
+        return bool(self.solves) or self.maps or self.prunes > 0
+
+    @property
+    def refits(self) -> tuple[RefitMap, ...]:
+        """The maps that refit goes through; one that ends the MLP and is only pruned comes last."""
+        return self.solves if "mlp" in self.solves or not self.prunes else (*self.solves, "mlp")
 
 
 def work_of(middle: Sequence[int], spec: PackSpec) -> Work:
@@ -47,7 +52,7 @@ def work_of(middle: Sequence[int], spec: PackSpec) -> Work:
     dropped = spec.kept(middle) < len(middle)
     lost = dropped or prunes > 0
     return Work(
-        solves="refit" in spec.heal and lost,
+        solves=spec.refit_maps if "refit" in spec.heal and lost else (),
         prunes=prunes,
         distills="distill" in spec.heal and lost,
         maps="affine" in spec.heal and dropped,
@@ -73,14 +78,22 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
             else "choose a smaller --bottom or --top",
         )
     work = work_of(middle, spec)
-    if work.solves and not model.row.residual_is_linear(model.config):
+    if "mlp" in work.solves and not model.row.residual_is_linear(model.config):
         why = "its MLP is a mixture of experts" if model.row.experts else "a norm follows the MLP in its blocks"
         other = "" if model.row.experts or model.row.vision else "; or, with --keep, --heal affine"
+        other += '; or with refit_maps = "attention" in a --config file' if model.row.experts else ""
         raise IncompatibleError(
             f"refit needs a residual that is linear in the MLP's output, which this {model.row.model_type} model "
             "does not have",
             reasons=[why],
             next_step=f"pack with --heal none or --heal distill{other}",
+        )
+    if "attention" in work.solves and not model.row.residual_is_linear(model.config, "attention"):
+        solvable = model.row.residual_is_linear(model.config)
+        raise IncompatibleError(
+            f"refit_maps names attention, in whose output this {model.row.model_type} model's residual is not linear",
+            reasons=["a norm follows the attention in its blocks"],
+            next_step='pack with refit_maps = "mlp"' if solvable else "pack with --heal none or --heal distill",
         )
     if work.prunes and model.row.experts:
         raise IncompatibleError(

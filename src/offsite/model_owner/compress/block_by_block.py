@@ -5,6 +5,7 @@ block, so errors do not add up. At any time one block's weights are in memory.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -74,8 +75,8 @@ def block_by_block(
         if work.maps:
             solved = affine_map(runner.load(kept), batches, student, base)
         else:
-            pruned = prune_maps(runner.load(kept), row, batches, student, work.prunes) if work.prunes else {}
-            solved = {**pruned, **refit(runner.load(kept, pruned), row, batches, student, base, work)}
+            pruned = prune_maps(runner.load(kept), row, batches, student, work) if work.prunes else {}
+            solved = refit(partial(runner.load, kept), pruned, row, batches, student, base, work)
         file = scratch / f"{kept}.safetensors"
         arrays = [from_array(path, value.float().cpu().numpy(), DTYPES[spec.dtype]) for path, value in solved.items()]
         write_safetensors(file, arrays)

@@ -1,8 +1,8 @@
 """SparseGPT: matrices lose numbers one column after the other, and what stays makes up for what goes.
 
 Frantar and Alistarh, arXiv 2301.00774, section 3. Beside their rule, a block's maps are pruned on what enters them in
-the emulator, not in the base, and the map that ends the MLP is solved anew before it is pruned (`refit`), so that a
-block also corrects what the blocks before it left.
+the emulator, not in the base, and the maps that end MLP or attention are solved anew before they are pruned (`refit`),
+so that a block also corrects what the blocks before it left.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from offsite.core.family import Architecture
 from offsite.model_owner.block_runner import LoadedBlock, captured_inputs
+from offsite.model_owner.split import Work
 
 COLUMNS = 128  # that are pruned before their errors are passed on to the columns behind them, as published
 DAMPING = 0.01  # times the mean of the Gram matrix's diagonal, as published
@@ -68,21 +69,22 @@ def prune_maps(
     row: Architecture,
     batches: Sequence[Tensor],
     hidden: Sequence[Tensor],
-    share: float,
+    work: Work,
 ) -> Mapping[str, Tensor]:
-    """Prune the linear maps of a block, all but the one that ends the MLP.
+    """Prune the linear maps of a block, all but those that refit goes through.
 
     Args:
         block: the block.
         row: of its family.
         batches: token ids (B, T), or pixels of pictures.
         hidden: what enters the block, (B, T, H) for each batch.
-        share: of each matrix that becomes zero.
+        work: which share of each matrix becomes zero, and which maps are refit's.
 
     Returns:
         The new matrices, by path in the block in files, in the layout of files.
     """
-    weights = {path: f"{path}.weight" for path in row.linears if path != row.mlp_out}
+    refitted = {row.output_of(part)[0] for part in work.refits}
+    weights = {path: f"{path}.weight" for path in row.linears if path not in refitted}
     places = {path: row.modules.get(name, name).removesuffix(".weight") for path, name in weights.items()}
     grams: dict[tuple[str, ...], Tensor] = {}
     for position, ids in enumerate(batches):
@@ -97,7 +99,7 @@ def prune_maps(
     for path, place in places.items():
         matrix = parameters[f"{place}.weight"].detach()
         gram = next(gram for together, gram in grams.items() if place in together)
-        kept = pruned_in_order(matrix.T if row.transposed else matrix, gram, share)
+        kept = pruned_in_order(matrix.T if row.transposed else matrix, gram, work.prunes)
         found[weights[path]] = (kept.T if row.transposed else kept).contiguous()
     return found
 
