@@ -12,7 +12,7 @@ import offsite
 from offsite import Base, EvalSpec, PackSpec, PlugInSpec, TuneSpec
 from offsite.config import Method
 from offsite.core.checkpoint import open_checkpoint, read_float32, read_header
-from offsite.errors import PolicyError
+from offsite.errors import PolicyError, UsageError
 from offsite.exchange.contents import WEIGHTS_OF
 from offsite.exchange.manifest import MANIFEST
 from offsite.model_owner.ledger import Ledger
@@ -119,6 +119,16 @@ def test_nothing_lost_with_bottlenecks(tmp_path: Path, kind: str) -> None:
     assert plugged < offsite.evaluate(base.folder, rows, EXACT).loss - 1e-3
 
 
+def _changed_blocks(base: Base, made: offsite.PlugIn, method: Method) -> set[int]:
+    """The base's blocks in which a plug-in changes something."""
+    if made.manifest.form == "merged":
+        before, after = (open_checkpoint(folder).tensors for folder in (base.folder, made.folder))
+        names = {name for name in before if not np.array_equal(read_float32(before[name]), read_float32(after[name]))}
+    else:
+        names = set(read_header(made.folder / WEIGHTS_OF[method]))
+    return {int(name.removeprefix("base_model.model.").split(".")[2]) for name in names}
+
+
 @pytest.mark.parametrize(("bottom", "top"), [(2, 0), (0, 2)])
 @pytest.mark.parametrize("method", ["lora", "full", "bitfit", "bottleneck"])
 def test_placed_at_one_end(tmp_path: Path, method: Method, bottom: int, top: int) -> None:
@@ -132,15 +142,89 @@ def test_placed_at_one_end(tmp_path: Path, method: Method, bottom: int, top: int
     settings = tuning(method, max_steps=2)
     returned = offsite.tune(tmp_path / "bundle", rows, tmp_path / "return", settings, parties.data_owner)
     made = offsite.plug_in(base, returned.folder, tmp_path / "plugged", PlugInSpec(), parties.owner)
-    if made.manifest.form == "merged":
-        before, after = (open_checkpoint(folder).tensors for folder in (base.folder, made.folder))
-        names = {name for name in before if not np.array_equal(read_float32(before[name]), read_float32(after[name]))}
-    else:
-        names = set(read_header(made.folder / WEIGHTS_OF[method]))
-    blocks = {int(name.removeprefix("base_model.model.").split(".")[2]) for name in names}
-    assert blocks == ({0, 1} if bottom else {4, 5})
+    assert _changed_blocks(base, made, method) == ({0, 1} if bottom else {4, 5})
     model, adapter = (base.folder, made.folder) if made.manifest.form == "adapter" else (made.folder, None)
     assert offsite.evaluate(model, rows, EXACT, adapter=adapter).loss != offsite.evaluate(base.folder, rows, EXACT).loss
+
+
+def _spread(tmp_path: Path, family: Family, **settings: Any) -> tuple[Base, offsite.Bundle, Any]:
+    """A bundle of six blocks of which 0, 2 and 5 train, and both parties."""
+    parties = tiny_parties(tmp_path)
+    base = Base(tiny_base(tmp_path / "base", family, 6))
+    spec = PackSpec(train=(5, 0, 2), dtype="fp32", calibration_tokens=256, max_rank=4, **settings)
+    return base, offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner), parties
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", ["lora", "full", "bottleneck"])
+def test_a_list_of_blocks(tmp_path: Path, family: Family, method: Method) -> None:
+    """Blocks between frozen ones train too; what comes back lands in those blocks of the base and in no other."""
+    base, bundle, parties = _spread(tmp_path, family, keep=2, heal="refit")
+    split = bundle.manifest.split
+    assert (split.bottom, split.emulator, split.top, split.spread) == (1, 3, 1, (2,))
+    assert (split.trained, bundle.manifest.requires) == ((0, 2, 4), ("spread",))
+    assert offsite.verify_bundle(bundle.folder, parties.data_owner) == bundle
+    rows = tiny_rows(tmp_path / "rows.jsonl", 8)
+    settings = tuning(method, max_steps=2)
+    returned = offsite.tune(bundle.folder, rows, tmp_path / "return", settings, parties.data_owner)
+    made = offsite.plug_in(base, returned.folder, tmp_path / "plugged", PlugInSpec(), parties.owner)
+    assert _changed_blocks(base, made, method) == {0, 2, 5}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_list_of_blocks_with_nothing_compressed_loses_nothing(tmp_path: Path, family: Family) -> None:
+    base, bundle, parties = _spread(tmp_path, family, keep=3, heal="none")
+    rows = tiny_rows(tmp_path / "rows.jsonl", 12)
+    returned = offsite.tune(bundle.folder, rows, tmp_path / "return", tuning("lora"), parties.data_owner)
+    made = offsite.plug_in(base, returned.folder, tmp_path / "plugged", PlugInSpec(), parties.owner)
+    own = offsite.evaluate(bundle.folder, rows, EXACT, adapter=returned.folder).loss
+    assert offsite.evaluate(base.folder, rows, EXACT, adapter=made.folder).loss == pytest.approx(own, abs=1e-5)
+    assert own < offsite.evaluate(base.folder, rows, EXACT).loss - 1e-3
+
+
+@pytest.mark.parametrize(("prune", "changed"), [(0.0, {4}), (0.5, {1, 4})])
+def test_healing_goes_through_trained_blocks_and_leaves_them_as_they_are(
+    tmp_path: Path, prune: float, changed: set[int]
+) -> None:
+    """Block 3 is dropped behind block 2, which trains, so block 4 makes up for it; up to there nothing is lost."""
+    base, bundle, _ = _spread(tmp_path, "llama", keep=2, heal="refit", prune=prune)
+    ours, theirs = (open_checkpoint(folder).tensors for folder in (bundle.folder, base.folder))
+    path = "model.layers.{}.mlp.down_proj.weight"
+    for place, index in enumerate((0, 1, 2, 4, 5)):
+        same = np.array_equal(read_float32(ours[path.format(place)]), read_float32(theirs[path.format(index)]))
+        assert same == (index not in changed), index
+
+
+def test_a_list_that_is_two_ends_is_two_ends(tmp_path: Path) -> None:
+    parties = tiny_parties(tmp_path)
+    base = Base(tiny_base(tmp_path / "base", "llama", 5))
+    specs = {"counted": PackSpec(bottom=1, top=2, keep=1), "listed": PackSpec(train=(0, 3, 4), keep=1)}
+    one, other = (
+        offsite.pack(base, tmp_path / name, "hospital", spec.model_copy(update={"heal": ()}), parties.owner).manifest
+        for name, spec in specs.items()
+    )
+    assert (one.split, one.requires, one.files) == (other.split, other.requires, other.files)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"train": (0, 6)}, "blocks that the base does not have: 6"),
+        ({"train": (0, 1, 2, 3, 4, 5)}, "cannot keep any blocks"),
+        ({"train": (0, 2), "keep": 5}, "of a middle of 4"),
+        ({"train": (0, 2), "keep": 2, "select": "cluster"}, "no trained blocks between frozen ones"),
+        ({"train": (0, 2), "keep": 2, "heal": ("refit", "distill")}, "no trained blocks between frozen ones"),
+        ({"train": (0, 2), "bits": 8}, "no trained blocks between frozen ones"),
+        ({"train": (0, 2), "zeros": "left-out"}, "no trained blocks between frozen ones"),
+    ],
+)
+def test_lists_of_blocks_that_are_refused(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
+    parties = tiny_parties(tmp_path)
+    base = Base(tiny_base(tmp_path / "base", "llama", 6))
+    with pytest.raises(UsageError, match=says) as caught:
+        offsite.pack(base, tmp_path / "bundle", "hospital", PackSpec.model_validate(settings), parties.owner)
+    assert caught.value.next_step
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_untuned_is_untouched(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ def test_defaults() -> None:
 def test_ends_follow_the_depth_unless_given(
     blocks: int, bottom: int | None, top: int | None, ends: tuple[int, int]
 ) -> None:
-    assert PackSpec(bottom=bottom, top=top).ends(blocks) == ends
+    trained = {*range(ends[0]), *range(blocks - ends[1], blocks)}
+    assert PackSpec(bottom=bottom, top=top).trained(blocks) == trained
 
 
 def test_given_over_file_over_default(tmp_path: Path) -> None:

@@ -93,6 +93,20 @@ def test_nothing_compressed_means_nothing_lost(tmp_path: Path, kind: str, method
     assert model.config.id2label == {0: "blue", 1: "green", 2: "red"}
 
 
+def test_a_list_of_blocks(tmp_path: Path) -> None:
+    """Blocks between frozen ones train too, and nothing is lost where nothing is compressed."""
+    parties = tiny_parties(tmp_path)
+    base = Base(tiny_vision_base(tmp_path / "base", "dinov2", 5))
+    pictures = tiny_pictures(tmp_path / "pictures")
+    spec = PackSpec(train=(0, 2, 4), keep=2, heal="none", dtype="fp32")
+    bundle = offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)
+    assert bundle.manifest.split.trained == (0, 2, 4)
+    returned = offsite.tune(bundle.folder, pictures, tmp_path / "return", tuning("full"), parties.data_owner)
+    made = offsite.plug_in(base, returned.folder, tmp_path / "plugged", PlugInSpec(), parties.owner)
+    own = evaluate_images(bundle.folder, pictures, EXACT, adapter=returned.folder)
+    assert evaluate_images(made.folder, pictures, EXACT).loss == pytest.approx(own.loss, abs=1e-5)
+
+
 def test_a_pipeline_of_transformers_runs_the_plug_in(tmp_path: Path) -> None:
     parties = tiny_parties(tmp_path)
     base = Base(tiny_vision_base(tmp_path / "base", "dinov2", 4))

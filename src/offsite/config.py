@@ -64,6 +64,14 @@ def _parts(given: object) -> object:
     return [part.strip() for part in given.split(",")] if isinstance(given, str) else given
 
 
+def _numbers(given: object) -> object:
+    """ "0,14,29" as a list of its whole numbers; what is none is left for the checks."""
+    parts = _parts(given)
+    if not isinstance(given, str) or not isinstance(parts, list):
+        return given
+    return [int(part) if part.isdecimal() else part for part in parts]
+
+
 class PackSpec(ComputeSpec):
     """How a base model becomes a bundle."""
 
@@ -72,6 +80,11 @@ class PackSpec(ComputeSpec):
     ] = None
     top: Annotated[
         int | None, Field(ge=0, description="last blocks that the data owner trains; None: 1 in 5, at least 2")
+    ] = None
+    train: Annotated[
+        Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None,
+        BeforeValidator(_numbers),
+        Field(description="the blocks that train, such as 0,1,14,28,29, in place of bottom and top"),
     ] = None
     keep: Annotated[
         int | None,
@@ -155,6 +168,10 @@ class PackSpec(ComputeSpec):
     def _something_trains(self) -> Self:
         if self.bottom == self.top == 0:
             raise ValueError("bottom and top are both 0: nothing would train")
+        if self.train is not None and (self.bottom is not None or self.top is not None):
+            raise ValueError("train lists the blocks that train, bottom and top count them: give one or the other")
+        if self.train is not None and len(set(self.train)) < len(self.train):
+            raise ValueError("train names a block twice")
         return self
 
     @model_validator(mode="after")
@@ -190,11 +207,13 @@ class PackSpec(ComputeSpec):
             way = "say with keep how many blocks stay" if self.prune is None else "choose prune_by = magnitude"
             raise ValueError(f"heal = affine does not go with prune_by = sparsegpt, which has a pass of its own: {way}")
 
-    def ends(self, blocks: int) -> tuple[int, int]:
-        """Blocks of bottom and top for a base of so many; 4 and 6 of 30 by default, which recovered most (LOG.md)."""
+    def trained(self, blocks: int) -> frozenset[int]:
+        """Which blocks of a base of so many train; the first 4 and last 6 of 30 by default (docs/decisions/0009)."""
+        if self.train is not None:
+            return frozenset(self.train)
         bottom = max(2, round(2 * blocks / 15)) if self.bottom is None else self.bottom
         top = max(2, round(blocks / 5)) if self.top is None else self.top
-        return bottom, top
+        return frozenset((*range(bottom), *range(max(blocks - top, 0), blocks)))
 
     @property
     def declares(self) -> tuple[str, ...]:

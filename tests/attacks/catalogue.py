@@ -353,6 +353,18 @@ def declared_behind_a_manifest_that_says_plain(lab: Lab) -> None:
     sign_again(lab.folder / "declared-bundle", lab.owner, requires=[])
 
 
+@attack("_bundle_declared", "spread-bundle", "the manifest requires []")
+def spread_that_an_older_version_would_take_for_frozen(lab: Lab) -> None:
+    sign_again(lab.folder / "spread-bundle", lab.owner, requires=[])
+
+
+@attack("_bundle_returnable", "spread-bundle", "tensors that may come back")
+def trained_block_of_which_nothing_may_come_back(lab: Lab) -> None:
+    tensors = manifest_of(lab.folder / "spread-bundle")["tensors"]
+    left = {name: entry for name, entry in tensors.items() if ".layers.2." not in name}
+    sign_again(lab.folder / "spread-bundle", lab.owner, tensors=left)
+
+
 @attack("_bundle_declared", "declared-bundle", "name of the other kind of model")
 def declared_weights_that_transformers_would_half_load(lab: Lab) -> None:
     folder = lab.folder / "declared-bundle"

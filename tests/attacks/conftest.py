@@ -25,6 +25,8 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mixture = tiny_base(folder / "mixture", "qwen3_moe", 3, mlp_only_layers=[0, 2])  # experts in the middle block
     packed(mixture, folder / "mixture-bundle", parties)
     packed(base, folder / "declared-bundle", parties, keep=1, svd_rank=0.5, heal="affine", calibration_tokens=256)
+    deep, middle = tiny_base(folder / "deep", "llama", 5), {"bottom": None, "top": None, "train": (0, 2, 4), "keep": 2}
+    packed(deep, folder / "spread-bundle", parties, **middle)
     encoder = packed(tiny_vision_base(folder / "encoder", "dinov2", 3), folder / "encoder-bundle", parties)
     packed(tiny_vision_base(folder / "timm", "timm, eva", 3), folder / "timm-bundle", parties)
     full_return(encoder, folder / "encoder-full", parties.data_owner, classes=("cat", "dog"))

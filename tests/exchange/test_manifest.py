@@ -42,6 +42,33 @@ def test_split() -> None:
     assert (split.blocks, split.trained) == (6, (0, 1, 5))
     assert Split(bottom=0, emulator=1, top=2).trained == (1, 2)
     assert Split(bottom=2, emulator=0, top=0).trained == (0, 1)
+    spread = Split(bottom=1, emulator=5, top=0, spread=(2, 4))
+    assert (spread.blocks, spread.trained, spread.features) == (6, (0, 2, 4), ("spread",))
+
+
+def test_a_split_without_spread_does_not_mention_it() -> None:
+    assert json.loads(render_manifest(bundle()))["split"] == {"bottom": 1, "emulator": 2, "top": 1}
+
+
+@pytest.mark.parametrize(
+    ("spread", "says"),
+    [
+        ([1], "not inside the emulator"),  # touches bottom
+        ([4], "not inside the emulator"),  # touches top
+        ([0, 2], "not inside the emulator"),
+        ([2, 9], "not inside the emulator"),
+        ([-1], "not inside the emulator"),
+        ([2**70], "not inside the emulator"),
+        ([3, 2], "not in ascending order"),
+        ([2, 2], "not in ascending order"),
+        ([2.0], "int"),
+        ([True], "int"),
+        ("2", "tuple"),
+    ],
+)
+def test_what_spread_must_be(spread: object, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Split.model_validate({"bottom": 1, "emulator": 4, "top": 1, "spread": spread})
 
 
 def test_manifests_are_frozen() -> None:

@@ -50,6 +50,15 @@ def test_the_bundle_has_the_planned_bytes(
     assert plan.bundle_bytes == sum(file.stat().st_size for file in bundle.folder.iterdir())
 
 
+def test_blocks_that_train_in_between_are_planned(base_of: MakeBase, tmp_path: Path, parties: Parties) -> None:
+    base, settings = Base(base_of("llama")), PackSpec(train=(0, 2, 4), keep=2, heal="none")  # type: ignore[arg-type]
+    plan = plan_pack(base, settings)
+    bundle = pack(base, tmp_path / "bundle", "hospital", settings, parties.owner)
+    assert dict(plan.files) == {file.name: file.stat().st_size for file in bundle.folder.iterdir()}
+    parts = {part.name: part.blocks for part in plan.bundle if part.blocks}
+    assert parts == {"bottom": 1, "emulator": 2, "trained in between": 1, "top": 1}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_can_be_planned(base_of: MakeBase, tmp_path: Path, parties: Parties, kind: str) -> None:
     base = Base(base_of(**KINDS[kind]))

@@ -1,9 +1,12 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from offsite.errors import UsageError
 from offsite.study.recipe import ROWS, load_recipe, require_files
+from offsite.study.results import _placement
+from offsite.study.stages import uncompressed
 from studies import RECIPE, lay_out
 
 
@@ -90,6 +93,24 @@ def test_placements_multiply_with_compressors(tmp_path: Path) -> None:
         ("drop", "ends", 1, 2),
         ("drop", "top", 0, 2),
     ]
+
+
+def test_a_placement_may_list_blocks(tmp_path: Path) -> None:
+    text = RECIPE.replace("bottom = 1\ntop = 1\n", "") + '[[placement]]\nname = "spread"\ntrain = [0, 2, 4]\n'
+    (compressor,) = load_recipe(lay_out(tmp_path, text)).compressors
+    assert compressor.spec.train == (0, 2, 4)
+    assert uncompressed(compressor.spec, 2).train == (0, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("split", "shown"),
+    [
+        ({"bottom": 2, "emulator": 8, "top": 2}, "2-8-2"),
+        ({"bottom": 0, "emulator": 5, "top": 1, "spread": [1, 2]}, "0-1-(2)-2-1"),
+    ],
+)
+def test_how_a_placement_is_written(split: dict[str, Any], shown: str) -> None:
+    assert _placement(split) == shown
 
 
 def test_files_are_looked_for_in_the_data_root_first(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def _bundle(manifest: "BundleManifest", digest: str, home: "Home") -> dict[str, 
         "recipient": _party(manifest.recipient, home),
         "issued_at": manifest.issued_at,
         "architecture": manifest.architecture,
-        "split": {"bottom": split.bottom, "emulator": split.emulator, "top": split.top},
+        "split": split.model_dump(mode="json"),
         "may_come_back": {
             "methods": list(manifest.methods),
             "max_rank": manifest.max_rank,

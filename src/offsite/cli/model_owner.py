@@ -50,6 +50,7 @@ def pack(
     recipient: Annotated[str, typer.Option("--for", metavar="NAME", help="the trusted party that may tune it")],
     bottom: Annotated[int | None, flags.SETTING] = None,
     top: Annotated[int | None, flags.SETTING] = None,
+    train: Annotated[str | None, flags.SETTING] = None,
     keep: Annotated[int | None, flags.SETTING] = None,
     select: Annotated[str | None, flags.SETTING] = None,
     drop_from: Annotated[int | None, flags.SETTING] = None,
@@ -95,6 +96,7 @@ def pack(
         {
             "bottom": bottom,
             "top": top,
+            "train": train,
             "keep": keep,
             "select": select,
             "drop_from": drop_from,

@@ -222,18 +222,19 @@ def _block(row: Architecture, tensors: Mapping[str, TensorRange], index: int) ->
 
 def _parts(row: Architecture, manifest: BundleManifest, tensors: Mapping[str, TensorRange]) -> tuple[Part, ...]:
     split = manifest.split
-    held: dict[str, list[TensorRange]] = {
-        name: [] for name in ("embeddings", "bottom", "emulator", "top", "final norm", "head")
-    }
+    inside = {"trained in between": len(split.spread)} if split.spread else {}
+    blocks = {"bottom": split.bottom, "emulator": split.emulator - len(split.spread), **inside, "top": split.top}
+    held: dict[str, list[TensorRange]] = {name: [] for name in ("embeddings", *blocks, "final norm", "head")}
     for name, tensor in tensors.items():
         place = row.block_of(name)
-        if place is not None:
+        if place is None:
+            where = "embeddings" if name in row.embeddings else "head" if name == row.head else "final norm"
+        elif place[0] in split.spread:
+            where = "trained in between"
+        else:
             index = place[0]
             where = "bottom" if index < split.bottom else "emulator" if index < split.bottom + split.emulator else "top"
-        else:
-            where = "embeddings" if name in row.embeddings else "head" if name == row.head else "final norm"
         held[where].append(tensor)
-    blocks = {"bottom": split.bottom, "emulator": split.emulator, "top": split.top}
     return tuple(
         part(name, [one.shape for one in there], ITEM_SIZE[there[0].dtype] if there else 1, blocks.get(name, 0))
         for name, there in held.items()

@@ -141,9 +141,11 @@ def _bundle_declared(sealed: Sealed) -> Iterator[str]:
     except ValueError as problem:
         yield f"{CONFIG}: {problem}"
         return
-    features = declared.features if declared else ()
+    features = (*(declared.features if declared else ()), *manifest.split.features)
     if manifest.requires != features:
-        yield f"the manifest requires {list(manifest.requires)}, {CONFIG} declares {list(features)}"
+        yield f"the manifest requires {list(manifest.requires)}, {CONFIG} and split declare {list(features)}"
+    if declared and manifest.split.spread:
+        yield f"{CONFIG} declares modules, which goes with no trained blocks inside the emulator"
     if declared and (declared.first, declared.blocks) != (manifest.split.bottom, manifest.split.emulator):
         yield f"{CONFIG} declares {declared.blocks} blocks from {declared.first} on, which is not the split's emulator"
     if declared and row.experts:

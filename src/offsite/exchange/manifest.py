@@ -1,5 +1,7 @@
 """What `offsite.json` says, for each kind of artifact: strict types that refuse what they do not know."""
 
+import itertools
+import operator
 import re
 from typing import Annotated, Final, Literal
 
@@ -15,9 +17,9 @@ MANIFEST = "offsite.json"
 SIGNATURE = "offsite.json.sig"
 MANIFEST_BYTES = 16 * 2**20  # no manifest is larger
 FORMAT: Final = 1
-KNOWN_REQUIREMENTS: frozenset[str] = frozenset(
-    FEATURES
-)  # features that this version understands beyond the format itself
+SPREAD = "spread"  # required of who reads a bundle with trained blocks inside the emulator
+# features that this version understands beyond the format itself
+KNOWN_REQUIREMENTS: frozenset[str] = frozenset((*FEATURES, SPREAD))
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 TensorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
@@ -48,11 +50,25 @@ class TensorEntry(_Part):
 
 
 class Split(_Part):
-    """Blocks of the bundle: the trained first ones, the frozen emulator, the trained last ones."""
+    """Blocks of the bundle: the trained first ones, the emulator, the trained last ones; and what trains in between.
+
+    `emulator` counts what lies between bottom and top. It is frozen, but for the blocks that `spread` lists, by their
+    places in the bundle.
+    """
 
     bottom: Annotated[int, Field(ge=0, le=10_000)]
     emulator: Annotated[int, Field(ge=0, le=10_000)]
     top: Annotated[int, Field(ge=0, le=10_000)]
+    spread: Annotated[tuple[int, ...], Field(max_length=10_000, strict=False, exclude_if=operator.not_)] = ()
+
+    @model_validator(mode="after")
+    def _inside(self) -> "Split":
+        inner = range(self.bottom + 1, self.bottom + self.emulator - 1)  # its ends are frozen: else they were no ends
+        if any(place not in inner for place in self.spread):
+            raise ValueError("spread lists blocks that are not inside the emulator")
+        if any(after <= before for before, after in itertools.pairwise(self.spread)):
+            raise ValueError("spread is not in ascending order")
+        return self
 
     @property
     def blocks(self) -> int:
@@ -62,7 +78,12 @@ class Split(_Part):
     @property
     def trained(self) -> tuple[int, ...]:
         """Indices of the trained blocks, in the bundle's numbering."""
-        return (*range(self.bottom), *range(self.bottom + self.emulator, self.blocks))
+        return (*range(self.bottom), *self.spread, *range(self.bottom + self.emulator, self.blocks))
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What a reader must know to understand it."""
+        return (SPREAD,) if self.spread else ()
 
 
 class _Document(_Part):

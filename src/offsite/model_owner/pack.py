@@ -99,9 +99,9 @@ def pack(
         chosen = select(model, sandwich, spec, scratch, progress)
         emulator = shared(sandwich.middle, chosen) if "share" in spec.heal else chosen
         healed = _heal(model, sandwich, emulator, spec, scratch, out, progress)
-        kept = (*sandwich.bottom, *emulator, *sandwich.top)
+        kept = sandwich.kept(emulator)
         progress(Event("writing the bundle", 0))
-        numbers = counts(sandwich, spec)
+        numbers = counts(sandwich, kept)
         declared = declared_of(model, numbers.bottom, emulator, spec)
         weights = DECLARED_WEIGHTS if declared else WEIGHTS
         written = write_checkpoint(folder, bundle_tensors(model, kept, healed, dtype, numbers, spec), weights=weights)
@@ -136,7 +136,7 @@ def bundle_manifest(
     return BundleManifest(
         kind="bundle",
         format=FORMAT,
-        requires=declared.features if declared else (),
+        requires=(*(declared.features if declared else ()), *numbers.features),
         issued_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         issuer=parties.issuer,
         recipient=parties.recipient,

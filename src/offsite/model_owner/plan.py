@@ -124,7 +124,7 @@ def plan_pack(base: Base, spec: PackSpec) -> PackPlan:
     # which blocks the calibration text will choose is known only after the work; their sizes do not depend on it
     emulator = select(model, sandwich, _without_work(spec), Path(), silent)
     emulator = shared(sandwich.middle, emulator) if "share" in spec.heal else emulator
-    kept = (*sandwich.bottom, *emulator, *sandwich.top)
+    kept = sandwich.kept(emulator)
     files = _bundle_files(model, sandwich, kept, spec)
     item = compute_bytes(spec.compute, spec.device)
     calibration, material = _calibration(model, spec) if runs else (None, ())
@@ -220,6 +220,7 @@ def _parts(
         outer("embeddings", row.embeddings),
         blocks("bottom", sandwich.bottom),
         blocks("middle" if dtype is None else "emulator", middle, maps * _map_shapes(model)),
+        *([blocks("trained in between", sandwich.spread)] if sandwich.spread else []),
         blocks("top", sandwich.top),
         outer("final norm", row.final),
         outer("head", (row.head,)),
@@ -229,7 +230,7 @@ def _parts(
 def _bundle_files(model: BaseModel, sandwich: Sandwich, kept: Sequence[int], spec: PackSpec) -> dict[str, int]:
     """Every file of the bundle with its exact size: the manifest names no number that is not known before."""
     dtype = DTYPES[spec.dtype]
-    numbers = counts(sandwich, spec)
+    numbers = counts(sandwich, kept)
     emulator = kept[numbers.bottom : numbers.bottom + numbers.emulator]
     declared = declared_of(model, numbers.bottom, emulator, spec)
     weights = DECLARED_WEIGHTS if declared else WEIGHTS

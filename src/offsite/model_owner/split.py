@@ -1,6 +1,6 @@
 """Splitting: which base blocks a bundle holds, under which names, and with which config. Tensors move by name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,11 +19,24 @@ DTYPES = {"bf16": "BF16", "fp32": "F32"}
 
 @dataclass(frozen=True)
 class Sandwich:
-    """A base cut in three by block index: bottom and top train, the middle becomes the emulator."""
+    """A base cut by block index: bottom and top train, and `spread` between them; the others become the emulator."""
 
     bottom: tuple[int, ...]
     middle: tuple[int, ...]
     top: tuple[int, ...]
+    spread: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, trained: Collection[int], blocks: int) -> "Sandwich":
+        """Of so many blocks, of which these train and at least one does not."""
+        middle = [index for index in range(blocks) if index not in trained]
+        first, last = middle[0], middle[-1]
+        spread = sorted(index for index in trained if first < index < last)
+        return cls(tuple(range(first)), tuple(middle), tuple(range(last + 1, blocks)), tuple(spread))
+
+    def kept(self, emulator: Sequence[int]) -> tuple[int, ...]:
+        """All blocks of the bundle, where the emulator has these; one may stand in several places."""
+        return (*self.bottom, *sorted((*emulator, *self.spread)), *self.top)
 
 
 @dataclass(frozen=True)
@@ -63,20 +76,14 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
     """Cut a base in bottom, middle and top.
 
     Raises:
-        UsageError: bottom, keep and top do not fit into the blocks that there are.
+        UsageError: bottom, keep and top, or train and keep, do not fit into the blocks that there are.
         UsageError: the head is permitted, and the model has none of its own.
         IncompatibleError: the gap is to be healed in a way that the family does not permit.
     """
-    bottom, top = spec.ends(model.blocks)
-    middle = range(bottom, model.blocks - top)
-    if not 1 <= spec.kept(middle) <= len(middle):
-        raise UsageError(
-            f"cannot keep {spec.kept(middle) or 'any'} blocks of a middle of {len(middle)}",
-            reasons=[f"the base has {model.blocks} blocks, {bottom} are bottom and {top} are top"],
-            next_step=f"choose --keep between 1 and {len(middle)}"
-            if len(middle) >= 1
-            else "choose a smaller --bottom or --top",
-        )
+    trained = spec.trained(model.blocks)
+    _require_room(model.blocks, trained, spec)
+    sandwich = Sandwich.of(trained, model.blocks)
+    middle = sandwich.middle
     work = work_of(middle, spec)
     if "mlp" in work.solves and not model.row.residual_is_linear(model.config):
         why = "its MLP is a mixture of experts" if model.row.experts else "a norm follows the MLP in its blocks"
@@ -111,12 +118,56 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
             ],
             next_step="pack without --permit-head",
         )
+    if sandwich.spread:
+        _require_for_spread(spec)
     if model.row.vision is not None:
         _require_for_images(spec)
     if spec.select == "contiguous":
         contiguous(middle, spec.kept(middle), spec.drop_from)  # refuses a piece that does not lie in the middle
     require_declarable(model, spec)
-    return Sandwich(tuple(range(bottom)), tuple(middle), tuple(range(middle.stop, model.blocks)))
+    return sandwich
+
+
+def _require_room(blocks: int, trained: Collection[int], spec: PackSpec) -> None:
+    """Refuse a middle that is not there, or too small for what stays of it.
+
+    Raises:
+        UsageError: it is.
+    """
+    beyond = sorted(index for index in trained if index >= blocks)
+    if beyond:
+        raise UsageError(
+            f"train names blocks that the base does not have: {', '.join(map(str, beyond))[:200]}",
+            reasons=[f"it has {blocks}, numbered from 0"],
+            next_step=f"choose among 0 to {blocks - 1}",
+        )
+    middle = [index for index in range(blocks) if index not in trained]
+    if not 1 <= spec.kept(middle) <= len(middle):
+        raise UsageError(
+            f"cannot keep {spec.kept(middle) or 'any'} blocks of a middle of {len(middle)}",
+            reasons=[f"the base has {blocks} blocks, of which {len(trained)} train"],
+            next_step=f"choose --keep between 1 and {len(middle)}"
+            if middle
+            else "choose a smaller --bottom or --top, or a shorter --train",
+        )
+
+
+def _require_for_spread(spec: PackSpec) -> None:
+    """Refuse what takes the emulator for one run of frozen blocks, before any work.
+
+    Raises:
+        UsageError: it was asked for.
+    """
+    reasons = [f"select = {spec.select}"] if spec.select in ("search", "cluster", "contiguous") else []
+    reasons += [f"heal = {step}" for step in spec.heal if step != "refit"]
+    reasons += [f"{name}: a declared module kind" for name in spec.declares if name not in spec.heal]
+    if reasons:
+        raise UsageError(
+            "settings that go with no trained blocks between frozen ones",
+            reasons=reasons,
+            next_step="select by uniform, influence or random, heal by refit or none, prune with zeros stored; "
+            "or let train list first and last blocks alone",
+        )
 
 
 def _require_for_images(spec: PackSpec) -> None:
@@ -205,14 +256,17 @@ def subset_config(model: BaseModel, kept: Sequence[int]) -> dict[str, Any]:
     return model.row.subset(model.config, kept)
 
 
-def counts(sandwich: Sandwich, spec: PackSpec) -> Split:
-    """The split as the manifest has it: numbers of blocks, and nothing about which."""
-    return Split(bottom=len(sandwich.bottom), emulator=emulator_blocks(sandwich, spec), top=len(sandwich.top))
+def counts(sandwich: Sandwich, kept: Sequence[int]) -> Split:
+    """The split as the manifest has it: numbers of blocks and places in the bundle, and nothing about the base's.
 
-
-def emulator_blocks(sandwich: Sandwich, spec: PackSpec) -> int:
-    """Blocks that the emulator runs: those that are kept, or with sharing one in every place of the middle."""
-    return len(sandwich.middle) if "share" in spec.heal else spec.kept(sandwich.middle)
+    Args:
+        sandwich: how the base is cut.
+        kept: base indices of all blocks that the bundle holds, in order.
+    """
+    frozen = [place for place, index in enumerate(kept) if index in sandwich.middle]
+    first, last = frozen[0], frozen[-1]
+    inside = [place for place in range(first, last) if kept[place] in sandwich.spread]
+    return Split(bottom=first, emulator=last + 1 - first, top=len(kept) - last - 1, spread=tuple(inside))
 
 
 def returnable(model: BaseModel, kept: Sequence[int], numbers: Split, dtype: str) -> dict[str, TensorEntry]:

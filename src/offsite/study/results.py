@@ -10,6 +10,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -212,9 +213,12 @@ def _share(rows: Mapping[str, RowScores], whole: str, primary: Measure) -> Figur
     return _figure((there - least) / (most - least), ends)
 
 
-def _placement(split: Mapping[str, int]) -> str:
-    """As the paper writes it: bottom, emulator and top blocks."""
-    return "-".join(str(split[part]) for part in ("bottom", "emulator", "top"))
+def _placement(split: Mapping[str, Any]) -> str:
+    """As the paper writes it: bottom, emulator and top blocks; what trains inside the emulator is in brackets."""
+    inside = range(split["bottom"], split["bottom"] + split["emulator"])
+    runs = [(trains, len(list(run))) for trains, run in groupby(place in split.get("spread", ()) for place in inside)]
+    middle = [f"({blocks})" if trains else str(blocks) for trains, blocks in runs]
+    return "-".join((str(split["bottom"]), *middle, str(split["top"])))
 
 
 def _peaks(spent: Sequence[Spent]) -> dict[str, int]:

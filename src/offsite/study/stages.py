@@ -23,7 +23,11 @@ PARTIES = (OWNER, TUNER, EXPERIMENTER)
 _STAGES = 1  # what a stage does; raise it when that changes between versions
 # Settings that say where blocks train and what may come back; all others of PackSpec say how the rest is compressed.
 _PLACEMENT = frozenset(
-    {"bottom", "top", "methods", "max_rank", "max_width", "permit_head", "dtype", "compute", "device", "threads"}
+    (
+        *("bottom", "top", "train"),
+        *("methods", "max_rank", "max_width", "permit_head"),
+        *("dtype", "compute", "device", "threads"),
+    )
 )
 
 

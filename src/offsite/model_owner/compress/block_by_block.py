@@ -67,11 +67,14 @@ def block_by_block(
     student = list(base)  # the emulator's hidden state, from here on its own
     done = len(sandwich.bottom)
     healed: dict[str, TensorRange] = {}
-    for kept, following in pairwise((*emulator, end)):
+    for kept, following in pairwise((*sorted((*emulator, *sandwich.spread)), end)):
         while done < following:
             progress(Event(stage, done, end))
             _advance(runner.load(done), batches, base)
             done += 1
+        if kept in sandwich.spread:  # trains, so both go through it as it is
+            _advance(runner.load(kept), batches, student)
+            continue
         if work.maps:
             solved = affine_map(runner.load(kept), batches, student, base)
         else:

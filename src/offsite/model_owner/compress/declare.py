@@ -35,7 +35,7 @@ def declared_of(model: BaseModel, bottom: int, slots: Sequence[int], spec: PackS
         spec: what was asked for.
     """
     width = _inner(model) if spec.mlp_width is not None else 0
-    dropped = len(slots) < model.blocks - sum(spec.ends(model.blocks))
+    dropped = len(slots) < model.blocks - len(spec.trained(model.blocks))
     places = {
         "share": owners(slots) if len(set(slots)) < len(slots) else None,
         "bits": spec.bits,
