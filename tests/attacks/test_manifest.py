@@ -222,4 +222,6 @@ def test_terminal_codes_are_not_passed_on(lab: Lab) -> None:
 
 
 def test_only_features_that_this_version_can_build_are_known() -> None:
-    assert frozenset({"share", "quantise", "svd", "mlp-width", "sparse", "affine"}) == module.KNOWN_REQUIREMENTS
+    assert (
+        frozenset({"share", "quantise", "svd", "mlp-width", "sparse", "affine", "spread"}) == module.KNOWN_REQUIREMENTS
+    )
