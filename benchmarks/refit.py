@@ -1,0 +1,173 @@
+"""What each step of refit buys: the choice of the ridge, calibration tokens, attention's projection, order and sweeps.
+
+    python -m benchmarks.refit --data-root ../shared/data           every case that is not in the result yet
+    python -m benchmarks.refit --only attention                     cases whose name holds this
+
+SmolLM2-135M-Instruct, 2 + 8 + 2 of 30 blocks, or 2 + 26 + 2 with half of each matrix pruned by SparseGPT; calibrated on
+the text that ships. Every case is packed, judged on WikiText-2 (the hidden state that leaves the emulator against the
+base's, and the loss), tuned on WebQuestions and plugged in. An interrupted run continues; remove a case from the result
+file to measure it anew.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import platformdirs
+from benchmarks.work import ROOT, machine, versions
+
+from offsite.core.threads import settle_waiting
+
+RESULT = Path(__file__).parent / "results" / "refit.json"
+TOKENS = 8192  # of calibration where a case does not say otherwise; the default of pack is 65,536
+HELD_OUT = 4096  # tokens of WikiText-2's test part that the emulators are judged on
+STEPS, TEST_ROWS = 40, 150
+ONE_RIDGE = (0.1,)
+
+EIGHT: Mapping[str, Any] = {"bottom": 2, "keep": 8, "top": 2, "calibration_tokens": TOKENS}
+HALF: Mapping[str, Any] = {"bottom": 2, "top": 2, "calibration_tokens": TOKENS}
+# name -> settings of pack
+CASES: Mapping[str, Mapping[str, Any]] = {
+    "plain drop": {**EIGHT, "heal": "none"},
+    "refit, one fixed ridge": EIGHT,
+    "refit": EIGHT,
+    "refit, a quarter of the tokens": {**EIGHT, "calibration_tokens": TOKENS // 4},
+    "refit, twice the tokens": {**EIGHT, "calibration_tokens": 2 * TOKENS},
+    "refit, attention,mlp": {**EIGHT, "refit_maps": "attention,mlp"},
+    "refit, mlp,attention": {**EIGHT, "refit_maps": "mlp,attention"},
+    "refit, attention,mlp twice": {**EIGHT, "refit_maps": "attention,mlp,attention,mlp"},
+    "half pruned, no refit": {**HALF, "heal": "none"},
+    "half pruned, refit": HALF,
+    "half pruned, refit, attention,mlp": {**HALF, "refit_maps": "attention,mlp"},
+    "refit, eight times the tokens": {**EIGHT, "calibration_tokens": 8 * TOKENS},
+}
+
+
+def main() -> None:
+    """Measure what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cached = platformdirs.user_cache_path("offsite", appauthor=False) / "SmolLM2-135M-Instruct" / "base"
+    parser.add_argument("--base", type=Path, default=cached, help="base folder; `make demo` leaves one in the cache")
+    parser.add_argument("--data-root", type=lambda path: Path(path).resolve(), default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--result", type=Path, default=RESULT)
+    wanted = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": str(wanted.threads), "HF_HUB_OFFLINE": "1"}
+    settle_waiting(os.environ)
+    result = json.loads(wanted.result.read_text()) if wanted.result.exists() else {"cases": {}}
+    result |= {"machine": machine(wanted.threads), "versions": versions()}
+    names = [name for name in CASES if wanted.only in name and name not in result["cases"]]
+    if names:
+        judge = Judge(wanted.base, wanted.data_root)
+        result["base"] = judge.base()
+        for name in names:
+            with tempfile.TemporaryDirectory(prefix="offsite-refit-") as scratch:
+                result["cases"][name] = judge.measure(name, Path(scratch))
+            wanted.result.parent.mkdir(exist_ok=True)
+            wanted.result.write_text(json.dumps(result, indent=1) + "\n")
+            print(name, result["cases"][name], flush=True)
+    print(table(result))
+
+
+class Judge:
+    """Measures bundles of one base on text and on a task that no healing has seen."""
+
+    def __init__(self, base: Path, root: Path) -> None:
+        from offsite import Base
+        from offsite.model_owner.base_model import open_base
+        from offsite.model_owner.compress.calibration import calibration_batches
+
+        self._folder, self._tasks = base, root / "webquestions"
+        model = open_base(Base(base))
+        self._text = calibration_batches(model, root / "wikitext2" / "wiki.test.txt", HELD_OUT)
+        self._target, self._loss = self._run(base, model.blocks - 2)
+
+    def base(self) -> dict[str, float]:
+        """Losses of the base: on the text, and on the task zero-shot."""
+        return {"text_loss": self._loss, "zero_shot": self._scored(self._folder)}
+
+    def measure(self, name: str, scratch: Path) -> dict[str, Any]:
+        """Pack, judge, tune and plug in."""
+        from offsite import Base, Home, PackSpec, PlugInSpec, TuneSpec, pack, plug_in, tune
+        from offsite.model_owner.compress import ridge
+
+        owner, tuner = Home(scratch / "owner"), Home(scratch / "tuner")
+        owner.create_identity("owner")
+        owner.trust("tuner", tuner.create_identity("tuner").public_key)
+        tuner.trust("owner", owner.identity().public_key)
+        ridges = ONE_RIDGE if "one fixed ridge" in name else ridge.RIDGES
+        started = time.monotonic()
+        with mock.patch.object(ridge, "RIDGES", ridges):
+            bundle = pack(Base(self._folder), scratch / "bundle", "tuner", PackSpec.model_validate(CASES[name]), owner)
+        seconds = time.monotonic() - started
+        split = bundle.manifest.split
+        found, loss = self._run(bundle.folder, split.bottom + split.emulator)
+        emulator = self._scored(bundle.folder)
+        tune(bundle.folder, self._tasks / "train.jsonl", scratch / "return", TuneSpec(max_steps=STEPS), tuner)
+        plugged = plug_in(Base(self._folder), scratch / "return", scratch / "plugged", PlugInSpec(), owner)
+        return {
+            "settings": dict(CASES[name]),
+            "ridges": list(ridges),
+            "hidden_error": _relative_error(found, self._target),
+            "text_loss": loss,
+            "emulator_zero_shot": emulator,
+            "emulator": self._scored(bundle.folder, scratch / "return"),
+            "plug_in": self._scored(self._folder, plugged.folder),
+            "pack_seconds": round(seconds, 1),
+        }
+
+    def _scored(self, model: Path, adapter: Path | None = None) -> float:
+        from offsite import EvalSpec, evaluate
+
+        return evaluate(model, self._tasks / "test.jsonl", EvalSpec(max_rows=TEST_ROWS), adapter=adapter).loss
+
+    def _run(self, folder: Path, blocks: int) -> tuple[Any, float]:
+        """Of a whole model on the text: what leaves so many blocks, (tokens, H), and nats per token after the first."""
+        import torch
+
+        from offsite.core.load import load_model
+
+        model, seen, nats = load_model(folder, dtype=torch.float32, device=torch.device("cpu")), [], []
+        model.model.layers[blocks - 1].register_forward_hook(
+            lambda _, __, output: seen.append((output[0] if isinstance(output, tuple) else output).flatten(0, 1))
+        )
+        with torch.no_grad():
+            for batch in self._text:
+                for ids in batch.split(1):  # (1, T): the logits of one sequence at once
+                    logits = model(ids, use_cache=False).logits[0, :-1]
+                    nats.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))
+        return torch.cat(seen), float(torch.stack(nats).mean())
+
+
+def _relative_error(found: Any, target: Any) -> float:
+    """Root of the squared error over the squared target, each token by 1 / norm of its target, as refit has it."""
+    weights = 1 / target.norm(dim=1, keepdim=True)
+    return float(((weights * (found - target).square()).sum() / (weights * target.square()).sum()).sqrt())
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result as Markdown."""
+    columns: Sequence[str] = ("text_loss", "emulator_zero_shot", "emulator", "plug_in")
+    lines = [
+        "| case | hidden error | WikiText-2 loss | task: emulator zero-shot | emulator tuned | plug-in | pack, s |",
+        "|---|" + "---|" * 6,
+    ]
+    if "base" in result:
+        base = result["base"]
+        lines.append(f"| base, not tuned | 0 | {base['text_loss']:.3f} | | | {base['zero_shot']:.3f} | |")
+    for name in CASES:
+        if row := result["cases"].get(name):
+            losses = " | ".join(f"{row[key]:.3f}" for key in columns)
+            lines.append(f"| {name} | {row['hidden_error']:.3f} | {losses} | {row['pack_seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
