@@ -1,17 +1,19 @@
 """What each step of refit buys: the choice of the ridge, calibration tokens, attention's projection, order and sweeps.
 
     python -m benchmarks.refit --data-root ../shared/data           every case that is not in the result yet
-    python -m benchmarks.refit --only attention                     cases whose name holds this
+    python -m benchmarks.refit --cases refit "plain drop"           these cases alone
+    python -m benchmarks.refit --seeds 0 1 2                        tuned with each of these seeds
 
 SmolLM2-135M-Instruct, 2 + 8 + 2 of 30 blocks, or 2 + 26 + 2 with half of each matrix pruned by SparseGPT; calibrated on
 the text that ships. Every case is packed, judged on WikiText-2 (the hidden state that leaves the emulator against the
-base's, and the loss), tuned on WebQuestions and plugged in. An interrupted run continues; remove a case from the result
-file to measure it anew.
+base's, and the loss), tuned on WebQuestions and plugged in. An interrupted run continues, and cases get the seeds that
+they lack; remove a case from the result file to measure it anew.
 """
 
 import argparse
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -45,7 +47,6 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "half pruned, no refit": {**HALF, "heal": "none"},
     "half pruned, refit": HALF,
     "half pruned, refit, attention,mlp": {**HALF, "refit_maps": "attention,mlp"},
-    "refit, eight times the tokens": {**EIGHT, "calibration_tokens": 8 * TOKENS},
 }
 
 
@@ -55,7 +56,8 @@ def main() -> None:
     cached = platformdirs.user_cache_path("offsite", appauthor=False) / "SmolLM2-135M-Instruct" / "base"
     parser.add_argument("--base", type=Path, default=cached, help="base folder; `make demo` leaves one in the cache")
     parser.add_argument("--data-root", type=lambda path: Path(path).resolve(), default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the tuning")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--result", type=Path, default=RESULT)
     wanted = parser.parse_args()
@@ -63,13 +65,18 @@ def main() -> None:
     settle_waiting(os.environ)
     result = json.loads(wanted.result.read_text()) if wanted.result.exists() else {"cases": {}}
     result |= {"machine": machine(wanted.threads), "versions": versions()}
-    names = [name for name in CASES if wanted.only in name and name not in result["cases"]]
-    if names:
+    missing = {
+        name: [seed for seed in wanted.seeds if str(seed) not in result["cases"].get(name, {}).get("plug_in", {})]
+        for name in wanted.cases
+    }
+    if any(missing.values()):
         judge = Judge(wanted.base, wanted.data_root)
         result["base"] = judge.base()
-        for name in names:
+        for name in (name for name, seeds in missing.items() if seeds):
             with tempfile.TemporaryDirectory(prefix="offsite-refit-") as scratch:
-                result["cases"][name] = judge.measure(name, Path(scratch))
+                found, before = judge.measure(name, missing[name], Path(scratch)), result["cases"].get(name, {})
+            tuned = {row: before.get(row, {}) | found[row] for row in ("emulator", "plug_in")}
+            result["cases"][name] = found | before | tuned
             wanted.result.parent.mkdir(exist_ok=True)
             wanted.result.write_text(json.dumps(result, indent=1) + "\n")
             print(name, result["cases"][name], flush=True)
@@ -93,8 +100,8 @@ class Judge:
         """Losses of the base: on the text, and on the task zero-shot."""
         return {"text_loss": self._loss, "zero_shot": self._scored(self._folder)}
 
-    def measure(self, name: str, scratch: Path) -> dict[str, Any]:
-        """Pack, judge, tune and plug in."""
+    def measure(self, name: str, seeds: Sequence[int], scratch: Path) -> dict[str, Any]:
+        """Pack and judge; tune and plug in with each of these seeds."""
         from offsite import Base, Home, PackSpec, PlugInSpec, TuneSpec, pack, plug_in, tune
         from offsite.model_owner.compress import ridge
 
@@ -109,17 +116,21 @@ class Judge:
         seconds = time.monotonic() - started
         split = bundle.manifest.split
         found, loss = self._run(bundle.folder, split.bottom + split.emulator)
-        emulator = self._scored(bundle.folder)
-        tune(bundle.folder, self._tasks / "train.jsonl", scratch / "return", TuneSpec(max_steps=STEPS), tuner)
-        plugged = plug_in(Base(self._folder), scratch / "return", scratch / "plugged", PlugInSpec(), owner)
+        tuned: dict[str, dict[str, float]] = {"emulator": {}, "plug_in": {}}
+        for seed in seeds:
+            returned, plugged = scratch / f"return-{seed}", scratch / f"plugged-{seed}"
+            spec = TuneSpec(max_steps=STEPS, seed=seed)
+            tune(bundle.folder, self._tasks / "train.jsonl", returned, spec, tuner)
+            plug_in(Base(self._folder), returned, plugged, PlugInSpec(), owner)
+            tuned["emulator"][str(seed)] = self._scored(bundle.folder, returned)
+            tuned["plug_in"][str(seed)] = self._scored(self._folder, plugged)
         return {
             "settings": dict(CASES[name]),
             "ridges": list(ridges),
             "hidden_error": _relative_error(found, self._target),
             "text_loss": loss,
-            "emulator_zero_shot": emulator,
-            "emulator": self._scored(bundle.folder, scratch / "return"),
-            "plug_in": self._scored(self._folder, plugged.folder),
+            "emulator_zero_shot": self._scored(bundle.folder),
+            **tuned,
             "pack_seconds": round(seconds, 1),
         }
 
@@ -154,7 +165,6 @@ def _relative_error(found: Any, target: Any) -> float:
 
 def table(result: Mapping[str, Any]) -> str:
     """The result as Markdown."""
-    columns: Sequence[str] = ("text_loss", "emulator_zero_shot", "emulator", "plug_in")
     lines = [
         "| case | hidden error | WikiText-2 loss | task: emulator zero-shot | emulator tuned | plug-in | pack, s |",
         "|---|" + "---|" * 6,
@@ -164,9 +174,16 @@ def table(result: Mapping[str, Any]) -> str:
         lines.append(f"| base, not tuned | 0 | {base['text_loss']:.3f} | | | {base['zero_shot']:.3f} | |")
     for name in CASES:
         if row := result["cases"].get(name):
-            losses = " | ".join(f"{row[key]:.3f}" for key in columns)
-            lines.append(f"| {name} | {row['hidden_error']:.3f} | {losses} | {row['pack_seconds']:.0f} |")
+            losses = f"{row['text_loss']:.3f} | {row['emulator_zero_shot']:.3f}"
+            tuned = " | ".join(_spread(row[key]) for key in ("emulator", "plug_in"))
+            lines.append(f"| {name} | {row['hidden_error']:.3f} | {losses} | {tuned} | {row['pack_seconds']:.0f} |")
     return "\n".join(lines)
+
+
+def _spread(by_seed: Mapping[str, float]) -> str:
+    """The mean over seeds, and all of them where there are several."""
+    values = [f"{by_seed[seed]:.2f}" for seed in sorted(by_seed, key=int)]
+    return f"{statistics.fmean(by_seed.values()):.3f}" + (f" ({', '.join(values)})" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":
