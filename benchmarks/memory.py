@@ -86,7 +86,7 @@ def _measure(base: Path, scratch: Path, tokens: int, images: Path | None) -> Ite
     for home, name in ((acme, "hospital"), (hospital, "acme")):
         _offsite("trust", "add", name, scratch / f"{name}.pub", "--home", home)
     data, settings = images or scratch / "rows.jsonl", scratch / "settings.toml"
-    split: list[object] = []
+    split: list[object] = ["--bottom", 2, "--top", 2]
     if images is None:
         _rows(data, tokens)
         context = min(tokens, json.loads((base / "config.json").read_text())["max_position_embeddings"])
