@@ -213,7 +213,7 @@ class PackSpec(ComputeSpec):
             return frozenset(self.train)
         bottom = max(2, round(2 * blocks / 15)) if self.bottom is None else self.bottom
         top = max(2, round(blocks / 5)) if self.top is None else self.top
-        return frozenset((*range(bottom), *range(max(blocks - top, 0), blocks)))
+        return frozenset((*range(min(bottom, blocks)), *range(max(blocks - top, 0), blocks)))
 
     @property
     def declares(self) -> tuple[str, ...]:
