@@ -215,22 +215,27 @@ class Measurements:
         if name in PADDED:
             return {**HABITS, "keep_freed": False, "attention": "eager", "batch": min(_PAPER_BATCH, self._cell.rows)}
         habits = HABITS if self._quick else self._settled(name)
-        if len(self._cell.batches) == 1:
-            return {**habits, "batch": self._cell.batches[0]}
-        steps, tried = min(2, self._cell.steps), {}
-        for batch in self._cell.batches:
-            key = f"{self._cell.name}/{name}/calibration/{batch} at once"
-            tried[batch] = self._speed(key, name, {**habits, "batch": batch}, steps)
-        return {**habits, "batch": max(tried, key=lambda batch: tried[batch])}
+        ways = [habits, *([HABITS] if habits != HABITS and self._cell != FIRST else [])]  # long rows differ from short
+        most = max(self._cell.batches)
+        habits = max(ways, key=lambda way: self._tried(name, {**way, "batch": most})) if len(ways) > 1 else habits
+        batches = self._cell.batches
+        best = max(batches, key=lambda batch: self._tried(name, {**habits, "batch": batch})) if batches[1:] else most
+        return {**habits, "batch": best}
+
+    def _tried(self, name: str, settings: Mapping[str, Any]) -> float:
+        """The speed of a peer's first steps in this cell."""
+        usual = ", usual habits" if settings.items() >= HABITS.items() else ""
+        key = f"{self._cell.name}/{name}/calibration/{settings['batch']} at once{usual}"
+        return self._speed(key, name, settings, min(2, self._cell.steps))
 
     def _settled(self, method: str) -> dict[str, Any]:
-        """Memory, threads, dtype, attention: changed one by one in the first cell; what is faster stays."""
+        """Memory, threads, dtype, attention: changed one by one in the first cell's whole run; what is faster stays."""
         if self._cell != FIRST:
             return Measurements(self._work, FIRST, self._root, quick=False)._settled(method)
 
         def speed(key: str, habits: Mapping[str, Any]) -> float:
             settings = {**habits, "batch": max(FIRST.batches)}
-            return self._speed(f"{FIRST.name}/{method}/calibration/{key}", method, settings, 2)
+            return self._speed(f"{FIRST.name}/{method}/calibration/{key}", method, settings, FIRST.steps)
 
         return fastest_habits(speed)
 
