@@ -19,8 +19,8 @@ from offsite.errors import DataError
 
 _Def = ast.FunctionDef | ast.AsyncFunctionDef
 MARK = "\n\n# Docstring:\n"  # between the code and the answer
-TRAIN_ROWS = 1600
-TEST_ROWS = 200
+TRAIN_ROWS = 800
+TEST_ROWS = 150
 LEAST_TRAIN, LEAST_TEST = 32, 8
 _TEST_SHARE = 1 / 8  # of the functions, by whole modules
 _CODE = (40, 1000)  # characters of a function's code; the most bounds the row's tokens
