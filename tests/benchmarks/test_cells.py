@@ -1,9 +1,12 @@
 """What the benchmark of tuning measures: every cell can be planned, and its figures are of the same thing."""
 
 import json
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 from benchmarks.cells import BEST, CELLS, CONTESTANTS, DEFAULT, PADDED, PEERS, SHAPES, Cell
+from benchmarks.compared import HABITS, fastest_habits
 from benchmarks.counted import Shape
 from benchmarks.render import predictions
 from benchmarks.steps import encoded, steps_of
@@ -127,3 +130,32 @@ def test_operations_are_those_of_the_contestant():
     assert tuning.operations(shape, "full", None) > tuning.operations(shape, "lora", None)
     assert tuning.operations(shape, "offsite lora", None) < tuning.operations(shape, "offsite full", None)
     assert tuning.operations(shape, PADDED[0], 40) > 2 * tuning.operations(shape, "full", None)
+
+
+def peers_of(cell: str, speed: Callable[[Mapping[str, Any]], float]) -> tuple[tuning.Measurements, list[str]]:
+    """A cell whose peers ran fastest in plain attention on the first cell's short rows."""
+    one, tried = object.__new__(tuning.Measurements), []
+    one._cell, one._quick = CELLS[cell], False
+    one._settled = lambda method: {**HABITS, "attention": "eager"}
+
+    def measured(key: str, method: str, settings: Mapping[str, Any], steps: int) -> float:
+        tried.append(key.split("/")[-1])
+        return speed(settings)
+
+    one._speed = measured
+    return one, tried
+
+
+def test_unusual_habits_are_tried_again_on_other_rows():
+    one, _ = peers_of("smollm2/gsm8k", lambda way: way["batch"] * (2 if way["attention"] == "sdpa" else 1))
+    assert one._habits_of("full") == {**HABITS, "batch": 16}
+    one, _ = peers_of("smollm2/gsm8k", lambda way: (2 if way["attention"] == "eager" else 1) / way["batch"])
+    assert one._habits_of("full") == {**HABITS, "attention": "eager", "batch": 4}
+    one, tried = peers_of("smollm2/sciq", lambda way: way["batch"])
+    assert one._habits_of("full") == {**HABITS, "attention": "eager", "batch": 16}
+    assert tried == ["4 at once", "16 at once"]
+
+
+def test_a_habit_changes_only_where_that_is_clearly_faster():
+    speeds = {"habits": 100.0, "keep_freed False": 104.0, "wait PASSIVE": 90.0, "bf16 False": 103.0}
+    assert fastest_habits(lambda key, habits: speeds.get(key, 110.0)) == {**HABITS, "attention": "eager"}
