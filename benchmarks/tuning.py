@@ -217,10 +217,11 @@ class Measurements:
         habits = HABITS if self._quick else self._settled(name)
         ways = [habits, *([HABITS] if habits != HABITS and self._cell != FIRST else [])]  # long rows differ from short
         most = max(self._cell.batches)
-        habits = max(ways, key=lambda way: self._tried(name, {**way, "batch": most})) if len(ways) > 1 else habits
-        batches = self._cell.batches
-        best = max(batches, key=lambda batch: self._tried(name, {**habits, "batch": batch})) if batches[1:] else most
-        return {**habits, "batch": best}
+        habits = self._fastest(name, [{**way, "batch": most} for way in ways])
+        return self._fastest(name, [{**habits, "batch": batch} for batch in self._cell.batches])
+
+    def _fastest(self, name: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return choices[0] if len(choices) == 1 else max(choices, key=lambda settings: self._tried(name, settings))
 
     def _tried(self, name: str, settings: Mapping[str, Any]) -> float:
         """The speed of a peer's first steps in this cell."""
