@@ -50,6 +50,18 @@ def test_compressors_share_all_that_none_of_them_touches(tmp_path: Path) -> None
     assert len(packs) == 3  # one of them with nothing dropped
 
 
+def test_what_a_data_set_has_of_its_own_is_tuned_with(tmp_path: Path) -> None:
+    own = ONE_SET.replace("[[pack]]", "[data.tune]\nmax_steps = 2\n\n[[pack]]", 1)
+    cells = [
+        cell
+        for text, out in ((ONE_SET, "one"), (own, "two"))
+        for cell in Played(lay_out(tmp_path, text), tmp_path / out).cells
+    ]
+    assert [cell.tune.settings["tune"]["max_steps"] for cell in cells] == [3, 2]
+    kept = {row for row in cells[0].rows if cells[0].rows[row].key == cells[1].rows[row].key}
+    assert kept == {"zero_shot", "emulator_zero_shot"}
+
+
 def test_a_key_follows_bytes_and_not_places(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

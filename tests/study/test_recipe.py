@@ -85,6 +85,30 @@ def test_not_toml(tmp_path: Path) -> None:
         load_recipe(tmp_path / "r.toml")
 
 
+def test_a_data_set_may_have_settings_of_its_own(tmp_path: Path) -> None:
+    text = RECIPE.replace("[[pack]]", "[data.tune]\nepochs = 7\nlr = 2e-3\n\n[[pack]]", 1)
+    recipe = load_recipe(lay_out(tmp_path, text))
+    (method,) = recipe.methods
+    plain, own = (method.on(table) for table in recipe.data)
+    assert (plain.spec, plain.full) == (method.spec, method.full)
+    assert (own.spec.epochs, own.spec.lr, own.full.epochs, own.full.lr) == (7, 2e-3, 7, 2e-3)
+    assert (own.spec.rank, own.full.method) == (method.spec.rank, "full")
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("epoch = 7", "[[data]] 'choices'.tune.epoch: there is no such setting; did you mean 'epochs'?"),
+        ("epochs = 0", "[[data]] 'choices'.tune.epochs: Input should be greater than 0 (found 0)"),
+        ("rank = 4", "[[data]] 'choices'.tune.rank: is the same for all data sets; say it in [[tune]]"),
+        ("seed = 4", "[[data]] 'choices'.tune.seed: is the same for all data sets"),
+    ],
+)
+def test_what_a_data_set_may_not_have_of_its_own(tmp_path: Path, setting: str, said: str) -> None:
+    (found,) = problems(tmp_path, "[[pack]]", f"[data.tune]\n{setting}\n\n[[pack]]")
+    assert said in found
+
+
 def test_placements_multiply_with_compressors(tmp_path: Path) -> None:
     text = RECIPE.replace("bottom = 1\ntop = 1\n", "")
     text += '[[placement]]\nname = "ends"\nbottom = 1\ntop = 1\n[[placement]]\nname = "top"\nbottom = 0\ntop = 2\n'

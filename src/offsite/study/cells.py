@@ -64,8 +64,8 @@ def _cell(
     seed: int,
     middle: int,
 ) -> Cell:
-    spec = method.spec.model_copy(update={"seed": seed})
-    full = method.full.model_copy(update={"seed": seed})
+    here = method.on(dataset)
+    spec, full = (one.model_copy(update={"seed": seed}) for one in (here.spec, here.full))
     pack = lab.pack(compressor.spec)
     protocol = _protocol(lab, pack, spec, rows)
     bundle, tune, plugged = protocol[1], protocol[2], protocol[-1]

@@ -35,6 +35,10 @@ class DataTable(Spec):
         Literal["loss", "accuracy", "accuracy_norm"],
         Field(description="what the report shows beside the loss; of text the accuracies need multiple-choice rows"),
     ] = "loss"
+    tune: Annotated[
+        dict[str, Any],
+        Field(description="settings of every [[tune]] and of full fine-tuning on this set, e.g. epochs, lr or augment"),
+    ] = Field(default_factory=dict)
 
 
 class RecipeTables(Spec):
@@ -74,6 +78,10 @@ class Method:
     name: str
     spec: TuneSpec  # the seed is the cell's
     full: TuneSpec
+
+    def on(self, table: DataTable) -> "Method":
+        """The same with what a data set has of its own."""
+        return replace(self, spec=_changed(self.spec, table.tune), full=_changed(self.full, table.tune))
 
 
 @dataclass(frozen=True)
@@ -143,6 +151,7 @@ def load_recipe(file: Path, *, data_root: Path | None = None, base: Path | None 
     problems += _repeated("[[data]]", [one.name for one in recipe.data])
     problems += _repeated("seeds", [str(seed) for seed in recipe.seeds])
     problems += _unknown_shared(tables.shared)
+    problems += _of_data(recipe)
     problems += _not_permitted(recipe)
     if problems:
         raise _wrong(file, problems)
@@ -232,6 +241,25 @@ def _methods(tables: RecipeTables, places: _Places, problems: list[str]) -> Iter
 
 # Settings of TuneSpec that say what trains or what comes back: full fine-tuning has no use for them.
 _OF_A_METHOD = frozenset({"method", "rank", "width", "lora_alpha", "lora_dropout", "checkpoints", "report_scores"})
+
+
+def _of_data(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with the settings that data sets have of their own."""
+    for table in recipe.data:
+        where = f"[[data]] {table.name!r}.tune"
+        yield from (
+            f"{where}.{key}: is the same for all data sets; say it in [[tune]], a seed in `seeds`"
+            for key in sorted(table.tune.keys() & (_OF_A_METHOD | {"seed"}))
+        )
+        problems: list[str] = []
+        for method in recipe.methods:
+            for spec in (method.spec, method.full):
+                _spec(TuneSpec, where, spec.model_dump(by_alias=True) | table.tune, problems)
+        yield from problems
+
+
+def _changed(spec: TuneSpec, settings: Mapping[str, Any]) -> TuneSpec:
+    return TuneSpec.model_validate(spec.model_dump(by_alias=True) | dict(settings)) if settings else spec
 
 
 def _named(where: str, table: Mapping[str, Any], index: int, problems: list[str]) -> tuple[str, dict[str, Any]]:
