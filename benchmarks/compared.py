@@ -6,23 +6,39 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.work import Work, machine, versions
+from benchmarks.work import Work, machine, processor, versions
 
-# How a peer runs unless a calibration finds the other way faster.
-HABITS: Mapping[str, Any] = {"keep_freed": True, "wait": "ACTIVE", "bf16": True, "attention": "sdpa"}
+
+def usual_habits(instructions: Sequence[str]) -> dict[str, Any]:
+    """How a peer runs unless a calibration finds the other way faster.
+
+    Args:
+        instructions: of the processor. Without bf16's, products in bf16 are emulated and many times slower than in
+            fp32, so they are not even tried.
+    """
+    bf16 = any(name.endswith("_bf16") for name in instructions)
+    return {"keep_freed": True, "wait": "ACTIVE", "bf16": bf16, "attention": "sdpa"}
+
+
+HABITS: Mapping[str, Any] = usual_habits(processor()["instructions"])
 _OTHERS: Mapping[str, Any] = {"keep_freed": False, "wait": "PASSIVE", "bf16": False, "attention": "eager"}
 _CLEARLY = 1.05  # times as fast; less is within what the same run differs by on a busy machine
 
 
-def fastest_habits(speed: Callable[[str, Mapping[str, Any]], float]) -> dict[str, Any]:
+def fastest_habits(
+    speed: Callable[[str, Mapping[str, Any]], float], usual: Mapping[str, Any] = HABITS
+) -> dict[str, Any]:
     """Memory, threads, dtype, attention: each is changed once, and stays so if that is clearly faster.
 
     Args:
         speed: of a short run with these habits, under a key of its own.
+        usual: what is changed.
     """
-    habits = dict(HABITS)
+    habits = dict(usual)
     best = speed("habits", habits)
     for habit, other in _OTHERS.items():
+        if habits[habit] == other:
+            continue
         changed = {**habits, habit: other}
         found = speed(f"{habit} {other}", changed)
         if found > _CLEARLY * best:

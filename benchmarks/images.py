@@ -237,7 +237,7 @@ def table(results: Mapping[str, Any]) -> str:
         one = records[0]
         about = (
             f"**{shape}**: {one['images_of_a_step']} images of {one['side']} pixels a step; "
-            f"bf16 matrix products reach {one['matmul_peak_gflops']} GFLOP/s"
+            f"matrix products reach {one['matmul_peak_gflops']} GFLOP/s"
         )
         lines += [about, "", f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
         for record in records:

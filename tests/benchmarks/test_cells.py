@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from benchmarks.cells import BEST, CELLS, CONTESTANTS, DEFAULT, PADDED, PEERS, SHAPES, Cell
-from benchmarks.compared import HABITS, fastest_habits
+from benchmarks.compared import HABITS, fastest_habits, usual_habits
 from benchmarks.counted import Shape
 from benchmarks.render import predictions
 from benchmarks.steps import encoded, steps_of
@@ -157,5 +157,13 @@ def test_unusual_habits_are_tried_again_on_other_rows():
 
 
 def test_a_habit_changes_only_where_that_is_clearly_faster():
+    usual = usual_habits(["avx2", "amx_bf16"])
     speeds = {"habits": 100.0, "keep_freed False": 104.0, "wait PASSIVE": 90.0, "bf16 False": 103.0}
-    assert fastest_habits(lambda key, habits: speeds.get(key, 110.0)) == {**HABITS, "attention": "eager"}
+    assert fastest_habits(lambda key, habits: speeds.get(key, 110.0), usual) == {**usual, "attention": "eager"}
+
+
+def test_bf16_is_not_tried_where_it_would_be_emulated():
+    usual, tried = usual_habits(["avx2"]), []
+    found = fastest_habits(lambda key, habits: tried.append(key) or float(habits["bf16"]), usual)
+    assert not found["bf16"]
+    assert tried == ["habits", "keep_freed False", "wait PASSIVE", "attention eager"]
