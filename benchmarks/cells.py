@@ -1,7 +1,7 @@
 """What `benchmarks.tuning` measures: shapes of models, cells of the table, and who takes part in each."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 RANK = 16
 PAPER = "as the paper's code"
@@ -37,6 +37,10 @@ class Cell:
     def name(self) -> str:
         """As records and flags have it."""
         return f"{self.shape}/{self.data}"
+
+    def shortened(self) -> "Cell":
+        """The same in a few minutes."""
+        return replace(self, warmup=1, steps=min(3, self.steps))
 
 
 _UNPADDED = tuple(name for name in CONTESTANTS if name not in PADDED)

@@ -1,7 +1,7 @@
 """Speed and memory of `offsite tune` against full fine-tuning and LoRA on the full model, side by side.
 
     python -m benchmarks.tuning --data-root ../shared/data        every cell of benchmarks/cells.py but the last
-    python -m benchmarks.tuning --cells smollm2/sciq --quick      one cell, without settling every habit of the peers
+    python -m benchmarks.tuning --cells smollm2/sciq --quick      one cell, few steps, peers by their usual habits
     python -m benchmarks.tuning --predict                         counted bounds alone; nothing is measured
 
 Peers are transformers' Trainer at its best (bf16, rows padded to the longest of those at once, fused AdamW, and the
@@ -47,7 +47,9 @@ def main() -> None:
     parser.add_argument("--data-root", type=lambda path: Path(path).resolve(), default=ROOT.parent / "shared" / "data")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(DEFAULT), metavar="SHAPE/DATA")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
-    parser.add_argument("--quick", action="store_true", help="peers try rows at once alone, not their other habits")
+    parser.add_argument(
+        "--quick", action="store_true", help="few steps; peers try rows at once alone, not their other habits"
+    )
     parser.add_argument("--predict", action="store_true", help="print counted bounds and measure nothing")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -55,7 +57,8 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT)
     wanted = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": str(wanted.threads), "HF_HUB_OFFLINE": "1"}
-    work, cells, root = Work(wanted.work, wanted.threads), [CELLS[name] for name in wanted.cells], wanted.data_root
+    cells = [CELLS[name].shortened() if wanted.quick else CELLS[name] for name in wanted.cells]
+    work, root = Work(wanted.work, wanted.threads), wanted.data_root
     for cell in {FIRST.data: FIRST, **{cell.data: cell for cell in cells}}.values():
         work.source(root, cell.data)  # before any work
     if wanted.predict:
