@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-from benchmarks.cells import BEST, CELLS, CONTESTANTS, DEFAULT, PADDED, PEERS, SHAPES, Cell
+from benchmarks.cells import BEST, CELLS, CONTESTANTS, DEFAULT, FIRST, PADDED, PEERS, SHAPES, Cell
 from benchmarks.compared import HABITS, fastest_habits, usual_habits
 from benchmarks.counted import Shape
 from benchmarks.render import predictions
@@ -167,3 +167,10 @@ def test_bf16_is_not_tried_where_it_would_be_emulated():
     found = fastest_habits(lambda key, habits: tried.append(key) or float(habits["bf16"]), usual)
     assert not found["bf16"]
     assert tried == ["habits", "keep_freed False", "wait PASSIVE", "attention eager"]
+
+
+def test_the_short_form_has_fewer_steps_of_the_same_rows():
+    short = FIRST.shortened()
+    assert (short.warmup, short.steps) == (1, 3)
+    assert (short.name, short.rows, short.batches) == (FIRST.name, FIRST.rows, FIRST.batches)
+    assert CELLS["gpt2-large/sciq"].shortened().steps == 2
