@@ -105,7 +105,7 @@ def random_inputs(length, dtype):
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_(True) for shape in shapes]
 
 
-@pytest.mark.parametrize("length", [1, 100, 128, 129, 300])
+@pytest.mark.parametrize("length", [1, 100, 128, 129, 300, 600])
 @pytest.mark.parametrize("pieces", [2**20, 2**15], ids=["all rows at once", "few rows at once"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_tiles_are_the_whole(length, pieces, causal, monkeypatch):
@@ -119,6 +119,14 @@ def test_tiles_are_the_whole(length, pieces, causal, monkeypatch):
         torch.autograd.grad(expected, inputs, above), torch.autograd.grad(found, inputs, above), strict=True
     ):
         assert torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("length", "tile"), [(100, 100), (448, 128), (512, 128), (513, 256), (1023, 256), (2048, 512), (4096, 256)]
+)
+def test_long_rows_have_few_tiles_and_their_shares_fit_the_cache(length, tile):
+    kind = attention._Kind(0, None, causal=True)
+    assert attention._tile(length, kind) == tile
 
 
 @pytest.mark.parametrize("length", [40, 200])

@@ -3,8 +3,8 @@
 torch's fused attention on processors is slow backwards in bf16, for short rows and pictures most of all, and has no
 dropout: with it, every share goes through fp32 in memory. Here queries run a tile at a time, up to the last key that
 they may see, and without the causal rule all at once for a few heads; shares stay in the processor's cache and are
-made again in the backward pass (Dao et al., arXiv 2205.14135, section 3). Registered through transformers' own
-interface, nothing is patched.
+made again in the backward pass (Dao et al., arXiv 2205.14135, section 3). Forwards under the causal rule and without
+dropout torch's is the faster one, and is taken. Registered through transformers' own interface, nothing is patched.
 """
 
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _NAME = "offsite_tiled"
 _LONGEST = 448  # tokens of a row under a mask; above, the fused one is as fast
 _TILE = 128  # queries of each head that run at once; of longer rows nothing that grows with T * T is kept
+_TILES = 4  # into which longer rows are cut: each has products of its own shapes, which oneDNN compiles and keeps
 _SHARES = 2**20  # of them at once: 2 MiB in bf16
 _LEVELS = 2**16  # random numbers that dropout compares: 16 bits each, for bernoulli_ takes eight times as long
 
@@ -192,11 +193,14 @@ class _Tiled(torch.autograd.Function):
         queries = (query * scale).view(batch, groups, each, length, width).transpose(2, 3)
         queries = queries.reshape(batch * groups, length * each, width)  # (B G, T R, D)
         keys, values = (kept.reshape(batch * groups, length, width) for kept in (key, value))  # (B G, T, D)
+        ctx.save_for_backward(queries, keys, values)
+        ctx.of = scale, kind, (batch, groups, each, length, width)
+        if kind.causal and not kind.dropped:
+            fused = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=each > 1)
+            return fused.transpose(1, 2).contiguous()
         output = torch.empty_like(queries)
         for rows, tile, seen, shares, lives in _pieces(queries, keys, kind):
             output[rows, tile] = (shares if lives is None else shares * lives) @ values[rows, seen]
-        ctx.save_for_backward(queries, keys, values)
-        ctx.of = scale, kind, (batch, groups, each, length, width)
         if kind.dropped:
             output.mul_(_LEVELS / (_LEVELS - kind.dropped))
         together = output.view(batch, groups, length, each, width).transpose(1, 2)
@@ -237,7 +241,10 @@ class _Tiled(torch.autograd.Function):
 
 def _tile(length: int, kind: _Kind) -> int:
     """Queries that run at once: all of them where none of their shares would be in vain and one row's are few."""
-    return length if not kind.causal and length**2 <= _SHARES else min(_TILE, length)
+    if not kind.causal and length**2 <= _SHARES:
+        return length
+    cut = -(-length // (_TILES * _TILE)) * _TILE  # a multiple of the tile, so at most as many as said
+    return min(length, max(_TILE, min(cut, _SHARES // length)))
 
 
 def _pieces(

@@ -16,8 +16,9 @@ from offsite.errors import UsageError
 
 _MOST_WORKERS = 8  # that are started unasked
 # Products of each shape that oneDNN keeps compiled, and torch's bridge to it (ideep) in a cache of its own. Unless told
-# each keeps a thousand: rows of many lengths would fill hundreds of megabytes, and one pass needs about thirty.
-_COMPILED = "32"
+# each keeps a thousand: rows of many lengths would fill hundreds of megabytes. One pass needs thirty to fifty, and with
+# fewer compiles them anew in every block; ideep's are the same ones again, which only kept makes them larger.
+_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "48", "LRU_CACHE_CAPACITY": "1"}
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ def runtime(
     resolved = _resolve_device(device)
     if resolved.type == "cpu":
         _keep_freed_memory()
-        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-            os.environ.setdefault(cache, _COMPILED)
+        for cache, capacity in _CACHES.items():
+            os.environ.setdefault(cache, capacity)
     fast = compute == "bf16" or (compute == "auto" and _multiplies_bf16(resolved))
     return Runtime(resolved, torch.bfloat16 if fast else torch.float32)
 
