@@ -240,7 +240,10 @@ class _Tiled(torch.autograd.Function):
 
 
 def _tile(length: int, kind: _Kind) -> int:
-    """Queries that run at once: all of them where none of their shares would be in vain and one row's are few."""
+    """Queries that run at once: all of them where none of their shares would be in vain and one row's are few.
+
+    Of longer rows as many as leave few tiles, while the shares of a head's tile fit the cache.
+    """
     if not kind.causal and length**2 <= _SHARES:
         return length
     cut = -(-length // (_TILES * _TILE)) * _TILE  # a multiple of the tile, so at most as many as said
