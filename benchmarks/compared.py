@@ -6,21 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.work import Work, machine, processor, versions
+from benchmarks.work import Work, machine, versions
+
+from offsite.core.processor import multiplies_bf16
 
 
-def usual_habits(instructions: Sequence[str]) -> dict[str, Any]:
+def usual_habits(*, bf16: bool) -> dict[str, Any]:
     """How a peer runs unless a calibration finds the other way faster.
 
     Args:
-        instructions: of the processor. Without bf16's, products in bf16 are emulated and many times slower than in
-            fp32, so they are not even tried.
+        bf16: whether the processor multiplies it faster than fp32. Where not, it is not even tried.
     """
-    bf16 = any(name.endswith("_bf16") for name in instructions)
     return {"keep_freed": True, "wait": "ACTIVE", "bf16": bf16, "attention": "sdpa"}
 
 
-HABITS: Mapping[str, Any] = usual_habits(processor()["instructions"])
+HABITS: Mapping[str, Any] = usual_habits(bf16=multiplies_bf16())
 _OTHERS: Mapping[str, Any] = {"keep_freed": False, "wait": "PASSIVE", "bf16": False, "attention": "eager"}
 _CLEARLY = 1.05  # times as fast; less is within what the same run differs by on a busy machine
 

@@ -7,9 +7,9 @@
 Peers are transformers' Trainer at its best (bf16, rows padded to the longest of those at once, fused AdamW, and the
 rows at once, allocator, threads, dtype and attention that a short calibration finds fastest), and "as the paper's
 code": fp32 weights under autocast, four rows at once, all padded to the longest of the data set. Where the processor
-has no bf16, nobody uses it. Everybody sees the same rows in the same steps, which is checked. Every repetition is a
-process of its own, contestants take turns, speeds are those of the steps after the warm-up, and peaks are what the
-system counted. An interrupted run continues from the work folder.
+is no faster in bf16, nobody uses it. Everybody sees the same rows in the same steps, which is checked. Every repetition
+is a process of its own, contestants take turns, speeds are those of the steps after the warm-up, and peaks are what
+the system counted. An interrupted run continues from the work folder.
 """
 
 import argparse

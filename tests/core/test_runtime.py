@@ -16,9 +16,15 @@ def test_explicit_choices_are_kept():
 
 
 def test_auto_looks_at_what_the_processor_can_do(monkeypatch):
-    for able, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda able=able: able)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    for tiles, vectors, intel, expected in (
+        (True, True, True, torch.bfloat16),
+        (False, True, False, torch.bfloat16),
+        (False, True, True, torch.float32),
+        (False, False, False, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda able=tiles: able)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda able=vectors: able)
+        monkeypatch.setattr("offsite.core.runtime.made_by_intel", lambda made=intel: made)
         assert runtime("cpu", "auto", threads=1).dtype is expected
 
 

@@ -5,15 +5,14 @@ counts. The terms are those of a processor; on an accelerator the same tensors l
 """
 
 import math
-import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from offsite.config import Method
 from offsite.core.architectures import Architecture
 from offsite.core.checkpoint import CHUNK_BYTES
+from offsite.core.processor import multiplies_bf16
 
 # The sizes that bound memory: how much runs at once.
 CHUNK_ELEMENTS = 2**25  # logits that exist at once: 64 MiB in bf16
@@ -200,14 +199,4 @@ def compute_bytes(compute: Literal["auto", "bf16", "fp32"], device: str) -> int:
         return {"bf16": 2, "fp32": 4}[compute]
     if device.startswith(("cuda", "xpu")):
         return 2
-    return 2 if device != "mps" and _processor_multiplies_bf16() else 4
-
-
-def _processor_multiplies_bf16() -> bool:
-    if platform.system() != "Linux":
-        return False
-    try:
-        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
-    except OSError:
-        return False
-    return bool(words & {"amx_tile", "avx512_bf16"})
+    return 2 if device != "mps" and multiplies_bf16() else 4

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from offsite.core.processor import made_by_intel
 from offsite.core.threads import available_cores
 from offsite.errors import UsageError
 
@@ -36,8 +37,8 @@ def runtime(
 
     Args:
         device: "auto" is the first CUDA device, else XPU, else the processor; MPS only when asked for.
-        compute: "auto" is bf16 where the hardware multiplies it, else fp32. It looks at what the hardware can do and
-            never at a stopwatch, so the same machine always decides alike.
+        compute: "auto" is bf16 where the hardware multiplies it faster than fp32, else fp32. It looks at what the
+            hardware is and never at a stopwatch, so the same machine always decides alike.
         threads: None is $OMP_NUM_THREADS, else every core that this process may use.
 
     Raises:
@@ -116,5 +117,6 @@ def _multiplies_bf16(device: torch.device) -> bool:
     if device.type == "xpu":
         return True
     if device.type == "cpu":  # without these instructions bf16 is emulated and slower than fp32
-        return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+        vectors_pay = torch.cpu._is_avx512_bf16_supported() and not made_by_intel()
+        return bool(torch.cpu._is_amx_tile_supported() or vectors_pay)
     return False
