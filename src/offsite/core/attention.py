@@ -1,10 +1,11 @@
 """Attention that is fast to train on a processor, and of long rows keeps nothing that grows with the square of T.
 
 torch's fused attention on processors is slow backwards in bf16, for short rows and pictures most of all, and has no
-dropout: with it, every share goes through fp32 in memory. Here queries run a tile at a time, up to the last key that
-they may see, and without the causal rule all at once for a few heads; shares stay in the processor's cache and are
-made again in the backward pass (Dao et al., arXiv 2205.14135, section 3). Forwards under the causal rule and without
-dropout torch's is the faster one, and is taken. Registered through transformers' own interface, nothing is patched.
+dropout: with it, every share goes through fp32 in memory and is kept. Here queries run a tile at a time, up to the
+last key that they may see, and without the causal rule all at once for a few heads; shares stay in the processor's
+cache and are made again in the backward pass (Dao et al., arXiv 2205.14135, section 3). Forwards under the causal rule
+and without dropout torch's is the faster one, and is taken. Registered through transformers' own interface, nothing is
+patched.
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ _NAME = "offsite_tiled"
 _LONGEST = 448  # tokens of a row under a mask; above, the fused one is as fast
 _TILE = 128  # queries of each head that run at once; of longer rows nothing that grows with T * T is kept
 _TILES = 4  # into which longer rows are cut: each has products of its own shapes, which oneDNN compiles and keeps
-_SHARES = 2**20  # of them at once: 2 MiB in bf16
+_SHARES = 2**20  # of them at once: 2 MiB in bf16, 4 in fp32
 _LEVELS = 2**16  # random numbers that dropout compares: 16 bits each, for bernoulli_ takes eight times as long
 
 # some rows, a tile of their queries, the keys that it sees, its shares, and which of them dropout lets live
@@ -30,11 +31,11 @@ _Piece = tuple[slice, slice, slice, torch.Tensor, torch.Tensor | None]
 
 
 def use_tiled_attention(model: "PreTrainedModel") -> None:
-    """Let a bf16 model on a processor train with the attention of this file; others stay as they are."""
+    """Let a model on a processor train with the attention of this file; others stay as they are."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    if model.config._attn_implementation != "sdpa" or model.device.type != "cpu" or model.dtype != torch.bfloat16:
+    if model.config._attn_implementation != "sdpa" or model.device.type != "cpu":
         return
     if not getattr(model, "_supports_attention_backend", False):
         return  # its own code branches on the name: Falcon would take another attention under this one's mask
@@ -88,6 +89,7 @@ def _attend(
         torch.is_grad_enabled()
         and query.requires_grad
         and key.shape[2] == length
+        and (causal or dropout or query.dtype == torch.bfloat16)  # of pictures in fp32 torch's is the faster
         and all(kwargs.get(name) is None for name in ("softcap", "position_bias", "cache", "s_aux"))
     )
     if ours and attention_mask is None and length > _TILE:
@@ -119,7 +121,7 @@ def _at_once(
     scores = rows @ key.transpose(2, 3)  # (B, G, heads/G * T, T)
     if mask is not None or causal:
         scores.view(batch, heads, length, length).add_(_additive(mask, scores))
-    shares = F.softmax(scores, dim=-1)  # computed in fp32, stored in bf16
+    shares = F.softmax(scores, dim=-1)  # computed in fp32, stored in the dtype of the scores
     if dropout:
         shares = F.dropout(shares, dropout, training=True)
     output = (shares @ value).view(batch, heads, length, value.shape[3])

@@ -22,7 +22,7 @@ CALIBRATION_BATCH = 8  # sequences of it that run at once
 GROUP_TOKENS = 65_536  # tokens of it whose hidden states are in memory on their way to the disk
 SEARCH_TOKENS = 16_384  # tokens of it that a search refits and judges a selection on, at most
 JUDGED = 8  # every so many of their batches one judges
-SHORT_ATTENTION = 128  # tokens; up to here training in bf16 on a processor keeps the attention's shares
+SHORT_ATTENTION = 128  # tokens; up to here training on a processor keeps the attention's shares
 
 # What a process holds before it holds any of the model; measured by benchmarks/memory.py on Linux x86-64, Python 3.11.
 PLAIN_LIBRARIES = 58 * 2**20  # the interpreter, NumPy, pydantic: stages that move tensors by name

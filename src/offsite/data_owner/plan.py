@@ -304,7 +304,7 @@ def _trained(sizes: _Sizes) -> list[Term]:
 def _activations(sizes: _Sizes) -> list[Term]:
     """What the forward pass keeps for the backward one, of the blocks that the gradient goes through."""
     block, item = sizes.block, sizes.item
-    short = item < 4 and not sizes.seen and min(sizes.length, SHORT_ATTENTION)
+    short = not sizes.seen and min(sizes.length, SHORT_ATTENTION)
     attention = max(
         block.attention(item, short, short=True) if short else 0,
         block.attention(item, sizes.length, short=False) if sizes.length > (short or 0) else 0,
