@@ -55,6 +55,19 @@ def test_held_out_pictures(tmp_path: Path, bundle: Bundle) -> None:
     assert (len(album.train), len(album.held_out or ())) == (9, 3)
 
 
+def test_speed_is_told_in_images(tmp_path: Path, bundle: Bundle) -> None:
+    told: list[set[str]] = []
+    pictures = tiny_pictures(tmp_path / "set", 4)
+    home = Home(tmp_path / "hospital-home")
+    tune(bundle.folder, pictures, tmp_path / "return", spec(), home, progress=lambda event: told.append({*event.facts}))
+    assert {"loss", "lr", "images/s", "left"} in told
+    steps = map(json.loads, (tmp_path / "return.log.jsonl").read_text().splitlines())
+    step = next(record for record in steps if record["event"] == "step")
+    assert step["images"] == 4
+    assert step["images_per_s"] > 0
+    assert not [name for name in step if "tokens" in name]
+
+
 def test_no_task(tmp_path: Path, bundle: Bundle) -> None:
     pictures = tiny_pictures(tmp_path / "set", 1)
     shutil.copytree(pictures / "red", pictures / "rosy")

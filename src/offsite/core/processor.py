@@ -9,8 +9,8 @@ _INFO = Path("/proc/cpuinfo")
 def multiplies_bf16(info: Path = _INFO) -> bool:
     """Whether products in bf16 are faster than in fp32; False where the system does not say.
 
-    Intel's vector units take two cycles for the dot product of bf16 and half of one for fp32's: only its matrix tiles
-    pay, which virtual machines often hide. AMD's take one (uops.info on VDPBF16PS; benchmarks/NOTES.md has a machine).
+    Intel's vector units run products in bf16 at half the speed of fp32 (benchmarks/NOTES.md): only its matrix tiles
+    pay, which virtual machines often hide. AMD's vector units are faster in bf16.
 
     Args:
         info: the kernel's description of the processor.

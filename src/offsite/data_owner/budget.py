@@ -70,13 +70,12 @@ def _fit(tuning: Tuning, spec: TuneSpec, where: Runtime, progress: Progress) -> 
     numbers = sum(master.numel() for master in tuning.weights.masters.values())
     later = numbers * (8 if where.dtype == torch.float32 else 12)  # AdamW's moments, and gradients in fp32
     ceiling = int(budget * (1 - _SPARE)) - later
-    unit = "tokens" if isinstance(tuning.task, TextTask) else "pictures"
     least = 0
     for again in (True,) if spec.gradient_checkpointing else (False, True):
         _recompute(tuning, again)
         found = None
         for count, group in _trials(tuning, spec):
-            progress(Event(f"measuring memory: {count} {unit} at once", 0))
+            progress(Event(f"measuring memory: {count} {tuning.task.unit} at once", 0))
             before, peak = _measured(lambda rows=group: _run(tuning, rows), where.device)  # type: ignore[misc]
             if peak > ceiling:
                 least = peak  # of one row alone, where nothing was found

@@ -7,6 +7,7 @@ from nothing it learns faster (paper, appendix: ten times the learning rate).
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -124,6 +125,7 @@ def head_parameters(head: nn.Linear) -> dict[str, nn.Parameter]:
 class ImageTask:
     """Pictures under an encoder and a head."""
 
+    unit: ClassVar[str] = "images"
     encoder: Encoder
     head: nn.Linear
     used: torch.Tensor  # (F,), 1 where the head reads
@@ -160,8 +162,8 @@ class ImageTask:
         self.album.train.foresee(rows, [seed, epoch] if self.augment else None)
 
     def size(self, rows: Sequence[int]) -> dict[str, int]:
-        """As in `Task`: every picture is one label, and counts as one token."""
-        return {"tokens": len(rows), "labels": len(rows)}
+        """As in `Task`: every picture is one label."""
+        return {self.unit: len(rows), "labels": len(rows)}
 
     @torch.no_grad()
     def validate(self, spec: TuneSpec, progress: Progress, stage: str) -> Mapping[str, float]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -15,6 +15,8 @@ from offsite.measure.row_losses import perplexity, row_losses
 
 class Task(Protocol):
     """Rows by number, from 0."""
+
+    unit: ClassVar[str]  # what `size` counts beside labels, and speed is told in
 
     @property
     def rows(self) -> int:
@@ -43,7 +45,7 @@ class Task(Protocol):
         ...
 
     def size(self, rows: Sequence[int]) -> dict[str, int]:
-        """Tokens and labels of rows."""
+        """Units and labels of rows."""
         ...
 
     def validate(self, spec: TuneSpec, progress: Progress, stage: str) -> Mapping[str, float]:
@@ -55,6 +57,7 @@ class Task(Protocol):
 class TextTask:
     """Labelled tokens of text under a language model."""
 
+    unit: ClassVar[str] = "tokens"
     network: Network
     examples: Sequence[Example]
     held_out: Sequence[Example]  # may be empty
@@ -87,7 +90,7 @@ class TextTask:
     def size(self, rows: Sequence[int]) -> dict[str, int]:
         """As in `Task`."""
         return {
-            "tokens": sum(len(self.examples[i].ids) for i in rows),
+            self.unit: sum(len(self.examples[i].ids) for i in rows),
             "labels": sum(self.examples[i].labels for i in rows),
         }
 

@@ -61,7 +61,7 @@ def train(
     done = _restore(tuning, optimizer, state)
     checkpoints.require_taken(done)
     rows_of = rows_of_steps(spec, tuning.task.rows, tuning.task.order)
-    speed = _Speed()
+    speed, unit = _Speed(), tuning.task.unit
     whole = True  # whether the weights are those after `done` steps, and not between two
     with run_log(log) as to_file, board(tensorboard) as to_board, stop_requests() as stopping:
 
@@ -88,13 +88,13 @@ def train(
                 done += 1
                 checkpoints.take(done, tuning.returned)
                 whole = True  # only now: a resume point of this step says that its checkpoint has been taken
-                speed.add(facts["tokens"])
-                write({"event": "step", "step": done, **facts, "tokens_per_s": speed.tokens_per_s})
+                speed.add(facts[unit])
+                write({"event": "step", "step": done, **facts, f"{unit}_per_s": speed.per_s})
                 if done % spec.save_every == 0 or done == steps or stopping():
                     _save(tuning, optimizer, state, done)
                 if stopping():
                     raise KeyboardInterrupt
-                progress(Event("tuning", done, steps, _shown(facts, speed, steps - done)))
+                progress(Event("tuning", done, steps, _shown(facts, unit, speed, steps - done)))
                 if checkpoints.is_due(done) or (spec.eval_every and done % spec.eval_every == 0):
                     validate()
         except KeyboardInterrupt:
@@ -196,23 +196,23 @@ def _restore(tuning: Tuning, optimizer: torch.optim.Optimizer, state: RunState) 
 
 
 class _Speed:
-    """Tokens and seconds of the last steps; time spent on anything else is left out."""
+    """Tokens or images and seconds of the last steps; time spent on anything else is left out."""
 
     def __init__(self) -> None:
         self._steps: collections.deque[tuple[float, float]] = collections.deque(maxlen=_SPEED_STEPS)
         self._since = time.perf_counter()
 
-    def add(self, tokens: float) -> None:
+    def add(self, units: float) -> None:
         now = time.perf_counter()
-        self._steps.append((tokens, now - self._since))
+        self._steps.append((units, now - self._since))
         self._since = now
 
     def rest(self) -> None:
         self._since = time.perf_counter()
 
     @property
-    def tokens_per_s(self) -> float:
-        return round(sum(tokens for tokens, _ in self._steps) / max(self._seconds, 1e-9), 1)
+    def per_s(self) -> float:
+        return round(sum(units for units, _ in self._steps) / max(self._seconds, 1e-9), 1)
 
     def left(self, steps: int) -> float:
         return steps * self._seconds / max(1, len(self._steps))
@@ -222,11 +222,11 @@ class _Speed:
         return sum(seconds for _, seconds in self._steps)
 
 
-def _shown(facts: Mapping[str, float], speed: _Speed, left: int) -> dict[str, float | str]:
+def _shown(facts: Mapping[str, float], unit: str, speed: _Speed, left: int) -> dict[str, float | str]:
     seconds = round(speed.left(left))
     return {
         "loss": facts["loss"],
         "lr": facts["lr"],
-        "tokens/s": round(speed.tokens_per_s),
+        f"{unit}/s": round(speed.per_s),
         "left": f"{seconds // 60}:{seconds % 60:02}",
     }
