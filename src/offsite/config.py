@@ -281,6 +281,12 @@ class TuneSpec(ComputeSpec):
     gradient_checkpointing: Annotated[
         bool, Field(description="run blocks again in the backward pass: less memory, about a quarter slower")
     ] = False
+    narrow_weights: Annotated[
+        bool,
+        Field(
+            description="where the arithmetic is fp32, hold frozen blocks in bf16: half of their memory, a bit slower"
+        ),
+    ] = False
     cache_features: Annotated[
         Literal["auto", "off"],
         Field(description="whether frozen blocks before the first trained one run once and keep the result on disk"),

@@ -104,6 +104,7 @@ def test_what_cannot_fit_is_refused_with_what_it_needs(tmp_path, monkeypatch):
     _measuring(monkeypatch, tuning, per_token=2**24, recomputed=2**23)
     with pytest.raises(UsageError, match="does not fit into 120MiB") as refused:
         within_memory(tuning, TuneSpec(memory="120MiB"), WHERE, tmp_path / "memory.json", silent)
+    assert "narrow_weights = true" in refused.value.next_step  # the arithmetic is fp32
     needed = refused.value.next_step.split()[2]
     assert within_memory(tuning, TuneSpec(memory=needed), WHERE, tmp_path / "memory.json", silent)
 

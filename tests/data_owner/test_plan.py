@@ -131,6 +131,19 @@ def test_in_fp32_the_weights_are_the_masters(base: Path, tmp_path: Path, parties
     assert terms(plan, "backward pass")["gradients in bf16"].bytes == 0
 
 
+def test_narrow_weights_are_counted(base: Path, tmp_path: Path, parties: Parties, rows: Path) -> None:
+    bundle = packed(base, tmp_path / "bundle", parties)
+    wide, narrow = (
+        terms(plan_tune(bundle, rows, TuneSpec(compute="fp32", narrow_weights=on)), "backward pass")
+        for on in (False, True)
+    )
+    frozen = sum(part.parameters for part in plan_tune(bundle, rows, TuneSpec()).bundle if part.name == "emulator")
+    assert wide["weights"].bytes - narrow["weights"].bytes == 2 * frozen > 0
+    assert narrow["one block in fp32"].bytes == 4 * BLOCK
+    in_bf16 = terms(plan_tune(bundle, rows, TuneSpec(compute="bf16", narrow_weights=True)), "backward pass")
+    assert "one block in fp32" not in in_bf16
+
+
 def test_below_the_first_trained_block_nothing_is_kept(
     base: Path, tmp_path: Path, parties: Parties, rows: Path
 ) -> None:

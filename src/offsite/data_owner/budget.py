@@ -86,6 +86,8 @@ def _fit(tuning: Tuning, spec: TuneSpec, where: Runtime, progress: Progress) -> 
         if found is not None:
             return found
     what, otherwise = _one_row(tuning)
+    if where.dtype == torch.float32 and not spec.narrow_weights:
+        otherwise += ", or narrow_weights = true in table [tune] of a --config file"
     raise UsageError(
         f"the tuning does not fit into {spec.memory}",
         reasons=[f"{what} alone takes {_shown(least + later)}"],

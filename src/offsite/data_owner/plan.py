@@ -74,6 +74,7 @@ class _Sizes:
     block: BlockShape
     vocabulary: int
     parameters: int  # of the bundle
+    narrow: int  # of those, in frozen blocks that are held in bf16 under arithmetic in fp32
     stored: int  # bytes of the bundle's weights
     same_dtype: bool  # whether they are stored in the dtype of the arithmetic
     trained: int  # numbers that train
@@ -152,6 +153,7 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
         block=max(shapes, key=lambda shape: shape.kept(item)),
         vocabulary=0 if seen else tensors[row.embedding_tensors(config)[0]].shape[0],
         parameters=sum(one.parameters for one in parts),
+        narrow=sum(one.parameters for one in parts if one.name == "emulator" and spec.narrow_weights and item == 4),
         stored=sum(one.bytes for one in parts),
         same_dtype=all(ITEM_SIZE[tensor.dtype] == item for tensor in tensors.values()),
         trained=sum(numbers) + (seen.classifier if seen else 0),
@@ -243,8 +245,7 @@ def _parts(row: Architecture, manifest: BundleManifest, tensors: Mapping[str, Te
 
 def _phases(sizes: _Sizes, tokenizer: int) -> tuple[Phase, ...]:
     libraries = torch_libraries(tokenizer)
-    weights = Term("weights", sizes.item * sizes.parameters, "c * P")
-    always = (*libraries, weights, *_trained(sizes), *([sizes.seen.decoded] if sizes.seen else []))
+    always = (*libraries, *_weights(sizes), *_trained(sizes), *([sizes.seen.decoded] if sizes.seen else []))
     kept = _activations(sizes)
     in_flight = Term(
         "gradients of one block's activations",
@@ -267,6 +268,15 @@ def _phases(sizes: _Sizes, tokenizer: int) -> tuple[Phase, ...]:
         *([_without_gradients(sizes, sizes.seen, always)] if sizes.seen else []),
         Phase("backward pass", (*always, *kept, in_flight, allocator((*kept, in_flight)), working)),
         Phase("writing a resume point", (*always, Term("one tensor's bytes", 4 * sizes.largest, "4 * largest P_t"))),
+    )
+
+
+def _weights(sizes: _Sizes) -> tuple[Term, ...]:
+    if not sizes.narrow:
+        return (Term("weights", sizes.item * sizes.parameters, "c * P"),)
+    return (
+        Term("weights", sizes.item * sizes.parameters - 2 * sizes.narrow, "c * P - 2 * P_f"),
+        Term("one block in fp32", 4 * sizes.block.parameters, "4 * P_b"),
     )
 
 

@@ -5,9 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from offsite.config import TuneSpec
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.attention import use_tiled_attention
+from offsite.core.checkpoint import open_checkpoint
 from offsite.core.data import Example, encode
 from offsite.core.fused import fuse
 from offsite.core.load import context_length, load_model, load_tokenizer
@@ -31,6 +34,7 @@ from offsite.data_owner.image_task import Album, ImageTask, head_parameters, new
 from offsite.data_owner.methods import METHODS
 from offsite.data_owner.methods.head import attach_head
 from offsite.data_owner.methods.lean_pairs import run_lean
+from offsite.data_owner.narrow import hold_narrow
 from offsite.data_owner.permitted import require_permitted, require_something_to_report
 from offsite.data_owner.schedule import checkpoint_steps, step_count
 from offsite.data_owner.send_back import send_back
@@ -46,7 +50,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Settings that do not change what comes out, so a resumed run may have others.
-_FREE_SETTINGS = frozenset({"save_every", "eval_every", "threads", "workers"})
+_FREE_SETTINGS = frozenset({"save_every", "eval_every", "threads", "workers", "narrow_weights"})
 
 
 def tune(
@@ -164,7 +168,7 @@ def _identity_of_run(
 def _prepare(
     bundle: Bundle, spec: TuneSpec, where: Runtime, examples: tuple[Example, ...], held_out: tuple[Example, ...]
 ) -> Tuning:
-    model = load_model(bundle.folder, dtype=where.dtype, device=where.device)
+    model = _load(bundle, spec, where)
     network = take_apart(model)
     trained = _attach(model, bundle, spec)
     weights = TrainedWeights(trained | attach_head(model, bundle.manifest, spec))
@@ -172,7 +176,7 @@ def _prepare(
 
 
 def _prepare_images(bundle: Bundle, spec: TuneSpec, where: Runtime, album: Album, progress: Progress) -> Tuning:
-    model = load_model(bundle.folder, dtype=where.dtype, device=where.device)
+    model = _load(bundle, spec, where)
     encoder = encoder_of(model)
     used = encoder.read_by(spec.pooling)
     head = new_head(encoder, album, used, spec, progress)
@@ -181,6 +185,23 @@ def _prepare_images(bundle: Bundle, spec: TuneSpec, where: Runtime, album: Album
     task = ImageTask(encoder, head, used, album, spec.augment)
     tuning = _tuning(bundle, spec, model, weights, task)
     return replace(tuning, decayed=tuning.decayed - {BIAS} | {WEIGHT}, faster=dict.fromkeys(made, spec.head_factor))
+
+
+def _load(bundle: Bundle, spec: TuneSpec, where: Runtime) -> "PreTrainedModel":
+    """The bundle's model in the dtype of the arithmetic, or with narrow weights in its frozen blocks."""
+    if not spec.narrow_weights or where.dtype != torch.float32:
+        return load_model(bundle.folder, dtype=where.dtype, device=where.device)
+    wider = sorted({tensor.dtype for tensor in open_checkpoint(bundle.folder).tensors.values()} & {"F16", "F32"})
+    if wider:
+        raise UsageError(
+            "narrow_weights holds frozen blocks in bf16, which would round this bundle's",
+            reasons=[f"it has tensors of {', '.join(wider)}"],
+            next_step="leave narrow_weights out, or ask the model's owner for a bundle in bf16",
+        )
+    model = load_model(bundle.folder, dtype=torch.bfloat16, device=where.device)
+    row = ARCHITECTURES[bundle.manifest.architecture]
+    hold_narrow(model, model.get_submodule(row.module_blocks or row.blocks), bundle.manifest.split.trained)
+    return model
 
 
 def _attach(model: "PreTrainedModel", bundle: Bundle, spec: TuneSpec) -> dict[str, "nn.Parameter"]:

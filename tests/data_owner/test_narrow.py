@@ -1,0 +1,143 @@
+"""Frozen blocks in bf16 under fp32 arithmetic: the same numbers, half of the memory."""
+
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+from offsite.config import TuneSpec
+from offsite.core.data import Example, collate
+from offsite.core.fused import fuse
+from offsite.core.load import load_model
+from offsite.core.loss import label_losses, take_apart
+from offsite.data_owner.narrow import Narrow, hold_narrow
+from offsite.data_owner.recompute import keep_activations, recompute
+from offsite.data_owner.tune import tune
+from offsite.errors import UsageError
+from offsite.exchange.contents import ADAPTER_WEIGHTS, RETURNED_WEIGHTS
+from tiny import KINDS, VISION_KINDS, tiny_base, tiny_bundle, tiny_parties, tiny_rows, tiny_vision_base
+
+CPU = torch.device("cpu")
+
+
+def blocks_of(model):
+    return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+
+
+def narrow_base(folder, make):
+    """A checkpoint in bf16."""
+    model = load_model(make(folder / "wide"), dtype=torch.bfloat16, device=CPU)
+    model.save_pretrained(folder / "narrow")
+    return folder / "narrow"
+
+
+def both(folder):
+    """The same model with wide and with narrow frozen blocks; the first and the last train."""
+    wide, narrow = (load_model(folder, dtype=dtype, device=CPU) for dtype in (torch.float32, torch.bfloat16))
+    hold_narrow(narrow, blocks_of(narrow), (0, 2))
+    for model in (wide, narrow):
+        fuse(model)
+        for index in ("0", "2"):
+            blocks_of(model).get_submodule(index).requires_grad_(True)
+    held = blocks_of(narrow).get_submodule("1")
+    assert isinstance(held, Narrow)
+    assert {matrix.dtype for matrix in held.parameters() if matrix.dim() > 1} == {torch.bfloat16}
+    return wide, narrow
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return [loss.detach(), *(one.grad for one in model.parameters() if one.grad is not None)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_language_models_compute_the_same(tmp_path, kind):
+    folder = narrow_base(tmp_path, lambda folder: tiny_base(folder, blocks=3, **KINDS[kind]))
+    generator = np.random.default_rng(0)
+    batch = collate([Example(i, generator.integers(0, 300, length), 1) for i, length in enumerate((5, 14, 9))])
+    wide, narrow = both(folder)
+    expected = gradients(wide, label_losses(take_apart(wide), batch)[0])
+    network = take_apart(narrow)
+    for again in (False, True, False):
+        (recompute if again else keep_activations)(blocks_of(narrow))
+        found = gradients(narrow, label_losses(network, batch)[0])
+        assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in VISION_KINDS if "timm" not in kind])
+def test_encoders_compute_the_same(tmp_path, kind):
+    wide, narrow = both(narrow_base(tmp_path, lambda folder: tiny_vision_base(folder, kind, blocks=3)))
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected, found = (
+        gradients(model, model(pixel_values=pixels).last_hidden_state.square().sum()) for model in (wide, narrow)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+def test_of_a_frozen_block_only_its_activations_are_kept(tmp_path):
+    """What comes back from packing is all that the graph keeps: no wide matrix among it."""
+    _, narrow = both(narrow_base(tmp_path, lambda folder: tiny_base(folder, blocks=3)))
+    block = blocks_of(narrow).get_submodule("1")
+    wide = []
+    run = block.block.forward
+    block.block.forward = lambda *given, **named: (
+        wide.extend(map(weakref.ref, block.block.parameters())) or run(*given, **named)
+    )
+    loss = label_losses(take_apart(narrow), collate([Example(0, np.arange(9), 1)]))[0]
+    matrices = [one() for one in wide if one() is not None and one().dim() > 1]
+    assert wide
+    assert not matrices
+    loss.backward()
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("house")
+    parties = tiny_parties(folder)
+    base = tiny_base(folder / "base", blocks=5)
+    bundles = {
+        dtype: tiny_bundle(base, folder / dtype, parties, keep=2, dtype=dtype).folder for dtype in ("BF16", "F32")
+    }
+    return bundles, tiny_rows(folder / "rows.jsonl", 14), parties.data_owner
+
+
+def spec_of(**settings):
+    usual = {"rank": 4, "lr": 5e-3, "batch_size": 4, "epochs": 2, "compute": "fp32", "threads": 1, "device": "cpu"}
+    return TuneSpec(**(usual | settings))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}, {"memory": "64GiB"}])
+def test_the_return_is_the_same(house, tmp_path, method, more):
+    bundles, rows, home = house
+    returned = [
+        tune(bundles["BF16"], rows, tmp_path / str(narrow), spec_of(method=method, narrow_weights=narrow, **more), home)
+        for narrow in (False, True)
+    ]
+    name = ADAPTER_WEIGHTS if method == "lora" else RETURNED_WEIGHTS
+    assert len({(one.folder / name).read_bytes() for one in returned}) == 1
+
+
+def test_an_interrupted_run_goes_on_with_narrow_weights(house, tmp_path):
+    bundles, rows, home = house
+
+    def stop(event):
+        if event.stage == "tuning" and event.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(bundles["BF16"], rows, tmp_path / "return", spec_of(), home, progress=stop)
+    resumed = tune(bundles["BF16"], rows, tmp_path / "return", spec_of(narrow_weights=True), home, resume=True)
+    whole = tune(bundles["BF16"], rows, tmp_path / "whole", spec_of(), home)
+    first, second = ((one.folder / ADAPTER_WEIGHTS).read_bytes() for one in (resumed, whole))
+    assert first == second
+
+
+def test_weights_that_bf16_would_round_stay_as_they_are(house, tmp_path):
+    bundles, rows, home = house
+    with pytest.raises(UsageError, match="would round") as refused:
+        tune(bundles["F32"], rows, tmp_path / "return", spec_of(narrow_weights=True), home)
+    assert refused.value.reasons == ("it has tensors of F32",)
+    assert tune(bundles["F32"], rows, tmp_path / "bf16", spec_of(narrow_weights=True, compute="bf16"), home)
