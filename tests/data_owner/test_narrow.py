@@ -11,6 +11,7 @@ from offsite.core.data import Example, collate
 from offsite.core.fused import fuse
 from offsite.core.load import load_model
 from offsite.core.loss import label_losses, take_apart
+from offsite.data_owner import narrow
 from offsite.data_owner.narrow import Narrow, hold_narrow
 from offsite.data_owner.recompute import keep_activations, recompute
 from offsite.data_owner.tune import tune
@@ -78,18 +79,28 @@ def test_encoders_compute_the_same(tmp_path, kind):
 
 def test_of_a_frozen_block_only_its_activations_are_kept(tmp_path):
     """What comes back from packing is all that the graph keeps: no wide matrix among it."""
-    _, narrow = both(narrow_base(tmp_path, lambda folder: tiny_base(folder, blocks=3)))
-    block = blocks_of(narrow).get_submodule("1")
+    _, model = both(narrow_base(tmp_path, lambda folder: tiny_base(folder, blocks=3)))
+    block = blocks_of(model).get_submodule("1")
     wide = []
     run = block.block.forward
     block.block.forward = lambda *given, **named: (
         wide.extend(map(weakref.ref, block.block.parameters())) or run(*given, **named)
     )
-    loss = label_losses(take_apart(narrow), collate([Example(0, np.arange(9), 1)]))[0]
+    loss = label_losses(take_apart(model), collate([Example(0, np.arange(9), 1)]))[0]
     matrices = [one() for one in wide if one() is not None and one().dim() > 1]
     assert wide
     assert not matrices
     loss.backward()
+
+
+def test_a_recomputed_block_keeps_nothing_itself(tmp_path, monkeypatch):
+    _, model = both(narrow_base(tmp_path, lambda folder: tiny_base(folder, blocks=3)))
+    monkeypatch.delattr(narrow, "saved_tensors_hooks")
+    recompute(blocks_of(model))
+    label_losses(take_apart(model), collate([Example(0, np.arange(9), 1)]))[0].backward()
+    keep_activations(blocks_of(model))
+    with pytest.raises(NameError):
+        label_losses(take_apart(model), collate([Example(0, np.arange(9), 1)]))
 
 
 @pytest.fixture(scope="module")
