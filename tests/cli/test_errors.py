@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,14 @@ def test_interrupted_tune_says_how_to_continue(
     monkeypatch.setattr(data_owner.flags, "settings", interrupt)
     assert main(["tune", "b", "--data", "d", "--out", "o"]) == 130
     assert "--resume" in capsys.readouterr().err
+
+
+def test_termination_is_an_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("offsite.cli.settle_waiting", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["inspect", "x"]) == 130
+    assert "nothing half-written was left" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_control_characters_of_a_stranger_do_not_reach_the_terminal(

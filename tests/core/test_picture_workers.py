@@ -70,7 +70,8 @@ def test_an_interrupt_leaves_no_process(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), workers:
         coming = [workers.submit(workers.look, picture) for picture in listed * 20]
         coming[0].result()
-        os.kill(workers._started[0]._process.pid, signal.SIGINT)  # a terminal sends it to all processes
+        for sent in (signal.SIGINT, signal.SIGTERM):  # terminals and batch systems send them to all processes
+            os.kill(workers._started[0]._process.pid, sent)
         coming[1].result()
         raise KeyboardInterrupt
     assert ended(workers)

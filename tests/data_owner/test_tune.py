@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import warnings
 from itertools import pairwise
 
@@ -184,21 +186,19 @@ def test_a_crash_goes_back_to_the_last_resume_point(house, tmp_path):
     assert (tmp_path / "whole" / ADAPTER_WEIGHTS).read_bytes() == (tmp_path / "parts" / ADAPTER_WEIGHTS).read_bytes()
 
 
-def test_a_signal_waits_for_the_step_and_saves(house, tmp_path):
-    import os
-    import signal
-
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_step_and_saves(house, tmp_path, sent):
+    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
 
     def press(event):
         if event.stage == "tuning" and event.done == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), sent)
 
     with pytest.raises(KeyboardInterrupt):
         house.tune(tmp_path / "out", progress=press)
     state = json.loads((run_folder(tmp_path / "out") / "state.json").read_text())
     assert state["step"] == 3
-    assert signal.getsignal(signal.SIGINT) is before
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_run_that_is_there_is_continued_only_when_asked_and_only_if_it_is_the_same(house, tmp_path):

@@ -1,14 +1,17 @@
 import json
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from offsite.core.progress import Event
+from offsite.core.run_log import Terminated, terminated_as_interrupted
 from offsite.errors import OffsiteError, UsageError, VerificationError
 from offsite.study import command
 from offsite.study.chain import STATE, Chain, opened
@@ -162,8 +165,24 @@ def test_an_interrupted_command_may_clean_up(handler: str, code: int, monkeypatc
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()  # the handler is in place
-        command._stop(process)
+        command._stop(process, told=False)
     assert process.returncode == code
+
+
+def test_a_command_does_not_outlive_a_player_that_is_terminated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "pid"
+    replaced(
+        monkeypatch,
+        f"import os, signal, time; open({str(place)!r}, 'w').write(str(os.getpid()));"
+        "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)",
+    )
+    monkeypatch.setattr("sys.stdin", Mock(isatty=lambda: True))  # which would have told it of Ctrl-C
+    with terminated_as_interrupted(), pytest.raises(Terminated):
+        command.run_command(["verify", "x"], "the demo")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(place.read_text()), 0)
 
 
 def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import typer
 
 from offsite.cli import artifacts, data_owner, demo, flags, keys, measure, model_owner, study, terminal
+from offsite.core.run_log import terminated_as_interrupted
 from offsite.core.threads import settle_waiting
 from offsite.errors import OffsiteError
 
@@ -64,14 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `offsite`; None takes those of the process.
 
     Returns:
-        The exit code: 0, or that of the error (see `offsite.errors`), or 130 after Ctrl-C.
+        The exit code: 0, or that of the error (see `offsite.errors`), or 130 after Ctrl-C or SIGTERM.
     """
     # Looking for plugins, pydantic would read the metadata of every installed package at each start; we use none.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     words = list(sys.argv[1:] if arguments is None else arguments)
     run = flags.Run()
     try:
-        code = build()(args=words, prog_name="offsite", standalone_mode=False, obj=run)
+        with terminated_as_interrupted():
+            code = build()(args=words, prog_name="offsite", standalone_mode=False, obj=run)
     except OffsiteError as error:
         terminal.show_error(error, as_json=_wants_json(words, run))
         return error.exit_code

@@ -156,7 +156,8 @@ def _receive(pipe: BinaryIO | Any) -> tuple[dict[str, Any], bytes]:
 
 def _serve() -> None:
     """Answer until the pipe ends; what libraries print goes to the standard error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; who started this one decides
+    for one in (signal.SIGINT, signal.SIGTERM):  # terminals and batch systems send it to all; who started this decides
+        signal.signal(one, signal.SIG_IGN)
     wanted, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     while True:

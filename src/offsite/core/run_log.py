@@ -34,9 +34,37 @@ def run_log(file: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         yield write
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM. Unlike Ctrl-C on a terminal it came to this process alone, and to none that it started."""
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM, which `kill`, containers and batch systems send, end what runs as Ctrl-C does.
+
+    Where somebody handles it already, it stays with them.
+
+    Raises:
+        Terminated: it came.
+    """
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Hold back the first Ctrl-C until the step in work is whole; a second one stops at once."""
+    """Hold back the first Ctrl-C or SIGTERM until the step in work is whole; a second one stops at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
@@ -47,8 +75,9 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.set()
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = {one: signal.signal(one, ask) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)

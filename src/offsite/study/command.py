@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from offsite.core.run_log import Terminated
 from offsite.errors import OffsiteError
 
 Words = list[str | Path]
@@ -51,8 +52,10 @@ def run_command(words: Sequence[str | Path], doing: str, log: Path | None = None
             try:
                 stdout = process.stdout.read() if process.stdout else b""
                 peak = _wait(process)
-            except KeyboardInterrupt:
-                _stop(process)
+            except KeyboardInterrupt as stopped:
+                _stop(
+                    process, told=sys.stdin is not None and sys.stdin.isatty() and not isinstance(stopped, Terminated)
+                )
                 raise
     if process.returncode == 130:
         raise KeyboardInterrupt
@@ -88,9 +91,9 @@ def _wait(process: "subprocess.Popen[bytes]") -> int | None:
     return int(usage.ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """Let an interrupted command clean up: on a terminal it has had the signal as well, elsewhere it gets it now."""
-    if not (sys.stdin and sys.stdin.isatty()):
+def _stop(process: "subprocess.Popen[bytes]", *, told: bool) -> None:
+    """Let an interrupted command clean up; a terminal has sent it the signal as well, else it is told now."""
+    if not told:
         process.send_signal(signal.SIGINT)
     try:
         process.wait(_STOP_SECONDS)
