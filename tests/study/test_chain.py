@@ -155,7 +155,7 @@ def test_a_failed_command_passes_its_exit_code_on(tmp_path: Path, monkeypatch: p
     assert killed.value.exit_code == 1
 
 
-_STUBBORN = "import signal, sys, time; signal.signal(signal.SIGINT, {handler}); print(flush=True); time.sleep(60)"
+_STUBBORN = "import signal, sys, time; signal.signal(signal.SIGTERM, {handler}); print(flush=True); time.sleep(60)"
 
 
 @pytest.mark.parametrize(("handler", "code"), [("lambda *_: sys.exit(130)", 130), ("signal.SIG_IGN", -signal.SIGKILL)])

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -94,7 +93,7 @@ def _wait(process: "subprocess.Popen[bytes]") -> int | None:
 def _stop(process: "subprocess.Popen[bytes]", *, told: bool) -> None:
     """Let an interrupted command clean up; a terminal has sent it the signal as well, else it is told now."""
     if not told:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
     try:
         process.wait(_STOP_SECONDS)
     except subprocess.TimeoutExpired:
