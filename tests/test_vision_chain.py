@@ -29,7 +29,7 @@ HAS_CLASSIFIER = [kind for kind, form in VISION_KINDS.items() if not ARCHITECTUR
 
 
 def tuning(method: Literal["lora", "full"], **settings: Any) -> TuneSpec:
-    usual = {"method": method, "rank": 4, "lr": 3e-3, "max_steps": 6, "batch_size": 6, "micro_batch_images": 4}
+    usual = {"method": method, "rank": 4, "lr": 3e-3, "max_steps": 6, "batch_size": 6, "micro_batch_tokens": 64}
     return TuneSpec.model_validate({**usual, "compute": "fp32", "device": "cpu", "threads": 1, **settings})
 
 

@@ -270,7 +270,9 @@ class TuneSpec(ComputeSpec):
     epochs: Annotated[float, Field(gt=0, description="passes over the data; max_steps wins")] = 1.0
     max_steps: Annotated[int | None, Field(ge=1, description="optimiser steps")] = None
     batch_size: Annotated[int, Field(ge=1, description="rows per optimiser step")] = 16
-    micro_batch_tokens: Annotated[int, Field(ge=1, description="padded tokens that run at once, at most")] = 1024
+    micro_batch_tokens: Annotated[
+        int, Field(ge=1, description="padded tokens, or patches of pictures, that run at once")
+    ] = 1024
     memory: Annotated[
         str | None,
         Field(
@@ -319,7 +321,6 @@ class TuneSpec(ComputeSpec):
     augment: Annotated[bool, Field(description="images: crop and mirror at random")] = True
     skip_bad: Annotated[bool, Field(description="images: leave out pictures that cannot be read")] = False
     eval_share: Annotated[float, Field(ge=0, lt=1, description="images: share held out for validation")] = 0.0
-    micro_batch_images: Annotated[int, Field(ge=1, description="images: pictures that run at once")] = 8
     workers: Annotated[
         int | None,
         Field(

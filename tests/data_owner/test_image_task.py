@@ -14,7 +14,7 @@ from offsite.config import TuneSpec
 from offsite.core.images import load_processor
 from offsite.core.progress import silent
 from offsite.data_owner import budget
-from offsite.data_owner.image_task import open_album
+from offsite.data_owner.image_task import ImageTask, open_album
 from offsite.data_owner.tune import tune
 from offsite.errors import DataError, UsageError
 from offsite.exchange.artifacts import Bundle
@@ -53,6 +53,16 @@ def test_held_out_pictures(tmp_path: Path, bundle: Bundle) -> None:
     tiny_pictures(tmp_path / "parts" / "test", 1)
     album = open_album(bundle.folder, tmp_path / "parts", None, spec(), silent)
     assert (len(album.train), len(album.held_out or ())) == (9, 3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes"), [(1, [1, 1, 1, 1]), (33, [2, 2]), (34, [2, 2]), (35, [3, 1]), (1024, [4])]
+)
+def test_pictures_run_at_once_by_their_tokens(tmp_path: Path, bundle: Bundle, tokens: int, sizes: list[int]) -> None:
+    album = open_album(bundle.folder, tiny_pictures(tmp_path / "set", 4), None, spec(), silent)
+    assert album.tokens == 17  # a class token and 4 x 4 patches
+    task = ImageTask(None, None, None, album, augment=False)  # type: ignore[arg-type]
+    assert [len(group) for group in task.groups([3, 1, 0, 2], spec(micro_batch_tokens=tokens))] == sizes
 
 
 def test_speed_is_told_in_images(tmp_path: Path, bundle: Bundle) -> None:

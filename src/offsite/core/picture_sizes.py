@@ -29,6 +29,11 @@ class SeenPicture:
         return 4 * 3 * self.height * self.width
 
 
+def at_once(each: int, tokens: int) -> int:
+    """So many pictures of so many tokens each as make up at least `tokens`."""
+    return -(-tokens // each)
+
+
 def seen_picture(folder: Path, row: Architecture, config: Mapping[str, Any]) -> SeenPicture:
     """How large the image processor of a model folder makes pictures, read from its settings.
 

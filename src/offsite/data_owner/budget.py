@@ -16,9 +16,11 @@ import torch
 from offsite.config import TuneSpec
 from offsite.core.checkpoint import strict_json
 from offsite.core.data import Example
+from offsite.core.picture_sizes import at_once
 from offsite.core.progress import Event, Progress
 from offsite.core.runtime import Runtime
 from offsite.core.storage import replace_file
+from offsite.data_owner.image_task import ImageTask
 from offsite.data_owner.recompute import keep_activations, recompute
 from offsite.data_owner.task import TextTask
 from offsite.data_owner.train import Tuning
@@ -57,8 +59,7 @@ def within_memory(tuning: Tuning, spec: TuneSpec, where: Runtime, file: Path, pr
         return spec
     found = _settled(file, lambda: _fit(tuning, spec, where, progress))
     _recompute(tuning, found.recompute)
-    setting = "micro_batch_tokens" if isinstance(tuning.task, TextTask) else "micro_batch_images"
-    return spec.model_copy(update={setting: found.at_once})
+    return spec.model_copy(update={"micro_batch_tokens": found.at_once})
 
 
 def _recompute(tuning: Tuning, again: bool) -> None:
@@ -75,7 +76,8 @@ def _fit(tuning: Tuning, spec: TuneSpec, where: Runtime, progress: Progress) -> 
         _recompute(tuning, again)
         found = None
         for count, group in _trials(tuning, spec):
-            progress(Event(f"measuring memory: {count} {tuning.task.unit} at once", 0))
+            told = count if isinstance(tuning.task, TextTask) else len(group)
+            progress(Event(f"measuring memory: {told} {tuning.task.unit} at once", 0))
             before, peak = _measured(lambda rows=group: _run(tuning, rows), where.device)  # type: ignore[misc]
             if peak > ceiling:
                 least = peak  # of one row alone, where nothing was found
@@ -96,17 +98,19 @@ def _fit(tuning: Tuning, spec: TuneSpec, where: Runtime, progress: Progress) -> 
 
 
 def _trials(tuning: Tuning, spec: TuneSpec) -> Iterator[tuple[int, Sequence[int]]]:
-    """More and more rows at once, up to what the settings permit: how many tokens or pictures, and which."""
+    """More and more rows at once, up to what the settings permit: how many tokens, and which rows."""
     if isinstance(tuning.task, TextTask):
         examples = tuning.task.examples
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
         yield from _doubling(examples, order, spec.micro_batch_tokens)
         return
-    most, count = min(spec.micro_batch_images, spec.batch_size, tuning.task.rows), 1  # pictures are all of one size
+    assert isinstance(tuning.task, ImageTask)
+    tokens = tuning.task.album.tokens  # pictures are all of one size
+    most, count = min(at_once(tokens, spec.micro_batch_tokens), spec.batch_size, tuning.task.rows), 1
     while count < most:
-        yield count, range(count)
+        yield count * tokens, range(count)
         count *= 2
-    yield most, range(most)
+    yield most * tokens, range(most)
 
 
 def _one_row(tuning: Tuning) -> tuple[str, str]:
@@ -171,8 +175,7 @@ def _measured(work: Callable[[], None], device: torch.device) -> tuple[int, int]
     if device.type != "cpu" or not reset.exists():
         raise UsageError(
             "--memory needs a system that says what a process holds: Linux, or a CUDA device",
-            next_step="use --gradient-checkpointing, or a lower micro_batch_tokens (of images micro_batch_images) "
-            "in --config; --plan estimates",
+            next_step="use --gradient-checkpointing, or a lower micro_batch_tokens in --config; --plan estimates",
         )
     reset.write_text("5")  # the peak starts anew from here
     before = _kilobytes(status, "VmRSS")

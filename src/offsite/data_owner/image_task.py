@@ -15,12 +15,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from offsite.config import TuneSpec
+from offsite.core.architectures import ARCHITECTURES
+from offsite.core.checkpoint import strict_json
 from offsite.core.images import held_out_part, load_processor, read_pictures, split_by_seed
+from offsite.core.modules.declared import unwrapped
+from offsite.core.picture_sizes import at_once, seen_picture
 from offsite.core.picture_workers import PictureWorkers
 from offsite.core.pictures import Pictures
 from offsite.core.progress import Event, Progress
 from offsite.core.vision import BIAS, WEIGHT, Encoder, batches
 from offsite.errors import DataError, UsageError
+from offsite.exchange.contents import CONFIG
 from offsite.measure.images import fit_probe, probe_features
 
 _HEAD_SPREAD = 0.01  # of the weights of a new head
@@ -33,6 +38,7 @@ class Album:
     train: Pictures
     held_out: Pictures | None
     classes: tuple[str, ...]
+    tokens: int  # of one picture
 
     def labels(self, pictures: Pictures) -> torch.Tensor:
         """The class of each picture by its place, (N,)."""
@@ -92,7 +98,8 @@ def open_album(
         raise DataError(
             "names of classes that cannot be returned", reasons=too_long, next_step="at most 128 printable characters"
         )
-    return Album(train, kept, classes)
+    config, _ = unwrapped(strict_json((bundle / CONFIG).read_bytes()))
+    return Album(train, kept, classes, seen_picture(bundle, ARCHITECTURES[config["model_type"]], config).tokens)
 
 
 def new_head(encoder: Encoder, album: Album, used: torch.Tensor, spec: TuneSpec, progress: Progress) -> nn.Linear:
@@ -104,7 +111,8 @@ def new_head(encoder: Encoder, album: Album, used: torch.Tensor, spec: TuneSpec,
     head = nn.Linear(encoder.inputs, len(album.classes))
     with torch.no_grad():
         if spec.head_start == "probe":
-            features = probe_features(encoder, album.train, spec.micro_batch_images, progress) * used
+            count = at_once(album.tokens, spec.micro_batch_tokens)
+            features = probe_features(encoder, album.train, count, progress) * used
             weight, bias = fit_probe(features, album.labels(album.train).to(encoder.device), len(album.classes))
             head.weight.copy_(weight)
             head.bias.copy_(bias)
@@ -149,7 +157,8 @@ class ImageTask:
 
     def groups(self, rows: Sequence[int], spec: TuneSpec) -> Iterator[list[int]]:
         """As in `Task`."""
-        return ([rows[i] for i in places] for places in batches(len(rows), spec.micro_batch_images))
+        count = at_once(self.album.tokens, spec.micro_batch_tokens)
+        return ([rows[i] for i in places] for places in batches(len(rows), count))
 
     def loss(self, rows: Sequence[int], seed: int, epoch: int) -> torch.Tensor:
         """As in `Task`; how a picture is cropped and flipped depends on seed, epoch and row alone."""
@@ -172,7 +181,7 @@ class ImageTask:
         if held_out is None:
             return {}
         wanted, nats, right = self.album.labels(held_out), 0.0, 0
-        for rows, pixels in held_out.in_order(2 * spec.micro_batch_images):
+        for rows, pixels in held_out.in_order(2 * at_once(self.album.tokens, spec.micro_batch_tokens)):
             logits = self.head(self.encoder.features(pixels) * self.used).cpu()
             nats += float(F.cross_entropy(logits, wanted[list(rows)], reduction="sum"))
             right += int((logits.argmax(dim=1) == wanted[list(rows)]).sum())

@@ -27,7 +27,7 @@ from offsite.core.memory import (
     torch_libraries,
 )
 from offsite.core.modules.declared import unwrapped
-from offsite.core.picture_sizes import SeenPicture, decoded, seen_picture
+from offsite.core.picture_sizes import SeenPicture, at_once, decoded, seen_picture
 from offsite.core.rows import read_rows
 from offsite.data_owner.permitted import require_permitted
 from offsite.data_owner.schedule import checkpoint_steps, step_count
@@ -140,7 +140,7 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     context = config.get("max_position_embeddings") or config.get("n_positions") or 2**31
     length = seen.picture.tokens if seen else min(spec.max_length, int(context))
     tokens = min(max(spec.micro_batch_tokens, length), spec.batch_size * length)
-    tokens = min(spec.micro_batch_images, spec.batch_size, rows) * length if seen else tokens
+    tokens = min(at_once(length, spec.micro_batch_tokens), spec.batch_size, rows) * length if seen else tokens
     item = compute_bytes(spec.compute, spec.device)
     parts = _parts(row, manifest, tensors)
     first = manifest.split.trained[0]
