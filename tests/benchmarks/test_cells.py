@@ -148,7 +148,7 @@ def peers_of(cell: str, speed: Callable[[Mapping[str, Any]], float]) -> tuple[tu
 
 def test_unusual_habits_are_tried_again_on_other_rows():
     one, _ = peers_of("smollm2/gsm8k", lambda way: way["batch"] * (2 if way["attention"] == "sdpa" else 1))
-    assert one._habits_of("full") == {**HABITS, "batch": 16}
+    assert one._habits_of("full") == {**HABITS, "batch": 8}
     one, _ = peers_of("smollm2/gsm8k", lambda way: (2 if way["attention"] == "eager" else 1) / way["batch"])
     assert one._habits_of("full") == {**HABITS, "attention": "eager", "batch": 4}
     one, tried = peers_of("smollm2/sciq", lambda way: way["batch"])
