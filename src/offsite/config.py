@@ -24,6 +24,10 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    def changed(self, settings: Mapping[str, Any]) -> Self:
+        """The same with these settings in the place of its own, checked like any."""
+        return type(self).model_validate(self.model_dump(by_alias=True) | dict(settings))
+
 
 S = TypeVar("S", bound=Spec)
 

@@ -13,10 +13,12 @@ from offsite.core.load import load_model
 from offsite.core.loss import label_losses, take_apart
 from offsite.data_owner import narrow
 from offsite.data_owner.narrow import Narrow, hold_narrow
+from offsite.data_owner.plan import plan_tune
 from offsite.data_owner.recompute import keep_activations, recompute
 from offsite.data_owner.tune import tune
 from offsite.errors import UsageError
 from offsite.exchange.contents import ADAPTER_WEIGHTS, RETURNED_WEIGHTS
+from offsite.exchange.verify import verify_bundle
 from tiny import KINDS, VISION_KINDS, tiny_base, tiny_bundle, tiny_parties, tiny_rows, tiny_vision_base
 
 CPU = torch.device("cpu")
@@ -151,4 +153,6 @@ def test_weights_that_bf16_would_round_stay_as_they_are(house, tmp_path):
     with pytest.raises(UsageError, match="would round") as refused:
         tune(bundles["F32"], rows, tmp_path / "return", spec_of(narrow_weights=True), home)
     assert refused.value.reasons == ("it has tensors of F32",)
+    with pytest.raises(UsageError, match="would round"):
+        plan_tune(verify_bundle(bundles["F32"], home), rows, spec_of(narrow_weights=True))
     assert tune(bundles["F32"], rows, tmp_path / "bf16", spec_of(narrow_weights=True, compute="bf16"), home)

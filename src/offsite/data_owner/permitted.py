@@ -1,8 +1,10 @@
 """Whether the model's owner would take back what a tuning with these settings returns. Torch-free."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from offsite.config import TuneSpec
+from offsite.core.checkpoint import TensorRange
 from offsite.errors import IncompatibleError, PolicyError, UsageError
 from offsite.exchange.manifest import BundleManifest
 
@@ -43,6 +45,21 @@ def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
             "the model's owner would refuse this tuning",
             reasons=reasons,
             next_step="choose what the bundle permits (`offsite inspect BUNDLE`), or ask the owner for another bundle",
+        )
+
+
+def require_narrow(tensors: Iterable[TensorRange]) -> None:
+    """Refuse to hold in bf16 the blocks of a bundle that has numbers of other dtypes, which would be rounded.
+
+    Raises:
+        UsageError: it has.
+    """
+    wider = sorted({tensor.dtype for tensor in tensors} & {"F16", "F32"})
+    if wider:
+        raise UsageError(
+            "narrow_weights holds frozen blocks in bf16, which would round this bundle's",
+            reasons=[f"it has tensors of {', '.join(wider)}"],
+            next_step="leave narrow_weights out, or ask the model's owner for a bundle in bf16",
         )
 
 

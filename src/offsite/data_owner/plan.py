@@ -29,7 +29,7 @@ from offsite.core.memory import (
 from offsite.core.modules.declared import unwrapped
 from offsite.core.picture_sizes import SeenPicture, at_once, decoded, seen_picture
 from offsite.core.rows import read_rows
-from offsite.data_owner.permitted import require_permitted
+from offsite.data_owner.permitted import require_narrow, require_permitted
 from offsite.data_owner.schedule import checkpoint_steps, step_count
 from offsite.exchange.artifacts import Bundle
 from offsite.exchange.contents import CONFIG, TOKENIZER_FILES
@@ -125,7 +125,7 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
         IncompatibleError: the method has nothing to train in this model.
         PolicyError: the bundle does not permit the method or the rank.
         DataError: the rows cannot be read.
-        UsageError: there are fewer steps than checkpoints.
+        UsageError: there are fewer steps than checkpoints, or narrow weights of a bundle that is not bf16.
         StorageError: the bundle cannot be read.
     """
     manifest, folder = bundle.manifest, bundle.folder
@@ -142,6 +142,8 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     tokens = min(max(spec.micro_batch_tokens, length), spec.batch_size * length)
     tokens = min(at_once(length, spec.micro_batch_tokens), spec.batch_size, rows) * length if seen else tokens
     item = compute_bytes(spec.compute, spec.device)
+    if spec.narrow_weights and item == 4:
+        require_narrow(tensors.values())
     parts = _parts(row, manifest, tensors)
     first = manifest.split.trained[0]
     # blocks of our own kinds keep no more for the backward pass than those of the family, and are counted as such

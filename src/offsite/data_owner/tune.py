@@ -35,7 +35,7 @@ from offsite.data_owner.methods import METHODS
 from offsite.data_owner.methods.head import attach_head
 from offsite.data_owner.methods.lean_pairs import run_lean
 from offsite.data_owner.narrow import hold_narrow
-from offsite.data_owner.permitted import require_permitted, require_something_to_report
+from offsite.data_owner.permitted import require_narrow, require_permitted, require_something_to_report
 from offsite.data_owner.schedule import checkpoint_steps, step_count
 from offsite.data_owner.send_back import send_back
 from offsite.data_owner.task import Task, TextTask
@@ -191,13 +191,7 @@ def _load(bundle: Bundle, spec: TuneSpec, where: Runtime) -> "PreTrainedModel":
     """The bundle's model in the dtype of the arithmetic, or with narrow weights in its frozen blocks."""
     if not spec.narrow_weights or where.dtype != torch.float32:
         return load_model(bundle.folder, dtype=where.dtype, device=where.device)
-    wider = sorted({tensor.dtype for tensor in open_checkpoint(bundle.folder).tensors.values()} & {"F16", "F32"})
-    if wider:
-        raise UsageError(
-            "narrow_weights holds frozen blocks in bf16, which would round this bundle's",
-            reasons=[f"it has tensors of {', '.join(wider)}"],
-            next_step="leave narrow_weights out, or ask the model's owner for a bundle in bf16",
-        )
+    require_narrow(open_checkpoint(bundle.folder).tensors.values())
     model = load_model(bundle.folder, dtype=torch.bfloat16, device=where.device)
     row = ARCHITECTURES[bundle.manifest.architecture]
     hold_narrow(model, model.get_submodule(row.module_blocks or row.blocks), bundle.manifest.split.trained)

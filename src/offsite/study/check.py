@@ -5,9 +5,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
-from offsite.config import PackSpec, Spec
+from offsite.config import PackSpec
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import strict_json
 from offsite.core.extras import require
@@ -18,7 +18,6 @@ from offsite.study.recipe import SMOLLM2, VIT_S14, DataTable, Recipe
 from offsite.study.run import News, Runner, RunStage, Tell, run_cells, stages_of
 from offsite.study.tiny_base import tiny_base
 
-S = TypeVar("S", bound=Spec)
 _PUBLISHED = {SMOLLM2: ("llama", 30), VIT_S14: ("dinov2", 12)}
 _TOKENS = 512  # of any setting that counts tokens
 _ROWS = 8
@@ -134,16 +133,11 @@ def _small(recipe: Recipe, data: tuple[DataTable, ...], own: Path | None) -> Rec
         seeds=recipe.seeds[:1],
         compressors=tuple(replace(one, spec=_quick(one.spec, own)) for one in recipe.compressors),
         methods=tuple(
-            replace(one, spec=_with(one.spec, tuning | fits), full=_with(one.full, tuning | fits))
+            replace(one, spec=one.spec.changed(tuning | fits), full=one.full.changed(tuning | fits))
             for one in recipe.methods
         ),
-        eval=_with(recipe.eval, fits | {"micro_batch_tokens": _TOKENS}),
+        eval=recipe.eval.changed(fits | {"micro_batch_tokens": _TOKENS}),
     )
-
-
-def _with(spec: S, values: Mapping[str, Any]) -> S:
-    known = {name: value for name, value in values.items() if name in type(spec).model_fields}
-    return type(spec).model_validate(spec.model_dump(by_alias=True) | known)
 
 
 def _quick(spec: PackSpec, own: Path | None) -> PackSpec:
@@ -154,4 +148,4 @@ def _quick(spec: PackSpec, own: Path | None) -> PackSpec:
             few |= {name: 2} if name.endswith("steps") else {name: _TOKENS} if name.endswith("tokens") else {}
         elif isinstance(getattr(spec, name), Path):
             few[name] = own
-    return _with(spec, few)
+    return spec.changed(few)

@@ -81,7 +81,7 @@ class Method:
 
     def on(self, table: DataTable) -> "Method":
         """The same with what a data set has of its own."""
-        return replace(self, spec=_changed(self.spec, table.tune), full=_changed(self.full, table.tune))
+        return replace(self, spec=self.spec.changed(table.tune), full=self.full.changed(table.tune))
 
 
 @dataclass(frozen=True)
@@ -256,10 +256,6 @@ def _of_data(recipe: Recipe) -> Iterator[str]:
             for spec in (method.spec, method.full):
                 _spec(TuneSpec, where, spec.model_dump(by_alias=True) | table.tune, problems)
         yield from problems
-
-
-def _changed(spec: TuneSpec, settings: Mapping[str, Any]) -> TuneSpec:
-    return TuneSpec.model_validate(spec.model_dump(by_alias=True) | dict(settings)) if settings else spec
 
 
 def _named(where: str, table: Mapping[str, Any], index: int, problems: list[str]) -> tuple[str, dict[str, Any]]:
