@@ -275,8 +275,17 @@ class TuneSpec(ComputeSpec):
     max_steps: Annotated[int | None, Field(ge=1, description="optimiser steps")] = None
     batch_size: Annotated[int, Field(ge=1, description="rows per optimiser step")] = 16
     micro_batch_tokens: Annotated[
-        int, Field(ge=1, description="padded tokens, or patches of pictures, that run at once")
+        int, Field(ge=1, description="padded tokens, or patches of pictures, that run at once, in all lanes together")
     ] = 1024
+    lanes: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=64,
+            description="text on a processor: micro-batches that run side by side, each with its share of the threads; "
+            "None is 2 where there are two threads or more; 1 where passes draw random numbers",
+        ),
+    ] = None
     memory: Annotated[
         str | None,
         Field(

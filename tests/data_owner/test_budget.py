@@ -46,9 +46,7 @@ def test_recomputed_blocks_give_the_same_loss_and_gradients(tmp_path, kind):
         tuning.trained[0].train()  # GPT-2's, OPT's and BLOOM's have dropout there
         torch.manual_seed(0)
         total, _ = label_losses(tuning.task.network, batch)
-        total.backward()
-        found.append([float(total.detach()), *(master.grad for master in tuning.weights.masters.values())])
-        tuning.weights.forget_gradients()
+        found.append([float(total.detach()), *tuning.weights.gradients(total)])
     assert all(isinstance(block, Recomputed) for block in tuning.blocks)
     assert found[0][0] == found[1][0]
     for first, second in zip(found[0][1:], found[1][1:], strict=True):
@@ -61,9 +59,9 @@ def _measuring(monkeypatch, tuning, *, per_token, recomputed):
     tokens = []
     run = budget._run
 
-    def counted(tuning, rows):
-        tokens.append(sum(len(tuning.task.examples[i].ids) for i in rows))
-        run(tuning, rows)
+    def counted(tuning, rows, lanes):
+        tokens.append(lanes * sum(len(tuning.task.examples[i].ids) for i in rows))
+        run(tuning, rows, lanes)
 
     def measured(work, device):
         work()
@@ -82,11 +80,23 @@ def _measuring(monkeypatch, tuning, *, per_token, recomputed):
 def test_as_much_runs_at_once_as_fits(tmp_path, monkeypatch, memory, tokens, again):
     tuning = _tuning(tiny_base(tmp_path / "base", blocks=3), lengths=(32,) * 40)
     _measuring(monkeypatch, tuning, per_token=2**19, recomputed=2**14)
-    spec = TuneSpec(memory=memory, micro_batch_tokens=4096)
+    spec = TuneSpec(memory=memory, micro_batch_tokens=4096, lanes=1)
     fitted = within_memory(tuning, spec, WHERE, tmp_path / "memory.json", silent)
     assert fitted.micro_batch_tokens == tokens  # all rows fit: nothing bounds a micro-batch but the settings
     assert all(isinstance(block, Recomputed) == again for block in tuning.blocks)
     assert all(master.grad is None for master in tuning.weights.masters.values())
+
+
+@pytest.mark.parametrize(
+    ("memory", "lanes", "tokens", "again"),
+    [("1300MiB", 2, 512, False), ("280MiB", 1, 256, False), ("145MiB", 2, 512, True), ("112MiB", 1, 256, True)],
+)
+def test_lanes_go_before_blocks_are_recomputed(tmp_path, monkeypatch, memory, lanes, tokens, again):
+    tuning = _tuning(tiny_base(tmp_path / "base", blocks=3), lengths=(32,) * 40)
+    _measuring(monkeypatch, tuning, per_token=2**19, recomputed=2**14)
+    fitted = within_memory(tuning, TuneSpec(memory=memory, lanes=2), WHERE, tmp_path / "memory.json", silent)
+    assert (fitted.lanes, fitted.micro_batch_tokens) == (lanes, tokens)
+    assert all(isinstance(block, Recomputed) == again for block in tuning.blocks)
 
 
 def test_a_resumed_run_keeps_what_was_found(tmp_path, monkeypatch):
@@ -119,6 +129,6 @@ def test_the_operating_system_is_asked():
 
 def test_checkpointing_goes_without_a_budget(tmp_path):
     tuning = _tuning(tiny_base(tmp_path / "base", blocks=3))
-    spec = TuneSpec(gradient_checkpointing=True)
+    spec = TuneSpec(gradient_checkpointing=True, lanes=1)
     assert within_memory(tuning, spec, WHERE, tmp_path / "memory.json", silent) == spec
     assert all(isinstance(block, Recomputed) for block in tuning.blocks)

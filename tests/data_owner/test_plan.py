@@ -14,7 +14,7 @@ from offsite.core.attention import _TILE
 from offsite.core.checkpoint import read_header
 from offsite.core.images import Picture, decode
 from offsite.core.memory import Term
-from offsite.data_owner.plan import TunePlan, plan_tune
+from offsite.data_owner.plan import TunePlan, _lanes, plan_tune
 from offsite.data_owner.tune import tune
 from offsite.errors import UsageError
 from tiny import KINDS, Parties, tiny_base, tiny_parties, tiny_pictures, tiny_vision_base
@@ -97,10 +97,28 @@ def test_rows_steps_and_tokens(base: Path, tmp_path: Path, parties: Parties, row
     plan = plan_tune(bundle, rows, TuneSpec(batch_size=8, epochs=2))
     assert (plan.rows, plan.steps) == (20, 6)
     assert (plan.row_tokens, plan.micro_batch_tokens) == (64, 8 * 64)  # the context is 64, a step has 8 rows
-    plan = plan_tune(bundle, rows, TuneSpec(batch_size=8, micro_batch_tokens=100, max_length=32))
+    plan = plan_tune(bundle, rows, TuneSpec(batch_size=8, micro_batch_tokens=100, max_length=32, lanes=1))
     assert (plan.row_tokens, plan.micro_batch_tokens) == (32, 100)
-    plan = plan_tune(bundle, rows, TuneSpec(micro_batch_tokens=1))  # a row goes alone
+    plan = plan_tune(bundle, rows, TuneSpec(micro_batch_tokens=1, lanes=1))  # a row goes alone
     assert plan.micro_batch_tokens == 64
+
+
+def test_lanes_hold_a_micro_batch_each(base: Path, tmp_path: Path, parties: Parties, rows: Path) -> None:
+    bundle = packed(base, tmp_path / "bundle", parties)
+    usual: dict[str, Any] = {"method": "full", "batch_size": 8, "micro_batch_tokens": 64, "compute": "bf16"}
+    one, three = (plan_tune(bundle, rows, TuneSpec(**usual, lanes=lanes)) for lanes in (1, 3))
+    assert (one.micro_batch_tokens, three.micro_batch_tokens) == (64, 192)  # rows are as long as that
+    shared = plan_tune(bundle, rows, TuneSpec(**usual | {"micro_batch_tokens": 400}, lanes=3))
+    assert shared.micro_batch_tokens == 400
+    for name in ("forward pass and loss", "backward pass"):
+        for term in ("activations of the blocks", "logits of one chunk", "gradients of micro-batches"):
+            if term in terms(one, name):
+                assert terms(three, name)[term].bytes == 3 * terms(one, name)[term].bytes
+    for settings in ({"threads": 1}, {"tune_head": True}, {"narrow_weights": True}, {"device": "cuda"}):
+        assert _lanes(TuneSpec.model_validate({"threads": 4} | settings)) == 1
+    assert _lanes(TuneSpec(threads=4)) == 2
+    whole = plan_tune(bundle, rows, TuneSpec(**usual | {"batch_size": 1}, lanes=3))
+    assert whole.micro_batch_tokens == 64  # a step of one micro-batch needs one lane
 
 
 def test_memory_by_hand(base: Path, tmp_path: Path, parties: Parties, rows: Path) -> None:
@@ -118,21 +136,21 @@ def test_memory_by_hand(base: Path, tmp_path: Path, parties: Parties, rows: Path
     assert forward["inputs of what trains"].bytes == 2 * tokens * 2 * (4 * HIDDEN + INNER)
     vocabulary = plan.bundle[0].parameters // HIDDEN
     assert forward["logits of one chunk"].bytes == tokens * vocabulary * 10
-    assert terms(plan, "backward pass")["gradients in bf16"].bytes == 2 * trained
+    assert terms(plan, "backward pass")["gradients of micro-batches"].bytes == 2 * trained
     assert plan.peak.bytes == max(phase.bytes for phase in plan.phases)
     assert plan.disk_bytes == 28 * trained
 
 
 def test_in_fp32_the_weights_are_the_masters(base: Path, tmp_path: Path, parties: Parties, rows: Path) -> None:
     bundle = packed(base, tmp_path / "bundle", parties)
-    plan = plan_tune(bundle, rows, TuneSpec(method="full", compute="fp32"))
+    plan = plan_tune(bundle, rows, TuneSpec(method="full", compute="fp32", lanes=1))
     assert plan.compute == "fp32"
     assert "masters in fp32" not in terms(plan, "forward pass and loss")
-    assert terms(plan, "backward pass")["gradients in bf16"].bytes == 0
+    assert terms(plan, "backward pass")["gradients of micro-batches"].bytes == 4 * plan.trained_parameters
 
 
 def test_narrow_weights_are_counted(base: Path, tmp_path: Path, parties: Parties, rows: Path) -> None:
-    bundle = packed(base, tmp_path / "bundle", parties)
+    bundle = packed(base, tmp_path / "bundle", parties, dtype="bf16")
     wide, narrow = (
         terms(plan_tune(bundle, rows, TuneSpec(compute="fp32", narrow_weights=on)), "backward pass")
         for on in (False, True)

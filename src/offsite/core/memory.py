@@ -17,6 +17,7 @@ from offsite.core.processor import multiplies_bf16
 # The sizes that bound memory: how much runs at once.
 CHUNK_ELEMENTS = 2**25  # logits that exist at once: 64 MiB in bf16
 SOFTMAX_ELEMENTS = 2**19  # of these in fp32, for softmax: 2 MiB
+USUAL_LANES = 2  # micro-batches of text that a tuning runs side by side
 CALIBRATION_CHUNK = 512  # tokens in a sequence of calibration text, BOS included
 CALIBRATION_BATCH = 8  # sequences of it that run at once
 GROUP_TOKENS = 65_536  # tokens of it whose hidden states are in memory on their way to the disk

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from offsite.core.processor import made_by_intel
-from offsite.core.threads import available_cores
+from offsite.core.threads import available_cores, usual_threads
 from offsite.errors import UsageError
 
 _MOST_WORKERS = 8  # that are started unasked
@@ -44,7 +44,7 @@ def runtime(
     Raises:
         UsageError: the device that was asked for is not there.
     """
-    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS") or available_cores()))
+    torch.set_num_threads(threads or usual_threads())
     resolved = _resolve_device(device)
     if resolved.type == "cpu":
         _keep_freed_memory()

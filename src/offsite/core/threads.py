@@ -17,6 +17,11 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def usual_threads() -> int:
+    """Threads that compute unless a setting says otherwise: $OMP_NUM_THREADS, else every core of this process."""
+    return int(os.environ.get("OMP_NUM_THREADS") or available_cores())
+
+
 def settle_waiting(environment: MutableMapping[str, str], load: Path = _LOAD) -> None:
     """Have waiting threads sleep, on an idle machine after a short spin; what the environment says already stays.
 

@@ -5,7 +5,7 @@ them and every fp32 activation beside them at each use. Gradients of micro-batch
 arXiv 1710.03740, section 3.1).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -33,10 +33,19 @@ class TrainedWeights:
                 master.grad += parameter.grad
             parameter.grad = None
 
-    def forget_gradients(self) -> None:
-        """Drop the gradients of a pass that was only a trial."""
-        for parameter in self._working.values():
-            parameter.grad = None
+    def gradients(self, loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Those of one micro-batch, of each parameter that it reached, and nothing added to any."""
+        return torch.autograd.grad(loss, list(self._working.values()), allow_unused=True)
+
+    def add_gradients(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Add what `gradients` gave to the masters'."""
+        for master, gradient in zip(self.masters.values(), gradients, strict=True):
+            if gradient is None:
+                continue
+            if master.grad is None:
+                master.grad = gradient.float()
+            else:
+                master.grad += gradient
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -5,10 +5,12 @@ Where not even the longest row fits, blocks are recomputed in the backward pass;
 tuning is refused with what it would need.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from offsite.core.progress import Event, Progress
 from offsite.core.runtime import Runtime
 from offsite.core.storage import replace_file
 from offsite.data_owner.image_task import ImageTask
+from offsite.data_owner.lanes import Lanes, lane_count
 from offsite.data_owner.recompute import keep_activations, recompute
 from offsite.data_owner.task import TextTask
 from offsite.data_owner.train import Tuning
@@ -33,9 +36,10 @@ _UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
 
 @dataclass(frozen=True)
 class Fit:
-    """What fits: padded tokens (or pictures) that run at once, whether blocks are recomputed, and the measured peak."""
+    """What fits: tokens of a micro-batch, how many run side by side, whether blocks are recomputed; and the peak."""
 
     at_once: int
+    lanes: int
     recompute: bool
     bytes: int
 
@@ -55,34 +59,44 @@ def within_memory(tuning: Tuning, spec: TuneSpec, where: Runtime, file: Path, pr
         StorageError: `file` cannot be written or read.
     """
     _recompute(tuning, spec.gradient_checkpointing)
+    lanes = lane_count(tuning, spec, where)
     if spec.memory is None:
-        return spec
-    found = _settled(file, lambda: _fit(tuning, spec, where, progress))
+        return _shared(spec, lanes)
+    found = _settled(file, lambda: _fit(tuning, spec, lanes, where, progress))
     _recompute(tuning, found.recompute)
-    return spec.model_copy(update={"micro_batch_tokens": found.at_once})
+    return spec.model_copy(update={"micro_batch_tokens": found.at_once, "lanes": found.lanes})
+
+
+def _shared(spec: TuneSpec, lanes: int) -> TuneSpec:
+    """The settings of one lane: its share of the tokens."""
+    return spec.model_copy(update={"micro_batch_tokens": max(1, spec.micro_batch_tokens // lanes), "lanes": lanes})
 
 
 def _recompute(tuning: Tuning, again: bool) -> None:
     (recompute if again else keep_activations)(tuning.blocks)
 
 
-def _fit(tuning: Tuning, spec: TuneSpec, where: Runtime, progress: Progress) -> Fit:
+def _fit(tuning: Tuning, spec: TuneSpec, lanes: int, where: Runtime, progress: Progress) -> Fit:
     budget = _parse(str(spec.memory))
     numbers = sum(master.numel() for master in tuning.weights.masters.values())
     later = numbers * (8 if where.dtype == torch.float32 else 12)  # AdamW's moments, and gradients in fp32
     ceiling = int(budget * (1 - _SPARE)) - later
     least = 0
-    for again in (True,) if spec.gradient_checkpointing else (False, True):
+    ways = itertools.product(
+        (True,) if spec.gradient_checkpointing else (False, True), sorted({lanes, 1}, reverse=True)
+    )
+    for again, beside in ways:
         _recompute(tuning, again)
         found = None
-        for count, group in _trials(tuning, spec):
+        for count, group in _trials(tuning, _shared(spec, beside)):
             told = count if isinstance(tuning.task, TextTask) else len(group)
-            progress(Event(f"measuring memory: {told} {tuning.task.unit} at once", 0))
-            before, peak = _measured(lambda rows=group: _run(tuning, rows), where.device)  # type: ignore[misc]
+            times = f"{beside} times " if beside > 1 else ""
+            progress(Event(f"measuring memory: {times}{told} {tuning.task.unit} at once", 0))
+            before, peak = _measured(partial(_run, tuning, group, beside), where.device)
             if peak > ceiling:
                 least = peak  # of one row alone, where nothing was found
                 break
-            found = Fit(count, again, peak + later)
+            found = Fit(count, beside, again, peak + later)
             if peak + (peak - before) > ceiling:
                 break
         if found is not None:
@@ -121,13 +135,15 @@ def _one_row(tuning: Tuning) -> tuple[str, str]:
     return f"its longest row ({longest} tokens)", ", or cut the rows: --max-length with --long-rows truncate"
 
 
-def _run(tuning: Tuning, rows: Sequence[int]) -> None:
-    """A forward and backward pass that leaves nothing behind."""
+def _run(tuning: Tuning, rows: Sequence[int], lanes: int) -> None:
+    """A forward and backward pass in every lane that leaves nothing behind."""
     for block in tuning.trained:
         block.train()
-    with torch.random.fork_rng(devices=[]):  # dropout will draw as it would have without the trial
-        torch.autograd.backward(tuning.task.loss(rows, 0, 0))
-    tuning.weights.forget_gradients()
+    with torch.random.fork_rng(devices=[]), Lanes(lanes) as side_by_side:  # dropout will draw as without the trial
+        for _ in side_by_side.run(
+            lambda group: tuning.weights.gradients(tuning.task.loss(group, 0, 0)), [rows] * lanes
+        ):
+            pass
 
 
 def _parse(size: str) -> int:

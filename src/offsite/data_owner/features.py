@@ -11,6 +11,7 @@ import io
 import json
 import math
 import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,19 @@ class _Features:
     """Where each row's states are in the file, and the states of the batch that runs."""
 
     def __init__(self) -> None:
-        self.known: Tensor | None = None  # (B, T, H), or None: the frozen blocks have to run
+        self._mine, self._reading = threading.local(), threading.Lock()  # every lane runs a batch of its own
         self.width, self.dtype = 0, torch.float32
         self.places: Mapping[bytes, int] = {}  # tokens before the row, by the key of its ids
         self._file: io.BufferedReader | None = None
+
+    @property
+    def known(self) -> Tensor | None:
+        """The states of this thread's batch, (B, T, H), or None: the frozen blocks have to run."""
+        return getattr(self._mine, "known", None)
+
+    @known.setter
+    def known(self, states: Tensor | None) -> None:
+        self._mine.known = states
 
     @property
     def bytes_per_token(self) -> int:
@@ -129,9 +139,10 @@ class _Features:
         assert self._file is not None
         room = into.view(torch.uint8).flatten().numpy().data  # the same memory
         try:
-            self._file.seek(place * self.bytes_per_token)
-            if self._file.readinto(room) == len(room):
-                return
+            with self._reading:
+                self._file.seek(place * self.bytes_per_token)
+                if self._file.readinto(room) == len(room):
+                    return
             problem = "it ends too early"
         except OSError as error:
             problem = str(error)

@@ -5,7 +5,7 @@ docs/memory.md has the formulas in words; every term here carries its own.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ from offsite.core.checkpoint import ITEM_SIZE, TensorRange, open_checkpoint, str
 from offsite.core.images import read_pictures, split_by_seed
 from offsite.core.memory import (
     SHORT_ATTENTION,
+    USUAL_LANES,
     BlockShape,
     Part,
     Phase,
@@ -29,6 +30,7 @@ from offsite.core.memory import (
 from offsite.core.modules.declared import unwrapped
 from offsite.core.picture_sizes import SeenPicture, at_once, decoded, seen_picture
 from offsite.core.rows import read_rows
+from offsite.core.threads import usual_threads
 from offsite.data_owner.permitted import require_narrow, require_permitted
 from offsite.data_owner.schedule import checkpoint_steps, step_count
 from offsite.exchange.artifacts import Bundle
@@ -81,7 +83,8 @@ class _Sizes:
     largest: int  # of the largest tensor that trains
     through: int  # blocks that the gradient goes through
     training: int  # blocks of which something trains
-    tokens: int  # that run at once
+    tokens: int  # that run at once, in all lanes
+    lanes: int
     length: int  # of a row
     item: int  # bytes of a number in the arithmetic
     method: Method
@@ -139,7 +142,10 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     checkpoint_steps(spec, step_count(spec, rows))
     context = config.get("max_position_embeddings") or config.get("n_positions") or 2**31
     length = seen.picture.tokens if seen else min(spec.max_length, int(context))
-    tokens = min(max(spec.micro_batch_tokens, length), spec.batch_size * length)
+    lanes = 1 if seen else _lanes(spec)
+    alone = max(spec.micro_batch_tokens // lanes, length)
+    lanes = 1 if spec.batch_size * length <= alone else lanes
+    tokens = min(max(spec.micro_batch_tokens, lanes * length), spec.batch_size * length)
     tokens = min(at_once(length, spec.micro_batch_tokens), spec.batch_size, rows) * length if seen else tokens
     item = compute_bytes(spec.compute, spec.device)
     if spec.narrow_weights and item == 4:
@@ -163,6 +169,7 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
         through=manifest.split.blocks - first,
         training=len(manifest.split.trained),
         tokens=tokens,
+        lanes=lanes,
         length=length,
         item=item,
         method=spec.method,
@@ -254,10 +261,8 @@ def _phases(sizes: _Sizes, tokenizer: int) -> tuple[Phase, ...]:
         sizes.tokens * sizes.kept,
         "n * c * (Q + A + F' + 2 * H)",
     )
-    working = Term(
-        "gradients in bf16", sizes.item * sizes.trained if sizes.item < 4 else 0, "c * P_t, nothing where c is 4"
-    )
-    logits = _pixels(sizes, sizes.seen) if sizes.seen else loss_chunk(sizes.tokens, sizes.vocabulary, sizes.item)
+    working = Term("gradients of micro-batches", sizes.lanes * sizes.item * sizes.trained, "lanes * c * P_t")
+    logits = _pixels(sizes, sizes.seen) if sizes.seen else _logits(sizes)
     summed = Term("sum of the head's gradient, and one chunk's", (4 + sizes.item) * sizes.head, "(4 + c) * P_h")
     scaled = Term("the head's gradient: sum, scaled, in c", (8 + sizes.item) * sizes.head, "(8 + c) * P_h")
     of_head = Phase("gradient of the head", (*always, *kept, scaled, allocator(kept)))
@@ -280,6 +285,18 @@ def _weights(sizes: _Sizes) -> tuple[Term, ...]:
         Term("weights", sizes.item * sizes.parameters - 2 * sizes.narrow, "c * P - 2 * P_f"),
         Term("one block in fp32", 4 * sizes.block.parameters, "4 * P_b"),
     )
+
+
+def _logits(sizes: _Sizes) -> Term:
+    chunk = loss_chunk(sizes.tokens // sizes.lanes, sizes.vocabulary, sizes.item)
+    return replace(chunk, bytes=sizes.lanes * chunk.bytes, formula=f"lanes * ({chunk.formula}), with n / lanes for n")
+
+
+def _lanes(spec: TuneSpec) -> int:
+    """Lanes on a processor of passes that draw no random numbers, which is found out as the tuning starts."""
+    if not spec.device.startswith(("auto", "cpu")) or spec.tune_head or spec.narrow_weights:
+        return 1
+    return spec.lanes or min(USUAL_LANES, spec.threads or usual_threads())
 
 
 def _pixels(sizes: _Sizes, seen: _Seen) -> Term:

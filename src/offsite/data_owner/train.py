@@ -18,6 +18,7 @@ from offsite.core.run_log import run_log, stop_requests
 from offsite.core.weights import TrainedWeights
 from offsite.data_owner.board import board
 from offsite.data_owner.checkpoints import Checkpoints
+from offsite.data_owner.lanes import Lanes
 from offsite.data_owner.schedule import learning_rate, rows_of_steps, step_count
 from offsite.data_owner.task import Task
 from offsite.errors import OffsiteError
@@ -63,7 +64,12 @@ def train(
     rows_of = rows_of_steps(spec, tuning.task.rows, tuning.task.order)
     speed, unit = _Speed(), tuning.task.unit
     whole = True  # whether the weights are those after `done` steps, and not between two
-    with run_log(log) as to_file, board(tensorboard) as to_board, stop_requests() as stopping:
+    with (
+        run_log(log) as to_file,
+        board(tensorboard) as to_board,
+        stop_requests() as stopping,
+        Lanes(spec.lanes or 1) as lanes,
+    ):
 
         def write(record: Mapping[str, Any]) -> None:
             to_file(record)
@@ -84,7 +90,7 @@ def train(
                 for step in range(done, min(done + 2, steps)):
                     epoch, rows = rows_of(step)
                     tuning.task.foresee(rows, spec.seed, epoch)
-                facts = _step(tuning, optimizer, spec, *rows_of(done), learning_rate(spec, done, steps))
+                facts = _step(tuning, optimizer, lanes, spec, *rows_of(done), learning_rate(spec, done, steps))
                 done += 1
                 checkpoints.take(done, tuning.returned)
                 whole = True  # only now: a resume point of this step says that its checkpoint has been taken
@@ -104,7 +110,13 @@ def train(
 
 
 def _step(
-    tuning: Tuning, optimizer: torch.optim.Optimizer, spec: TuneSpec, epoch: int, rows: Sequence[int], rate: float
+    tuning: Tuning,
+    optimizer: torch.optim.Optimizer,
+    lanes: Lanes,
+    spec: TuneSpec,
+    epoch: int,
+    rows: Sequence[int],
+    rate: float,
 ) -> dict[str, float]:
     """One optimiser step; the loss is per labelled token of the whole step, however it is cut into micro-batches."""
     task, masters = tuning.task, list(tuning.weights.masters.values())
@@ -113,11 +125,15 @@ def _step(
     nats = 0.0
     for block in tuning.trained:
         block.train()
-    for group in task.groups(rows, spec):
+
+    def passed(group: list[int]) -> tuple[float, Sequence[torch.Tensor | None]]:
         total = task.loss(group, spec.seed, epoch)
-        torch.autograd.backward(total / labels)
-        tuning.weights.collect_gradients()
-        nats += float(total.detach())
+        return float(total.detach()), tuning.weights.gradients(total / labels)
+
+    for nats_of_it, gradients in lanes.run(passed, list(task.groups(rows, spec))):
+        tuning.weights.add_gradients(gradients)
+        nats += nats_of_it
+        del gradients  # before the next ones are there
     norm = float(nn.utils.clip_grad_norm_(masters, spec.max_grad_norm))
     if not math.isfinite(nats) or not math.isfinite(norm):
         raise OffsiteError(

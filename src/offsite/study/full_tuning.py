@@ -94,7 +94,8 @@ def full_fine_tuning(
                 tuning = _prepare(model, row, examples, held_out)
             else:
                 tuning = _prepare_images(model, row, album, spec, progress)
-            fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
+            alone = spec.model_copy(update={"lanes": 1})  # lanes would each hold a gradient of the whole model
+            fitted = within_memory(tuning, alone, where, state.folder / "memory.json", progress)
             only_the_last = spec.model_copy(update={"checkpoints": 1, "report_scores": False})
             checkpoints = Checkpoints(state, only_the_last, step_count(spec, tuning.task.rows))
             train(tuning, fitted, state, checkpoints, log_file(out), progress)

@@ -1,0 +1,162 @@
+"""Micro-batches side by side: the same numbers as one after the other."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from offsite.config import TuneSpec
+from offsite.core.data import Example
+from offsite.core.load import load_model
+from offsite.core.loss import take_apart
+from offsite.core.runtime import Runtime
+from offsite.core.weights import TrainedWeights
+from offsite.data_owner.lanes import Lanes, lane_count
+from offsite.data_owner.recompute import recompute
+from offsite.data_owner.task import TextTask
+from offsite.data_owner.train import Tuning
+from offsite.data_owner.tune import tune
+from offsite.exchange.contents import RETURNED_WEIGHTS
+from tiny import KINDS, tiny_base, tiny_bundle, tiny_parties, tiny_rows
+
+CPU = torch.device("cpu")
+WHERE = Runtime(CPU, torch.float32)
+GROUPS = [[0, 3], [1], [4, 2], [5], [1, 5], [2]]
+
+
+@pytest.fixture
+def threads():
+    """Sets how many compute; as before afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def tuning_of(folder):
+    model = load_model(folder, dtype=torch.float32, device=CPU)
+    blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    blocks.get_submodule("0").requires_grad_(True)
+    weights = TrainedWeights(dict(blocks.get_submodule("0").named_parameters()))
+    generator = np.random.default_rng(0)
+    examples = [Example(i, generator.integers(0, 300, length), 1) for i, length in enumerate((9, 17, 30, 5, 12, 62))]
+    trained = [blocks.get_submodule("0")]
+    return Tuning(TextTask(take_apart(model), examples, ()), blocks, trained, weights, frozenset(), weights.masters)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("again", [False, True])
+def test_side_by_side_and_one_after_the_other_are_the_same(tmp_path, threads, kind, again):
+    tuning = tuning_of(tiny_base(tmp_path / "base", blocks=3, **KINDS[kind]))
+    if again:
+        recompute(tuning.blocks)
+
+    def passed(group):
+        total = tuning.task.loss(group, 0, 0)
+        return float(total.detach()), tuning.weights.gradients(total)
+
+    threads(1)
+    expected = [passed(group) for group in GROUPS]
+    threads(3)
+    with Lanes(3) as lanes:
+        found = list(lanes.run(passed, GROUPS))
+    assert any(gradient is not None for gradient in expected[0][1])
+    for (loss, gradients), (other, others) in zip(expected, found, strict=True):
+        assert loss == other
+        for one, two in zip(gradients, others, strict=True):
+            assert (one is None and two is None) or torch.equal(one, two)
+
+
+def test_each_has_its_share_of_the_threads_and_what_is_left_over_has_all(threads):
+    threads(4)
+    meet = threading.Barrier(2, timeout=30)
+    running, most = [0], []
+
+    def work(number):
+        alone = threading.current_thread() is threading.main_thread()
+        if not alone:
+            running[0] += 1
+            meet.wait()  # fails unless two run at the same time
+            most.append(running[0])
+            meet.wait()
+            running[0] -= 1
+        return number, alone, torch.get_num_threads()
+
+    with Lanes(2) as lanes:
+        found = list(lanes.run(work, range(5)))
+    assert found == [(number, number == 4, 4 if number == 4 else 2) for number in range(5)]
+    assert max(most) == 2
+    assert torch.get_num_threads() == 4
+    fresh = []
+    other = threading.Thread(target=lambda: fresh.append(torch.get_num_threads()))
+    other.start()
+    other.join()
+    assert fresh == [4]
+
+
+def test_an_error_in_a_lane_is_an_error_here():
+    def work(number):
+        if number == 1:
+            raise ValueError("one")
+        return number
+
+    with pytest.raises(ValueError, match="one"), Lanes(2) as lanes:
+        list(lanes.run(work, range(4)))
+
+
+def test_where_passes_would_get_in_each_others_way_there_is_one_lane(tmp_path, threads):
+    threads(3)
+    llama = tuning_of(tiny_base(tmp_path / "llama", blocks=3))
+    state = torch.get_rng_state()
+    assert lane_count(llama, TuneSpec(), WHERE) == 2
+    assert lane_count(llama, TuneSpec(lanes=3), WHERE) == 3
+    assert lane_count(llama, TuneSpec(lanes=1), WHERE) == 1
+    assert lane_count(llama, TuneSpec(lanes=3, narrow_weights=True), WHERE) == 1
+    assert lane_count(llama, TuneSpec(lanes=3, tune_head=True), WHERE) == 1
+    assert lane_count(llama, TuneSpec(lanes=3), Runtime(torch.device("meta"), torch.float32)) == 1
+    with_dropout = tuning_of(tiny_base(tmp_path / "gpt2", "gpt2", blocks=3))
+    assert lane_count(with_dropout, TuneSpec(lanes=3), WHERE) == 1
+    assert torch.equal(state, torch.get_rng_state())
+    next(module for module in llama.task.network.body.modules() if hasattr(module, "rope_type")).rope_type = "longrope"
+    assert lane_count(llama, TuneSpec(lanes=3), WHERE) == 1
+    threads(1)
+    assert lane_count(llama, TuneSpec(), WHERE) == 1
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("house")
+    parties = tiny_parties(folder)
+    base = tiny_base(folder / "base", blocks=5)
+    bundles = {
+        bottom: tiny_bundle(base, folder / str(bottom), parties, keep=2, bottom=bottom, top=1).folder
+        for bottom in (0, 1)
+    }
+    return bundles, tiny_rows(folder / "rows.jsonl", 14), parties.data_owner
+
+
+def spec_of(**settings):
+    usual = {"method": "full", "lr": 5e-3, "batch_size": 4, "epochs": 2, "compute": "fp32", "device": "cpu"}
+    return TuneSpec(**(usual | {"micro_batch_tokens": 1} | settings))
+
+
+@pytest.mark.parametrize("bottom", [0, 1])  # with none at the bottom, what enters the first trained block is kept
+def test_the_return_is_the_same_after_an_interruption_too(house, tmp_path, threads, monkeypatch, bottom):
+    bundles, rows, home = house
+    ran = []
+    run = Lanes.run
+    monkeypatch.setattr(Lanes, "run", lambda lanes, *given: ran.append(lanes.count) or run(lanes, *given))
+
+    def stop(event):
+        if event.stage == "tuning" and event.done == 3:
+            raise KeyboardInterrupt
+
+    alone = tune(bundles[bottom], rows, tmp_path / "alone", spec_of(threads=1), home)
+    assert set(ran) == {1}
+    ran.clear()
+    whole = tune(bundles[bottom], rows, tmp_path / "whole", spec_of(threads=2), home)
+    with pytest.raises(KeyboardInterrupt):
+        tune(bundles[bottom], rows, tmp_path / "parts", spec_of(threads=2), home, progress=stop)
+    parts = tune(bundles[bottom], rows, tmp_path / "parts", spec_of(threads=2), home, resume=True)
+    assert set(ran) == {2}
+    assert len({(one.folder / RETURNED_WEIGHTS).read_bytes() for one in (alone, whole, parts)}) == 1
