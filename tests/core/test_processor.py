@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from offsite.core.processor import made_by_intel, multiplies_bf16
+from offsite.core.processor import has_tiles, made_by_intel, multiplies_bf16
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,7 @@ def test_bf16_pays_where_the_processor_multiplies_it_faster(
     info = tmp_path / "cpuinfo"
     info.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags} sse\n", encoding="ascii")
     assert multiplies_bf16(info) is pays
+    assert has_tiles(info) is ("amx" in flags)
     assert made_by_intel(info) is (vendor == "GenuineIntel")
 
 

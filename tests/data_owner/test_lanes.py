@@ -13,6 +13,7 @@ from offsite.core.loss import take_apart
 from offsite.core.runtime import Runtime
 from offsite.core.weights import TrainedWeights
 from offsite.data_owner.lanes import Lanes, lane_count
+from offsite.data_owner.plan import _lanes
 from offsite.data_owner.recompute import recompute
 from offsite.data_owner.task import TextTask
 from offsite.data_owner.train import Tuning
@@ -108,7 +109,6 @@ def test_where_passes_would_get_in_each_others_way_there_is_one_lane(tmp_path, t
     threads(3)
     llama = tuning_of(tiny_base(tmp_path / "llama", blocks=3))
     state = torch.get_rng_state()
-    assert lane_count(llama, TuneSpec(), WHERE) == 2
     assert lane_count(llama, TuneSpec(lanes=3), WHERE) == 3
     assert lane_count(llama, TuneSpec(lanes=1), WHERE) == 1
     assert lane_count(llama, TuneSpec(lanes=3, narrow_weights=True), WHERE) == 1
@@ -119,8 +119,19 @@ def test_where_passes_would_get_in_each_others_way_there_is_one_lane(tmp_path, t
     assert torch.equal(state, torch.get_rng_state())
     next(module for module in llama.task.network.body.modules() if hasattr(module, "rope_type")).rope_type = "longrope"
     assert lane_count(llama, TuneSpec(lanes=3), WHERE) == 1
-    threads(1)
-    assert lane_count(llama, TuneSpec(), WHERE) == 1
+
+
+@pytest.mark.parametrize(
+    ("tiles", "dtype", "count", "usual"),
+    [(True, "bf16", 4, 2), (True, "bf16", 1, 1), (True, "fp32", 4, 1), (False, "bf16", 4, 1)],
+)
+def test_lanes_are_usual_on_matrix_tiles(tmp_path, threads, monkeypatch, tiles, dtype, count, usual):
+    monkeypatch.setattr("offsite.core.memory.has_tiles", lambda: tiles)
+    threads(count)
+    tuning = tuning_of(tiny_base(tmp_path / "base", blocks=3))
+    where = Runtime(CPU, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    assert lane_count(tuning, TuneSpec(), where) == usual
+    assert _lanes(TuneSpec(threads=count, compute=dtype)) == usual
 
 
 @pytest.fixture(scope="module")
@@ -151,12 +162,12 @@ def test_the_return_is_the_same_after_an_interruption_too(house, tmp_path, threa
         if event.stage == "tuning" and event.done == 3:
             raise KeyboardInterrupt
 
-    alone = tune(bundles[bottom], rows, tmp_path / "alone", spec_of(threads=1), home)
+    alone = tune(bundles[bottom], rows, tmp_path / "alone", spec_of(threads=1, lanes=1), home)
     assert set(ran) == {1}
     ran.clear()
-    whole = tune(bundles[bottom], rows, tmp_path / "whole", spec_of(threads=2), home)
+    whole = tune(bundles[bottom], rows, tmp_path / "whole", spec_of(threads=2, lanes=2), home)
     with pytest.raises(KeyboardInterrupt):
-        tune(bundles[bottom], rows, tmp_path / "parts", spec_of(threads=2), home, progress=stop)
-    parts = tune(bundles[bottom], rows, tmp_path / "parts", spec_of(threads=2), home, resume=True)
+        tune(bundles[bottom], rows, tmp_path / "parts", spec_of(threads=2, lanes=2), home, progress=stop)
+    parts = tune(bundles[bottom], rows, tmp_path / "parts", spec_of(threads=2, lanes=2), home, resume=True)
     assert set(ran) == {2}
     assert len({(one.folder / RETURNED_WEIGHTS).read_bytes() for one in (alone, whole, parts)}) == 1

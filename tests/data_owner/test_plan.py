@@ -114,9 +114,8 @@ def test_lanes_hold_a_micro_batch_each(base: Path, tmp_path: Path, parties: Part
         for term in ("activations of the blocks", "logits of one chunk", "gradients of micro-batches"):
             if term in terms(one, name):
                 assert terms(three, name)[term].bytes == 3 * terms(one, name)[term].bytes
-    for settings in ({"threads": 1}, {"tune_head": True}, {"narrow_weights": True}, {"device": "cuda"}):
-        assert _lanes(TuneSpec.model_validate({"threads": 4} | settings)) == 1
-    assert _lanes(TuneSpec(threads=4)) == 2
+    for settings in ({"tune_head": True}, {"narrow_weights": True}, {"device": "cuda"}):
+        assert _lanes(TuneSpec.model_validate({"lanes": 4} | settings)) == 1
     whole = plan_tune(bundle, rows, TuneSpec(**usual | {"batch_size": 1}, lanes=3))
     assert whole.micro_batch_tokens == 64  # a step of one micro-batch needs one lane
 

@@ -12,12 +12,11 @@ from typing import Any, Literal
 from offsite.config import Method
 from offsite.core.architectures import Architecture
 from offsite.core.checkpoint import CHUNK_BYTES
-from offsite.core.processor import multiplies_bf16
+from offsite.core.processor import has_tiles, multiplies_bf16
 
 # The sizes that bound memory: how much runs at once.
 CHUNK_ELEMENTS = 2**25  # logits that exist at once: 64 MiB in bf16
 SOFTMAX_ELEMENTS = 2**19  # of these in fp32, for softmax: 2 MiB
-USUAL_LANES = 2  # micro-batches of text that a tuning runs side by side
 CALIBRATION_CHUNK = 512  # tokens in a sequence of calibration text, BOS included
 CALIBRATION_BATCH = 8  # sequences of it that run at once
 GROUP_TOKENS = 65_536  # tokens of it whose hidden states are in memory on their way to the disk
@@ -192,6 +191,19 @@ def calibration_length(config: Mapping[str, Any]) -> int:
     """Tokens in a sequence of calibration text: 512, or the model's context where that is shorter."""
     context = config.get("max_position_embeddings") or config.get("n_positions") or CALIBRATION_CHUNK
     return min(CALIBRATION_CHUNK, int(context))
+
+
+def usual_lanes(threads: int, item: int) -> int:
+    """How many micro-batches of text a tuning runs side by side unless told.
+
+    Two where products are so cheap that what threads wait for in a shared one counts, in bf16 on matrix tiles: a third
+    or more faster. Elsewhere they gain next to nothing and hold a tenth more (benchmarks/NOTES.md).
+
+    Args:
+        threads: of the tuning.
+        item: bytes of a number in the arithmetic.
+    """
+    return min(2, threads) if item == 2 and has_tiles() else 1
 
 
 def compute_bytes(compute: Literal["auto", "bf16", "fp32"], device: str) -> int:

@@ -15,8 +15,12 @@ def multiplies_bf16(info: Path = _INFO) -> bool:
     Args:
         info: the kernel's description of the processor.
     """
-    words = _words(info)
-    return "amx_tile" in words or ("avx512_bf16" in words and not made_by_intel(info))
+    return has_tiles(info) or ("avx512_bf16" in _words(info) and not made_by_intel(info))
+
+
+def has_tiles(info: Path = _INFO) -> bool:
+    """Whether it has matrix tiles (AMX); False where the system does not say."""
+    return "amx_tile" in _words(info)
 
 
 def made_by_intel(info: Path = _INFO) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import torch
 
 from offsite.config import TuneSpec
-from offsite.core.memory import USUAL_LANES
+from offsite.core.memory import usual_lanes
 from offsite.data_owner.task import TextTask
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Lanes:
 
 
 def lane_count(tuning: "Tuning", spec: TuneSpec, where: "Runtime") -> int:
-    """How many lanes a tuning has: what was asked for or two, and one where passes would get in each other's way.
+    """How many lanes a tuning has: what was asked for or is usual, and one where passes would get in each other's way.
 
     That is where they draw random numbers (dropout), whose order would be the threads', where frozen blocks are
     swapped for wider ones as they run, and where a long row changes the rotary embedding of all. With a head that
@@ -73,7 +73,7 @@ def lane_count(tuning: "Tuning", spec: TuneSpec, where: "Runtime") -> int:
     task = tuning.task
     if where.device.type != "cpu" or not isinstance(task, TextTask):
         return 1
-    wanted = spec.lanes or min(USUAL_LANES, torch.get_num_threads())
+    wanted = spec.lanes or usual_lanes(torch.get_num_threads(), where.dtype.itemsize)
     if wanted == 1 or spec.tune_head or (spec.narrow_weights and where.dtype == torch.float32):
         return 1
     shifting = any(

@@ -15,7 +15,6 @@ from offsite.core.checkpoint import ITEM_SIZE, TensorRange, open_checkpoint, str
 from offsite.core.images import read_pictures, split_by_seed
 from offsite.core.memory import (
     SHORT_ATTENTION,
-    USUAL_LANES,
     BlockShape,
     Part,
     Phase,
@@ -26,6 +25,7 @@ from offsite.core.memory import (
     loss_chunk,
     part,
     torch_libraries,
+    usual_lanes,
 )
 from offsite.core.modules.declared import unwrapped
 from offsite.core.picture_sizes import SeenPicture, at_once, decoded, seen_picture
@@ -296,7 +296,7 @@ def _lanes(spec: TuneSpec) -> int:
     """Lanes on a processor of passes that draw no random numbers, which is found out as the tuning starts."""
     if not spec.device.startswith(("auto", "cpu")) or spec.tune_head or spec.narrow_weights:
         return 1
-    return spec.lanes or min(USUAL_LANES, spec.threads or usual_threads())
+    return spec.lanes or usual_lanes(spec.threads or usual_threads(), compute_bytes(spec.compute, spec.device))
 
 
 def _pixels(sizes: _Sizes, seen: _Seen) -> Term:
