@@ -131,7 +131,7 @@ def test_lanes_are_usual_on_matrix_tiles(tmp_path, threads, monkeypatch, tiles, 
     tuning = tuning_of(tiny_base(tmp_path / "base", blocks=3))
     where = Runtime(CPU, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
     assert lane_count(tuning, TuneSpec(), where) == usual
-    assert _lanes(TuneSpec(threads=count, compute=dtype)) == usual
+    assert _lanes(TuneSpec(threads=count, compute=dtype), {}) == usual
 
 
 @pytest.fixture(scope="module")
