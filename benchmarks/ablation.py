@@ -106,6 +106,7 @@ CASES: Mapping[str, tuple[Callable[[], None], Mapping[str, Any]]] = {
     "2048 tokens at once": (_nothing, {"micro_batch_tokens": 2048}),
     "4096 tokens at once": (_nothing, {"micro_batch_tokens": 4096}),
     "8192 tokens at once": (_nothing, {"micro_batch_tokens": 8192}),
+    "one micro-batch after the other": (_nothing, {"lanes": 1}),
     "blocks recomputed": (_nothing, {"gradient_checkpointing": True}),
     "one thread": (_nothing, {"threads": 1}),
     "fp32": (_nothing, {"compute": "fp32"}),
