@@ -339,6 +339,14 @@ def _copy_settings(
     return written
 
 
+def tiny_house(folder: Path, **bundles: dict[str, Any]) -> tuple[dict[str, Path], Path, Home]:
+    """Bundles of a Llama of five blocks that keep two of the middle, by name with their settings; rows; who tunes."""
+    parties = tiny_parties(folder)
+    base = tiny_base(folder / "base", blocks=5)
+    made = {name: tiny_bundle(base, folder / name, parties, keep=2, **own).folder for name, own in bundles.items()}
+    return made, tiny_rows(folder / "rows.jsonl", 14), parties.data_owner
+
+
 def tiny_rows(file: Path, count: int = 12, *, kind: Literal["prompt", "text"] = "prompt") -> Path:
     """Write rows of different lengths, all well under 64 tokens, to a JSONL file."""
     words = " ".join(TEXT).split()

@@ -19,7 +19,7 @@ from offsite.data_owner.task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.data_owner.tune import tune
 from offsite.exchange.contents import RETURNED_WEIGHTS
-from tiny import KINDS, tiny_base, tiny_bundle, tiny_parties, tiny_rows
+from tiny import KINDS, tiny_base, tiny_house
 
 CPU = torch.device("cpu")
 WHERE = Runtime(CPU, torch.float32)
@@ -136,14 +136,7 @@ def test_lanes_are_usual_on_matrix_tiles(tmp_path, threads, monkeypatch, tiles, 
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("house")
-    parties = tiny_parties(folder)
-    base = tiny_base(folder / "base", blocks=5)
-    bundles = {
-        bottom: tiny_bundle(base, folder / str(bottom), parties, keep=2, bottom=bottom, top=1).folder
-        for bottom in (0, 1)
-    }
-    return bundles, tiny_rows(folder / "rows.jsonl", 14), parties.data_owner
+    return tiny_house(tmp_path_factory.mktemp("house"), both={}, top={"bottom": 0})
 
 
 def spec_of(**settings):
@@ -151,8 +144,10 @@ def spec_of(**settings):
     return TuneSpec(**(usual | {"micro_batch_tokens": 1} | settings))
 
 
-@pytest.mark.parametrize("bottom", [0, 1])  # with none at the bottom, what enters the first trained block is kept
-def test_the_return_is_the_same_after_an_interruption_too(house, tmp_path, threads, monkeypatch, bottom):
+@pytest.mark.parametrize(
+    "bundle", ["top", "both"]
+)  # with none at the bottom, what enters the first trained block is kept
+def test_the_return_is_the_same_after_an_interruption_too(house, tmp_path, threads, monkeypatch, bundle):
     bundles, rows, home = house
     ran = []
     run = Lanes.run
@@ -162,12 +157,12 @@ def test_the_return_is_the_same_after_an_interruption_too(house, tmp_path, threa
         if event.stage == "tuning" and event.done == 3:
             raise KeyboardInterrupt
 
-    alone = tune(bundles[bottom], rows, tmp_path / "alone", spec_of(threads=1, lanes=1), home)
+    alone = tune(bundles[bundle], rows, tmp_path / "alone", spec_of(threads=1, lanes=1), home)
     assert set(ran) == {1}
     ran.clear()
-    whole = tune(bundles[bottom], rows, tmp_path / "whole", spec_of(threads=2, lanes=2), home)
+    whole = tune(bundles[bundle], rows, tmp_path / "whole", spec_of(threads=2, lanes=2), home)
     with pytest.raises(KeyboardInterrupt):
-        tune(bundles[bottom], rows, tmp_path / "parts", spec_of(threads=2, lanes=2), home, progress=stop)
-    parts = tune(bundles[bottom], rows, tmp_path / "parts", spec_of(threads=2, lanes=2), home, resume=True)
+        tune(bundles[bundle], rows, tmp_path / "parts", spec_of(threads=2, lanes=2), home, progress=stop)
+    parts = tune(bundles[bundle], rows, tmp_path / "parts", spec_of(threads=2, lanes=2), home, resume=True)
     assert set(ran) == {2}
     assert len({(one.folder / RETURNED_WEIGHTS).read_bytes() for one in (alone, whole, parts)}) == 1

@@ -19,7 +19,7 @@ from offsite.data_owner.tune import tune
 from offsite.errors import UsageError
 from offsite.exchange.contents import ADAPTER_WEIGHTS, RETURNED_WEIGHTS
 from offsite.exchange.verify import verify_bundle
-from tiny import KINDS, VISION_KINDS, tiny_base, tiny_bundle, tiny_parties, tiny_rows, tiny_vision_base
+from tiny import KINDS, VISION_KINDS, tiny_base, tiny_house, tiny_vision_base
 
 CPU = torch.device("cpu")
 
@@ -107,13 +107,7 @@ def test_a_recomputed_block_keeps_nothing_itself(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("house")
-    parties = tiny_parties(folder)
-    base = tiny_base(folder / "base", blocks=5)
-    bundles = {
-        dtype: tiny_bundle(base, folder / dtype, parties, keep=2, dtype=dtype).folder for dtype in ("BF16", "F32")
-    }
-    return bundles, tiny_rows(folder / "rows.jsonl", 14), parties.data_owner
+    return tiny_house(tmp_path_factory.mktemp("house"), BF16={"dtype": "BF16"}, F32={"dtype": "F32"})
 
 
 def spec_of(**settings):

@@ -22,16 +22,11 @@ class TrainedWeights:
         }
 
     def collect_gradients(self) -> None:
-        """Add the gradients of one micro-batch to the masters'."""
+        """Add the gradients that a backward pass left with the parameters to the masters'."""
         for name, parameter in self._working.items():
-            master = self.masters[name]
-            if master is parameter or parameter.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = parameter.grad.float()
-            else:
-                master.grad += parameter.grad
-            parameter.grad = None
+            if self.masters[name] is not parameter:
+                _add(self.masters[name], parameter.grad)
+                parameter.grad = None
 
     def gradients(self, loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Those of one micro-batch, of each parameter that it reached, and nothing added to any."""
@@ -40,12 +35,7 @@ class TrainedWeights:
     def add_gradients(self, gradients: Sequence[torch.Tensor | None]) -> None:
         """Add what `gradients` gave to the masters'."""
         for master, gradient in zip(self.masters.values(), gradients, strict=True):
-            if gradient is None:
-                continue
-            if master.grad is None:
-                master.grad = gradient.float()
-            else:
-                master.grad += gradient
+            _add(master, gradient)
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -61,3 +51,12 @@ class TrainedWeights:
         for name, master in self.masters.items():
             master.copy_(values[name])
         self.publish()
+
+
+def _add(master: torch.Tensor, gradient: torch.Tensor | None) -> None:
+    if gradient is None:
+        return
+    if master.grad is None:
+        master.grad = gradient.to(master.dtype, copy=True)  # two parameters may have been given one tensor
+    else:
+        master.grad += gradient

@@ -1,8 +1,8 @@
 """Fitting a tuning into a memory budget: measured on the rows themselves before the first step, never guessed.
 
 What runs at once is doubled from a single row on, as long as the process's measured peak leaves room for twice as much.
-Where not even the longest row fits, blocks are recomputed in the backward pass; where that does not fit either, the
-tuning is refused with what it would need.
+Where not even the longest row of each lane fits, there is one lane; where that does not fit, blocks are recomputed in
+the backward pass; and where that does not fit either, the tuning is refused with what it would need.
 """
 
 import itertools
