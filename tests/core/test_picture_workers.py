@@ -64,14 +64,22 @@ def test_a_process_that_is_killed_is_an_error_and_no_wait(tmp_path: Path) -> Non
         assert "workers" in (caught.value.next_step or "")
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_all_processes_are_left_to_who_started_them(tmp_path: Path, sent: signal.Signals) -> None:
+    picture = read_pictures(tiny_pictures(tmp_path / "set", 1))[0]
+    with PictureWorkers(1) as workers:
+        expected = workers.submit(workers.look, picture).result()
+        os.kill(workers._started[0]._process.pid, sent)
+        assert (workers.submit(workers.look, picture).result() == expected).all()
+
+
 def test_an_interrupt_leaves_no_process(tmp_path: Path) -> None:
     listed = read_pictures(tiny_pictures(tmp_path / "set", 3))
     workers = PictureWorkers(2)
     with pytest.raises(KeyboardInterrupt), workers:
         coming = [workers.submit(workers.look, picture) for picture in listed * 20]
         coming[0].result()
-        for sent in (signal.SIGINT, signal.SIGTERM):  # terminals and batch systems send them to all processes
-            os.kill(workers._started[0]._process.pid, sent)
+        os.kill(workers._started[0]._process.pid, signal.SIGINT)  # a terminal sends it to all processes
         coming[1].result()
         raise KeyboardInterrupt
     assert ended(workers)

@@ -172,15 +172,18 @@ def test_an_interrupted_command_may_clean_up(handler: str, code: int, monkeypatc
 def test_a_command_does_not_outlive_a_player_that_is_terminated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = tmp_path / "pid"
+    place, told = tmp_path / "pid", tmp_path / "told"
     replaced(
         monkeypatch,
-        f"import os, signal, time; open({str(place)!r}, 'w').write(str(os.getpid()));"
+        "import os, signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (open({str(told)!r}, 'w').close(), sys.exit(130)))\n"
+        f"with open({str(place)!r}, 'w') as file: file.write(str(os.getpid()))\n"
         "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)",
     )
     monkeypatch.setattr("sys.stdin", Mock(isatty=lambda: True))  # which would have told it of Ctrl-C
     with terminated_as_interrupted(), pytest.raises(Terminated):
         command.run_command(["verify", "x"], "the demo")
+    assert told.exists()  # and so could clean up
     with pytest.raises(ProcessLookupError):
         os.kill(int(place.read_text()), 0)
 
