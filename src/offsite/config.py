@@ -283,7 +283,7 @@ class TuneSpec(ComputeSpec):
             ge=1,
             le=64,
             description="text on a processor: micro-batches that run side by side, each with its share of the threads; "
-            "None is 2 on matrix tiles (AMX), else 1; 1 where passes draw random numbers",
+            "None is 2 on matrix tiles (AMX), else 1; 1 where passes would disturb one another",
         ),
     ] = None
     memory: Annotated[

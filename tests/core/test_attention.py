@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from offsite.core import attention
 from offsite.core.attention import use_tiled_attention
 from offsite.core.data import Example, collate
+from offsite.core.dropout import OwnRandomness
 from offsite.core.load import load_model
 from offsite.core.loss import label_losses, take_apart
 from tiny import KINDS, VISION_KINDS, tiny_base, tiny_vision_base
@@ -157,6 +159,28 @@ def test_dropout_takes_the_share_that_was_asked_for_and_the_same_backwards(lengt
         strict=True,
     ):
         assert torch.allclose(one, other, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("length", "width", "masked", "gradient"),
+    [(500, 8, True, True), (20, 8, False, False), (300, 8, False, False), (300, 6, False, True)],
+)
+def test_dropout_is_of_the_thread_wherever_there_is_any(length, width, masked, gradient):
+    generator = torch.Generator().manual_seed(0)
+    query, key, wide = (torch.randn(1, 2, length, 8, generator=generator) for _ in range(3))
+    value = wide[..., :width].contiguous()
+    mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None] if masked else None
+    before = torch.get_rng_state()
+
+    def attended(dropout):
+        with OwnRandomness(1):
+            return attention._attend(nn.Module(), query.requires_grad_(gradient), key, value, mask, dropout)[0]
+
+    found, same, none = attended(0.3), attended(0.3), attended(0.0)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(found, same)
+    assert found.shape == none.shape == (1, length, 2, width)
+    assert not torch.allclose(found, none, atol=0.1)
 
 
 def test_rows_padded_at_the_left_are_masked():

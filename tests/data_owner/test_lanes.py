@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from offsite.config import TuneSpec
+from offsite.core.attention import use_tiled_attention
 from offsite.core.data import Example
+from offsite.core.dropout import drawn_seed
 from offsite.core.load import load_model
 from offsite.core.loss import take_apart
 from offsite.core.runtime import Runtime
@@ -18,7 +20,6 @@ from offsite.data_owner.recompute import recompute
 from offsite.data_owner.task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.data_owner.tune import tune
-from offsite.exchange.contents import RETURNED_WEIGHTS
 from tiny import KINDS, tiny_base, tiny_house
 
 CPU = torch.device("cpu")
@@ -36,6 +37,7 @@ def threads():
 
 def tuning_of(folder):
     model = load_model(folder, dtype=torch.float32, device=CPU)
+    use_tiled_attention(model)  # as tuning does; torch's own draws dropout from the process's generator
     blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     blocks.get_submodule("0").requires_grad_(True)
     weights = TrainedWeights(dict(blocks.get_submodule("0").named_parameters()))
@@ -56,11 +58,15 @@ def test_side_by_side_and_one_after_the_other_are_the_same(tmp_path, threads, ki
         total = tuning.task.loss(group, 0, 0)
         return float(total.detach()), tuning.weights.gradients(total)
 
-    threads(1)
-    expected = [passed(group) for group in GROUPS]
-    threads(3)
-    with Lanes(3) as lanes:
-        found = list(lanes.run(passed, GROUPS))
+    def step(count):
+        threads(count)
+        torch.manual_seed(0)
+        for block in tuning.trained:
+            block.train()  # GPT-2's, OPT's and BLOOM's have dropout there
+        with Lanes(count) as lanes:
+            return list(lanes.run(passed, GROUPS))
+
+    expected, found = step(1), step(3)
     assert any(gradient is not None for gradient in expected[0][1])
     for (loss, gradients), (other, others) in zip(expected, found, strict=True):
         assert loss == other
@@ -95,6 +101,12 @@ def test_each_has_its_share_of_the_threads_and_what_is_left_over_has_all(threads
     assert fresh == [4]
 
 
+def test_each_has_random_numbers_of_its_own_at_every_step():
+    with Lanes(2) as lanes:
+        drawn = [seed for _ in range(2) for seed in lanes.run(lambda _: drawn_seed(), range(5))]
+    assert len(set(drawn)) == 10
+
+
 def test_an_error_in_a_lane_is_an_error_here():
     def work(number):
         if number == 1:
@@ -105,7 +117,7 @@ def test_an_error_in_a_lane_is_an_error_here():
         list(lanes.run(work, range(4)))
 
 
-def test_where_passes_would_get_in_each_others_way_there_is_one_lane(tmp_path, threads):
+def test_where_passes_would_get_in_each_others_way_there_is_one_lane(tmp_path, threads, monkeypatch):
     threads(3)
     llama = tuning_of(tiny_base(tmp_path / "llama", blocks=3))
     state = torch.get_rng_state()
@@ -115,6 +127,8 @@ def test_where_passes_would_get_in_each_others_way_there_is_one_lane(tmp_path, t
     assert lane_count(llama, TuneSpec(lanes=3, tune_head=True), WHERE) == 1
     assert lane_count(llama, TuneSpec(lanes=3), Runtime(torch.device("meta"), torch.float32)) == 1
     with_dropout = tuning_of(tiny_base(tmp_path / "gpt2", "gpt2", blocks=3))
+    assert lane_count(with_dropout, TuneSpec(lanes=3), WHERE) == 3
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda given, *_, **__: given + torch.rand(()))
     assert lane_count(with_dropout, TuneSpec(lanes=3), WHERE) == 1
     assert torch.equal(state, torch.get_rng_state())
     next(module for module in llama.task.network.body.modules() if hasattr(module, "rope_type")).rope_type = "longrope"
@@ -131,7 +145,7 @@ def test_lanes_are_usual_on_matrix_tiles(tmp_path, threads, monkeypatch, tiles, 
     tuning = tuning_of(tiny_base(tmp_path / "base", blocks=3))
     where = Runtime(CPU, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
     assert lane_count(tuning, TuneSpec(), where) == usual
-    assert _lanes(TuneSpec(threads=count, compute=dtype), {}) == usual
+    assert _lanes(TuneSpec(threads=count, compute=dtype)) == usual
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +158,11 @@ def spec_of(**settings):
     return TuneSpec(**(usual | {"micro_batch_tokens": 1} | settings))
 
 
+@pytest.mark.parametrize("settings", [{}, {"method": "lora", "lora_dropout": 0.3}], ids=["full", "dropout"])
 @pytest.mark.parametrize(
     "bundle", ["top", "both"]
 )  # with none at the bottom, what enters the first trained block is kept
-def test_the_return_is_the_same_after_an_interruption_too(house, tmp_path, threads, monkeypatch, bundle):
+def test_the_return_is_the_same_after_an_interruption_too(house, tmp_path, threads, monkeypatch, bundle, settings):
     bundles, rows, home = house
     ran = []
     run = Lanes.run
@@ -157,12 +172,16 @@ def test_the_return_is_the_same_after_an_interruption_too(house, tmp_path, threa
         if event.stage == "tuning" and event.done == 3:
             raise KeyboardInterrupt
 
-    alone = tune(bundles[bundle], rows, tmp_path / "alone", spec_of(threads=1, lanes=1), home)
+    def spec(count):
+        return spec_of(threads=count, lanes=count, **settings)
+
+    alone = tune(bundles[bundle], rows, tmp_path / "alone", spec(1), home)
     assert set(ran) == {1}
     ran.clear()
-    whole = tune(bundles[bundle], rows, tmp_path / "whole", spec_of(threads=2, lanes=2), home)
+    whole = tune(bundles[bundle], rows, tmp_path / "whole", spec(2), home)
     with pytest.raises(KeyboardInterrupt):
-        tune(bundles[bundle], rows, tmp_path / "parts", spec_of(threads=2, lanes=2), home, progress=stop)
-    parts = tune(bundles[bundle], rows, tmp_path / "parts", spec_of(threads=2, lanes=2), home, resume=True)
+        tune(bundles[bundle], rows, tmp_path / "parts", spec(2), home, progress=stop)
+    parts = tune(bundles[bundle], rows, tmp_path / "parts", spec(2), home, resume=True)
     assert set(ran) == {2}
-    assert len({(one.folder / RETURNED_WEIGHTS).read_bytes() for one in (alone, whole, parts)}) == 1
+    weights = {path.read_bytes() for one in (alone, whole, parts) for path in one.folder.glob("*.safetensors")}
+    assert len(weights) == 1

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from offsite.core.dropout import LEVELS, drawn_seed, keep_, kept, living
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -24,7 +26,6 @@ _LONGEST = 448  # tokens of a row under a mask; above, the fused one is as fast
 _TILE = 128  # queries of each head that run at once; of longer rows nothing that grows with T * T is kept
 _TILES = 4  # into which longer rows are cut: each has products of its own shapes, which oneDNN compiles and keeps
 _SHARES = 2**20  # of them at once: 2 MiB in bf16, 4 in fp32
-_LEVELS = 2**16  # random numbers that dropout compares: 16 bits each, for bernoulli_ takes eight times as long
 
 # some rows, a tile of their queries, the keys that it sees, its shares, and which of them dropout lets live
 _Piece = tuple[slice, slice, slice, torch.Tensor, torch.Tensor | None]
@@ -86,16 +87,16 @@ def _attend(
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     ours = (
-        torch.is_grad_enabled()
-        and query.requires_grad
+        (
+            dropout or (torch.is_grad_enabled() and query.requires_grad)
+        )  # torch's dropout is slow, and not of this thread
         and key.shape[2] == length
         and (causal or dropout or query.dtype == torch.bfloat16)  # of pictures in fp32 torch's is the faster
         and all(kwargs.get(name) is None for name in ("softcap", "position_bias", "cache", "s_aux"))
     )
-    if ours and attention_mask is None and length > _TILE:
-        if value.shape[3] == query.shape[3]:
-            return tiled_attention(query, key, value, scale, dropout, causal=causal), None
-    elif ours and length <= _LONGEST:
+    if ours and attention_mask is None and length > _TILE and value.shape[3] == query.shape[3]:
+        return tiled_attention(query, key, value, scale, dropout, causal=causal), None
+    if ours and (dropout or length <= _LONGEST):
         return _at_once(query, key, value, attention_mask, scale, dropout, causal=causal), None
     attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **kwargs
@@ -161,9 +162,9 @@ def tiled_attention(
     Returns:
         (B, T, heads, D).
     """
-    seed = int(torch.randint(2**62, ())) if dropout else None
+    seed = drawn_seed() if dropout else None
     attended: torch.Tensor = _Tiled.apply(  # type: ignore[no-untyped-call]
-        query, key, value, scale, _Kind(round(dropout * _LEVELS), seed, causal)
+        query, key, value, scale, _Kind(round(dropout * LEVELS), seed, causal)
     )
     return attended
 
@@ -202,9 +203,9 @@ class _Tiled(torch.autograd.Function):
             return fused.transpose(1, 2).contiguous()
         output = torch.empty_like(queries)
         for rows, tile, seen, shares, lives in _pieces(queries, keys, kind):
-            output[rows, tile] = (shares if lives is None else shares * lives) @ values[rows, seen]
+            output[rows, tile] = (shares if lives is None else keep_(shares, lives)) @ values[rows, seen]
         if kind.dropped:
-            output.mul_(_LEVELS / (_LEVELS - kind.dropped))
+            output.mul_(LEVELS / (LEVELS - kind.dropped))
         together = output.view(batch, groups, length, each, width).transpose(1, 2)
         return together.reshape(batch, length, heads, width)
 
@@ -215,7 +216,7 @@ class _Tiled(torch.autograd.Function):
         above = gradients[0].reshape(batch, length, groups, each, width).transpose(1, 2)
         above = above.reshape(queries.shape)  # (B G, T R, D)
         if kind.dropped:
-            above = above * (_LEVELS / (_LEVELS - kind.dropped))
+            above = above * (LEVELS / (LEVELS - kind.dropped))
         of_queries = torch.empty_like(queries)
         once = _tile(length, kind) == length
         of_keys, of_values = (
@@ -225,11 +226,11 @@ class _Tiled(torch.autograd.Function):
         put = torch.Tensor.copy_ if once else torch.Tensor.add_
         for rows, tile, seen, shares, lives in _pieces(queries, keys, kind):
             come = above[rows, tile]
-            of_seen = (shares if lives is None else shares * lives).transpose(1, 2) @ come
+            of_seen = (shares if lives is None else kept(shares, lives)).transpose(1, 2) @ come
             put(of_values[rows, seen], of_seen)
             of_shares = come @ values[rows, seen].transpose(1, 2)
             if lives is not None:
-                of_shares *= lives
+                keep_(of_shares, lives)
             of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
             of_queries[rows, tile] = of_scores @ keys[rows, seen]
             of_seen = of_scores.transpose(1, 2) @ queries[rows, tile]
@@ -273,11 +274,5 @@ def _pieces(
             if kind.causal:
                 scores[..., begin:] += future[: (end - begin) * each, : end - begin]
             shares = scores.softmax(-1)  # computed in fp32, stored in bf16
-            lives = None if generator is None else _lives(shares, kind.dropped, generator)
+            lives = None if generator is None else living(shares, kind.dropped, generator)
             yield rows, here, slice(seen), shares, lives
-
-
-def _lives(shares: torch.Tensor, dropped: int, generator: torch.Generator) -> torch.Tensor:
-    """Of which shares dropout makes no zeros, as booleans: all but `dropped` of 65,536."""
-    words = torch.empty(-(-shares.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    return (words.view(torch.int16)[: shares.numel()] >= dropped - _LEVELS // 2).view(shares.shape)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import torch
 
 from offsite.config import TuneSpec
+from offsite.core.dropout import OwnRandomness
 from offsite.core.memory import usual_lanes
 from offsite.data_owner.task import TextTask
 
@@ -48,26 +49,33 @@ class Lanes:
     def run(self, work: Callable[[G], R], given: Sequence[G]) -> Iterator[R]:
         """What `work` makes of each, in order; what would leave lanes empty runs afterwards on all threads.
 
-        No more is kept than there are lanes: a result is to be used up before the next is asked for.
+        No more is kept than there are lanes: a result is to be used up before the next is asked for. Each has random
+        numbers of its own, under a seed that torch's generator gives it here: which lane is faster changes none.
         """
+        seeded = list(zip(given, torch.randint(2**62, (len(given),)).tolist(), strict=True))
+
+        def alone(one: tuple[G, int]) -> R:
+            with OwnRandomness(one[1]):
+                return work(one[0])
+
         side_by_side = len(given) - len(given) % self.count if self._pool is not None else 0
         waiting: deque[Future[R]] = deque()
-        for one in given[:side_by_side]:
+        for one in seeded[:side_by_side]:
             assert self._pool is not None
-            waiting.append(self._pool.submit(work, one))
+            waiting.append(self._pool.submit(alone, one))
             if len(waiting) == self.count:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-        for one in given[side_by_side:]:
-            yield work(one)
+        for one in seeded[side_by_side:]:
+            yield alone(one)
 
 
 def lane_count(tuning: "Tuning", spec: TuneSpec, where: "Runtime") -> int:
     """How many lanes a tuning has: what was asked for or is usual, and one where passes would get in each other's way.
 
-    That is where they draw random numbers (dropout), whose order would be the threads', where frozen blocks are
-    swapped for wider ones as they run, and where a long row changes the rotary embedding of all. With a head that
+    That is where they draw random numbers other than dropout's, whose order would be the threads', where frozen blocks
+    are swapped for wider ones as they run, and where a long row changes the rotary embedding of all. With a head that
     trains each lane would hold a gradient as large as the head. Pictures gain nothing.
     """
     task = tuning.task
@@ -84,11 +92,12 @@ def lane_count(tuning: "Tuning", spec: TuneSpec, where: "Runtime") -> int:
 
 @torch.no_grad()
 def _draws(tuning: "Tuning", task: TextTask) -> bool:
-    """Whether a pass in training draws random numbers; they are given back."""
+    """Whether a pass in training draws random numbers of the process and not of its lane; they are given back."""
     for block in tuning.trained:
         block.train()
     before = torch.get_rng_state()
-    task.loss([min(range(task.rows), key=lambda row: len(task.examples[row].ids))], 0, 0)
+    with OwnRandomness(0):
+        task.loss([min(range(task.rows), key=lambda row: len(task.examples[row].ids))], 0, 0)
     drawn = not torch.equal(before, torch.get_rng_state())
     torch.set_rng_state(before)
     return drawn

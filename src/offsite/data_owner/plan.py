@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from offsite.config import Method, TuneSpec
 from offsite.core.architectures import ARCHITECTURES, Architecture
@@ -142,7 +142,7 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     checkpoint_steps(spec, step_count(spec, rows))
     context = config.get("max_position_embeddings") or config.get("n_positions") or 2**31
     length = seen.picture.tokens if seen else min(spec.max_length, int(context))
-    lanes = 1 if seen else _lanes(spec, config)
+    lanes = 1 if seen else _lanes(spec)
     alone = max(spec.micro_batch_tokens // lanes, length)
     lanes = 1 if spec.batch_size * length <= alone else lanes
     tokens = min(max(spec.micro_batch_tokens, lanes * length), spec.batch_size * length)
@@ -292,12 +292,9 @@ def _logits(sizes: _Sizes) -> Term:
     return replace(chunk, bytes=sizes.lanes * chunk.bytes, formula=f"lanes * ({chunk.formula}), with n / lanes for n")
 
 
-def _lanes(spec: TuneSpec, config: Mapping[str, Any]) -> int:
-    """Lanes of a tuning on a processor, by what the config says of dropout; tuning itself looks whether it draws."""
-    dropout = spec.lora_dropout or any(
-        "drop" in key and isinstance(value, int | float) and value > 0 for key, value in config.items()
-    )
-    if not spec.device.startswith(("auto", "cpu")) or spec.tune_head or spec.narrow_weights or dropout:
+def _lanes(spec: TuneSpec) -> int:
+    """Lanes of a tuning on text on a processor; tuning itself also looks whether passes would disturb one another."""
+    if not spec.device.startswith(("auto", "cpu")) or spec.tune_head or spec.narrow_weights:
         return 1
     return spec.lanes or usual_lanes(spec.threads or usual_threads(), compute_bytes(spec.compute, spec.device))
 

@@ -1,9 +1,12 @@
 """Gradient checkpointing (arXiv 1604.06174): a block keeps its input alone, and runs again in the backward pass."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from offsite.core.dropout import OwnRandomness, own_randomness
 
 
 class Wrapped(nn.Module):
@@ -31,7 +34,15 @@ class Recomputed(Wrapped):
 
     def forward(self, *arguments: Any, **settings: Any) -> Any:
         """As the block's."""
-        return checkpoint(self.block, *arguments, use_reentrant=False, **settings)
+        own = own_randomness()
+        if own is None:
+            return checkpoint(self.block, *arguments, use_reentrant=False, **settings)
+        state = own.state
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            return nullcontext(), OwnRandomness(state)
+
+        return checkpoint(self.block, *arguments, use_reentrant=False, context_fn=contexts, **settings)
 
 
 def recompute(blocks: nn.Module) -> None:
