@@ -7,6 +7,7 @@ package, or a setting, before it calls `offsite.tune` on a bundle of SmolLM2-135
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -45,6 +46,12 @@ def _without_tiles() -> None:
     from offsite.core import attention
 
     attention._TILE = attention._LONGEST
+
+
+def _torchs_dropout() -> None:
+    from offsite.data_owner import lanes
+
+    lanes.OwnRandomness = lambda seed: contextlib.nullcontext()  # type: ignore[assignment,misc]
 
 
 def _without_kept_memory() -> None:
@@ -107,6 +114,8 @@ CASES: Mapping[str, tuple[Callable[[], None], Mapping[str, Any]]] = {
     "4096 tokens at once": (_nothing, {"micro_batch_tokens": 4096}),
     "8192 tokens at once": (_nothing, {"micro_batch_tokens": 8192}),
     "one micro-batch after the other": (_nothing, {"lanes": 1}),
+    "dropout before the pairs": (_nothing, {"lora_dropout": 0.1}),
+    "dropout before the pairs, torch's": (_torchs_dropout, {"lora_dropout": 0.1}),
     "blocks recomputed": (_nothing, {"gradient_checkpointing": True}),
     "one thread": (_nothing, {"threads": 1}),
     "fp32": (_nothing, {"compute": "fp32"}),
