@@ -49,9 +49,11 @@ def _without_tiles() -> None:
 
 
 def _torchs_dropout() -> None:
-    from offsite.data_owner import lanes
+    from offsite.core import lanes
+    from offsite.data_owner import lanes as counted
 
-    lanes.OwnRandomness = lambda seed: contextlib.nullcontext()  # type: ignore[assignment,misc]
+    for module in (lanes, counted):
+        module.OwnRandomness = lambda seed: contextlib.nullcontext()  # type: ignore[assignment,misc]
 
 
 def _without_kept_memory() -> None:

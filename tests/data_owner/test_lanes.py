@@ -10,11 +10,12 @@ from offsite.config import TuneSpec
 from offsite.core.attention import use_tiled_attention
 from offsite.core.data import Example
 from offsite.core.dropout import drawn_seed
+from offsite.core.lanes import Lanes
 from offsite.core.load import load_model
 from offsite.core.loss import take_apart
 from offsite.core.runtime import Runtime
 from offsite.core.weights import TrainedWeights
-from offsite.data_owner.lanes import Lanes, lane_count
+from offsite.data_owner.lanes import lane_count
 from offsite.data_owner.plan import _lanes
 from offsite.data_owner.recompute import recompute
 from offsite.data_owner.task import TextTask
@@ -64,7 +65,7 @@ def test_side_by_side_and_one_after_the_other_are_the_same(tmp_path, threads, ki
         for block in tuning.trained:
             block.train()  # GPT-2's, OPT's and BLOOM's have dropout there
         with Lanes(count) as lanes:
-            return list(lanes.run(passed, GROUPS))
+            return list(lanes.run_seeded(passed, GROUPS))
 
     expected, found = step(1), step(3)
     assert any(gradient is not None for gradient in expected[0][1])
@@ -103,7 +104,7 @@ def test_each_has_its_share_of_the_threads_and_what_is_left_over_has_all(threads
 
 def test_each_has_random_numbers_of_its_own_at_every_step():
     with Lanes(2) as lanes:
-        drawn = [seed for _ in range(2) for seed in lanes.run(lambda _: drawn_seed(), range(5))]
+        drawn = [seed for _ in range(2) for seed in lanes.run_seeded(lambda _: drawn_seed(), range(5))]
     assert len(set(drawn)) == 10
 
 

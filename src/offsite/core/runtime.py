@@ -85,9 +85,10 @@ def _keep_freed_memory() -> None:
         return
     with contextlib.suppress(OSError, AttributeError):  # another C library has no such switch
         allocator = ctypes.CDLL(None)
-        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # malloc.h
         allocator.mallopt(m_mmap_threshold, 2**30)
         allocator.mallopt(m_trim_threshold, 2**31 - 1)
+        allocator.mallopt(m_arena_max, 1)  # else each lane would keep what it freed to itself
 
 
 def _resolve_device(name: str) -> torch.device:

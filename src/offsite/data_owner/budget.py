@@ -18,12 +18,13 @@ import torch
 from offsite.config import TuneSpec
 from offsite.core.checkpoint import strict_json
 from offsite.core.data import Example
+from offsite.core.lanes import Lanes
 from offsite.core.picture_sizes import at_once
 from offsite.core.progress import Event, Progress
 from offsite.core.runtime import Runtime
 from offsite.core.storage import replace_file
 from offsite.data_owner.image_task import ImageTask
-from offsite.data_owner.lanes import Lanes, lane_count
+from offsite.data_owner.lanes import lane_count
 from offsite.data_owner.recompute import keep_activations, recompute
 from offsite.data_owner.task import TextTask
 from offsite.data_owner.train import Tuning
@@ -140,7 +141,7 @@ def _run(tuning: Tuning, rows: Sequence[int], lanes: int) -> None:
     for block in tuning.trained:
         block.train()
     with torch.random.fork_rng(devices=[]), Lanes(lanes) as side_by_side:  # dropout will draw as without the trial
-        for _ in side_by_side.run(
+        for _ in side_by_side.run_seeded(
             lambda group: tuning.weights.gradients(tuning.task.loss(group, 0, 0)), [rows] * lanes
         ):
             pass

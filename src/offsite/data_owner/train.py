@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from offsite.config import TuneSpec
+from offsite.core.lanes import Lanes
 from offsite.core.progress import Event, Progress
 from offsite.core.resume import RunState
 from offsite.core.run_log import run_log, stop_requests
 from offsite.core.weights import TrainedWeights
 from offsite.data_owner.board import board
 from offsite.data_owner.checkpoints import Checkpoints
-from offsite.data_owner.lanes import Lanes
 from offsite.data_owner.schedule import learning_rate, rows_of_steps, step_count
 from offsite.data_owner.task import Task
 from offsite.errors import OffsiteError
@@ -130,7 +130,7 @@ def _step(
         total = task.loss(group, spec.seed, epoch)
         return float(total.detach()), tuning.weights.gradients(total / labels)
 
-    for nats_of_it, gradients in lanes.run(passed, list(task.groups(rows, spec))):
+    for nats_of_it, gradients in lanes.run_seeded(passed, list(task.groups(rows, spec))):
         tuning.weights.add_gradients(gradients)
         nats += nats_of_it
         del gradients  # before the next ones are there

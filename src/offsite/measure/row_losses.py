@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from offsite.core.data import Example, collate, micro_batches
+from offsite.core.lanes import Lanes, usual_lanes_of
 from offsite.core.loss import Network, label_losses
 from offsite.core.progress import Event, Progress, silent
 
@@ -25,7 +26,6 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-@torch.no_grad()
 def row_losses(
     network: Network, examples: Sequence[Example], budget: int, progress: Progress = silent, stage: str = "evaluating"
 ) -> list[RowLoss]:
@@ -34,18 +34,25 @@ def row_losses(
     Args:
         network: body and head.
         examples: what to score.
-        budget: padded tokens that run at once.
+        budget: padded tokens that run at once, in all lanes together.
         progress: where the events go.
         stage: the events' name.
     """
     found: dict[int, RowLoss] = {}
     nats_so_far, tokens_so_far = 0.0, 0
-    for group in micro_batches(examples, range(len(examples)), budget):
+
+    @torch.no_grad()
+    def nats_of(group: list[int]) -> list[float]:
         batch = collate([examples[i] for i in group])
         nats = label_losses(network, batch)[1].double().cpu()  # (L,)
         sums = torch.zeros(len(group), dtype=torch.float64).index_add_(0, torch.from_numpy(batch.owners), nats)
-        for i, total in zip(group, sums.tolist(), strict=True):
-            found[i] = RowLoss(examples[i].line, total, examples[i].labels)
-            nats_so_far, tokens_so_far = nats_so_far + total, tokens_so_far + examples[i].labels
-        progress(Event(stage, len(found), len(examples), {"loss": nats_so_far / tokens_so_far}))
+        return sums.tolist()
+
+    with Lanes(usual_lanes_of(network.body)) as lanes:
+        groups = list(micro_batches(examples, range(len(examples)), max(1, budget // lanes.count)))
+        for group, sums in zip(groups, lanes.run(nats_of, groups), strict=True):
+            for i, total in zip(group, sums, strict=True):
+                found[i] = RowLoss(examples[i].line, total, examples[i].labels)
+                nats_so_far, tokens_so_far = nats_so_far + total, tokens_so_far + examples[i].labels
+            progress(Event(stage, len(found), len(examples), {"loss": nats_so_far / tokens_so_far}))
     return [found[i] for i in range(len(examples))]
