@@ -1,4 +1,4 @@
-"""Write the tables of docs/performance.md and benchmarks/NOTES.md from the results, so that no figure is typed by hand.
+"""Write the tables of performance.md, NOTES.md and the README from the results, so that no figure is typed by hand.
 
 python -m benchmarks.render
 """
@@ -15,6 +15,7 @@ from benchmarks import ablation, images, startup, time_to_loss, tuning
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
 NOTES = Path(__file__).parent / "NOTES.md"
+README = Path(__file__).parent.parent / "README.md"
 
 
 def main() -> None:
@@ -28,9 +29,28 @@ def main() -> None:
             if file.exists():
                 result = json.loads(file.read_text())
                 _fill(DOCUMENT, file.stem, f"{_where(result['machine'])}.\n\n{module.table(result).strip()}")
+    measured = json.loads(tuning.RESULT.read_text())["records"] if tuning.RESULT.exists() else []
+    if measured:
+        _fill(README, "speed", headline(measured))
     if tuning.PREDICTED.exists():
-        measured = json.loads(tuning.RESULT.read_text())["records"] if tuning.RESULT.exists() else []
         _fill(NOTES, "predictions", predictions(json.loads(tuning.PREDICTED.read_text())["records"], measured))
+
+
+def headline(measured: list[dict[str, Any]]) -> str:
+    """LoRA under `offsite tune` against its peers, where there are any, as Markdown."""
+    lines = [
+        "| model, data | speed, full / LoRA | as the paper's code runs them | memory below, full / LoRA |",
+        "|---|---|---|---|",
+    ]
+    for record in measured:
+        if record["contestant"] == "offsite lora" and f"speed_vs_{BEST[0]}" in record:
+            speed, padded, memory = (
+                " / ".join(str(record[name]) for peer in BEST if (name := f"{what}_vs_{peer}{how}") in record)
+                or "not run"
+                for what, how in (("speed", ""), ("speed", "_padded"), ("memory", ""))
+            )
+            lines.append(f"| {record['shape']}, {record['data']} | {speed} | {padded} | {memory} |")
+    return "\n".join(lines)
 
 
 def predictions(predicted: list[dict[str, Any]], measured: list[dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.cells import BEST, CELLS, CONTESTANTS, DEFAULT, FIRST, PADDED, PEERS, SHAPES, Cell
 from benchmarks.compared import HABITS, fastest_habits, usual_habits
 from benchmarks.counted import Shape
-from benchmarks.render import predictions
+from benchmarks.render import README, headline, predictions
 from benchmarks.steps import encoded, steps_of
 from benchmarks.work import Work
 
@@ -115,6 +115,26 @@ def test_records_hold_contestants_against_each_other():
     assert "offsite lora" in tuning.table({"records": [found]})
     before = {"shape": "smollm2", "data": "letters", "contestant": "offsite lora", "counted_bound_vs_lora": 3.0}
     assert "| lora | 3.0 | 4.0 |" in predictions([before], [found])
+
+
+def test_the_readme_has_the_measured_ratios_of_lora():
+    alone = {"shape": "s", "data": "long", "contestant": "offsite lora", "tokens_per_s": 9.0}
+    one = {
+        **alone,
+        "data": "d",
+        "speed_vs_full": 5.1,
+        "speed_vs_lora": 4.0,
+        "memory_vs_full": 6.0,
+        "memory_vs_lora": 2.5,
+    }
+    table = headline(
+        [alone, one, {**one, "contestant": "offsite full"}, {**one, "data": "e", "speed_vs_full_padded": 16}]
+    )
+    assert table.splitlines()[2:] == [
+        "| s, d | 5.1 / 4.0 | not run | 6.0 / 2.5 |",
+        "| s, e | 5.1 / 4.0 | 16 | 6.0 / 2.5 |",
+    ]
+    assert headline(json.loads(tuning.RESULT.read_text())["records"]) in README.read_text()
 
 
 @pytest.mark.parametrize(("longest", "width"), [(69, 72), (72, 80), (1024, 1024)])
