@@ -86,10 +86,9 @@ def _attend(
     length = query.shape[2]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    trains = torch.is_grad_enabled() and query.requires_grad
     ours = (
-        (
-            dropout or (torch.is_grad_enabled() and query.requires_grad)
-        )  # torch's dropout is slow, and not of this thread
+        (trains or dropout)  # torch's dropout is slow, and draws for all threads
         and key.shape[2] == length
         and (causal or dropout or query.dtype == torch.bfloat16)  # of pictures in fp32 torch's is the faster
         and all(kwargs.get(name) is None for name in ("softcap", "position_bias", "cache", "s_aux"))

@@ -66,8 +66,8 @@ class OwnRandomness(TorchFunctionMode):
         known = given.device.type == "cpu" and given.is_floating_point() and given.element_size() in _PATTERNS
         if inplace or not training or not known or not 0 < dropped < LEVELS:
             return F.dropout(given, p, training, inplace)
-        kept: torch.Tensor = _Dropped.apply(given, dropped, self._generator)  # type: ignore[no-untyped-call]
-        return kept
+        left: torch.Tensor = _Dropped.apply(given, dropped, self._generator)  # type: ignore[no-untyped-call]
+        return left
 
 
 def own_randomness() -> OwnRandomness | None:
@@ -83,7 +83,7 @@ def drawn_seed() -> int:
 
 
 def living(numbers: torch.Tensor, dropped: int, generator: torch.Generator) -> torch.Tensor:
-    """A mask for `keep_`, of so many numbers of this dtype: of 65,536 all but `dropped` stay.
+    """Which of so many numbers stay: of 65,536 all but `dropped`. As integers of all bits or none, for `keep_`.
 
     64 random bits at a time, and a comparison into integers: torch's into booleans, and products with those, are five
     times slower.
@@ -91,18 +91,18 @@ def living(numbers: torch.Tensor, dropped: int, generator: torch.Generator) -> t
     words = torch.empty(-(-numbers.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
     drawn = words.view(torch.int16)[: numbers.numel()].view(numbers.shape)
     mask = torch.empty(numbers.shape, dtype=_PATTERNS[numbers.element_size()])
-    return torch.ge(drawn, dropped - LEVELS // 2, out=mask).neg_()  # all bits, or none
+    return torch.ge(drawn, dropped - LEVELS // 2, out=mask).neg_()
 
 
-def keep_(numbers: torch.Tensor, living: torch.Tensor) -> torch.Tensor:
-    """Make zeros of all that do not live, in place."""
-    numbers.view(living.dtype).bitwise_and_(living)
+def keep_(numbers: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Make zeros of all that `living` did not let stay, in place."""
+    numbers.view(mask.dtype).bitwise_and_(mask)
     return numbers
 
 
-def kept(numbers: torch.Tensor, living: torch.Tensor) -> torch.Tensor:
-    """A copy with zeros for all that do not live."""
-    return (numbers.view(living.dtype) & living).view(numbers.dtype)
+def kept(numbers: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """As `keep_`, of a copy."""
+    return (numbers.view(mask.dtype) & mask).view(numbers.dtype)
 
 
 class _Dropped(torch.autograd.Function):
