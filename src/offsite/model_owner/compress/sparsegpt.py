@@ -15,6 +15,7 @@ from offsite.model_owner.block_runner import LoadedBlock, captured_inputs
 from offsite.model_owner.split import Work
 
 COLUMNS = 128  # that are pruned before their errors are passed on to the columns behind them, as published
+_TOGETHER = 16  # of these, that pass their errors to each other alone before the rest has them, in the cache
 DAMPING = 0.01  # times the mean of the Gram matrix's diagonal, as published
 
 
@@ -29,28 +30,49 @@ def pruned_in_order(weight: Tensor, gram: Tensor, share: float) -> Tensor:
     Returns:
         (outputs, inputs) in float32.
     """
+    return _pruned(weight, gram.diagonal() == 0, _inverse_factor(gram), share)
+
+
+def _pruned(weight: Tensor, dead: Tensor, factor: Tensor, share: float) -> Tensor:
+    """As `pruned_in_order`, of inputs (inputs,) that are never there, and the others' `_inverse_factor`."""
     outputs, inputs = weight.shape
-    factor = _inverse_factor(gram)  # (inputs, inputs), upper
-    left = weight.float().clone()
-    left[:, gram.diagonal() == 0] = 0  # inputs that are never there: their numbers go first, at no cost
+    left = weight.float().T.clone(memory_format=torch.contiguous_format)  # (inputs, outputs)
+    left[dead] = 0  # their numbers go first, at no cost
     gone = 0
     for first in range(0, inputs, COLUMNS):
         last = min(first + COLUMNS, inputs)
-        part, own = left[:, first:last].clone(), factor[first:last, first:last]
+        part, own = left[first:last], factor[first:last, first:last]
         count = int(share * outputs * last) - gone
         gone += count
-        salience = (part / own.diagonal()).square().flatten()  # the squared error that each number's going leaves
-        going = torch.zeros_like(salience, dtype=torch.bool)
-        going[salience.argsort(stable=True)[:count]] = True
-        going = going.view_as(part)
-        errors = torch.zeros_like(part)
-        for column in range(last - first):
-            lost = torch.where(going[:, column], part[:, column], 0.0) / own[column, column]
-            part[:, column:] -= lost[:, None] * own[column, column:]
-            errors[:, column] = lost
-        left[:, first:last] = part.masked_fill(going, 0)
-        left[:, last:] -= errors @ factor[first:last, last:]
-    return left
+        salience = (part.T / own.diagonal()).square().flatten()  # the squared error that each number's going leaves
+        going = _smallest(salience, count).view(outputs, last - first).T.contiguous()
+        errors = _errors(part, own, going)
+        part.masked_fill_(going, 0)
+        left[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
+    return left.T
+
+
+def _errors(part: Tensor, own: Tensor, going: Tensor) -> Tensor:
+    """What each number's going is to change in the columns behind; those of `part` (columns, outputs) are changed."""
+    errors = torch.zeros_like(part)
+    for first in range(0, len(part), _TOGETHER):
+        last = min(first + _TOGETHER, len(part))
+        for column in range(first, last):
+            errors[column] = torch.where(going[column], part[column], 0.0) / own[column, column]
+            part[column + 1 : last].addr_(own[column, column + 1 : last], errors[column], alpha=-1)
+        part[last:].addmm_(own[first:last, last:].T, errors[first:last], alpha=-1)
+    return errors
+
+
+def _smallest(values: Tensor, count: int) -> Tensor:
+    """Where the `count` smallest of the values (n,) are, of equals the earlier."""
+    if not count:
+        return torch.zeros_like(values, dtype=torch.bool)
+    largest = values.kthvalue(count).values
+    found = values < largest
+    equals = (values == largest).nonzero().flatten()
+    found[equals[: count - int(found.sum())]] = True
+    return found
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
@@ -95,12 +117,13 @@ def prune_maps(
             gram = inputs.T @ inputs
             grams[together] = grams[together] + gram if together in grams else gram
     parameters = dict(block.module.named_parameters())
-    found = {}
-    for path, place in places.items():
-        matrix = parameters[f"{place}.weight"].detach()
-        gram = next(gram for together, gram in grams.items() if place in together)
-        kept = pruned_in_order(matrix.T if row.transposed else matrix, gram, work.prunes)
-        found[weights[path]] = (kept.T if row.transposed else kept).contiguous()
+    found, paths = {}, {place: path for path, place in places.items()}
+    for together, gram in grams.items():
+        dead, factor = gram.diagonal() == 0, _inverse_factor(gram)
+        for place in together:
+            matrix = parameters[f"{place}.weight"].detach()
+            kept = _pruned(matrix.T if row.transposed else matrix, dead, factor, work.prunes)
+            found[weights[paths[place]]] = (kept.T if row.transposed else kept).contiguous()
     return found
 
 
