@@ -297,11 +297,12 @@ class TuneSpec(ComputeSpec):
         bool, Field(description="run blocks again in the backward pass: less memory, about a quarter slower")
     ] = False
     narrow_weights: Annotated[
-        bool,
+        bool | None,
         Field(
-            description="where the arithmetic is fp32, hold frozen blocks in bf16: half of their memory, a bit slower"
+            description="where the arithmetic is fp32, hold a bf16 bundle's frozen blocks in bf16: half of their "
+            "memory, a bit slower; None is where there is a memory budget"
         ),
-    ] = False
+    ] = None
     cache_features: Annotated[
         Literal["auto", "off"],
         Field(description="whether frozen blocks before the first trained one run once and keep the result on disk"),

@@ -7,7 +7,7 @@ from offsite.core.data import Example, collate
 from offsite.core.load import load_model
 from offsite.core.loss import label_losses, take_apart
 from offsite.core.progress import silent
-from offsite.core.runtime import Runtime
+from offsite.core.runtime import Runtime, runtime
 from offsite.core.weights import TrainedWeights
 from offsite.data_owner import budget
 from offsite.data_owner.budget import within_memory
@@ -59,9 +59,9 @@ def _measuring(monkeypatch, tuning, *, per_token, recomputed):
     tokens = []
     run = budget._run
 
-    def counted(tuning, rows, lanes):
-        tokens.append(lanes * sum(len(tuning.task.examples[i].ids) for i in rows))
-        run(tuning, rows, lanes)
+    def counted(tuning, trial, lanes):
+        tokens.append(lanes * sum(len(trial.task.examples[i].ids) for i in trial.rows))
+        run(tuning, trial, lanes)
 
     def measured(work, device):
         work()
@@ -99,6 +99,32 @@ def test_lanes_go_before_blocks_are_recomputed(tmp_path, monkeypatch, memory, la
     assert all(isinstance(block, Recomputed) == again for block in tuning.blocks)
 
 
+@pytest.mark.parametrize(
+    ("memory", "tried", "again"),
+    [
+        ("700MiB", [256, 512, 1024], False),
+        ("600MiB", [256, 512, 256, 512, 1024], True),  # the whole row would take 100 + 512 MiB, and AdamW
+        ("300MiB", [256, 256, 512, 1024], True),
+    ],
+)
+def test_a_long_row_is_tried_in_parts(tmp_path, monkeypatch, memory, tried, again):
+    tuning = _tuning(tiny_base(tmp_path / "base", blocks=3, max_position_embeddings=1024), (20, 1024))
+    tokens = _measuring(monkeypatch, tuning, per_token=2**19, recomputed=2**14)
+    fitted = within_memory(tuning, TuneSpec(memory=memory, lanes=1), WHERE, tmp_path / "memory.json", silent)
+    assert tokens == tried  # and not the whole row where a part says that it does not fit
+    assert fitted.micro_batch_tokens == 1024
+    assert all(isinstance(block, Recomputed) == again for block in tuning.blocks)
+
+
+def test_a_part_of_a_row_is_its_end_with_the_labels_there():
+    row = Example(7, np.arange(10), 4)
+    part = budget._end_of(row, 8)
+    assert (part.ids.tolist(), part.given) == (list(range(2, 10)), 2)
+    assert budget._end_of(row, 3).given == 1  # nothing predicts the first token
+    part = budget._end_of(Example(7, np.arange(10), 1, np.array([2, 5, 9])), 5)
+    assert (part.ids.tolist(), part.labelled.tolist()) == (list(range(5, 10)), [4])
+
+
 def test_a_resumed_run_keeps_what_was_found(tmp_path, monkeypatch):
     tuning = _tuning(tiny_base(tmp_path / "base", blocks=3), lengths=(32,) * 40)
     trials = _measuring(monkeypatch, tuning, per_token=2**19, recomputed=2**14)
@@ -109,12 +135,12 @@ def test_a_resumed_run_keeps_what_was_found(tmp_path, monkeypatch):
     assert len(trials) == before
 
 
-def test_what_cannot_fit_is_refused_with_what_it_needs(tmp_path, monkeypatch):
-    tuning = _tuning(tiny_base(tmp_path / "base", blocks=3))
+@pytest.mark.parametrize("lengths", [(9, 14, 5, 14), (9, 600), (300, 300)])
+def test_what_cannot_fit_is_refused_with_what_it_needs(tmp_path, monkeypatch, lengths):
+    tuning = _tuning(tiny_base(tmp_path / "base", blocks=3, max_position_embeddings=1024), lengths)
     _measuring(monkeypatch, tuning, per_token=2**24, recomputed=2**23)
     with pytest.raises(UsageError, match="does not fit into 120MiB") as refused:
         within_memory(tuning, TuneSpec(memory="120MiB"), WHERE, tmp_path / "memory.json", silent)
-    assert "narrow_weights = true" in refused.value.next_step  # the arithmetic is fp32
     needed = refused.value.next_step.split()[2]
     assert within_memory(tuning, TuneSpec(memory=needed), WHERE, tmp_path / "memory.json", silent)
 
@@ -125,6 +151,13 @@ def test_the_operating_system_is_asked():
 
     before, peak = budget._measured(work, CPU)
     assert 256 * 2**20 < peak - before < 2**30
+
+
+def test_no_trial_is_charged_what_the_one_before_it_freed():
+    runtime("cpu")  # has the heap keep what is freed
+    _, first = budget._measured(lambda: torch.ones(2**27).sum(), CPU)
+    _, second = budget._measured(lambda: None, CPU)
+    assert first - second > 256 * 2**20
 
 
 def test_checkpointing_goes_without_a_budget(tmp_path):

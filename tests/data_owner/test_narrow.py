@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from artifacts import packed
 from offsite.config import TuneSpec
 from offsite.core.data import Example, collate
 from offsite.core.fused import fuse
@@ -19,7 +20,7 @@ from offsite.data_owner.tune import tune
 from offsite.errors import UsageError
 from offsite.exchange.contents import ADAPTER_WEIGHTS, RETURNED_WEIGHTS
 from offsite.exchange.verify import verify_bundle
-from tiny import KINDS, VISION_KINDS, tiny_base, tiny_house, tiny_vision_base
+from tiny import KINDS, VISION_KINDS, tiny_base, tiny_parties, tiny_rows, tiny_vision_base
 
 CPU = torch.device("cpu")
 
@@ -107,7 +108,16 @@ def test_a_recomputed_block_keeps_nothing_itself(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
-    return tiny_house(tmp_path_factory.mktemp("house"), BF16={"dtype": "BF16"}, F32={"dtype": "F32"})
+    """Bundles by name, rows, and who tunes."""
+    folder = tmp_path_factory.mktemp("house")
+    parties, base = tiny_parties(folder), tiny_base(folder / "base", blocks=5)
+    settings = {
+        "bf16": {"dtype": "bf16", "keep": 2},
+        "left-out": {"dtype": "bf16", "prune": 0.5, "prune_by": "magnitude", "zeros": "left-out"},
+        "fp32": {"dtype": "fp32", "keep": 2},
+    }
+    bundles = {name: packed(base, folder / name, parties, **own).folder for name, own in settings.items()}
+    return bundles, tiny_rows(folder / "rows.jsonl", 14), parties.data_owner
 
 
 def spec_of(**settings):
@@ -117,14 +127,41 @@ def spec_of(**settings):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}, {"memory": "64GiB"}])
-def test_the_return_is_the_same(house, tmp_path, method, more):
+@pytest.mark.parametrize("bundle", ["bf16", "left-out"])
+def test_the_return_is_the_same(house, tmp_path, method, more, bundle):
     bundles, rows, home = house
     returned = [
-        tune(bundles["BF16"], rows, tmp_path / str(narrow), spec_of(method=method, narrow_weights=narrow, **more), home)
+        tune(bundles[bundle], rows, tmp_path / str(narrow), spec_of(method=method, narrow_weights=narrow, **more), home)
         for narrow in (False, True)
     ]
     name = ADAPTER_WEIGHTS if method == "lora" else RETURNED_WEIGHTS
     assert len({(one.folder / name).read_bytes() for one in returned}) == 1
+
+
+@pytest.mark.parametrize(
+    ("bundle", "settings", "expected"),
+    [
+        ("bf16", {"memory": "64GiB"}, True),
+        ("left-out", {"memory": "64GiB"}, True),
+        ("bf16", {}, False),
+        ("bf16", {"memory": "64GiB", "narrow_weights": False}, False),
+        ("bf16", {"memory": "64GiB", "compute": "bf16"}, False),
+        ("fp32", {"memory": "64GiB"}, False),  # they would be rounded
+    ],
+)
+def test_a_budget_holds_them_narrow_where_that_rounds_nothing(house, tmp_path, monkeypatch, bundle, settings, expected):
+    bundles, rows, home = house
+    held = []
+
+    def counted(model, *given):
+        held.append(given)
+        hold_narrow(model, *given)
+
+    monkeypatch.setattr("offsite.data_owner.tune.hold_narrow", counted)
+    tune(bundles[bundle], rows, tmp_path / "return", spec_of(**settings), home)
+    assert bool(held) == expected
+    plan = plan_tune(verify_bundle(bundles[bundle], home), rows, spec_of(**settings))
+    assert expected == any(term.name == "one block in fp32" for term in plan.peak.terms)
 
 
 def test_an_interrupted_run_goes_on_with_narrow_weights(house, tmp_path):
@@ -135,9 +172,9 @@ def test_an_interrupted_run_goes_on_with_narrow_weights(house, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune(bundles["BF16"], rows, tmp_path / "return", spec_of(), home, progress=stop)
-    resumed = tune(bundles["BF16"], rows, tmp_path / "return", spec_of(narrow_weights=True), home, resume=True)
-    whole = tune(bundles["BF16"], rows, tmp_path / "whole", spec_of(), home)
+        tune(bundles["bf16"], rows, tmp_path / "return", spec_of(), home, progress=stop)
+    resumed = tune(bundles["bf16"], rows, tmp_path / "return", spec_of(narrow_weights=True), home, resume=True)
+    whole = tune(bundles["bf16"], rows, tmp_path / "whole", spec_of(), home)
     first, second = ((one.folder / ADAPTER_WEIGHTS).read_bytes() for one in (resumed, whole))
     assert first == second
 
@@ -145,8 +182,8 @@ def test_an_interrupted_run_goes_on_with_narrow_weights(house, tmp_path):
 def test_weights_that_bf16_would_round_stay_as_they_are(house, tmp_path):
     bundles, rows, home = house
     with pytest.raises(UsageError, match="would round") as refused:
-        tune(bundles["F32"], rows, tmp_path / "return", spec_of(narrow_weights=True), home)
+        tune(bundles["fp32"], rows, tmp_path / "return", spec_of(narrow_weights=True), home)
     assert refused.value.reasons == ("it has tensors of F32",)
     with pytest.raises(UsageError, match="would round"):
-        plan_tune(verify_bundle(bundles["F32"], home), rows, spec_of(narrow_weights=True))
-    assert tune(bundles["F32"], rows, tmp_path / "bf16", spec_of(narrow_weights=True, compute="bf16"), home)
+        plan_tune(verify_bundle(bundles["fp32"], home), rows, spec_of(narrow_weights=True))
+    assert tune(bundles["fp32"], rows, tmp_path / "bf16", spec_of(narrow_weights=True, compute="bf16"), home)

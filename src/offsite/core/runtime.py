@@ -79,7 +79,7 @@ def _keep_freed_memory() -> None:
 
     Activations and logits come and go in pieces of many megabytes: without this a step of a small model spends a third
     of its time on page faults. It costs holes between the pieces, about a third more at the peak (docs/memory.md), and
-    nothing is given back before the end.
+    nothing is given back unless `give_freed_memory_back` is called.
     """
     if sys.platform != "linux":
         return
@@ -89,6 +89,13 @@ def _keep_freed_memory() -> None:
         allocator.mallopt(m_mmap_threshold, 2**30)
         allocator.mallopt(m_trim_threshold, 2**31 - 1)
         allocator.mallopt(m_arena_max, 1)  # else each lane would keep what it freed to itself
+
+
+def give_freed_memory_back() -> None:
+    """Return to the system what glibc's heap keeps of freed memory, so that what a process holds is what it needs."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resolve_device(name: str) -> torch.device:

@@ -1,15 +1,16 @@
 """Fitting a tuning into a memory budget: measured on the rows themselves before the first step, never guessed.
 
-What runs at once is doubled from a single row on, as long as the process's measured peak leaves room for twice as much.
-Where not even the longest row of each lane fits, there is one lane; where that does not fit, blocks are recomputed in
-the backward pass; and where that does not fit either, the tuning is refused with what it would need.
+What runs at once is doubled, from a part of the longest row on, as long as the process's measured peak leaves room for
+twice as much: so the budget holds while it is measured, too. Where not even the longest row of each lane fits, there is
+one lane; where that does not fit, blocks are recomputed in the backward pass; and where that does not fit either, the
+tuning is refused with what it would need.
 """
 
 import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from offsite.core.data import Example
 from offsite.core.lanes import Lanes
 from offsite.core.picture_sizes import at_once
 from offsite.core.progress import Event, Progress
-from offsite.core.runtime import Runtime
+from offsite.core.runtime import Runtime, give_freed_memory_back
 from offsite.core.storage import replace_file
 from offsite.data_owner.image_task import ImageTask
 from offsite.data_owner.lanes import lane_count
@@ -82,50 +83,66 @@ def _fit(tuning: Tuning, spec: TuneSpec, lanes: int, where: Runtime, progress: P
     numbers = sum(master.numel() for master in tuning.weights.masters.values())
     later = numbers * (8 if where.dtype == torch.float32 else 12)  # AdamW's moments, and gradients in fp32
     ceiling = int(budget * (1 - _SPARE)) - later
-    least = 0
+    least = 0.0
     ways = itertools.product(
         (True,) if spec.gradient_checkpointing else (False, True), sorted({lanes, 1}, reverse=True)
     )
     for again, beside in ways:
         _recompute(tuning, again)
         found = None
-        for count, group in _trials(tuning, _shared(spec, beside)):
-            told = count if isinstance(tuning.task, TextTask) else len(group)
+        trials = list(_trials(tuning, _shared(spec, beside)))
+        for trial, following in itertools.zip_longest(trials, trials[1:]):
+            told = trial.tokens if isinstance(tuning.task, TextTask) else len(trial.rows)
             times = f"{beside} times " if beside > 1 else ""
             progress(Event(f"measuring memory: {times}{told} {tuning.task.unit} at once", 0))
-            before, peak = _measured(partial(_run, tuning, group, beside), where.device)
+            before, peak = _measured(partial(_run, tuning, trial, beside), where.device)
             if peak > ceiling:
-                least = peak  # of one row alone, where nothing was found
+                least = _expected(before, peak, max(1.0, trial.longest / trial.tokens))
                 break
-            found = Fit(count, beside, again, peak + later)
-            if peak + (peak - before) > ceiling:
+            if trial.tokens >= trial.longest:
+                found = Fit(trial.at_once, beside, again, peak + later)
+            if following is not None and _expected(before, peak, following.tokens / trial.tokens) > ceiling:
+                least = _expected(before, peak, max(1.0, trial.longest / trial.tokens))
                 break
         if found is not None:
             return found
     what, otherwise = _one_row(tuning)
-    if where.dtype == torch.float32 and not spec.narrow_weights:
-        otherwise += ", or narrow_weights = true in table [tune] of a --config file"
     raise UsageError(
         f"the tuning does not fit into {spec.memory}",
         reasons=[f"{what} alone takes {_shown(least + later)}"],
-        next_step=f"give --memory {_shown(int((least + later) / (1 - _SPARE)) + 2**20)} or more{otherwise}",
+        next_step=f"give --memory {_shown((least + later) / (1 - _SPARE) + 2**20)} or more{otherwise}",
     )
 
 
-def _trials(tuning: Tuning, spec: TuneSpec) -> Iterator[tuple[int, Sequence[int]]]:
-    """More and more rows at once, up to what the settings permit: how many tokens, and which rows."""
-    if isinstance(tuning.task, TextTask):
-        examples = tuning.task.examples
-        order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
-        yield from _doubling(examples, order, spec.micro_batch_tokens)
+def _expected(before: int, peak: int, times: float) -> float:
+    """The peak of so many times what was tried."""
+    return before + (peak - before) * times
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What runs at once, for once."""
+
+    task: TextTask | ImageTask
+    rows: Sequence[int]
+    tokens: int  # of all rows with their padding
+    longest: int  # of a row of the tuning
+    at_once: int  # tokens of a micro-batch, if this fits
+
+
+def _trials(tuning: Tuning, spec: TuneSpec) -> Iterator[_Trial]:
+    """More and more at once, each about twice the one before, up to what the settings permit."""
+    task = tuning.task
+    if isinstance(task, TextTask):
+        yield from _texts(task, spec.micro_batch_tokens)
         return
-    assert isinstance(tuning.task, ImageTask)
-    tokens = tuning.task.album.tokens  # pictures are all of one size
-    most, count = min(at_once(tokens, spec.micro_batch_tokens), spec.batch_size, tuning.task.rows), 1
+    assert isinstance(task, ImageTask)
+    tokens = task.album.tokens  # pictures are all of one size
+    most, count = min(at_once(tokens, spec.micro_batch_tokens), spec.batch_size, task.rows), 1
     while count < most:
-        yield count * tokens, range(count)
+        yield _Trial(task, range(count), count * tokens, tokens, count * tokens)
         count *= 2
-    yield most * tokens, range(most)
+    yield _Trial(task, range(most), most * tokens, tokens, most * tokens)
 
 
 def _one_row(tuning: Tuning) -> tuple[str, str]:
@@ -136,13 +153,13 @@ def _one_row(tuning: Tuning) -> tuple[str, str]:
     return f"its longest row ({longest} tokens)", ", or cut the rows: --max-length with --long-rows truncate"
 
 
-def _run(tuning: Tuning, rows: Sequence[int], lanes: int) -> None:
+def _run(tuning: Tuning, trial: _Trial, lanes: int) -> None:
     """A forward and backward pass in every lane that leaves nothing behind."""
     for block in tuning.trained:
         block.train()
     with torch.random.fork_rng(devices=[]), Lanes(lanes) as side_by_side:  # dropout will draw as without the trial
         for _ in side_by_side.run_seeded(
-            lambda group: tuning.weights.gradients(tuning.task.loss(group, 0, 0)), [rows] * lanes
+            lambda rows: tuning.weights.gradients(trial.task.loss(rows, 0, 0)), [trial.rows] * lanes
         ):
             pass
 
@@ -168,17 +185,32 @@ def _settled(file: Path, make: Callable[[], Fit]) -> Fit:
         ) from None
 
 
-def _doubling(examples: Sequence[Example], order: Sequence[int], most: int) -> Iterator[tuple[int, Sequence[int]]]:
-    """Budgets of tokens, each with the longest rows that fill it; the longest row alone is the least."""
-    width = len(examples[order[0]].ids)
+def _texts(task: TextTask, most: int) -> Iterator[_Trial]:
+    """Of the longest row a part and twice that, until it is whole, then the longest rows that fill more and more."""
+    examples = task.examples
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
+    longest = examples[order[0]]
+    width = len(longest.ids)
+    tokens = _LEAST
+    while tokens < width:
+        yield _Trial(replace(task, examples=(_end_of(longest, tokens),)), [0], tokens, width, tokens)
+        tokens *= 2
     tokens = max(_LEAST, width)
     while True:
         tokens = min(tokens, max(most, width))
-        everything = tokens // width >= len(order)
-        yield max(tokens, most) if everything else tokens, order[: max(1, tokens // width)]
+        rows = order[: max(1, tokens // width)]
+        everything = len(rows) == len(order)
+        yield _Trial(task, rows, len(rows) * width, width, max(tokens, most) if everything else tokens)
         if everything or tokens >= most:
             return
         tokens *= 2
+
+
+def _end_of(row: Example, tokens: int) -> Example:
+    """The last tokens of a row, with their labels."""
+    cut = len(row.ids) - tokens
+    places = None if row.places is None else row.places[row.places > cut] - cut
+    return replace(row, ids=row.ids[cut:], given=max(1, row.given - cut), places=places)
 
 
 def _measured(work: Callable[[], None], device: torch.device) -> tuple[int, int]:
@@ -194,6 +226,7 @@ def _measured(work: Callable[[], None], device: torch.device) -> tuple[int, int]
             "--memory needs a system that says what a process holds: Linux, or a CUDA device",
             next_step="use --gradient-checkpointing, or a lower micro_batch_tokens in --config; --plan estimates",
         )
+    give_freed_memory_back()  # or a trial would be charged what the one before it freed
     reset.write_text("5")  # the peak starts anew from here
     before = _kilobytes(status, "VmRSS")
     work()
@@ -204,5 +237,5 @@ def _kilobytes(status: Path, key: str) -> int:
     return int(re.search(rf"^{key}:\s+(\d+)", status.read_text(), re.MULTILINE)[1]) * 1024  # type: ignore[index]
 
 
-def _shown(size: int) -> str:
+def _shown(size: float) -> str:
     return f"{size / 2**20:.0f}MiB"

@@ -26,7 +26,7 @@ def lane_count(tuning: "Tuning", spec: TuneSpec, where: "Runtime") -> int:
     if where.device.type != "cpu" or not isinstance(task, TextTask):
         return 1
     wanted = spec.lanes or usual_lanes(torch.get_num_threads(), where.dtype.itemsize)
-    if wanted == 1 or spec.tune_head or (spec.narrow_weights and where.dtype == torch.float32):
+    if wanted == 1 or spec.tune_head or spec.narrow_weights:
         return 1
     return wanted if independent(task.network.body) and not _draws(tuning, task) else 1
 

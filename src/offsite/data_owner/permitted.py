@@ -48,19 +48,29 @@ def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
         )
 
 
-def require_narrow(tensors: Iterable[TensorRange]) -> None:
-    """Refuse to hold in bf16 the blocks of a bundle that has numbers of other dtypes, which would be rounded.
+def holds_narrow(spec: TuneSpec, tensors: Iterable[TensorRange], item: int) -> bool:
+    """Whether frozen blocks are held in bf16 under arithmetic in fp32: told to, or for a memory budget.
+
+    Args:
+        spec: the settings.
+        tensors: of the bundle; numbers of other dtypes would be rounded.
+        item: bytes of a number in the arithmetic.
 
     Raises:
-        UsageError: it has.
+        UsageError: told to, and they would.
     """
+    if item != 4 or spec.narrow_weights is False:
+        return False
     wider = sorted({tensor.dtype for tensor in tensors} & {"F16", "F32"})
+    if spec.narrow_weights is None:
+        return spec.memory is not None and not wider
     if wider:
         raise UsageError(
             "narrow_weights holds frozen blocks in bf16, which would round this bundle's",
             reasons=[f"it has tensors of {', '.join(wider)}"],
             next_step="leave narrow_weights out, or ask the model's owner for a bundle in bf16",
         )
+    return True
 
 
 def require_something_to_report(spec: TuneSpec, eval_data: Path | None) -> None:

@@ -31,7 +31,7 @@ from offsite.core.modules.declared import unwrapped
 from offsite.core.picture_sizes import SeenPicture, at_once, decoded, seen_picture
 from offsite.core.rows import read_rows
 from offsite.core.threads import usual_threads
-from offsite.data_owner.permitted import require_narrow, require_permitted
+from offsite.data_owner.permitted import holds_narrow, require_permitted
 from offsite.data_owner.schedule import checkpoint_steps, step_count
 from offsite.exchange.artifacts import Bundle
 from offsite.exchange.contents import CONFIG, TOKENIZER_FILES
@@ -136,6 +136,8 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     row = ARCHITECTURES[manifest.architecture]
     config, declared = unwrapped(strict_json((folder / CONFIG).read_bytes()))
     tensors = open_checkpoint(folder).tensors
+    item = compute_bytes(spec.compute, spec.device)
+    spec = spec.changed({"narrow_weights": holds_narrow(spec, tensors.values(), item)})
     returned = returned_tensors(manifest, spec)
     seen = _seen(bundle, data, spec) if row.vision is not None else None
     rows = seen.rows if seen else len(read_rows(data))
@@ -147,9 +149,6 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     lanes = 1 if spec.batch_size * length <= alone else lanes
     tokens = min(max(spec.micro_batch_tokens, lanes * length), spec.batch_size * length)
     tokens = min(at_once(length, spec.micro_batch_tokens), spec.batch_size, rows) * length if seen else tokens
-    item = compute_bytes(spec.compute, spec.device)
-    if spec.narrow_weights and item == 4:
-        require_narrow(tensors.values())
     parts = _parts(row, manifest, tensors)
     first = manifest.split.trained[0]
     # blocks of our own kinds keep no more for the backward pass than those of the family, and are counted as such
@@ -161,7 +160,7 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
         block=max(shapes, key=lambda shape: shape.kept(item)),
         vocabulary=0 if seen else tensors[row.embedding_tensors(config)[0]].shape[0],
         parameters=sum(one.parameters for one in parts),
-        narrow=sum(one.parameters for one in parts if one.name == "emulator" and spec.narrow_weights and item == 4),
+        narrow=sum(one.parameters for one in parts if one.name == "emulator" and spec.narrow_weights),
         stored=sum(one.bytes for one in parts),
         same_dtype=all(ITEM_SIZE[tensor.dtype] == item for tensor in tensors.values()),
         trained=sum(numbers) + (seen.classifier if seen else 0),

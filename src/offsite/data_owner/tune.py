@@ -35,7 +35,7 @@ from offsite.data_owner.methods import METHODS
 from offsite.data_owner.methods.head import attach_head
 from offsite.data_owner.methods.lean_pairs import run_lean
 from offsite.data_owner.narrow import hold_narrow
-from offsite.data_owner.permitted import require_narrow, require_permitted, require_something_to_report
+from offsite.data_owner.permitted import holds_narrow, require_permitted, require_something_to_report
 from offsite.data_owner.schedule import checkpoint_steps, step_count
 from offsite.data_owner.send_back import send_back
 from offsite.data_owner.task import Task, TextTask
@@ -103,6 +103,8 @@ def tune(
     verified = verify_bundle(bundle, home)
     require_permitted(verified.manifest, spec)
     where = runtime(spec.device, spec.compute, spec.threads)
+    tensors = open_checkpoint(bundle).tensors.values()
+    spec = spec.changed({"narrow_weights": holds_narrow(spec, tensors, where.dtype.itemsize)})
     with PictureWorkers(worker_count(spec.workers, where.device)) as workers:
         progress(Event("reading the rows", 0))
         rows = _reading(verified, data, eval_data, spec, progress, workers)
@@ -189,9 +191,8 @@ def _prepare_images(bundle: Bundle, spec: TuneSpec, where: Runtime, album: Album
 
 def _load(bundle: Bundle, spec: TuneSpec, where: Runtime) -> "PreTrainedModel":
     """The bundle's model in the dtype of the arithmetic, or with narrow weights in its frozen blocks."""
-    if not spec.narrow_weights or where.dtype != torch.float32:
+    if not spec.narrow_weights:
         return load_model(bundle.folder, dtype=where.dtype, device=where.device)
-    require_narrow(open_checkpoint(bundle.folder).tensors.values())
     model = load_model(bundle.folder, dtype=torch.bfloat16, device=where.device)
     row = ARCHITECTURES[bundle.manifest.architecture]
     hold_narrow(model, model.get_submodule(row.module_blocks or row.blocks), bundle.manifest.split.trained)
