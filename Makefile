@@ -26,7 +26,7 @@ test: $(STAMP) ## format, lint, types, import contracts, tests with branch cover
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --numprocesses auto --cov --cov-report=term
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup --cov --cov-report=term
 
 bench: $(STAMP) ## speed and memory of tuning against peers, short form (DATA=folder of data sets)
 	$(BIN)/python -m benchmarks.tuning --data-root $(DATA) --cells smollm2/sciq --quick \

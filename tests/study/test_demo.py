@@ -16,6 +16,7 @@ from offsite.cli import main
 from offsite.study.demo import ROWS
 from tiny import tiny_base
 
+pytestmark = pytest.mark.xdist_group("demo")  # what they look at takes long to make: once, in one process
 STEPS = 3
 
 
