@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -60,7 +62,7 @@ def _measuring(monkeypatch, tuning, *, per_token, recomputed):
     run = budget._run
 
     def counted(tuning, trial, lanes):
-        tokens.append(lanes * sum(len(trial.task.examples[i].ids) for i in trial.rows))
+        tokens.append(lanes * max(sum(len(trial.task.examples[i].ids) for i in group) for group in trial.groups))
         run(tuning, trial, lanes)
 
     def measured(work, device):
@@ -75,21 +77,21 @@ def _measuring(monkeypatch, tuning, *, per_token, recomputed):
 
 @pytest.mark.parametrize(
     ("memory", "tokens", "again"),
-    [("1300MiB", 4096, False), ("500MiB", 512, False), ("280MiB", 256, False), ("150MiB", 4096, True)],
+    [("1300MiB", 4096, False), ("500MiB", 1024, False), ("280MiB", 256, False), ("180MiB", 4096, True)],
 )
 def test_as_much_runs_at_once_as_fits(tmp_path, monkeypatch, memory, tokens, again):
     tuning = _tuning(tiny_base(tmp_path / "base", blocks=3), lengths=(32,) * 40)
     _measuring(monkeypatch, tuning, per_token=2**19, recomputed=2**14)
-    spec = TuneSpec(memory=memory, micro_batch_tokens=4096, lanes=1)
+    spec = TuneSpec(memory=memory, micro_batch_tokens=4096, lanes=1, batch_size=64)
     fitted = within_memory(tuning, spec, WHERE, tmp_path / "memory.json", silent)
-    assert fitted.micro_batch_tokens == tokens  # all rows fit: nothing bounds a micro-batch but the settings
+    assert fitted.micro_batch_tokens == tokens  # a whole step fits: nothing bounds a micro-batch but the settings
     assert all(isinstance(block, Recomputed) == again for block in tuning.blocks)
     assert all(master.grad is None for master in tuning.weights.masters.values())
 
 
 @pytest.mark.parametrize(
     ("memory", "lanes", "tokens", "again"),
-    [("1300MiB", 2, 512, False), ("280MiB", 1, 256, False), ("145MiB", 2, 512, True), ("112MiB", 1, 256, True)],
+    [("1300MiB", 2, 512, False), ("280MiB", 1, 256, False), ("175MiB", 2, 512, True), ("146MiB", 1, 256, True)],
 )
 def test_lanes_go_before_blocks_are_recomputed(tmp_path, monkeypatch, memory, lanes, tokens, again):
     tuning = _tuning(tiny_base(tmp_path / "base", blocks=3), lengths=(32,) * 40)
@@ -114,6 +116,24 @@ def test_a_long_row_is_tried_in_parts(tmp_path, monkeypatch, memory, tried, agai
     assert tokens == tried  # and not the whole row where a part says that it does not fit
     assert fitted.micro_batch_tokens == 1024
     assert all(isinstance(block, Recomputed) == again for block in tuning.blocks)
+
+
+def test_the_fullest_micro_batches_are_tried_as_they_will_run(tmp_path):
+    """Here 20 rows of 30 tokens, more than of the longest one, and a row that is nearly all labels."""
+    tuning = _tuning(tiny_base(tmp_path / "base", blocks=3, max_position_embeddings=1024), (400, *[30] * 20, 300))
+    task = tuning.task
+    given = (390, *[28] * 20, 1)
+    rows = tuple(replace(row, given=first) for row, first in zip(task.examples, given, strict=True))
+    spec = TuneSpec(batch_size=22, micro_batch_tokens=600)
+    trials = list(budget._texts(replace(task, examples=rows), spec))
+    assert [trial.tokens for trial in trials] == [256, 400, 600]
+    assert [[sorted(group) for group in trial.groups] for trial in trials[1:]] == [
+        [[0], [21]],
+        [list(range(1, 21)), [21]],
+    ]
+    assert trials[-1].at_once == 600
+    used = [sorted(group) for step in replace(task, examples=rows).order(22, 0, 0) for group in task.groups(step, spec)]
+    assert all(sorted(group) in used for group in trials[-1].groups)
 
 
 def test_a_part_of_a_row_is_its_end_with_the_labels_there():

@@ -131,7 +131,7 @@ def test_memory_is_measured_on_the_pictures(tmp_path: Path, bundle: Bundle, monk
     seen: list[int] = []
 
     def measured(work: Any, device: torch.device) -> tuple[int, int]:
-        seen.append(len(work.args[1].rows))
+        seen.append(len(work.args[1].groups[0]))
         work()
         return 2**20, 2**20 * (1 + 100 * seen[-1])
 

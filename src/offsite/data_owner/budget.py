@@ -1,7 +1,8 @@
 """Fitting a tuning into a memory budget: measured on the rows themselves before the first step, never guessed.
 
 What runs at once is doubled, from a part of the longest row on, as long as the process's measured peak leaves room for
-twice as much: so the budget holds while it is measured, too. Where not even the longest row of each lane fits, there is
+twice as much: so the budget holds while it is measured, too. What is tried are the fullest micro-batches of the first
+epoch, as they will run. Where not even the longest row of each lane fits, there is
 one lane; where that does not fit, blocks are recomputed in the backward pass; and where that does not fit either, the
 tuning is refused with what it would need.
 """
@@ -32,7 +33,9 @@ from offsite.data_owner.train import Tuning
 from offsite.errors import StorageError, UsageError
 
 _LEAST = 256  # tokens at once; fewer cost speed and save next to nothing
+_STEPS = 1000  # of the first epoch, among which the fullest micro-batches are looked for
 _SPARE = 0.05  # share of the budget that stays free: heaps get holes over many steps
+_SHAPES = 32 * 2**20  # what products of more shapes than were tried, compiled, and holes between them take
 _UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
 
 
@@ -81,7 +84,7 @@ def _recompute(tuning: Tuning, again: bool) -> None:
 def _fit(tuning: Tuning, spec: TuneSpec, lanes: int, where: Runtime, progress: Progress) -> Fit:
     budget = _parse(str(spec.memory))
     numbers = sum(master.numel() for master in tuning.weights.masters.values())
-    later = numbers * (8 if where.dtype == torch.float32 else 12)  # AdamW's moments, and gradients in fp32
+    later = numbers * (8 if where.dtype == torch.float32 else 12) + _SHAPES  # AdamW's moments, and gradients in fp32
     ceiling = int(budget * (1 - _SPARE)) - later
     least = 0.0
     ways = itertools.product(
@@ -92,7 +95,7 @@ def _fit(tuning: Tuning, spec: TuneSpec, lanes: int, where: Runtime, progress: P
         found = None
         trials = list(_trials(tuning, _shared(spec, beside)))
         for trial, following in itertools.zip_longest(trials, trials[1:]):
-            told = trial.tokens if isinstance(tuning.task, TextTask) else len(trial.rows)
+            told = trial.tokens if isinstance(tuning.task, TextTask) else len(trial.groups[0])
             times = f"{beside} times " if beside > 1 else ""
             progress(Event(f"measuring memory: {times}{told} {tuning.task.unit} at once", 0))
             before, peak = _measured(partial(_run, tuning, trial, beside), where.device)
@@ -121,11 +124,11 @@ def _expected(before: int, peak: int, times: float) -> float:
 
 @dataclass(frozen=True)
 class _Trial:
-    """What runs at once, for once."""
+    """Micro-batches that are tried one after the other."""
 
     task: TextTask | ImageTask
-    rows: Sequence[int]
-    tokens: int  # of all rows with their padding
+    groups: Sequence[Sequence[int]]  # rows of each
+    tokens: int  # of the fullest, with its padding
     longest: int  # of a row of the tuning
     at_once: int  # tokens of a micro-batch, if this fits
 
@@ -134,15 +137,15 @@ def _trials(tuning: Tuning, spec: TuneSpec) -> Iterator[_Trial]:
     """More and more at once, each about twice the one before, up to what the settings permit."""
     task = tuning.task
     if isinstance(task, TextTask):
-        yield from _texts(task, spec.micro_batch_tokens)
+        yield from _texts(task, spec)
         return
     assert isinstance(task, ImageTask)
     tokens = task.album.tokens  # pictures are all of one size
     most, count = min(at_once(tokens, spec.micro_batch_tokens), spec.batch_size, task.rows), 1
     while count < most:
-        yield _Trial(task, range(count), count * tokens, tokens, count * tokens)
+        yield _Trial(task, [range(count)], count * tokens, tokens, count * tokens)
         count *= 2
-    yield _Trial(task, range(most), most * tokens, tokens, most * tokens)
+    yield _Trial(task, [range(most)], most * tokens, tokens, most * tokens)
 
 
 def _one_row(tuning: Tuning) -> tuple[str, str]:
@@ -158,10 +161,11 @@ def _run(tuning: Tuning, trial: _Trial, lanes: int) -> None:
     for block in tuning.trained:
         block.train()
     with torch.random.fork_rng(devices=[]), Lanes(lanes) as side_by_side:  # dropout will draw as without the trial
-        for _ in side_by_side.run_seeded(
-            lambda rows: tuning.weights.gradients(trial.task.loss(rows, 0, 0)), [trial.rows] * lanes
-        ):
-            pass
+        for group in trial.groups:
+            for _ in side_by_side.run_seeded(
+                lambda rows: tuning.weights.gradients(trial.task.loss(rows, 0, 0)), [group] * lanes
+            ):
+                pass
 
 
 def _parse(size: str) -> int:
@@ -185,25 +189,34 @@ def _settled(file: Path, make: Callable[[], Fit]) -> Fit:
         ) from None
 
 
-def _texts(task: TextTask, most: int) -> Iterator[_Trial]:
-    """Of the longest row a part and twice that, until it is whole, then the longest rows that fill more and more."""
-    examples = task.examples
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
-    longest = examples[order[0]]
+def _texts(task: TextTask, spec: TuneSpec) -> Iterator[_Trial]:
+    """Of the longest row a part and twice that, until it is whole, then the fullest micro-batches of more and more."""
+    longest = max(task.examples, key=lambda row: len(row.ids))
     width = len(longest.ids)
     tokens = _LEAST
     while tokens < width:
-        yield _Trial(replace(task, examples=(_end_of(longest, tokens),)), [0], tokens, width, tokens)
+        yield _Trial(replace(task, examples=(_end_of(longest, tokens),)), [[0]], tokens, width, tokens)
         tokens *= 2
+    most = max(spec.micro_batch_tokens, width)
+    steps = task.order(spec.batch_size, spec.seed, 0)[:_STEPS]
+    fullest: dict[tuple[tuple[int, ...], ...], int] = {}  # micro-batches, and the most tokens that give these
     tokens = max(_LEAST, width)
     while True:
-        tokens = min(tokens, max(most, width))
-        rows = order[: max(1, tokens // width)]
-        everything = len(rows) == len(order)
-        yield _Trial(task, rows, len(rows) * width, width, max(tokens, most) if everything else tokens)
-        if everything or tokens >= most:
-            return
+        cut = spec.model_copy(update={"micro_batch_tokens": min(tokens, most)})
+        groups = [tuple(group) for step in steps for group in task.groups(step, cut)]
+        by_tokens = max(groups, key=partial(_padded, task.examples))
+        by_labels = max(groups, key=lambda group: sum(task.examples[i].labels for i in group))
+        fullest[tuple(dict.fromkeys((by_tokens, by_labels)))] = cut.micro_batch_tokens
+        if tokens >= most:
+            break
         tokens *= 2
+    for chosen, settled in fullest.items():
+        yield _Trial(task, chosen, max(width, _padded(task.examples, chosen[0])), width, settled)
+
+
+def _padded(examples: Sequence[Example], group: Sequence[int]) -> int:
+    """Tokens of a micro-batch with its padding."""
+    return len(group) * max(len(examples[i].ids) for i in group)
 
 
 def _end_of(row: Example, tokens: int) -> Example:
