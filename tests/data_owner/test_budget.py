@@ -136,6 +136,14 @@ def test_the_fullest_micro_batches_are_tried_as_they_will_run(tmp_path):
     assert all(sorted(group) in used for group in trials[-1].groups)
 
 
+def test_the_longest_row_is_tried_wherever_it_comes(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "_STEPS", 1)
+    tuning = _tuning(tiny_base(tmp_path / "base", blocks=3), (20, 20, 50, 20, 20, 20))
+    for seed in range(8):
+        trial = next(budget._texts(tuning.task, TuneSpec(batch_size=1, micro_batch_tokens=40, seed=seed)))
+        assert (trial.tokens, trial.groups[0]) == (50, (2,))
+
+
 def test_a_part_of_a_row_is_its_end_with_the_labels_there():
     row = Example(7, np.arange(10), 4)
     part = budget._end_of(row, 8)

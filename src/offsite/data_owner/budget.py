@@ -191,11 +191,11 @@ def _settled(file: Path, make: Callable[[], Fit]) -> Fit:
 
 def _texts(task: TextTask, spec: TuneSpec) -> Iterator[_Trial]:
     """Of the longest row a part and twice that, until it is whole, then the fullest micro-batches of more and more."""
-    longest = max(task.examples, key=lambda row: len(row.ids))
-    width = len(longest.ids)
+    longest = max(range(task.rows), key=lambda i: len(task.examples[i].ids))
+    width = len(task.examples[longest].ids)
     tokens = _LEAST
     while tokens < width:
-        yield _Trial(replace(task, examples=(_end_of(longest, tokens),)), [[0]], tokens, width, tokens)
+        yield _Trial(replace(task, examples=(_end_of(task.examples[longest], tokens),)), [[0]], tokens, width, tokens)
         tokens *= 2
     most = max(spec.micro_batch_tokens, width)
     steps = task.order(spec.batch_size, spec.seed, 0)[:_STEPS]
@@ -203,7 +203,7 @@ def _texts(task: TextTask, spec: TuneSpec) -> Iterator[_Trial]:
     tokens = max(_LEAST, width)
     while True:
         cut = spec.model_copy(update={"micro_batch_tokens": min(tokens, most)})
-        groups = [tuple(group) for step in steps for group in task.groups(step, cut)]
+        groups = [*(tuple(group) for step in steps for group in task.groups(step, cut)), (longest,)]
         by_tokens = max(groups, key=partial(_padded, task.examples))
         by_labels = max(groups, key=lambda group: sum(task.examples[i].labels for i in group))
         fullest[tuple(dict.fromkeys((by_tokens, by_labels)))] = cut.micro_batch_tokens
@@ -211,7 +211,7 @@ def _texts(task: TextTask, spec: TuneSpec) -> Iterator[_Trial]:
             break
         tokens *= 2
     for chosen, settled in fullest.items():
-        yield _Trial(task, chosen, max(width, _padded(task.examples, chosen[0])), width, settled)
+        yield _Trial(task, chosen, _padded(task.examples, chosen[0]), width, settled)
 
 
 def _padded(examples: Sequence[Example], group: Sequence[int]) -> int:
