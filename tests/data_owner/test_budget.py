@@ -118,10 +118,10 @@ def test_a_long_row_is_tried_in_parts(tmp_path, monkeypatch, memory, tried, agai
     assert all(isinstance(block, Recomputed) == again for block in tuning.blocks)
 
 
-def test_the_fullest_micro_batches_are_tried_as_they_will_run(tmp_path):
+def test_the_fullest_micro_batches_are_tried_as_they_will_run(tmp_path, monkeypatch):
     """Here 20 rows of 30 tokens, more than of the longest one, and a row that is nearly all labels."""
     tuning = _tuning(tiny_base(tmp_path / "base", blocks=3, max_position_embeddings=1024), (400, *[30] * 20, 300))
-    task = tuning.task
+    task, ran, run = tuning.task, [], TextTask.loss
     given = (390, *[28] * 20, 1)
     rows = tuple(replace(row, given=first) for row, first in zip(task.examples, given, strict=True))
     spec = TuneSpec(batch_size=22, micro_batch_tokens=600)
@@ -134,6 +134,9 @@ def test_the_fullest_micro_batches_are_tried_as_they_will_run(tmp_path):
     assert trials[-1].at_once == 600
     used = [sorted(group) for step in replace(task, examples=rows).order(22, 0, 0) for group in task.groups(step, spec)]
     assert all(sorted(group) in used for group in trials[-1].groups)
+    monkeypatch.setattr(TextTask, "loss", lambda task, rows, *_: ran.append(tuple(rows)) or run(task, rows, 0, 0))
+    budget._run(tuning, trials[1], 1)
+    assert ran == [(0,), (21,)]
 
 
 def test_the_longest_row_is_tried_wherever_it_comes(tmp_path, monkeypatch):

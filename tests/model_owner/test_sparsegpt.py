@@ -118,6 +118,13 @@ def zeros(bundle: Bundle) -> dict[str, int]:
     return {name: int((read_float32(tensors[name]) == 0).sum()) for name in pruned_sizes(bundle)}
 
 
+def test_of_equal_numbers_the_earlier_go_and_no_more_than_so_many() -> None:
+    weight, gram = torch.ones(4, 6), torch.eye(6)
+    for count in (0, 1, 5, 23):
+        left = pruned_in_order(weight, gram, count / 24 + 1e-9)
+        assert (left == 0).flatten().tolist() == [i < count for i in range(24)]
+
+
 def test_distillation_leaves_the_zeros(base_of: MakeBase, tmp_path: Path, parties: Parties, text: Path) -> None:
     settings = {"keep": 2, "prune": SHARE, "calibration": text, "calibration_tokens": 8 * 64, "distill_steps": 3}
     bundles = [
