@@ -2,9 +2,9 @@
 
 What runs at once is doubled, from a part of the longest row on, as long as the process's measured peak leaves room for
 twice as much: so the budget holds while it is measured, too. What is tried are the fullest micro-batches of the first
-epoch, as they will run. Where not even the longest row of each lane fits, there is
-one lane; where that does not fit, blocks are recomputed in the backward pass; and where that does not fit either, the
-tuning is refused with what it would need.
+epoch, as they will run. Where not even the longest row of each lane fits, there is one lane; where that does not fit,
+blocks are recomputed in the backward pass; and where that does not fit either, the tuning is refused with what it would
+need.
 """
 
 import itertools
@@ -99,13 +99,11 @@ def _fit(tuning: Tuning, spec: TuneSpec, lanes: int, where: Runtime, progress: P
             times = f"{beside} times " if beside > 1 else ""
             progress(Event(f"measuring memory: {times}{told} {tuning.task.unit} at once", 0))
             before, peak = _measured(partial(_run, tuning, trial, beside), where.device)
-            if peak > ceiling:
-                least = _expected(before, peak, max(1.0, trial.longest / trial.tokens))
-                break
-            if trial.tokens >= trial.longest:
+            least = _expected(before, peak, max(1.0, trial.longest / trial.tokens))
+            if peak <= ceiling and trial.tokens >= trial.longest:
                 found = Fit(trial.at_once, beside, again, peak + later)
-            if following is not None and _expected(before, peak, following.tokens / trial.tokens) > ceiling:
-                least = _expected(before, peak, max(1.0, trial.longest / trial.tokens))
+            ahead = _expected(before, peak, following.tokens / trial.tokens) if following is not None else 0.0
+            if max(peak, ahead) > ceiling:
                 break
         if found is not None:
             return found
