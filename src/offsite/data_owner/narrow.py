@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
+from offsite.core.skeleton import without_weights
 from offsite.data_owner.recompute import Wrapped
 
 if TYPE_CHECKING:
@@ -59,13 +60,11 @@ def hold_narrow(model: "PreTrainedModel", blocks: nn.Module, trained: Collection
 
 def _computed_in_fp32(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
     """What the model computes from its config and was rounded as it loaded, such as the scale of Gemma's embeddings."""
-    from accelerate import init_empty_weights
-
     loaded = model.state_dict()
     rounded = {name for name, one in model.named_buffers() if name not in loaded and one.dtype == torch.bfloat16}
     if not rounded:
         return {}
-    with init_empty_weights():
+    with without_weights():
         anew = type(model)(model.config)
     return {name: one for name, one in anew.named_buffers() if name in rounded}
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -21,6 +20,7 @@ from offsite.core.mixture import experts_implementation, in_files
 from offsite.core.modules.affine import Affine, stand_behind
 from offsite.core.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT
 from offsite.core.runtime import Runtime
+from offsite.core.skeleton import without_weights
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.split import subset_config
@@ -231,7 +231,7 @@ class BlockRunner:
         if self._model.row.vision is not None:  # an encoder's config also names its blocks, for uses that are not ours
             settings = {key: value for key, value in settings.items() if key in self._model.row.config_keys}
         config = AutoConfig.for_model(**settings)
-        with init_empty_weights(include_buffers=False):
+        with without_weights():
             return (AutoModel if self._model.row.vision else AutoModelForCausalLM).from_config(
                 config,
                 attn_implementation=attention_of(config),

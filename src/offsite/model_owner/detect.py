@@ -122,14 +122,14 @@ def detect(config: Mapping[str, Any]) -> Family:
 
 
 def _empty(config: Mapping[str, Any]) -> "PreTrainedModel":
-    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from offsite.core.load import LIBRARY_ERRORS, quiet
+    from offsite.core.skeleton import without_weights
 
     settings = {key: value for key, value in config.items() if key != "auto_map"}
     try:
-        with quiet(), init_empty_weights(include_buffers=True):
+        with quiet(), without_weights(buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     except (*LIBRARY_ERRORS, AssertionError) as error:
         reason = str(error).strip()[:200]

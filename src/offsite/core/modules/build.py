@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from offsite.core.architectures import architecture_of
@@ -12,6 +11,7 @@ from offsite.core.mixture import experts_implementation
 from offsite.core.modules.affine import Affine, stand_behind
 from offsite.core.modules.declared import Declared
 from offsite.core.modules.linear import FactoredLinear, QuantisedLinear, unpacked
+from offsite.core.skeleton import without_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +35,7 @@ def build(
 
     row = architecture_of(config)
     made = AutoConfig.for_model(**config)
-    with init_empty_weights(include_buffers=False):
+    with without_weights():
         model: Any = AutoModelForCausalLM.from_config(
             made, attn_implementation=attention, experts_implementation=experts_implementation()
         )
