@@ -1,5 +1,6 @@
 """What stands between a return and the base besides verification: the key's mode, the ledger, the numbers."""
 
+import json
 import os
 import sqlite3
 from pathlib import Path
@@ -9,10 +10,13 @@ import pytest
 
 from artifacts import edit_weights, sign_again
 from attacks.lab import Lab
+from attacks.test_broken_files import spoiled
 from offsite.config import PlugInSpec
+from offsite.core import storage
 from offsite.errors import IncompatibleError, OffsiteError, PolicyError, StorageError, UsageError, VerificationError
 from offsite.exchange.artifacts import Base
 from offsite.exchange.contents import ADAPTER_WEIGHTS
+from offsite.exchange.manifest import MANIFEST
 from offsite.exchange.verify import read_unverified, verify_plug_in
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.plug_in import plug_in
@@ -120,6 +124,61 @@ def test_refused_return_is_not_plugged_in(lab: Lab) -> None:
     assert times(lab) == 0
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes and links are a matter of POSIX")
+@pytest.mark.parametrize("how", ["pipe", "folder", "link"])
+def test_manifest_that_is_no_plain_file_is_refused_and_entered(lab: Lab, how: str) -> None:
+    """A pipe would be read for ever."""
+    spoiled(lab.lora / MANIFEST, how)
+    with pytest.raises(VerificationError, match="no plain file"):
+        plugged(lab, lab.lora)
+    with sqlite3.connect(lab.parties.owner.ledger) as db:
+        assert db.execute("SELECT digest, state FROM returns").fetchall() == [("", "refused")]
+
+
+def test_two_plug_ins_at_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have seen that the return was never plugged in; the second to be entered is refused all the same."""
+    monkeypatch.setattr("offsite.model_owner.plug_in._check_again", lambda *_: None)
+    plugged(lab, lab.lora)
+    with pytest.raises(PolicyError, match="was plugged in before"):
+        plugged(lab, lab.lora, "second")
+    assert not (lab.folder / "second").exists()
+    assert times(lab) == 1
+
+
+def test_no_plug_in_appears_that_the_ledger_does_not_hold(lab: Lab) -> None:
+    """Another process holds the ledger."""
+    plugged(lab, lab.full)  # so that the ledger is there
+    other = sqlite3.connect(lab.parties.owner.ledger, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StorageError, match="cannot use the ledger"):
+        plugged(lab, lab.lora, "second")
+    other.close()
+    assert not (lab.folder / "second").exists()
+
+
+def test_interrupted_once_the_folder_is_there(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plug-in stands, so the ledger goes on to hold it."""
+
+    def interrupt(folder: Path) -> None:
+        if folder == lab.folder:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, "_sync_folder", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        plugged(lab, lab.lora)
+    assert (lab.folder / "out" / MANIFEST).exists()
+    assert times(lab) == 1
+
+
+def test_ledger_of_another_version(lab: Lab) -> None:
+    with sqlite3.connect(lab.parties.owner.ledger) as db:
+        for (raw,) in db.execute("SELECT manifest FROM bundles").fetchall():
+            later = json.dumps(json.loads(raw) | {"format": 2}).encode()
+            db.execute("UPDATE bundles SET manifest = ? WHERE manifest = ?", (later, raw))
+    with pytest.raises(StorageError, match="a bundle that this version cannot read"):
+        plugged(lab, lab.lora)
+
+
 def test_output_folder_that_holds_something(lab: Lab) -> None:
     (lab.folder / "out").mkdir()
     (lab.folder / "out" / "precious.txt").write_text("mine")
@@ -132,7 +191,7 @@ def test_ledger_that_cannot_be_written(lab: Lab, monkeypatch: pytest.MonkeyPatch
     """No plug-in without its entry: were it made first, a second one would pass unseen."""
     real = Ledger.recording_plug_in
 
-    def full(self: Ledger, made: object) -> object:
+    def full(self: Ledger, made: object, *, again: bool) -> object:
         raise StorageError("the ledger's disk is full")
 
     monkeypatch.setattr(Ledger, "recording_plug_in", full)

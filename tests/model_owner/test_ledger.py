@@ -38,11 +38,11 @@ def test_states(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
         base=bundle.manifest.base, bundle=bundle.digest, returned=returned.digest, issuer=bundle.manifest.issuer,
     )  # fmt: skip
     made = PlugIn(tmp_path / "plugged", manifest, "0" * 64)
-    with pytest.raises(ZeroDivisionError), ledger.recording_plug_in(made):
+    with pytest.raises(ZeroDivisionError), ledger.recording_plug_in(made, again=False):
         _ = 1 / 0
     assert state() == "returned"
     assert ledger.plugged_in(returned) == []
-    with ledger.recording_plug_in(made):
+    with ledger.recording_plug_in(made, again=False):
         pass
     assert state() == "plugged in"
     assert len(ledger.plugged_in(returned)) == 1

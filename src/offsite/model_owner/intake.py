@@ -3,11 +3,11 @@
 import hashlib
 from pathlib import Path
 
-from offsite.core.storage import storage_errors
 from offsite.errors import PolicyError, VerificationError
 from offsite.exchange.artifacts import Return
 from offsite.exchange.home import Home
 from offsite.exchange.manifest import MANIFEST, MANIFEST_BYTES, ReturnManifest
+from offsite.exchange.sealed import plain_file, read_bounded
 from offsite.exchange.verify import read_unverified, verify_return
 from offsite.model_owner.ledger import Issued, Ledger
 
@@ -66,5 +66,9 @@ def _claimed_bundle(path: Path, ledger: Ledger) -> str | None:
 
 
 def _digest(path: Path) -> str:
-    with storage_errors(path), (path / MANIFEST).open("rb") as stream:
-        return hashlib.sha256(stream.read(MANIFEST_BYTES + 1)).hexdigest()
+    """SHA-256 of the manifest; nothing if there is none that may be opened."""
+    try:
+        raw = read_bounded(plain_file(path, MANIFEST), MANIFEST_BYTES)
+    except (VerificationError, OSError):
+        return ""
+    return hashlib.sha256(raw).hexdigest()

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offsite.config import PackSpec
-from offsite.errors import StorageError
+from offsite.errors import PolicyError, StorageError
 from offsite.exchange.artifacts import Bundle, PlugIn, Return
-from offsite.exchange.manifest import BundleManifest, parse_manifest, render_manifest
+from offsite.exchange.manifest import MANIFEST, BundleManifest, parse_manifest, render_manifest
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS bundles (
@@ -87,10 +87,17 @@ class Ledger:
             found = db.execute("SELECT manifest, kept, state FROM bundles WHERE digest = ?", (digest,)).fetchone()
         if found is None:
             return None
-        manifest = parse_manifest(found[0])
+        try:
+            manifest, kept = parse_manifest(found[0]), tuple(json.loads(found[1]))
+        except ValueError as problem:
+            raise StorageError(
+                f"the ledger {self.path} holds a bundle that this version cannot read",
+                reasons=[str(problem)],
+                next_step="use the version of offsite that issued the bundle, or restore the ledger from a backup",
+            ) from None
         if not isinstance(manifest, BundleManifest):
             raise StorageError(f"the ledger {self.path} holds another kind of document as a bundle")
-        return Issued(digest, manifest, tuple(json.loads(found[1])), found[2])
+        return Issued(digest, manifest, kept, found[2])
 
     def record_intake(self, digest: str, bundle: str | None, reasons: Sequence[str] = ()) -> None:
         """Remember a return: accepted if there is no reason against it, else refused."""
@@ -104,11 +111,22 @@ class Ledger:
                 db.execute("UPDATE bundles SET state = 'returned' WHERE digest = ? AND state = 'issued'", (bundle,))
 
     @contextmanager
-    def recording_plug_in(self, plug_in: PlugIn) -> Iterator[None]:
-        """Remember a plug-in if the block ends without an exception, which is where it becomes visible."""
+    def recording_plug_in(self, plug_in: PlugIn, *, again: bool) -> Iterator[None]:
+        """Remember a plug-in before the block, in which it becomes visible; forget it if it does not.
+
+        A process that dies in between leaves an entry without a folder, and not a folder that nobody remembers.
+
+        Raises:
+            PolicyError: another plug-in of the same return was recorded meanwhile, and this is not to be one more.
+        """
         manifest = plug_in.manifest
         with self._open() as db:
-            db.execute(
+            db.execute("BEGIN IMMEDIATE")  # nobody else records between the look and the entry
+            earlier = _made_at(db, manifest.returned)
+            if earlier and not again:
+                raise plugged_in_before(earlier)
+            (before,) = db.execute("SELECT state FROM bundles WHERE digest = ?", (manifest.bundle,)).fetchone()
+            entry = db.execute(
                 "INSERT INTO plug_ins (digest, returned, bundle, made_at, form, strength, checkpoint)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (
@@ -120,15 +138,21 @@ class Ledger:
                     manifest.strength,
                     manifest.checkpoint,
                 ),
-            )
+            ).lastrowid
             db.execute("UPDATE bundles SET state = 'plugged in' WHERE digest = ?", (manifest.bundle,))
+        try:
             yield
+        except BaseException:
+            if not (plug_in.folder / MANIFEST).exists():
+                with self._open() as db:
+                    db.execute("DELETE FROM plug_ins WHERE id = ?", (entry,))
+                    db.execute("UPDATE bundles SET state = ? WHERE digest = ?", (before, manifest.bundle))
+            raise
 
     def plugged_in(self, returned: Return) -> list[str]:
         """When this return was plugged in, ISO times in UTC; empty if it never was."""
         with self._open() as db:
-            rows = db.execute("SELECT made_at FROM plug_ins WHERE returned = ? ORDER BY id", (returned.digest,))
-            return [made_at for (made_at,) in rows]
+            return _made_at(db, returned.digest)
 
     def intakes(self, digest: str) -> list[tuple[str, list[str]]]:
         """What became of a return each time that it was received: the state and the reasons."""
@@ -156,6 +180,20 @@ class Ledger:
                 f"cannot use the ledger {self.path}: {error}",
                 next_step="check that the home is writable and has space; nothing was recorded",
             ) from error
+
+
+def _made_at(db: sqlite3.Connection, returned: str) -> list[str]:
+    rows = db.execute("SELECT made_at FROM plug_ins WHERE returned = ? ORDER BY id", (returned,))
+    return [made_at for (made_at,) in rows]
+
+
+def plugged_in_before(times: Sequence[str]) -> PolicyError:
+    """The refusal of a return that was plugged in at these times."""
+    return PolicyError(
+        "this return was plugged in before",
+        reasons=[f"plugged in at {', '.join(times)}"],
+        next_step="if a second plug-in is meant, say so with --again",
+    )
 
 
 def _now() -> str:

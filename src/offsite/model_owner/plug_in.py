@@ -21,10 +21,11 @@ from offsite.core.checkpoint import (
 from offsite.core.family import Vision
 from offsite.core.progress import Event, Progress, silent
 from offsite.core.storage import Written, require_free, staged_folder, write_stream
-from offsite.errors import IncompatibleError, PolicyError, UsageError, VerificationError
+from offsite.errors import IncompatibleError, UsageError, VerificationError
 from offsite.exchange.artifacts import Base, PlugIn, Return
 from offsite.exchange.contents import (
     ADAPTER_CONFIG,
+    BESIDE_A_MODEL,
     CONFIG,
     GENERATION_CONFIG,
     PROCESSOR,
@@ -38,11 +39,11 @@ from offsite.exchange.pack import file_entries, seal
 from offsite.model_owner.base_model import BaseModel, by_todays_names, fingerprint, open_base
 from offsite.model_owner.classifier import classifier_config, classifier_tensors
 from offsite.model_owner.intake import intake
-from offsite.model_owner.ledger import Issued, Ledger
+from offsite.model_owner.ledger import Issued, Ledger, plugged_in_before
 from offsite.model_owner.plugged_tensors import Chosen, adapter_tensors, changed_tensors, to_base
 
 # What a merged plug-in takes over from the base beside its weights.
-_COMPANIONS = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, "added_tokens.json", "LICENSE", "LICENSE.txt")
+_COMPANIONS = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *BESIDE_A_MODEL)
 
 
 def plug_in(base: Base, returned: Path, out: Path, spec: PlugInSpec, home: Home, progress: Progress = silent) -> PlugIn:
@@ -67,7 +68,7 @@ def plug_in(base: Base, returned: Path, out: Path, spec: PlugInSpec, home: Home,
     form, strength = form_of(verified, spec), 1.0 if spec.strength is None else spec.strength
     chosen = Chosen(verified, parent, checkpoint_of(verified, spec), np.float32(strength))
     progress(Event("writing the plug-in", 0))
-    # the ledger's entry is made before the folder appears, and kept once it has
+    # the ledger's entry is there before the folder appears, and taken back if it does not
     with ExitStack() as entry, staged_folder(out) as folder:
         write = write_adapter if form == "adapter" else _write_merged
         with refusals_recorded(verified, home):
@@ -87,7 +88,7 @@ def plug_in(base: Base, returned: Path, out: Path, spec: PlugInSpec, home: Home,
             files=file_entries(written),
         )
         made = PlugIn(out, manifest, seal(folder, manifest, home.identity()))
-        entry.enter_context(Ledger(home.ledger).recording_plug_in(made))
+        entry.enter_context(Ledger(home.ledger).recording_plug_in(made, again=spec.again))
     return made
 
 
@@ -175,13 +176,9 @@ def _check_again(verified: Return, spec: PlugInSpec, home: Home) -> None:
     ledger = Ledger(home.ledger)
     before = ledger.plugged_in(verified)
     if before and not spec.again:
-        reason = f"plugged in at {', '.join(before)}"
-        ledger.record_intake(verified.digest, verified.manifest.bundle, [reason])
-        raise PolicyError(
-            f"{verified.folder} was plugged in before",
-            reasons=[reason],
-            next_step="if a second plug-in is meant, say so with --again",
-        )
+        refusal = plugged_in_before(before)
+        ledger.record_intake(verified.digest, verified.manifest.bundle, refusal.reasons)
+        raise refusal
 
 
 def write_adapter(model: BaseModel, chosen: Chosen, folder: Path) -> list[Written]:
