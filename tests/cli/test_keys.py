@@ -36,6 +36,24 @@ def test_keygen_never_replaces_a_key(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "b.pub").exists()
 
 
+@pytest.mark.parametrize("name", [None, "acme"])
+def test_keygen_overwrites_nothing_else(name: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither the private key nor somebody's rows."""
+    home, rows = tmp_path / "home", tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "precious"}')
+    naming = ["--name", name] if name else []
+    if not name:
+        run(capsys, "keygen", "--home", home, "--name", "acme", "--out", tmp_path / "acme.pub")
+        run(capsys, "keygen", "--home", home, "--out", tmp_path / "acme.pub")  # the same key is no loss
+        key = (home / "key.pem").read_bytes()
+        assert main(["keygen", "--home", str(home), "--out", str(home / "key.pem")]) == 2
+        assert (home / "key.pem").read_bytes() == key
+    assert main(["keygen", "--home", str(home), *naming, "--out", str(rows)]) == 2
+    assert "holds something else than a public key" in capsys.readouterr().err
+    assert rows.read_text() == '{"text": "precious"}'
+    assert (home / "key.pem").exists() == (name is None)
+
+
 def test_export_without_a_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["keygen", "--home", str(tmp_path / "none"), "--out", str(tmp_path / "a.pub")]) == 2
     assert "holds no key" in capsys.readouterr().err

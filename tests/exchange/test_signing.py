@@ -52,6 +52,10 @@ def test_fingerprint_is_that_of_ssh_keygen(identity: Identity, tmp_path: Path) -
 
 
 OTHER = generate_private_key(SECP256R1()).public_key()
+SECURITY_KEY = (  # it signs more than the bytes that it is given
+    "sk-ssh-ed25519@openssh.com "
+    "AAAAGnNrLXNzaC1lZDI1NTE5QG9wZW5zc2guY29tAAAAIAOhB7/zzhC+HXDdGOdLwJln5NYwm6UNXx3chmQSVTG4AAAABHNzaDo="
+)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +67,7 @@ OTHER = generate_private_key(SECP256R1()).public_key()
         "ssh-ed25519 AAAA",
         "ssh-ed25519 !!!! x",
         "-----BEGIN PUBLIC KEY-----",
+        SECURITY_KEY,
         OTHER.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode(),
     ],
 )

@@ -1,12 +1,17 @@
 """Who one is, and whom one trusts: keygen and trust."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from offsite.cli import flags, terminal
 
+if TYPE_CHECKING:
+    from offsite.exchange.home import Home
+    from offsite.exchange.signing import PublicKey
+
+_KEY_BYTES = 16 * 2**10  # no file of one public key is larger
 _PublicKeyFile = Annotated[Path, typer.Argument(metavar="FILE", help="the public key that the other party sent")]
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="your name for that party")]
 
@@ -28,6 +33,7 @@ def keygen(
     from offsite.core.storage import replace_file
 
     own = flags.home_of(context, home)
+    _require_writable(out, own)
     identity = own.create_identity(name) if name is not None else own.identity()
     replace_file(out, identity.public_key.openssh(identity.name).encode())
     terminal.show(
@@ -40,6 +46,28 @@ def keygen(
         as_json=as_json,
     )
     terminal.hint(f"send {out} to the other party, and read the fingerprint to them over another channel")
+
+
+def _require_writable(out: Path, home: "Home") -> None:
+    """A public key may take the place of another, and of nothing else: `--out key.pem` would end the private one."""
+    from offsite.errors import UsageError
+
+    own = out.resolve().parent == home.folder.resolve() and out.suffix != ".pub"
+    if own or ((out.exists() or out.is_symlink()) and not _holds_key(out)):
+        raise UsageError(
+            f"{out} is the home's own" if own else f"{out} holds something else than a public key",
+            next_step="name another file with --out; nothing was written",
+        )
+
+
+def _holds_key(file: Path) -> bool:
+    from offsite.errors import UsageError
+
+    try:
+        _read_key(file)
+    except UsageError:
+        return False
+    return True
 
 
 def trust_commands() -> typer.Typer:
@@ -62,16 +90,21 @@ def add(
     Example:
       offsite trust add hospital hospital.pub
     """
+    key = _read_key(file)
+    flags.home_of(context, home).trust(name, key)
+    terminal.show({"name": name, "fingerprint": key.fingerprint}, as_json=as_json)
+
+
+def _read_key(file: Path) -> "PublicKey":
     from offsite.errors import UsageError
+    from offsite.exchange.sealed import read_bounded
     from offsite.exchange.signing import PublicKey
 
     try:
-        line = file.read_text(encoding="utf-8")
+        line = read_bounded(file, _KEY_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the public key {file}", reasons=[str(error)]) from None
-    key = PublicKey.from_openssh(line)
-    flags.home_of(context, home).trust(name, key)
-    terminal.show({"name": name, "fingerprint": key.fingerprint}, as_json=as_json)
+    return PublicKey.from_openssh(line)
 
 
 def list_(context: typer.Context, home: flags.HomeFlag = None, as_json: flags.JsonFlag = False) -> None:
