@@ -260,6 +260,12 @@ _config("block_count_is_a_list", "block counts", num_hidden_layers=[3])
 _config("block_count_is_a_float", "block counts", num_hidden_layers=3.0)
 
 
+@attack("_bundle_positions", "bundle", "has max_position_embeddings = 8000000, expected at most")
+def tables_of_millions_of_positions(lab: Lab) -> None:
+    edit_json(lab.bundle / "config.json", max_position_embeddings=8_000_000)
+    lab.sign_bundle()
+
+
 @attack("_bundle_config", "gpt2-bundle", "scale_attn_by_inverse_layer_idx = 'True', under which blocks cannot be cut")
 def blocks_that_compute_by_their_place(lab: Lab) -> None:
     edit_json(lab.folder / "gpt2-bundle" / "config.json", scale_attn_by_inverse_layer_idx=True)

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from artifacts import edit_weights, raw_safetensors
+from artifacts import edit_json, edit_weights, manifest_of, raw_safetensors, sign_again
 from attacks.lab import Lab
 from offsite.core import checkpoint
 from offsite.core.checkpoint import open_checkpoint, read_header
+from offsite.core.modules.declared import Declared, wrapped
 from offsite.errors import OffsiteError, StorageError, UsageError, VerificationError
 from offsite.exchange.contents import ADAPTER_WEIGHTS
+from offsite.exchange.home import Home
 from offsite.exchange.manifest import MANIFEST, SIGNATURE
 from offsite.exchange.verify import verify, verify_bundle, verify_plug_in, verify_return
 
@@ -266,6 +269,66 @@ def test_manifest_is_no_plain_file(lab: Lab, how: str) -> None:
     spoiled(lab.bundle / MANIFEST, how)
     with pytest.raises(OffsiteError, match="no plain file"):
         verify(lab.bundle, lab.parties.data_owner)
+
+
+def test_settings_of_numbers_without_end(lab: Lab) -> None:
+    """Their product has more digits than Python prints."""
+    edit_json(lab.bundle / "config.json", num_attention_heads=10**60 - 1)
+    lab.sign_bundle()
+    refused(lab, "bundle", "config.json is not JSON: 99999999999999999999... has 60 digits")
+
+
+def test_a_mixture_that_declares_modules(lab: Lab) -> None:
+    mixture = lab.folder / "mixture-bundle"
+    split, config = manifest_of(mixture)["split"], json.loads((mixture / "config.json").read_text())
+    declared = Declared(first=split["bottom"], blocks=split["emulator"], mlp_width=8)
+    (mixture / "config.json").write_text(json.dumps(wrapped(config, declared)))
+    (mixture / "model.safetensors").rename(mixture / "offsite-model.safetensors")
+    sign_again(mixture, lab.owner)
+    refused(lab, "mixture-bundle", "declares modules that a mixture of experts cannot have")
+
+
+def test_names_without_end_are_cut(lab: Lab) -> None:
+    """Else each refusal would write megabytes to the screen and into the ledger."""
+    (lab.lora / ADAPTER_WEIGHTS).unlink()
+    raw_safetensors(lab.lora / ADAPTER_WEIGHTS, {"x" * 100_000: 1})
+    lab.sign_lora()
+    with pytest.raises(VerificationError) as caught:
+        lab.check("lora")
+    assert max(map(len, caught.value.reasons)) < 600
+
+
+def test_thousands_of_bad_entries_are_not_all_listed(tmp_path: Path) -> None:
+    file = raw_safetensors(tmp_path / "x.safetensors", {f"t{number}": 1 for number in range(5000)})
+    with pytest.raises(StorageError) as caught:
+        read_header(file)
+    assert 100 <= len(caught.value.reasons) < 110
+
+
+def test_a_plug_in_holds_no_more_than_a_plug_in(lab: Lab) -> None:
+    plugged = lab.folder / "plugged"
+    (plugged / "pytorch_model.bin").write_bytes(b"pickle")
+    sign_again(plugged, lab.data_owner, issuer=lab.data_owner.public_key.hex)
+    with pytest.raises(VerificationError) as caught:
+        verify_plug_in(plugged, lab.parties.owner)
+    assert caught.value.reasons == ("a plug-in may not hold pytorch_model.bin",)
+
+
+def test_what_the_receiver_can_mend_is_not_blamed_on_the_sender(lab: Lab, tmp_path: Path) -> None:
+    stranger = Home(tmp_path / "stranger")
+    with pytest.raises(VerificationError) as caught:
+        verify(lab.bundle, stranger)
+    assert "offsite keygen --name" in (caught.value.next_step or "")
+    stranger.create_identity("stranger")
+    with pytest.raises(VerificationError) as caught:
+        verify(lab.bundle, stranger)
+    assert "offsite trust add" in (caught.value.next_step or "")
+    assert "name the right --home" in (caught.value.next_step or "")
+    assert "do not use it" not in (caught.value.next_step or "")
+    (lab.bundle / "extra.txt").write_text("x")
+    with pytest.raises(VerificationError) as caught:
+        verify(lab.bundle, stranger)
+    assert "do not use it" in (caught.value.next_step or "")
 
 
 def test_no_artifact(lab: Lab, tmp_path: Path) -> None:

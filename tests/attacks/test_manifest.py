@@ -15,6 +15,7 @@ from offsite.exchange.manifest import (
     MANIFEST_BYTES,
     SIGNATURE,
     ManifestProblem,
+    Split,
     parse_manifest,
 )
 from offsite.exchange.verify import verify
@@ -58,6 +59,19 @@ BUNDLE: dict[str, tuple[Callable[[Json], None], str]] = {
         setting("head", value={"model.embed_tokens.weight": ENTRY}),
         "model.embed_tokens.weight is no part of the head of llama, so it may not come back",
     ),
+    "more keys than any manifest": (
+        lambda m: m.update((f"key_{number}", 0) for number in range(100)),
+        "more entries, or more of them in one place",
+    ),
+    "more entries than any manifest": (
+        setting("methods", value=[0] * 600_000),
+        "more entries, or more of them in one place",
+    ),
+    "tensor entry of many keys": (
+        lambda m: m["tensors"][T].update((f"key_{number}", 0) for number in range(100)),
+        "more entries, or more of them in one place",
+    ),
+    "number that no library prints": (setting("max_rank", value=10**60), "has 61 digits"),
     "file listed twice": (
         lambda m: m["files"].append(m["files"][0]),
         "a file is listed twice",
@@ -117,6 +131,7 @@ BUNDLE: dict[str, tuple[Callable[[Json], None], str]] = {
 RETURN: dict[str, tuple[Callable[[Json], None], str]] = {
     "unknown key": (setting("rows", value=12), "rows: Extra inputs are not permitted"),
     "loss told": (setting("lora", "loss", value=1.5), "lora.loss: Extra inputs"),
+    "requirement of a bundle": (setting("requires", value=["share"]), "requires what only a bundle can require"),
     "unknown requirement": (setting("requires", value=["dp"]), "requires dp, which this version does not know"),
     "future format": (setting("format", value=7), "has format 7"),
     "lora settings with a full tuning": (setting("method", value="full"), "lora settings go with method 'lora'"),
@@ -225,3 +240,15 @@ def test_only_features_that_this_version_can_build_are_known() -> None:
     assert (
         frozenset({"share", "quantise", "svd", "mlp-width", "sparse", "affine", "spread"}) == module.KNOWN_REQUIREMENTS
     )
+
+
+def test_a_split_of_thousands_of_blocks_is_looked_through_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a manifest of a megabyte would take half a minute: names times blocks."""
+    asked = []
+    trained = Split.trained.fget
+    assert trained is not None
+    monkeypatch.setattr(Split, "trained", property(lambda self: asked.append(1) or trained(self)))
+    manifest = manifest_of(lab.bundle)
+    assert len(manifest["tensors"]) > 10
+    parse_manifest(json.dumps(manifest).encode())
+    assert len(asked) == 1

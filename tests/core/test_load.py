@@ -122,6 +122,12 @@ def test_an_unknown_model_type_is_an_error_of_ours(copy):
         load_model(copy, dtype=torch.float32, device=CPU)
 
 
+def test_whatever_a_library_raises_on_a_strange_config_is_an_error_of_ours(copy):
+    edit(copy / "config.json", hidden_act=0)
+    with pytest.raises(IncompatibleError, match="cannot load"):
+        load_model(copy, dtype=torch.float32, device=CPU)
+
+
 def test_damaged_json_is_named(copy):
     (copy / "config.json").write_text("{")
     with pytest.raises(StorageError, match=r"config\.json"):

@@ -28,7 +28,9 @@ DECLARED_WEIGHTS = "offsite-model.safetensors"  # of models that transformers do
 DECLARED_INDEX = "offsite-model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 CHUNK_BYTES = 8 * 2**20  # bytes copied at once; a multiple of every item size
-_MAX_HEADER = 100 * 10**6  # the limit of the reference implementation
+_MAX_HEADER = 32 * 10**6  # 250,000 tensors; the reference implementation reads up to 100 MB
+_MOST_REASONS = 100  # against one file
+_MOST_DIGITS = 40
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
 
 
@@ -93,6 +95,8 @@ def _check_header(file: Path, header: dict[str, Any], *, data_start: int, data_s
     ranges: list[tuple[int, int, str]] = []
     tensors: dict[str, TensorRange] = {}
     for name, entry in header.items():
+        if len(reasons) > _MOST_REASONS:
+            raise _broken(file, reasons)
         if name == "__metadata__":
             if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
                 reasons.append("__metadata__ is no object of strings")
@@ -108,7 +112,7 @@ def _check_header(file: Path, header: dict[str, Any], *, data_start: int, data_s
             reasons.append(f"tensor {name!r}: {end - begin} bytes, but its shape and dtype need {tensors[name].size}")
     expected = 0
     for begin, end, name in sorted(ranges):
-        if begin != expected:
+        if begin != expected and len(reasons) <= _MOST_REASONS:
             reasons.append(f"tensor {name!r} starts at byte {begin}, expected {expected} (overlap or hole)")
         expected = end
     if expected != data_size:
@@ -354,7 +358,10 @@ def _index(shards: Mapping[str, Iterable[NewTensor]]) -> bytes:
 
 
 def strict_json(raw: bytes) -> Any:
-    """JSON in which a key that appears twice, or NaN, is an error (a second reader might take the other one)."""
+    """JSON in which a key that appears twice, or NaN, is an error (a second reader might take the other one).
+
+    Nor may an integer be longer than any that is met: tokenizers write 10^30 for "no limit".
+    """
 
     def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -365,6 +372,11 @@ def strict_json(raw: bytes) -> Any:
     def no_constant(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
+    def sensible(digits: str) -> int:
+        if len(digits) > _MOST_DIGITS:  # int and float have limits, and a product of several would be over them
+            raise ValueError(f"{digits[:20]}... has {len(digits)} digits")
+        return int(digits)
+
     def in_range(digits: str) -> float:
         value = float(digits)
         if not math.isfinite(value):  # 1e999 is JSON, and would come out as infinity
@@ -373,7 +385,11 @@ def strict_json(raw: bytes) -> Any:
 
     try:
         return json.loads(
-            raw.decode("utf-8"), object_pairs_hook=no_twins, parse_constant=no_constant, parse_float=in_range
+            raw.decode("utf-8"),
+            object_pairs_hook=no_twins,
+            parse_constant=no_constant,
+            parse_float=in_range,
+            parse_int=sensible,
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None

@@ -16,7 +16,7 @@ from offsite.core.mixture import experts_implementation, in_files
 from offsite.core.modules.bottleneck import insert_bottlenecks
 from offsite.core.modules.declared import Declared, unwrapped
 from offsite.core.modules.shapes import bottleneck_places, bottleneck_shapes, widths_of
-from offsite.errors import IncompatibleError, StorageError
+from offsite.errors import IncompatibleError, OffsiteError, StorageError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -370,7 +370,9 @@ LIBRARY_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, Impo
 def _incompatible(folder: Path) -> Iterator[None]:
     try:
         yield
-    except LIBRARY_ERRORS as error:
+    except (OffsiteError, MemoryError):
+        raise
+    except Exception as error:  # a config may be a stranger's, and what a library raises on one has no end
         raise IncompatibleError(
             f"transformers cannot load {folder}",
             reasons=[f"{type(error).__name__}: {str(error).strip()[:500]}"],

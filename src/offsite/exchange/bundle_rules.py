@@ -29,6 +29,8 @@ from offsite.exchange.manifest import (
 )
 from offsite.exchange.sealed import Rule, Sealed, entries_differ, names_differ, plain_file, read_json
 
+_MOST_POSITIONS = 2**22
+
 
 def _bundle_files(sealed: Sealed) -> Iterator[str]:
     for entry in sealed.manifest.files:
@@ -71,6 +73,14 @@ def _bundle_config(sealed: Sealed) -> Iterator[str]:
     yield from (f"{CONFIG}: {stray}" for stray in row.strays(config))
     for key, value in row.set_switches(config).items():
         yield f"{CONFIG} has {key} = {str(value)[:60]!r}, under which blocks cannot be cut"
+
+
+def _bundle_positions(sealed: Sealed) -> Iterator[str]:
+    """Positions that a model knows: no tensor need confirm how many, and some families compute tables of them."""
+    config = _settings_of(sealed)[0]
+    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
+        if type(config.get(key)) is int and config[key] > _MOST_POSITIONS:
+            yield f"{CONFIG} has {key} = {config[key]}, expected at most {_MOST_POSITIONS}"
 
 
 def _lists_blocks(found: object, count: int) -> bool:
@@ -122,7 +132,7 @@ def _declared_tensors(
     if not names.keys() <= {path for path, name in names.items() if name in checkpoint.tensors}:
         return {}  # a finding of its own
     shapes = {path: checkpoint.tensors[name].shape for path, name in names.items()}
-    if any(len(shapes.get(f"{path}.weight", ())) != 2 for path in row.linears):
+    if row.experts or any(len(shapes.get(f"{path}.weight", ())) != 2 for path in row.linears):
         return {}
     each = declared.tensors(row, shapes)
     return {
@@ -158,7 +168,8 @@ def _bundle_declared(sealed: Sealed) -> Iterator[str]:
 def _bundle_returnable(sealed: Sealed) -> Iterator[str]:
     manifest, row = _bundle_of(sealed)
     checkpoint = _open_listed(sealed)
-    trained = {n for n in checkpoint.tensors if (p := row.block_of(n)) and p[0] in manifest.split.trained}
+    blocks = frozenset(manifest.split.trained)
+    trained = {n for n in checkpoint.tensors if (p := row.block_of(n)) and p[0] in blocks}
     yield from names_differ("tensors that may come back", set(manifest.tensors), trained)
     head = set(row.head_tensors(_settings_of(sealed)[0])) if manifest.head else set()
     yield from names_differ("the head that may come back", set(manifest.head), head)
@@ -185,6 +196,7 @@ BUNDLE_RULES: tuple[Rule, ...] = (
     _bundle_files,
     _bundle_settings,
     _bundle_config,
+    _bundle_positions,
     _bundle_declared,
     _bundle_weights,
     _bundle_returnable,

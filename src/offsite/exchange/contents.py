@@ -40,6 +40,9 @@ WEIGHTS_OF: Mapping[Method, str] = {  # the file of a return's tensors, by metho
 }
 
 
+BESIDE_A_MODEL = ("added_tokens.json", "LICENSE", "LICENSE.txt")  # of a base, which a merged plug-in takes over
+
+
 def checkpoint_file(number: int) -> str:
     """The file of a return's earlier checkpoint, counted from 1; the last one is in the file of `WEIGHTS_OF`."""
     return f"checkpoint-{number}.safetensors"
@@ -83,6 +86,11 @@ def is_weights(name: str) -> bool:
 def allowed_in_bundle(name: str) -> bool:
     """Whether a bundle may hold a file of this name."""
     return is_weights(name) or name in (CONFIG, GENERATION_CONFIG, PROCESSOR, *TOKENIZER_FILES)
+
+
+def allowed_in_plug_in(name: str) -> bool:
+    """Whether a plug-in may hold a file of this name: an adapter's, or those of a complete checkpoint."""
+    return allowed_in_bundle(name) or name in (ADAPTER_CONFIG, *WEIGHTS_OF.values(), *BESIDE_A_MODEL)
 
 
 def cleaned(name: str, content: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Rules for every artifact: who signed it, for whom, and that its files are exactly those that were signed."""
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from offsite.core.storage import sha256_of
 from offsite.exchange.manifest import (
@@ -59,4 +59,11 @@ def _digests(sealed: Sealed) -> Iterator[str]:
             yield f"the bytes of {entry.name} are not those that were signed"
 
 
+# What mends a finding on the receiver's side; any other one is the sender's.
+OWN_FAULT: Mapping[Rule, str] = {
+    _trusted_signer: "compare the key's fingerprint with the sender over another channel, then "
+    "`offsite trust add NAME FILE.pub`",
+    _addressee: "name the right --home; if it is, send your present public key (`offsite keygen --out FILE.pub`) "
+    "and ask for one that is addressed to it",
+}
 ENVELOPE_RULES: tuple[Rule, ...] = (_signature, _trusted_signer, _addressee, _listing, _digests)

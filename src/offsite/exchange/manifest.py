@@ -16,6 +16,8 @@ from offsite.core.modules.shapes import bottleneck_places, bottleneck_shapes
 MANIFEST = "offsite.json"
 SIGNATURE = "offsite.json.sig"
 MANIFEST_BYTES = 16 * 2**20  # no manifest is larger
+_MOST_ENTRIES = 500_000  # of all lists and objects of a manifest together
+_MOST_KEYS = 64  # of an object that does not go by the names of tensors
 FORMAT: Final = 1
 SPREAD = "spread"  # required of who reads a bundle with trained blocks inside the emulator
 # features that this version understands beyond the format itself
@@ -125,9 +127,10 @@ class BundleManifest(_Document):
         row = ARCHITECTURES.get(self.architecture)
         if row is None:
             raise ValueError(f"architecture {self.architecture[:64]!r} is not known to this version; update offsite")
+        trained = frozenset(self.split.trained)
         for name in (*self.tensors, *self.lora_targets):
             place = row.map_of(name) if name in self.lora_targets else row.block_of(name)
-            if place is None or place[0] not in self.split.trained:
+            if place is None or place[0] not in trained:
                 raise ValueError(f"{name} belongs to no trained block, so it may not come back")
         for name in self.head:
             if not row.head or name not in (row.head, f"{row.head.removesuffix('.weight')}.bias"):
@@ -198,6 +201,7 @@ class ReturnManifest(_Document):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ReturnManifest":
+        _require_nothing(self)
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise ValueError("a class is named twice")
         if self.scores is not None and len(self.scores) != self.checkpoints:
@@ -229,6 +233,17 @@ class PlugInManifest(_Document):
     checkpoint: Annotated[int, Field(ge=1, le=100)] = 1  # of the return's, in their order
     issuer: Digest
 
+    @model_validator(mode="after")
+    def _consistent(self) -> "PlugInManifest":
+        _require_nothing(self)
+        return self
+
+
+def _require_nothing(document: _Document) -> None:
+    """The features there are so far are those of bundles."""
+    if document.requires:
+        raise ValueError("requires what only a bundle can require")
+
 
 Manifest = BundleManifest | ReturnManifest | PlugInManifest
 _ANY: TypeAdapter[Manifest] = TypeAdapter(Annotated[Manifest, Field(discriminator="kind")])
@@ -254,6 +269,8 @@ def parse_manifest(raw: bytes) -> Manifest:
         content = strict_json(raw)
     except ValueError as error:
         raise ManifestProblem([f"{MANIFEST} is not JSON: {error}"]) from None
+    if _is_out_of_proportion(content):
+        raise ManifestProblem([f"{MANIFEST} has more entries, or more of them in one place, than any manifest"])
     if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
         raise ManifestProblem(
             [f"{MANIFEST} has format {content['format']}, this version reads up to {FORMAT}: update offsite"]
@@ -263,6 +280,19 @@ def parse_manifest(raw: bytes) -> Manifest:
     except ValidationError as error:
         reasons = [re.sub(r"^(bundle|return|plug-in)\.", "", reason) for reason in describe_validation(error)]
         raise ManifestProblem([f"{MANIFEST}: {reason}" for reason in reasons]) from None
+
+
+def _is_out_of_proportion(content: object) -> bool:
+    """Whether checking each entry would cost far more than a manifest is worth: each wrong one becomes a finding."""
+    left, within = _MOST_ENTRIES, [(content, 0)]
+    while within:
+        one, depth = within.pop()
+        parts = list(one.values()) if isinstance(one, dict) else one if isinstance(one, list) else []
+        left -= len(parts)
+        if left < 0 or (isinstance(one, dict) and depth != 1 and len(one) > _MOST_KEYS):
+            return True
+        within += [(part, depth + 1) for part in parts]
+    return False
 
 
 def render_manifest(manifest: Manifest) -> bytes:

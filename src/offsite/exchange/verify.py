@@ -4,14 +4,15 @@ Verify, then parse, then load. Every rule is a function that lists what it found
 shows every reason. Torch-free.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from offsite.errors import OffsiteError, PolicyError, StorageError, UsageError, VerificationError
 from offsite.exchange.artifacts import Bundle, PlugIn, Return
 from offsite.exchange.bundle_rules import BUNDLE_RULES
-from offsite.exchange.envelope_rules import ENVELOPE_RULES
+from offsite.exchange.contents import allowed_in_plug_in
+from offsite.exchange.envelope_rules import ENVELOPE_RULES, OWN_FAULT
 from offsite.exchange.home import Home
 from offsite.exchange.manifest import (
     MANIFEST,
@@ -26,7 +27,9 @@ from offsite.exchange.manifest import (
 from offsite.exchange.return_rules import RETURN_RULES, beyond_policy
 from offsite.exchange.sealed import Rule, Sealed, plain_file, read_bounded
 
-_SHOWN = 40  # reasons that are listed in full; who sends more is not worth more of the screen
+_SHOWN = 40  # reasons that are listed; who sends more is not worth more of the screen
+_LONGEST = 500  # characters of one
+_DISTRUST = "do not use it; ask the sender for it again, and compare key fingerprints by another channel"
 
 
 def verify(path: Path, home: Home) -> Bundle | Return | PlugIn:
@@ -96,8 +99,14 @@ def verify_plug_in(path: Path, home: Home) -> PlugIn:
     sealed = _open(path, home)
     if not isinstance(sealed.manifest, PlugInManifest):
         raise _wrong_kind(sealed, "plug-in")
-    _run(sealed, ENVELOPE_RULES)
+    _run(sealed, (*ENVELOPE_RULES, _plug_in_files))
     return PlugIn(path, sealed.manifest, sealed.digest)
+
+
+def _plug_in_files(sealed: Sealed) -> Iterator[str]:
+    for entry in sealed.manifest.files:
+        if not allowed_in_plug_in(entry.name):
+            yield f"a plug-in may not hold {entry.name}"
 
 
 def read_unverified(path: Path) -> Manifest:
@@ -117,8 +126,8 @@ def _read_manifest(path: Path) -> tuple[Manifest, bytes]:
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             f"{path} is no bundle, return or plug-in",
-            reasons=[f"it holds no {MANIFEST}"],
-            next_step="name the folder that holds it",
+            reasons=[_why_not(path)],
+            next_step="name the folder that was received, whole",
         ) from None
     except ManifestProblem as problem:
         raise _failed(path, problem.reasons) from None
@@ -126,6 +135,12 @@ def _read_manifest(path: Path) -> tuple[Manifest, bytes]:
         raise StorageError(
             f"cannot read {path / MANIFEST}: {error.strerror}", next_step="check the folder's permissions and its disk"
         ) from error
+
+
+def _why_not(path: Path) -> str:
+    if path.is_dir():
+        return f"it holds no {MANIFEST}"
+    return "it is a file, and none of them is; an archive is unpacked first" if path.exists() else "it does not exist"
 
 
 def _open(path: Path, home: Home) -> Sealed:
@@ -141,23 +156,32 @@ def _run(
 ) -> None:
     subject = replace(sealed, parent=parent)
     reasons: list[str] = []
+    advice: list[str] = []
     for rule in rules:
+        mends = OWN_FAULT.get(rule)
         try:
-            reasons += rule(subject)
+            found = list(rule(subject))
         except OffsiteError as error:  # a broken file is a finding like any other
-            reasons += error.reasons or [error.what]
+            found = [*(error.reasons or [error.what])]
+            mends = error.next_step if isinstance(error, UsageError) else None  # this home's own, as a missing key
         except OSError as error:
-            reasons.append(f"cannot read {str(error.filename)!r}: {error.strerror}")
+            found = [f"cannot read {str(error.filename)!r}: {error.strerror}"]
+            mends = None
+        reasons += found
+        advice += [mends or _DISTRUST] if found else []
     if reasons:
-        raise _failed(sealed.folder, list(dict.fromkeys([*reasons, *beside])))
+        mended = _DISTRUST not in advice and not beside
+        next_step = "; ".join(dict.fromkeys(advice)) if mended else _DISTRUST
+        raise _failed(sealed.folder, list(dict.fromkeys([*reasons, *beside])), next_step)
 
 
-def _failed(folder: Path, reasons: list[str]) -> VerificationError:
+def _failed(folder: Path, reasons: list[str], next_step: str = _DISTRUST) -> VerificationError:
     more = [f"and {len(reasons) - _SHOWN} more"] if len(reasons) > _SHOWN else []
+    cut = [reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}..." for reason in reasons[:_SHOWN]]
     return VerificationError(
         f"{folder} fails verification",
-        reasons=[*reasons[:_SHOWN], *more],
-        next_step="do not use it; ask the sender for it again, and compare key fingerprints by another channel",
+        reasons=[*cut, *more],
+        next_step=next_step,
     )
 
 
