@@ -68,16 +68,24 @@ class RunState:
             )
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write a resume point; the one before stays until this one is whole.
+        """Write a resume point; the one before stays until this one is whole, and one of the same step as it is.
 
         Raises:
             StorageError: it cannot be written; the one before still stands.
         """
         file = self.folder / f"state-{step}.safetensors"
+        record = json.dumps({"step": step, "file": file.name}).encode()
+        temporary = self.folder / "state.tmp"
         with storage_errors(file):
-            file.unlink(missing_ok=True)
-            write_safetensors(file, [to_be_written(name, tensor) for name, tensor in tensors.items()])
-        replace_file(self._record, json.dumps({"step": step, "file": file.name}).encode())
+            if file.exists() and self._record.exists() and self._record.read_bytes() == record:
+                return  # whole already, and nothing that a second interruption may cut off
+            temporary.unlink(missing_ok=True)
+            try:
+                write_safetensors(temporary, [to_be_written(name, tensor) for name, tensor in tensors.items()])
+                temporary.replace(file)
+            finally:
+                temporary.unlink(missing_ok=True)
+        replace_file(self._record, record)
         with contextlib.suppress(OSError):  # old points only take room
             for old in self.folder.glob("state-*.safetensors"):
                 if old != file:
