@@ -14,6 +14,7 @@ from offsite.core.attention import _TILE
 from offsite.core.checkpoint import read_header
 from offsite.core.images import Picture, decode
 from offsite.core.memory import Term
+from offsite.core.run_log import log_file
 from offsite.data_owner.plan import TunePlan, _lanes, plan_tune
 from offsite.data_owner.tune import tune
 from offsite.errors import UsageError
@@ -103,6 +104,18 @@ def test_rows_steps_and_tokens(base: Path, tmp_path: Path, parties: Parties, row
     assert plan.micro_batch_tokens == 64
 
 
+def test_a_text_is_counted_in_its_blocks(base: Path, tmp_path: Path, parties: Parties) -> None:
+    bundle = packed(base, tmp_path / "bundle", parties)
+    text = tmp_path / "book.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    spec = TuneSpec(batch_size=2, checkpoints=2, max_length=32, rank=4)
+    plan = plan_tune(bundle, text, spec)
+    tune(bundle.folder, text, tmp_path / "return", spec, parties.data_owner)
+    start = json.loads(log_file(tmp_path / "return").read_text().splitlines()[0])
+    assert (plan.rows, plan.steps) == (start["rows"], start["steps"])
+    assert plan.rows > 2
+
+
 def test_lanes_hold_a_micro_batch_each(base: Path, tmp_path: Path, parties: Parties, rows: Path) -> None:
     bundle = packed(base, tmp_path / "bundle", parties)
     usual: dict[str, Any] = {"method": "full", "batch_size": 8, "micro_batch_tokens": 64, "compute": "bf16"}
@@ -173,6 +186,16 @@ def test_below_the_first_trained_block_nothing_is_kept(
 def test_the_sizes_are_those_of_the_code() -> None:
     assert loss.CHUNK_ELEMENTS is memory.CHUNK_ELEMENTS
     assert memory.SHORT_ATTENTION == _TILE
+
+
+def test_checkpoints_of_pictures_are_refused_as_tuning_does(tmp_path: Path, parties: Parties) -> None:
+    bundle = packed(tiny_vision_base(tmp_path / "base", blocks=4), tmp_path / "bundle", parties, keep=1)
+    pictures = tiny_pictures(tmp_path / "set", 4)
+    spec = TuneSpec(checkpoints=2, max_steps=4)
+    with pytest.raises(UsageError, match="holds one checkpoint"):
+        plan_tune(bundle, pictures, spec)
+    with pytest.raises(UsageError, match="holds one checkpoint"):
+        tune(bundle.folder, pictures, tmp_path / "out", spec, parties.data_owner)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -272,6 +272,19 @@ def test_bad_rows_leave_nothing_behind(house, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"bad.jsonl"}
 
 
+def test_rows_that_are_left_out_are_told(house, tmp_path):
+    rows = [{"prompt": "a", "completion": "b" * length} for length in (3, 90, 90, 4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    events = []
+    spec = spec_of(max_steps=1, long_rows="skip")
+    bundle = house.bundles["llama"].folder
+    tune(bundle, tmp_path / "rows.jsonl", tmp_path / "out", spec, house.home, progress=events.append)
+    (told,) = (event for event in events if "left out" in event.stage)
+    assert "rows.jsonl" in told.stage
+    assert (told.done, told.total) == (2, 4)
+    assert json.loads(log_file(tmp_path / "out").read_text().splitlines()[0])["rows"] == 2
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_training_that_diverges_is_an_error(house, tmp_path):
     with pytest.raises(OffsiteError, match=r"diverged|NaN") as caught:

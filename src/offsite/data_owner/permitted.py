@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from offsite.config import TuneSpec
+from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import TensorRange
 from offsite.errors import IncompatibleError, PolicyError, UsageError
 from offsite.exchange.manifest import BundleManifest
@@ -13,7 +14,7 @@ def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
     """Refuse settings that cannot work, or whose return the owner would refuse.
 
     Raises:
-        UsageError: the head was asked for with bottlenecks.
+        UsageError: the head was asked for with bottlenecks, or checkpoints or scores of pictures.
         IncompatibleError: BitFit was asked for, and the trained blocks have no biases.
         PolicyError: the method, the rank, the width or the head is not permitted.
     """
@@ -22,6 +23,12 @@ def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
             "--tune-head does not go with bottlenecks",
             reasons=["what they are plugged in as stands beside the base, and holds none of the base's own tensors"],
             next_step="tune by lora, full or bitfit, or leave --tune-head out",
+        )
+    if ARCHITECTURES[manifest.architecture].vision is not None and (spec.checkpoints > 1 or spec.report_scores):
+        raise UsageError(
+            "a return of pictures holds one checkpoint and no scores",
+            reasons=["its classifier would have to be in every checkpoint"],
+            next_step="leave out --checkpoints and --report-scores",
         )
     if spec.method == "bitfit" and not manifest.own_tensors("bitfit"):
         raise IncompatibleError(

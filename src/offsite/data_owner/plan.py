@@ -12,6 +12,7 @@ from typing import Literal
 from offsite.config import Method, TuneSpec
 from offsite.core.architectures import ARCHITECTURES, Architecture
 from offsite.core.checkpoint import ITEM_SIZE, TensorRange, open_checkpoint, strict_json
+from offsite.core.data import encode
 from offsite.core.images import read_pictures, split_by_seed
 from offsite.core.memory import (
     SHORT_ATTENTION,
@@ -121,14 +122,27 @@ def _seen(bundle: Bundle, data: Path, spec: TuneSpec) -> _Seen:
     return _Seen(len(train), picture, classes * (inputs + 1), inputs, decoded(listed))
 
 
+def _row_count(folder: Path, data: Path, length: int) -> int:
+    rows = read_rows(data)
+    if not rows[0].document:
+        return len(rows)
+    from offsite.core.load import load_tokenizer
+
+    return len(encode(rows, load_tokenizer(folder), source=data, max_length=length).examples)
+
+
 def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
-    """What tuning a verified bundle with these settings will do and need; rows are counted, not tokenised.
+    """What tuning a verified bundle with these settings will do and need.
+
+    Rows are counted and not tokenised, so those that would be left out for their length count too; a plain text alone
+    is cut into its blocks, for which torch is loaded.
 
     Raises:
         IncompatibleError: the method has nothing to train in this model.
         PolicyError: the bundle does not permit the method or the rank.
         DataError: the rows cannot be read.
-        UsageError: there are fewer steps than checkpoints, or narrow weights of a bundle that is not bf16.
+        UsageError: there are fewer steps than checkpoints, checkpoints of pictures, or narrow weights of a bundle that
+            is not bf16.
         StorageError: the bundle cannot be read.
     """
     manifest, folder = bundle.manifest, bundle.folder
@@ -140,10 +154,10 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     spec = spec.changed({"narrow_weights": holds_narrow(spec, tensors.values(), item)})
     returned = returned_tensors(manifest, spec)
     seen = _seen(bundle, data, spec) if row.vision is not None else None
-    rows = seen.rows if seen else len(read_rows(data))
-    checkpoint_steps(spec, step_count(spec, rows))
     context = config.get("max_position_embeddings") or config.get("n_positions") or 2**31
     length = seen.picture.tokens if seen else min(spec.max_length, int(context))
+    rows = seen.rows if seen else _row_count(folder, data, length)
+    checkpoint_steps(spec, step_count(spec, rows))
     lanes = 1 if seen else _lanes(spec)
     alone = max(spec.micro_batch_tokens // lanes, length)
     lanes = 1 if spec.batch_size * length <= alone else lanes

@@ -81,7 +81,7 @@ def train(
                 checkpoints.score(done, loss)
             speed.rest()
 
-        write({"event": "resume" if done else "start", "step": done, "steps": steps})
+        write({"event": "resume" if done else "start", "step": done, "steps": steps, "rows": tuning.task.rows})
         if checkpoints.wants_score(done):  # interrupted between the step and its validation
             validate()
         try:

@@ -40,7 +40,6 @@ from offsite.data_owner.schedule import checkpoint_steps, step_count
 from offsite.data_owner.send_back import send_back
 from offsite.data_owner.task import Task, TextTask
 from offsite.data_owner.train import Tuning, train
-from offsite.errors import UsageError
 from offsite.exchange.artifacts import Bundle, Return
 from offsite.exchange.home import Home
 from offsite.exchange.verify import verify_bundle
@@ -138,24 +137,22 @@ def _reading(
     bundle: Bundle, data: Path, eval_data: Path | None, spec: TuneSpec, progress: Progress, workers: PictureWorkers
 ) -> _Rows:
     if ARCHITECTURES[bundle.manifest.architecture].vision is None:
-        examples, held_out = _read(bundle, data, spec), _read(bundle, eval_data, spec)
+        examples, held_out = _read(bundle, data, spec, progress), _read(bundle, eval_data, spec, progress)
         return _Rows(len(examples), lambda where: _prepare(bundle, spec, where, examples, held_out))
-    if spec.checkpoints > 1 or spec.report_scores:
-        raise UsageError(
-            "a return of pictures holds one checkpoint and no scores",
-            reasons=["its classifier would have to be in every checkpoint"],
-            next_step="leave out --checkpoints and --report-scores",
-        )
     album = open_album(bundle.folder, data, eval_data, spec, progress, workers)
     return _Rows(len(album.train), lambda where: _prepare_images(bundle, spec, where, album, progress), album.classes)
 
 
-def _read(bundle: Bundle, data: Path | None, spec: TuneSpec) -> tuple[Example, ...]:
+def _read(bundle: Bundle, data: Path | None, spec: TuneSpec, progress: Progress) -> tuple[Example, ...]:
     if data is None:
         return ()
     longest = min(spec.max_length, context_length(bundle.folder) or spec.max_length)
     tokenizer = load_tokenizer(bundle.folder)
-    return encode(read_rows(data), tokenizer, source=data, max_length=longest, long_rows=spec.long_rows).examples
+    encoded = encode(read_rows(data), tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
+    if encoded.skipped:
+        what = f"rows of {data.name} left out, too long or without a label"
+        progress(Event(what, encoded.skipped, encoded.skipped + len(encoded.examples)))
+    return encoded.examples
 
 
 def _identity_of_run(
