@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from offsite.core import resume
-from offsite.core.resume import RunState
+from offsite.core.resume import RunState, run_folder
+from offsite.core.run_log import log_file
+from offsite.errors import UsageError
 
 
 def step_of(state: RunState) -> int:
@@ -40,3 +42,27 @@ def test_a_resume_point_that_is_cut_off_leaves_the_one_before(tmp_path: Path, mo
         state.save(4, {"weight": torch.ones(2)})
     assert {file.name for file in state.folder.iterdir()} == {"run.json", "state.json", "state-3.safetensors"}
     assert step_of(state) == 3
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_without_a_resume_point_may_be_begun_anew(tmp_path: Path, again: bool) -> None:
+    RunState(tmp_path / "run", {"lr": 1}, resume=False, points_alone=True)
+    (tmp_path / "run" / "memory.json").write_text("{}")
+    RunState(tmp_path / "run", {"lr": 2}, resume=again, points_alone=True)
+    assert not (tmp_path / "run" / "memory.json").exists()
+    with pytest.raises(UsageError, match="interrupted run"):
+        RunState(tmp_path / "run", {"lr": 2}, resume=False)
+
+
+def test_what_a_run_made_before_its_first_resume_point_is_used_again(tmp_path: Path) -> None:
+    RunState(tmp_path / "run", {"lr": 1}, resume=False, points_alone=True)
+    (tmp_path / "run" / "features.bin").write_bytes(b"long work")
+    RunState(tmp_path / "run", {"lr": 1}, resume=True, points_alone=True)
+    assert (tmp_path / "run" / "features.bin").exists()
+
+
+def test_the_run_and_the_log_of_the_folder_one_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "return").mkdir()
+    monkeypatch.chdir(tmp_path / "return")
+    assert run_folder(Path()) == tmp_path / "return.run"
+    assert log_file(Path()) == tmp_path / "return.log.jsonl"

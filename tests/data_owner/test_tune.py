@@ -291,6 +291,7 @@ def test_a_training_that_diverges_is_an_error(house, tmp_path):
         house.tune(tmp_path / "out", method="full", lr=1e30, warmup=0, max_steps=4)
     assert "--lr" in str(caught.value)
     assert not (tmp_path / "out").exists()
+    assert house.tune(tmp_path / "out", method="full", lr=1e-4, max_steps=1).folder.exists()
 
 
 @pytest.mark.parametrize("method", METHODS)

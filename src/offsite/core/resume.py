@@ -24,6 +24,7 @@ _NAMES = {torch.float32: "F32", torch.uint8: "U8"}
 
 def run_folder(out: Path) -> Path:
     """Where the resume points of the run that writes `out` lie."""
+    out = out.resolve()  # "." has no name
     return out.with_name(f"{out.name}.run")
 
 
@@ -34,18 +35,23 @@ class RunState:
         folder: from `run_folder`.
         identity: what the run is, by name: settings, model, data. A run is resumed with exactly the same.
         resume: continue what is there; otherwise finding something is an error.
+        points_alone: whether a run that has saved no resume point is nothing to continue, so that another may begin in
+            its place; a run that keeps its work in other files says no.
 
     Raises:
         UsageError: a run is there and was not to be resumed, or is another run than the one asked for.
         StorageError: the folder cannot be written or read.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool, points_alone: bool = False) -> None:
         self.folder = folder
         self._record = folder / "state.json"
         described = json.loads(json.dumps(identity))
         if (folder / "run.json").exists():
-            self._require_same(described, resume=resume)
+            if not points_alone or self._record.exists():
+                self._require_same(described, resume=resume)
+            elif not resume or _read_json(folder / "run.json") != described:
+                self.remove()
         replace_file(folder / "run.json", json.dumps(described, indent=1).encode())
 
     def _require_same(self, identity: Mapping[str, Any], *, resume: bool) -> None:

@@ -15,6 +15,7 @@ from offsite.core.storage import storage_errors
 
 def log_file(out: Path) -> Path:
     """The JSONL log of the run that writes `out`; it is beside the result, never in it."""
+    out = out.resolve()  # "." has no name
     return out.with_name(f"{out.name}.log.jsonl")
 
 

@@ -110,7 +110,8 @@ def tune(
         steps = step_count(spec, rows.count)
         checkpoint_steps(spec, steps)  # refused before the run has a folder
         with seeded(spec.seed, where.device):
-            state = RunState(run_folder(out), _identity_of_run(verified, data, eval_data, spec, where), resume=resume)
+            identity_of_run = _identity_of_run(verified, data, eval_data, spec, where)
+            state = RunState(run_folder(out), identity_of_run, resume=resume, points_alone=True)
             checkpoints = Checkpoints(state, spec, steps)
             progress(Event("loading the model", 0))
             tuning = rows.prepare(where)
