@@ -40,6 +40,23 @@ def test_a_folder_with_parts(tmp_path: Path) -> None:
     assert len(read_pictures(tmp_path / "whole", part="held out")) == 3
 
 
+@pytest.mark.parametrize("part", ["train", "held out"])
+@pytest.mark.parametrize("name", ["train", "valid", "test"])
+def test_a_class_may_have_the_name_of_a_part(tmp_path: Path, name: str, part: str) -> None:
+    (tiny_pictures(tmp_path / "set", 2) / "red").rename(tmp_path / "set" / name)
+    found = read_pictures(tmp_path / "set", part=part)
+    assert {picture.label for picture in found} == {"blue", "green", name}
+    assert not held_out_part(tmp_path / "set")
+
+
+def test_what_a_dot_hides_is_no_picture(tmp_path: Path) -> None:
+    folder = tiny_pictures(tmp_path / ".set", 1)
+    for place in (folder / ".ipynb_checkpoints" / "0.png", folder / "red" / "._0.png", folder / ".loose.png"):
+        place.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels()).save(place)
+    assert [picture.label for picture in read_pictures(folder)] == ["blue", "green", "red"]
+
+
 def test_pictures_without_classes(tmp_path: Path) -> None:
     tiny_pictures(tmp_path / "set", 1)
     Image.fromarray(pixels()).save(tmp_path / "set" / "loose.png")

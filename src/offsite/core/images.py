@@ -28,7 +28,7 @@ KINDS = "a folder with a sub-folder for each class, a .csv of path and label, or
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 MOST_PIXELS = 50_000_000  # a file of some kilobytes may announce billions
 FORMATS = ("PNG", "JPEG", "WEBP")
-_TRAINING, _HELD_OUT = ("train",), ("validation", "val", "valid", "test")  # names of a folder's parts
+_TRAINING, _HELD_OUT = "train", ("validation", "val", "valid", "test")  # names of a folder's parts
 _CROP_AREA, _CROP_RATIO = (0.35, 1.0), (3 / 4, 4 / 3)  # of a random crop: share of the picture, width by height
 
 Pixels = npt.NDArray[np.uint8]  # (Y, X, 3)
@@ -50,7 +50,7 @@ def read_pictures(path: Path, *, labelled: bool = True, part: str = "") -> list[
     Args:
         path: folder or file.
         labelled: whether every picture needs a class; without it a folder is searched to any depth.
-        part: "train" or "held out" takes that part of a folder that has parts; "" takes the folder as it is.
+        part: "train" or "held out" takes that part of a folder that has both; "" takes the folder as it is.
 
     Raises:
         DataError: there is no such data set, it is empty, or rows are bad, each listed.
@@ -70,16 +70,20 @@ def read_pictures(path: Path, *, labelled: bool = True, part: str = "") -> list[
 
 def held_out_part(path: Path) -> bool:
     """Whether a data set is a folder that names its training and its held-out pictures."""
-    return path.is_dir() and any((path / name).is_dir() for name in _TRAINING) and _part(path, "held out") != path
+    return _part(path, "held out") != path
 
 
 def _part(path: Path, part: str) -> Path:
-    names = {"train": _TRAINING, "held out": _HELD_OUT}.get(part, ())
-    return next((path / name for name in names if (path / name).is_dir()), path)
+    """The part of a folder that has both; a class may have the name of one."""
+    held_out = next((path / name for name in _HELD_OUT if (path / name).is_dir()), None)
+    if held_out is None or not (path / _TRAINING).is_dir():
+        return path
+    return {"train": path / _TRAINING, "held out": held_out}.get(part, path)
 
 
 def _in_folder(folder: Path, labelled: bool) -> list[Picture]:
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = sorted(file for file in found if not _hidden(file.relative_to(folder)))
     if labelled and (loose := [file for file in files if file.parent == folder]):
         raise DataError(
             f"{counted(loose, 'picture')} of {folder} in no class",
@@ -87,6 +91,11 @@ def _in_folder(folder: Path, labelled: bool) -> list[Picture]:
             next_step="put each into a sub-folder with the name of its class",
         )
     return [Picture(str(file), file, file.relative_to(folder).parts[0] if labelled else None) for file in files]
+
+
+def _hidden(place: Path) -> bool:
+    """Whether it lies where systems and tools keep what is theirs, such as copies of a notebook's files."""
+    return any(name.startswith(".") for name in place.parts)
 
 
 def _in_table(path: Path, labelled: bool) -> list[Picture]:
