@@ -101,6 +101,14 @@ def test_missing_file(tmp_path: Path) -> None:
         load_spec(PackSpec, {}, tmp_path / "binary")
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"), [(TuneSpec, {"lora_alpha": 1e6}), (TuneSpec, {"seed": 2**64}), (PackSpec, {"seed": 2**64})]
+)
+def test_numbers_that_a_manifest_or_a_generator_cannot_take(kind: type[Spec], settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="are wrong"):
+        load_spec(kind, settings)
+
+
 def test_every_mistake_at_once() -> None:
     with pytest.raises(UsageError) as caught:
         load_spec(TuneSpec, {"rank": 0, "lr": -1.0, "method": "dora", "unknown": 1})

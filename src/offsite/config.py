@@ -166,7 +166,7 @@ class PackSpec(ComputeSpec):
     permit_head: Annotated[
         bool, Field(description="take back the head too, for tune --tune-head; only where it is not the embedding")
     ] = False
-    seed: Annotated[int, Field(ge=0, description="seed of random selection, search and distillation")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="seed of random selection, search and distillation")] = 0
 
     @model_validator(mode="after")
     def _something_trains(self) -> Self:
@@ -256,7 +256,9 @@ class TuneSpec(ComputeSpec):
         Field(description="what trains: LoRA pairs, the blocks' weights (full) or biases (bitfit), or bottlenecks"),
     ] = "lora"
     rank: Annotated[int, Field(ge=1, description="rank of the LoRA pairs")] = 16
-    lora_alpha: Annotated[float | None, Field(gt=0, description="LoRA scale numerator; None is twice the rank")] = None
+    lora_alpha: Annotated[
+        float | None, Field(gt=0, lt=1e6, description="LoRA scale numerator; None is twice the rank")
+    ] = None
     lora_dropout: Annotated[float, Field(ge=0, lt=1, description="dropout on the input of the LoRA pairs")] = 0.0
     width: Annotated[int, Field(ge=1, description="width of the bottlenecks")] = 64
     tune_head: Annotated[
@@ -319,7 +321,7 @@ class TuneSpec(ComputeSpec):
         bool, Field(description="tell the owner the loss of each checkpoint on the eval rows, in the signed return")
     ] = False
     save_every: Annotated[int, Field(ge=1, description="steps between resume points")] = 50
-    seed: Annotated[int, Field(ge=0, description="seed of order, dropout and LoRA initialisation")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="seed of order, dropout and LoRA initialisation")] = 0
     pooling: Annotated[
         Literal["class", "mean", "both"] | None,
         Field(description="images: what the classifier reads, class token or mean of patches; None is the family's"),

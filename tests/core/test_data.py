@@ -123,6 +123,7 @@ def test_long_rows_are_listed_cut_or_skipped(tmp_path, tokenizer):
         encoded(tmp_path, tokenizer, *lines, max_length=12)
     assert "rows.jsonl:2: " in caught.value.reasons[0]
     assert "at most 12" in caught.value.reasons[0]
+    assert 'long_rows = "truncate"' in caught.value.next_step
     skipped = encoded(tmp_path, tokenizer, *lines, max_length=12, long_rows="skip")
     assert ([example.line for example in skipped.examples], skipped.skipped) == ([1], 2)
     cut = encoded(tmp_path, tokenizer, *lines, max_length=12, long_rows="truncate").examples
@@ -141,8 +142,9 @@ def test_a_completion_longer_than_everything_keeps_its_start(tmp_path, tokenizer
 
 
 def test_nothing_left_is_an_error(tmp_path, tokenizer):
-    with pytest.raises(DataError, match="no row"):
+    with pytest.raises(DataError, match="no row") as caught:
         encoded(tmp_path, tokenizer, {"text": "fox " * 40}, max_length=8, long_rows="skip")
+    assert 'long_rows = "truncate"' in caught.value.next_step
 
 
 def test_an_epoch_sees_every_row_once_in_an_order_of_its_own():

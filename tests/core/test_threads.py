@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from offsite.core.threads import available_cores, settle_waiting
+from offsite.core.threads import available_cores, settle_waiting, usual_threads
 
 
 @pytest.fixture
@@ -51,3 +51,12 @@ def test_what_the_user_says_stays(tmp_path: Path, said: dict[str, str]) -> None:
 
 def test_a_process_has_a_core() -> None:
     assert available_cores() >= 1
+
+
+@pytest.mark.usefixtures("four_cores")
+@pytest.mark.parametrize(
+    ("said", "threads"), [("3", 3), ("2,1", 2), (" 2 , 1", 2), ("0", 4), ("", 4), ("all", 4), ("-1", 4), (",2", 4)]
+)
+def test_threads_that_the_environment_asks_for(monkeypatch: pytest.MonkeyPatch, said: str, threads: int) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert usual_threads() == threads

@@ -285,6 +285,14 @@ def test_rows_that_are_left_out_are_told(house, tmp_path):
     assert json.loads(log_file(tmp_path / "out").read_text().splitlines()[0])["rows"] == 2
 
 
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused_before_any_work(house, tmp_path):
+    base = tiny_base(tmp_path / "base", blocks=3, vocab_size=270)
+    bundle = tiny_bundle(base, tmp_path / "bundle", house.parties)
+    with pytest.raises(IncompatibleError, match="does not know"):
+        tune(bundle.folder, house.rows, tmp_path / "out", spec_of(), house.home)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "bundle"}
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_training_that_diverges_is_an_error(house, tmp_path):
     with pytest.raises(OffsiteError, match=r"diverged|NaN") as caught:

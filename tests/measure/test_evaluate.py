@@ -9,7 +9,7 @@ from offsite.config import EvalSpec
 from offsite.core.data import encode, encode_prompt
 from offsite.core.load import load_model, load_tokenizer
 from offsite.core.rows import read_rows
-from offsite.errors import DataError
+from offsite.errors import DataError, IncompatibleError
 from offsite.measure.bootstrap import Interval, interval
 from offsite.measure.evaluate import evaluate, generate
 from offsite.measure.row_losses import perplexity
@@ -54,6 +54,19 @@ def test_how_rows_are_batched_does_not_matter(base, rows):
 def test_only_the_first_rows_are_scored_when_asked(base, rows):
     score = evaluate(base, rows, SPEC.model_copy(update={"max_rows": 4}))
     assert [row.line for row in score.row_losses] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", ["text", "choices"])
+def test_a_tokenizer_with_tokens_that_the_model_does_not_know(tmp_path, kind):
+    base = tiny_base(tmp_path / "base", blocks=1, vocab_size=270)
+    row = (
+        {"text": "The quick brown fox"} if kind == "text" else {"question": "x", "choices": ["x", "brown"], "answer": 0}
+    )
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(IncompatibleError, match="does not know: 1 row") as caught:
+        evaluate(base, tmp_path / "rows.jsonl", SPEC)
+    assert caught.value.reasons[0] == "the model knows tokens 0 to 269"
+    assert "rows.jsonl:1: token" in caught.value.reasons[1]
 
 
 def test_the_models_context_bounds_a_row(base, tmp_path):

@@ -50,6 +50,15 @@ def test_an_encoder_alone_tells_no_classes(tmp_path: Path) -> None:
         evaluate_images(base, tiny_pictures(tmp_path / "pictures", 1), EXACT)
 
 
+def test_a_probe_of_one_class_is_refused(tmp_path: Path) -> None:
+    base, pictures = tiny_vision_base(tmp_path / "base", "vit", 2), tiny_pictures(tmp_path / "pictures", 1)
+    (tmp_path / "one").mkdir()
+    (pictures / "red").rename(tmp_path / "one" / "red")
+    with pytest.raises(DataError, match="one class") as caught:
+        evaluate_images(base, pictures, EXACT, probe=tmp_path / "one")
+    assert caught.value.reasons == ("found 1 picture of red",)
+
+
 def test_a_return_for_another_encoder(tmp_path: Path) -> None:
     parties = tiny_parties(tmp_path)
     pictures = tiny_pictures(tmp_path / "pictures", 1)

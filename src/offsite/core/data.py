@@ -6,7 +6,7 @@ long text is cut into blocks. Batches hold rows of similar length, padded at the
 never by id, since many models pad with their EOS.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from offsite.core.chat import ConversationError, conversation_ids, require_template
+from offsite.core.modules.declared import unwrapped
 from offsite.core.rows import Row, counted, first
-from offsite.errors import DataError
+from offsite.errors import DataError, IncompatibleError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 LongRows = Literal["error", "truncate", "skip"]
 
 _SORTED_STEPS = 32  # steps whose rows are sorted by length together
+_CUT = 'cut rows with long_rows = "truncate" in table [tune] or [eval] of a --config file'
 _PASS = 128  # padded tokens that take as long as what a pass costs beside them: 70 to 430 were measured
 
 
@@ -106,7 +108,7 @@ def encode(
         raise DataError(
             f"no row of {source} is left",
             reasons=[f"{len(rows)} rows read, {len(long)} over {max_length} tokens left out"],
-            next_step="raise --max-length, or cut rows with --long-rows truncate",
+            next_step=f"raise max_length, or {_CUT}",
         )
     return Encoded(tuple(examples), skipped)
 
@@ -144,13 +146,38 @@ def encode_choices(
     return found
 
 
+def require_known(examples: Iterable[Example], folder: Path, source: Path) -> None:
+    """Refuse rows with tokens that a model has no embedding of, before it is loaded.
+
+    Args:
+        examples: rows of `source`, by the tokenizer in `folder`.
+        folder: the model's.
+        source: the file that the rows are from, for errors.
+
+    Raises:
+        IncompatibleError: there are some, each row listed.
+    """
+    from offsite.core.load import model_settings  # who only counts rows needs no torch
+
+    known = unwrapped(model_settings(folder))[0].get("vocab_size")
+    if not isinstance(known, int):
+        return
+    strange = {example.line: example.ids.max() for example in examples if example.ids.max() >= known}
+    if strange:
+        problems = [f"{source}:{line}: token {token}" for line, token in strange.items()]
+        raise IncompatibleError(
+            f"the tokenizer in {folder} makes tokens that its model does not know: {counted(problems, 'row')}",
+            reasons=[f"the model knows tokens 0 to {known - 1}", *first(problems)],
+            next_step="leave these rows out, or ask the model's owner for a tokenizer that fits the model",
+        )
+
+
 def _require_short(long: Sequence[str], source: Path) -> None:
     if long:
         raise DataError(
             f"{counted(long, 'row')} of {source} over the longest length",
             reasons=first(long),
-            next_step="cut them with --long-rows truncate, leave them out with --long-rows skip, "
-            "or raise --max-length up to the model's context",
+            next_step=f'{_CUT}; "skip" leaves them out, and max_length may be raised there, up to the model\'s context',
         )
 
 

@@ -114,7 +114,7 @@ def _resolve_device(name: str) -> torch.device:
         raise UsageError(
             f"there is no device {name!r} here",
             reasons=[f"found: {found}" + (f" ({count} CUDA devices)" if there["cuda"] else "")],
-            next_step="leave --device out to take what is there",
+            next_step="leave the setting device out to take what is there",
         )
     return device
 

@@ -18,8 +18,12 @@ def available_cores() -> int:
 
 
 def usual_threads() -> int:
-    """Threads that compute unless a setting says otherwise: $OMP_NUM_THREADS, else every core of this process."""
-    return int(os.environ.get("OMP_NUM_THREADS") or available_cores())
+    """Threads that compute unless a setting says otherwise: $OMP_NUM_THREADS, else every core of this process.
+
+    Of a list (one number for each level of nesting) the first counts; what is no number above 0 does not.
+    """
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return (int(said) if said.isascii() and said.isdecimal() else 0) or available_cores()
 
 
 def settle_waiting(environment: MutableMapping[str, str], load: Path = _LOAD) -> None:

@@ -151,7 +151,10 @@ def _one_row(tuning: Tuning) -> tuple[str, str]:
     if not isinstance(tuning.task, TextTask):
         return "one picture", ", or a bundle with fewer trained blocks"
     longest = max(len(example.ids) for example in tuning.task.examples)
-    return f"its longest row ({longest} tokens)", ", or cut the rows: --max-length with --long-rows truncate"
+    return (
+        f"its longest row ({longest} tokens)",
+        ', or cut the rows: a lower max_length with long_rows = "truncate", in table [tune] of a --config file',
+    )
 
 
 def _run(tuning: Tuning, trial: _Trial, lanes: int) -> None:

@@ -11,7 +11,7 @@ from offsite.config import TuneSpec
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.attention import use_tiled_attention
 from offsite.core.checkpoint import open_checkpoint
-from offsite.core.data import Example, encode
+from offsite.core.data import Example, encode, require_known
 from offsite.core.fused import fuse
 from offsite.core.load import context_length, load_model, load_tokenizer
 from offsite.core.loss import take_apart
@@ -87,8 +87,8 @@ def tune(
         VerificationError: the bundle fails verification.
         PolicyError: the bundle does not permit the method or the rank.
         DataError: rows are bad, too long, or missing.
-        IncompatibleError: the bundle does not load, has nothing that the method trains, or other tensors than its
-            manifest says.
+        IncompatibleError: the bundle does not load, has nothing that the method trains, other tensors than its
+            manifest says, or a tokenizer of more tokens than its model knows.
         OffsiteError: the training diverged.
         StorageError: something cannot be read or written.
         KeyboardInterrupt: the user stopped it; a resume point was saved.
@@ -150,6 +150,7 @@ def _read(bundle: Bundle, data: Path | None, spec: TuneSpec, progress: Progress)
     longest = min(spec.max_length, context_length(bundle.folder) or spec.max_length)
     tokenizer = load_tokenizer(bundle.folder)
     encoded = encode(read_rows(data), tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
+    require_known(encoded.examples, bundle.folder, data)
     if encoded.skipped:
         what = f"rows of {data.name} left out, too long or without a label"
         progress(Event(what, encoded.skipped, encoded.skipped + len(encoded.examples)))

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from offsite.config import EvalSpec
-from offsite.core.data import encode, encode_choices, encode_prompt
+from offsite.core.data import encode, encode_choices, encode_prompt, require_known
 from offsite.core.load import (
     context_length,
     load_adapted,
@@ -88,7 +88,8 @@ def evaluate(
     Raises:
         DataError: the data set is empty, or has bad or overlong rows.
         StorageError: a file is missing or broken.
-        IncompatibleError: the folder is no plain checkpoint, or the adapter does not fit it.
+        IncompatibleError: the folder is no plain checkpoint, the adapter does not fit it, or the tokenizer makes
+            tokens that it does not know.
     """
     where = runtime(spec.device, spec.compute, spec.threads)
     rows = read_rows(data)[: spec.max_rows]
@@ -97,6 +98,7 @@ def evaluate(
     encoded = encode(rows, tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
     examples = encoded.examples[: spec.max_rows]  # a long text is one row, and many examples
     questions = encode_choices(rows, tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
+    require_known([*examples, *(one for question in questions for one in question.examples)], model, data)
     network_model = load_tuned(model, adapter, where)
     network = take_apart(network_model)
     started = time.perf_counter()

@@ -19,6 +19,7 @@ from offsite.core.load import load_classifier, model_settings, read_tensor
 from offsite.core.picture_workers import PictureWorkers
 from offsite.core.pictures import Pictures
 from offsite.core.progress import Event, Progress, silent
+from offsite.core.rows import counted
 from offsite.core.runtime import Runtime, runtime, worker_count
 from offsite.core.vision import BIAS, WEIGHT, Encoder, encoder_of, is_classifier
 from offsite.errors import DataError, IncompatibleError, UsageError
@@ -202,6 +203,12 @@ def _of_return(model: Path, returned: Path, where: Runtime) -> tuple[Logits, tup
 
 def _of_probe(encoder: Encoder, pictures: Pictures, size: int, progress: Progress) -> tuple[Logits, tuple[str, ...]]:
     classes = tuple(sorted({picture.label or "" for picture in pictures.pictures}))
+    if len(classes) < 2:
+        raise DataError(
+            "a probe of one class tells nothing apart",
+            reasons=[f"found {counted(pictures.pictures, 'picture')} of {classes[0][:200]}"],
+            next_step="name pictures of at least two classes with --probe",
+        )
     wanted = _labels(pictures.pictures, classes).to(encoder.device)
     weight, bias = fit_probe(probe_features(encoder, pictures, size, progress), wanted, len(classes))
     return lambda pixels: F.linear(encoder.features(pixels), weight, bias), classes
