@@ -93,6 +93,10 @@ def test_maps_of_refit_are_a_chain_or_a_list(tmp_path: Path) -> None:
         )
 
 
+def test_a_byte_order_mark_is_no_setting(tmp_path: Path) -> None:
+    assert load_spec(TuneSpec, {}, toml(tmp_path, "\ufeff[tune]\nrank = 2\n")).rank == 2
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot read the settings file"):
         load_spec(PackSpec, {}, tmp_path / "nothing.toml")

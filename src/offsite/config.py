@@ -452,7 +452,7 @@ def load_spec(kind: type[S], given: Mapping[str, Any], config: Path | None = Non
 
 def _read_toml(config: Path) -> dict[str, dict[str, Any]]:
     try:
-        tables: dict[str, Any] = tomllib.loads(config.read_text(encoding="utf-8"))
+        tables: dict[str, Any] = tomllib.loads(config.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read the settings file {config}", reasons=[str(error)]) from None
     unknown = sorted(name for name in tables if name not in TABLES or not isinstance(tables[name], dict))

@@ -31,11 +31,16 @@ def as_csv(file, records):
     return file
 
 
-def parquet(file, records):
+def as_table(records):
     import pyarrow
+
+    return pyarrow.Table.from_pylist(records) if isinstance(records, list) else records
+
+
+def parquet(file, records):
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), file)
+    pyarrow.parquet.write_table(as_table(records), file)
     return file
 
 
@@ -44,7 +49,7 @@ def saved(folder, records, name="data-00000-of-00001.arrow", **state):
     import pyarrow
 
     folder.mkdir()
-    table = pyarrow.Table.from_pylist(records)
+    table = as_table(records)
     with pyarrow.OSFile(str(folder / name), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=1)
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}], "_split": "train", **state}))
@@ -122,6 +127,49 @@ def test_what_is_wrong_with_a_row(tmp_path, record, says):
 
 def test_other_columns_are_left_alone():
     assert parse_row({"prompt": "p", "completion": "c", "id": 7, "answers": ["a"]}, 1) == Row(1, "p", "c")
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved"])
+def test_columns_of_a_table_that_are_not_looked_at_may_hold_anything(tmp_path, form):
+    import pyarrow
+
+    far = {
+        "nanoseconds": pyarrow.array([1, 2], pyarrow.timestamp("ns")),
+        "far": pyarrow.array([10**7, 2], pyarrow.date32()),
+        "nowhere": pyarrow.array([1, 2], pyarrow.timestamp("us", tz="Mars/Olympus")),
+    }
+    make = saved if form == "saved" else parquet
+    file = make(tmp_path / "rows.parquet", pyarrow.table({"text": ["a", "b"], **far}))
+    assert [row.completion for row in read_rows(file)] == ["a", "b"]
+    (reason, _) = reasons_of(make(tmp_path / "none.parquet", pyarrow.table(far)))
+    assert "fields 'far', 'nanoseconds', 'nowhere'; expected 'text'" in reason
+    with pytest.raises(DataError, match="cannot read the data set"):
+        read_rows(make(tmp_path / "text.parquet", pyarrow.table({"text": far["far"]})))
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved"])
+def test_a_table_with_two_columns_of_one_name(tmp_path, form):
+    import pyarrow
+
+    table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    with pytest.raises(DataError, match="names a column twice"):
+        read_rows((saved if form == "saved" else parquet)(tmp_path / "rows.parquet", table))
+
+
+def test_a_long_cell_of_csv(tmp_path):
+    (row,) = read_rows(as_csv(tmp_path / "rows.csv", [{"text": "word " * 40_000}]))
+    assert len(row.completion) == 200_000
+
+
+@pytest.mark.parametrize("name", ["rows.CSV", "rows.Txt", "rows.Parquet"])
+def test_names_in_capitals_say_the_same(tmp_path, name):
+    file = tmp_path / name
+    if name == "rows.Parquet":
+        parquet(file, [{"text": "a"}])
+    else:
+        file.write_text("text\na\n")
+    (row,) = read_rows(file)
+    assert row.document == (name == "rows.Txt")
 
 
 def test_a_row_of_two_kinds_is_refused():

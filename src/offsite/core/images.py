@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offsite.core.extras import require
-from offsite.core.row_files import read_records
+from offsite.core.row_files import kind, read_records
 from offsite.core.rows import counted, first
 from offsite.errors import DataError, IncompatibleError
 
@@ -57,7 +57,7 @@ def read_pictures(path: Path, *, labelled: bool = True, part: str = "") -> list[
     """
     if path.is_dir():
         found = _in_folder(_part(path, part), labelled)
-    elif path.suffix in (".csv", ".parquet"):
+    elif kind(path) in (".csv", ".parquet"):
         found = _in_table(path, labelled)
     else:
         raise DataError(f"{path} is no data set of pictures", next_step=f"name {KINDS}")
@@ -82,7 +82,7 @@ def _part(path: Path, part: str) -> Path:
 
 
 def _in_folder(folder: Path, labelled: bool) -> list[Picture]:
-    found = (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    found = (file for file in folder.rglob("*") if kind(file) in SUFFIXES and file.is_file())
     files = sorted(file for file in found if not _hidden(file.relative_to(folder)))
     if labelled and (loose := [file for file in files if file.parent == folder]):
         raise DataError(
@@ -100,7 +100,7 @@ def _hidden(place: Path) -> bool:
 
 def _in_table(path: Path, labelled: bool) -> list[Picture]:
     found, problems = [], []
-    for number, fields in read_records(path):
+    for number, fields in read_records(path, ("path", "image", "label")):
         row = fields if isinstance(fields, str) else _row(path, number, fields, labelled)
         if isinstance(row, str):
             problems.append(f"{path}:{number}: {row}")

@@ -8,7 +8,7 @@ import codecs
 import csv
 import hashlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,33 @@ Record = tuple[int, dict[str, Any] | str]  # line or row, from 1; fields, or wha
 KINDS = "JSONL, .csv, .parquet, .txt or a saved dataset folder"
 RECORDS = (".jsonl", ".csv", ".parquet")  # names of files that hold rows, where other files may be plain text
 _AS_JSON = ("choices", "messages", "answer")  # cells of a CSV file that are no strings
+_LONGEST_CELL = 2**31 - 1  # letters; the csv module by itself stops at 131,072
 _STATE = "state.json"  # what datasets.save_to_disk writes
 
 
-def read_records(path: Path) -> Iterator[Record]:
+def read_records(path: Path, wanted: Container[str] | None = None) -> Iterator[Record]:
     """The records of a data set, in order; the format is known by the name, JSONL where it says nothing.
+
+    Args:
+        path: the file or folder.
+        wanted: names of columns; of a table no others are read, and stand in a record without a value. None is all.
 
     Raises:
         DataError: the file or folder is unreadable as a whole.
         UsageError: the format needs pyarrow, which is not installed.
     """
     if path.is_dir():
-        return _from_tables(path, _saved_tables(path))
-    if path.suffix == ".csv":
+        return _from_tables(path, _saved_tables(path, wanted))
+    if kind(path) == ".csv":
         return _from_csv(path)
-    if path.suffix == ".parquet":
-        return _from_tables(path, _parquet_tables(path))
+    if kind(path) == ".parquet":
+        return _from_tables(path, _parquet_tables(path, wanted))
     return _from_lines(path)
+
+
+def kind(path: Path) -> str:
+    """The end of a file's name that says what it is, in lower case."""
+    return path.suffix.lower()
 
 
 def read_text(path: Path) -> str:
@@ -95,6 +105,7 @@ def _parse_line(raw: bytes) -> dict[str, Any] | str:
 
 def _from_csv(path: Path) -> Iterator[Record]:
     """The first line names the columns; a record's number is the line on which it begins."""
+    csv.field_size_limit(_LONGEST_CELL)
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     names: list[str] = []
     begins = 1
@@ -103,8 +114,7 @@ def _from_csv(path: Path) -> Iterator[Record]:
             number, begins = begins, reader.line_num + 1
             if not names:
                 names = cells
-                if len(set(names)) != len(names):
-                    raise _unreadable(path, f"its first line names a column twice: {', '.join(names)[:80]}")
+                _require_different(path, names)
             elif len(cells) not in (0, len(names)):
                 yield number, f"{len(cells)} cells, expected {len(names)}"
             elif cells:
@@ -124,29 +134,45 @@ def _parse_cells(cells: dict[str, str]) -> dict[str, Any] | str:
     return fields
 
 
-def _from_tables(path: Path, tables: Iterable[Any]) -> Iterator[Record]:
+def _require_different(path: Path, names: Sequence[str]) -> None:
+    if len(set(names)) != len(names):
+        raise _unreadable(path, f"it names a column twice: {', '.join(names)[:80]}")
+
+
+def _from_tables(path: Path, tables: Iterable[tuple[Sequence[str], Any]]) -> Iterator[Record]:
+    """Records of tables, each with the names of all its columns."""
     number = 0
     try:
-        for table in tables:
+        for names, table in tables:
             for fields in table.to_pylist():
                 number += 1
-                yield number, fields
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+                yield number, dict.fromkeys(names) | fields
+    except (OSError, ValueError, OverflowError, LookupError) as error:  # ArrowInvalid is a ValueError
         raise _unreadable(path, f"{str(error).strip()[:200]} (after row {number})") from None
 
 
-def _parquet_tables(path: Path) -> Iterator[Any]:
+def _parquet_tables(path: Path, wanted: Container[str] | None) -> Iterator[tuple[Sequence[str], Any]]:
     parquet = require("pyarrow.parquet", "data", "reading Parquet")
     with path.open("rb") as file:  # an OSError is told by who iterates
-        yield from parquet.ParquetFile(file).iter_batches(batch_size=1024)
+        opened = parquet.ParquetFile(file)
+        names = opened.schema_arrow.names
+        for table in opened.iter_batches(batch_size=1024, columns=_chosen(path, names, wanted)):
+            yield names, table
 
 
-def _saved_tables(folder: Path) -> Iterator[Any]:
+def _saved_tables(folder: Path, wanted: Container[str] | None) -> Iterator[tuple[Sequence[str], Any]]:
     """What datasets.save_to_disk writes: Arrow streams, and a list of them in state.json."""
     arrow = require("pyarrow", "data", "reading a saved dataset folder")
     for name in _saved_files(folder):
         with (folder / name).open("rb") as file, arrow.ipc.open_stream(file) as stream:
-            yield from stream
+            names = stream.schema.names
+            for table in stream:
+                yield names, table.select(_chosen(folder, names, wanted))
+
+
+def _chosen(path: Path, names: Sequence[str], wanted: Container[str] | None) -> list[str]:
+    _require_different(path, names)
+    return [name for name in names if wanted is None or name in wanted]
 
 
 def _saved_files(folder: Path) -> list[str]:

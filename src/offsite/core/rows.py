@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offsite.core.row_files import KINDS, read_records, read_text
+from offsite.core.row_files import KINDS, kind, read_records, read_text
 from offsite.errors import DataError
 
 ROLES = ("system", "user", "assistant")
@@ -65,9 +65,9 @@ def read_rows(path: Path) -> list[Row]:
         DataError: unreadable, without a row, or with bad rows, each listed by file, line and field.
         UsageError: the format needs a package that is not installed.
     """
-    if path.suffix == ".txt":
+    if kind(path) == ".txt":
         return [Row(1, None, read_text(path), document=True)]
-    return _rows_of(read_records(path), path)
+    return _rows_of(read_records(path, _NAMES), path)
 
 
 def _rows_of(records: Iterable[tuple[int, Mapping[str, Any] | str]], path: Path) -> list[Row]:
