@@ -46,6 +46,33 @@ def test_nothing_to_score_on(base: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "--data" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--tasks", "x", "--samples", "2"], "--samples"),
+        (["--tasks", "x", "--row-scores", "scores.jsonl"], "--row-scores"),
+        (["--data", "rows.jsonl", "--tasks-path", "tasks"], "--tasks-path"),
+        (["--data", "rows.jsonl", "--skip-bad"], "--skip-bad"),
+        (["--data", "rows.jsonl", "--row-scores", "."], "is a folder"),
+        (["--data", "rows.jsonl", "--row-scores", "../{here}/rows.jsonl"], "the rows themselves"),
+    ],
+)
+def test_flags_of_no_use_or_of_harm_are_refused_before_any_work(
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = tiny_rows(tmp_path / "rows.jsonl", 1).read_bytes()
+    monkeypatch.setattr("offsite.measure.evaluate.evaluate", None)  # not reached
+    assert main(["eval", str(base), *(word.format(here=tmp_path.name) for word in words)]) == 2
+    assert says in capsys.readouterr().err
+    assert (tmp_path / "rows.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize(("verb", "extra"), [("eval", "lm-eval"), ("tune", "tensorboard")])
 def test_a_missing_extra_is_named_before_any_work(
     verb: str,

@@ -42,12 +42,18 @@ def test_the_owners_own_classifier_is_scored_as_it_is(tmp_path: Path) -> None:
     assert (score.rows, score.classes) == (4, 3)
     with pytest.raises(DataError, match="does not tell apart"):
         evaluate_images(base, tiny_pictures(tmp_path / "others", 1), EXACT)
+    for beside in ({"adapter": tmp_path / "none"}, {"probe": tmp_path / "none"}):
+        with pytest.raises(UsageError, match="classifier of its own"):
+            evaluate_images(base, pictures, EXACT, **beside)
 
 
 def test_an_encoder_alone_tells_no_classes(tmp_path: Path) -> None:
     base = tiny_vision_base(tmp_path / "base", "vit", 2)
+    pictures = tiny_pictures(tmp_path / "pictures", 1)
     with pytest.raises(UsageError, match="without a classifier"):
-        evaluate_images(base, tiny_pictures(tmp_path / "pictures", 1), EXACT)
+        evaluate_images(base, pictures, EXACT)
+    with pytest.raises(UsageError, match="both given"):
+        evaluate_images(base, pictures, EXACT, adapter=tmp_path / "return", probe=pictures)
 
 
 def test_a_probe_of_one_class_is_refused(tmp_path: Path) -> None:

@@ -54,7 +54,10 @@ def eval_(
     if data is None and not names:
         raise UsageError("there is nothing to score on", next_step="give rows with --data, or tasks with --tasks")
     spec = flags.settings(EvalSpec, config, {"skip_bad": skip_bad})
-    _require_fitting(model, names, samples, probe)
+    _require_used(data, names, {"--samples": samples, "--row-scores": row_scores}, tasks_path)
+    _require_fitting(model, names, samples, probe, skip_bad)
+    if row_scores is not None and data is not None:
+        _require_writable(row_scores, data)
     result: dict[str, Any] = {"model": str(model), "adapter": str(adapter) if adapter else None}
     with terminal.showing_progress() as progress:
         if names:  # first, since a task that is unknown or not installed is known at once
@@ -92,11 +95,44 @@ def _sees_images(model: Path) -> bool:
     return sees_images(model_settings(model))
 
 
-def _require_fitting(model: Path, tasks: Sequence[str], samples: int, probe: Path | None) -> None:
+def _require_used(
+    data: Path | None, tasks: Sequence[str], of_rows: Mapping[str, object], tasks_path: Path | None
+) -> None:
+    """Refuse flags that nothing would be done with.
+
+    Raises:
+        UsageError: one is about rows and there are none, or about tasks.
+    """
+    from offsite.errors import UsageError
+
+    unused = [name for name, value in of_rows.items() if value] if data is None else []
+    if unused:
+        raise UsageError(f"{' and '.join(unused)} are about rows", next_step="give rows with --data")
+    if tasks_path is not None and not tasks:
+        raise UsageError("--tasks-path is about tasks", next_step="name tasks with --tasks, or leave it out")
+
+
+def _require_writable(file: Path, data: Path) -> None:
+    """Refuse a file for the scores of rows that could not be written, or would replace the rows.
+
+    Raises:
+        UsageError: it is a folder, or the data.
+    """
+    from offsite.errors import UsageError
+
+    if file.is_dir():
+        raise UsageError(f"{file} is a folder", next_step="name a file with --row-scores")
+    if file.resolve() == data.resolve():
+        raise UsageError(f"{file} holds the rows themselves", next_step="name another file with --row-scores")
+
+
+def _require_fitting(
+    model: Path, tasks: Sequence[str], samples: int, probe: Path | None, skip_bad: bool | None
+) -> None:
     """Refuse flags of the other kind of model.
 
     Raises:
-        UsageError: a language model is to be probed, or an image model to write.
+        UsageError: a language model is to be probed or pictures left out, or an image model to write.
     """
     from offsite.errors import UsageError
 
@@ -105,6 +141,8 @@ def _require_fitting(model: Path, tasks: Sequence[str], samples: int, probe: Pat
         raise UsageError(f"{model} sees images and writes nothing", next_step="leave --tasks and --samples out")
     if probe is not None and not images:
         raise UsageError(f"{model} is no image model, so there is nothing to probe", next_step="leave --probe out")
+    if skip_bad and not images:
+        raise UsageError(f"{model} is no image model, so no picture is bad", next_step="leave --skip-bad out")
 
 
 def with_intervals(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def evaluate_images(
 
     Raises:
         DataError: pictures are bad, or of classes that the model does not know.
-        UsageError: an encoder is to be scored without a classifier or a probe.
+        UsageError: an encoder is to be scored without a classifier or a probe, or there is more than one of these.
         StorageError: a file is missing or broken.
         IncompatibleError: the folder is no plain checkpoint, or the adapter does not fit it.
     """
@@ -102,10 +102,18 @@ def _evaluated(
     workers: PictureWorkers,
     progress: Progress,
 ) -> ImageScore:
+    if adapter is not None and probe is not None:
+        raise UsageError("an adapter and a probe were both given", next_step="give one of --adapter and --probe")
+    classifies = is_classifier(model_settings(model))
+    if classifies and (adapter is not None or probe is not None):
+        raise UsageError(
+            f"{model} has a classifier of its own, which is what is scored",
+            next_step="leave --adapter and --probe out, or name the bundle or base that they are for",
+        )
     processor = load_processor(model)
     listed = read_pictures(data, part="held out")[: spec.max_rows]
     pictures = Pictures(listed, processor, skip_bad=spec.skip_bad, workers=workers)
-    if is_classifier(model_settings(model)):
+    if classifies:
         logits, classes = _of_classifier(model, where)
     elif adapter is not None:
         logits, classes = _of_return(model, adapter, where)
