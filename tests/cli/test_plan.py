@@ -67,6 +67,16 @@ def test_planning_leaves_no_trace(tmp_path: Path, base: Path, parties: Parties, 
     assert not (tmp_path / "new").exists()
 
 
+def test_a_flag_for_epochs_wins_over_steps_in_a_file(
+    tmp_path: Path, bundle: Bundle, parties: Parties, rows: Path, run: Run
+) -> None:
+    (tmp_path / "settings.toml").write_text("[tune]\nmax_steps = 2\nbatch_size = 1\n")
+    words = ["tune", bundle.folder, "--data", rows, "--out", tmp_path / "new", "--home", parties.data_owner.folder]
+    words += ["--config", tmp_path / "settings.toml"]
+    assert run(*words)["steps"] == 2
+    assert run(*words, "--epochs", 4)["steps"] == 4 * 5
+
+
 def test_planning_imports_no_torch(tmp_path: Path, base: Path, bundle: Bundle, parties: Parties, rows: Path) -> None:
     returned = lora_return(bundle, tmp_path / "return", parties.data_owner)
     out = ("--out", tmp_path / "new", "--plan")

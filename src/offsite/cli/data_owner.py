@@ -73,6 +73,8 @@ def tune(
             "skip_bad": skip_bad,
         },
     )
+    if epochs is not None:  # over max_steps of the file, which would win otherwise
+        spec = spec.changed({"max_steps": None})
     from offsite.data_owner.permitted import require_permitted, require_something_to_report
     from offsite.exchange.verify import verify_bundle
 
