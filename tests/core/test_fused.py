@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from offsite.core.data import Example, collate
 from offsite.core.fused import GatedMLP, QuickGELU, RMSNorm, fuse
@@ -72,6 +74,18 @@ def test_a_module_that_only_looks_like_a_norm_stays():
     model = nn.Sequential(Squashed())
     assert fuse(model) == 0
     assert isinstance(model[0], Squashed)
+
+
+@pytest.mark.parametrize(
+    ("activation", "found"), [("silu", 1), ("gelu_pytorch_tanh", 1), ("gelu_new", 1), ("gelu", 0), ("mish", 0)]
+)
+def test_an_mlp_of_another_activation_stays_however_small_its_weights(activation, found):
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, hidden_act=activation)
+    mlp = LlamaMLP(config).to(torch.bfloat16).requires_grad_(False)
+    for weight in mlp.parameters():
+        nn.init.normal_(weight, std=0.005)
+    assert fuse(nn.ModuleList([mlp])) == found
 
 
 def test_a_gated_mlp_keeps_two_tensors_of_its_inner_size():

@@ -53,7 +53,7 @@ def _candidates(module: nn.Module) -> Iterator[nn.Module]:
     children, own = dict(module.named_children()), dict(module.named_parameters(recurse=False))
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if set(children) == set(_GATED) and not own:
-        for gate in _GATES:
+        for gate in (gate for gate in _GATES if _same(children["act_fn"], gate[0])):
             yield GatedMLP(children["gate_proj"], children["up_proj"], children["down_proj"], gate)
     elif not children and set(own) == {"weight"} and own["weight"].dim() == 1 and isinstance(epsilon, float):
         for offset in (0.0, 1.0):
@@ -61,6 +61,16 @@ def _candidates(module: nn.Module) -> Iterator[nn.Module]:
     elif not children and not own and "GELU" in type(module).__name__ and type(module) is not nn.GELU:
         yield nn.GELU("tanh")
         yield QuickGELU()
+
+
+@torch.no_grad()
+def _same(activation: Callable[[torch.Tensor], torch.Tensor], other: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """Whether two activations are one in fp32: behind small weights or in bf16 another one would hardly be seen."""
+    values = torch.linspace(-8, 8, 1025)
+    try:
+        return bool(torch.allclose(activation(values), other(values), rtol=1e-5, atol=1e-6))
+    except (TypeError, ValueError, RuntimeError):  # it takes other arguments, or weights of its own from elsewhere
+        return False
 
 
 @torch.no_grad()
