@@ -11,7 +11,7 @@ from PIL import Image
 from offsite.core import images, pictures
 from offsite.core.images import Picture, augmented, decode, held_out_part, load_processor, read_pictures, split_by_seed
 from offsite.core.pictures import Pictures
-from offsite.errors import DataError, IncompatibleError
+from offsite.errors import DataError, IncompatibleError, UsageError
 from tiny import tiny_pictures, tiny_vision_base
 
 
@@ -118,6 +118,13 @@ def test_split_by_seed() -> None:
     assert sorted(picture.label or "" for picture in held_out) == ["a", "a", "b", "b"]
     assert {*train, *held_out} == {*listed}
     assert len(train) == 16
+
+
+def test_a_share_of_less_than_a_picture_is_refused() -> None:
+    listed = [Picture(str(i), Path(str(i)), "ab"[i % 2]) for i in range(12)]
+    with pytest.raises(UsageError, match="holds out no picture") as caught:
+        split_by_seed(listed, 0.05, 0)
+    assert caught.value.reasons == ("the largest class has 6 pictures",)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("png", 0), ("webp", 0), ("jpg", 12)])

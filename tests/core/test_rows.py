@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 
 import pytest
 
@@ -266,6 +267,12 @@ def test_without_pyarrow_the_error_names_the_extra(tmp_path, monkeypatch, name):
         read_rows(file)
     assert "pyarrow" in caught.value.reasons[0]
     assert "offsite-tuning[data]" in str(caught.value.next_step)
+
+
+def test_what_can_be_read_once_has_no_digest(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        data_digest(tmp_path / "pipe")
 
 
 def test_the_digest_of_a_folder_is_that_of_all_its_files(tmp_path):

@@ -114,6 +114,14 @@ def test_without_tensorboard_nothing_is_started(house, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("place", ["return", "return/board", "return.run/board"])
+def test_a_folder_inside_the_return_is_refused_before_any_work(house, tmp_path, writers, place):
+    bundle, rows, home = house
+    with pytest.raises(UsageError, match="--tensorboard"):
+        tune(bundle, rows, tmp_path / "return", SPEC, home, tensorboard=tmp_path / place)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     def refuse(**_):
         raise PermissionError(13, "Permission denied")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from artifacts import packed
 from offsite.config import TuneSpec
 from offsite.core.images import load_processor
-from offsite.core.progress import silent
+from offsite.core.progress import Event, silent
 from offsite.data_owner import budget
 from offsite.data_owner.image_task import ImageTask, open_album
 from offsite.data_owner.tune import tune
@@ -95,6 +95,32 @@ def test_names_that_cannot_be_returned(tmp_path: Path, bundle: Bundle) -> None:
     (pictures / "red").rename(pictures / ("r" * 129))
     with pytest.raises(DataError, match="cannot be returned"):
         open_album(bundle.folder, pictures, None, spec(), silent)
+
+
+def test_names_of_other_scripts_can_be_returned(tmp_path: Path, bundle: Bundle) -> None:
+    pictures = tiny_pictures(tmp_path / "set", 1)
+    names = ("feu\u00a0rouge", "\u0646\u0645\u06cc\u200c\u062f\u0627\u0646\u0645")
+    for before, name in zip(("red", "blue"), names, strict=True):
+        (pictures / before).rename(pictures / name)
+    assert {*names} < {*open_album(bundle.folder, pictures, None, spec(), silent).classes}
+
+
+def test_a_table_whose_pictures_changed_is_another_run(tmp_path: Path, bundle: Bundle) -> None:
+    pictures, table = tiny_pictures(tmp_path / "set", 2), tmp_path / "list.csv"
+    lines = [f"{file.relative_to(tmp_path)},{file.parent.name}" for file in sorted(pictures.rglob("*.png"))]
+    table.write_text("\n".join(["path,label", *lines]))
+
+    def stop(event: Event) -> None:
+        if event.stage == "tuning":
+            raise KeyboardInterrupt
+
+    home = Home(tmp_path / "hospital-home")
+    with pytest.raises(KeyboardInterrupt):
+        tune(bundle.folder, table, tmp_path / "return", spec(), home, progress=stop)
+    shutil.copy(pictures / "red" / "0.png", pictures / "blue" / "1.png")
+    with pytest.raises(UsageError, match="another one") as caught:
+        tune(bundle.folder, table, tmp_path / "return", spec(), home, resume=True)
+    assert [reason.split(":")[0] for reason in caught.value.reasons] == ["data"]
 
 
 def test_bad_pictures_are_left_out_on_demand(tmp_path: Path, bundle: Bundle) -> None:

@@ -13,6 +13,7 @@ from offsite.core.checkpoint import open_checkpoint, read_header
 from offsite.core.load import load_model, read_tensor
 from offsite.core.resume import run_folder
 from offsite.core.run_log import log_file
+from offsite.data_owner.schedule import step_count
 from offsite.data_owner.tune import tune
 from offsite.errors import DataError, IncompatibleError, OffsiteError, PolicyError, UsageError, VerificationError
 from offsite.exchange.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RETURNED_WEIGHTS
@@ -222,6 +223,24 @@ def test_a_run_that_is_there_is_continued_only_when_asked_and_only_if_it_is_the_
     finally:
         house.rows.write_bytes(content[:-1])
     house.tune(out, resume=True, save_every=3)  # how often to save is not what the run is
+
+
+@pytest.mark.parametrize("step", [4, 6])  # in the middle and after the last
+def test_a_validation_that_an_interruption_cut_off_is_made_after_it(house, tmp_path, step):
+    def stop(event):
+        if event.stage == f"validating step {step}":
+            raise KeyboardInterrupt
+
+    out, settings = tmp_path / "out", {"eval_data": house.rows, "eval_every": 4}
+    with pytest.raises(KeyboardInterrupt):
+        house.tune(out, progress=stop, **settings)
+    house.tune(out, resume=True, **settings)
+    records = [json.loads(line) for line in log_file(out).read_text().splitlines()]
+    assert {record["step"] for record in records if record["event"] == "validation"} == {4, 6}
+
+
+def test_passes_are_counted_as_they_were_meant():
+    assert [step_count(TuneSpec(epochs=epochs, batch_size=1), 100) for epochs in (0.07, 0.071, 1.1)] == [7, 8, 110]
 
 
 def test_resume_without_a_run_starts_one(house, tmp_path):

@@ -5,10 +5,11 @@ and `label`. Pictures are decoded by Pillow and prepared by the model's own proc
 tuning, to evaluation and to a pipeline of transformers as one and the same array.
 """
 
+import hashlib
 import io
 import struct
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ import numpy.typing as npt
 from offsite.core.extras import require
 from offsite.core.row_files import kind, read_records
 from offsite.core.rows import counted, first
-from offsite.errors import DataError, IncompatibleError
+from offsite.core.storage import sha256_of
+from offsite.errors import DataError, IncompatibleError, UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -129,16 +131,43 @@ def _row(path: Path, number: int, fields: Mapping[str, Any], labelled: bool) -> 
 
 
 def split_by_seed(pictures: Sequence[Picture], share: float, seed: int) -> tuple[list[Picture], list[Picture]]:
-    """Training and held-out pictures: of each class the same share is held out, a function of the arguments alone."""
+    """Training and held-out pictures: of each class the same share is held out, a function of the arguments alone.
+
+    Raises:
+        UsageError: the share is less than a picture of any class.
+    """
     order = np.random.default_rng([seed, 1]).permutation(len(pictures)).tolist()
     by_class: dict[str | None, list[int]] = {}
     for index in order:
         by_class.setdefault(pictures[index].label, []).append(index)
     held_out = {index for members in by_class.values() for index in members[: round(share * len(members))]}
+    if not held_out:
+        largest = max(len(members) for members in by_class.values())
+        raise UsageError(
+            f"eval_share = {share} holds out no picture",
+            reasons=[f"the largest class has {counted(range(largest), 'picture')}"],
+            next_step="raise eval_share, leave it out, or name held-out pictures with --eval-data",
+        )
     return (
         [picture for index, picture in enumerate(pictures) if index not in held_out],
         [picture for index, picture in enumerate(pictures) if index in held_out],
     )
+
+
+def pictures_digest(pictures: Iterable[Picture]) -> str:
+    """SHA-256 over classes and contents of pictures in their order, wherever they lie."""
+    digest = hashlib.sha256()
+    for picture in pictures:
+        try:
+            content = (
+                sha256_of(picture.source)
+                if isinstance(picture.source, Path)
+                else hashlib.sha256(picture.source).hexdigest()
+            )
+        except OSError:
+            content = "unreadable"  # and left out by those who may
+        digest.update(f"{picture.label!r} {content}\n".encode())
+    return digest.hexdigest()
 
 
 def as_file(picture: Picture) -> io.BytesIO | Path:

@@ -67,9 +67,17 @@ def read_text(path: Path) -> str:
 
 
 def data_digest(path: Path) -> str:
-    """SHA-256 of a data set: of the file, or over names and digests of a folder's files."""
-    if not path.is_dir():
+    """SHA-256 of a data set: of the file, or over names and digests of a folder's files.
+
+    Raises:
+        DataError: it is a pipe or a device, which says something else when it is read again.
+    """
+    if path.is_file():
         return sha256_of(path)
+    if not path.is_dir():
+        raise DataError(
+            f"{path} is neither a file nor a folder, so it cannot be read again", next_step="write the rows into a file"
+        )
     digest = hashlib.sha256()
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
         digest.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())

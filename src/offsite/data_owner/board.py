@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from offsite.core.extras import require
+from offsite.core.resume import run_folder
 from offsite.core.storage import storage_errors
+from offsite.errors import UsageError
 
 Write = Callable[[Mapping[str, Any]], None]
 
@@ -21,6 +23,19 @@ def require_tensorboard() -> Any:
         UsageError: tensorboard is not installed.
     """
     return require("torch.utils.tensorboard", "tensorboard", "writing for TensorBoard").SummaryWriter
+
+
+def require_apart(folder: Path, out: Path) -> None:
+    """Refuse a folder for TensorBoard in which nothing else may lie, before any work is done.
+
+    Raises:
+        UsageError: it is where the return or its resume points will be.
+    """
+    if any(folder.resolve().is_relative_to(taken) for taken in (out.resolve(), run_folder(out))):
+        raise UsageError(
+            f"{folder} is in the folder of the return or of its run",
+            next_step="name another folder with --tensorboard",
+        )
 
 
 @contextlib.contextmanager

@@ -73,10 +73,6 @@ class Checkpoints:
             file.unlink(missing_ok=True)  # of a run that came to this step before, and was interrupted behind it
             write_safetensors(file, [to_be_written(name, tensors[name]) for name in sorted(tensors)])
 
-    def wants_score(self, step: int) -> bool:
-        """Whether the loss after this step goes into the return and is not known yet."""
-        return self._reports and step in self._numbers and str(self._numbers[step]) not in self._read_scores()
-
     def score(self, step: int, loss: float) -> None:
         """Remember the held-out loss after a step, if it goes into the return.
 

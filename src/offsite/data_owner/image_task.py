@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,6 +27,7 @@ from offsite.core.progress import Event, Progress
 from offsite.core.vision import BIAS, WEIGHT, Encoder, batches
 from offsite.errors import DataError, UsageError
 from offsite.exchange.contents import CONFIG
+from offsite.exchange.manifest import ClassName
 from offsite.measure.images import fit_probe, probe_features
 
 _HEAD_SPREAD = 0.01  # of the weights of a new head
@@ -66,7 +68,7 @@ def open_album(
 
     Raises:
         DataError: pictures or rows are bad, there are fewer than two classes, or held-out ones are of other classes.
-        UsageError: held-out pictures are asked for in two ways.
+        UsageError: held-out pictures are asked for in two ways, or a share that is less than one.
         IncompatibleError: the bundle's image processor does not fit its model.
     """
     processor = load_processor(bundle)
@@ -93,13 +95,24 @@ def open_album(
             + ([f"only among the held-out ones: {', '.join(sorted(strange))[:200]}"] if strange else []),
             next_step="give pictures of at least two classes, and of each that is held out some to train on",
         )
-    too_long = [name[:40] for name in classes if len(name) > 128 or not name.isprintable()]
-    if too_long:
+    unfit = [name[:40] for name in classes if not _returnable(name)]
+    if unfit:
         raise DataError(
-            "names of classes that cannot be returned", reasons=too_long, next_step="at most 128 printable characters"
+            "names of classes that cannot be returned",
+            reasons=unfit,
+            next_step="at most 128 characters, and none that controls a terminal",
         )
     config, _ = unwrapped(strict_json((bundle / CONFIG).read_bytes()))
     return Album(train, kept, classes, seen_picture(bundle, ARCHITECTURES[config["model_type"]], config).tokens)
+
+
+def _returnable(name: str) -> bool:
+    """Whether a return may name a class so."""
+    try:
+        TypeAdapter(ClassName).validate_python(name)
+    except ValidationError:
+        return False
+    return True
 
 
 def new_head(encoder: Encoder, album: Album, used: torch.Tensor, spec: TuneSpec, progress: Progress) -> nn.Linear:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from offsite.config import TuneSpec
 from offsite.errors import UsageError
 
+_ROUNDING = 1e-9  # of steps: 0.07 * 100 is a bit more than 7
+
 
 def step_count(spec: TuneSpec, rows: int) -> int:
     """Optimiser steps in all: `max_steps`, else `epochs` passes over the rows, rounded up."""
-    return spec.max_steps or max(1, math.ceil(spec.epochs * math.ceil(rows / spec.batch_size)))
+    return spec.max_steps or max(1, math.ceil(spec.epochs * math.ceil(rows / spec.batch_size) - _ROUNDING))
 
 
 def checkpoint_steps(spec: TuneSpec, steps: int) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ def train(
             speed.rest()
 
         write({"event": "resume" if done else "start", "step": done, "steps": steps, "rows": tuning.task.rows})
-        if checkpoints.wants_score(done):  # interrupted between the step and its validation
+        if _is_validated(spec, checkpoints, done):  # an interruption may have come between the step and its validation
             validate()
         try:
             while done < steps:
@@ -101,7 +101,7 @@ def train(
                 if stopping():
                     raise KeyboardInterrupt
                 progress(Event("tuning", done, steps, _shown(facts, unit, speed, steps - done)))
-                if checkpoints.is_due(done) or (spec.eval_every and done % spec.eval_every == 0):
+                if _is_validated(spec, checkpoints, done):
                     validate()
         except KeyboardInterrupt:
             if whole and done:
@@ -166,6 +166,11 @@ def _optimizer(tuning: Tuning, spec: TuneSpec) -> torch.optim.AdamW:
     ]
     fused = next(iter(masters.values())).device.type in ("cpu", "cuda", "mps", "xpu")
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=spec.peak_lr, fused=fused)
+
+
+def _is_validated(spec: TuneSpec, checkpoints: Checkpoints, step: int) -> bool:
+    """Whether there is a validation after so many steps."""
+    return checkpoints.is_due(step) or bool(step and spec.eval_every and step % spec.eval_every == 0)
 
 
 def _validate(

@@ -13,6 +13,7 @@ from offsite.core.attention import use_tiled_attention
 from offsite.core.checkpoint import open_checkpoint
 from offsite.core.data import Example, encode, require_known
 from offsite.core.fused import fuse
+from offsite.core.images import pictures_digest, read_pictures
 from offsite.core.load import context_length, load_model, load_tokenizer
 from offsite.core.loss import take_apart
 from offsite.core.mixture import in_files
@@ -26,7 +27,7 @@ from offsite.core.runtime import Runtime, runtime, seeded, worker_count
 from offsite.core.storage import require_free
 from offsite.core.vision import BIAS, WEIGHT, encoder_of
 from offsite.core.weights import TrainedWeights
-from offsite.data_owner.board import require_tensorboard
+from offsite.data_owner.board import require_apart, require_tensorboard
 from offsite.data_owner.budget import within_memory
 from offsite.data_owner.checkpoints import Checkpoints
 from offsite.data_owner.features import cached_features
@@ -83,7 +84,8 @@ def tune(
     Raises:
         UsageError: `out` holds something, there are fewer steps than checkpoints, or losses to be told and no rows
             to measure them on, the tuning does not fit into `memory`, an interrupted run is there that
-            cannot or was not to be resumed, or a package that was asked for is not installed.
+            cannot or was not to be resumed, a package that was asked for is not installed, or TensorBoard's folder
+            is where the return or its run will be.
         VerificationError: the bundle fails verification.
         PolicyError: the bundle does not permit the method or the rank.
         DataError: rows are bad, too long, or missing.
@@ -96,6 +98,7 @@ def tune(
     require_free(out)
     require_something_to_report(spec, eval_data)
     if tensorboard is not None:
+        require_apart(tensorboard, out)
         require_tensorboard()
     identity = home.identity()
     progress(Event("verifying the bundle", 0))
@@ -163,7 +166,11 @@ def _identity_of_run(
     settings = spec.model_dump(mode="json", exclude=set(_FREE_SETTINGS))
     resolved = {"device": str(where.device), "compute": str(where.dtype)}
     told = {"eval_data": data_digest(eval_data)} if eval_data and spec.report_scores else {}
-    return {**settings, **resolved, "bundle": bundle.digest, "data": data_digest(data), **told}
+    if ARCHITECTURES[bundle.manifest.architecture].vision is None:
+        digest = data_digest(data)
+    else:  # a table of pictures names files that may have become others
+        digest = pictures_digest(read_pictures(data, part="train"))
+    return {**settings, **resolved, "bundle": bundle.digest, "data": digest, **told}
 
 
 def _prepare(
