@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from offsite.core import resume
+from offsite.core.lock import LOCK
 from offsite.core.resume import RunState, run_folder
 from offsite.core.run_log import log_file
 from offsite.errors import UsageError
@@ -47,9 +48,10 @@ def test_a_resume_point_that_is_cut_off_leaves_the_one_before(tmp_path: Path, mo
 @pytest.mark.parametrize("again", [False, True])
 def test_a_run_without_a_resume_point_may_be_begun_anew(tmp_path: Path, again: bool) -> None:
     RunState(tmp_path / "run", {"lr": 1}, resume=False, points_alone=True)
-    (tmp_path / "run" / "memory.json").write_text("{}")
+    for name in ("memory.json", LOCK):
+        (tmp_path / "run" / name).write_text("{}")
     RunState(tmp_path / "run", {"lr": 2}, resume=again, points_alone=True)
-    assert not (tmp_path / "run" / "memory.json").exists()
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {"run.json", LOCK}
     with pytest.raises(UsageError, match="interrupted run"):
         RunState(tmp_path / "run", {"lr": 2}, resume=False)
 

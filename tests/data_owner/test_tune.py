@@ -182,7 +182,7 @@ def test_a_crash_goes_back_to_the_last_resume_point(house, tmp_path):
     with pytest.raises(RuntimeError):
         house.tune(tmp_path / "parts", save_every=2, progress=crash)
     files = {path.name for path in run_folder(tmp_path / "parts").iterdir()}
-    assert files == {"run.json", "state.json", "state-4.safetensors"}
+    assert files == {".lock", "run.json", "state.json", "state-4.safetensors"}
     house.tune(tmp_path / "parts", save_every=2, resume=True)
     assert (tmp_path / "whole" / ADAPTER_WEIGHTS).read_bytes() == (tmp_path / "parts" / ADAPTER_WEIGHTS).read_bytes()
 
@@ -241,6 +241,20 @@ def test_a_validation_that_an_interruption_cut_off_is_made_after_it(house, tmp_p
 
 def test_passes_are_counted_as_they_were_meant():
     assert [step_count(TuneSpec(epochs=epochs, batch_size=1), 100) for epochs in (0.07, 0.071, 1.1)] == [7, 8, 110]
+
+
+def test_a_run_that_is_still_at_work_is_left_alone(house, tmp_path):
+    out, refused = tmp_path / "out", []
+
+    def meanwhile(event):
+        if event.stage == "tuning" and event.done in (1, 3):
+            with pytest.raises(UsageError, match="another tuning is at work") as caught:
+                house.tune(out, save_every=2, resume=True)
+            refused.append(caught.value)
+
+    house.tune(out, save_every=2, progress=meanwhile)
+    assert len(refused) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.log.jsonl"}
 
 
 def test_resume_without_a_run_starts_one(house, tmp_path):

@@ -16,6 +16,7 @@ import torch
 
 from offsite.core.checkpoint import NewTensor, read_header, strict_json, write_safetensors
 from offsite.core.load import read_tensor
+from offsite.core.lock import LOCK
 from offsite.core.storage import replace_file, storage_errors
 from offsite.errors import StorageError, UsageError
 
@@ -51,7 +52,7 @@ class RunState:
             if not points_alone or self._record.exists():
                 self._require_same(described, resume=resume)
             elif not resume or _read_json(folder / "run.json") != described:
-                self.remove()
+                self._begin_anew()
         replace_file(folder / "run.json", json.dumps(described, indent=1).encode())
 
     def _require_same(self, identity: Mapping[str, Any], *, resume: bool) -> None:
@@ -72,6 +73,12 @@ class RunState:
                 reasons=different,
                 next_step=f"give the same settings, model and data, or remove it to start anew: rm -r {self.folder}",
             )
+
+    def _begin_anew(self) -> None:
+        with storage_errors(self.folder):
+            for file in self.folder.iterdir():
+                if file.is_file() and file.name != LOCK:  # which who begins holds
+                    file.unlink()
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write a resume point; the one before stays until this one is whole, and one of the same step as it is.

@@ -15,6 +15,7 @@ from offsite.core.data import Example, encode, require_known
 from offsite.core.fused import fuse
 from offsite.core.images import pictures_digest, read_pictures
 from offsite.core.load import context_length, load_model, load_tokenizer
+from offsite.core.lock import alone_in
 from offsite.core.loss import take_apart
 from offsite.core.mixture import in_files
 from offsite.core.picture_workers import PictureWorkers
@@ -83,9 +84,9 @@ def tune(
 
     Raises:
         UsageError: `out` holds something, there are fewer steps than checkpoints, or losses to be told and no rows
-            to measure them on, the tuning does not fit into `memory`, an interrupted run is there that
-            cannot or was not to be resumed, a package that was asked for is not installed, or TensorBoard's folder
-            is where the return or its run will be.
+            to measure them on, the tuning does not fit into `memory`, another one is at work there, an interrupted
+            run is there that cannot or was not to be resumed, a package that was asked for is not installed, or
+            TensorBoard's folder is where the return or its run will be.
         VerificationError: the bundle fails verification.
         PolicyError: the bundle does not permit the method or the rank.
         DataError: rows are bad, too long, or missing.
@@ -112,8 +113,8 @@ def tune(
         rows = _reading(verified, data, eval_data, spec, progress, workers)
         steps = step_count(spec, rows.count)
         checkpoint_steps(spec, steps)  # refused before the run has a folder
-        with seeded(spec.seed, where.device):
-            identity_of_run = _identity_of_run(verified, data, eval_data, spec, where)
+        identity_of_run = _identity_of_run(verified, data, eval_data, spec, where)
+        with alone_in(run_folder(out), "tuning", "wait for it or stop it"), seeded(spec.seed, where.device):
             state = RunState(run_folder(out), identity_of_run, resume=resume, points_alone=True)
             checkpoints = Checkpoints(state, spec, steps)
             progress(Event("loading the model", 0))
@@ -121,10 +122,10 @@ def tune(
             with cached_features(tuning, spec, state.folder, progress):
                 fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
                 train(tuning, fitted, state, checkpoints, log_file(out), progress, tensorboard=tensorboard)
-    progress(Event("writing the return", 0))
-    head = {name: master for name, master in tuning.weights.masters.items() if name in (WEIGHT, BIAS)}
-    returned = send_back(verified, {**tuning.returned, **head}, spec, out, identity, checkpoints, rows.classes)
-    state.remove()
+            progress(Event("writing the return", 0))
+            head = {name: master for name, master in tuning.weights.masters.items() if name in (WEIGHT, BIAS)}
+            returned = send_back(verified, {**tuning.returned, **head}, spec, out, identity, checkpoints, rows.classes)
+            state.remove()
     return returned
 
 
