@@ -3,6 +3,7 @@ import os
 import signal
 import warnings
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -296,6 +297,14 @@ def test_an_output_folder_that_holds_something_is_left_alone(house, tmp_path):
     (tmp_path / "mine").write_text("x")
     with pytest.raises(UsageError, match="not an empty folder"):
         house.tune(tmp_path)
+
+
+def test_the_return_may_be_the_empty_folder_one_stands_in(house, tmp_path, monkeypatch):
+    (tmp_path / "return").mkdir()
+    monkeypatch.chdir(tmp_path / "return")
+    returned = house.tune(Path(), max_steps=1)
+    assert verify_return(returned.folder, house.parties.owner, house.bundles["llama"].manifest) == returned
+    assert {path.name for path in tmp_path.iterdir()} == {"return", "return.log.jsonl"}
 
 
 def test_bad_rows_leave_nothing_behind(house, tmp_path):

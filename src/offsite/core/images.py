@@ -164,7 +164,7 @@ def pictures_digest(pictures: Iterable[Picture]) -> str:
                 if isinstance(picture.source, Path)
                 else hashlib.sha256(picture.source).hexdigest()
             )
-        except OSError:
+        except (OSError, ValueError):  # the latter of a name that can be none
             content = "unreadable"  # and left out by those who may
         digest.update(f"{picture.label!r} {content}\n".encode())
     return digest.hexdigest()

@@ -97,6 +97,7 @@ def tune(
         KeyboardInterrupt: the user stopped it; a resume point was saved.
     """
     require_free(out)
+    out = out.resolve()  # the return takes the place of an empty folder, also of the one that one stands in
     require_something_to_report(spec, eval_data)
     if tensorboard is not None:
         require_apart(tensorboard, out)
