@@ -60,6 +60,43 @@ def test_bin_folder(base_of: MakeBase, tmp_path: Path, family: str) -> None:
     assert not list(made.folder.glob("*.bin"))
 
 
+def test_bin_folder_without_a_tensor_is_refused(base_of: MakeBase, tmp_path: Path) -> None:
+    source = as_bin(base_of(), tmp_path / "bin")
+    weights = torch.load(source / "pytorch_model.bin", weights_only=True)
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    torch.save(weights, source / "pytorch_model.bin")
+    with pytest.raises(IncompatibleError) as caught:
+        import_model(source, tmp_path / "out")
+    assert list(caught.value.reasons) == ["missing tensor model.layers.1.mlp.down_proj.weight"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_bin_folder_with_more_blocks_than_its_config_is_refused(base_of: MakeBase, tmp_path: Path) -> None:
+    source = as_bin(base_of(), tmp_path / "bin")
+    edit_json(source / "config.json", num_hidden_layers=4)
+    with pytest.raises(IncompatibleError) as caught:
+        import_model(source, tmp_path / "out")
+    assert "unexpected tensor model.layers.4.mlp.down_proj.weight" in caught.value.reasons
+
+
+def test_bin_folder_with_another_shape_is_refused(base_of: MakeBase, tmp_path: Path) -> None:
+    source = as_bin(base_of(), tmp_path / "bin")
+    weights = torch.load(source / "pytorch_model.bin", weights_only=True)
+    weights["model.norm.weight"] = torch.ones(3)
+    torch.save(weights, source / "pytorch_model.bin")
+    with pytest.raises(IncompatibleError, match="not those of its config") as caught:
+        import_model(source, tmp_path / "out")
+    assert any("mismatched tensor model.norm.weight" in reason for reason in caught.value.reasons)
+
+
+def test_masks_and_frequencies_in_a_bin_file_are_left_out(base_of: MakeBase, tmp_path: Path) -> None:
+    source = as_bin(base_of(), tmp_path / "bin")
+    weights = torch.load(source / "pytorch_model.bin", weights_only=True)
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    torch.save(weights, source / "pytorch_model.bin")
+    assert bits(import_model(source, tmp_path / "out").folder) == bits(base_of())
+
+
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (os.system, (f"touch {os.environ['OFFSITE_TEST_MARK']}",))

@@ -104,13 +104,7 @@ def _load(
             **keywords,
             use_safetensors=True,
         )
-    problems = [f"missing tensor {name}" for name in sorted(info["missing_keys"])]
-    row = ARCHITECTURES.get(model.config.model_type)
-    problems += [
-        f"unexpected tensor {name}" for name in sorted(info["unexpected_keys"]) if not row or row.name_of(name)
-    ]  # beside masks and frequencies in older files
-    problems += [f"mismatched tensor {_mismatch(entry)}" for entry in sorted(info["mismatched_keys"], key=str)]
-    problems += [str(message) for message in info.get("error_msgs") or ()]
+    problems = loading_problems(info, ARCHITECTURES.get(model.config.model_type))
     if problems:
         raise IncompatibleError(
             f"the tensors in {folder} are not those of its config",
@@ -121,6 +115,16 @@ def _load(
         model.config.output_router_logits = False  # a loss of its own, of which nothing here makes use
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return loaded
+
+
+def loading_problems(info: Mapping[str, Any], row: Architecture | None) -> list[str]:
+    """What transformers left out or made up while it loaded a model, by its loading info."""
+    problems = [f"missing tensor {name}" for name in sorted(info["missing_keys"])]
+    problems += [
+        f"unexpected tensor {name}" for name in sorted(info["unexpected_keys"]) if not row or row.name_of(name)
+    ]  # beside masks and frequencies in older files
+    problems += [f"mismatched tensor {_mismatch(entry)}" for entry in sorted(info["mismatched_keys"], key=str)]
+    return problems + [str(message) for message in info.get("error_msgs") or ()]
 
 
 def _load_declared(

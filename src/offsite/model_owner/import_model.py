@@ -92,7 +92,7 @@ def _convert(source: Path, folder: Path, dtype: str | None, progress: Progress, 
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    from offsite.core.load import LIBRARY_ERRORS
+    from offsite.core.load import LIBRARY_ERRORS, loading_problems
 
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if gguf is not None:
@@ -100,13 +100,16 @@ def _convert(source: Path, folder: Path, dtype: str | None, progress: Progress, 
         options["gguf_file"] = gguf
     progress(Event("reading the model", 0))
     try:
-        vision = row_of(AutoConfig.from_pretrained(source, **options).to_dict()).vision
-        model = (AutoModel if vision else AutoModelForCausalLM).from_pretrained(
+        row = row_of(AutoConfig.from_pretrained(source, **options).to_dict())
+        vision = row.vision
+        model, info = (AutoModel if vision else AutoModelForCausalLM).from_pretrained(
             source,
             **options,
             dtype={"bf16": torch.bfloat16, "fp32": torch.float32, None: "auto"}[dtype],
             attn_implementation="eager",  # over what the config may name: a hub kernel is code
             experts_implementation="eager",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are listed instead of the first one raised
             **({} if gguf else {"weights_only": True}),
             **(vision.keywords if vision else {}),
         )
@@ -117,6 +120,14 @@ def _convert(source: Path, folder: Path, dtype: str | None, progress: Progress, 
             reasons=[f"{type(error).__name__}: {str(error)[:500]}"],
             next_step="check that the file is complete and of a family that transformers supports",
         ) from error
+    problems = loading_problems(info, row)
+    if problems:
+        shown = [*problems[:12], f"and {len(problems) - 12} more"] if len(problems) > 12 else problems
+        raise IncompatibleError(
+            f"the tensors in {source / (gguf or '')} are not those of its config",
+            reasons=shown,
+            next_step="fetch the model again from where it was published",
+        )
     # transformers marks what comes from GGUF as quantised, though the weights are plain by now
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
