@@ -9,7 +9,7 @@ import pytest
 from artifacts import packed
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import open_checkpoint, read_float32
-from tiny import FAMILIES, Parties
+from tiny import FAMILIES, Parties, tiny_vision_base
 
 MakeBase = Callable[..., Path]
 
@@ -35,3 +35,15 @@ def test_the_smallest_numbers_of_each_emulator_matrix_are_zero(
         assert gone.sum() == int(0.3 * old.size), name
         assert (old[~gone] == new[~gone]).all()
         assert np.abs(old[gone]).max() <= np.abs(old[~gone]).min()
+
+
+def test_a_router_and_tables_of_positions_stay_whole(base_of: MakeBase, tmp_path: Path, parties: Parties) -> None:
+    bases = {
+        "block_sparse_moe.gate.weight": base_of("mixtral", 3),
+        "relative_position_bias_table": tiny_vision_base(tmp_path / "beit", "beit, relative positions", 3),
+    }
+    for part, base in bases.items():
+        bundle = packed(base, tmp_path / part, parties, keep=1, prune=0.3, prune_by="magnitude", heal="none")
+        held = {name: tensor for name, tensor in open_checkpoint(bundle.folder).tensors.items() if part in name}
+        assert held
+        assert all(read_float32(tensor).all() for tensor in held.values())

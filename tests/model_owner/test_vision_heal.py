@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from artifacts import packed
+from artifacts import edit_weights, packed
 from offsite.config import PackSpec
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import open_checkpoint, read_float32
@@ -140,6 +140,22 @@ def test_distillation_keeps_the_zeros_of_sparsegpt(tmp_path: Path) -> None:
             zeros = read_float32(before[name]) == 0
             assert zeros.any()
             assert (zeros == (read_float32(tensor) == 0)).all(), name
+
+
+def test_distillation_moves_the_zeros_of_what_is_never_pruned(tmp_path: Path) -> None:
+    base = tiny_vision_base(tmp_path / "base", "beit, relative positions", 3)
+    table = "relative_position_bias_table"
+
+    def clear(tensors: dict[str, Any]) -> None:
+        tensors.update({name: values * 0 for name, values in tensors.items() if table in name})
+
+    edit_weights(base / "model.safetensors", clear)
+    bundle = packed(
+        base, tmp_path / "out", tiny_parties(tmp_path), prune=0.5, heal="distill", distill_steps=2,
+        calibration=tiny_pictures(tmp_path / "own", 4), distill_tokens=512,
+    )  # fmt: skip
+    held = {name: read_float32(tensor) for name, tensor in open_checkpoint(bundle.folder).tensors.items()}
+    assert all(values.any() == (".1." in name) for name, values in held.items() if table in name)
 
 
 def test_photos_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,7 +225,7 @@ def bundle_tensors(
         elif declared is None:
             stored = [
                 pruned(tensor, name=path, dtype=dtype, ratio=spec.pruned)
-                if spec.pruned and len(tensor.shape) == 2
+                if spec.pruned and row.is_linear(row.in_block(base_index, path))
                 else copied(tensor, name=path, dtype=dtype)
                 for path, tensor in held.items()
             ]

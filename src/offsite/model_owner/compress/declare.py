@@ -96,7 +96,7 @@ def block_tensors(
             return found
         if declared.mlp_width is not None:
             found = narrowed(row, path, found, stay())
-        return sparse(found, spec.pruned) if spec.pruned and found.ndim == 2 else found
+        return sparse(found, spec.pruned) if spec.pruned and row.is_linear(row.in_block(0, path)) else found
 
     def matrix(path: str) -> Array:  # (outputs, inputs)
         found = values(f"{path}.weight")

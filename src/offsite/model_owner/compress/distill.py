@@ -86,7 +86,7 @@ def distill(
         parameter.requires_grad = True
     weights = TrainedWeights(working)
     prunes = work_of(sandwich.middle, spec).prunes > 0
-    gone = {name: master == 0 for name, master in weights.masters.items() if prunes and master.dim() == 2}
+    gone = {name: master == 0 for name, master in weights.masters.items() if prunes and model.row.is_linear(name)}
     run = _Distillation(stack, states, weights, spec, gone, skipped=0 if model.row.vision else 1)
     _train(run, RunState(scratch / "distill", {}, resume=True), log, progress)
     file = scratch / "distilled.safetensors"
