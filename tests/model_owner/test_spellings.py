@@ -17,6 +17,7 @@ from offsite.config import PlugInSpec
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import WEIGHTS, open_checkpoint, read_chunks
 from offsite.core.load import load_model
+from offsite.errors import IncompatibleError
 from offsite.exchange.artifacts import Base
 from offsite.model_owner.plug_in import plug_in
 from tiny import KINDS, LANGUAGE, Parties
@@ -122,6 +123,17 @@ def test_a_tied_head_that_is_stored_all_the_same(
     row = ARCHITECTURES[KINDS[kind]["family"]]
     head = load_file(base / WEIGHTS)[next(iter(row.embeddings))]
     same_bundle(base, respelled(base, tmp_path / "other", lambda name: name, {row.head: head}), tmp_path, parties)
+
+
+def test_a_tied_head_that_is_stored_and_another_is_refused(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
+    base = base_of(blocks=BLOCKS, tied=True)
+    head = load_file(base / WEIGHTS)["model.embed_tokens.weight"] + 1
+    other = respelled(base, tmp_path / "other", lambda name: name, {"lm_head.weight": head})
+    with pytest.raises(IncompatibleError, match="holds another head") as caught:
+        packed(other, tmp_path / "bundle", parties, keep=1)
+    assert "tie_word_embeddings" in (caught.value.next_step or "")
+    edit_json(other / "config.json", tie_word_embeddings=False)
+    assert "lm_head.weight" in open_checkpoint(packed(other, tmp_path / "bundle", parties, keep=1).folder).tensors
 
 
 MIXTURES = [kind for kind in KINDS if ARCHITECTURES[KINDS[kind]["family"]].experts]

@@ -32,11 +32,12 @@ class BaseModel:
 
 
 def open_base(base: Base) -> BaseModel:
-    """Open a base folder; only its config and the headers of its weights are read.
+    """Open a base folder; only its config and the headers of its weights are read, and a tied head that is stored.
 
     Raises:
         StorageError: config or weights are missing or broken.
-        IncompatibleError: the family is not supported, or tensors are missing or left over.
+        IncompatibleError: the family is not supported, tensors are missing or left over, or a head that the config ties
+            is another than the embedding.
     """
     config = _read_config(base.folder / CONFIG)
     row = row_of(config)
@@ -44,8 +45,6 @@ def open_base(base: Base) -> BaseModel:
     tensors: dict[str, TensorRange] = {}
     for stored in checkpoint.tensors.values():
         for name, tensor in by_todays_names(row, stored).items():
-            if name == row.head and row.tied(config):
-                continue
             if name in tensors:
                 raise IncompatibleError(
                     f"the weights in {base.folder} hold {name} under two spellings",
@@ -53,9 +52,32 @@ def open_base(base: Base) -> BaseModel:
                     next_step="import the model afresh from where it was published",
                 )
             tensors[name] = tensor
+    if row.tied(config) and row.head in tensors:
+        _require_copy(tensors.pop(row.head), tensors.get(_token_embedding(row)))
     model = BaseModel(base.folder, config, row, tensors, row.block_count(config))
     _check_tensors(model)
     return model
+
+
+def _token_embedding(row: Architecture) -> str:
+    return next(name for name, sizes in row.embeddings.items() if sizes == row.head_size)
+
+
+def _require_copy(head: TensorRange, embedding: TensorRange | None) -> None:
+    """Refuse a stored head that the config ties and that is none: transformers takes such a head for the model's own.
+
+    Raises:
+        IncompatibleError: it is not the embedding, bit for bit.
+    """
+    if embedding is None:
+        return  # what is missing is told with the rest
+    alike = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+    if not alike or any(ours != theirs for ours, theirs in zip(read_chunks(head), read_chunks(embedding), strict=True)):
+        raise IncompatibleError(
+            f"the config ties the head to the embedding, and {head.file} holds another head",
+            reasons=[f"{head.name} differs from {embedding.name}"],
+            next_step=f"set tie_word_embeddings to false in {CONFIG} of the base folder",
+        )
 
 
 def by_todays_names(row: Architecture, stored: TensorRange) -> dict[str, TensorRange]:
