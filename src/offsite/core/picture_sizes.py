@@ -78,4 +78,4 @@ def picture_count(seen: SeenPicture, config: Mapping[str, Any], tokens: int) -> 
 def spread(listed: Sequence[Picture], count: int) -> Sequence[Picture]:
     """At most so many pictures, over all that are listed."""
     count = min(count, len(listed))
-    return [listed[i * (len(listed) // count)] for i in range(count)]
+    return [listed[i * len(listed) // count] for i in range(count)]
