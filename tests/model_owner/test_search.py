@@ -12,6 +12,7 @@ from offsite.core.progress import Event, silent
 from offsite.exchange.artifacts import Base
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.compress.search import improve, moves, search, starts
+from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.pack import pack
 from offsite.model_owner.split import split
 from tiny import Parties
@@ -57,6 +58,7 @@ def test_the_best_of_what_was_judged(base_of: MakeBase, tmp_path: Path, heal: st
     assert judged[found] == min(judged.values()) <= min(judged[start] for start in starts(sandwich.middle, 2))
     assert len(set(judged.values())) > 1
     known = dict.fromkeys(remembered, 1.0) | {"1 3": 0.5}
+    (tmp_path / "chosen.json").unlink()
     (tmp_path / "search.json").write_text(json.dumps(known))  # what is known is not judged again
     assert search(model, sandwich, settings, tmp_path, silent) == (1, 3)
 
@@ -75,3 +77,23 @@ def test_an_interrupted_search_goes_on(base_of: MakeBase, tmp_path: Path, partie
     bundle = pack(base, out, "hospital", spec(heal="none", search_minutes=0.1), parties.owner, resume=True)
     assert bundle.manifest.split.emulator == 2
     assert not (tmp_path / "out.run").exists()
+
+
+def test_healing_goes_on_with_what_an_ended_search_chose(base_of: MakeBase, tmp_path: Path, parties: Parties) -> None:
+    base, out = Base(base_of(blocks=7)), tmp_path / "out"
+    steps = {"heal": "refit,distill", "distill_tokens": 1024, "distill_steps": 60, "dtype": "fp32"}
+
+    def stop(event: Event) -> None:
+        if event.stage == "distilling" and event.done == 51:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(base, out, "hospital", spec(**steps, search_minutes=1e-4), parties.owner, stop)
+    chosen = json.loads((tmp_path / "out.run" / "chosen.json").read_text())
+    remembered = json.loads((tmp_path / "out.run" / "search.json").read_text())
+    remembered |= {"2 4": 0.0}  # what more time would find
+    (tmp_path / "out.run" / "search.json").write_text(json.dumps(remembered))
+    bundle = pack(base, out, "hospital", spec(**steps, search_minutes=5), parties.owner, resume=True)
+    issued = Ledger(parties.owner.ledger).issued(bundle.digest)
+    assert issued is not None
+    assert list(issued.kept) == [0, *chosen, 6]

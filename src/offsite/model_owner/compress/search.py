@@ -2,7 +2,8 @@
 
 It starts from the better of uniform and the best contiguous drop. A move puts one dropped block in the place of a kept
 one, which also shifts a dropped piece by one; the first move that helps is taken. Candidates that were judged are
-remembered beside the bundle, so an interrupted search goes on where it was.
+remembered beside the bundle, so an interrupted search goes on where it was; and so is what an ended one chose, for
+healing goes on from that.
 """
 
 import json
@@ -40,6 +41,9 @@ def search(model: BaseModel, sandwich: Sandwich, spec: PackSpec, scratch: Path, 
         DataError: the calibration text is unreadable or too short.
         StorageError: something cannot be written.
     """
+    chosen = scratch / "chosen.json"
+    if chosen.exists():
+        return tuple(json.loads(chosen.read_text()))
     deadline = time.monotonic() + 60 * spec.search_minutes
     score = _remembered(_judge(model, sandwich, spec, scratch, progress), scratch / "search.json")
     tried: list[float] = []
@@ -50,7 +54,9 @@ def search(model: BaseModel, sandwich: Sandwich, spec: PackSpec, scratch: Path, 
         return tried[-1]
 
     start = min(starts(sandwich.middle, spec.kept(sandwich.middle)), key=judged)
-    return improve(start, sandwich.middle, judged, spec.seed, lambda: time.monotonic() < deadline)
+    best = improve(start, sandwich.middle, judged, spec.seed, lambda: time.monotonic() < deadline)
+    replace_file(chosen, json.dumps(best).encode())
+    return best
 
 
 def starts(middle: Sequence[int], keep: int) -> list[Blocks]:
