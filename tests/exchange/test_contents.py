@@ -80,6 +80,12 @@ def test_settings_of_an_image_processor() -> None:
     assert cleaned(PROCESSOR, {**PLAIN, "auto_map": {}}) == PLAIN
 
 
+def test_the_older_key_with_the_class_of_an_image_processor_becomes_todays() -> None:
+    older = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 224}
+    assert cleaned(PROCESSOR, older) == {"image_processor_type": "CLIPImageProcessor", "size": 224}
+    assert cleaned(PROCESSOR, {**PLAIN, **older}) == {**PLAIN, "size": 224}
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -1,5 +1,6 @@
 """Encoders out of ONNX files and out of models of images and texts."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,15 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from artifacts import packed
 from offsite.config import ImportSpec
 from offsite.core.images import load_processor
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.exchange.artifacts import Base
+from offsite.exchange.contents import PROCESSOR
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.import_model import import_model
-from tiny import tiny_vision_base
+from tiny import tiny_parties, tiny_vision_base
 
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -47,6 +50,38 @@ def test_the_tower_of_a_model_of_images_and_texts(tmp_path: Path, kind: str) -> 
         expected = whole.vision_model.eval()(pixel_values=PIXELS).last_hidden_state
     keywords = {"vision_use_head": False} if kind == "siglip" else {}
     assert torch.equal(states(base.folder, **keywords), expected)
+
+
+@pytest.mark.parametrize("named", [{"feature_extractor_type": "CLIPFeatureExtractor"}, {}])
+def test_clip_with_the_processor_settings_of_2021(tmp_path: Path, named: dict[str, str]) -> None:
+    """The bundle's pictures are the whole model's, whose type alone may say which class makes them."""
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    vision = {**sizes, "image_size": 16, "patch_size": 4}
+    config = AutoConfig.for_model("clip", vision_config=vision, text_config={**sizes, "vocab_size": 64})
+    AutoModel.from_config(config).save_pretrained(tmp_path / "whole")
+    settings = {
+        "crop_size": 16, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 20,
+        "image_mean": [0.48, 0.45, 0.4], "image_std": [0.26, 0.26, 0.27],
+    }  # fmt: skip
+    (tmp_path / "whole" / PROCESSOR).write_text(json.dumps({**settings, **named}))
+    base = import_model(tmp_path / "whole", tmp_path / "base")
+    bundle = packed(base.folder, tmp_path / "bundle", tiny_parties(tmp_path))
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 40, 3)).astype(np.uint8)
+    expected = load_processor(tmp_path / "whole")(pixels)
+    assert np.array_equal(load_processor(base.folder)(pixels), expected)
+    assert np.array_equal(load_processor(bundle.folder)(pixels), expected)
+
+
+def test_a_processor_of_no_known_class_is_refused_before_the_work(tmp_path: Path) -> None:
+    base, parties = tiny_vision_base(tmp_path / "base", "clip tower", 3), tiny_parties(tmp_path)
+    settings = json.loads((base / PROCESSOR).read_text())
+    del settings["image_processor_type"]
+    (base / PROCESSOR).write_text(json.dumps(settings))
+    with pytest.raises(IncompatibleError, match="cannot load the image processor"):
+        packed(base, tmp_path / "bundle", parties)
+    assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.parametrize("kind", ["vit", "beit, relative positions"])

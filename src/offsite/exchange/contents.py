@@ -94,7 +94,10 @@ def allowed_in_plug_in(name: str) -> bool:
 
 
 def cleaned(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON file of a bundle without the keys that may not travel."""
+    """A JSON file of a bundle without the keys that may not travel; a processor's class under today's key and name."""
+    older = content.get("feature_extractor_type") if name == PROCESSOR else None
+    if isinstance(older, str):
+        content = {"image_processor_type": older.replace("FeatureExtractor", "ImageProcessor"), **content}
     return {key: value for key, value in content.items() if key in ALLOWED_KEYS[name]}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from offsite.core.architectures import ARCHITECTURES, Architecture
 from offsite.core.checkpoint import INDEX, WEIGHTS, copied, open_checkpoint, strict_json, write_checkpoint
 from offsite.core.storage import write_stream
-from offsite.errors import IncompatibleError
+from offsite.errors import IncompatibleError, StorageError
 from offsite.exchange.contents import CONFIG, PROCESSOR
 
 
@@ -34,7 +34,7 @@ def copy_tower(source: Path, folder: Path, row: Architecture, dtype: str | None)
 
     Raises:
         IncompatibleError: the config says nothing of the tower.
-        StorageError: the weights are broken.
+        StorageError: the weights or the image processor's settings are broken.
     """
     whole: dict[str, Any] = strict_json((source / CONFIG).read_bytes())
     config = whole.get("vision_config")
@@ -55,6 +55,33 @@ def copy_tower(source: Path, folder: Path, row: Architecture, dtype: str | None)
     kept |= {"model_type": row.model_type, "architectures": [row.class_name]}
     kept |= {"dtype": stored or config.get("dtype") or whole.get("dtype") or whole.get("torch_dtype") or "float32"}
     write_stream(folder / CONFIG, [json.dumps(kept, indent=1).encode() + b"\n"])
-    for name in (PROCESSOR, "LICENSE", "LICENSE.txt"):
+    if (source / PROCESSOR).is_file():
+        write_stream(folder / PROCESSOR, [json.dumps(_processor(source), indent=1).encode() + b"\n"])
+    for name in ("LICENSE", "LICENSE.txt"):
         if (source / name).is_file():
             write_stream(folder / name, [(source / name).read_bytes()])
+
+
+def _processor(source: Path) -> Any:
+    """The image processor's settings, with its class, which may have followed from the type of the whole model."""
+    try:
+        settings = strict_json((source / PROCESSOR).read_bytes())
+    except ValueError as error:
+        raise StorageError(
+            f"{source / PROCESSOR} is not JSON", reasons=[str(error)], next_step="fetch the file again"
+        ) from None
+    if isinstance(settings, dict) and not settings.keys() & {"image_processor_type", "feature_extractor_type"}:
+        settings["image_processor_type"] = processor_class(source)
+    return settings
+
+
+def processor_class(folder: Path) -> str:
+    """The name of the class that transformers takes for the image processor of a folder.
+
+    Raises:
+        IncompatibleError: it takes none, or one that makes what the model cannot take.
+    """
+    from offsite.core.images import load_processor
+
+    name: str = load_processor(folder).settings.to_dict()["image_processor_type"]
+    return name

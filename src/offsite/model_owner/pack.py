@@ -35,6 +35,7 @@ from offsite.model_owner.base_model import BaseModel, fingerprint, open_base
 from offsite.model_owner.compress.declare import declared_of
 from offsite.model_owner.compress.select import select
 from offsite.model_owner.compress.share import shared
+from offsite.model_owner.import_tower import processor_class
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.split import (
     DTYPES,
@@ -92,8 +93,8 @@ def pack(
     model = open_base(base)
     sandwich = split(model, spec)
     permitted_methods(model, spec)
-    _input_files(model)  # a missing tokenizer must not show after the long work
     dtype = DTYPES[spec.dtype]
+    settings_files(model, range(model.blocks), dtype)  # what may not travel must not show after the long work
     base_code = fingerprint(model, identity)
     with staged_folder(out) as folder, _scratch(out, folder, base_code, spec, resume=resume) as scratch:
         chosen = select(model, sandwich, spec, scratch, progress)
@@ -243,6 +244,8 @@ def _cleaned_file(source: Path) -> dict[str, Any]:
             f"{source} is not JSON", reasons=[str(error)], next_step="mend the file in the base"
         ) from None
     kept = cleaned(source.name, content) if isinstance(content, dict) else content
+    if source.name == PROCESSOR and isinstance(kept, dict) and not kept.get("image_processor_type"):
+        kept["image_processor_type"] = processor_class(source.parent)
     problems = content_problems(source.name, kept)
     if problems:
         raise IncompatibleError(
