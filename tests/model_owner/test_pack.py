@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from artifacts import copied_folder, edit_json, edit_weights, packed
-from offsite.config import PackSpec
+from artifacts import copied_folder, edit_json, edit_weights, lora_return, packed
+from offsite.config import PackSpec, PlugInSpec
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import (
     INDEX,
@@ -29,6 +29,7 @@ from offsite.exchange.manifest import MANIFEST
 from offsite.exchange.verify import verify_bundle
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.pack import pack
+from offsite.model_owner.plug_in import plug_in
 from tiny import KINDS, Parties
 
 MakeBase = Callable[..., Path]
@@ -336,6 +337,18 @@ def test_base_with_a_broken_file(
     if content is not None:
         (base / name).write_bytes(content)
     assert refused(base, parties, tmp_path / "out", StorageError, says).exit_code == 1
+
+
+def test_a_bundle_or_return_is_no_base_but_a_merged_plug_in_may_be_one(
+    base_of: MakeBase, parties: Parties, tmp_path: Path
+) -> None:
+    bundle = packed(base_of(), tmp_path / "bundle", parties, keep=2)
+    returned = lora_return(bundle, tmp_path / "return", parties.data_owner)
+    refused(bundle.folder, parties, tmp_path / "out", UsageError, "is a bundle, expected a base")
+    refused(returned.folder, parties, tmp_path / "out", UsageError, "is a return, expected a base")
+    spec = PlugInSpec.model_validate({"as": "merged"})
+    merged = plug_in(Base(base_of()), returned.folder, tmp_path / "plugged", spec, parties.owner).folder
+    assert packed(merged, tmp_path / "again", parties).manifest.base != bundle.manifest.base
 
 
 def test_output_that_holds_something(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:

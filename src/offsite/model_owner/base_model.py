@@ -9,10 +9,12 @@ from typing import Any
 
 from offsite.core.architectures import ARCHITECTURES, Architecture, architecture_of
 from offsite.core.checkpoint import FLOATS, TensorRange, open_checkpoint, read_chunks, strict_json
-from offsite.errors import IncompatibleError, StorageError
+from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.exchange.artifacts import Base
 from offsite.exchange.contents import CONFIG
+from offsite.exchange.manifest import MANIFEST
 from offsite.exchange.signing import Identity
+from offsite.exchange.verify import read_unverified
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ def open_base(base: Base) -> BaseModel:
         StorageError: config or weights are missing or broken.
         IncompatibleError: the family is not supported, tensors are missing or left over, or a head that the config ties
             is another than the embedding.
+        UsageError: the folder is a bundle or a return.
     """
+    _require_base(base.folder)
     config = _read_config(base.folder / CONFIG)
     row = row_of(config)
     checkpoint = open_checkpoint(base.folder)
@@ -57,6 +61,17 @@ def open_base(base: Base) -> BaseModel:
     model = BaseModel(base.folder, config, row, tensors, row.block_count(config))
     _check_tensors(model)
     return model
+
+
+def _require_base(folder: Path) -> None:
+    """Refuse what only looks like a base; a merged plug-in may be one.
+
+    Raises:
+        UsageError: it is a bundle or a return.
+    """
+    kind = read_unverified(folder).kind if (folder / MANIFEST).exists() else "base"
+    if kind in ("bundle", "return"):
+        raise UsageError(f"{folder} is a {kind}, expected a base", next_step="name the base model's folder")
 
 
 def _token_embedding(row: Architecture) -> str:
