@@ -26,7 +26,7 @@ class Spec(BaseModel):
 
     def changed(self, settings: Mapping[str, Any]) -> Self:
         """The same with these settings in the place of its own, checked like any."""
-        return type(self).model_validate(self.model_dump(by_alias=True) | dict(settings))
+        return type(self).model_validate(self.model_dump(by_alias=True, exclude_unset=True) | dict(settings))
 
 
 S = TypeVar("S", bound=Spec)
@@ -186,6 +186,11 @@ class PackSpec(ComputeSpec):
             raise ValueError("distill must be heal's last step: a closed form after it would undo what it learnt")
         if "share" in self.heal and "refit" in self.heal:
             raise ValueError("share and refit are two ways to fill the same gap: choose one")
+        if "share" in self.heal and self.pruned and self.prune_by == "sparsegpt":
+            raise ValueError(
+                "heal = share does not go with prune_by = sparsegpt, under which what is shared would come to differ: "
+                "choose prune_by = magnitude"
+            )
         if "affine" in self.heal:
             self._affine_fits()
         if self.bits is not None and self.svd_rank is not None:

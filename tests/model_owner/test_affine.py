@@ -124,14 +124,6 @@ def test_maps_do_not_depend_on_how_the_blocks_are_stored(
     assert all(torch.equal(plain[name], beside[name]) for name in plain)
 
 
-def test_where_nothing_is_dropped_there_are_no_maps(base_of: MakeBase, tmp_path: Path, parties: Parties) -> None:
-    base = base_of(blocks=4)
-    whole = packed(base, tmp_path / "whole", parties, heal="affine")
-    assert whole.manifest.requires == ()
-    plain = packed(base, tmp_path / "plain", parties)
-    assert (whole.folder / "model.safetensors").read_bytes() == (plain.folder / "model.safetensors").read_bytes()
-
-
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

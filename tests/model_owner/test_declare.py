@@ -207,7 +207,14 @@ def test_what_a_family_cannot_have_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"bits": 8, "svd_rank": 0.5}, {"heal": "share,refit"}, {"heal": "distill,refit"}, {"bits": 3}]
+    "settings",
+    [
+        {"bits": 8, "svd_rank": 0.5},
+        {"heal": "share,refit"},
+        {"heal": "share", "keep": 2, "prune": 0.5},
+        {"heal": "distill,refit"},
+        {"bits": 3},
+    ],
 )
 def test_what_does_not_go_together_is_no_setting(settings: dict[str, Any]) -> None:
     from offsite.config import load_spec

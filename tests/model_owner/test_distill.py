@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from artifacts import packed
 from offsite.config import PackSpec
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import open_checkpoint, read_float32
@@ -161,9 +160,3 @@ def test_every_batch_is_seen_once_a_pass_and_the_held_out_ones_never(
     assert sorted(seen) == sorted(2 * [0, 1, 2, 4, 5, 6])
     assert sorted(seen[:6]) == [0, 1, 2, 4, 5, 6]
     assert seen[:6] != seen[6:]
-
-
-def test_nothing_dropped_means_nothing_to_distill(base_of: MakeBase, tmp_path: Path, parties: Parties) -> None:
-    bundle = packed(base_of("llama", 4), tmp_path / "out", parties, heal="distill")
-    assert bundle.manifest.split.emulator == 2
-    assert not (tmp_path / "out.log.jsonl").exists()

@@ -339,6 +339,29 @@ def test_base_with_a_broken_file(
     assert refused(base, parties, tmp_path / "out", StorageError, says).exit_code == 1
 
 
+@pytest.mark.parametrize(
+    ("spec", "idle"),
+    [
+        ({"keep": None, "bits": 4, "heal": "refit,distill"}, "refit,distill"),
+        ({"keep": None, "svd_rank": 0.5, "heal": "refit"}, "refit"),
+        ({"keep": None, "prune": 0.5, "prune_by": "magnitude", "heal": "distill"}, "distill"),
+        ({"keep": None, "prune": 0, "heal": "affine"}, "affine"),
+        ({"keep": 3, "heal": "share"}, "share"),
+    ],
+)
+def test_healing_that_was_asked_for_and_would_do_nothing(
+    base_of: MakeBase, parties: Parties, tmp_path: Path, spec: dict[str, Any], idle: str
+) -> None:
+    refused(base_of(), parties, tmp_path / "out", UsageError, f"--heal {idle} would do nothing", **spec)
+
+
+def test_the_usual_healing_is_left_out_where_it_would_do_nothing(
+    base_of: MakeBase, parties: Parties, tmp_path: Path
+) -> None:
+    spec = PackSpec(bottom=1, top=1, bits=4).changed({"threads": 1})
+    assert pack(Base(base_of()), tmp_path / "out", "hospital", spec, parties.owner).manifest.requires == ("quantise",)
+
+
 def test_a_bundle_or_return_is_no_base_but_a_merged_plug_in_may_be_one(
     base_of: MakeBase, parties: Parties, tmp_path: Path
 ) -> None:

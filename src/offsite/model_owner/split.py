@@ -85,6 +85,7 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
     sandwich = Sandwich.of(trained, model.blocks)
     middle = sandwich.middle
     work = work_of(middle, spec)
+    _require_gap(middle, spec, work)
     if "mlp" in work.solves and not model.row.residual_is_linear(model.config):
         why = "its MLP is a mixture of experts" if model.row.experts else "a norm follows the MLP in its blocks"
         other = "" if model.row.experts or model.row.vision else "; or, with --keep, --heal affine"
@@ -149,6 +150,23 @@ def _require_room(blocks: int, trained: Collection[int], spec: PackSpec) -> None
             next_step=f"choose --keep between 1 and {len(middle)}"
             if middle
             else "choose a smaller --bottom or --top, or a shorter --train",
+        )
+
+
+def _require_gap(middle: Sequence[int], spec: PackSpec, work: Work) -> None:
+    """Refuse steps of healing that were asked for and would do nothing.
+
+    Raises:
+        UsageError: there are some.
+    """
+    does = {"share": spec.kept(middle) < len(middle), "refit": bool(work.solves)}
+    does |= {"distill": work.distills, "affine": work.maps}
+    idle = [step for step in spec.heal if not does[step]]
+    if idle and "heal" in spec.model_fields_set:
+        raise UsageError(
+            f"--heal {','.join(idle)} would do nothing",
+            reasons=["no block is dropped, and no matrix pruned by SparseGPT; other losses are not healed"],
+            next_step="say with --keep how many blocks stay, or pack with --heal none",
         )
 
 

@@ -139,7 +139,10 @@ class Lab:
         basis = [_STAGES, FORMAT, __version__, name, [stage.key for stage in needs], dict(inputs)]
         key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()[:16]
         out = self.folder / party / place / key
-        tables = {table: spec.model_dump(mode="json", by_alias=True) for table, spec in (settings or {}).items()}
+        tables = {  # what was left out stays so, for that is not what was asked for
+            table: spec.model_dump(mode="json", by_alias=True, exclude_unset=True)
+            for table, spec in (settings or {}).items()
+        }
         return Stage(name, says or name, party, key, out, words, tables, needs, copies, large)
 
 

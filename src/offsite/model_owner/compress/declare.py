@@ -35,7 +35,6 @@ def declared_of(model: BaseModel, bottom: int, slots: Sequence[int], spec: PackS
         spec: what was asked for.
     """
     width = _inner(model) if spec.mlp_width is not None else 0
-    dropped = len(slots) < model.blocks - len(spec.trained(model.blocks))
     places = {
         "share": owners(slots) if len(set(slots)) < len(slots) else None,
         "bits": spec.bits,
@@ -43,7 +42,7 @@ def declared_of(model: BaseModel, bottom: int, slots: Sequence[int], spec: PackS
         "svd_rank": spec.svd_rank,
         "mlp_width": max(1, round(spec.mlp_width * width)) if spec.mlp_width is not None else None,
         "sparse": spec.pruned if spec.zeros == "left-out" else None,
-        "affine": True if "affine" in spec.heal and dropped else None,
+        "affine": True if "affine" in spec.heal else None,
     }
     if all(kind is None for kind in places.values()):
         return None
