@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from artifacts import hidden_states, packed
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import open_checkpoint, read_float32
+from offsite.core.timm_family import TIMM
 from offsite.errors import IncompatibleError
 from offsite.exchange.artifacts import Bundle
-from offsite.model_owner.compress.sparsegpt import COLUMNS, DAMPING, pruned_in_order
+from offsite.model_owner.block_runner import LoadedBlock
+from offsite.model_owner.compress.sparsegpt import COLUMNS, DAMPING, prune_maps, pruned_in_order
+from offsite.model_owner.split import Work
 from tiny import FAMILIES, TEXT, Parties
 
 MakeBase = Callable[..., Path]
@@ -151,3 +154,61 @@ def test_mixtures_of_experts_are_refused(base_of: MakeBase, tmp_path: Path, part
     with pytest.raises(IncompatibleError) as caught:
         packed(base_of("mixtral", 5), tmp_path / "out", parties, keep=3, heal="none", prune=SHARE)
     assert "--prune-by magnitude" in caught.value.next_step
+
+
+class EvaAttention(nn.Module):
+    """As timm's: the weight of the map is taken, and the map itself never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24, bias=False), nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        queries, keys, values = nn.functional.linear(hidden, self.qkv.weight).chunk(3, dim=-1)
+        attended: Tensor = self.proj((queries * keys).softmax(-1) * values)
+        return attended
+
+
+class EvaBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(8), EvaAttention()
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(8, 16), "fc2": nn.Linear(16, 8)})
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.attn(self.norm1(hidden))
+        after: Tensor = hidden + self.mlp["fc2"](self.mlp["fc1"](hidden).relu())
+        return after
+
+
+class Around(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, pixel_values: Tensor) -> None:
+        self.block(pixel_values)
+
+
+def eva_block() -> LoadedBlock:
+    torch.manual_seed(0)
+    block = EvaBlock()
+    return LoadedBlock(block, Around(block), torch.float32, vision=True)
+
+
+def test_a_map_whose_weight_alone_is_taken_is_pruned_on_what_enters_the_module_around_it() -> None:
+    block, hidden = eva_block(), torch.randn(2, 5, 8)
+    work = Work(solves=("mlp",), prunes=SHARE, distills=False, maps=False)
+    found = prune_maps(block, TIMM, {"separate": False, "whole_bias": False}, [hidden], [hidden], work)
+    assert found.keys() == {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight"}  # of all that the family has
+    with torch.no_grad():
+        enters = block.module.norm1(hidden).flatten(0, 1)  # type: ignore[operator]
+    expected = pruned_in_order(block.module.attn.qkv.weight.detach(), enters.T @ enters, SHARE)  # type: ignore
+    torch.testing.assert_close(found["attn.qkv.weight"], expected)
+
+
+def test_a_map_that_is_never_called_is_refused() -> None:
+    hidden, work = torch.randn(2, 5, 8), Work(solves=("mlp",), prunes=SHARE, distills=False, maps=False)
+    with pytest.raises(IncompatibleError) as caught:
+        prune_maps(eva_block(), TIMM, {"separate": False, "whole_bias": True}, [hidden], [hidden], work)
+    assert list(caught.value.reasons) == ["attn.qkv is never called"]

@@ -117,9 +117,12 @@ class Architecture:
         return tuple(
             path
             for path in self.lora_linears
-            if self.holds(self.only_if.get(f"{path}.weight", ""), config)
-            and not (path in self.bypassed and self.holds(self.bypassed[path], config))
+            if self.holds(self.only_if.get(f"{path}.weight", ""), config) and not self.is_bypassed(path, config)
         )
+
+    def is_bypassed(self, path: str, config: Mapping[str, Any]) -> bool:
+        """Whether the module around a linear map of a block takes its weight alone, on what enters that module."""
+        return path in self.bypassed and self.holds(self.bypassed[path], config)
 
     def name_of(self, stored: str) -> str | None:
         """Today's name of a tensor as stored in a file, with or without the body's prefix; None for a mere buffer.

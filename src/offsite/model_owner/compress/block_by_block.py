@@ -78,7 +78,9 @@ def block_by_block(
         if work.maps:
             solved = affine_map(runner.load(kept), batches, student, base)
         else:
-            pruned = prune_maps(runner.load(kept), row, batches, student, work) if work.prunes else {}
+            pruned: Mapping[str, Tensor] = {}
+            if work.prunes:
+                pruned = prune_maps(runner.load(kept), row, model.config, batches, student, work)
             solved = refit(partial(runner.load, kept), pruned, row, batches, student, base, work)
         file = scratch / f"{kept}.safetensors"
         arrays = [from_array(path, value.float().cpu().numpy(), DTYPES[spec.dtype]) for path, value in solved.items()]

@@ -6,11 +6,13 @@ so that a block also corrects what the blocks before it left.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from offsite.core.family import Architecture
+from offsite.errors import IncompatibleError
 from offsite.model_owner.block_runner import LoadedBlock, captured_inputs
 from offsite.model_owner.split import Work
 
@@ -89,6 +91,7 @@ def _inverse_factor(gram: Tensor) -> Tensor:
 def prune_maps(
     block: LoadedBlock,
     row: Architecture,
+    config: Mapping[str, Any],
     batches: Sequence[Tensor],
     hidden: Sequence[Tensor],
     work: Work,
@@ -98,6 +101,7 @@ def prune_maps(
     Args:
         block: the block.
         row: of its family.
+        config: the base's.
         batches: token ids (B, T), or pixels of pictures.
         hidden: what enters the block, (B, T, H) for each batch.
         work: which share of each matrix becomes zero, and which maps are refit's.
@@ -106,25 +110,47 @@ def prune_maps(
         The new matrices, by path in the block in files, in the layout of files.
     """
     refitted = {row.output_of(part)[0] for part in work.refits}
-    weights = {path: f"{path}.weight" for path in row.linears if path not in refitted}
-    places = {path: row.modules.get(name, name).removesuffix(".weight") for path, name in weights.items()}
+    parameters = dict(block.module.named_parameters())
+    found: dict[str, Tensor] = {}
+    places: dict[str, list[str]] = {}  # modules -> the maps that are pruned on what enters them
+    weights: dict[str, Tensor] = {}  # maps -> their matrices
+    for path in row.linears:
+        name = row.modules.get(f"{path}.weight", f"{path}.weight")
+        if path not in refitted and name in parameters:
+            weights[path] = parameters[name].detach()
+            place = name.removesuffix(".weight")
+            place = place.rpartition(".")[0] if row.is_bypassed(path, config) else place
+            places.setdefault(place, []).append(path)
     grams: dict[tuple[str, ...], Tensor] = {}
     for position, ids in enumerate(batches):
-        with captured_inputs(block, list(places.values())) as seen:
+        with captured_inputs(block, list(places)) as seen:
             block(ids, hidden[position])
+        _require_seen(row, places, seen)
         for together in _readers(seen):
             inputs = seen[together[0]].flatten(0, -2).float()  # (B * T, inputs)
             gram = inputs.T @ inputs
             grams[together] = grams[together] + gram if together in grams else gram
-    parameters = dict(block.module.named_parameters())
-    found, paths = {}, {place: path for path, place in places.items()}
     for together, gram in grams.items():
         dead, factor = gram.diagonal() == 0, _inverse_factor(gram)
-        for place in together:
-            matrix = parameters[f"{place}.weight"].detach()
-            kept = _pruned(matrix.T if row.transposed else matrix, dead, factor, work.prunes)
-            found[weights[paths[place]]] = (kept.T if row.transposed else kept).contiguous()
+        for path in (path for place in together for path in places[place]):
+            kept = _pruned(weights[path].T if row.transposed else weights[path], dead, factor, work.prunes)
+            found[f"{path}.weight"] = (kept.T if row.transposed else kept).contiguous()
     return found
+
+
+def _require_seen(row: Architecture, places: Mapping[str, Sequence[str]], seen: Mapping[str, Tensor]) -> None:
+    """Refuse a block that takes a map's weight without calling the map: it would stay whole.
+
+    Raises:
+        IncompatibleError: it does.
+    """
+    unseen = [path for place, paths in places.items() if place not in seen for path in paths]
+    if unseen:
+        raise IncompatibleError(
+            f"SparseGPT does not see what enters all maps of this {row.model_type} model",
+            reasons=[f"{path} is never called" for path in unseen],
+            next_step="pack with --prune-by magnitude and --heal none, or drop blocks with --keep",
+        )
 
 
 def _readers(seen: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
