@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from artifacts import hidden_states, packed
+from artifacts import edit_weights, hidden_states, packed
 from offsite.config import RefitMap
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import copied, open_checkpoint, read_float32, write_checkpoint
@@ -323,3 +324,23 @@ def test_every_calibration_sequence_starts_with_one_bos(tmp_path: Path, text: Pa
     assert ids.shape == (4, 64)
     assert (ids[:, 0] == base.config["bos_token_id"]).all()
     assert not (ids[:, 1:] == base.config["bos_token_id"]).any()
+
+
+@pytest.mark.parametrize("settings", [{"keep": 2}, {"keep": 2, "heal": "affine"}, {"keep": None, "heal": "none"}])
+def test_weights_that_are_no_numbers_are_told_with_the_block(
+    tmp_path: Path, text: Path, settings: dict[str, object]
+) -> None:
+    base = tiny_base(tmp_path / "base", blocks=5)
+    edit_weights(base / "model.safetensors", lambda held: held["model.layers.2.mlp.up_proj.weight"].fill(np.inf))
+    with pytest.raises(IncompatibleError, match=r"to solve for block [123]"):
+        pack_refitted(base, tmp_path, text, 8 * 64, **settings)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_map_into_which_nothing_goes_stays_as_it_is(tmp_path: Path, text: Path) -> None:
+    base = tiny_base(tmp_path / "base", blocks=4)
+    edit_weights(base / "model.safetensors", lambda held: held["model.layers.1.mlp.up_proj.weight"].fill(0))
+    bundle = pack_refitted(base, tmp_path, text, 8 * 64, keep=1)
+    name = "model.layers.1.mlp.down_proj.weight"
+    before, after = (read_float32(open_checkpoint(folder).tensors[name]) for folder in (base, bundle))
+    assert np.array_equal(after, before)

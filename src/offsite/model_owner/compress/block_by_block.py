@@ -4,7 +4,8 @@ A block is changed on what the emulator's blocks before it give, and toward what
 block, so errors do not add up. At any time one block's weights are in memory.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from offsite.core.checkpoint import TensorRange, from_array, read_header, write_
 from offsite.core.load import read_tensor
 from offsite.core.progress import Event, Progress
 from offsite.core.runtime import runtime
+from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner, LoadedBlock
 from offsite.model_owner.compress.affine import affine_map
@@ -52,6 +54,7 @@ def block_by_block(
 
     Raises:
         DataError: the calibration text is unreadable or too short.
+        IncompatibleError: what goes through the base is no number, so nothing can be solved.
     """
     row = model.row
     machine = runtime(spec.device, spec.compute, spec.threads)
@@ -75,13 +78,16 @@ def block_by_block(
         if kept in sandwich.spread:  # trains, so both go through it as it is
             _advance(runner.load(kept), batches, student)
             continue
-        if work.maps:
-            solved = affine_map(runner.load(kept), batches, student, base)
-        else:
-            pruned: Mapping[str, Tensor] = {}
-            if work.prunes:
-                pruned = prune_maps(runner.load(kept), row, model.config, batches, student, work)
-            solved = refit(partial(runner.load, kept), pruned, row, batches, student, base, work)
+        with _solvable(kept):
+            if work.maps:
+                solved = affine_map(runner.load(kept), batches, student, base)
+            else:
+                pruned: Mapping[str, Tensor] = {}
+                if work.prunes:
+                    pruned = prune_maps(runner.load(kept), row, model.config, batches, student, work)
+                solved = refit(partial(runner.load, kept), pruned, row, batches, student, base, work)
+            if not all(bool(value.isfinite().all()) for value in solved.values()):
+                raise torch.linalg.LinAlgError("the solution holds what is no number")
         file = scratch / f"{kept}.safetensors"
         arrays = [from_array(path, value.float().cpu().numpy(), DTYPES[spec.dtype]) for path, value in solved.items()]
         write_safetensors(file, arrays)
@@ -92,6 +98,21 @@ def block_by_block(
         _advance(runner.load(kept, shipped), batches, student)
     progress(Event(stage, end, end))
     return healed
+
+
+@contextlib.contextmanager
+def _solvable(block: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise IncompatibleError(
+            f"what goes through the base gives no equations to solve for block {block}",
+            reasons=[
+                str(error)[:200],
+                "its weights, or those of a block near it, may hold infinity or what is no number",
+            ],
+            next_step="check the base's weights; or drop blocks with --keep, and pack with --heal none",
+        ) from None
 
 
 def _stage(work: Work) -> str:

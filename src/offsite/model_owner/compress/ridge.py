@@ -81,5 +81,8 @@ def _held_out(batches: int) -> range:
 
 def _ridge_solution(moments: _Moments, ridge: float) -> Tensor:
     system = moments.gram.double()
-    system.diagonal().add_(ridge * system.diagonal().mean())
+    mean = system.diagonal().mean()
+    if mean == 0:  # nothing ever enters the map, so nothing that it gives could change
+        return torch.zeros_like(moments.cross, dtype=torch.float64)
+    system.diagonal().add_(ridge * mean)
     return torch.cholesky_solve(moments.cross.double(), torch.linalg.cholesky(system))
