@@ -189,6 +189,20 @@ def test_tensor_over_the_size_of_a_shard(tmp_path: Path) -> None:
     assert len(write_checkpoint(tmp_path, arrays, shard_bytes=10)) == 3
 
 
+def test_an_index_beside_weights_that_it_does_not_name_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, [from_array(f"t{i}", np.zeros(3, np.float32), "F32") for i in range(2)], shard_bytes=12)
+    write_safetensors(tmp_path / WEIGHTS, [from_array("t0", np.ones(3, np.float32), "F32")])
+    with pytest.raises(StorageError) as caught:
+        open_checkpoint(tmp_path)
+    assert "side by side" in caught.value.reasons[0]
+
+
+def test_an_index_of_the_one_file_is_no_second_checkpoint(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, [from_array("a", np.zeros(3, np.float32), "F32")])
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": WEIGHTS}}))
+    assert set(open_checkpoint(tmp_path).tensors) == {"a"}
+
+
 def test_one_file_needs_no_index(tmp_path: Path) -> None:
     written = write_checkpoint(tmp_path, [from_array("a", np.zeros(3, np.float32), "F32")])
     assert [w.name for w in written] == [WEIGHTS]

@@ -155,11 +155,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a folder with `model.safetensors` or shards with an index; nothing but headers is read.
 
     Raises:
-        StorageError: no weights, a missing, outside or truncated file, or an index that disagrees with its files.
+        StorageError: no weights, a missing, outside or truncated file, an index that disagrees with its files, or one
+            beside weights that it does not name, of which every reader would take others.
     """
     for weights, index in ((WEIGHTS, INDEX), (DECLARED_WEIGHTS, DECLARED_INDEX)):
         if (folder / index).exists():
-            return _open_sharded(folder, index)
+            checkpoint = _open_sharded(folder, index)
+            named = {tensor.file.name for tensor in checkpoint.tensors.values()}
+            if (folder / weights).exists() and named != {weights}:
+                raise _broken(folder, [f"{weights} and {index} lie side by side, and the index names other files"])
+            return checkpoint
         if (folder / weights).exists():
             return Checkpoint(folder, read_header(folder / weights))
     raise StorageError(

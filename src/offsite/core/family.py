@@ -21,6 +21,7 @@ _BUFFERS = re.compile(
     r".+\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)"
     r"|(attn|attention|self_attention|self_attn)\.(bias|masked_bias|embed_positions))"
 )
+_PLACES = ".relative_position_index"  # the same of encoders: where in a table each pair of patches looks
 _MOST = 1024  # experts, or heads with norms of their own: a config from a stranger may not announce more
 
 
@@ -144,7 +145,7 @@ class Architecture:
     def _name_in_encoder(self, stored: str, vision: Vision) -> str | None:
         """A tensor's name in files of the encoder alone; None for what is no part of it."""
         name = stored.removeprefix(f"{vision.prefix}.")
-        if name.startswith(vision.stays):
+        if name.startswith(vision.stays) or name.endswith(_PLACES):
             return None
         files = {module: path for path, module in self.modules.items()}
         match = re.fullmatch(rf"{re.escape(self.module_blocks or self.blocks)}\.(0|[1-9]\d{{0,4}})\.(.+)", name)

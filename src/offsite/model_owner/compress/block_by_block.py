@@ -27,6 +27,8 @@ from offsite.model_owner.compress.refit import refit
 from offsite.model_owner.compress.sparsegpt import prune_maps
 from offsite.model_owner.split import DTYPES, Sandwich, Work, work_of
 
+_Unsolvable: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch does not list it
+
 
 def block_by_block(
     model: BaseModel,
@@ -87,7 +89,7 @@ def block_by_block(
                     pruned = prune_maps(runner.load(kept), row, model.config, batches, student, work)
                 solved = refit(partial(runner.load, kept), pruned, row, batches, student, base, work)
             if not all(bool(value.isfinite().all()) for value in solved.values()):
-                raise torch.linalg.LinAlgError("the solution holds what is no number")
+                raise _Unsolvable("the solution holds what is no number")
         file = scratch / f"{kept}.safetensors"
         arrays = [from_array(path, value.float().cpu().numpy(), DTYPES[spec.dtype]) for path, value in solved.items()]
         write_safetensors(file, arrays)
@@ -104,7 +106,7 @@ def block_by_block(
 def _solvable(block: int) -> Iterator[None]:
     try:
         yield
-    except torch.linalg.LinAlgError as error:
+    except _Unsolvable as error:
         raise IncompatibleError(
             f"what goes through the base gives no equations to solve for block {block}",
             reasons=[
