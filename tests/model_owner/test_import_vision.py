@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from artifacts import packed
 from offsite.config import ImportSpec
+from offsite.core.checkpoint import WEIGHTS
 from offsite.core.images import load_processor
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.exchange.artifacts import Base
@@ -90,6 +92,18 @@ def test_a_folder_is_copied_with_its_processor(tmp_path: Path, kind: str) -> Non
     base = import_model(source, tmp_path / "base")
     assert torch.equal(states(base.folder), states(source))
     assert load_processor(base.folder).side == (16, 16)
+
+
+def test_places_in_a_table_of_positions_are_no_weights(tmp_path: Path) -> None:
+    """As files of BEiT hold them."""
+    source = tiny_vision_base(tmp_path / "source", "beit, relative positions", 3)
+    tensors = load_file(source / WEIGHTS)
+    tables = [name for name in tensors if name.endswith("relative_position_bias_table")]
+    index = torch.zeros(17, 17, dtype=torch.int64)
+    tensors |= {name.replace("bias_table", "index"): index.clone() for name in tables}
+    save_file(tensors, source / WEIGHTS, {"format": "pt"})
+    base = import_model(source, tmp_path / "base")
+    assert torch.equal(states(packed(base.folder, tmp_path / "bundle", tiny_parties(tmp_path)).folder), states(source))
 
 
 def exported(folder: Path, file: Path) -> Path:
