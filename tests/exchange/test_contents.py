@@ -3,6 +3,7 @@ import hashlib
 import pytest
 
 from offsite.exchange.contents import (
+    ADDED_TOKENS,
     ALLOWED_KEYS,
     GENERATION_CONFIG,
     PROCESSOR,
@@ -25,6 +26,7 @@ GOOD = [
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
+    "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
 ]
@@ -57,9 +59,9 @@ def test_files_that_it_may_not(name: str) -> None:
     assert not is_weights(name)
 
 
-@pytest.mark.parametrize("name", sorted(set(ALLOWED_KEYS) - {PROCESSOR}))
+@pytest.mark.parametrize("name", [GENERATION_CONFIG, SPECIAL_TOKENS, TOKENIZER_CONFIG])
 def test_cleaned_is_without_problems(name: str) -> None:
-    content = dict.fromkeys(ALLOWED_KEYS[name], "x") | {"auto_map": {}, "name_or_path": "/home/x", "_private": 1}
+    content = dict.fromkeys(ALLOWED_KEYS[name] or (), "x") | {"auto_map": {}, "name_or_path": "/home/x", "_private": 1}
     kept = cleaned(name, content)
     assert set(kept) == ALLOWED_KEYS[name]
     assert content_problems(name, kept) == []
@@ -111,6 +113,14 @@ def test_settings_that_an_image_processor_may_not_have(key: str, value: object) 
     assert len(content_problems(PROCESSOR, PLAIN | {key: value})) == 1
 
 
+def test_added_tokens_are_tokens_with_their_numbers() -> None:
+    tokens = {"<|user|>": 50257, "auto_map": 50258}
+    assert cleaned(ADDED_TOKENS, tokens) == tokens
+    assert content_problems(ADDED_TOKENS, tokens) == []
+    for number in ("1", -1, 2**31, True, 1.0, None, {"id": 1}):
+        assert len(content_problems(ADDED_TOKENS, {**tokens, "x": number})) == 1
+
+
 @pytest.mark.parametrize("value", ["a.b", "a/b", "a--b", "", None, 3, ["x"], "x" * 65])
 def test_tokenizer_class(value: object) -> None:
     assert bool(content_problems(TOKENIZER_CONFIG, {"tokenizer_class": value})) is (value != "")
@@ -118,7 +128,7 @@ def test_tokenizer_class(value: object) -> None:
 
 @pytest.mark.parametrize("content", [None, 3, "x", [], [{}]])
 def test_what_is_no_object(content: object) -> None:
-    for name in (GENERATION_CONFIG, SPECIAL_TOKENS, TOKENIZER_CONFIG):
+    for name in (ADDED_TOKENS, GENERATION_CONFIG, SPECIAL_TOKENS, TOKENIZER_CONFIG):
         assert content_problems(name, content) == [f"{name} is not a JSON object"]
 
 

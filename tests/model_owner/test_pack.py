@@ -113,6 +113,21 @@ def test_tokenizer_is_the_bases(base_of: MakeBase, parties: Parties, tmp_path: P
     assert ours.special_tokens_map == theirs.special_tokens_map
 
 
+def test_added_tokens_of_a_slow_tokenizer_travel(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
+    base = copied_folder(base_of("gpt2"), tmp_path / "base")
+    model = json.loads((base / "tokenizer.json").read_text())["model"]
+    (base / "tokenizer.json").unlink()
+    (base / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (base / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"]), ""]))
+    (base / "added_tokens.json").write_text(json.dumps({"<|user|>": len(model["vocab"])}))
+    edit_json(base / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    bundle = packed(base, tmp_path / "bundle", parties)
+    ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (bundle.folder, base))
+    assert ours("<|user|>hello")["input_ids"] == theirs("<|user|>hello")["input_ids"]
+    assert len(model["vocab"]) in ours("<|user|>hello")["input_ids"]
+    assert verify_bundle(bundle.folder, parties.data_owner) == bundle
+
+
 def test_bundle_in_bfloat16(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
     base = base_of(tied=False)
     bundle = packed(base, tmp_path / "bundle", parties, dtype="bf16")

@@ -17,7 +17,9 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"  # of slow tokenizers: tokens with their numbers
 TOKENIZER_FILES = (
+    ADDED_TOKENS,
     "tokenizer.json",
     TOKENIZER_CONFIG,
     SPECIAL_TOKENS,
@@ -40,7 +42,7 @@ WEIGHTS_OF: Mapping[Method, str] = {  # the file of a return's tensors, by metho
 }
 
 
-BESIDE_A_MODEL = ("added_tokens.json", "LICENSE", "LICENSE.txt")  # of a base, which a merged plug-in takes over
+BESIDE_A_MODEL = ("LICENSE", "LICENSE.txt")  # of a base, which a merged plug-in takes over
 
 
 def checkpoint_file(number: int) -> str:
@@ -48,6 +50,7 @@ def checkpoint_file(number: int) -> str:
     return f"checkpoint-{number}.safetensors"
 
 
+_MOST_TOKENS = 2**31
 _SHARD = re.compile(r"(offsite-)?model-\d{5}-of-\d{5}\.safetensors")
 _TOKENS = frozenset(
     {
@@ -55,7 +58,8 @@ _TOKENS = frozenset(
         "additional_special_tokens", "extra_special_tokens",
     }
 )  # fmt: skip
-ALLOWED_KEYS: Mapping[str, frozenset[str]] = {
+ALLOWED_KEYS: Mapping[str, frozenset[str] | None] = {  # None: any, where they are tokens
+    ADDED_TOKENS: None,
     PROCESSOR: frozenset(
         {
             "image_processor_type", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale",
@@ -98,14 +102,22 @@ def cleaned(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
     older = content.get("feature_extractor_type") if name == PROCESSOR else None
     if isinstance(older, str):
         content = {"image_processor_type": older.replace("FeatureExtractor", "ImageProcessor"), **content}
-    return {key: value for key, value in content.items() if key in ALLOWED_KEYS[name]}
+    allowed = ALLOWED_KEYS[name]
+    return {key: value for key, value in content.items() if allowed is None or key in allowed}
 
 
 def content_problems(name: str, content: object) -> list[str]:
     """What in a JSON file of a bundle may not stand there."""
     if not isinstance(content, dict):
         return [f"{name} is not a JSON object"]
-    problems = [f"{name}: key {key!r} is not permitted" for key in sorted(set(content) - ALLOWED_KEYS[name])]
+    allowed = ALLOWED_KEYS[name]
+    if allowed is None:
+        return [
+            f"{name}: token {token[:60]!r} has {str(number)[:60]!r}, which is no number of a token"
+            for token, number in content.items()
+            if type(number) is not int or not 0 <= number < _MOST_TOKENS
+        ]
+    problems = [f"{name}: key {key!r} is not permitted" for key in sorted(set(content) - allowed)]
     for key in ("tokenizer_class", "image_processor_type"):
         kind = content.get(key, "")
         if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z0-9_]{0,64}", kind):

@@ -17,7 +17,7 @@ from offsite.model_owner.import_timm import copy_timm, is_timm
 from offsite.model_owner.import_tower import copy_tower, tower_in
 from offsite.model_owner.split import DTYPES
 
-_COMPANIONS = (GENERATION_CONFIG, PROCESSOR, *TOKENIZER_FILES, "added_tokens.json", "LICENSE", "LICENSE.txt")
+_COMPANIONS = (GENERATION_CONFIG, PROCESSOR, *TOKENIZER_FILES, "LICENSE", "LICENSE.txt")
 
 
 def import_model(source: Path, out: Path, spec: ImportSpec | None = None, progress: Progress = silent) -> Base:
