@@ -1,6 +1,7 @@
 """Encoders block by block, and healed by refit and distillation on pictures."""
 
 import importlib.util
+import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,8 @@ def test_distillation_moves_the_zeros_of_what_is_never_pruned(tmp_path: Path) ->
 
 
 def test_photos_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *by: None if name == "skimage" else find(name, *by))
     base = tiny_vision_base(tmp_path / "base", blocks=4)
     with pytest.raises(UsageError, match="scikit-image are not installed") as caught:
         packed(base, tmp_path / "bundle", tiny_parties(tmp_path), keep=1, heal="refit")
@@ -223,6 +225,18 @@ def test_what_is_for_language_models_alone(tmp_path: Path, settings: dict[str, A
     with pytest.raises(UsageError, match="language models alone"):
         packed(base, tmp_path / "bundle", tiny_parties(tmp_path), keep=1, **settings)
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("settings", [{"heal": "refit"}, {"heal": "distill"}, {"select": "influence"}])
+def test_timm_that_is_not_installed_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setattr("offsite.model_owner.pack.fingerprint", lambda *_: pytest.fail("work was done"))
+    base = tiny_vision_base(tmp_path / "base", "timm, eva", 4)
+    with pytest.raises(UsageError, match="not installed") as caught:
+        packed(base, tmp_path / "bundle", tiny_parties(tmp_path), keep=1, **settings)
+    assert "offsite-tuning[timm]" in (caught.value.next_step or "")
 
 
 def test_influence_and_pruning_work_on_pictures(tmp_path: Path) -> None:

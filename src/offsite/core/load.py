@@ -84,11 +84,7 @@ def _load(
 
     _check_folder(folder)
     config, declared = _config_of(folder)
-    made_by = ARCHITECTURES.get(str(config.get("model_type")))
-    if made_by is not None and made_by.vision is not None and made_by.vision.extra:
-        extra = made_by.vision.extra
-        with _incompatible(folder):  # torchvision beside another torch fails otherwise than by being absent
-            require(extra, extra, f"a model of type {made_by.model_type}")
+    require_library(ARCHITECTURES.get(str(config.get("model_type"))), folder)
     if declared:
         return _load_declared(folder, config, declared, dtype=dtype, device=device)
     open_checkpoint(folder)  # transformers' own message for a truncated file names no file
@@ -115,6 +111,18 @@ def _load(
         model.config.output_router_logits = False  # a loss of its own, of which nothing here makes use
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return loaded
+
+
+def require_library(row: Architecture | None, folder: Path) -> None:
+    """Import the optional package that the models of a family are made by, where there is one.
+
+    Raises:
+        UsageError: it is not installed.
+        IncompatibleError: it cannot be imported.
+    """
+    if row is not None and row.vision is not None and row.vision.extra:
+        with _incompatible(folder):  # torchvision beside another torch fails otherwise than by being absent
+            require(row.vision.extra, row.vision.extra, f"a model of type {row.model_type}")
 
 
 def loading_problems(info: Mapping[str, Any], row: Architecture | None) -> list[str]:

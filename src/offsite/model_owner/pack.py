@@ -93,6 +93,10 @@ def pack(
     model = open_base(base)
     sandwich = split(model, spec)
     permitted_methods(model, spec)
+    if model.row.vision is not None and model.row.vision.extra and _runs_blocks(sandwich, spec):
+        from offsite.core.load import require_library
+
+        require_library(model.row, model.folder)
     dtype = DTYPES[spec.dtype]
     settings_files(model, range(model.blocks), dtype)  # what may not travel must not show after the long work
     base_code = fingerprint(model, identity)
@@ -153,6 +157,13 @@ def bundle_manifest(
         head=returnable_head(model, spec),
         files=files,
     )
+
+
+def _runs_blocks(sandwich: Sandwich, spec: PackSpec) -> bool:
+    """Whether the base's network runs, to select blocks or to heal them."""
+    work = work_of(sandwich.middle, spec)
+    chooses = spec.select == "influence" and spec.kept(sandwich.middle) < len(sandwich.middle)
+    return work.block_by_block or work.distills or chooses
 
 
 def _heal(
