@@ -98,6 +98,27 @@ def test_lists_that_a_config_leaves_out_are_those_that_transformers_derives(kind
     assert cut[row.count_keys[0]] == len(kept)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen2_moe"])
+@pytest.mark.parametrize("windows", [{}, {"use_sliding_window": True, "sliding_window": 4}])
+def test_a_cut_config_does_not_tell_how_deep_the_base_is(family: str, windows: dict[str, Any]) -> None:
+    row = ARCHITECTURES[family]
+    one, other = (
+        row.subset({"num_hidden_layers": blocks, "max_window_layers": blocks - 2, **windows}, [0, 1, 2])
+        for blocks in (9, 14)
+    )
+    assert one == other
+    assert one["max_window_layers"] <= 3
+    del one["layer_types"]
+    assert row.subset(one, range(3)) == other  # who derives the list comes to the same
+
+
+@pytest.mark.parametrize("period", [0, -1, "3", None])
+def test_a_period_of_windows_that_is_none(period: object) -> None:
+    config = {"num_hidden_layers": 4, "sliding_window_pattern": period}
+    with pytest.raises(IncompatibleError, match="which blocks have sliding windows"):
+        ARCHITECTURES["gemma3_text"].subset(config, [0])
+
+
 def test_a_list_that_is_not_as_long_as_there_are_blocks() -> None:
     row = ARCHITECTURES["qwen2"]
     for broken in (["full_attention"], "full_attention", 3):

@@ -316,6 +316,7 @@ def double(base: Path) -> None:
         ("llama", lambda b: edit_json(b / "config.json", num_hidden_layers=[4]), "how many blocks"),
         ("llama", lambda b: edit_json(b / "config.json", tie_word_embeddings=False), "missing lm_head.weight"),
         ("llama", lambda b: edit_json(b / "config.json", model_type="mamba"), "'mamba' are not supported"),
+        ("llama", lambda b: edit_json(b / "config.json", model_type=["llama"]), "are not supported"),
         ("llama", lambda b: edit_json(b / "config.json", hidden_act="/home/acme/act.py"), "may not travel"),
         ("gpt2", lambda b: edit_json(b / "config.json", num_hidden_layers=7), "how many blocks"),
         ("gpt2", lambda b: edit_json(b / "config.json", scale_attn_by_inverse_layer_idx=True), "by their position"),

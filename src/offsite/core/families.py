@@ -61,7 +61,14 @@ def _every(period_key: str, period: int) -> Rule:
     """Sliding windows, and full attention in every so many blocks."""
 
     def rule(config: Mapping[str, Any], index: int) -> str:
-        return "sliding_attention" if (index + 1) % int(config.get(period_key, period)) else "full_attention"
+        every = config.get(period_key, period)
+        if type(every) is not int or every < 1:
+            raise IncompatibleError(
+                "the config does not say which blocks have sliding windows",
+                reasons=[f"{period_key} = {str(every)[:60]}, expected a number from 1 on"],
+                next_step="mend config.json in the base folder",
+            )
+        return "sliding_attention" if (index + 1) % every else "full_attention"
 
     return rule
 
@@ -89,6 +96,19 @@ def _early_windows(config: Mapping[str, Any], index: int) -> str:
     """Sliding windows in every other block up to a block, where they are switched on."""
     windows = config.get("use_sliding_window", False) and index < config.get("max_window_layers", 28)
     return "sliding_attention" if windows and index % 2 == 0 else "full_attention"
+
+
+def _before_windows(config: Mapping[str, Any]) -> int:
+    """How many blocks come before the first with a sliding window."""
+    kinds = config["layer_types"]
+    return next((index for index, kind in enumerate(kinds) if kind == "sliding_attention"), len(kinds))
+
+
+def _up_to_windows(config: Mapping[str, Any]) -> int:
+    """How many blocks there are up to the last with a sliding window."""
+    return max(
+        (index + 1 for index, kind in enumerate(config["layer_types"]) if kind == "sliding_attention"), default=0
+    )
 
 
 def _has_experts(config: Mapping[str, Any], index: int) -> bool:
@@ -213,6 +233,7 @@ FAMILIES = (
         _words("hidden_act use_sliding_window sliding_window max_window_layers layer_types"),
         biases={"": _QKV},
         per_block={"layer_types": _late_windows},
+        implied={"max_window_layers": _before_windows},
     ),
     _llama_like(
         "qwen3",
@@ -221,6 +242,7 @@ FAMILIES = (
         norms=_TWO_NORMS | _HEAD_NORMS,
         biases={"attention_bias": (*_ATTENTION, *_ATTENTION_OUT)},
         per_block={"layer_types": _late_windows},
+        implied={"max_window_layers": _before_windows},
     ),
     _llama_like(
         "mixtral",
@@ -254,6 +276,7 @@ FAMILIES = (
         biases={"qkv_bias": _QKV},
         defaults={"num_experts": 60, "qkv_bias": True},
         per_block={"layer_types": _early_windows},
+        implied={"max_window_layers": _up_to_windows},
     ),
     _qwen_mixture(
         "qwen3_moe",

@@ -92,6 +92,8 @@ class Architecture:
     per_block: Mapping[str, Rule] = field(default_factory=dict)  # config keys with an entry per block, and its rule
     listed: Mapping[str, Rule] = field(default_factory=dict)  # config keys that list the blocks for which a rule holds
     settled: Mapping[str, Any] = field(default_factory=dict)  # what else the rules read -> its value once all is listed
+    # Config keys that only the derived lists were made by, and that tell of the base's depth -> what a cut config's make.
+    implied: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
     among: Mapping[str, Collection[str]] = field(default_factory=dict)  # config keys that have one of these values
     follows: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)  # keys the others settle
     refused: Mapping[str, str] = field(default_factory=dict)  # switches that must be off, and why
@@ -254,7 +256,7 @@ class Architecture:
             **self.settled,
             **{key: len(kept) for key in self.count_keys if key in config or key == self.count_keys[0]},
         }
-        return cut | self.settled_by(cut)
+        return cut | self.settled_by(cut) | {key: rule(cut) for key, rule in self.implied.items() if key in config}
 
     def settled_by(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The config keys that follow from the others, with their values."""

@@ -115,7 +115,7 @@ def row_of(config: Mapping[str, Any]) -> Architecture:
     Raises:
         IncompatibleError: there is none, and the error holds the one to add; or a switch is on that the row refuses.
     """
-    if config.get("model_type") not in ARCHITECTURES:
+    if str(config.get("model_type")) not in ARCHITECTURES:
         from offsite.model_owner.detect import unknown_family
 
         raise unknown_family(config)
