@@ -188,7 +188,8 @@ def _encoder(row: Architecture) -> str:
 
 def _refit(row: Architecture) -> str:
     if isinstance(row.linear_residual, bool):
-        other = ', or with `refit_maps = "attention"`' if row.experts else ", or with `--keep` and `--heal affine`"
+        mixture = ' and `--keep` or `--prune-by magnitude`, or with `--keep` and `refit_maps = "attention"`'
+        other = mixture if row.experts else ", or with `--keep` and `--heal affine`"
         some = f", of attention where the config has `{row.linear_attention}`" if row.linear_attention else ""
         return f"yes{some}" if row.linear_residual else f"no: pack with `--heal none`{other}"
     return f"where the config has `{row.linear_residual}`"

@@ -97,6 +97,13 @@ def test_masks_and_frequencies_in_a_bin_file_are_left_out(base_of: MakeBase, tmp
     assert bits(import_model(source, tmp_path / "out").folder) == bits(base_of())
 
 
+def test_an_adapter_beside_a_bin_file_is_refused(base_of: MakeBase, tmp_path: Path) -> None:
+    source = as_bin(base_of(), tmp_path / "bin")
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(IncompatibleError, match="no plain checkpoint"):
+        import_model(source, tmp_path / "out")
+
+
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (os.system, (f"touch {os.environ['OFFSITE_TEST_MARK']}",))

@@ -17,7 +17,7 @@ from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import copied, open_checkpoint, read_float32, write_checkpoint
 from offsite.core.load import load_model
 from offsite.core.runtime import Runtime
-from offsite.errors import DataError, IncompatibleError
+from offsite.errors import DataError, IncompatibleError, UsageError
 from offsite.exchange.artifacts import Base
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.block_runner import BlockRunner, LoadedBlock, captured_inputs
@@ -344,3 +344,18 @@ def test_a_map_into_which_nothing_goes_stays_as_it_is(tmp_path: Path, text: Path
     name = "model.layers.1.mlp.down_proj.weight"
     before, after = (read_float32(open_checkpoint(folder).tensors[name]) for folder in (base, bundle))
     assert np.array_equal(after, before)
+
+
+def test_a_mixture_is_told_all_that_the_default_has_to_be_given(tmp_path: Path, text: Path) -> None:
+    base = tiny_base(tmp_path / "base", "mixtral", 4)
+    with pytest.raises(IncompatibleError) as caught:
+        pack_refitted(base, tmp_path, text, 8 * 64, keep=None)
+    assert "--keep" in (caught.value.next_step or "")
+    assert "--prune-by magnitude" in (caught.value.next_step or "")
+
+
+def test_fewer_tokens_than_one_sequence_has(tmp_path: Path, text: Path) -> None:
+    base = tiny_base(tmp_path / "base", blocks=4, max_position_embeddings=2048)
+    with pytest.raises(UsageError, match="256 tokens of calibration text are asked for") as caught:
+        pack_refitted(base, tmp_path, text, 256, keep=1)
+    assert "calibration_tokens" in (caught.value.next_step or "")

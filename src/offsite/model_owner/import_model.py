@@ -10,7 +10,7 @@ from offsite.core.progress import Event, Progress, silent
 from offsite.core.storage import require_free, staged_folder, write_stream
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.exchange.artifacts import Base
-from offsite.exchange.contents import CONFIG, GENERATION_CONFIG, PROCESSOR, TOKENIZER_FILES
+from offsite.exchange.contents import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, PROCESSOR, TOKENIZER_FILES
 from offsite.model_owner.base_model import open_base, row_of
 from offsite.model_owner.import_onnx import import_onnx
 from offsite.model_owner.import_timm import copy_timm, is_timm
@@ -94,6 +94,12 @@ def _convert(source: Path, folder: Path, dtype: str | None, progress: Progress, 
 
     from offsite.core.load import LIBRARY_ERRORS, loading_problems
 
+    if (source / ADAPTER_CONFIG).exists():
+        raise IncompatibleError(
+            f"{source} is no plain checkpoint",
+            reasons=[f"{ADAPTER_CONFIG} lies beside the weights, and transformers would load that adapter too"],
+            next_step="take it out if you know where it comes from",
+        )
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if gguf is not None:
         _require_gguf()

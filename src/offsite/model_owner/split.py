@@ -94,7 +94,7 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
             f"refit needs a residual that is linear in the MLP's output, which this {model.row.model_type} model "
             "does not have",
             reasons=[why],
-            next_step=f"pack with --heal none or --heal distill{other}",
+            next_step=f"pack with --heal none or --heal distill{other}{_without_sparsegpt(model, work)}",
         )
     if "attention" in work.solves and not model.row.residual_is_linear(model.config, "attention"):
         solvable = model.row.residual_is_linear(model.config)
@@ -107,7 +107,7 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
         raise IncompatibleError(
             f"SparseGPT cannot prune this {model.row.model_type} model",
             reasons=["which expert a token goes to changes with what is pruned"],
-            next_step="pack with --prune-by magnitude",
+            next_step="pack with --prune-by magnitude and --heal none, or drop blocks with --keep",
         )
     if spec.permit_head and not model.row.head_tensors(model.config):
         raise UsageError(
@@ -151,6 +151,15 @@ def _require_room(blocks: int, trained: Collection[int], spec: PackSpec) -> None
             if middle
             else "choose a smaller --bottom or --top, or a shorter --train",
         )
+
+
+def _without_sparsegpt(model: BaseModel, work: Work) -> str:
+    """What else is needed where SparseGPT is to prune a mixture of experts."""
+    return (
+        "; and drop blocks with --keep, or take --heal none with --prune-by magnitude"
+        if work.prunes and model.row.experts
+        else ""
+    )
 
 
 def _require_gap(middle: Sequence[int], spec: PackSpec, work: Work) -> None:

@@ -19,7 +19,7 @@ from offsite.core.picture_sizes import picture_count, seen_picture, spread
 from offsite.core.pictures import Pictures
 from offsite.core.row_files import RECORDS, read_text
 from offsite.core.rows import read_rows
-from offsite.errors import DataError
+from offsite.errors import DataError, UsageError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.compress.calibration_pictures import crops
 
@@ -31,7 +31,7 @@ def calibration_batches(model: BaseModel, file: Path | None, tokens: int) -> lis
 
     Raises:
         DataError: the text cannot be read or is too short for one sequence, or pictures cannot be read.
-        UsageError: no pictures were named, and none are installed.
+        UsageError: fewer tokens are asked for than one sequence has; or no pictures were named, and none are installed.
     """
     if model.row.vision is not None:
         return _picture_batches(model, file, tokens)
@@ -40,6 +40,11 @@ def calibration_batches(model: BaseModel, file: Path | None, tokens: int) -> lis
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     length = calibration_length(model.config)
     body = length - len(start)
+    if tokens < length:
+        raise UsageError(
+            f"{tokens} tokens of calibration text are asked for, and one sequence has {length}",
+            next_step=f"set calibration_tokens, and distill_tokens with --heal distill, to at least {length}",
+        )
     count = min(tokens // length, len(ids) // body)
     if count == 0:
         raise DataError(
