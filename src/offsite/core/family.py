@@ -92,7 +92,7 @@ class Architecture:
     per_block: Mapping[str, Rule] = field(default_factory=dict)  # config keys with an entry per block, and its rule
     listed: Mapping[str, Rule] = field(default_factory=dict)  # config keys that list the blocks for which a rule holds
     settled: Mapping[str, Any] = field(default_factory=dict)  # what else the rules read -> its value once all is listed
-    # Config keys that only the derived lists were made by, and that tell of the base's depth -> what a cut config's make.
+    # Config keys from which lists are derived, and which tell the base's depth -> their value in a cut config.
     implied: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
     among: Mapping[str, Collection[str]] = field(default_factory=dict)  # config keys that have one of these values
     follows: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)  # keys the others settle
