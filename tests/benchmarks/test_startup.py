@@ -3,7 +3,7 @@
 import typer
 from benchmarks.startup import VERBS
 
-from offsite.cli import build
+from offsite.cli.app import build
 
 
 def test_every_verb_is_measured():

@@ -1,11 +1,16 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from offsite.cli import keys, main, terminal
+from offsite.cli import data_owner, keys, main, terminal
+from offsite.core.resume import RunState, run_folder
 from offsite.errors import (
     DataError,
     IncompatibleError,
@@ -15,6 +20,21 @@ from offsite.errors import (
     UsageError,
     VerificationError,
 )
+
+Process = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def offsite_process(tmp_path: Path) -> Process:
+    """The command line in a process of its own, in an empty home, after some code of the test's."""
+
+    def run(before: str, *words: str, stdout: Any = subprocess.PIPE) -> "subprocess.CompletedProcess[str]":
+        code = f"{before}\nimport sys\nfrom offsite.cli import main\nsys.exit(main())"
+        command = [sys.executable, "-c", code, *words]
+        home = os.environ | {"OFFSITE_HOME": str(tmp_path / "home")}
+        return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, env=home)
+
+    return run
 
 
 @pytest.fixture
@@ -112,22 +132,87 @@ def test_interruption(
         assert code == 2  # a home and no verb
 
 
-def test_interrupted_tune_says_how_to_continue(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from offsite.cli import data_owner
+def test_interruption_is_json_too(failing: list[BaseException], capsys: pytest.CaptureFixture[str]) -> None:
+    failing.append(KeyboardInterrupt())
+    assert main(["keygen", "--out", "x", "--json"]) == 130
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert set(error) == {"kind", "exit_code", "what", "reasons", "next_step"}
+    assert (error["kind"], error["exit_code"]) == ("Interrupted", 130)
 
+
+@pytest.mark.parametrize("words", [["tune", "b", "--data", "d"], ["pack", "b", "--for", "x"]])
+def test_what_can_be_resumed_is_resumed_and_what_was_not_begun_is_not(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data_owner.flags, "settings", interrupt)
-    assert main(["tune", "b", "--data", "d", "--out", "o"]) == 130
-    assert "--resume" in capsys.readouterr().err
+    words += ["--out", str(tmp_path / "out")]
+    assert main(words) == 130
+    assert "Run the same command again to start over" in capsys.readouterr().err
+    RunState(run_folder(tmp_path / "out"), {}, resume=False)
+    assert main(words) == 130
+    assert "Run the same command with --resume" in capsys.readouterr().err
+
+
+def test_interruption_before_the_commands_are_there(offsite_process: Process) -> None:
+    """Importing them takes a fifth of a second, in which a person may change their mind."""
+    stop = """
+import sys
+class Stop:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            sys.meta_path.remove(self)
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Stop())
+"""
+    done = offsite_process(stop, "inspect", "x", "--json")
+    assert done.returncode == 130
+    assert done.stderr.startswith("offsite: stopped")
+    assert json.loads(done.stdout)["error"]["exit_code"] == 130
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
+@pytest.mark.parametrize("words", [["trust", "list"], ["inspect", "nothing"], ["--help"]])
+def test_standard_output_that_takes_nothing(words: list[str], offsite_process: Process) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = offsite_process("", *words, *([] if "--help" in words else ["--json"]), stdout=full)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-2:] == [
+        "error: cannot use standard output: No space left on device",
+        "next: check the disk and the path, then run the same command again",
+    ]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_gone_is_no_error(offsite_process: Process) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = offsite_process("", "trust", "list", "--json", stdout=writer)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_colour_is_left_out_where_it_is_not_wanted(
+    wanted: bool,
+    failing: list[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "" if wanted else "1")
+    failing.append(UsageError("it broke", next_step="mend it"))
+    assert main(["keygen", "--out", "x"]) == 2
+    assert ("\x1b[" in capsys.readouterr().err) == wanted
 
 
 def test_termination_is_an_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("offsite.cli.settle_waiting", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("offsite.cli.app.settle_waiting", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert main(["inspect", "x"]) == 130
     assert "nothing half-written was left" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before

@@ -4,7 +4,8 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import typer
 
-from offsite.cli import build, flags, main
+from offsite.cli import flags, main
+from offsite.cli.app import build
 from offsite.config import TABLES, Spec
 
 VERBS = ("import", "pack", "plug-in", "tune", "keygen", "inspect", "verify", "eval", "demo", "study")

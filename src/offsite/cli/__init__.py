@@ -8,55 +8,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-import typer
-
-from offsite.cli import artifacts, data_owner, demo, flags, keys, measure, model_owner, study, terminal
-from offsite.core.run_log import terminated_as_interrupted
-from offsite.core.threads import settle_waiting
-from offsite.errors import OffsiteError
-
-INTERRUPTED = 130
-
-_AFTER_INTERRUPT = {
-    "tune": "run the same command with --resume to continue from the last resume point",
-    "demo": "run the same command again: finished steps are not repeated",
-    "study": "run the same command again: finished stages are not repeated",
-}
-
-
-_PLAYERS = ("demo", "study")  # compute nothing themselves; each process that they start looks at the machine anew
-
-
-def build() -> typer.Typer:
-    """The application, with its commands grouped by the party that uses them."""
-    app = typer.Typer(
-        name="offsite",
-        help=_ABOUT,
-        epilog=flags.EXIT_CODES,
-        no_args_is_help=True,
-        add_completion=False,
-        rich_markup_mode="rich",
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
-    app.callback()(_root)
-    for panel, name, verb in (
-        (flags.MODEL, "import", model_owner.import_),
-        (flags.MODEL, "pack", model_owner.pack),
-        (flags.MODEL, "plug-in", model_owner.plug_in),
-        (flags.DATA, "tune", data_owner.tune),
-        (flags.BOTH, "keygen", keys.keygen),
-        (flags.BOTH, "inspect", artifacts.inspect),
-        (flags.BOTH, "verify", artifacts.verify),
-        (flags.BOTH, "eval", measure.eval_),
-        (flags.BOTH, "demo", demo.demo),
-        (flags.BOTH, "study", study.study),
-    ):
-        app.command(name, rich_help_panel=panel, cls=flags.Command, epilog=flags.EXIT_CODES)(verb)
-    app.command("full-fine-tuning", hidden=True, epilog=flags.EXIT_CODES)(study.full_fine_tuning)  # of a study alone
-    app.add_typer(keys.trust_commands(), name="trust", rich_help_panel=flags.BOTH)
-    return app
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -70,46 +21,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Looking for plugins, pydantic would read the metadata of every installed package at each start; we use none.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     words = list(sys.argv[1:] if arguments is None else arguments)
-    run = flags.Run()
     try:
-        with terminated_as_interrupted():
-            code = build()(args=words, prog_name="offsite", standalone_mode=False, obj=run)
-    except OffsiteError as error:
-        terminal.show_error(error, as_json=_wants_json(words, run))
-        return error.exit_code
-    except typer.TyperException as error:  # a flag or argument that the parser refuses
-        terminal.show_usage_error(error, as_json=_wants_json(words, run))
-        return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-    if code == INTERRUPTED:  # the parser turns Ctrl-C into this code
-        terminal.say(
-            "stopped; nothing half-written was left. "
-            + _AFTER_INTERRUPT.get(run.verb, "run the same command again to start over").capitalize()
-        )
-    return code if isinstance(code, int) else 0
+        from offsite.cli.app import run  # in here, since Ctrl-C may come while it is imported
 
+        return run(words)
+    except KeyboardInterrupt:
+        from offsite.cli import terminal
 
-_ABOUT = (
-    "Tune a model that you may not have on data that may not leave.\n\n"
-    "The model's owner packs a bundle (the blocks to train, and a compressed stand-in for the rest) and sends it out. "
-    "The data's owner tunes it at home and sends back the trained blocks alone. Plugged into the full model, they make "
-    "it better at the task. Every artifact is signed and names its parent.\n\n"
-    "Try it on this machine:  offsite demo"
-)
+        return terminal.show_interruption(terminal.START_OVER, as_json="--json" in words)
+    except OSError as error:  # a stream's, mostly: of files the stages make StorageErrors
+        from offsite.cli import terminal
 
-
-def _root(
-    context: typer.Context,
-    home: flags.HomeFlag = None,
-    version: flags.VersionFlag = False,
-) -> None:
-    run = flags.run_of(context)
-    run.verb = context.invoked_subcommand or ""
-    run.home = home
-    if run.verb not in _PLAYERS:
-        settle_waiting(os.environ)
-
-
-def _wants_json(words: Sequence[str], run: flags.Run) -> bool:
-    return "--json" in words and run.verb != "demo"  # the demo writes its JSON to a file
+        return terminal.show_system_error(error, as_json="--json" in words)

@@ -31,6 +31,7 @@ class Run:
 
     verb: str = ""
     home: Path | None = None
+    resumable: Path | None = None  # where its resume points would lie
 
 
 def run_of(context: typer.Context) -> Run:
@@ -68,6 +69,13 @@ _WIDEST_CHOICES = 32  # letters of choices that fit beside the flags; more of th
 
 class Command(TyperCommand):
     """A command whose help is completed from the spec of its settings, and only when somebody asks for help."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, after noting where it could be resumed from."""
+        if "resume" in ctx.params:
+            out = Path(ctx.params["out"])
+            run_of(ctx).resumable = out.with_name(f"{out.name}.run")  # as `run_folder`, which would import torch
+        return super().invoke(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help, with defaults and choices as the spec has them now."""

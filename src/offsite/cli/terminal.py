@@ -4,8 +4,10 @@ Text from an artifact may come from a stranger, so control characters are shown 
 """
 
 import contextlib
+import errno
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +16,10 @@ from typing import Any
 import typer
 
 from offsite.core.progress import Event, Progress
-from offsite.errors import OffsiteError
+from offsite.errors import OffsiteError, StorageError
 
+INTERRUPTED = 130
+START_OVER = "run the same command again to start over"
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_AT_LEAST = 2.0
 _LIST_SHOWN = 12
@@ -70,19 +74,52 @@ def show_usage_error(error: typer.TyperException, *, as_json: bool) -> None:
     _failed("UsageError", error.exit_code, error.format_message(), (), next_step, as_json=as_json)
 
 
+def show_interruption(next_step: str, *, as_json: bool) -> int:
+    """That the command was stopped; returns the exit code."""
+    what = "stopped; nothing half-written was left"
+    say(f"{what}. {next_step[0].upper()}{next_step[1:]}")
+    if as_json:
+        _show_failure("Interrupted", INTERRUPTED, what, (), next_step)
+    return INTERRUPTED
+
+
+def show_system_error(error: OSError, *, as_json: bool) -> int:
+    """What the system refused: as a rule standard output that takes nothing more; returns the exit code."""
+    if error.filename is None:
+        as_json = False
+        with contextlib.suppress(OSError):  # at its end Python would try once more to write what is left
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+    if error.errno != errno.EPIPE:  # whoever read it has gone, as `head` does
+        what = f"cannot use {error.filename or 'standard output'}: {error.strerror or error}"
+        next_step = "check the disk and the path, then run the same command again"
+        show_error(StorageError(what, next_step=next_step), as_json=as_json)
+    return StorageError.exit_code
+
+
 def _failed(
     kind: str, exit_code: int, what: str, reasons: tuple[str, ...], next_step: str | None, *, as_json: bool
 ) -> None:
-    if as_json:
-        body = {"kind": kind, "exit_code": exit_code, "what": what, "reasons": list(reasons), "next_step": next_step}
-        show({"error": body}, as_json=True)
-    typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+    _mark("error: ", fg="red", bold=True)
     typer.echo(printable(what), err=True)
     for reason in reasons:
         typer.echo(printable(f"  - {reason}"), err=True)
     if next_step:
-        typer.secho("next: ", fg="cyan", err=True, nl=False)
+        _mark("next: ", fg="cyan")
         typer.echo(printable(next_step), err=True)
+    if as_json:  # last, since standard output may take nothing more
+        _show_failure(kind, exit_code, what, reasons, next_step)
+
+
+def _show_failure(kind: str, exit_code: int, what: str, reasons: tuple[str, ...], next_step: str | None) -> None:
+    body = {"kind": kind, "exit_code": exit_code, "what": what, "reasons": list(reasons), "next_step": next_step}
+    show({"error": body}, as_json=True)
+
+
+def _mark(word: str, **style: Any) -> None:
+    """The start of a line on standard error, in colour where that is wanted (see no-color.org)."""
+    typer.secho(word, err=True, nl=False, color=False if os.environ.get("NO_COLOR") else None, **style)
 
 
 def printable(text: str) -> str:

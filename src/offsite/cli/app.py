@@ -1,0 +1,99 @@
+"""The application: its commands by party, and what became of the one that was run."""
+
+import os
+from collections.abc import Sequence
+
+import typer
+
+from offsite.cli import artifacts, data_owner, demo, flags, keys, measure, model_owner, study, terminal
+from offsite.core.run_log import terminated_as_interrupted
+from offsite.core.threads import settle_waiting
+from offsite.errors import OffsiteError
+
+_PLAYERS = {  # compute nothing themselves; each process that they start looks at the machine anew
+    "demo": "run the same command again: finished steps are not repeated",
+    "study": "run the same command again: finished stages are not repeated",
+}
+
+
+def build() -> typer.Typer:
+    """The application, with its commands grouped by the party that uses them."""
+    app = typer.Typer(
+        name="offsite",
+        help=_ABOUT,
+        epilog=flags.EXIT_CODES,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for panel, name, verb in (
+        (flags.MODEL, "import", model_owner.import_),
+        (flags.MODEL, "pack", model_owner.pack),
+        (flags.MODEL, "plug-in", model_owner.plug_in),
+        (flags.DATA, "tune", data_owner.tune),
+        (flags.BOTH, "keygen", keys.keygen),
+        (flags.BOTH, "inspect", artifacts.inspect),
+        (flags.BOTH, "verify", artifacts.verify),
+        (flags.BOTH, "eval", measure.eval_),
+        (flags.BOTH, "demo", demo.demo),
+        (flags.BOTH, "study", study.study),
+    ):
+        app.command(name, rich_help_panel=panel, cls=flags.Command, epilog=flags.EXIT_CODES)(verb)
+    app.command("full-fine-tuning", hidden=True, epilog=flags.EXIT_CODES)(study.full_fine_tuning)  # of a study alone
+    app.add_typer(keys.trust_commands(), name="trust", rich_help_panel=flags.BOTH)
+    return app
+
+
+def run(words: Sequence[str]) -> int:
+    """Run one command, and show its error if it has one; returns the exit code."""
+    this = flags.Run()
+    try:
+        with terminated_as_interrupted():
+            code = build()(args=list(words), prog_name="offsite", standalone_mode=False, obj=this)
+    except OffsiteError as error:
+        terminal.show_error(error, as_json=_wants_json(words, this))
+        return error.exit_code
+    except typer.TyperException as error:  # a flag or argument that the parser refuses
+        terminal.show_usage_error(error, as_json=_wants_json(words, this))
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        code = terminal.INTERRUPTED
+    if code == terminal.INTERRUPTED:  # the parser turns Ctrl-C into this code
+        terminal.show_interruption(_after_interruption(this), as_json=_wants_json(words, this))
+    return code if isinstance(code, int) else 0
+
+
+def _after_interruption(run: flags.Run) -> str:
+    if run.verb in _PLAYERS:
+        return _PLAYERS[run.verb]
+    if run.resumable is not None and (run.resumable / "run.json").exists():
+        return "run the same command with --resume to continue from the last resume point"
+    return terminal.START_OVER
+
+
+_ABOUT = (
+    "Tune a model that you may not have on data that may not leave.\n\n"
+    "The model's owner packs a bundle (the blocks to train, and a compressed stand-in for the rest) and sends it out. "
+    "The data's owner tunes it at home and sends back the trained blocks alone. Plugged into the full model, they make "
+    "it better at the task. Every artifact is signed and names its parent.\n\n"
+    "Try it on this machine:  offsite demo"
+)
+
+
+def _root(
+    context: typer.Context,
+    home: flags.HomeFlag = None,
+    version: flags.VersionFlag = False,
+) -> None:
+    run = flags.run_of(context)
+    run.verb = context.invoked_subcommand or ""
+    run.home = home
+    if run.verb not in _PLAYERS:
+        settle_waiting(os.environ)
+
+
+def _wants_json(words: Sequence[str], run: flags.Run) -> bool:
+    return "--json" in words and run.verb != "demo"  # the demo writes its JSON to a file
