@@ -113,9 +113,25 @@ def test_a_name_is_one_key_and_a_key_one_name(tmp_path: Path) -> None:
     home.trust("alice", alice)
     with pytest.raises(UsageError, match="'alice' is trusted already"):
         home.trust("alice", bob)
-    with pytest.raises(UsageError, match="'alice' is trusted already"):
+    with pytest.raises(UsageError, match=r"is trusted already, as 'alice'") as caught:
         home.trust("bob", alice)
+    assert caught.value.next_step
+    assert "has changed" not in caught.value.next_step
     assert home.trusted() == {"alice": alice}
+
+
+def test_nobody_trusts_themselves(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    own = home.create_identity("acme").public_key
+    with pytest.raises(UsageError, match="this party's own"):
+        home.trust("acme", own)
+    assert home.trusted() == {}
+
+
+def test_a_folder_may_be_text(tmp_path: Path) -> None:
+    home = Home(str(tmp_path))  # type: ignore[arg-type]  # who has no type checker
+    assert home == Home(tmp_path)
+    assert home.create_identity("acme").public_key == home.identity().public_key
 
 
 def test_nobody_of_that_name(tmp_path: Path) -> None:

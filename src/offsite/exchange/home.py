@@ -23,6 +23,9 @@ class Home:
 
     folder: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))  # who calls from Python may have text
+
     @classmethod
     def default(cls) -> "Home":
         """`$OFFSITE_HOME`, else the folder where this platform keeps an application's data."""
@@ -93,11 +96,21 @@ class Home:
         """Remember another party's key under a name of one's own.
 
         Raises:
-            UsageError: the name is taken by another key, or the key is known under another name.
+            UsageError: the name is taken by another key, the key is known under another name, or it is one's own.
         """
         _check_name(name)
+        if self._key.exists() and key == self.identity().public_key:
+            raise UsageError(
+                f"the key {key.fingerprint} is this party's own, which needs no trust",
+                next_step="add the key that the other party sent, or name the right --home",
+            )
         for known, other in self.trusted().items():
-            if (known == name) != (other == key):
+            if other == key and known != name:
+                raise UsageError(
+                    f"the key {key.fingerprint} is trusted already, as {known!r}",
+                    next_step=f"call that party {known}; for another name, `offsite trust remove {known}` first",
+                )
+            if known == name and other != key:
                 raise UsageError(
                     f"{known!r} is trusted already with the key {other.fingerprint}",
                     next_step=f"if the key has changed for a good reason, `offsite trust remove {known}` first",
