@@ -14,6 +14,13 @@ def test_all_names_are_there_and_resolve() -> None:
     assert set(offsite.__all__) <= set(dir(offsite))
 
 
+def test_every_name_says_what_it_is() -> None:
+    for name in set(offsite.__all__) - {"__version__"}:
+        value = getattr(offsite, name)
+        assert value.__doc__, name
+        assert value.__module__.startswith("offsite."), name  # and not what some other library says of itself
+
+
 def test_the_three_lists_of_names_agree() -> None:
     """__all__, the table of modules, and the block that type checkers read."""
     tree = ast.parse(Path(offsite.__file__).read_text(encoding="utf-8"))

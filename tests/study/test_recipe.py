@@ -18,6 +18,21 @@ def problems(tmp_path: Path, old: str, new: str) -> list[str]:
     return list(caught.value.reasons)
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "No such file"), ("folder", "Is a directory"), (b"[[pack", "not TOML"), (b"\xff", "not TOML")],
+)
+def test_what_is_no_recipe_is_told_with_a_next_step(tmp_path: Path, content: bytes | str | None, says: str) -> None:
+    file = tmp_path / "recipe.toml"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content:
+        file.mkdir()
+    with pytest.raises(UsageError, match=says) as caught:
+        load_recipe(file)
+    assert "docs/study.md" in (caught.value.next_step or "")
+
+
 def test_a_recipe_is_resolved_by_the_specs_of_the_stages(tmp_path: Path) -> None:
     recipe = load_recipe(lay_out(tmp_path))
     assert recipe.rows == ROWS
@@ -77,12 +92,6 @@ def test_the_example_in_the_documents_is_a_recipe(tmp_path: Path) -> None:
     recipe = load_recipe(tmp_path / "recipe.toml")
     assert (recipe.base, recipe.seeds, recipe.methods[0].full.lr) == ("smollm2", (0, 1), 1e-4)
     assert recipe.compressors[0].placement == "ends"
-
-
-def test_not_toml(tmp_path: Path) -> None:
-    (tmp_path / "r.toml").write_text("title =")
-    with pytest.raises(UsageError, match="cannot read the recipe"):
-        load_recipe(tmp_path / "r.toml")
 
 
 def test_a_data_set_may_have_settings_of_its_own(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """How long work tells its caller where it is: events to a callback, so that stages know nothing of terminals."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,11 @@ class Event:
     facts: Mapping[str, float | str] = field(default_factory=dict)
 
 
-Progress = Callable[[Event], None]
+class Progress(Protocol):
+    """Where a stage's events go: any function that takes an `Event`."""
+
+    def __call__(self, event: Event, /) -> None:
+        """Take one event."""
 
 
 def silent(event: Event) -> None:

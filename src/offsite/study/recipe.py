@@ -123,8 +123,17 @@ def load_recipe(file: Path, *, data_root: Path | None = None, base: Path | None 
     """
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"cannot read the recipe {file}", reasons=[str(error)]) from None
+    except OSError as error:
+        raise UsageError(
+            f"cannot read the recipe {file}: {error.strerror}",
+            next_step="name a TOML file; recipes/ has some, and docs/study.md shows how to write one",
+        ) from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(
+            f"the recipe {file} is not TOML",
+            reasons=[str(error)],
+            next_step="mend it there; docs/study.md shows how a recipe is written",
+        ) from None
     try:
         tables = RecipeTables.model_validate(content)
     except ValidationError as error:
