@@ -73,6 +73,20 @@ def test_flags_of_no_use_or_of_harm_are_refused_before_any_work(
     assert (tmp_path / "rows.jsonl").read_bytes() == before
 
 
+def test_what_is_no_model_is_a_usage_error(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And who names an adapter alone is told to name it beside its model."""
+    rows = tiny_rows(tmp_path / "rows.jsonl", 3)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert main(["eval", str(folder), "--data", str(rows)]) == 2
+    assert "--adapter" not in capsys.readouterr().err
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    assert main(["eval", str(folder), "--data", str(rows)]) == 2
+    assert f"`offsite eval MODEL --adapter {folder}`" in capsys.readouterr().err
+    assert main(["eval", str(base), "--data", str(rows), "--adapter", str(tmp_path)]) == 2
+    assert "is no LoRA adapter" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("verb", "extra"), [("eval", "lm-eval"), ("tune", "tensorboard")])
 def test_a_missing_extra_is_named_before_any_work(
     verb: str,

@@ -19,7 +19,7 @@ from offsite.core.load import (
     read_tensor,
 )
 from offsite.core.modules.shapes import bottleneck_shapes
-from offsite.errors import IncompatibleError, StorageError
+from offsite.errors import IncompatibleError, StorageError, UsageError
 from tiny import FAMILIES, tiny_base
 
 CPU = torch.device("cpu")
@@ -112,7 +112,7 @@ def test_a_stray_adapter_is_refused(copy):
 
 
 def test_a_folder_without_a_config_is_no_checkpoint(tmp_path):
-    with pytest.raises(StorageError, match=r"config\.json"):
+    with pytest.raises(UsageError, match=r"config\.json"):
         load_model(tmp_path, dtype=torch.float32, device=CPU)
 
 
@@ -159,7 +159,7 @@ def test_an_adapter_that_does_more_than_lora_is_refused(base, tmp_path, changes,
 
 
 def test_an_adapter_folder_without_a_config_is_none(base, tmp_path):
-    with pytest.raises(StorageError, match="no LoRA adapter"):
+    with pytest.raises(UsageError, match="no LoRA adapter"):
         load_adapted(base, tmp_path, dtype=torch.float32, device=CPU)
 
 

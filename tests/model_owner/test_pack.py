@@ -336,7 +336,6 @@ def test_base_that_does_not_fit(
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("config.json", None, "holds no config.json"),
         ("config.json", b"{", "cannot read"),
         ("config.json", b"[]", "not a JSON object"),
         ("model.safetensors", None, "holds no model.safetensors"),

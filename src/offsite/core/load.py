@@ -16,7 +16,7 @@ from offsite.core.mixture import experts_implementation, in_files
 from offsite.core.modules.bottleneck import insert_bottlenecks
 from offsite.core.modules.declared import Declared, unwrapped
 from offsite.core.modules.shapes import bottleneck_places, bottleneck_shapes, widths_of
-from offsite.errors import IncompatibleError, OffsiteError, StorageError
+from offsite.errors import IncompatibleError, OffsiteError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,6 +42,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> "Pr
         device: where it goes.
 
     Raises:
+        UsageError: the folder is no checkpoint.
         StorageError: the weights are missing, truncated or malformed.
         IncompatibleError: the folder asks for foreign code, holds an adapter, or its tensors are not exactly the
             model's; every missing, unexpected and mismatched key is listed.
@@ -64,7 +65,8 @@ def model_settings(folder: Path) -> dict[str, Any]:
     """The config of a model folder that may be loaded.
 
     Raises:
-        StorageError: there is none, or it cannot be read.
+        UsageError: there is none.
+        StorageError: it cannot be read.
         IncompatibleError: the folder asks for foreign code, or holds an adapter.
     """
     _check_folder(folder)
@@ -219,6 +221,7 @@ def load_adapted(base: Path, adapter: Path, *, dtype: torch.dtype, device: torch
         device: where it goes.
 
     Raises:
+        UsageError: a folder is no checkpoint or no adapter.
         StorageError: weights are missing, truncated or malformed.
         IncompatibleError: the adapter is no plain LoRA, or its tensors are not exactly what its config makes on this
             model; every difference is listed.
@@ -396,9 +399,11 @@ def _check_folder(folder: Path) -> None:
     """Refuse what would run foreign code, reach outside the folder, or silently load something else."""
     config = folder / "config.json"
     if not config.exists():
-        raise StorageError(
+        tuned = any(folder.glob("*.safetensors"))  # a return, or a plug-in of the form adapter
+        raise UsageError(
             f"{folder} holds no config.json, so it is no checkpoint",
-            next_step="name a base, bundle or merged plug-in folder",
+            next_step="name a base, bundle or merged plug-in folder"
+            + (f"; an adapter goes with its model: `offsite eval MODEL --adapter {folder}`" if tuned else ""),
         )
     settings = _read_settings(config)
     row = ARCHITECTURES.get(str(settings.get("model_type")))
@@ -451,7 +456,7 @@ def _own_head(base: Path) -> list[str]:
 
 def _check_adapter(adapter: Path, saved: list[str]) -> None:
     if not (adapter / ADAPTER_CONFIG).exists():
-        raise StorageError(
+        raise UsageError(
             f"{adapter} holds no {ADAPTER_CONFIG}, so it is no LoRA adapter",
             next_step="name a return of a LoRA tuning or a plug-in of the form adapter",
         )

@@ -87,6 +87,7 @@ def evaluate(
 
     Raises:
         DataError: the data set is empty, or has bad or overlong rows.
+        UsageError: a folder is no checkpoint or no adapter.
         StorageError: a file is missing or broken.
         IncompatibleError: the folder is no plain checkpoint, the adapter does not fit it, or the tokenizer makes
             tokens that it does not know.
