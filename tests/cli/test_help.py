@@ -1,9 +1,12 @@
+import ast
 import re
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import typer
 
+import offsite
 from offsite.cli import flags, main
 from offsite.cli.app import build
 from offsite.config import TABLES, Spec
@@ -118,6 +121,26 @@ def test_flags_are_those_that_are_documented(verb: str, expected: set[str]) -> N
     assert found == expected
 
 
+def test_every_flag_that_a_message_names_is_there() -> None:
+    """Sentences of the sources, which errors, hints and help are made of; a page's style sheet is none."""
+
+    def flags_of(command: Any) -> set[str]:
+        own = {opt for param in command.params for opt in param.opts if opt.startswith("--")}
+        return own.union(*(flags_of(inner) for inner in getattr(command, "commands", {}).values()))
+
+    there = {"--help"} | flags_of(typer.main.get_command(build()))
+    wrong = [
+        f"{file.name}:{node.lineno}: {flag}"
+        for file in Path(offsite.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if " " in node.value and not node.value.startswith("<")
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", node.value)
+        if flag not in there
+    ]
+    assert not wrong
+
+
 def test_flags_left_out_are_not_given() -> None:
     """None means that the TOML file and the spec decide."""
     for verb in TABLES:
@@ -133,7 +156,5 @@ def test_no_words_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    import offsite
-
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"offsite {offsite.__version__}\n"

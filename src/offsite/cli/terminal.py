@@ -139,16 +139,16 @@ def _rows(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def _list_rows(label: str, values: "list[Any] | tuple[Any, ...]") -> Iterator[tuple[str, str]]:
-    if values and all(isinstance(value, int) for value in values):
-        yield label, ", ".join(str(value) for value in values)
-        return
-    for value in values[:_LIST_SHOWN]:
+    """Numbers and words in one line; sentences below each other, with the label before the first."""
+    most = len(values) if all(isinstance(value, int) for value in values) else _LIST_SHOWN
+    for value in values[:most]:
         if isinstance(value, Mapping):
             yield from _rows(value, f"{label}.")
-        else:
-            yield label, str(value)
-    if len(values) > _LIST_SHOWN:
-        yield label, f"and {len(values) - _LIST_SHOWN} more"
+    texts = [str(value) for value in values[:most] if not isinstance(value, Mapping)]
+    words = not any(" " in text for text in texts)
+    texts += [f"and {len(values) - most} more"] if len(values) > most else []
+    for at, text in enumerate([", ".join(texts)] if texts and words else texts):
+        yield "" if at else label, text
 
 
 def _value(name: str, value: object) -> str:
