@@ -170,6 +170,28 @@ def test_import_and_pack(tmp_path: Path, base: Path, parties: Parties, run: Run)
     assert "is not an empty folder" in run(*words, *settings, code=2)["error"]["what"]
 
 
+def test_how_a_distillation_went_is_told(tmp_path: Path, base: Path, parties: Parties, run: Run) -> None:
+    words = ["pack", base, "--out", tmp_path / "bundle", "--for", "hospital", "--home", parties.owner.folder]
+    shown = run(
+        *words,
+        "--bottom",
+        1,
+        "--top",
+        1,
+        "--keep",
+        1,
+        "--heal",
+        "refit,distill",
+        "--distill-steps",
+        2,
+        "--distill-tokens",
+        1024,
+    )
+    told = shown["distillation"]
+    assert (told["steps"], told["log"]) == (2, str(tmp_path / "bundle.log.jsonl"))
+    assert told["error"] > 0
+
+
 def test_settings_of_pack_from_toml(tmp_path: Path, base: Path, parties: Parties, run: Run) -> None:
     config = tmp_path / "settings.toml"
     config.write_text('[pack]\nbottom = 1\ntop = 1\nkeep = 2\nheal = "none"\nmax_rank = 3\n')

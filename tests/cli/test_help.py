@@ -10,6 +10,7 @@ import offsite
 from offsite.cli import flags, main
 from offsite.cli.app import build
 from offsite.config import TABLES, Spec
+from offsite.core.run_log import log_file
 
 VERBS = ("import", "pack", "plug-in", "tune", "keygen", "inspect", "verify", "eval", "demo", "study")
 
@@ -40,6 +41,11 @@ def test_help_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Example: offsite " + verb in text
     assert "Exit codes: 0 done;" in text
     assert "130 interrupted" in text
+
+
+@pytest.mark.parametrize("verb", ["pack", "tune"])
+def test_help_names_the_log(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert log_file(Path("OUT")).name in help_of(capsys, verb)
 
 
 def test_tables_of_a_recipe_are_not_taken_for_markup(capsys: pytest.CaptureFixture[str]) -> None:

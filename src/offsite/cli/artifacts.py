@@ -94,6 +94,28 @@ def describe_base(folder: Path) -> dict[str, Any]:
     }
 
 
+def told_by(log: Path, trained: str, judged: str) -> dict[str, Any]:
+    """The last step of a run by its log, and what was measured on held-out data behind it.
+
+    Args:
+        log: of the run; it stays with whoever ran it, and so does what is told here.
+        trained: the kind of record that a step leaves.
+        judged: the kind of record that held-out data leave.
+    """
+    from offsite.core.run_log import last_record
+
+    step, held_out = last_record(log, trained), last_record(log, judged)
+    if step is None:
+        return {}
+    told = {"steps": step["step"], **{name: step[name] for name in _MEASURES if name in step}}
+    if held_out is not None and held_out["step"] == step["step"]:
+        told |= {f"eval_{name}": held_out[name] for name in _MEASURES if name in held_out}
+    return {**told, "log": str(log)}
+
+
+_MEASURES = ("loss", "accuracy", "error", "ce")
+
+
 def numbers_in(tensors: "Iterable[TensorEntry]") -> int:
     """How many numbers tensors hold together."""
     import math

@@ -1,15 +1,21 @@
 """The verb of the party that owns data: tune."""
 
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from offsite.cli import artifacts, flags, terminal
 from offsite.cli.plan import show_plan
+from offsite.core.run_log import log_file
 
 if TYPE_CHECKING:
     from offsite.config import TuneSpec
+    from offsite.core.progress import Event, Progress
+    from offsite.exchange.artifacts import Bundle
+    from offsite.exchange.home import Home
     from offsite.exchange.manifest import BundleManifest
 
 
@@ -45,6 +51,7 @@ def tune(
     """Verify a bundle, train its adapter on your data, and make a signed return.
 
     The data stay here: a return holds tensors and settings, and what it will hold is listed before anything trains.
+    The log of the run, OUT.log.jsonl beside the return, has every step's loss and stays here too.
 
     Example:
       offsite tune bundle/ --data train.jsonl --eval-data test.jsonl --out return/
@@ -87,15 +94,63 @@ def tune(
 
         show_plan(plan_tune(verified, data, spec), out, as_json=as_json)
         return
-    terminal.say(promise(verified.manifest, spec))
+    log = log_file(out)
+    if resume and _is_finished(out, verified, spec, own):
+        terminal.say(f"this run is finished: {out} is the return that it made, and nothing was done")
+        _show(out, own, artifacts.told_by(log, "step", "validation"), as_json=as_json)
+        return
     from offsite.data_owner.tune import tune as tune_stage
 
+    started = time.monotonic()
     with terminal.showing_progress() as progress:
+        announcing = _announcing(promise(verified.manifest, spec), progress)
         returned = tune_stage(
-            bundle, data, out, spec, own, eval_data=eval_data, tensorboard=tensorboard, resume=resume, progress=progress
+            bundle,
+            data,
+            out,
+            spec,
+            own,
+            eval_data=eval_data,
+            tensorboard=tensorboard,
+            resume=resume,
+            progress=announcing,
         )
-    terminal.show(artifacts.describe(returned.folder, own), as_json=as_json)
+    told = artifacts.told_by(log, "step", "validation")
+    _show(returned.folder, own, {"seconds": round(time.monotonic() - started, 1), **told}, as_json=as_json)
+
+
+def _show(out: Path, home: "Home", tuning: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print what the return is, and how the tuning went, which the return does not tell."""
+    terminal.show({**artifacts.describe(out, home), "tuning": tuning}, as_json=as_json)
+    if "log" in tuning:
+        terminal.say(f"the log {tuning['log']} stays with you: it is no part of the return")
     terminal.hint(f"next: send the folder {out} to the model's owner")
+
+
+def _is_finished(out: Path, bundle: "Bundle", spec: "TuneSpec", home: "Home") -> bool:
+    """Whether `out` is what the run would make: a return of this home to this bundle, with the tensors asked for."""
+    from offsite.data_owner.plan import returned_tensors
+    from offsite.errors import OffsiteError
+    from offsite.exchange.verify import verify_return
+
+    try:
+        made = verify_return(out, home, bundle.manifest).manifest
+    except OffsiteError:  # nothing, or something that tuning will say is in the way
+        return False
+    found = (made.bundle, made.signer, made.method, made.checkpoints, made.tensors)
+    signer, tensors = home.identity().public_key.hex, returned_tensors(bundle.manifest, spec)
+    return found == (bundle.digest, signer, spec.method, spec.checkpoints, tensors)
+
+
+def _announcing(promised: str, progress: "Progress") -> "Progress":
+    """Say what the return will hold once bundle, rows and folders are found good, and before anything trains."""
+
+    def advance(event: "Event") -> None:
+        if event.stage == "loading the model":
+            terminal.say(promised)
+        progress(event)
+
+    return advance
 
 
 def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:

@@ -7,6 +7,7 @@ import typer
 
 from offsite.cli import artifacts, choice, flags, terminal
 from offsite.cli.plan import show_plan
+from offsite.core.run_log import log_file
 
 if TYPE_CHECKING:
     from offsite.config import PlugInSpec
@@ -82,7 +83,7 @@ def pack(
     The emulator is the middle of the model with half of its numbers pruned, for the best plug-in; or with --keep a few
     of its blocks, for the fastest tuning. The bundle is an ordinary Hugging Face checkpoint, unless the emulator
     shares, quantises, factors or narrows its blocks, leaves zeros out or has maps behind them. What was issued stands
-    in the home's ledger.
+    in the home's ledger. A distillation logs to OUT.log.jsonl, beside the bundle.
 
     Example:
       offsite pack base/ --out bundle/ --for hospital --bottom 4 --top 6
@@ -131,7 +132,10 @@ def pack(
     own = flags.home_of(context, home)
     with terminal.showing_progress() as progress:
         bundle = pack_stage(Base(base), out, recipient, spec, own, progress, resume=resume)
-    terminal.show(artifacts.describe(bundle.folder, own), as_json=as_json)
+    shown = artifacts.describe(bundle.folder, own)
+    if "distill" in spec.heal:
+        shown["distillation"] = artifacts.told_by(log_file(out), "distill step", "distill held out")
+    terminal.show(shown, as_json=as_json)
     terminal.hint(f"next: send the folder {out} to {recipient}")
 
 

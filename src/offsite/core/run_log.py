@@ -35,6 +35,20 @@ def run_log(file: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         yield write
 
 
+def last_record(file: Path, event: str) -> Mapping[str, Any] | None:
+    """The last record of a kind in a log; None where there is none, or no log that can be read."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):  # a run that was killed may have left half a line
+            record = json.loads(line)
+            if isinstance(record, dict) and record.get("event") == event:
+                return record
+    return None
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM. Unlike Ctrl-C on a terminal it came to this process alone, and to none that it started."""
 
