@@ -56,12 +56,14 @@ def test_bars_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     monkeypatch.setenv("COLUMNS", "120")
     with terminal.showing_progress() as progress:
         progress(Event("reading", 0))
+        terminal.say("in between")
         progress(Event("train", 1, 2, {"loss": 1.25, "note": "[bold]x"}))
         progress(Event("train", 2, 2, {"loss": 1.25, "note": "[bold]x"}))
     terminal.hint("do this next")
     err = capsys.readouterr().err
     assert "reading" in err
     assert "2/2" in err
+    assert "\x1b[2Koffsite: in between" in err  # on a line of its own, above the bars
     assert "loss 1.25" in err
     assert "[bold]x" in err  # facts are text, not markup
     assert "offsite: do this next" in err

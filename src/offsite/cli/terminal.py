@@ -51,7 +51,7 @@ def render_json(value: object) -> str:
 
 def say(text: str) -> None:
     """A line on standard error."""
-    typer.echo(printable(f"offsite: {text}"), err=True)
+    sys.stderr.write(printable(f"offsite: {text}\n"))  # typer.echo would go past the bars, and into one of them
 
 
 def hint(text: str) -> None:
