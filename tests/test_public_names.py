@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import offsite
+from tiny import tiny_base, tiny_bundle, tiny_parties, tiny_rows
 
 
 def test_all_names_are_there_and_resolve() -> None:
@@ -19,6 +20,30 @@ def test_every_name_says_what_it_is() -> None:
         value = getattr(offsite, name)
         assert value.__doc__, name
         assert value.__module__.startswith("offsite."), name  # and not what some other library says of itself
+
+
+def test_a_path_may_be_text(tmp_path: Path) -> None:
+    parties = tiny_parties(tmp_path)
+    bundle = tiny_bundle(tiny_base(tmp_path / "base"), tmp_path / "bundle", parties)
+    assert offsite.verify_bundle(str(bundle.folder), parties.data_owner) == bundle  # type: ignore[arg-type]
+    with pytest.raises(offsite.UsageError, match="no checkpoint"):
+        offsite.evaluate("a", str(tiny_rows(tmp_path / "rows.jsonl")), offsite.EvalSpec())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="missing"):
+        offsite.verify_bundle(bundle.folder)  # type: ignore[call-arg]
+
+
+def test_the_readme_runs_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both parties, from a model folder to a score."""
+    monkeypatch.chdir(tmp_path)
+    tiny_base(Path("model"), blocks=6)
+    for name in ("train", "test"):
+        tiny_rows(Path(f"{name}.jsonl"), 8)
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    said: list[object] = []
+    exec(code, {"print": lambda *words: said.extend(words)})
+    assert said
+    assert all(isinstance(figure, float) and figure > 0 for figure in said)
 
 
 def test_the_three_lists_of_names_agree() -> None:

@@ -123,8 +123,30 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    if not isinstance(value, type):
+        value = _taking_text(value)
     globals()[name] = value  # the next look-up does not come here
     return value
+
+
+def _taking_text(stage: Any) -> Any:
+    """The same function, which takes text too where it takes a path."""
+    import functools
+    import inspect
+    from pathlib import Path
+
+    signature = inspect.signature(stage)
+    paths = {name for name, one in signature.parameters.items() if one.annotation in (Path, Path | None)}
+
+    @functools.wraps(stage)
+    def called(*given: Any, **named: Any) -> Any:
+        bound = signature.bind(*given, **named)
+        for name in paths & bound.arguments.keys():
+            if isinstance(bound.arguments[name], str):
+                bound.arguments[name] = Path(bound.arguments[name])
+        return stage(*bound.args, **bound.kwargs)
+
+    return called
 
 
 def __dir__() -> list[str]:
