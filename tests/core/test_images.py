@@ -172,13 +172,15 @@ def test_bad_pictures_are_named_and_left_out_only_on_demand(tmp_path: Path) -> N
     cut = (folder / "red" / "0.png").read_bytes()
     (folder / "red" / "cut.png").write_bytes(cut[: len(cut) // 2])
     (folder / "red" / "other.png").write_bytes(b"GIF89a\x01\x00\x01\x00\x00\x00\x00;")
-    with pytest.raises(DataError, match="4 pictures cannot be read") as caught:
+    (folder / "red" / "scan.DCM").write_bytes(b"\0" * 128 + b"DICM")
+    (folder / "red" / "notes.txt").write_text("no picture, nor meant to be one")
+    with pytest.raises(DataError, match="5 pictures cannot be read") as caught:
         Pictures(read_pictures(folder), processor)
-    for name in ("huge.png", "text.png", "cut.png", "other.png"):
+    for name in ("huge.png", "text.png", "cut.png", "other.png", "scan.DCM"):
         assert any(name in reason for reason in caught.value.reasons)
     assert "--skip-bad" in (caught.value.next_step or "")
     kept = Pictures(read_pictures(folder), processor, skip_bad=True)
-    assert (len(kept), len(kept.skipped)) == (6, 4)
+    assert (len(kept), len(kept.skipped)) == (6, 5)
     assert kept.batch(range(6)).shape == (6, 3, 16, 16)
     with pytest.raises(DataError):
         Pictures([Picture("huge", huge(tmp_path / "a.png"), None)], processor, skip_bad=True)

@@ -28,6 +28,25 @@ if TYPE_CHECKING:
 
 KINDS = "a folder with a sub-folder for each class, a .csv of path and label, or a .parquet of image and label"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+# Pictures all the same: passed over in silence they would be missing from the training, so they are told as unreadable.
+_OTHER_SUFFIXES = frozenset(
+    {
+        ".avif",
+        ".bmp",
+        ".dcm",
+        ".gif",
+        ".heic",
+        ".heif",
+        ".jfif",
+        ".jp2",
+        ".jpe",
+        ".jxl",
+        ".svg",
+        ".tga",
+        ".tif",
+        ".tiff",
+    }
+)
 MOST_PIXELS = 50_000_000  # a file of some kilobytes may announce billions
 FORMATS = ("PNG", "JPEG", "WEBP")
 _TRAINING, _HELD_OUT = "train", ("validation", "val", "valid", "test")  # names of a folder's parts
@@ -84,7 +103,7 @@ def _part(path: Path, part: str) -> Path:
 
 
 def _in_folder(folder: Path, labelled: bool) -> list[Picture]:
-    found = (file for file in folder.rglob("*") if kind(file) in SUFFIXES and file.is_file())
+    found = (file for file in folder.rglob("*") if kind(file) in SUFFIXES | _OTHER_SUFFIXES and file.is_file())
     files = sorted(file for file in found if not _hidden(file.relative_to(folder)))
     if labelled and (loose := [file for file in files if file.parent == folder]):
         raise DataError(
