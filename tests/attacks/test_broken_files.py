@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from artifacts import edit_json, edit_weights, manifest_of, raw_safetensors, sign_again
