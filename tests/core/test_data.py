@@ -69,7 +69,7 @@ def test_a_bad_row_is_named_by_file_line_and_field(tmp_path, line, says):
 
 def test_all_bad_rows_are_counted_and_twenty_listed(tmp_path):
     with pytest.raises(DataError, match="25 bad rows") as caught:
-        read_rows(write(tmp_path, *[{"text": i} for i in range(25)]))
+        read_rows(write(tmp_path, {"text": "good"}, *[{"text": i} for i in range(25)]))
     assert len(caught.value.reasons) == 21
     assert caught.value.reasons[-1] == "and 5 more"
 

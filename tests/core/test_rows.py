@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 
 import pytest
 
@@ -286,3 +287,36 @@ def test_the_digest_of_a_folder_is_that_of_all_its_files(tmp_path):
     arrow.write_bytes(content)
     arrow.rename(folder / "other.arrow")
     assert data_digest(folder) != before
+
+
+def test_what_is_wrong_with_every_row_is_told_once(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "a"}\n' * 300)
+    with pytest.raises(DataError, match="300 bad rows") as caught:
+        read_rows(file)
+    first, more = caught.value.reasons
+    assert first.startswith(f"{file}:1: fields 'question'")
+    assert more == "and the same of 299 more"
+
+
+def test_answers_of_csv_are_words_unless_there_are_choices(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("question,answer\nwho,me\n")
+    with pytest.raises(DataError) as caught:
+        read_rows(file)
+    assert "fields 'answer', 'question'; expected" in caught.value.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("rows.csv", "prompt;completion\na;b\n", "separated by ';', expected commas"),
+        ("rows.tsv", "prompt\tcompletion\na\tb\n", "a .tsv file, which is none that is read"),
+        ("rows.xlsx", "PK", "a .xlsx file, which is none that is read"),
+        ("rows.json", '[{"text": "a"}]', "one JSON list, expected an object on each line"),
+    ],
+)
+def test_files_of_other_kinds_are_told_as_a_whole(tmp_path, name, content, says):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=re.escape(says)):
+        read_rows(tmp_path / name)

@@ -21,7 +21,22 @@ Record = tuple[int, dict[str, Any] | str]  # line or row, from 1; fields, or wha
 
 KINDS = "JSONL, .csv, .parquet, .txt or a saved dataset folder"
 RECORDS = (".jsonl", ".csv", ".parquet")  # names of files that hold rows, where other files may be plain text
-_AS_JSON = ("choices", "messages", "answer")  # cells of a CSV file that are no strings
+_AS_JSON = ("messages", "choices", "answer")  # cells of a CSV file that are no strings; an answer that is to choices
+_FOREIGN = (
+    ".tsv",
+    ".xls",
+    ".xlsx",
+    ".ods",
+    ".gz",
+    ".bz2",
+    ".xz",
+    ".zst",
+    ".zip",
+    ".pdf",
+    ".docx",
+    ".arrow",
+    ".feather",
+)
 _LONGEST_CELL = 2**31 - 1  # letters; the csv module by itself stops at 131,072
 _STATE = "state.json"  # what datasets.save_to_disk writes
 
@@ -43,6 +58,8 @@ def read_records(path: Path, wanted: Container[str] | None = None) -> Iterator[R
         return _from_csv(path)
     if kind(path) == ".parquet":
         return _from_tables(path, _parquet_tables(path, wanted))
+    if kind(path) in _FOREIGN:
+        raise _unreadable(path, f"it is called a {kind(path)} file, which is none that is read")
     return _from_lines(path)
 
 
@@ -60,7 +77,10 @@ def read_text(path: Path) -> str:
     try:
         text = _bytes_of(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 at byte {error.start}", next_step="convert it: iconv -t utf-8") from None
+        raise DataError(
+            f"{path} is not UTF-8 at byte {error.start}",
+            next_step="convert it, from what it is: iconv -f latin1 -t utf-8",
+        ) from None
     if not text.strip():
         raise DataError(f"the data set {path} is empty", next_step="write some text into it")
     return text
@@ -96,7 +116,13 @@ def _unreadable(path: Path, why: str) -> DataError:
 
 
 def _from_lines(path: Path) -> Iterator[Record]:
-    for number, raw in enumerate(_bytes_of(path).splitlines(), start=1):
+    content = _bytes_of(path)
+    if content.lstrip().startswith(b"["):
+        raise DataError(
+            f"{path} is one JSON list, expected an object on each line",
+            next_step=f"write its entries line by line: jq -c '.[]' {path} > {path.with_suffix('.jsonl')}",
+        )
+    for number, raw in enumerate(content.splitlines(), start=1):
         if raw.strip():  # blank lines are passed over
             yield number, _parse_line(raw)
 
@@ -123,6 +149,8 @@ def _from_csv(path: Path) -> Iterator[Record]:
             if not names:
                 names = cells
                 _require_different(path, names)
+                if len(names) == 1 and (other := next((sign for sign in ";\t|" if sign in names[0]), None)):
+                    raise _unreadable(path, f"its columns are separated by {other!r}, expected commas")
             elif len(cells) not in (0, len(names)):
                 yield number, f"{len(cells)} cells, expected {len(names)}"
             elif cells:
@@ -134,7 +162,7 @@ def _from_csv(path: Path) -> Iterator[Record]:
 def _parse_cells(cells: dict[str, str]) -> dict[str, Any] | str:
     fields: dict[str, Any] = dict(cells)
     for name in _AS_JSON:
-        if name in cells:
+        if name in cells and (name != "answer" or "choices" in cells):
             try:
                 fields[name] = strict_json(cells[name].encode())
             except ValueError as error:

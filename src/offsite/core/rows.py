@@ -77,16 +77,24 @@ def _rows_of(records: Iterable[tuple[int, Mapping[str, Any] | str]], path: Path)
         if isinstance(row, Row):
             rows.append(row)
         else:
-            problems.append(f"{path}:{number}: {row}")
+            problems.append((number, row))
     if problems:
         raise DataError(
             f"{counted(problems, 'bad row')} in {path}",
-            reasons=first(problems),
+            reasons=_told(path, problems, every=not rows),
             next_step=f"mend these lines; a row is {_EXAMPLE}",
         )
     if not rows:
         raise DataError(f"the data set {path} is empty", next_step=f"write {KINDS} with rows such as {_EXAMPLE}")
     return rows
+
+
+def _told(path: Path, problems: Sequence[tuple[int, str]], *, every: bool) -> list[str]:
+    """Problems with the rows that have them; what is wrong with every row of a file is told once."""
+    number, what = problems[0]
+    if every and len(problems) > 1 and all(other == what for _, other in problems):
+        return [f"{path}:{number}: {what}", f"and the same of {len(problems) - 1} more"]
+    return first([f"{path}:{number}: {what}" for number, what in problems])
 
 
 def parse_row(fields: Mapping[str, Any], number: int) -> Row | str:
