@@ -83,7 +83,7 @@ def test_nothing_compressed_means_nothing_lost(tmp_path: Path, kind: str, method
     parties = tiny_parties(tmp_path)
     base = Base(tiny_base(tmp_path / "base", blocks=4, **KINDS[kind]))
     rows = tiny_rows(tmp_path / "rows.jsonl", 12)
-    spec = PackSpec(bottom=1, top=1, keep=2, heal="refit", dtype="fp32", max_rank=4)  # nothing to heal
+    spec = PackSpec(bottom=1, top=1, keep=2, dtype="fp32", max_rank=4)  # nothing to heal
     offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)
     returned = offsite.tune(tmp_path / "bundle", rows, tmp_path / "return", tuning(method), parties.data_owner)
     merged = offsite.plug_in(base, returned.folder, tmp_path / "merged", PlugInSpec(as_="merged"), parties.owner)

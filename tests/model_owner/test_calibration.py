@@ -6,8 +6,9 @@ from offsite.errors import DataError
 from offsite.model_owner.compress.calibration import _read
 
 
-def test_rows_of_every_kind_are_calibration_text(tmp_path):
-    file = tmp_path / "rows.jsonl"
+@pytest.mark.parametrize("name", ["rows.jsonl", "ROWS.JSONL"])
+def test_rows_of_every_kind_are_calibration_text(tmp_path, name):
+    file = tmp_path / name
     rows = [
         {"text": "One."},
         {"prompt": "Two", "completion": " three."},

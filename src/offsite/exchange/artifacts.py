@@ -12,6 +12,9 @@ class Base:
 
     folder: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))  # may have come as text
+
 
 @dataclass(frozen=True)
 class Bundle:

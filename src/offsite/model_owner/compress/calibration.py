@@ -17,7 +17,7 @@ from offsite.core.load import load_tokenizer
 from offsite.core.memory import CALIBRATION_BATCH, calibration_length
 from offsite.core.picture_sizes import picture_count, seen_picture, spread
 from offsite.core.pictures import Pictures
-from offsite.core.row_files import RECORDS, read_text
+from offsite.core.row_files import RECORDS, kind, read_text
 from offsite.core.rows import read_rows
 from offsite.errors import DataError, UsageError
 from offsite.model_owner.base_model import BaseModel
@@ -77,6 +77,6 @@ def _picture_batches(model: BaseModel, folder: Path | None, tokens: int) -> list
 def _read(file: Path | None) -> str:
     if file is None:
         return (resources.files("offsite.model_owner") / "calibration.txt").read_text(encoding="utf-8")
-    if file.is_dir() or file.suffix in RECORDS:
+    if file.is_dir() or kind(file) in RECORDS:
         return "\n\n".join(row.whole_text for row in read_rows(file))
     return read_text(file)
