@@ -17,7 +17,7 @@ from offsite.cli.data_owner import promise
 from offsite.config import EvalSpec, PlugInSpec, TuneSpec
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import read_float32, read_header
-from offsite.core.resume import run_folder
+from offsite.core.run_log import run_folder
 from offsite.data_owner.plan import plan_tune, returned_tensors
 from offsite.data_owner.tune import tune
 from offsite.errors import PolicyError, UsageError

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from offsite.cli import data_owner, keys, main, terminal
-from offsite.core.resume import RunState, run_folder
+from offsite.core.resume import RunState
+from offsite.core.run_log import run_folder
 from offsite.errors import (
     DataError,
     IncompatibleError,
@@ -140,15 +141,18 @@ def test_interruption_is_json_too(failing: list[BaseException], capsys: pytest.C
     assert (error["kind"], error["exit_code"]) == ("Interrupted", 130)
 
 
+@pytest.mark.parametrize("out", ["{here}/out", "."])
 @pytest.mark.parametrize("words", [["tune", "b", "--data", "d"], ["pack", "b", "--for", "x"]])
 def test_what_can_be_resumed_is_resumed_and_what_was_not_begun_is_not(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data_owner.flags, "settings", interrupt)
-    words += ["--out", str(tmp_path / "out")]
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    words = [*words, "--out", out.format(here=tmp_path)]
     assert main(words) == 130
     assert "Run the same command again to start over" in capsys.readouterr().err
     RunState(run_folder(tmp_path / "out"), {}, resume=False)

@@ -5,8 +5,8 @@ import torch
 
 from offsite.core import resume
 from offsite.core.lock import LOCK
-from offsite.core.resume import RunState, run_folder
-from offsite.core.run_log import log_file
+from offsite.core.resume import RunState
+from offsite.core.run_log import log_file, run_folder
 from offsite.errors import UsageError
 
 

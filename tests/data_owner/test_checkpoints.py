@@ -7,8 +7,7 @@ import pytest
 
 from data_owner.test_tune import House, spec_of
 from offsite.config import EvalSpec, TuneSpec
-from offsite.core.resume import run_folder
-from offsite.core.run_log import log_file
+from offsite.core.run_log import log_file, run_folder
 from offsite.data_owner.schedule import checkpoint_steps
 from offsite.data_owner.tune import tune
 from offsite.errors import StorageError, UsageError

@@ -13,7 +13,7 @@ from offsite.core.fused import fuse
 from offsite.core.load import load_model, read_tensor
 from offsite.core.loss import label_losses, take_apart
 from offsite.core.progress import silent
-from offsite.core.resume import run_folder
+from offsite.core.run_log import run_folder
 from offsite.core.weights import TrainedWeights
 from offsite.data_owner import features
 from offsite.data_owner import tune as stage

@@ -12,8 +12,7 @@ from offsite.config import EvalSpec, TuneSpec
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.checkpoint import open_checkpoint, read_header
 from offsite.core.load import load_model, read_tensor
-from offsite.core.resume import run_folder
-from offsite.core.run_log import log_file
+from offsite.core.run_log import log_file, run_folder
 from offsite.data_owner.schedule import step_count
 from offsite.data_owner.tune import tune
 from offsite.errors import DataError, IncompatibleError, OffsiteError, PolicyError, UsageError, VerificationError

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperOption
 
+from offsite.core.run_log import run_folder
+
 if TYPE_CHECKING:
     from offsite.config import Spec
     from offsite.exchange.home import Home
@@ -73,8 +75,7 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Run the command, after noting where it could be resumed from."""
         if "resume" in ctx.params:
-            out = Path(ctx.params["out"])
-            run_of(ctx).resumable = out.with_name(f"{out.name}.run")  # as `run_folder`, which would import torch
+            run_of(ctx).resumable = run_folder(ctx.params["out"])
         return super().invoke(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

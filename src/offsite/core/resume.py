@@ -23,17 +23,11 @@ from offsite.errors import StorageError, UsageError
 _NAMES = {torch.float32: "F32", torch.uint8: "U8"}
 
 
-def run_folder(out: Path) -> Path:
-    """Where the resume points of the run that writes `out` lie."""
-    out = out.resolve()  # "." has no name
-    return out.with_name(f"{out.name}.run")
-
-
 class RunState:
     """The resume points of one run.
 
     Args:
-        folder: from `run_folder`.
+        folder: from `offsite.core.run_log.run_folder`.
         identity: what the run is, by name: settings, model, data. A run is resumed with exactly the same.
         resume: continue what is there; otherwise finding something is an error.
         points_alone: whether a run that has saved no resume point is nothing to continue, so that another may begin in

@@ -19,6 +19,12 @@ def log_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.log.jsonl")
 
 
+def run_folder(out: Path) -> Path:
+    """Where the resume points of the run that writes `out` lie."""
+    out = out.resolve()  # "." has no name
+    return out.with_name(f"{out.name}.run")
+
+
 @contextlib.contextmanager
 def run_log(file: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Append JSON lines to the log; each is on the disk's side of the process when the call returns."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from offsite.core.extras import require
-from offsite.core.resume import run_folder
+from offsite.core.run_log import run_folder
 from offsite.core.storage import storage_errors
 from offsite.errors import UsageError
 

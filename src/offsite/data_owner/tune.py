@@ -20,10 +20,10 @@ from offsite.core.loss import take_apart
 from offsite.core.mixture import in_files
 from offsite.core.picture_workers import PictureWorkers
 from offsite.core.progress import Event, Progress, silent
-from offsite.core.resume import RunState, run_folder
+from offsite.core.resume import RunState
 from offsite.core.row_files import data_digest
 from offsite.core.rows import read_rows
-from offsite.core.run_log import log_file
+from offsite.core.run_log import log_file, run_folder
 from offsite.core.runtime import Runtime, runtime, seeded, worker_count
 from offsite.core.storage import require_free
 from offsite.core.vision import BIAS, WEIGHT, encoder_of

@@ -9,6 +9,7 @@ from typing import Any
 
 from offsite.core.architectures import ARCHITECTURES, Architecture, architecture_of
 from offsite.core.checkpoint import FLOATS, TensorRange, open_checkpoint, read_chunks, strict_json
+from offsite.core.rows import first
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.exchange.artifacts import Base
 from offsite.exchange.contents import CONFIG
@@ -155,10 +156,9 @@ def _check_tensors(model: BaseModel) -> None:
         if tensor.dtype not in FLOATS
     ]
     if reasons:
-        shown = [*reasons[:12], f"and {len(reasons) - 12} more"] if len(reasons) > 12 else reasons
         raise IncompatibleError(
             f"the weights in {model.folder} are not those of a {row.model_type} model of {model.blocks} blocks",
-            reasons=shown,
+            reasons=first(reasons),
             next_step="check that config.json belongs to these weights; `offsite import` rebuilds a folder",
         )
 

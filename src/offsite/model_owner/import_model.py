@@ -7,6 +7,7 @@ from typing import Any
 from offsite.config import ImportSpec
 from offsite.core.checkpoint import INDEX, WEIGHTS, copied, open_checkpoint, write_checkpoint
 from offsite.core.progress import Event, Progress, silent
+from offsite.core.rows import first
 from offsite.core.storage import require_free, staged_folder, write_stream
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.exchange.artifacts import Base
@@ -128,10 +129,9 @@ def _convert(source: Path, folder: Path, dtype: str | None, progress: Progress, 
         ) from error
     problems = loading_problems(info, row)
     if problems:
-        shown = [*problems[:12], f"and {len(problems) - 12} more"] if len(problems) > 12 else problems
         raise IncompatibleError(
             f"the tensors in {source / (gguf or '')} are not those of its config",
-            reasons=shown,
+            reasons=first(problems),
             next_step="fetch the model again from where it was published",
         )
     # transformers marks what comes from GGUF as quantised, though the weights are plain by now

@@ -191,7 +191,8 @@ def _scratch(out: Path, staging: Path, base: str, spec: PackSpec, *, resume: boo
         with tempfile.TemporaryDirectory(dir=staging.parent, prefix=".healed.") as folder:
             yield Path(folder)
         return
-    from offsite.core.resume import RunState, run_folder
+    from offsite.core.resume import RunState
+    from offsite.core.run_log import run_folder
 
     text = data_digest(spec.calibration) if spec.calibration else None
     identity = {**spec.model_dump(mode="json", exclude=set(_FREE_SETTINGS)), "base": base, "text": text}
