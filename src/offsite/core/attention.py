@@ -26,6 +26,7 @@ _LONGEST = 448  # tokens of a row under a mask; above, the fused one is as fast
 _TILE = 128  # queries of each head that run at once; of longer rows nothing that grows with T * T is kept
 _TILES = 4  # into which longer rows are cut: each has products of its own shapes, which oneDNN compiles and keeps
 _SHARES = 2**20  # of them at once: 2 MiB in bf16, 4 in fp32
+_EVEN = 16  # rows of shares are as many numbers long: products and softmaxes of odd ones take half as long again
 
 # some rows, a tile of their queries, the keys that it sees, its shares, and which of them dropout lets live
 _Piece = tuple[slice, slice, slice, torch.Tensor, torch.Tensor | None]
@@ -194,14 +195,14 @@ class _Tiled(torch.autograd.Function):
         each = heads // groups
         queries = (query * scale).view(batch, groups, each, length, width).transpose(2, 3)
         queries = queries.reshape(batch * groups, length * each, width)  # (B G, T R, D)
-        keys, values = (kept.reshape(batch * groups, length, width) for kept in (key, value))  # (B G, T, D)
+        keys, values = (_together(kept, kind) for kept in (key, value))
         ctx.save_for_backward(queries, keys, values)
         ctx.of = scale, kind, (batch, groups, each, length, width)
         if kind.causal and not kind.dropped:
             fused = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=each > 1)
             return fused.transpose(1, 2).contiguous()
         output = torch.empty_like(queries)
-        for rows, tile, seen, shares, lives in _pieces(queries, keys, kind):
+        for rows, tile, seen, shares, lives in _pieces(queries, keys, each, kind):
             output[rows, tile] = (shares if lives is None else keep_(shares, lives)) @ values[rows, seen]
         if kind.dropped:
             output.mul_(LEVELS / (LEVELS - kind.dropped))
@@ -223,7 +224,7 @@ class _Tiled(torch.autograd.Function):
             for _ in range(2)
         )
         put = torch.Tensor.copy_ if once else torch.Tensor.add_
-        for rows, tile, seen, shares, lives in _pieces(queries, keys, kind):
+        for rows, tile, seen, shares, lives in _pieces(queries, keys, each, kind):
             come = above[rows, tile]
             of_seen = (shares if lives is None else kept(shares, lives)).transpose(1, 2) @ come
             put(of_values[rows, seen], of_seen)
@@ -236,9 +237,23 @@ class _Tiled(torch.autograd.Function):
             put(of_keys[rows, seen], of_seen)
         of_query = of_queries.mul_(scale).view(batch, groups, length, each, width).transpose(2, 3)
         of_pairs = (
-            part.to(keys.dtype).view(batch, groups, length, width) for part in (of_keys, of_values)
+            part.to(keys.dtype).view(batch, groups, -1, width)[:, :, :length] for part in (of_keys, of_values)
         )  # queries were scaled when they met the keys
         return of_query.reshape(batch, groups * each, length, width), *of_pairs, None, None
+
+
+def _together(kept: torch.Tensor, kind: _Kind) -> torch.Tensor:
+    """(B, G, T, D) -> (B G, T, D); under the causal rule with zeros behind T, which no query sees, to an even length."""
+    batch, groups, length, width = kept.shape
+    if not kind.causal:
+        return kept.reshape(batch * groups, length, width)
+    longer = kept.new_zeros(batch, groups, _even(length), width)
+    longer[:, :, :length] = kept
+    return longer.flatten(0, 1)
+
+
+def _even(length: int) -> int:
+    return -(-length // _EVEN) * _EVEN
 
 
 def _tile(length: int, kind: _Kind) -> int:
@@ -254,24 +269,24 @@ def _tile(length: int, kind: _Kind) -> int:
 
 def _pieces(
     queries: torch.Tensor,  # (B G, T R, D), scaled
-    keys: torch.Tensor,  # (B G, T, D)
+    keys: torch.Tensor,  # (B G, T or an even length, D)
+    each: int,  # R
     kind: _Kind,
 ) -> Iterator[_Piece]:
     """Every piece of the attention; the same arguments give the same, dropout included."""
-    length = keys.shape[1]
-    each = queries.shape[1] // length
+    length = queries.shape[1] // each
     generator = None if kind.seed is None else torch.Generator().manual_seed(kind.seed)
     tile = _tile(length, kind)
-    future = queries.new_full((tile, tile), torch.finfo(queries.dtype).min).triu_(1).repeat_interleave(each, 0)
+    future = queries.new_full((tile, _even(tile) + _EVEN), torch.finfo(queries.dtype).min).triu_(1).repeat_interleave(each, 0)
     for begin in range(0, length, tile):
         end = min(length, begin + tile)
-        here, seen = slice(begin * each, end * each), end if kind.causal else length
+        here, seen = slice(begin * each, end * each), _even(end) if kind.causal else length
         many = max(1, _SHARES // ((end - begin) * each * seen))
         for first in range(0, len(queries), many):
             rows = slice(first, first + many)
             scores = queries[rows, here] @ keys[rows, :seen].transpose(1, 2)  # (P, tile R, seen)
             if kind.causal:
-                scores[..., begin:] += future[: (end - begin) * each, : end - begin]
+                scores[..., begin:] += future[: (end - begin) * each, : seen - begin]
             shares = scores.softmax(-1)  # computed in fp32, stored in bf16
             lives = None if generator is None else living(shares, kind.dropped, generator)
             yield rows, here, slice(seen), shares, lives
