@@ -74,7 +74,7 @@ def _padded(step: "Sequence[Example]") -> int:
     from offsite import TuneSpec
     from offsite.core.data import micro_batches
 
-    groups = micro_batches(step, range(len(step)), TuneSpec().micro_batch_tokens)
+    groups = micro_batches(step, range(len(step)), TuneSpec().tokens_at_once)
     return sum(len(group) * max(_length(step[i]) for i in group) for group in groups)
 
 

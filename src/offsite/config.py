@@ -282,8 +282,13 @@ class TuneSpec(ComputeSpec):
     max_steps: Annotated[int | None, Field(ge=1, description="optimiser steps")] = None
     batch_size: Annotated[int, Field(ge=1, description="rows per optimiser step")] = 16
     micro_batch_tokens: Annotated[
-        int, Field(ge=1, description="padded tokens, or patches of pictures, that run at once, in all lanes together")
-    ] = 1024
+        int | None,
+        Field(
+            ge=1,
+            description="padded tokens, or patches of pictures, that run at once, in all lanes together; None is 1024, "
+            "and 512 of text in fp32, which are as many bytes",
+        ),
+    ] = None
     lanes: Annotated[
         int | None,
         Field(
@@ -306,8 +311,8 @@ class TuneSpec(ComputeSpec):
     narrow_weights: Annotated[
         bool | None,
         Field(
-            description="where the arithmetic is fp32, hold a bf16 bundle's frozen blocks in bf16: half of their "
-            "memory, a bit slower; None is where there is a memory budget"
+            description="where the arithmetic is fp32, hold frozen matrices of blocks in bf16: half of their memory, a "
+            "bit slower; None is where a bf16 bundle is rounded nowhere by it, and one lane"
         ),
     ] = None
     cache_features: Annotated[
@@ -355,6 +360,11 @@ class TuneSpec(ComputeSpec):
     def head_factor(self) -> float:
         """What the classifier's learning rate is multiplied by: what was given, else what suits its start."""
         return self.head_lr_factor or (0.1 if self.head_start == "probe" else 10.0)
+
+    @property
+    def tokens_at_once(self) -> int:
+        """`micro_batch_tokens`, where None is what fits any arithmetic but text's in fp32."""
+        return self.micro_batch_tokens or 1024
 
     @property
     def peak_lr(self) -> float:

@@ -1,9 +1,12 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from offsite.core.runtime import runtime, seeded
+from offsite.core.runtime import let_go, mapped_files, runtime, seeded
 from offsite.errors import UsageError
 
 
@@ -55,3 +58,26 @@ def test_compiled_products_are_kept_for_a_pass_and_not_for_every_shape(monkeypat
         monkeypatch.delenv(cache)
     runtime("cpu", threads=1)
     assert (os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"]) == ("48", "1")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not tell what is mapped")
+def test_pages_of_a_file_are_let_go_and_can_be_read_again(tmp_path):
+    save_file({"weight": torch.arange(2**22, dtype=torch.float32)}, tmp_path / "one.safetensors")
+    with safe_open(tmp_path / "one.safetensors", "pt") as file:
+        weight = file.get_tensor("weight")
+    before = weight.sum()
+    mapped = mapped_files()
+    assert any(weight.data_ptr() in span for span in mapped)
+    held = resident_files()
+    let_go(weight, mapped)
+    assert held - resident_files() > 2**23  # half of its 16 MiB at the least
+    assert weight.sum() == before
+    own = torch.ones(2**20)
+    let_go(own, mapped)
+    assert own.sum() == 2**20
+
+
+def resident_files():
+    """Bytes of files that are in this process's memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssFile:"))

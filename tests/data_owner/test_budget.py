@@ -193,6 +193,6 @@ def test_no_trial_is_charged_what_the_one_before_it_freed():
 
 def test_checkpointing_goes_without_a_budget(tmp_path):
     tuning = _tuning(tiny_base(tmp_path / "base", blocks=3))
-    spec = TuneSpec(gradient_checkpointing=True, lanes=1)
+    spec = TuneSpec(gradient_checkpointing=True, lanes=1, micro_batch_tokens=1024)
     assert within_memory(tuning, spec, WHERE, tmp_path / "memory.json", silent) == spec
     assert all(isinstance(block, Recomputed) for block in tuning.blocks)

@@ -162,15 +162,27 @@ def test_in_fp32_the_weights_are_the_masters(base: Path, tmp_path: Path, parties
     assert terms(plan, "backward pass")["gradients of micro-batches"].bytes == 4 * plan.trained_parameters
 
 
+@pytest.mark.parametrize(
+    ("compute", "given", "expected"), [("fp32", None, 512), ("bf16", None, 1024), ("fp32", 640, 640)]
+)
+def test_wider_numbers_run_fewer_at_once(
+    base: Path, tmp_path: Path, parties: Parties, rows: Path, compute: Any, given: int | None, expected: int
+) -> None:
+    bundle = packed(base, tmp_path / "bundle", parties)
+    spec = TuneSpec(compute=compute, micro_batch_tokens=given, batch_size=64, lanes=1)
+    assert plan_tune(bundle, rows, spec).micro_batch_tokens == expected
+
+
 def test_narrow_weights_are_counted(base: Path, tmp_path: Path, parties: Parties, rows: Path) -> None:
     bundle = packed(base, tmp_path / "bundle", parties, dtype="bf16")
-    wide, narrow = (
-        terms(plan_tune(bundle, rows, TuneSpec(compute="fp32", narrow_weights=on)), "backward pass")
-        for on in (False, True)
-    )
-    frozen = sum(part.parameters for part in plan_tune(bundle, rows, TuneSpec()).bundle if part.name == "emulator")
-    assert wide["weights"].bytes - narrow["weights"].bytes == 2 * frozen > 0
-    assert narrow["one block in fp32"].bytes == 4 * BLOCK
+    parts = {part.name: part.parameters for part in plan_tune(bundle, rows, TuneSpec()).bundle}
+    for method, held in {"full": ["emulator"], "lora": ["bottom", "emulator", "top"]}.items():
+        wide, narrow = (
+            terms(plan_tune(bundle, rows, TuneSpec(method=method, compute="fp32", narrow_weights=on)), "backward pass")
+            for on in (False, None)
+        )
+        assert wide["weights"].bytes - narrow["weights"].bytes == 2 * sum(parts[name] for name in held) > 0
+        assert narrow["one block in fp32"].bytes == 4 * BLOCK
     in_bf16 = terms(plan_tune(bundle, rows, TuneSpec(compute="bf16", narrow_weights=True)), "backward pass")
     assert "one block in fp32" not in in_bf16
 

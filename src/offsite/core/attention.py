@@ -243,7 +243,7 @@ class _Tiled(torch.autograd.Function):
 
 
 def _together(kept: torch.Tensor, kind: _Kind) -> torch.Tensor:
-    """(B, G, T, D) -> (B G, T, D); under the causal rule with zeros behind T, which no query sees, to an even length."""
+    """(B, G, T, D) -> (B G, T, D); causally with zeros behind T, which no query sees, to an even length."""
     batch, groups, length, width = kept.shape
     if not kind.causal:
         return kept.reshape(batch * groups, length, width)
@@ -277,7 +277,8 @@ def _pieces(
     length = queries.shape[1] // each
     generator = None if kind.seed is None else torch.Generator().manual_seed(kind.seed)
     tile = _tile(length, kind)
-    future = queries.new_full((tile, _even(tile) + _EVEN), torch.finfo(queries.dtype).min).triu_(1).repeat_interleave(each, 0)
+    lowest = torch.finfo(queries.dtype).min
+    future = queries.new_full((tile, tile + _EVEN), lowest).triu_(1).repeat_interleave(each, 0)
     for begin in range(0, length, tile):
         end = min(length, begin + tile)
         here, seen = slice(begin * each, end * each), _even(end) if kind.causal else length

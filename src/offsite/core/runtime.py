@@ -3,10 +3,12 @@
 import contextlib
 import ctypes
 import functools
+import mmap
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -96,6 +98,30 @@ def give_freed_memory_back() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def mapped_files() -> list[range]:
+    """The addresses at which this process has files mapped, as far as the system tells."""
+    maps = Path("/proc/self/maps")
+    lines = (
+        [line.split() for line in maps.read_text(encoding="utf-8", errors="replace").splitlines()]
+        if maps.exists()
+        else []
+    )
+    spans = [line[0].split("-") for line in lines if line[4] != "0"]  # inode
+    return [range(int(begin, 16), int(end, 16)) for begin, end in spans]
+
+
+def let_go(read: torch.Tensor, mapped: Sequence[range]) -> None:
+    """Have a tensor's pages leave memory if they are those of a mapped file; it can still be read, from the file."""
+    begin, size = read.data_ptr(), read.nbytes
+    if not read.is_contiguous() or not any(begin in span and begin + size - 1 in span for span in mapped):
+        return
+    first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    whole = max(0, (begin + size) // mmap.PAGESIZE * mmap.PAGESIZE - first)
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
+        pageout = 21  # MADV_PAGEOUT of madvise(2)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(whole), pageout)
 
 
 def _resolve_device(name: str) -> torch.device:

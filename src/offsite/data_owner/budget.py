@@ -74,7 +74,7 @@ def within_memory(tuning: Tuning, spec: TuneSpec, where: Runtime, file: Path, pr
 
 def _shared(spec: TuneSpec, lanes: int) -> TuneSpec:
     """The settings of one lane: its share of the tokens."""
-    return spec.model_copy(update={"micro_batch_tokens": max(1, spec.micro_batch_tokens // lanes), "lanes": lanes})
+    return spec.model_copy(update={"micro_batch_tokens": max(1, spec.tokens_at_once // lanes), "lanes": lanes})
 
 
 def _recompute(tuning: Tuning, again: bool) -> None:
@@ -139,7 +139,7 @@ def _trials(tuning: Tuning, spec: TuneSpec) -> Iterator[_Trial]:
         return
     assert isinstance(task, ImageTask)
     tokens = task.album.tokens  # pictures are all of one size
-    most, count = min(at_once(tokens, spec.micro_batch_tokens), spec.batch_size, task.rows), 1
+    most, count = min(at_once(tokens, spec.tokens_at_once), spec.batch_size, task.rows), 1
     while count < most:
         yield _Trial(task, [range(count)], count * tokens, tokens, count * tokens)
         count *= 2
@@ -198,7 +198,7 @@ def _texts(task: TextTask, spec: TuneSpec) -> Iterator[_Trial]:
     while tokens < width:
         yield _Trial(replace(task, examples=(_end_of(task.examples[longest], tokens),)), [[0]], tokens, width, tokens)
         tokens *= 2
-    most = max(spec.micro_batch_tokens, width)
+    most = max(spec.tokens_at_once, width)
     steps = task.order(spec.batch_size, spec.seed, 0)[:_STEPS]
     fullest: dict[tuple[tuple[int, ...], ...], int] = {}  # micro-batches, and the most tokens that give these
     tokens = max(_LEAST, width)
@@ -207,7 +207,7 @@ def _texts(task: TextTask, spec: TuneSpec) -> Iterator[_Trial]:
         groups = [*(tuple(group) for step in steps for group in task.groups(step, cut)), (longest,)]
         by_tokens = max(groups, key=partial(_padded, task.examples))
         by_labels = max(groups, key=lambda group: sum(task.examples[i].labels for i in group))
-        fullest[tuple(dict.fromkeys((by_tokens, by_labels)))] = cut.micro_batch_tokens
+        fullest[tuple(dict.fromkeys((by_tokens, by_labels)))] = cut.tokens_at_once
         if tokens >= most:
             break
         tokens *= 2

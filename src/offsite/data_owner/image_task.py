@@ -124,7 +124,7 @@ def new_head(encoder: Encoder, album: Album, used: torch.Tensor, spec: TuneSpec,
     head = nn.Linear(encoder.inputs, len(album.classes))
     with torch.no_grad():
         if spec.head_start == "probe":
-            count = at_once(album.tokens, spec.micro_batch_tokens)
+            count = at_once(album.tokens, spec.tokens_at_once)
             features = probe_features(encoder, album.train, count, progress) * used
             weight, bias = fit_probe(features, album.labels(album.train).to(encoder.device), len(album.classes))
             head.weight.copy_(weight)
@@ -170,7 +170,7 @@ class ImageTask:
 
     def groups(self, rows: Sequence[int], spec: TuneSpec) -> Iterator[list[int]]:
         """As in `Task`."""
-        count = at_once(self.album.tokens, spec.micro_batch_tokens)
+        count = at_once(self.album.tokens, spec.tokens_at_once)
         return ([rows[i] for i in places] for places in batches(len(rows), count))
 
     def loss(self, rows: Sequence[int], seed: int, epoch: int) -> torch.Tensor:
@@ -194,7 +194,7 @@ class ImageTask:
         if held_out is None:
             return {}
         wanted, nats, right = self.album.labels(held_out), 0.0, 0
-        for rows, pixels in held_out.in_order(2 * at_once(self.album.tokens, spec.micro_batch_tokens)):
+        for rows, pixels in held_out.in_order(2 * at_once(self.album.tokens, spec.tokens_at_once)):
             logits = self.head(self.encoder.features(pixels) * self.used).cpu()
             nats += float(F.cross_entropy(logits, wanted[list(rows)], reduction="sum"))
             right += int((logits.argmax(dim=1) == wanted[list(rows)]).sum())

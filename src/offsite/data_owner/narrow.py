@@ -1,4 +1,4 @@
-"""Frozen blocks held in bf16 and computed in fp32: half of their memory, for a cast each time that they run.
+"""Frozen matrices held in bf16 and computed in fp32: half of their memory, for a cast each time that a block runs.
 
 A bundle in bf16 loses nothing by it: every number is the same in fp32, and so is what comes out, bit for bit.
 """
@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
+from offsite.core.runtime import let_go, mapped_files
 from offsite.core.skeleton import without_weights
 from offsite.data_owner.recompute import Wrapped
 
@@ -22,7 +23,7 @@ _Kept = torch.Tensor | tuple[torch.Tensor, Any, Any, Any]  # or a narrow matrix 
 
 
 class Narrow(Wrapped):
-    """A frozen block whose matrices are in fp32 while it runs; for its backward pass each is cast again."""
+    """A block whose frozen matrices are in fp32 while it runs; for its backward pass each is cast again."""
 
     def forward(self, *arguments: Any, **settings: Any) -> Any:
         """As the block's."""
@@ -48,14 +49,30 @@ def hold_narrow(model: "PreTrainedModel", blocks: nn.Module, trained: Collection
     """
     frozen = [(name, block) for name, block in blocks.named_children() if int(name) not in trained]
     narrow = {id(matrix) for _, block in frozen for matrix in block.parameters() if matrix.dim() > 1}
-    computed = _computed_in_fp32(model)
+    computed, mapped = _computed_in_fp32(model), mapped_files()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        loaded = tensor.data
         if id(tensor) in narrow:
-            tensor.data = tensor.data.clone()  # one that is left in the mapped file would hold all of its pages
+            tensor.data = loaded.clone()  # one that is left in the mapped file would hold all of its pages
         elif tensor.is_floating_point():
-            tensor.data = computed.get(name, tensor).to(tensor.device, torch.float32)
+            tensor.data = computed.get(name, loaded).to(tensor.device, torch.float32)
+        let_go(loaded, mapped)
     for name, block in frozen:
         blocks.register_module(name, Narrow(block))
+
+
+def hold_bases_narrow(blocks: nn.Module, trained: Collection[int]) -> None:
+    """Narrow what stays frozen in trained blocks as well, behind `hold_narrow` and once all that trains was attached.
+
+    Nothing is rounded: these matrices were bf16 before.
+    """
+    for index in map(str, trained):
+        block = blocks.get_submodule(index)
+        frozen = [matrix for matrix in block.parameters() if matrix.dim() > 1 and not matrix.requires_grad]
+        for matrix in frozen:
+            matrix.data = matrix.data.to(torch.bfloat16)
+        if frozen:
+            blocks.register_module(index, Narrow(block))
 
 
 def _computed_in_fp32(model: "PreTrainedModel") -> dict[str, torch.Tensor]:

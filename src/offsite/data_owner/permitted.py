@@ -55,8 +55,27 @@ def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
         )
 
 
-def holds_narrow(spec: TuneSpec, tensors: Iterable[TensorRange], item: int) -> bool:
-    """Whether frozen blocks are held in bf16 under arithmetic in fp32: told to, or for a memory budget.
+def settled(spec: TuneSpec, architecture: str, tensors: Iterable[TensorRange], item: int) -> TuneSpec:
+    """The settings with what hangs on the bundle and the arithmetic filled in, where nothing was said.
+
+    Args:
+        spec: the settings.
+        architecture: of the bundle's model.
+        tensors: of the bundle.
+        item: bytes of a number in the arithmetic.
+
+    Raises:
+        UsageError: as `_holds_narrow`.
+    """
+    wide_text = item == 4 and ARCHITECTURES[architecture].vision is None
+    at_once = spec.micro_batch_tokens or (spec.tokens_at_once // 2 if wide_text else spec.tokens_at_once)
+    return spec.changed({"narrow_weights": _holds_narrow(spec, tensors, item), "micro_batch_tokens": at_once})
+
+
+def _holds_narrow(spec: TuneSpec, tensors: Iterable[TensorRange], item: int) -> bool:
+    """Whether frozen matrices are held in bf16 under arithmetic in fp32: told to, or where that rounds nothing.
+
+    Lanes that were asked for rule it out: a block is another one while it runs.
 
     Args:
         spec: the settings.
@@ -70,10 +89,10 @@ def holds_narrow(spec: TuneSpec, tensors: Iterable[TensorRange], item: int) -> b
         return False
     wider = sorted({tensor.dtype for tensor in tensors} & {"F16", "F32"})
     if spec.narrow_weights is None:
-        return spec.memory is not None and not wider
+        return not wider and (spec.lanes or 1) == 1 and not spec.device.startswith("mps")  # older ones lack bf16
     if wider:
         raise UsageError(
-            "narrow_weights holds frozen blocks in bf16, which would round this bundle's",
+            "narrow_weights holds frozen matrices in bf16, which would round this bundle's",
             reasons=[f"it has tensors of {', '.join(wider)}"],
             next_step="leave narrow_weights out, or ask the model's owner for a bundle in bf16",
         )

@@ -32,7 +32,7 @@ from offsite.core.modules.declared import unwrapped
 from offsite.core.picture_sizes import SeenPicture, at_once, decoded, seen_picture
 from offsite.core.rows import read_rows
 from offsite.core.threads import usual_threads
-from offsite.data_owner.permitted import holds_narrow, require_permitted
+from offsite.data_owner.permitted import require_permitted, settled
 from offsite.data_owner.schedule import checkpoint_steps, step_count
 from offsite.exchange.artifacts import Bundle
 from offsite.exchange.contents import CONFIG, TOKENIZER_FILES
@@ -77,7 +77,7 @@ class _Sizes:
     block: BlockShape
     vocabulary: int
     parameters: int  # of the bundle
-    narrow: int  # of those, in frozen blocks that are held in bf16 under arithmetic in fp32
+    narrow: int  # of those, in blocks that are held in bf16 under arithmetic in fp32
     stored: int  # bytes of the bundle's weights
     same_dtype: bool  # whether they are stored in the dtype of the arithmetic
     trained: int  # numbers that train
@@ -151,7 +151,7 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     config, declared = unwrapped(strict_json((folder / CONFIG).read_bytes()))
     tensors = open_checkpoint(folder).tensors
     item = compute_bytes(spec.compute, spec.device)
-    spec = spec.changed({"narrow_weights": holds_narrow(spec, tensors.values(), item)})
+    spec = settled(spec, manifest.architecture, tensors.values(), item)
     returned = returned_tensors(manifest, spec)
     seen = _seen(bundle, data, spec) if row.vision is not None else None
     context = config.get("max_position_embeddings") or config.get("n_positions") or 2**31
@@ -159,10 +159,10 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     rows = seen.rows if seen else _row_count(folder, data, length)
     checkpoint_steps(spec, step_count(spec, rows))
     lanes = 1 if seen else _lanes(spec)
-    alone = max(spec.micro_batch_tokens // lanes, length)
+    alone = max(spec.tokens_at_once // lanes, length)
     lanes = 1 if spec.batch_size * length <= alone else lanes
-    tokens = min(max(spec.micro_batch_tokens, lanes * length), spec.batch_size * length)
-    tokens = min(at_once(length, spec.micro_batch_tokens), spec.batch_size, rows) * length if seen else tokens
+    tokens = min(max(spec.tokens_at_once, lanes * length), spec.batch_size * length)
+    tokens = min(at_once(length, spec.tokens_at_once), spec.batch_size, rows) * length if seen else tokens
     parts = _parts(row, manifest, tensors)
     first = manifest.split.trained[0]
     # blocks of our own kinds keep no more for the backward pass than those of the family, and are counted as such
@@ -174,7 +174,7 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
         block=max(shapes, key=lambda shape: shape.kept(item)),
         vocabulary=0 if seen else tensors[row.embedding_tensors(config)[0]].shape[0],
         parameters=sum(one.parameters for one in parts),
-        narrow=sum(one.parameters for one in parts if one.name == "emulator" and spec.narrow_weights),
+        narrow=sum(one.parameters for one in parts if spec.narrow_weights and _is_held_narrow(one.name, spec)),
         stored=sum(one.bytes for one in parts),
         same_dtype=all(ITEM_SIZE[tensor.dtype] == item for tensor in tensors.values()),
         trained=sum(numbers) + (seen.classifier if seen else 0),
@@ -263,6 +263,10 @@ def _parts(row: Architecture, manifest: BundleManifest, tensors: Mapping[str, Te
         part(name, [one.shape for one in there], ITEM_SIZE[there[0].dtype] if there else 1, blocks.get(name, 0))
         for name, there in held.items()
     )
+
+
+def _is_held_narrow(part: str, spec: TuneSpec) -> bool:
+    return part == "emulator" or (spec.method != "full" and part in ("bottom", "trained in between", "top"))
 
 
 def _phases(sizes: _Sizes, tokenizer: int) -> tuple[Phase, ...]:

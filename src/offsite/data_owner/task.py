@@ -78,7 +78,7 @@ class TextTask:
 
     def groups(self, rows: Sequence[int], spec: TuneSpec) -> Iterator[list[int]]:
         """As in `Task`."""
-        return micro_batches(self.examples, rows, spec.micro_batch_tokens)
+        return micro_batches(self.examples, rows, spec.tokens_at_once)
 
     def loss(self, rows: Sequence[int], seed: int, epoch: int) -> torch.Tensor:
         """As in `Task`."""
@@ -98,6 +98,6 @@ class TextTask:
         """As in `Task`."""
         if not self.held_out:
             return {}
-        losses = row_losses(self.network, self.held_out, 2 * spec.micro_batch_tokens, progress, stage)
+        losses = row_losses(self.network, self.held_out, 2 * spec.tokens_at_once, progress, stage)
         loss = sum(row.nats for row in losses) / sum(row.tokens for row in losses)
         return {"loss": loss, "perplexity": perplexity(loss)}

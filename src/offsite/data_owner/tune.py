@@ -36,8 +36,8 @@ from offsite.data_owner.image_task import Album, ImageTask, head_parameters, new
 from offsite.data_owner.methods import METHODS
 from offsite.data_owner.methods.head import attach_head
 from offsite.data_owner.methods.lean_pairs import run_lean
-from offsite.data_owner.narrow import hold_narrow
-from offsite.data_owner.permitted import holds_narrow, require_permitted, require_something_to_report
+from offsite.data_owner.narrow import hold_bases_narrow, hold_narrow
+from offsite.data_owner.permitted import require_permitted, require_something_to_report, settled
 from offsite.data_owner.schedule import checkpoint_steps, step_count
 from offsite.data_owner.send_back import send_back
 from offsite.data_owner.task import Task, TextTask
@@ -108,7 +108,7 @@ def tune(
     require_permitted(verified.manifest, spec)
     where = runtime(spec.device, spec.compute, spec.threads)
     tensors = open_checkpoint(bundle).tensors.values()
-    spec = spec.changed({"narrow_weights": holds_narrow(spec, tensors, where.dtype.itemsize)})
+    spec = settled(spec, verified.manifest.architecture, tensors, where.dtype.itemsize)
     with PictureWorkers(worker_count(spec.workers, where.device)) as workers:
         progress(Event("reading the rows", 0))
         rows = _reading(verified, data, eval_data, spec, progress, workers)
@@ -202,9 +202,14 @@ def _load(bundle: Bundle, spec: TuneSpec, where: Runtime) -> "PreTrainedModel":
     if not spec.narrow_weights:
         return load_model(bundle.folder, dtype=where.dtype, device=where.device)
     model = load_model(bundle.folder, dtype=torch.bfloat16, device=where.device)
-    row = ARCHITECTURES[bundle.manifest.architecture]
-    hold_narrow(model, model.get_submodule(row.module_blocks or row.blocks), bundle.manifest.split.trained)
+    hold_narrow(model, _blocks(model, bundle), bundle.manifest.split.trained)
     return model
+
+
+def _blocks(model: "PreTrainedModel", bundle: Bundle) -> "nn.Module":
+    row = ARCHITECTURES[bundle.manifest.architecture]
+    blocks: nn.Module = model.get_submodule(row.module_blocks or row.blocks)
+    return blocks
 
 
 def _attach(model: "PreTrainedModel", bundle: Bundle, spec: TuneSpec) -> dict[str, "nn.Parameter"]:
@@ -213,12 +218,14 @@ def _attach(model: "PreTrainedModel", bundle: Bundle, spec: TuneSpec) -> dict[st
     use_tiled_attention(model)
     attached = METHODS[spec.method](model, bundle.manifest, spec)
     run_lean(model)
+    if spec.narrow_weights:
+        hold_bases_narrow(_blocks(model, bundle), bundle.manifest.split.trained)
     return attached
 
 
 def _tuning(bundle: Bundle, spec: TuneSpec, model: "PreTrainedModel", weights: TrainedWeights, task: Task) -> Tuning:
     manifest, row = bundle.manifest, ARCHITECTURES[bundle.manifest.architecture]
-    blocks = model.get_submodule(row.module_blocks or row.blocks)
+    blocks = _blocks(model, bundle)
     own = {name: master for name, master in weights.masters.items() if name not in (WEIGHT, BIAS)}
     return Tuning(
         task=task,
