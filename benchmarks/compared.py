@@ -1,6 +1,7 @@
 """Contestants held against each other: how peers run at their best, ratios, and results kept beside earlier ones."""
 
 import json
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -73,6 +74,42 @@ def against(
     }
 
 
+def products(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[float]:
+    """Operations a second of the machine's own matrix products, wherever a run was measured beside them."""
+    return [each for found in runs.values() for run in found for each in run.get("matmul_flops", ())]
+
+
+def share_of_peak(
+    runs: Sequence[Mapping[str, Any]], speeds: Sequence[float], operations: float, usual: Sequence[float]
+) -> float | None:
+    """Counted operations a second over those of matrix products at the time, the median of a contestant's runs.
+
+    Args:
+        runs: its measurements.
+        speeds: of each, in tokens or images a second.
+        operations: counted for one token or image.
+        usual: products' speeds of the whole cell, for runs that were not measured beside any.
+    """
+    if not usual:
+        return None
+    at_the_time = [run.get("matmul_flops") or [statistics.median(usual)] for run in runs]
+    shares = [speed * operations / statistics.fmean(found) for speed, found in zip(speeds, at_the_time, strict=True)]
+    return round(statistics.median(shares), 3)
+
+
+def said_products(record: Mapping[str, Any]) -> str:
+    """What the machine's matrix products reached, in GFLOP/s, in words."""
+    if record.get("matmul_gflops", ...) is None:
+        return "matrix products were not measured"
+    low, high = record.get("matmul_gflops") or [record["matmul_peak_gflops"]] * 2  # which earlier results have
+    return f"matrix products reach {high}" + (f", and {low} at the least," if low < high else "") + " GFLOP/s"
+
+
+def percent(share: float | None) -> str:
+    """As tables show it."""
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
 def write_beside(
     file: Path, work: Work, records: Sequence[Mapping[str, Any]], cell: Sequence[str], order: Sequence[str]
 ) -> None:
@@ -86,7 +123,8 @@ def write_beside(
         order: the names of all cells.
     """
     found: dict[str, Any] = {
-        "machine": machine(work.threads), "versions": versions(), "written_at": time.strftime("%Y-%m-%d"),
+        "machine": machine(work.threads, fp32=work.fp32), "versions": versions(),
+        "written_at": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
 
     def name(record: Mapping[str, Any]) -> str:

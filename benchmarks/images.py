@@ -23,7 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import RANK
-from benchmarks.compared import HABITS, against, fastest_habits, write_beside
+from benchmarks.compared import (
+    HABITS,
+    against,
+    fastest_habits,
+    percent,
+    products,
+    said_products,
+    share_of_peak,
+    write_beside,
+)
 from benchmarks.counted import Shape, ours, peer
 from benchmarks.image_cells import BEST, CELLS, FIRST, ImageCell, split_of
 from benchmarks.work import OFFSITE, ChildError, Work, code_digest, commit, digest, last_line, run
@@ -82,35 +91,34 @@ class Measurements:
     def records(self, contestants: Sequence[str], repetitions: int) -> list[dict[str, Any]]:
         """Measure every contestant, taking turns, and hold them against each other."""
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
-        peaks = []
         for repetition in range(repetitions):
             first = repetition % max(1, len(contestants))
             for name in (*contestants[first:], *contestants[:first]):
                 runs[name].append(self._measured(name, repetition))
-            peaks.append(self._work.peak(f"images/{self._cell.shape}/peak/{repetition}"))
         counted = {name: operations(self._base, name) for name in contestants}
-        return [self._record(name, runs, counted, max(peaks)) for name in contestants]
+        return [self._record(name, runs, counted) for name in contestants]
 
     def _record(
-        self, name: str, runs: Mapping[str, list[dict[str, Any]]], counted: Mapping[str, float], peak: float
+        self, name: str, runs: Mapping[str, list[dict[str, Any]]], counted: Mapping[str, float]
     ) -> dict[str, Any]:
         speeds = {one: [self._cell.rows / statistics.fmean(run["seconds"]) for run in runs[one]] for one in runs}
         speed = {one: statistics.median(found) for one, found in speeds.items()}
         memory = {one: int(statistics.median(run["peak_bytes"] for run in runs[one])) for one in runs}
+        peaks = products(runs)
         record = {
             "shape": self._cell.shape, "side": self._cell.side, "contestant": name,
             "method": name.split(",")[0].removeprefix("offsite "),
             "images_per_s": round(speed[name], 3),
             "spread": [round(min(speeds[name]), 3), round(max(speeds[name]), 3)],
             "peak_bytes": memory[name],
-            "share_of_peak": round(speed[name] * counted[name] / peak, 3),
+            "share_of_peak": share_of_peak(runs[name], speeds[name], counted[name], peaks),
         }  # fmt: skip
         for rival in BEST:
             if rival in runs:
                 record |= against(name, rival, rival, speed, memory, counted)
         return record | {
             "operations_per_image": round(counted[name]),
-            "matmul_peak_gflops": round(peak / 1e9),
+            "matmul_gflops": [round(edge / 1e9) for edge in (min(peaks), max(peaks))] if peaks else None,
             "images_of_a_step": self._cell.rows,
             "settings": self._habits_of(name) if name in BEST else None,
             "runs": [{key: run[key] for key in run if key not in ("key", "of", "fits")} for run in runs[name]],
@@ -122,7 +130,8 @@ class Measurements:
         key = f"images/{self._cell.shape}/{name}/{repetition}"
         if name in BEST:
             return self._peer(key, name, self._habits_of(name))
-        return self._work.once(key, [asdict(self._cell), code_digest()], lambda: self._ours(name))
+        of = [asdict(self._cell), code_digest()]
+        return self._work.once(key, of, lambda: self._work.beside_products(lambda: self._ours(name)))
 
     def _ours(self, name: str) -> dict[str, Any]:
         cell, work = self._cell, self._work
@@ -235,10 +244,7 @@ def table(results: Mapping[str, Any]) -> str:
     for shape in dict.fromkeys(record["shape"] for record in results["records"]):
         records = [record for record in results["records"] if record["shape"] == shape]
         one = records[0]
-        about = (
-            f"**{shape}**: {one['images_of_a_step']} images of {one['side']} pixels a step; "
-            f"matrix products reach {one['matmul_peak_gflops']} GFLOP/s"
-        )
+        about = f"**{shape}**: {one['images_of_a_step']} images of {one['side']} pixels a step; {said_products(one)}"
         lines += [about, "", f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
         for record in records:
             low, high = record["spread"]
@@ -246,7 +252,7 @@ def table(results: Mapping[str, Any]) -> str:
                     for what in ("speed", "counted_bound", "memory")]  # fmt: skip
             lines.append(
                 f"| {record['contestant']} | {record['images_per_s']:.2f} ({low:.2f} to {high:.2f}) "
-                f"| {record['peak_bytes'] / 2**30:.2f} | {100 * record['share_of_peak']:.0f} % "
+                f"| {record['peak_bytes'] / 2**30:.2f} | {percent(record['share_of_peak'])} "
                 f"| {pair[0]} | {pair[1]} | {pair[2]} |"
             )
         lines.append("")

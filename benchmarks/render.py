@@ -73,7 +73,8 @@ def _key(record: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def _where(machine: Mapping[str, Any]) -> str:
     return (
-        f"{machine['processor']} ({', '.join(machine['instructions'])}), {machine['threads']} thread(s), "
+        f"{machine['processor']} ({', '.join(machine['instructions'])}), "
+        f"{machine['arithmetic'] + ', ' if 'arithmetic' in machine else ''}{machine['threads']} thread(s), "
         f"{machine['memory_gib']} GiB, Python {machine['python']}"
     )
 

@@ -26,7 +26,17 @@ from typing import Any
 
 from benchmarks.bounds import operations, shape_of
 from benchmarks.cells import BEST, CELLS, CONTESTANTS, DEFAULT, FIRST, PADDED, PEERS, Cell
-from benchmarks.compared import HABITS, against, fastest_habits, write_beside
+from benchmarks.compared import (
+    HABITS,
+    against,
+    fastest_habits,
+    percent,
+    products,
+    said_products,
+    share_of_peak,
+    usual_habits,
+    write_beside,
+)
 from benchmarks.work import OFFSITE, ROOT, ChildError, Work, code_digest, digest, last_line, run
 
 from benchmarks import work as bench
@@ -52,12 +62,13 @@ def main() -> None:
     parser.add_argument("--predict", action="store_true", help="print counted bounds and measure nothing")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--fp32", action="store_true", help="everybody in fp32, as where bf16 is no faster")
     parser.add_argument("--work", type=Path, default=Path("offsite-bench"), help="bases, bundles and measurements")
     parser.add_argument("--result", type=Path, default=RESULT)
     wanted = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": str(wanted.threads), "HF_HUB_OFFLINE": "1"}
     cells = [CELLS[name].shortened() if wanted.quick else CELLS[name] for name in wanted.cells]
-    work, root = Work(wanted.work, wanted.threads), wanted.data_root
+    work, root = Work(wanted.work, wanted.threads, fp32=wanted.fp32), wanted.data_root
     for cell in {FIRST.data: FIRST, **{cell.data: cell for cell in cells}}.values():
         work.source(root, cell.data)  # before any work
     if wanted.predict:
@@ -77,32 +88,35 @@ def main() -> None:
 class Measurements:
     """The measurements of one cell."""
 
+    _usual: Mapping[str, Any] = HABITS  # of peers
+
     def __init__(self, work: Work, cell: Cell, root: Path, *, quick: bool) -> None:
         self._work, self._cell, self._root, self._quick = work, cell, root, quick
         self._base, self._rows = work.base(cell.shape), work.rows(cell, root)
+        if work.fp32:
+            self._usual = usual_habits(bf16=False)
         self.plan = self._planned()
 
     def records(self, contestants: Sequence[str], repetitions: int) -> list[dict[str, Any]]:
         """Measure every contestant, taking turns, and hold them against each other."""
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
-        peaks = []
         for repetition in range(repetitions):
             first = repetition % max(1, len(contestants))
             for name in (*contestants[first:], *contestants[:first]):
                 runs[name].append(self._measured(name, repetition))
-            peaks.append(self._work.peak(f"{self._cell.name}/peak/{repetition}"))
         shape = shape_of(self._cell, self._base, self.plan)
         counted = {name: operations(shape, name, self._pad_to(name)) for name in contestants}
-        return [self._record(name, runs, counted, max(peaks)) for name in contestants]
+        return [self._record(name, runs, counted) for name in contestants]
 
     def _record(
-        self, name: str, runs: Mapping[str, list[dict[str, Any]]], counted: Mapping[str, float], peak: float
+        self, name: str, runs: Mapping[str, list[dict[str, Any]]], counted: Mapping[str, float]
     ) -> dict[str, Any]:
         each = self.plan["tokens"] / self.plan["rows"]
         of_a_step = each * self._cell.rows
         speeds = {one: [of_a_step / statistics.fmean(run["seconds"]) for run in runs[one]] for one in runs}
         speed = {one: statistics.median(found) for one, found in speeds.items()}
         memory = {one: int(statistics.median(run["peak_bytes"] for run in runs[one])) for one in runs}
+        peaks = products(runs)
         record = {
             "shape": self._cell.shape, "data": self._cell.data, "contestant": name,
             "method": name.split(",")[0].removeprefix("offsite "),
@@ -110,7 +124,7 @@ class Measurements:
             "tokens_per_s": round(speed[name], 1),
             "spread": [round(min(speeds[name]), 1), round(max(speeds[name]), 1)],
             "peak_bytes": memory[name],
-            "share_of_peak": round(speed[name] * counted[name] / peak, 3),
+            "share_of_peak": share_of_peak(runs[name], speeds[name], counted[name], peaks),
         }  # fmt: skip
         for rival in (*BEST, *PADDED):
             if rival in runs:
@@ -118,7 +132,7 @@ class Measurements:
                 record |= against(name, rival, label, speed, memory, counted)
         return record | {
             "operations_per_token": round(counted[name]),
-            "matmul_peak_gflops": round(peak / 1e9),
+            "matmul_gflops": [round(edge / 1e9) for edge in (min(peaks), max(peaks))] if peaks else None,
             "rows_of_a_step": self._cell.rows,
             "tokens_of_a_row": round(each, 1),
             "padding": round(self.plan["padded"] / self.plan["tokens"], 3) if name not in PEERS else None,
@@ -149,7 +163,7 @@ class Measurements:
             return self._peer(key, name.split(",")[0], self._habits_of(name), steps, pad_to)
         method = name.split()[1]
         of = [asdict(self._cell), self.plan["seed"], self.plan["tokens"], code_digest()]
-        return self._work.once(key, of, lambda: self._ours(method))
+        return self._work.once(key, of, lambda: self._work.beside_products(lambda: self._ours(method)))
 
     def _ours(self, method: str) -> dict[str, Any]:
         cell, work = self._cell, self._work
@@ -160,7 +174,7 @@ class Measurements:
         log.unlink(missing_ok=True)
         settings.write_text(
             f'[tune]\nlong_rows = "truncate"\nsave_every = 1000000\nseed = {self.plan["seed"]}\n'
-            f"threads = {work.threads}\n"
+            f'threads = {work.threads}\ncompute = "{"fp32" if work.fp32 else "auto"}"\n'
         )
         words = ["tune", bundle, "--data", self._rows, "--out", out, "--method", method, "--config", settings]
         words += ["--max-steps", cell.warmup + cell.steps, "--batch-size", cell.rows, "--home", work.home]
@@ -216,9 +230,11 @@ class Measurements:
     def _habits_of(self, name: str) -> dict[str, Any]:
         """How a peer runs: the paper's way, or what its calibration found fastest."""
         if name in PADDED:
-            return {**HABITS, "keep_freed": False, "attention": "eager", "batch": min(_PAPER_BATCH, self._cell.rows)}
-        habits = HABITS if self._quick else self._settled(name)
-        ways = [habits, *([HABITS] if habits != HABITS and self._cell != FIRST else [])]  # long rows differ from short
+            batch = min(_PAPER_BATCH, self._cell.rows)
+            return {**self._usual, "keep_freed": False, "attention": "eager", "batch": batch}
+        usual = self._usual
+        habits = usual if self._quick else self._settled(name)
+        ways = [habits, *([usual] if habits != usual and self._cell != FIRST else [])]  # long rows differ from short
         most = max(self._cell.batches)
         habits = self._fastest(name, [{**way, "batch": most} for way in ways])
         return self._fastest(name, [{**habits, "batch": batch} for batch in self._cell.batches])
@@ -228,7 +244,7 @@ class Measurements:
 
     def _tried(self, name: str, settings: Mapping[str, Any]) -> float:
         """The speed of a peer's first steps in this cell."""
-        usual = ", usual habits" if settings.items() >= HABITS.items() else ""
+        usual = ", usual habits" if settings.items() >= self._usual.items() else ""
         key = f"{self._cell.name}/{name}/calibration/{settings['batch']} at once{usual}"
         return self._speed(key, name, settings, min(2, self._cell.steps))
 
@@ -241,7 +257,7 @@ class Measurements:
             settings = {**habits, "batch": max(FIRST.batches)}
             return self._speed(f"{FIRST.name}/{method}/calibration/{key}", method, settings, FIRST.steps)
 
-        return fastest_habits(speed)
+        return fastest_habits(speed, self._usual)
 
     def _speed(self, key: str, method: str, settings: Mapping[str, Any], steps: int) -> float:
         """Tokens a second of a short run; 0 if it does not fit into this machine's memory."""
@@ -281,7 +297,7 @@ def table(results: Mapping[str, Any]) -> str:
         one = records[0]
         about = (
             f"**{shape}, {data}**: {one['rows_of_a_step']} rows a step of {one['tokens_of_a_row']:.0f} tokens each; "
-            f"matrix products reach {one['matmul_peak_gflops']} GFLOP/s"
+            + said_products(one)
         )
         lines += [
             about, "", f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|",
@@ -293,7 +309,7 @@ def table(results: Mapping[str, Any]) -> str:
             lines.append(
                 f"| {record['contestant']} | {record['tokens_per_s']:.0f} ({low:.0f} to {high:.0f}) "
                 f"| {record['examples_per_s']:.2f} | {record['peak_bytes'] / 2**30:.2f} "
-                f"| {100 * record['share_of_peak']:.0f} % | {pair[0]} | {pair[1]} | {pair[2]} |"
+                f"| {percent(record['share_of_peak'])} | {pair[0]} | {pair[1]} | {pair[2]} |"
             )
         padding = {record["padding"] for record in records if record["padding"]}
         lines += ["", *(f"Padded over real tokens in offsite's steps: {found}." for found in padding), ""]

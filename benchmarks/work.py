@@ -33,14 +33,15 @@ torch.set_num_threads(int(sys.argv[1]))
 def fastest(size, dtype):
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     best = 0.0
-    for _ in range(4):
+    for _ in range(3):
         began = time.perf_counter()
         torch.nn.functional.linear(a, b)
         best = max(best, 2 * size**3 / (time.perf_counter() - began))
     return best
 
 
-dtype = max((torch.bfloat16, torch.float32), key=lambda one: fastest(512, one))
+dtypes = [torch.float32] if sys.argv[2] == "fp32" else [torch.bfloat16, torch.float32]
+dtype = max(dtypes, key=lambda one: fastest(512, one))
 print(max(fastest(size, dtype) for size in (2048, 3072, 4096)))
 """
 
@@ -56,8 +57,9 @@ class ChildError(Exception):
 class Work:
     """The work folder: what was made and measured so far."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, *, fp32: bool = False) -> None:
         self.folder, self.threads = folder.resolve(), threads
+        self.fp32 = fp32  # everybody, whatever the processor multiplies fast
         self.folder.mkdir(parents=True, exist_ok=True)
         self._log = self.folder / "measurements.jsonl"
         lines = self._log.read_text().splitlines() if self._log.exists() else []
@@ -65,6 +67,7 @@ class Work:
 
     def once(self, key: str, of: object, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """A measurement, taken from the folder if it is there and of the same thing."""
+        key = f"fp32/{key}" if self.fp32 else key
         stamp = digest([of, self.threads, versions(), processor()])
         found = self._records.get(key)
         if found is None or found["of"] != stamp:
@@ -75,13 +78,17 @@ class Work:
             print(key, {name: value for name, value in found.items() if name not in ("key", "of", "at")}, flush=True)
         return found
 
-    def peak(self, key: str) -> float:
-        """Operations a second of the machine's own matrix products, in bf16 or fp32, whichever is faster."""
+    def beside_products(self, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """A measurement, and operations a second of the machine's own matrix products just before and just after it.
 
-        def measure() -> dict[str, float]:
-            return {"flops": float(run([sys.executable, "-c", _PEAK, str(self.threads)])[0])}
+        In bf16 or fp32, whichever is faster. The products' speed is another one a minute later on some machines.
+        """
+        before = self._products()
+        return {**measure(), "matmul_flops": [before, self._products()]}
 
-        return float(self.once(key, _PEAK, measure)["flops"])
+    def _products(self) -> float:
+        said, _ = run([sys.executable, "-c", _PEAK, str(self.threads), "fp32" if self.fp32 else "any"])
+        return float(said)
 
     def source(self, root: Path, data: str) -> Path:
         """The training rows of a data set."""
@@ -230,10 +237,11 @@ def processor() -> dict[str, Any]:
     }
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, *, fp32: bool = False) -> dict[str, Any]:
     """What the figures were measured on."""
     return {
         **processor(),
+        **({"arithmetic": "everybody in fp32"} if fp32 else {}),
         "threads": threads,
         "settings": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")},
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

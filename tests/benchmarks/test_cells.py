@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from benchmarks.cells import BEST, CELLS, CONTESTANTS, DEFAULT, FIRST, PADDED, PEERS, SHAPES, Cell
-from benchmarks.compared import HABITS, fastest_habits, usual_habits
+from benchmarks.compared import HABITS, fastest_habits, said_products, share_of_peak, usual_habits
 from benchmarks.counted import Shape
 from benchmarks.render import README, headline, predictions
 from benchmarks.steps import encoded, steps_of
@@ -103,18 +103,36 @@ def test_records_hold_contestants_against_each_other():
     run = {"peak_bytes": 100, "at": "2026-01-01T00:00:00"}
     runs = {
         "lora": [{**run, "seconds": [1.0, 3.0]}],
-        "offsite lora": [{**run, "peak_bytes": 50, "seconds": [0.5, 0.5]}],
+        "offsite lora": [{**run, "peak_bytes": 50, "seconds": [0.5, 0.5], "matmul_flops": [12e3, 20e3]}],
     }
-    found = one._record("offsite lora", runs, {"lora": 300.0, "offsite lora": 100.0}, peak=16000.0)
+    counted = {"lora": 300.0, "offsite lora": 100.0}
+    found = one._record("offsite lora", runs, counted)
     assert found["tokens_per_s"] == 80
     assert found["examples_per_s"] == 8
     assert found["speed_vs_lora"] == 4
     assert found["counted_bound_vs_lora"] == 3
     assert found["memory_vs_lora"] == 2
     assert found["share_of_peak"] == 0.5
+    assert one._record("lora", runs, counted)["share_of_peak"] == 0.375  # beside no products of its own
+    assert one._record("lora", {"lora": runs["lora"]}, counted)["share_of_peak"] is None
     assert "offsite lora" in tuning.table({"records": [found]})
     before = {"shape": "smollm2", "data": "letters", "contestant": "offsite lora", "counted_bound_vs_lora": 3.0}
     assert "| lora | 3.0 | 4.0 |" in predictions([before], [found])
+
+
+def test_a_share_is_of_the_products_at_the_time():
+    runs = [{"matmul_flops": [100.0, 300.0]}, {"matmul_flops": [1000.0, 1000.0]}, {"matmul_flops": [50.0, 50.0]}]
+    assert share_of_peak(runs, [10.0, 20.0, 4.0], 10.0, usual=[1.0]) == 0.5
+    assert said_products({"matmul_gflops": [5, 9]}) == "matrix products reach 9, and 5 at the least, GFLOP/s"
+    assert said_products({"matmul_peak_gflops": 7}) == "matrix products reach 7 GFLOP/s"
+    assert said_products({"matmul_gflops": None}) == "matrix products were not measured"
+
+
+def test_everybody_in_fp32_is_measured_apart(tmp_path):
+    plain, wide = Work(tmp_path, 1), Work(tmp_path, 1, fp32=True)
+    assert plain.once("key", 0, lambda: {"found": 1})["found"] == 1
+    assert wide.once("key", 0, lambda: {"found": 2})["found"] == 2
+    assert Work(tmp_path, 1).once("key", 0, lambda: {"found": 3})["found"] == 1
 
 
 def test_the_readme_has_the_measured_ratios_of_lora():

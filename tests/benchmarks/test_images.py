@@ -88,10 +88,10 @@ def test_records_hold_contestants_against_each_other(tmp_path, monkeypatch):
     run = {"peak_bytes": 100, "at": "2026-01-01T00:00:00"}
     runs = {
         "full": [{**run, "seconds": [1.0, 3.0]}],
-        "offsite full, 0-4-4": [{**run, "peak_bytes": 50, "seconds": [0.5, 0.5]}],
+        "offsite full, 0-4-4": [{**run, "peak_bytes": 50, "seconds": [0.5, 0.5], "matmul_flops": [1200.0, 2000.0]}],
     }
     counted = {"full": 300.0, "offsite full, 0-4-4": 100.0}
-    records = [one._record(name, runs, counted, peak=1600.0) for name in runs]
+    records = [one._record(name, runs, counted) for name in runs]
     found = records[1]
     assert found["images_per_s"] == 8
     assert (found["speed_vs_full"], found["memory_vs_full"], found["counted_bound_vs_full"]) == (4, 2, 3)
@@ -103,6 +103,6 @@ def test_records_hold_contestants_against_each_other(tmp_path, monkeypatch):
     write_beside(file, work, [other], ("shape",), list(CELLS))
     write_beside(file, work, records, ("shape",), list(CELLS))
     assert [one["shape"] for one in json.loads(file.read_text())["records"]] == [*["vit-s-14"] * 2, "clip-vit-l-14"]
-    monkeypatch.setattr("benchmarks.compared.machine", lambda threads: {"threads": 64})
+    monkeypatch.setattr("benchmarks.compared.machine", lambda threads, fp32: {"threads": 64})
     write_beside(file, work, records, ("shape",), list(CELLS))  # what another machine measured does not stay
     assert len(json.loads(file.read_text())["records"]) == 2
