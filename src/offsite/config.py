@@ -312,7 +312,7 @@ class TuneSpec(ComputeSpec):
         bool | None,
         Field(
             description="where the arithmetic is fp32, hold frozen matrices of blocks in bf16: half of their memory, a "
-            "bit slower; None is where a bf16 bundle is rounded nowhere by it, and one lane"
+            "bit slower; None is where a bundle in bf16 has 512 MiB or more, or there is a memory budget"
         ),
     ] = None
     cache_features: Annotated[

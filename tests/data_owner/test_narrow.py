@@ -8,11 +8,12 @@ import torch
 
 from artifacts import packed
 from offsite.config import TuneSpec
+from offsite.core.checkpoint import open_checkpoint
 from offsite.core.data import Example, collate
 from offsite.core.fused import fuse
 from offsite.core.load import load_model
 from offsite.core.loss import label_losses, take_apart
-from offsite.data_owner import narrow
+from offsite.data_owner import narrow, permitted
 from offsite.data_owner.narrow import Narrow, hold_narrow
 from offsite.data_owner.plan import plan_tune
 from offsite.data_owner.recompute import keep_activations, recompute
@@ -141,9 +142,10 @@ def test_the_return_is_the_same(house, tmp_path, method, more, bundle):
 @pytest.mark.parametrize(
     ("bundle", "settings", "expected"),
     [
-        ("bf16", {}, True),
-        ("left-out", {}, True),
+        ("bf16", {}, True),  # of which the test says that it is large
         ("bf16", {"memory": "64GiB"}, True),
+        ("left-out", {"memory": "64GiB"}, True),
+        ("left-out", {}, False),
         ("bf16", {"narrow_weights": False}, False),
         ("bf16", {"lanes": 2}, False),
         ("bf16", {"compute": "bf16"}, False),
@@ -159,6 +161,11 @@ def test_they_are_held_narrow_where_that_rounds_nothing(house, tmp_path, monkeyp
         hold_narrow(model, *given)
 
     monkeypatch.setattr("offsite.data_owner.tune.hold_narrow", counted)
+    sizes = {
+        name: sum(one.size for one in open_checkpoint(folder).tensors.values()) for name, folder in bundles.items()
+    }
+    assert sizes["left-out"] < sizes["bf16"]
+    monkeypatch.setattr(permitted, "LARGE", sizes["bf16"])
     tune(bundles[bundle], rows, tmp_path / "return", spec_of(**settings), home)
     assert bool(held) == expected
     plan = plan_tune(verify_bundle(bundles[bundle], home), rows, spec_of(**settings))
@@ -173,8 +180,8 @@ def test_an_interrupted_run_goes_on_with_narrow_weights(house, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune(bundles["bf16"], rows, tmp_path / "return", spec_of(narrow_weights=False), home, progress=stop)
-    resumed = tune(bundles["bf16"], rows, tmp_path / "return", spec_of(), home, resume=True)
+        tune(bundles["bf16"], rows, tmp_path / "return", spec_of(), home, progress=stop)
+    resumed = tune(bundles["bf16"], rows, tmp_path / "return", spec_of(narrow_weights=True), home, resume=True)
     whole = tune(bundles["bf16"], rows, tmp_path / "whole", spec_of(), home)
     first, second = ((one.folder / ADAPTER_WEIGHTS).read_bytes() for one in (resumed, whole))
     assert first == second

@@ -9,6 +9,8 @@ from offsite.core.checkpoint import TensorRange
 from offsite.errors import IncompatibleError, PolicyError, UsageError
 from offsite.exchange.manifest import BundleManifest
 
+LARGE = 2**29  # bytes of a bundle; of smaller ones little is saved for a tenth of the speed
+
 
 def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
     """Refuse settings that cannot work, or whose return the owner would refuse.
@@ -73,8 +75,9 @@ def settled(spec: TuneSpec, architecture: str, tensors: Iterable[TensorRange], i
 
 
 def _holds_narrow(spec: TuneSpec, tensors: Iterable[TensorRange], item: int) -> bool:
-    """Whether frozen matrices are held in bf16 under arithmetic in fp32: told to, or where that rounds nothing.
+    """Whether frozen matrices are held in bf16 under arithmetic in fp32.
 
+    If nothing is said, where it rounds nothing and saves much: under a memory budget, or of a large bundle.
     Lanes that were asked for rule it out: a block is another one while it runs.
 
     Args:
@@ -87,9 +90,12 @@ def _holds_narrow(spec: TuneSpec, tensors: Iterable[TensorRange], item: int) -> 
     """
     if item != 4 or spec.narrow_weights is False:
         return False
+    tensors = list(tensors)
     wider = sorted({tensor.dtype for tensor in tensors} & {"F16", "F32"})
     if spec.narrow_weights is None:
-        return not wider and (spec.lanes or 1) == 1 and not spec.device.startswith("mps")  # older ones lack bf16
+        worth = spec.memory is not None or sum(tensor.size for tensor in tensors) >= LARGE
+        able = not wider and not spec.device.startswith("mps")  # older ones lack bf16
+        return worth and able and (spec.lanes or 1) == 1
     if wider:
         raise UsageError(
             "narrow_weights holds frozen matrices in bf16, which would round this bundle's",
