@@ -48,6 +48,12 @@ def _without_tiles() -> None:
     attention._TILE = attention._LONGEST
 
 
+def _odd_rows() -> None:
+    from offsite.core import attention
+
+    attention._EVEN = 1
+
+
 def _torchs_dropout() -> None:
     from offsite.core import lanes
     from offsite.data_owner import lanes as counted
@@ -107,6 +113,7 @@ CASES: Mapping[str, tuple[Callable[[], None], Mapping[str, Any]]] = {
     "LoRA pairs as PEFT runs them": (_without_lean_pairs, {}),
     "torch's own attention": (_without_own_attention, {}),
     "attention's shares kept": (_without_tiles, {}),
+    "rows of shares of odd lengths": (_odd_rows, {}),
     "freed memory given back": (_without_kept_memory, {}),
     "compiled products of all shapes kept": (_without_bounded_kernels, {}),
     "as few passes as fit": (_padded_to_the_budget, {}),
@@ -121,6 +128,8 @@ CASES: Mapping[str, tuple[Callable[[], None], Mapping[str, Any]]] = {
     "blocks recomputed": (_nothing, {"gradient_checkpointing": True}),
     "one thread": (_nothing, {"threads": 1}),
     "fp32": (_nothing, {"compute": "fp32"}),
+    "fp32, 1024 tokens at once": (_nothing, {"compute": "fp32", "micro_batch_tokens": 1024}),
+    "fp32, frozen matrices in fp32 too": (_nothing, {"compute": "fp32", "narrow_weights": False}),
     "the blocks' own weights (full)": (_nothing, {"method": "full"}),
     "threads that sleep at once when they wait": (_nothing, {}),
 }

@@ -243,10 +243,10 @@ class Measurements:
         return choices[0] if len(choices) == 1 else max(choices, key=lambda settings: self._tried(name, settings))
 
     def _tried(self, name: str, settings: Mapping[str, Any]) -> float:
-        """The speed of a peer's first steps in this cell."""
+        """The speed of a peer's first step on the clock in this cell."""
         usual = ", usual habits" if settings.items() >= self._usual.items() else ""
         key = f"{self._cell.name}/{name}/calibration/{settings['batch']} at once{usual}"
-        return self._speed(key, name, settings, min(2, self._cell.steps))
+        return self._speed(key, name, settings, 1)
 
     def _settled(self, method: str) -> dict[str, Any]:
         """Memory, threads, dtype, attention: changed one by one in the first cell's whole run; what is faster stays."""
