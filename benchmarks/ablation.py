@@ -129,7 +129,7 @@ CASES: Mapping[str, tuple[Callable[[], None], Mapping[str, Any]]] = {
     "one thread": (_nothing, {"threads": 1}),
     "fp32": (_nothing, {"compute": "fp32"}),
     "fp32, 1024 tokens at once": (_nothing, {"compute": "fp32", "micro_batch_tokens": 1024}),
-    "fp32, frozen matrices in fp32 too": (_nothing, {"compute": "fp32", "narrow_weights": False}),
+    "fp32, frozen matrices in bf16": (_nothing, {"compute": "fp32", "narrow_weights": True}),
     "the blocks' own weights (full)": (_nothing, {"method": "full"}),
     "threads that sleep at once when they wait": (_nothing, {}),
 }
