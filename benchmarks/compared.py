@@ -97,6 +97,11 @@ def share_of_peak(
     return round(statistics.median(shares), 3)
 
 
+def slowest_and_fastest(peaks: Sequence[float]) -> list[int] | None:
+    """In GFLOP/s; None where none were measured."""
+    return [round(edge / 1e9) for edge in (min(peaks), max(peaks))] if peaks else None
+
+
 def said_products(record: Mapping[str, Any]) -> str:
     """What the machine's matrix products reached, in GFLOP/s, in words."""
     if record.get("matmul_gflops", ...) is None:

@@ -31,6 +31,7 @@ from benchmarks.compared import (
     products,
     said_products,
     share_of_peak,
+    slowest_and_fastest,
     write_beside,
 )
 from benchmarks.counted import Shape, ours, peer
@@ -118,7 +119,7 @@ class Measurements:
                 record |= against(name, rival, rival, speed, memory, counted)
         return record | {
             "operations_per_image": round(counted[name]),
-            "matmul_gflops": [round(edge / 1e9) for edge in (min(peaks), max(peaks))] if peaks else None,
+            "matmul_gflops": slowest_and_fastest(peaks),
             "images_of_a_step": self._cell.rows,
             "settings": self._habits_of(name) if name in BEST else None,
             "runs": [{key: run[key] for key in run if key not in ("key", "of", "fits")} for run in runs[name]],

@@ -34,6 +34,7 @@ from benchmarks.compared import (
     products,
     said_products,
     share_of_peak,
+    slowest_and_fastest,
     usual_habits,
     write_beside,
 )
@@ -132,7 +133,7 @@ class Measurements:
                 record |= against(name, rival, label, speed, memory, counted)
         return record | {
             "operations_per_token": round(counted[name]),
-            "matmul_gflops": [round(edge / 1e9) for edge in (min(peaks), max(peaks))] if peaks else None,
+            "matmul_gflops": slowest_and_fastest(peaks),
             "rows_of_a_step": self._cell.rows,
             "tokens_of_a_row": round(each, 1),
             "padding": round(self.plan["padded"] / self.plan["tokens"], 3) if name not in PEERS else None,

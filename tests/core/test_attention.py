@@ -134,6 +134,15 @@ def test_long_rows_have_few_tiles_and_their_shares_fit_the_cache(length, tile):
     assert attention._tile(length, kind) == tile
 
 
+@pytest.mark.parametrize("length", [7, 199, 1023])
+def test_causal_rows_of_shares_have_an_even_length(length):
+    queries, kind = torch.zeros(2, 3 * length, 8), attention._Kind(0, None, causal=True)
+    keys = attention._together(torch.zeros(1, 2, length, 8), kind)
+    widths = [shares.shape[-1] for *_, shares, _ in attention._pieces(queries, keys, 3, kind)]
+    assert widths
+    assert all(width % 16 == 0 for width in widths)
+
+
 @pytest.mark.parametrize("length", [40, 200])
 def test_dropout_takes_the_share_that_was_asked_for_and_the_same_backwards(length):
     query, key, value = random_inputs(length, torch.float32)

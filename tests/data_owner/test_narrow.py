@@ -14,7 +14,7 @@ from offsite.core.fused import fuse
 from offsite.core.load import load_model
 from offsite.core.loss import label_losses, take_apart
 from offsite.data_owner import narrow, permitted
-from offsite.data_owner.narrow import Narrow, hold_narrow
+from offsite.data_owner.narrow import Narrow, hold_bases_narrow, hold_narrow
 from offsite.data_owner.plan import plan_tune
 from offsite.data_owner.recompute import keep_activations, recompute
 from offsite.data_owner.tune import tune
@@ -97,6 +97,18 @@ def test_of_a_frozen_block_only_its_activations_are_kept(tmp_path):
     loss.backward()
 
 
+def test_what_stays_frozen_beside_what_trains_is_narrow_too(tmp_path):
+    _, model = both(narrow_base(tmp_path, lambda folder: tiny_base(folder, blocks=3)))
+    block = blocks_of(model).get_submodule("0").requires_grad_(False)
+    trains = next(matrix for matrix in block.parameters() if matrix.dim() > 1).requires_grad_(True)
+    hold_bases_narrow(blocks_of(model), (0, 2))
+    held = blocks_of(model).get_submodule("0")
+    assert isinstance(held, Narrow)
+    assert trains.dtype == torch.float32
+    assert {one.dtype for one in held.parameters() if one.dim() > 1 and one is not trains} == {torch.bfloat16}
+    assert not isinstance(blocks_of(model).get_submodule("2"), Narrow)  # all of it trains
+
+
 def test_a_recomputed_block_keeps_nothing_itself(tmp_path, monkeypatch):
     _, model = both(narrow_base(tmp_path, lambda folder: tiny_base(folder, blocks=3)))
     monkeypatch.delattr(narrow, "saved_tensors_hooks")
@@ -166,8 +178,10 @@ def test_they_are_held_narrow_where_that_rounds_nothing(house, tmp_path, monkeyp
     }
     assert sizes["left-out"] < sizes["bf16"]
     monkeypatch.setattr(permitted, "LARGE", sizes["bf16"])
+    bases = []
+    monkeypatch.setattr("offsite.data_owner.tune.hold_bases_narrow", lambda *given: bases.append(given))
     tune(bundles[bundle], rows, tmp_path / "return", spec_of(**settings), home)
-    assert bool(held) == expected
+    assert bool(held) == bool(bases) == expected
     plan = plan_tune(verify_bundle(bundles[bundle], home), rows, spec_of(**settings))
     assert expected == any(term.name == "one block in fp32" for term in plan.peak.terms)
 
