@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from offsite.core import attention
+from offsite.core import attention, kernels
 from offsite.core.attention import use_tiled_attention
 from offsite.core.data import Example, collate
 from offsite.core.dropout import OwnRandomness
@@ -12,6 +12,19 @@ from offsite.core.loss import label_losses, take_apart
 from tiny import KINDS, VISION_KINDS, tiny_base, tiny_vision_base
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _no_kernels(request, monkeypatch):
+    """What is made of torch's products, unless a test is of the compiled ones."""
+    if "compiled" not in request.fixturenames:
+        monkeypatch.setattr(kernels, "attends", lambda *tensors: False)
+
+
+@pytest.fixture
+def compiled():
+    if kernels._level() < 2:
+        pytest.skip("no matrix tiles here, or nothing was compiled")
 
 
 def losses_and_gradient(model, examples):
@@ -47,6 +60,39 @@ def test_it_computes_what_the_fused_one_does(tmp_path, kind, lengths, tile, dtyp
     assert (fused[0] - short[0]).abs().max() < close
     cosine = torch.nn.functional.cosine_similarity(fused[1].float().flatten(), short[1].float().flatten(), dim=0)
     assert cosine > 0.995
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_compiled_one_computes_what_the_fused_one_does(tmp_path, kind, compiled, monkeypatch):
+    model = load_model(tiny_base(tmp_path / "b", blocks=2, **KINDS[kind]), dtype=torch.bfloat16, device=CPU)
+    generator = np.random.default_rng(0)
+    examples = [Example(i, generator.integers(0, 300, length), 1) for i, length in enumerate((5, 30, 17))]
+    fused = losses_and_gradient(model, examples)
+    through_interface = model._supports_attention_backend and model.config._attn_implementation == "sdpa"
+    use_tiled_attention(model)
+    calls = []
+    run = attention.compiled_attention
+    monkeypatch.setattr(attention, "compiled_attention", lambda *q, **kind: calls.append(1) or run(*q, **kind))
+    found = losses_and_gradient(model, examples)
+    windows = "sliding_window" in KINDS[kind]  # shorter than the rows
+    assert len(calls) == 2 * through_interface or (windows and len(calls) < 2)
+    assert (fused[0] - found[0]).abs().max() < 0.15
+    cosine = torch.nn.functional.cosine_similarity(fused[1].float().flatten(), found[1].float().flatten(), dim=0)
+    assert cosine > 0.995
+
+
+def test_dropout_of_the_compiled_one_is_of_the_thread(compiled):
+    query, key, value = (random_inputs(40, torch.bfloat16)[0].detach().requires_grad_(True) for _ in range(3))
+    before = torch.get_rng_state()
+
+    def attended(seed, dropout=0.3):
+        with OwnRandomness(seed):
+            return attention._attend(nn.Module(), query, key, value, None, dropout)[0]
+
+    assert torch.equal(attended(1), attended(1))
+    assert torch.equal(before, torch.get_rng_state())
+    assert not torch.allclose(attended(1), attended(2), atol=0.1)
+    assert not torch.allclose(attended(1), attended(1, 0.0), atol=0.1)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in VISION_KINDS if "timm" not in kind])
@@ -190,6 +236,17 @@ def test_dropout_is_of_the_thread_wherever_there_is_any(length, width, masked, g
     assert torch.equal(found, same)
     assert found.shape == none.shape == (1, length, 2, width)
     assert not torch.allclose(found, none, atol=0.1)
+
+
+@pytest.mark.parametrize(("window", "length", "masked"), [(8, 8, False), (8, 9, True)])
+def test_a_window_as_long_as_the_rows_masks_nothing(window, length, masked):
+    from transformers.masking_utils import sliding_window_causal_mask_function
+
+    function = sliding_window_causal_mask_function(window)
+    mask = attention._mask(
+        1, length, length, mask_function=function, allow_is_causal_skip=True, local_size=window, use_vmap=False
+    )
+    assert (mask is not None) == masked
 
 
 def test_rows_padded_at_the_left_are_masked():

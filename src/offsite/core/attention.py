@@ -1,5 +1,6 @@
 """Attention that is fast to train on a processor, and of long rows keeps nothing that grows with the square of T.
 
+With matrix tiles it is a kernel of ours (`kernels.py`). Without, or under a mask, it is made of torch's products:
 torch's fused attention on processors is slow backwards in bf16, for short rows and pictures most of all, and has no
 dropout: with it, every share goes through fp32 in memory and is kept. Here queries run a tile at a time, up to the
 last key that they may see, and without the causal rule all at once for a few heads; shares stay in the processor's
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from offsite.core import kernels
 from offsite.core.dropout import LEVELS, drawn_seed, keep_, kept, living
 
 if TYPE_CHECKING:
@@ -61,6 +63,8 @@ def _mask(
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     causal = named.get("mask_function", causal_mask_function) is causal_mask_function
+    if named.get("allow_is_causal_skip") is True and q_length <= (named.get("local_size") or 0):
+        causal = True  # the window, or chunk, is no shorter than the rows
     if causal and not positional and q_length == kv_length and named.get("allow_is_causal_skip", True):
         at_right = attention_mask is None or bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
         if at_right and not named.get("q_offset") and not named.get("kv_offset"):
@@ -94,6 +98,8 @@ def _attend(
         and (causal or dropout or query.dtype == torch.bfloat16)  # of pictures in fp32 torch's is the faster
         and all(kwargs.get(name) is None for name in ("softcap", "position_bias", "cache", "s_aux"))
     )
+    if ours and attention_mask is None and kernels.attends(query, key, value) and value.shape == key.shape:
+        return compiled_attention(query, key, value, scale, dropout, causal=causal), None
     if ours and attention_mask is None and length > _TILE and value.shape[3] == query.shape[3]:
         return tiled_attention(query, key, value, scale, dropout, causal=causal), None
     if ours and (dropout or length <= _LONGEST):
@@ -138,6 +144,41 @@ def _additive(mask: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
         return mask
     lowest = torch.finfo(scores.dtype).min
     return torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_fill_(~mask, lowest)
+
+
+def compiled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    *,
+    causal: bool = True,
+) -> torch.Tensor:
+    """As `tiled_attention`, where `kernels.attends`; dropout draws other shares."""
+    seed = drawn_seed() if dropout else 0
+    attended: torch.Tensor = _Compiled.apply(  # type: ignore[no-untyped-call]
+        query, key, value, scale, {"causal": causal, "dropped": round(dropout * LEVELS), "seed": seed}
+    )
+    return attended
+
+
+class _Compiled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, kind: dict[str, Any]
+    ) -> torch.Tensor:
+        output, logarithms = kernels.attend(query, key, value, scale, **kind)
+        ctx.save_for_backward(query, key, value, output, logarithms)
+        ctx.of = scale, kind
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scale, kind = ctx.of
+        query, key, value, output, logarithms = ctx.saved_tensors
+        slopes = kernels.attend_back(gradients[0], query, key, value, output, logarithms, scale, **kind)
+        return *slopes, None, None
 
 
 def tiled_attention(

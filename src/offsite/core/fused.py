@@ -2,8 +2,9 @@
 
 Families write these as chains of small operations, each of which keeps what it was given: an RMS norm the hidden state
 twice in fp32, a gated MLP three tensors as wide as its inner size, GPT-2's GELU six. Here each is one function with its
-own gradient. A module is not judged by its class: it is replaced only if on random numbers it computes what its
-replacement does. Parameters keep their names, so adapters and returns do not notice.
+own gradient, compiled in bf16 where there are kernels for it. A module is not judged by its class: it is replaced only
+if on random numbers it computes what its replacement does. Parameters keep their names, so adapters and returns do not
+notice.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from offsite.core import kernels
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -20,15 +23,22 @@ _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 _STEEPNESS = 1.702
 _PROBE = 7  # rows of random numbers that a module and its replacement must agree on
 
+
+def _gelu(given: torch.Tensor) -> torch.Tensor:
+    return kernels.gelu(given) if kernels.activates(given) else F.gelu(given, approximate="tanh")
+
+
+def _gelu_back(above: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    if kernels.activates(given):
+        return kernels.gelu_back(above, given)
+    slope: torch.Tensor = torch.ops.aten.gelu_backward(above, given, approximate="tanh")
+    return slope
+
+
 # (value of the activation, its gradient times what comes from above)
 _Gate = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
-_GATES: tuple[_Gate, ...] = (
-    (F.silu, torch.ops.aten.silu_backward),
-    (
-        lambda gate: F.gelu(gate, approximate="tanh"),
-        lambda above, gate: torch.ops.aten.gelu_backward(above, gate, approximate="tanh"),
-    ),
-)
+_SILU: _Gate = (F.silu, torch.ops.aten.silu_backward)
+_GATES: tuple[_Gate, ...] = (_SILU, (_gelu, _gelu_back))
 
 
 def fuse(model: "PreTrainedModel") -> int:
@@ -58,8 +68,8 @@ def _candidates(module: nn.Module) -> Iterator[nn.Module]:
     elif not children and set(own) == {"weight"} and own["weight"].dim() == 1 and isinstance(epsilon, float):
         for offset in (0.0, 1.0):
             yield RMSNorm(own["weight"], epsilon, offset)
-    elif not children and not own and "GELU" in type(module).__name__ and type(module) is not nn.GELU:
-        yield nn.GELU("tanh")
+    elif not children and not own and "GELU" in type(module).__name__:
+        yield TanhGELU()
         yield QuickGELU()
 
 
@@ -107,6 +117,11 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> torch.Tensor:
+        ctx.compiled = not offset and not ctx.needs_input_grad[1] and kernels.activates(hidden, weight)
+        if ctx.compiled:
+            normed, scale = kernels.rms_norm(hidden, weight, epsilon)
+            ctx.save_for_backward(hidden, weight, scale)
+            return normed
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32), copy=True)
         square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()  # (..., 1)
         scale = square.div_(hidden.shape[-1]).add_(epsilon).rsqrt_()
@@ -120,6 +135,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, scale = ctx.saved_tensors
+        if ctx.compiled:
+            return kernels.rms_norm_back(gradients[0], scale, hidden, weight), None, None, None
         normed = hidden.to(scale.dtype, copy=True).mul_(scale)  # (..., H)
         above = gradients[0].to(scale.dtype)
         for_weight = None
@@ -128,6 +145,30 @@ class _RMSNorm(torch.autograd.Function):
         slope = above * (weight.to(scale.dtype) + ctx.offset)
         along = (slope * normed).mean(-1, keepdim=True)  # (..., 1) what a longer x would change alone
         return slope.sub_(normed.mul_(along)).mul_(scale).to(hidden.dtype), for_weight, None, None
+
+
+class TanhGELU(nn.GELU):
+    """GELU by tanh, as in GPT-2; keeps x alone."""
+
+    def __init__(self) -> None:
+        super().__init__("tanh")
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - its base's name
+        """Any shape."""
+        after: torch.Tensor = _TanhGELU.apply(input)  # type: ignore[no-untyped-call]
+        return after
+
+
+class _TanhGELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden)
+        return _gelu(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (hidden,) = ctx.saved_tensors
+        return _gelu_back(gradients[0], hidden)
 
 
 class QuickGELU(nn.Module):
@@ -175,10 +216,14 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: _Gate) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
+        if activation is _SILU and kernels.activates(gate, up):
+            return kernels.gated(gate, up)
         return activation[0](gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up = ctx.saved_tensors
+        if ctx.activation is _SILU and kernels.activates(gate, up):
+            return *kernels.gated_back(gradients[0], gate, up), None
         value, slope = ctx.activation
         return slope(gradients[0] * up, gate), value(gate).mul_(gradients[0]), None
