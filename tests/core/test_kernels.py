@@ -140,6 +140,24 @@ def test_activations_and_norms_are_those_of_torch(shape, threads, monkeypatch):
 
 
 @needs_vectors
+@pytest.mark.parametrize("width", [3, 16, 1001])
+@pytest.mark.parametrize("slopes", [True, False])
+def test_softmax_is_that_of_torch(width, slopes, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(kernels, "_WORK", 1)
+    logits, labels, nats = random(5, width, times=5), torch.arange(5) % width, torch.empty(5)
+    wide = logits.float().requires_grad_(True)
+    expected = F.cross_entropy(wide, labels, reduction="none")
+    slope = torch.autograd.grad(expected.sum(), wide)[0] if slopes else wide.detach()
+    kernels.softmax_(logits, labels, nats, slopes=slopes)
+    assert torch.allclose(nats, expected, atol=1e-5)
+    assert torch.allclose(logits.float(), slope, rtol=0.004, atol=1e-6)
+    for label in (-1, width):
+        with pytest.raises(IndexError, match=f"of a vocabulary of {width}"):
+            kernels.softmax_(logits, torch.full((5,), label), nats, slopes=slopes)
+
+
+@needs_vectors
 def test_activations_of_far_numbers_are_zero_or_the_number():
     far = torch.tensor([-torch.inf, -1e9, -300.0, -90.0, 0.0, 90.0, 300.0, 1e9], dtype=torch.bfloat16)
     assert torch.equal(kernels.gelu(far[1:]), torch.where(far > 0, far, 0)[1:])

@@ -178,6 +178,19 @@ def rms_norm_back(
     return gradient
 
 
+def softmax_(logits: torch.Tensor, labels: torch.Tensor, nats: torch.Tensor, *, slopes: bool) -> None:
+    """Write each label's nats, (L,) in fp32, and if asked turn the logits, (L, V), into d nats / d logits.
+
+    Raises:
+        IndexError: a label, of (L,) in int64, is no place in V.
+    """
+    width = logits.shape[1]
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < width:
+        raise IndexError(f"label {int(labels.max())} of a vocabulary of {width}")
+    pointers = [_at(part) for part in (logits, nats, labels)]
+    _run("offsite_softmax", [*pointers, ctypes.c_int64(width), ctypes.c_int(slopes)], len(labels), each=width)
+
+
 def _each(name: str, *given: torch.Tensor) -> torch.Tensor:
     """A function of numbers that have nothing to do with one another."""
     result = torch.empty_like(given[-1])

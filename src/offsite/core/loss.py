@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from offsite.core import kernels
 from offsite.core.architectures import ARCHITECTURES
 from offsite.core.memory import CHUNK_ELEMENTS, SOFTMAX_ELEMENTS
 from offsite.errors import IncompatibleError
@@ -124,6 +125,9 @@ def _softmax(
 
     What softmax needs beside its input is in fp32, and small enough to stay in the processor's cache.
     """
+    if cap is None and kernels.activates(logits) and nats.dtype == torch.float32:
+        kernels.softmax_(logits, targets.contiguous(), nats, slopes=slopes)
+        return
     rows = max(1, SOFTMAX_ELEMENTS // logits.shape[1])
     for begin in range(0, len(targets), rows):
         part = slice(begin, begin + rows)
