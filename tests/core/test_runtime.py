@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from offsite.core.runtime import let_go, mapped_files, runtime, seeded
+from offsite.core.runtime import let_go, let_go_of_code, mapped_files, runtime, seeded
 from offsite.errors import UsageError
 
 
@@ -75,6 +75,17 @@ def test_pages_of_a_file_are_let_go_and_can_be_read_again(tmp_path):
     own = torch.ones(2**20)
     let_go(own, mapped)
     assert own.sum() == 2**20
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not tell what is mapped")
+def test_code_is_let_go_and_runs_again():
+    held = resident_files()
+    assert mapped_files(code=True)
+    assert len(mapped_files(code=True)) < len(mapped_files())
+    let_go_of_code()
+    left = resident_files()
+    assert float(torch.ones(3) @ torch.ones(3)) == 3
+    assert left <= held  # others that run the same libraries keep their pages here too
 
 
 def resident_files():

@@ -24,7 +24,7 @@ from offsite.core.resume import RunState
 from offsite.core.row_files import data_digest
 from offsite.core.rows import read_rows
 from offsite.core.run_log import log_file, run_folder
-from offsite.core.runtime import Runtime, runtime, seeded, worker_count
+from offsite.core.runtime import Runtime, let_go_of_code, runtime, seeded, worker_count
 from offsite.core.storage import require_free
 from offsite.core.vision import BIAS, WEIGHT, encoder_of
 from offsite.core.weights import TrainedWeights
@@ -120,6 +120,7 @@ def tune(
             checkpoints = Checkpoints(state, spec, steps)
             progress(Event("loading the model", 0))
             tuning = rows.prepare(where)
+            let_go_of_code()
             with cached_features(tuning, spec, state.folder, progress):
                 fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
                 train(tuning, fitted, state, checkpoints, log_file(out), progress, tensorboard=tensorboard)
