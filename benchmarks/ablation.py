@@ -42,16 +42,36 @@ def _without_own_attention() -> None:
     tune.use_tiled_attention = lambda model: None  # type: ignore[assignment]
 
 
+def _without_kernels() -> None:
+    from offsite.core import kernels
+
+    kernels._level = lambda: 0  # type: ignore[assignment]
+
+
+def _without_compiled_attention() -> None:
+    from offsite.core import kernels
+
+    kernels.attends = lambda *tensors: False  # type: ignore[assignment]
+
+
 def _without_tiles() -> None:
     from offsite.core import attention
 
+    _without_compiled_attention()
     attention._TILE = attention._LONGEST
 
 
 def _odd_rows() -> None:
     from offsite.core import attention
 
+    _without_compiled_attention()
     attention._EVEN = 1
+
+
+def _code_stays() -> None:
+    from offsite.data_owner import tune
+
+    tune.let_go_of_code = lambda: None  # type: ignore[assignment]
 
 
 def _torchs_dropout() -> None:
@@ -111,10 +131,13 @@ CASES: Mapping[str, tuple[Callable[[], None], Mapping[str, Any]]] = {
     "as it is": (_nothing, {}),
     "norms, activations and MLPs as the family writes them": (_without_fusing, {}),
     "LoRA pairs as PEFT runs them": (_without_lean_pairs, {}),
+    "nothing compiled": (_without_kernels, {}),
+    "attention of torch's products": (_without_compiled_attention, {}),
+    "attention of torch's products, shares kept": (_without_tiles, {}),
+    "attention of torch's products, rows of shares of odd lengths": (_odd_rows, {}),
     "torch's own attention": (_without_own_attention, {}),
-    "attention's shares kept": (_without_tiles, {}),
-    "rows of shares of odd lengths": (_odd_rows, {}),
     "freed memory given back": (_without_kept_memory, {}),
+    "code of start-up kept": (_code_stays, {}),
     "compiled products of all shapes kept": (_without_bounded_kernels, {}),
     "as few passes as fit": (_padded_to_the_budget, {}),
     "head at every position": (_head_everywhere, {}),

@@ -204,11 +204,16 @@ def digest(of: object) -> str:
 
 
 def code_digest() -> str:
-    """Our own code."""
-    found = hashlib.sha256()
-    for file in sorted((ROOT / "src" / "offsite").rglob("*.py")):
+    """Our own code, and whether setup compiled the kernels."""
+    found = hashlib.sha256(str(compiled()).encode())
+    for file in sorted(file for kind in ("*.py", "*.c") for file in (ROOT / "src" / "offsite").rglob(kind)):
         found.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
     return found.hexdigest()
+
+
+def compiled() -> bool:
+    """Whether there are kernels for processors that can run them."""
+    return any((ROOT / "src" / "offsite" / "core").glob("_kernels.*so")) and os.environ.get("OFFSITE_KERNELS") != "0"
 
 
 def versions() -> dict[str, str]:
@@ -243,6 +248,7 @@ def machine(threads: int, *, fp32: bool = False) -> dict[str, Any]:
         **processor(),
         **({"arithmetic": "everybody in fp32"} if fp32 else {}),
         "threads": threads,
+        "kernels": compiled(),
         "settings": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")},
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
