@@ -24,6 +24,8 @@ from benchmarks.cells import SHAPES, Cell
 ROOT = Path(__file__).parent.parent
 OFFSITE = (sys.executable, "-c", "import sys; from offsite.cli import main; sys.exit(main())")
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy")
+_CLOCK = "%Y-%m-%dT%H:%M:%S"
+_SAME_RUN = 2.0  # hours; what was measured longer ago is not held against what is measured now
 _PEAK = """
 import sys, time, torch
 
@@ -54,6 +56,10 @@ class ChildError(Exception):
         super().__init__(f"{' '.join(command)[:400]} ended with {code}:\n{said[-3000:]}")
 
 
+def _hours_since(at: str) -> float:
+    return (time.time() - time.mktime(time.strptime(at, _CLOCK))) / 3600
+
+
 class Work:
     """The work folder: what was made and measured so far."""
 
@@ -63,15 +69,17 @@ class Work:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._log = self.folder / "measurements.jsonl"
         lines = self._log.read_text().splitlines() if self._log.exists() else []
-        self._records: dict[str, dict[str, Any]] = {record["key"]: record for record in map(json.loads, lines)}
+        self._records: dict[str, dict[str, Any]] = {
+            record["key"]: record for record in map(json.loads, lines) if _hours_since(record["at"]) < _SAME_RUN
+        }
 
     def once(self, key: str, of: object, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """A measurement, taken from the folder if it is there and of the same thing."""
+        """A measurement, taken from the folder if it is there, of the same thing and of the last hours."""
         key = f"fp32/{key}" if self.fp32 else key
         stamp = digest([of, self.threads, versions(), processor()])
         found = self._records.get(key)
         if found is None or found["of"] != stamp:
-            found = {"key": key, "of": stamp, "at": time.strftime("%Y-%m-%dT%H:%M:%S"), **measure()}
+            found = {"key": key, "of": stamp, "at": time.strftime(_CLOCK), **measure()}
             self._records[key] = found
             with self._log.open("a") as stream:
                 stream.write(json.dumps(found) + "\n")

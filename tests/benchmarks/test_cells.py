@@ -71,6 +71,15 @@ def test_a_measurement_is_taken_once_while_it_is_of_the_same_thing(tmp_path):
     assert Work(tmp_path, 1).once("key", "that", measure)["seconds"] == 2
 
 
+def test_what_was_measured_hours_ago_is_measured_anew(tmp_path):
+    Work(tmp_path, 1).once("key", "this", lambda: {"seconds": 1})
+    log = tmp_path / "measurements.jsonl"
+    record = json.loads(log.read_text())
+    log.write_text(json.dumps(record | {"at": f"{int(record['at'][:4]) - 1}{record['at'][4:]}"}) + "\n")
+    assert Work(tmp_path, 1).once("key", "this", lambda: {"seconds": 2})["seconds"] == 2
+    assert Work(tmp_path, 1).once("key", "this", lambda: {"seconds": 3})["seconds"] == 2
+
+
 def test_a_measurement_of_another_processor_does_not_count(tmp_path, monkeypatch):
     found = []
     for name in ("one", "other"):
