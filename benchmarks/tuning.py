@@ -61,7 +61,7 @@ def main() -> None:
         "--quick", action="store_true", help="few steps; peers try rows at once alone, not their other habits"
     )
     parser.add_argument("--predict", action="store_true", help="print counted bounds and measure nothing")
-    parser.add_argument("--repetitions", type=int, default=3, help="twice as many of cells without peers")
+    parser.add_argument("--repetitions", type=int, default=3, help="two more of cells without peers")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--fp32", action="store_true", help="everybody in fp32, as where bf16 is no faster")
     parser.add_argument("--work", type=Path, default=Path("offsite-bench"), help="bases, bundles and measurements")
