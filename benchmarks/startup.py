@@ -39,7 +39,7 @@ _CALL = (
 def main() -> None:
     """Measure, print the table, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--result", type=Path, default=RESULT)
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="offsite-startup-") as scratch:
