@@ -71,6 +71,21 @@ def test_a_measurement_is_taken_once_while_it_is_of_the_same_thing(tmp_path):
     assert Work(tmp_path, 1).once("key", "that", measure)["seconds"] == 2
 
 
+def test_products_between_two_runs_are_measured_once(tmp_path, monkeypatch):
+    speeds = iter("123")
+    monkeypatch.setattr("benchmarks.work.run", lambda command: (next(speeds), 0))
+    work = Work(tmp_path, 1)
+    found = [work.beside_products(lambda: {"seconds": 1})["matmul_flops"] for _ in range(2)]
+    assert found[0] == [1.0, 1.0]  # nothing came between them here
+    work._products_at -= 60
+    assert work.beside_products(lambda: {"seconds": 1})["matmul_flops"] == [2.0, 2.0]
+
+
+def test_ours_alone_run_more_often():
+    alone, beside_peers = CELLS["gpt2-large/wikitext2"], CELLS["gpt2-large/sciq"]
+    assert (alone.times(3), beside_peers.times(3)) == (5, 3)
+
+
 def test_what_was_measured_hours_ago_is_measured_anew(tmp_path):
     Work(tmp_path, 1).once("key", "this", lambda: {"seconds": 1})
     log = tmp_path / "measurements.jsonl"

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from offsite.core import fused, kernels
 from offsite.core.dropout import LEVELS
+from offsite.core.loss import labelled_cross_entropy
 
 needs_tiles = pytest.mark.skipif(kernels._level() < 2, reason="no matrix tiles here, or nothing was compiled")
 needs_vectors = pytest.mark.skipif(kernels._level() < 1, reason="no vectors of bf16 here, or nothing was compiled")
@@ -38,9 +39,9 @@ def compared(query, key, value, scale, *, causal, dropped=0, seed=0, lives=None)
     expected = by_the_book(*wide, scale, causal, lives)
     above = random(*expected.shape, seed=9)
     slopes = torch.autograd.grad(expected, wide, above.float())
-    kind = {"causal": causal, "dropped": dropped, "seed": seed}
-    output, logarithms = kernels.attend(query, key, value, scale, **kind)
-    gradients = kernels.attend_back(above, query, key, value, output, logarithms, scale, **kind)
+    shares = kernels.Shares(scale, causal, dropped, seed)
+    output, logarithms = kernels.attend(query, key, value, shares)
+    gradients = kernels.attend_back(above, (query, key, value), output, logarithms, shares)
     return [off_by(one, other) for one, other in zip((output, *gradients), (expected.detach(), *slopes), strict=True)]
 
 
@@ -78,7 +79,7 @@ def test_dropout_takes_the_share_that_was_asked_for_and_the_same_backwards(lengt
     zeros = torch.zeros(2, 2, length, length, dtype=torch.bfloat16)
 
     def lives(seed):  # values that show each share, all of which are the same before dropout
-        shown, _ = kernels.attend(zeros, zeros, units, 1.0, causal=causal, dropped=dropped, seed=seed)
+        shown, _ = kernels.attend(zeros, zeros, units, kernels.Shares(1.0, causal, dropped, seed))
         return (shown.transpose(1, 2) != 0).float()
 
     mask = lives(5)
@@ -96,9 +97,10 @@ def test_dropout_takes_the_share_that_was_asked_for_and_the_same_backwards(lengt
 def test_what_is_no_number_is_not_hidden():
     query, key, value = (random(1, 2, 70, 16, seed=seed) for seed in range(3))
     query[0, 1, 66, 3] = torch.nan
-    output, logarithms = kernels.attend(query, key, value, 0.3, causal=True)
+    shares = kernels.Shares(0.3, causal=True)
+    output, logarithms = kernels.attend(query, key, value, shares)
     assert output.isnan().any(-1).nonzero().tolist() == [[0, 66, 1]]
-    gradients = kernels.attend_back(output, query, key, value, output, logarithms, 0.3, causal=True)
+    gradients = kernels.attend_back(output, (query, key, value), output, logarithms, shares)
     assert all(gradient.isnan().any() for gradient in gradients)
 
 
@@ -106,7 +108,7 @@ def test_what_is_no_number_is_not_hidden():
 def test_products_of_torch_are_as_before_after_attention():
     left, right = random(300, 300), random(300, 300, seed=1)
     before = left @ right
-    kernels.attend(*(random(1, 1, 40, 8) for _ in range(3)), 1.0, causal=True)
+    kernels.attend(*(random(1, 1, 40, 8) for _ in range(3)), kernels.Shares(1.0, causal=True))
     assert torch.equal(left @ right, before)
     assert float(torch.tensor(1e-30) * torch.tensor(1e-10)) > 0  # small numbers are not made zeros
 
@@ -198,7 +200,16 @@ def test_they_can_be_switched_off():
 
 
 def test_a_library_of_another_version_is_not_used(monkeypatch):
-    kernels._level.cache_clear()
     monkeypatch.setattr(kernels, "_VERSION", -1)
-    assert kernels._level() == 0
-    kernels._level.cache_clear()
+    assert kernels._level.__wrapped__() == 0
+
+
+@needs_vectors
+def test_the_loss_runs_its_softmax(monkeypatch):
+    weight, hidden, labels = random(50, 8), random(6, 8, seed=1), torch.arange(6)
+    calls, run = [], kernels.softmax_
+    monkeypatch.setattr(kernels, "softmax_", lambda *given, **asked: calls.append(1) or run(*given, **asked))
+    labelled_cross_entropy(hidden, weight, labels)
+    labelled_cross_entropy(hidden, weight, labels, cap=30.0)
+    labelled_cross_entropy(hidden.float(), weight.float(), labels)
+    assert len(calls) == 1

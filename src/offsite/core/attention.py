@@ -99,7 +99,9 @@ def _attend(
         and all(kwargs.get(name) is None for name in ("softcap", "position_bias", "cache", "s_aux"))
     )
     if ours and attention_mask is None and kernels.attends(query, key, value) and value.shape == key.shape:
-        return compiled_attention(query, key, value, scale, dropout, causal=causal), None
+        shares = kernels.Shares(scale, causal, round(dropout * LEVELS), drawn_seed() if dropout else 0)
+        compiled: torch.Tensor = _Compiled.apply(query, key, value, shares)  # type: ignore[no-untyped-call]
+        return compiled, None
     if ours and attention_mask is None and length > _TILE and value.shape[3] == query.shape[3]:
         return tiled_attention(query, key, value, scale, dropout, causal=causal), None
     if ours and (dropout or length <= _LONGEST):
@@ -146,39 +148,20 @@ def _additive(mask: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_fill_(~mask, lowest)
 
 
-def compiled_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    dropout: float = 0.0,
-    *,
-    causal: bool = True,
-) -> torch.Tensor:
-    """As `tiled_attention`, where `kernels.attends`; dropout draws other shares."""
-    seed = drawn_seed() if dropout else 0
-    attended: torch.Tensor = _Compiled.apply(  # type: ignore[no-untyped-call]
-        query, key, value, scale, {"causal": causal, "dropped": round(dropout * LEVELS), "seed": seed}
-    )
-    return attended
-
-
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, kind: dict[str, Any]
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shares: kernels.Shares
     ) -> torch.Tensor:
-        output, logarithms = kernels.attend(query, key, value, scale, **kind)
+        output, logarithms = kernels.attend(query, key, value, shares)
         ctx.save_for_backward(query, key, value, output, logarithms)
-        ctx.of = scale, kind
+        ctx.shares = shares
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scale, kind = ctx.of
-        query, key, value, output, logarithms = ctx.saved_tensors
-        slopes = kernels.attend_back(gradients[0], query, key, value, output, logarithms, scale, **kind)
-        return *slopes, None, None
+        *attended, output, logarithms = ctx.saved_tensors
+        return *kernels.attend_back(gradients[0], tuple(attended), output, logarithms, ctx.shares), None
 
 
 def tiled_attention(

@@ -38,7 +38,12 @@ def _gelu_back(above: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
 # (value of the activation, its gradient times what comes from above)
 _Gate = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
 _SILU: _Gate = (F.silu, torch.ops.aten.silu_backward)
-_GATES: tuple[_Gate, ...] = (_SILU, (_gelu, _gelu_back))
+_TANH_GELU: _Gate = (_gelu, _gelu_back)
+_QUICK_GELU: _Gate = (  # silu(a x) / a, whose slope is that of silu at a x
+    lambda given: F.silu(given * _STEEPNESS, inplace=True).div_(_STEEPNESS),
+    lambda above, given: torch.ops.aten.silu_backward(above, given * _STEEPNESS),
+)
+_GATES = (_SILU, _TANH_GELU)
 
 
 def fuse(model: "PreTrainedModel") -> int:
@@ -147,28 +152,13 @@ class _RMSNorm(torch.autograd.Function):
         return slope.sub_(normed.mul_(along)).mul_(scale).to(hidden.dtype), for_weight, None, None
 
 
-class TanhGELU(nn.GELU):
+class TanhGELU(nn.Module):
     """GELU by tanh, as in GPT-2; keeps x alone."""
 
-    def __init__(self) -> None:
-        super().__init__("tanh")
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - its base's name
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Any shape."""
-        after: torch.Tensor = _TanhGELU.apply(input)  # type: ignore[no-untyped-call]
+        after: torch.Tensor = _Activated.apply(hidden, _TANH_GELU)  # type: ignore[no-untyped-call]
         return after
-
-
-class _TanhGELU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(hidden)
-        return _gelu(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        (hidden,) = ctx.saved_tensors
-        return _gelu_back(gradients[0], hidden)
 
 
 class QuickGELU(nn.Module):
@@ -176,23 +166,21 @@ class QuickGELU(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Any shape."""
-        after: torch.Tensor = _QuickGELU.apply(hidden)  # type: ignore[no-untyped-call]
+        after: torch.Tensor = _Activated.apply(hidden, _QUICK_GELU)  # type: ignore[no-untyped-call]
         return after
 
 
-class _QuickGELU(torch.autograd.Function):
-    """silu(a x) / a, whose slope is that of silu at a x."""
-
+class _Activated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, activation: _Gate) -> torch.Tensor:
         ctx.save_for_backward(hidden)
-        return F.silu(hidden * _STEEPNESS, inplace=True).div_(_STEEPNESS)
+        value, ctx.slope = activation
+        return value(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (hidden,) = ctx.saved_tensors
-        slope: torch.Tensor = torch.ops.aten.silu_backward(gradients[0], hidden * _STEEPNESS)
-        return slope
+        return ctx.slope(gradients[0], hidden), None
 
 
 class GatedMLP(nn.Module):

@@ -8,7 +8,9 @@ with OFFSITE_KERNELS=0 in the environment.
 import ctypes
 import importlib.machinery
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -74,15 +76,25 @@ def _fits(tensor: torch.Tensor) -> bool:
     return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
 
 
+@dataclass(frozen=True)
+class Shares:
+    """What makes the shares of attention, beside query and key.
+
+    Attributes:
+        scale: of the scores.
+        causal: whether a query sees no key after its own.
+        dropped: how many of 65,536 shares are zero; the others are scaled up for them.
+        seed: what decides which; 62 bits.
+    """
+
+    scale: float
+    causal: bool
+    dropped: int = 0
+    seed: int = 0
+
+
 def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    *,
-    causal: bool,
-    dropped: int = 0,
-    seed: int = 0,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shares: Shares
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention, and what `attend_back` needs to make its shares again.
 
@@ -90,10 +102,7 @@ def attend(
         query: (B, heads, T, D).
         key: (B, key-value heads, T, D), of which each serves as many heads.
         value: as `key`.
-        scale: of the scores.
-        causal: whether a query sees no key after its own.
-        dropped: how many of 65,536 shares are zero; the others are scaled up for them.
-        seed: what decides which; 62 bits.
+        shares: what else makes them.
 
     Returns:
         The output (B, T, heads, D), and logarithms (B, heads, T padded) in fp32.
@@ -104,38 +113,27 @@ def attend(
     batch, heads, length, width = query.shape
     output = query.new_empty(batch, length, heads, width)
     logarithms = query.new_empty(batch, heads, -(-length // _SIDE) * _SIDE, dtype=torch.float32)
-    told = _told(query, key, value, output, logarithms, scale, causal, dropped, seed)
-    _run("offsite_attend", [ctypes.byref(told)], batch * key.shape[1], each=heads // key.shape[1] * length**2)
+    _attention("offsite_attend", (query, key, value, output.transpose(1, 2)), logarithms, shares)
     return output, logarithms
 
 
 def attend_back(
     above: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    attended: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     output: torch.Tensor,
     logarithms: torch.Tensor,
-    scale: float,
-    *,
-    causal: bool,
-    dropped: int = 0,
-    seed: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value; `above` is that of the output, all else as in `attend`.
+    shares: Shares,
+) -> list[torch.Tensor]:
+    """Gradients of what was attended (query, key and value); `above` is that of the output, all else as in `attend`.
 
     Returns:
         In the shapes of what they are of; in memory a token's heads follow one another, as in the output.
     """
-    batch, heads, length, width = query.shape
     above = above if above.stride(-1) == 1 else above.contiguous()
-    gradients = [part.new_empty(batch, length, part.shape[1], width).transpose(1, 2) for part in (query, key, value)]
-    told = _told(query, key, value, output, logarithms, scale, causal, dropped, seed)
-    told.above = _tensor(above.transpose(1, 2))
-    told.of_query, told.of_key, told.of_value = map(_tensor, gradients)
-    _run("offsite_attend_back", [ctypes.byref(told)], batch * key.shape[1], each=heads // key.shape[1] * length**2)
-    of_query, of_key, of_value = gradients
-    return of_query, of_key, of_value
+    gradients = [part.new_empty(part.transpose(1, 2).shape).transpose(1, 2) for part in attended]
+    tensors = (*attended, output.transpose(1, 2), above.transpose(1, 2), *gradients)
+    _attention("offsite_attend_back", tensors, logarithms, shares)
+    return gradients
 
 
 def gelu(given: torch.Tensor) -> torch.Tensor:
@@ -198,33 +196,19 @@ def _each(name: str, *given: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _told(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    logarithms: torch.Tensor,
-    scale: float,
-    causal: bool,
-    dropped: int,
-    seed: int,
-) -> _Attention:
-    _, heads, length, width = query.shape
-    return _Attention(
-        query=_tensor(query),
-        key=_tensor(key),
-        value=_tensor(value),
-        output=_tensor(output.transpose(1, 2)),
+def _attention(name: str, tensors: Sequence[torch.Tensor], logarithms: torch.Tensor, shares: Shares) -> None:
+    """A function of the library that takes an `_Attention`, whose first fields are these tensors, (B, heads, T, D)."""
+    (batch, heads, length, width), groups = tensors[0].shape, tensors[1].shape[1]
+    told = _Attention(
+        *map(_tensor, tensors),
         logarithms=logarithms.data_ptr(),
         heads=heads,
-        groups=key.shape[1],
+        groups=groups,
         length=length,
         width=width,
-        scale=scale,
-        causal=causal,
-        dropped=dropped,
-        seed=seed,
+        **asdict(shares),
     )
+    _run(name, [ctypes.byref(told)], batch * groups, each=heads // groups * length**2)
 
 
 def _tensor(given: torch.Tensor) -> _Tensor:
