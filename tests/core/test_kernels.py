@@ -102,6 +102,14 @@ def test_what_is_no_number_is_not_hidden():
     assert output.isnan().any(-1).nonzero().tolist() == [[0, 66, 1]]
     gradients = kernels.attend_back(output, (query, key, value), output, logarithms, shares)
     assert all(gradient.isnan().any() for gradient in gradients)
+    query[0, 1, 66, 3], key[0, 0, 5, 3] = 0, torch.nan  # one share of each query from the fifth on
+    output, _ = kernels.attend(query, key, value, shares)
+    assert output[0].isnan().any(-1).all(-1).nonzero().flatten().tolist() == []
+    assert output[0, :, 0].isnan().any(-1).nonzero().flatten().tolist() == list(range(5, 70))
+    nats, logits = torch.empty(1), random(1, 40)
+    logits[0, 7] = torch.nan
+    kernels.softmax_(logits, torch.tensor([3]), nats, slopes=False)
+    assert nats.isnan().all()
 
 
 @needs_tiles
