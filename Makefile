@@ -64,9 +64,9 @@ docs: $(STAMP) ## write docs/models.md from the table of families
 clean: ## remove .venv and everything that the tools made; the demo's folder stays
 	rm -rf .venv .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis build .coverage .coverage.*
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -rf src/*.egg-info src/offsite/core/_kernels*.so
+	rm -rf src/*.egg-info src/offsite/kernels/cpu/_kernels*.so
 
-$(STAMP): pyproject.toml requirements.lock src/offsite/core/_kernels.c
+$(STAMP): pyproject.toml requirements.lock src/offsite/kernels/cpu/_kernels.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "offsite needs Python 3.11 or newer; '$(PYTHON)' is missing or older."; \
 	  echo "Name another one: make $(or $(MAKECMDGOALS),install) PYTHON=python3.12"; exit 1; }

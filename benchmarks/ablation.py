@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.cells import Cell
 from benchmarks.work import ROOT, Work, code_digest, commit, digest, last_line, machine, run, versions
 
-from offsite.core.threads import settle_waiting
+from offsite.kernels.threads import settle_waiting
 
 RESULT = Path(__file__).parent / "results" / "ablation.json"
 _WARMUP, _STEPS, _ROWS = 1, 3, 8
@@ -43,29 +43,29 @@ def _without_own_attention() -> None:
 
 
 def _without_kernels() -> None:
-    from offsite.core import kernels
+    from offsite.kernels.cpu import compiled as kernels
 
     kernels._level = lambda: 0  # type: ignore[assignment]
 
 
 def _without_compiled_attention() -> None:
-    from offsite.core import kernels
+    from offsite.kernels.cpu import compiled as kernels
 
     kernels.attends = lambda *tensors: False  # type: ignore[assignment]
 
 
 def _without_tiles() -> None:
-    from offsite.core import attention
+    from offsite.kernels.cpu import tiled_attention
 
     _without_compiled_attention()
-    attention._TILE = attention._LONGEST
+    tiled_attention._TILE = tiled_attention._LONGEST
 
 
 def _odd_rows() -> None:
-    from offsite.core import attention
+    from offsite.kernels.cpu import tiled_attention
 
     _without_compiled_attention()
-    attention._EVEN = 1
+    tiled_attention._EVEN = 1
 
 
 def _code_stays() -> None:
@@ -75,15 +75,15 @@ def _code_stays() -> None:
 
 
 def _torchs_dropout() -> None:
-    from offsite.core import lanes
-    from offsite.data_owner import lanes as counted
+    from offsite.data_owner import lane_count
+    from offsite.kernels.cpu import side_by_side
 
-    for module in (lanes, counted):
+    for module in (side_by_side, lane_count):
         module.OwnRandomness = lambda seed: contextlib.nullcontext()  # type: ignore[assignment,misc]
 
 
 def _without_kept_memory() -> None:
-    from offsite.core import runtime
+    from offsite.kernels import runtime
 
     runtime._keep_freed_memory = lambda: None  # type: ignore[assignment]
 
@@ -100,18 +100,18 @@ def _without_lean_pairs() -> None:
 
 
 def _padded_to_the_budget() -> None:
-    from offsite.core import data
+    from offsite.data import tokens
 
-    data._PASS = 10**9
+    tokens._PASS = 10**9
 
 
 def _head_everywhere() -> None:
     import numpy as np
 
-    from offsite.core.data import Batch
-    from offsite.data_owner import task
+    from offsite.data.tokens import Batch
+    from offsite.data_owner import text_task
 
-    collate = task.collate
+    collate = text_task.collate
 
     def everywhere(examples: Any) -> Batch:
         batch = collate(examples)
@@ -123,7 +123,7 @@ def _head_everywhere() -> None:
         targets = np.concatenate([batch.targets, batch.ids.flatten()[rest]])
         return Batch(batch.ids, batch.mask, places, targets, owners)
 
-    task.collate = everywhere
+    text_task.collate = everywhere
 
 
 # name -> (what is done before, settings of the tuning)

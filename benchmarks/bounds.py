@@ -11,8 +11,8 @@ from benchmarks.counted import Shape, ours, peer
 
 def shape_of(cell: Cell, base: Path, plan: Mapping[str, Any]) -> Shape:
     """What `benchmarks.counted` needs: sizes from the base, rows from the cell's plan (`benchmarks.steps`)."""
-    from offsite.core.architectures import architecture_of
-    from offsite.core.checkpoint import open_checkpoint
+    from offsite.models.architectures import architecture_of
+    from offsite.storage.safetensors_files import open_checkpoint
 
     config = json.loads((base / "config.json").read_text())
     row, tensors = architecture_of(config), open_checkpoint(base).tensors

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.work import Work, machine, versions
 
-from offsite.core.processor import multiplies_bf16
+from offsite.kernels.cpu.cpu_features import multiplies_bf16
 
 
 def usual_habits(*, bf16: bool) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import platformdirs
 
-from offsite.core.threads import settle_waiting
+from offsite.kernels.threads import settle_waiting
 
 RESULT = Path(__file__).parent / "results" / "defaults.json"
 STEPS = 60
@@ -66,7 +66,7 @@ def main() -> None:
 
 def _measure(base: Path, scratch: Path, packing: Mapping[str, Any], tuning: Mapping[str, Any]) -> dict[str, float]:
     from offsite import Base, EvalSpec, Home, PackSpec, PlugInSpec, TuneSpec, evaluate, pack, plug_in, tune
-    from offsite.study.docstring_task import make_task, write_task
+    from offsite.study.demos.docstring_task import make_task, write_task
 
     owner, hospital = Home(scratch / "owner"), Home(scratch / "hospital")
     owner.create_identity("owner")

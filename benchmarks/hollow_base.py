@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from offsite.core.checkpoint import INDEX, ITEM_SIZE
+from offsite.storage.safetensors_files import INDEX, ITEM_SIZE
 
 # Llama 2 in the sizes of its paper (arXiv 2307.09288).
 SIZES = {

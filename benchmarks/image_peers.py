@@ -35,7 +35,7 @@ def main() -> None:
 
     torch.set_num_threads(wanted["threads"])
     if wanted["keep_freed"]:
-        from offsite.core.runtime import _keep_freed_memory
+        from offsite.kernels.runtime import _keep_freed_memory
 
         _keep_freed_memory()
     album = album_of(Path(wanted["base"]), Path(wanted["pictures"]))
@@ -59,8 +59,8 @@ def main() -> None:
 def album_of(base: Path, pictures: Path) -> "Album":
     """The pictures, as `offsite tune` opens them."""
     from offsite import TuneSpec
-    from offsite.core.progress import silent
     from offsite.data_owner.image_task import open_album
+    from offsite.progress import silent
 
     return open_album(base, pictures, None, TuneSpec(), silent)
 
@@ -86,9 +86,9 @@ def classifier(wanted: dict[str, Any], classes: int) -> "nn.Module":
     from torch import nn
     from torch.nn import functional as F
 
-    from offsite.core.architectures import architecture_of
-    from offsite.core.load import load_model
-    from offsite.core.vision import encoder_of
+    from offsite.models.architectures import architecture_of
+    from offsite.models.image_encoder import encoder_of
+    from offsite.models.loading import load_model
 
     class Classifier(nn.Module):
         """What transformers' classifiers compute; of an image tower alone it has none."""

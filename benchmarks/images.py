@@ -210,8 +210,8 @@ def operations(base: Path, contestant: str) -> float:
 
     Patches become hidden states forward alone, and with a gradient of that map's weight in full fine-tuning.
     """
-    from offsite.core.architectures import architecture_of
-    from offsite.core.checkpoint import open_checkpoint
+    from offsite.models.architectures import architecture_of
+    from offsite.storage.safetensors_files import open_checkpoint
 
     config = json.loads((base / "config.json").read_text())
     row, tensors = architecture_of(config), open_checkpoint(base).tensors

@@ -35,7 +35,7 @@ def main() -> None:
 
     torch.set_num_threads(wanted["threads"])
     if wanted["keep_freed"]:
-        from offsite.core.runtime import _keep_freed_memory
+        from offsite.kernels.runtime import _keep_freed_memory
 
         _keep_freed_memory()
     rows, model = _rows(wanted), _model(wanted)

@@ -24,7 +24,7 @@ from unittest import mock
 import platformdirs
 from benchmarks.work import ROOT, machine, versions
 
-from offsite.core.threads import settle_waiting
+from offsite.kernels.threads import settle_waiting
 
 RESULT = Path(__file__).parent / "results" / "refit.json"
 TOKENS = 8192  # of calibration where a case does not say otherwise; the default of pack is 65,536
@@ -89,7 +89,7 @@ class Judge:
     def __init__(self, base: Path, root: Path) -> None:
         from offsite import Base
         from offsite.model_owner.base_model import open_base
-        from offsite.model_owner.compress.calibration import calibration_batches
+        from offsite.model_owner.calibration import calibration_batches
 
         self._folder, self._tasks = base, root / "webquestions"
         model = open_base(Base(base))
@@ -103,7 +103,7 @@ class Judge:
     def measure(self, name: str, seeds: Sequence[int], scratch: Path) -> dict[str, Any]:
         """Pack and judge; tune and plug in with each of these seeds."""
         from offsite import Base, Home, PackSpec, PlugInSpec, TuneSpec, pack, plug_in, tune
-        from offsite.model_owner.compress import ridge
+        from offsite.model_owner.heal import ridge
 
         owner, tuner = Home(scratch / "owner"), Home(scratch / "tuner")
         owner.create_identity("owner")
@@ -143,7 +143,7 @@ class Judge:
         """Of a whole model on the text: what leaves so many blocks, (tokens, H), and nats per token after the first."""
         import torch
 
-        from offsite.core.load import load_model
+        from offsite.models.loading import load_model
 
         model, seen, nats = load_model(folder, dtype=torch.float32, device=torch.device("cpu")), [], []
         model.model.layers[blocks - 1].register_forward_hook(

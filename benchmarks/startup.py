@@ -22,12 +22,12 @@ from benchmarks.work import OFFSITE, ROOT, commit, machine, run
 RESULT = Path(__file__).parent / "results" / "startup.json"
 VERBS = ("import", "pack", "plug-in", "tune", "verify", "inspect", "eval", "keygen", "trust", "demo", "study")
 STAGES: Mapping[str, str] = {
-    "import": "offsite.model_owner.import_model",
+    "import": "offsite.model_owner.importing.import_model",
     "pack": "offsite.model_owner.pack",
     "plug-in": "offsite.model_owner.plug_in",
     "tune": "offsite.data_owner.tune",
-    "eval": "offsite.measure.evaluate",
-    "verify": "offsite.exchange.verify",
+    "eval": "offsite.evaluation.evaluate",
+    "verify": "offsite.protocol.verify",
 }
 _TINY = "import sys; from pathlib import Path; from tiny import tiny_base; tiny_base(Path(sys.argv[1]), blocks=6)"
 _TORCH = "import sys; print('torch' in sys.modules)"

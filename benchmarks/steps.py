@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offsite.core.data import Example
+    from offsite.data.tokens import Example
 
 LENGTH = 1024  # `offsite tune`'s own limit
 _SEEDS = 64
@@ -50,16 +50,16 @@ def main() -> None:
 
 def encoded(base: Path, rows: Path) -> "tuple[Example, ...]":
     """Rows as tuning encodes them."""
-    from offsite.core.data import encode
-    from offsite.core.load import load_tokenizer
-    from offsite.core.rows import read_rows
+    from offsite.data.rows import read_rows
+    from offsite.data.tokens import encode
+    from offsite.models.loading import load_tokenizer
 
     return encode(read_rows(rows), load_tokenizer(base), source=rows, max_length=LENGTH, long_rows="truncate").examples
 
 
 def steps_of(examples: "Sequence[Example]", per_step: int, count: int, seed: int) -> "list[list[Example]]":
     """The rows of the first steps of a tuning, in each step from short to long."""
-    from offsite.core.data import step_batches
+    from offsite.data.tokens import step_batches
 
     per_epoch = -(-len(examples) // per_step)
     epochs = [
@@ -72,7 +72,7 @@ def steps_of(examples: "Sequence[Example]", per_step: int, count: int, seed: int
 def _padded(step: "Sequence[Example]") -> int:
     """Tokens of a step of ours, padding included."""
     from offsite import TuneSpec
-    from offsite.core.data import micro_batches
+    from offsite.data.tokens import micro_batches
 
     groups = micro_batches(step, range(len(step)), TuneSpec().tokens_at_once)
     return sum(len(group) * max(_length(step[i]) for i in group) for group in groups)

@@ -132,7 +132,7 @@ class Work:
 
     def base(self, shape: str) -> Path:
         """A base folder: real weights, or random ones in the published shape with a tokenizer that fits."""
-        from offsite.study.pretrained import cached_smollm2
+        from offsite.study.demos.pretrained import cached_smollm2
 
         def offsite(words: Sequence[str | Path]) -> None:
             run([*OFFSITE, *map(str, words)])

@@ -6,8 +6,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from offsite.core.architectures import ARCHITECTURES  # noqa: E402
-from offsite.core.family import Architecture  # noqa: E402
+from offsite.models.architectures import ARCHITECTURES  # noqa: E402
+from offsite.models.family import Architecture  # noqa: E402
 from tiny import KINDS, VISION_KINDS  # noqa: E402
 
 INTRODUCTION = """# Model families

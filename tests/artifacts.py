@@ -12,19 +12,11 @@ import numpy.typing as npt
 import torch
 
 from offsite.config import Method, PackSpec
-from offsite.core.architectures import ARCHITECTURES
-from offsite.core.checkpoint import (
-    WEIGHTS,
-    from_array,
-    open_checkpoint,
-    read_float32,
-    read_header,
-    write_safetensors,
-)
-from offsite.core.load import load_model
-from offsite.core.storage import staged_folder, write_stream
-from offsite.exchange.artifacts import Base, Bundle, Return
-from offsite.exchange.contents import (
+from offsite.model_owner.pack import pack
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.loading import load_model
+from offsite.protocol.artifacts import Base, Bundle, Return
+from offsite.protocol.contents import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BOTTLENECK_WEIGHTS,
@@ -34,10 +26,8 @@ from offsite.exchange.contents import (
     checkpoint_file,
     tokenizer_digest,
 )
-from offsite.exchange.head import head_names, returned_head
-from offsite.exchange.home import Home
-from offsite.exchange.lora_folder import adapter_config, adapter_tensors
-from offsite.exchange.manifest import (
+from offsite.protocol.home import Home
+from offsite.protocol.manifest import (
     MANIFEST,
     SIGNATURE,
     BottleneckSettings,
@@ -46,10 +36,20 @@ from offsite.exchange.manifest import (
     ReturnManifest,
     TensorEntry,
 )
-from offsite.exchange.pack import file_entries, seal
-from offsite.exchange.return_rules import classifier_inputs
-from offsite.exchange.signing import Identity
-from offsite.model_owner.pack import pack
+from offsite.protocol.output_head import head_names, returned_head
+from offsite.protocol.peft_adapter import adapter_config, adapter_tensors
+from offsite.protocol.return_rules import classifier_inputs
+from offsite.protocol.sealing import file_entries, seal
+from offsite.protocol.signing import Identity
+from offsite.storage.files import staged_folder, write_stream
+from offsite.storage.safetensors_files import (
+    WEIGHTS,
+    from_array,
+    open_checkpoint,
+    read_float32,
+    read_header,
+    write_safetensors,
+)
 from tiny import Parties
 
 Array = npt.NDArray[np.float32]

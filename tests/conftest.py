@@ -13,7 +13,7 @@ for name in ("FORCE_COLOR", "PY_COLORS", "OFFSITE_HOME"):
 
 import pytest  # noqa: E402
 
-from offsite.model_owner.compress import calibration  # noqa: E402
+from offsite.model_owner import calibration  # noqa: E402
 from tiny import timm_imports  # noqa: E402
 
 CALIBRATION = 40_000  # characters

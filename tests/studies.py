@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offsite.cli.study import _in_this_process
-from offsite.study.cells import Cell, cells_of
 from offsite.study.command import Outcome, Words
+from offsite.study.grid import Cell, cells_of
 from offsite.study.prepare import prepare
 from offsite.study.recipe import Recipe, load_recipe
-from offsite.study.results import Results, collect
+from offsite.study.report.results import Results, collect
 from offsite.study.run import News, Runner, run_cells, stages_of
 from tiny import tiny_base, tiny_rows
 

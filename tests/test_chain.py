@@ -11,11 +11,11 @@ import pytest
 import offsite
 from offsite import Base, EvalSpec, PackSpec, PlugInSpec, TuneSpec
 from offsite.config import Method
-from offsite.core.checkpoint import open_checkpoint, read_float32, read_header
 from offsite.errors import PolicyError, UsageError
-from offsite.exchange.contents import WEIGHTS_OF
-from offsite.exchange.manifest import MANIFEST
 from offsite.model_owner.ledger import Ledger
+from offsite.protocol.contents import WEIGHTS_OF
+from offsite.protocol.manifest import MANIFEST
+from offsite.storage.safetensors_files import open_checkpoint, read_float32, read_header
 from tiny import FAMILIES, KINDS, Family, tiny_base, tiny_parties, tiny_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

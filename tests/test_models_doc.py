@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from offsite.core import families
-from offsite.core.architectures import ARCHITECTURES
-from offsite.core.family import Architecture
+from offsite.models import families
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.family import Architecture
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -10,10 +10,10 @@ import pytest
 
 from artifacts import packed
 from offsite.config import TuneSpec
-from offsite.core import storage
 from offsite.data_owner.tune import tune
 from offsite.errors import StorageError
-from offsite.exchange.artifacts import Return
+from offsite.protocol.artifacts import Return
+from offsite.storage import files
 from tiny import tiny_base, tiny_parties, tiny_rows
 
 Tune = Callable[[str], Return]
@@ -25,8 +25,8 @@ class Disk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls = 0
         self.room: int | None = None
-        self.real = storage._write
-        monkeypatch.setattr(storage, "_write", self.write)
+        self.real = files._write
+        monkeypatch.setattr(files, "_write", self.write)
 
     def write(self, descriptor: int, content: Any) -> None:
         self.calls += 1

@@ -12,20 +12,20 @@ from peft import PeftModel
 from artifacts import full_return, lora_return, packed
 from model_owner.test_pack import bits, logits, plain
 from model_owner.test_plug_in import plugged
-from offsite.cli.artifacts import describe
 from offsite.cli.data_owner import promise
+from offsite.cli.inspect_verbs import describe
 from offsite.config import EvalSpec, PlugInSpec, TuneSpec
-from offsite.core.architectures import ARCHITECTURES
-from offsite.core.checkpoint import read_float32, read_header
-from offsite.core.run_log import run_folder
 from offsite.data_owner.plan import plan_tune, returned_tensors
 from offsite.data_owner.tune import tune
 from offsite.errors import PolicyError, UsageError
-from offsite.exchange.artifacts import Base
-from offsite.exchange.contents import WEIGHTS_OF
-from offsite.exchange.verify import verify_return
-from offsite.measure.evaluate import evaluate
-from offsite.model_owner.choose import choose
+from offsite.evaluation.evaluate import evaluate
+from offsite.model_owner.choose_plug_in import choose
+from offsite.models.architectures import ARCHITECTURES
+from offsite.protocol.artifacts import Base
+from offsite.protocol.contents import WEIGHTS_OF
+from offsite.protocol.verify import verify_return
+from offsite.storage.safetensors_files import read_float32, read_header
+from offsite.training.run_log import run_folder
 from tiny import Parties, tiny_base, tiny_parties, tiny_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

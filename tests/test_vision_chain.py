@@ -13,14 +13,14 @@ from transformers import AutoModel, AutoModelForImageClassification, pipeline
 import offsite
 from artifacts import full_return, packed
 from offsite import Base, EvalSpec, PackSpec, PlugInSpec, TuneSpec
-from offsite.core.architectures import ARCHITECTURES
-from offsite.core.images import load_processor, read_pictures
-from offsite.core.load import load_model, model_settings
-from offsite.core.pictures import Pictures
+from offsite.data.picture_files import load_processor, read_pictures
+from offsite.data.pictures import Pictures
 from offsite.errors import UsageError
-from offsite.exchange.contents import CLASSIFIER, PROCESSOR
-from offsite.exchange.manifest import MANIFEST
-from offsite.measure.images import evaluate_images
+from offsite.evaluation.image_scores import evaluate_images
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.loading import load_model, model_settings
+from offsite.protocol.contents import CLASSIFIER, PROCESSOR
+from offsite.protocol.manifest import MANIFEST
 from tiny import VISION_KINDS, tiny_parties, tiny_pictures, tiny_vision_base
 
 CPU = torch.device("cpu")

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from offsite.config import Method
-from offsite.core.architectures import ARCHITECTURES, Architecture, architecture_of
-from offsite.core.checkpoint import NewTensor, copied, from_array, open_checkpoint, write_checkpoint
-from offsite.core.storage import Written, staged_folder, write_stream
-from offsite.exchange.artifacts import Bundle
-from offsite.exchange.contents import TOKENIZER_CONFIG, cleaned, tokenizer_digest
-from offsite.exchange.home import Home
-from offsite.exchange.manifest import BundleManifest, Split, TensorEntry
-from offsite.exchange.pack import file_entries, seal
+from offsite.models.architectures import ARCHITECTURES, Architecture, architecture_of
+from offsite.protocol.artifacts import Bundle
+from offsite.protocol.contents import TOKENIZER_CONFIG, cleaned, tokenizer_digest
+from offsite.protocol.home import Home
+from offsite.protocol.manifest import BundleManifest, Split, TensorEntry
+from offsite.protocol.sealing import file_entries, seal
+from offsite.storage.files import Written, staged_folder, write_stream
+from offsite.storage.safetensors_files import NewTensor, copied, from_array, open_checkpoint, write_checkpoint
 
 Family = Literal[
     "llama", "gpt2", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "stablelm", "phi",

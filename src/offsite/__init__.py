@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offsite.config import EvalSpec, ImportSpec, PackSpec, PlugInSpec, TuneSpec, load_spec
-    from offsite.core.progress import Event, Progress
     from offsite.data_owner.tune import tune
     from offsite.errors import (
         DataError,
@@ -27,17 +26,18 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
-    from offsite.exchange.artifacts import Base, Bundle, PlugIn, Return
-    from offsite.exchange.home import Home
-    from offsite.exchange.signing import Identity, PublicKey
-    from offsite.exchange.verify import verify, verify_bundle, verify_plug_in, verify_return
-    from offsite.measure.evaluate import Score, evaluate
-    from offsite.measure.harness import TaskScore, run_tasks
-    from offsite.model_owner.choose import Choice, choose
-    from offsite.model_owner.import_model import import_model
+    from offsite.evaluation.evaluate import Score, evaluate
+    from offsite.evaluation.lm_eval_harness import TaskScore, run_tasks
+    from offsite.model_owner.choose_plug_in import Choice, choose
+    from offsite.model_owner.importing.import_model import import_model
     from offsite.model_owner.intake import intake
     from offsite.model_owner.pack import pack
     from offsite.model_owner.plug_in import plug_in
+    from offsite.progress import Event, Progress
+    from offsite.protocol.artifacts import Base, Bundle, PlugIn, Return
+    from offsite.protocol.home import Home
+    from offsite.protocol.signing import Identity, PublicKey
+    from offsite.protocol.verify import verify, verify_bundle, verify_plug_in, verify_return
 
     __version__: str
 
@@ -85,7 +85,7 @@ __all__ = [
 # Where each public name lives; a test holds this against __all__ and against the block above.
 _WHERE = {
     "offsite.config": ("EvalSpec", "ImportSpec", "PackSpec", "PlugInSpec", "TuneSpec", "load_spec"),
-    "offsite.core.progress": ("Event", "Progress"),
+    "offsite.progress": ("Event", "Progress"),
     "offsite.data_owner.tune": ("tune",),
     "offsite.errors": (
         "DataError",
@@ -96,14 +96,14 @@ _WHERE = {
         "UsageError",
         "VerificationError",
     ),
-    "offsite.exchange.artifacts": ("Base", "Bundle", "PlugIn", "Return"),
-    "offsite.exchange.home": ("Home",),
-    "offsite.exchange.signing": ("Identity", "PublicKey"),
-    "offsite.exchange.verify": ("verify", "verify_bundle", "verify_plug_in", "verify_return"),
-    "offsite.measure.evaluate": ("Score", "evaluate"),
-    "offsite.measure.harness": ("TaskScore", "run_tasks"),
-    "offsite.model_owner.choose": ("Choice", "choose"),
-    "offsite.model_owner.import_model": ("import_model",),
+    "offsite.protocol.artifacts": ("Base", "Bundle", "PlugIn", "Return"),
+    "offsite.protocol.home": ("Home",),
+    "offsite.protocol.signing": ("Identity", "PublicKey"),
+    "offsite.protocol.verify": ("verify", "verify_bundle", "verify_plug_in", "verify_return"),
+    "offsite.evaluation.evaluate": ("Score", "evaluate"),
+    "offsite.evaluation.lm_eval_harness": ("TaskScore", "run_tasks"),
+    "offsite.model_owner.choose_plug_in": ("Choice", "choose"),
+    "offsite.model_owner.importing.import_model": ("import_model",),
     "offsite.model_owner.intake": ("intake",),
     "offsite.model_owner.pack": ("pack",),
     "offsite.model_owner.plug_in": ("plug_in",),

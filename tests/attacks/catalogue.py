@@ -13,8 +13,7 @@ import numpy as np
 
 from artifacts import GONE, edit_bundle_weights, edit_json, edit_weights, manifest_of, sign_again
 from attacks.lab import Lab
-from offsite.core.checkpoint import DECLARED_WEIGHTS, WEIGHTS, read_header
-from offsite.exchange.contents import (
+from offsite.protocol.contents import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BOTTLENECK_WEIGHTS,
@@ -23,7 +22,8 @@ from offsite.exchange.contents import (
     RETURNED_WEIGHTS,
     checkpoint_file,
 )
-from offsite.exchange.manifest import MANIFEST, SIGNATURE
+from offsite.protocol.manifest import MANIFEST, SIGNATURE
+from offsite.storage.safetensors_files import DECLARED_WEIGHTS, WEIGHTS, read_header
 
 
 @dataclass(frozen=True)

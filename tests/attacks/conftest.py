@@ -8,9 +8,9 @@ import pytest
 from artifacts import bottleneck_return, full_return, lora_return, packed, with_earlier
 from attacks.lab import Lab
 from offsite.config import PlugInSpec
-from offsite.exchange.artifacts import Base
-from offsite.exchange.home import Home
 from offsite.model_owner.plug_in import plug_in
+from offsite.protocol.artifacts import Base
+from offsite.protocol.home import Home
 from tiny import Parties, tiny_base, tiny_parties, tiny_vision_base
 
 

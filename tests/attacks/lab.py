@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from artifacts import sign_again
-from offsite.exchange.artifacts import Bundle, Return
-from offsite.exchange.home import Home
-from offsite.exchange.manifest import BundleManifest
-from offsite.exchange.signing import Identity
-from offsite.exchange.verify import read_unverified, verify_bundle, verify_return
+from offsite.protocol.artifacts import Bundle, Return
+from offsite.protocol.home import Home
+from offsite.protocol.manifest import BundleManifest
+from offsite.protocol.signing import Identity
+from offsite.protocol.verify import read_unverified, verify_bundle, verify_return
 from tiny import Parties
 
 

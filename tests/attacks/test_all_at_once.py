@@ -5,11 +5,11 @@ import pytest
 from artifacts import edit_json, edit_weights, manifest_of, sign_again
 from attacks.lab import Lab
 from offsite.errors import PolicyError, VerificationError
-from offsite.exchange.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from offsite.exchange.manifest import MANIFEST
-from offsite.exchange.verify import verify_plug_in, verify_return
 from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
+from offsite.protocol.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from offsite.protocol.manifest import MANIFEST
+from offsite.protocol.verify import verify_plug_in, verify_return
 
 
 def poison(weights: dict) -> None:

@@ -10,14 +10,14 @@ import pytest
 
 from artifacts import edit_json, edit_weights, manifest_of, raw_safetensors, sign_again
 from attacks.lab import Lab
-from offsite.core import checkpoint
-from offsite.core.checkpoint import open_checkpoint, read_header
-from offsite.core.modules.declared import Declared, wrapped
 from offsite.errors import OffsiteError, StorageError, UsageError, VerificationError
-from offsite.exchange.contents import ADAPTER_WEIGHTS
-from offsite.exchange.home import Home
-from offsite.exchange.manifest import MANIFEST, SIGNATURE
-from offsite.exchange.verify import verify, verify_bundle, verify_plug_in, verify_return
+from offsite.models.modules.declared import Declared, wrapped
+from offsite.protocol.contents import ADAPTER_WEIGHTS
+from offsite.protocol.home import Home
+from offsite.protocol.manifest import MANIFEST, SIGNATURE
+from offsite.protocol.verify import verify, verify_bundle, verify_plug_in, verify_return
+from offsite.storage import safetensors_files
+from offsite.storage.safetensors_files import open_checkpoint, read_header
 
 
 def refused(lab: Lab, target: str, says: str) -> None:
@@ -81,7 +81,7 @@ def test_file_shorter_than_a_header(content: bytes, tmp_path: Path) -> None:
 
 
 def test_header_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_MAX_HEADER", 100)
+    monkeypatch.setattr(safetensors_files, "_MAX_HEADER", 100)
     with pytest.raises(StorageError, match="header of 101 bytes"):
         read_header(raw_safetensors(tmp_path / "x.safetensors", b"{" + b" " * 99 + b"}"))
 
@@ -135,7 +135,7 @@ def test_infinite_number_in_the_config(lab: Lab) -> None:
 
 
 def test_config_over_the_limit(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    from offsite.exchange import sealed as module
+    from offsite.protocol import signed_folder as module
 
     monkeypatch.setattr(module, "_CONFIG_BYTES", 2000)
     with (lab.bundle / "config.json").open("a") as file:
@@ -207,7 +207,7 @@ def test_index_that_is_none(lab: Lab, content: str) -> None:
 
 def test_index_over_the_limit(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     shards(lab)
-    monkeypatch.setattr(checkpoint, "_MAX_HEADER", 100)
+    monkeypatch.setattr(safetensors_files, "_MAX_HEADER", 100)
     with pytest.raises(StorageError, match="over 100 bytes"):
         open_checkpoint(lab.bundle)
 

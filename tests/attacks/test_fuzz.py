@@ -9,11 +9,11 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from offsite.core.architectures import ARCHITECTURES, config_problems
-from offsite.core.checkpoint import ITEM_SIZE, read_chunks, read_header
 from offsite.errors import IncompatibleError, StorageError
-from offsite.exchange.contents import ALLOWED_KEYS, content_problems
-from offsite.exchange.manifest import ManifestProblem, parse_manifest, render_manifest
+from offsite.models.architectures import ARCHITECTURES, config_problems
+from offsite.protocol.contents import ALLOWED_KEYS, content_problems
+from offsite.protocol.manifest import ManifestProblem, parse_manifest, render_manifest
+from offsite.storage.safetensors_files import ITEM_SIZE, read_chunks, read_header
 
 QUICK = settings(
     max_examples=150,

@@ -9,8 +9,8 @@ import pytest
 from artifacts import manifest_of, sign_again
 from attacks.lab import Lab
 from offsite.errors import VerificationError
-from offsite.exchange import manifest as module
-from offsite.exchange.manifest import (
+from offsite.protocol import manifest as module
+from offsite.protocol.manifest import (
     MANIFEST,
     MANIFEST_BYTES,
     SIGNATURE,
@@ -18,7 +18,7 @@ from offsite.exchange.manifest import (
     Split,
     parse_manifest,
 )
-from offsite.exchange.verify import verify
+from offsite.protocol.verify import verify
 
 Json = dict[str, Any]
 

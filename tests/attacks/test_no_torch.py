@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from attacks.lab import Lab
-from offsite.exchange.home import Home
+from offsite.protocol.home import Home
 
 CODE = """
 import sys
 from pathlib import Path
-from offsite.exchange.home import Home
-from offsite.exchange.verify import verify
+from offsite.protocol.home import Home
+from offsite.protocol.verify import verify
 verify(Path(sys.argv[1]), Home(Path(sys.argv[2])))
 heavy = {"torch", "transformers", "peft", "accelerate", "safetensors", "pickle5"} & set(sys.modules)
 assert not heavy, heavy

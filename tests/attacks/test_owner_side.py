@@ -12,14 +12,14 @@ from artifacts import edit_weights, sign_again
 from attacks.lab import Lab
 from attacks.test_broken_files import spoiled
 from offsite.config import PlugInSpec
-from offsite.core import storage
 from offsite.errors import IncompatibleError, OffsiteError, PolicyError, StorageError, UsageError, VerificationError
-from offsite.exchange.artifacts import Base
-from offsite.exchange.contents import ADAPTER_WEIGHTS
-from offsite.exchange.manifest import MANIFEST
-from offsite.exchange.verify import read_unverified, verify_plug_in
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.plug_in import plug_in
+from offsite.protocol.artifacts import Base
+from offsite.protocol.contents import ADAPTER_WEIGHTS
+from offsite.protocol.manifest import MANIFEST
+from offsite.protocol.verify import read_unverified, verify_plug_in
+from offsite.storage import files as storage
 
 
 def plugged(lab: Lab, returned: Path, out: str = "out", **spec: object) -> Path:

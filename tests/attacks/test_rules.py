@@ -5,7 +5,7 @@ import pytest
 from attacks.catalogue import ATTACKS, Attack
 from attacks.lab import Lab
 from offsite.errors import VerificationError
-from offsite.exchange import verify as module
+from offsite.protocol import verify as module
 
 RULES = [
     (table, rule.__name__)

@@ -106,8 +106,8 @@ def test_a_measurement_of_another_processor_does_not_count(tmp_path, monkeypatch
 def test_peers_see_the_rows_of_a_tuning(tmp_path, data):
     """The steps that peers are fed are those that `offsite tune` takes under the same seed."""
     from offsite import TuneSpec
-    from offsite.data_owner.schedule import rows_of_steps
-    from offsite.data_owner.task import TextTask
+    from offsite.data_owner.text_task import TextTask
+    from offsite.training.schedule import rows_of_steps
 
     base = tiny_base(tmp_path / "base")
     examples = encoded(base, data / "letters" / "train.jsonl")

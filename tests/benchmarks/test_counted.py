@@ -6,9 +6,10 @@ import torch
 from benchmarks.counted import Shape, ours, peer
 from torch.utils.flop_counter import FlopCounterMode
 
-from offsite.core.data import Example, collate
-from offsite.core.load import load_model
-from offsite.core.loss import label_losses, take_apart
+from offsite.data.tokens import Example, collate
+from offsite.models.backbone import split_backbone_and_head
+from offsite.models.loading import load_model
+from offsite.training.label_losses import label_losses
 from tiny import tiny_base
 
 BLOCKS, LENGTH, LABELLED, ROWS = 4, 33, 10, 3
@@ -46,9 +47,9 @@ def test_full_tuning_of_the_bundle(model, below):
     generator = np.random.default_rng(0)
     rows = [Example(i, generator.integers(0, 300, LENGTH + 1), LENGTH + 1 - LABELLED) for i in range(ROWS)]
     with FlopCounterMode(display=False) as counter:
-        label_losses(take_apart(model), collate(rows))[0].backward()
+        label_losses(split_backbone_and_head(model), collate(rows))[0].backward()
     with FlopCounterMode(display=False) as probe:
-        take_apart(model)
+        split_backbone_and_head(model)
     shape = _shape(model, tokens=LENGTH, labelled=LABELLED / LENGTH, trained=2, below=below)
     counted = ours(shape, "full", 0) * ROWS * LENGTH
     found = counter.get_total_flops() - probe.get_total_flops()

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import images
 from offsite import TuneSpec
-from offsite.core.load import load_model
-from offsite.core.vision import encoder_of
 from offsite.data_owner.image_task import ImageTask
+from offsite.models.image_encoder import encoder_of
+from offsite.models.loading import load_model
 from tiny import tiny_pictures, tiny_vision_base
 
 WANTED = {"bf16": False, "method": "full", "attention": "eager"}  # whose products the counter sees

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from offsite.cli import main
-from offsite.core.run_log import last_record, log_file
+from offsite.training.run_log import last_record, log_file
 from tiny import Parties, tiny_base, tiny_bundle, tiny_parties, tiny_rows
 
 SETTINGS = ("--rank", "2", "--max-steps", "2", "--batch-size", "4")

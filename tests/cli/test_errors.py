@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 
 from offsite.cli import data_owner, keys, main, terminal
-from offsite.core.resume import RunState
-from offsite.core.run_log import run_folder
 from offsite.errors import (
     DataError,
     IncompatibleError,
@@ -21,6 +19,8 @@ from offsite.errors import (
     UsageError,
     VerificationError,
 )
+from offsite.training.resume_points import RunState
+from offsite.training.run_log import run_folder
 
 Process = Callable[..., "subprocess.CompletedProcess[str]"]
 

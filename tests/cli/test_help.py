@@ -10,7 +10,7 @@ import offsite
 from offsite.cli import flags, main
 from offsite.cli.app import build
 from offsite.config import TABLES, Spec
-from offsite.core.run_log import log_file
+from offsite.training.run_log import log_file
 
 VERBS = ("import", "pack", "plug-in", "tune", "keygen", "inspect", "verify", "eval", "demo", "study")
 

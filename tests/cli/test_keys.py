@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from offsite.cli import main
-from offsite.exchange.home import Home
+from offsite.protocol.home import Home
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, object]:

@@ -6,9 +6,9 @@ import pytest
 
 from fresh_process import HEAVY, modules_after
 from offsite.cli import main
-from offsite.cli.study_board import Board, _last_line
-from offsite.study.lock import only_run
+from offsite.cli.study_progress import Board, _last_line
 from offsite.study.run import News
+from offsite.study.run_lock import only_run
 from studies import RECIPE, Played, lay_out
 
 ZERO_SHOT = RECIPE.replace('base = "base"', 'base = "base"\nrows = ["zero_shot"]')

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from offsite.cli import terminal
-from offsite.core.progress import Event
+from offsite.progress import Event
 
 
 def test_plain_lines_come_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:

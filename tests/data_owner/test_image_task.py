@@ -11,15 +11,15 @@ from safetensors.torch import load_file
 
 from artifacts import packed
 from offsite.config import TuneSpec
-from offsite.core.images import load_processor
-from offsite.core.progress import Event, silent
-from offsite.data_owner import budget
+from offsite.data.picture_files import load_processor
+from offsite.data_owner import memory_budget
 from offsite.data_owner.image_task import ImageTask, open_album
 from offsite.data_owner.tune import tune
 from offsite.errors import DataError, UsageError
-from offsite.exchange.artifacts import Bundle
-from offsite.exchange.contents import CLASSIFIER
-from offsite.exchange.home import Home
+from offsite.progress import Event, silent
+from offsite.protocol.artifacts import Bundle
+from offsite.protocol.contents import CLASSIFIER
+from offsite.protocol.home import Home
 from tiny import tiny_parties, tiny_pictures, tiny_vision_base
 
 
@@ -161,7 +161,7 @@ def test_memory_is_measured_on_the_pictures(tmp_path: Path, bundle: Bundle, monk
         work()
         return 2**20, 2**20 * (1 + 100 * seen[-1])
 
-    monkeypatch.setattr(budget, "_measured", measured)
+    monkeypatch.setattr(memory_budget, "_measured", measured)
     pictures = tiny_pictures(tmp_path / "set", 4)
     losses = run(tmp_path, bundle, pictures, memory="300MiB", batch_size=8)
     assert seen == [1, 2]

@@ -6,9 +6,9 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from offsite.config import TuneSpec
-from offsite.core.load import load_model
-from offsite.data_owner.methods.lean_pairs import LeanPair, run_lean
 from offsite.data_owner.methods.lora import attach
+from offsite.data_owner.methods.lora_linear import LeanPair, run_lean
+from offsite.models.loading import load_model
 from tiny import KINDS, tiny_base, tiny_bundle, tiny_parties
 
 CPU = torch.device("cpu")

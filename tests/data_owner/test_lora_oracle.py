@@ -5,9 +5,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from offsite.config import TuneSpec
-from offsite.core.architectures import ARCHITECTURES
-from offsite.core.load import load_model
 from offsite.data_owner.methods.lora import attach
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.loading import load_model
 from tiny import tiny_base, tiny_bundle, tiny_parties
 
 CPU = torch.device("cpu")

@@ -9,15 +9,15 @@ import pytest
 
 from artifacts import packed
 from offsite.config import TuneSpec
-from offsite.core import loss, memory
-from offsite.core.attention import _TILE
-from offsite.core.checkpoint import read_header
-from offsite.core.images import Picture, decode
-from offsite.core.memory import Term
-from offsite.core.run_log import log_file
+from offsite.data.picture_files import Picture, decode
 from offsite.data_owner.plan import TunePlan, _lanes, plan_tune
 from offsite.data_owner.tune import tune
 from offsite.errors import UsageError
+from offsite.kernels import fused_loss, memory_formulas
+from offsite.kernels.cpu.tiled_attention import _TILE
+from offsite.kernels.memory_formulas import Term
+from offsite.storage.safetensors_files import read_header
+from offsite.training.run_log import log_file
 from tiny import KINDS, Parties, tiny_base, tiny_parties, tiny_pictures, tiny_vision_base
 
 HIDDEN, INNER = 32, 48
@@ -58,7 +58,7 @@ def test_what_trains_is_what_comes_back(base: Path, tmp_path: Path, parties: Par
     returned = tune(bundle.folder, rows, tmp_path / "return", spec, parties.data_owner)
     shapes = [entry.shape for entry in returned.manifest.tensors.values()]
     assert plan.trained_tensors == len(shapes)
-    assert plan.trained_parameters == memory.part("", shapes, 1).parameters
+    assert plan.trained_parameters == memory_formulas.part("", shapes, 1).parameters
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,7 +68,7 @@ def test_every_kind_of_model_can_be_planned(tmp_path: Path, parties: Parties, ro
     trained = sum(math.prod(entry.shape) for entry in bundle.manifest.tensors.values())
     assert plan.trained_parameters == trained
     assert sum(part.parameters for part in plan.bundle if part.name in ("bottom", "top")) == trained
-    assert plan.peak.bytes > memory.TORCH_LIBRARIES
+    assert plan.peak.bytes > memory_formulas.TORCH_LIBRARIES
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -196,8 +196,8 @@ def test_below_the_first_trained_block_nothing_is_kept(
 
 
 def test_the_sizes_are_those_of_the_code() -> None:
-    assert loss.CHUNK_ELEMENTS is memory.CHUNK_ELEMENTS
-    assert memory.SHORT_ATTENTION == _TILE
+    assert fused_loss.CHUNK_ELEMENTS is memory_formulas.CHUNK_ELEMENTS
+    assert memory_formulas.SHORT_ATTENTION == _TILE
 
 
 def test_checkpoints_of_pictures_are_refused_as_tuning_does(tmp_path: Path, parties: Parties) -> None:

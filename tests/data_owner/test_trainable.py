@@ -5,12 +5,12 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from offsite.config import TuneSpec
-from offsite.core.architectures import ARCHITECTURES
-from offsite.core.load import load_model, quiet
-from offsite.core.mixture import in_files
 from offsite.data_owner.methods import METHODS
-from offsite.data_owner.permitted import require_permitted
+from offsite.data_owner.permissions import require_permitted
 from offsite.errors import IncompatibleError
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.loading import load_model, quiet
+from offsite.models.mixture import in_files
 from tiny import KINDS, tiny_base, tiny_bundle, tiny_parties
 
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from offsite.config import EvalSpec, TuneSpec
-from offsite.core.architectures import ARCHITECTURES
-from offsite.core.checkpoint import open_checkpoint, read_header
-from offsite.core.load import load_model, read_tensor
-from offsite.core.run_log import log_file, run_folder
-from offsite.data_owner.schedule import step_count
 from offsite.data_owner.tune import tune
 from offsite.errors import DataError, IncompatibleError, OffsiteError, PolicyError, UsageError, VerificationError
-from offsite.exchange.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RETURNED_WEIGHTS
-from offsite.exchange.verify import verify_return
-from offsite.measure.evaluate import evaluate
+from offsite.evaluation.evaluate import evaluate
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.loading import load_model, read_tensor
+from offsite.protocol.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RETURNED_WEIGHTS
+from offsite.protocol.verify import verify_return
+from offsite.storage.safetensors_files import open_checkpoint, read_header
+from offsite.training.run_log import log_file, run_folder
+from offsite.training.schedule import step_count
 from tiny import FAMILIES, tiny_base, tiny_bundle, tiny_parties, tiny_rows
 
 CPU = torch.device("cpu")
@@ -411,7 +411,7 @@ def test_epochs_are_counted_in_steps(house, tmp_path):
 
 
 def test_the_learning_rate_warms_up_and_falls():
-    from offsite.data_owner.schedule import learning_rate
+    from offsite.training.schedule import learning_rate
 
     for schedule, last in (("cosine", 0.0), ("linear", 0.0), ("constant", 1.0)):
         spec = TuneSpec(lr=1.0, schedule=schedule, warmup=0.2)
@@ -447,10 +447,10 @@ def test_norms_and_biases_do_not_decay(house, tmp_path):
 
 def test_a_bundle_that_keeps_every_block_tunes_as_the_base_would(tmp_path):
     """LoRA as trained here, against PEFT and torch alone on the same rows."""
-    from offsite.core.data import collate, encode
-    from offsite.core.load import load_tokenizer
-    from offsite.core.rows import read_rows
+    from offsite.data.rows import read_rows
+    from offsite.data.tokens import collate, encode
     from offsite.data_owner.methods.lora import attach
+    from offsite.models.loading import load_tokenizer
 
     parties = tiny_parties(tmp_path)
     bundle = tiny_bundle(tiny_base(tmp_path / "b", blocks=3), tmp_path / "bundle", parties)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from offsite.core.runtime import runtime
-from offsite.exchange.artifacts import Base
+from offsite.kernels.runtime import runtime
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.block_runner import BlockRunner
+from offsite.protocol.artifacts import Base
 
 
 def test_a_hidden_state_is_freed_at_once(base_of: Callable[..., Path]) -> None:

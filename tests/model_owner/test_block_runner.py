@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from offsite.core.architectures import ARCHITECTURES
-from offsite.core.runtime import Runtime
-from offsite.exchange.artifacts import Base
+from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.block_runner import BlockRunner, captured_inputs
+from offsite.models.architectures import ARCHITECTURES
+from offsite.protocol.artifacts import Base
 from tiny import KINDS
 
 MakeBase = Callable[..., Path]

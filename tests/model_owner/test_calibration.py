@@ -3,7 +3,7 @@ import json
 import pytest
 
 from offsite.errors import DataError
-from offsite.model_owner.compress.calibration import _read
+from offsite.model_owner.calibration import _read
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "ROWS.JSONL"])

@@ -10,9 +10,9 @@ import pytest
 from artifacts import lora_return, packed
 from offsite.config import PackSpec
 from offsite.errors import OffsiteError, StorageError
-from offsite.exchange.artifacts import PlugIn
-from offsite.exchange.manifest import PlugInManifest
 from offsite.model_owner.ledger import Ledger
+from offsite.protocol.artifacts import PlugIn
+from offsite.protocol.manifest import PlugInManifest
 from tiny import Parties
 
 MakeBase = Callable[..., Path]

@@ -10,12 +10,12 @@ import pytest
 
 from artifacts import full_return, lora_return, packed
 from offsite.config import ImportSpec, PlugInSpec
-from offsite.core import storage
 from offsite.errors import StorageError
-from offsite.exchange.artifacts import Base
-from offsite.model_owner.import_model import import_model
+from offsite.model_owner.importing.import_model import import_model
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.plug_in import plug_in
+from offsite.protocol.artifacts import Base
+from offsite.storage import files
 from tiny import Parties
 
 MakeBase = Callable[..., Path]
@@ -45,8 +45,8 @@ class Disk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, code: int = errno.ENOSPC) -> None:
         self.calls, self.last, self.code = 0, -1, code
-        self.real = storage._write
-        monkeypatch.setattr(storage, "_write", self.write)
+        self.real = files._write
+        monkeypatch.setattr(files, "_write", self.write)
 
     def write(self, descriptor: int, content: Any) -> None:
         self.calls += 1
@@ -118,7 +118,7 @@ def test_interruption(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(*((storage, "_write") if where == "write" else (Path, "rename")), interrupt)
+        patched.setattr(*((files, "_write") if where == "write" else (Path, "rename")), interrupt)
         with pytest.raises(KeyboardInterrupt):
             stage(parent / "out")
     assert left(parent) == set()

@@ -13,8 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from artifacts import copied_folder, edit_json, edit_weights, lora_return, packed
 from offsite.config import PackSpec, PlugInSpec
-from offsite.core.architectures import ARCHITECTURES
-from offsite.core.checkpoint import (
+from offsite.errors import IncompatibleError, StorageError, UsageError
+from offsite.model_owner.ledger import Ledger
+from offsite.model_owner.pack import pack
+from offsite.model_owner.plug_in import plug_in
+from offsite.models.architectures import ARCHITECTURES
+from offsite.protocol.artifacts import Base
+from offsite.protocol.manifest import MANIFEST
+from offsite.protocol.verify import verify_bundle
+from offsite.storage.safetensors_files import (
     INDEX,
     WEIGHTS,
     NewTensor,
@@ -23,13 +30,6 @@ from offsite.core.checkpoint import (
     read_chunks,
     write_checkpoint,
 )
-from offsite.errors import IncompatibleError, StorageError, UsageError
-from offsite.exchange.artifacts import Base
-from offsite.exchange.manifest import MANIFEST
-from offsite.exchange.verify import verify_bundle
-from offsite.model_owner.ledger import Ledger
-from offsite.model_owner.pack import pack
-from offsite.model_owner.plug_in import plug_in
 from tiny import KINDS, Parties
 
 MakeBase = Callable[..., Path]
@@ -231,7 +231,7 @@ def test_gpt2_as_it_was_published(base_of: MakeBase, parties: Parties, tmp_path:
     """Without the prefix, with attention's mask among the weights, with the copy of the tied head, in old keys."""
     import numpy as np
 
-    from offsite.core.checkpoint import from_array
+    from offsite.storage.safetensors_files import from_array
 
     base = base_of("gpt2", 4)
     held = open_checkpoint(base).tensors

@@ -11,14 +11,14 @@ import torch
 
 from artifacts import lora_return, packed
 from offsite.config import PackSpec, PlugInSpec
-from offsite.core import memory
-from offsite.core.load import load_model
-from offsite.core.runtime import runtime
 from offsite.errors import IncompatibleError, UsageError
-from offsite.exchange.artifacts import Base
+from offsite.kernels import memory_formulas
+from offsite.kernels.runtime import runtime
 from offsite.model_owner.pack import pack
 from offsite.model_owner.plan import PackPlan, plan_pack, plan_plug_in
 from offsite.model_owner.plug_in import plug_in
+from offsite.models.loading import load_model
+from offsite.protocol.artifacts import Base
 from tiny import KINDS, VISION_KINDS, Parties, tiny_pictures, tiny_vision_base
 
 MakeBase = Callable[..., Path]
@@ -156,7 +156,7 @@ def test_without_a_gap_no_network_runs(base_of: MakeBase) -> None:
         assert plan.calibration is None
         assert plan.compute is None
         assert [phase.name for phase in plan.phases] == ["writing the bundle"]
-        assert plan.peak.terms[0].bytes == memory.PLAIN_LIBRARIES
+        assert plan.peak.terms[0].bytes == memory_formulas.PLAIN_LIBRARIES
 
 
 def test_influence_alone_keeps_one_set_of_hidden_states(base_of: MakeBase) -> None:
@@ -173,7 +173,7 @@ def test_what_cannot_be_packed_cannot_be_planned(base_of: MakeBase) -> None:
 
 @pytest.mark.parametrize("compute", ["auto", "bf16", "fp32"])
 def test_the_arithmetic_is_foreseen(compute: Any) -> None:
-    assert memory.compute_bytes(compute, "cpu") == runtime("cpu", compute, 1).dtype.itemsize
+    assert memory_formulas.compute_bytes(compute, "cpu") == runtime("cpu", compute, 1).dtype.itemsize
 
 
 @pytest.mark.parametrize(("form", "more"), [("adapter", ()), ("merged", ("tokenizer.json",))])

@@ -23,14 +23,14 @@ from artifacts import (
 )
 from model_owner.test_pack import bits, logits, plain, sharded
 from offsite.config import PlugInSpec
-from offsite.core.architectures import ARCHITECTURES
-from offsite.core.checkpoint import INDEX, open_checkpoint, read_float32, read_header
-from offsite.core.load import load_bottlenecked, load_replaced
 from offsite.errors import UsageError, VerificationError
-from offsite.exchange.artifacts import Base, PlugIn
-from offsite.exchange.verify import verify_plug_in
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.plug_in import plug_in
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.loading import load_bottlenecked, load_replaced
+from offsite.protocol.artifacts import Base, PlugIn
+from offsite.protocol.verify import verify_plug_in
+from offsite.storage.safetensors_files import INDEX, open_checkpoint, read_float32, read_header
 from tiny import KINDS, Parties
 
 # peft 0.21 asks transformers 5.23 by the old name
@@ -177,7 +177,7 @@ def test_full_merged_and_the_data_owners_view_agree(
 
 
 def open_returned(folder: Path) -> Any:
-    from offsite.core.checkpoint import read_header
+    from offsite.storage.safetensors_files import read_header
 
     return read_header(folder / "adapter.safetensors")
 
@@ -255,7 +255,7 @@ def test_sharded_base(base_of: MakeBase, parties: Parties, tmp_path: Path) -> No
 
 
 def test_old_gpt2_keeps_its_spelling(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
-    from offsite.core.checkpoint import copied
+    from offsite.storage.safetensors_files import copied
 
     base = base_of("gpt2", 3)
     held = open_checkpoint(base).tensors

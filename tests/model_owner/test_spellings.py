@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 from artifacts import copied_folder, edit_json, full_return, lora_return, packed
 from model_owner.test_pack import bits, logits, plain
 from offsite.config import PlugInSpec
-from offsite.core.architectures import ARCHITECTURES
-from offsite.core.checkpoint import WEIGHTS, open_checkpoint, read_chunks
-from offsite.core.load import load_model
 from offsite.errors import IncompatibleError
-from offsite.exchange.artifacts import Base
 from offsite.model_owner.plug_in import plug_in
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.loading import load_model
+from offsite.protocol.artifacts import Base
+from offsite.storage.safetensors_files import WEIGHTS, open_checkpoint, read_chunks
 from tiny import KINDS, LANGUAGE, Parties
 
 MakeBase = Callable[..., Path]

@@ -10,11 +10,11 @@ from unittest.mock import Mock
 
 import pytest
 
-from offsite.core.progress import Event
-from offsite.core.run_log import Terminated, terminated_as_interrupted
 from offsite.errors import OffsiteError, UsageError, VerificationError
+from offsite.progress import Event
 from offsite.study import command
 from offsite.study.chain import STATE, Chain, opened
+from offsite.training.run_log import Terminated, terminated_as_interrupted
 
 
 class Work:

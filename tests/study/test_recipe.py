@@ -5,7 +5,7 @@ import pytest
 
 from offsite.errors import UsageError
 from offsite.study.recipe import ROWS, load_recipe, require_files
-from offsite.study.results import _placement
+from offsite.study.report.results import _placement
 from offsite.study.stages import uncompressed
 from studies import RECIPE, lay_out
 

@@ -11,9 +11,9 @@ import pytest
 
 from offsite.cli.study import _in_this_process
 from offsite.study.check import check
+from offsite.study.demos.tiny_base import tiny_base
 from offsite.study.prepare import require_fit
 from offsite.study.recipe import load_recipe
-from offsite.study.tiny_base import tiny_base
 from tiny import timm_imports
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*.toml"))

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from offsite.errors import DataError, IncompatibleError, OffsiteError, UsageError
-from offsite.measure.bootstrap import paired_interval
-from offsite.measure.row_scores import read_row_scores
+from offsite.evaluation.intervals import paired_interval
+from offsite.evaluation.row_scores import read_row_scores
 from offsite.study.command import Outcome
 from offsite.study.recipe import ROWS
-from offsite.study.results import collect
+from offsite.study.report.results import collect
 from studies import RECIPE, Played, Study, lay_out, played_study
 
 

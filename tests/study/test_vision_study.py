@@ -10,11 +10,11 @@ from PIL import Image
 from fresh_process import HEAVY, modules_after
 from offsite.cli.study import _report
 from offsite.errors import IncompatibleError, UsageError
-from offsite.measure.bootstrap import paired_interval
-from offsite.measure.row_scores import read_row_scores
+from offsite.evaluation.intervals import paired_interval
+from offsite.evaluation.row_scores import read_row_scores
 from offsite.study.prepare import prepare
 from offsite.study.recipe import ROWS, load_recipe
-from offsite.study.tables import tables
+from offsite.study.report.tables import tables
 from studies import Played, Study, played_study
 from tiny import tiny_pictures, tiny_vision_base
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import typer
 
-from offsite.cli import artifacts, data_owner, demo, flags, keys, measure, model_owner, study, terminal
-from offsite.core.run_log import terminated_as_interrupted
-from offsite.core.threads import settle_waiting
+from offsite.cli import data_owner, demo, eval_verb, flags, inspect_verbs, keys, model_owner, study, terminal
 from offsite.errors import OffsiteError
+from offsite.kernels.threads import settle_waiting
+from offsite.training.run_log import terminated_as_interrupted
 
 _PLAYERS = {  # compute nothing themselves; each process that they start looks at the machine anew
     "demo": "run the same command again: finished steps are not repeated",
@@ -35,9 +35,9 @@ def build() -> typer.Typer:
         (flags.MODEL, "plug-in", model_owner.plug_in),
         (flags.DATA, "tune", data_owner.tune),
         (flags.BOTH, "keygen", keys.keygen),
-        (flags.BOTH, "inspect", artifacts.inspect),
-        (flags.BOTH, "verify", artifacts.verify),
-        (flags.BOTH, "eval", measure.eval_),
+        (flags.BOTH, "inspect", inspect_verbs.inspect),
+        (flags.BOTH, "verify", inspect_verbs.verify),
+        (flags.BOTH, "eval", eval_verb.eval_),
         (flags.BOTH, "demo", demo.demo),
         (flags.BOTH, "study", study.study),
     ):

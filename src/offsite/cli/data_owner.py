@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offsite.cli import artifacts, flags, terminal
-from offsite.cli.plan import show_plan
-from offsite.core.run_log import log_file
+from offsite.cli import flags, inspect_verbs, terminal
+from offsite.cli.show_plan import show_plan
+from offsite.training.run_log import log_file
 
 if TYPE_CHECKING:
     from offsite.config import TuneSpec
-    from offsite.core.progress import Event, Progress
-    from offsite.exchange.artifacts import Bundle
-    from offsite.exchange.home import Home
-    from offsite.exchange.manifest import BundleManifest
+    from offsite.progress import Event, Progress
+    from offsite.protocol.artifacts import Bundle
+    from offsite.protocol.home import Home
+    from offsite.protocol.manifest import BundleManifest
 
 
 def tune(
@@ -82,8 +82,8 @@ def tune(
     )
     if epochs is not None:  # over max_steps of the file, which would win otherwise
         spec = spec.changed({"max_steps": None})
-    from offsite.data_owner.permitted import require_permitted, require_something_to_report
-    from offsite.exchange.verify import verify_bundle
+    from offsite.data_owner.permissions import require_permitted, require_something_to_report
+    from offsite.protocol.verify import verify_bundle
 
     require_something_to_report(spec, eval_data)
     own = flags.home_of(context, home)
@@ -97,7 +97,7 @@ def tune(
     log = log_file(out)
     if resume and _is_finished(out, verified, spec, own):
         terminal.say(f"this run is finished: {out} is the return that it made, and nothing was done")
-        _show(out, own, artifacts.told_by(log, "step", "validation"), as_json=as_json)
+        _show(out, own, inspect_verbs.told_by(log, "step", "validation"), as_json=as_json)
         return
     from offsite.data_owner.tune import tune as tune_stage
 
@@ -115,13 +115,13 @@ def tune(
             resume=resume,
             progress=announcing,
         )
-    told = artifacts.told_by(log, "step", "validation")
+    told = inspect_verbs.told_by(log, "step", "validation")
     _show(returned.folder, own, {"seconds": round(time.monotonic() - started, 1), **told}, as_json=as_json)
 
 
 def _show(out: Path, home: "Home", tuning: Mapping[str, Any], *, as_json: bool) -> None:
     """Print what the return is, and how the tuning went, which the return does not tell."""
-    terminal.show({**artifacts.describe(out, home), "tuning": tuning}, as_json=as_json)
+    terminal.show({**inspect_verbs.describe(out, home), "tuning": tuning}, as_json=as_json)
     if "log" in tuning:
         terminal.say(f"the log {tuning['log']} stays with you: it is no part of the return")
     terminal.hint(f"next: send the folder {out} to the model's owner")
@@ -131,7 +131,7 @@ def _is_finished(out: Path, bundle: "Bundle", spec: "TuneSpec", home: "Home") ->
     """Whether `out` is what the run would make: a return of this home to this bundle, with the tensors asked for."""
     from offsite.data_owner.plan import returned_tensors
     from offsite.errors import OffsiteError
-    from offsite.exchange.verify import verify_return
+    from offsite.protocol.verify import verify_return
 
     try:
         made = verify_return(out, home, bundle.manifest).manifest
@@ -155,13 +155,13 @@ def _announcing(promised: str, progress: "Progress") -> "Progress":
 
 def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
     """What the return will contain, in words: every file, and the tensors by block."""
-    from offsite.core.architectures import ARCHITECTURES
     from offsite.data_owner.plan import returned_tensors
-    from offsite.exchange.contents import ADAPTER_CONFIG, CLASSIFIER, WEIGHTS_OF, checkpoint_file
-    from offsite.exchange.manifest import MANIFEST, SIGNATURE
+    from offsite.models.architectures import ARCHITECTURES
+    from offsite.protocol.contents import ADAPTER_CONFIG, CLASSIFIER, WEIGHTS_OF, checkpoint_file
+    from offsite.protocol.manifest import MANIFEST, SIGNATURE
 
     tensors = returned_tensors(manifest, spec)
-    numbers = artifacts.numbers_in(tensors.values())
+    numbers = inspect_verbs.numbers_in(tensors.values())
     earlier = [checkpoint_file(number) for number in range(1, spec.checkpoints)]
     files = [WEIGHTS_OF[spec.method], *earlier, MANIFEST, SIGNATURE]
     if spec.method == "lora":
@@ -179,7 +179,7 @@ def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
     if vision:
         files = sorted([*files, CLASSIFIER])
     also = ", and a classifier with the NAMES OF YOUR CLASSES" if vision else ""
-    blocks = artifacts.ranges(manifest.split.trained)
+    blocks = inspect_verbs.ranges(manifest.split.trained)
     size = f"{len(tensors)} tensors, {numbers:,} numbers, {4 * numbers / 2**20:.1f} MiB"
     if earlier:
         size = f"in each of {spec.checkpoints} checkpoints {size}"

@@ -12,9 +12,9 @@ from offsite.cli import terminal
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from offsite.core.progress import Event
-    from offsite.study.demo import Demo
-    from offsite.study.vision_demo import VisionDemo
+    from offsite.progress import Event
+    from offsite.study.demos.language_demo import Demo
+    from offsite.study.demos.vision_demo import VisionDemo
 
 
 def demo(
@@ -49,18 +49,18 @@ def demo(
     """
     from dataclasses import asdict
 
-    from offsite.core.storage import replace_file
+    from offsite.storage.files import replace_file
 
     _require_fitting(vision=vision, images=images, others={"--data": data, "--full": full or None})
     if vision:
-        from offsite.study.vision_demo import vision_demo
+        from offsite.study.demos.vision_demo import vision_demo
 
         seen = vision_demo(workdir, images, model=model, steps=steps, progress=_announce)
         if json_file is not None:
             replace_file(json_file, f"{terminal.render_json(asdict(seen))}\n".encode())
         _print_vision(seen, workdir, json_file)
         return
-    from offsite.study.demo import demo as run
+    from offsite.study.demos.language_demo import demo as run
 
     result = run(workdir, data=data, model=model, steps=steps, full=full, progress=_announce)
     if json_file is not None:

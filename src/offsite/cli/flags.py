@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperOption
 
-from offsite.core.run_log import run_folder
+from offsite.training.run_log import run_folder
 
 if TYPE_CHECKING:
     from offsite.config import Spec
-    from offsite.exchange.home import Home
+    from offsite.protocol.home import Home
 
     S = TypeVar("S", bound=Spec)
 
@@ -125,7 +125,7 @@ def _choices(annotation: Any) -> tuple[str, ...]:
 
 def home_of(context: typer.Context, home: Path | None) -> "Home":
     """The home of this party: the verb's --home, else the one before the verb, else the default."""
-    from offsite.exchange.home import Home
+    from offsite.protocol.home import Home
 
     folder = home or run_of(context).home
     return Home(folder) if folder else Home.default()

@@ -8,8 +8,8 @@ import typer
 from offsite.cli import flags, terminal
 
 if TYPE_CHECKING:
-    from offsite.exchange.home import Home
-    from offsite.exchange.signing import PublicKey
+    from offsite.protocol.home import Home
+    from offsite.protocol.signing import PublicKey
 
 _KEY_BYTES = 16 * 2**10  # no file of one public key is larger
 _PublicKeyFile = Annotated[Path, typer.Argument(metavar="FILE", help="the public key that the other party sent")]
@@ -30,7 +30,7 @@ def keygen(
     Example:
       offsite keygen --name acme --out acme.pub
     """
-    from offsite.core.storage import replace_file
+    from offsite.storage.files import replace_file
 
     own = flags.home_of(context, home)
     _require_writable(out, own)
@@ -97,8 +97,8 @@ def add(
 
 def _read_key(file: Path) -> "PublicKey":
     from offsite.errors import UsageError
-    from offsite.exchange.sealed import read_bounded
-    from offsite.exchange.signing import PublicKey
+    from offsite.protocol.signed_folder import read_bounded
+    from offsite.protocol.signing import PublicKey
 
     try:
         line = read_bounded(file, _KEY_BYTES).decode()

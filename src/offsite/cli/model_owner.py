@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offsite.cli import artifacts, choice, flags, terminal
-from offsite.cli.plan import show_plan
-from offsite.core.run_log import log_file
+from offsite.cli import choice, flags, inspect_verbs, terminal
+from offsite.cli.show_plan import show_plan
+from offsite.training.run_log import log_file
 
 if TYPE_CHECKING:
     from offsite.config import PlugInSpec
-    from offsite.exchange.artifacts import Base
-    from offsite.exchange.home import Home
-    from offsite.model_owner.choose import Choice
+    from offsite.model_owner.choose_plug_in import Choice
+    from offsite.protocol.artifacts import Base
+    from offsite.protocol.home import Home
 
 _Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="new folder for the result")]
 _BaseFolder = Annotated[Path, typer.Argument(metavar="BASE", help="base checkpoint folder, as import wrote it")]
@@ -36,11 +36,11 @@ def import_(
     from offsite.config import ImportSpec
 
     spec = flags.settings(ImportSpec, config, {})
-    from offsite.model_owner.import_model import import_model
+    from offsite.model_owner.importing.import_model import import_model
 
     with terminal.showing_progress() as progress:
         base = import_model(source, out, spec, progress)
-    terminal.show(artifacts.describe_base(base.folder), as_json=as_json)
+    terminal.show(inspect_verbs.describe_base(base.folder), as_json=as_json)
     terminal.hint(f"next: offsite pack {out} --out bundle/ --for NAME")
 
 
@@ -120,7 +120,7 @@ def pack(
             "permit_head": permit_head,
         },
     )
-    from offsite.exchange.artifacts import Base
+    from offsite.protocol.artifacts import Base
 
     if plan:
         from offsite.model_owner.plan import plan_pack
@@ -132,9 +132,9 @@ def pack(
     own = flags.home_of(context, home)
     with terminal.showing_progress() as progress:
         bundle = pack_stage(Base(base), out, recipient, spec, own, progress, resume=resume)
-    shown = artifacts.describe(bundle.folder, own)
+    shown = inspect_verbs.describe(bundle.folder, own)
     if "distill" in spec.heal:
-        shown["distillation"] = artifacts.told_by(log_file(out), "distill step", "distill held out")
+        shown["distillation"] = inspect_verbs.told_by(log_file(out), "distill step", "distill held out")
     terminal.show(shown, as_json=as_json)
     terminal.hint(f"next: send the folder {out} to {recipient}")
 
@@ -180,7 +180,7 @@ def plug_in(
             "--plan does not know what --choose-on needs",
             next_step="leave --choose-on out of the plan; choosing holds the base in memory, as `offsite eval` does",
         )
-    from offsite.exchange.artifacts import Base
+    from offsite.protocol.artifacts import Base
 
     own = flags.home_of(context, home)
     if plan:
@@ -199,7 +199,7 @@ def plug_in(
     if chosen and not as_json:
         for line in choice.lines(chosen):
             typer.echo(line)
-    shown = artifacts.describe(plugged.folder, own)
+    shown = inspect_verbs.describe(plugged.folder, own)
     terminal.show({**shown, "choice": choice.facts(chosen)} if chosen and as_json else shown, as_json=as_json)
     scored = f"{base} --adapter {out}" if plugged.manifest.form == "adapter" else f"{out}"
     terminal.hint(f"next: offsite eval {scored} --data test.jsonl")
@@ -210,11 +210,11 @@ def _choose(
 ) -> "Choice":
     """Choose, under the settings of `offsite eval`; an `out` that is taken is refused before, not after."""
     from offsite.config import EvalSpec
-    from offsite.core.storage import require_free
+    from offsite.storage.files import require_free
 
     measured = flags.settings(EvalSpec, config, {})
     require_free(out)
-    from offsite.model_owner.choose import choose
+    from offsite.model_owner.choose_plug_in import choose
 
     with terminal.showing_progress() as progress:
         return choose(base, returned, data, spec, measured, own, progress)

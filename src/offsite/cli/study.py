@@ -15,10 +15,10 @@ from offsite.cli import flags, terminal
 from offsite.errors import OffsiteError, UsageError
 
 if TYPE_CHECKING:
-    from offsite.study.cells import Cell
     from offsite.study.command import Outcome, Words
+    from offsite.study.grid import Cell
     from offsite.study.recipe import Recipe
-    from offsite.study.results import Results
+    from offsite.study.report.results import Results
     from offsite.study.run import News, Tell
 
 _Folder = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="the study's folder, new or begun")]
@@ -57,10 +57,10 @@ def study(
         return
     if out is None:
         raise UsageError("there is nowhere to put the results", next_step="name a folder with --out")
-    from offsite.study.cells import cells_of
-    from offsite.study.lock import only_run
+    from offsite.study.grid import cells_of
     from offsite.study.prepare import prepare
     from offsite.study.run import Runner, run_cells, stages_of
+    from offsite.study.run_lock import only_run
 
     lab, rows = prepare(loaded, out, terminal.say)
     cells = cells_of(loaded, lab, rows)
@@ -105,8 +105,8 @@ def full_fine_tuning(
     from offsite.config import TuneSpec
 
     spec = flags.settings(TuneSpec, config, {})
-    from offsite.exchange.artifacts import Base
-    from offsite.study.full_tuning import full_fine_tuning as run
+    from offsite.protocol.artifacts import Base
+    from offsite.study.full_fine_tuning import full_fine_tuning as run
 
     with terminal.showing_progress() as progress:
         tuned = run(Base(base), data, out, spec, eval_data=eval_data, resume=resume, progress=progress)
@@ -114,9 +114,9 @@ def full_fine_tuning(
 
 
 def _report(recipe: "Recipe", cells: "list[Cell]", out: Path) -> "Results":
-    from offsite.study.contact_sheet import sheets
-    from offsite.study.report import write_report
-    from offsite.study.results import collect
+    from offsite.study.report.contact_sheet import sheets
+    from offsite.study.report.results import collect
+    from offsite.study.report.write_report import write_report
 
     results = collect(recipe, cells, out)
     files, advice = write_report(results, out, sheets(cells, out))
@@ -137,7 +137,7 @@ def _print(results: "Results", out: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from offsite.study.tables import tables
+    from offsite.study.report.tables import tables
 
     wide = None if sys.stdout.isatty() else 200  # a file has no edge
     console = Console(highlight=False, width=wide)
@@ -159,7 +159,7 @@ def _print(results: "Results", out: Path) -> None:
 
 
 def _failures(results: "Results") -> list[str]:
-    from offsite.study.tables import failures
+    from offsite.study.report.tables import failures
 
     return [" ".join(line.split()) for line in failures(results)]
 
@@ -170,7 +170,7 @@ def _watching(cells: "list[Cell]") -> "Iterator[Tell]":
     if not sys.stderr.isatty():
         yield _lines
         return
-    from offsite.cli.study_board import board
+    from offsite.cli.study_progress import board
 
     with board(cells) as tell:
         yield tell

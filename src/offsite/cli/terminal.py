@@ -15,8 +15,8 @@ from typing import Any
 
 import typer
 
-from offsite.core.progress import Event, Progress
 from offsite.errors import OffsiteError, StorageError
+from offsite.progress import Event, Progress
 
 INTERRUPTED = 130
 START_OVER = "run the same command again to start over"
@@ -167,7 +167,7 @@ def showing_progress() -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield lines()
         return
-    from offsite.cli.bars import bars  # rich takes a while to import
+    from offsite.cli.progress_bars import bars  # rich takes a while to import
 
     with bars() as progress:
         yield progress

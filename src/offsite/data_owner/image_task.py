@@ -16,19 +16,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from offsite.config import TuneSpec
-from offsite.core.architectures import ARCHITECTURES
-from offsite.core.checkpoint import strict_json
-from offsite.core.images import held_out_part, load_processor, read_pictures, split_by_seed
-from offsite.core.modules.declared import unwrapped
-from offsite.core.picture_sizes import at_once, seen_picture
-from offsite.core.picture_workers import PictureWorkers
-from offsite.core.pictures import Pictures
-from offsite.core.progress import Event, Progress
-from offsite.core.vision import BIAS, WEIGHT, Encoder, batches
+from offsite.data.picture_files import held_out_part, load_processor, read_pictures, split_by_seed
+from offsite.data.picture_sizes import at_once, seen_picture
+from offsite.data.picture_workers import PictureWorkers
+from offsite.data.pictures import Pictures
 from offsite.errors import DataError, UsageError
-from offsite.exchange.contents import CONFIG
-from offsite.exchange.manifest import ClassName
-from offsite.measure.images import fit_probe, probe_features
+from offsite.evaluation.image_scores import fit_probe, probe_features
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.image_encoder import BIAS, WEIGHT, Encoder, batches
+from offsite.models.modules.declared import unwrapped
+from offsite.progress import Event, Progress
+from offsite.protocol.contents import CONFIG
+from offsite.protocol.manifest import ClassName
+from offsite.storage.safetensors_files import strict_json
 
 _HEAD_SPREAD = 0.01  # of the weights of a new head
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from offsite.config import Method, TuneSpec
-from offsite.core.architectures import ARCHITECTURES, Architecture
-from offsite.core.checkpoint import ITEM_SIZE, TensorRange, open_checkpoint, strict_json
-from offsite.core.data import encode
-from offsite.core.images import read_pictures, split_by_seed
-from offsite.core.memory import (
+from offsite.data.picture_files import read_pictures, split_by_seed
+from offsite.data.picture_sizes import SeenPicture, at_once, decoded, seen_picture
+from offsite.data.rows import read_rows
+from offsite.data.tokens import encode
+from offsite.data_owner.permissions import require_permitted, settled
+from offsite.kernels.memory_formulas import (
     SHORT_ATTENTION,
     BlockShape,
     Part,
@@ -28,18 +29,17 @@ from offsite.core.memory import (
     torch_libraries,
     usual_lanes,
 )
-from offsite.core.modules.declared import unwrapped
-from offsite.core.picture_sizes import SeenPicture, at_once, decoded, seen_picture
-from offsite.core.rows import read_rows
-from offsite.core.threads import usual_threads
-from offsite.data_owner.permitted import require_permitted, settled
-from offsite.data_owner.schedule import checkpoint_steps, step_count
-from offsite.exchange.artifacts import Bundle
-from offsite.exchange.contents import CONFIG, TOKENIZER_FILES
-from offsite.exchange.head import returned_head
-from offsite.exchange.lora_folder import adapter_tensors
-from offsite.exchange.manifest import BottleneckSettings, BundleManifest, LoraSettings, TensorEntry
-from offsite.exchange.return_rules import classifier_inputs
+from offsite.kernels.threads import usual_threads
+from offsite.models.architectures import ARCHITECTURES, Architecture
+from offsite.models.modules.declared import unwrapped
+from offsite.protocol.artifacts import Bundle
+from offsite.protocol.contents import CONFIG, TOKENIZER_FILES
+from offsite.protocol.manifest import BottleneckSettings, BundleManifest, LoraSettings, TensorEntry
+from offsite.protocol.output_head import returned_head
+from offsite.protocol.peft_adapter import adapter_tensors
+from offsite.protocol.return_rules import classifier_inputs
+from offsite.storage.safetensors_files import ITEM_SIZE, TensorRange, open_checkpoint, strict_json
+from offsite.training.schedule import checkpoint_steps, step_count
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _row_count(folder: Path, data: Path, length: int) -> int:
     rows = read_rows(data)
     if not rows[0].document:
         return len(rows)
-    from offsite.core.load import load_tokenizer
+    from offsite.models.loading import load_tokenizer
 
     return len(encode(rows, load_tokenizer(folder), source=data, max_length=length).examples)
 

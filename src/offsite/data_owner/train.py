@@ -12,16 +12,16 @@ import torch
 from torch import nn
 
 from offsite.config import TuneSpec
-from offsite.core.lanes import Lanes
-from offsite.core.progress import Event, Progress
-from offsite.core.resume import RunState
-from offsite.core.run_log import run_log, stop_requests
-from offsite.core.weights import TrainedWeights
-from offsite.data_owner.board import board
-from offsite.data_owner.checkpoints import Checkpoints
-from offsite.data_owner.schedule import learning_rate, rows_of_steps, step_count
-from offsite.data_owner.task import Task
+from offsite.data_owner.returned_checkpoints import Checkpoints
+from offsite.data_owner.text_task import Task
 from offsite.errors import OffsiteError
+from offsite.kernels.cpu.side_by_side import Lanes
+from offsite.progress import Event, Progress
+from offsite.training.master_weights import TrainedWeights
+from offsite.training.resume_points import RunState
+from offsite.training.run_log import run_log, stop_requests
+from offsite.training.schedule import learning_rate, rows_of_steps, step_count
+from offsite.training.tensorboard import board
 
 _SPEED_STEPS = 20  # steps over which speed and time left are averaged
 _MOMENTS = ("exp_avg", "exp_avg_sq")

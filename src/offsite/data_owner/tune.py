@@ -8,43 +8,43 @@ from typing import TYPE_CHECKING
 import torch
 
 from offsite.config import TuneSpec
-from offsite.core.architectures import ARCHITECTURES
-from offsite.core.attention import use_tiled_attention
-from offsite.core.checkpoint import open_checkpoint
-from offsite.core.data import Example, encode, require_known
-from offsite.core.fused import fuse
-from offsite.core.images import pictures_digest, read_pictures
-from offsite.core.load import context_length, load_model, load_tokenizer
-from offsite.core.lock import alone_in
-from offsite.core.loss import take_apart
-from offsite.core.mixture import in_files
-from offsite.core.picture_workers import PictureWorkers
-from offsite.core.progress import Event, Progress, silent
-from offsite.core.resume import RunState
-from offsite.core.row_files import data_digest
-from offsite.core.rows import read_rows
-from offsite.core.run_log import log_file, run_folder
-from offsite.core.runtime import Runtime, let_go_of_code, runtime, seeded, worker_count
-from offsite.core.storage import require_free
-from offsite.core.vision import BIAS, WEIGHT, encoder_of
-from offsite.core.weights import TrainedWeights
-from offsite.data_owner.board import require_apart, require_tensorboard
-from offsite.data_owner.budget import within_memory
-from offsite.data_owner.checkpoints import Checkpoints
-from offsite.data_owner.features import cached_features
+from offsite.data.picture_files import pictures_digest, read_pictures
+from offsite.data.picture_workers import PictureWorkers
+from offsite.data.row_files import data_digest
+from offsite.data.rows import read_rows
+from offsite.data.tokens import Example, encode, require_known
+from offsite.data_owner.bf16_storage import hold_bases_narrow, hold_narrow
+from offsite.data_owner.feature_cache import cached_features
 from offsite.data_owner.image_task import Album, ImageTask, head_parameters, new_head, open_album
+from offsite.data_owner.memory_budget import within_memory
 from offsite.data_owner.methods import METHODS
-from offsite.data_owner.methods.head import attach_head
-from offsite.data_owner.methods.lean_pairs import run_lean
-from offsite.data_owner.narrow import hold_bases_narrow, hold_narrow
-from offsite.data_owner.permitted import require_permitted, require_something_to_report, settled
-from offsite.data_owner.schedule import checkpoint_steps, step_count
-from offsite.data_owner.send_back import send_back
-from offsite.data_owner.task import Task, TextTask
+from offsite.data_owner.methods.lora_linear import run_lean
+from offsite.data_owner.methods.trained_head import attach_head
+from offsite.data_owner.permissions import require_permitted, require_something_to_report, settled
+from offsite.data_owner.returned_checkpoints import Checkpoints
+from offsite.data_owner.text_task import Task, TextTask
 from offsite.data_owner.train import Tuning, train
-from offsite.exchange.artifacts import Bundle, Return
-from offsite.exchange.home import Home
-from offsite.exchange.verify import verify_bundle
+from offsite.data_owner.write_return import send_back
+from offsite.kernels.cpu.fused_modules import fuse
+from offsite.kernels.cpu.tiled_attention import use_tiled_attention
+from offsite.kernels.runtime import Runtime, let_go_of_code, runtime, seeded, worker_count
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.backbone import split_backbone_and_head
+from offsite.models.image_encoder import BIAS, WEIGHT, encoder_of
+from offsite.models.loading import context_length, load_model, load_tokenizer
+from offsite.models.mixture import in_files
+from offsite.progress import Event, Progress, silent
+from offsite.protocol.artifacts import Bundle, Return
+from offsite.protocol.home import Home
+from offsite.protocol.verify import verify_bundle
+from offsite.storage.files import require_free
+from offsite.storage.lock import alone_in
+from offsite.storage.safetensors_files import open_checkpoint
+from offsite.training.master_weights import TrainedWeights
+from offsite.training.resume_points import RunState
+from offsite.training.run_log import log_file, run_folder
+from offsite.training.schedule import checkpoint_steps, step_count
+from offsite.training.tensorboard import require_apart, require_tensorboard
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,7 +72,7 @@ def tune(
 
     Args:
         bundle: the folder that the model's owner sent.
-        data: rows to train on, as `offsite.core.rows.read_rows` takes them.
+        data: rows to train on, as `offsite.data.rows.read_rows` takes them.
         out: the return's folder; it appears whole or not at all.
         spec: what trains and how.
         home: the data owner's.
@@ -180,7 +180,7 @@ def _prepare(
     bundle: Bundle, spec: TuneSpec, where: Runtime, examples: tuple[Example, ...], held_out: tuple[Example, ...]
 ) -> Tuning:
     model = _load(bundle, spec, where)
-    network = take_apart(model)
+    network = split_backbone_and_head(model)
     trained = _attach(model, bundle, spec)
     weights = TrainedWeights(trained | attach_head(model, bundle.manifest, spec))
     return _tuning(bundle, spec, model, weights, TextTask(network, examples, held_out))

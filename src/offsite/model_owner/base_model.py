@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from offsite.core.architectures import ARCHITECTURES, Architecture, architecture_of
-from offsite.core.checkpoint import FLOATS, TensorRange, open_checkpoint, read_chunks, strict_json
-from offsite.core.rows import first
+from offsite.data.rows import first
 from offsite.errors import IncompatibleError, StorageError, UsageError
-from offsite.exchange.artifacts import Base
-from offsite.exchange.contents import CONFIG
-from offsite.exchange.manifest import MANIFEST
-from offsite.exchange.signing import Identity
-from offsite.exchange.verify import read_unverified
+from offsite.models.architectures import ARCHITECTURES, Architecture, architecture_of
+from offsite.protocol.artifacts import Base
+from offsite.protocol.contents import CONFIG
+from offsite.protocol.manifest import MANIFEST
+from offsite.protocol.signing import Identity
+from offsite.protocol.verify import read_unverified
+from offsite.storage.safetensors_files import FLOATS, TensorRange, open_checkpoint, read_chunks, strict_json
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def row_of(config: Mapping[str, Any]) -> Architecture:
         IncompatibleError: there is none, and the error holds the one to add; or a switch is on that the row refuses.
     """
     if str(config.get("model_type")) not in ARCHITECTURES:
-        from offsite.model_owner.detect import unknown_family
+        from offsite.models.detect import unknown_family
 
         raise unknown_family(config)
     return architecture_of(config)

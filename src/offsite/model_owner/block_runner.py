@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from offsite.core.checkpoint import TensorRange
-from offsite.core.load import attention_of, encoder_keywords, read_tensor
-from offsite.core.loss import labelled_cross_entropy
-from offsite.core.mixture import experts_implementation, in_files
-from offsite.core.modules.affine import Affine, stand_behind
-from offsite.core.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT
-from offsite.core.runtime import Runtime
-from offsite.core.skeleton import without_weights
 from offsite.errors import IncompatibleError
+from offsite.kernels.fused_loss import labelled_cross_entropy
+from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import BaseModel
-from offsite.model_owner.split import subset_config
+from offsite.model_owner.partition import subset_config
+from offsite.models.empty_weights import without_weights
+from offsite.models.loading import attention_of, encoder_keywords, read_tensor
+from offsite.models.mixture import experts_implementation, in_files
+from offsite.models.modules.affine_map import Affine, stand_behind
+from offsite.models.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT
+from offsite.storage.safetensors_files import TensorRange
 
 
 class _ReachedBlock(Exception):  # noqa: N818  a signal, caught where it is raised for

@@ -4,12 +4,12 @@ import hashlib
 from pathlib import Path
 
 from offsite.errors import PolicyError, VerificationError
-from offsite.exchange.artifacts import Return
-from offsite.exchange.home import Home
-from offsite.exchange.manifest import MANIFEST, MANIFEST_BYTES, ReturnManifest
-from offsite.exchange.sealed import plain_file, read_bounded
-from offsite.exchange.verify import read_unverified, verify_return
 from offsite.model_owner.ledger import Issued, Ledger
+from offsite.protocol.artifacts import Return
+from offsite.protocol.home import Home
+from offsite.protocol.manifest import MANIFEST, MANIFEST_BYTES, ReturnManifest
+from offsite.protocol.signed_folder import plain_file, read_bounded
+from offsite.protocol.verify import read_unverified, verify_return
 
 
 def intake(path: Path, home: Home) -> tuple[Return, Issued]:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from offsite.config import PackSpec
 from offsite.errors import PolicyError, StorageError
-from offsite.exchange.artifacts import Bundle, PlugIn, Return
-from offsite.exchange.manifest import MANIFEST, BundleManifest, parse_manifest, render_manifest
+from offsite.protocol.artifacts import Bundle, PlugIn, Return
+from offsite.protocol.manifest import MANIFEST, BundleManifest, parse_manifest, render_manifest
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS bundles (

@@ -10,34 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from offsite.config import PackSpec
-from offsite.core.architectures import config_problems
-from offsite.core.checkpoint import DECLARED_WEIGHTS, WEIGHTS, TensorRange, strict_json, write_checkpoint
-from offsite.core.modules.declared import Declared, wrapped
-from offsite.core.progress import Event, Progress, silent
-from offsite.core.row_files import data_digest
-from offsite.core.storage import require_free, staged_folder, write_stream
+from offsite.data.row_files import data_digest
 from offsite.errors import IncompatibleError, StorageError
-from offsite.exchange.artifacts import Base, Bundle
-from offsite.exchange.contents import (
-    ALLOWED_KEYS,
-    CONFIG,
-    GENERATION_CONFIG,
-    PROCESSOR,
-    TOKENIZER_FILES,
-    cleaned,
-    content_problems,
-    tokenizer_digest,
-)
-from offsite.exchange.home import Home
-from offsite.exchange.manifest import FORMAT, BundleManifest, FileEntry, Split
-from offsite.exchange.pack import file_entries, seal
 from offsite.model_owner.base_model import BaseModel, fingerprint, open_base
 from offsite.model_owner.compress.declare import declared_of
-from offsite.model_owner.compress.select import select
-from offsite.model_owner.compress.share import shared
-from offsite.model_owner.import_tower import processor_class
+from offsite.model_owner.heal.share import shared
+from offsite.model_owner.importing.vision_tower import processor_class
 from offsite.model_owner.ledger import Ledger
-from offsite.model_owner.split import (
+from offsite.model_owner.partition import (
     DTYPES,
     Sandwich,
     bundle_config,
@@ -50,6 +30,26 @@ from offsite.model_owner.split import (
     split,
     work_of,
 )
+from offsite.model_owner.select.select_blocks import select
+from offsite.models.architectures import config_problems
+from offsite.models.modules.declared import Declared, wrapped
+from offsite.progress import Event, Progress, silent
+from offsite.protocol.artifacts import Base, Bundle
+from offsite.protocol.contents import (
+    ALLOWED_KEYS,
+    CONFIG,
+    GENERATION_CONFIG,
+    PROCESSOR,
+    TOKENIZER_FILES,
+    cleaned,
+    content_problems,
+    tokenizer_digest,
+)
+from offsite.protocol.home import Home
+from offsite.protocol.manifest import FORMAT, BundleManifest, FileEntry, Split
+from offsite.protocol.sealing import file_entries, seal
+from offsite.storage.files import require_free, staged_folder, write_stream
+from offsite.storage.safetensors_files import DECLARED_WEIGHTS, WEIGHTS, TensorRange, strict_json, write_checkpoint
 
 # Settings that do not change what comes out, so a resumed run may have others.
 _FREE_SETTINGS = frozenset({"threads", "search_minutes"})
@@ -94,7 +94,7 @@ def pack(
     sandwich = split(model, spec)
     permitted_methods(model, spec)
     if model.row.vision is not None and model.row.vision.extra and _runs_blocks(sandwich, spec):
-        from offsite.core.load import require_library
+        from offsite.models.loading import require_library
 
         require_library(model.row, model.folder)
     dtype = DTYPES[spec.dtype]
@@ -178,8 +178,8 @@ def _heal(
     work = work_of(sandwich.middle, spec)
     if not (work.block_by_block or work.distills):
         return {}
-    from offsite.core.run_log import log_file
-    from offsite.model_owner.compress.heal import heal
+    from offsite.model_owner.heal.heal_steps import heal
+    from offsite.training.run_log import log_file
 
     return heal(model, sandwich, emulator, spec, scratch, log_file(out), progress)
 
@@ -191,8 +191,8 @@ def _scratch(out: Path, staging: Path, base: str, spec: PackSpec, *, resume: boo
         with tempfile.TemporaryDirectory(dir=staging.parent, prefix=".healed.") as folder:
             yield Path(folder)
         return
-    from offsite.core.resume import RunState
-    from offsite.core.run_log import run_folder
+    from offsite.training.resume_points import RunState
+    from offsite.training.run_log import run_folder
 
     text = data_digest(spec.calibration) if spec.calibration else None
     identity = {**spec.model_dump(mode="json", exclude=set(_FREE_SETTINGS)), "base": base, "text": text}

@@ -11,17 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from offsite.config import PackSpec, PlugInSpec, RefitMap
-from offsite.core.checkpoint import (
-    DECLARED_WEIGHTS,
-    FLOATS,
-    ITEM_SIZE,
-    WEIGHTS,
-    TensorRange,
-    checkpoint_bytes,
-    open_checkpoint,
-)
-from offsite.core.images import read_pictures
-from offsite.core.memory import (
+from offsite.data.picture_files import read_pictures
+from offsite.data.picture_sizes import decoded, picture_count, seen_picture, spread
+from offsite.errors import DataError, IncompatibleError
+from offsite.kernels.memory_formulas import (
     CALIBRATION_BATCH,
     CHUNK_ELEMENTS,
     GROUP_TOKENS,
@@ -40,25 +33,32 @@ from offsite.core.memory import (
     plain_libraries,
     torch_libraries,
 )
-from offsite.core.modules.declared import affine_shapes
-from offsite.core.modules.shapes import place_of_bottleneck
-from offsite.core.picture_sizes import decoded, picture_count, seen_picture, spread
-from offsite.core.progress import silent
-from offsite.errors import DataError, IncompatibleError
-from offsite.exchange.artifacts import Base
-from offsite.exchange.contents import TOKENIZER_FILES, checkpoint_file
-from offsite.exchange.home import Home
-from offsite.exchange.manifest import FileEntry, render_manifest
-from offsite.exchange.signing import SIGNATURE_BYTES
 from offsite.model_owner.base_model import BaseModel, open_base
-from offsite.model_owner.compress.calibration_pictures import photos
+from offsite.model_owner.calibration_pictures import photos
 from offsite.model_owner.compress.declare import declared_of
-from offsite.model_owner.compress.select import select
-from offsite.model_owner.compress.share import shared
+from offsite.model_owner.heal.share import shared
 from offsite.model_owner.intake import check_return
 from offsite.model_owner.pack import Parties, bundle_manifest, settings_files
+from offsite.model_owner.partition import DTYPES, Sandwich, Work, bundle_tensors, counts, split, work_of
 from offsite.model_owner.plug_in import checkpoint_of, form_of
-from offsite.model_owner.split import DTYPES, Sandwich, Work, bundle_tensors, counts, split, work_of
+from offsite.model_owner.select.select_blocks import select
+from offsite.models.modules.declared import affine_shapes
+from offsite.models.modules.declared_shapes import place_of_bottleneck
+from offsite.progress import silent
+from offsite.protocol.artifacts import Base
+from offsite.protocol.contents import TOKENIZER_FILES, checkpoint_file
+from offsite.protocol.home import Home
+from offsite.protocol.manifest import FileEntry, render_manifest
+from offsite.protocol.signing import SIGNATURE_BYTES
+from offsite.storage.safetensors_files import (
+    DECLARED_WEIGHTS,
+    FLOATS,
+    ITEM_SIZE,
+    WEIGHTS,
+    TensorRange,
+    checkpoint_bytes,
+    open_checkpoint,
+)
 
 _NOBODY = Parties(issuer="0" * 64, recipient="0" * 64, base="0" * 64)  # as long as anybody's key
 

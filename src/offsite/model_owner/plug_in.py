@@ -10,20 +10,16 @@ from typing import Literal
 import numpy as np
 
 from offsite.config import PlugInSpec
-from offsite.core.checkpoint import (
-    NewTensor,
-    TensorRange,
-    copied,
-    open_checkpoint,
-    write_checkpoint,
-    write_safetensors,
-)
-from offsite.core.family import Vision
-from offsite.core.progress import Event, Progress, silent
-from offsite.core.storage import Written, require_free, staged_folder, write_stream
 from offsite.errors import IncompatibleError, UsageError, VerificationError
-from offsite.exchange.artifacts import Base, PlugIn, Return
-from offsite.exchange.contents import (
+from offsite.model_owner.base_model import BaseModel, by_todays_names, fingerprint, open_base
+from offsite.model_owner.image_classifier import classifier_config, classifier_tensors
+from offsite.model_owner.intake import intake
+from offsite.model_owner.ledger import Issued, Ledger, plugged_in_before
+from offsite.model_owner.plugged_tensors import Chosen, adapter_tensors, changed_tensors, to_base
+from offsite.models.family import Vision
+from offsite.progress import Event, Progress, silent
+from offsite.protocol.artifacts import Base, PlugIn, Return
+from offsite.protocol.contents import (
     ADAPTER_CONFIG,
     BESIDE_A_MODEL,
     CONFIG,
@@ -32,15 +28,19 @@ from offsite.exchange.contents import (
     TOKENIZER_FILES,
     WEIGHTS_OF,
 )
-from offsite.exchange.home import Home
-from offsite.exchange.lora_folder import adapter_config
-from offsite.exchange.manifest import FORMAT, PlugInManifest
-from offsite.exchange.pack import file_entries, seal
-from offsite.model_owner.base_model import BaseModel, by_todays_names, fingerprint, open_base
-from offsite.model_owner.classifier import classifier_config, classifier_tensors
-from offsite.model_owner.intake import intake
-from offsite.model_owner.ledger import Issued, Ledger, plugged_in_before
-from offsite.model_owner.plugged_tensors import Chosen, adapter_tensors, changed_tensors, to_base
+from offsite.protocol.home import Home
+from offsite.protocol.manifest import FORMAT, PlugInManifest
+from offsite.protocol.peft_adapter import adapter_config
+from offsite.protocol.sealing import file_entries, seal
+from offsite.storage.files import Written, require_free, staged_folder, write_stream
+from offsite.storage.safetensors_files import (
+    NewTensor,
+    TensorRange,
+    copied,
+    open_checkpoint,
+    write_checkpoint,
+    write_safetensors,
+)
 
 # What a merged plug-in takes over from the base beside its weights.
 _COMPANIONS = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *BESIDE_A_MODEL)

@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from offsite.core.checkpoint import (
+from offsite.errors import IncompatibleError, VerificationError
+from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.ledger import Issued
+from offsite.protocol.artifacts import Return
+from offsite.protocol.contents import WEIGHTS_OF, checkpoint_file
+from offsite.protocol.manifest import LoraSettings
+from offsite.protocol.output_head import head_names
+from offsite.protocol.peft_adapter import lora_pair
+from offsite.storage.safetensors_files import (
     NewTensor,
     TensorRange,
     copied,
@@ -15,14 +23,6 @@ from offsite.core.checkpoint import (
     read_header,
     to_float32,
 )
-from offsite.errors import IncompatibleError, VerificationError
-from offsite.exchange.artifacts import Return
-from offsite.exchange.contents import WEIGHTS_OF, checkpoint_file
-from offsite.exchange.head import head_names
-from offsite.exchange.lora_folder import lora_pair
-from offsite.exchange.manifest import LoraSettings
-from offsite.model_owner.base_model import BaseModel
-from offsite.model_owner.ledger import Issued
 
 Change = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from offsite.core.progress import Event, Progress
-from offsite.core.storage import replace_file, staged_folder
 from offsite.errors import UsageError
+from offsite.progress import Event, Progress
+from offsite.storage.files import replace_file, staged_folder
 from offsite.study.command import Words, run_command, settings_toml
 
 STATE = "stages.json"

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 from offsite.config import PackSpec
-from offsite.core.architectures import ARCHITECTURES
-from offsite.core.checkpoint import strict_json
-from offsite.core.extras import require
 from offsite.errors import UsageError
-from offsite.study.cells import cells_of
+from offsite.extras import require
+from offsite.models.architectures import ARCHITECTURES
+from offsite.storage.safetensors_files import strict_json
+from offsite.study.demos.tiny_base import tiny_base
+from offsite.study.grid import cells_of
 from offsite.study.prepare import prepare
 from offsite.study.recipe import SMOLLM2, VIT_S14, DataTable, Recipe
 from offsite.study.run import News, Runner, RunStage, Tell, run_cells, stages_of
-from offsite.study.tiny_base import tiny_base
 
 _PUBLISHED = {SMOLLM2: ("llama", 30), VIT_S14: ("dinov2", 12)}
 _TOKENS = 512  # of any setting that counts tokens

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offsite.core.run_log import Terminated
 from offsite.errors import OffsiteError
+from offsite.training.run_log import Terminated
 
 Words = list[str | Path]
 _STOP_SECONDS = 30.0  # how long an interrupted command may take to clean up

@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from offsite.config import PackSpec
-from offsite.core.row_files import data_digest, read_records
-from offsite.core.rows import counted, first, parse_row, read_rows
-from offsite.core.storage import replace_file
+from offsite.data.row_files import data_digest, read_records
+from offsite.data.rows import counted, first, parse_row, read_rows
 from offsite.errors import DataError, IncompatibleError, OffsiteError, UsageError
-from offsite.exchange.artifacts import Base
-from offsite.exchange.home import Home
 from offsite.model_owner.base_model import BaseModel, open_base
-from offsite.model_owner.compress.calibration_pictures import photos
+from offsite.model_owner.calibration_pictures import photos
+from offsite.model_owner.partition import permitted_methods, split, work_of
 from offsite.model_owner.plan import plan_pack
-from offsite.model_owner.split import permitted_methods, split, work_of
+from offsite.protocol.artifacts import Base
+from offsite.protocol.home import Home
+from offsite.storage.files import replace_file
 from offsite.study.chain import OWNER, TUNER
 from offsite.study.command import run_command
-from offsite.study.picture_data import stage_pictures
-from offsite.study.pretrained import IMAGE_SIZE, cached_encoder, cached_smollm2
+from offsite.study.demos.picture_data import stage_pictures
+from offsite.study.demos.pretrained import IMAGE_SIZE, cached_encoder, cached_smollm2
 from offsite.study.recipe import SMOLLM2, VIT_S14, DataTable, Recipe, require_files
 from offsite.study.stages import Lab, Rows
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from offsite.core.storage import replace_file
 from offsite.errors import OffsiteError
-from offsite.measure.row_scores import Measure
-from offsite.study.cells import Cell
+from offsite.evaluation.row_scores import Measure
+from offsite.storage.files import replace_file
 from offsite.study.chain import over_the_wire, remove
 from offsite.study.command import Outcome, Words, run_command, settings_toml
-from offsite.study.primary import PRIMARIES
+from offsite.study.grid import Cell
+from offsite.study.metric import PRIMARIES
 from offsite.study.stages import Lab, Stage, before, command_words
 
 RunStage = Callable[[Words, Path], Outcome]  # words after `offsite`, and a file for what the command says

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from offsite.config import Method, TuneSpec
-from offsite.data_owner.methods import bottleneck, lora, own
-from offsite.exchange.manifest import BundleManifest
+from offsite.data_owner.methods import block_parameters, bottleneck, lora
+from offsite.protocol.manifest import BundleManifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,7 +16,7 @@ Attach = Callable[["PreTrainedModel", BundleManifest, TuneSpec], dict[str, nn.Pa
 
 METHODS: Mapping[Method, Attach] = {
     "lora": lora.attach,
-    "full": own.attach,
-    "bitfit": own.attach,
+    "full": block_parameters.attach,
+    "bitfit": block_parameters.attach,
     "bottleneck": bottleneck.attach,
 }

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from offsite.config import TuneSpec
-from offsite.core.architectures import ARCHITECTURES
-from offsite.core.modules.bottleneck import insert_bottlenecks
-from offsite.core.modules.shapes import bottleneck_places
-from offsite.data_owner.methods.trainable import require_exactly
-from offsite.exchange.manifest import BottleneckSettings, BundleManifest
+from offsite.data_owner.methods.trainable_parameters import require_exactly
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.modules.bottleneck_layers import insert_bottlenecks
+from offsite.models.modules.declared_shapes import bottleneck_places
+from offsite.protocol.manifest import BottleneckSettings, BundleManifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from offsite.config import TuneSpec
-from offsite.core.architectures import ARCHITECTURES
-from offsite.core.load import quiet
-from offsite.data_owner.methods.trainable import require_exactly
-from offsite.exchange.lora_folder import adapter_tensors
-from offsite.exchange.manifest import BundleManifest, LoraSettings
+from offsite.data_owner.methods.trainable_parameters import require_exactly
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.loading import quiet
+from offsite.protocol.manifest import BundleManifest, LoraSettings
+from offsite.protocol.peft_adapter import adapter_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

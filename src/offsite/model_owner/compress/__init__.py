@@ -1,1 +1,1 @@
-"""How the middle becomes an emulator: selection rules and what heals the gaps; one compressor a file."""
+"""How the blocks that stay are compressed, one method a file."""

@@ -11,16 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from offsite.config import PackSpec
-from offsite.core.checkpoint import NewTensor, TensorRange, from_float32, read_float32
-from offsite.core.family import Architecture
-from offsite.core.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT, Declared, mlp_inputs
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.compress.low_rank import factors
+from offsite.model_owner.compress.magnitude import packed, sparse
 from offsite.model_owner.compress.mlp_width import narrowed, neurons
-from offsite.model_owner.compress.prune import packed, sparse
 from offsite.model_owner.compress.quantise import quantised
-from offsite.model_owner.compress.share import owners
+from offsite.model_owner.heal.share import owners
+from offsite.models.family import Architecture
+from offsite.models.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT, Declared, mlp_inputs
+from offsite.storage.safetensors_files import NewTensor, TensorRange, from_float32, read_float32
 
 Array = npt.NDArray[np.float32]
 

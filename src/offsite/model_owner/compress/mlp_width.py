@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from offsite.core.family import Architecture
-from offsite.core.modules.declared import mlp_inputs
+from offsite.models.family import Architecture
+from offsite.models.modules.declared import mlp_inputs
 
 Array = npt.NDArray[np.float32]
 

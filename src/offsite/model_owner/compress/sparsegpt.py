@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offsite.core.family import Architecture
 from offsite.errors import IncompatibleError
 from offsite.model_owner.block_runner import LoadedBlock, captured_inputs
-from offsite.model_owner.split import Work
+from offsite.model_owner.partition import Work
+from offsite.models.family import Architecture
 
 COLUMNS = 128  # that are pruned before their errors are passed on to the columns behind them, as published
 _TOGETHER = 16  # of these, that pass their errors to each other alone before the rest has them, in the cache

@@ -1,0 +1,154 @@
+"""Scoring a model: eval."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from offsite.cli import flags, terminal
+
+_ROW_BY_ROW = ("row_losses", "choice_scores", "pictures")  # what Python sees and no summary shows
+
+
+def eval_(
+    context: typer.Context,
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="checkpoint folder: a base, a bundle, a merged plug-in")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="rows: JSONL, .csv, .parquet, .txt, a saved dataset folder; or pictures"),
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(metavar="FOLDER", help="PEFT adapter: a return or a plug-in")] = None,
+    probe: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="pictures to fit a linear probe on an encoder without a head")
+    ] = None,
+    skip_bad: Annotated[bool | None, flags.SKIP_BAD] = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=0, help="also generate answers to the first N prompts")] = 0,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="tasks of lm-evaluation-harness, with commas between them")
+    ] = None,
+    tasks_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="task files of your own, for --tasks")
+    ] = None,
+    row_scores: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="also write the score of every row or picture as JSON lines")
+    ] = None,
+    config: flags.ConfigFlag = None,
+    as_json: flags.JsonFlag = False,
+) -> None:
+    """Score a model on rows: loss per labelled token, perplexity, and accuracy where rows are multiple choice.
+
+    Prompts are not scored. Figures come with 95 % confidence intervals over rows. With --tasks, lm-evaluation-harness
+    scores the same model on tasks of its own or of yours (extra 'lm-eval'). Of an image model: accuracy and loss on
+    pictures.
+
+    Example:
+      offsite eval base/ --adapter plugged/ --data test.jsonl
+    """
+    from offsite.config import EvalSpec
+    from offsite.errors import UsageError
+
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if data is None and not names:
+        raise UsageError("there is nothing to score on", next_step="give rows with --data, or tasks with --tasks")
+    spec = flags.settings(EvalSpec, config, {"skip_bad": skip_bad})
+    _require_used(data, names, {"--samples": samples, "--row-scores": row_scores}, tasks_path)
+    _require_fitting(model, names, samples, probe, skip_bad)
+    if row_scores is not None and data is not None:
+        _require_writable(row_scores, data)
+    result: dict[str, Any] = {"model": str(model), "adapter": str(adapter) if adapter else None}
+    with terminal.showing_progress() as progress:
+        if names:  # first, since a task that is unknown or not installed is known at once
+            from offsite.evaluation.lm_eval_harness import run_tasks
+
+            scores = run_tasks(model, names, spec, adapter=adapter, tasks_path=tasks_path, progress=progress)
+            result["tasks"] = {score.task: {"rows": score.rows, **score.metrics} for score in scores}
+        if data is not None:
+            from dataclasses import asdict
+
+            if _sees_images(model):
+                from offsite.evaluation.image_scores import evaluate_images
+                from offsite.evaluation.row_scores import write_picture_scores
+
+                seen = evaluate_images(model, data, spec, adapter=adapter, probe=probe, progress=progress)
+                if row_scores is not None:
+                    write_picture_scores(row_scores, seen)
+                figures = asdict(seen)
+            else:
+                from offsite.evaluation.evaluate import evaluate
+                from offsite.evaluation.row_scores import write_row_scores
+
+                score = evaluate(model, data, spec, adapter=adapter, samples=samples, progress=progress)
+                if row_scores is not None:
+                    write_row_scores(row_scores, score)
+                figures = asdict(score)
+            result |= {name: value for name, value in figures.items() if name not in _ROW_BY_ROW}
+    terminal.show(result if as_json else with_intervals(result), as_json=as_json)
+
+
+def _sees_images(model: Path) -> bool:
+    from offsite.models.image_encoder import sees_images
+    from offsite.models.loading import model_settings
+
+    return sees_images(model_settings(model))
+
+
+def _require_used(
+    data: Path | None, tasks: Sequence[str], of_rows: Mapping[str, object], tasks_path: Path | None
+) -> None:
+    """Refuse flags that nothing would be done with.
+
+    Raises:
+        UsageError: one is about rows and there are none, or about tasks.
+    """
+    from offsite.errors import UsageError
+
+    unused = [name for name, value in of_rows.items() if value] if data is None else []
+    if unused:
+        raise UsageError(f"{' and '.join(unused)} are about rows", next_step="give rows with --data")
+    if tasks_path is not None and not tasks:
+        raise UsageError("--tasks-path is about tasks", next_step="name tasks with --tasks, or leave it out")
+
+
+def _require_writable(file: Path, data: Path) -> None:
+    """Refuse a file for the scores of rows that could not be written, or would replace the rows.
+
+    Raises:
+        UsageError: it is a folder, or the data.
+    """
+    from offsite.errors import UsageError
+
+    if file.is_dir():
+        raise UsageError(f"{file} is a folder", next_step="name a file with --row-scores")
+    if file.resolve() == data.resolve():
+        raise UsageError(f"{file} holds the rows themselves", next_step="name another file with --row-scores")
+
+
+def _require_fitting(
+    model: Path, tasks: Sequence[str], samples: int, probe: Path | None, skip_bad: bool | None
+) -> None:
+    """Refuse flags of the other kind of model.
+
+    Raises:
+        UsageError: a language model is to be probed or pictures left out, or an image model to write.
+    """
+    from offsite.errors import UsageError
+
+    images = _sees_images(model)
+    if images and (tasks or samples):
+        raise UsageError(f"{model} sees images and writes nothing", next_step="leave --tasks and --samples out")
+    if probe is not None and not images:
+        raise UsageError(f"{model} is no image model, so there is nothing to probe", next_step="leave --probe out")
+    if skip_bad and not images:
+        raise UsageError(f"{model} is no image model, so no picture is bad", next_step="leave --skip-bad out")
+
+
+def with_intervals(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures as a person reads them: each with its interval behind it."""
+    intervals = result.get("intervals", {})
+    shown = {name: value for name, value in result.items() if name != "intervals"}
+    for name, ends in intervals.items():
+        shown[name] = f"{result[name]:.4g}  [{ends['low']:.4g}, {ends['high']:.4g}]"
+    return shown

@@ -1,0 +1,238 @@
+"""What an artifact is: inspect and verify, and the description that other verbs print of what they made."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offsite.cli import flags, terminal
+
+if TYPE_CHECKING:
+    from offsite.protocol.artifacts import Bundle, PlugIn, Return
+    from offsite.protocol.home import Home
+    from offsite.protocol.manifest import BundleManifest, PlugInManifest, ReturnManifest, TensorEntry
+
+_Artifact = Annotated[Path, typer.Argument(metavar="PATH", help="folder of a bundle, a return or a plug-in")]
+
+
+def inspect(
+    context: typer.Context, path: _Artifact, home: flags.HomeFlag = None, as_json: flags.JsonFlag = False
+) -> None:
+    """Show what a bundle, return or plug-in is: lineage, sizes, settings, and whether it verifies in this home.
+
+    It does not fail when the artifact does not verify; it says why.
+
+    Example:
+      offsite inspect bundle/
+    """
+    terminal.show(describe(path, flags.home_of(context, home)), as_json=as_json)
+
+
+def verify(
+    context: typer.Context, path: _Artifact, home: flags.HomeFlag = None, as_json: flags.JsonFlag = False
+) -> None:
+    """Verify signature, addressee, digests, names, shapes and dtypes; exits with 3 and every reason if it fails.
+
+    Nothing of the artifact is run or loaded: files are hashed and headers read.
+
+    Example:
+      offsite verify bundle/
+    """
+    artifact = _verified(path, flags.home_of(context, home))
+    terminal.show(
+        {"kind": artifact.manifest.kind, "path": str(path), "digest": artifact.digest, "verified": True},
+        as_json=as_json,
+    )
+
+
+def describe(path: Path, home: "Home") -> dict[str, Any]:
+    """An artifact in words and numbers that JSON can hold.
+
+    Raises:
+        UsageError: the folder is no artifact.
+        VerificationError: its manifest cannot be read.
+    """
+    from offsite.protocol.manifest import MANIFEST, BundleManifest, ReturnManifest
+    from offsite.protocol.verify import read_unverified
+    from offsite.storage.files import sha256_of
+
+    manifest = read_unverified(path)
+    digest = sha256_of(path / MANIFEST)
+    if isinstance(manifest, BundleManifest):
+        facts = _bundle(manifest, digest, home)
+    elif isinstance(manifest, ReturnManifest):
+        facts = _return(manifest, digest, home)
+    else:
+        facts = _plug_in(manifest, digest, home)
+    return {
+        "kind": manifest.kind,
+        "path": str(path),
+        "digest": digest,
+        "bytes": sum(entry.size for entry in manifest.files),
+        **facts,
+        "files": {entry.name: entry.size for entry in manifest.files},
+        **_verdict(path, home),
+    }
+
+
+def describe_base(folder: Path) -> dict[str, Any]:
+    """A base folder in words and numbers that JSON can hold.
+
+    Raises:
+        StorageError: it holds no sound checkpoint.
+    """
+    from offsite.storage.safetensors_files import open_checkpoint
+
+    checkpoint = open_checkpoint(folder)
+    return {
+        "kind": "base",
+        "path": str(folder),
+        "bytes": checkpoint.size,
+        "tensors": len(checkpoint.tensors),
+        "dtypes": sorted({tensor.dtype for tensor in checkpoint.tensors.values()}),
+    }
+
+
+def told_by(log: Path, trained: str, judged: str) -> dict[str, Any]:
+    """The last step of a run by its log, and what was measured on held-out data behind it.
+
+    Args:
+        log: of the run; it stays with whoever ran it, and so does what is told here.
+        trained: the kind of record that a step leaves.
+        judged: the kind of record that held-out data leave.
+    """
+    from offsite.training.run_log import last_record
+
+    step, held_out = last_record(log, trained), last_record(log, judged)
+    if step is None:
+        return {}
+    told = {"steps": step["step"], **{name: step[name] for name in _MEASURES if name in step}}
+    if held_out is not None and held_out["step"] == step["step"]:
+        told |= {f"eval_{name}": held_out[name] for name in _MEASURES if name in held_out}
+    return {**told, "log": str(log)}
+
+
+_MEASURES = ("loss", "accuracy", "error", "ce")
+
+
+def numbers_in(tensors: "Iterable[TensorEntry]") -> int:
+    """How many numbers tensors hold together."""
+    import math
+
+    return sum(math.prod(tensor.shape) for tensor in tensors)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as a person writes them: 0-1, 10-11."""
+    pieces: list[list[int]] = []
+    for number in numbers:
+        if pieces and pieces[-1][-1] == number - 1:
+            pieces[-1].append(number)
+        else:
+            pieces.append([number])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in pieces)
+
+
+def _bundle(manifest: "BundleManifest", digest: str, home: "Home") -> dict[str, Any]:
+    split = manifest.split
+    return {
+        "lineage": {"base": manifest.base, "bundle": digest},
+        "issuer": _party(manifest.issuer, home),
+        "recipient": _party(manifest.recipient, home),
+        "issued_at": manifest.issued_at,
+        "architecture": manifest.architecture,
+        "split": split.model_dump(mode="json"),
+        "may_come_back": {
+            "methods": list(manifest.methods),
+            "max_rank": manifest.max_rank,
+            "max_width": manifest.max_width,
+            "head": bool(manifest.head),
+            "blocks": list(split.trained),
+            "tensors": len(manifest.tensors),
+            "numbers": numbers_in(manifest.tensors.values()),
+            "lora_targets": _by_linear_map(manifest),
+        },
+    }
+
+
+def _by_linear_map(manifest: "BundleManifest") -> dict[str, list[int]]:
+    """Where LoRA may sit: the paths in a block of its linear maps, each with the blocks of the bundle."""
+    from offsite.models.architectures import ARCHITECTURES
+
+    row = ARCHITECTURES[manifest.architecture]
+    blocks: dict[str, list[int]] = {}
+    for index, path in sorted(place for name in manifest.lora_targets if (place := row.map_of(name))):
+        blocks.setdefault(path, []).append(index)
+    return blocks
+
+
+def _return(manifest: "ReturnManifest", digest: str, home: "Home") -> dict[str, Any]:
+    lora = manifest.lora
+    return {
+        "lineage": {"bundle": manifest.bundle, "return": digest},
+        "signer": _party(manifest.signer, home),
+        "recipient": _party(manifest.recipient, home),
+        "method": manifest.method,
+        "lora": {"rank": lora.rank, "alpha": lora.alpha, "targets": len(lora.targets)} if lora else None,
+        "bottleneck": {"width": manifest.bottleneck.width} if manifest.bottleneck else None,
+        "head": manifest.head,
+        "checkpoints": manifest.checkpoints,
+        "scores": [round(score, 6) for score in manifest.scores] if manifest.scores else None,
+        "tensors": len(manifest.tensors),
+        "numbers": numbers_in(manifest.tensors.values()),
+        **({"classes": list(manifest.classes)} if manifest.classes else {}),
+    }
+
+
+def _plug_in(manifest: "PlugInManifest", digest: str, home: "Home") -> dict[str, Any]:
+    return {
+        "lineage": {
+            "base": manifest.base,
+            "bundle": manifest.bundle,
+            "return": manifest.returned,
+            "plug-in": digest,
+        },
+        "issuer": _party(manifest.issuer, home),
+        "form": manifest.form,
+        "checkpoint": manifest.checkpoint,
+        "strength": manifest.strength,
+        "architecture": manifest.architecture,
+    }
+
+
+def _party(key: str, home: "Home") -> dict[str, str | None]:
+    """A key's fingerprint, and the name by which this home knows it."""
+    from offsite.errors import OffsiteError
+    from offsite.protocol.signing import PublicKey
+
+    names = {known.hex: name for name, known in home.trusted().items()}
+    try:
+        own = home.identity()
+        names[own.public_key.hex] = f"{own.name} (this home)"
+    except OffsiteError:  # a home without a key can still look at things
+        pass
+    return {"name": names.get(key), "key": PublicKey.from_hex(key).fingerprint}
+
+
+def _verified(path: Path, home: "Home") -> "Bundle | Return | PlugIn":
+    """Verify an artifact; a return that is addressed to this party also against the bundle that it answers."""
+    from offsite.model_owner.intake import check_return
+    from offsite.protocol.manifest import ReturnManifest
+    from offsite.protocol.verify import read_unverified
+    from offsite.protocol.verify import verify as verify_stage
+
+    manifest = read_unverified(path)
+    if isinstance(manifest, ReturnManifest) and manifest.recipient == home.identity().public_key.hex:
+        return check_return(path, home)[0]
+    return verify_stage(path, home)
+
+
+def _verdict(path: Path, home: "Home") -> "dict[str, Any]":
+    from offsite.errors import OffsiteError
+
+    try:
+        _verified(path, home)
+    except OffsiteError as error:
+        return {"verified": False, "reasons": list(error.reasons) or [error.what]}
+    return {"verified": True, "reasons": []}

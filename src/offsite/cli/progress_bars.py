@@ -1,0 +1,49 @@
+"""Progress bars; imported only where there is a terminal to draw them on."""
+
+import contextlib
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Column
+from rich.text import Text
+
+from offsite.cli.terminal import facts_in_words
+from offsite.progress import Event, Progress
+
+
+class _Facts(ProgressColumn):
+    """Loss, speed, time left: the column that gives way on a narrow terminal, and never takes a second line."""
+
+    def render(self, task: Task) -> Text:
+        """The facts of the task's last event."""
+        return Text(task.fields["facts"], no_wrap=True, overflow="ellipsis")
+
+
+@contextlib.contextmanager
+def bars() -> Iterator[Progress]:
+    """A bar for each stage, on standard error."""
+
+    def whole() -> Column:
+        return Column(no_wrap=True)
+
+    columns = (
+        TextColumn("{task.description}", table_column=whole()),
+        BarColumn(bar_width=16, table_column=whole()),
+        MofNCompleteColumn(table_column=whole()),
+        TimeElapsedColumn(table_column=whole()),
+        _Facts(),
+    )
+    with Bars(*columns, console=Console(stderr=True)) as display:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(event: Event) -> None:
+            if event.stage not in tasks:
+                for task in display.tasks:  # stages come one after another: what had no total is over now
+                    if task.total is None:
+                        display.update(task.id, total=1, completed=1)
+                tasks[event.stage] = display.add_task(event.stage, total=event.total, facts="")
+            display.update(tasks[event.stage], completed=event.done, total=event.total, facts=facts_in_words(event))
+
+        yield advance

@@ -1,0 +1,1 @@
+"""Rows and pictures: reading, chat templates, tokens and labels, batches."""

@@ -1,0 +1,81 @@
+"""What pictures weigh before any is decoded: tokens of one, and bytes of all. Torch-free."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offsite.data.picture_files import FORMATS, Picture, as_file
+from offsite.errors import IncompatibleError
+from offsite.extras import require
+from offsite.kernels.memory_formulas import Term
+from offsite.models.family import Architecture
+from offsite.storage.safetensors_files import strict_json
+
+CACHE_BYTES = 2**30  # decoded pictures that a stage keeps in memory; others are decoded anew at each use
+
+
+@dataclass(frozen=True)
+class SeenPicture:
+    """A picture as an encoder is given it."""
+
+    height: int
+    width: int
+    tokens: int  # T: patches, and what goes before them
+
+    @property
+    def bytes(self) -> int:
+        """Of its pixels in fp32."""
+        return 4 * 3 * self.height * self.width
+
+
+def at_once(each: int, tokens: int) -> int:
+    """So many pictures of so many tokens each as make up at least `tokens`."""
+    return -(-tokens // each)
+
+
+def seen_picture(folder: Path, row: Architecture, config: Mapping[str, Any]) -> SeenPicture:
+    """How large the image processor of a model folder makes pictures, read from its settings.
+
+    Raises:
+        IncompatibleError: they do not say it.
+    """
+    file = folder / "preprocessor_config.json"
+    try:
+        settings = strict_json(file.read_bytes())
+        size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
+        height, width = (size, size) if isinstance(size, int) else (int(size["height"]), int(size["width"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IncompatibleError(
+            f"{file} does not say how large pictures become",
+            reasons=[f"{type(error).__name__}: {str(error)[:200]}"],
+            next_step="name height and width there as size, or as crop_size with do_center_crop",
+        ) from None
+    patch = int(config.get("patch_size", 16))
+    before = row.vision.before if row.vision else ()
+    others = sum(int(word) if word.isdigit() else int(config.get(word, 0)) for word in before)
+    return SeenPicture(height, width, (height // patch) * (width // patch) + others)
+
+
+def decoded(pictures: Iterable[Picture]) -> Term:
+    """The pictures that will lie in memory decoded, by the sizes in their headers, if they can be read."""
+    image = require("PIL.Image", "vision", "reading pictures")
+    pixels = 0
+    for picture in pictures:
+        try:
+            with image.open(as_file(picture), formats=FORMATS) as opened:
+                pixels += opened.width * opened.height
+        except (OSError, SyntaxError, ValueError, image.DecompressionBombError):
+            continue
+    return Term("decoded pictures", min(CACHE_BYTES, 3 * pixels), "min(1 GiB, 3 * pixels of all)")
+
+
+def picture_count(seen: SeenPicture, config: Mapping[str, Any], tokens: int) -> int:
+    """About as many pictures as have so many tokens."""
+    return max(1, tokens // (seen.height * seen.width // int(config.get("patch_size", 16)) ** 2))
+
+
+def spread(listed: Sequence[Picture], count: int) -> Sequence[Picture]:
+    """At most so many pictures, over all that are listed."""
+    count = min(count, len(listed))
+    return [listed[i * len(listed) // count] for i in range(count)]

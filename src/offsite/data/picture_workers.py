@@ -1,0 +1,179 @@
+"""Processes that decode and crop pictures, while this one runs the network.
+
+A process that serves is started by its command line and answers over pipes: nothing of the caller's program is run a
+second time, as `multiprocessing` would, and nothing is pickled. It ends when its pipe does, so also when this process
+is killed. Which process decodes a picture changes nothing in it: what is random about a crop is a function of its key.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self, TypeVar
+
+import numpy as np
+
+from offsite.data.picture_files import Picture, Pixels, look
+from offsite.errors import DataError, OffsiteError
+
+_THREADS = 4  # where no processes were asked for: Pillow and NumPy let other threads work
+_MODULE = "offsite.data.picture_workers"
+_FEW = "lower the setting workers; 0 decodes in the process that tunes"
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+class PictureWorkers:
+    """So many processes, each started when it is first needed; ended when the block does, whatever ends it.
+
+    Args:
+        count: of processes; with 0 threads of this one do the work.
+    """
+
+    def __init__(self, count: int = 0) -> None:
+        self.count = count
+        self._pool = ThreadPoolExecutor(max_workers=count or _THREADS, thread_name_prefix="pictures")
+        self._mine = threading.local()  # the process that a thread speaks to
+        self._lock, self._closed = threading.Lock(), False
+        self._started: list[_Served] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every process, and drop what was not begun."""
+        with self._lock:
+            self._closed = True
+        for served in self._started:
+            served.end()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, work: Callable[[A], R], given: A) -> Future[R]:
+        """Have a thread do it, which may call `look`."""
+        return self._pool.submit(work, given)
+
+    def in_order(self, work: Callable[[A], R], given: Iterable[A]) -> Iterator[R]:
+        """Work on several at once, at no time on more than there are hands for; results in the order given."""
+        waiting: deque[Future[R]] = deque()
+        for one in given:
+            waiting.append(self.submit(work, one))
+            if len(waiting) > 2 * (self.count or _THREADS):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def look(self, picture: Picture, crop: tuple[int, int] | None = None, key: Sequence[int] = ()) -> Pixels:
+        """As `offsite.data.picture_files.look`, in the process of the thread that calls, if there are any.
+
+        Raises:
+            DataError: as `look` does, in whichever process.
+            OffsiteError: the process ended.
+        """
+        if not self.count:
+            return look(picture, crop, key)
+        if not hasattr(self._mine, "served"):
+            with self._lock:
+                if self._closed:
+                    raise OffsiteError("decoding was stopped")
+                self._mine.served = _Served()
+                self._started.append(self._mine.served)
+        served: _Served = self._mine.served
+        return served.look(picture, crop, key)
+
+
+class _Served:
+    """One process, as the thread sees it that it works for."""
+
+    def __init__(self) -> None:
+        places = os.pathsep.join(place for place in sys.path if place)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", _MODULE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )
+
+    def look(self, picture: Picture, crop: tuple[int, int] | None, key: Sequence[int]) -> Pixels:
+        source = picture.source
+        content = source if isinstance(source, bytes) else b""
+        wanted = {"name": picture.name, "path": None if isinstance(source, bytes) else str(source.absolute())}
+        to, back = self._process.stdin, self._process.stdout
+        assert to is not None
+        assert back is not None
+        try:
+            _send(to, {**wanted, "crop": crop, "key": list(key)}, content)
+            answer, made = _receive(back)
+        except (OSError, EOFError, ValueError):  # ValueError: the pipe was closed by this process
+            raise OffsiteError(
+                f"a process that decodes pictures ended while it looked at {picture.name}",
+                reasons=[f"its exit code is {self._process.poll()}; a negative one is a signal"],
+                next_step=_FEW,
+            ) from None
+        if "what" in answer:
+            raise DataError(answer["what"], reasons=answer["reasons"])
+        pixels: Pixels = np.frombuffer(made, dtype=np.uint8).reshape(answer["shape"])
+        return pixels
+
+    def end(self) -> None:
+        """Without waiting for what it is at."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):  # what was written last may not have reached it
+                if pipe is not None:
+                    pipe.close()
+
+
+def _send(pipe: BinaryIO | Any, facts: Mapping[str, Any], content: bytes | memoryview) -> None:
+    """A line of JSON, then so many bytes as it says."""
+    pipe.write(json.dumps({**facts, "bytes": len(content)}).encode() + b"\n")
+    pipe.write(content)
+    pipe.flush()
+
+
+def _receive(pipe: BinaryIO | Any) -> tuple[dict[str, Any], bytes]:
+    line = pipe.readline()
+    if not line.endswith(b"\n"):
+        raise EOFError
+    facts: dict[str, Any] = json.loads(line)
+    content = pipe.read(facts["bytes"])
+    if len(content) != facts["bytes"]:
+        raise EOFError
+    return facts, content
+
+
+def _serve() -> None:
+    """Answer until the pipe ends; what libraries print goes to the standard error."""
+    for one in (signal.SIGINT, signal.SIGTERM):  # terminals and batch systems send it to all; who started this decides
+        signal.signal(one, signal.SIG_IGN)
+    wanted, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    while True:
+        try:
+            asked, content = _receive(wanted)
+        except EOFError:
+            return
+        picture = Picture(asked["name"], content if asked["path"] is None else Path(asked["path"]), None)
+        try:
+            pixels = look(picture, asked["crop"], asked["key"])
+        except DataError as error:
+            _send(answers, {"what": error.what, "reasons": error.reasons}, b"")
+        else:
+            _send(answers, {"shape": pixels.shape}, pixels.tobytes())
+
+
+if __name__ == "__main__":
+    with suppress(BrokenPipeError):
+        _serve()

@@ -1,0 +1,121 @@
+"""The pictures of a run: decoded once as long as there is room, cropped, and prepared for one encoder."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+
+import numpy as np
+
+from offsite.data.picture_files import FORMATS, Floats, Picture, Pixels, Processor, augmented
+from offsite.data.picture_sizes import CACHE_BYTES
+from offsite.data.picture_workers import PictureWorkers
+from offsite.data.rows import counted, first
+from offsite.errors import DataError
+
+
+class Pictures:
+    """Pictures that can be read, decoded once as long as there is room, and prepared for one encoder.
+
+    Args:
+        listed: from `read_pictures`; each is decoded here once, so that a broken one is known before any work.
+        processor: from `load_processor`.
+        skip_bad: leave broken ones out instead of refusing the data set.
+        workers: who decodes; None takes threads of this process.
+
+    Raises:
+        DataError: pictures are broken, each listed by name, or none is left.
+        OffsiteError: a process that decodes ended.
+    """
+
+    def __init__(
+        self,
+        listed: Sequence[Picture],
+        processor: Processor,
+        *,
+        skip_bad: bool = False,
+        workers: PictureWorkers | None = None,
+    ) -> None:
+        self._processor, self._room = processor, CACHE_BYTES
+        self._workers = workers or PictureWorkers()
+        self._decoded: dict[int, Pixels] = {}
+        self._coming: dict[tuple[int, ...], Future[Floats]] = {}
+        self.pictures: list[Picture] = []
+        problems = []
+        for picture, found in zip(listed, self._workers.in_order(self._tried, listed), strict=True):
+            if isinstance(found, DataError):
+                problems.append(f"{picture.name}: {'; '.join(found.reasons)}")
+                continue
+            self._keep(len(self.pictures), found)
+            self.pictures.append(picture)
+        self.skipped = tuple(problems)
+        if problems and not (skip_bad and self.pictures):
+            raise DataError(
+                f"{counted(problems, 'picture')} cannot be read",
+                reasons=first(problems),
+                next_step="mend or remove them, or leave them out with --skip-bad"
+                if self.pictures
+                else f"name pictures that can be read: {', '.join(FORMATS)}",
+            )
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def _tried(self, picture: Picture) -> Pixels | DataError:
+        try:
+            return self._workers.look(picture)
+        except DataError as error:
+            return error
+
+    def _keep(self, index: int, pixels: Pixels) -> None:
+        if pixels.nbytes <= self._room:
+            self._decoded[index] = pixels
+            self._room -= pixels.nbytes
+
+    def batch(self, rows: Sequence[int], key: Sequence[int] | None = None) -> Floats:
+        """Pictures as the encoder is given them, (B, 3, Y, X).
+
+        Args:
+            rows: which ones.
+            key: with the row it decides how a picture is cropped and mirrored; None takes each as it is.
+
+        Raises:
+            DataError: a picture cannot be read any more.
+            OffsiteError: a process that decodes ended.
+        """
+        self._begin(rows, key)
+        coming = [self._coming[self._place(row, key)] for row in rows]
+        for row in rows:
+            self._coming.pop(self._place(row, key), None)
+        return np.stack([one.result() for one in coming])
+
+    def foresee(self, rows: Sequence[int], key: Sequence[int] | None = None) -> None:
+        """Say which pictures `batch` will be asked for soon; other processes, where there are any, begin with them."""
+        if self._workers.count:
+            self._begin(rows, key)
+
+    def _begin(self, rows: Sequence[int], key: Sequence[int] | None) -> None:
+        for place in (self._place(row, key) for row in rows):
+            if place not in self._coming:
+                self._coming[place] = self._workers.submit(self._prepared, place)
+
+    def in_order(self, size: int) -> Iterator[tuple[range, Floats]]:
+        """All pictures as they are, so many at once: their rows, and (B, 3, Y, X)."""
+        for at in range(0, len(self), size):
+            rows, after = (range(begin, min(begin + size, len(self))) for begin in (at, at + size))
+            self.foresee(rows)
+            self.foresee(after)
+            yield rows, self.batch(rows)
+
+    @staticmethod
+    def _place(row: int, key: Sequence[int] | None) -> tuple[int, ...]:
+        return (row,) if key is None else (row, *key)
+
+    def _prepared(self, place: tuple[int, ...]) -> Floats:
+        row, *key = place
+        crop, random = (self._processor.side, [*key, row]) if key else (None, [])
+        if row not in self._decoded:
+            pixels = self._workers.look(self.pictures[row], crop, random)
+        elif crop:
+            pixels = augmented(self._decoded[row], crop, np.random.default_rng(random))
+        else:
+            pixels = self._decoded[row]
+        return self._processor(pixels, whole=crop is not None)

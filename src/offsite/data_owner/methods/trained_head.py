@@ -1,0 +1,34 @@
+"""The output head, which trains whole beside any method that its owner permits it with."""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from offsite.config import TuneSpec
+from offsite.data_owner.methods.trainable_parameters import require_exactly
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.mixture import in_files
+from offsite.protocol.manifest import BundleManifest
+from offsite.protocol.output_head import returned_head, returned_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def attach_head(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -> dict[str, nn.Parameter]:
+    """Make the head trainable where the settings say so; after the method was attached, which freezes all else.
+
+    Returns:
+        Its parameters, beside LoRA by the names under which they are returned, else by those in the model.
+
+    Raises:
+        IncompatibleError: the model's head is not exactly what the manifest permits.
+    """
+    if not spec.tune_head:
+        return {}
+    row, head = ARCHITECTURES[manifest.architecture], model.get_output_embeddings().requires_grad_(True)
+    parameters = {f"{row.head_module}.{kind}": parameter for kind, parameter in head.named_parameters()}
+    renamed = {returned_name(name, row, spec.method): parameter for name, parameter in parameters.items()}
+    in_return = renamed if spec.method == "lora" else in_files(row, parameters)
+    require_exactly(in_return, returned_head(manifest, spec.method))
+    return renamed

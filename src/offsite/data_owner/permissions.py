@@ -1,0 +1,118 @@
+"""Whether the model's owner would take back what a tuning with these settings returns. Torch-free."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from offsite.config import TuneSpec
+from offsite.errors import IncompatibleError, PolicyError, UsageError
+from offsite.models.architectures import ARCHITECTURES
+from offsite.protocol.manifest import BundleManifest
+from offsite.storage.safetensors_files import TensorRange
+
+LARGE = 2**29  # bytes of a bundle; of smaller ones little is saved for a tenth of the speed
+
+
+def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
+    """Refuse settings that cannot work, or whose return the owner would refuse.
+
+    Raises:
+        UsageError: the head was asked for with bottlenecks, or checkpoints or scores of pictures.
+        IncompatibleError: BitFit was asked for, and the trained blocks have no biases.
+        PolicyError: the method, the rank, the width or the head is not permitted.
+    """
+    if spec.tune_head and spec.method == "bottleneck":
+        raise UsageError(
+            "--tune-head does not go with bottlenecks",
+            reasons=["what they are plugged in as stands beside the base, and holds none of the base's own tensors"],
+            next_step="tune by lora, full or bitfit, or leave --tune-head out",
+        )
+    if ARCHITECTURES[manifest.architecture].vision is not None and (spec.checkpoints > 1 or spec.report_scores):
+        raise UsageError(
+            "a return of pictures holds one checkpoint and no scores",
+            reasons=["its classifier would have to be in every checkpoint"],
+            next_step="leave out --checkpoints and --report-scores",
+        )
+    if spec.method == "bitfit" and not manifest.own_tensors("bitfit"):
+        raise IncompatibleError(
+            f"BitFit trains biases, and the trained blocks of this {manifest.architecture} model have none",
+            next_step=f"tune by another method: the bundle permits {', '.join(manifest.methods)}",
+        )
+    reasons = []
+    if spec.method not in manifest.methods:
+        reasons.append(f"method {spec.method}, the bundle permits {', '.join(manifest.methods)}")
+    if spec.method == "lora" and spec.rank > manifest.max_rank:
+        reasons.append(f"rank {spec.rank}, the bundle permits up to {manifest.max_rank}")
+    if spec.method == "bottleneck" and spec.width > manifest.max_width:
+        reasons.append(f"width {spec.width}, the bundle permits up to {manifest.max_width}")
+    if spec.tune_head and not manifest.head:
+        reasons.append(
+            "--tune-head, the bundle does not permit the head: its owner did not say `pack --permit-head`, which works "
+            "where the head is not the input embedding"
+        )
+    if reasons:
+        raise PolicyError(
+            "the model's owner would refuse this tuning",
+            reasons=reasons,
+            next_step="choose what the bundle permits (`offsite inspect BUNDLE`), or ask the owner for another bundle",
+        )
+
+
+def settled(spec: TuneSpec, architecture: str, tensors: Iterable[TensorRange], item: int) -> TuneSpec:
+    """The settings with what hangs on the bundle and the arithmetic filled in, where nothing was said.
+
+    Args:
+        spec: the settings.
+        architecture: of the bundle's model.
+        tensors: of the bundle.
+        item: bytes of a number in the arithmetic.
+
+    Raises:
+        UsageError: as `_holds_narrow`.
+    """
+    wide_text = item == 4 and ARCHITECTURES[architecture].vision is None
+    at_once = spec.micro_batch_tokens or (spec.tokens_at_once // 2 if wide_text else spec.tokens_at_once)
+    return spec.changed({"narrow_weights": _holds_narrow(spec, tensors, item), "micro_batch_tokens": at_once})
+
+
+def _holds_narrow(spec: TuneSpec, tensors: Iterable[TensorRange], item: int) -> bool:
+    """Whether frozen matrices are held in bf16 under arithmetic in fp32.
+
+    If nothing is said, where it rounds nothing and saves much: under a memory budget, or of a large bundle.
+    Lanes that were asked for rule it out: a block is another one while it runs.
+
+    Args:
+        spec: the settings.
+        tensors: of the bundle; numbers of other dtypes would be rounded.
+        item: bytes of a number in the arithmetic.
+
+    Raises:
+        UsageError: told to, and they would.
+    """
+    if item != 4 or spec.narrow_weights is False:
+        return False
+    tensors = list(tensors)
+    wider = sorted({tensor.dtype for tensor in tensors} & {"F16", "F32"})
+    if spec.narrow_weights is None:
+        worth = spec.memory is not None or sum(tensor.size for tensor in tensors) >= LARGE
+        able = not wider and not spec.device.startswith("mps")  # older ones lack bf16
+        return worth and able and (spec.lanes or 1) == 1
+    if wider:
+        raise UsageError(
+            "narrow_weights holds frozen matrices in bf16, which would round this bundle's",
+            reasons=[f"it has tensors of {', '.join(wider)}"],
+            next_step="leave narrow_weights out, or ask the model's owner for a bundle in bf16",
+        )
+    return True
+
+
+def require_something_to_report(spec: TuneSpec, eval_data: Path | None) -> None:
+    """Refuse to report the losses of rows that are not there.
+
+    Raises:
+        UsageError: scores are to be reported, and there are no held-out rows.
+    """
+    if spec.report_scores and eval_data is None:
+        raise UsageError(
+            "--report-scores has no rows to measure a loss on",
+            next_step="name held-out rows with --eval-data, or leave --report-scores out",
+        )

@@ -1,0 +1,92 @@
+"""The return: trained tensors, what names them, a manifest and a signature; of the data only scores, if asked for."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from offsite.config import TuneSpec
+from offsite.data_owner.methods.lora import lora_settings
+from offsite.data_owner.returned_checkpoints import Checkpoints
+from offsite.errors import OffsiteError
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.image_encoder import BIAS, WEIGHT
+from offsite.protocol.artifacts import Bundle, Return
+from offsite.protocol.contents import ADAPTER_CONFIG, CLASSIFIER, WEIGHTS_OF
+from offsite.protocol.manifest import FORMAT, BottleneckSettings, ReturnManifest, TensorEntry
+from offsite.protocol.peft_adapter import adapter_config
+from offsite.protocol.sealing import file_entries, seal
+from offsite.protocol.signing import Identity
+from offsite.storage.files import staged_folder, write_stream
+from offsite.storage.safetensors_files import copied, finite, read_header, write_safetensors
+from offsite.training.resume_points import to_be_written
+
+
+def send_back(
+    bundle: Bundle,
+    tensors: Mapping[str, torch.Tensor],
+    spec: TuneSpec,
+    out: Path,
+    identity: Identity,
+    checkpoints: Checkpoints,
+    classes: tuple[str, ...] | None = None,
+) -> Return:
+    """Write and sign a return.
+
+    Args:
+        bundle: what it answers.
+        tensors: the trained fp32 tensors by the names under which they are returned.
+        spec: how they were tuned.
+        out: the return's folder; it appears whole or not at all.
+        identity: the bundle's recipient, who signs.
+        checkpoints: the earlier ones, and what is told of them.
+        classes: what the classifier among the tensors tells apart; None where there is none.
+
+    Raises:
+        OffsiteError: a tensor holds NaN or infinity; nothing is signed.
+        UsageError: `out` holds something.
+        StorageError: it cannot be written; `out` is then as it was.
+    """
+    head = {name: tensor for name, tensor in tensors.items() if name in (WEIGHT, BIAS)} if classes else {}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in head}
+    broken = sorted(name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
+    earlier = {file.name: read_header(file) for file in checkpoints.earlier}
+    for file, held in earlier.items():
+        broken += [f"{name} of {file}" for name, tensor in held.items() if not finite(tensor)]
+    if broken:
+        raise OffsiteError(
+            "the trained weights hold NaN or infinity, so they are not sent",
+            reasons=broken,
+            next_step="tune again with a lower --lr",
+        )
+    lora = lora_settings(bundle.manifest, spec) if spec.method == "lora" else None
+    with staged_folder(out) as staging:
+        ordered = [to_be_written(name, tensors[name]) for name in sorted(tensors)]
+        written = [write_safetensors(staging / WEIGHTS_OF[spec.method], ordered)]
+        if head:
+            written.append(write_safetensors(staging / CLASSIFIER, [to_be_written(*pair) for pair in head.items()]))
+        for file, held in earlier.items():
+            written.append(write_safetensors(staging / file, [copied(tensor) for tensor in held.values()]))
+        if lora:
+            config = adapter_config(lora, ARCHITECTURES[bundle.manifest.architecture], head=spec.tune_head)
+            written.append(write_stream(staging / ADAPTER_CONFIG, [json.dumps(config, indent=1).encode() + b"\n"]))
+        manifest = ReturnManifest(
+            format=FORMAT,
+            requires=(),
+            files=file_entries(written),
+            kind="return",
+            bundle=bundle.digest,
+            signer=identity.public_key.hex,
+            recipient=bundle.manifest.issuer,
+            method=spec.method,
+            lora=lora,
+            bottleneck=BottleneckSettings(width=spec.width) if spec.method == "bottleneck" else None,
+            classes=classes,
+            head=spec.tune_head,
+            earlier_checkpoints=len(earlier),
+            scores=checkpoints.scores,
+            tensors={name: TensorEntry(shape=tuple(tensor.shape), dtype="F32") for name, tensor in tensors.items()},
+        )
+        digest = seal(staging, manifest, identity)
+    return Return(out, manifest, digest)

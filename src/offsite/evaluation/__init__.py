@@ -1,0 +1,1 @@
+"""Evaluation: loss, multiple choice, pictures, lm-eval, and intervals."""

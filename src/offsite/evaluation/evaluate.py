@@ -1,0 +1,198 @@
+"""Held-out loss of a model, its accuracy where rows are multiple choice, and what it answers.
+
+Every figure comes with a 95 % confidence interval over rows (`offsite.evaluation.intervals`).
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from offsite.config import EvalSpec
+from offsite.data.rows import Row, read_rows
+from offsite.data.tokens import encode, encode_choices, encode_prompt, require_known
+from offsite.evaluation.intervals import Interval, interval
+from offsite.evaluation.multiple_choice import ChoiceScore, score_choices
+from offsite.evaluation.row_losses import RowLoss, perplexity, row_losses
+from offsite.kernels.runtime import Runtime, runtime
+from offsite.models.backbone import split_backbone_and_head
+from offsite.models.loading import (
+    context_length,
+    load_adapted,
+    load_bottlenecked,
+    load_model,
+    load_replaced,
+    load_tokenizer,
+)
+from offsite.progress import Event, Progress, silent
+from offsite.protocol.contents import BOTTLENECK_WEIGHTS, RETURNED_WEIGHTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ANSWER_TOKENS = 64  # longest generated answer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model answered to a prompt of the data set, beside what stands there."""
+
+    prompt: str
+    reference: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """Held-out loss in nats per labelled token, and what it was measured on."""
+
+    loss: float
+    perplexity: float
+    completion_loss: float | None  # of rows that answer something alone; None where all are plain text
+    accuracy: float | None  # of multiple-choice rows, by log-likelihood; None where there are none
+    accuracy_norm: float | None  # the same, by log-likelihood per character
+    tokens: int  # labelled ones
+    rows: int
+    skipped: int
+    seconds: float
+    tokens_per_s: float  # of all tokens that ran for the loss
+    intervals: Mapping[str, Interval]  # of the figures above, by name; none from fewer than two rows
+    samples: tuple[Sample, ...] = ()
+    row_losses: tuple[RowLoss, ...] = field(default=(), repr=False)
+    choice_scores: tuple[ChoiceScore, ...] = field(default=(), repr=False)
+
+
+def evaluate(
+    model: Path,
+    data: Path,
+    spec: EvalSpec,
+    *,
+    adapter: Path | None = None,
+    samples: int = 0,
+    progress: Progress = silent,
+) -> Score:
+    """Score a model on rows: labelled tokens only, as tuning sees them.
+
+    Args:
+        model: a checkpoint folder: base, bundle or merged plug-in.
+        data: rows, as `offsite.data.rows.read_rows` takes them.
+        spec: lengths, device, dtype of the arithmetic.
+        adapter: what was tuned on that model: a return, or a plug-in in the form of an adapter.
+        samples: answers to generate greedily, for the first prompts of the data.
+        progress: where the events go.
+
+    Raises:
+        DataError: the data set is empty, or has bad or overlong rows.
+        UsageError: a folder is no checkpoint or no adapter.
+        StorageError: a file is missing or broken.
+        IncompatibleError: the folder is no plain checkpoint, the adapter does not fit it, or the tokenizer makes
+            tokens that it does not know.
+    """
+    where = runtime(spec.device, spec.compute, spec.threads)
+    rows = read_rows(data)[: spec.max_rows]
+    tokenizer = load_tokenizer(model)
+    longest = min(spec.max_length, context_length(model) or spec.max_length)
+    encoded = encode(rows, tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
+    examples = encoded.examples[: spec.max_rows]  # a long text is one row, and many examples
+    questions = encode_choices(rows, tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
+    require_known([*examples, *(one for question in questions for one in question.examples)], model, data)
+    network_model = load_tuned(model, adapter, where)
+    network = split_backbone_and_head(network_model)
+    started = time.perf_counter()
+    losses = row_losses(network, examples, spec.micro_batch_tokens, progress)
+    seconds = time.perf_counter() - started
+    choices = score_choices(network, questions, spec.micro_batch_tokens, progress)
+    answering = {row.line for row in rows if row.prompt is not None or row.turns}
+    asked = [row for row in rows if row.prompt is not None][:samples]
+    return Score(
+        **_figures(losses, [row for row in losses if row.line in answering], choices),
+        tokens=sum(row.tokens for row in losses),
+        rows=len(losses),
+        skipped=encoded.skipped,
+        seconds=round(seconds, 3),
+        tokens_per_s=round(sum(len(example.ids) for example in examples) / seconds, 1),
+        samples=tuple(_answers(network_model, tokenizer, asked, longest, progress)),
+        row_losses=tuple(losses),
+        choice_scores=tuple(choices),
+    )
+
+
+def _figures(
+    losses: Sequence[RowLoss], completions: Sequence[RowLoss], choices: Sequence[ChoiceScore]
+) -> dict[str, Any]:
+    """Every figure by name, and their intervals."""
+    found: dict[str, float | None] = {}
+    intervals: dict[str, Interval] = {}
+    ratios: dict[str, tuple[list[float], list[float]]] = {
+        "loss": ([row.nats for row in losses], [row.tokens for row in losses]),
+        "completion_loss": ([row.nats for row in completions], [row.tokens for row in completions]),
+        "accuracy": ([choice.right for choice in choices], [1.0] * len(choices)),
+        "accuracy_norm": ([choice.right_by_length for choice in choices], [1.0] * len(choices)),
+    }
+    for name, (parts, sizes) in ratios.items():
+        found[name] = sum(parts) / sum(sizes) if sizes else None
+        if ends := interval(parts, sizes):
+            intervals[name] = ends
+    found["perplexity"] = perplexity(found["loss"] or 0.0)
+    if "loss" in intervals:  # percentiles go through a rising function
+        intervals["perplexity"] = Interval(perplexity(intervals["loss"].low), perplexity(intervals["loss"].high))
+    return {**found, "intervals": intervals}
+
+
+def load_tuned(model: Path, adapter: Path | None, where: Runtime) -> "PreTrainedModel":
+    """A model, with what was tuned on it if there is something: a LoRA adapter, bottlenecks, or tensors of its own."""
+    if adapter is None:
+        return load_model(model, dtype=where.dtype, device=where.device)
+    if (adapter / RETURNED_WEIGHTS).exists():
+        return load_replaced(model, adapter / RETURNED_WEIGHTS, dtype=where.dtype, device=where.device)
+    if (adapter / BOTTLENECK_WEIGHTS).exists():
+        return load_bottlenecked(model, adapter / BOTTLENECK_WEIGHTS, dtype=where.dtype, device=where.device)
+    loaded: PreTrainedModel = load_adapted(model, adapter, dtype=where.dtype, device=where.device).get_base_model()
+    return loaded
+
+
+def _answers(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Sequence[Row],
+    longest: int,
+    progress: Progress,
+) -> list[Sample]:
+    samples = []
+    for done, row in enumerate(rows, start=1):
+        prompt = row.prompt or ""
+        ids = encode_prompt(prompt, tokenizer)
+        if not ids:
+            continue  # neither a prompt nor a beginning token: nothing to answer to
+        most = longest - min(ANSWER_TOKENS, longest // 2)
+        if len(ids) > most:  # the beginning token and the end of the prompt count most
+            ids = [ids[0], *ids[len(ids) - most + 1 :]]
+        answer = generate(model, ids, tokenizer.eos_token_id, min(ANSWER_TOKENS, longest - len(ids)))
+        samples.append(Sample(prompt, row.completion, tokenizer.decode(answer, skip_special_tokens=True)))
+        progress(Event("answering", done, len(rows)))
+    return samples
+
+
+@torch.no_grad()
+def generate(model: "PreTrainedModel", prompt: Sequence[int], eos: int, most: int) -> list[int]:
+    """The likeliest token again and again, up to EOS or `most` tokens, with a KV cache.
+
+    Written out, since a checkpoint's generation_config.json may sample, penalise or stop as it likes.
+    """
+    body, head = model.base_model, model.get_output_embeddings()
+    ids = torch.tensor([list(prompt)], device=head.weight.device)  # (1, T)
+    answer: list[int] = []
+    cache = None
+    while len(answer) < most:
+        output = body(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        token = int(F.linear(output.last_hidden_state[:, -1], head.weight, head.bias).argmax())
+        if token == eos:
+            break
+        answer.append(token)
+        ids = torch.tensor([[token]], device=ids.device)
+    return answer

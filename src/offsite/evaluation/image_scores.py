@@ -1,0 +1,292 @@
+"""Held-out accuracy and loss of an image model, each with a 95 % confidence interval over pictures.
+
+A classifier is scored as it is, a bundle with the return that was tuned on it. An encoder alone tells no classes apart;
+of it a linear probe is scored: logistic regression on its frozen features, fitted on pictures of one's own.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from offsite.config import EvalSpec
+from offsite.data.picture_files import Floats, Picture, load_processor, read_pictures
+from offsite.data.picture_workers import PictureWorkers
+from offsite.data.pictures import Pictures
+from offsite.data.rows import counted
+from offsite.errors import DataError, IncompatibleError, UsageError
+from offsite.evaluation.evaluate import load_tuned
+from offsite.evaluation.intervals import Interval, interval
+from offsite.kernels.runtime import Runtime, runtime, worker_count
+from offsite.models.image_encoder import BIAS, WEIGHT, Encoder, encoder_of, is_classifier
+from offsite.models.loading import load_classifier, model_settings, read_tensor
+from offsite.progress import Event, Progress, silent
+from offsite.protocol.contents import CLASSIFIER
+from offsite.protocol.manifest import ReturnManifest
+from offsite.protocol.verify import read_unverified
+from offsite.storage.safetensors_files import read_header
+
+# of the probe's squared weights, per picture; the first where none can be chosen
+_PENALTIES = (0.1, 0.03, 0.01, 0.003, 0.3)
+_FOLDS = 3  # of the pictures, by which one is chosen
+_PROBE_STEPS = 100
+
+Logits = Callable[[Floats], torch.Tensor]  # pixels (B, 3, Y, X) -> (B, C) in fp32
+
+
+@dataclass(frozen=True, slots=True)
+class PictureScore:
+    """How one picture was told."""
+
+    line: int  # its place in the data set, from 1
+    nats: float
+    right: bool
+    told: str  # the class that it was taken for
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """Accuracy and loss in nats per picture, and what they were measured on."""
+
+    accuracy: float
+    loss: float
+    rows: int
+    classes: int
+    skipped: int
+    seconds: float
+    images_per_s: float
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
+    pictures: Sequence[PictureScore] = field(default=(), repr=False)
+
+
+def evaluate_images(
+    model: Path,
+    data: Path,
+    spec: EvalSpec,
+    *,
+    adapter: Path | None = None,
+    probe: Path | None = None,
+    progress: Progress = silent,
+) -> ImageScore:
+    """Score an image model on labelled pictures.
+
+    Args:
+        model: a classifier (a merged plug-in), or an encoder (a base, a bundle).
+        data: pictures, as `offsite.data.picture_files.read_pictures` takes them; of a folder with parts the held-out
+            one.
+        spec: device, dtype of the arithmetic, how many pictures run at once.
+        adapter: the return that was tuned on that bundle, with its classifier.
+        probe: for an encoder alone, pictures to fit a linear probe on; of a folder with parts the training one.
+        progress: where the events go.
+
+    Raises:
+        DataError: pictures are bad, or of classes that the model does not know.
+        UsageError: an encoder is to be scored without a classifier or a probe, or there is more than one of these.
+        StorageError: a file is missing or broken.
+        IncompatibleError: the folder is no plain checkpoint, or the adapter does not fit it.
+    """
+    where = runtime(spec.device, spec.compute, spec.threads)
+    with PictureWorkers(worker_count(spec.workers, where.device)) as workers:
+        return _evaluated(model, data, spec, adapter, probe, where, workers, progress)
+
+
+def _evaluated(
+    model: Path,
+    data: Path,
+    spec: EvalSpec,
+    adapter: Path | None,
+    probe: Path | None,
+    where: Runtime,
+    workers: PictureWorkers,
+    progress: Progress,
+) -> ImageScore:
+    if adapter is not None and probe is not None:
+        raise UsageError("an adapter and a probe were both given", next_step="give one of --adapter and --probe")
+    classifies = is_classifier(model_settings(model))
+    if classifies and (adapter is not None or probe is not None):
+        raise UsageError(
+            f"{model} has a classifier of its own, which is what is scored",
+            next_step="leave --adapter and --probe out, or name the bundle or base that they are for",
+        )
+    processor = load_processor(model)
+    listed = read_pictures(data, part="held out")[: spec.max_rows]
+    pictures = Pictures(listed, processor, skip_bad=spec.skip_bad, workers=workers)
+    if classifies:
+        logits, classes = _of_classifier(model, where)
+    elif adapter is not None:
+        logits, classes = _of_return(model, adapter, where)
+    elif probe is not None:
+        fitted_on = Pictures(read_pictures(probe, part="train"), processor, skip_bad=spec.skip_bad, workers=workers)
+        encoder = encoder_of(load_tuned(model, None, where))
+        logits, classes = _of_probe(encoder, fitted_on, spec.micro_batch_images, progress)
+    else:
+        raise UsageError(
+            f"{model} is an encoder without a classifier",
+            next_step="name a return with --adapter, or pictures to fit a linear probe on with --probe",
+        )
+    wanted = _labels(pictures.pictures, classes)
+    started = time.perf_counter()
+    nats, told = _score(logits, pictures, wanted, spec.micro_batch_images, progress)
+    seconds = time.perf_counter() - started
+    right = [float(found == there) for found, there in zip(told, wanted.tolist(), strict=True)]
+    ends = {"accuracy": interval(right), "loss": interval(nats)}
+    places = {picture.name: number for number, picture in enumerate(listed, start=1)}
+    return ImageScore(
+        accuracy=sum(right) / len(right),
+        loss=sum(nats) / len(nats),
+        rows=len(pictures),
+        classes=len(classes),
+        skipped=len(pictures.skipped),
+        seconds=round(seconds, 3),
+        images_per_s=round(len(pictures) / seconds, 1),
+        intervals={name: found for name, found in ends.items() if found},
+        pictures=[
+            PictureScore(places[picture.name], loss, bool(hit), classes[index])
+            for picture, loss, hit, index in zip(pictures.pictures, nats, right, told, strict=True)
+        ],
+    )
+
+
+def _labels(pictures: list[Picture], classes: tuple[str, ...]) -> torch.Tensor:
+    place = {name: index for index, name in enumerate(classes)}
+    strange = sorted({picture.label or "" for picture in pictures} - set(place))
+    if strange:
+        raise DataError(
+            "the pictures are of classes that the model does not tell apart",
+            reasons=[f"found {', '.join(strange)[:200]}", f"it knows {', '.join(classes)[:200]}"],
+            next_step="score it on pictures of its own classes",
+        )
+    return torch.tensor([place[picture.label or ""] for picture in pictures])
+
+
+@torch.no_grad()
+def _score(
+    logits: Logits, pictures: Pictures, wanted: torch.Tensor, size: int, progress: Progress
+) -> tuple[list[float], list[int]]:
+    """Nats of each picture, and the class that it was taken for."""
+    nats: list[float] = []
+    told: list[int] = []
+    right = 0
+    for rows, pixels in pictures.in_order(size):
+        found = logits(pixels).float().cpu()
+        there = wanted[list(rows)]
+        nats += F.cross_entropy(found, there, reduction="none").tolist()
+        told += found.argmax(dim=1).tolist()
+        right += int((found.argmax(dim=1) == there).sum())
+        progress(Event("evaluating", len(nats), len(pictures), {"accuracy": right / len(told)}))
+    return nats, told
+
+
+def _of_classifier(model: Path, where: Runtime) -> tuple[Logits, tuple[str, ...]]:
+    loaded = load_classifier(model, dtype=where.dtype, device=where.device)
+    names = tuple(str(loaded.config.id2label[index]) for index in range(loaded.config.num_labels))
+
+    def logits(pixels: Floats) -> torch.Tensor:
+        found: torch.Tensor = loaded(pixel_values=torch.from_numpy(pixels).to(where.device, where.dtype)).logits
+        return found
+
+    return logits, names
+
+
+def _of_return(model: Path, returned: Path, where: Runtime) -> tuple[Logits, tuple[str, ...]]:
+    manifest = read_unverified(returned)
+    classes = manifest.classes if isinstance(manifest, ReturnManifest) else None
+    if classes is None:
+        raise IncompatibleError(
+            f"{returned} brings no classifier", next_step="name a return that was tuned on pictures with --adapter"
+        )
+    encoder = encoder_of(load_tuned(model, returned, where))
+    head = {name: read_tensor(tensor).to(where.device) for name, tensor in read_header(returned / CLASSIFIER).items()}
+    found, expected = {name: tuple(tensor.shape) for name, tensor in head.items()}, (len(classes), encoder.inputs)
+    if found != {WEIGHT: expected, BIAS: expected[:1]}:
+        raise IncompatibleError(
+            f"the classifier in {returned} does not fit the encoder {model}",
+            reasons=[f"found {found}, expected a weight of {expected} and a bias"],
+            next_step="name the bundle that it was tuned on",
+        )
+    return lambda pixels: F.linear(encoder.features(pixels), head[WEIGHT], head[BIAS]), classes
+
+
+def _of_probe(encoder: Encoder, pictures: Pictures, size: int, progress: Progress) -> tuple[Logits, tuple[str, ...]]:
+    classes = tuple(sorted({picture.label or "" for picture in pictures.pictures}))
+    if len(classes) < 2:
+        raise DataError(
+            "a probe of one class tells nothing apart",
+            reasons=[f"found {counted(pictures.pictures, 'picture')} of {classes[0][:200]}"],
+            next_step="name pictures of at least two classes with --probe",
+        )
+    wanted = _labels(pictures.pictures, classes).to(encoder.device)
+    weight, bias = fit_probe(probe_features(encoder, pictures, size, progress), wanted, len(classes))
+    return lambda pixels: F.linear(encoder.features(pixels), weight, bias), classes
+
+
+@torch.no_grad()
+def probe_features(encoder: Encoder, pictures: Pictures, size: int, progress: Progress) -> torch.Tensor:
+    """What a head reads of each picture, (N, F), with so many pictures at once."""
+    made = []
+    for rows, pixels in pictures.in_order(size):
+        made.append(encoder.features(pixels))
+        progress(Event("features for the probe", rows[-1] + 1, len(pictures)))
+    return torch.cat(made)
+
+
+def fit_probe(
+    features: torch.Tensor, wanted: torch.Tensor, classes: int, penalty: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logistic regression with a penalty on squared weights, from zero, so a function of the arguments alone.
+
+    The penalty is on the weights of standardised features; what comes back is for the features as they are. Few
+    pictures want a strong one and many a weak one, so it is chosen by cross-validation on these same pictures.
+
+    Args:
+        features: (N, F), fp32.
+        wanted: class of each, (N,).
+        classes: how many there are.
+        penalty: per picture, of the sum of squares; None chooses it.
+
+    Returns:
+        Weight (C, F) and bias (C,).
+    """
+    return _regression(features, wanted, classes, _chosen(features, wanted, classes) if penalty is None else penalty)
+
+
+def _chosen(features: torch.Tensor, wanted: torch.Tensor, classes: int) -> float:
+    """The penalty with the least loss on pictures that it was not fitted on, each picture once."""
+    count = len(wanted)
+    if count < 2 * _FOLDS:
+        return _PENALTIES[0]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(features.device)
+    losses = []
+    for penalty in _PENALTIES:
+        nats = 0.0
+        for fold in range(_FOLDS):
+            out = torch.zeros(count, dtype=torch.bool, device=features.device)
+            out[order[fold::_FOLDS]] = True
+            weight, bias = _regression(features[~out], wanted[~out], classes, penalty)
+            nats += float(F.cross_entropy(F.linear(features[out], weight, bias), wanted[out], reduction="sum"))
+        losses.append(nats)
+    return _PENALTIES[losses.index(min(losses))]
+
+
+@torch.enable_grad()
+def _regression(
+    features: torch.Tensor, wanted: torch.Tensor, classes: int, penalty: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, spread = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
+    standard = (features - mean) / spread
+    weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
+    bias = torch.zeros(classes, device=features.device, requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=_PROBE_STEPS, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        solver.zero_grad()
+        loss = F.cross_entropy(F.linear(standard, weight, bias), wanted) + penalty * weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    solver.step(closure)  # type: ignore[no-untyped-call]
+    scaled = weight.detach() / spread
+    return scaled, bias.detach() - scaled @ mean

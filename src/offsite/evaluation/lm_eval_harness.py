@@ -1,0 +1,170 @@
+"""Tasks of lm-evaluation-harness on a base, a bundle, a plug-in or an adapter (the extra `lm-eval`).
+
+The model is the one that `evaluate` scores, loaded by our own rules, and is handed over as an object. One thing is
+ours: every request starts with exactly one beginning token where the tokenizer has one, as in tuning and in `evaluate`;
+the harness by itself leaves that to the tokenizer, and many (GPT-2's, SmolLM2's) put none.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from offsite.config import EvalSpec
+from offsite.errors import UsageError
+from offsite.evaluation.evaluate import load_tuned
+from offsite.extras import require
+from offsite.kernels.runtime import runtime
+from offsite.models.loading import LIBRARY_ERRORS, context_length, load_tokenizer, quiet
+from offsite.progress import Event, Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_EXTRA = "lm-eval"
+_PURPOSE = "running tasks of lm-evaluation-harness"
+_RESAMPLES = 1000  # of the harness, for metrics whose error has no closed form
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What the harness says of a task: every metric with its standard error, named as the harness names them."""
+
+    task: str
+    rows: int
+    metrics: Mapping[str, float]
+
+
+def run_tasks(
+    model: Path,
+    tasks: Sequence[str],
+    spec: EvalSpec,
+    *,
+    adapter: Path | None = None,
+    tasks_path: Path | None = None,
+    progress: Progress = silent,
+) -> list[TaskScore]:
+    """Run tasks of lm-evaluation-harness.
+
+    Nothing is fetched by this code; a task's rows come from where its file says (a local one names local files).
+
+    Args:
+        model: a checkpoint folder: base, bundle or merged plug-in.
+        tasks: names or patterns of tasks, groups or tags.
+        spec: device, dtype, `max_rows` for each task, and what runs at once: micro_batch_tokens / max_length requests,
+            cut at the model's context alone.
+        adapter: what was tuned on that model: a return, or a plug-in in the form of an adapter.
+        tasks_path: a folder of task files of one's own; like any code of one's own they may run Python.
+        progress: where the events go.
+
+    Raises:
+        UsageError: the harness is not installed, or a task is unknown or does not run.
+        StorageError: a file is missing or broken.
+        IncompatibleError: the folder is no plain checkpoint, or the adapter does not fit it.
+    """
+    results = harness_results(model, tasks, spec, adapter=adapter, tasks_path=tasks_path, progress=progress)
+    counts = results.get("n-samples", {})
+    return [
+        TaskScore(name, int(counts.get(name, {}).get("effective", 0)), _metrics(found))
+        for name, found in results["results"].items()
+    ]
+
+
+def harness_results(
+    model: Path,
+    tasks: Sequence[str],
+    spec: EvalSpec,
+    *,
+    adapter: Path | None = None,
+    tasks_path: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """What the harness itself returns, samples included; see `run_tasks`."""
+    lm_eval = require("lm_eval", _EXTRA, _PURPOSE)
+    wrapper = require("lm_eval.models.huggingface", _EXTRA, _PURPOSE).HFLM
+    manager = _manager(tasks, tasks_path)
+    where = runtime(spec.device, spec.compute, spec.threads)
+    tokenizer = load_tokenizer(model)
+    longest = context_length(model) or spec.max_length
+    loaded = load_tuned(model, adapter, where)
+    progress(Event("running tasks", 0))
+    with quiet(), _task_errors(tasks):
+        handed = wrapper(
+            pretrained=loaded,
+            tokenizer=_beginning(tokenizer),
+            backend="causal",
+            max_length=longest,
+            batch_size=max(1, spec.micro_batch_tokens // min(longest, spec.max_length)),
+            softmax_dtype=torch.float32,  # as in core.loss
+            add_bos_token=tokenizer.bos_token_id is not None,
+        )
+        results: dict[str, Any] = lm_eval.simple_evaluate(
+            model=handed,
+            tasks=manager.match_tasks(list(tasks)),
+            task_manager=manager,
+            limit=spec.max_rows,
+            bootstrap_iters=_RESAMPLES,
+            log_samples=True,
+        )
+    return results
+
+
+def _manager(tasks: Sequence[str], tasks_path: Path | None) -> Any:
+    """The harness' index of tasks, in which each of `tasks` matches something."""
+    if tasks_path is not None and not tasks_path.is_dir():
+        raise UsageError(f"there is no folder {tasks_path}", next_step="name the folder of your task files")
+    kind = require("lm_eval.tasks", _EXTRA, _PURPOSE).TaskManager
+    with quiet(), _task_errors(tasks):
+        manager = kind(include_path=str(tasks_path) if tasks_path else None)
+        unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown or not tasks:
+        raise UsageError(
+            f"lm-evaluation-harness has no such task: {', '.join(unknown) or '(none named)'}",
+            next_step="`lm-eval ls tasks` lists its own; --tasks-path DIR adds yours",
+        )
+    return manager
+
+
+class _task_errors:  # noqa: N801
+    """Tell what the harness and its libraries raise as a usage error."""
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        self._tasks = tasks
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        theirs = (
+            *LIBRARY_ERRORS,
+            require("yaml", _EXTRA, _PURPOSE).YAMLError,
+            require("datasets.exceptions", _EXTRA, _PURPOSE).DatasetsError,
+        )
+        if isinstance(error, theirs):
+            raise UsageError(
+                f"lm-evaluation-harness could not run {', '.join(self._tasks)}",
+                reasons=[f"{type(error).__name__}: {str(error).strip()[:500]}"],
+                next_step="check the task's file, and that its rows are on this machine",
+            ) from error
+
+
+def _beginning(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """The tokenizer, made to put a beginning token in front (where it has one) and nothing else anywhere."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or tokenizer.bos_token_id is None:
+        return tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    token = str(tokenizer.bos_token)
+    backend.post_processor = TemplateProcessing(
+        single=[token, "$A"], pair=[token, "$A", "$B"], special_tokens=[(token, tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def _metrics(found: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among a task's results: 'acc,none' is acc, another filter stays in the name."""
+    named = {name.removesuffix(",none"): value for name, value in found.items() if name != "sample_len"}
+    return {name: float(value) for name, value in named.items() if isinstance(value, int | float)}

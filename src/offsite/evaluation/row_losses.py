@@ -1,0 +1,59 @@
+"""The loss of every row: what tuning validates with, and what every measure of a model is made of."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from offsite.data.tokens import Example, collate, micro_batches
+from offsite.kernels.cpu.side_by_side import Lanes, usual_lanes_of
+from offsite.models.backbone import Network
+from offsite.progress import Event, Progress, silent
+from offsite.training.label_losses import label_losses
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """Nats summed over the labelled tokens of one row, and how many those are."""
+
+    line: int
+    nats: float
+    tokens: int
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def row_losses(
+    network: Network, examples: Sequence[Example], budget: int, progress: Progress = silent, stage: str = "evaluating"
+) -> list[RowLoss]:
+    """The loss of every example, in their order; the network is in eval mode already.
+
+    Args:
+        network: body and head.
+        examples: what to score.
+        budget: padded tokens that run at once, in all lanes together.
+        progress: where the events go.
+        stage: the events' name.
+    """
+    found: dict[int, RowLoss] = {}
+    nats_so_far, tokens_so_far = 0.0, 0
+
+    @torch.no_grad()
+    def nats_of(group: list[int]) -> list[float]:
+        batch = collate([examples[i] for i in group])
+        nats = label_losses(network, batch)[1].double().cpu()  # (L,)
+        sums = torch.zeros(len(group), dtype=torch.float64).index_add_(0, torch.from_numpy(batch.owners), nats)
+        return sums.tolist()
+
+    with Lanes(usual_lanes_of(network.body)) as lanes:
+        groups = list(micro_batches(examples, range(len(examples)), max(1, budget // lanes.count)))
+        for group, sums in zip(groups, lanes.run(nats_of, groups), strict=True):
+            for i, total in zip(group, sums, strict=True):
+                found[i] = RowLoss(examples[i].line, total, examples[i].labels)
+                nats_so_far, tokens_so_far = nats_so_far + total, tokens_so_far + examples[i].labels
+            progress(Event(stage, len(found), len(examples), {"loss": nats_so_far / tokens_so_far}))
+    return [found[i] for i in range(len(examples))]

@@ -1,0 +1,63 @@
+"""Gradient checkpointing (arXiv 1604.06174): a block keeps its input alone, and runs again in the backward pass."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from offsite.kernels.cpu.thread_dropout import OwnRandomness, own_randomness
+
+
+class Wrapped(nn.Module):
+    """A block in the place of which another module runs."""
+
+    recomputed = False  # whether what it keeps for the backward pass is `Recomputed`'s matter
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model around asks its blocks for, such as the kind of attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+
+class Recomputed(Wrapped):
+    """A block that is run again where its gradient is wanted; random numbers (dropout) are the same both times.
+
+    transformers' own switch works on modules in training mode alone, which would put dropout into frozen blocks.
+    """
+
+    def forward(self, *arguments: Any, **settings: Any) -> Any:
+        """As the block's."""
+        own = own_randomness()
+        if own is None:
+            return checkpoint(self.block, *arguments, use_reentrant=False, **settings)
+        state = own.state
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            return nullcontext(), OwnRandomness(state)
+
+        return checkpoint(self.block, *arguments, use_reentrant=False, context_fn=contexts, **settings)
+
+
+def recompute(blocks: nn.Module) -> None:
+    """Have every block of a list recomputed, after all that trains was attached; again changes nothing."""
+    for name, block in list(blocks.named_children()):
+        if not isinstance(block, Recomputed):
+            if isinstance(block, Wrapped):
+                block.recomputed = True
+            blocks.register_module(name, Recomputed(block))
+
+
+def keep_activations(blocks: nn.Module) -> None:
+    """Undo `recompute`."""
+    for name, block in list(blocks.named_children()):
+        if isinstance(block, Recomputed):
+            if isinstance(block.block, Wrapped):
+                block.block.recomputed = False
+            blocks.register_module(name, block.block)

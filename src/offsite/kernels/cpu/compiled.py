@@ -1,0 +1,240 @@
+"""What `_kernels.c` computes, for tensors in bf16: attention, activations and norms, forwards and backwards.
+
+Setup compiles that file where it can. Where it could not, or the processor has none of what it needs, `attends` and
+`activates` are False; then nothing else here may be called, and whoever asked has another way, through torch. So it is
+with OFFSITE_KERNELS=0 in the environment.
+"""
+
+import ctypes
+import importlib.machinery
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offsite.kernels.cpu.cpu_features import has_tiles
+
+_VERSION = 1  # of what functions are given; the library has the same
+_SIDE = 32  # lengths are padded to multiples of it
+_VECTORS, _TILES = 1, 2  # what the library says that it can use
+_WORK = 2**17  # numbers, or shares; of fewer a second thread costs more than it does
+
+
+class _Tensor(ctypes.Structure):
+    """`tensor` of the library."""
+
+    _fields_ = [("first", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("row", "head", "token"))]
+
+
+class _Attention(ctypes.Structure):
+    """`attention` of the library."""
+
+    _fields_ = [
+        *((name, _Tensor) for name in ("query", "key", "value", "output", "above", "of_query", "of_key", "of_value")),
+        ("logarithms", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("heads", "groups", "length", "width")),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_uint32) for name in ("causal", "dropped")),
+        ("seed", ctypes.c_uint64),
+    ]
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """What setup compiled, if it is there."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_kernels{suffix}")
+        if path.exists():
+            return ctypes.CDLL(str(path))
+    return None
+
+
+@cache
+def _level() -> int:
+    """What the library can use here; 0 without one. It asks the system for the tiles, so this comes before all else."""
+    library = _library() if os.environ.get("OFFSITE_KERNELS") != "0" else None
+    level = 0 if library is None else int(library.offsite_kernels(_VERSION))
+    return level if has_tiles() else min(level, _VECTORS)
+
+
+def attends(*tensors: torch.Tensor) -> bool:
+    """Whether attention of these, (B, heads, T, D) each, can run here."""
+    return _level() >= _TILES and all(_fits(tensor) and tensor.stride(-1) == 1 for tensor in tensors)
+
+
+def activates(*tensors: torch.Tensor) -> bool:
+    """Whether activations and norms of these can run here."""
+    return _level() >= _VECTORS and all(_fits(tensor) and tensor.is_contiguous() for tensor in tensors)
+
+
+def _fits(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What makes the shares of attention, beside query and key.
+
+    Attributes:
+        scale: of the scores.
+        causal: whether a query sees no key after its own.
+        dropped: how many of 65,536 shares are zero; the others are scaled up for them.
+        seed: what decides which; 62 bits.
+    """
+
+    scale: float
+    causal: bool
+    dropped: int = 0
+    seed: int = 0
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shares: Shares
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention, and what `attend_back` needs to make its shares again.
+
+    Args:
+        query: (B, heads, T, D).
+        key: (B, key-value heads, T, D), of which each serves as many heads.
+        value: as `key`.
+        shares: what else makes them.
+
+    Returns:
+        The output (B, T, heads, D), and logarithms (B, heads, T padded) in fp32.
+
+    Raises:
+        MemoryError: there is no room for a few heads' rows.
+    """
+    batch, heads, length, width = query.shape
+    output = query.new_empty(batch, length, heads, width)
+    logarithms = query.new_empty(batch, heads, -(-length // _SIDE) * _SIDE, dtype=torch.float32)
+    _attention("offsite_attend", (query, key, value, output.transpose(1, 2)), logarithms, shares)
+    return output, logarithms
+
+
+def attend_back(
+    above: torch.Tensor,
+    attended: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    output: torch.Tensor,
+    logarithms: torch.Tensor,
+    shares: Shares,
+) -> list[torch.Tensor]:
+    """Gradients of what was attended (query, key and value); `above` is that of the output, all else as in `attend`.
+
+    Returns:
+        In the shapes of what they are of; in memory a token's heads follow one another, as in the output.
+    """
+    above = above if above.stride(-1) == 1 else above.contiguous()
+    gradients = [part.new_empty(part.transpose(1, 2).shape).transpose(1, 2) for part in attended]
+    tensors = (*attended, output.transpose(1, 2), above.transpose(1, 2), *gradients)
+    _attention("offsite_attend_back", tensors, logarithms, shares)
+    return gradients
+
+
+def gelu(given: torch.Tensor) -> torch.Tensor:
+    """GELU by tanh, of any shape."""
+    return _each("offsite_gelu", given)
+
+
+def gelu_back(above: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """Its gradient, times what comes from above."""
+    return _each("offsite_gelu_back", above.contiguous(), given)
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, of any shape."""
+    return _each("offsite_gated", gate, up)
+
+
+def gated_back(above: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of both, times what comes from above."""
+    of_up = torch.empty_like(up)
+    return _each("offsite_gated_back", of_up, above.contiguous(), gate, up), of_up
+
+
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x / rms(x), rounded, times the weight, and the (...) scales in fp32 that `rms_norm_back` needs; (..., H)."""
+    normed, width = torch.empty_like(hidden), hidden.shape[-1]
+    scales = hidden.new_empty(hidden.shape[:-1], dtype=torch.float32)
+    pointers = [_at(normed), _at(scales), _at(hidden), _at(weight)]
+    _run("offsite_normed", [*pointers, ctypes.c_int64(width), ctypes.c_float(epsilon)], scales.numel(), each=width)
+    return normed, scales
+
+
+def rms_norm_back(
+    above: torch.Tensor, scales: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Gradient of the hidden state."""
+    above, gradient, width = above.contiguous(), torch.empty_like(hidden), hidden.shape[-1]
+    pointers = [_at(part) for part in (gradient, above, scales, hidden, weight)]
+    _run("offsite_normed_back", [*pointers, ctypes.c_int64(width)], scales.numel(), each=width)
+    return gradient
+
+
+def softmax_(logits: torch.Tensor, labels: torch.Tensor, nats: torch.Tensor, *, slopes: bool) -> None:
+    """Write each label's nats, (L,) in fp32, and if asked turn the logits, (L, V), into d nats / d logits.
+
+    Raises:
+        IndexError: a label, of (L,) in int64, is no place in V.
+    """
+    width = logits.shape[1]
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < width:
+        raise IndexError(f"label {int(labels.max())} of a vocabulary of {width}")
+    pointers = [_at(part) for part in (logits, nats, labels)]
+    _run("offsite_softmax", [*pointers, ctypes.c_int64(width), ctypes.c_int(slopes)], len(labels), each=width)
+
+
+def _each(name: str, *given: torch.Tensor) -> torch.Tensor:
+    """A function of numbers that have nothing to do with one another."""
+    result = torch.empty_like(given[-1])
+    _run(name, [_at(result), *map(_at, given)], result.numel(), each=1)
+    return result
+
+
+def _attention(name: str, tensors: Sequence[torch.Tensor], logarithms: torch.Tensor, shares: Shares) -> None:
+    """A function of the library that takes an `_Attention`, whose first fields are these tensors, (B, heads, T, D)."""
+    (batch, heads, length, width), groups = tensors[0].shape, tensors[1].shape[1]
+    told = _Attention(
+        *map(_tensor, tensors),
+        logarithms=logarithms.data_ptr(),
+        heads=heads,
+        groups=groups,
+        length=length,
+        width=width,
+        **asdict(shares),
+    )
+    _run(name, [ctypes.byref(told)], batch * groups, each=heads // groups * length**2)
+
+
+def _tensor(given: torch.Tensor) -> _Tensor:
+    """(B, heads, T, D)."""
+    row, head, token, _ = given.stride()
+    return _Tensor(given.data_ptr(), row, head, token)
+
+
+def _at(given: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(given.data_ptr())
+
+
+def _run(name: str, given: list[Any], count: int, each: int) -> None:
+    """A function of the library for so many things of so many numbers, cut for as many threads as torch has here.
+
+    The library lets the interpreter go meanwhile.
+    """
+    function = getattr(_library(), name)
+    threads = max(1, min(torch.get_num_threads(), count, count * each // _WORK))
+    cuts = [ctypes.c_int64(count * part // threads) for part in range(threads + 1)]
+    others = [_pool(threads).submit(function, *given, *cuts[part : part + 2]) for part in range(1, threads)]
+    failed = [function(*given, *cuts[:2]), *(other.result() for other in others)]
+    if "attend" in name and any(failed):
+        raise MemoryError("no memory is left for attention: give fewer tokens at once (micro_batch_tokens)")
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads - 1, "kernels")

@@ -1,0 +1,217 @@
+"""Norms, activations and gated MLPs that keep less for the backward pass, and pass over memory less often.
+
+Families write these as chains of small operations, each of which keeps what it was given: an RMS norm the hidden state
+twice in fp32, a gated MLP three tensors as wide as its inner size, GPT-2's GELU six. Here each is one function with its
+own gradient, compiled in bf16 where there are kernels for it. A module is not judged by its class: it is replaced only
+if on random numbers it computes what its replacement does. Parameters keep their names, so adapters and returns do not
+notice.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from offsite.kernels.cpu import compiled as kernels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
+_STEEPNESS = 1.702
+_PROBE = 7  # rows of random numbers that a module and its replacement must agree on
+
+
+def _gelu(given: torch.Tensor) -> torch.Tensor:
+    return kernels.gelu(given) if kernels.activates(given) else F.gelu(given, approximate="tanh")
+
+
+def _gelu_back(above: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    if kernels.activates(given):
+        return kernels.gelu_back(above, given)
+    slope: torch.Tensor = torch.ops.aten.gelu_backward(above, given, approximate="tanh")
+    return slope
+
+
+# (value of the activation, its gradient times what comes from above)
+_Gate = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
+_SILU: _Gate = (F.silu, torch.ops.aten.silu_backward)
+_TANH_GELU: _Gate = (_gelu, _gelu_back)
+_QUICK_GELU: _Gate = (  # silu(a x) / a, whose slope is that of silu at a x
+    lambda given: F.silu(given * _STEEPNESS, inplace=True).div_(_STEEPNESS),
+    lambda above, given: torch.ops.aten.silu_backward(above, given * _STEEPNESS),
+)
+_GATES = (_SILU, _TANH_GELU)
+
+
+def fuse(model: "PreTrainedModel") -> int:
+    """Replace what can be replaced in a frozen model, before anything is attached to it.
+
+    Returns:
+        How many modules were replaced.
+    """
+    replaced: list[str] = []
+    for path, module in list(model.named_modules()):
+        if replaced and path.startswith(f"{replaced[-1]}."):
+            continue  # a part of what was replaced
+        fused = next((candidate for candidate in _candidates(module) if agree(module, candidate)), None)
+        if fused is not None:
+            model.set_submodule(path, fused.train(module.training))
+            replaced.append(path)
+    return len(replaced)
+
+
+def _candidates(module: nn.Module) -> Iterator[nn.Module]:
+    """What might compute the same, by the names of a module's parts."""
+    children, own = dict(module.named_children()), dict(module.named_parameters(recurse=False))
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if set(children) == set(_GATED) and not own:
+        for gate in (gate for gate in _GATES if _same(children["act_fn"], gate[0])):
+            yield GatedMLP(children["gate_proj"], children["up_proj"], children["down_proj"], gate)
+    elif not children and set(own) == {"weight"} and own["weight"].dim() == 1 and isinstance(epsilon, float):
+        for offset in (0.0, 1.0):
+            yield RMSNorm(own["weight"], epsilon, offset)
+    elif not children and not own and "GELU" in type(module).__name__:
+        yield TanhGELU()
+        yield QuickGELU()
+
+
+@torch.no_grad()
+def _same(activation: Callable[[torch.Tensor], torch.Tensor], other: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """Whether two activations are one in fp32: behind small weights or in bf16 another one would hardly be seen."""
+    values = torch.linspace(-8, 8, 1025)
+    try:
+        return bool(torch.allclose(activation(values), other(values), rtol=1e-5, atol=1e-6))
+    except (TypeError, ValueError, RuntimeError):  # it takes other arguments, or weights of its own from elsewhere
+        return False
+
+
+@torch.no_grad()
+def agree(module: nn.Module, fused: nn.Module, width: int | None = None) -> bool:
+    """Whether two modules compute the same of random numbers, (7, width); None is the width of the first's weight."""
+    weight = next(module.parameters(), torch.ones(64, 64))
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(_PROBE, width or weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+    try:
+        expected, found = module(probe), fused(probe)
+    except (TypeError, ValueError, RuntimeError):  # it takes other arguments, so it is something else
+        return False
+    if not isinstance(expected, torch.Tensor) or expected.shape != found.shape:
+        return False
+    step = torch.finfo(weight.dtype).eps
+    return bool(torch.allclose(expected, found, rtol=4 * step, atol=4 * step * float(expected.abs().max())))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (offset + weight) (arXiv 1910.07467); the offset is 1 in Gemma, else 0."""
+
+    def __init__(self, weight: nn.Parameter, epsilon: float, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight, self._epsilon, self._offset = weight, epsilon, offset
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., H) -> (..., H); the sums are in fp32, as in the families' own."""
+        normed: torch.Tensor = _RMSNorm.apply(hidden, self.weight, self._epsilon, self._offset)  # type: ignore[no-untyped-call]
+        return normed
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps the hidden state as it came, and one number a token."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> torch.Tensor:
+        ctx.compiled = not offset and not ctx.needs_input_grad[1] and kernels.activates(hidden, weight)
+        if ctx.compiled:
+            normed, scale = kernels.rms_norm(hidden, weight, epsilon)
+            ctx.save_for_backward(hidden, weight, scale)
+            return normed
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32), copy=True)
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()  # (..., 1)
+        scale = square.div_(hidden.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(hidden, weight, scale)
+        ctx.offset = offset
+        wide.mul_(scale)
+        if offset:  # such families round once, after the weight
+            return wide.mul_(weight.to(wide.dtype) + offset).to(hidden.dtype)
+        return wide.to(hidden.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, scale = ctx.saved_tensors
+        if ctx.compiled:
+            return kernels.rms_norm_back(gradients[0], scale, hidden, weight), None, None, None
+        normed = hidden.to(scale.dtype, copy=True).mul_(scale)  # (..., H)
+        above = gradients[0].to(scale.dtype)
+        for_weight = None
+        if ctx.needs_input_grad[1]:
+            for_weight = (above * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        slope = above * (weight.to(scale.dtype) + ctx.offset)
+        along = (slope * normed).mean(-1, keepdim=True)  # (..., 1) what a longer x would change alone
+        return slope.sub_(normed.mul_(along)).mul_(scale).to(hidden.dtype), for_weight, None, None
+
+
+class TanhGELU(nn.Module):
+    """GELU by tanh, as in GPT-2; keeps x alone."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Any shape."""
+        after: torch.Tensor = _Activated.apply(hidden, _TANH_GELU)  # type: ignore[no-untyped-call]
+        return after
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x) (arXiv 1606.08415, section 2), as in CLIP; keeps x alone."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Any shape."""
+        after: torch.Tensor = _Activated.apply(hidden, _QUICK_GELU)  # type: ignore[no-untyped-call]
+        return after
+
+
+class _Activated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, activation: _Gate) -> torch.Tensor:
+        ctx.save_for_backward(hidden)
+        value, ctx.slope = activation
+        return value(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (hidden,) = ctx.saved_tensors
+        return ctx.slope(gradients[0], hidden), None
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)) (arXiv 2002.05202), its parts under the names that Llama gave them."""
+
+    def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module, activation: _Gate) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self._activation = gate, up, down, activation
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., H) -> (..., H)."""
+        gated = _Gated.apply(self.gate_proj(hidden), self.up_proj(hidden), self._activation)  # type: ignore[no-untyped-call]
+        after: torch.Tensor = self.down_proj(gated)
+        return after
+
+
+class _Gated(torch.autograd.Function):
+    """act(gate) * up; keeps the two and makes act(gate) again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: _Gate) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        if activation is _SILU and kernels.activates(gate, up):
+            return kernels.gated(gate, up)
+        return activation[0](gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        if ctx.activation is _SILU and kernels.activates(gate, up):
+            return *kernels.gated_back(gradients[0], gate, up), None
+        value, slope = ctx.activation
+        return slope(gradients[0] * up, gate), value(gate).mul_(gradients[0]), None

@@ -1,0 +1,317 @@
+"""Attention that is fast to train on a processor, and of long rows keeps nothing that grows with the square of T.
+
+With matrix tiles it is a kernel of ours (`kernels.py`). Without, or under a mask, it is made of torch's products:
+torch's fused attention on processors is slow backwards in bf16, for short rows and pictures most of all, and has no
+dropout: with it, every share goes through fp32 in memory and is kept. Here queries run a tile at a time, up to the
+last key that they may see, and without the causal rule all at once for a few heads; shares stay in the processor's
+cache and are made again in the backward pass (Dao et al., arXiv 2205.14135, section 3). Forwards under the causal rule
+and without dropout torch's is the faster one, and is taken. Registered through transformers' own interface, nothing is
+patched.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from offsite.kernels.cpu import compiled as kernels
+from offsite.kernels.cpu.thread_dropout import LEVELS, drawn_seed, keep_, kept, living
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NAME = "offsite_tiled"
+_LONGEST = 448  # tokens of a row under a mask; above, the fused one is as fast
+_TILE = 128  # queries of each head that run at once; of longer rows nothing that grows with T * T is kept
+_TILES = 4  # into which longer rows are cut: each has products of its own shapes, which oneDNN compiles and keeps
+_SHARES = 2**20  # of them at once: 2 MiB in bf16, 4 in fp32
+_EVEN = 16  # rows of shares are as many numbers long: products and softmaxes of odd ones take half as long again
+
+# some rows, a tile of their queries, the keys that it sees, its shares, and which of them dropout lets live
+_Piece = tuple[slice, slice, slice, torch.Tensor, torch.Tensor | None]
+
+
+def use_tiled_attention(model: "PreTrainedModel") -> None:
+    """Let a model on a processor train with the attention of this file; others stay as they are."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    if model.config._attn_implementation != "sdpa" or model.device.type != "cpu":
+        return
+    if not getattr(model, "_supports_attention_backend", False):
+        return  # its own code branches on the name: Falcon would take another attention under this one's mask
+    AttentionInterface.register(_NAME, _attend)
+    AttentionMaskInterface.register(_NAME, _mask)
+    model.set_attn_implementation(_NAME)
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *positional: Any,
+    attention_mask: torch.Tensor | None = None,  # (B, T), 1 where a token is
+    **named: Any,
+) -> torch.Tensor | None:
+    """None where the causal rule says it all, as it does for rows padded at the right; else what SDPA would get.
+
+    What stands after a row's last token is seen by no token of it; what comes out there is read by nobody.
+    """
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    causal = named.get("mask_function", causal_mask_function) is causal_mask_function
+    if named.get("allow_is_causal_skip") is True and q_length <= (named.get("local_size") or 0):
+        causal = True  # the window, or chunk, is no shorter than the rows
+    if causal and not positional and q_length == kv_length and named.get("allow_is_causal_skip", True):
+        at_right = attention_mask is None or bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+        if at_right and not named.get("q_offset") and not named.get("kv_offset"):
+            return None
+    mask: torch.Tensor | None = sdpa_mask(
+        batch_size, q_length, kv_length, *positional, attention_mask=attention_mask, **named
+    )
+    return mask
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,  # (B, heads, T, D)
+    key: torch.Tensor,  # (B, key-value heads, S, D)
+    value: torch.Tensor,  # (B, key-value heads, S, D)
+    attention_mask: torch.Tensor | None,  # (B or 1, 1 or heads, T, S), bool, or to be added
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    length = query.shape[2]
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    trains = torch.is_grad_enabled() and query.requires_grad
+    ours = (
+        (trains or dropout)  # torch's dropout is slow, and draws for all threads
+        and key.shape[2] == length
+        and (causal or dropout or query.dtype == torch.bfloat16)  # of pictures in fp32 torch's is the faster
+        and all(kwargs.get(name) is None for name in ("softcap", "position_bias", "cache", "s_aux"))
+    )
+    if ours and attention_mask is None and kernels.attends(query, key, value) and value.shape == key.shape:
+        shares = kernels.Shares(scale, causal, round(dropout * LEVELS), drawn_seed() if dropout else 0)
+        compiled: torch.Tensor = _Compiled.apply(query, key, value, shares)  # type: ignore[no-untyped-call]
+        return compiled, None
+    if ours and attention_mask is None and length > _TILE and value.shape[3] == query.shape[3]:
+        return tiled_attention(query, key, value, scale, dropout, causal=causal), None
+    if ours and (dropout or length <= _LONGEST):
+        return _at_once(query, key, value, attention_mask, scale, dropout, causal=causal), None
+    attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+    return attended
+
+
+def _at_once(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    dropout: float,
+    *,
+    causal: bool,
+) -> torch.Tensor:
+    """Plain products, (B, T, heads, D): of few shares, making them again costs more than keeping them."""
+    batch, heads, length, width = query.shape
+    groups = key.shape[1]
+    # heads that share a key-value head are rows of one product: nothing is repeated
+    rows = (query * scale).reshape(batch, groups, heads // groups * length, width)
+    scores = rows @ key.transpose(2, 3)  # (B, G, heads/G * T, T)
+    if mask is not None or causal:
+        scores.view(batch, heads, length, length).add_(_additive(mask, scores))
+    shares = F.softmax(scores, dim=-1)  # computed in fp32, stored in the dtype of the scores
+    if dropout:
+        shares = F.dropout(shares, dropout, training=True)
+    output = (shares @ value).view(batch, heads, length, value.shape[3])
+    return output.transpose(1, 2).contiguous()
+
+
+def _additive(mask: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
+    """The mask as what is added to the scores; None is the causal one."""
+    length = scores.shape[-1]
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
+    if mask.dtype != torch.bool:
+        return mask
+    lowest = torch.finfo(scores.dtype).min
+    return torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_fill_(~mask, lowest)
+
+
+class _Compiled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shares: kernels.Shares
+    ) -> torch.Tensor:
+        output, logarithms = kernels.attend(query, key, value, shares)
+        ctx.save_for_backward(query, key, value, output, logarithms)
+        ctx.shares = shares
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *attended, output, logarithms = ctx.saved_tensors
+        return *kernels.attend_back(gradients[0], tuple(attended), output, logarithms, ctx.shares), None
+
+
+def tiled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    *,
+    causal: bool = True,
+) -> torch.Tensor:
+    """Attention in which every share is made twice and never kept.
+
+    Args:
+        query: (B, heads, T, D).
+        key: (B, key-value heads, T, D), of which each serves as many heads.
+        value: as `key`.
+        scale: of the scores.
+        dropout: probability, to a 65,536th, that a share is zero.
+        causal: whether a query sees no key after its own.
+
+    Returns:
+        (B, T, heads, D).
+    """
+    seed = drawn_seed() if dropout else None
+    attended: torch.Tensor = _Tiled.apply(  # type: ignore[no-untyped-call]
+        query, key, value, scale, _Kind(round(dropout * LEVELS), seed, causal)
+    )
+    return attended
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What else makes the shares: how many of 65,536 dropout makes zeros, under which seed, and what queries see."""
+
+    dropped: int
+    seed: int | None
+    causal: bool
+
+
+class _Tiled(torch.autograd.Function):
+    """Heads that share keys are rows of one product: nothing is repeated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        kind: _Kind,
+    ) -> torch.Tensor:
+        batch, heads, length, width = query.shape
+        groups = key.shape[1]
+        each = heads // groups
+        queries = (query * scale).view(batch, groups, each, length, width).transpose(2, 3)
+        queries = queries.reshape(batch * groups, length * each, width)  # (B G, T R, D)
+        keys, values = (_together(kept, kind) for kept in (key, value))
+        ctx.save_for_backward(queries, keys, values)
+        ctx.of = scale, kind, (batch, groups, each, length, width)
+        if kind.causal and not kind.dropped:
+            fused = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=each > 1)
+            return fused.transpose(1, 2).contiguous()
+        output = torch.empty_like(queries)
+        for rows, tile, seen, shares, lives in _pieces(queries, keys, each, kind):
+            output[rows, tile] = (shares if lives is None else keep_(shares, lives)) @ values[rows, seen]
+        if kind.dropped:
+            output.mul_(LEVELS / (LEVELS - kind.dropped))
+        together = output.view(batch, groups, length, each, width).transpose(1, 2)
+        return together.reshape(batch, length, heads, width)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        queries, keys, values = ctx.saved_tensors
+        scale, kind, (batch, groups, each, length, width) = ctx.of
+        above = gradients[0].reshape(batch, length, groups, each, width).transpose(1, 2)
+        above = above.reshape(queries.shape)  # (B G, T R, D)
+        if kind.dropped:
+            above = above * (LEVELS / (LEVELS - kind.dropped))
+        of_queries = torch.empty_like(queries)
+        once = _tile(length, kind) == length
+        of_keys, of_values = (
+            torch.empty_like(keys) if once else torch.zeros_like(keys, dtype=torch.float32)  # a sum over tiles
+            for _ in range(2)
+        )
+        put = torch.Tensor.copy_ if once else torch.Tensor.add_
+        for rows, tile, seen, shares, lives in _pieces(queries, keys, each, kind):
+            come = above[rows, tile]
+            of_seen = (shares if lives is None else kept(shares, lives)).transpose(1, 2) @ come
+            put(of_values[rows, seen], of_seen)
+            of_shares = come @ values[rows, seen].transpose(1, 2)
+            if lives is not None:
+                keep_(of_shares, lives)
+            of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+            of_queries[rows, tile] = of_scores @ keys[rows, seen]
+            of_seen = of_scores.transpose(1, 2) @ queries[rows, tile]
+            put(of_keys[rows, seen], of_seen)
+        of_query = of_queries.mul_(scale).view(batch, groups, length, each, width).transpose(2, 3)
+        of_pairs = (
+            part.to(keys.dtype).view(batch, groups, -1, width)[:, :, :length] for part in (of_keys, of_values)
+        )  # queries were scaled when they met the keys
+        return of_query.reshape(batch, groups * each, length, width), *of_pairs, None, None
+
+
+def _together(kept: torch.Tensor, kind: _Kind) -> torch.Tensor:
+    """(B, G, T, D) -> (B G, T, D); causally with zeros behind T, which no query sees, to an even length."""
+    batch, groups, length, width = kept.shape
+    if not kind.causal:
+        return kept.reshape(batch * groups, length, width)
+    longer = kept.new_zeros(batch, groups, _even(length), width)
+    longer[:, :, :length] = kept
+    return longer.flatten(0, 1)
+
+
+def _even(length: int) -> int:
+    return -(-length // _EVEN) * _EVEN
+
+
+def _tile(length: int, kind: _Kind) -> int:
+    """Queries that run at once: all of them where none of their shares would be in vain and one row's are few.
+
+    Of longer rows as many as leave few tiles, while the shares of a head's tile fit the cache.
+    """
+    if not kind.causal and length**2 <= _SHARES:
+        return length
+    cut = -(-length // (_TILES * _TILE)) * _TILE  # a multiple of the tile, so at most as many as said
+    return min(length, max(_TILE, min(cut, _SHARES // length)))
+
+
+def _pieces(
+    queries: torch.Tensor,  # (B G, T R, D), scaled
+    keys: torch.Tensor,  # (B G, T or an even length, D)
+    each: int,  # R
+    kind: _Kind,
+) -> Iterator[_Piece]:
+    """Every piece of the attention; the same arguments give the same, dropout included."""
+    length = queries.shape[1] // each
+    generator = None if kind.seed is None else torch.Generator().manual_seed(kind.seed)
+    tile = _tile(length, kind)
+    lowest = torch.finfo(queries.dtype).min
+    future = queries.new_full((tile, tile + _EVEN), lowest).triu_(1).repeat_interleave(each, 0)
+    for begin in range(0, length, tile):
+        end = min(length, begin + tile)
+        here, seen = slice(begin * each, end * each), _even(end) if kind.causal else length
+        many = max(1, _SHARES // ((end - begin) * each * seen))
+        for first in range(0, len(queries), many):
+            rows = slice(first, first + many)
+            scores = queries[rows, here] @ keys[rows, :seen].transpose(1, 2)  # (P, tile R, seen)
+            if kind.causal:
+                scores[..., begin:] += future[: (end - begin) * each, : seen - begin]
+            shares = scores.softmax(-1)  # computed in fp32, stored in bf16
+            lives = None if generator is None else living(shares, kind.dropped, generator)
+            yield rows, here, slice(seen), shares, lives

@@ -1,0 +1,169 @@
+"""Where a network runs: device, dtype of the arithmetic, threads and seeds."""
+
+import contextlib
+import ctypes
+import functools
+import mmap
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from offsite.errors import UsageError
+from offsite.kernels.cpu.cpu_features import made_by_intel
+from offsite.kernels.threads import available_cores, usual_threads
+
+_MOST_WORKERS = 8  # that are started unasked
+# Products of each shape that oneDNN keeps compiled, and torch's bridge to it (ideep) in a cache of its own. Unless told
+# each keeps a thousand: rows of many lengths would fill hundreds of megabytes. One pass needs thirty to fifty, and with
+# fewer compiles them anew in every block; ideep's are the same ones again, which only kept makes them larger.
+_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "48", "LRU_CACHE_CAPACITY": "1"}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A device and the dtype that frozen weights and activations have on it."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def runtime(
+    device: str = "auto", compute: Literal["auto", "bf16", "fp32"] = "auto", threads: int | None = None
+) -> Runtime:
+    """Resolve where and in what to compute, and set the number of processor threads.
+
+    Args:
+        device: "auto" is the first CUDA device, else XPU, else the processor; MPS only when asked for.
+        compute: "auto" is bf16 where the hardware multiplies it faster than fp32, else fp32. It looks at what the
+            hardware is and never at a stopwatch, so the same machine always decides alike.
+        threads: None is $OMP_NUM_THREADS, else every core that this process may use.
+
+    Raises:
+        UsageError: the device that was asked for is not there.
+    """
+    torch.set_num_threads(threads or usual_threads())
+    resolved = _resolve_device(device)
+    if resolved.type == "cpu":
+        _keep_freed_memory()
+        for cache, capacity in _CACHES.items():
+            os.environ.setdefault(cache, capacity)
+    fast = compute == "bf16" or (compute == "auto" and _multiplies_bf16(resolved))
+    return Runtime(resolved, torch.bfloat16 if fast else torch.float32)
+
+
+def worker_count(wanted: int | None, device: torch.device) -> int:
+    """How many processes decode pictures: what was given, else what pays beside a network on that device.
+
+    On a processor none does: what they would take from the network is what they save it (docs/images.md).
+    """
+    if wanted is not None:
+        return wanted
+    return 0 if device.type == "cpu" else min(_MOST_WORKERS, available_cores() - 1)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Run a block under a seed; the caller's random state is as before afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step, where it would give it back and fault every page in anew.
+
+    Activations and logits come and go in pieces of many megabytes: without this a step of a small model spends a third
+    of its time on page faults. It costs holes between the pieces, about a third more at the peak (docs/memory.md), and
+    nothing is given back unless `give_freed_memory_back` is called.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no such switch
+        allocator = ctypes.CDLL(None)
+        m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # malloc.h
+        allocator.mallopt(m_mmap_threshold, 2**30)
+        allocator.mallopt(m_trim_threshold, 2**31 - 1)
+        allocator.mallopt(m_arena_max, 1)  # else each lane would keep what it freed to itself
+
+
+def give_freed_memory_back() -> None:
+    """Return to the system what glibc's heap keeps of freed memory, so that what a process holds is what it needs."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def mapped_files(*, code: bool = False) -> list[range]:
+    """The addresses at which this process has files mapped, or only code of them, as far as the system tells."""
+    maps = Path("/proc/self/maps")
+    lines = (
+        [line.split() for line in maps.read_text(encoding="utf-8", errors="replace").splitlines()]
+        if maps.exists()
+        else []
+    )
+    spans = [line[0].split("-") for line in lines if line[4] != "0" and (line[1] == "r-xp" or not code)]  # 4: inode
+    return [range(int(begin, 16), int(end, 16)) for begin, end in spans]
+
+
+def let_go(read: torch.Tensor, mapped: Sequence[range]) -> None:
+    """Have a tensor's pages leave memory if they are those of a mapped file; it can still be read, from the file."""
+    begin, size = read.data_ptr(), read.nbytes
+    if read.is_contiguous() and any(begin in span and begin + size - 1 in span for span in mapped):
+        _page_out(range(begin, begin + size))
+
+
+def let_go_of_code() -> None:
+    """Have the code that ran so far leave memory; what runs again comes back, from the libraries' files.
+
+    Most of it ran to load torch and transformers, and not again: 80 MiB.
+    """
+    for span in mapped_files(code=True):
+        _page_out(span)
+
+
+def _page_out(span: range) -> None:
+    """Pages that lie in it whole; what is in no file, or was changed, stays."""
+    first = -(-span.start // mmap.PAGESIZE) * mmap.PAGESIZE
+    whole = max(0, span.stop // mmap.PAGESIZE * mmap.PAGESIZE - first)
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
+        pageout = 21  # MADV_PAGEOUT of madvise(2)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(whole), pageout)
+
+
+def _resolve_device(name: str) -> torch.device:
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "xpu": hasattr(torch, "xpu") and torch.xpu.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "xpu", "cpu") if there[kind]))
+    device = torch.device(name)
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if not there.get(device.type, False) or (device.index or 0) >= max(count, 1):
+        found = ", ".join(kind for kind, available in there.items() if available)
+        raise UsageError(
+            f"there is no device {name!r} here",
+            reasons=[f"found: {found}" + (f" ({count} CUDA devices)" if there["cuda"] else "")],
+            next_step="leave the setting device out to take what is there",
+        )
+    return device
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "xpu":
+        return True
+    if device.type == "cpu":  # without these instructions bf16 is emulated and slower than fp32
+        vectors_pay = torch.cpu._is_avx512_bf16_supported() and not made_by_intel()
+        return bool(torch.cpu._is_amx_tile_supported() or vectors_pay)
+    return False

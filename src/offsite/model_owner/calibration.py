@@ -1,0 +1,82 @@
+"""Calibration text: what the owner runs through its model to choose and heal the emulator's blocks.
+
+Never the data owner's: it is the owner's own file (plain text, or rows of any kind), or the text that ships with this
+package. For an image encoder it is a folder of the owner's own pictures, or crops of photos that come with another.
+"""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offsite.data.picture_files import load_processor, read_pictures
+from offsite.data.picture_sizes import picture_count, seen_picture, spread
+from offsite.data.pictures import Pictures
+from offsite.data.row_files import RECORDS, kind, read_text
+from offsite.data.rows import read_rows
+from offsite.errors import DataError, UsageError
+from offsite.kernels.memory_formulas import CALIBRATION_BATCH, calibration_length
+from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.calibration_pictures import crops
+from offsite.models.loading import load_tokenizer
+
+
+def calibration_batches(model: BaseModel, file: Path | None, tokens: int) -> list[Tensor]:
+    """Token ids of the calibration text, in batches (B, T); each sequence starts with a BOS if there is one.
+
+    Of an encoder, pictures as it is given them, (B, 3, Y, X): about as many as have that many tokens.
+
+    Raises:
+        DataError: the text cannot be read or is too short for one sequence, or pictures cannot be read.
+        UsageError: fewer tokens are asked for than one sequence has; or no pictures were named, and none are installed.
+    """
+    if model.row.vision is not None:
+        return _picture_batches(model, file, tokens)
+    tokenizer = load_tokenizer(model.folder)
+    ids = tokenizer(_read(file), add_special_tokens=False, verbose=False)["input_ids"]
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    length = calibration_length(model.config)
+    body = length - len(start)
+    if tokens < length:
+        raise UsageError(
+            f"{tokens} tokens of calibration text are asked for, and one sequence has {length}",
+            next_step=f"set calibration_tokens, and distill_tokens with --heal distill, to at least {length}",
+        )
+    count = min(tokens // length, len(ids) // body)
+    if count == 0:
+        raise DataError(
+            f"the calibration text {file or 'that ships'} has {len(ids)} tokens, expected at least {body}",
+            next_step="give more text with --calibration",
+        )
+    stride = len(ids) // count  # spread over the whole text, so that every part of it has its say
+    rows = torch.tensor([start + ids[i * stride : i * stride + body] for i in range(count)])
+    return [rows[at : at + CALIBRATION_BATCH] for at in range(0, count, CALIBRATION_BATCH)]
+
+
+def token_counts(model: BaseModel, batches: Sequence[Tensor]) -> list[int]:
+    """Tokens of each batch of texts or pictures, B * T."""
+    if model.row.vision is None:
+        return [batch.numel() for batch in batches]
+    each = seen_picture(model.folder, model.row, model.config).tokens
+    return [len(batch) * each for batch in batches]
+
+
+def _picture_batches(model: BaseModel, folder: Path | None, tokens: int) -> list[Tensor]:
+    processor = load_processor(model.folder)
+    count = picture_count(seen_picture(model.folder, model.row, model.config), model.config, tokens)
+    if folder is None:
+        made = torch.from_numpy(np.stack([processor(one, whole=True) for one in crops(count, processor.side)]))
+        return [made[at : at + CALIBRATION_BATCH] for at in range(0, count, CALIBRATION_BATCH)]
+    pictures = Pictures(spread(read_pictures(folder, labelled=False), count), processor, skip_bad=True)
+    return [torch.from_numpy(pixels) for _, pixels in pictures.in_order(CALIBRATION_BATCH)]
+
+
+def _read(file: Path | None) -> str:
+    if file is None:
+        return (resources.files("offsite.model_owner") / "calibration.txt").read_text(encoding="utf-8")
+    if file.is_dir() or kind(file) in RECORDS:
+        return "\n\n".join(row.whole_text for row in read_rows(file))
+    return read_text(file)

@@ -1,0 +1,73 @@
+"""Photos for a model owner who names none: those inside the wheel of scikit-image, cropped at many scales.
+
+The package is not imported; its files are read. Only photos are taken whose page in its documentation says that they
+are CC0, in the public domain, or under no known copyright; drawings and charts are left out.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from offsite.data.picture_files import Picture, Pixels, augmented, decode
+from offsite.errors import UsageError
+
+PHOTOS = (
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "cell.png",
+    "chelsea.png",
+    "clock_motion.png",
+    "coffee.png",
+    "coins.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "motorcycle_left.png",
+    "retina.jpg",
+    "rocket.jpg",
+    "text.png",
+)
+_AREA = (0.05, 1.0)  # of a crop: share of the photo, so that details and whole scenes are seen
+_SEED = 17  # of the crops, so that two owners pack the same
+_NEXT = (
+    "pip install 'offsite-tuning[calibration-images]', or name a folder of your own pictures, which need no classes "
+    "and are better, with --calibration; or pack with --select uniform --heal none"
+)
+
+
+def photos() -> list[Picture]:
+    """The photos that are installed; none is opened.
+
+    Raises:
+        UsageError: scikit-image is not installed, or is one without them.
+    """
+    found = importlib.util.find_spec("skimage")
+    if found is None or not found.submodule_search_locations:
+        raise UsageError(
+            "no calibration pictures were named, and those of scikit-image are not installed", next_step=_NEXT
+        )
+    folder = Path(found.submodule_search_locations[0]) / "data"
+    missing = [name for name in PHOTOS if not (folder / name).is_file()]
+    if missing:
+        raise UsageError(
+            "this scikit-image does not hold the photos that calibration takes",
+            reasons=[f"missing in {folder}: {', '.join(missing)}"],
+            next_step=_NEXT,
+        )
+    return [Picture(name, folder / name, None) for name in PHOTOS]
+
+
+def crops(count: int, side: tuple[int, int]) -> Iterator[Pixels]:
+    """So many random crops, of every photo as many, each (height, width, 3); a function of the arguments alone.
+
+    Raises:
+        UsageError: as `photos` does.
+        DataError: a photo is broken.
+    """
+    whole = [decode(photo) for photo in photos()]
+    for index in range(count):
+        yield augmented(whole[index % len(whole)], side, np.random.default_rng([_SEED, index]), area=_AREA)

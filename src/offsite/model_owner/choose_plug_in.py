@@ -1,0 +1,185 @@
+"""Choosing: which checkpoint of a return to plug in and how far, by the loss on held-out rows of the owner's own.
+
+The base is loaded once. Each candidate's tensors are those that its plug-in would hold, rounded as it would round them,
+and take their places in the network; so a candidate's loss is what `evaluate` says of the plug-in, once it is written.
+"""
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from offsite.config import EvalSpec, PlugInSpec
+from offsite.data.rows import read_rows
+from offsite.data.tokens import Example, encode
+from offsite.errors import PolicyError, UsageError
+from offsite.evaluation.evaluate import load_tuned
+from offsite.evaluation.row_losses import row_losses
+from offsite.kernels.runtime import Runtime, runtime
+from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.ledger import Issued
+from offsite.model_owner.plug_in import form_of, open_both, refusals_recorded, write_adapter
+from offsite.model_owner.plugged_tensors import Chosen, adapter_tensors, changed_tensors
+from offsite.models.architectures import Architecture
+from offsite.models.backbone import Network, split_backbone_and_head
+from offsite.models.loading import ADAPTED, context_length, load_model, load_tokenizer, saved_as
+from offsite.models.mixture import in_files
+from offsite.progress import Event, Progress, silent
+from offsite.protocol.artifacts import Base, Return
+from offsite.protocol.home import Home
+from offsite.storage.safetensors_files import NewTensor, to_float32
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_REASONS = 5  # candidates that a refusal names, the best first
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plug-in that could be made, and its held-out loss in nats per labelled token."""
+
+    checkpoint: int
+    strength: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and from what."""
+
+    best: Candidate
+    base_loss: float
+    candidates: tuple[Candidate, ...]  # by checkpoint, then by strength; the base itself is none of them
+    rows: int
+    tokens: int  # labelled ones
+
+
+def choose(
+    base: Base,
+    returned: Path,
+    data: Path,
+    spec: PlugInSpec,
+    measured: EvalSpec,
+    home: Home,
+    progress: Progress = silent,
+) -> Choice:
+    """Score every checkpoint of a return at every strength, and take the best; nothing is written.
+
+    Args:
+        base: the owner's full model.
+        returned: the return's folder; it is verified first, and the verdict is recorded.
+        data: held-out rows of the owner's own, as `offsite.data.rows.read_rows` takes them.
+        spec: the form, and what to choose from: a checkpoint or a strength that was given is fixed.
+        measured: lengths, device, dtype of the arithmetic, as for `evaluate`.
+        home: the owner's.
+        progress: where the events go.
+
+    Raises:
+        PolicyError: no candidate is better than the base, and no strength was given; or as `plug_in`.
+        DataError: the data set is empty, or has bad or overlong rows.
+        VerificationError: as `plug_in`, like IncompatibleError and UsageError.
+    """
+    model, verified, parent = open_both(base, returned, spec, home, progress)
+    if model.row.vision is not None:
+        raise UsageError(
+            "choosing is for language models",
+            reasons=[f"the base is an image encoder ({model.row.model_type})"],
+            next_step="plug in with --strength, and compare what `offsite eval` says of each",
+        )
+    examples = _read(base, data, measured)
+    where = runtime(measured.device, measured.compute, measured.threads)
+    grid = _grid(verified, spec)
+    trial = _Trial(model, verified, parent, where, merged=form_of(verified, spec) == "merged")
+    base_loss = _loss(trial.network, examples, measured.micro_batch_tokens)
+    candidates: list[Candidate] = []
+    for checkpoint, strength in grid:
+        facts: dict[str, float | str] = {"checkpoint": str(checkpoint), "strength": strength}
+        progress(Event("choosing", len(candidates), len(grid), facts))
+        with refusals_recorded(verified, home):
+            trial.become(checkpoint, strength)
+        loss = _loss(trial.network, examples, measured.micro_batch_tokens)
+        candidates.append(Candidate(checkpoint, strength, loss))
+        progress(Event("choosing", len(candidates), len(grid), {**facts, "loss": loss}))
+    ranked = sorted(candidates, key=lambda one: one.loss if math.isfinite(one.loss) else math.inf)
+    if spec.strength is None and not ranked[0].loss < base_loss:
+        raise _none_is_better(ranked, base_loss, data)
+    tokens = sum(example.labels for example in examples)
+    return Choice(ranked[0], base_loss, tuple(candidates), len(examples), tokens)
+
+
+def _grid(verified: Return, spec: PlugInSpec) -> list[tuple[int, float]]:
+    """What is tried, checkpoint by checkpoint; strength 0 is the base itself, and scored beside them."""
+    there = range(1, verified.manifest.checkpoints + 1)
+    checkpoints = there if spec.checkpoint is None else [spec.checkpoint]
+    tried = sorted({strength for strength in spec.strengths if strength > 0})
+    strengths = tried if spec.strength is None else [spec.strength]
+    return [(checkpoint, strength) for checkpoint in checkpoints for strength in strengths]
+
+
+def _none_is_better(ranked: Sequence[Candidate], base_loss: float, data: Path) -> PolicyError:
+    return PolicyError(
+        f"the base itself is best on {data}, so nothing was plugged in",
+        reasons=[
+            f"the base: loss {base_loss:.4f}",
+            *(f"checkpoint {c.checkpoint} at strength {c.strength:g}: loss {c.loss:.4f}" for c in ranked[:_REASONS]),
+        ],
+        next_step="if these rows are the right ones, leave the return; to plug it in all the same, give --strength",
+    )
+
+
+def _read(base: Base, data: Path, spec: EvalSpec) -> Sequence[Example]:
+    longest = min(spec.max_length, context_length(base.folder) or spec.max_length)
+    rows = read_rows(data)[: spec.max_rows]
+    tokenizer = load_tokenizer(base.folder)
+    encoded = encode(rows, tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
+    return encoded.examples[: spec.max_rows]
+
+
+def _loss(network: Network, examples: Sequence[Example], budget: int) -> float:
+    losses = row_losses(network, examples, budget)
+    return sum(row.nats for row in losses) / sum(row.tokens for row in losses)
+
+
+class _Trial:
+    """A network that can become any plug-in of a return; at first it computes what the base computes."""
+
+    def __init__(self, base: BaseModel, verified: Return, parent: Issued, where: Runtime, *, merged: bool) -> None:
+        self._base, self._verified, self._parent, self._merged = base, verified, parent, merged
+        if merged:
+            model = load_model(base.folder, dtype=where.dtype, device=where.device)
+        else:  # an adapter that changes nothing yet brings the modules that are to change
+            with tempfile.TemporaryDirectory() as folder:
+                write_adapter(base, self._chosen(1, 0.0), Path(folder))
+                model = load_tuned(base.folder, Path(folder), where)
+        self._places = _by_names_in_files(base.row, model)
+        self.network = split_backbone_and_head(model)
+
+    @torch.no_grad()
+    def become(self, checkpoint: int, strength: float) -> None:
+        """Put a plug-in's tensors in their places; every candidate changes the same ones."""
+        chosen = self._chosen(checkpoint, strength)
+        new: Mapping[str, NewTensor]
+        if self._merged:
+            new = changed_tensors(self._base, chosen)
+        else:
+            new = {tensor.name: tensor for tensor in adapter_tensors(self._base, chosen)}
+        for name, tensor in new.items():
+            values = np.array(to_float32(b"".join(tensor.chunks()), tensor.dtype)).reshape(tensor.shape)
+            self._places[name].copy_(torch.from_numpy(values))
+
+    def _chosen(self, checkpoint: int, strength: float) -> Chosen:
+        return Chosen(self._verified, self._parent, checkpoint, np.float32(strength))
+
+
+def _by_names_in_files(row: Architecture, model: "PreTrainedModel") -> dict[str, torch.Tensor]:
+    """The parameters by the names of a plug-in's tensors, those of PEFT by the names that it gives them in files."""
+    parameters = dict(model.named_parameters())
+    tuned = {name: parameter for name, parameter in parameters.items() if ADAPTED.search(name)}
+    own = {name: parameter for name, parameter in parameters.items() if name not in tuned}
+    return {**in_files(row, own), **{f"base_model.model.{saved_as(name)}": tuned[name] for name in tuned}}

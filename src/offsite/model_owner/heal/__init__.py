@@ -1,0 +1,1 @@
+"""How the emulator makes up for what was dropped or compressed, one method a file."""

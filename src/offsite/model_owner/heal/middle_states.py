@@ -1,0 +1,101 @@
+"""What enters and what leaves the middle of the base, computed once block by block and kept on the disk.
+
+Distillation and search look at it many times; with it, neither bottom nor middle of the base runs again.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from offsite.errors import StorageError
+from offsite.kernels.memory_formulas import GROUP_TOKENS
+from offsite.kernels.runtime import Runtime
+from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.block_runner import BlockRunner
+from offsite.model_owner.calibration import token_counts
+from offsite.model_owner.partition import Sandwich
+from offsite.models.loading import read_tensor
+from offsite.progress import Event, Progress
+from offsite.storage.files import replace_file
+from offsite.storage.safetensors_files import read_header
+
+
+@dataclass(frozen=True)
+class MiddleStates:
+    """Hidden states of every batch on the disk, in the machine's dtype."""
+
+    folder: Path
+    batches: Sequence[Tensor]  # token ids (B, T), or pixels (B, 3, Y, X)
+    tokens: Sequence[int]  # of each batch, B * T
+
+    def at(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of one batch: ids or pixels, what enters the middle and what leaves it, each (B, T, H)."""
+        ids, held = self.batches[position], read_header(self.folder / _name(position))
+        return ids, read_tensor(held["enters"]).to(ids.device), read_tensor(held["leaves"]).to(ids.device)
+
+
+def middle_states(
+    model: BaseModel,
+    sandwich: Sandwich,
+    batches: Sequence[Tensor],
+    machine: Runtime,
+    folder: Path,
+    progress: Progress,
+    stage: str,
+) -> MiddleStates:
+    """Run the base over token ids or pixels up to the end of its middle; what is there of an earlier run stays.
+
+    Raises:
+        StorageError: the disk has too little room, or cannot be written.
+    """
+    batches = [ids.to(machine.device) for ids in batches]
+    missing = [position for position in range(len(batches)) if not (folder / _name(position)).exists()]
+    runner = BlockRunner(model, machine)
+    end = sandwich.middle[-1] + 1
+    tokens = token_counts(model, batches)
+    for number, group in enumerate(groups := list(_groups(missing, tokens))):
+        hidden = {position: runner.load(0).embed(batches[position]) for position in group}
+        if not number:
+            _require_room(folder, len(missing) * 2 * hidden[group[0]].numel() * machine.dtype.itemsize)
+        enters = dict(hidden) if not sandwich.bottom else {}
+        for index in range(end):
+            progress(Event(stage, number * end + index, len(groups) * end))
+            block = runner.load(index)
+            hidden = {position: block(batches[position], states) for position, states in hidden.items()}
+            if index + 1 == len(sandwich.bottom):
+                enters = dict(hidden)
+        for position in group:
+            states = {"enters": enters[position], "leaves": hidden[position]}
+            kept = {name: value.to("cpu", machine.dtype).contiguous() for name, value in states.items()}
+            replace_file(folder / _name(position), save(kept))
+    return MiddleStates(folder, batches, tokens)
+
+
+def _name(position: int) -> str:
+    return f"batch-{position:06}.safetensors"
+
+
+def _groups(positions: Sequence[int], tokens: Sequence[int]) -> Iterator[list[int]]:
+    group: list[int] = []
+    for position in positions:
+        group.append(position)
+        if sum(tokens[one] for one in group) >= GROUP_TOKENS:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _require_room(folder: Path, needed: int) -> None:
+    there = next(parent for parent in folder.resolve().parents if parent.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise StorageError(
+            f"the hidden states of the base need {needed / 2**20:,.0f} MiB in {folder}",
+            reasons=[f"{free / 2**20:,.0f} MiB are free"],
+            next_step="free some space on that disk, name another one with --out, or use fewer --distill-tokens",
+        )

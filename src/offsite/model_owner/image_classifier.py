@@ -1,0 +1,59 @@
+"""The plug-in of a vision encoder: a complete image classifier of transformers, head and class names included.
+
+Its head is linear on what the family's own classifier reads (`Vision.features`), so that the folder loads with
+`AutoModelForImageClassification` and needs nothing of this project.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from offsite.model_owner.base_model import BaseModel
+from offsite.models.family import Vision
+from offsite.protocol.artifacts import Return
+from offsite.protocol.contents import CLASSIFIER
+from offsite.storage.safetensors_files import NewTensor, copied, read_header
+
+# Of the owner's own head, and what transformers writes of its own version.
+_OWN = (
+    "id2label", "label2id", "num_labels", "label_names", "num_classes", "problem_type", "_name_or_path",
+    "transformers_version",
+)  # fmt: skip
+
+
+def classifier_tensors(
+    model: BaseModel, vision: Vision, tuned: Mapping[str, NewTensor], verified: Return
+) -> list[NewTensor]:
+    """The encoder's tensors, tuned where the return says so, under the classifier's names, and the returned head.
+
+    Args:
+        model: the base.
+        vision: of its row.
+        tuned: tensors that take the place of the base's, by name in the base.
+        verified: the return.
+    """
+    tensors = []
+    for name, tensor in model.tensors.items():
+        new = tuned.get(name) or copied(tensor)
+        tensors.append(NewTensor(f"{vision.prefix}.{name}", new.dtype, new.shape, new.chunks))
+    head = read_header(verified.folder / CLASSIFIER)
+    return tensors + [copied(head[name], name=f"{vision.head}.{name.rpartition('.')[2]}") for name in head]
+
+
+def classifier_config(model: BaseModel, vision: Vision, names: Sequence[str]) -> bytes:
+    """config.json of a classifier of these classes: the encoder's config, within that of the larger model if the family
+    is a tower of one.
+    """
+    encoder = {key: value for key, value in model.config.items() if key not in (*_OWN, "architectures")}
+    encoder |= model.row.settled
+    whole: dict[str, Any] = encoder
+    if vision.tower_of:
+        whole = {"model_type": vision.tower_of, "vision_config": encoder}
+        whole |= {key: encoder[key] for key in ("dtype", "torch_dtype") if key in encoder}
+    labels: dict[str, Any] = {
+        "id2label": {str(index): name for index, name in enumerate(names)},
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+    if vision.label_list:
+        labels = {vision.label_list: list(names), "num_classes": len(names)}
+    return json.dumps({**whole, "architectures": [vision.class_name], **labels}, indent=1).encode() + b"\n"

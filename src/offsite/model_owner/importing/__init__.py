@@ -1,0 +1,1 @@
+"""Import: checkpoints of other formats become a base folder, one source a file."""

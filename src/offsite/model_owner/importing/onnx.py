@@ -1,0 +1,140 @@
+"""A DINOv2 encoder out of an ONNX file: its weights under transformers' names, nothing of the graph is run.
+
+An export by torch keeps the names of parameters, but for two: the weight of a linear map, which is folded into its
+transpose, is known by the node that multiplies by it; the position embeddings fall into a constant for the class token
+and one for the patches. Heads behind the encoder are left behind.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from offsite.errors import IncompatibleError, StorageError, UsageError
+from offsite.extras import require
+from offsite.protocol.contents import CONFIG, PROCESSOR
+from offsite.storage.files import write_stream
+from offsite.storage.safetensors_files import from_array, write_checkpoint
+
+_ENCODER = "backbone."
+_HEAD_WIDTH = 64  # of every published DINOv2
+_MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet, as DINOv2 was trained with
+_BICUBIC = 3  # Pillow's number
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+
+def import_onnx(source: Path, folder: Path, dtype: str, image_size: int | None) -> None:
+    """Write a base folder of the encoder in an ONNX file.
+
+    Args:
+        source: the file.
+        folder: where config, weights and the image processor's settings go.
+        dtype: of the weights, "BF16" or "F32".
+        image_size: side of the images that the model is to be given; None takes 224, or the model's own if smaller.
+
+    Raises:
+        UsageError: the package onnx is not installed, or the side is no multiple of the patches'.
+        StorageError: the file is broken.
+        IncompatibleError: there is no DINOv2 encoder in it.
+    """
+    arrays = _weights(source)
+    config = _config(arrays, source)
+    patch, own = config["patch_size"], config["image_size"]
+    side = image_size or min(own, 224 // patch * patch)
+    if side % patch:
+        raise UsageError(
+            f"images of {side} pixels are not filled by patches of {patch}",
+            next_step=f"give image_size a multiple of {patch}",
+        )
+    write_checkpoint(folder, [from_array(name, array, dtype) for name, array in arrays.items()])
+    config["dtype"] = {"BF16": "bfloat16", "F32": "float32"}[dtype]
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": _BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": _MEAN,
+        "image_std": _STD,
+        "do_convert_rgb": True,
+    }
+    for name, content in ((CONFIG, config), (PROCESSOR, processor)):
+        write_stream(folder / name, [json.dumps(content, indent=1).encode() + b"\n"])
+
+
+def _weights(source: Path) -> Arrays:
+    """The encoder's tensors by transformers' names."""
+    onnx = require("onnx", "onnx", "reading an ONNX file")
+    try:
+        graph = onnx.load(str(source), load_external_data=False).graph  # never another file than the one named
+        stored = {tensor.name: tensor for tensor in graph.initializer}
+        found: Arrays = {}
+        for name, tensor in stored.items():
+            if name.startswith(_ENCODER):
+                found[name.removeprefix(_ENCODER)] = _array(onnx, tensor)
+        for node in graph.node:
+            path = node.name.removeprefix("/" + _ENCODER.replace(".", "/")).removesuffix("/MatMul").replace("/", ".")
+            if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in stored:
+                found[f"{path}.weight"] = np.ascontiguousarray(_array(onnx, stored[node.input[1]]).T)
+        positions = [
+            _array(onnx, stored[name])
+            for node in graph.node
+            if node.name.startswith("/backbone/embeddings/") and node.op_type in ("Concat", "Reshape")
+            for name in node.input
+            if name in stored and stored[name].data_type == onnx.TensorProto.FLOAT
+        ]
+    except OSError as error:
+        raise StorageError(f"cannot read {source}: {error.strerror}", next_step="check the path") from error
+    except Exception as error:  # protobuf's own error, which has no base class that could be named here
+        if type(error).__name__ != "DecodeError" and not isinstance(error, ValueError | TypeError):
+            raise
+        raise StorageError(
+            f"{source} is no ONNX file", reasons=[str(error)[:200]], next_step="fetch the file again"
+        ) from error
+    if len(positions) == 2:  # that of the class token is the shorter one
+        positions.sort(key=lambda array: array.shape[1])
+        found["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
+    return found
+
+
+def _array(onnx: Any, tensor: Any) -> npt.NDArray[np.float32]:
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        raise ValueError(f"{tensor.name} lies in another file")
+    return np.asarray(onnx.numpy_helper.to_array(tensor), dtype=np.float32)
+
+
+def _config(arrays: Arrays, source: Path) -> dict[str, Any]:
+    """The config that the shapes tell; what no shape tells is as in every published DINOv2."""
+    patches = arrays.get("embeddings.patch_embeddings.projection.weight")
+    positions = arrays.get("embeddings.position_embeddings")
+    inner = arrays.get("encoder.layer.0.mlp.fc1.weight")
+    blocks = {int(match[1]) for name in arrays if (match := re.match(r"encoder\.layer\.(\d+)\.", name))}
+    if patches is None or positions is None or inner is None or patches.ndim != 4 or positions.ndim != 3:
+        raise IncompatibleError(
+            f"{source} holds no DINOv2 encoder",
+            reasons=["expected initialisers named backbone.embeddings..., backbone.encoder.layer.0... and so on"],
+            next_step="import a model in safetensors, .bin or GGUF",
+        )
+    hidden, channels, patch, _ = patches.shape
+    return {
+        "model_type": "dinov2",
+        "architectures": ["Dinov2Model"],
+        "hidden_size": hidden,
+        "num_hidden_layers": len(blocks),
+        "num_attention_heads": max(1, hidden // _HEAD_WIDTH),
+        "mlp_ratio": inner.shape[0] // hidden,
+        "image_size": math.isqrt(positions.shape[1] - 1) * patch,
+        "patch_size": patch,
+        "num_channels": channels,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": True,
+        "use_mask_token": False,
+    }

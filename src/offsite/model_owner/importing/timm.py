@@ -1,0 +1,116 @@
+"""A model that timm published: its weights copied, its config written out in full, its preprocessing as Pillow's."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from offsite.errors import IncompatibleError
+from offsite.models.timm_family import FORMS, TIMM
+from offsite.protocol.contents import CONFIG, PROCESSOR, processor_problems
+from offsite.storage.files import write_stream
+from offsite.storage.safetensors_files import INDEX, WEIGHTS, copied, open_checkpoint, strict_json, write_checkpoint
+
+_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
+
+
+def is_timm(source: Path) -> bool:
+    """Whether a folder holds safetensors with the config that timm publishes, or transformers' wrapper writes."""
+    if not any((source / name).is_file() for name in (WEIGHTS, INDEX)) or not (source / CONFIG).is_file():
+        return False
+    try:
+        config = strict_json((source / CONFIG).read_bytes())
+    except ValueError:
+        return False  # who reads it next says what is wrong
+    return isinstance(config, dict) and "pretrained_cfg" in config and "architecture" in config
+
+
+def copy_timm(source: Path, folder: Path, dtype: str | None) -> None:
+    """Write the encoder as a base folder.
+
+    Sizes are those of the tensors; what else the config says of them is not read.
+
+    Args:
+        source: a folder with config and safetensors.
+        folder: where the base goes.
+        dtype: of the weights; None keeps theirs.
+
+    Raises:
+        IncompatibleError: it is another model than those that are supported, or its preprocessing is.
+        StorageError: the weights are broken.
+    """
+    published: dict[str, Any] = strict_json((source / CONFIG).read_bytes())
+    name = str(published["architecture"])
+    if name not in FORMS:
+        raise IncompatibleError(
+            f"timm's {name[:64]!r} is not supported",
+            reasons=[f"supported: {', '.join(sorted(FORMS))}"],
+            next_step="use one of these",
+        )
+    held = {TIMM.name_of(stored): tensor for stored, tensor in open_checkpoint(source).tensors.items()}
+    tensors = [copied(tensor, name=today, dtype=dtype) for today, tensor in held.items() if today is not None]
+    try:
+        hidden, _, patch, _ = held["patch_embed.proj.weight"].shape
+        grid = math.isqrt(held["pos_embed"].shape[1] - 1)
+        inner = held[TIMM.in_block(0, "mlp.fc2.weight")].shape[1]
+    except (KeyError, ValueError, IndexError) as error:
+        raise IncompatibleError(
+            f"the weights in {source} are not those of {name}",
+            reasons=[f"no such tensor, or one of another shape: {error}"],
+            next_step="fetch the model again from where it was published",
+        ) from None
+    given = published.get("model_args")
+    heads = given.get("num_heads", FORMS[name].heads) if isinstance(given, dict) else FORMS[name].heads
+    config: dict[str, Any] = {
+        "model_type": TIMM.model_type,
+        "architectures": [TIMM.class_name],
+        "architecture": name,
+        "hidden_size": hidden,
+        "num_hidden_layers": 1 + max(place[0] for today in held if today and (place := TIMM.block_of(today))),
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+        "image_size": grid * patch,
+        "patch_size": patch,
+        "dtype": {"BF16": "bfloat16", "F16": "float16"}.get(tensors[0].dtype, "float32"),
+    }
+    config |= {**TIMM.settled, **TIMM.settled_by(config)}
+    settings = _processor(published["pretrained_cfg"], config["image_size"])
+    write_checkpoint(folder, tensors)
+    for file, content in ((CONFIG, config), (PROCESSOR, settings)):
+        write_stream(folder / file, [json.dumps(content, indent=1).encode() + b"\n"])
+    for license_ in ("LICENSE", "LICENSE.txt"):
+        if (source / license_).is_file():
+            write_stream(folder / license_, [(source / license_).read_bytes()])
+
+
+def _processor(published: Any, side: int) -> dict[str, Any]:
+    """timm's preprocessing for evaluation as the settings of an image processor of Pillow: resize, crop, normalise."""
+    found = published if isinstance(published, dict) else {}
+    share, mode, filter_ = found.get("crop_pct", 0.875), found.get("crop_mode", "center"), found.get("interpolation")
+    problems = [f"crop_mode = {str(mode)[:40]!r}, expected 'center'"] if mode != "center" else []
+    if filter_ not in _FILTERS:
+        problems.append(f"interpolation = {str(filter_)[:40]!r}, expected one of {', '.join(_FILTERS)}")
+    if type(share) not in (int, float) or not 0.1 <= share <= 1:
+        problems.append(f"crop_pct = {str(share)[:40]!r}, expected a number from 0.1 to 1")
+    settings: dict[str, Any] = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": found.get("mean"),
+        "image_std": found.get("std"),
+    }
+    if not problems:
+        settings |= {"size": {"shortest_edge": math.floor(side / share)}, "resample": _FILTERS[str(filter_)]}
+    problems += processor_problems(settings)
+    if problems:
+        raise IncompatibleError(
+            "the preprocessing that this model was published with is not supported",
+            reasons=problems,
+            next_step="mend pretrained_cfg in its config.json",
+        )
+    return settings

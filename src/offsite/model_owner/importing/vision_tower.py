@@ -1,0 +1,87 @@
+"""The image tower of a model of images and texts, such as CLIP: its tensors and its part of the config, copied."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from offsite.errors import IncompatibleError, StorageError
+from offsite.models.architectures import ARCHITECTURES, Architecture
+from offsite.protocol.contents import CONFIG, PROCESSOR
+from offsite.storage.files import write_stream
+from offsite.storage.safetensors_files import INDEX, WEIGHTS, copied, open_checkpoint, strict_json, write_checkpoint
+
+
+def tower_in(source: Path) -> Architecture | None:
+    """The row of the image tower of the model in a folder with safetensors; None where it has none."""
+    if not any((source / name).is_file() for name in (WEIGHTS, INDEX)) or not (source / CONFIG).is_file():
+        return None
+    try:
+        config = strict_json((source / CONFIG).read_bytes())
+    except ValueError:
+        return None  # who reads it next says what is wrong
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    return next((row for row in ARCHITECTURES.values() if row.vision and row.vision.tower_of == kind), None)
+
+
+def copy_tower(source: Path, folder: Path, row: Architecture, dtype: str | None) -> None:
+    """Write the tower as a base folder.
+
+    Args:
+        source: a folder with config, safetensors and the image processor's settings.
+        folder: where the base goes.
+        row: of the tower.
+        dtype: of the weights; None keeps theirs.
+
+    Raises:
+        IncompatibleError: the config says nothing of the tower.
+        StorageError: the weights or the image processor's settings are broken.
+    """
+    whole: dict[str, Any] = strict_json((source / CONFIG).read_bytes())
+    config = whole.get("vision_config")
+    if row.vision is None or not isinstance(config, dict):
+        raise IncompatibleError(
+            f"{source / CONFIG} has no vision_config, so the image tower is not described",
+            next_step="import the model afresh from where it was published",
+        )
+    start = f"{row.vision.prefix}."
+    tensors = [
+        copied(tensor, name=name.removeprefix(start), dtype=dtype)
+        for name, tensor in open_checkpoint(source).tensors.items()
+        if name.startswith(start) and row.name_of(name) is not None
+    ]
+    write_checkpoint(folder, tensors)
+    stored = {"BF16": "bfloat16", "F32": "float32"}.get(dtype or "")
+    kept = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
+    kept |= {"model_type": row.model_type, "architectures": [row.class_name]}
+    kept |= {"dtype": stored or config.get("dtype") or whole.get("dtype") or whole.get("torch_dtype") or "float32"}
+    write_stream(folder / CONFIG, [json.dumps(kept, indent=1).encode() + b"\n"])
+    if (source / PROCESSOR).is_file():
+        write_stream(folder / PROCESSOR, [json.dumps(_processor(source), indent=1).encode() + b"\n"])
+    for name in ("LICENSE", "LICENSE.txt"):
+        if (source / name).is_file():
+            write_stream(folder / name, [(source / name).read_bytes()])
+
+
+def _processor(source: Path) -> Any:
+    """The image processor's settings, with its class, which may have followed from the type of the whole model."""
+    try:
+        settings = strict_json((source / PROCESSOR).read_bytes())
+    except ValueError as error:
+        raise StorageError(
+            f"{source / PROCESSOR} is not JSON", reasons=[str(error)], next_step="fetch the file again"
+        ) from None
+    if isinstance(settings, dict) and not settings.keys() & {"image_processor_type", "feature_extractor_type"}:
+        settings["image_processor_type"] = processor_class(source)
+    return settings
+
+
+def processor_class(folder: Path) -> str:
+    """The name of the class that transformers takes for the image processor of a folder.
+
+    Raises:
+        IncompatibleError: it takes none, or one that makes what the model cannot take.
+    """
+    from offsite.data.picture_files import load_processor
+
+    name: str = load_processor(folder).settings.to_dict()["image_processor_type"]
+    return name

@@ -1,0 +1,1 @@
+"""Which blocks of the middle the emulator keeps, one rule a file."""

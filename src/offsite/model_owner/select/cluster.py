@@ -1,0 +1,68 @@
+"""Clusters of like blocks (CRaSh, arXiv 2310.15477, section 3.2): neighbours that say the same share one speaker.
+
+Blocks are compared by linear CKA (Kornblith et al., arXiv 1905.00414, equation 4) between their outputs, pooled over
+each sample's tokens. Tokens are brought to one norm before pooling, and the first of a sample is left out: a few tokens
+have a thousand times the others' norm and would be all that is compared.
+"""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from offsite.config import PackSpec
+from offsite.kernels.runtime import runtime
+from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.block_runner import BlockRunner
+from offsite.model_owner.calibration import calibration_batches
+from offsite.progress import Event, Progress
+
+
+def cluster(model: BaseModel, middle: Sequence[int], spec: PackSpec, progress: Progress) -> tuple[int, ...]:
+    """The centres of as many clusters as blocks are to be kept, by base index."""
+    pooled = _pooled_outputs(model, middle, spec, progress)
+    alike = [[linear_cka(one, other) for other in pooled] for one in pooled]
+    return tuple(middle[place] for place in centres(alike, spec.kept(middle)))
+
+
+def linear_cka(left: Tensor, right: Tensor) -> float:
+    """Linear CKA of two sets of features (n, p) and (n, q) of the same n samples, by their Gram matrices (n, n)."""
+    left, right = left.double() - left.double().mean(0), right.double() - right.double().mean(0)
+    grams = left @ left.T, right @ right.T
+    return float((grams[0] * grams[1]).sum() / (grams[0].norm() * grams[1].norm()).clamp_min(1e-12))
+
+
+def centres(alike: Sequence[Sequence[float]], keep: int) -> list[int]:
+    """Merge the two neighbouring clusters whose members are most alike on average until `keep` are left.
+
+    Returns:
+        The middle member of each cluster, of two the earlier.
+    """
+    clusters = [[place] for place in range(len(alike))]
+    while len(clusters) > keep:
+        likeness = [
+            fmean(alike[i][j] for i in clusters[at] for j in clusters[at + 1]) for at in range(len(clusters) - 1)
+        ]
+        at = max(range(len(likeness)), key=likeness.__getitem__)
+        clusters[at : at + 2] = [clusters[at] + clusters[at + 1]]
+    return [members[(len(members) - 1) // 2] for members in clusters]
+
+
+def _pooled_outputs(model: BaseModel, middle: Sequence[int], spec: PackSpec, progress: Progress) -> list[Tensor]:
+    """What each block of the middle gives, pooled: a matrix (samples, H) for each."""
+    machine = runtime(spec.device, spec.compute, spec.threads)
+    runner = BlockRunner(model, machine)
+    batches = [ids.to(machine.device) for ids in calibration_batches(model, spec.calibration, spec.calibration_tokens)]
+    first = runner.load(0)
+    hidden = [first.embed(ids) for ids in batches]
+    pooled = []
+    for index in range(middle[-1] + 1):
+        progress(Event("comparing blocks", index, middle[-1] + 1))
+        block = runner.load(index)
+        for position, ids in enumerate(batches):
+            hidden[position] = block(ids, hidden[position])
+        if index >= middle[0]:
+            pooled.append(torch.cat([F.normalize(states[:, 1:], dim=-1).mean(1) for states in hidden]))
+    return pooled

@@ -1,0 +1,130 @@
+"""Search: exchange blocks while the emulator's loss, healed in closed form if it is to be, on held-out text falls.
+
+It starts from the better of uniform and the best contiguous drop. A move puts one dropped block in the place of a kept
+one, which also shifts a dropped piece by one; the first move that helps is taken. Candidates that were judged are
+remembered beside the bundle, so an interrupted search goes on where it was; and so is what an ended one chose, for
+healing goes on from that.
+"""
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from offsite.config import PackSpec
+from offsite.kernels.memory_formulas import JUDGED, SEARCH_TOKENS
+from offsite.kernels.runtime import runtime
+from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.block_runner import BlockRunner, LoadedStack
+from offsite.model_owner.calibration import calibration_batches
+from offsite.model_owner.heal.block_by_block import block_by_block
+from offsite.model_owner.heal.middle_states import MiddleStates, middle_states
+from offsite.model_owner.partition import Sandwich, work_of
+from offsite.model_owner.select.contiguous import contiguous
+from offsite.model_owner.select.uniform import uniform
+from offsite.progress import Event, Progress, silent
+from offsite.storage.files import replace_file
+
+Blocks = tuple[int, ...]
+Score = Callable[[Blocks], float]
+
+
+def search(model: BaseModel, sandwich: Sandwich, spec: PackSpec, scratch: Path, progress: Progress) -> Blocks:
+    """The best blocks that were found in the time, by base index.
+
+    Raises:
+        DataError: the calibration text is unreadable or too short.
+        StorageError: something cannot be written.
+    """
+    chosen = scratch / "chosen.json"
+    if chosen.exists():
+        return tuple(json.loads(chosen.read_text()))
+    deadline = time.monotonic() + 60 * spec.search_minutes
+    score = _remembered(_judge(model, sandwich, spec, scratch, progress), scratch / "search.json")
+    tried: list[float] = []
+
+    def judged(blocks: Blocks) -> float:
+        tried.append(score(blocks))
+        progress(Event("searching for blocks", len(tried), None, {"loss": tried[-1], "best": min(tried)}))
+        return tried[-1]
+
+    start = min(starts(sandwich.middle, spec.kept(sandwich.middle)), key=judged)
+    best = improve(start, sandwich.middle, judged, spec.seed, lambda: time.monotonic() < deadline)
+    replace_file(chosen, json.dumps(best).encode())
+    return best
+
+
+def starts(middle: Sequence[int], keep: int) -> list[Blocks]:
+    """Where the search may begin: uniform, and every contiguous drop behind the first block of the middle."""
+    pieces = [contiguous(middle, keep, middle[0] + before) for before in range(1, keep + 1)]
+    return list(dict.fromkeys([uniform(middle, keep), *pieces]))
+
+
+def improve(start: Blocks, middle: Sequence[int], score: Score, seed: int, goes_on: Callable[[], bool]) -> Blocks:
+    """Take every move that lowers the score until none does, or the time is over; never worse than the start."""
+    best, least = start, score(start)
+    moved = True
+    while moved:
+        moved = False
+        for candidate in moves(best, middle, seed):
+            if not goes_on():
+                return best
+            found = score(candidate)
+            if found < least:
+                best, least, moved = candidate, found, True
+                break
+    return best
+
+
+def moves(blocks: Blocks, middle: Sequence[int], seed: int) -> Iterator[Blocks]:
+    """Every selection that differs in one block, in an order drawn from the seed."""
+    swaps = [tuple(sorted({*blocks, comes} - {goes})) for goes in blocks for comes in middle if comes not in blocks]
+    random.Random(f"{seed} {blocks}").shuffle(swaps)  # noqa: S311  no secret
+    yield from swaps
+
+
+def _remembered(score: Score, file: Path) -> Score:
+    known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+
+    def remembering(blocks: Blocks) -> float:
+        name = " ".join(map(str, blocks))
+        if name not in known:
+            known[name] = score(blocks)
+            replace_file(file, json.dumps(known, indent=1).encode())
+        return known[name]
+
+    return remembering
+
+
+def _judge(model: BaseModel, sandwich: Sandwich, spec: PackSpec, scratch: Path, progress: Progress) -> Score:
+    """A function from blocks to nats per token of the emulator with them, healed in closed form if it is to be."""
+    machine = runtime(spec.device, spec.compute, spec.threads)
+    batches = calibration_batches(model, spec.calibration, min(spec.calibration_tokens, SEARCH_TOKENS))
+    held_out = batches[JUDGED - 1 :: JUDGED] or batches[-1:]
+    fitted = [ids for ids in batches if not any(ids is one for one in held_out)] or batches
+    states = middle_states(
+        model, sandwich, held_out, machine, scratch / "judged", progress, "hidden states to search with"
+    )
+    runner = BlockRunner(model, machine)
+    solves = work_of(sandwich.middle, spec).block_by_block
+
+    @torch.no_grad()
+    def score(blocks: Blocks) -> float:
+        folder = scratch / "candidate"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        healed = block_by_block(model, sandwich, blocks, spec, folder, silent, batches=fitted) if solves else {}
+        stack = runner.stack(blocks, sandwich.top, healed, whole=True)
+        return fmean(_nats(stack, states, position) for position in range(len(held_out)))
+
+    return score
+
+
+def _nats(stack: LoadedStack, states: MiddleStates, position: int) -> float:
+    ids, enters, _ = states.at(position)
+    return float(stack.to_the_end(ids, enters)[1])

@@ -1,0 +1,44 @@
+"""The model families that can be packed and tuned, by the model type that their configs name. Torch-free."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from offsite.errors import IncompatibleError
+from offsite.models.families import FAMILIES
+from offsite.models.family import Architecture, Vision, config_problems
+from offsite.models.timm_family import TIMM
+from offsite.models.vision_families import VISION_FAMILIES
+
+__all__ = ["ARCHITECTURES", "Architecture", "Vision", "architecture_of", "config_problems"]
+
+ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in (*FAMILIES, *VISION_FAMILIES, TIMM)}
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """The row of a config's model type.
+
+    Raises:
+        IncompatibleError: no row has that type, or a setting makes blocks something that the row does not describe.
+    """
+    row = ARCHITECTURES.get(str(config.get("model_type")))
+    if row is None:
+        raise IncompatibleError(
+            f"models of type {str(config.get('model_type'))[:64]!r} are not supported",
+            reasons=[f"supported: {', '.join(sorted(ARCHITECTURES))}"],
+            next_step="add a row to offsite/core/families.py; the tests then cover it",
+        )
+    bad = row.set_switches(config)
+    if bad:
+        raise IncompatibleError(
+            f"this {row.model_type} model has blocks that cannot be cut",
+            reasons=[f"config has {key} = {value!r}: {row.refused[key]}" for key, value in bad.items()],
+            next_step="use a checkpoint without that setting",
+        )
+    strays = row.strays(config)
+    if strays:
+        raise IncompatibleError(
+            f"this {row.model_type} model is none that is supported",
+            reasons=strays,
+            next_step="import the model afresh with `offsite import MODEL --out base/`",
+        )
+    return row

@@ -1,0 +1,59 @@
+"""A causal language model as backbone and head: what makes hidden states, and what makes logits of them."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from offsite.errors import IncompatibleError
+from offsite.models.architectures import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Network:
+    """A causal language model taken apart: what makes hidden states, and what makes logits of them."""
+
+    body: nn.Module
+    head: nn.Linear
+    cap: float | None = None  # logits are cap * tanh(logits / cap)
+
+
+def split_backbone_and_head(model: "PreTrainedModel") -> Network:
+    """Body and head of a model in eval mode, after checking on a few tokens that together they are the model.
+
+    Raises:
+        IncompatibleError: logits are neither head(body(ids)) nor what the family's row makes of them.
+    """
+    body, head = model.base_model, model.get_output_embeddings()
+    row = ARCHITECTURES.get(model.config.model_type)
+    cap = getattr(model.config, row.logit_cap) if row and row.logit_cap else None
+    ids = torch.arange(8, device=head.weight.device).remainder(head.weight.shape[0])[None]
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        parts = capped(F.linear(hidden_states(body, ids, mask), head.weight, head.bias), cap).float()
+    # The same sums in the same order: more than a rounding step apart means another formula.
+    step = torch.finfo(head.weight.dtype).eps
+    if not torch.allclose(whole, parts, rtol=2 * step, atol=step * float(whole.abs().max())):
+        raise IncompatibleError(
+            f"models of type {model.config.model_type!r} do more to their logits than a linear head",
+            reasons=[f"logits differ by up to {float((whole - parts).abs().max()):.3g}"],
+            next_step="use a family whose row in offsite/models/families.py says what becomes of its logits",
+        )
+    return Network(body, head, cap)
+
+
+def hidden_states(body: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What the backbone makes of ids and mask, (B, T) each: the hidden states before the head, (B, T, H)."""
+    hidden: torch.Tensor = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden
+
+
+def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Logits, any shape, as cap * tanh(logits / cap) (Gemma 2, arXiv 2408.00118, section 2); None leaves them."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -1,0 +1,103 @@
+"""A vision encoder as a network: pictures in, and out what a classifier's linear head reads."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from offsite.errors import IncompatibleError, UsageError
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.family import Vision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from offsite.data.picture_files import Floats
+
+Pooling = Literal["class", "mean", "both"]
+WEIGHT, BIAS = "classifier.weight", "classifier.bias"  # the head's tensors in every classifier of the table
+CLASSIFIERS = "ForImageClassification"  # how the classes of transformers end
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder, and what of its output a head reads."""
+
+    body: nn.Module
+    vision: Vision
+    before: int  # tokens before the patches
+    hidden: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(self.body.parameters()).device
+
+    @property
+    def inputs(self) -> int:
+        """Numbers that the head reads of a picture."""
+        return self.hidden * len(self.vision.features)
+
+    def features(self, pixels: "Floats") -> torch.Tensor:
+        """Pictures (B, 3, Y, X) -> what the head reads of them, (B, F) in fp32."""
+        dtype = next(self.body.parameters()).dtype
+        output = self.body(pixel_values=torch.from_numpy(pixels).to(self.device, dtype))
+        tokens = output.last_hidden_state  # (B, T, H)
+        parts = {
+            "class": lambda: tokens[:, 0],
+            "mean": lambda: tokens[:, self.before :].mean(dim=1),
+            "pooled": lambda: output.pooler_output,
+        }
+        return torch.cat([parts[name]() for name in self.vision.features], dim=1).float()
+
+    def read_by(self, pooling: Pooling | None) -> torch.Tensor:
+        """Which of the numbers a head may use, (F,) of ones and zeros: a part that is not used has zeros for weights.
+
+        Raises:
+            UsageError: the family's classifier cannot read that.
+        """
+        wanted = (
+            {"class", "mean"} if pooling == "both" else set(self.vision.features if pooling is None else (pooling,))
+        )
+        if not wanted <= set(self.vision.features):
+            raise UsageError(
+                f"the classifier of this family cannot read pooling '{pooling}'",
+                reasons=[f"{self.vision.class_name} reads {' and '.join(self.vision.features)}"],
+                next_step="leave the setting pooling out",
+            )
+        used = [torch.full((self.hidden,), float(name in wanted)) for name in self.vision.features]
+        return torch.cat(used).to(self.device)
+
+
+def encoder_of(model: "PreTrainedModel") -> Encoder:
+    """The encoder that `offsite.models.loading.load_model` loaded.
+
+    Raises:
+        IncompatibleError: the model is none.
+    """
+    row = ARCHITECTURES.get(model.config.model_type)
+    if row is None or row.vision is None:
+        raise IncompatibleError(
+            f"models of type {model.config.model_type!r} are no image encoders", next_step="name an image encoder"
+        )
+    before = sum(int(word) if word.isdigit() else int(getattr(model.config, word)) for word in row.vision.before)
+    return Encoder(model, row.vision, before, int(model.config.hidden_size))
+
+
+def sees_images(settings: Mapping[str, Any]) -> bool:
+    """Whether a model with this config is an image encoder or classifier."""
+    row = ARCHITECTURES.get(str(settings.get("model_type")))
+    return (row is not None and row.vision is not None) or is_classifier(settings)
+
+
+def is_classifier(settings: Mapping[str, Any]) -> bool:
+    """Whether a model with this config is an image classifier, with a head of its own."""
+    names = settings.get("architectures")
+    return isinstance(names, list) and any(str(name).endswith(CLASSIFIERS) for name in names)
+
+
+def batches(count: int, size: int) -> Sequence[range]:
+    """Rows in order, so many at once."""
+    return [range(at, min(at + size, count)) for at in range(0, count, size)]

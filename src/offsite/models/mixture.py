@@ -1,0 +1,56 @@
+"""Mixtures of experts where torch is: what runs them, and a module's parameters as the tensors of files.
+
+transformers' own ways to run experts each fail somewhere: its loop indexes a stack once an expert, so that its gradient
+costs a whole stack an expert (ten times a step of full tuning with 64 experts); `grouped_mm` wants rows of 16 bytes;
+`batched_mm` copies an expert for every token. The loop of this file takes the stacks apart once; its output is that of
+transformers' loop bit for bit, and the same at every run. Registered through transformers' own interface, nothing is
+patched.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from offsite.models.family import Architecture
+
+_NAME = "offsite_experts"
+
+
+def experts_implementation() -> str:
+    """The name by which transformers finds this file's way to run experts; models without any take it and ignore it."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(_NAME, _run)
+    return _NAME
+
+
+def _run(
+    experts: Any,  # a module with stacks gate_up_proj (E, 2F, H) and down_proj (E, H, F)
+    hidden: torch.Tensor,  # (N, H)
+    chosen: torch.Tensor,  # (N, K) indices of experts
+    weights: torch.Tensor,  # (N, K)
+) -> torch.Tensor:
+    output = torch.zeros_like(hidden)
+    into, out_of, activation = experts.gate_up_proj.unbind(0), experts.down_proj.unbind(0), experts.act_fn
+    for index in torch.unique(chosen).tolist():
+        tokens, places = torch.where(chosen == index)  # a token chooses an expert once, so sums have one order
+        gate, up = F.linear(hidden[tokens], into[index]).chunk(2, dim=-1)  # (n, F) each
+        made = F.linear(activation(gate) * up, out_of[index]) * weights[tokens, places, None]  # (n, H)
+        output.index_add_(0, tokens, made.to(output.dtype))
+    return output
+
+
+def in_files(row: "Architecture", parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's parameters by the names of tensors in files; stacked experts come apart as views, nothing is copied."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        stack = row.stacked(name, len(parameter) if parameter.dim() == 3 else 0)
+        if stack is None:
+            found[row.name_of(name) or name] = parameter
+            continue
+        for expert, names in zip(parameter.detach(), stack, strict=True):  # (outputs of its maps, inputs)
+            found |= zip(names, expert.chunk(len(names)), strict=True)
+    return found

@@ -1,0 +1,143 @@
+"""What an emulator may declare that its blocks are, where they are not the family's own. Torch-free.
+
+A bundle with such blocks is no checkpoint that transformers knows: its config has a model type of ours with the
+family's config under one key, and its weights lie in a file of another name, so that nothing loads it by half.
+Names, shapes and dtypes of its tensors follow from the family's row and from what is declared here.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from offsite.models.family import Architecture
+from offsite.storage.safetensors_files import FLOATS
+
+MODEL_TYPE = "offsite"
+FEATURES = ("share", "quantise", "svd", "mlp-width", "sparse", "affine")
+AFFINE_WEIGHT, AFFINE_BIAS = "affine.weight", "affine.bias"  # of the map behind a block, by path in it
+
+Shapes = Mapping[str, tuple[int, ...]]  # by path in a block
+Expected = tuple[tuple[int, ...], tuple[str, ...]]  # a tensor's shape, and the dtypes that it may have
+
+
+class Declared(BaseModel):
+    """The kinds of modules in an emulator; what is None is as in the family."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    first: Annotated[int, Field(ge=0, le=10_000)]  # block of the bundle
+    blocks: Annotated[int, Field(ge=1, le=10_000)]
+    share: Annotated[tuple[int, ...], Field(min_length=1, max_length=10_000, strict=False)] | None = None
+    bits: Literal[8, 4] | None = None
+    group: Literal[64, 128] | None = None
+    svd_rank: Annotated[float, Field(gt=0, le=1)] | None = None
+    mlp_width: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    sparse: Annotated[float, Field(gt=0, lt=1)] | None = None  # share of every matrix that is zero and not stored
+    affine: bool | None = None  # true: a map of the hidden state behind every block
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Declared":
+        if (self.bits is None) != (self.group is None):
+            raise ValueError("bits and group go together")
+        if sum(kind is not None for kind in (self.bits, self.svd_rank, self.sparse)) > 1:
+            raise ValueError("a linear map is quantised, factored or sparse, and never two of these")
+        if self.affine is False:
+            raise ValueError("affine is true or null")
+        if self.share is not None and self.affine:
+            raise ValueError("blocks that share weights have no affine maps behind them")
+        for place, owner in enumerate(self.share or ()):
+            if not 0 <= owner <= place or (self.share or ())[owner] != owner:
+                raise ValueError(f"block {place} of the emulator shares the weights of {owner}, which holds none")
+        if self.share is not None and len(self.share) != self.blocks:
+            raise ValueError(f"{len(self.share)} entries for {self.blocks} blocks of the emulator")
+        if not self.features:
+            raise ValueError("nothing is declared")
+        return self
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What a reader must understand, as the manifest's `requires` lists it."""
+        kinds = (self.share, self.bits, self.svd_rank, self.mlp_width, self.sparse, self.affine)
+        return tuple(name for name, kind in zip(FEATURES, kinds, strict=True) if kind is not None)
+
+    def holds_weights(self, place: int) -> bool:
+        """Whether a block of the emulator (from 0) has weights in the file, and does not share another's."""
+        return self.share is None or self.share[place] == place
+
+    def rank(self, inputs: int, outputs: int) -> int:
+        """The rank of a factored map."""
+        return max(1, round((self.svd_rank or 0) * min(inputs, outputs)))
+
+    def narrowed(self, row: Architecture, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """The shapes of a block's tensors once its feed-forward part has its declared width."""
+        found = dict(shapes)
+        if self.mlp_width is None:
+            return found
+        for path in mlp_inputs(row):
+            rows, columns = shapes[f"{path}.weight"]
+            found[f"{path}.weight"] = (rows, self.mlp_width) if row.transposed else (self.mlp_width, columns)
+            if f"{path}.bias" in shapes:
+                found[f"{path}.bias"] = (self.mlp_width,)
+        rows, columns = shapes[f"{row.mlp_out}.weight"]
+        found[f"{row.mlp_out}.weight"] = (self.mlp_width, columns) if row.transposed else (rows, self.mlp_width)
+        return found
+
+    def tensors(self, row: Architecture, shapes: Shapes) -> dict[str, Expected]:
+        """Every tensor of an emulator block that holds weights, by path, from the shapes of a block of the family."""
+        plain = self.narrowed(row, shapes)
+        found: dict[str, Expected] = {path: (shape, FLOATS) for path, shape in plain.items()}
+        if self.affine:
+            hidden = shapes[f"{row.attention_out}.weight"][1 if row.transposed else 0]
+            found |= {path: (shape, FLOATS) for path, shape in affine_shapes(hidden).items()}
+        if self.bits is None and self.svd_rank is None and self.sparse is None:
+            return found
+        for path in row.linears:
+            shape, _ = found.pop(f"{path}.weight")
+            inputs, outputs = shape if row.transposed else shape[::-1]
+            if self.bits is not None and self.group is not None:
+                stored = inputs if self.bits == 8 else -(-inputs // 2)
+                found[f"{path}.quantised"] = ((outputs, stored), ("I8" if self.bits == 8 else "U8",))
+                found[f"{path}.scales"] = ((outputs, -(-inputs // self.group)), FLOATS)
+            elif self.sparse is not None:
+                found[f"{path}.mask"] = ((outputs, -(-inputs // 8)), ("U8",))
+                found[f"{path}.values"] = ((outputs * inputs - int(self.sparse * outputs * inputs),), FLOATS)
+            else:
+                rank = self.rank(inputs, outputs)
+                found[f"{path}.down"] = ((rank, inputs), FLOATS)
+                found[f"{path}.up"] = ((outputs, rank), FLOATS)
+        return found
+
+
+def affine_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of the map behind a block, by path in it, from the hidden size."""
+    return {AFFINE_WEIGHT: (hidden, hidden), AFFINE_BIAS: (hidden,)}
+
+
+def mlp_inputs(row: Architecture) -> list[str]:
+    """The linear maps whose outputs are the neurons of the feed-forward part: those beside its output projection."""
+    parent = row.mlp_out.rpartition(".")[0]
+    return [path for path in row.linears if path != row.mlp_out and path.rpartition(".")[0] == parent]
+
+
+def wrapped(config: Mapping[str, Any], declared: Declared) -> dict[str, Any]:
+    """The config of a bundle whose emulator declares kinds of its own."""
+    return {"model_type": MODEL_TYPE, "base": dict(config), "emulator": declared.model_dump(mode="json")}
+
+
+def unwrapped(config: Mapping[str, Any]) -> tuple[dict[str, Any], Declared | None]:
+    """A config's part that is the family's, and what the emulator declares; None where it is a plain config.
+
+    Raises:
+        ValueError: it is of our model type, and malformed.
+    """
+    if config.get("model_type") != MODEL_TYPE:
+        return dict(config), None
+    base = config.get("base")
+    if set(config) != {"model_type", "base", "emulator"} or not isinstance(base, dict):
+        raise ValueError(f"a config of type {MODEL_TYPE!r} has model_type, base and emulator, and nothing else")
+    try:
+        return dict(base), Declared.model_validate(config["emulator"])
+    except ValidationError as error:
+        problems = "; ".join(str(problem["msg"])[:200] for problem in error.errors(include_url=False)[:4])
+        raise ValueError(f"the emulator's declaration is malformed: {problems}") from None

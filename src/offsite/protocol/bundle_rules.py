@@ -1,0 +1,235 @@
+"""Rules for a bundle: an ordinary checkpoint of a known family, with what its manifest says and nothing that runs."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from offsite.errors import VerificationError
+from offsite.models.architectures import ARCHITECTURES, Architecture, config_problems
+from offsite.models.modules.declared import Declared, Expected, unwrapped
+from offsite.protocol.contents import (
+    ALLOWED_KEYS,
+    CONFIG,
+    allowed_in_bundle,
+    content_problems,
+    is_weights,
+    tokenizer_digest,
+)
+from offsite.protocol.manifest import (
+    BundleManifest,
+)
+from offsite.protocol.signed_folder import Rule, Sealed, entries_differ, names_differ, plain_file, read_json
+from offsite.storage.safetensors_files import (
+    DECLARED_INDEX,
+    DECLARED_WEIGHTS,
+    FLOATS,
+    INDEX,
+    WEIGHTS,
+    Checkpoint,
+    TensorRange,
+    open_checkpoint,
+)
+
+_MOST_POSITIONS = 2**22
+
+
+def _bundle_files(sealed: Sealed) -> Iterator[str]:
+    for entry in sealed.manifest.files:
+        if not allowed_in_bundle(entry.name):
+            yield f"a bundle may not hold {entry.name}"
+
+
+def _bundle_settings(sealed: Sealed) -> Iterator[str]:
+    listed = {entry.name for entry in sealed.manifest.files}
+    for name in sorted(listed & set(ALLOWED_KEYS)):
+        yield from content_problems(name, read_json(sealed, name))
+
+
+def _bundle_config(sealed: Sealed) -> Iterator[str]:
+    manifest, row = _bundle_of(sealed)
+    config = read_json(sealed, CONFIG)
+    if not isinstance(config, dict):
+        yield f"{CONFIG} is not a JSON object"
+        return
+    config = _settings_of(sealed)[0]
+    yield from config_problems(config, row)
+    if config.get("model_type") != row.model_type or config.get("architectures") != [row.class_name]:
+        found = f"{config.get('model_type')!r}, {config.get('architectures')!r}"
+        yield f"{CONFIG} names the model {found[:120]}, expected {row.model_type!r}, {[row.class_name]!r}"
+    counts = {key: config[key] for key in row.count_keys if key in config}
+    if not counts or any(type(count) is not int or count != manifest.split.blocks for count in counts.values()):
+        yield f"{CONFIG} has block counts {str(counts)[:120]}, the split has {manifest.split.blocks}"
+    for key in row.per_block:
+        entries = config.get(key)
+        if not isinstance(entries, list) or len(entries) != manifest.split.blocks:
+            expected = f"expected one entry for each of {manifest.split.blocks} blocks"
+            yield f"{CONFIG} has {key} = {str(entries)[:60]}, {expected}"
+    for key in row.listed:
+        if not _lists_blocks(config.get(key), manifest.split.blocks):
+            found = str(config.get(key))[:60]
+            yield f"{CONFIG} has {key} = {found}, expected a list of some of {manifest.split.blocks} blocks, in order"
+    for key, value in row.settled.items():
+        if config.get(key) != value:
+            yield f"{CONFIG} has {key} = {str(config.get(key))[:60]!r}, by which blocks go by place, expected {value}"
+    yield from (f"{CONFIG}: {stray}" for stray in row.strays(config))
+    for key, value in row.set_switches(config).items():
+        yield f"{CONFIG} has {key} = {str(value)[:60]!r}, under which blocks cannot be cut"
+
+
+def _bundle_positions(sealed: Sealed) -> Iterator[str]:
+    """Positions that a model knows: no tensor need confirm how many, and some families compute tables of them."""
+    config = _settings_of(sealed)[0]
+    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
+        if type(config.get(key)) is int and config[key] > _MOST_POSITIONS:
+            yield f"{CONFIG} has {key} = {config[key]}, expected at most {_MOST_POSITIONS}"
+
+
+def _lists_blocks(found: object, count: int) -> bool:
+    if not isinstance(found, list) or any(type(block) is not int or not 0 <= block < count for block in found):
+        return False
+    return found == sorted(set(found))
+
+
+def _bundle_weights(sealed: Sealed) -> Iterator[str]:
+    manifest, row = _bundle_of(sealed)
+    checkpoint = _open_listed(sealed)
+    settings, declared = _settings_of(sealed)
+    held = len(checkpoint.tensors)
+    expected = set(row.outer_tensors(settings))
+    for block in range(manifest.split.blocks):
+        if not declared or not 0 <= block - declared.first < declared.blocks:
+            expected |= {row.in_block(block, path) for path in row.block_tensors(settings, block)}
+        if len(expected) > 2 * held + 1000:  # what is announced must not cost more than what was sent
+            yield f"weights: {held} tensors, the config makes it over {len(expected)}"
+            return
+    ours = _declared_tensors(declared, manifest, row, checkpoint, settings) if declared else {}
+    yield from names_differ("weights", set(checkpoint.tensors), expected | ours.keys())
+    alike: dict[str, TensorRange] = {}  # the first of each path in a block, whichever the expert
+    for name, tensor in checkpoint.tensors.items():
+        if name in ours:
+            shape, dtypes = ours[name]
+            if tensor.shape != shape or tensor.dtype not in dtypes:
+                found = f"{tensor.dtype} {list(tensor.shape)}"
+                yield f"{name[:120]!r} is {found}, what is declared makes it {' or '.join(dtypes)} {list(shape)}"
+            continue
+        problem = row.shape_problem(name, tensor.shape, settings)
+        if problem:
+            yield problem
+        place = row.block_of(name)
+        twin = alike.setdefault(row.pattern_of(place[1]), tensor) if place else tensor
+        if tensor.shape != twin.shape:
+            yield f"{name[:120]!r} has shape {list(tensor.shape)}, others of its kind have {list(twin.shape)}"
+        if tensor.dtype not in FLOATS:
+            yield f"{name[:120]!r} has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}"
+
+
+def _declared_tensors(
+    declared: Declared, manifest: BundleManifest, row: Architecture, checkpoint: Checkpoint, settings: dict[str, Any]
+) -> dict[str, Expected]:
+    """The emulator's tensors by full name: what is declared, in the sizes of the first trained block."""
+    first = manifest.split.trained[0]
+    paths = row.block_tensors(settings, first)
+    names = {path: row.in_block(first, path) for path in paths}
+    if not names.keys() <= {path for path, name in names.items() if name in checkpoint.tensors}:
+        return {}  # a finding of its own
+    shapes = {path: checkpoint.tensors[name].shape for path, name in names.items()}
+    if row.experts or any(len(shapes.get(f"{path}.weight", ())) != 2 for path in row.linears):
+        return {}
+    each = declared.tensors(row, shapes)
+    return {
+        row.in_block(declared.first + place, path): expected
+        for place in range(min(declared.blocks, manifest.split.emulator))
+        if declared.holds_weights(place)
+        for path, expected in each.items()
+    }
+
+
+def _bundle_declared(sealed: Sealed) -> Iterator[str]:
+    manifest, row = _bundle_of(sealed)
+    config = read_json(sealed, CONFIG)
+    try:
+        _, declared = unwrapped(config if isinstance(config, dict) else {})
+    except ValueError as problem:
+        yield f"{CONFIG}: {problem}"
+        return
+    features = (*(declared.features if declared else ()), *manifest.split.features)
+    if manifest.requires != features:
+        yield f"the manifest requires {list(manifest.requires)}, {CONFIG} and split declare {list(features)}"
+    if declared and manifest.split.spread:
+        yield f"{CONFIG} declares modules, which goes with no trained blocks inside the emulator"
+    if declared and (declared.first, declared.blocks) != (manifest.split.bottom, manifest.split.emulator):
+        yield f"{CONFIG} declares {declared.blocks} blocks from {declared.first} on, which is not the split's emulator"
+    if declared and row.experts:
+        yield f"{CONFIG} declares modules that a mixture of experts cannot have"
+    ours = {entry.name.startswith("offsite-") for entry in manifest.files if is_weights(entry.name)}
+    if ours != {declared is not None}:
+        yield "the weights' file has the name of the other kind of model"
+
+
+def _bundle_returnable(sealed: Sealed) -> Iterator[str]:
+    manifest, row = _bundle_of(sealed)
+    checkpoint = _open_listed(sealed)
+    blocks = frozenset(manifest.split.trained)
+    trained = {n for n in checkpoint.tensors if (p := row.block_of(n)) and p[0] in blocks}
+    yield from names_differ("tensors that may come back", set(manifest.tensors), trained)
+    head = set(row.head_tensors(_settings_of(sealed)[0])) if manifest.head else set()
+    yield from names_differ("the head that may come back", set(manifest.head), head)
+    yield from entries_differ({**manifest.tensors, **manifest.head}, checkpoint.tensors)
+    permitted = row.lora_linears_of(_settings_of(sealed)[0])
+    for target, (inputs, outputs) in manifest.lora_targets.items():
+        place = row.map_of(target)
+        if place and place[1] not in permitted:
+            yield f"LoRA target {target}: pairs there have no effect under this config"
+        weight = checkpoint.tensors.get(f"{row.in_block(*place)}.weight") if place else None
+        shape = (inputs, outputs) if row.transposed else (outputs, inputs)
+        if weight is None or weight.shape != shape:
+            found = weight.shape if weight else "no such weight"
+            yield f"LoRA target {target}: the weight's shape is {found}, expected {shape}"
+
+
+def _bundle_tokenizer(sealed: Sealed) -> Iterator[str]:
+    manifest, _ = _bundle_of(sealed)
+    if tokenizer_digest(manifest.files) != manifest.tokenizer:
+        yield "the tokenizer's files do not give the tokenizer digest of the manifest"
+
+
+BUNDLE_RULES: tuple[Rule, ...] = (
+    _bundle_files,
+    _bundle_settings,
+    _bundle_config,
+    _bundle_positions,
+    _bundle_declared,
+    _bundle_weights,
+    _bundle_returnable,
+    _bundle_tokenizer,
+)
+
+
+def _bundle_of(sealed: Sealed) -> tuple[BundleManifest, Architecture]:
+    if not isinstance(sealed.manifest, BundleManifest):
+        raise TypeError("a rule for bundles was run on something else")
+    return sealed.manifest, ARCHITECTURES[sealed.manifest.architecture]
+
+
+def _settings_of(sealed: Sealed) -> tuple[dict[str, Any], Declared | None]:
+    """The family's config and what the emulator declares; what is malformed is the finding of another rule."""
+    config = read_json(sealed, CONFIG)
+    try:
+        return unwrapped(config if isinstance(config, dict) else {})
+    except ValueError:
+        return {}, None
+
+
+def _open_listed(sealed: Sealed) -> Checkpoint:
+    weights = [entry.name for entry in sealed.manifest.files if is_weights(entry.name)]
+    ways = {WEIGHTS, INDEX, DECLARED_WEIGHTS, DECLARED_INDEX} & set(weights)
+    if len(ways) > 1:
+        both = " and ".join(sorted(ways))
+        raise VerificationError(f"it holds both {both}, of which another reader may take the other")
+    for name in weights:
+        plain_file(sealed.folder, name)
+    checkpoint = open_checkpoint(sealed.folder)
+    used = {tensor.file.name for tensor in checkpoint.tensors.values()}
+    listed = set(weights) - {INDEX, DECLARED_INDEX}
+    if used != listed:
+        raise VerificationError(f"the weights' files are {sorted(listed)}, the index uses {sorted(used)}")
+    return checkpoint

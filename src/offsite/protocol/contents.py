@@ -1,0 +1,167 @@
+"""Which files a bundle may hold, and what may stand in its JSON files. Packing writes by it, verifying refuses by it.
+
+An allow-list, because transformers acts upon many keys: `auto_map` imports code, a hub name as attention
+implementation downloads kernels, a tokenizer may name other files.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from offsite.config import Method
+from offsite.protocol.manifest import FileEntry
+from offsite.storage.safetensors_files import DECLARED_INDEX, DECLARED_WEIGHTS, INDEX, WEIGHTS
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"  # of slow tokenizers: tokens with their numbers
+TOKENIZER_FILES = (
+    ADDED_TOKENS,
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS,
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+PROCESSOR = "preprocessor_config.json"  # how images become what a vision encoder is given
+RETURNED_WEIGHTS = "adapter.safetensors"  # the model's own tensors; a name that transformers and PEFT do not load
+BOTTLENECK_WEIGHTS = "bottleneck.safetensors"  # of bottlenecks, in a return and in a plug-in
+CLASSIFIER = "classifier.safetensors"  # the head that the data owner made; loaded by no library
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
+WEIGHTS_OF: Mapping[Method, str] = {  # the file of a return's tensors, by method
+    "lora": ADAPTER_WEIGHTS,
+    "full": RETURNED_WEIGHTS,
+    "bitfit": RETURNED_WEIGHTS,
+    "bottleneck": BOTTLENECK_WEIGHTS,
+}
+
+
+BESIDE_A_MODEL = ("LICENSE", "LICENSE.txt")  # of a base, which a merged plug-in takes over
+
+
+def checkpoint_file(number: int) -> str:
+    """The file of a return's earlier checkpoint, counted from 1; the last one is in the file of `WEIGHTS_OF`."""
+    return f"checkpoint-{number}.safetensors"
+
+
+_MOST_TOKENS = 2**31
+_SHARD = re.compile(r"(offsite-)?model-\d{5}-of-\d{5}\.safetensors")
+_TOKENS = frozenset(
+    {
+        "bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token",
+        "additional_special_tokens", "extra_special_tokens",
+    }
+)  # fmt: skip
+ALLOWED_KEYS: Mapping[str, frozenset[str] | None] = {  # None: any, where they are tokens
+    ADDED_TOKENS: None,
+    PROCESSOR: frozenset(
+        {
+            "image_processor_type", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale",
+            "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb",
+        }
+    ),
+    GENERATION_CONFIG: frozenset(
+        {
+            "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p",
+            "typical_p", "repetition_penalty", "max_length", "max_new_tokens", "num_beams",
+        }
+    ),
+    SPECIAL_TOKENS: _TOKENS,
+    TOKENIZER_CONFIG: _TOKENS
+    | {
+        "tokenizer_class", "added_tokens_decoder", "add_bos_token", "add_eos_token", "add_prefix_space",
+        "clean_up_tokenization_spaces", "spaces_between_special_tokens", "split_special_tokens", "chat_template",
+        "model_max_length", "model_input_names", "padding_side", "truncation_side", "legacy", "errors",
+    },
+}  # fmt: skip
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of a bundle holds weights or their index."""
+    return name in (WEIGHTS, INDEX, DECLARED_WEIGHTS, DECLARED_INDEX) or _SHARD.fullmatch(name) is not None
+
+
+def allowed_in_bundle(name: str) -> bool:
+    """Whether a bundle may hold a file of this name."""
+    return is_weights(name) or name in (CONFIG, GENERATION_CONFIG, PROCESSOR, *TOKENIZER_FILES)
+
+
+def allowed_in_plug_in(name: str) -> bool:
+    """Whether a plug-in may hold a file of this name: an adapter's, or those of a complete checkpoint."""
+    return allowed_in_bundle(name) or name in (ADAPTER_CONFIG, *WEIGHTS_OF.values(), *BESIDE_A_MODEL)
+
+
+def cleaned(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON file of a bundle without the keys that may not travel; a processor's class under today's key and name."""
+    older = content.get("feature_extractor_type") if name == PROCESSOR else None
+    if isinstance(older, str):
+        content = {"image_processor_type": older.replace("FeatureExtractor", "ImageProcessor"), **content}
+    allowed = ALLOWED_KEYS[name]
+    return {key: value for key, value in content.items() if allowed is None or key in allowed}
+
+
+def content_problems(name: str, content: object) -> list[str]:
+    """What in a JSON file of a bundle may not stand there."""
+    if not isinstance(content, dict):
+        return [f"{name} is not a JSON object"]
+    allowed = ALLOWED_KEYS[name]
+    if allowed is None:
+        return [
+            f"{name}: token {token[:60]!r} has {str(number)[:60]!r}, which is no number of a token"
+            for token, number in content.items()
+            if type(number) is not int or not 0 <= number < _MOST_TOKENS
+        ]
+    problems = [f"{name}: key {key!r} is not permitted" for key in sorted(set(content) - allowed)]
+    for key in ("tokenizer_class", "image_processor_type"):
+        kind = content.get(key, "")
+        if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z0-9_]{0,64}", kind):
+            problems.append(f"{name}: {key} {str(kind)[:60]!r} is no class name")
+    if name == PROCESSOR:
+        problems += processor_problems(content)
+    return problems
+
+
+def processor_problems(content: Mapping[str, Any]) -> list[str]:
+    """What in the settings of an image processor is none of the few that are understood."""
+    numbers = (int, float)
+    bad = [key for key in _SWITCHES if type(content.get(key, False)) not in (bool, type(None))]
+    bad += [key for key in ("image_mean", "image_std") if not _numbers(content.get(key, [1.0]))]
+    if isinstance(content.get("image_std"), list) and 0 in content["image_std"]:
+        bad.append("image_std")
+    bad += [key for key in ("size", "crop_size") if not _sides(content.get(key))]
+    if content.get("resample", 3) not in (0, 1, 2, 3, 4, 5) or type(content.get("resample", 3)) is not int:
+        bad.append("resample")
+    if type(content.get("rescale_factor", 1.0)) not in numbers:
+        bad.append("rescale_factor")
+    return [f"{PROCESSOR}: {key} = {str(content.get(key))[:60]!r} is no plain setting" for key in bad]
+
+
+_SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+_LARGEST_SIDE = 4096  # pixels
+
+
+def _numbers(value: object) -> bool:
+    return isinstance(value, list) and 1 <= len(value) <= 4 and all(type(one) in (int, float) for one in value)
+
+
+def _sides(value: object) -> bool:
+    """Whether a size is a side, or sides by name, that an image may sensibly be resized to."""
+    named = value if isinstance(value, dict) else {"height": 1 if value is None else value}
+    return set(named) in ({"height"}, {"height", "width"}, {"shortest_edge"}) and all(
+        type(side) is int and 1 <= side <= _LARGEST_SIDE for side in named.values()
+    )
+
+
+def tokenizer_digest(files: Iterable[FileEntry]) -> str:
+    """One SHA-256 for the tokenizer or image processor: over the names and digests of its files, in order of name."""
+    digest = hashlib.sha256()
+    for entry in sorted(files, key=lambda entry: entry.name):
+        if entry.name in (PROCESSOR, *TOKENIZER_FILES):
+            digest.update(f"{entry.name} {entry.sha256}\n".encode())
+    return digest.hexdigest()

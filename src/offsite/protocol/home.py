@@ -1,0 +1,175 @@
+"""A party's home: its key, the keys it trusts, and where its ledger lies."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from offsite.errors import OffsiteError, UsageError
+from offsite.protocol.signing import Identity, PublicKey
+from offsite.storage.files import replace_file, storage_errors
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folder of one party on this machine: `key.pem` (mode 0600), `name`, `trusted/NAME.pub`, `ledger.sqlite`."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))  # who calls from Python may have text
+
+    @classmethod
+    def default(cls) -> "Home":
+        """`$OFFSITE_HOME`, else the folder where this platform keeps an application's data."""
+        named = os.environ.get("OFFSITE_HOME")
+        return cls(Path(named) if named else platformdirs.user_data_path("offsite", appauthor=False))
+
+    @property
+    def ledger(self) -> Path:
+        """The owner's SQLite file."""
+        return self.folder / "ledger.sqlite"
+
+    def create_identity(self, name: str) -> Identity:
+        """Make this party's key pair; the private part is written with mode 0600 and never shown.
+
+        Raises:
+            UsageError: the name is no plain word, or the home has a key already.
+            StorageError: the home cannot be written.
+        """
+        _check_name(name)
+        if self._key.exists():
+            raise UsageError(
+                f"{self.folder} has a key already: this party is {self.identity().name!r}",
+                next_step="`offsite keygen --out FILE.pub` without --name writes its public key again; "
+                "for a second party name another folder with --home",
+            )
+        identity = Identity(name, Ed25519PrivateKey.generate())
+        pem = identity.private_key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        with storage_errors(self.folder):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        replace_file(self.folder / "name", name.encode())
+        replace_file(self._key, pem, mode=0o600)
+        return identity
+
+    def identity(self) -> Identity:
+        """This party.
+
+        Raises:
+            UsageError: the home has no key yet.
+            OffsiteError: the key file is damaged or readable by others.
+        """
+        if not self._key.exists():
+            raise UsageError(
+                f"{self.folder} holds no key, so this party cannot sign or be addressed",
+                next_step="make one with `offsite keygen --name NAME --out NAME.pub`, or name the right --home",
+            )
+        with storage_errors(self._key):
+            if os.name == "posix" and self._key.stat().st_mode & 0o077:
+                raise OffsiteError(
+                    f"the private key {self._key} is readable by others",
+                    next_step=f"take the permission away with `chmod 600 {self._key}`; if others had access, "
+                    "make a new key in a new home and exchange it again",
+                )
+            content = self._key.read_bytes()
+            name = (self.folder / "name").read_text(encoding="utf-8", errors="replace").strip()
+        try:
+            key = serialization.load_pem_private_key(content, password=None)
+        except (ValueError, TypeError) as error:
+            raise OffsiteError(
+                f"the private key {self._key} is damaged", reasons=[str(error)], next_step=_KEY_LOST
+            ) from None
+        if not isinstance(key, Ed25519PrivateKey):
+            raise OffsiteError(f"the private key {self._key} is not an Ed25519 key", next_step=_KEY_LOST)
+        return Identity(name, key)
+
+    def trust(self, name: str, key: PublicKey) -> None:
+        """Remember another party's key under a name of one's own.
+
+        Raises:
+            UsageError: the name is taken by another key, the key is known under another name, or it is one's own.
+        """
+        _check_name(name)
+        if self._key.exists() and key == self.identity().public_key:
+            raise UsageError(
+                f"the key {key.fingerprint} is this party's own, which needs no trust",
+                next_step="add the key that the other party sent, or name the right --home",
+            )
+        for known, other in self.trusted().items():
+            if other == key and known != name:
+                raise UsageError(
+                    f"the key {key.fingerprint} is trusted already, as {known!r}",
+                    next_step=f"call that party {known}; for another name, `offsite trust remove {known}` first",
+                )
+            if known == name and other != key:
+                raise UsageError(
+                    f"{known!r} is trusted already with the key {other.fingerprint}",
+                    next_step=f"if the key has changed for a good reason, `offsite trust remove {known}` first",
+                )
+        replace_file(self.folder / "trusted" / f"{name}.pub", key.openssh(name).encode())
+
+    def distrust(self, name: str) -> None:
+        """Forget a party's key.
+
+        Raises:
+            UsageError: nobody of that name is trusted.
+        """
+        if name not in self.trusted():
+            raise UsageError(f"nobody called {name!r} is trusted", next_step="see `offsite trust list`")
+        with storage_errors(self.folder):
+            (self.folder / "trusted" / f"{name}.pub").unlink()
+
+    def trusted(self) -> Mapping[str, PublicKey]:
+        """The keys that this party trusts, by the names that it gave them."""
+        return {file.stem: _trusted_file(file) for file in sorted((self.folder / "trusted").glob("*.pub"))}
+
+    def trusted_key(self, name: str) -> PublicKey:
+        """The key of a trusted party.
+
+        Raises:
+            UsageError: nobody of that name is trusted.
+        """
+        trusted = self.trusted()
+        if name not in trusted:
+            raise UsageError(
+                f"nobody called {name!r} is trusted",
+                reasons=[f"trusted: {', '.join(trusted) or 'nobody yet'}"],
+                next_step=f"add the party's public key with `offsite trust add {name} FILE.pub`",
+            )
+        return trusted[name]
+
+    @property
+    def _key(self) -> Path:
+        return self.folder / "key.pem"
+
+
+_KEY_LOST = "put it back from a backup; if it is lost, make a new key in a new home and exchange it again"
+
+
+def _trusted_file(file: Path) -> PublicKey:
+    try:
+        return PublicKey.from_openssh(file.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, UsageError) as error:
+        reasons = error.reasons if isinstance(error, UsageError) else [str(error)]
+        raise OffsiteError(
+            f"the trusted key {file} cannot be read",
+            reasons=reasons,
+            next_step=f"remove the file, then add the key again with `offsite trust add {file.stem} FILE.pub`",
+        ) from None
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name[:64]!r} cannot be a party's name",
+            reasons=["expected a letter or digit, then up to 63 letters, digits, dots, dashes or underscores"],
+        )

@@ -1,0 +1,300 @@
+"""What `offsite.json` says, for each kind of artifact: strict types that refuse what they do not know."""
+
+import itertools
+import operator
+import re
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from offsite.config import Method, describe_validation
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.modules.declared import FEATURES
+from offsite.models.modules.declared_shapes import bottleneck_places, bottleneck_shapes
+from offsite.storage.safetensors_files import strict_json
+
+MANIFEST = "offsite.json"
+SIGNATURE = "offsite.json.sig"
+MANIFEST_BYTES = 16 * 2**20  # no manifest is larger
+_MOST_ENTRIES = 500_000  # of all lists and objects of a manifest together
+_MOST_KEYS = 64  # of an object that does not go by the names of tensors
+FORMAT: Final = 1
+SPREAD = "spread"  # required of who reads a bundle with trained blocks inside the emulator
+# features that this version understands beyond the format itself
+KNOWN_REQUIREMENTS: frozenset[str] = frozenset((*FEATURES, SPREAD))
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+TensorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
+Feature = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,64}$")]
+Size = Annotated[int, Field(ge=0, lt=2**56)]
+ClassName = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,128}$")]
+Score = Annotated[float, Field(ge=0)]  # nats per labelled token
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class FileEntry(_Part):
+    """A file of the artifact: name in its folder, size in bytes, SHA-256."""
+
+    name: FileName
+    size: Size
+    sha256: Digest
+
+
+class TensorEntry(_Part):
+    """What a tensor must be."""
+
+    shape: Annotated[tuple[Size, ...], Field(max_length=8, strict=False)]
+    dtype: Literal["F32", "BF16", "F16"]
+
+
+class Split(_Part):
+    """Blocks of the bundle: the trained first ones, the emulator, the trained last ones; and what trains in between.
+
+    `emulator` counts what lies between bottom and top. It is frozen, but for the blocks that `spread` lists, by their
+    places in the bundle.
+    """
+
+    bottom: Annotated[int, Field(ge=0, le=10_000)]
+    emulator: Annotated[int, Field(ge=0, le=10_000)]
+    top: Annotated[int, Field(ge=0, le=10_000)]
+    spread: Annotated[tuple[int, ...], Field(max_length=10_000, strict=False, exclude_if=operator.not_)] = ()
+
+    @model_validator(mode="after")
+    def _inside(self) -> "Split":
+        inner = range(self.bottom + 1, self.bottom + self.emulator - 1)  # its ends are frozen: else they were no ends
+        if any(place not in inner for place in self.spread):
+            raise ValueError("spread lists blocks that are not inside the emulator")
+        if any(after <= before for before, after in itertools.pairwise(self.spread)):
+            raise ValueError("spread is not in ascending order")
+        return self
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the bundle in all."""
+        return self.bottom + self.emulator + self.top
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Indices of the trained blocks, in the bundle's numbering."""
+        return (*range(self.bottom), *self.spread, *range(self.bottom + self.emulator, self.blocks))
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What a reader must know to understand it."""
+        return (SPREAD,) if self.spread else ()
+
+
+class _Document(_Part):
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]  # no Literal, for which true would pass
+    requires: Annotated[tuple[Feature, ...], Field(max_length=64, strict=False)]
+    files: Annotated[tuple[FileEntry, ...], Field(max_length=10_000, strict=False)]
+
+    @model_validator(mode="after")
+    def _understood(self) -> "_Document":
+        unknown = sorted(set(self.requires) - KNOWN_REQUIREMENTS)
+        if unknown:
+            raise ValueError(f"requires {', '.join(unknown)[:200]}, which this version does not know; update offsite")
+        names = [entry.name.lower() for entry in self.files]
+        if len(set(names)) != len(names):
+            raise ValueError("a file is listed twice")
+        return self
+
+
+class BundleManifest(_Document):
+    """A bundle: what the data owner gets, and what may come back. Which base blocks were kept is not in it."""
+
+    kind: Literal["bundle"]
+    issued_at: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+    issuer: Digest
+    recipient: Digest
+    base: Digest
+    tokenizer: Digest
+    architecture: str
+    split: Split
+    methods: Annotated[tuple[Method, ...], Field(min_length=1, strict=False)]
+    max_rank: Annotated[int, Field(ge=1, le=65_536)]
+    max_width: Annotated[int, Field(ge=1, le=65_536)]
+    tensors: Annotated[dict[TensorName, TensorEntry], Field(min_length=1)]
+    lora_targets: dict[TensorName, Annotated[tuple[Size, Size], Field(strict=False)]]
+    head: dict[TensorName, TensorEntry] = {}  # what may come back of the head, beside what trains in the blocks
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "BundleManifest":
+        row = ARCHITECTURES.get(self.architecture)
+        if row is None:
+            raise ValueError(f"architecture {self.architecture[:64]!r} is not known to this version; update offsite")
+        trained = frozenset(self.split.trained)
+        for name in (*self.tensors, *self.lora_targets):
+            place = row.map_of(name) if name in self.lora_targets else row.block_of(name)
+            if place is None or place[0] not in trained:
+                raise ValueError(f"{name} belongs to no trained block, so it may not come back")
+        for name in self.head:
+            if not row.head or name not in (row.head, f"{row.head.removesuffix('.weight')}.bias"):
+                raise ValueError(f"{name} is no part of the head of {self.architecture}, so it may not come back")
+        places = {name: row.map_of(name) for name in self.lora_targets}
+        strange = sorted(name for name, place in places.items() if place is None or place[1] not in row.lora_linears)
+        if strange:
+            raise ValueError(
+                f"LoRA targets that are no linear maps of {self.architecture} for it: {', '.join(strange[:4])}"
+            )
+        return self
+
+    @property
+    def hidden(self) -> int:
+        """The model's hidden size, as the tensors that may come back show it."""
+        row = ARCHITECTURES[self.architecture]
+        weight = self.tensors[f"{row.in_block(self.split.trained[0], row.attention_out)}.weight"]
+        return weight.shape[1 if row.transposed else 0]
+
+    def own_tensors(self, method: Method) -> dict[str, TensorEntry]:
+        """The model's own tensors that come back of a tuning by this method; none where it trains others."""
+        row = ARCHITECTURES[self.architecture]
+        if method == "bitfit":
+            return {name: entry for name, entry in self.tensors.items() if row.is_bias(name)}
+        return dict(self.tensors) if method == "full" else {}
+
+
+class BottleneckSettings(_Part):
+    """The bottlenecks of a return: behind attention and MLP of every trained block, all of one width."""
+
+    width: Annotated[int, Field(ge=1, le=65_536)]
+
+    def tensors(self, bundle: BundleManifest) -> dict[str, TensorEntry]:
+        """Every tensor of the bottlenecks that a bundle permits."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for place in bottleneck_places(ARCHITECTURES[bundle.architecture], bundle.split.trained):
+            shapes |= bottleneck_shapes(place, bundle.hidden, self.width)
+        return {name: TensorEntry(shape=shape, dtype="F32") for name, shape in shapes.items()}
+
+
+class LoraSettings(_Part):
+    """The LoRA of a return: rank, scale numerator, and the linear maps it sits on by full path in the bundle."""
+
+    rank: Annotated[int, Field(ge=1, le=65_536)]
+    alpha: Annotated[float, Field(gt=0, lt=1e6)]
+    targets: Annotated[tuple[TensorName, ...], Field(min_length=1, max_length=100_000, strict=False)]
+
+
+class ReturnManifest(_Document):
+    """A return: which bundle it answers, how it was tuned, and every tensor in it.
+
+    Nothing about the data, but for the held-out loss of each checkpoint where the data owner chose to tell it, and of
+    images: `classes` names what the classifier beside the adapter tells apart, in the order of its outputs.
+    """
+
+    kind: Literal["return"]
+    bundle: Digest
+    signer: Digest
+    recipient: Digest
+    method: Method
+    lora: LoraSettings | None
+    bottleneck: BottleneckSettings | None = None
+    head: bool = False  # whether the model's head was tuned too, and is among the tensors
+    earlier_checkpoints: Annotated[int, Field(ge=0, lt=100)] = 0  # beside the last one, each with the same tensors
+    scores: Annotated[tuple[Score, ...], Field(min_length=1, max_length=100, strict=False)] | None = None
+    tensors: Annotated[dict[TensorName, TensorEntry], Field(min_length=1)]
+    classes: Annotated[tuple[ClassName, ...], Field(min_length=2, max_length=100_000, strict=False)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ReturnManifest":
+        _require_nothing(self)
+        if self.classes is not None and len(set(self.classes)) != len(self.classes):
+            raise ValueError("a class is named twice")
+        if self.scores is not None and len(self.scores) != self.checkpoints:
+            raise ValueError(f"{len(self.scores)} scores of {self.checkpoints} checkpoints")
+        if (self.method == "lora") != (self.lora is not None):
+            raise ValueError("lora settings go with method 'lora' and with no other")
+        if (self.method == "bottleneck") != (self.bottleneck is not None):
+            raise ValueError("bottleneck settings go with method 'bottleneck' and with no other")
+        if self.head and self.method == "bottleneck":
+            raise ValueError("a head goes with the methods 'lora', 'full' and 'bitfit'")
+        return self
+
+    @property
+    def checkpoints(self) -> int:
+        """Checkpoints in all, the last one included."""
+        return self.earlier_checkpoints + 1
+
+
+class PlugInManifest(_Document):
+    """A plug-in: the base with what came back, and the chain it came by."""
+
+    kind: Literal["plug-in"]
+    form: Literal["adapter", "merged"]
+    architecture: str
+    base: Digest
+    bundle: Digest
+    returned: Digest
+    strength: Annotated[float, Field(ge=0, le=1.5)] = 1.0
+    checkpoint: Annotated[int, Field(ge=1, le=100)] = 1  # of the return's, in their order
+    issuer: Digest
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PlugInManifest":
+        _require_nothing(self)
+        return self
+
+
+def _require_nothing(document: _Document) -> None:
+    """The features there are so far are those of bundles."""
+    if document.requires:
+        raise ValueError("requires what only a bundle can require")
+
+
+Manifest = BundleManifest | ReturnManifest | PlugInManifest
+_ANY: TypeAdapter[Manifest] = TypeAdapter(Annotated[Manifest, Field(discriminator="kind")])
+
+
+class ManifestProblem(ValueError):  # noqa: N818  a finding that verify turns into an error
+    """An `offsite.json` that cannot be read; `reasons` lists why."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = reasons
+
+
+def parse_manifest(raw: bytes) -> Manifest:
+    """The manifest in the bytes of an `offsite.json`.
+
+    Raises:
+        ManifestProblem: not JSON, of an unknown kind, format or requirement, or with unknown or malformed fields.
+    """
+    if len(raw) > MANIFEST_BYTES:
+        raise ManifestProblem([f"{MANIFEST} has {len(raw)} bytes, expected at most {MANIFEST_BYTES}"])
+    try:
+        content = strict_json(raw)
+    except ValueError as error:
+        raise ManifestProblem([f"{MANIFEST} is not JSON: {error}"]) from None
+    if _is_out_of_proportion(content):
+        raise ManifestProblem([f"{MANIFEST} has more entries, or more of them in one place, than any manifest"])
+    if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
+        raise ManifestProblem(
+            [f"{MANIFEST} has format {content['format']}, this version reads up to {FORMAT}: update offsite"]
+        )
+    try:
+        return _ANY.validate_python(content)
+    except ValidationError as error:
+        reasons = [re.sub(r"^(bundle|return|plug-in)\.", "", reason) for reason in describe_validation(error)]
+        raise ManifestProblem([f"{MANIFEST}: {reason}" for reason in reasons]) from None
+
+
+def _is_out_of_proportion(content: object) -> bool:
+    """Whether checking each entry would cost far more than a manifest is worth: each wrong one becomes a finding."""
+    left, within = _MOST_ENTRIES, [(content, 0)]
+    while within:
+        one, depth = within.pop()
+        parts = list(one.values()) if isinstance(one, dict) else one if isinstance(one, list) else []
+        left -= len(parts)
+        if left < 0 or (isinstance(one, dict) and depth != 1 and len(one) > _MOST_KEYS):
+            return True
+        within += [(part, depth + 1) for part in parts]
+    return False
+
+
+def render_manifest(manifest: Manifest) -> bytes:
+    """The bytes of `offsite.json`; what is signed are these bytes, so no canonical form is needed."""
+    return manifest.model_dump_json(indent=1).encode() + b"\n"

@@ -1,0 +1,52 @@
+"""What a LoRA return and an adapter plug-in look like on disk: an ordinary PEFT folder. Torch-free.
+
+Both parties derive the same `adapter_config.json` from the same settings, so verifying it is comparing it: no key that
+PEFT might act on (an initialisation that changes base weights, a module to save, a path) can travel.
+"""
+
+from collections.abc import Mapping
+
+from offsite.models.architectures import Architecture
+from offsite.protocol.manifest import LoraSettings, TensorEntry
+
+
+def adapter_config(lora: LoraSettings, architecture: Architecture, *, head: bool = False) -> dict[str, object]:
+    """The content of `adapter_config.json` for PEFT: a plain LoRA on exactly these modules, and the head if tuned."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION" if architecture.vision else "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "revision": None,
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(lora.targets),
+        "fan_in_fan_out": architecture.transposed,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "modules_to_save": [architecture.head_module] if head else None,
+    }
+
+
+def lora_pair(target: str) -> tuple[str, str]:
+    """The names in `adapter_model.safetensors` of the pair on one module: A (rank, in), then B (out, rank)."""
+    return f"base_model.model.{target}.lora_A.weight", f"base_model.model.{target}.lora_B.weight"
+
+
+def adapter_tensors(lora: LoraSettings, shapes: Mapping[str, tuple[int, int]]) -> dict[str, TensorEntry]:
+    """Every tensor that the adapter must hold, and no other.
+
+    Args:
+        lora: rank and targets.
+        shapes: (in, out) features of every permitted target, as `BundleManifest.lora_targets` has them.
+    """
+    expected = {}
+    for target in sorted(lora.targets):
+        inputs, outputs = shapes[target]
+        a, b = lora_pair(target)
+        expected[a] = TensorEntry(shape=(lora.rank, inputs), dtype="F32")
+        expected[b] = TensorEntry(shape=(outputs, lora.rank), dtype="F32")
+    return expected

@@ -1,0 +1,186 @@
+"""Rules for a return: exactly the tensors that the bundle permits, finite, from the party that it was issued to."""
+
+import json
+from collections.abc import Iterator
+
+from offsite.models.architectures import ARCHITECTURES
+from offsite.protocol.contents import (
+    ADAPTER_CONFIG,
+    CLASSIFIER,
+    WEIGHTS_OF,
+    checkpoint_file,
+)
+from offsite.protocol.manifest import (
+    BundleManifest,
+    ReturnManifest,
+    TensorEntry,
+)
+from offsite.protocol.output_head import returned_head, returned_name
+from offsite.protocol.peft_adapter import adapter_config, adapter_tensors, lora_pair
+from offsite.protocol.signed_folder import (
+    Rule,
+    Sealed,
+    entries_differ,
+    manifest_tensors_differ,
+    names_differ,
+    plain_file,
+    read_json,
+)
+from offsite.storage.safetensors_files import (
+    FLOATS,
+    finite,
+    read_header,
+)
+
+
+def _return_files(sealed: Sealed) -> Iterator[str]:
+    manifest = _return_of(sealed)
+    checkpoints = {checkpoint_file(number) for number in range(1, manifest.checkpoints)}
+    expected = {WEIGHTS_OF[manifest.method], *((ADAPTER_CONFIG,) if manifest.lora else ()), *checkpoints}
+    expected |= {CLASSIFIER} if manifest.classes else set()
+    yield from names_differ("files", {entry.name for entry in manifest.files}, expected)
+
+
+def _return_tensors(sealed: Sealed) -> Iterator[str]:
+    manifest = _return_of(sealed)
+    for file in _returned_files(manifest):
+        where = "the file" if file == WEIGHTS_OF[manifest.method] else file
+        held = read_header(plain_file(sealed.folder, file))
+        yield from names_differ(f"tensors in {where}", set(held), set(manifest.tensors))
+        yield from entries_differ(manifest.tensors, held, where)
+        wrong = {name: tensor.dtype for name, tensor in held.items() if tensor.dtype != "F32"}
+        yield from (f"{name[:120]!r} has dtype {dtype} in {where}, expected F32" for name, dtype in wrong.items())
+
+
+def _return_finite(sealed: Sealed) -> Iterator[str]:
+    for file in _returned_files(_return_of(sealed)):
+        for name, tensor in read_header(plain_file(sealed.folder, file)).items():
+            if tensor.dtype in FLOATS and not finite(tensor):
+                yield f"{name[:120]!r} holds NaN or infinity in {file}"
+
+
+def _return_lora(sealed: Sealed) -> Iterator[str]:
+    manifest = _return_of(sealed)
+    lora, parent = manifest.lora, sealed.parent
+    if lora is None:
+        return
+    if len(set(lora.targets)) != len(lora.targets):
+        yield "a LoRA target is named twice"
+    strange = sorted(set(lora.targets) - set(parent.lora_targets)) if parent else []
+    yield from (f"LoRA sits on {name}, which the bundle does not permit" for name in strange)
+    rows = [ARCHITECTURES[parent.architecture]] if parent else ARCHITECTURES.values()
+    if parent is None:  # shapes are the bundle's to say
+        names = {name for target in lora.targets for name in lora_pair(target)}
+        heads = {returned_name(f"head.{kind}", row, "lora") for row in rows for kind in ("weight", "bias") if row.head}
+        names |= heads & manifest.tensors.keys() if manifest.head else set()
+        yield from names_differ("tensors", set(manifest.tensors), names)
+    elif not strange:
+        yield from manifest_tensors_differ(
+            manifest.tensors, adapter_tensors(lora, parent.lora_targets) | _head_of(manifest, parent)
+        )
+    held = read_json(sealed, ADAPTER_CONFIG)
+    configs = [adapter_config(lora, row, head=manifest.head) for row in rows]
+    # compared as text, in which 1 is not true
+    if json.dumps(held, sort_keys=True) not in [json.dumps(config, sort_keys=True) for config in configs]:
+        yield f"{ADAPTER_CONFIG} is not the one that these LoRA settings give"
+
+
+def _return_own(sealed: Sealed) -> Iterator[str]:
+    manifest = _return_of(sealed)
+    if manifest.method in ("full", "bitfit") and sealed.parent is not None:
+        own = sealed.parent.own_tensors(manifest.method)
+        expected = {n: TensorEntry(shape=e.shape, dtype="F32") for n, e in own.items()}
+        yield from manifest_tensors_differ(manifest.tensors, expected | _head_of(manifest, sealed.parent))
+
+
+def _return_head(sealed: Sealed) -> Iterator[str]:
+    """What it must hold is for the rules of the methods."""
+    if _return_of(sealed).head and sealed.parent is not None and not sealed.parent.head:
+        yield "the head was tuned, which the bundle does not permit"
+
+
+def _return_bottleneck(sealed: Sealed) -> Iterator[str]:
+    manifest = _return_of(sealed)
+    if manifest.bottleneck and sealed.parent is not None:
+        yield from manifest_tensors_differ(manifest.tensors, manifest.bottleneck.tensors(sealed.parent))
+
+
+def _return_classifier(sealed: Sealed) -> Iterator[str]:
+    """A linear head with an output for each class, from an encoder, and from nothing else."""
+    classes, parent = _return_of(sealed).classes, sealed.parent
+    inputs = classifier_inputs(parent) if parent else None
+    if parent is not None and (inputs is None) != (classes is None):
+        yield "a classifier comes back" if classes else "no classifier comes back, which an image encoder needs"
+    if classes is None:
+        return
+    held = read_header(plain_file(sealed.folder, CLASSIFIER))
+    yield from names_differ("classifier", set(held), {"classifier.weight", "classifier.bias"})
+    for name, tensor in held.items():
+        width = tensor.shape[-1] if inputs is None and tensor.shape else inputs
+        expected = (len(classes), width) if name.endswith("weight") else (len(classes),)
+        if tensor.dtype != "F32" or tensor.shape != expected:
+            yield f"{name[:120]!r} is {tensor.dtype} {list(tensor.shape)}, expected F32 {list(expected)}"
+        elif not finite(tensor):
+            yield f"{name[:120]!r} holds NaN or infinity"
+
+
+def classifier_inputs(bundle: BundleManifest) -> int | None:
+    """How many numbers of an image the classifier of a bundle reads; None of a language model."""
+    row = ARCHITECTURES[bundle.architecture]
+    if row.vision is None:
+        return None
+    places = ((row.map_of(name), shape) for name, shape in bundle.lora_targets.items())
+    hidden = next((shape[1] for place, shape in places if place and place[1] == row.mlp_out), 0)
+    return hidden * len(row.vision.features)
+
+
+def _return_parties(sealed: Sealed) -> Iterator[str]:
+    manifest = _return_of(sealed)
+    if sealed.parent is None:
+        return
+    if manifest.signer != sealed.parent.recipient:
+        yield "signed by another party than the one that the bundle was issued to"
+    if manifest.recipient != sealed.parent.issuer:
+        yield "addressed to another party than the one that issued the bundle"
+
+
+RETURN_RULES: tuple[Rule, ...] = (
+    _return_files,
+    _return_tensors,
+    _return_finite,
+    _return_lora,
+    _return_own,
+    _return_head,
+    _return_bottleneck,
+    _return_classifier,
+    _return_parties,
+)
+
+
+def _head_of(manifest: ReturnManifest, parent: BundleManifest) -> dict[str, TensorEntry]:
+    return returned_head(parent, manifest.method) if manifest.head else {}
+
+
+def _returned_files(manifest: ReturnManifest) -> list[str]:
+    """The files that hold the tensors, the last checkpoint first; of the earlier ones those that are listed."""
+    listed = {entry.name for entry in manifest.files}
+    earlier = [checkpoint_file(number) for number in range(1, manifest.checkpoints)]
+    return [WEIGHTS_OF[manifest.method], *(name for name in earlier if name in listed)]  # _return_files misses the rest
+
+
+def _return_of(sealed: Sealed) -> ReturnManifest:
+    if not isinstance(sealed.manifest, ReturnManifest):
+        raise TypeError("a rule for returns was run on something else")
+    return sealed.manifest
+
+
+def beyond_policy(manifest: ReturnManifest, bundle: BundleManifest) -> list[str]:
+    """What a genuine return uses that its bundle does not permit."""
+    reasons = []
+    if manifest.method not in bundle.methods:
+        reasons.append(f"tuned by {manifest.method}, the bundle permits {', '.join(bundle.methods)}")
+    if manifest.lora and manifest.lora.rank > bundle.max_rank:
+        reasons.append(f"LoRA of rank {manifest.lora.rank}, the bundle permits up to {bundle.max_rank}")
+    if manifest.bottleneck and manifest.bottleneck.width > bundle.max_width:
+        reasons.append(f"bottlenecks of width {manifest.bottleneck.width}, the bundle permits up to {bundle.max_width}")
+    return reasons

@@ -1,0 +1,1 @@
+"""Files: atomic writes, locks, and safetensors by name and byte range. Torch-free."""

@@ -1,0 +1,40 @@
+"""One process at a time in a folder: two would each remove what the other is making. Torch-free."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from offsite.errors import UsageError
+from offsite.storage.files import storage_errors
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, work: str, next_step: str) -> Iterator[None]:
+    """Hold a folder, made if need be; the system lets go of it when this process ends, however it ends.
+
+    Args:
+        folder: nobody else may work in.
+        work: what another process would be at work with, for the error.
+        next_step: what to do then.
+
+    Raises:
+        UsageError: another process holds it.
+        StorageError: the folder cannot be written.
+    """
+    lock = FileLock(folder / LOCK)
+    with storage_errors(folder / LOCK):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(
+                f"another {work} is at work in {folder}", reasons=[f"it holds {folder / LOCK}"], next_step=next_step
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()

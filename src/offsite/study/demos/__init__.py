@@ -1,0 +1,1 @@
+"""The two demos, and the models and data that they fetch or make."""

@@ -1,0 +1,80 @@
+"""Handwritten digits that come inside the wheel of scikit-learn: 1797 real ones of 8 x 8 pixels in 10 classes.
+
+They are the test set of "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak, UCI, 1998). The package is
+not imported; its file is read.
+"""
+
+import gzip
+import importlib.util
+import io
+from pathlib import Path
+
+import numpy as np
+
+from offsite.errors import DataError, UsageError
+from offsite.extras import require
+from offsite.storage.files import staged_folder
+
+_FILE = Path("datasets", "data", "digits.csv.gz")
+_SIDE, _GREATEST = 8, 16  # pixels; the value of full ink
+_SHOWN = 96  # pixels to which a digit is enlarged, so that it looks smooth and not like tiles
+
+
+def digits_file() -> Path:
+    """Where the digits are; they are not read.
+
+    Raises:
+        UsageError: scikit-learn is not installed, or is one without them.
+    """
+    found = importlib.util.find_spec("sklearn")
+    places = found.submodule_search_locations if found else None
+    file = Path(places[0]) / _FILE if places else None
+    if file is None or not file.is_file():
+        raise UsageError(
+            "no pictures were named, and the handwritten digits of scikit-learn are not installed",
+            reasons=[f"there is no {file}"] if file else [],
+            next_step="pip install 'offsite-tuning[demo-vision]', or name a folder with a sub-folder of pictures for "
+            "each class: --images FOLDER",
+        )
+    return file
+
+
+def write_digits(source: Path, out: Path) -> dict[str, int]:
+    """Write every digit as a PNG file into the sub-folder of its class.
+
+    Args:
+        source: from `digits_file`; a line has 64 values from 0 to 16, row after row, and the class.
+        out: new folder; it appears whole or not at all.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        DataError: the file holds something else.
+        StorageError: the folder cannot be written.
+    """
+    image = require("PIL.Image", "vision", "writing pictures")
+    try:
+        table = np.loadtxt(io.BytesIO(gzip.decompress(source.read_bytes())), delimiter=",", dtype=np.int64, ndmin=2)
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"cannot read the digits in {source}", reasons=[str(error)[:200]]) from None
+    values, classes = table[:, :-1], table[:, -1]  # (N, 64), (N,)
+    if (
+        values.shape[1] != _SIDE**2
+        or values.min() < 0
+        or values.max() > _GREATEST
+        or not set(classes) <= set(range(10))
+    ):
+        raise DataError(
+            f"{source} does not hold the digits",
+            reasons=[f"found lines of {table.shape[1]} numbers, expected {_SIDE**2} from 0 to {_GREATEST} and a class"],
+            next_step="install scikit-learn anew, or name pictures of your own with --images",
+        )
+    ink = (values * 255 // _GREATEST).astype(np.uint8).reshape(-1, _SIDE, _SIDE)
+    with staged_folder(out) as folder:
+        for number, (pixels, label) in enumerate(zip(ink, classes.tolist(), strict=True)):
+            place = folder / str(label)
+            place.mkdir(exist_ok=True)
+            enlarged = image.fromarray(pixels).resize((_SHOWN, _SHOWN), image.Resampling.BICUBIC)
+            enlarged.save(place / f"{number:04}.png")
+    return {"pictures": len(ink)}

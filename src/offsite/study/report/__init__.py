@@ -1,0 +1,1 @@
+"""What a study writes: tables, plots, contact sheets and the report."""

@@ -1,0 +1,307 @@
+"""The plots of a report, as PNG files (the extra `study`). Colours: Okabe and Ito's, for the colour-blind too."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offsite.extras import require
+from offsite.study.metric import PRIMARIES, Primary
+from offsite.study.report.results import Results
+from offsite.study.report.tables import LABELS, Group, curve_file, groups, names, score_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {
+    "zero_shot": "#7f7f7f",
+    "emulator_zero_shot": "#c8c8c8",
+    "full": "#000000",
+    "adapter_on_base": "#cc79a7",
+    "emulator": "#e69f00",
+    "plug_in": "#0072b2",
+}
+_LINES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#8c8c8c")
+_DASHES = ("-", "--", ":", "-.")
+_PANELS = 24  # of one file
+_STYLE = {
+    "font.size": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "figure.dpi": 150,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot: its file, a title, and what it shows in words."""
+
+    file: Path
+    title: str
+    says: str
+
+
+def require_matplotlib() -> Any:
+    """The package that draws.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    return require("matplotlib", "study", "drawing the plots of a study")
+
+
+def draw(results: Results, folder: Path) -> list[Plot]:
+    """Draw every plot that there is something for.
+
+    Args:
+        results: of the study.
+        folder: the study's; plots go to its `plots/`.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    matplotlib = require_matplotlib()
+    made = []
+    with matplotlib.rc_context(_STYLE):
+        for name, title, says, figure in _figures(results, folder):
+            if figure is None:
+                continue
+            file = folder / "plots" / f"{name}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(file)
+            made.append(Plot(file, title, says))
+    return made
+
+
+def _figures(results: Results, folder: Path) -> list[tuple[str, str, str, "Figure | None"]]:
+    grouped, primary = groups(results), PRIMARIES[results.primary]
+    better = f"{'higher' if primary.higher_is_better else 'lower'} is better"
+    return [
+        (
+            "rows",
+            "Every row in the house order",
+            f"{primary.title} of each model, {better}; dashed: zero-shot; whiskers: 95 % intervals over test rows.",
+            _bars(results, grouped),
+        ),
+        (
+            "frontier",
+            f"Bundle size against {primary.name}",
+            f"What the model's owner gets (plug-in) and the data owner has (emulator, tuned) by bundle size; {better}.",
+            _frontier(grouped, primary),
+        ),
+        (
+            "curves",
+            "Training curves",
+            "Loss on the emulator (faint: single steps; strong: their running mean); diamonds: held-out rows.",
+            _curves(results, grouped, folder),
+        ),
+    ]
+
+
+def _panels(count: int, width: float, height: float, most: int = 3) -> "tuple[Figure, list[Axes]]":
+    """A figure of so many panels of that size in inches, and no empty ones."""
+    from matplotlib.figure import Figure
+
+    columns = min(most, count)
+    lines = math.ceil(count / columns)
+    figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
+    axes = [figure.add_subplot(lines, columns, i + 1) for i in range(count)]
+    return figure, axes
+
+
+def _bars(results: Results, grouped: Sequence[Group]) -> "Figure | None":
+    shown = [group for group in grouped if any(cell.scores for cell in group.cells)][:_PANELS]
+    if not shown:
+        return None
+    short = names(grouped)
+    rows = [[row for row in results.rows if group.mean(score_of(row)) is not None] for group in shown]
+    longest: dict[str, float] = {}  # by data set: its panels have one scale
+    for group, there in zip(shown, rows, strict=True):
+        longest[group.dataset] = max(longest.get(group.dataset, 0.0), *_ends(group, there))
+    primary = PRIMARIES[results.primary]
+    abreast = len(short) if len(short) in (2, 3) else 3  # where it fits, a line for each data set
+    figure, panels = _panels(len(shown), 4.4, 0.85 + 0.27 * len(results.rows), most=abreast)
+    for axes, group, there in zip(panels, shown, rows, strict=True):
+        _one_bars(axes, group, there, primary)
+        axes.set_xlim(0, 1.2 * longest[group.dataset] * primary.scale)
+        axes.set_title(f"{group.dataset}: {short[group.words[1:]]}", fontsize=9)
+    return figure
+
+
+def _one_bars(axes: "Axes", group: Group, rows: Sequence[str], primary: Primary) -> None:
+    means = [primary.scale * (group.mean(score_of(row)) or 0.0) for row in rows]
+    places = range(len(rows))
+    colours = [COLOURS[row] for row in rows]
+    if "zero_shot" in rows:
+        axes.axvline(means[rows.index("zero_shot")], color="#555555", linestyle="--", linewidth=0.9, zorder=0)
+    whiskers = [[primary.scale * one for one in side] for side in _whiskers(group, rows)]
+    axes.barh(places, means, color=colours, height=0.72, xerr=whiskers, ecolor="#555555")
+    for place, mean, above in zip(places, means, whiskers[1], strict=True):
+        axes.annotate(
+            f"{mean:.{primary.places}f}", (mean + above, place), (4, 0), textcoords="offset points", va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+        )  # fmt: skip
+    axes.set_yticks(places, [LABELS[row] for row in rows])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel(primary.axis)
+
+
+def _whiskers(group: Group, rows: Sequence[str]) -> Any:
+    """Below and above each bar: how far seeds lie apart, else the interval over test rows."""
+    ends = []
+    for row in rows:
+        values = group.values(score_of(row))
+        figure = next(cell.scores[row].primary for cell in group.cells if row in cell.scores)
+        mean = sum(values) / len(values)
+        if len(set(values)) > 1:
+            ends.append((mean - min(values), max(values) - mean))
+        elif figure.low is not None and figure.high is not None:
+            ends.append((mean - figure.low, figure.high - mean))
+        else:
+            ends.append((0.0, 0.0))
+    return [[low for low, _ in ends], [high for _, high in ends]]
+
+
+def _ends(group: Group, rows: Sequence[str]) -> list[float]:
+    above = _whiskers(group, rows)[1]
+    return [(group.mean(score_of(row)) or 0.0) + more for row, more in zip(rows, above, strict=True)]
+
+
+def _size(group: Group) -> float:
+    return (group.mean(lambda cell: cell.bundle_bytes) or 0.0) / 2**20
+
+
+def _frontier(grouped: Sequence[Group], primary: Primary) -> "Figure | None":
+    """A panel for each data set and tuning: the plug-in's and the emulator's score over the bundle's size."""
+    panels: dict[tuple[str, str], list[Group]] = {}
+    for group in grouped:
+        if _size(group) and group.mean(score_of("plug_in")) is not None:
+            panels.setdefault((group.dataset, group.tune), []).append(group)
+    shown = {key: sorted(found, key=_size) for key, found in panels.items() if len(found) > 1}
+    if not shown:
+        return None
+    figure, all_axes = _panels(len(shown), 6.0, 4.2, most=2)
+    for axes, ((dataset, tune), found) in zip(all_axes, shown.items(), strict=True):
+        _one_frontier(axes, found, primary)
+        axes.set_title(f"{dataset}, {tune}")
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def _one_frontier(axes: "Axes", found: Sequence[Group], primary: Primary) -> None:
+    def height(group: Group, row: str) -> float | None:
+        mean = group.mean(score_of(row))
+        return None if mean is None else primary.scale * mean
+
+    for group in found:  # one bundle: what each side has of it
+        one, other = height(group, "plug_in"), height(group, "emulator")
+        if one is not None and other is not None:
+            axes.plot([_size(group)] * 2, [one, other], color="#d0d0d0", linewidth=1, zorder=1)
+    for row, marker in (("emulator", "s"), ("plug_in", "o")):
+        points = [(_size(group), y) for group in found if (y := height(group, row)) is not None]
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        axes.scatter(xs, ys, color=COLOURS[row], marker=marker, s=36, label=LABELS[row], zorder=3)
+    for row, style in (("zero_shot", "--"), ("full", ":")):
+        level = height(found[0], row)
+        if level is not None:
+            axes.axhline(level, color=COLOURS[row], linestyle=style, linewidth=1.1, label=LABELS[row], zorder=0)
+    axes.margins(x=0.08, y=0.08)
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high + 0.22 * (high - low))  # room for the names
+    _name_points(axes, [(group, height(group, "plug_in") or 0.0) for group in found])
+    axes.set_xlabel("bundle, MiB")
+    axes.set_ylabel(primary.axis)
+
+
+def _name_points(axes: "Axes", found: Sequence[tuple[Group, float]]) -> None:
+    """Each plug-in's name at its right; of neighbours of about one size, one above the other."""
+    short = names([group for group, _ in found])
+    bottom, top = axes.get_ylim()
+    left, right = axes.get_xlim()
+    gap, near = 0.042 * (top - bottom), 0.2 * (right - left)
+    placed: list[tuple[float, float]] = []
+    for group, y in sorted(found, key=lambda one: one[1]):
+        x, at = _size(group), y
+        while any(abs(x - other) < near and abs(at - height) < gap for other, height in placed):
+            at += gap / 4
+        placed.append((x, at))
+        axes.annotate(
+            short[group.words[1:]], (x, y), (x + 0.022 * (right - left), at), va="center", fontsize=7.5, zorder=4,
+            arrowprops={"arrowstyle": "-", "color": "#9a9a9a", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4, "alpha": 0.8},
+        )  # fmt: skip
+
+
+def _curves(results: Results, grouped: Sequence[Group], folder: Path) -> "Figure | None":
+    from matplotlib.ticker import MaxNLocator
+
+    drawn: dict[str, dict[str, Mapping[str, list[tuple[int, float]]]]] = {}
+    short = names(grouped)
+    for group in grouped:
+        file = curve_file(group.cells[0], folder)
+        curve = read_curve(file) if file is not None and file.exists() else {}
+        if curve.get("step"):
+            drawn.setdefault(group.dataset, {})[short[group.words[1:]]] = curve
+    if not drawn:
+        return None
+    figure, panels = _panels(len(drawn), 5.4, 3.4, most=2)
+    looks = {name: (_LINES[i % len(_LINES)], _DASHES[i // len(_LINES) % 4]) for i, name in enumerate(short.values())}
+    seen: dict[str, Any] = {}
+    for axes, (dataset, curves) in zip(panels, drawn.items(), strict=True):
+        for name, points in curves.items():
+            seen[name] = _one_curve(axes, points, *looks[name])
+        axes.set_title(dataset)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel(f"loss, nats per {'picture' if results.primary == 'accuracy' else 'labelled token'}")
+    columns = 2 if len(drawn) == 1 else 4
+    figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+    return figure
+
+
+def _one_curve(axes: "Axes", curve: Mapping[str, list[tuple[int, float]]], colour: str, dash: str) -> Any:
+    steps, losses = zip(*curve["step"], strict=True)
+    axes.plot(steps, losses, color=colour, linewidth=0.6, alpha=0.3)
+    (line,) = axes.plot(steps, _running_mean(losses), color=colour, linestyle=dash, linewidth=1.7)
+    if curve.get("validation"):
+        at, held_out = zip(*curve["validation"], strict=True)
+        axes.scatter(at, held_out, color=colour, marker="D", s=18, zorder=3)
+    return line
+
+
+def read_curve(file: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and losses of a tuning's log, by event; what a resumed run did again counts once, as it was last."""
+    found: dict[str, dict[int, float]] = {"step": {}, "validation": {}}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # a line that an interruption cut
+        if record.get("event") == "start":
+            found = {"step": {}, "validation": {}}
+        elif record.get("event") in found:
+            found[record["event"]][int(record["step"])] = float(record["loss"])
+    return {event: sorted(points.items()) for event, points in found.items()}
+
+
+def _running_mean(losses: Sequence[float]) -> list[float]:
+    """The mean of a tenth of the run around each step; shorter at the ends."""
+    half = max(1, len(losses) // 20)
+    means = []
+    for i in range(len(losses)):
+        around = losses[max(0, i - half) : i + half + 1]
+        means.append(sum(around) / len(around))
+    return means

@@ -1,0 +1,237 @@
+"""What a study found: figures of every cell, from the records of its stages and the scores of single rows.
+
+The primary score is the held-out loss in nats per labelled token, or of pictures the accuracy. Intervals are 95 % over
+test rows; differences and shares are taken over the same drawn rows for every model (`offsite.evaluation.intervals`).
+"""
+
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from offsite import __version__
+from offsite.evaluation.intervals import Interval, interval, share_interval
+from offsite.evaluation.row_scores import Measure, RowScores, difference, read_row_scores, require_same_rows
+from offsite.study.chain import OWNER, TUNER
+from offsite.study.grid import Cell
+from offsite.study.metric import PRIMARIES
+from offsite.study.recipe import Recipe
+from offsite.study.run import read_record
+from offsite.study.stages import Stage, before
+from offsite.training.run_log import log_file
+
+_LIBRARIES = ("torch", "transformers", "peft", "numpy")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number, with its interval where there is one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """How one model of a cell scored."""
+
+    primary: Figure  # the loss, or of pictures the accuracy: what models are compared by
+    loss: Figure  # nats per labelled token, or per picture
+    perplexity: float | None  # None where it overflows, and of pictures
+    against_zero_shot: Figure | None  # primary score minus that of the untouched base, paired
+    accuracy: float | None  # share of right answers; None where rows are neither multiple choice nor pictures
+    accuracy_stderr: float | None
+    accuracy_norm: float | None
+    accuracy_norm_stderr: float | None
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What one stage took, as the operating system measured it."""
+
+    stage: str
+    party: str
+    seconds: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """The figures of a cell; what is not known (yet, or since it failed) is None or left out."""
+
+    dataset: str
+    score: str
+    compress: str
+    placement: str | None
+    tune: str
+    method: str
+    seed: int
+    scores: Mapping[str, RowResult]
+    gain_recovered: Figure | None  # (plug_in - zero_shot) / (full - zero_shot), of primary scores
+    bound_recovered: Figure | None  # the same with adapter_on_base in place of full
+    plug_in_gap: Figure | None  # plug_in - emulator: if better, the data owner does not have what the owner gets
+    bundle_bytes: int | None
+    return_bytes: int | None
+    seconds: Mapping[str, float]  # by party
+    peak_bytes: Mapping[str, int]  # by party
+    spent: Sequence[Spent]
+    errors: Mapping[str, str]  # by row
+    log: str | None  # the tuning's log, relative to the study's folder
+
+
+@dataclass(frozen=True)
+class Results:
+    """A whole study."""
+
+    title: str
+    about: str
+    base: str
+    primary: Measure
+    rows: Sequence[str]
+    environment: Mapping[str, Any]
+    cells: Sequence[CellResult]
+
+
+def collect(recipe: Recipe, cells: Sequence[Cell], folder: Path) -> Results:
+    """The results of what has been run so far."""
+    cache: dict[str, RowScores] = {}
+    found = [_cell(cell, folder, cache) for cell in cells]
+    base, primary = Path(recipe.base).name, cells[0].primary  # a study has one base, so all its cells have one measure
+    return Results(recipe.title, recipe.about, base, primary, list(recipe.rows), _environment(), found)
+
+
+def _environment() -> dict[str, Any]:
+    libraries = {}
+    for name in _LIBRARIES:
+        try:
+            libraries[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    machine = {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count()}
+    return {"offsite": __version__, "python": platform.python_version(), **machine, **libraries}
+
+
+def _cell(cell: Cell, folder: Path, cache: dict[str, RowScores]) -> CellResult:
+    known: dict[str, Mapping[str, Any]] = {
+        row: record
+        for row, stage in cell.rows.items()
+        if (record := read_record(folder, stage)).get("done") and stage.out.exists()
+    }
+    rows = {row: _row_scores(cell.rows[row], cache) for row in known}  # type: ignore[index]
+    scores = {
+        row: _score(record["result"], rows[row], rows.get("zero_shot"), cell.primary) for row, record in known.items()
+    }
+    pack, tune = read_record(folder, cell.pack), read_record(folder, cell.tune)
+    split = pack.get("result", {}).get("split") if pack.get("done") else None
+    spent = [
+        Spent(stage.name, stage.party, record["seconds"], record["peak_bytes"])
+        for stage in cell.protocol
+        if (record := read_record(folder, stage)).get("done")
+    ]
+    log = log_file(cell.tune.out)
+    return CellResult(
+        dataset=cell.dataset.name,
+        score=cell.dataset.score,
+        compress=cell.compressor.name,
+        placement=cell.compressor.placement or (_placement(split) if split else None),
+        tune=cell.method.name,
+        method=cell.method.spec.method,
+        seed=cell.seed,
+        scores=scores,
+        gain_recovered=_share(rows, "full", cell.primary),
+        bound_recovered=_share(rows, "adapter_on_base", cell.primary),
+        plug_in_gap=_difference(rows.get("plug_in"), rows.get("emulator"), cell.primary),
+        bundle_bytes=pack["result"]["bytes"] if pack.get("done") else None,
+        return_bytes=tune["result"]["bytes"] if tune.get("done") else None,
+        seconds={party: round(sum(s.seconds for s in spent if s.party == party), 2) for party in (OWNER, TUNER)},
+        peak_bytes=_peaks(spent),
+        spent=spent,
+        errors={
+            row: error for row, stage in cell.rows.items() if row not in known and (error := _error(stage, folder))
+        },
+        log=str(log.relative_to(folder.resolve())) if log.exists() else None,
+    )
+
+
+def _row_scores(stage: Stage, cache: dict[str, RowScores]) -> RowScores:
+    if stage.key not in cache:
+        cache[stage.key] = read_row_scores(stage.out)
+    return cache[stage.key]
+
+
+def _score(result: Mapping[str, Any], rows: RowScores, zero_shot: RowScores | None, primary: Measure) -> RowResult:
+    return RowResult(
+        primary=_figure(rows.mean(primary), interval(*rows.parts(primary))),
+        loss=_figure(rows.loss, interval(*rows.parts("loss"))),
+        perplexity=result.get("perplexity"),
+        against_zero_shot=None if zero_shot in (None, rows) else _difference(rows, zero_shot, primary),
+        accuracy=_share_right(rows.right),
+        accuracy_stderr=_stderr(rows.right),
+        accuracy_norm=_share_right(rows.right_by_length),
+        accuracy_norm_stderr=_stderr(rows.right_by_length),
+        rows=len(rows.lines),
+        tokens=int(sum(rows.tokens)),
+    )
+
+
+def _share_right(right: Sequence[float]) -> float | None:
+    return sum(right) / len(right) if right else None
+
+
+def _stderr(right: Sequence[float]) -> float | None:
+    """Of a mean of zeros and ones, from its sample variance, as lm-evaluation-harness has it."""
+    share = _share_right(right)
+    return math.sqrt(share * (1 - share) / (len(right) - 1)) if share is not None and len(right) > 1 else None
+
+
+def _figure(value: float, ends: Interval | None) -> Figure:
+    return Figure(value, ends.low, ends.high) if ends else Figure(value)
+
+
+def _difference(one: RowScores | None, other: RowScores | None, primary: Measure) -> Figure | None:
+    return None if one is None or other is None else _figure(*difference(one, other, primary))
+
+
+def _share(rows: Mapping[str, RowScores], whole: str, primary: Measure) -> Figure | None:
+    """The share of a gain over zero-shot that the plug-in has; None where that gain is none."""
+    if not {"zero_shot", whole, "plug_in"} <= rows.keys():
+        return None
+    zero, best, reached = rows["zero_shot"], rows[whole], rows["plug_in"]
+    require_same_rows((zero, best, reached))
+    least, most, there = (one.mean(primary) for one in (zero, best, reached))
+    if not PRIMARIES[primary].is_gain(most, least):
+        return None
+    ends = share_interval(zero.parts(primary), best.parts(primary), reached.parts(primary))
+    return _figure((there - least) / (most - least), ends)
+
+
+def _placement(split: Mapping[str, Any]) -> str:
+    """As the paper writes it: bottom, emulator and top blocks; what trains inside the emulator is in brackets."""
+    inside = range(split["bottom"], split["bottom"] + split["emulator"])
+    runs = [(trains, len(list(run))) for trains, run in groupby(place in split.get("spread", ()) for place in inside)]
+    middle = [f"({blocks})" if trains else str(blocks) for trains, blocks in runs]
+    return "-".join((str(split["bottom"]), *middle, str(split["top"])))
+
+
+def _peaks(spent: Sequence[Spent]) -> dict[str, int]:
+    peaks = {
+        party: [one.peak_bytes for one in spent if one.party == party and one.peak_bytes is not None]
+        for party in (OWNER, TUNER)
+    }
+    return {party: max(found) for party, found in peaks.items() if found}
+
+
+def _error(stage: Stage, folder: Path) -> str | None:
+    """What kept a row from being scored: its own error, or that of a stage before it."""
+    for one in before(stage):
+        if error := read_record(folder, one).get("error"):
+            return str(error)
+    return None

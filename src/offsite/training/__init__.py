@@ -1,0 +1,1 @@
+"""Training: the loop, master weights, schedule, resume points and the log."""

@@ -1,0 +1,23 @@
+"""The loss of a batch of text on its labelled tokens."""
+
+import torch
+
+from offsite.data.tokens import Batch
+from offsite.kernels.fused_loss import labelled_cross_entropy
+from offsite.models.backbone import Network, hidden_states
+
+
+def label_losses(network: Network, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a batch.
+
+    Returns:
+        The sum of nats over the labels, differentiable in the body's trained weights; and the nats of each label,
+        (L,), fp32, without gradient.
+    """
+    device = network.head.weight.device
+    ids = torch.from_numpy(batch.ids).to(device)
+    mask = torch.from_numpy(batch.mask).to(device)
+    hidden = hidden_states(network.body, ids, mask)  # (B, T, H)
+    picked = hidden.flatten(0, 1).index_select(0, torch.from_numpy(batch.places).to(device))  # (L, H)
+    targets = torch.from_numpy(batch.targets).to(device)
+    return labelled_cross_entropy(picked, network.head.weight, targets, network.head.bias, network.cap)

@@ -1,0 +1,143 @@
+"""Resume points of a long run: safetensors and JSON in a folder beside what it makes, never a pickle.
+
+`<out>.run/` holds `run.json` (what run this is), `state.json` (how far it is, and the name of the weights' file) and
+that file: fp32 weights, AdamW's moments, random states. It stays on this machine and is removed once the result is
+written.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offsite.errors import StorageError, UsageError
+from offsite.models.loading import read_tensor
+from offsite.storage.files import replace_file, storage_errors
+from offsite.storage.lock import LOCK
+from offsite.storage.safetensors_files import NewTensor, read_header, strict_json, write_safetensors
+
+_NAMES = {torch.float32: "F32", torch.uint8: "U8"}
+
+
+class RunState:
+    """The resume points of one run.
+
+    Args:
+        folder: from `offsite.training.run_log.run_folder`.
+        identity: what the run is, by name: settings, model, data. A run is resumed with exactly the same.
+        resume: continue what is there; otherwise finding something is an error.
+        points_alone: whether a run that has saved no resume point is nothing to continue, so that another may begin in
+            its place; a run that keeps its work in other files says no.
+
+    Raises:
+        UsageError: a run is there and was not to be resumed, or is another run than the one asked for.
+        StorageError: the folder cannot be written or read.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool, points_alone: bool = False) -> None:
+        self.folder = folder
+        self._record = folder / "state.json"
+        described = json.loads(json.dumps(identity))
+        if (folder / "run.json").exists():
+            if not points_alone or self._record.exists():
+                self._require_same(described, resume=resume)
+            elif not resume or _read_json(folder / "run.json") != described:
+                self._begin_anew()
+        replace_file(folder / "run.json", json.dumps(described, indent=1).encode())
+
+    def _require_same(self, identity: Mapping[str, Any], *, resume: bool) -> None:
+        if not resume:
+            raise UsageError(
+                f"an interrupted run is in {self.folder}",
+                next_step=f"continue it with --resume, or remove it to start anew: rm -r {self.folder}",
+            )
+        there = _read_json(self.folder / "run.json")
+        different = [
+            f"{name}: {_shown(there.get(name))} in the interrupted run, {_shown(identity.get(name))} now"
+            for name in sorted(there.keys() | identity.keys())
+            if there.get(name) != identity.get(name)
+        ]
+        if different:
+            raise UsageError(
+                f"the run in {self.folder} is another one, so it cannot be resumed",
+                reasons=different,
+                next_step=f"give the same settings, model and data, or remove it to start anew: rm -r {self.folder}",
+            )
+
+    def _begin_anew(self) -> None:
+        with storage_errors(self.folder):
+            for file in self.folder.iterdir():
+                if file.is_file() and file.name != LOCK:  # which who begins holds
+                    file.unlink()
+
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a resume point; the one before stays until this one is whole, and one of the same step as it is.
+
+        Raises:
+            StorageError: it cannot be written; the one before still stands.
+        """
+        file = self.folder / f"state-{step}.safetensors"
+        record = json.dumps({"step": step, "file": file.name}).encode()
+        temporary = self.folder / "state.tmp"
+        with storage_errors(file):
+            if file.exists() and self._record.exists() and self._record.read_bytes() == record:
+                return  # whole already, and nothing that a second interruption may cut off
+            temporary.unlink(missing_ok=True)
+            try:
+                write_safetensors(temporary, [to_be_written(name, tensor) for name, tensor in tensors.items()])
+                temporary.replace(file)
+            finally:
+                temporary.unlink(missing_ok=True)
+        replace_file(self._record, record)
+        with contextlib.suppress(OSError):  # old points only take room
+            for old in self.folder.glob("state-*.safetensors"):
+                if old != file:
+                    old.unlink()
+
+    def load(self) -> tuple[int, dict[str, torch.Tensor]] | None:
+        """The last resume point: how many steps were done, and the tensors; None before the first one.
+
+        Raises:
+            StorageError: it is damaged.
+        """
+        if not self._record.exists():
+            return None
+        record = _read_json(self._record)
+        step, name = record.get("step"), record.get("file")
+        if type(step) is not int or name != f"state-{step}.safetensors":
+            raise StorageError(
+                f"{self._record} is damaged", next_step=f"remove the run and start anew: rm -r {self.folder}"
+            )
+        held = read_header(self.folder / name)
+        return step, {key: read_tensor(tensor) for key, tensor in held.items()}
+
+    def remove(self) -> None:
+        """Remove the run; what cannot be removed stays, since the return is already written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def to_be_written(name: str, tensor: torch.Tensor) -> NewTensor:
+    """A torch tensor (fp32 or uint8) for `write_safetensors`."""
+    array = tensor.detach().cpu().contiguous()
+    return NewTensor(name, _NAMES[array.dtype], tuple(array.shape), lambda: [array.numpy().tobytes()])
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = strict_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"cannot read {file}",
+            reasons=[str(error)],
+            next_step=f"remove the run and start anew: rm -r {file.parent}",
+        ) from None
+    return content if isinstance(content, dict) else {}
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."

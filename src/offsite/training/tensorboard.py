@@ -1,0 +1,79 @@
+"""The log of a tuning run as TensorBoard scalars, beside the JSONL log and from the same records."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from offsite.errors import UsageError
+from offsite.extras import require
+from offsite.storage.files import storage_errors
+from offsite.training.run_log import run_folder
+
+Write = Callable[[Mapping[str, Any]], None]
+
+_TAGS = {"step": "train", "validation": "validation"}  # by event; other events have no scalars
+_UNDRAWN = ("event", "step", "time")
+
+
+def require_tensorboard() -> Any:
+    """The class that writes event files.
+
+    Raises:
+        UsageError: tensorboard is not installed.
+    """
+    return require("torch.utils.tensorboard", "tensorboard", "writing for TensorBoard").SummaryWriter
+
+
+def require_apart(folder: Path, out: Path) -> None:
+    """Refuse a folder for TensorBoard in which nothing else may lie, before any work is done.
+
+    Raises:
+        UsageError: it is where the return or its resume points will be.
+    """
+    if any(folder.resolve().is_relative_to(taken) for taken in (out.resolve(), run_folder(out))):
+        raise UsageError(
+            f"{folder} is in the folder of the return or of its run",
+            next_step="name another folder with --tensorboard",
+        )
+
+
+@contextlib.contextmanager
+def board(folder: Path | None) -> Iterator[Write]:
+    """Write log records to a folder that TensorBoard reads; without a folder, to nowhere.
+
+    A resumed run goes on in the same curves: what an interrupted one wrote after its resume point is hidden.
+
+    Args:
+        folder: made if need be.
+
+    Yields:
+        Takes the records of the JSONL log, the first of which says where the run starts.
+
+    Raises:
+        UsageError: tensorboard is not installed.
+        StorageError: the folder cannot be written.
+    """
+    if folder is None:
+        yield lambda record: None
+        return
+    kind = require_tensorboard()
+    writers: list[Any] = []
+
+    def write(record: Mapping[str, Any]) -> None:
+        with storage_errors(folder):
+            if not writers:
+                writers.append(kind(log_dir=str(folder), purge_step=record["step"] + 1))
+            tag = _TAGS.get(record["event"])
+            for name, value in record.items():
+                if tag and name not in _UNDRAWN:
+                    writers[0].add_scalar(f"{tag}/{name}", value, record["step"])
+            if record["event"] == "validation":
+                writers[0].flush()
+
+    try:
+        yield write
+    finally:
+        for writer in writers:
+            with storage_errors(folder):
+                writer.close()

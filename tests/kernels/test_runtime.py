@@ -1,0 +1,100 @@
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from offsite.errors import UsageError
+from offsite.kernels.runtime import let_go, let_go_of_code, mapped_files, runtime, seeded
+
+
+def test_explicit_choices_are_kept():
+    resolved = runtime("cpu", "fp32", threads=1)
+    assert resolved.device == torch.device("cpu")
+    assert resolved.dtype is torch.float32
+    assert torch.get_num_threads() == 1
+    assert runtime("cpu", "bf16", threads=1).dtype is torch.bfloat16
+
+
+def test_auto_looks_at_what_the_processor_can_do(monkeypatch):
+    for tiles, vectors, intel, expected in (
+        (True, True, True, torch.bfloat16),
+        (False, True, False, torch.bfloat16),
+        (False, True, True, torch.float32),
+        (False, False, False, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda able=tiles: able)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda able=vectors: able)
+        monkeypatch.setattr("offsite.kernels.runtime.made_by_intel", lambda made=intel: made)
+        assert runtime("cpu", "auto", threads=1).dtype is expected
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="cuda:3") as caught:
+        runtime("cuda:3", threads=1)
+    assert "cpu" in str(caught.value)
+
+
+def test_seeding_leaves_the_callers_random_state_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    with seeded(1, torch.device("cpu")):
+        first = torch.rand(3)
+    assert torch.equal(torch.rand(2), expected)
+    with seeded(1, torch.device("cpu")):
+        assert torch.equal(torch.rand(3), first)
+
+
+def test_compiled_products_are_kept_for_a_pass_and_not_for_every_shape(monkeypatch):
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        monkeypatch.setenv(cache, "7")
+    runtime("cpu", threads=1)
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7"  # what the user says stays
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        monkeypatch.delenv(cache)
+    runtime("cpu", threads=1)
+    assert (os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"]) == ("48", "1")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not tell what is mapped")
+def test_pages_of_a_file_are_let_go_and_can_be_read_again(tmp_path):
+    save_file({"weight": torch.arange(2**22, dtype=torch.float32)}, tmp_path / "one.safetensors")
+    with safe_open(tmp_path / "one.safetensors", "pt") as file:
+        weight = file.get_tensor("weight")
+    before = weight.sum()
+    mapped = mapped_files()
+    assert any(weight.data_ptr() in span for span in mapped)
+    held = resident_files()
+    let_go(weight, mapped)
+    assert held - resident_files() > 2**23  # half of its 16 MiB at the least
+    assert weight.sum() == before
+    own = torch.ones(2**20)
+    let_go(own, mapped)
+    assert own.sum() == 2**20
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not tell what is mapped")
+def test_code_is_let_go_and_can_be_read_again(tmp_path):
+    size, before = 2**24, mapped_files(code=True)
+    with (tmp_path / "code").open("w+b") as file:
+        file.write(bytes(range(256)) * (size // 256))
+        file.flush()
+        os.fsync(file.fileno())
+        with mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC) as code:
+            assert len(mapped_files(code=True)) == len(before) + 1
+            whole = sum(code[:: mmap.PAGESIZE])
+            held = resident_files()
+            let_go_of_code()
+            assert held - resident_files() > size // 2
+            assert sum(code[:: mmap.PAGESIZE]) == whole
+
+
+def resident_files():
+    """Bytes of files that are in this process's memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssFile:"))

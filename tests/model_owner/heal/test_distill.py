@@ -1,0 +1,162 @@
+"""Distillation: the emulator comes nearer to the middle, nothing else moves, and an interruption changes nothing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offsite.config import PackSpec
+from offsite.errors import OffsiteError, UsageError
+from offsite.model_owner.base_model import open_base
+from offsite.model_owner.calibration import calibration_batches
+from offsite.model_owner.heal import distill as distill_module
+from offsite.model_owner.heal.distill import hidden_error
+from offsite.model_owner.pack import pack
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.loading import load_model
+from offsite.progress import Event
+from offsite.protocol.artifacts import Base, Bundle
+from offsite.storage.safetensors_files import open_checkpoint, read_float32
+from tiny import FAMILIES, KINDS, Parties
+
+MakeBase = Callable[..., Path]
+CPU = torch.device("cpu")
+SETTINGS: dict[str, Any] = {
+    "bottom": 1, "top": 1, "keep": 2, "heal": "refit,distill", "compute": "fp32", "device": "cpu", "threads": 1,
+    "dtype": "fp32", "calibration_tokens": 1024, "distill_tokens": 2048, "distill_steps": 12, "distill_lr": 3e-3,
+}  # fmt: skip
+
+
+def spec(**settings: Any) -> PackSpec:
+    return PackSpec.model_validate({**SETTINGS, **settings})
+
+
+def packs(base: Path, out: Path, parties: Parties, resume: bool = False, **settings: Any) -> Bundle:
+    return pack(Base(base), out, "hospital", spec(**settings), parties.owner, resume=resume)
+
+
+def log_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.with_name(f"{out.name}.log.jsonl").read_text().splitlines()]
+
+
+def state_behind(folder: Path, blocks: int, ids: torch.Tensor) -> torch.Tensor:
+    """The hidden state behind the first so many blocks."""
+    model = load_model(folder, dtype=torch.float32, device=CPU)
+    row = ARCHITECTURES[model.config.model_type]
+    seen: list[torch.Tensor] = []
+    block = model.get_submodule(row.in_block(blocks - 1, "").rstrip("."))
+    block.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    return seen[0]
+
+
+@pytest.mark.parametrize("ce", [0.0, 1.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_emulator_comes_nearer_and_nothing_else_moves(
+    base_of: MakeBase, tmp_path: Path, parties: Parties, family: str, ce: float
+) -> None:
+    base = base_of(family, 7)
+    dropped = packs(base, tmp_path / "dropped", parties, heal="none")
+    distilled = packs(base, tmp_path / "distilled", parties, heal="distill", distill_ce=ce)
+    ids = calibration_batches(open_base(Base(base)), None, 2048)[0]
+    teacher = state_behind(base, 6, ids)
+    errors = [float(hidden_error(state_behind(one.folder, 3, ids), teacher)) for one in (dropped, distilled)]
+    assert errors[1] < 0.9 * errors[0], errors
+    row = ARCHITECTURES[distilled.manifest.architecture]
+    before, after = (open_checkpoint(one.folder).tensors for one in (dropped, distilled))
+    assert before.keys() == after.keys()
+    for name in before:
+        place = row.block_of(name)
+        same = bool((read_float32(before[name]) == read_float32(after[name])).all())
+        assert same == (place is None or place[0] in distilled.manifest.split.trained), name
+    steps = [line for line in log_of(tmp_path / "distilled") if line["event"] == "distill step"]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert all(("ce" in line) == bool(ce) for line in steps)
+    assert {p.name for p in tmp_path.iterdir() if p.name.startswith("distilled")} == {
+        "distilled",
+        "distilled.log.jsonl",
+    }
+
+
+def test_the_error_is_the_papers_with_each_tokens_own_rms() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    teacher[:, 0] *= 1e4  # a massive activation at the first token says nothing
+    expected = 0.0
+    for b in range(2):
+        for t in range(1, 5):
+            rms = teacher[b, t].square().mean().sqrt()
+            expected += float((((teacher[b, t] - student[b, t]) / rms) ** 2).mean()) / 8
+    assert float(hidden_error(student, teacher)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind", ["gemma2", "opt, projections, norms behind", "falcon, alibi, sequential", "phi3", "gpt_neox", "mixtral"]
+)
+def test_families_that_refit_refuses_or_that_differ_can_be_distilled(
+    base_of: MakeBase, tmp_path: Path, parties: Parties, kind: str
+) -> None:
+    packs(base_of(blocks=5, **KINDS[kind]), tmp_path / "out", parties, keep=1, heal="distill", distill_ce=0.5)
+    errors = [line["error"] for line in log_of(tmp_path / "out") if line["event"] == "distill step"]
+    assert errors[-1] < errors[0]
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_resumed_is_bit_for_bit_the_same(
+    base_of: MakeBase, tmp_path: Path, parties: Parties, compute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill_module, "SAVE_EVERY", 4)
+    base = base_of("llama", 6)
+    whole = packs(base, tmp_path / "whole", parties, compute=compute)
+
+    def stop(event: Event) -> None:
+        if event.stage == "distilling" and event.done == 7:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "interrupted"
+    with pytest.raises(KeyboardInterrupt):
+        pack(Base(base), out, "hospital", spec(compute=compute), parties.owner, stop)
+    assert not out.exists()
+    with pytest.raises(UsageError, match="--resume"):
+        packs(base, out, parties, compute=compute)
+    with pytest.raises(UsageError, match="distill_lr"):
+        packs(base, out, parties, resume=True, compute=compute, distill_lr=1e-3)
+    events: list[Event] = []
+    resumed = pack(Base(base), out, "hospital", spec(compute=compute), parties.owner, events.append, resume=True)
+    assert not any(event.stage == "healing by refit" for event in events)  # that was done
+    assert [event.done for event in events if event.stage == "distilling"] == list(range(5, 13))
+    ours, theirs = (open_checkpoint(one.folder).tensors for one in (resumed, whole))
+    assert all(bool((read_float32(ours[name]) == read_float32(theirs[name])).all()) for name in theirs)
+    assert not out.with_name("interrupted.run").exists()
+
+
+def test_a_rate_that_is_far_too_high_is_told(base_of: MakeBase, tmp_path: Path, parties: Parties) -> None:
+    with pytest.raises(OffsiteError, match=r"diverged(.|\n)*--distill-lr"):
+        packs(base_of("llama", 5), tmp_path / "out", parties, distill_lr=1e30)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_batch_is_seen_once_a_pass_and_the_held_out_ones_never(
+    base_of: MakeBase, tmp_path: Path, parties: Parties, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill_module, "HELD_OUT", 4)
+    seen: list[int] = []
+    real = distill_module._Distillation.losses
+
+    def losses(run: Any, position: int) -> Any:
+        if torch.is_grad_enabled():
+            seen.append(position)
+        return real(run, position)
+
+    monkeypatch.setattr(distill_module._Distillation, "losses", losses)
+    packs(
+        base_of("llama", 5), tmp_path / "out", parties,
+        keep=1, distill_steps=None, distill_epochs=2, distill_tokens=8 * 64 * 8, distill_batch_tokens=1024,
+    )  # fmt: skip
+    assert sorted(seen) == sorted(2 * [0, 1, 2, 4, 5, 6])
+    assert sorted(seen[:6]) == [0, 1, 2, 4, 5, 6]
+    assert seen[:6] != seen[6:]

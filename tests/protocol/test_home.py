@@ -1,0 +1,159 @@
+import os
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from offsite.errors import OffsiteError, StorageError, UsageError
+from offsite.protocol.home import Home
+from offsite.protocol.signing import PublicKey
+
+
+def test_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OFFSITE_HOME", str(tmp_path / "named"))
+    assert Home.default().folder == tmp_path / "named"
+    monkeypatch.setenv("OFFSITE_HOME", "")
+    assert Home.default().folder.name == "offsite"
+    monkeypatch.delenv("OFFSITE_HOME")
+    assert Home.default().folder.name == "offsite"
+
+
+def test_identity(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    made = home.create_identity("acme")
+    assert home.identity().name == made.name == "acme"
+    assert home.identity().public_key == made.public_key
+    assert (home.folder / "key.pem").stat().st_mode & 0o777 == 0o600
+    assert home.folder.stat().st_mode & 0o777 == 0o700
+    assert b"PRIVATE KEY" in (home.folder / "key.pem").read_bytes()
+
+
+def test_mode_does_not_depend_on_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        Home(tmp_path / "home").create_identity("acme")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "home" / "key.pem").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "home").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_key_is_not_overwritten(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    made = home.create_identity("acme")
+    with pytest.raises(UsageError, match="has a key already: this party is 'acme'"):
+        home.create_identity("other")
+    assert home.identity().public_key == made.public_key
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "../x", "a/b", "a b", "x" * 65, "é", "a\n", "-x", "\x1b[2J"])
+def test_names_that_are_none(tmp_path: Path, name: str) -> None:
+    home = Home(tmp_path / "home")
+    with pytest.raises(UsageError, match="cannot be a party's name") as caught:
+        home.create_identity(name)
+    assert not home.folder.exists()
+    assert caught.value.what.isprintable()
+    key = Home(tmp_path / "other").create_identity("x").public_key
+    with pytest.raises(UsageError):
+        home.trust(name, key)
+
+
+def test_no_key_yet(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no key") as caught:
+        Home(tmp_path).identity()
+    assert "offsite keygen" in (caught.value.next_step or "")
+
+
+X25519 = X25519PrivateKey.generate().private_bytes(
+    serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+)
+
+
+@pytest.mark.parametrize(("content", "says"), [(b"", "damaged"), (b"\xff" * 99, "damaged"), (X25519, "not an Ed25519")])
+def test_damaged_key(tmp_path: Path, content: bytes, says: str) -> None:
+    home = Home(tmp_path)
+    home.create_identity("acme")
+    (tmp_path / "key.pem").write_bytes(content)
+    with pytest.raises(OffsiteError, match=says) as caught:
+        home.identity()
+    assert caught.value.next_step
+
+
+def test_name_that_is_gone(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    home.create_identity("acme")
+    (tmp_path / "name").write_bytes(b"\xff\xfe")
+    assert home.identity().name
+    (tmp_path / "name").unlink()
+    with pytest.raises(StorageError):
+        home.identity()
+
+
+def key(tmp_path: Path, name: str) -> PublicKey:
+    return Home(tmp_path / f"home-of-{name}").create_identity(name).public_key
+
+
+def test_trust(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    assert home.trusted() == {}
+    alice, bob = key(tmp_path, "alice"), key(tmp_path, "bob")
+    home.trust("alice", alice)
+    home.trust("bob", bob)
+    home.trust("alice", alice)  # once more is no mistake
+    assert home.trusted() == {"alice": alice, "bob": bob}
+    assert home.trusted_key("bob") == bob
+    home.distrust("alice")
+    assert home.trusted() == {"bob": bob}
+
+
+def test_a_name_is_one_key_and_a_key_one_name(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    alice, bob = key(tmp_path, "alice"), key(tmp_path, "bob")
+    home.trust("alice", alice)
+    with pytest.raises(UsageError, match="'alice' is trusted already"):
+        home.trust("alice", bob)
+    with pytest.raises(UsageError, match=r"is trusted already, as 'alice'") as caught:
+        home.trust("bob", alice)
+    assert caught.value.next_step
+    assert "has changed" not in caught.value.next_step
+    assert home.trusted() == {"alice": alice}
+
+
+def test_nobody_trusts_themselves(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    own = home.create_identity("acme").public_key
+    with pytest.raises(UsageError, match="this party's own"):
+        home.trust("acme", own)
+    assert home.trusted() == {}
+
+
+def test_a_folder_may_be_text(tmp_path: Path) -> None:
+    home = Home(str(tmp_path))  # type: ignore[arg-type]  # who has no type checker
+    assert home == Home(tmp_path)
+    assert home.create_identity("acme").public_key == home.identity().public_key
+
+
+def test_nobody_of_that_name(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    with pytest.raises(UsageError, match="nobody called 'eve' is trusted") as caught:
+        home.trusted_key("eve")
+    assert caught.value.reasons == ("trusted: nobody yet",)
+    with pytest.raises(UsageError, match="nobody called 'eve' is trusted"):
+        home.distrust("eve")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\xff\xfe"])
+def test_trusted_file_that_is_damaged(tmp_path: Path, content: bytes) -> None:
+    home = Home(tmp_path / "home")
+    home.trust("alice", key(tmp_path, "alice"))
+    (home.folder / "trusted" / "bob.pub").write_bytes(content)
+    with pytest.raises(OffsiteError, match=r"bob\.pub cannot be read") as caught:
+        home.trusted()
+    assert caught.value.next_step
+
+
+def test_home_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError):
+        Home(tmp_path / "file" / "home").create_identity("acme")
