@@ -19,7 +19,6 @@ from offsite.model_owner.importing.vision_tower import processor_class
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.partition import (
     DTYPES,
-    Sandwich,
     bundle_config,
     bundle_tensors,
     counts,
@@ -27,10 +26,11 @@ from offsite.model_owner.partition import (
     permitted_methods,
     returnable,
     returnable_head,
-    split,
-    work_of,
 )
+from offsite.model_owner.sandwich import Sandwich
 from offsite.model_owner.select.select_blocks import select
+from offsite.model_owner.split import split
+from offsite.model_owner.work import work_of
 from offsite.models.architectures import config_problems
 from offsite.models.modules.declared import Declared, wrapped
 from offsite.progress import Event, Progress, silent

@@ -39,9 +39,12 @@ from offsite.model_owner.compress.declare import declared_of
 from offsite.model_owner.heal.share import shared
 from offsite.model_owner.intake import check_return
 from offsite.model_owner.pack import Parties, bundle_manifest, settings_files
-from offsite.model_owner.partition import DTYPES, Sandwich, Work, bundle_tensors, counts, split, work_of
+from offsite.model_owner.partition import DTYPES, bundle_tensors, counts
 from offsite.model_owner.plug_in import checkpoint_of, form_of
+from offsite.model_owner.sandwich import Sandwich
 from offsite.model_owner.select.select_blocks import select
+from offsite.model_owner.split import split
+from offsite.model_owner.work import Work, work_of
 from offsite.models.modules.declared import affine_shapes
 from offsite.models.modules.declared_shapes import place_of_bottleneck
 from offsite.progress import silent

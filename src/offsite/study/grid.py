@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from offsite.config import PackSpec, TuneSpec
 from offsite.evaluation.row_scores import Measure
 from offsite.model_owner.base_model import open_base
-from offsite.model_owner.partition import split
+from offsite.model_owner.split import split
 from offsite.protocol.artifacts import Base
 from offsite.study.recipe import Compressor, DataTable, Method, Recipe, RowName
 from offsite.study.stages import Lab, Rows, Stage, uncompressed

@@ -12,8 +12,10 @@ from offsite.data.rows import counted, first, parse_row, read_rows
 from offsite.errors import DataError, IncompatibleError, OffsiteError, UsageError
 from offsite.model_owner.base_model import BaseModel, open_base
 from offsite.model_owner.calibration_pictures import photos
-from offsite.model_owner.partition import permitted_methods, split, work_of
+from offsite.model_owner.partition import permitted_methods
 from offsite.model_owner.plan import plan_pack
+from offsite.model_owner.split import split
+from offsite.model_owner.work import work_of
 from offsite.protocol.artifacts import Base
 from offsite.protocol.home import Home
 from offsite.storage.files import replace_file

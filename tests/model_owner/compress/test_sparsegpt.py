@@ -12,7 +12,7 @@ from artifacts import hidden_states, packed
 from offsite.errors import IncompatibleError
 from offsite.model_owner.block_runner import LoadedBlock
 from offsite.model_owner.compress.sparsegpt import COLUMNS, DAMPING, prune_maps, pruned_in_order
-from offsite.model_owner.partition import Work
+from offsite.model_owner.work import Work
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.timm_family import TIMM
 from offsite.protocol.artifacts import Bundle

@@ -20,7 +20,7 @@ from offsite.model_owner.block_runner import BlockRunner, LoadedBlock, captured_
 from offsite.model_owner.calibration import calibration_batches
 from offsite.model_owner.heal.refit import refit
 from offsite.model_owner.heal.ridge import USUAL_RIDGE
-from offsite.model_owner.partition import Work
+from offsite.model_owner.work import Work
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base

@@ -8,9 +8,9 @@ import torch
 
 from offsite.config import PackSpec
 from offsite.model_owner.base_model import open_base
-from offsite.model_owner.partition import split
 from offsite.model_owner.select.cluster import centres, linear_cka
 from offsite.model_owner.select.select_blocks import select
+from offsite.model_owner.split import split
 from offsite.progress import silent
 from offsite.protocol.artifacts import Base
 

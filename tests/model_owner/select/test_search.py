@@ -11,8 +11,8 @@ from offsite.config import PackSpec
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.pack import pack
-from offsite.model_owner.partition import split
 from offsite.model_owner.select.search import improve, moves, search, starts
+from offsite.model_owner.split import split
 from offsite.progress import Event, silent
 from offsite.protocol.artifacts import Base
 from tiny import Parties

@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM
 from offsite.config import PackSpec
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.calibration import calibration_batches
-from offsite.model_owner.partition import Sandwich, split
+from offsite.model_owner.sandwich import Sandwich
 from offsite.model_owner.select import influence as influence_module
 from offsite.model_owner.select.influence import block_influence
 from offsite.model_owner.select.select_blocks import most_influential, select
 from offsite.model_owner.select.uniform import uniform
+from offsite.model_owner.split import split
 from offsite.progress import Event, silent
 from offsite.protocol.artifacts import Base
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offsite.errors import IncompatibleError
 from offsite.model_owner.block_runner import LoadedBlock, captured_inputs
-from offsite.model_owner.partition import Work
+from offsite.model_owner.work import Work
 from offsite.models.family import Architecture
 
 COLUMNS = 128  # that are pruned before their errors are passed on to the columns behind them, as published

@@ -22,7 +22,9 @@ from offsite.model_owner.calibration import calibration_batches
 from offsite.model_owner.compress.sparsegpt import prune_maps
 from offsite.model_owner.heal.affine import affine_map
 from offsite.model_owner.heal.refit import refit
-from offsite.model_owner.partition import DTYPES, Sandwich, Work, work_of
+from offsite.model_owner.partition import DTYPES
+from offsite.model_owner.sandwich import Sandwich
+from offsite.model_owner.work import Work, work_of
 from offsite.models.loading import read_tensor
 from offsite.progress import Event, Progress
 from offsite.storage.safetensors_files import TensorRange, from_array, read_header, write_safetensors

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from offsite.config import PackSpec
 from offsite.model_owner.base_model import BaseModel
-from offsite.model_owner.partition import Sandwich, work_of
+from offsite.model_owner.sandwich import Sandwich
+from offsite.model_owner.work import work_of
 from offsite.progress import Progress
 from offsite.storage.files import replace_file
 from offsite.storage.safetensors_files import TensorRange, read_header

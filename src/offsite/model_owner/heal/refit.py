@@ -16,7 +16,7 @@ from offsite.config import RefitMap
 from offsite.model_owner.block_runner import LoadedBlock, captured_inputs
 from offsite.model_owner.compress.sparsegpt import pruned_in_order
 from offsite.model_owner.heal.ridge import RidgeProblem
-from offsite.model_owner.partition import Work
+from offsite.model_owner.work import Work
 from offsite.models.family import Architecture
 
 

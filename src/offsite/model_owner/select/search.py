@@ -24,9 +24,10 @@ from offsite.model_owner.block_runner import BlockRunner, LoadedStack
 from offsite.model_owner.calibration import calibration_batches
 from offsite.model_owner.heal.block_by_block import block_by_block
 from offsite.model_owner.heal.middle_states import MiddleStates, middle_states
-from offsite.model_owner.partition import Sandwich, work_of
+from offsite.model_owner.sandwich import Sandwich
 from offsite.model_owner.select.contiguous import contiguous
 from offsite.model_owner.select.uniform import uniform
+from offsite.model_owner.work import work_of
 from offsite.progress import Event, Progress, silent
 from offsite.storage.files import replace_file
 

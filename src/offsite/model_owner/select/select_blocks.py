@@ -5,7 +5,7 @@ from pathlib import Path
 
 from offsite.config import PackSpec
 from offsite.model_owner.base_model import BaseModel
-from offsite.model_owner.partition import Sandwich
+from offsite.model_owner.sandwich import Sandwich
 from offsite.model_owner.select.contiguous import contiguous
 from offsite.model_owner.select.uniform import uniform
 from offsite.progress import Progress

@@ -1,0 +1,156 @@
+"""Splitting: how a base is cut, and which settings do not go with it. Refused before any work."""
+
+from collections.abc import Collection, Sequence
+
+from offsite.config import PackSpec
+from offsite.errors import IncompatibleError, UsageError
+from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.compress.declare import require_declarable
+from offsite.model_owner.sandwich import Sandwich
+from offsite.model_owner.select.contiguous import contiguous
+from offsite.model_owner.work import Work, work_of
+
+
+def split(model: BaseModel, spec: PackSpec) -> Sandwich:
+    """Cut a base in bottom, middle and top.
+
+    Raises:
+        UsageError: bottom, keep and top, or train and keep, do not fit into the blocks that there are.
+        UsageError: the head is permitted, and the model has none of its own.
+        IncompatibleError: the gap is to be healed in a way that the family does not permit.
+    """
+    trained = spec.trained(model.blocks)
+    _require_room(model.blocks, trained, spec)
+    sandwich = Sandwich.of(trained, model.blocks)
+    middle = sandwich.middle
+    work = work_of(middle, spec)
+    _require_gap(middle, spec, work)
+    if "mlp" in work.solves and not model.row.residual_is_linear(model.config):
+        why = "its MLP is a mixture of experts" if model.row.experts else "a norm follows the MLP in its blocks"
+        other = "" if model.row.experts or model.row.vision else "; or, with --keep, --heal affine"
+        other += '; or with refit_maps = "attention" in a --config file' if model.row.experts else ""
+        raise IncompatibleError(
+            f"refit needs a residual that is linear in the MLP's output, which this {model.row.model_type} model "
+            "does not have",
+            reasons=[why],
+            next_step=f"pack with --heal none or --heal distill{other}{_without_sparsegpt(model, work)}",
+        )
+    if "attention" in work.solves and not model.row.residual_is_linear(model.config, "attention"):
+        solvable = model.row.residual_is_linear(model.config)
+        raise IncompatibleError(
+            f"refit_maps names attention, in whose output this {model.row.model_type} model's residual is not linear",
+            reasons=["a norm follows the attention in its blocks"],
+            next_step='pack with refit_maps = "mlp"' if solvable else "pack with --heal none or --heal distill",
+        )
+    if work.prunes and model.row.experts:
+        raise IncompatibleError(
+            f"SparseGPT cannot prune this {model.row.model_type} model",
+            reasons=["which expert a token goes to changes with what is pruned"],
+            next_step="pack with --prune-by magnitude and --heal none, or drop blocks with --keep",
+        )
+    if spec.permit_head and not model.row.head_tensors(model.config):
+        raise UsageError(
+            "--permit-head has no head to permit",
+            reasons=[
+                "its head is the input embedding, which trains with no adapter"
+                if model.row.head
+                else "an image encoder has none: its classifier is the data owner's"
+            ],
+            next_step="pack without --permit-head",
+        )
+    if sandwich.spread:
+        _require_for_spread(spec)
+    if model.row.vision is not None:
+        _require_for_images(spec)
+    if spec.select == "contiguous":
+        contiguous(middle, spec.kept(middle), spec.drop_from)  # refuses a piece that does not lie in the middle
+    require_declarable(model, spec)
+    return sandwich
+
+
+def _require_room(blocks: int, trained: Collection[int], spec: PackSpec) -> None:
+    """Refuse a middle that is not there, or too small for what stays of it.
+
+    Raises:
+        UsageError: it is.
+    """
+    beyond = sorted(index for index in trained if index >= blocks)
+    if beyond:
+        raise UsageError(
+            f"train names blocks that the base does not have: {', '.join(map(str, beyond))[:200]}",
+            reasons=[f"it has {blocks}, numbered from 0"],
+            next_step=f"choose among 0 to {blocks - 1}",
+        )
+    middle = [index for index in range(blocks) if index not in trained]
+    if not 1 <= spec.kept(middle) <= len(middle):
+        raise UsageError(
+            f"cannot keep {spec.kept(middle) or 'any'} blocks of a middle of {len(middle)}",
+            reasons=[f"the base has {blocks} blocks, of which {len(trained)} train"],
+            next_step=f"choose --keep between 1 and {len(middle)}"
+            if middle
+            else "choose a smaller --bottom or --top, or a shorter --train",
+        )
+
+
+def _without_sparsegpt(model: BaseModel, work: Work) -> str:
+    """What else is needed where SparseGPT is to prune a mixture of experts."""
+    return (
+        "; and drop blocks with --keep, or take --heal none with --prune-by magnitude"
+        if work.prunes and model.row.experts
+        else ""
+    )
+
+
+def _require_gap(middle: Sequence[int], spec: PackSpec, work: Work) -> None:
+    """Refuse steps of healing that were asked for and would do nothing.
+
+    Raises:
+        UsageError: there are some.
+    """
+    does = {"share": spec.kept(middle) < len(middle), "refit": bool(work.solves)}
+    does |= {"distill": work.distills, "affine": work.maps}
+    idle = [step for step in spec.heal if not does[step]]
+    if idle and "heal" in spec.model_fields_set:
+        raise UsageError(
+            f"--heal {','.join(idle)} would do nothing",
+            reasons=["no block is dropped, and no matrix pruned by SparseGPT; other losses are not healed"],
+            next_step="say with --keep how many blocks stay, or pack with --heal none",
+        )
+
+
+def _require_for_spread(spec: PackSpec) -> None:
+    """Refuse what takes the emulator for one run of frozen blocks, before any work.
+
+    Raises:
+        UsageError: it was asked for.
+    """
+    reasons = [f"select = {spec.select}"] if spec.select in ("search", "cluster", "contiguous") else []
+    reasons += [f"heal = {step}" for step in spec.heal if step != "refit"]
+    reasons += [f"{name}: a declared module kind" for name in spec.declares if name not in spec.heal]
+    if reasons:
+        raise UsageError(
+            "settings that go with no trained blocks between frozen ones",
+            reasons=reasons,
+            next_step="select by uniform, influence or random, heal by refit or none, prune with zeros stored; "
+            "or let train list first and last blocks alone",
+        )
+
+
+def _require_for_images(spec: PackSpec) -> None:
+    """Refuse what is made for language models alone, before any work.
+
+    Raises:
+        UsageError: it was asked for.
+    """
+    reasons = [f"select = {spec.select}"] if spec.select in ("search", "cluster") else []
+    reasons += [f"heal = {step}" for step in spec.heal if step not in ("refit", "distill")]
+    reasons += ["distill_ce: the next token's cross-entropy"] if spec.distill_ce else []
+    reasons += [f"{name}: a declared module kind" for name in spec.declares if name not in spec.heal]
+    if set(spec.methods) == {"bottleneck"}:
+        reasons.append("methods = bottleneck")
+    if reasons:
+        raise UsageError(
+            "settings that are for language models alone, of an image encoder",
+            reasons=reasons,
+            next_step="select by uniform, influence, contiguous or random, and heal by refit, distill or none",
+        )
