@@ -20,8 +20,6 @@ from typing import Any
 from benchmarks.cells import Cell
 from benchmarks.work import ROOT, Work, code_digest, commit, digest, last_line, machine, run, versions
 
-from offsite.kernels.threads import settle_waiting
-
 RESULT = Path(__file__).parent / "results" / "ablation.json"
 _WARMUP, _STEPS, _ROWS = 1, 3, 8
 
@@ -66,12 +64,6 @@ def _odd_rows() -> None:
 
     _without_compiled_attention()
     tiled_attention._EVEN = 1
-
-
-def _code_stays() -> None:
-    from offsite.data_owner import tune
-
-    tune.let_go_of_code = lambda: None  # type: ignore[assignment]
 
 
 def _torchs_dropout() -> None:
@@ -137,7 +129,6 @@ CASES: Mapping[str, tuple[Callable[[], None], Mapping[str, Any]]] = {
     "attention of torch's products, rows of shares of odd lengths": (_odd_rows, {}),
     "torch's own attention": (_without_own_attention, {}),
     "freed memory given back": (_without_kept_memory, {}),
-    "code of start-up kept": (_code_stays, {}),
     "compiled products of all shapes kept": (_without_bounded_kernels, {}),
     "as few passes as fit": (_padded_to_the_budget, {}),
     "head at every position": (_head_everywhere, {}),
@@ -152,7 +143,6 @@ CASES: Mapping[str, tuple[Callable[[], None], Mapping[str, Any]]] = {
     "one thread": (_nothing, {"threads": 1}),
     "fp32": (_nothing, {"compute": "fp32"}),
     "fp32, 1024 tokens at once": (_nothing, {"compute": "fp32", "micro_batch_tokens": 1024}),
-    "fp32, frozen matrices in bf16": (_nothing, {"compute": "fp32", "narrow_weights": True}),
     "the blocks' own weights (full)": (_nothing, {"method": "full"}),
     "threads that sleep at once when they wait": (_nothing, {}),
 }
@@ -172,7 +162,6 @@ def main() -> None:
     parser.add_argument("--child", nargs=3, metavar=("CASE", "BUNDLE", "ROWS"), help=argparse.SUPPRESS)
     wanted = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": str(wanted.threads), "HF_HUB_OFFLINE": "1"}
-    settle_waiting(os.environ)
     if wanted.child:
         name, bundle, rows = wanted.child
         print(json.dumps(_child(name, Path(bundle), Path(rows), wanted.work / "tuner")))

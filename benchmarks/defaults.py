@@ -12,7 +12,6 @@ case from the result file to measure it anew.
 import argparse
 import importlib.util
 import json
-import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -20,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
-
-from offsite.kernels.threads import settle_waiting
 
 RESULT = Path(__file__).parent / "results" / "defaults.json"
 STEPS = 60
@@ -52,7 +49,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--result", type=Path, default=RESULT)
     wanted = parser.parse_args()
-    settle_waiting(os.environ)
     results = json.loads(wanted.result.read_text()) if wanted.result.exists() else {}
     for name in CASES:
         if wanted.only in name and name not in results:

@@ -24,8 +24,6 @@ from unittest import mock
 import platformdirs
 from benchmarks.work import ROOT, machine, versions
 
-from offsite.kernels.threads import settle_waiting
-
 RESULT = Path(__file__).parent / "results" / "refit.json"
 TOKENS = 8192  # of calibration where a case does not say otherwise; the default of pack is 65,536
 HELD_OUT = 4096  # tokens of WikiText-2's test part that the emulators are judged on
@@ -62,7 +60,6 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT)
     wanted = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": str(wanted.threads), "HF_HUB_OFFLINE": "1"}
-    settle_waiting(os.environ)
     result = json.loads(wanted.result.read_text()) if wanted.result.exists() else {"cases": {}}
     result |= {"machine": machine(wanted.threads), "versions": versions()}
     missing = {

@@ -308,13 +308,6 @@ class TuneSpec(ComputeSpec):
     gradient_checkpointing: Annotated[
         bool, Field(description="run blocks again in the backward pass: less memory, about a quarter slower")
     ] = False
-    narrow_weights: Annotated[
-        bool | None,
-        Field(
-            description="where the arithmetic is fp32, hold frozen matrices of blocks in bf16: half of their memory, a "
-            "bit slower; None is where a bundle in bf16 has 512 MiB or more, or there is a memory budget"
-        ),
-    ] = None
     cache_features: Annotated[
         Literal["auto", "off"],
         Field(description="whether frozen blocks before the first trained one run once and keep the result on disk"),

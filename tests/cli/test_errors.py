@@ -216,8 +216,8 @@ def test_colour_is_left_out_where_it_is_not_wanted(
 
 def test_termination_is_an_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("offsite.cli.app.settle_waiting", lambda _: os.kill(os.getpid(), signal.SIGTERM))
-    assert main(["inspect", "x"]) == 130
+    monkeypatch.setattr(keys.flags, "home_of", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["keygen", "--out", "x"]) == 130
     assert "nothing half-written was left" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
 

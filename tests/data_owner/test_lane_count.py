@@ -126,7 +126,6 @@ def test_where_passes_would_get_in_each_others_way_there_is_one_lane(tmp_path, t
     state = torch.get_rng_state()
     assert lane_count(llama, TuneSpec(lanes=3), WHERE) == 3
     assert lane_count(llama, TuneSpec(lanes=1), WHERE) == 1
-    assert lane_count(llama, TuneSpec(lanes=3, narrow_weights=True), WHERE) == 1
     assert lane_count(llama, TuneSpec(lanes=3, tune_head=True), WHERE) == 1
     assert lane_count(llama, TuneSpec(lanes=3), Runtime(torch.device("meta"), torch.float32)) == 1
     with_dropout = tuning_of(tiny_base(tmp_path / "gpt2", "gpt2", blocks=3))

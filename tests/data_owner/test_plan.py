@@ -127,7 +127,7 @@ def test_lanes_hold_a_micro_batch_each(base: Path, tmp_path: Path, parties: Part
         for term in ("activations of the blocks", "logits of one chunk", "gradients of micro-batches"):
             if term in terms(one, name):
                 assert terms(three, name)[term].bytes == 3 * terms(one, name)[term].bytes
-    for settings in ({"tune_head": True}, {"narrow_weights": True}, {"device": "cuda"}):
+    for settings in ({"tune_head": True}, {"device": "cuda"}):
         assert _lanes(TuneSpec.model_validate({"lanes": 4} | settings)) == 1
     assert _lanes(TuneSpec(lanes=4)) == 4
     whole = plan_tune(bundle, rows, TuneSpec(**usual | {"batch_size": 1}, lanes=3))
@@ -171,20 +171,6 @@ def test_wider_numbers_run_fewer_at_once(
     bundle = packed(base, tmp_path / "bundle", parties)
     spec = TuneSpec(compute=compute, micro_batch_tokens=given, batch_size=64, lanes=1)
     assert plan_tune(bundle, rows, spec).micro_batch_tokens == expected
-
-
-def test_narrow_weights_are_counted(base: Path, tmp_path: Path, parties: Parties, rows: Path) -> None:
-    bundle = packed(base, tmp_path / "bundle", parties, dtype="bf16")
-    parts = {part.name: part.parameters for part in plan_tune(bundle, rows, TuneSpec()).bundle}
-    for method, held in {"full": ["emulator"], "lora": ["bottom", "emulator", "top"]}.items():
-        wide, narrow = (
-            terms(plan_tune(bundle, rows, TuneSpec(method=method, compute="fp32", narrow_weights=on)), "backward pass")
-            for on in (False, True)
-        )
-        assert wide["weights"].bytes - narrow["weights"].bytes == 2 * sum(parts[name] for name in held) > 0
-        assert narrow["one block in fp32"].bytes == 4 * BLOCK
-    in_bf16 = terms(plan_tune(bundle, rows, TuneSpec(compute="bf16", narrow_weights=True)), "backward pass")
-    assert "one block in fp32" not in in_bf16
 
 
 def test_below_the_first_trained_block_nothing_is_kept(

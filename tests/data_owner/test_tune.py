@@ -239,13 +239,6 @@ def test_a_validation_that_an_interruption_cut_off_is_made_after_it(house, tmp_p
     assert {record["step"] for record in records if record["event"] == "validation"} == {4, 6}
 
 
-def test_code_of_start_up_is_let_go_before_the_first_step(house, tmp_path, monkeypatch):
-    order = []
-    monkeypatch.setattr("offsite.data_owner.tune.let_go_of_code", lambda: order.append("code"))
-    house.tune(tmp_path / "return", max_steps=1, progress=lambda event: order.append(event.stage))
-    assert order.index("loading the model") < order.index("code") < order.index("tuning")
-
-
 def test_passes_are_counted_as_they_were_meant():
     assert [step_count(TuneSpec(epochs=epochs, batch_size=1), 100) for epochs in (0.07, 0.071, 1.1)] == [7, 8, 110]
 

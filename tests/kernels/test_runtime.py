@@ -1,14 +1,10 @@
-import mmap
 import os
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from offsite.errors import UsageError
-from offsite.kernels.runtime import let_go, let_go_of_code, mapped_files, runtime, seeded
+from offsite.kernels.runtime import runtime, seeded
 
 
 def test_explicit_choices_are_kept():
@@ -59,42 +55,3 @@ def test_compiled_products_are_kept_for_a_pass_and_not_for_every_shape(monkeypat
         monkeypatch.delenv(cache)
     runtime("cpu", threads=1)
     assert (os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"]) == ("48", "1")
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not tell what is mapped")
-def test_pages_of_a_file_are_let_go_and_can_be_read_again(tmp_path):
-    save_file({"weight": torch.arange(2**22, dtype=torch.float32)}, tmp_path / "one.safetensors")
-    with safe_open(tmp_path / "one.safetensors", "pt") as file:
-        weight = file.get_tensor("weight")
-    before = weight.sum()
-    mapped = mapped_files()
-    assert any(weight.data_ptr() in span for span in mapped)
-    held = resident_files()
-    let_go(weight, mapped)
-    assert held - resident_files() > 2**23  # half of its 16 MiB at the least
-    assert weight.sum() == before
-    own = torch.ones(2**20)
-    let_go(own, mapped)
-    assert own.sum() == 2**20
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not tell what is mapped")
-def test_code_is_let_go_and_can_be_read_again(tmp_path):
-    size, before = 2**24, mapped_files(code=True)
-    with (tmp_path / "code").open("w+b") as file:
-        file.write(bytes(range(256)) * (size // 256))
-        file.flush()
-        os.fsync(file.fileno())
-        with mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC) as code:
-            assert len(mapped_files(code=True)) == len(before) + 1
-            whole = sum(code[:: mmap.PAGESIZE])
-            held = resident_files()
-            let_go_of_code()
-            assert held - resident_files() > size // 2
-            assert sum(code[:: mmap.PAGESIZE]) == whole
-
-
-def resident_files():
-    """Bytes of files that are in this process's memory."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssFile:"))

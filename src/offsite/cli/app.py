@@ -1,16 +1,14 @@
 """The application: its commands by party, and what became of the one that was run."""
 
-import os
 from collections.abc import Sequence
 
 import typer
 
 from offsite.cli import data_owner, demo, eval_verb, flags, inspect_verbs, keys, model_owner, study, terminal
 from offsite.errors import OffsiteError
-from offsite.kernels.threads import settle_waiting
 from offsite.training.run_log import terminated_as_interrupted
 
-_PLAYERS = {  # compute nothing themselves; each process that they start looks at the machine anew
+_PLAYERS = {  # they start every stage as a process of its own
     "demo": "run the same command again: finished steps are not repeated",
     "study": "run the same command again: finished stages are not repeated",
 }
@@ -91,8 +89,6 @@ def _root(
     run = flags.run_of(context)
     run.verb = context.invoked_subcommand or ""
     run.home = home
-    if run.verb not in _PLAYERS:
-        settle_waiting(os.environ)
 
 
 def _wants_json(words: Sequence[str], run: flags.Run) -> bool:

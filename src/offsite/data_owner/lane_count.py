@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 def lane_count(tuning: "Tuning", spec: TuneSpec, where: "Runtime") -> int:
     """How many lanes a tuning has: what was asked for or is usual, and one where passes would get in each other's way.
 
-    That is where they draw random numbers other than dropout's, whose order would be the threads', where frozen blocks
-    are swapped for wider ones as they run, and where a long row changes the rotary embedding of all. With a head that
-    trains each lane would hold a gradient as large as the head. Pictures gain nothing.
+    That is where they draw random numbers other than dropout's, whose order would be the threads', and where a long row
+    changes the rotary embedding of all. With a head that trains each lane would hold a gradient as large as the head.
+    Pictures gain nothing.
     """
     task = tuning.task
     if where.device.type != "cpu" or not isinstance(task, TextTask):
         return 1
     wanted = spec.lanes or usual_lanes(torch.get_num_threads(), where.dtype.itemsize)
-    if wanted == 1 or spec.tune_head or spec.narrow_weights:
+    if wanted == 1 or spec.tune_head:
         return 1
     return wanted if independent(task.network.body) and not _draws(tuning, task) else 1
 

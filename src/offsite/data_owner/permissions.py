@@ -1,15 +1,11 @@
 """Whether the model's owner would take back what a tuning with these settings returns. Torch-free."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from offsite.config import TuneSpec
 from offsite.errors import IncompatibleError, PolicyError, UsageError
 from offsite.models.architectures import ARCHITECTURES
 from offsite.protocol.manifest import BundleManifest
-from offsite.storage.safetensors_files import TensorRange
-
-LARGE = 2**29  # bytes of a bundle; of smaller ones little is saved for a tenth of the speed
 
 
 def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
@@ -57,52 +53,17 @@ def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
         )
 
 
-def settled(spec: TuneSpec, architecture: str, tensors: Iterable[TensorRange], item: int) -> TuneSpec:
-    """The settings with what hangs on the bundle and the arithmetic filled in, where nothing was said.
+def resolve_defaults(spec: TuneSpec, architecture: str, item: int) -> TuneSpec:
+    """Fill in the default that depends on the bundle and the compute dtype: how many tokens run at once.
 
     Args:
         spec: the settings.
         architecture: of the bundle's model.
-        tensors: of the bundle.
-        item: bytes of a number in the arithmetic.
-
-    Raises:
-        UsageError: as `_holds_narrow`.
+        item: bytes of a number in the compute dtype.
     """
     wide_text = item == 4 and ARCHITECTURES[architecture].vision is None
     at_once = spec.micro_batch_tokens or (spec.tokens_at_once // 2 if wide_text else spec.tokens_at_once)
-    return spec.changed({"narrow_weights": _holds_narrow(spec, tensors, item), "micro_batch_tokens": at_once})
-
-
-def _holds_narrow(spec: TuneSpec, tensors: Iterable[TensorRange], item: int) -> bool:
-    """Whether frozen matrices are held in bf16 under arithmetic in fp32.
-
-    If nothing is said, where it rounds nothing and saves much: under a memory budget, or of a large bundle.
-    Lanes that were asked for rule it out: a block is another one while it runs.
-
-    Args:
-        spec: the settings.
-        tensors: of the bundle; numbers of other dtypes would be rounded.
-        item: bytes of a number in the arithmetic.
-
-    Raises:
-        UsageError: told to, and they would.
-    """
-    if item != 4 or spec.narrow_weights is False:
-        return False
-    tensors = list(tensors)
-    wider = sorted({tensor.dtype for tensor in tensors} & {"F16", "F32"})
-    if spec.narrow_weights is None:
-        worth = spec.memory is not None or sum(tensor.size for tensor in tensors) >= LARGE
-        able = not wider and not spec.device.startswith("mps")  # older ones lack bf16
-        return worth and able and (spec.lanes or 1) == 1
-    if wider:
-        raise UsageError(
-            "narrow_weights holds frozen matrices in bf16, which would round this bundle's",
-            reasons=[f"it has tensors of {', '.join(wider)}"],
-            next_step="leave narrow_weights out, or ask the model's owner for a bundle in bf16",
-        )
-    return True
+    return spec.changed({"micro_batch_tokens": at_once})
 
 
 def require_something_to_report(spec: TuneSpec, eval_data: Path | None) -> None:

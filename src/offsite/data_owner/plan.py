@@ -14,7 +14,7 @@ from offsite.data.picture_files import read_pictures, split_by_seed
 from offsite.data.picture_sizes import SeenPicture, at_once, decoded, seen_picture
 from offsite.data.rows import read_rows
 from offsite.data.tokens import encode
-from offsite.data_owner.permissions import require_permitted, settled
+from offsite.data_owner.permissions import require_permitted, resolve_defaults
 from offsite.kernels.memory_formulas import (
     SHORT_ATTENTION,
     BlockShape,
@@ -77,7 +77,6 @@ class _Sizes:
     block: BlockShape
     vocabulary: int
     parameters: int  # of the bundle
-    narrow: int  # of those, in blocks that are held in bf16 under arithmetic in fp32
     stored: int  # bytes of the bundle's weights
     same_dtype: bool  # whether they are stored in the dtype of the arithmetic
     trained: int  # numbers that train
@@ -141,8 +140,7 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
         IncompatibleError: the method has nothing to train in this model.
         PolicyError: the bundle does not permit the method or the rank.
         DataError: the rows cannot be read.
-        UsageError: there are fewer steps than checkpoints, checkpoints of pictures, or narrow weights of a bundle that
-            is not bf16.
+        UsageError: there are fewer steps than checkpoints, or checkpoints of pictures.
         StorageError: the bundle cannot be read.
     """
     manifest, folder = bundle.manifest, bundle.folder
@@ -151,7 +149,7 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     config, declared = unwrapped(strict_json((folder / CONFIG).read_bytes()))
     tensors = open_checkpoint(folder).tensors
     item = compute_bytes(spec.compute, spec.device)
-    spec = settled(spec, manifest.architecture, tensors.values(), item)
+    spec = resolve_defaults(spec, manifest.architecture, item)
     returned = returned_tensors(manifest, spec)
     seen = _seen(bundle, data, spec) if row.vision is not None else None
     context = config.get("max_position_embeddings") or config.get("n_positions") or 2**31
@@ -174,7 +172,6 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
         block=max(shapes, key=lambda shape: shape.kept(item)),
         vocabulary=0 if seen else tensors[row.embedding_tensors(config)[0]].shape[0],
         parameters=sum(one.parameters for one in parts),
-        narrow=sum(one.parameters for one in parts if spec.narrow_weights and _is_held_narrow(one.name, spec)),
         stored=sum(one.bytes for one in parts),
         same_dtype=all(ITEM_SIZE[tensor.dtype] == item for tensor in tensors.values()),
         trained=sum(numbers) + (seen.classifier if seen else 0),
@@ -265,13 +262,10 @@ def _parts(row: Architecture, manifest: BundleManifest, tensors: Mapping[str, Te
     )
 
 
-def _is_held_narrow(part: str, spec: TuneSpec) -> bool:
-    return part == "emulator" or (spec.method != "full" and part in ("bottom", "trained in between", "top"))
-
-
 def _phases(sizes: _Sizes, tokenizer: int) -> tuple[Phase, ...]:
     libraries = torch_libraries(tokenizer)
-    always = (*libraries, *_weights(sizes), *_trained(sizes), *([sizes.seen.decoded] if sizes.seen else []))
+    weights = Term("weights", sizes.item * sizes.parameters, "c * P")
+    always = (*libraries, weights, *_trained(sizes), *([sizes.seen.decoded] if sizes.seen else []))
     kept = _activations(sizes)
     in_flight = Term(
         "gradients of one block's activations",
@@ -295,15 +289,6 @@ def _phases(sizes: _Sizes, tokenizer: int) -> tuple[Phase, ...]:
     )
 
 
-def _weights(sizes: _Sizes) -> tuple[Term, ...]:
-    if not sizes.narrow:
-        return (Term("weights", sizes.item * sizes.parameters, "c * P"),)
-    return (
-        Term("weights", sizes.item * sizes.parameters - 2 * sizes.narrow, "c * P - 2 * P_f"),
-        Term("one block in fp32", 4 * sizes.block.parameters, "4 * P_b"),
-    )
-
-
 def _logits(sizes: _Sizes) -> Term:
     chunk = loss_chunk(sizes.tokens // sizes.lanes, sizes.vocabulary, sizes.item)
     return replace(chunk, bytes=sizes.lanes * chunk.bytes, formula=f"lanes * ({chunk.formula}), with n / lanes for n")
@@ -311,7 +296,7 @@ def _logits(sizes: _Sizes) -> Term:
 
 def _lanes(spec: TuneSpec) -> int:
     """Lanes of a tuning on text on a processor; tuning itself also looks whether passes would disturb one another."""
-    if not spec.device.startswith(("auto", "cpu")) or spec.tune_head or spec.narrow_weights:
+    if not spec.device.startswith(("auto", "cpu")) or spec.tune_head:
         return 1
     return spec.lanes or usual_lanes(spec.threads or usual_threads(), compute_bytes(spec.compute, spec.device))
 

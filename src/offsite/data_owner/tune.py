@@ -5,29 +5,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from offsite.config import TuneSpec
 from offsite.data.picture_files import pictures_digest, read_pictures
 from offsite.data.picture_workers import PictureWorkers
 from offsite.data.row_files import data_digest
 from offsite.data.rows import read_rows
 from offsite.data.tokens import Example, encode, require_known
-from offsite.data_owner.bf16_storage import hold_bases_narrow, hold_narrow
 from offsite.data_owner.feature_cache import cached_features
 from offsite.data_owner.image_task import Album, ImageTask, head_parameters, new_head, open_album
 from offsite.data_owner.memory_budget import within_memory
 from offsite.data_owner.methods import METHODS
 from offsite.data_owner.methods.lora_linear import run_lean
 from offsite.data_owner.methods.trained_head import attach_head
-from offsite.data_owner.permissions import require_permitted, require_something_to_report, settled
+from offsite.data_owner.permissions import require_permitted, require_something_to_report, resolve_defaults
 from offsite.data_owner.returned_checkpoints import Checkpoints
 from offsite.data_owner.text_task import Task, TextTask
 from offsite.data_owner.train import Tuning, train
 from offsite.data_owner.write_return import send_back
 from offsite.kernels.cpu.fused_modules import fuse
 from offsite.kernels.cpu.tiled_attention import use_tiled_attention
-from offsite.kernels.runtime import Runtime, let_go_of_code, runtime, seeded, worker_count
+from offsite.kernels.runtime import Runtime, runtime, seeded, worker_count
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.backbone import split_backbone_and_head
 from offsite.models.image_encoder import BIAS, WEIGHT, encoder_of
@@ -39,7 +36,6 @@ from offsite.protocol.home import Home
 from offsite.protocol.verify import verify_bundle
 from offsite.storage.files import require_free
 from offsite.storage.lock import alone_in
-from offsite.storage.safetensors_files import open_checkpoint
 from offsite.training.master_weights import TrainedWeights
 from offsite.training.resume_points import RunState
 from offsite.training.run_log import log_file, run_folder
@@ -51,7 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Settings that do not change what comes out, so a resumed run may have others.
-_FREE_SETTINGS = frozenset({"save_every", "eval_every", "threads", "workers", "narrow_weights"})
+_FREE_SETTINGS = frozenset({"save_every", "eval_every", "threads", "workers"})
 
 
 def tune(
@@ -107,8 +103,7 @@ def tune(
     verified = verify_bundle(bundle, home)
     require_permitted(verified.manifest, spec)
     where = runtime(spec.device, spec.compute, spec.threads)
-    tensors = open_checkpoint(bundle).tensors.values()
-    spec = settled(spec, verified.manifest.architecture, tensors, where.dtype.itemsize)
+    spec = resolve_defaults(spec, verified.manifest.architecture, where.dtype.itemsize)
     with PictureWorkers(worker_count(spec.workers, where.device)) as workers:
         progress(Event("reading the rows", 0))
         rows = _reading(verified, data, eval_data, spec, progress, workers)
@@ -120,7 +115,6 @@ def tune(
             checkpoints = Checkpoints(state, spec, steps)
             progress(Event("loading the model", 0))
             tuning = rows.prepare(where)
-            let_go_of_code()
             with cached_features(tuning, spec, state.folder, progress):
                 fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
                 train(tuning, fitted, state, checkpoints, log_file(out), progress, tensorboard=tensorboard)
@@ -179,7 +173,7 @@ def _identity_of_run(
 def _prepare(
     bundle: Bundle, spec: TuneSpec, where: Runtime, examples: tuple[Example, ...], held_out: tuple[Example, ...]
 ) -> Tuning:
-    model = _load(bundle, spec, where)
+    model = load_model(bundle.folder, dtype=where.dtype, device=where.device)
     network = split_backbone_and_head(model)
     trained = _attach(model, bundle, spec)
     weights = TrainedWeights(trained | attach_head(model, bundle.manifest, spec))
@@ -187,7 +181,7 @@ def _prepare(
 
 
 def _prepare_images(bundle: Bundle, spec: TuneSpec, where: Runtime, album: Album, progress: Progress) -> Tuning:
-    model = _load(bundle, spec, where)
+    model = load_model(bundle.folder, dtype=where.dtype, device=where.device)
     encoder = encoder_of(model)
     used = encoder.read_by(spec.pooling)
     head = new_head(encoder, album, used, spec, progress)
@@ -198,35 +192,18 @@ def _prepare_images(bundle: Bundle, spec: TuneSpec, where: Runtime, album: Album
     return replace(tuning, decayed=tuning.decayed - {BIAS} | {WEIGHT}, faster=dict.fromkeys(made, spec.head_factor))
 
 
-def _load(bundle: Bundle, spec: TuneSpec, where: Runtime) -> "PreTrainedModel":
-    """The bundle's model in the dtype of the arithmetic, or with narrow weights in its frozen blocks."""
-    if not spec.narrow_weights:
-        return load_model(bundle.folder, dtype=where.dtype, device=where.device)
-    model = load_model(bundle.folder, dtype=torch.bfloat16, device=where.device)
-    hold_narrow(model, _blocks(model, bundle), bundle.manifest.split.trained)
-    return model
-
-
-def _blocks(model: "PreTrainedModel", bundle: Bundle) -> "nn.Module":
-    row = ARCHITECTURES[bundle.manifest.architecture]
-    blocks: nn.Module = model.get_submodule(row.module_blocks or row.blocks)
-    return blocks
-
-
 def _attach(model: "PreTrainedModel", bundle: Bundle, spec: TuneSpec) -> dict[str, "nn.Parameter"]:
     """Make the model fast to train, and attach what trains: by the names under which it is returned."""
     fuse(model)
     use_tiled_attention(model)
     attached = METHODS[spec.method](model, bundle.manifest, spec)
     run_lean(model)
-    if spec.narrow_weights:
-        hold_bases_narrow(_blocks(model, bundle), bundle.manifest.split.trained)
     return attached
 
 
 def _tuning(bundle: Bundle, spec: TuneSpec, model: "PreTrainedModel", weights: TrainedWeights, task: Task) -> Tuning:
     manifest, row = bundle.manifest, ARCHITECTURES[bundle.manifest.architecture]
-    blocks = _blocks(model, bundle)
+    blocks = model.get_submodule(row.module_blocks or row.blocks)
     own = {name: master for name, master in weights.masters.items() if name not in (WEIGHT, BIAS)}
     return Tuning(
         task=task,

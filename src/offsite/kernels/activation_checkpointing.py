@@ -12,8 +12,6 @@ from offsite.kernels.cpu.thread_dropout import OwnRandomness, own_randomness
 class Wrapped(nn.Module):
     """A block in the place of which another module runs."""
 
-    recomputed = False  # whether what it keeps for the backward pass is `Recomputed`'s matter
-
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
@@ -49,8 +47,6 @@ def recompute(blocks: nn.Module) -> None:
     """Have every block of a list recomputed, after all that trains was attached; again changes nothing."""
     for name, block in list(blocks.named_children()):
         if not isinstance(block, Recomputed):
-            if isinstance(block, Wrapped):
-                block.recomputed = True
             blocks.register_module(name, Recomputed(block))
 
 
@@ -58,6 +54,4 @@ def keep_activations(blocks: nn.Module) -> None:
     """Undo `recompute`."""
     for name, block in list(blocks.named_children()):
         if isinstance(block, Recomputed):
-            if isinstance(block.block, Wrapped):
-                block.block.recomputed = False
             blocks.register_module(name, block.block)

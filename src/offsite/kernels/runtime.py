@@ -3,12 +3,10 @@
 import contextlib
 import ctypes
 import functools
-import mmap
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -98,43 +96,6 @@ def give_freed_memory_back() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def mapped_files(*, code: bool = False) -> list[range]:
-    """The addresses at which this process has files mapped, or only code of them, as far as the system tells."""
-    maps = Path("/proc/self/maps")
-    lines = (
-        [line.split() for line in maps.read_text(encoding="utf-8", errors="replace").splitlines()]
-        if maps.exists()
-        else []
-    )
-    spans = [line[0].split("-") for line in lines if line[4] != "0" and (line[1] == "r-xp" or not code)]  # 4: inode
-    return [range(int(begin, 16), int(end, 16)) for begin, end in spans]
-
-
-def let_go(read: torch.Tensor, mapped: Sequence[range]) -> None:
-    """Have a tensor's pages leave memory if they are those of a mapped file; it can still be read, from the file."""
-    begin, size = read.data_ptr(), read.nbytes
-    if read.is_contiguous() and any(begin in span and begin + size - 1 in span for span in mapped):
-        _page_out(range(begin, begin + size))
-
-
-def let_go_of_code() -> None:
-    """Have the code that ran so far leave memory; what runs again comes back, from the libraries' files.
-
-    Most of it ran to load torch and transformers, and not again: 80 MiB.
-    """
-    for span in mapped_files(code=True):
-        _page_out(span)
-
-
-def _page_out(span: range) -> None:
-    """Pages that lie in it whole; what is in no file, or was changed, stays."""
-    first = -(-span.start // mmap.PAGESIZE) * mmap.PAGESIZE
-    whole = max(0, span.stop // mmap.PAGESIZE * mmap.PAGESIZE - first)
-    with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
-        pageout = 21  # MADV_PAGEOUT of madvise(2)
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(whole), pageout)
 
 
 def _resolve_device(name: str) -> torch.device:
