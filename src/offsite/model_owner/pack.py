@@ -28,7 +28,7 @@ from offsite.model_owner.partition import (
     returnable_head,
 )
 from offsite.model_owner.sandwich import Sandwich
-from offsite.model_owner.select.select_blocks import select
+from offsite.model_owner.select.select_blocks import select_blocks
 from offsite.model_owner.split import split
 from offsite.model_owner.work import work_of
 from offsite.models.architectures import config_problems
@@ -101,7 +101,7 @@ def pack(
     settings_files(model, range(model.blocks), dtype)  # what may not travel must not show after the long work
     base_code = fingerprint(model, identity)
     with staged_folder(out) as folder, _scratch(out, folder, base_code, spec, resume=resume) as scratch:
-        chosen = select(model, sandwich, spec, scratch, progress)
+        chosen = select_blocks(model, sandwich, spec, scratch, progress)
         emulator = shared(sandwich.middle, chosen) if "share" in spec.heal else chosen
         healed = _heal(model, sandwich, emulator, spec, scratch, out, progress)
         kept = sandwich.kept(emulator)

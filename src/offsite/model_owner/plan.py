@@ -42,7 +42,7 @@ from offsite.model_owner.pack import Parties, bundle_manifest, settings_files
 from offsite.model_owner.partition import DTYPES, bundle_tensors, counts
 from offsite.model_owner.plug_in import checkpoint_of, form_of
 from offsite.model_owner.sandwich import Sandwich
-from offsite.model_owner.select.select_blocks import select
+from offsite.model_owner.select.select_blocks import select_blocks
 from offsite.model_owner.split import split
 from offsite.model_owner.work import Work, work_of
 from offsite.models.modules.declared import affine_shapes
@@ -125,7 +125,7 @@ def plan_pack(base: Base, spec: PackSpec) -> PackPlan:
     closed = work.block_by_block or (dropped and spec.select in _WORK)
     runs = closed or work.distills
     # which blocks the calibration text will choose is known only after the work; their sizes do not depend on it
-    emulator = select(model, sandwich, _without_work(spec), Path(), silent)
+    emulator = select_blocks(model, sandwich, _without_work(spec), Path(), silent)
     emulator = shared(sandwich.middle, emulator) if "share" in spec.heal else emulator
     kept = sandwich.kept(emulator)
     files = _bundle_files(model, sandwich, kept, spec)

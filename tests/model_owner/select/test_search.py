@@ -11,7 +11,8 @@ from offsite.config import PackSpec
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.pack import pack
-from offsite.model_owner.select.search import improve, moves, search, starts
+from offsite.model_owner.select.search import improve, moves, select, starts
+from offsite.model_owner.select.selection import Selection
 from offsite.model_owner.split import split
 from offsite.progress import Event, silent
 from offsite.protocol.artifacts import Base
@@ -52,7 +53,7 @@ def test_the_best_of_what_was_judged(base_of: MakeBase, tmp_path: Path, heal: st
     model = open_base(Base(base_of(blocks=7)))
     settings = spec(heal=heal, search_minutes=5)  # it ends by itself long before
     sandwich = split(model, settings)
-    found = search(model, sandwich, settings, tmp_path, silent)
+    found = select(Selection(model, sandwich, settings, tmp_path, silent))
     remembered = json.loads((tmp_path / "search.json").read_text())
     judged = {tuple(map(int, name.split())): nats for name, nats in remembered.items()}
     assert judged[found] == min(judged.values()) <= min(judged[start] for start in starts(sandwich.middle, 2))
@@ -60,7 +61,7 @@ def test_the_best_of_what_was_judged(base_of: MakeBase, tmp_path: Path, heal: st
     known = dict.fromkeys(remembered, 1.0) | {"1 3": 0.5}
     (tmp_path / "chosen.json").unlink()
     (tmp_path / "search.json").write_text(json.dumps(known))  # what is known is not judged again
-    assert search(model, sandwich, settings, tmp_path, silent) == (1, 3)
+    assert select(Selection(model, sandwich, settings, tmp_path, silent)) == (1, 3)
 
 
 def test_an_interrupted_search_goes_on(base_of: MakeBase, tmp_path: Path, parties: Parties) -> None:

@@ -12,8 +12,9 @@ from offsite.model_owner.base_model import open_base
 from offsite.model_owner.calibration import calibration_batches
 from offsite.model_owner.sandwich import Sandwich
 from offsite.model_owner.select import influence as influence_module
-from offsite.model_owner.select.influence import block_influence
-from offsite.model_owner.select.select_blocks import most_influential, select
+from offsite.model_owner.select.influence import block_influence, most_influential
+from offsite.model_owner.select.select_blocks import select_blocks
+from offsite.model_owner.select.selection import Selection
 from offsite.model_owner.select.uniform import uniform
 from offsite.model_owner.split import split
 from offsite.progress import Event, silent
@@ -56,10 +57,12 @@ def test_most_influential() -> None:
 def test_random_is_seeded(base_of: MakeBase) -> None:
     model = open_base(Base(base_of(blocks=10)))
     spec = PackSpec(bottom=1, top=1, keep=3, select="random", seed=5)
-    found = select(model, split(model, spec), spec, Path(), silent)
-    assert found == select(model, split(model, spec), spec, Path(), silent) == tuple(sorted(found))
+    found = select_blocks(model, split(model, spec), spec, Path(), silent)
+    assert found == select_blocks(model, split(model, spec), spec, Path(), silent) == tuple(sorted(found))
     assert set(found) <= set(range(1, 9))
-    others = {select(model, split(model, spec), spec.model_copy(update={"seed": s}), Path(), silent) for s in range(20)}
+    others = {
+        select_blocks(model, split(model, spec), spec.model_copy(update={"seed": s}), Path(), silent) for s in range(20)
+    }
     assert len(others) > 5
 
 
@@ -67,7 +70,7 @@ def test_everything_kept_needs_no_rule(base_of: MakeBase, monkeypatch: pytest.Mo
     model = open_base(Base(base_of(blocks=5)))
     monkeypatch.setattr(influence_module, "block_influence", None)
     spec = PackSpec(bottom=1, top=1, keep=3, select="influence")
-    assert select(model, Sandwich((0,), (1, 2, 3), (4,)), spec, Path(), silent) == (1, 2, 3)
+    assert select_blocks(model, Sandwich((0,), (1, 2, 3), (4,)), spec, Path(), silent) == (1, 2, 3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
@@ -79,7 +82,7 @@ def test_influence_is_what_transformers_computes(base_of: MakeBase, tmp_path: Pa
     settings = {"bottom": 1, "top": 1, "keep": 2, "heal": "none", "compute": "fp32"}
     spec = PackSpec.model_validate({**settings, "calibration": text, "calibration_tokens": 512})
     events: list[Event] = []
-    found = block_influence(model, (1, 2, 3), spec, events.append)
+    found = block_influence(Selection(model, Sandwich((0,), (1, 2, 3), (4,)), spec, Path(), events.append))
     assert sorted(found) == [1, 2, 3]
     assert events
     reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -103,5 +106,5 @@ def test_influence_is_what_transformers_computes(base_of: MakeBase, tmp_path: Pa
             for before, after in zip(states[index], states[index + 1], strict=True)
         ]
         assert found[index] == pytest.approx(1 - float(torch.cat(cosines).mean()), abs=1e-5)
-    chosen = select(model, split(model, spec), spec.model_copy(update={"select": "influence"}), Path(), silent)
+    chosen = select_blocks(model, split(model, spec), spec.model_copy(update={"select": "influence"}), Path(), silent)
     assert chosen == most_influential(found, 2)

@@ -12,19 +12,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from offsite.config import PackSpec
 from offsite.kernels.runtime import runtime
-from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner
 from offsite.model_owner.calibration import calibration_batches
-from offsite.progress import Event, Progress
+from offsite.model_owner.select.selection import Selection
+from offsite.progress import Event
 
 
-def cluster(model: BaseModel, middle: Sequence[int], spec: PackSpec, progress: Progress) -> tuple[int, ...]:
-    """The centres of as many clusters as blocks are to be kept, by base index."""
-    pooled = _pooled_outputs(model, middle, spec, progress)
+def select(selection: Selection) -> tuple[int, ...]:
+    """The centres of as many clusters as blocks are to be kept, by base index.
+
+    Raises:
+        DataError: the calibration data is unreadable or too short.
+    """
+    pooled = _pooled_outputs(selection)
     alike = [[linear_cka(one, other) for other in pooled] for one in pooled]
-    return tuple(middle[place] for place in centres(alike, spec.kept(middle)))
+    return tuple(selection.middle[place] for place in centres(alike, selection.keep))
 
 
 def linear_cka(left: Tensor, right: Tensor) -> float:
@@ -50,8 +53,9 @@ def centres(alike: Sequence[Sequence[float]], keep: int) -> list[int]:
     return [members[(len(members) - 1) // 2] for members in clusters]
 
 
-def _pooled_outputs(model: BaseModel, middle: Sequence[int], spec: PackSpec, progress: Progress) -> list[Tensor]:
+def _pooled_outputs(selection: Selection) -> list[Tensor]:
     """What each block of the middle gives, pooled: a matrix (samples, H) for each."""
+    model, spec, middle = selection.model, selection.spec, selection.middle
     machine = runtime(spec.device, spec.compute, spec.threads)
     runner = BlockRunner(model, machine)
     batches = [ids.to(machine.device) for ids in calibration_batches(model, spec.calibration, spec.calibration_tokens)]
@@ -59,7 +63,7 @@ def _pooled_outputs(model: BaseModel, middle: Sequence[int], spec: PackSpec, pro
     hidden = [first.embed(ids) for ids in batches]
     pooled = []
     for index in range(middle[-1] + 1):
-        progress(Event("comparing blocks", index, middle[-1] + 1))
+        selection.progress(Event("comparing blocks", index, middle[-1] + 1))
         block = runner.load(index)
         for position, ids in enumerate(batches):
             hidden[position] = block(ids, hidden[position])

@@ -3,6 +3,16 @@
 from collections.abc import Sequence
 
 from offsite.errors import UsageError
+from offsite.model_owner.select.selection import Selection
+
+
+def select(selection: Selection) -> tuple[int, ...]:
+    """The blocks before and behind the piece that goes.
+
+    Raises:
+        UsageError: the piece does not lie in the middle.
+    """
+    return contiguous(selection.middle, selection.keep, selection.spec.drop_from)
 
 
 def contiguous(middle: Sequence[int], keep: int, drop_from: int | None = None) -> tuple[int, ...]:

@@ -1,22 +1,37 @@
 """Block influence (ShortGPT, arXiv 2403.03853): how far a block turns the hidden state."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 
-from offsite.config import PackSpec
 from offsite.kernels.runtime import runtime
-from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner
 from offsite.model_owner.calibration import calibration_batches
-from offsite.progress import Event, Progress
+from offsite.model_owner.select.selection import Selection
+from offsite.progress import Event
 
 
-def block_influence(model: BaseModel, middle: Sequence[int], spec: PackSpec, progress: Progress) -> dict[int, float]:
+def select(selection: Selection) -> tuple[int, ...]:
+    """The blocks of the middle with the most influence.
+
+    Raises:
+        DataError: the calibration data is unreadable or too short.
+    """
+    return most_influential(block_influence(selection), selection.keep)
+
+
+def most_influential(scores: Mapping[int, float], keep: int) -> tuple[int, ...]:
+    """The blocks that change the hidden state's direction most; of equals the earlier."""
+    ranked = sorted(scores, key=lambda index: (-scores[index], index))
+    return tuple(sorted(ranked[:keep]))
+
+
+def block_influence(selection: Selection) -> dict[int, float]:
     """BI of each block of the middle: 1 - E[cos(hidden before, hidden after)] over calibration tokens.
 
     The cosine looks at directions alone, so tokens with massive activations weigh no more than others.
     """
+    model, spec, middle = selection.model, selection.spec, selection.middle
     machine = runtime(spec.device, spec.compute, spec.threads)
     runner = BlockRunner(model, machine)
     batches = [ids.to(machine.device) for ids in calibration_batches(model, spec.calibration, spec.calibration_tokens)]
@@ -24,7 +39,7 @@ def block_influence(model: BaseModel, middle: Sequence[int], spec: PackSpec, pro
     hidden = [first.embed(ids) for ids in batches]
     scores: dict[int, float] = {}
     for index in range(middle[-1] + 1):
-        progress(Event("measuring block influence", index, middle[-1] + 1))
+        selection.progress(Event("measuring block influence", index, middle[-1] + 1))
         block = runner.load(index)
         cosines = []
         for position, ids in enumerate(batches):

@@ -16,46 +16,45 @@ from statistics import fmean
 
 import torch
 
-from offsite.config import PackSpec
 from offsite.kernels.memory_formulas import JUDGED, SEARCH_TOKENS
 from offsite.kernels.runtime import runtime
-from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner, LoadedStack
 from offsite.model_owner.calibration import calibration_batches
 from offsite.model_owner.heal.block_by_block import block_by_block
 from offsite.model_owner.heal.middle_states import MiddleStates, middle_states
-from offsite.model_owner.sandwich import Sandwich
 from offsite.model_owner.select.contiguous import contiguous
+from offsite.model_owner.select.selection import Selection
 from offsite.model_owner.select.uniform import uniform
 from offsite.model_owner.work import work_of
-from offsite.progress import Event, Progress, silent
+from offsite.progress import Event, silent
 from offsite.storage.files import replace_file
 
 Blocks = tuple[int, ...]
 Score = Callable[[Blocks], float]
 
 
-def search(model: BaseModel, sandwich: Sandwich, spec: PackSpec, scratch: Path, progress: Progress) -> Blocks:
+def select(selection: Selection) -> Blocks:
     """The best blocks that were found in the time, by base index.
 
     Raises:
         DataError: the calibration text is unreadable or too short.
         StorageError: something cannot be written.
     """
+    spec, middle, scratch = selection.spec, selection.middle, selection.scratch
     chosen = scratch / "chosen.json"
     if chosen.exists():
         return tuple(json.loads(chosen.read_text()))
     deadline = time.monotonic() + 60 * spec.search_minutes
-    score = _remembered(_judge(model, sandwich, spec, scratch, progress), scratch / "search.json")
+    score = _remembered(_judge(selection), scratch / "search.json")
     tried: list[float] = []
 
     def judged(blocks: Blocks) -> float:
         tried.append(score(blocks))
-        progress(Event("searching for blocks", len(tried), None, {"loss": tried[-1], "best": min(tried)}))
+        selection.progress(Event("searching for blocks", len(tried), None, {"loss": tried[-1], "best": min(tried)}))
         return tried[-1]
 
-    start = min(starts(sandwich.middle, spec.kept(sandwich.middle)), key=judged)
-    best = improve(start, sandwich.middle, judged, spec.seed, lambda: time.monotonic() < deadline)
+    start = min(starts(middle, selection.keep), key=judged)
+    best = improve(start, middle, judged, spec.seed, lambda: time.monotonic() < deadline)
     replace_file(chosen, json.dumps(best).encode())
     return best
 
@@ -102,14 +101,15 @@ def _remembered(score: Score, file: Path) -> Score:
     return remembering
 
 
-def _judge(model: BaseModel, sandwich: Sandwich, spec: PackSpec, scratch: Path, progress: Progress) -> Score:
+def _judge(selection: Selection) -> Score:
     """A function from blocks to nats per token of the emulator with them, healed in closed form if it is to be."""
+    model, sandwich, spec, scratch = selection.model, selection.sandwich, selection.spec, selection.scratch
     machine = runtime(spec.device, spec.compute, spec.threads)
     batches = calibration_batches(model, spec.calibration, min(spec.calibration_tokens, SEARCH_TOKENS))
     held_out = batches[JUDGED - 1 :: JUDGED] or batches[-1:]
     fitted = [ids for ids in batches if not any(ids is one for one in held_out)] or batches
     states = middle_states(
-        model, sandwich, held_out, machine, scratch / "judged", progress, "hidden states to search with"
+        model, sandwich, held_out, machine, scratch / "judged", selection.progress, "hidden states to search with"
     )
     runner = BlockRunner(model, machine)
     solves = work_of(sandwich.middle, spec).block_by_block

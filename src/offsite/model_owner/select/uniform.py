@@ -2,6 +2,13 @@
 
 from collections.abc import Sequence
 
+from offsite.model_owner.select.selection import Selection
+
+
+def select(selection: Selection) -> tuple[int, ...]:
+    """Evenly spread blocks of the middle."""
+    return uniform(selection.middle, selection.keep)
+
 
 def uniform(middle: Sequence[int], keep: int) -> tuple[int, ...]:
     """Evenly spread blocks, the first and the last among them; keep = 1 takes the first."""

@@ -1,0 +1,62 @@
+"""What a selection rule is given, and the one function that its file has. Torch-free."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast, runtime_checkable
+
+from offsite.config import PackSpec
+from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.sandwich import Sandwich
+from offsite.progress import Progress
+
+# The rules by the names that settings have for them, and their files.
+SELECTORS = {
+    "uniform": "uniform",
+    "influence": "influence",
+    "cluster": "cluster",
+    "contiguous": "contiguous",
+    "search": "search",
+    "random": "random_choice",
+}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Blocks of the middle to choose from."""
+
+    model: BaseModel
+    sandwich: Sandwich
+    spec: PackSpec
+    scratch: Path  # a folder where a long search remembers what it has tried
+    progress: Progress
+
+    @property
+    def middle(self) -> Sequence[int]:
+        """Base indices of the blocks to choose from, in order."""
+        return self.sandwich.middle
+
+    @property
+    def keep(self) -> int:
+        """How many of them the emulator keeps; fewer than there are."""
+        return self.spec.kept(self.sandwich.middle)
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """A file of this folder with a selection rule."""
+
+    def select(self, selection: Selection) -> tuple[int, ...]:
+        """The base indices of the blocks that stay, in order.
+
+        Raises:
+            UsageError: a setting of the rule does not fit the model.
+            DataError: the calibration data is unreadable or too short.
+            StorageError: something cannot be written.
+        """
+
+
+def selector(name: str) -> Selector:
+    """The file with a selection rule; one that runs the network imports torch."""
+    return cast(Selector, import_module(f"offsite.model_owner.select.{SELECTORS[name]}"))
