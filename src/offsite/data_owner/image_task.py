@@ -42,6 +42,11 @@ class Album:
     classes: tuple[str, ...]
     tokens: int  # of one picture
 
+    @property
+    def rows(self) -> int:
+        """How many pictures there are to train on."""
+        return len(self.train)
+
     def labels(self, pictures: Pictures) -> torch.Tensor:
         """The class of each picture by its place, (N,)."""
         place = {name: index for index, name in enumerate(self.classes)}

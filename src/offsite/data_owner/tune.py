@@ -1,7 +1,6 @@
 """Tuning: verify a bundle, train its adapter on one's own rows, and write the signed return."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,18 +8,18 @@ from offsite.config import TuneSpec
 from offsite.data.picture_files import pictures_digest, read_pictures
 from offsite.data.picture_workers import PictureWorkers
 from offsite.data.row_files import data_digest
-from offsite.data.rows import read_rows
-from offsite.data.tokens import Example, encode, require_known
+from offsite.data_owner.check_tuning import AT_WORK, check_tuning
 from offsite.data_owner.feature_cache import cached_features
-from offsite.data_owner.image_task import Album, ImageTask, head_parameters, new_head, open_album
+from offsite.data_owner.image_task import Album, ImageTask, head_parameters, new_head
 from offsite.data_owner.memory_budget import within_memory
 from offsite.data_owner.methods import METHODS
 from offsite.data_owner.methods.lora_linear import run_lean
 from offsite.data_owner.methods.trained_head import attach_head
-from offsite.data_owner.permissions import require_permitted, require_something_to_report, resolve_defaults
+from offsite.data_owner.permissions import resolve_defaults
 from offsite.data_owner.returned_checkpoints import Checkpoints
 from offsite.data_owner.text_task import Task, TextTask
 from offsite.data_owner.train import Tuning, train
+from offsite.data_owner.tuning_data import TextData, read_data
 from offsite.data_owner.write_return import send_back
 from offsite.kernels.cpu.fused_modules import fuse
 from offsite.kernels.cpu.tiled_attention import use_tiled_attention
@@ -28,19 +27,17 @@ from offsite.kernels.runtime import Runtime, runtime, seeded, worker_count
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.backbone import split_backbone_and_head
 from offsite.models.image_encoder import BIAS, WEIGHT, encoder_of
-from offsite.models.loading import context_length, load_model, load_tokenizer
+from offsite.models.loading import load_model
 from offsite.models.mixture import in_files
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Bundle, Return
 from offsite.protocol.home import Home
 from offsite.protocol.verify import verify_bundle
-from offsite.storage.files import require_free
 from offsite.storage.lock import alone_in
 from offsite.training.master_weights import TrainedWeights
 from offsite.training.resume_points import RunState
 from offsite.training.run_log import log_file, run_folder
 from offsite.training.schedule import checkpoint_steps, step_count
-from offsite.training.tensorboard import require_apart, require_tensorboard
 
 if TYPE_CHECKING:
     from torch import nn
@@ -92,69 +89,32 @@ def tune(
         StorageError: something cannot be read or written.
         KeyboardInterrupt: the user stopped it; a resume point was saved.
     """
-    require_free(out)
-    out = out.resolve()  # the return takes the place of an empty folder, also of the one that one stands in
-    require_something_to_report(spec, eval_data)
-    if tensorboard is not None:
-        require_apart(tensorboard, out)
-        require_tensorboard()
-    identity = home.identity()
     progress(Event("verifying the bundle", 0))
     verified = verify_bundle(bundle, home)
-    require_permitted(verified.manifest, spec)
+    identity = check_tuning(verified, out, spec, home, eval_data=eval_data, tensorboard=tensorboard, resume=resume)
+    out = out.resolve()  # the return takes the place of an empty folder, also of the one that one stands in
     where = runtime(spec.device, spec.compute, spec.threads)
     spec = resolve_defaults(spec, verified.manifest.architecture, where.dtype.itemsize)
     with PictureWorkers(worker_count(spec.workers, where.device)) as workers:
         progress(Event("reading the rows", 0))
-        rows = _reading(verified, data, eval_data, spec, progress, workers)
-        steps = step_count(spec, rows.count)
+        rows = read_data(verified, data, eval_data, spec, progress, workers)
+        steps = step_count(spec, rows.rows)
         checkpoint_steps(spec, steps)  # refused before the run has a folder
         identity_of_run = _identity_of_run(verified, data, eval_data, spec, where)
-        with alone_in(run_folder(out), "tuning", "wait for it or stop it"), seeded(spec.seed, where.device):
+        with alone_in(run_folder(out), *AT_WORK), seeded(spec.seed, where.device):
             state = RunState(run_folder(out), identity_of_run, resume=resume, points_alone=True)
             checkpoints = Checkpoints(state, spec, steps)
             progress(Event("loading the model", 0))
-            tuning = rows.prepare(where)
+            tuning = _prepare(verified, spec, where, rows, progress)
             with cached_features(tuning, spec, state.folder, progress):
                 fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
                 train(tuning, fitted, state, checkpoints, log_file(out), progress, tensorboard=tensorboard)
             progress(Event("writing the return", 0))
+            classes = rows.classes if isinstance(rows, Album) else None
             head = {name: master for name, master in tuning.weights.masters.items() if name in (WEIGHT, BIAS)}
-            returned = send_back(verified, {**tuning.returned, **head}, spec, out, identity, checkpoints, rows.classes)
+            returned = send_back(verified, {**tuning.returned, **head}, spec, out, identity, checkpoints, classes)
             state.remove()
     return returned
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What was read: how many rows train, what makes a run of them once it is known where, and classes of pictures."""
-
-    count: int
-    prepare: Callable[[Runtime], Tuning]
-    classes: tuple[str, ...] | None = None
-
-
-def _reading(
-    bundle: Bundle, data: Path, eval_data: Path | None, spec: TuneSpec, progress: Progress, workers: PictureWorkers
-) -> _Rows:
-    if ARCHITECTURES[bundle.manifest.architecture].vision is None:
-        examples, held_out = _read(bundle, data, spec, progress), _read(bundle, eval_data, spec, progress)
-        return _Rows(len(examples), lambda where: _prepare(bundle, spec, where, examples, held_out))
-    album = open_album(bundle.folder, data, eval_data, spec, progress, workers)
-    return _Rows(len(album.train), lambda where: _prepare_images(bundle, spec, where, album, progress), album.classes)
-
-
-def _read(bundle: Bundle, data: Path | None, spec: TuneSpec, progress: Progress) -> tuple[Example, ...]:
-    if data is None:
-        return ()
-    longest = min(spec.max_length, context_length(bundle.folder) or spec.max_length)
-    tokenizer = load_tokenizer(bundle.folder)
-    encoded = encode(read_rows(data), tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
-    require_known(encoded.examples, bundle.folder, data)
-    if encoded.skipped:
-        what = f"rows of {data.name} left out, too long or without a label"
-        progress(Event(what, encoded.skipped, encoded.skipped + len(encoded.examples)))
-    return encoded.examples
 
 
 def _identity_of_run(
@@ -170,14 +130,14 @@ def _identity_of_run(
     return {**settings, **resolved, "bundle": bundle.digest, "data": digest, **told}
 
 
-def _prepare(
-    bundle: Bundle, spec: TuneSpec, where: Runtime, examples: tuple[Example, ...], held_out: tuple[Example, ...]
-) -> Tuning:
+def _prepare(bundle: Bundle, spec: TuneSpec, where: Runtime, data: TextData | Album, progress: Progress) -> Tuning:
+    if isinstance(data, Album):
+        return _prepare_images(bundle, spec, where, data, progress)
     model = load_model(bundle.folder, dtype=where.dtype, device=where.device)
     network = split_backbone_and_head(model)
     trained = _attach(model, bundle, spec)
     weights = TrainedWeights(trained | attach_head(model, bundle.manifest, spec))
-    return _tuning(bundle, spec, model, weights, TextTask(network, examples, held_out))
+    return _tuning(bundle, spec, model, weights, TextTask(network, data.examples, data.held_out))
 
 
 def _prepare_images(bundle: Bundle, spec: TuneSpec, where: Runtime, album: Album, progress: Progress) -> Tuning:

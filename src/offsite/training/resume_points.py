@@ -19,6 +19,7 @@ from offsite.models.loading import read_tensor
 from offsite.storage.files import replace_file, storage_errors
 from offsite.storage.lock import LOCK
 from offsite.storage.safetensors_files import NewTensor, read_header, strict_json, write_safetensors
+from offsite.training.run_log import require_resume_asked
 
 _NAMES = {torch.float32: "F32", torch.uint8: "U8"}
 
@@ -42,19 +43,13 @@ class RunState:
         self.folder = folder
         self._record = folder / "state.json"
         described = json.loads(json.dumps(identity))
-        if (folder / "run.json").exists():
-            if not points_alone or self._record.exists():
-                self._require_same(described, resume=resume)
-            elif not resume or _read_json(folder / "run.json") != described:
-                self._begin_anew()
+        if require_resume_asked(folder, resume=resume, points_alone=points_alone):
+            self._require_same(described)
+        elif (folder / "run.json").exists() and (not resume or _read_json(folder / "run.json") != described):
+            self._begin_anew()
         replace_file(folder / "run.json", json.dumps(described, indent=1).encode())
 
-    def _require_same(self, identity: Mapping[str, Any], *, resume: bool) -> None:
-        if not resume:
-            raise UsageError(
-                f"an interrupted run is in {self.folder}",
-                next_step=f"continue it with --resume, or remove it to start anew: rm -r {self.folder}",
-            )
+    def _require_same(self, identity: Mapping[str, Any]) -> None:
         there = _read_json(self.folder / "run.json")
         different = [
             f"{name}: {_shown(there.get(name))} in the interrupted run, {_shown(identity.get(name))} now"

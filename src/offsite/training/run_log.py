@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from offsite.errors import UsageError
 from offsite.storage.files import storage_errors
 
 
@@ -23,6 +24,29 @@ def run_folder(out: Path) -> Path:
     """Where the resume points of the run that writes `out` lie."""
     out = out.resolve()  # "." has no name
     return out.with_name(f"{out.name}.run")
+
+
+def require_resume_asked(folder: Path, *, resume: bool, points_alone: bool = False) -> bool:
+    """Refuse to begin where an interrupted run is; nothing is changed.
+
+    Args:
+        folder: from `run_folder`.
+        resume: whether the run that is there is to be continued.
+        points_alone: whether a run that has saved no resume point is nothing to continue.
+
+    Returns:
+        Whether there is a run to continue.
+
+    Raises:
+        UsageError: there is one, and it was not to be resumed.
+    """
+    interrupted = (folder / "run.json").exists() and (not points_alone or (folder / "state.json").exists())
+    if interrupted and not resume:
+        raise UsageError(
+            f"an interrupted run is in {folder}",
+            next_step=f"continue it with --resume, or remove it to start anew: rm -r {folder}",
+        )
+    return interrupted
 
 
 @contextlib.contextmanager

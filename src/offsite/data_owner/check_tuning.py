@@ -1,0 +1,60 @@
+"""What is checked before a tuning begins, and by `--plan` too: what the run refuses is known without running it."""
+
+from pathlib import Path
+
+from offsite.config import TuneSpec
+from offsite.data_owner.permissions import require_permitted, require_something_to_report
+from offsite.protocol.artifacts import Bundle
+from offsite.protocol.home import Home
+from offsite.protocol.signing import Identity
+from offsite.storage.files import require_free
+from offsite.storage.lock import LOCK, alone_in
+from offsite.training.run_log import require_resume_asked, run_folder
+from offsite.training.tensorboard import require_apart, require_tensorboard
+
+AT_WORK = ("tuning", "wait for it or stop it")  # what holds the run's folder, and what to do then
+
+
+def check_tuning(
+    bundle: Bundle,
+    out: Path,
+    spec: TuneSpec,
+    home: Home,
+    *,
+    eval_data: Path | None = None,
+    tensorboard: Path | None = None,
+    resume: bool = False,
+) -> Identity:
+    """Refuse a tuning that could not end in a return; the rows are not read, and nothing is written.
+
+    Args:
+        bundle: verified.
+        out: the return's folder.
+        spec: what trains and how.
+        home: the data owner's.
+        eval_data: rows to validate on.
+        tensorboard: a folder to log to for TensorBoard as well.
+        resume: whether an interrupted run is to be continued.
+
+    Returns:
+        The data owner's identity, which will sign the return.
+
+    Raises:
+        UsageError: `out` holds something, another tuning is at work there, or an interrupted one that was not to be
+            resumed; this home has no key; losses are to be reported and there are no rows to measure them on; settings
+            do not go together; or TensorBoard is not installed, or is to log into the folder of the return.
+        IncompatibleError: the method has nothing to train in this model.
+        PolicyError: the bundle does not permit the method, the rank, the width or the head.
+    """
+    require_free(out)
+    require_something_to_report(spec, eval_data)
+    if tensorboard is not None:
+        require_apart(tensorboard, out)
+        require_tensorboard()
+    identity = home.identity()
+    require_permitted(bundle.manifest, spec)
+    run = run_folder(out)
+    if (run / LOCK).exists():  # of a run that still works it is not true that it was interrupted
+        with alone_in(run, *AT_WORK):
+            require_resume_asked(run, resume=resume, points_alone=True)
+    return identity

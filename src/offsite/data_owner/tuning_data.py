@@ -1,0 +1,64 @@
+"""The rows of a tuning, read as the bundle's model is given them: tokens of text, or decoded pictures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from offsite.config import TuneSpec
+from offsite.data.picture_workers import PictureWorkers
+from offsite.data.rows import read_rows
+from offsite.data.tokens import Encoded, Example, encode, require_known
+from offsite.data_owner.image_task import Album, open_album
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.loading import context_length, load_tokenizer
+from offsite.progress import Event, Progress
+from offsite.protocol.artifacts import Bundle
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Rows of text to train and to validate on, tokenised."""
+
+    examples: tuple[Example, ...]
+    held_out: tuple[Example, ...]  # may be empty
+    left_out: int  # rows to train on that are too long, or have no label
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are to train on."""
+        return len(self.examples)
+
+
+def read_data(
+    bundle: Bundle, data: Path, eval_data: Path | None, spec: TuneSpec, progress: Progress, workers: PictureWorkers
+) -> TextData | Album:
+    """Read the rows that a bundle is to be tuned on, before its model is loaded.
+
+    Args:
+        bundle: verified; its tokenizer or image processor prepares the rows.
+        data: rows to train on.
+        eval_data: rows to validate on, if there are any.
+        spec: how long a row may be, and what happens to longer ones and to broken pictures.
+        progress: where the events go.
+        workers: who decodes pictures.
+
+    Raises:
+        DataError: rows are bad, too long, or missing.
+        UsageError: held-out pictures are asked for in two ways.
+        IncompatibleError: the tokenizer or image processor does not fit the model.
+    """
+    if ARCHITECTURES[bundle.manifest.architecture].vision is not None:
+        return open_album(bundle.folder, data, eval_data, spec, progress, workers)
+    train = _encode(bundle, data, spec, progress)
+    held_out = _encode(bundle, eval_data, spec, progress).examples if eval_data is not None else ()
+    return TextData(train.examples, held_out, train.skipped)
+
+
+def _encode(bundle: Bundle, data: Path, spec: TuneSpec, progress: Progress) -> Encoded:
+    longest = min(spec.max_length, context_length(bundle.folder) or spec.max_length)
+    tokenizer = load_tokenizer(bundle.folder)
+    encoded = encode(read_rows(data), tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
+    require_known(encoded.examples, bundle.folder, data)
+    if encoded.skipped:
+        what = f"rows of {data.name} left out, too long or without a label"
+        progress(Event(what, encoded.skipped, encoded.skipped + len(encoded.examples)))
+    return encoded
