@@ -67,11 +67,9 @@ def _odd_rows() -> None:
 
 
 def _torchs_dropout() -> None:
-    from offsite.data_owner import lane_count
     from offsite.kernels.cpu import side_by_side
 
-    for module in (side_by_side, lane_count):
-        module.OwnRandomness = lambda seed: contextlib.nullcontext()  # type: ignore[assignment,misc]
+    side_by_side.OwnRandomness = lambda seed: contextlib.nullcontext()  # type: ignore[assignment,misc]
 
 
 def _without_kept_memory() -> None:

@@ -13,7 +13,7 @@ from offsite.data_owner.feature_cache import _Skipped, cached_features
 from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.errors import StorageError, UsageError
-from offsite.kernels.activation_checkpointing import keep_activations, recompute
+from offsite.kernels.activation_checkpointing import checkpoint_activations, keep_activations
 from offsite.kernels.cpu.fused_modules import fuse
 from offsite.kernels.cpu.tiled_attention import use_tiled_attention
 from offsite.models.backbone import split_backbone_and_head
@@ -76,11 +76,11 @@ def test_losses_and_gradients_are_those_of_the_whole_network(tmp_path, kind, aga
     nats, gradients = loss_and_gradients(tuning, picked)
     calls = [calls_of(block) for block in list(tuning.blocks)[:2]]
     if again == "before":
-        recompute(tuning.blocks)
+        checkpoint_activations(tuning.blocks)
     with cached_features(tuning, SPEC, tmp_path, silent):
         assert json.loads((tmp_path / "features.json").read_text()) == {"cached": True}
         if again == "inside":
-            recompute(tuning.blocks)
+            checkpoint_activations(tuning.blocks)
         made = [len(seen) for seen in calls]
         found, slopes = loss_and_gradients(tuning, picked)
         assert [len(seen) for seen in calls] == made

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from offsite.data.tokens import Example
-from offsite.evaluation import row_losses as module
 from offsite.evaluation.row_losses import row_losses
+from offsite.kernels import forward_runner
 from offsite.models.backbone import split_backbone_and_head
 from offsite.models.loading import load_model
 from tiny import tiny_base
@@ -27,7 +27,7 @@ def test_side_by_side_they_are_the_same_and_leave_nothing_behind(tmp_path, monke
     expected = row_losses(network, examples, 40)
     assert {thread for thread, _ in ran} == {threading.main_thread()}
     ran.clear()
-    monkeypatch.setattr(module, "usual_lanes_of", lambda body: count)
+    monkeypatch.setattr("offsite.kernels.cpu.side_by_side.usual_lanes", lambda threads, item: count)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     found = row_losses(network, examples, 40, told.append)
     assert [(row.line, row.tokens) for row in found] == [(row.line, row.tokens) for row in expected]
@@ -54,4 +54,5 @@ def test_passes_run_side_by_side_where_training_would(tmp_path, monkeypatch, til
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     model = load_model(tiny_base(tmp_path / "base", blocks=2), dtype=getattr(torch, dtype), device=torch.device("cpu"))
     next(part for part in model.modules() if hasattr(part, "rope_type")).rope_type = rope
-    assert module.usual_lanes_of(model.base_model) == count
+    with forward_runner(model.base_model) as run:
+        assert run.count == count

@@ -21,12 +21,10 @@ from offsite.config import TuneSpec
 from offsite.data.picture_sizes import at_once
 from offsite.data.tokens import Example
 from offsite.data_owner.image_task import ImageTask
-from offsite.data_owner.lane_count import lane_count
 from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.errors import StorageError, UsageError
-from offsite.kernels.activation_checkpointing import keep_activations, recompute
-from offsite.kernels.cpu.side_by_side import Lanes
+from offsite.kernels import Piece, checkpoint_activations, count_side_by_side, keep_activations, micro_batch_runner
 from offsite.kernels.runtime import Runtime, give_freed_memory_back
 from offsite.progress import Event, Progress
 from offsite.storage.files import replace_file
@@ -64,12 +62,27 @@ def within_memory(tuning: Tuning, spec: TuneSpec, where: Runtime, file: Path, pr
         StorageError: `file` cannot be written or read.
     """
     _recompute(tuning, spec.gradient_checkpointing)
-    lanes = lane_count(tuning, spec, where)
+    lanes = side_by_side(tuning, spec, where).count
     if spec.memory is None:
         return _shared(spec, lanes)
     found = _settled(file, lambda: _fit(tuning, spec, lanes, where, progress))
     _recompute(tuning, found.recompute)
     return spec.model_copy(update={"micro_batch_tokens": found.at_once, "lanes": found.lanes})
+
+
+def side_by_side(tuning: Tuning, spec: TuneSpec, where: Runtime) -> Piece:
+    """How many micro-batches of a tuning run side by side, and why."""
+    task = tuning.task
+    body, only_one = (task.network.body, "") if isinstance(task, TextTask) else (tuning.blocks, "pictures gain nothing")
+    only_one = "each would hold a gradient as large as the head" if spec.tune_head else only_one
+
+    def sample() -> None:
+        assert isinstance(task, TextTask)
+        for block in tuning.trained:
+            block.train()
+        task.loss([min(range(task.rows), key=lambda row: len(task.examples[row].ids))], 0, 0)
+
+    return count_side_by_side(body, where.dtype, asked=spec.lanes, sample=sample, only_one=only_one)
 
 
 def _shared(spec: TuneSpec, lanes: int) -> TuneSpec:
@@ -78,7 +91,7 @@ def _shared(spec: TuneSpec, lanes: int) -> TuneSpec:
 
 
 def _recompute(tuning: Tuning, again: bool) -> None:
-    (recompute if again else keep_activations)(tuning.blocks)
+    (checkpoint_activations if again else keep_activations)(tuning.blocks)
 
 
 def _fit(tuning: Tuning, spec: TuneSpec, lanes: int, where: Runtime, progress: Progress) -> Fit:
@@ -161,12 +174,15 @@ def _run(tuning: Tuning, trial: _Trial, lanes: int) -> None:
     """A forward and backward pass in every lane that leaves nothing behind."""
     for block in tuning.trained:
         block.train()
-    with torch.random.fork_rng(devices=[]), Lanes(lanes) as side_by_side:  # dropout will draw as without the trial
+    working = tuning.weights.working.values()
+    with (
+        torch.random.fork_rng(devices=[]),  # dropout will draw as without the trial
+        micro_batch_runner(working, tuning.task.device, lanes) as run,
+    ):
         for group in trial.groups:
-            for _ in side_by_side.run_seeded(
-                lambda rows: tuning.weights.gradients(trial.task.loss(rows, 0, 0)), [group] * lanes
-            ):
-                pass
+            for _ in run(lambda rows: trial.task.loss(rows, 0, 0), [group] * lanes):
+                for parameter in working:
+                    parameter.grad = None
 
 
 def _parse(size: str) -> int:

@@ -15,7 +15,7 @@ from offsite.config import TuneSpec
 from offsite.data_owner.returned_checkpoints import Checkpoints
 from offsite.data_owner.text_task import Task
 from offsite.errors import OffsiteError
-from offsite.kernels.cpu.side_by_side import Lanes
+from offsite.kernels import MicroBatchRunner, micro_batch_runner
 from offsite.progress import Event, Progress
 from offsite.training.master_weights import TrainedWeights
 from offsite.training.resume_points import RunState
@@ -68,7 +68,7 @@ def train(
         run_log(log) as to_file,
         board(tensorboard) as to_board,
         stop_requests() as stopping,
-        Lanes(spec.lanes or 1) as lanes,
+        micro_batch_runner(tuning.weights.working.values(), tuning.task.device, spec.lanes or 1) as run,
     ):
 
         def write(record: Mapping[str, Any]) -> None:
@@ -90,7 +90,7 @@ def train(
                 for step in range(done, min(done + 2, steps)):
                     epoch, rows = rows_of(step)
                     tuning.task.foresee(rows, spec.seed, epoch)
-                facts = _step(tuning, optimizer, lanes, spec, *rows_of(done), learning_rate(spec, done, steps))
+                facts = _step(tuning, optimizer, run, spec, *rows_of(done), learning_rate(spec, done, steps))
                 done += 1
                 checkpoints.take(done, tuning.returned)
                 whole = True  # only now: a resume point of this step says that its checkpoint has been taken
@@ -112,7 +112,7 @@ def train(
 def _step(
     tuning: Tuning,
     optimizer: torch.optim.Optimizer,
-    lanes: Lanes,
+    run: MicroBatchRunner,
     spec: TuneSpec,
     epoch: int,
     rows: Sequence[int],
@@ -122,23 +122,18 @@ def _step(
     task, masters = tuning.task, list(tuning.weights.masters.values())
     size = task.size(rows)
     labels = size["labels"]
-    nats = 0.0
+    loss = 0.0
     for block in tuning.trained:
         block.train()
 
-    def passed(group: list[int]) -> tuple[float, Sequence[torch.Tensor | None]]:
-        total = task.loss(group, spec.seed, epoch)
-        return float(total.detach()), tuning.weights.gradients(total / labels)
-
-    for nats_of_it, gradients in lanes.run_seeded(passed, list(task.groups(rows, spec))):
-        tuning.weights.add_gradients(gradients)
-        nats += nats_of_it
-        del gradients  # before the next ones are there
+    for part in run(lambda group: task.loss(group, spec.seed, epoch) / labels, list(task.groups(rows, spec))):
+        tuning.weights.collect_gradients()
+        loss += part
     norm = float(nn.utils.clip_grad_norm_(masters, spec.max_grad_norm))
-    if not math.isfinite(nats) or not math.isfinite(norm):
+    if not math.isfinite(loss) or not math.isfinite(norm):
         raise OffsiteError(
             "tuning diverged: the loss or its gradient is no longer a finite number",
-            reasons=[f"loss {nats / labels}, gradient norm {norm}, learning rate {rate:.3g}"],
+            reasons=[f"loss {loss}, gradient norm {norm}, learning rate {rate:.3g}"],
             next_step="lower --lr; if it happens at the first step, the bundle's weights or the rows are odd",
         )
     for parameters in optimizer.param_groups:
@@ -146,7 +141,7 @@ def _step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tuning.weights.publish()
-    return {"loss": nats / labels, "lr": rate, "grad_norm": norm, **size}
+    return {"loss": loss, "lr": rate, "grad_norm": norm, **size}
 
 
 def _optimizer(tuning: Tuning, spec: TuneSpec) -> torch.optim.AdamW:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from offsite.data.tokens import Example, collate, micro_batches
-from offsite.kernels.cpu.side_by_side import Lanes, usual_lanes_of
+from offsite.kernels import forward_runner
 from offsite.models.backbone import Network
 from offsite.progress import Event, Progress, silent
 from offsite.training.label_losses import label_losses
@@ -35,7 +35,7 @@ def row_losses(
     Args:
         network: body and head.
         examples: what to score.
-        budget: padded tokens that run at once, in all lanes together.
+        budget: padded tokens that run at once, in all micro-batches side by side.
         progress: where the events go.
         stage: the events' name.
     """
@@ -49,9 +49,9 @@ def row_losses(
         sums = torch.zeros(len(group), dtype=torch.float64).index_add_(0, torch.from_numpy(batch.owners), nats)
         return sums.tolist()
 
-    with Lanes(usual_lanes_of(network.body)) as lanes:
-        groups = list(micro_batches(examples, range(len(examples)), max(1, budget // lanes.count)))
-        for group, sums in zip(groups, lanes.run(nats_of, groups), strict=True):
+    with forward_runner(network.body) as run:
+        groups = list(micro_batches(examples, range(len(examples)), max(1, budget // run.count)))
+        for group, sums in zip(groups, run(nats_of, groups), strict=True):
             for i, total in zip(group, sums, strict=True):
                 found[i] = RowLoss(examples[i].line, total, examples[i].labels)
                 nats_so_far, tokens_so_far = nats_so_far + total, tokens_so_far + examples[i].labels

@@ -1,1 +1,47 @@
-"""The seam for speed: what makes a model fast on a device. Nothing outside imports below this package."""
+"""The seam for speed: what makes a model fast on a device. Nothing outside imports below this package.
+
+Names are resolved when they are first used, so that a caller who needs no torch loads none.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from offsite.kernels.activation_checkpointing import checkpoint_activations as checkpoint_activations
+    from offsite.kernels.activation_checkpointing import keep_activations as keep_activations
+    from offsite.kernels.fused_loss import labelled_cross_entropy as labelled_cross_entropy
+    from offsite.kernels.micro_batches import ForwardRunner as ForwardRunner
+    from offsite.kernels.micro_batches import MicroBatchRunner as MicroBatchRunner
+    from offsite.kernels.micro_batches import count_side_by_side as count_side_by_side
+    from offsite.kernels.micro_batches import forward_runner as forward_runner
+    from offsite.kernels.micro_batches import micro_batch_runner as micro_batch_runner
+    from offsite.kernels.report import Piece as Piece
+    from offsite.kernels.report import Report as Report
+
+_NAMES = {
+    "activation_checkpointing": ("checkpoint_activations", "keep_activations"),
+    "fused_loss": ("labelled_cross_entropy",),
+    "micro_batches": (
+        "ForwardRunner",
+        "MicroBatchRunner",
+        "count_side_by_side",
+        "forward_runner",
+        "micro_batch_runner",
+    ),
+    "report": ("Piece", "Report"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported when it is first used."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion."""
+    return sorted(_MODULE_OF)

@@ -43,7 +43,7 @@ class Recomputed(Wrapped):
         return checkpoint(self.block, *arguments, use_reentrant=False, context_fn=contexts, **settings)
 
 
-def recompute(blocks: nn.Module) -> None:
+def checkpoint_activations(blocks: nn.Module) -> None:
     """Have every block of a list recomputed, after all that trains was attached; again changes nothing."""
     for name, block in list(blocks.named_children()):
         if not isinstance(block, Recomputed):
@@ -51,7 +51,7 @@ def recompute(blocks: nn.Module) -> None:
 
 
 def keep_activations(blocks: nn.Module) -> None:
-    """Undo `recompute`."""
+    """Undo `checkpoint_activations`."""
     for name, block in list(blocks.named_children()):
         if isinstance(block, Recomputed):
             blocks.register_module(name, block.block)

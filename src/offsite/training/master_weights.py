@@ -5,7 +5,7 @@ them and every fp32 activation beside them at each use. Gradients of micro-batch
 arXiv 1710.03740, section 3.1).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -15,32 +15,23 @@ class TrainedWeights:
     """The parameters that train, by the names under which they are returned."""
 
     def __init__(self, working: Mapping[str, nn.Parameter]) -> None:
-        self._working = dict(working)
+        self.working = dict(working)
         self.masters: dict[str, torch.Tensor] = {
             name: parameter if parameter.dtype == torch.float32 else parameter.detach().float()
-            for name, parameter in self._working.items()
+            for name, parameter in self.working.items()
         }
 
     def collect_gradients(self) -> None:
         """Add the gradients that a backward pass left with the parameters to the masters'."""
-        for name, parameter in self._working.items():
+        for name, parameter in self.working.items():
             if self.masters[name] is not parameter:
                 _add(self.masters[name], parameter.grad)
                 parameter.grad = None
 
-    def gradients(self, loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Those of one micro-batch, of each parameter that it reached, and nothing added to any."""
-        return torch.autograd.grad(loss, list(self._working.values()), allow_unused=True)
-
-    def add_gradients(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Add what `gradients` gave to the masters'."""
-        for master, gradient in zip(self.masters.values(), gradients, strict=True):
-            _add(master, gradient)
-
     @torch.no_grad()
     def publish(self) -> None:
         """Give the network what the masters now are."""
-        pairs = [(self._working[name], master) for name, master in self.masters.items()]
+        pairs = [(self.working[name], master) for name, master in self.masters.items()]
         apart = [(working, master) for working, master in pairs if working is not master]
         if apart:
             torch._foreach_copy_([working for working, _ in apart], [master for _, master in apart])

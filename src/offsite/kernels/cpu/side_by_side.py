@@ -5,6 +5,7 @@ small a product to split, keeps one of them idle. Two that have rows of their ow
 order in which the work was given, so they are the same whichever was done first.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,20 +20,83 @@ from offsite.kernels.memory_formulas import usual_lanes
 G = TypeVar("G")
 R = TypeVar("R")
 
-_SHIFTING = ("dynamic", "longrope")  # rotary embeddings that a pass may change for all others
+_CHANGED_BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that a long row changes for all other passes
 
 
-def usual_lanes_of(body: nn.Module) -> int:
-    """How many passes through a network run side by side, if nothing else is said."""
-    weight = next(body.parameters())
-    if weight.device.type != "cpu" or not independent(body):
-        return 1
-    return usual_lanes(torch.get_num_threads(), weight.dtype.itemsize)
+def count(body: nn.Module, dtype: torch.dtype, asked: int | None, sample: Callable[[], object]) -> tuple[int, str]:
+    """How many micro-batches run side by side, and why; see `offsite.kernels.count_side_by_side`."""
+    wanted = asked or usual_lanes(torch.get_num_threads(), dtype.itemsize)
+    if wanted == 1:
+        return 1, "asked for" if asked else "more pay where several threads have matrix tiles and compute in bf16"
+    if not independent(body):
+        return 1, "a long row changes the rotary embedding for all that run"
+    if _draws(sample):
+        return 1, "a block draws random numbers of the process, so their order would depend on the threads"
+    return wanted, "asked for" if asked else "pays on matrix tiles in bf16"
 
 
 def independent(body: nn.Module) -> bool:
     """Whether no pass through a network changes it for the others."""
-    return not any(word in str(getattr(module, "rope_type", "")) for module in body.modules() for word in _SHIFTING)
+    kinds = (str(getattr(module, "rope_type", "")) for module in body.modules())
+    return not any(word in kind for kind in kinds for word in _CHANGED_BY_LENGTH)
+
+
+@torch.no_grad()
+def _draws(sample: Callable[[], object]) -> bool:
+    """Whether a pass draws random numbers of the process and not of its micro-batch; they are put back."""
+    before = torch.get_rng_state()
+    with OwnRandomness(0):
+        sample()
+    drawn = not torch.equal(before, torch.get_rng_state())
+    torch.set_rng_state(before)
+    return drawn
+
+
+@contextlib.contextmanager
+def micro_batch_runner(parameters: Sequence[nn.Parameter], count: int) -> Iterator["_Backward"]:
+    """Runs micro-batches, so many side by side; see `offsite.kernels.micro_batch_runner`."""
+    with Lanes(count) as lanes:
+        yield _Backward(parameters, lanes)
+
+
+@contextlib.contextmanager
+def forward_runner(body: nn.Module) -> Iterator["Lanes"]:
+    """Runs work without gradients, as many micro-batches side by side as usually pays."""
+    several = usual_lanes(torch.get_num_threads(), next(body.parameters()).dtype.itemsize)
+    with Lanes(several if independent(body) else 1) as lanes:
+        yield lanes
+
+
+class _Backward:
+    """Each micro-batch has random numbers of its own, so the gradients do not depend on how many run at once."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], lanes: "Lanes") -> None:
+        self._parameters, self._lanes = parameters, lanes
+
+    def __call__(self, loss_of: Callable[[G], torch.Tensor], groups: Sequence[G]) -> Iterator[float]:
+        def alone(group: G) -> tuple[float, Sequence[torch.Tensor | None]]:
+            loss = loss_of(group)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return float(loss.detach()), [None] * len(self._parameters)
+
+        def beside_others(group: G) -> tuple[float, Sequence[torch.Tensor | None]]:
+            loss = loss_of(group)
+            return float(loss.detach()), torch.autograd.grad(loss, self._parameters, allow_unused=True)
+
+        for loss, gradients in self._lanes.run_seeded(alone if self._lanes.count == 1 else beside_others, groups):
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                _accumulate(parameter, gradient)
+            del gradients  # before the next ones are there
+            yield loss
+
+
+def _accumulate(parameter: nn.Parameter, gradient: torch.Tensor | None) -> None:
+    if gradient is None:
+        return
+    if parameter.grad is None:
+        parameter.grad = gradient.clone()  # two parameters may have been given one tensor
+    else:
+        parameter.grad += gradient
 
 
 class Lanes:
@@ -54,25 +118,25 @@ class Lanes:
             self._pool.shutdown(cancel_futures=True)
             torch.set_num_threads(self._threads)  # a lane's number became that of threads to come
 
-    def run(self, work: Callable[[G], R], given: Sequence[G]) -> Iterator[R]:
+    def __call__(self, work: Callable[[G], R], groups: Sequence[G]) -> Iterator[R]:
         """What `work` makes of each, in order; what would leave lanes empty runs afterwards on all threads.
 
         No more is kept than there are lanes: a result is to be used up before the next is asked for.
         """
-        side_by_side = len(given) - len(given) % self.count if self._pool is not None else 0
+        side_by_side = len(groups) - len(groups) % self.count if self._pool is not None else 0
         waiting: deque[Future[R]] = deque()
-        for one in given[:side_by_side]:
+        for group in groups[:side_by_side]:
             assert self._pool is not None
-            waiting.append(self._pool.submit(work, one))
+            waiting.append(self._pool.submit(work, group))
             if len(waiting) == self.count:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-        for one in given[side_by_side:]:
-            yield work(one)
+        for group in groups[side_by_side:]:
+            yield work(group)
 
-    def run_seeded(self, work: Callable[[G], R], given: Sequence[G]) -> Iterator[R]:
-        """As `run`; each has random numbers of its own, under a seed that torch's generator gives it here.
+    def run_seeded(self, work: Callable[[G], R], groups: Sequence[G]) -> Iterator[R]:
+        """As a call; each has random numbers of its own, under a seed that torch's generator gives it here.
 
         Which lane is faster changes none of them.
         """
@@ -81,5 +145,5 @@ class Lanes:
             with OwnRandomness(one[1]):
                 return work(one[0])
 
-        seeds = torch.randint(2**62, (len(given),)).tolist()
-        return self.run(alone, list(zip(given, seeds, strict=True)))
+        seeds = torch.randint(2**62, (len(groups),)).tolist()
+        return self(alone, list(zip(groups, seeds, strict=True)))
