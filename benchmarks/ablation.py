@@ -206,14 +206,14 @@ def _record(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _child(name: str, bundle: Path, rows: Path, home: Path) -> dict[str, float]:
     prepare, settings = CASES[name]
     prepare()
-    from offsite import Home, TuneSpec, tune
+    from offsite import Home, TuneSpec, tune, verify_bundle
 
     spec = TuneSpec(
         **{"max_steps": _WARMUP + _STEPS, "batch_size": _ROWS, "long_rows": "truncate", "save_every": 10**6, **settings}
     )
     with tempfile.TemporaryDirectory(prefix="offsite-ablation-") as scratch:
         out = Path(scratch) / "return"
-        tune(bundle, rows, out, spec, Home(home))
+        tune(verify_bundle(bundle, Home(home)), rows, out, spec, Home(home))
         lines = out.with_name("return.log.jsonl").read_text().splitlines()
     marks = [record for record in map(json.loads, lines) if record["event"] == "step"]
     tokens = sum(record["tokens"] for record in marks[_WARMUP:])

@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _measure(base: Path, scratch: Path, packing: Mapping[str, Any], tuning: Mapping[str, Any]) -> dict[str, float]:
-    from offsite import Base, EvalSpec, Home, PackSpec, PlugInSpec, TuneSpec, evaluate, pack, plug_in, tune
+    from offsite import Base, EvalSpec, Home, PackSpec, PlugInSpec, TuneSpec, evaluate, intake, pack, plug_in, tune
     from offsite.study.demos.docstring_task import make_task, write_task
 
     owner, hospital = Home(scratch / "owner"), Home(scratch / "hospital")
@@ -75,9 +75,9 @@ def _measure(base: Path, scratch: Path, packing: Mapping[str, Any], tuning: Mapp
     bundle = pack(Base(base), scratch / "bundle", "hospital", PackSpec(**packing), owner)
     packed = time.monotonic()
     spec = TuneSpec(**{"max_steps": STEPS, "long_rows": "skip", "max_length": 512, **tuning})
-    tune(bundle.folder, train, scratch / "return", spec, hospital)
+    tune(bundle, train, scratch / "return", spec, hospital)
     tuned = time.monotonic()
-    plugged = plug_in(Base(base), scratch / "return", scratch / "plugged", PlugInSpec(), owner)
+    plugged = plug_in(Base(base), intake(scratch / "return", owner), scratch / "plugged", PlugInSpec(), owner)
     rows = EvalSpec(long_rows="skip", max_length=512)
     on_base = plugged.manifest.form == "adapter"
     return {

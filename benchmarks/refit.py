@@ -99,7 +99,7 @@ class Judge:
 
     def measure(self, name: str, seeds: Sequence[int], scratch: Path) -> dict[str, Any]:
         """Pack and judge; tune and plug in with each of these seeds."""
-        from offsite import Base, Home, PackSpec, PlugInSpec, TuneSpec, pack, plug_in, tune
+        from offsite import Base, Home, PackSpec, PlugInSpec, TuneSpec, intake, pack, plug_in, tune
         from offsite.model_owner.heal import ridge
 
         owner, tuner = Home(scratch / "owner"), Home(scratch / "tuner")
@@ -117,8 +117,8 @@ class Judge:
         for seed in seeds:
             returned, plugged = scratch / f"return-{seed}", scratch / f"plugged-{seed}"
             spec = TuneSpec(max_steps=STEPS, seed=seed)
-            tune(bundle.folder, self._tasks / "train.jsonl", returned, spec, tuner)
-            plug_in(Base(self._folder), returned, plugged, PlugInSpec(), owner)
+            tune(bundle, self._tasks / "train.jsonl", returned, spec, tuner)
+            plug_in(Base(self._folder), intake(returned, owner), plugged, PlugInSpec(), owner)
             tuned["emulator"][str(seed)] = self._scored(bundle.folder, returned)
             tuned["plug_in"][str(seed)] = self._scored(self._folder, plugged)
         return {

@@ -191,7 +191,7 @@ def _sealed(
         classes=classes,
         head=head,
     )
-    return Return(out, manifest, seal(folder, manifest, home.identity()))
+    return seal(folder, manifest, home.identity(), out)
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

@@ -51,10 +51,12 @@ def test_the_chain(tmp_path: Path, family: Family, method: Method) -> None:
     bundle = offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)
 
     assert offsite.verify_bundle(tmp_path / "bundle", parties.data_owner) == bundle
-    returned = offsite.tune(tmp_path / "bundle", rows, tmp_path / "return", tuning(method), parties.data_owner)
+    returned = offsite.tune(bundle, rows, tmp_path / "return", tuning(method), parties.data_owner)
     assert offsite.verify_return(tmp_path / "return", parties.data_owner, bundle.manifest) == returned
 
-    made = offsite.plug_in(base, tmp_path / "return", tmp_path / "plugged", PlugInSpec(), parties.owner)
+    made = offsite.plug_in(
+        base, offsite.intake(tmp_path / "return", parties.owner), tmp_path / "plugged", PlugInSpec(), parties.owner
+    )
     assert offsite.verify(tmp_path / "plugged", parties.owner) == made
     assert (made.manifest.bundle, made.manifest.returned) == (bundle.digest, returned.digest)
     beside = method in ("lora", "bottleneck")
@@ -67,10 +69,12 @@ def test_the_chain(tmp_path: Path, family: Family, method: Method) -> None:
     assert plugged.loss != zero_shot.loss
 
     with pytest.raises(PolicyError, match="was plugged in before"):
-        offsite.plug_in(base, tmp_path / "return", tmp_path / "twice", PlugInSpec(), parties.owner)
+        offsite.plug_in(
+            base, offsite.intake(tmp_path / "return", parties.owner), tmp_path / "twice", PlugInSpec(), parties.owner
+        )
     with pytest.raises(PolicyError, match="would refuse this tuning"):
         refused = tuning("lora", rank=5)
-        offsite.tune(tmp_path / "bundle", rows, tmp_path / "refused", refused, parties.data_owner)
+        offsite.tune(bundle, rows, tmp_path / "refused", refused, parties.data_owner)
     issued = Ledger(parties.owner.ledger).issued(bundle.digest)
     assert issued is not None
     assert (issued.state, issued.kept) == ("plugged in", (0, 1, 4))
@@ -84,16 +88,28 @@ def test_nothing_compressed_means_nothing_lost(tmp_path: Path, kind: str, method
     base = Base(tiny_base(tmp_path / "base", blocks=4, **KINDS[kind]))
     rows = tiny_rows(tmp_path / "rows.jsonl", 12)
     spec = PackSpec(bottom=1, top=1, keep=2, dtype="fp32", max_rank=4)  # nothing to heal
-    offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)
-    returned = offsite.tune(tmp_path / "bundle", rows, tmp_path / "return", tuning(method), parties.data_owner)
-    merged = offsite.plug_in(base, returned.folder, tmp_path / "merged", PlugInSpec(as_="merged"), parties.owner)
+    bundle = offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)
+    returned = offsite.tune(bundle, rows, tmp_path / "return", tuning(method), parties.data_owner)
+    merged = offsite.plug_in(
+        base,
+        offsite.intake(returned.folder, parties.owner),
+        tmp_path / "merged",
+        PlugInSpec(as_="merged"),
+        parties.owner,
+    )
     losses = {
         "zero-shot": offsite.evaluate(base.folder, rows, EXACT).loss,
         "merged": offsite.evaluate(merged.folder, rows, EXACT).loss,
         "the data owner's view": offsite.evaluate(tmp_path / "bundle", rows, EXACT, adapter=returned.folder).loss,
     }
     if method == "lora":
-        adapter = offsite.plug_in(base, returned.folder, tmp_path / "adapter", PlugInSpec(again=True), parties.owner)
+        adapter = offsite.plug_in(
+            base,
+            offsite.intake(returned.folder, parties.owner),
+            tmp_path / "adapter",
+            PlugInSpec(again=True),
+            parties.owner,
+        )
         losses["adapter"] = offsite.evaluate(base.folder, rows, EXACT, adapter=adapter.folder).loss
     expected = losses["merged"]
     for name in set(losses) - {"zero-shot"}:
@@ -108,10 +124,12 @@ def test_nothing_lost_with_bottlenecks(tmp_path: Path, kind: str) -> None:
     base = Base(tiny_base(tmp_path / "base", blocks=4, **KINDS[kind]))
     rows = tiny_rows(tmp_path / "rows.jsonl", 12)
     spec = PackSpec(bottom=1, top=1, keep=2, heal="none", dtype="fp32")
-    offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)
+    bundle = offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)
     settings = tuning("bottleneck", width=8, lr=1e-2)
-    returned = offsite.tune(tmp_path / "bundle", rows, tmp_path / "return", settings, parties.data_owner)
-    made = offsite.plug_in(base, returned.folder, tmp_path / "plugged", PlugInSpec(), parties.owner)
+    returned = offsite.tune(bundle, rows, tmp_path / "return", settings, parties.data_owner)
+    made = offsite.plug_in(
+        base, offsite.intake(returned.folder, parties.owner), tmp_path / "plugged", PlugInSpec(), parties.owner
+    )
     plugged = offsite.evaluate(base.folder, rows, EXACT, adapter=made.folder).loss
     assert plugged == pytest.approx(
         offsite.evaluate(tmp_path / "bundle", rows, EXACT, adapter=returned.folder).loss, abs=1e-5
@@ -140,8 +158,10 @@ def test_placed_at_one_end(tmp_path: Path, method: Method, bottom: int, top: int
     bundle = offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)
     assert bundle.manifest.split.trained == ((0, 1) if bottom else (2, 3))
     settings = tuning(method, max_steps=2)
-    returned = offsite.tune(tmp_path / "bundle", rows, tmp_path / "return", settings, parties.data_owner)
-    made = offsite.plug_in(base, returned.folder, tmp_path / "plugged", PlugInSpec(), parties.owner)
+    returned = offsite.tune(bundle, rows, tmp_path / "return", settings, parties.data_owner)
+    made = offsite.plug_in(
+        base, offsite.intake(returned.folder, parties.owner), tmp_path / "plugged", PlugInSpec(), parties.owner
+    )
     assert _changed_blocks(base, made, method) == ({0, 1} if bottom else {4, 5})
     model, adapter = (base.folder, made.folder) if made.manifest.form == "adapter" else (made.folder, None)
     assert offsite.evaluate(model, rows, EXACT, adapter=adapter).loss != offsite.evaluate(base.folder, rows, EXACT).loss
@@ -166,8 +186,10 @@ def test_a_list_of_blocks(tmp_path: Path, family: Family, method: Method) -> Non
     assert offsite.verify_bundle(bundle.folder, parties.data_owner) == bundle
     rows = tiny_rows(tmp_path / "rows.jsonl", 8)
     settings = tuning(method, max_steps=2)
-    returned = offsite.tune(bundle.folder, rows, tmp_path / "return", settings, parties.data_owner)
-    made = offsite.plug_in(base, returned.folder, tmp_path / "plugged", PlugInSpec(), parties.owner)
+    returned = offsite.tune(bundle, rows, tmp_path / "return", settings, parties.data_owner)
+    made = offsite.plug_in(
+        base, offsite.intake(returned.folder, parties.owner), tmp_path / "plugged", PlugInSpec(), parties.owner
+    )
     assert _changed_blocks(base, made, method) == {0, 2, 5}
 
 
@@ -175,8 +197,10 @@ def test_a_list_of_blocks(tmp_path: Path, family: Family, method: Method) -> Non
 def test_a_list_of_blocks_with_nothing_compressed_loses_nothing(tmp_path: Path, family: Family) -> None:
     base, bundle, parties = _spread(tmp_path, family, keep=3, heal="none")
     rows = tiny_rows(tmp_path / "rows.jsonl", 12)
-    returned = offsite.tune(bundle.folder, rows, tmp_path / "return", tuning("lora"), parties.data_owner)
-    made = offsite.plug_in(base, returned.folder, tmp_path / "plugged", PlugInSpec(), parties.owner)
+    returned = offsite.tune(bundle, rows, tmp_path / "return", tuning("lora"), parties.data_owner)
+    made = offsite.plug_in(
+        base, offsite.intake(returned.folder, parties.owner), tmp_path / "plugged", PlugInSpec(), parties.owner
+    )
     own = offsite.evaluate(bundle.folder, rows, EXACT, adapter=returned.folder).loss
     assert offsite.evaluate(base.folder, rows, EXACT, adapter=made.folder).loss == pytest.approx(own, abs=1e-5)
     assert own < offsite.evaluate(base.folder, rows, EXACT).loss - 1e-3
@@ -233,10 +257,12 @@ def test_untuned_is_untouched(tmp_path: Path) -> None:
     base = Base(tiny_base(tmp_path / "base", "llama", 4, dtype="bf16"))
     rows = tiny_rows(tmp_path / "rows.jsonl", 4)
     spec = PackSpec(bottom=1, top=1, keep=1, heal="none", dtype="bf16")
-    offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)
+    bundle = offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)
     tiny_step = tuning("full", lr=1e-12, max_steps=1)
-    returned = offsite.tune(tmp_path / "bundle", rows, tmp_path / "return", tiny_step, parties.data_owner)
-    merged = offsite.plug_in(base, returned.folder, tmp_path / "merged", PlugInSpec(), parties.owner)
+    returned = offsite.tune(bundle, rows, tmp_path / "return", tiny_step, parties.data_owner)
+    merged = offsite.plug_in(
+        base, offsite.intake(returned.folder, parties.owner), tmp_path / "merged", PlugInSpec(), parties.owner
+    )
     ours, theirs = (folder / "model.safetensors" for folder in (merged.folder, base.folder))
     from safetensors.torch import load_file
 
@@ -248,8 +274,10 @@ def test_a_return_tells_nothing_by_accident(tmp_path: Path) -> None:
     parties = tiny_parties(tmp_path)
     base = Base(tiny_base(tmp_path / "base", "llama", 4))
     rows = tiny_rows(tmp_path / "SECRET-rows.jsonl", 12)
-    offsite.pack(base, tmp_path / "bundle", "hospital", PackSpec(bottom=1, top=1, keep=1, heal="none"), parties.owner)
-    offsite.tune(tmp_path / "bundle", rows, tmp_path / "return", tuning("lora"), parties.data_owner, eval_data=rows)
+    bundle = offsite.pack(
+        base, tmp_path / "bundle", "hospital", PackSpec(bottom=1, top=1, keep=1, heal="none"), parties.owner
+    )
+    offsite.tune(bundle, rows, tmp_path / "return", tuning("lora"), parties.data_owner, eval_data=rows)
     assert {p.name for p in (tmp_path / "return").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", MANIFEST, f"{MANIFEST}.sig",
     }  # fmt: skip

@@ -43,18 +43,19 @@ def tuning(bundle: str) -> TuneSpec:
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_a_bundle_verifies_and_tunes(earlier: Path, bundle: str) -> None:
     home = Home(earlier / "hospital-home")
-    manifest = offsite.verify_bundle(earlier / bundle, home).manifest
+    received = offsite.verify_bundle(earlier / bundle, home)
     data = earlier / ("pictures" if bundle.startswith("encoder") else "rows.jsonl")
-    returned = offsite.tune(earlier / bundle, data, earlier / "again", tuning(bundle), home)
-    assert offsite.verify_return(returned.folder, Home(earlier / "acme-home"), manifest) == returned
+    returned = offsite.tune(received, data, earlier / "again", tuning(bundle), home)
+    assert offsite.verify_return(returned.folder, Home(earlier / "acme-home"), received.manifest) == returned
 
 
 @pytest.mark.parametrize("returned", RETURNS)
 def test_a_return_verifies_and_plugs_in_to_the_same_numbers(earlier: Path, returned: str) -> None:
     owner = Home(earlier / "acme-home")
     offsite.verify_return(earlier / returned, owner, manifest_of(earlier, f"{returned.partition('-')[0]}-bundle"))
+    taken = offsite.intake(earlier / returned, owner)
     spec = PlugInSpec(again=True)
-    made = offsite.plug_in(base_of(earlier, returned), earlier / returned, earlier / "plugged", spec, owner)
+    made = offsite.plug_in(base_of(earlier, returned), taken, earlier / "plugged", spec, owner)
     before = earlier / returned.replace("-return", "-plugged")
     assert offsite.verify(before, owner).folder == before
     files = sorted(file.name for file in before.glob("*.safetensors"))

@@ -44,7 +44,7 @@ def prepared(tmp_path: Path, method: Literal["lora", "full"]) -> Tune:
     )
     parent = tmp_path / "outputs"
     parent.mkdir()
-    return lambda out: tune(bundle.folder, rows, parent / out, spec, parties.data_owner, resume=True)
+    return lambda out: tune(bundle, rows, parent / out, spec, parties.data_owner, resume=True)
 
 
 def fails(run: Tune, parent: Path, out: str) -> None:

@@ -20,6 +20,7 @@ from offsite.data_owner.tune import tune
 from offsite.errors import PolicyError, UsageError
 from offsite.evaluation.evaluate import evaluate
 from offsite.model_owner.choose_plug_in import choose
+from offsite.model_owner.intake import intake
 from offsite.models.architectures import ARCHITECTURES
 from offsite.protocol.artifacts import Base
 from offsite.protocol.contents import WEIGHTS_OF
@@ -60,7 +61,7 @@ def test_every_form_computes_what_was_tuned(
     base = tiny_base(tmp_path / "base", family, 3, **UNTIED[family])
     bundle = packed(base, tmp_path / "bundle", parties, permit_head=True)
     spec = spec_of(method=method, checkpoints=2)
-    returned = tune(bundle.folder, rows, tmp_path / "return", spec, parties.data_owner)
+    returned = tune(bundle, rows, tmp_path / "return", spec, parties.data_owner)
     assert "and the model's output head" in promise(bundle.manifest, spec)
     assert describe(bundle.folder, parties.owner)["may_come_back"]["head"]
     assert describe(returned.folder, parties.data_owner)["head"]
@@ -125,7 +126,7 @@ def test_an_untouched_head_gives_the_base_back(tmp_path: Path, parties: Parties,
 
 def test_an_interrupted_tuning_goes_on_bit_for_bit(tmp_path: Path, parties: Parties, rows: Path) -> None:
     base = tiny_base(tmp_path / "base", "llama", 3, tied=False)
-    bundle = packed(base, tmp_path / "bundle", parties, permit_head=True).folder
+    bundle = packed(base, tmp_path / "bundle", parties, permit_head=True)
     whole = tune(bundle, rows, tmp_path / "whole", spec_of(), parties.data_owner)
 
     def interrupt(event: Any) -> None:
@@ -147,7 +148,7 @@ def test_a_candidate_holds_its_head(tmp_path: Path, parties: Parties, rows: Path
     returned = lora_return(bundle, tmp_path / "return", parties.data_owner, b=0.0, head=0.1).folder
     for form in ("adapter", "merged"):
         spec = PlugInSpec.model_validate({"as": form, "strength": 0.5, "again": True})
-        found = choose(Base(base), returned, rows, spec, MEASURED, parties.owner)
+        found = choose(Base(base), intake(returned, parties.owner), rows, spec, MEASURED, parties.owner)
         made = plugged(base, returned, tmp_path / form, parties, strength=0.5, **{"as": form}).folder
         expected = evaluate(base, rows, MEASURED, adapter=made) if form == "adapter" else evaluate(made, rows, MEASURED)
         assert found.candidates[0].loss == pytest.approx(expected.loss, rel=1e-6)
@@ -160,7 +161,7 @@ def test_what_is_not_permitted_is_refused_before_any_work(tmp_path: Path, partie
         packed(tied, tmp_path / "bundle", parties, permit_head=True)
     assert "is the input embedding" in caught.value.reasons[0]
     untied = tiny_base(tmp_path / "untied", "llama", 3, tied=False)
-    bundle = packed(untied, tmp_path / "bundle", parties).folder
+    bundle = packed(untied, tmp_path / "bundle", parties)
     with pytest.raises(PolicyError) as refused:
         tune(bundle, rows, tmp_path / "return", spec_of(), parties.data_owner)
     assert "the bundle does not permit the head" in refused.value.reasons[0]

@@ -75,10 +75,12 @@ def test_nothing_compressed_means_nothing_lost(tmp_path: Path, kind: str, method
     base = Base(tiny_vision_base(tmp_path / "base", kind, 4, classifier=kind in HAS_CLASSIFIER))
     pictures = tiny_pictures(tmp_path / "pictures")
     spec = PackSpec(bottom=1, top=1, keep=2, heal="none", dtype="fp32", max_rank=4)
-    offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)
-    returned = offsite.tune(tmp_path / "bundle", pictures, tmp_path / "return", tuning(method), parties.data_owner)
+    bundle = offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)
+    returned = offsite.tune(bundle, pictures, tmp_path / "return", tuning(method), parties.data_owner)
     assert returned.manifest.classes == ("blue", "green", "red")
-    made = offsite.plug_in(base, returned.folder, tmp_path / "plugged", PlugInSpec(), parties.owner)
+    made = offsite.plug_in(
+        base, offsite.intake(returned.folder, parties.owner), tmp_path / "plugged", PlugInSpec(), parties.owner
+    )
     assert made.manifest.form == "merged"
     own = evaluate_images(tmp_path / "bundle", pictures, EXACT, adapter=returned.folder)
     plugged = evaluate_images(made.folder, pictures, EXACT)
@@ -101,8 +103,10 @@ def test_a_list_of_blocks(tmp_path: Path) -> None:
     spec = PackSpec(train=(0, 2, 4), keep=2, heal="none", dtype="fp32")
     bundle = offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)
     assert bundle.manifest.split.trained == (0, 2, 4)
-    returned = offsite.tune(bundle.folder, pictures, tmp_path / "return", tuning("full"), parties.data_owner)
-    made = offsite.plug_in(base, returned.folder, tmp_path / "plugged", PlugInSpec(), parties.owner)
+    returned = offsite.tune(bundle, pictures, tmp_path / "return", tuning("full"), parties.data_owner)
+    made = offsite.plug_in(
+        base, offsite.intake(returned.folder, parties.owner), tmp_path / "plugged", PlugInSpec(), parties.owner
+    )
     own = evaluate_images(bundle.folder, pictures, EXACT, adapter=returned.folder)
     assert evaluate_images(made.folder, pictures, EXACT).loss == pytest.approx(own.loss, abs=1e-5)
 
@@ -111,10 +115,12 @@ def test_a_pipeline_of_transformers_runs_the_plug_in(tmp_path: Path) -> None:
     parties = tiny_parties(tmp_path)
     base = Base(tiny_vision_base(tmp_path / "base", "dinov2", 4))
     pictures = tiny_pictures(tmp_path / "pictures")
-    packed(base.folder, tmp_path / "bundle", parties)
+    bundle = packed(base.folder, tmp_path / "bundle", parties)
     spec = tuning("full", max_steps=30, lr=1e-3, augment=False)
-    returned = offsite.tune(tmp_path / "bundle", pictures, tmp_path / "return", spec, parties.data_owner)
-    made = offsite.plug_in(base, returned.folder, tmp_path / "plugged", PlugInSpec(), parties.owner)
+    returned = offsite.tune(bundle, pictures, tmp_path / "return", spec, parties.data_owner)
+    made = offsite.plug_in(
+        base, offsite.intake(returned.folder, parties.owner), tmp_path / "plugged", PlugInSpec(), parties.owner
+    )
     assert evaluate_images(made.folder, pictures, EXACT).accuracy == 1.0
     run = pipeline("image-classification", model=str(made.folder), device="cpu")
     for name in ("blue", "green", "red"):
@@ -128,7 +134,9 @@ def test_an_untouched_return_gives_the_base_back(tmp_path: Path, kind: str) -> N
     base = tiny_vision_base(tmp_path / "base", kind, 4, dtype="bf16")
     bundle = packed(base, tmp_path / "bundle", parties, keep=1, dtype="bf16")
     returned = full_return(bundle, tmp_path / "return", parties.data_owner, classes=("one", "two"))
-    made = offsite.plug_in(Base(base), returned.folder, tmp_path / "plugged", PlugInSpec(), parties.owner)
+    made = offsite.plug_in(
+        Base(base), offsite.intake(returned.folder, parties.owner), tmp_path / "plugged", PlugInSpec(), parties.owner
+    )
     whole = AutoModelForImageClassification.from_pretrained(made.folder, dtype=torch.bfloat16).eval()
     row = ARCHITECTURES[VISION_KINDS[kind]["family"]]
     encoder = load_model(base, dtype=torch.bfloat16, device=CPU)
@@ -143,32 +151,33 @@ def test_a_return_tells_the_names_of_classes_and_nothing_else(tmp_path: Path) ->
     parties = tiny_parties(tmp_path)
     base = tiny_vision_base(tmp_path / "base")
     pictures = tiny_pictures(tmp_path / "SECRET-pictures")
-    packed(base, tmp_path / "bundle", parties)
-    offsite.tune(tmp_path / "bundle", pictures, tmp_path / "return", tuning("lora"), parties.data_owner)
+    bundle = packed(base, tmp_path / "bundle", parties)
+    returned = offsite.tune(bundle, pictures, tmp_path / "return", tuning("lora"), parties.data_owner)
     assert {file.name for file in (tmp_path / "return").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", CLASSIFIER, MANIFEST, f"{MANIFEST}.sig",
     }  # fmt: skip
     for file in (tmp_path / "return").iterdir():
         for word in (b"SECRET", b"hospital", b".png", str(tmp_path).encode()):
             assert word not in file.read_bytes()
+    taken = offsite.intake(returned.folder, parties.owner)
     with pytest.raises(UsageError, match="complete checkpoint"):
-        offsite.plug_in(Base(base), tmp_path / "return", tmp_path / "adapter", PlugInSpec(as_="adapter"), parties.owner)
+        offsite.plug_in(Base(base), taken, tmp_path / "adapter", PlugInSpec(as_="adapter"), parties.owner)
 
 
 @pytest.mark.parametrize("stop", [1, 3])
 def test_a_resumed_run_is_the_same_run(tmp_path: Path, stop: int) -> None:
     """Augmentation, order and the head's state included: bit for bit."""
     parties = tiny_parties(tmp_path)
-    packed(tiny_vision_base(tmp_path / "base"), tmp_path / "bundle", parties)
+    bundle = packed(tiny_vision_base(tmp_path / "base"), tmp_path / "bundle", parties)
     pictures = tiny_pictures(tmp_path / "pictures")
     spec = tuning("lora", save_every=1)
-    whole = offsite.tune(tmp_path / "bundle", pictures, tmp_path / "whole", spec, parties.data_owner)
+    whole = offsite.tune(bundle, pictures, tmp_path / "whole", spec, parties.data_owner)
 
     def interrupt(event: Any) -> None:
         if event.stage == "tuning" and event.done == stop:
             raise KeyboardInterrupt
 
-    arguments = (tmp_path / "bundle", pictures, tmp_path / "cut", spec, parties.data_owner)
+    arguments = (bundle, pictures, tmp_path / "cut", spec, parties.data_owner)
     with pytest.raises(KeyboardInterrupt):
         offsite.tune(*arguments, progress=interrupt)
     cut = offsite.tune(*arguments, resume=True)
@@ -182,10 +191,10 @@ def test_pooling(tmp_path: Path, pooling: str, zeros: slice | None) -> None:
     from safetensors.torch import load_file
 
     parties = tiny_parties(tmp_path)
-    packed(tiny_vision_base(tmp_path / "base", "dinov2"), tmp_path / "bundle", parties)
+    bundle = packed(tiny_vision_base(tmp_path / "base", "dinov2"), tmp_path / "bundle", parties)
     pictures = tiny_pictures(tmp_path / "pictures", 2)
     spec = tuning("full", max_steps=2, pooling=pooling, weight_decay=0.1)
-    offsite.tune(tmp_path / "bundle", pictures, tmp_path / "return", spec, parties.data_owner)
+    offsite.tune(bundle, pictures, tmp_path / "return", spec, parties.data_owner)
     weight = load_file(tmp_path / "return" / CLASSIFIER)["classifier.weight"]
     assert weight.shape == (3, 64)
     assert (weight == 0).sum() == (0 if zeros is None else 3 * 32)

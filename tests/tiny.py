@@ -308,8 +308,7 @@ def tiny_bundle(
             tensors={name: TensorEntry(shape=tensor.shape, dtype=dtype) for name, tensor in returnable.items()},
             lora_targets=targets,
         )
-        digest = seal(staging, manifest, parties.owner.identity())
-    return Bundle(out, manifest, digest)
+        return seal(staging, manifest, parties.owner.identity(), out)
 
 
 def _renumbered(base: Path, row: Architecture, stays: Sequence[int], dtype: str) -> Sequence[NewTensor]:
@@ -339,11 +338,11 @@ def _copy_settings(
     return written
 
 
-def tiny_house(folder: Path, **bundles: dict[str, Any]) -> tuple[dict[str, Path], Path, Home]:
+def tiny_house(folder: Path, **bundles: dict[str, Any]) -> tuple[dict[str, Bundle], Path, Home]:
     """Bundles of a Llama of five blocks that keep two of the middle, by name with their settings; rows; who tunes."""
     parties = tiny_parties(folder)
     base = tiny_base(folder / "base", blocks=5)
-    made = {name: tiny_bundle(base, folder / name, parties, keep=2, **own).folder for name, own in bundles.items()}
+    made = {name: tiny_bundle(base, folder / name, parties, keep=2, **own) for name, own in bundles.items()}
     return made, tiny_rows(folder / "rows.jsonl", 14), parties.data_owner
 
 

@@ -8,6 +8,7 @@ import pytest
 from artifacts import bottleneck_return, full_return, lora_return, packed, with_earlier
 from attacks.lab import Lab
 from offsite.config import PlugInSpec
+from offsite.model_owner.intake import intake
 from offsite.model_owner.plug_in import plug_in
 from offsite.protocol.artifacts import Base
 from offsite.protocol.home import Home
@@ -50,7 +51,8 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parties.owner.trust("carol", carol.create_identity("carol").public_key)  # another customer of the owner
     parties.data_owner.trust("carol", carol.identity().public_key)
     ledger = (folder / "acme-home" / "ledger.sqlite").read_bytes()
-    plug_in(Base(base), folder / "lora", folder / "plugged", PlugInSpec(as_="adapter"), parties.owner)
+    taken = intake(folder / "lora", parties.owner)
+    plug_in(Base(base), taken, folder / "plugged", PlugInSpec(as_="adapter"), parties.owner)
     (folder / "acme-home" / "ledger.sqlite").write_bytes(ledger)  # as if it had never happened
     return folder
 

@@ -35,14 +35,15 @@ def test_verify(lab: Lab, target: str, home: str) -> None:
 PACK_AND_PLUG_IN = """
 import sys
 from pathlib import Path
-from offsite import Base, Home, PackSpec, PlugInSpec, pack, plug_in
+from offsite import Base, Home, PackSpec, PlugInSpec, intake, pack, plug_in
 folder = Path(sys.argv[1])
+owner = Home(folder / "acme-home")
 spec = PackSpec(bottom=1, top=1, keep=1, heal="none", select="uniform")
-pack(Base(folder / "base"), folder / "again", "hospital", spec, Home(folder / "acme-home"))
+pack(Base(folder / "base"), folder / "again", "hospital", spec, owner)
 for form in ("adapter", "merged"):
     spec = PlugInSpec(as_=form, again=True)
-    plug_in(Base(folder / "base"), folder / "lora", folder / form, spec, Home(folder / "acme-home"))
-plug_in(Base(folder / "base"), folder / "full", folder / "plugged-full", PlugInSpec(), Home(folder / "acme-home"))
+    plug_in(Base(folder / "base"), intake(folder / "lora", owner), folder / form, spec, owner)
+plug_in(Base(folder / "base"), intake(folder / "full", owner), folder / "plugged-full", PlugInSpec(), owner)
 heavy = {"torch", "transformers", "peft", "accelerate"} & set(sys.modules)
 assert not heavy, heavy
 """

@@ -13,6 +13,7 @@ from attacks.lab import Lab
 from attacks.test_broken_files import spoiled
 from offsite.config import PlugInSpec
 from offsite.errors import IncompatibleError, OffsiteError, PolicyError, StorageError, UsageError, VerificationError
+from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.plug_in import plug_in
 from offsite.protocol.artifacts import Base
@@ -25,7 +26,7 @@ from offsite.storage import files as storage
 def plugged(lab: Lab, returned: Path, out: str = "out", **spec: object) -> Path:
     made = plug_in(
         Base(lab.folder / "base"),
-        returned,
+        intake(returned, lab.parties.owner),
         lab.folder / out,
         PlugInSpec.model_validate(spec),
         lab.parties.owner,
@@ -85,8 +86,9 @@ def test_another_base(lab: Lab) -> None:
 
 
 def test_base_of_another_family(lab: Lab) -> None:
+    taken = intake(lab.lora, lab.parties.owner)
     with pytest.raises(IncompatibleError):
-        plug_in(Base(lab.folder / "gpt2"), lab.lora, lab.folder / "out", PlugInSpec(), lab.parties.owner)
+        plug_in(Base(lab.folder / "gpt2"), taken, lab.folder / "out", PlugInSpec(), lab.parties.owner)
 
 
 def test_finite_numbers_whose_product_is_not(lab: Lab) -> None:

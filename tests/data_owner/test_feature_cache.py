@@ -215,7 +215,7 @@ class House:
         self.rows = tiny_rows(folder / "rows.jsonl", 14)
         base = tiny_base(folder / "base", blocks=5)
         self.bundles = {
-            bottom: tiny_bundle(base, folder / f"bundle-{bottom}", parties, bottom=bottom, top=2, keep=2).folder
+            bottom: tiny_bundle(base, folder / f"bundle-{bottom}", parties, bottom=bottom, top=2, keep=2)
             for bottom in (0, 1)
         }
 

@@ -35,7 +35,7 @@ def spec(**settings: Any) -> TuneSpec:
 
 def run(tmp_path: Path, bundle: Bundle, pictures: Path, out: str = "return", **settings: Any) -> list[dict[str, Any]]:
     """Tune; the records of the log."""
-    tune(bundle.folder, pictures, tmp_path / out, spec(**settings), Home(tmp_path / "hospital-home"))
+    tune(bundle, pictures, tmp_path / out, spec(**settings), Home(tmp_path / "hospital-home"))
     return [json.loads(line) for line in (tmp_path / f"{out}.log.jsonl").read_text().splitlines()]
 
 
@@ -69,7 +69,7 @@ def test_speed_is_told_in_images(tmp_path: Path, bundle: Bundle) -> None:
     told: list[set[str]] = []
     pictures = tiny_pictures(tmp_path / "set", 4)
     home = Home(tmp_path / "hospital-home")
-    tune(bundle.folder, pictures, tmp_path / "return", spec(), home, progress=lambda event: told.append({*event.facts}))
+    tune(bundle, pictures, tmp_path / "return", spec(), home, progress=lambda event: told.append({*event.facts}))
     assert {"loss", "lr", "images/s", "left"} in told
     steps = map(json.loads, (tmp_path / "return.log.jsonl").read_text().splitlines())
     step = next(record for record in steps if record["event"] == "step")
@@ -116,10 +116,10 @@ def test_a_table_whose_pictures_changed_is_another_run(tmp_path: Path, bundle: B
 
     home = Home(tmp_path / "hospital-home")
     with pytest.raises(KeyboardInterrupt):
-        tune(bundle.folder, table, tmp_path / "return", spec(), home, progress=stop)
+        tune(bundle, table, tmp_path / "return", spec(), home, progress=stop)
     shutil.copy(pictures / "red" / "0.png", pictures / "blue" / "1.png")
     with pytest.raises(UsageError, match="another one") as caught:
-        tune(bundle.folder, table, tmp_path / "return", spec(), home, resume=True)
+        tune(bundle, table, tmp_path / "return", spec(), home, resume=True)
     assert [reason.split(":")[0] for reason in caught.value.reasons] == ["data"]
 
 

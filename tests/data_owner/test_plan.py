@@ -55,7 +55,7 @@ def test_what_trains_is_what_comes_back(base: Path, tmp_path: Path, parties: Par
     plan = plan_tune(bundle, rows, spec)
     by_hand = {"lora": 2 * 4 * PAIRS, "full": 2 * BLOCK, "bottleneck": 2 * 2 * (2 * 5 * HIDDEN + 5 + HIDDEN)}[method]
     assert plan.trained_parameters == by_hand
-    returned = tune(bundle.folder, rows, tmp_path / "return", spec, parties.data_owner)
+    returned = tune(bundle, rows, tmp_path / "return", spec, parties.data_owner)
     shapes = [entry.shape for entry in returned.manifest.tensors.values()]
     assert plan.trained_tensors == len(shapes)
     assert plan.trained_parameters == memory_formulas.part("", shapes, 1).parameters
@@ -110,7 +110,7 @@ def test_a_text_is_counted_in_its_blocks(base: Path, tmp_path: Path, parties: Pa
     text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
     spec = TuneSpec(batch_size=2, checkpoints=2, max_length=32, rank=4)
     plan = plan_tune(bundle, text, spec)
-    tune(bundle.folder, text, tmp_path / "return", spec, parties.data_owner)
+    tune(bundle, text, tmp_path / "return", spec, parties.data_owner)
     start = json.loads(log_file(tmp_path / "return").read_text().splitlines()[0])
     assert (plan.rows, plan.steps) == (start["rows"], start["steps"])
     assert plan.rows > 2
@@ -193,7 +193,7 @@ def test_checkpoints_of_pictures_are_refused_as_tuning_does(tmp_path: Path, part
     with pytest.raises(UsageError, match="holds one checkpoint"):
         plan_tune(bundle, pictures, spec)
     with pytest.raises(UsageError, match="holds one checkpoint"):
-        tune(bundle.folder, pictures, tmp_path / "out", spec, parties.data_owner)
+        tune(bundle, pictures, tmp_path / "out", spec, parties.data_owner)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -212,7 +212,7 @@ def test_pictures_are_planned_from_their_headers(tmp_path: Path, parties: Partie
     assert forward["pixels of what runs at once, twice"].bytes == 2 * 4 * 4 * 3 * 16 * 16
     classifier = 3 * (2 * hidden + 1)
     assert forward["classifier in fp32"].bytes == 4 * classifier
-    tune(bundle.folder, pictures, tmp_path / "out", spec.model_copy(update={"skip_bad": True}), parties.data_owner)
+    tune(bundle, pictures, tmp_path / "out", spec.model_copy(update={"skip_bad": True}), parties.data_owner)
     returned = (tmp_path / "out").glob("*.safetensors")
     numbers = sum(math.prod(tensor.shape) for file in returned for tensor in read_header(file).values())
     assert plan.trained_parameters == numbers

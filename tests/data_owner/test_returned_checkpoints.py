@@ -127,7 +127,7 @@ def test_scores_are_what_evaluation_measures(house, tmp_path, compute, rounding)
 
 
 def test_what_cannot_be_returned_is_refused_before_any_work(house, tmp_path):
-    bundle, out = house.bundles["llama"].folder, tmp_path / "out"
+    bundle, out = house.bundles["llama"], tmp_path / "out"
     with pytest.raises(UsageError, match="--report-scores has no rows"):
         tune(bundle, tmp_path / "no-such-data", out, spec_of(report_scores=True), house.home)
     with pytest.raises(UsageError, match="7 checkpoints were asked for, of a run of 6 steps"):

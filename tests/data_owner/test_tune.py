@@ -15,7 +15,7 @@ from offsite.evaluation.evaluate import evaluate
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model, read_tensor
 from offsite.protocol.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RETURNED_WEIGHTS
-from offsite.protocol.verify import verify_return
+from offsite.protocol.verify import verify_bundle, verify_return
 from offsite.storage.safetensors_files import open_checkpoint, read_header
 from offsite.training.run_log import log_file, run_folder
 from offsite.training.schedule import step_count
@@ -47,7 +47,7 @@ class House:
 
     def tune(self, out, family="llama", *, resume=False, progress=None, eval_data=None, **settings):
         more = {} if progress is None else {"progress": progress}
-        bundle = self.bundles[family].folder
+        bundle = self.bundles[family]
         return tune(bundle, self.rows, out, spec_of(**settings), self.home, resume=resume, eval_data=eval_data, **more)
 
 
@@ -279,7 +279,7 @@ def test_what_the_owner_would_refuse_is_refused_before_any_work(house, tmp_path)
         house.bundles["llama"].folder, tmp_path / "strict", house.parties, methods=("full",), max_rank=2
     )
     with pytest.raises(PolicyError) as caught:
-        tune(bundle.folder, tmp_path / "no-such-data", tmp_path / "out", spec_of(), house.home)
+        tune(bundle, tmp_path / "no-such-data", tmp_path / "out", spec_of(), house.home)
     assert caught.value.reasons == ("method lora, the bundle permits full", "rank 4, the bundle permits up to 2")
 
 
@@ -288,7 +288,7 @@ def test_a_changed_bundle_is_not_tuned(house, tmp_path):
     weights = bundle.folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(VerificationError):
-        tune(bundle.folder, house.rows, tmp_path / "out", spec_of(), house.home)
+        tune(verify_bundle(bundle.folder, house.home), house.rows, tmp_path / "out", spec_of(), house.home)
     assert not (tmp_path / "out").exists()
 
 
@@ -309,7 +309,7 @@ def test_the_return_may_be_the_empty_folder_one_stands_in(house, tmp_path, monke
 def test_bad_rows_leave_nothing_behind(house, tmp_path):
     (tmp_path / "bad.jsonl").write_text("{}\n")
     with pytest.raises(DataError):
-        tune(house.bundles["llama"].folder, tmp_path / "bad.jsonl", tmp_path / "out", spec_of(), house.home)
+        tune(house.bundles["llama"], tmp_path / "bad.jsonl", tmp_path / "out", spec_of(), house.home)
     assert {path.name for path in tmp_path.iterdir()} == {"bad.jsonl"}
 
 
@@ -318,7 +318,7 @@ def test_rows_that_are_left_out_are_told(house, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     events = []
     spec = spec_of(max_steps=1, long_rows="skip")
-    bundle = house.bundles["llama"].folder
+    bundle = house.bundles["llama"]
     tune(bundle, tmp_path / "rows.jsonl", tmp_path / "out", spec, house.home, progress=events.append)
     (told,) = (event for event in events if "left out" in event.stage)
     assert "rows.jsonl" in told.stage
@@ -330,7 +330,7 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused_before_any_work(hous
     base = tiny_base(tmp_path / "base", blocks=3, vocab_size=270)
     bundle = tiny_bundle(base, tmp_path / "bundle", house.parties)
     with pytest.raises(IncompatibleError, match="does not know"):
-        tune(bundle.folder, house.rows, tmp_path / "out", spec_of(), house.home)
+        tune(bundle, house.rows, tmp_path / "out", spec_of(), house.home)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "bundle"}
 
 
@@ -431,7 +431,7 @@ def test_norms_and_biases_do_not_decay(house, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "_optimizer", watched)
-        stage.tune(house.bundles["gpt2"].folder, house.rows, tmp_path / "out", spec, house.home)
+        stage.tune(house.bundles["gpt2"], house.rows, tmp_path / "out", spec, house.home)
     decay = dict(groups)
     assert all(name.endswith((".bias", "ln_1.weight", "ln_2.weight")) for name in decay[0.0])
     assert all(name.endswith(".weight") and "ln_" not in name for name in decay[0.5])
@@ -449,7 +449,7 @@ def test_a_bundle_that_keeps_every_block_tunes_as_the_base_would(tmp_path):
     bundle = tiny_bundle(tiny_base(tmp_path / "b", blocks=3), tmp_path / "bundle", parties)
     rows = tiny_rows(tmp_path / "rows.jsonl", 4)
     spec = spec_of(max_steps=1, warmup=0.0, batch_size=4, max_grad_norm=1e9, schedule="constant")
-    returned = tensors_of(tune(bundle.folder, rows, tmp_path / "out", spec, parties.data_owner))
+    returned = tensors_of(tune(bundle, rows, tmp_path / "out", spec, parties.data_owner))
 
     model = load_model(bundle.folder, dtype=torch.float32, device=CPU)
     torch.manual_seed(spec.seed)

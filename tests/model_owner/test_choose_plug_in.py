@@ -25,6 +25,7 @@ from offsite.data_owner.tune import tune
 from offsite.errors import PolicyError, UsageError, VerificationError
 from offsite.evaluation.evaluate import evaluate
 from offsite.model_owner.choose_plug_in import Choice, choose
+from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
 from offsite.protocol.artifacts import Base, Bundle, Return
 from offsite.protocol.verify import verify_return
@@ -38,7 +39,7 @@ ALONE: dict[str, Any] = {"bottom": 1, "top": 1, "keep": 1}
 def chosen(base: Path, returned: Path, rows: Path, parties: Parties, compute: Any = "fp32", **spec: Any) -> Choice:
     settings = PlugInSpec.model_validate({"again": True, **spec})
     measured = EvalSpec(compute=compute, **SMALL)  # type: ignore[arg-type]
-    return choose(Base(base), returned, rows, settings, measured, parties.owner)
+    return choose(Base(base), intake(returned, parties.owner), rows, settings, measured, parties.owner)
 
 
 def made(method: str, bundle: Bundle, out: Path, parties: Parties, seed: int) -> Return:
@@ -96,7 +97,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, P
     base = tiny_base(folder / "base", "llama", 4)
     bundle = packed(base, folder / "bundle", parties)
     spec = TuneSpec(rank=4, lr=5e-3, max_steps=12, batch_size=4, checkpoints=2, compute="fp32", **SMALL)  # type: ignore
-    tune(bundle.folder, rows, folder / "return", spec, parties.data_owner)
+    tune(bundle, rows, folder / "return", spec, parties.data_owner)
     return base, folder / "return", rows, parties
 
 

@@ -11,8 +11,8 @@ from artifacts import lora_return, packed
 from offsite.config import PackSpec
 from offsite.errors import OffsiteError, StorageError
 from offsite.model_owner.ledger import Ledger
-from offsite.protocol.artifacts import PlugIn
 from offsite.protocol.manifest import PlugInManifest
+from offsite.protocol.sealing import seal
 from tiny import Parties
 
 MakeBase = Callable[..., Path]
@@ -37,7 +37,8 @@ def test_states(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
         kind="plug-in", format=1, requires=(), files=(), form="adapter", architecture="llama",
         base=bundle.manifest.base, bundle=bundle.digest, returned=returned.digest, issuer=bundle.manifest.issuer,
     )  # fmt: skip
-    made = PlugIn(tmp_path / "plugged", manifest, "0" * 64)
+    (tmp_path / "staged").mkdir()
+    made = seal(tmp_path / "staged", manifest, parties.owner.identity(), tmp_path / "plugged")
     with pytest.raises(ZeroDivisionError), ledger.recording_plug_in(made, again=False):
         _ = 1 / 0
     assert state() == "returned"

@@ -12,6 +12,7 @@ from artifacts import full_return, lora_return, packed
 from offsite.config import ImportSpec, PlugInSpec
 from offsite.errors import StorageError
 from offsite.model_owner.importing.import_model import import_model
+from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.plug_in import plug_in
 from offsite.protocol.artifacts import Base
@@ -37,7 +38,7 @@ def stage(request: pytest.FixtureRequest, base_of: MakeBase, parties: Parties, t
     else:
         returned = lora_return(bundle, tmp_path / "return", parties.data_owner).folder
         spec = PlugInSpec.model_validate({"as": request.param.split()[1], "again": True})
-    return lambda out: plug_in(Base(base), returned, out, spec, parties.owner)
+    return lambda out: plug_in(Base(base), intake(returned, parties.owner), out, spec, parties.owner)
 
 
 class Disk:
@@ -168,10 +169,10 @@ def test_failed_plug_in_is_not_entered(
     for last in (0, 3):
         disk.calls, disk.last = 0, last
         with pytest.raises(StorageError):
-            plug_in(Base(base), returned.folder, tmp_path / "out", PlugInSpec(), parties.owner)
+            plug_in(Base(base), intake(returned.folder, parties.owner), tmp_path / "out", PlugInSpec(), parties.owner)
         assert Ledger(parties.owner.ledger).plugged_in(returned) == []
     disk.last = -1
-    plug_in(Base(base), returned.folder, tmp_path / "out", PlugInSpec(), parties.owner)
+    plug_in(Base(base), intake(returned.folder, parties.owner), tmp_path / "out", PlugInSpec(), parties.owner)
     assert len(Ledger(parties.owner.ledger).plugged_in(returned)) == 1
 
 
@@ -188,6 +189,6 @@ def test_rename_that_fails_is_not_entered(
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", refuse)
         with pytest.raises(StorageError):
-            plug_in(Base(base), returned.folder, tmp_path / "out", PlugInSpec(), parties.owner)
+            plug_in(Base(base), intake(returned.folder, parties.owner), tmp_path / "out", PlugInSpec(), parties.owner)
     assert Ledger(parties.owner.ledger).plugged_in(returned) == []
-    plug_in(Base(base), returned.folder, tmp_path / "out", PlugInSpec(), parties.owner)
+    plug_in(Base(base), intake(returned.folder, parties.owner), tmp_path / "out", PlugInSpec(), parties.owner)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from artifacts import copied_folder, edit_json, edit_weights, lora_return, packed
 from offsite.config import PackSpec, PlugInSpec
 from offsite.errors import IncompatibleError, StorageError, UsageError
+from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.pack import pack
 from offsite.model_owner.plug_in import plug_in
@@ -385,7 +386,9 @@ def test_a_bundle_or_return_is_no_base_but_a_merged_plug_in_may_be_one(
     refused(bundle.folder, parties, tmp_path / "out", UsageError, "is a bundle, expected a base")
     refused(returned.folder, parties, tmp_path / "out", UsageError, "is a return, expected a base")
     spec = PlugInSpec.model_validate({"as": "merged"})
-    merged = plug_in(Base(base_of()), returned.folder, tmp_path / "plugged", spec, parties.owner).folder
+    merged = plug_in(
+        Base(base_of()), intake(returned.folder, parties.owner), tmp_path / "plugged", spec, parties.owner
+    ).folder
     assert packed(merged, tmp_path / "again", parties).manifest.base != bundle.manifest.base
 
 

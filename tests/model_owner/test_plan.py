@@ -14,6 +14,7 @@ from offsite.config import PackSpec, PlugInSpec
 from offsite.errors import IncompatibleError, UsageError
 from offsite.kernels import memory_formulas
 from offsite.kernels.runtime import runtime
+from offsite.model_owner.intake import intake
 from offsite.model_owner.pack import pack
 from offsite.model_owner.plan import PackPlan, plan_pack, plan_plug_in
 from offsite.model_owner.plug_in import plug_in
@@ -188,7 +189,7 @@ def test_plugging_in(base_of: MakeBase, tmp_path: Path, parties: Parties, form: 
     assert plan.changed_parameters == 2 * (BLOCK - 2 * HIDDEN)  # every linear map of two blocks
     if form == "merged":  # smaller than a chunk that is copied, so by hand: the largest map is 32 x 48
         assert {term.name: term.bytes for term in plan.phases[1].terms}.keys() >= {"copy buffer"}
-    made = plug_in(Base(base), returned.folder, tmp_path / "plugged", settings, parties.owner)
+    made = plug_in(Base(base), intake(returned.folder, parties.owner), tmp_path / "plugged", settings, parties.owner)
     assert plan.disk_bytes >= 0.9 * sum(file.stat().st_size for file in made.folder.iterdir())
     assert all((made.folder / name).is_file() for name in more)
 

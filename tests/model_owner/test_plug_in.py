@@ -24,6 +24,7 @@ from artifacts import (
 from model_owner.test_pack import bits, logits, plain, sharded
 from offsite.config import PlugInSpec
 from offsite.errors import UsageError, VerificationError
+from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.plug_in import plug_in
 from offsite.models.architectures import ARCHITECTURES
@@ -40,7 +41,8 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def plugged(base: Path, returned: Path, out: Path, parties: Parties, **spec: Any) -> PlugIn:
-    return plug_in(Base(base), returned, out, PlugInSpec.model_validate({"again": True, **spec}), parties.owner)
+    settings = PlugInSpec.model_validate({"again": True, **spec})
+    return plug_in(Base(base), intake(returned, parties.owner), out, settings, parties.owner)
 
 
 def noise(name: str, shipped: Array) -> Array:

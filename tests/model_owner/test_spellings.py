@@ -15,6 +15,7 @@ from artifacts import copied_folder, edit_json, full_return, lora_return, packed
 from model_owner.test_pack import bits, logits, plain
 from offsite.config import PlugInSpec
 from offsite.errors import IncompatibleError
+from offsite.model_owner.intake import intake
 from offsite.model_owner.plug_in import plug_in
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
@@ -77,7 +78,7 @@ def same_bundle(base: Path, other: Path, tmp_path: Path, parties: Parties) -> No
         ("tuned", lora_return(theirs, tmp_path / "lora", parties.data_owner, b=0.1)),
     ):
         spec = PlugInSpec.model_validate({"as": "merged"})
-        made = plug_in(Base(other), returned.folder, tmp_path / name, spec, parties.owner)
+        made = plug_in(Base(other), intake(returned.folder, parties.owner), tmp_path / name, spec, parties.owner)
         stored, before = (open_checkpoint(folder).tensors for folder in (made.folder, other))
         assert stored.keys() == before.keys()
         changed = {n for n in stored if b"".join(read_chunks(stored[n])) != b"".join(read_chunks(before[n]))}
@@ -158,7 +159,9 @@ def test_experts_stacked_in_the_file(base_of: MakeBase, parties: Parties, tmp_pa
     bundle = packed(other, tmp_path / "bundle", parties, keep=1)
     returned = full_return(bundle, tmp_path / "return", parties.data_owner, lambda name, shipped: shipped * 1.25)
     ours, theirs = (
-        plug_in(Base(folder), returned.folder, tmp_path / name, PlugInSpec(again=True), parties.owner).folder
+        plug_in(
+            Base(folder), intake(returned.folder, parties.owner), tmp_path / name, PlugInSpec(again=True), parties.owner
+        ).folder
         for folder, name in ((base, "from-matrices"), (other, "from-stacks"))
     )
     assert open_checkpoint(theirs).tensors.keys() == open_checkpoint(other).tensors.keys()

@@ -109,7 +109,7 @@ def test_seal(tmp_path: Path) -> None:
     entries = file_entries([Written("b", 2, "1" * 64), Written("a", 1, "0" * 64)])
     assert [entry.name for entry in entries] == ["a", "b"]
     manifest = bundle(files=[entry.model_dump() for entry in entries])
-    digest = seal(folder, manifest, identity)
+    digest = seal(folder, manifest, identity, tmp_path / "out").digest
     raw = (folder / MANIFEST).read_bytes()
     assert parse_manifest(raw) == manifest
     assert identity.public_key.verifies((folder / SIGNATURE).read_bytes(), "bundle", raw)
@@ -119,5 +119,5 @@ def test_seal(tmp_path: Path) -> None:
 def test_what_the_other_party_would_refuse_is_not_sealed(tmp_path: Path) -> None:
     identity = Home(tmp_path / "home").create_identity("acme")
     with pytest.raises(ManifestProblem):
-        seal(tmp_path, bundle().model_copy(update={"base": "x"}), identity)
+        seal(tmp_path, bundle().model_copy(update={"base": "x"}), identity, tmp_path)
     assert not (tmp_path / MANIFEST).exists()

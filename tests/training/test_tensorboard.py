@@ -50,7 +50,7 @@ def house(tmp_path_factory):
     folder = tmp_path_factory.mktemp("house")
     parties = tiny_parties(folder)
     bundle = tiny_bundle(tiny_base(folder / "base", blocks=3), folder / "bundle", parties)
-    return bundle.folder, tiny_rows(folder / "rows.jsonl", 8), parties.data_owner
+    return bundle, tiny_rows(folder / "rows.jsonl", 8), parties.data_owner
 
 
 def test_the_board_shows_what_the_log_says(house, tmp_path, writers):

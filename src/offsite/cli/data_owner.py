@@ -83,11 +83,14 @@ def tune(
     if epochs is not None:  # over max_steps of the file, which would win otherwise
         spec = spec.changed({"max_steps": None})
     from offsite.data_owner.permissions import require_permitted, require_something_to_report
+    from offsite.progress import Event
     from offsite.protocol.verify import verify_bundle
 
     require_something_to_report(spec, eval_data)
     own = flags.home_of(context, home)
-    verified = verify_bundle(bundle, own)
+    with terminal.showing_progress() as progress:
+        progress(Event("verifying the bundle", 0))
+        verified = verify_bundle(bundle, own)
     require_permitted(verified.manifest, spec)
     if plan:
         from offsite.data_owner.plan import plan_tune
@@ -105,7 +108,7 @@ def tune(
     with terminal.showing_progress() as progress:
         announcing = _announcing(promise(verified.manifest, spec), progress)
         returned = tune_stage(
-            bundle,
+            verified,
             data,
             out,
             spec,

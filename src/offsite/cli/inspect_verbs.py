@@ -224,7 +224,7 @@ def _verified(path: Path, home: "Home") -> "Bundle | Return | PlugIn":
 
     manifest = read_unverified(path)
     if isinstance(manifest, ReturnManifest) and manifest.recipient == home.identity().public_key.hex:
-        return check_return(path, home)[0]
+        return check_return(path, home)
     return verify_stage(path, home)
 
 

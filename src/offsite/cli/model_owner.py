@@ -1,19 +1,13 @@
 """The verbs of the party that owns a model: import, pack, plug-in."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from offsite.cli import choice, flags, inspect_verbs, terminal
 from offsite.cli.show_plan import show_plan
 from offsite.training.run_log import log_file
-
-if TYPE_CHECKING:
-    from offsite.config import PlugInSpec
-    from offsite.model_owner.choose_plug_in import Choice
-    from offsite.protocol.artifacts import Base
-    from offsite.protocol.home import Home
 
 _Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="new folder for the result")]
 _BaseFolder = Annotated[Path, typer.Argument(metavar="BASE", help="base checkpoint folder, as import wrote it")]
@@ -165,7 +159,7 @@ def plug_in(
     Example:
       offsite plug-in base/ return/ --out plugged/
     """
-    from offsite.config import PlugInSpec
+    from offsite.config import EvalSpec, PlugInSpec
     from offsite.errors import UsageError
 
     given = {"as": as_, "checkpoint": checkpoint, "strength": strength, "strengths": strengths, "again": again}
@@ -182,20 +176,29 @@ def plug_in(
         )
     from offsite.protocol.artifacts import Base
 
-    own = flags.home_of(context, home)
+    own, model = flags.home_of(context, home), Base(base)
     if plan:
         from offsite.model_owner.plan import plan_plug_in
 
-        show_plan(plan_plug_in(Base(base), returned, spec, own), out, as_json=as_json)
+        show_plan(plan_plug_in(model, returned, spec, own), out, as_json=as_json)
         return
+    from offsite.model_owner.intake import intake
     from offsite.model_owner.plug_in import plug_in as plug_in_stage
+    from offsite.progress import Event
+    from offsite.storage.files import require_free
 
-    chosen = None
-    if choose_on is not None:
-        chosen = _choose(Base(base), returned, choose_on, out, spec, own, config)
-        spec = spec.model_copy(update={"checkpoint": chosen.best.checkpoint, "strength": chosen.best.strength})
+    measured = flags.settings(EvalSpec, config, {}) if choose_on else EvalSpec()  # it scores as `offsite eval` does
+    require_free(out)  # before the work, and before the ledger's entry
     with terminal.showing_progress() as progress:
-        plugged = plug_in_stage(Base(base), returned, out, spec, own, progress)
+        progress(Event("verifying the return", 0))
+        accepted = intake(returned, own)
+        chosen = None
+        if choose_on is not None:
+            from offsite.model_owner.choose_plug_in import choose
+
+            chosen = choose(model, accepted, choose_on, spec, measured, own, progress)
+            spec = spec.model_copy(update={"checkpoint": chosen.best.checkpoint, "strength": chosen.best.strength})
+        plugged = plug_in_stage(model, accepted, out, spec, own, progress)
     if chosen and not as_json:
         for line in choice.lines(chosen):
             typer.echo(line)
@@ -203,18 +206,3 @@ def plug_in(
     terminal.show({**shown, "choice": choice.facts(chosen)} if chosen and as_json else shown, as_json=as_json)
     scored = f"{base} --adapter {out}" if plugged.manifest.form == "adapter" else f"{out}"
     terminal.hint(f"next: offsite eval {scored} --data test.jsonl")
-
-
-def _choose(
-    base: "Base", returned: Path, data: Path, out: Path, spec: "PlugInSpec", own: "Home", config: Path | None
-) -> "Choice":
-    """Choose, under the settings of `offsite eval`; an `out` that is taken is refused before, not after."""
-    from offsite.config import EvalSpec
-    from offsite.storage.files import require_free
-
-    measured = flags.settings(EvalSpec, config, {})
-    require_free(out)
-    from offsite.model_owner.choose_plug_in import choose
-
-    with terminal.showing_progress() as progress:
-        return choose(base, returned, data, spec, measured, own, progress)

@@ -1,4 +1,4 @@
-"""Tuning: verify a bundle, train its adapter on one's own rows, and write the signed return."""
+"""Tuning: take a verified bundle, train its adapter on one's own rows, and write the signed return."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,6 @@ from offsite.models.mixture import in_files
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Bundle, Return
 from offsite.protocol.home import Home
-from offsite.protocol.verify import verify_bundle
 from offsite.storage.lock import alone_in
 from offsite.training.master_weights import TrainedWeights
 from offsite.training.resume_points import RunState
@@ -48,7 +47,7 @@ _FREE_SETTINGS = frozenset({"save_every", "eval_every", "threads", "workers"})
 
 
 def tune(
-    bundle: Path,
+    bundle: Bundle,
     data: Path,
     out: Path,
     spec: TuneSpec,
@@ -64,7 +63,7 @@ def tune(
     Beside `out` lie `<out>.log.jsonl`, the log, and while it runs `<out>.run/`, the resume points.
 
     Args:
-        bundle: the folder that the model's owner sent.
+        bundle: what the model's owner sent, verified.
         data: rows to train on, as `offsite.data.rows.read_rows` takes them.
         out: the return's folder; it appears whole or not at all.
         spec: what trains and how.
@@ -80,7 +79,6 @@ def tune(
             to measure them on, the tuning does not fit into `memory`, another one is at work there, an interrupted
             run is there that cannot or was not to be resumed, a package that was asked for is not installed, or
             TensorBoard's folder is where the return or its run will be.
-        VerificationError: the bundle fails verification.
         PolicyError: the bundle does not permit the method or the rank.
         DataError: rows are bad, too long, or missing.
         IncompatibleError: the bundle does not load, has nothing that the method trains, other tensors than its
@@ -89,30 +87,28 @@ def tune(
         StorageError: something cannot be read or written.
         KeyboardInterrupt: the user stopped it; a resume point was saved.
     """
-    progress(Event("verifying the bundle", 0))
-    verified = verify_bundle(bundle, home)
-    identity = check_tuning(verified, out, spec, home, eval_data=eval_data, tensorboard=tensorboard, resume=resume)
+    identity = check_tuning(bundle, out, spec, home, eval_data=eval_data, tensorboard=tensorboard, resume=resume)
     out = out.resolve()  # the return takes the place of an empty folder, also of the one that one stands in
     where = runtime(spec.device, spec.compute, spec.threads)
-    spec = resolve_defaults(spec, verified.manifest.architecture, where.dtype.itemsize)
+    spec = resolve_defaults(spec, bundle.manifest.architecture, where.dtype.itemsize)
     with PictureWorkers(worker_count(spec.workers, where.device)) as workers:
         progress(Event("reading the rows", 0))
-        rows = read_data(verified, data, eval_data, spec, progress, workers)
+        rows = read_data(bundle, data, eval_data, spec, progress, workers)
         steps = step_count(spec, rows.rows)
         checkpoint_steps(spec, steps)  # refused before the run has a folder
-        identity_of_run = _identity_of_run(verified, data, eval_data, spec, where)
+        identity_of_run = _identity_of_run(bundle, data, eval_data, spec, where)
         with alone_in(run_folder(out), *AT_WORK), seeded(spec.seed, where.device):
             state = RunState(run_folder(out), identity_of_run, resume=resume, points_alone=True)
             checkpoints = Checkpoints(state, spec, steps)
             progress(Event("loading the model", 0))
-            tuning = _prepare(verified, spec, where, rows, progress)
+            tuning = _prepare(bundle, spec, where, rows, progress)
             with cached_features(tuning, spec, state.folder, progress):
                 fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
                 train(tuning, fitted, state, checkpoints, log_file(out), progress, tensorboard=tensorboard)
             progress(Event("writing the return", 0))
             classes = rows.classes if isinstance(rows, Album) else None
             head = {name: master for name, master in tuning.weights.masters.items() if name in (WEIGHT, BIAS)}
-            returned = send_back(verified, {**tuning.returned, **head}, spec, out, identity, checkpoints, classes)
+            returned = send_back(bundle, {**tuning.returned, **head}, spec, out, identity, checkpoints, classes)
             state.remove()
     return returned
 

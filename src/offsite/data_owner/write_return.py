@@ -88,5 +88,4 @@ def send_back(
             scores=checkpoints.scores,
             tensors={name: TensorEntry(shape=tuple(tensor.shape), dtype="F32") for name, tensor in tensors.items()},
         )
-        digest = seal(staging, manifest, identity)
-    return Return(out, manifest, digest)
+        return seal(staging, manifest, identity, out)

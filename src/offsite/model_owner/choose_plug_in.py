@@ -23,7 +23,7 @@ from offsite.evaluation.row_losses import row_losses
 from offsite.kernels.runtime import Runtime, runtime
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.ledger import Issued
-from offsite.model_owner.plug_in import form_of, open_both, refusals_recorded, write_adapter
+from offsite.model_owner.plug_in import form_of, open_base_of, refusals_recorded, write_adapter
 from offsite.model_owner.plugged_tensors import Chosen, adapter_tensors, changed_tensors
 from offsite.models.architectures import Architecture
 from offsite.models.backbone import Network, split_backbone_and_head
@@ -62,7 +62,7 @@ class Choice:
 
 def choose(
     base: Base,
-    returned: Path,
+    returned: Return,
     data: Path,
     spec: PlugInSpec,
     measured: EvalSpec,
@@ -73,7 +73,7 @@ def choose(
 
     Args:
         base: the owner's full model.
-        returned: the return's folder; it is verified first, and the verdict is recorded.
+        returned: what `intake` gave.
         data: held-out rows of the owner's own, as `offsite.data.rows.read_rows` takes them.
         spec: the form, and what to choose from: a checkpoint or a strength that was given is fixed.
         measured: lengths, device, dtype of the arithmetic, as for `evaluate`.
@@ -85,7 +85,7 @@ def choose(
         DataError: the data set is empty, or has bad or overlong rows.
         VerificationError: as `plug_in`, like IncompatibleError and UsageError.
     """
-    model, verified, parent = open_both(base, returned, spec, home, progress)
+    model, parent = open_base_of(returned, base, spec, home, progress)
     if model.row.vision is not None:
         raise UsageError(
             "choosing is for language models",
@@ -94,14 +94,14 @@ def choose(
         )
     examples = _read(base, data, measured)
     where = runtime(measured.device, measured.compute, measured.threads)
-    grid = _grid(verified, spec)
-    trial = _Trial(model, verified, parent, where, merged=form_of(verified, spec) == "merged")
+    grid = _grid(returned, spec)
+    trial = _Trial(model, returned, parent, where, merged=form_of(returned, spec) == "merged")
     base_loss = _loss(trial.network, examples, measured.micro_batch_tokens)
     candidates: list[Candidate] = []
     for checkpoint, strength in grid:
         facts: dict[str, float | str] = {"checkpoint": str(checkpoint), "strength": strength}
         progress(Event("choosing", len(candidates), len(grid), facts))
-        with refusals_recorded(verified, home):
+        with refusals_recorded(returned, home):
             trial.become(checkpoint, strength)
         loss = _loss(trial.network, examples, measured.micro_batch_tokens)
         candidates.append(Candidate(checkpoint, strength, loss))

@@ -154,6 +154,10 @@ class Ledger:
         with self._open() as db:
             return _made_at(db, returned.digest)
 
+    def accepted(self, returned: Return) -> bool:
+        """Whether this return, by its digest, was verified against its bundle and accepted."""
+        return any(state == "accepted" for state, _ in self.intakes(returned.digest))
+
     def intakes(self, digest: str) -> list[tuple[str, list[str]]]:
         """What became of a return each time that it was received: the state and the reasons."""
         with self._open() as db:

@@ -114,7 +114,7 @@ def pack(
         written += [write_stream(folder / name, [content]) for name, content in settings.items()]
         parties = Parties(identity.public_key.hex, key.hex, base_code)
         manifest = bundle_manifest(model, kept, numbers, spec, file_entries(written), parties, declared)
-        bundle = Bundle(out, manifest, seal(folder, manifest, identity))
+        bundle = seal(folder, manifest, identity, out)
         Ledger(home.ledger).record_issue(bundle, recipient, kept, spec)
     return bundle
 

@@ -37,7 +37,7 @@ from offsite.model_owner.base_model import BaseModel, open_base
 from offsite.model_owner.calibration_pictures import photos
 from offsite.model_owner.compress.declare import declared_of
 from offsite.model_owner.heal.share import shared
-from offsite.model_owner.intake import check_return
+from offsite.model_owner.intake import check_return, issued_bundle
 from offsite.model_owner.pack import Parties, bundle_manifest, settings_files
 from offsite.model_owner.partition import DTYPES, bundle_tensors, counts
 from offsite.model_owner.plug_in import checkpoint_of, form_of
@@ -468,7 +468,8 @@ def plan_plug_in(base: Base, returned: Path, spec: PlugInSpec, home: Home) -> Pl
         UsageError: the return's method has no such form, or it has no such checkpoint.
         IncompatibleError: the base has other blocks than the bundle's.
     """
-    verified, parent = check_return(returned, home)
+    verified = check_return(returned, home)
+    parent = issued_bundle(verified, home)
     model = open_base(base)
     lora, row = verified.manifest.lora, model.row
     form = form_of(verified, spec)

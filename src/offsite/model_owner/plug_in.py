@@ -13,7 +13,7 @@ from offsite.config import PlugInSpec
 from offsite.errors import IncompatibleError, UsageError, VerificationError
 from offsite.model_owner.base_model import BaseModel, by_todays_names, fingerprint, open_base
 from offsite.model_owner.image_classifier import classifier_config, classifier_tensors
-from offsite.model_owner.intake import intake
+from offsite.model_owner.intake import issued_bundle, require_taken_in
 from offsite.model_owner.ledger import Issued, Ledger, plugged_in_before
 from offsite.model_owner.plugged_tensors import Chosen, adapter_tensors, changed_tensors, to_base
 from offsite.models.family import Vision
@@ -46,32 +46,35 @@ from offsite.storage.safetensors_files import (
 _COMPANIONS = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *BESIDE_A_MODEL)
 
 
-def plug_in(base: Base, returned: Path, out: Path, spec: PlugInSpec, home: Home, progress: Progress = silent) -> PlugIn:
+def plug_in(
+    base: Base, returned: Return, out: Path, spec: PlugInSpec, home: Home, progress: Progress = silent
+) -> PlugIn:
     """Put a return into the base model it was made for.
 
     Args:
         base: the owner's full model, the one that the bundle was packed from; it is only read.
-        returned: the return's folder; it is verified first, and the verdict is recorded.
+        returned: what `intake` gave.
         out: an adapter folder, for LoRA one for `PeftModel.from_pretrained(base, out)`; or a complete checkpoint.
         spec: the form, and whether a return may be plugged in again.
         home: the owner's.
         progress: where the events go.
 
     Raises:
-        VerificationError: the return fails verification.
-        PolicyError: it goes beyond what was permitted, or was plugged in before.
+        VerificationError: the return does not fit into the base's dtype at this strength.
+        PolicyError: it was plugged in before.
         IncompatibleError: the base is another one than the bundle's.
-        UsageError: the return's method has no such form, or `out` holds something.
+        UsageError: the return was not taken in by this home, its method has no such form, it has no such checkpoint,
+            or `out` holds something.
     """
     require_free(out)
-    model, verified, parent = open_both(base, returned, spec, home, progress)
-    form, strength = form_of(verified, spec), 1.0 if spec.strength is None else spec.strength
-    chosen = Chosen(verified, parent, checkpoint_of(verified, spec), np.float32(strength))
+    model, parent = open_base_of(returned, base, spec, home, progress)
+    form, strength = form_of(returned, spec), 1.0 if spec.strength is None else spec.strength
+    chosen = Chosen(returned, parent, checkpoint_of(returned, spec), np.float32(strength))
     progress(Event("writing the plug-in", 0))
     # the ledger's entry is there before the folder appears, and taken back if it does not
     with ExitStack() as entry, staged_folder(out) as folder:
         write = write_adapter if form == "adapter" else _write_merged
-        with refusals_recorded(verified, home):
+        with refusals_recorded(returned, home):
             written = write(model, chosen, folder)
         manifest = PlugInManifest(
             kind="plug-in",
@@ -81,33 +84,32 @@ def plug_in(base: Base, returned: Path, out: Path, spec: PlugInSpec, home: Home,
             architecture=model.row.model_type,
             base=parent.manifest.base,
             bundle=parent.digest,
-            returned=verified.digest,
+            returned=returned.digest,
             strength=strength,
             checkpoint=chosen.checkpoint,
             issuer=home.identity().public_key.hex,
             files=file_entries(written),
         )
-        made = PlugIn(out, manifest, seal(folder, manifest, home.identity()))
-        entry.enter_context(Ledger(home.ledger).recording_plug_in(made, again=spec.again))
-    return made
+        plugged = seal(folder, manifest, home.identity(), out)
+        entry.enter_context(Ledger(home.ledger).recording_plug_in(plugged, again=spec.again))
+    return plugged
 
 
-def open_both(
-    base: Base, returned: Path, spec: PlugInSpec, home: Home, progress: Progress
-) -> tuple[BaseModel, Return, Issued]:
-    """Take a return in, and open the base that it was made for.
+def open_base_of(
+    returned: Return, base: Base, spec: PlugInSpec, home: Home, progress: Progress
+) -> tuple[BaseModel, Issued]:
+    """Open the base that a return was made for, and look its bundle up in the ledger.
 
     Raises:
-        VerificationError: as `plug_in`, like the others.
         PolicyError: as `plug_in`.
         IncompatibleError: as `plug_in`.
-        UsageError: the return's method has no such form, or it has no such checkpoint.
+        UsageError: the return was not taken in by this home, its method has no such form, or it has no such checkpoint.
     """
-    progress(Event("verifying the return", 0))
-    verified, parent = intake(returned, home)
-    form_of(verified, spec)
-    checkpoint_of(verified, spec)
-    _check_again(verified, spec, home)
+    require_taken_in(returned, home)
+    parent = issued_bundle(returned, home)
+    form_of(returned, spec)
+    checkpoint_of(returned, spec)
+    _check_again(returned, spec, home)
     model = open_base(base)
     progress(Event("comparing the base with the ledger", 0))
     if fingerprint(model, home.identity()) != parent.manifest.base:
@@ -116,7 +118,7 @@ def open_both(
             reasons=["its fingerprint differs from the ledger's"],
             next_step="name the folder that `offsite pack` was given for this bundle",
         )
-    return model, verified, parent
+    return model, parent
 
 
 @contextmanager

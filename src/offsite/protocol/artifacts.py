@@ -1,9 +1,15 @@
-"""The frozen values that pass between stages. Bundle and Return are made by verifying or by sealing, nowhere else."""
+"""The frozen values that pass between stages. A Bundle, Return or PlugIn in hand has been verified, or sealed just now.
 
-from dataclasses import dataclass
+Their constructors refuse everybody but `offsite.protocol.verify` and `offsite.protocol.sealing`, which use `attest`.
+"""
+
+from dataclasses import InitVar, dataclass
 from pathlib import Path
+from typing import overload
 
-from offsite.protocol.manifest import BundleManifest, PlugInManifest, ReturnManifest
+from offsite.protocol.manifest import BundleManifest, Manifest, PlugInManifest, ReturnManifest
+
+_PROOF = object()  # who constructs an artifact holds it
 
 
 @dataclass(frozen=True)
@@ -18,26 +24,76 @@ class Base:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle; `digest` is the SHA-256 of its manifest's bytes and names it in the chain."""
+    """A verified bundle; `digest` is the SHA-256 of its manifest's bytes and names it in the chain.
+
+    Raises:
+        TypeError: it is constructed by hand; `verify_bundle` and `pack` are where bundles come from.
+    """
 
     folder: Path
     manifest: BundleManifest
     digest: str
+    proof: InitVar[object] = None
+
+    def __post_init__(self, proof: object) -> None:
+        _require_proof(proof, "a Bundle comes from verify_bundle() or pack()")
 
 
 @dataclass(frozen=True)
 class Return:
-    """A verified return; `digest` is the SHA-256 of its manifest's bytes."""
+    """A verified return; `digest` is the SHA-256 of its manifest's bytes.
+
+    Raises:
+        TypeError: it is constructed by hand; `intake`, `verify_return` and `tune` are where returns come from.
+    """
 
     folder: Path
     manifest: ReturnManifest
     digest: str
+    proof: InitVar[object] = None
+
+    def __post_init__(self, proof: object) -> None:
+        _require_proof(proof, "a Return comes from intake(), verify_return() or tune()")
 
 
 @dataclass(frozen=True)
 class PlugIn:
-    """A plug-in: an adapter folder for the base, or a complete checkpoint."""
+    """A verified plug-in: an adapter folder for the base, or a complete checkpoint.
+
+    Raises:
+        TypeError: it is constructed by hand; `verify_plug_in` and `plug_in` are where plug-ins come from.
+    """
 
     folder: Path
     manifest: PlugInManifest
     digest: str
+    proof: InitVar[object] = None
+
+    def __post_init__(self, proof: object) -> None:
+        _require_proof(proof, "a PlugIn comes from verify_plug_in() or plug_in()")
+
+
+def _require_proof(proof: object, origin: str) -> None:
+    if proof is not _PROOF:
+        raise TypeError(f"{origin}; it is never constructed by hand")
+
+
+@overload
+def attest(folder: Path, manifest: BundleManifest, digest: str) -> Bundle: ...
+@overload
+def attest(folder: Path, manifest: ReturnManifest, digest: str) -> Return: ...
+@overload
+def attest(folder: Path, manifest: PlugInManifest, digest: str) -> PlugIn: ...
+def attest(folder: Path, manifest: Manifest, digest: str) -> Bundle | Return | PlugIn:
+    """The artifact of a folder that was verified, or sealed, by the caller. For `verify` and `sealing` alone.
+
+    Args:
+        folder: where it lies.
+        manifest: what its `offsite.json` says.
+        digest: SHA-256 of the manifest's bytes, in hex.
+    """
+    if isinstance(manifest, BundleManifest):
+        return Bundle(folder, manifest, digest, _PROOF)
+    if isinstance(manifest, ReturnManifest):
+        return Return(folder, manifest, digest, _PROOF)
+    return PlugIn(folder, manifest, digest, _PROOF)

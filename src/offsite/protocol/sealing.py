@@ -3,8 +3,20 @@
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import overload
 
-from offsite.protocol.manifest import MANIFEST, SIGNATURE, FileEntry, Manifest, parse_manifest, render_manifest
+from offsite.protocol.artifacts import Bundle, PlugIn, Return, attest
+from offsite.protocol.manifest import (
+    MANIFEST,
+    SIGNATURE,
+    BundleManifest,
+    FileEntry,
+    Manifest,
+    PlugInManifest,
+    ReturnManifest,
+    parse_manifest,
+    render_manifest,
+)
 from offsite.protocol.signing import Identity
 from offsite.storage.files import Written, write_stream
 
@@ -17,14 +29,26 @@ def file_entries(written: Iterable[Written]) -> tuple[FileEntry, ...]:
     )
 
 
-def seal(folder: Path, manifest: Manifest, identity: Identity) -> str:
+@overload
+def seal(folder: Path, manifest: BundleManifest, identity: Identity, out: Path) -> Bundle: ...
+@overload
+def seal(folder: Path, manifest: ReturnManifest, identity: Identity, out: Path) -> Return: ...
+@overload
+def seal(folder: Path, manifest: PlugInManifest, identity: Identity, out: Path) -> PlugIn: ...
+def seal(folder: Path, manifest: Manifest, identity: Identity, out: Path) -> Bundle | Return | PlugIn:
     """Write `offsite.json` and its signature into a staged folder.
 
+    Args:
+        folder: the staged folder, with all files that the manifest lists.
+        manifest: what the artifact is.
+        identity: who signs.
+        out: the folder that the staged one becomes.
+
     Returns:
-        The artifact's digest: SHA-256 of the manifest's bytes.
+        The artifact, which this party has made itself.
     """
     raw = render_manifest(manifest)
     parse_manifest(raw)  # what the other party would refuse must not leave the house
     write_stream(folder / MANIFEST, [raw])
     write_stream(folder / SIGNATURE, [identity.sign(manifest.kind, raw)])
-    return hashlib.sha256(raw).hexdigest()
+    return attest(out, manifest, hashlib.sha256(raw).hexdigest())

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from offsite.errors import OffsiteError, PolicyError, StorageError, UsageError, VerificationError
-from offsite.protocol.artifacts import Bundle, PlugIn, Return
+from offsite.protocol.artifacts import Bundle, PlugIn, Return, attest
 from offsite.protocol.bundle_rules import BUNDLE_RULES
 from offsite.protocol.contents import allowed_in_plug_in
 from offsite.protocol.envelope_rules import ENVELOPE_RULES, OWN_FAULT
@@ -58,7 +58,7 @@ def verify_bundle(path: Path, home: Home) -> Bundle:
     if not isinstance(sealed.manifest, BundleManifest):
         raise _wrong_kind(sealed, "bundle")
     _run(sealed, (*ENVELOPE_RULES, *BUNDLE_RULES))
-    return Bundle(path, sealed.manifest, sealed.digest)
+    return attest(path, sealed.manifest, sealed.digest)
 
 
 def verify_return(path: Path, home: Home, bundle: BundleManifest | None = None) -> Return:
@@ -86,7 +86,7 @@ def verify_return(path: Path, home: Home, bundle: BundleManifest | None = None) 
             reasons=policy,
             next_step="ask for a return within it, or issue another bundle that permits more",
         )
-    return Return(path, sealed.manifest, sealed.digest)
+    return attest(path, sealed.manifest, sealed.digest)
 
 
 def verify_plug_in(path: Path, home: Home) -> PlugIn:
@@ -100,7 +100,7 @@ def verify_plug_in(path: Path, home: Home) -> PlugIn:
     if not isinstance(sealed.manifest, PlugInManifest):
         raise _wrong_kind(sealed, "plug-in")
     _run(sealed, (*ENVELOPE_RULES, _plug_in_files))
-    return PlugIn(path, sealed.manifest, sealed.digest)
+    return attest(path, sealed.manifest, sealed.digest)
 
 
 def _plug_in_files(sealed: Sealed) -> Iterator[str]:

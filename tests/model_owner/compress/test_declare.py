@@ -64,8 +64,10 @@ def test_the_chain(base_of: MakeBase, tmp_path: Path, parties: Parties, family: 
     rows = tiny_rows(tmp_path / "rows.jsonl", 8)
     tuning = TuneSpec(max_steps=2, batch_size=4, rank=2, compute="fp32", device="cpu", threads=1, max_length=64)
     assert plan_tune(bundle, rows, tuning).peak.bytes > 0
-    returned = offsite.tune(bundle.folder, rows, tmp_path / "return", tuning, parties.data_owner)
-    plugged = offsite.plug_in(base, returned.folder, tmp_path / "plugged", PlugInSpec(), parties.owner)
+    returned = offsite.tune(bundle, rows, tmp_path / "return", tuning, parties.data_owner)
+    plugged = offsite.plug_in(
+        base, offsite.intake(returned.folder, parties.owner), tmp_path / "plugged", PlugInSpec(), parties.owner
+    )
     exact = EvalSpec(compute="fp32", device="cpu", threads=1)
     after = offsite.evaluate(base.folder, rows, exact, adapter=plugged.folder)
     assert after.loss != offsite.evaluate(base.folder, rows, exact).loss

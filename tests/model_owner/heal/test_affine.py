@@ -164,7 +164,7 @@ def test_tuning_does_not_notice(
     found = []
     for name, more in (("one", {}), ("other", settings)):
         spec = TuneSpec.model_validate({**usual, "device": "cpu", "max_length": 64, **more})
-        returned = offsite.tune(bundle.folder, rows, tmp_path / name, spec, parties.data_owner)
+        returned = offsite.tune(bundle, rows, tmp_path / name, spec, parties.data_owner)
         (file,) = returned.folder.glob("*.safetensors")
         held = {path: torch.from_numpy(read_float32(tensor)) for path, tensor in read_header(file).items()}
         assert not any("affine" in path for path in held)
