@@ -224,7 +224,7 @@ def test_a_list_that_is_two_ends_is_two_ends(tmp_path: Path) -> None:
     base = Base(tiny_base(tmp_path / "base", "llama", 5))
     specs = {"counted": PackSpec(bottom=1, top=2, keep=1), "listed": PackSpec(train=(0, 3, 4), keep=1)}
     one, other = (
-        offsite.pack(base, tmp_path / name, "hospital", spec.model_copy(update={"heal": ()}), parties.owner).manifest
+        offsite.pack(base, tmp_path / name, "hospital", spec.changed({"heal": ()}), parties.owner).manifest
         for name, spec in specs.items()
     )
     assert (one.split, one.requires, one.files) == (other.split, other.requires, other.files)

@@ -62,8 +62,7 @@ def test_every_setting_is_shown_with_its_default(
     verb: str, spec: type[Spec], capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = help_of(capsys, verb)
-    for name, field in spec.model_fields.items():
-        shown = field.alias or name
+    for shown, field in ((key, setting.field) for key, setting in spec.settings().items()):
         default = flags._shown(field.default)
         if f"--{shown.replace('_', '-')} " in text:
             assert field.default in (None, False) or f"(default {default})" in text

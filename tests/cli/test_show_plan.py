@@ -106,7 +106,7 @@ def test_the_json_of_a_pack(tmp_path: Path, base: Path, run: Run) -> None:
         "embeddings", "bottom", "emulator", "top", "final norm", "head",
     ]  # fmt: skip
     assert [part["blocks"] for part in plan["bundle"]] == [0, 1, 2, 1, 0, 0]
-    tokens = PackSpec().calibration_tokens
+    tokens = PackSpec().calibration.tokens
     assert plan["calibration"] == {"sequences": tokens // 64, "length": 64, "tokens": tokens}  # the context is 64
     for phase in plan["phases"]:
         assert phase["bytes"] == sum(term["bytes"] for term in phase["terms"])

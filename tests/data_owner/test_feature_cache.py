@@ -134,7 +134,7 @@ def test_rows_that_repeat_are_kept_once(tmp_path):
 )
 def test_nothing_is_kept_where_nothing_would_be_saved(tmp_path, first, settings):
     tuning = tuning_of(tiny_base(tmp_path / "base", blocks=3), first=first)
-    spec = SPEC.model_copy(update=settings)
+    spec = SPEC.changed(settings)
     with cached_features(tuning, spec, tmp_path, silent):
         assert not any(isinstance(block, _Skipped) for block in tuning.blocks)
     assert {path.name for path in tmp_path.iterdir()} == {"base"}

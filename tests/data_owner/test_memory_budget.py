@@ -86,7 +86,9 @@ def test_as_much_runs_at_once_as_fits(tmp_path, monkeypatch, memory, tokens, aga
     _measuring(monkeypatch, tuning, per_token=2**19, recomputed=2**14)
     spec = TuneSpec(memory=memory, micro_batch_tokens=4096, lanes=1, batch_size=64)
     fitted = within_memory(tuning, spec, WHERE, tmp_path / "memory.json", silent)
-    assert fitted.micro_batch_tokens == tokens  # a whole step fits: nothing bounds a micro-batch but the settings
+    assert (
+        fitted.memory.micro_batch_tokens == tokens
+    )  # a whole step fits: nothing bounds a micro-batch but the settings
     assert all(isinstance(block, Recomputed) == again for block in tuning.blocks)
     assert all(master.grad is None for master in tuning.weights.masters.values())
 
@@ -99,7 +101,7 @@ def test_lanes_go_before_blocks_are_recomputed(tmp_path, monkeypatch, memory, la
     tuning = _tuning(tiny_base(tmp_path / "base", blocks=3), lengths=(32,) * 40)
     _measuring(monkeypatch, tuning, per_token=2**19, recomputed=2**14)
     fitted = within_memory(tuning, TuneSpec(memory=memory, lanes=2), WHERE, tmp_path / "memory.json", silent)
-    assert (fitted.lanes, fitted.micro_batch_tokens) == (lanes, tokens)
+    assert (fitted.memory.lanes, fitted.memory.micro_batch_tokens) == (lanes, tokens)
     assert all(isinstance(block, Recomputed) == again for block in tuning.blocks)
 
 
@@ -116,7 +118,7 @@ def test_a_long_row_is_tried_in_parts(tmp_path, monkeypatch, memory, tried, agai
     tokens = _measuring(monkeypatch, tuning, per_token=2**19, recomputed=2**14)
     fitted = within_memory(tuning, TuneSpec(memory=memory, lanes=1), WHERE, tmp_path / "memory.json", silent)
     assert tokens == tried  # and not the whole row where a part says that it does not fit
-    assert fitted.micro_batch_tokens == 1024
+    assert fitted.memory.micro_batch_tokens == 1024
     assert all(isinstance(block, Recomputed) == again for block in tuning.blocks)
 
 

@@ -212,7 +212,7 @@ def test_pictures_are_planned_from_their_headers(tmp_path: Path, parties: Partie
     assert forward["pixels of what runs at once, twice"].bytes == 2 * 4 * 4 * 3 * 16 * 16
     classifier = 3 * (2 * hidden + 1)
     assert forward["classifier in fp32"].bytes == 4 * classifier
-    tune(bundle, pictures, tmp_path / "out", spec.model_copy(update={"skip_bad": True}), parties.data_owner)
+    tune(bundle, pictures, tmp_path / "out", spec.changed({"skip_bad": True}), parties.data_owner)
     returned = (tmp_path / "out").glob("*.safetensors")
     numbers = sum(math.prod(tensor.shape) for file in returned for tensor in read_header(file).values())
     assert plan.trained_parameters == numbers

@@ -47,12 +47,12 @@ def test_the_loss_is_that_of_every_labelled_token(base, rows):
 
 
 def test_how_rows_are_batched_does_not_matter(base, rows):
-    one_by_one = evaluate(base, rows, SPEC.model_copy(update={"micro_batch_tokens": 1}))
+    one_by_one = evaluate(base, rows, SPEC.changed({"micro_batch_tokens": 1}))
     assert one_by_one.loss == pytest.approx(evaluate(base, rows, SPEC).loss, rel=1e-5)
 
 
 def test_only_the_first_rows_are_scored_when_asked(base, rows):
-    score = evaluate(base, rows, SPEC.model_copy(update={"max_rows": 4}))
+    score = evaluate(base, rows, SPEC.changed({"max_rows": 4}))
     assert [row.line for row in score.row_losses] == [1, 2, 3, 4]
 
 
@@ -75,7 +75,7 @@ def test_the_models_context_bounds_a_row(base, tmp_path):
     with pytest.raises(DataError, match="longest") as caught:
         evaluate(base, file, SPEC)
     assert "at most 64" in str(caught.value)
-    assert evaluate(base, file, SPEC.model_copy(update={"long_rows": "skip"})).skipped == 1
+    assert evaluate(base, file, SPEC.changed({"long_rows": "skip"})).skipped == 1
 
 
 def test_samples_are_greedy_answers_to_the_first_prompts(base, rows):
@@ -193,4 +193,4 @@ def test_a_long_text_is_scored_block_by_block(base, tmp_path):
     score = evaluate(base, file, SPEC)
     assert score.tokens == len(load_tokenizer(base)(file.read_text(), add_special_tokens=False)["input_ids"]) + 1
     assert score.rows == math.ceil(score.tokens / 63)
-    assert evaluate(base, file, SPEC.model_copy(update={"max_rows": 2})).rows == 2
+    assert evaluate(base, file, SPEC.changed({"max_rows": 2})).rows == 2

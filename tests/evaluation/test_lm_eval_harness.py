@@ -186,7 +186,7 @@ def fake(monkeypatch):
 
 def test_the_model_is_handed_over_as_it_is_scored(tmp_path, fake):
     base = tiny_base(tmp_path / "base", blocks=2, adds_bos=False)
-    scores = run_tasks(base, ["a*"], SPEC.model_copy(update={"max_rows": 7, "micro_batch_tokens": 640}))
+    scores = run_tasks(base, ["a*"], SPEC.changed({"max_rows": 7, "micro_batch_tokens": 640}))
     assert scores == [TaskScore("a1", 7, {"acc": 0.5, "acc_stderr": 0.1, "exact_match,strict": 0.25})]
     model, task = fake.given["model"], fake.given["evaluate"]
     assert (model["max_length"], model["batch_size"], model["add_bos_token"]) == (64, 10, True)

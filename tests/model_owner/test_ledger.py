@@ -77,7 +77,7 @@ def test_what_is_written_about_a_bundle(base_of: MakeBase, parties: Parties, tmp
         [(name, kept, settings)] = db.execute("SELECT recipient_name, kept, settings FROM bundles").fetchall()
     db.close()
     assert (name, kept) == ("hospital", "[0, 1, 3, 4]")
-    assert PackSpec.model_validate_json(settings).keep == 2
+    assert PackSpec.model_validate_json(settings).select.keep == 2
 
 
 def test_ledger_with_another_document(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:

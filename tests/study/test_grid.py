@@ -30,15 +30,21 @@ def keys(folder: Path, recipe: str = ONE_SET) -> dict[str, str]:
 
 def test_every_setting_of_pack_is_kept_by_the_bound_or_dropped() -> None:
     """A new one must be put on one side: the bound would silently take its default."""
-    assert set(PackSpec.model_fields) == _PLACEMENT | COMPRESSION
+    assert set(PackSpec.settings()) == _PLACEMENT | COMPRESSION
     assert not _PLACEMENT & COMPRESSION
 
 
 def test_a_bound_trains_the_same_blocks_and_compresses_nothing() -> None:
     spec = PackSpec(bottom=1, top=3, keep=2, methods=("full",), max_rank=7, heal="refit", bits=4, seed=5)
     bound = uncompressed(spec, 26)
-    assert (bound.bottom, bound.top, bound.keep, bound.methods, bound.max_rank) == (1, 3, 26, ("full",), 7)
-    assert (bound.heal, bound.bits, bound.seed) == ((), PackSpec().bits, PackSpec().seed)
+    assert (bound.split.bottom, bound.split.top, bound.select.keep, bound.permits.methods, bound.permits.max_rank) == (
+        1,
+        3,
+        26,
+        ("full",),
+        7,
+    )
+    assert (bound.heal.steps, bound.compress.bits, bound.seed) == ((), PackSpec().compress.bits, PackSpec().seed)
 
 
 def test_compressors_share_all_that_none_of_them_touches(tmp_path: Path) -> None:

@@ -40,10 +40,10 @@ def test_a_recipe_is_resolved_by_the_specs_of_the_stages(tmp_path: Path) -> None
     assert recipe.base == tmp_path / "base"
     assert recipe.data[0].train == tmp_path / "train.jsonl"
     (pack,), (tune,) = recipe.compressors, recipe.methods
-    assert (pack.spec.keep, pack.spec.heal, pack.spec.compute) == (2, (), "fp32")
-    assert (tune.spec.rank, tune.spec.max_steps, tune.spec.peak_lr) == (2, 3, 1e-3)
-    assert (tune.full.method, tune.full.lr, tune.full.max_steps) == ("full", 1e-3, 3)
-    assert (recipe.eval.max_length, recipe.eval.compute) == (64, "fp32")
+    assert (pack.spec.select.keep, pack.spec.heal.steps, pack.spec.runtime.compute) == (2, (), "fp32")
+    assert (tune.spec.adapter.rank, tune.spec.length.max_steps, tune.spec.peak_lr) == (2, 3, 1e-3)
+    assert (tune.full.adapter.method, tune.full.optimizer.lr, tune.full.length.max_steps) == ("full", 1e-3, 3)
+    assert (recipe.eval.max_length, recipe.eval.runtime.compute) == (64, "fp32")
     assert recipe.missing == ()
 
 
@@ -90,7 +90,7 @@ def test_the_example_in_the_documents_is_a_recipe(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "docs" / "study.md").read_text()
     (tmp_path / "recipe.toml").write_text(text.split("```toml\n")[1].split("```")[0])
     recipe = load_recipe(tmp_path / "recipe.toml")
-    assert (recipe.base, recipe.seeds, recipe.methods[0].full.lr) == ("smollm2", (0, 1), 1e-4)
+    assert (recipe.base, recipe.seeds, recipe.methods[0].full.optimizer.lr) == ("smollm2", (0, 1), 1e-4)
     assert recipe.compressors[0].placement == "ends"
 
 
@@ -100,8 +100,13 @@ def test_a_data_set_may_have_settings_of_its_own(tmp_path: Path) -> None:
     (method,) = recipe.methods
     plain, own = (method.on(table) for table in recipe.data)
     assert (plain.spec, plain.full) == (method.spec, method.full)
-    assert (own.spec.epochs, own.spec.lr, own.full.epochs, own.full.lr) == (7, 2e-3, 7, 2e-3)
-    assert (own.spec.rank, own.full.method) == (method.spec.rank, "full")
+    assert (own.spec.length.epochs, own.spec.optimizer.lr, own.full.length.epochs, own.full.optimizer.lr) == (
+        7,
+        2e-3,
+        7,
+        2e-3,
+    )
+    assert (own.spec.adapter.rank, own.full.adapter.method) == (method.spec.adapter.rank, "full")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +127,7 @@ def test_placements_multiply_with_compressors(tmp_path: Path) -> None:
     text = RECIPE.replace("bottom = 1\ntop = 1\n", "")
     text += '[[placement]]\nname = "ends"\nbottom = 1\ntop = 1\n[[placement]]\nname = "top"\nbottom = 0\ntop = 2\n'
     recipe = load_recipe(lay_out(tmp_path, text))
-    assert [(one.name, one.placement, one.spec.bottom, one.spec.keep) for one in recipe.compressors] == [
+    assert [(one.name, one.placement, one.spec.split.bottom, one.spec.select.keep) for one in recipe.compressors] == [
         ("drop", "ends", 1, 2),
         ("drop", "top", 0, 2),
     ]
@@ -131,8 +136,8 @@ def test_placements_multiply_with_compressors(tmp_path: Path) -> None:
 def test_a_placement_may_list_blocks(tmp_path: Path) -> None:
     text = RECIPE.replace("bottom = 1\ntop = 1\n", "") + '[[placement]]\nname = "spread"\ntrain = [0, 2, 4]\n'
     (compressor,) = load_recipe(lay_out(tmp_path, text)).compressors
-    assert compressor.spec.train == (0, 2, 4)
-    assert uncompressed(compressor.spec, 2).train == (0, 2, 4)
+    assert compressor.spec.split.train == (0, 2, 4)
+    assert uncompressed(compressor.spec, 2).split.train == (0, 2, 4)
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def _is_finished(out: Path, bundle: "Bundle", spec: "TuneSpec", home: "Home") ->
         return False
     found = (made.bundle, made.signer, made.method, made.checkpoints, made.tensors)
     signer, tensors = home.identity().public_key.hex, returned_tensors(bundle.manifest, spec)
-    return found == (bundle.digest, signer, spec.method, spec.checkpoints, tensors)
+    return found == (bundle.digest, signer, spec.adapter.method, spec.points.checkpoints, tensors)
 
 
 def _announcing(promised: str, progress: "Progress") -> "Progress":
@@ -165,18 +165,18 @@ def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
 
     tensors = returned_tensors(manifest, spec)
     numbers = inspect_verbs.numbers_in(tensors.values())
-    earlier = [checkpoint_file(number) for number in range(1, spec.checkpoints)]
-    files = [WEIGHTS_OF[spec.method], *earlier, MANIFEST, SIGNATURE]
-    if spec.method == "lora":
+    earlier = [checkpoint_file(number) for number in range(1, spec.points.checkpoints)]
+    files = [WEIGHTS_OF[spec.adapter.method], *earlier, MANIFEST, SIGNATURE]
+    if spec.adapter.method == "lora":
         files = [ADAPTER_CONFIG, *files]
         row = ARCHITECTURES[manifest.architecture]
         linears = sorted({place[1] for name in manifest.lora_targets if (place := row.map_of(name))})
-        what = f"LoRA pairs of rank {spec.rank} on {', '.join(linears)}"
-    elif spec.method == "bottleneck":
-        what = f"bottlenecks of width {spec.width} behind attention and MLP"
+        what = f"LoRA pairs of rank {spec.adapter.rank} on {', '.join(linears)}"
+    elif spec.adapter.method == "bottleneck":
+        what = f"bottlenecks of width {spec.adapter.width} behind attention and MLP"
     else:
-        what = "their biases" if spec.method == "bitfit" else "their own weights"
-    if spec.tune_head:
+        what = "their biases" if spec.adapter.method == "bitfit" else "their own weights"
+    if spec.adapter.tune_head:
         what += ", and the model's output head"
     vision = ARCHITECTURES[manifest.architecture].vision is not None
     if vision:
@@ -185,9 +185,9 @@ def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
     blocks = inspect_verbs.ranges(manifest.split.trained)
     size = f"{len(tensors)} tensors, {numbers:,} numbers, {4 * numbers / 2**20:.1f} MiB"
     if earlier:
-        size = f"in each of {spec.checkpoints} checkpoints {size}"
+        size = f"in each of {spec.points.checkpoints} checkpoints {size}"
     told = "no losses"
-    if spec.report_scores:
+    if spec.points.report_scores:
         told = f"but the held-out loss of {'each checkpoint' if earlier else 'what trained'}, as --report-scores asks"
     return (
         f"the return will hold {', '.join(files)} and nothing else: for blocks {blocks} of the bundle, {what} "

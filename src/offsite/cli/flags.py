@@ -89,7 +89,7 @@ class Command(TyperCommand):
         spec = TABLES.get(self.name or "")
         if spec is None:
             return
-        fields = {field.alias or name: field for name, field in spec.model_fields.items()}
+        fields = {key: setting.field for key, setting in spec.settings().items()}
         for param in self.params:
             if not isinstance(param, TyperOption) or param.rich_help_panel != SETTINGS:
                 continue

@@ -127,7 +127,7 @@ def pack(
     with terminal.showing_progress() as progress:
         bundle = pack_stage(Base(base), out, recipient, spec, own, progress, resume=resume)
     shown = inspect_verbs.describe(bundle.folder, own)
-    if "distill" in spec.heal:
+    if "distill" in spec.heal.steps:
         shown["distillation"] = inspect_verbs.told_by(log_file(out), "distill step", "distill held out")
     terminal.show(shown, as_json=as_json)
     terminal.hint(f"next: send the folder {out} to {recipient}")

@@ -61,7 +61,11 @@ def cached_features(tuning: Tuning, spec: TuneSpec, folder: Path, progress: Prog
     trained = {id(block) for block in tuning.trained}
     before = next(i for i, block in enumerate(blocks.values()) if id(_plain(block)) in trained)
     rows = tuning.task.rows
-    if spec.cache_features == "off" or not before or step_count(spec, rows) <= math.ceil(rows / spec.batch_size):
+    if (
+        spec.memory.cache_features == "off"
+        or not before
+        or step_count(spec, rows) <= math.ceil(rows / spec.length.batch_size)
+    ):
         yield
         return
     features = _Features()

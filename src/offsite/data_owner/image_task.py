@@ -79,16 +79,16 @@ def open_album(
     processor = load_processor(bundle)
     listed = read_pictures(data, part="train")
     if eval_data is not None:
-        if spec.eval_share:
+        if spec.images.eval_share:
             raise UsageError("held-out pictures and eval_share were both given", next_step="give one of them")
         held_out = read_pictures(eval_data, part="held out")
-    elif spec.eval_share:
-        listed, held_out = split_by_seed(listed, spec.eval_share, spec.seed)
+    elif spec.images.eval_share:
+        listed, held_out = split_by_seed(listed, spec.images.eval_share, spec.seed)
     else:
         held_out = read_pictures(data, part="held out") if held_out_part(data) else []
     progress(Event("decoding the pictures", 0))
-    train = Pictures(listed, processor, skip_bad=spec.skip_bad, workers=workers)
-    kept = Pictures(held_out, processor, skip_bad=spec.skip_bad, workers=workers) if held_out else None
+    train = Pictures(listed, processor, skip_bad=spec.images.skip_bad, workers=workers)
+    kept = Pictures(held_out, processor, skip_bad=spec.images.skip_bad, workers=workers) if held_out else None
     if train.skipped or (kept and kept.skipped):
         progress(Event("bad pictures left out", len(train.skipped) + (len(kept.skipped) if kept else 0)))
     classes = tuple(sorted({picture.label or "" for picture in train.pictures}))
@@ -128,7 +128,7 @@ def new_head(encoder: Encoder, album: Album, used: torch.Tensor, spec: TuneSpec,
     """
     head = nn.Linear(encoder.inputs, len(album.classes))
     with torch.no_grad():
-        if spec.head_start == "probe":
+        if spec.images.head_start == "probe":
             count = at_once(album.tokens, spec.tokens_at_once)
             features = probe_features(encoder, album.train, count, progress) * used
             weight, bias = fit_probe(features, album.labels(album.train).to(encoder.device), len(album.classes))

@@ -61,20 +61,20 @@ def within_memory(tuning: Tuning, spec: TuneSpec, where: Runtime, file: Path, pr
         UsageError: not even the longest row fits, or this system does not say what a process holds.
         StorageError: `file` cannot be written or read.
     """
-    _recompute(tuning, spec.gradient_checkpointing)
+    _recompute(tuning, spec.memory.gradient_checkpointing)
     lanes = side_by_side(tuning, spec, where).count
-    if spec.memory is None:
+    if spec.memory.budget is None:
         return _shared(spec, lanes)
     found = _settled(file, lambda: _fit(tuning, spec, lanes, where, progress))
     _recompute(tuning, found.recompute)
-    return spec.model_copy(update={"micro_batch_tokens": found.at_once, "lanes": found.lanes})
+    return spec.changed({"micro_batch_tokens": found.at_once, "lanes": found.lanes})
 
 
 def side_by_side(tuning: Tuning, spec: TuneSpec, where: Runtime) -> Piece:
     """How many micro-batches of a tuning run side by side, and why."""
     task = tuning.task
     body, only_one = (task.network.body, "") if isinstance(task, TextTask) else (tuning.blocks, "pictures gain nothing")
-    only_one = "each would hold a gradient as large as the head" if spec.tune_head else only_one
+    only_one = "each would hold a gradient as large as the head" if spec.adapter.tune_head else only_one
 
     def sample() -> None:
         assert isinstance(task, TextTask)
@@ -82,12 +82,12 @@ def side_by_side(tuning: Tuning, spec: TuneSpec, where: Runtime) -> Piece:
             block.train()
         task.loss([min(range(task.rows), key=lambda row: len(task.examples[row].ids))], 0, 0)
 
-    return count_side_by_side(body, where.dtype, asked=spec.lanes, sample=sample, only_one=only_one)
+    return count_side_by_side(body, where.dtype, asked=spec.memory.lanes, sample=sample, only_one=only_one)
 
 
 def _shared(spec: TuneSpec, lanes: int) -> TuneSpec:
     """The settings of one lane: its share of the tokens."""
-    return spec.model_copy(update={"micro_batch_tokens": max(1, spec.tokens_at_once // lanes), "lanes": lanes})
+    return spec.changed({"micro_batch_tokens": max(1, spec.tokens_at_once // lanes), "lanes": lanes})
 
 
 def _recompute(tuning: Tuning, again: bool) -> None:
@@ -95,13 +95,13 @@ def _recompute(tuning: Tuning, again: bool) -> None:
 
 
 def _fit(tuning: Tuning, spec: TuneSpec, lanes: int, where: Runtime, progress: Progress) -> Fit:
-    budget = _parse(str(spec.memory))
+    budget = _parse(str(spec.memory.budget))
     numbers = sum(master.numel() for master in tuning.weights.masters.values())
     later = numbers * (8 if where.dtype == torch.float32 else 12) + _SHAPES  # AdamW's moments, and gradients in fp32
     ceiling = int(budget * (1 - _SPARE)) - later
     least = 0.0
     ways = itertools.product(
-        (True,) if spec.gradient_checkpointing else (False, True), sorted({lanes, 1}, reverse=True)
+        (True,) if spec.memory.gradient_checkpointing else (False, True), sorted({lanes, 1}, reverse=True)
     )
     for again, beside in ways:
         _recompute(tuning, again)
@@ -122,7 +122,7 @@ def _fit(tuning: Tuning, spec: TuneSpec, lanes: int, where: Runtime, progress: P
             return found
     what, otherwise = _one_row(tuning)
     raise UsageError(
-        f"the tuning does not fit into {spec.memory}",
+        f"the tuning does not fit into {spec.memory.budget}",
         reasons=[f"{what} alone takes {_shown(least + later)}"],
         next_step=f"give --memory {_shown((least + later) / (1 - _SPARE) + 2**20)} or more{otherwise}",
     )
@@ -152,7 +152,7 @@ def _trials(tuning: Tuning, spec: TuneSpec) -> Iterator[_Trial]:
         return
     assert isinstance(task, ImageTask)
     tokens = task.album.tokens  # pictures are all of one size
-    most, count = min(at_once(tokens, spec.tokens_at_once), spec.batch_size, task.rows), 1
+    most, count = min(at_once(tokens, spec.tokens_at_once), spec.length.batch_size, task.rows), 1
     while count < most:
         yield _Trial(task, [range(count)], count * tokens, tokens, count * tokens)
         count *= 2
@@ -215,11 +215,11 @@ def _texts(task: TextTask, spec: TuneSpec) -> Iterator[_Trial]:
         yield _Trial(replace(task, examples=(_end_of(task.examples[longest], tokens),)), [[0]], tokens, width, tokens)
         tokens *= 2
     most = max(spec.tokens_at_once, width)
-    steps = task.order(spec.batch_size, spec.seed, 0)[:_STEPS]
+    steps = task.order(spec.length.batch_size, spec.seed, 0)[:_STEPS]
     fullest: dict[tuple[tuple[int, ...], ...], int] = {}  # micro-batches, and the most tokens that give these
     tokens = max(_LEAST, width)
     while True:
-        cut = spec.model_copy(update={"micro_batch_tokens": min(tokens, most)})
+        cut = spec.changed({"micro_batch_tokens": min(tokens, most)})
         groups = [*(tuple(group) for step in steps for group in task.groups(step, cut)), (longest,)]
         by_tokens = max(groups, key=partial(_padded, task.examples))
         by_labels = max(groups, key=lambda group: sum(task.examples[i].labels for i in group))

@@ -114,7 +114,7 @@ def _seen(bundle: Bundle, data: Path, spec: TuneSpec) -> _Seen:
     """Listed, and sizes read from their headers; none is decoded."""
     manifest, folder = bundle.manifest, bundle.folder
     listed = read_pictures(data, part="train")
-    train = split_by_seed(listed, spec.eval_share, spec.seed)[0] if spec.eval_share else listed
+    train = split_by_seed(listed, spec.images.eval_share, spec.seed)[0] if spec.images.eval_share else listed
     classes, inputs = len({picture.label for picture in train}), classifier_inputs(manifest) or 0
     config = unwrapped(strict_json((folder / CONFIG).read_bytes()))[0]
     picture = seen_picture(folder, ARCHITECTURES[manifest.architecture], config)
@@ -148,19 +148,19 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     row = ARCHITECTURES[manifest.architecture]
     config, declared = unwrapped(strict_json((folder / CONFIG).read_bytes()))
     tensors = open_checkpoint(folder).tensors
-    item = compute_bytes(spec.compute, spec.device)
+    item = compute_bytes(spec.runtime.compute, spec.runtime.device)
     spec = resolve_defaults(spec, manifest.architecture, item)
     returned = returned_tensors(manifest, spec)
     seen = _seen(bundle, data, spec) if row.vision is not None else None
     context = config.get("max_position_embeddings") or config.get("n_positions") or 2**31
-    length = seen.picture.tokens if seen else min(spec.max_length, int(context))
+    length = seen.picture.tokens if seen else min(spec.rows.max_length, int(context))
     rows = seen.rows if seen else _row_count(folder, data, length)
     checkpoint_steps(spec, step_count(spec, rows))
     lanes = 1 if seen else _lanes(spec)
     alone = max(spec.tokens_at_once // lanes, length)
-    lanes = 1 if spec.batch_size * length <= alone else lanes
-    tokens = min(max(spec.tokens_at_once, lanes * length), spec.batch_size * length)
-    tokens = min(at_once(length, spec.tokens_at_once), spec.batch_size, rows) * length if seen else tokens
+    lanes = 1 if spec.length.batch_size * length <= alone else lanes
+    tokens = min(max(spec.tokens_at_once, lanes * length), spec.length.batch_size * length)
+    tokens = min(at_once(length, spec.tokens_at_once), spec.length.batch_size, rows) * length if seen else tokens
     parts = _parts(row, manifest, tensors)
     first = manifest.split.trained[0]
     # blocks of our own kinds keep no more for the backward pass than those of the family, and are counted as such
@@ -182,16 +182,16 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
         lanes=lanes,
         length=length,
         item=item,
-        method=spec.method,
-        width=spec.width,
-        head=sum(math.prod(entry.shape) for entry in manifest.head.values()) if spec.tune_head else 0,
+        method=spec.adapter.method,
+        width=spec.adapter.width,
+        head=sum(math.prod(entry.shape) for entry in manifest.head.values()) if spec.adapter.tune_head else 0,
         seen=seen,
         scaled=row.mlp_scale is not None,
     )
     tokenizer = sum((folder / name).stat().st_size for name in TOKENIZER_FILES if (folder / name).is_file())
     return TunePlan(
         architecture=manifest.architecture,
-        method=spec.method,
+        method=spec.adapter.method,
         bundle=parts,
         trained_tensors=len(returned) + (2 if seen else 0),
         trained_parameters=sizes.trained,
@@ -203,21 +203,21 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
         phases=_phases(sizes, tokenizer),
         disk=(
             Term("resume points, the old and the new", 24 * sizes.trained, "2 * 12 * P_t"),
-            Term("checkpoints, in the run's folder", 4 * sizes.trained * (spec.checkpoints - 1), "4 * P_t each"),
-            Term("return", 4 * sizes.trained * spec.checkpoints, "4 * P_t, for each checkpoint"),
+            Term("checkpoints, in the run's folder", 4 * sizes.trained * (spec.points.checkpoints - 1), "4 * P_t each"),
+            Term("return", 4 * sizes.trained * spec.points.checkpoints, "4 * P_t, for each checkpoint"),
         ),
     )
 
 
 def returned_tensors(manifest: BundleManifest, spec: TuneSpec) -> dict[str, TensorEntry]:
     """The tensors that a return with these settings will hold, by name: what trains."""
-    if spec.method == "bottleneck":
-        return BottleneckSettings(width=spec.width).tensors(manifest)
-    head = returned_head(manifest, spec.method) if spec.tune_head else {}
-    if spec.method != "lora":
-        return manifest.own_tensors(spec.method) | head
-    alpha = float(spec.lora_alpha or 2 * spec.rank)
-    lora = LoraSettings(rank=spec.rank, alpha=alpha, targets=tuple(manifest.lora_targets))
+    if spec.adapter.method == "bottleneck":
+        return BottleneckSettings(width=spec.adapter.width).tensors(manifest)
+    head = returned_head(manifest, spec.adapter.method) if spec.adapter.tune_head else {}
+    if spec.adapter.method != "lora":
+        return manifest.own_tensors(spec.adapter.method) | head
+    alpha = float(spec.adapter.lora_alpha or 2 * spec.adapter.rank)
+    lora = LoraSettings(rank=spec.adapter.rank, alpha=alpha, targets=tuple(manifest.lora_targets))
     return adapter_tensors(lora, manifest.lora_targets) | head
 
 
@@ -296,9 +296,11 @@ def _logits(sizes: _Sizes) -> Term:
 
 def _lanes(spec: TuneSpec) -> int:
     """Lanes of a tuning on text on a processor; tuning itself also looks whether passes would disturb one another."""
-    if not spec.device.startswith(("auto", "cpu")) or spec.tune_head:
+    if not spec.runtime.device.startswith(("auto", "cpu")) or spec.adapter.tune_head:
         return 1
-    return spec.lanes or usual_lanes(spec.threads or usual_threads(), compute_bytes(spec.compute, spec.device))
+    return spec.memory.lanes or usual_lanes(
+        spec.runtime.threads or usual_threads(), compute_bytes(spec.runtime.compute, spec.runtime.device)
+    )
 
 
 def _pixels(sizes: _Sizes, seen: _Seen) -> Term:

@@ -35,7 +35,7 @@ class Checkpoints:
     def __init__(self, state: RunState, spec: TuneSpec, steps: int) -> None:
         self._folder = state.folder
         self._numbers = {step: number for number, step in enumerate(checkpoint_steps(spec, steps), 1)}
-        self._reports = spec.report_scores
+        self._reports = spec.points.report_scores
         self._scores = state.folder / "scores.json"
 
     @property

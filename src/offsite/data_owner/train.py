@@ -68,7 +68,7 @@ def train(
         run_log(log) as to_file,
         board(tensorboard) as to_board,
         stop_requests() as stopping,
-        micro_batch_runner(tuning.weights.working.values(), tuning.task.device, spec.lanes or 1) as run,
+        micro_batch_runner(tuning.weights.working.values(), tuning.task.device, spec.memory.lanes or 1) as run,
     ):
 
         def write(record: Mapping[str, Any]) -> None:
@@ -96,7 +96,7 @@ def train(
                 whole = True  # only now: a resume point of this step says that its checkpoint has been taken
                 speed.add(facts[unit])
                 write({"event": "step", "step": done, **facts, f"{unit}_per_s": speed.per_s})
-                if done % spec.save_every == 0 or done == steps or stopping():
+                if done % spec.points.save_every == 0 or done == steps or stopping():
                     _save(tuning, optimizer, state, done)
                 if stopping():
                     raise KeyboardInterrupt
@@ -129,7 +129,7 @@ def _step(
     for part in run(lambda group: task.loss(group, spec.seed, epoch) / labels, list(task.groups(rows, spec))):
         tuning.weights.collect_gradients()
         loss += part
-    norm = float(nn.utils.clip_grad_norm_(masters, spec.max_grad_norm))
+    norm = float(nn.utils.clip_grad_norm_(masters, spec.optimizer.max_grad_norm))
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise OffsiteError(
             "tuning diverged: the loss or its gradient is no longer a finite number",
@@ -153,7 +153,7 @@ def _optimizer(tuning: Tuning, spec: TuneSpec) -> torch.optim.AdamW:
                 for name, master in masters.items()
                 if (name in tuning.decayed) is decays and tuning.faster.get(name, 1.0) == faster
             ],
-            "weight_decay": spec.weight_decay if decays else 0.0,
+            "weight_decay": spec.optimizer.weight_decay if decays else 0.0,
             "faster": faster,
         }
         for faster in sorted({1.0, *tuning.faster.values()})
@@ -165,7 +165,7 @@ def _optimizer(tuning: Tuning, spec: TuneSpec) -> torch.optim.AdamW:
 
 def _is_validated(spec: TuneSpec, checkpoints: Checkpoints, step: int) -> bool:
     """Whether there is a validation after so many steps."""
-    return checkpoints.is_due(step) or bool(step and spec.eval_every and step % spec.eval_every == 0)
+    return checkpoints.is_due(step) or bool(step and spec.points.eval_every and step % spec.points.eval_every == 0)
 
 
 def _validate(

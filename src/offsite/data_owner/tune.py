@@ -89,9 +89,9 @@ def tune(
     """
     identity = check_tuning(bundle, out, spec, home, eval_data=eval_data, tensorboard=tensorboard, resume=resume)
     out = out.resolve()  # the return takes the place of an empty folder, also of the one that one stands in
-    where = runtime(spec.device, spec.compute, spec.threads)
+    where = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     spec = resolve_defaults(spec, bundle.manifest.architecture, where.dtype.itemsize)
-    with PictureWorkers(worker_count(spec.workers, where.device)) as workers:
+    with PictureWorkers(worker_count(spec.images.workers, where.device)) as workers:
         progress(Event("reading the rows", 0))
         rows = read_data(bundle, data, eval_data, spec, progress, workers)
         steps = step_count(spec, rows.rows)
@@ -116,9 +116,9 @@ def tune(
 def _identity_of_run(
     bundle: Bundle, data: Path, eval_data: Path | None, spec: TuneSpec, where: Runtime
 ) -> dict[str, object]:
-    settings = spec.model_dump(mode="json", exclude=set(_FREE_SETTINGS))
+    settings = spec.flat(without=_FREE_SETTINGS)
     resolved = {"device": str(where.device), "compute": str(where.dtype)}
-    told = {"eval_data": data_digest(eval_data)} if eval_data and spec.report_scores else {}
+    told = {"eval_data": data_digest(eval_data)} if eval_data and spec.points.report_scores else {}
     if ARCHITECTURES[bundle.manifest.architecture].vision is None:
         digest = data_digest(data)
     else:  # a table of pictures names files that may have become others
@@ -139,11 +139,11 @@ def _prepare(bundle: Bundle, spec: TuneSpec, where: Runtime, data: TextData | Al
 def _prepare_images(bundle: Bundle, spec: TuneSpec, where: Runtime, album: Album, progress: Progress) -> Tuning:
     model = load_model(bundle.folder, dtype=where.dtype, device=where.device)
     encoder = encoder_of(model)
-    used = encoder.read_by(spec.pooling)
+    used = encoder.read_by(spec.images.pooling)
     head = new_head(encoder, album, used, spec, progress)
     made = head_parameters(head)
     weights = TrainedWeights(_attach(model, bundle, spec) | made)
-    task = ImageTask(encoder, head, used, album, spec.augment)
+    task = ImageTask(encoder, head, used, album, spec.images.augment)
     tuning = _tuning(bundle, spec, model, weights, task)
     return replace(tuning, decayed=tuning.decayed - {BIAS} | {WEIGHT}, faster=dict.fromkeys(made, spec.head_factor))
 
@@ -152,7 +152,7 @@ def _attach(model: "PreTrainedModel", bundle: Bundle, spec: TuneSpec) -> dict[st
     """Make the model fast to train, and attach what trains: by the names under which it is returned."""
     fuse(model)
     use_tiled_attention(model)
-    attached = METHODS[spec.method](model, bundle.manifest, spec)
+    attached = METHODS[spec.adapter.method](model, bundle.manifest, spec)
     run_lean(model)
     return attached
 
@@ -171,8 +171,8 @@ def _tuning(bundle: Bundle, spec: TuneSpec, model: "PreTrainedModel", weights: T
             name
             for name in weights.masters
             if row.is_linear(name)
-            or (spec.method in ("lora", "bottleneck") and name.endswith(".weight"))
+            or (spec.adapter.method in ("lora", "bottleneck") and name.endswith(".weight"))
             or name == f"{row.head_module}.weight"
         ),
-        returned=in_files(row, own) if spec.method in ("full", "bitfit") else own,
+        returned=in_files(row, own) if spec.adapter.method in ("full", "bitfit") else own,
     )

@@ -54,9 +54,9 @@ def read_data(
 
 
 def _encode(bundle: Bundle, data: Path, spec: TuneSpec, progress: Progress) -> Encoded:
-    longest = min(spec.max_length, context_length(bundle.folder) or spec.max_length)
+    longest = min(spec.rows.max_length, context_length(bundle.folder) or spec.rows.max_length)
     tokenizer = load_tokenizer(bundle.folder)
-    encoded = encode(read_rows(data), tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
+    encoded = encode(read_rows(data), tokenizer, source=data, max_length=longest, long_rows=spec.rows.long_rows)
     require_known(encoded.examples, bundle.folder, data)
     if encoded.skipped:
         what = f"rows of {data.name} left out, too long or without a label"

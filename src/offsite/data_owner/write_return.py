@@ -60,16 +60,16 @@ def send_back(
             reasons=broken,
             next_step="tune again with a lower --lr",
         )
-    lora = lora_settings(bundle.manifest, spec) if spec.method == "lora" else None
+    lora = lora_settings(bundle.manifest, spec) if spec.adapter.method == "lora" else None
     with staged_folder(out) as staging:
         ordered = [to_be_written(name, tensors[name]) for name in sorted(tensors)]
-        written = [write_safetensors(staging / WEIGHTS_OF[spec.method], ordered)]
+        written = [write_safetensors(staging / WEIGHTS_OF[spec.adapter.method], ordered)]
         if head:
             written.append(write_safetensors(staging / CLASSIFIER, [to_be_written(*pair) for pair in head.items()]))
         for file, held in earlier.items():
             written.append(write_safetensors(staging / file, [copied(tensor) for tensor in held.values()]))
         if lora:
-            config = adapter_config(lora, ARCHITECTURES[bundle.manifest.architecture], head=spec.tune_head)
+            config = adapter_config(lora, ARCHITECTURES[bundle.manifest.architecture], head=spec.adapter.tune_head)
             written.append(write_stream(staging / ADAPTER_CONFIG, [json.dumps(config, indent=1).encode() + b"\n"]))
         manifest = ReturnManifest(
             format=FORMAT,
@@ -79,11 +79,11 @@ def send_back(
             bundle=bundle.digest,
             signer=identity.public_key.hex,
             recipient=bundle.manifest.issuer,
-            method=spec.method,
+            method=spec.adapter.method,
             lora=lora,
-            bottleneck=BottleneckSettings(width=spec.width) if spec.method == "bottleneck" else None,
+            bottleneck=BottleneckSettings(width=spec.adapter.width) if spec.adapter.method == "bottleneck" else None,
             classes=classes,
-            head=spec.tune_head,
+            head=spec.adapter.tune_head,
             earlier_checkpoints=len(earlier),
             scores=checkpoints.scores,
             tensors={name: TensorEntry(shape=tuple(tensor.shape), dtype="F32") for name, tensor in tensors.items()},

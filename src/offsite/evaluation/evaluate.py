@@ -92,7 +92,7 @@ def evaluate(
         IncompatibleError: the folder is no plain checkpoint, the adapter does not fit it, or the tokenizer makes
             tokens that it does not know.
     """
-    where = runtime(spec.device, spec.compute, spec.threads)
+    where = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     rows = read_rows(data)[: spec.max_rows]
     tokenizer = load_tokenizer(model)
     longest = min(spec.max_length, context_length(model) or spec.max_length)

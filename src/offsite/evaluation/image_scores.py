@@ -88,7 +88,7 @@ def evaluate_images(
         StorageError: a file is missing or broken.
         IncompatibleError: the folder is no plain checkpoint, or the adapter does not fit it.
     """
-    where = runtime(spec.device, spec.compute, spec.threads)
+    where = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     with PictureWorkers(worker_count(spec.workers, where.device)) as workers:
         return _evaluated(model, data, spec, adapter, probe, where, workers, progress)
 

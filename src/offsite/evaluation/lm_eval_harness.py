@@ -85,7 +85,7 @@ def harness_results(
     lm_eval = require("lm_eval", _EXTRA, _PURPOSE)
     wrapper = require("lm_eval.models.huggingface", _EXTRA, _PURPOSE).HFLM
     manager = _manager(tasks, tasks_path)
-    where = runtime(spec.device, spec.compute, spec.threads)
+    where = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     tokenizer = load_tokenizer(model)
     longest = context_length(model) or spec.max_length
     loaded = load_tuned(model, adapter, where)

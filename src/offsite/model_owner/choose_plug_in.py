@@ -93,7 +93,7 @@ def choose(
             next_step="plug in with --strength, and compare what `offsite eval` says of each",
         )
     examples = _read(base, data, measured)
-    where = runtime(measured.device, measured.compute, measured.threads)
+    where = runtime(measured.runtime.device, measured.runtime.compute, measured.runtime.threads)
     grid = _grid(returned, spec)
     trial = _Trial(model, returned, parent, where, merged=form_of(returned, spec) == "merged")
     base_loss = _loss(trial.network, examples, measured.micro_batch_tokens)

@@ -76,7 +76,7 @@ class Ledger:
                     recipient_name,
                     bundle.manifest.base,
                     json.dumps(list(kept)),
-                    spec.model_dump_json(),
+                    json.dumps(spec.flat()),
                     render_manifest(bundle.manifest),
                 ),
             )

@@ -102,7 +102,7 @@ def pack(
     base_code = fingerprint(model, identity)
     with staged_folder(out) as folder, _scratch(out, folder, base_code, spec, resume=resume) as scratch:
         chosen = select_blocks(model, sandwich, spec, scratch, progress)
-        emulator = shared(sandwich.middle, chosen) if "share" in spec.heal else chosen
+        emulator = shared(sandwich.middle, chosen) if "share" in spec.heal.steps else chosen
         healed = _heal(model, sandwich, emulator, spec, scratch, out, progress)
         kept = sandwich.kept(emulator)
         progress(Event("writing the bundle", 0))
@@ -150,8 +150,8 @@ def bundle_manifest(
         architecture=model.row.model_type,
         split=numbers,
         methods=permitted_methods(model, spec),
-        max_rank=spec.max_rank,
-        max_width=spec.max_width,
+        max_rank=spec.permits.max_rank,
+        max_width=spec.permits.max_width,
         tensors=returnable(model, kept, numbers, DTYPES[spec.dtype]),
         lora_targets=lora_targets(model, kept, numbers),
         head=returnable_head(model, spec),
@@ -162,7 +162,7 @@ def bundle_manifest(
 def _runs_blocks(sandwich: Sandwich, spec: PackSpec) -> bool:
     """Whether the base's network runs, to select blocks or to heal them."""
     work = work_of(sandwich.middle, spec)
-    chooses = spec.select == "influence" and spec.kept(sandwich.middle) < len(sandwich.middle)
+    chooses = spec.select.by == "influence" and spec.kept(sandwich.middle) < len(sandwich.middle)
     return work.block_by_block or work.distills or chooses
 
 
@@ -194,8 +194,8 @@ def _scratch(out: Path, staging: Path, base: str, spec: PackSpec, *, resume: boo
     from offsite.training.resume_points import RunState
     from offsite.training.run_log import run_folder
 
-    text = data_digest(spec.calibration) if spec.calibration else None
-    identity = {**spec.model_dump(mode="json", exclude=set(_FREE_SETTINGS)), "base": base, "text": text}
+    text = data_digest(spec.calibration.source) if spec.calibration.source else None
+    identity = {**spec.flat(without=_FREE_SETTINGS), "base": base, "text": text}
     state = RunState(run_folder(out), identity, resume=resume)
     yield state.folder
     state.remove()

@@ -107,7 +107,7 @@ def returnable(model: BaseModel, kept: Sequence[int], numbers: Split, dtype: str
 
 def returnable_head(model: BaseModel, spec: PackSpec) -> dict[str, TensorEntry]:
     """The head's tensors that may come back, by name; none where the owner does not permit it."""
-    names = model.row.head_tensors(model.config) if spec.permit_head else ()
+    names = model.row.head_tensors(model.config) if spec.permits.permit_head else ()
     return {
         name: TensorEntry.model_validate({"shape": model.tensors[name].shape, "dtype": DTYPES[spec.dtype]})
         for name in names
@@ -123,7 +123,7 @@ def permitted_methods(model: BaseModel, spec: PackSpec) -> tuple[Method, ...]:
     biased = any(model.row.is_bias(model.row.in_block(0, path)) for path in model.block(0))
     without = {"bitfit"} if not biased else set()
     without |= {"bottleneck"} if model.row.vision is not None else set()
-    methods = tuple(method for method in spec.methods if method not in without)
+    methods = tuple(method for method in spec.permits.methods if method not in without)
     if not methods:
         raise UsageError(
             f"BitFit trains biases, and the blocks of this {model.row.model_type} model have none",

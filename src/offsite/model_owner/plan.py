@@ -121,15 +121,15 @@ def plan_pack(base: Base, spec: PackSpec) -> PackPlan:
     keep = spec.kept(sandwich.middle)
     dropped = keep < len(sandwich.middle)
     work = work_of(sandwich.middle, spec)
-    searches = spec.select == "search" and dropped
-    closed = work.block_by_block or (dropped and spec.select in _WORK)
+    searches = spec.select.by == "search" and dropped
+    closed = work.block_by_block or (dropped and spec.select.by in _WORK)
     runs = closed or work.distills
     # which blocks the calibration text will choose is known only after the work; their sizes do not depend on it
     emulator = select_blocks(model, sandwich, _without_work(spec), Path(), silent)
-    emulator = shared(sandwich.middle, emulator) if "share" in spec.heal else emulator
+    emulator = shared(sandwich.middle, emulator) if "share" in spec.heal.steps else emulator
     kept = sandwich.kept(emulator)
     files = _bundle_files(model, sandwich, kept, spec)
-    item = compute_bytes(spec.compute, spec.device)
+    item = compute_bytes(spec.runtime.compute, spec.runtime.device)
     calibration, material = _calibration(model, spec) if runs else (None, ())
     length = calibration.length if calibration else calibration_length(model.config)
     phases = _network_phases(model, calibration, item, material, work) if calibration and closed else []
@@ -158,15 +158,17 @@ def _calibration(model: BaseModel, spec: PackSpec) -> tuple[Calibration, tuple[T
     """How much runs through the base, and what it takes in memory itself."""
     if model.row.vision is None:
         length = calibration_length(model.config)
-        return Calibration(spec.calibration_tokens // length, length), (encoding(_text_bytes(spec.calibration)),)
+        return Calibration(spec.calibration.tokens // length, length), (encoding(_text_bytes(spec.calibration.source)),)
     seen = seen_picture(model.folder, model.row, model.config)
     fitted, distilled = (
         picture_count(seen, model.config, tokens)
-        for tokens in (spec.calibration_tokens, spec.distill_tokens if "distill" in spec.heal else 1)
+        for tokens in (spec.calibration.tokens, spec.distill.tokens if "distill" in spec.heal.steps else 1)
     )
     most = max(fitted, distilled)
-    chosen = spread(read_pictures(spec.calibration, labelled=False), most) if spec.calibration else photos()
-    if spec.calibration:  # of a photo there are many crops
+    chosen = (
+        spread(read_pictures(spec.calibration.source, labelled=False), most) if spec.calibration.source else photos()
+    )
+    if spec.calibration.source:  # of a photo there are many crops
         fitted, most = min(fitted, len(chosen)), len(chosen)
     prepared = Term("prepared pictures", most * seen.bytes, "12 * height * width each")
     return Calibration(fitted, seen.tokens), (decoded(chosen), prepared)
@@ -176,13 +178,13 @@ _WORK = ("influence", "cluster", "search")  # selections that run the network
 
 
 def _without_work(spec: PackSpec) -> PackSpec:
-    return spec.model_copy(update={"select": "uniform"}) if spec.select in _WORK else spec
+    return spec.changed({"select": "uniform"}) if spec.select.by in _WORK else spec
 
 
 def _state_tokens(spec: PackSpec, length: int, *, distills: bool, searches: bool) -> int:
     """Tokens whose hidden states lie on the disk, at most."""
-    judging = min(spec.calibration_tokens, SEARCH_TOKENS) // JUDGED if searches else 0
-    return judging + (spec.distill_tokens // length * length if distills else 0)
+    judging = min(spec.calibration.tokens, SEARCH_TOKENS) // JUDGED if searches else 0
+    return judging + (spec.distill.tokens // length * length if distills else 0)
 
 
 def _scratch(model: BaseModel, spec: PackSpec, keep: int, item: int, states: int, work: Work) -> list[Term]:
@@ -339,10 +341,10 @@ def _stack_phases(
     stack, top = keep * (sizes.parameters + maps), len(sandwich.top) * sizes.parameters
     outer = part("", [model.tensors[name].shape for name in row.outer_tensors(model.config)], item).bytes
     batch = CALIBRATION_BATCH * length
-    groups = min(GROUP_TOKENS, max(spec.distill_tokens, 1))
+    groups = min(GROUP_TOKENS, max(spec.distill.tokens, 1))
     always = (*torch_libraries(_tokenizer_bytes(model.folder)), *material)
     end = Term("embeddings, norm and head", outer, "c * P_o")
-    whole = bool(spec.distill_ce)
+    whole = bool(spec.distill.ce)
     logits = Term("logits of a chunk, their logs and slopes", 3 * 4 * CHUNK_ELEMENTS, "12 * chunk")
     phases = [
         Phase(

@@ -48,7 +48,7 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
             reasons=["which expert a token goes to changes with what is pruned"],
             next_step="pack with --prune-by magnitude and --heal none, or drop blocks with --keep",
         )
-    if spec.permit_head and not model.row.head_tensors(model.config):
+    if spec.permits.permit_head and not model.row.head_tensors(model.config):
         raise UsageError(
             "--permit-head has no head to permit",
             reasons=[
@@ -62,8 +62,8 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
         _require_for_spread(spec)
     if model.row.vision is not None:
         _require_for_images(spec)
-    if spec.select == "contiguous":
-        contiguous(middle, spec.kept(middle), spec.drop_from)  # refuses a piece that does not lie in the middle
+    if spec.select.by == "contiguous":
+        contiguous(middle, spec.kept(middle), spec.select.drop_from)  # refuses a piece that does not lie in the middle
     require_declarable(model, spec)
     return sandwich
 
@@ -109,8 +109,8 @@ def _require_gap(middle: Sequence[int], spec: PackSpec, work: Work) -> None:
     """
     does = {"share": spec.kept(middle) < len(middle), "refit": bool(work.solves)}
     does |= {"distill": work.distills, "affine": work.maps}
-    idle = [step for step in spec.heal if not does[step]]
-    if idle and "heal" in spec.model_fields_set:
+    idle = [step for step in spec.heal.steps if not does[step]]
+    if idle and "heal" in spec.given:
         raise UsageError(
             f"--heal {','.join(idle)} would do nothing",
             reasons=["no block is dropped, and no matrix pruned by SparseGPT; other losses are not healed"],
@@ -124,9 +124,9 @@ def _require_for_spread(spec: PackSpec) -> None:
     Raises:
         UsageError: it was asked for.
     """
-    reasons = [f"select = {spec.select}"] if spec.select in ("search", "cluster", "contiguous") else []
-    reasons += [f"heal = {step}" for step in spec.heal if step != "refit"]
-    reasons += [f"{name}: a declared module kind" for name in spec.declares if name not in spec.heal]
+    reasons = [f"select = {spec.select.by}"] if spec.select.by in ("search", "cluster", "contiguous") else []
+    reasons += [f"heal = {step}" for step in spec.heal.steps if step != "refit"]
+    reasons += [f"{name}: a declared module kind" for name in spec.declares if name not in spec.heal.steps]
     if reasons:
         raise UsageError(
             "settings that go with no trained blocks between frozen ones",
@@ -142,11 +142,11 @@ def _require_for_images(spec: PackSpec) -> None:
     Raises:
         UsageError: it was asked for.
     """
-    reasons = [f"select = {spec.select}"] if spec.select in ("search", "cluster") else []
-    reasons += [f"heal = {step}" for step in spec.heal if step not in ("refit", "distill")]
-    reasons += ["distill_ce: the next token's cross-entropy"] if spec.distill_ce else []
-    reasons += [f"{name}: a declared module kind" for name in spec.declares if name not in spec.heal]
-    if set(spec.methods) == {"bottleneck"}:
+    reasons = [f"select = {spec.select.by}"] if spec.select.by in ("search", "cluster") else []
+    reasons += [f"heal = {step}" for step in spec.heal.steps if step not in ("refit", "distill")]
+    reasons += ["distill_ce: the next token's cross-entropy"] if spec.distill.ce else []
+    reasons += [f"{name}: a declared module kind" for name in spec.declares if name not in spec.heal.steps]
+    if set(spec.permits.methods) == {"bottleneck"}:
         reasons.append("methods = bottleneck")
     if reasons:
         raise UsageError(

@@ -28,12 +28,12 @@ class Work:
 
 def work_of(middle: Sequence[int], spec: PackSpec) -> Work:
     """What the settings ask for with a middle of these blocks."""
-    prunes = spec.pruned if spec.prune_by == "sparsegpt" else 0.0
+    prunes = spec.pruned if spec.compress.prune_by == "sparsegpt" else 0.0
     dropped = spec.kept(middle) < len(middle)
     lost = dropped or prunes > 0
     return Work(
-        solves=spec.refit_maps if "refit" in spec.heal and lost else (),
+        solves=spec.heal.refit_maps if "refit" in spec.heal.steps and lost else (),
         prunes=prunes,
-        distills="distill" in spec.heal and lost,
-        maps="affine" in spec.heal and dropped,
+        distills="distill" in spec.heal.steps and lost,
+        maps="affine" in spec.heal.steps and dropped,
     )

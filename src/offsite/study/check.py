@@ -143,9 +143,10 @@ def _small(recipe: Recipe, data: tuple[DataTable, ...], own: Path | None) -> Rec
 def _quick(spec: PackSpec, own: Path | None) -> PackSpec:
     """Whatever a setting counts, steps or tokens, is few; what the owner would have of its own is `own` or nothing."""
     few: dict[str, Any] = {}
-    for name, field in type(spec).model_fields.items():
-        if field.annotation is int or int in get_args(field.annotation):
-            few |= {name: 2} if name.endswith("steps") else {name: _TOKENS} if name.endswith("tokens") else {}
-        elif isinstance(getattr(spec, name), Path):
-            few[name] = own
+    for key, setting in spec.settings().items():
+        kind = setting.field.annotation
+        if kind is int or int in get_args(kind):
+            few |= {key: 2} if key.endswith("steps") else {key: _TOKENS} if key.endswith("tokens") else {}
+        elif isinstance(setting.of(spec), Path):
+            few[key] = own
     return spec.changed(few)

@@ -76,14 +76,14 @@ def full_fine_tuning(
     require_free(out)
     opened = open_base(base)
     row = opened.row
-    where = runtime(spec.device, spec.compute, spec.threads)
-    with PictureWorkers(worker_count(spec.workers, where.device)) as workers:
+    where = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
+    with PictureWorkers(worker_count(spec.images.workers, where.device)) as workers:
         vision = row.vision is not None
         album = open_album(base.folder, data, eval_data, spec, progress, workers) if vision else None
         examples, held_out = ((), ()) if album else (_read(base, data, spec), _read(base, eval_data, spec))
         with seeded(spec.seed, where.device):
             run = {
-                **spec.model_dump(mode="json", exclude={"workers"}),
+                **spec.flat(without=("workers",)),
                 "base": str(base.folder.resolve()),
                 "data": data_digest(data),
             }
@@ -94,9 +94,9 @@ def full_fine_tuning(
                 tuning = _prepare(model, row, examples, held_out)
             else:
                 tuning = _prepare_images(model, row, album, spec, progress)
-            alone = spec.model_copy(update={"lanes": 1})  # lanes would each hold a gradient of the whole model
+            alone = spec.changed({"lanes": 1})  # lanes would each hold a gradient of the whole model
             fitted = within_memory(tuning, alone, where, state.folder / "memory.json", progress)
-            only_the_last = spec.model_copy(update={"checkpoints": 1, "report_scores": False})
+            only_the_last = spec.changed({"checkpoints": 1, "report_scores": False})
             checkpoints = Checkpoints(state, only_the_last, step_count(spec, tuning.task.rows))
             train(tuning, fitted, state, checkpoints, log_file(out), progress)
     keep_activations(tuning.blocks)  # which puts the blocks' own names back
@@ -112,9 +112,9 @@ def full_fine_tuning(
 def _read(base: Base, data: Path | None, spec: TuneSpec) -> tuple[Example, ...]:
     if data is None:
         return ()
-    longest = min(spec.max_length, context_length(base.folder) or spec.max_length)
+    longest = min(spec.rows.max_length, context_length(base.folder) or spec.rows.max_length)
     tokenizer = load_tokenizer(base.folder)
-    return encode(read_rows(data), tokenizer, source=data, max_length=longest, long_rows=spec.long_rows).examples
+    return encode(read_rows(data), tokenizer, source=data, max_length=longest, long_rows=spec.rows.long_rows).examples
 
 
 def _prepare(
@@ -140,7 +140,7 @@ def _prepare_images(
     model: "PreTrainedModel", row: Architecture, album: Album, spec: TuneSpec, progress: Progress
 ) -> Tuning:
     encoder = encoder_of(model)
-    used = encoder.read_by(spec.pooling)
+    used = encoder.read_by(spec.images.pooling)
     head = new_head(encoder, album, used, spec, progress)
     made = head_parameters(head)
     model.requires_grad_(True)
@@ -149,7 +149,7 @@ def _prepare_images(
     for parameter in trained.values():
         parameter.requires_grad_(True)
     return Tuning(
-        task=ImageTask(encoder, head, used, album, spec.augment),
+        task=ImageTask(encoder, head, used, album, spec.images.augment),
         blocks=model.get_submodule(row.module_blocks or row.blocks),
         trained=[model],
         weights=TrainedWeights(trained | made),

@@ -65,7 +65,7 @@ def _cell(
     middle: int,
 ) -> Cell:
     here = method.on(dataset)
-    spec, full = (one.model_copy(update={"seed": seed}) for one in (here.spec, here.full))
+    spec, full = (one.changed({"seed": seed}) for one in (here.spec, here.full))
     pack = lab.pack(compressor.spec)
     protocol = _protocol(lab, pack, spec, rows)
     bundle, tune, plugged = protocol[1], protocol[2], protocol[-1]

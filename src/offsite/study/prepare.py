@@ -125,8 +125,8 @@ def _require_pictures(model: BaseModel, spec: PackSpec) -> None:
         UsageError: the blocks are chosen or healed by pictures, the recipe names none, and none are installed.
     """
     middle = split(model, spec).middle
-    chooses = spec.kept(middle) < len(middle) and spec.select not in ("uniform", "contiguous", "random")
-    if (work_of(middle, spec).block_by_block or chooses) and spec.calibration is None:
+    chooses = spec.kept(middle) < len(middle) and spec.select.by not in ("uniform", "contiguous", "random")
+    if (work_of(middle, spec).block_by_block or chooses) and spec.calibration.source is None:
         photos()
 
 

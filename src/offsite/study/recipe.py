@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import Field, ValidationError
 
-from offsite.config import EvalSpec, PackSpec, PlugInSpec, Spec, TuneSpec, describe_validation
+from offsite.config import EvalSpec, PackSpec, PlugInSpec, Spec, TuneSpec, describe_validation, flat_place
 from offsite.errors import UsageError
 
 RowName = Literal["zero_shot", "emulator_zero_shot", "full", "adapter_on_base", "emulator", "plug_in"]
@@ -150,7 +150,7 @@ def load_recipe(file: Path, *, data_root: Path | None = None, base: Path | None 
         seeds=tables.seeds,
         rows=tuple(row for row in ROWS if row in tables.rows),
         keep_models=tables.keep_models,
-        data=tuple(one.model_copy(update=places.paths(one)) for one in tables.data),
+        data=tuple(one.changed(places.paths(one)) for one in tables.data),
         compressors=tuple(_compressors(tables, places, problems)),
         methods=tuple(_methods(tables, places, problems)),
         plug_in=_spec(PlugInSpec, "[plug_in]", tables.plug_in, problems),
@@ -189,7 +189,7 @@ def _missing(recipe: Recipe) -> Iterator[str]:
     named += [(f"[[pack]] {one.name!r}", one.spec) for one in recipe.compressors]
     named += [(f"[[tune]] {one.name!r}", one.spec) for one in recipe.methods]
     for where, spec in named:
-        for name, value in spec:
+        for name, value in spec.values().items():
             if isinstance(value, Path) and not value.exists():
                 yield f"{where}.{name}: no such file {value}"
 
@@ -208,7 +208,7 @@ class _Places:
 
     def paths(self, spec: Spec) -> dict[str, Path]:
         """Every path of a spec, found."""
-        return {name: self.find(value) for name, value in spec if isinstance(value, Path)}
+        return {name: self.find(value) for name, value in spec.values().items() if isinstance(value, Path)}
 
 
 def _base(tables: RecipeTables, places: _Places) -> str | Path:
@@ -228,7 +228,7 @@ def _compressors(tables: RecipeTables, places: _Places, problems: list[str]) -> 
             ]
             settings = {**_part(PackSpec, tables.shared), **own, **where}
             spec = _spec(PackSpec, label, settings, problems)
-            yield Compressor(name, placement, spec.model_copy(update=places.paths(spec)))
+            yield Compressor(name, placement, spec.changed(places.paths(spec)))
 
 
 def _methods(tables: RecipeTables, places: _Places, problems: list[str]) -> Iterator[Method]:
@@ -244,8 +244,7 @@ def _methods(tables: RecipeTables, places: _Places, problems: list[str]) -> Iter
         spec = _spec(TuneSpec, f"[[tune]] {name!r}", {**shared, **own}, problems)
         common = {key: value for key, value in own.items() if key not in _OF_A_METHOD}
         full = _spec(TuneSpec, "[full]", {**shared, **common, **tables.full, "method": "full"}, problems)
-        paths = places.paths(spec)
-        yield Method(name, spec.model_copy(update=paths), full.model_copy(update=places.paths(full)))
+        yield Method(name, spec.changed(places.paths(spec)), full.changed(places.paths(full)))
 
 
 # Settings of TuneSpec that say what trains or what comes back: full fine-tuning has no use for them.
@@ -263,7 +262,7 @@ def _of_data(recipe: Recipe) -> Iterator[str]:
         problems: list[str] = []
         for method in recipe.methods:
             for spec in (method.spec, method.full):
-                _spec(TuneSpec, where, spec.model_dump(by_alias=True) | table.tune, problems)
+                _spec(TuneSpec, where, spec.flat() | table.tune, problems)
         yield from problems
 
 
@@ -279,16 +278,12 @@ def _named(where: str, table: Mapping[str, Any], index: int, problems: list[str]
 
 def _part(kind: type[Spec], shared: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of [shared] that a stage has; a seed and a method are never shared."""
-    return {name: value for name, value in shared.items() if name in _keys(kind)}
+    return {name: value for name, value in shared.items() if name in kind.settings()}
 
 
 def _unknown_shared(shared: Mapping[str, Any]) -> list[str]:
-    known = sorted(_keys(TuneSpec) | _keys(EvalSpec))
+    known = sorted(TuneSpec.settings().keys() | EvalSpec.settings().keys())
     return [_unknown(f"[shared].{name}", name, known) for name in shared if name not in known]
-
-
-def _keys(kind: type[Spec]) -> set[str]:
-    return {field.alias or name for name, field in kind.model_fields.items()}
 
 
 def _spec(kind: type[S], where: str, settings: Mapping[str, Any], problems: list[str]) -> S:
@@ -303,13 +298,14 @@ def _spec(kind: type[S], where: str, settings: Mapping[str, Any], problems: list
 def _problems(kind: type[Spec], error: ValidationError) -> list[str]:
     """Every problem with the field's name and with what would work."""
     lines = []
-    for problem, described in zip(error.errors(include_url=False), describe_validation(error), strict=True):
-        place = problem["loc"]
+    for problem, described in zip(error.errors(include_url=False), describe_validation(error, kind), strict=True):
+        place = flat_place(kind, problem["loc"])
         name = str(place[0]) if place else ""
         if problem["type"] == "extra_forbidden" and len(place) == 1:
-            lines.append(_unknown(name, name, sorted(_keys(kind))))
+            lines.append(_unknown(name, name, sorted(kind.settings())))
             continue
-        field = kind.model_fields.get(name)
+        setting = kind.settings().get(name)
+        field = setting.field if setting else None
         about = f"; {name}: {field.description}" if field is not None and field.description else ""
         works = (
             ""
@@ -339,10 +335,10 @@ def _not_permitted(recipe: Recipe) -> Iterator[str]:
         return
     for pack in recipe.compressors:
         for tune in recipe.methods:
-            if tune.spec.method not in pack.spec.methods:
+            if tune.spec.adapter.method not in pack.spec.permits.methods:
                 yield (
                     f"[[tune]] {tune.name!r}.method: [[pack]] {pack.name!r} permits "
-                    f"{', '.join(pack.spec.methods)}; put {tune.spec.method!r} into its `methods`"
+                    f"{', '.join(pack.spec.permits.methods)}; put {tune.spec.adapter.method!r} into its `methods`"
                 )
 
 

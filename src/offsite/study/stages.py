@@ -119,7 +119,7 @@ class Lab:
         )
 
     def _tuning(self, spec: TuneSpec, rows: Rows) -> Words:
-        validation: Words = ["--eval-data", rows.test] if spec.eval_every or spec.report_scores else []
+        validation: Words = ["--eval-data", rows.test] if spec.points.eval_every or spec.points.report_scores else []
         return ["--data", rows.train, "--resume", *validation]
 
     def _stage(
@@ -140,8 +140,7 @@ class Lab:
         key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()[:16]
         out = self.folder / party / place / key
         tables = {  # what was left out stays so, for that is not what was asked for
-            table: spec.model_dump(mode="json", by_alias=True, exclude_unset=True)
-            for table, spec in (settings or {}).items()
+            table: spec.flat(given_only=True) for table, spec in (settings or {}).items()
         }
         return Stage(name, says or name, party, key, out, words, tables, needs, copies, large)
 
@@ -168,15 +167,14 @@ def _scored_words(stage: Stage) -> Words:
 
 def uncompressed(spec: PackSpec, middle: int) -> PackSpec:
     """The same blocks train, and nothing of the base's `middle` blocks is dropped or changed: the bound of a cell."""
-    kept = {name: value for name, value in spec if name in _PLACEMENT}
+    kept = {key: value for key, value in spec.values().items() if key in _PLACEMENT}
     return PackSpec(**kept, keep=middle, heal=())
 
 
 def addressed(spec: Spec) -> dict[str, Any]:
     """The settings as they go into a key: a file by its content, wherever it lies."""
-    plain = spec.model_dump(mode="json", by_alias=True)
-    files = {name: data_digest(value) for name, value in spec if isinstance(value, Path)}
-    return plain | files
+    files = {key: data_digest(value) for key, value in spec.values().items() if isinstance(value, Path)}
+    return spec.flat() | files
 
 
 def before(stage: Stage) -> Iterator[Stage]:

@@ -60,9 +60,7 @@ def test_random_is_seeded(base_of: MakeBase) -> None:
     found = select_blocks(model, split(model, spec), spec, Path(), silent)
     assert found == select_blocks(model, split(model, spec), spec, Path(), silent) == tuple(sorted(found))
     assert set(found) <= set(range(1, 9))
-    others = {
-        select_blocks(model, split(model, spec), spec.model_copy(update={"seed": s}), Path(), silent) for s in range(20)
-    }
+    others = {select_blocks(model, split(model, spec), spec.changed({"seed": s}), Path(), silent) for s in range(20)}
     assert len(others) > 5
 
 
@@ -106,5 +104,5 @@ def test_influence_is_what_transformers_computes(base_of: MakeBase, tmp_path: Pa
             for before, after in zip(states[index], states[index + 1], strict=True)
         ]
         assert found[index] == pytest.approx(1 - float(torch.cat(cosines).mean()), abs=1e-5)
-    chosen = select_blocks(model, split(model, spec), spec.model_copy(update={"select": "influence"}), Path(), silent)
+    chosen = select_blocks(model, split(model, spec), spec.changed({"select": "influence"}), Path(), silent)
     assert chosen == most_influential(found, 2)

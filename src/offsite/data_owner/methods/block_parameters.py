@@ -25,7 +25,7 @@ def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -
     Raises:
         IncompatibleError: the model does not have exactly these tensors in these shapes.
     """
-    row, wanted = ARCHITECTURES[manifest.architecture], manifest.own_tensors(spec.method)
+    row, wanted = ARCHITECTURES[manifest.architecture], manifest.own_tensors(spec.adapter.method)
     for name, parameter in model.named_parameters():
         if in_files(row, {name: parameter}).keys() <= wanted.keys():
             parameter.requires_grad_(True)

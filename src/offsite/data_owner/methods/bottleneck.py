@@ -25,7 +25,7 @@ def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -
         IncompatibleError: the model's bottlenecks are not exactly those that the manifest permits.
     """
     places = bottleneck_places(ARCHITECTURES[manifest.architecture], manifest.split.trained)
-    insert_bottlenecks(model, places, manifest.hidden, spec.width)
+    insert_bottlenecks(model, places, manifest.hidden, spec.adapter.width)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    require_exactly(trainable, BottleneckSettings(width=spec.width).tensors(manifest))
+    require_exactly(trainable, BottleneckSettings(width=spec.adapter.width).tensors(manifest))
     return trainable

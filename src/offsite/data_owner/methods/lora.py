@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 def lora_settings(manifest: BundleManifest, spec: TuneSpec) -> LoraSettings:
     """The LoRA that a return under these settings declares: every permitted target, alpha twice the rank by default."""
-    alpha = float(spec.lora_alpha if spec.lora_alpha is not None else 2 * spec.rank)
-    return LoraSettings(rank=spec.rank, alpha=alpha, targets=tuple(sorted(manifest.lora_targets)))
+    alpha = float(spec.adapter.lora_alpha if spec.adapter.lora_alpha is not None else 2 * spec.adapter.rank)
+    return LoraSettings(rank=spec.adapter.rank, alpha=alpha, targets=tuple(sorted(manifest.lora_targets)))
 
 
 def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -> dict[str, nn.Parameter]:
@@ -36,7 +36,7 @@ def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        lora_dropout=spec.lora_dropout,
+        lora_dropout=spec.adapter.lora_dropout,
         # Whole paths in a list: of a pattern PEFT keeps the last words alone where a family has experts.
         target_modules=list(lora.targets),
         fan_in_fan_out=ARCHITECTURES[manifest.architecture].transposed,

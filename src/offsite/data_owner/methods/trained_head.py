@@ -24,11 +24,11 @@ def attach_head(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSp
     Raises:
         IncompatibleError: the model's head is not exactly what the manifest permits.
     """
-    if not spec.tune_head:
+    if not spec.adapter.tune_head:
         return {}
     row, head = ARCHITECTURES[manifest.architecture], model.get_output_embeddings().requires_grad_(True)
     parameters = {f"{row.head_module}.{kind}": parameter for kind, parameter in head.named_parameters()}
-    renamed = {returned_name(name, row, spec.method): parameter for name, parameter in parameters.items()}
-    in_return = renamed if spec.method == "lora" else in_files(row, parameters)
-    require_exactly(in_return, returned_head(manifest, spec.method))
+    renamed = {returned_name(name, row, spec.adapter.method): parameter for name, parameter in parameters.items()}
+    in_return = renamed if spec.adapter.method == "lora" else in_files(row, parameters)
+    require_exactly(in_return, returned_head(manifest, spec.adapter.method))
     return renamed

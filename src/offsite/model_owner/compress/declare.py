@@ -34,15 +34,15 @@ def declared_of(model: BaseModel, bottom: int, slots: Sequence[int], spec: PackS
         slots: base indices of the emulator's blocks, in order; one may stand in several places.
         spec: what was asked for.
     """
-    width = _inner(model) if spec.mlp_width is not None else 0
+    width = _inner(model) if spec.compress.mlp_width is not None else 0
     places = {
         "share": owners(slots) if len(set(slots)) < len(slots) else None,
-        "bits": spec.bits,
-        "group": spec.group if spec.bits else None,
-        "svd_rank": spec.svd_rank,
-        "mlp_width": max(1, round(spec.mlp_width * width)) if spec.mlp_width is not None else None,
-        "sparse": spec.pruned if spec.zeros == "left-out" else None,
-        "affine": True if "affine" in spec.heal else None,
+        "bits": spec.compress.bits,
+        "group": spec.compress.group if spec.compress.bits else None,
+        "svd_rank": spec.compress.svd_rank,
+        "mlp_width": max(1, round(spec.compress.mlp_width * width)) if spec.compress.mlp_width is not None else None,
+        "sparse": spec.pruned if spec.compress.zeros == "left-out" else None,
+        "affine": True if "affine" in spec.heal.steps else None,
     }
     if all(kind is None for kind in places.values()):
         return None
@@ -59,7 +59,7 @@ def require_declarable(model: BaseModel, spec: PackSpec) -> None:
     asked = spec.declares
     if asked and (row.experts or row.modules):
         reasons.append(f"{', '.join(asked)}: blocks of this family have other tensors in files than in modules")
-    elif spec.mlp_width is not None:
+    elif spec.compress.mlp_width is not None:
         inner, shapes = _inner(model), {path: tensor.shape for path, tensor in model.block(0).items()}
         outputs = {shapes[f"{path}.weight"][1 if row.transposed else 0] for path in mlp_inputs(row)}
         if outputs != {inner}:

@@ -61,10 +61,10 @@ def block_by_block(
         IncompatibleError: what goes through the base is no number, so nothing can be solved.
     """
     row = model.row
-    machine = runtime(spec.device, spec.compute, spec.threads)
+    machine = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     runner = BlockRunner(model, machine)
     if batches is None:
-        batches = calibration_batches(model, spec.calibration, spec.calibration_tokens)
+        batches = calibration_batches(model, spec.calibration.source, spec.calibration.tokens)
     batches = [ids.to(machine.device) for ids in batches]
     work = work_of(sandwich.middle, spec)
     stage, end = _stage(work), sandwich.middle[-1] + 1

@@ -74,13 +74,13 @@ def distill(
         OffsiteError: the loss is no longer a number.
         KeyboardInterrupt: the user stopped it; a resume point was saved.
     """
-    machine = runtime(spec.device, spec.compute, spec.threads)
-    batches = calibration_batches(model, spec.calibration, spec.distill_tokens)
+    machine = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
+    batches = calibration_batches(model, spec.calibration.source, spec.distill.tokens)
     states = middle_states(
         model, sandwich, batches, machine, scratch / "states", progress, "hidden states to distill from"
     )
-    after = sandwich.top if spec.distill_ce else ()
-    stack = BlockRunner(model, machine).stack(emulator, after, healed, whole=spec.distill_ce > 0)
+    after = sandwich.top if spec.distill.ce else ()
+    stack = BlockRunner(model, machine).stack(emulator, after, healed, whole=spec.distill.ce > 0)
     starts = tuple(f"{model.row.block_module(index)}." for index in emulator)
     working = {name: parameter for name, parameter in sorted(stack.parameters.items()) if name.startswith(starts)}
     for parameter in working.values():
@@ -122,11 +122,11 @@ class _Distillation:
         """The batches of each step of a pass, before they are shuffled: how many steps it has."""
         held_out = set(self.held_out)
         trained = [position for position in range(len(self.states.batches)) if position not in held_out]
-        width = max(1, self.spec.distill_batch_tokens // self.states.tokens[0])
+        width = max(1, self.spec.distill.batch_tokens // self.states.tokens[0])
         return [trained[at : at + width] for at in range(0, len(trained), width)]
 
     def steps(self) -> int:
-        return self.spec.distill_steps or max(1, math.ceil(self.spec.distill_epochs * len(self.groups())))
+        return self.spec.distill.steps or max(1, math.ceil(self.spec.distill.epochs * len(self.groups())))
 
     def of_step(self, step: int) -> list[int]:
         """The batches of one step (from 0); it depends on nothing that ran before."""
@@ -141,13 +141,13 @@ class _Distillation:
         """Linear warm-up, then cosine to 0."""
         steps, warmup = self.steps(), round(WARMUP * self.steps())
         if step < warmup:
-            return self.spec.distill_lr * (step + 1) / warmup
-        return self.spec.distill_lr * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+            return self.spec.distill.lr * (step + 1) / warmup
+        return self.spec.distill.lr * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
     def losses(self, position: int) -> tuple[Tensor, Tensor | None]:
         """Of one batch: the hidden states' term, and the cross-entropy if it counts."""
         ids, enters, leaves = self.states.at(position)
-        if not self.spec.distill_ce:
+        if not self.spec.distill.ce:
             return hidden_error(self.stack(ids, enters), leaves, self.skipped), None
         student, nats = self.stack.to_the_end(ids, enters)
         return hidden_error(student, leaves), nats
@@ -157,7 +157,7 @@ def _train(run: _Distillation, state: RunState, log: Path, progress: Progress) -
     """Train to the last step, saving resume points; the weights are changed in place."""
     masters = run.weights.masters
     fused = next(iter(masters.values())).device.type in ("cpu", "cuda", "mps", "xpu")
-    optimizer = torch.optim.AdamW(masters.values(), lr=run.spec.distill_lr, weight_decay=0.0, fused=fused)
+    optimizer = torch.optim.AdamW(masters.values(), lr=run.spec.distill.lr, weight_decay=0.0, fused=fused)
     done, steps = _restore(run, optimizer, state), run.steps()
     with run_log(log) as write, stop_requests() as stopping:
         write({"event": "distill resume" if done else "distill", "step": done, "steps": steps, **_judged(run)})
@@ -179,7 +179,7 @@ def _step(run: _Distillation, optimizer: torch.optim.Optimizer, step: int) -> di
     errors, nats = [], []
     for position in group:
         error, cross = run.losses(position)
-        loss = HIDDEN_WEIGHT * error if cross is None else HIDDEN_WEIGHT * error + run.spec.distill_ce * cross
+        loss = HIDDEN_WEIGHT * error if cross is None else HIDDEN_WEIGHT * error + run.spec.distill.ce * cross
         torch.autograd.backward(loss / len(group))
         run.weights.collect_gradients()
         errors.append(float(error.detach()))

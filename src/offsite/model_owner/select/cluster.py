@@ -56,9 +56,11 @@ def centres(alike: Sequence[Sequence[float]], keep: int) -> list[int]:
 def _pooled_outputs(selection: Selection) -> list[Tensor]:
     """What each block of the middle gives, pooled: a matrix (samples, H) for each."""
     model, spec, middle = selection.model, selection.spec, selection.middle
-    machine = runtime(spec.device, spec.compute, spec.threads)
+    machine = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     runner = BlockRunner(model, machine)
-    batches = [ids.to(machine.device) for ids in calibration_batches(model, spec.calibration, spec.calibration_tokens)]
+    batches = [
+        ids.to(machine.device) for ids in calibration_batches(model, spec.calibration.source, spec.calibration.tokens)
+    ]
     first = runner.load(0)
     hidden = [first.embed(ids) for ids in batches]
     pooled = []

@@ -12,7 +12,7 @@ def select(selection: Selection) -> tuple[int, ...]:
     Raises:
         UsageError: the piece does not lie in the middle.
     """
-    return contiguous(selection.middle, selection.keep, selection.spec.drop_from)
+    return contiguous(selection.middle, selection.keep, selection.spec.select.drop_from)
 
 
 def contiguous(middle: Sequence[int], keep: int, drop_from: int | None = None) -> tuple[int, ...]:

@@ -32,9 +32,11 @@ def block_influence(selection: Selection) -> dict[int, float]:
     The cosine looks at directions alone, so tokens with massive activations weigh no more than others.
     """
     model, spec, middle = selection.model, selection.spec, selection.middle
-    machine = runtime(spec.device, spec.compute, spec.threads)
+    machine = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     runner = BlockRunner(model, machine)
-    batches = [ids.to(machine.device) for ids in calibration_batches(model, spec.calibration, spec.calibration_tokens)]
+    batches = [
+        ids.to(machine.device) for ids in calibration_batches(model, spec.calibration.source, spec.calibration.tokens)
+    ]
     first = runner.load(0)
     hidden = [first.embed(ids) for ids in batches]
     scores: dict[int, float] = {}

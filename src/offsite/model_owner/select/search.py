@@ -44,7 +44,7 @@ def select(selection: Selection) -> Blocks:
     chosen = scratch / "chosen.json"
     if chosen.exists():
         return tuple(json.loads(chosen.read_text()))
-    deadline = time.monotonic() + 60 * spec.search_minutes
+    deadline = time.monotonic() + 60 * spec.select.search_minutes
     score = _remembered(_judge(selection), scratch / "search.json")
     tried: list[float] = []
 
@@ -104,8 +104,8 @@ def _remembered(score: Score, file: Path) -> Score:
 def _judge(selection: Selection) -> Score:
     """A function from blocks to nats per token of the emulator with them, healed in closed form if it is to be."""
     model, sandwich, spec, scratch = selection.model, selection.sandwich, selection.spec, selection.scratch
-    machine = runtime(spec.device, spec.compute, spec.threads)
-    batches = calibration_batches(model, spec.calibration, min(spec.calibration_tokens, SEARCH_TOKENS))
+    machine = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
+    batches = calibration_batches(model, spec.calibration.source, min(spec.calibration.tokens, SEARCH_TOKENS))
     held_out = batches[JUDGED - 1 :: JUDGED] or batches[-1:]
     fitted = [ids for ids in batches if not any(ids is one for one in held_out)] or batches
     states = middle_states(

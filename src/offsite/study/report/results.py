@@ -143,7 +143,7 @@ def _cell(cell: Cell, folder: Path, cache: dict[str, RowScores]) -> CellResult:
         compress=cell.compressor.name,
         placement=cell.compressor.placement or (_placement(split) if split else None),
         tune=cell.method.name,
-        method=cell.method.spec.method,
+        method=cell.method.spec.adapter.method,
         seed=cell.seed,
         scores=scores,
         gain_recovered=_share(rows, "full", cell.primary),

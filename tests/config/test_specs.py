@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def toml(tmp_path: Path, text: str) -> Path:
 
 def test_defaults() -> None:
     assert load_spec(PackSpec, {}) == PackSpec()
-    assert PackSpec().methods == ("lora", "full", "bitfit", "bottleneck")
+    assert PackSpec().permits.methods == ("lora", "full", "bitfit", "bottleneck")
     for spec in TABLES.values():
         assert load_spec(spec, {}) == spec()
 
@@ -44,8 +45,8 @@ def test_ends_follow_the_depth_unless_given(
 def test_given_over_file_over_default(tmp_path: Path) -> None:
     file = toml(tmp_path, '[pack]\nbottom = 3\ntop = 4\nheal = "none"\n[tune]\nrank = 2\n')
     spec = load_spec(PackSpec, {"bottom": 5, "top": None, "keep": None}, file)
-    assert (spec.bottom, spec.top, spec.keep, spec.heal) == (5, 4, PackSpec().keep, ())
-    assert load_spec(TuneSpec, {}, file).rank == 2
+    assert (spec.split.bottom, spec.split.top, spec.select.keep, spec.heal.steps) == (5, 4, PackSpec().select.keep, ())
+    assert load_spec(TuneSpec, {}, file).adapter.rank == 2
     assert load_spec(EvalSpec, {}, file) == EvalSpec()
 
 
@@ -85,16 +86,16 @@ def test_what_is_wrong_in_a_file(tmp_path: Path, text: str, says: str) -> None:
 
 
 def test_maps_of_refit_are_a_chain_or_a_list(tmp_path: Path) -> None:
-    assert load_spec(PackSpec, {}).refit_maps == ("mlp",)
+    assert load_spec(PackSpec, {}).heal.refit_maps == ("mlp",)
     for written in ("'attention, mlp'", "['attention', 'mlp']"):
-        assert load_spec(PackSpec, {}, toml(tmp_path, f"[pack]\nrefit_maps = {written}\n")).refit_maps == (
+        assert load_spec(PackSpec, {}, toml(tmp_path, f"[pack]\nrefit_maps = {written}\n")).heal.refit_maps == (
             "attention",
             "mlp",
         )
 
 
 def test_a_byte_order_mark_is_no_setting(tmp_path: Path) -> None:
-    assert load_spec(TuneSpec, {}, toml(tmp_path, "\ufeff[tune]\nrank = 2\n")).rank == 2
+    assert load_spec(TuneSpec, {}, toml(tmp_path, "\ufeff[tune]\nrank = 2\n")).adapter.rank == 2
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_numbers_are_finite(value: float) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "auto", "cuda", "cuda:1", "mps", "xpu"])
 def test_devices(device: str) -> None:
-    assert TuneSpec(device=device).device == device
+    assert TuneSpec(device=device).runtime.device == device
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cpu:0", "", "cuda:x", "cpu\n"])
@@ -142,11 +143,46 @@ def test_specs_are_frozen_strict_and_described(kind: type[Spec]) -> None:
     spec = kind()
     with pytest.raises(ValidationError):
         kind.model_validate({"no_such_setting": 1})
-    for name, field in kind.model_fields.items():
-        assert field.description, f"{kind.__name__}.{name} is not described"
+    for key, setting in kind.settings().items():
+        assert setting.field.description, f"{kind.__name__}: {key} is not described"
         with pytest.raises(ValidationError):
-            setattr(spec, name, None)
-    assert kind.model_validate(json.loads(spec.model_dump_json(by_alias=True))) == spec
+            setattr(spec if setting.group is None else getattr(spec, setting.group), setting.name, None)
+    assert kind.model_validate(json.loads(json.dumps(spec.flat()))) == spec
+
+
+@pytest.mark.parametrize("kind", [ImportSpec, PackSpec, TuneSpec, PlugInSpec, EvalSpec])
+def test_a_group_is_small(kind: type[Spec]) -> None:
+    sizes = Counter(setting.group for setting in kind.settings().values())
+    assert max(sizes.values()) <= 12, sizes
+
+
+def test_settings_are_written_flat_and_read_from_their_groups() -> None:
+    spec = TuneSpec(rank=4, memory="6GiB", lr=1e-3)
+    assert (spec.adapter.rank, spec.memory.budget, spec.optimizer.lr) == (4, "6GiB", 1e-3)
+    assert spec.given == {"rank", "memory", "lr"}
+    assert spec.flat(given_only=True) == {"rank": 4, "memory": "6GiB", "lr": 1e-3}
+    assert spec.flat(without={"rank"}).keys() == TuneSpec.settings().keys() - {"rank"}
+    assert spec.values()["rank"] == 4
+
+
+def test_a_changed_spec_is_checked_and_keeps_what_was_given() -> None:
+    spec = PackSpec(keep=2, heal="refit", calibration=Path("x"))
+    changed = spec.changed({"keep": 3})
+    assert changed == PackSpec(keep=3, heal="refit", calibration=Path("x"))
+    assert changed.given == {"keep", "heal", "calibration"}
+    with pytest.raises(ValidationError, match="keep"):
+        spec.changed({"keep": 0})
+
+
+def test_a_group_is_no_setting() -> None:
+    with pytest.raises(ValidationError, match=r"'adapter' is a group .* method, rank"):
+        TuneSpec(adapter={"rank": 4})
+
+
+def test_problems_name_the_key_without_its_group() -> None:
+    with pytest.raises(UsageError) as caught:
+        load_spec(TuneSpec, {"rank": 0, "memory": "much", "seed": -1})
+    assert sorted(reason.split(":")[0] for reason in caught.value.reasons) == ["memory", "rank", "seed"]
 
 
 def test_a_strangers_keys_are_printable() -> None:

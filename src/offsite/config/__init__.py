@@ -1,0 +1,36 @@
+"""The settings of every verb: frozen, and the same from flags, from TOML and from Python. Torch-free.
+
+Defaults were chosen by measurement on SmolLM2-135M-Instruct; docs/decisions/ says how.
+"""
+
+from offsite.config.choices import Dtype, Method
+from offsite.config.eval_spec import EvalSpec
+from offsite.config.import_spec import ImportSpec
+from offsite.config.pack_spec import USUAL_PRUNE, Healing, PackSpec, RefitMap
+from offsite.config.plug_in_spec import STRENGTHS, PlugInSpec
+from offsite.config.runtime import RuntimeSettings
+from offsite.config.settings_file import TABLES, load_spec
+from offsite.config.spec import Setting, Settings, Spec, describe_validation, flat_place
+from offsite.config.tune_spec import TuneSpec
+
+__all__ = [
+    "STRENGTHS",
+    "TABLES",
+    "USUAL_PRUNE",
+    "Dtype",
+    "EvalSpec",
+    "Healing",
+    "ImportSpec",
+    "Method",
+    "PackSpec",
+    "PlugInSpec",
+    "RefitMap",
+    "RuntimeSettings",
+    "Setting",
+    "Settings",
+    "Spec",
+    "TuneSpec",
+    "describe_validation",
+    "flat_place",
+    "load_spec",
+]

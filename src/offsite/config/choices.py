@@ -1,0 +1,34 @@
+"""Types of settings that several verbs share: closed lists of choices, and lists that a flag writes with commas."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+Method = Literal["lora", "full", "bitfit", "bottleneck"]
+Dtype = Literal["bf16", "fp32"]
+LongRows = Annotated[Literal["error", "truncate", "skip"], Field(description="what happens to rows over max_length")]
+Workers = Annotated[
+    int | None,
+    Field(
+        ge=0, le=64, description="images: processes that decode and crop; None is 0 on a processor: it does it itself"
+    ),
+]
+
+
+def split_parts(value: object) -> object:
+    """Split "0,0.5,1" into a list of its parts; anything else is left as it is, for the checks."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def split_steps(value: object) -> object:
+    """Split "refit,distill" into a list of its words; "none" is an empty one."""
+    words = split_parts(value)
+    return () if words in (["none"], []) else words
+
+
+def split_numbers(value: object) -> object:
+    """Split "0,14,29" into a list of its whole numbers; a part that is no number is left for the checks."""
+    parts = split_parts(value)
+    if not isinstance(value, str) or not isinstance(parts, list):
+        return value
+    return [int(part) if part.isdecimal() else part for part in parts]

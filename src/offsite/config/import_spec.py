@@ -1,0 +1,19 @@
+"""How a foreign checkpoint becomes a base folder."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from offsite.config.choices import Dtype
+from offsite.config.spec import Spec
+
+
+class ImportSpec(Spec):
+    """The settings of `offsite import`."""
+
+    dtype: Annotated[Dtype | None, Field(description="dtype to store; None keeps the checkpoint's (bf16 for GGUF)")] = (
+        None
+    )
+    image_size: Annotated[
+        int | None, Field(ge=1, le=4096, description="ONNX: side in pixels of the images that the model is given")
+    ] = None

@@ -1,0 +1,257 @@
+"""How a base model becomes a bundle, and which of these settings go together."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from offsite.config.choices import Dtype, Method, split_numbers, split_parts, split_steps
+from offsite.config.runtime import RuntimeSettings
+from offsite.config.spec import Settings, Spec
+
+Healing = Literal["share", "refit", "distill", "affine"]
+RefitMap = Literal["mlp", "attention"]
+USUAL_PRUNE = 0.5  # of an emulator that drops no block
+
+
+class SplitSettings(Settings):
+    """Which blocks the data owner trains."""
+
+    bottom: Annotated[
+        int | None, Field(ge=0, description="first blocks that the data owner trains; None: 2 in 15, at least 2")
+    ] = None
+    top: Annotated[
+        int | None, Field(ge=0, description="last blocks that the data owner trains; None: 1 in 5, at least 2")
+    ] = None
+    train: Annotated[
+        Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None,
+        BeforeValidator(split_numbers),
+        Field(description="the blocks that train, such as 0,1,14,28,29, in place of bottom and top"),
+    ] = None
+
+
+class SelectSettings(Settings):
+    """Which blocks of the middle the emulator keeps."""
+
+    keep: Annotated[
+        int | None,
+        Field(ge=1, description="blocks of the middle that the emulator keeps; None: all, each pruned to half"),
+    ] = None
+    by: Annotated[
+        Literal["uniform", "influence", "cluster", "contiguous", "search", "random"],
+        Field(alias="select", description="which blocks of the middle stay"),
+    ] = "uniform"
+    drop_from: Annotated[
+        int | None, Field(ge=0, description="first block that 'contiguous' drops; None drops around the centre")
+    ] = None
+    search_minutes: Annotated[float, Field(gt=0, description="time that 'search' may take")] = 10.0
+
+
+class HealSettings(Settings):
+    """How the emulator makes up for dropped blocks."""
+
+    steps: Annotated[
+        tuple[Healing, ...],
+        BeforeValidator(split_steps),
+        Field(
+            alias="heal", description="how the emulator makes up for dropped blocks: none, or steps joined by commas"
+        ),
+    ] = ("refit",)
+    refit_maps: Annotated[
+        tuple[RefitMap, ...],
+        BeforeValidator(split_parts),
+        Field(
+            min_length=1,
+            max_length=8,
+            description="output projections that refit solves in a kept block, in this order, also repeatedly",
+        ),
+    ] = ("mlp",)
+
+
+class DistillSettings(Settings):
+    """How healing by distillation trains."""
+
+    tokens: Annotated[int, Field(alias="distill_tokens", ge=256, description="tokens of it to distill with")] = 262_144
+    epochs: Annotated[
+        float, Field(alias="distill_epochs", gt=0, description="passes over them; distill_steps wins")
+    ] = 3.0
+    steps: Annotated[
+        int | None, Field(alias="distill_steps", ge=1, description="optimiser steps of the distillation")
+    ] = None
+    batch_tokens: Annotated[
+        int, Field(alias="distill_batch_tokens", ge=1, description="tokens of one step, at least one batch")
+    ] = 4096
+    lr: Annotated[
+        float, Field(alias="distill_lr", gt=0, description="peak learning rate of the distillation's AdamW")
+    ] = 5e-4
+    ce: Annotated[
+        float,
+        Field(
+            alias="distill_ce", ge=0, description="weight of the next token's cross-entropy; 0 leaves top and head out"
+        ),
+    ] = 0.0
+
+
+class CompressSettings(Settings):
+    """How the weights of the emulator get smaller."""
+
+    prune: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            lt=1,
+            description="share of each emulator matrix set to zero; None: 0.5 if nothing else compresses, else 0",
+        ),
+    ] = None
+    prune_by: Annotated[
+        Literal["magnitude", "sparsegpt"],
+        Field(description="which numbers: the smallest; or those that cost least, and the others make up for them"),
+    ] = "sparsegpt"
+    zeros: Annotated[
+        Literal["stored", "left-out"],
+        Field(description="pruned numbers: an ordinary checkpoint has them; left out they save their bytes"),
+    ] = "stored"
+    bits: Annotated[
+        Literal[8, 4] | None, Field(description="bits of a weight in the emulator's linear maps; None keeps floats")
+    ] = None
+    group: Annotated[Literal[64, 128], Field(description="weights that share a scale, with bits")] = 64
+    svd_rank: Annotated[
+        float | None, Field(gt=0, le=1, description="rank of the emulator's matrices as a share of the full; factors")
+    ] = None
+    mlp_width: Annotated[
+        float | None, Field(gt=0, le=1, description="share of the feed-forward neurons that the emulator keeps")
+    ] = None
+
+
+class CalibrationSettings(Settings):
+    """What selecting and healing are fitted on."""
+
+    source: Annotated[
+        Path | None,
+        Field(alias="calibration", description="text, rows or pictures to select and heal with; None takes what ships"),
+    ] = None
+    tokens: Annotated[
+        int, Field(alias="calibration_tokens", ge=256, description="tokens of it to select and solve with")
+    ] = 65_536
+
+
+class PermitSettings(Settings):
+    """What the owner takes back."""
+
+    methods: Annotated[tuple[Method, ...], Field(min_length=1, description="tuning methods that the owner permits")] = (
+        "lora",
+        "full",
+        "bitfit",
+        "bottleneck",
+    )
+    max_rank: Annotated[int, Field(ge=1, description="largest LoRA rank that the owner takes back")] = 64
+    max_width: Annotated[int, Field(ge=1, description="widest bottleneck that the owner takes back")] = 256
+    permit_head: Annotated[
+        bool, Field(description="take back the head too, for tune --tune-head; only where it is not the embedding")
+    ] = False
+
+
+class PackSpec(Spec):
+    """The settings of `offsite pack`."""
+
+    if TYPE_CHECKING:  # every setting is a keyword argument, by its key
+
+        def __init__(self, **settings: Any) -> None: ...
+
+    split: SplitSettings = SplitSettings()
+    select: SelectSettings = SelectSettings()
+    heal: HealSettings = HealSettings()
+    distill: DistillSettings = DistillSettings()
+    compress: CompressSettings = CompressSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
+    permits: PermitSettings = PermitSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+    dtype: Annotated[Dtype, Field(description="dtype of the bundle's weights")] = "bf16"
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="seed of random selection, search and distillation")] = 0
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> Self:
+        if self.split.bottom == self.split.top == 0:
+            raise ValueError("bottom and top are both 0: nothing would train")
+        if self.split.train is not None and (self.split.bottom is not None or self.split.top is not None):
+            raise ValueError("train lists the blocks that train, bottom and top count them: give one or the other")
+        if self.split.train is not None and len(set(self.split.train)) < len(self.split.train):
+            raise ValueError("train names a block twice")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_fit_together(self) -> Self:
+        if len(set(self.heal.steps)) != len(self.heal.steps):
+            raise ValueError(f"heal names a step twice: {','.join(self.heal.steps)}")
+        if "distill" in self.heal.steps[:-1]:
+            raise ValueError("distill must be heal's last step: a closed form after it would undo what it learnt")
+        if "share" in self.heal.steps and "refit" in self.heal.steps:
+            raise ValueError("share and refit are two ways to fill the same gap: choose one")
+        if "share" in self.heal.steps and self.pruned and self.compress.prune_by == "sparsegpt":
+            raise ValueError(
+                "heal = share does not go with prune_by = sparsegpt, under which what is shared would come to differ: "
+                "choose prune_by = magnitude"
+            )
+        if "affine" in self.heal.steps:
+            self._affine_fits()
+        if self.compress.bits is not None and self.compress.svd_rank is not None:
+            raise ValueError("bits and svd_rank both store a matrix in another way: choose one")
+        if self.compress.zeros == "left-out" and (
+            self.pruned == 0 or self.compress.bits is not None or self.compress.svd_rank is not None
+        ):
+            raise ValueError("zeros = left-out goes with prune above 0, and not with bits or svd_rank")
+        if self.select.keep is None and (self.select.by != "uniform" or "share" in self.heal.steps):
+            what = "heal = share" if "share" in self.heal.steps else f"select = {self.select.by}"
+            raise ValueError(f"{what} is about blocks that are dropped: say with keep how many stay")
+        if self.heal.refit_maps != ("mlp",) and "refit" not in self.heal.steps:
+            raise ValueError("refit_maps is a setting of heal = refit and of no other")
+        if self.select.drop_from is not None and self.select.by != "contiguous":
+            raise ValueError("drop_from is a setting of select = contiguous and of no other")
+        return self
+
+    def _affine_fits(self) -> None:
+        if len(self.heal.steps) > 1:
+            raise ValueError(
+                "affine is heal's only step: refit and share fill the same gap, distill trains the blocks as if there "
+                "were no maps behind them; choose heal = affine, or heal = refit,distill"
+            )
+        if self.pruned and self.compress.prune_by == "sparsegpt":
+            way = "say with keep how many blocks stay" if self.compress.prune is None else "choose prune_by = magnitude"
+            raise ValueError(f"heal = affine does not go with prune_by = sparsegpt, which has a pass of its own: {way}")
+
+    def trained(self, blocks: int) -> frozenset[int]:
+        """Which blocks of a base of so many train; the first 4 and last 6 of 30 by default (docs/decisions/0009)."""
+        if self.split.train is not None:
+            return frozenset(self.split.train)
+        bottom = max(2, round(2 * blocks / 15)) if self.split.bottom is None else self.split.bottom
+        top = max(2, round(blocks / 5)) if self.split.top is None else self.split.top
+        return frozenset((*range(min(bottom, blocks)), *range(max(blocks - top, 0), blocks)))
+
+    @property
+    def declares(self) -> tuple[str, ...]:
+        """Settings under which the bundle is no checkpoint of its family any more."""
+        asked = {"bits": self.compress.bits, "svd_rank": self.compress.svd_rank, "mlp_width": self.compress.mlp_width}
+        named = [name for name in asked if asked[name] is not None]
+        return (
+            *(step for step in ("share", "affine") if step in self.heal.steps),
+            *named,
+            *(["zeros"] if self.compress.zeros == "left-out" else []),
+        )
+
+    @property
+    def pruned(self) -> float:
+        """The share of each emulator matrix that becomes zero."""
+        if self.compress.prune is not None:
+            return self.compress.prune
+        otherwise = (self.select.keep, self.compress.bits, self.compress.svd_rank, self.compress.mlp_width)
+        return USUAL_PRUNE if all(setting is None for setting in otherwise) else 0.0
+
+    def kept(self, middle: Sequence[int]) -> int:
+        """How many blocks of a middle the emulator keeps."""
+        return len(middle) if self.select.keep is None else self.select.keep
+
+    @property
+    def resumable(self) -> bool:
+        """Whether packing keeps resume points: distillation and search take long."""
+        return "distill" in self.heal.steps or self.select.by == "search"

@@ -1,0 +1,44 @@
+"""How a return is put into the base model."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+
+from offsite.config.choices import split_parts
+from offsite.config.spec import Spec
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+
+
+class PlugInSpec(Spec):
+    """The settings of `offsite plug-in`."""
+
+    as_: Annotated[
+        Literal["adapter", "merged"] | None,
+        Field(alias="as", description="adapter folder or complete checkpoint; None: adapter where the method has one"),
+    ] = None
+    strength: Annotated[
+        float | None,
+        Field(
+            ge=0, le=1.5, description="how far to go from the base's weights (0) to the returned ones (1); None is 1"
+        ),
+    ] = None
+    strengths: Annotated[
+        tuple[Annotated[float, Field(ge=0, le=1.5)], ...],
+        BeforeValidator(split_parts),
+        Field(min_length=1, description="strengths to choose from, with --choose-on"),
+    ] = STRENGTHS
+    checkpoint: Annotated[
+        int | None, Field(ge=1, description="which checkpoint of the return, from 1; None is the last")
+    ] = None
+    again: Annotated[bool, Field(description="permit a return that was plugged in before")] = False
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> Self:
+        if self.strength is not None and self.strengths != STRENGTHS:
+            raise ValueError("strength and strengths were both given: the one is fixed, the others are to choose from")
+        if not any(self.strengths):
+            raise ValueError("strengths holds nothing but 0, which is the base itself")
+        return self

@@ -1,0 +1,21 @@
+"""Where a stage that runs the network does so."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from offsite.config.spec import Settings
+
+
+class RuntimeSettings(Settings):
+    """Dtype, device and threads."""
+
+    compute: Annotated[
+        Literal["auto", "bf16", "fp32"], Field(description="dtype of the arithmetic; auto is bf16 where it is faster")
+    ] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?|xpu(:\d+)?)$", description="where it runs")] = (
+        "auto"
+    )
+    threads: Annotated[
+        int | None, Field(ge=1, description="processor threads; None takes $OMP_NUM_THREADS, else all")
+    ] = None

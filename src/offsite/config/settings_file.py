@@ -1,0 +1,71 @@
+"""Settings from a TOML file and from flags: one table a verb, flags over the file, the file over the defaults."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from offsite.config.eval_spec import EvalSpec
+from offsite.config.import_spec import ImportSpec
+from offsite.config.pack_spec import PackSpec
+from offsite.config.plug_in_spec import PlugInSpec
+from offsite.config.spec import S, Spec, describe_validation
+from offsite.config.tune_spec import TuneSpec
+from offsite.errors import UsageError
+
+# The tables that a TOML file may hold, one for each verb with settings.
+TABLES: dict[str, type[Spec]] = {
+    "import": ImportSpec,
+    "pack": PackSpec,
+    "tune": TuneSpec,
+    "plug-in": PlugInSpec,
+    "eval": EvalSpec,
+}
+
+
+def load_spec(kind: type[S], given: Mapping[str, Any], config: Path | None = None) -> S:
+    """The settings of one stage: what was given, over what the TOML file says, over the defaults.
+
+    Args:
+        kind: the spec to build.
+        given: settings by name; those that are None were not given.
+        config: a TOML file with one table per stage ([pack], [tune], ...).
+
+    Raises:
+        UsageError: the file cannot be read, or a table, key or value is wrong; every problem is listed.
+    """
+    table = next(name for name, spec in TABLES.items() if spec is kind)
+    settings = _read_toml(config).get(table, {}) if config is not None else {}
+    settings = {**settings, **{name: value for name, value in given.items() if value is not None}}
+    try:
+        return kind.model_validate(settings)
+    except ValidationError as error:
+        where = f"the settings of '{table}'" + (f" in {config}" if config else "")
+        raise UsageError(
+            f"{where} are wrong",
+            reasons=describe_validation(error, kind),
+            next_step=f"see `offsite {table} --help` for the settings and their ranges",
+        ) from None
+
+
+def _read_toml(config: Path) -> dict[str, dict[str, Any]]:
+    try:
+        tables: dict[str, Any] = tomllib.loads(config.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"cannot read the settings file {config}", reasons=[str(error)]) from None
+    unknown = sorted(name for name in tables if name not in TABLES or not isinstance(tables[name], dict))
+    if unknown:
+        raise UsageError(
+            f"{config} holds what is no table of settings: {', '.join(unknown)}",
+            next_step=f"the tables are {', '.join(f'[{name}]' for name in TABLES)}",
+        )
+    for name, table in tables.items():  # a typo in another stage's table must not pass in silence
+        stray = sorted(set(table) - TABLES[name].settings().keys())
+        if stray:
+            raise UsageError(
+                f"{config} has unknown settings in [{name}]: {', '.join(stray)}",
+                next_step=f"the settings of [{name}] are {', '.join(sorted(TABLES[name].settings().keys()))}",
+            )
+    return tables

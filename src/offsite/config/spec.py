@@ -1,0 +1,150 @@
+"""What every spec is made of: frozen groups of settings, built from a flat mapping of keys to values.
+
+In code a setting is read from its group, such as `spec.optimizer.lr`. In TOML files, on the command line, in recipes
+and in Python's keyword arguments it stands by its key alone, such as `lr`: a key occurs once in a verb.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+
+class Settings(BaseModel):
+    """A frozen group of settings in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a verb."""
+
+    key: str  # its name in a TOML file; the flag is the same with dashes
+    group: str | None  # the attribute of the spec that holds it; None: the spec itself
+    name: str  # the attribute of the group
+    field: FieldInfo
+
+    def of(self, spec: "Spec") -> Any:
+        """The setting's value in a spec."""
+        return getattr(spec if self.group is None else getattr(spec, self.group), self.name)
+
+
+class Spec(Settings):
+    """The settings of one verb, some in groups; built from keys and values without the groups' names."""
+
+    @classmethod
+    def settings(cls) -> Mapping[str, Setting]:
+        """Every setting by its key, in the order of the groups."""
+        return _settings(cls)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sort_into_groups(cls, content: object) -> object:
+        """Put flat keys into their groups; a key of no group stays where it is, and pydantic refuses it."""
+        if not isinstance(content, Mapping):
+            return content
+        settings, groups = _settings(cls), _groups(cls)
+        nested: dict[str, Any] = {}
+        for key, value in content.items():
+            setting = settings.get(key)
+            if setting is None and key in groups:
+                keys = ", ".join(one.key for one in settings.values() if one.group == key)
+                raise ValueError(f"{key!r} is a group and no setting: give its settings by their names, {keys}")
+            if setting is None or setting.group is None:
+                nested[key] = value
+            else:
+                nested.setdefault(setting.group, {})[key] = value
+        return nested
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Keys of the settings that were given, also where they were given as they are by default."""
+        return frozenset(
+            setting.key
+            for setting in _settings(type(self)).values()
+            if setting.name in (self if setting.group is None else getattr(self, setting.group)).model_fields_set
+        )
+
+    def values(self) -> dict[str, Any]:
+        """Every setting's value by its key."""
+        return {key: setting.of(self) for key, setting in _settings(type(self)).items()}
+
+    def flat(self, *, given_only: bool = False, without: Sequence[str] | frozenset[str] = ()) -> dict[str, Any]:
+        """The settings as a TOML file or JSON would hold them, without groups; `changed` and the constructor take it.
+
+        Args:
+            given_only: leave out what was not given and has its default.
+            without: keys to leave out.
+        """
+        plain = self.model_dump(mode="json", by_alias=True)
+        chosen = self.given if given_only else _settings(type(self)).keys()
+        return {
+            key: plain[key] if setting.group is None else plain[setting.group][key]
+            for key, setting in _settings(type(self)).items()
+            if key in chosen and key not in without
+        }
+
+    def changed(self, settings: Mapping[str, Any]) -> Self:
+        """The same with these settings in the place of its own, checked like any.
+
+        Args:
+            settings: new values by key.
+
+        Raises:
+            ValidationError: one is wrong, or they do not go together with the others.
+        """
+        return type(self).model_validate(self.flat(given_only=True) | dict(settings))
+
+
+S = TypeVar("S", bound=Spec)
+
+
+@cache
+def _groups(kind: type[Spec]) -> dict[str, type[Settings]]:
+    """The groups of a spec by the names of their attributes."""
+    return {
+        name: field.annotation
+        for name, field in kind.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
+    }
+
+
+@cache
+def _settings(kind: type[Spec]) -> dict[str, Setting]:
+    groups = _groups(kind)
+    listed = [
+        Setting(field.alias or name, group, name, field)
+        for group, holder in [(None, kind), *groups.items()]
+        for name, field in holder.model_fields.items()
+        if not (group is None and name in groups)
+    ]
+    settings = {setting.key: setting for setting in listed}
+    if len(settings) < len(listed):
+        raise TypeError(f"{kind.__name__} has two settings of one key")
+    return settings
+
+
+def describe_validation(error: ValidationError, kind: type[Spec] | None = None) -> list[str]:
+    """Every problem of a validation, a line each: where, what is wrong, what was found.
+
+    Args:
+        error: what pydantic found.
+        kind: the spec that was built, whose groups are left out of the places.
+    """
+    lines = []
+    for problem in error.errors(include_url=False):
+        place = flat_place(kind, problem["loc"]) if kind else problem["loc"]
+        # keys may be a stranger's: no control characters to the terminal
+        where = ".".join(p if p.isprintable() else ascii(p) for p in (str(part)[:80] for part in place))
+        found = repr(problem["input"])
+        lines.append(f"{where or 'settings'}: {problem['msg']} (found {found[:80]})")
+    return lines
+
+
+def flat_place(kind: type[Spec], place: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Where in the flat settings a problem lies, given where it lies in the groups."""
+    return place[1:] if place and place[0] in _groups(kind) else place
