@@ -98,7 +98,7 @@ def _padded_to_the_budget() -> None:
 def _head_everywhere() -> None:
     import numpy as np
 
-    from offsite.data.tokens import Batch
+    from offsite.data.batches import Batch
     from offsite.data_owner import text_task
 
     collate = text_task.collate

@@ -59,7 +59,7 @@ def encoded(base: Path, rows: Path) -> "tuple[Example, ...]":
 
 def steps_of(examples: "Sequence[Example]", per_step: int, count: int, seed: int) -> "list[list[Example]]":
     """The rows of the first steps of a tuning, in each step from short to long."""
-    from offsite.data.tokens import step_batches
+    from offsite.data.batches import step_batches
 
     per_epoch = -(-len(examples) // per_step)
     epochs = [
@@ -72,7 +72,7 @@ def steps_of(examples: "Sequence[Example]", per_step: int, count: int, seed: int
 def _padded(step: "Sequence[Example]") -> int:
     """Tokens of a step of ours, padding included."""
     from offsite import TuneSpec
-    from offsite.data.tokens import micro_batches
+    from offsite.data.batches import micro_batches
 
     groups = micro_batches(step, range(len(step)), TuneSpec().tokens_at_once)
     return sum(len(group) * max(_length(step[i]) for i in group) for group in groups)

@@ -2,9 +2,10 @@ import json
 
 import pytest
 
+from offsite.data.batches import collate
 from offsite.data.chat import ConversationError, conversation_ids
 from offsite.data.rows import Turn, read_rows
-from offsite.data.tokens import collate, encode
+from offsite.data.tokens import encode
 from offsite.errors import DataError
 from offsite.models.loading import load_tokenizer
 from tiny import tiny_tokenizer

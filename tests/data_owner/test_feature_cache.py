@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from offsite.config import TuneSpec
-from offsite.data.tokens import Example, collate
+from offsite.data.batches import collate
+from offsite.data.tokens import Example
 from offsite.data_owner import feature_cache
 from offsite.data_owner import tune as stage
 from offsite.data_owner.feature_cache import _Skipped, cached_features

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from offsite.config import TuneSpec
-from offsite.data.tokens import Example, collate
+from offsite.data.batches import collate
+from offsite.data.tokens import Example
 from offsite.data_owner import memory_budget
 from offsite.data_owner.memory_budget import within_memory
 from offsite.data_owner.text_task import TextTask

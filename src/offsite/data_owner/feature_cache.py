@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from offsite.config import TuneSpec
-from offsite.data.tokens import Batch, Example, collate, micro_batches
+from offsite.data.batches import Batch, collate, micro_batches
+from offsite.data.tokens import Example
 from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.errors import IncompatibleError, StorageError

@@ -7,7 +7,8 @@ from typing import ClassVar, Protocol
 import torch
 
 from offsite.config import TuneSpec
-from offsite.data.tokens import Example, collate, micro_batches, step_batches
+from offsite.data.batches import collate, micro_batches, step_batches
+from offsite.data.tokens import Example
 from offsite.evaluation.row_losses import perplexity, row_losses
 from offsite.models.backbone import Network
 from offsite.progress import Progress

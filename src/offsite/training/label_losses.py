@@ -2,7 +2,7 @@
 
 import torch
 
-from offsite.data.tokens import Batch
+from offsite.data.batches import Batch
 from offsite.kernels.fused_loss import labelled_cross_entropy
 from offsite.models.backbone import Network, hidden_states
 

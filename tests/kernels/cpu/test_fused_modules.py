@@ -5,7 +5,8 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from offsite.data.tokens import Example, collate
+from offsite.data.batches import collate
+from offsite.data.tokens import Example
 from offsite.kernels.cpu.fused_modules import GatedMLP, QuickGELU, RMSNorm, fuse
 from offsite.models.backbone import split_backbone_and_head
 from offsite.models.loading import load_model
