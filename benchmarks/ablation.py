@@ -73,9 +73,9 @@ def _torchs_dropout() -> None:
 
 
 def _without_kept_memory() -> None:
-    from offsite.kernels import runtime
+    from offsite.kernels.cpu import allocator
 
-    runtime._keep_freed_memory = lambda: None  # type: ignore[assignment]
+    allocator.keep_freed_memory = lambda: None  # type: ignore[assignment]
 
 
 def _without_bounded_kernels() -> None:
@@ -86,7 +86,7 @@ def _without_bounded_kernels() -> None:
 def _without_lean_pairs() -> None:
     from offsite.data_owner import tune
 
-    tune.run_lean = lambda model: 0  # type: ignore[assignment]
+    tune.replace_lora_layers = lambda model: 0  # type: ignore[assignment]
 
 
 def _padded_to_the_budget() -> None:

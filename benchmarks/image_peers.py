@@ -35,9 +35,9 @@ def main() -> None:
 
     torch.set_num_threads(wanted["threads"])
     if wanted["keep_freed"]:
-        from offsite.kernels.runtime import _keep_freed_memory
+        from offsite.kernels.cpu.allocator import keep_freed_memory
 
-        _keep_freed_memory()
+        keep_freed_memory()
     album = album_of(Path(wanted["base"]), Path(wanted["pictures"]))
     model = classifier(wanted, len(album.classes))
     clock = clock_of(lambda batch: len(batch["pixel_values"]), Path(wanted["out"]))

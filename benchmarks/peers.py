@@ -35,9 +35,9 @@ def main() -> None:
 
     torch.set_num_threads(wanted["threads"])
     if wanted["keep_freed"]:
-        from offsite.kernels.runtime import _keep_freed_memory
+        from offsite.kernels.cpu.allocator import keep_freed_memory
 
-        _keep_freed_memory()
+        keep_freed_memory()
     rows, model = _rows(wanted), _model(wanted)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     clock = clock_of(lambda batch: int(batch["attention_mask"].sum()), Path(wanted["out"]), wanted.get("save", ()))

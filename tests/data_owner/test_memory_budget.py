@@ -12,7 +12,7 @@ from offsite.data_owner.memory_budget import within_memory
 from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.errors import UsageError
-from offsite.kernels.activation_checkpointing import Recomputed, checkpoint_activations, keep_activations
+from offsite.kernels.activation_checkpointing import Checkpointed, checkpoint_activations, keep_activations
 from offsite.kernels.runtime import Runtime, runtime
 from offsite.models.backbone import split_backbone_and_head
 from offsite.models.loading import load_model
@@ -52,7 +52,7 @@ def test_recomputed_blocks_give_the_same_loss_and_gradients(tmp_path, kind):
         total, _ = label_losses(tuning.task.network, batch)
         working = list(tuning.weights.working.values())
         found.append([float(total.detach()), *torch.autograd.grad(total, working, allow_unused=True)])
-    assert all(isinstance(block, Recomputed) for block in tuning.blocks)
+    assert all(isinstance(block, Checkpointed) for block in tuning.blocks)
     assert found[0][0] == found[1][0]
     for first, second in zip(found[0][1:], found[1][1:], strict=True):
         assert (first is None and second is None) or torch.equal(first, second)
@@ -70,7 +70,7 @@ def _measuring(monkeypatch, tuning, *, per_token, recomputed):
 
     def measured(work, device):
         work()
-        again = isinstance(next(iter(tuning.blocks)), Recomputed)
+        again = isinstance(next(iter(tuning.blocks)), Checkpointed)
         return held, held + tokens[-1] * (recomputed if again else per_token)
 
     monkeypatch.setattr(memory_budget, "_run", counted)
@@ -90,7 +90,7 @@ def test_as_much_runs_at_once_as_fits(tmp_path, monkeypatch, memory, tokens, aga
     assert (
         fitted.memory.micro_batch_tokens == tokens
     )  # a whole step fits: nothing bounds a micro-batch but the settings
-    assert all(isinstance(block, Recomputed) == again for block in tuning.blocks)
+    assert all(isinstance(block, Checkpointed) == again for block in tuning.blocks)
     assert all(master.grad is None for master in tuning.weights.masters.values())
 
 
@@ -103,7 +103,7 @@ def test_lanes_go_before_blocks_are_recomputed(tmp_path, monkeypatch, memory, la
     _measuring(monkeypatch, tuning, per_token=2**19, recomputed=2**14)
     fitted = within_memory(tuning, TuneSpec(memory=memory, lanes=2), WHERE, tmp_path / "memory.json", silent)
     assert (fitted.memory.lanes, fitted.memory.micro_batch_tokens) == (lanes, tokens)
-    assert all(isinstance(block, Recomputed) == again for block in tuning.blocks)
+    assert all(isinstance(block, Checkpointed) == again for block in tuning.blocks)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_long_row_is_tried_in_parts(tmp_path, monkeypatch, memory, tried, agai
     fitted = within_memory(tuning, TuneSpec(memory=memory, lanes=1), WHERE, tmp_path / "memory.json", silent)
     assert tokens == tried  # and not the whole row where a part says that it does not fit
     assert fitted.memory.micro_batch_tokens == 1024
-    assert all(isinstance(block, Recomputed) == again for block in tuning.blocks)
+    assert all(isinstance(block, Checkpointed) == again for block in tuning.blocks)
 
 
 def test_the_fullest_micro_batches_are_tried_as_they_will_run(tmp_path, monkeypatch):
@@ -200,4 +200,4 @@ def test_checkpointing_goes_without_a_budget(tmp_path):
     tuning = _tuning(tiny_base(tmp_path / "base", blocks=3))
     spec = TuneSpec(gradient_checkpointing=True, lanes=1, micro_batch_tokens=1024)
     assert within_memory(tuning, spec, WHERE, tmp_path / "memory.json", silent) == spec
-    assert all(isinstance(block, Recomputed) for block in tuning.blocks)
+    assert all(isinstance(block, Checkpointed) for block in tuning.blocks)

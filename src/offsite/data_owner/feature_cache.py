@@ -27,7 +27,7 @@ from offsite.data.tokens import Example
 from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.errors import IncompatibleError, StorageError
-from offsite.kernels.activation_checkpointing import Recomputed, Wrapped
+from offsite.models.blocks import Wrapped, unwrapped_block
 from offsite.progress import Event, Progress
 from offsite.storage.files import replace_file, storage_errors, write_stream
 from offsite.storage.safetensors_files import strict_json
@@ -60,7 +60,7 @@ def cached_features(tuning: Tuning, spec: TuneSpec, folder: Path, progress: Prog
         return
     blocks = dict(tuning.blocks.named_children())
     trained = {id(block) for block in tuning.trained}
-    before = next(i for i, block in enumerate(blocks.values()) if id(_plain(block)) in trained)
+    before = next(i for i, block in enumerate(blocks.values()) if id(unwrapped_block(block)) in trained)
     rows = tuning.task.rows
     if (
         spec.memory.cache_features == "off"
@@ -303,10 +303,6 @@ def _write(tuning: Tuning, first: nn.Module, features: _Features, file: Path, pr
 
 def _key(ids: npt.NDArray[np.int64]) -> bytes:
     return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
-
-
-def _plain(block: nn.Module) -> nn.Module:
-    return block.block if isinstance(block, Recomputed) else block
 
 
 def _shown(size: int) -> str:

@@ -25,7 +25,7 @@ from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.errors import StorageError, UsageError
 from offsite.kernels import Piece, checkpoint_activations, count_side_by_side, keep_activations, micro_batch_runner
-from offsite.kernels.runtime import Runtime, give_freed_memory_back
+from offsite.kernels.runtime import Runtime, release_freed_memory
 from offsite.progress import Event, Progress
 from offsite.storage.files import replace_file
 from offsite.storage.safetensors_files import strict_json
@@ -256,7 +256,7 @@ def _measured(work: Callable[[], None], device: torch.device) -> tuple[int, int]
             "--memory needs a system that says what a process holds: Linux, or a CUDA device",
             next_step="use --gradient-checkpointing, or a lower micro_batch_tokens in --config; --plan estimates",
         )
-    give_freed_memory_back()  # or a trial would be charged what the one before it freed
+    release_freed_memory(device)  # or a trial would be charged what the one before it freed
     reset.write_text("5")  # the peak starts anew from here
     before = _kilobytes(status, "VmRSS")
     work()

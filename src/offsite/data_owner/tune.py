@@ -13,7 +13,6 @@ from offsite.data_owner.feature_cache import cached_features
 from offsite.data_owner.image_task import Album, ImageTask, head_parameters, new_head
 from offsite.data_owner.memory_budget import within_memory
 from offsite.data_owner.methods import METHODS
-from offsite.data_owner.methods.lora_linear import run_lean
 from offsite.data_owner.methods.trained_head import attach_head
 from offsite.data_owner.permissions import resolve_defaults
 from offsite.data_owner.returned_checkpoints import Checkpoints
@@ -22,6 +21,7 @@ from offsite.data_owner.train import Tuning, train
 from offsite.data_owner.tuning_data import TextData, read_data
 from offsite.data_owner.write_return import send_back
 from offsite.kernels.cpu.fused_modules import fuse
+from offsite.kernels.cpu.lora_linear import replace_lora_layers
 from offsite.kernels.cpu.tiled_attention import use_tiled_attention
 from offsite.kernels.runtime import Runtime, runtime, seeded, worker_count
 from offsite.models.architectures import ARCHITECTURES
@@ -153,7 +153,7 @@ def _attach(model: "PreTrainedModel", bundle: Bundle, spec: TuneSpec) -> dict[st
     fuse(model)
     use_tiled_attention(model)
     attached = METHODS[spec.adapter.method](model, bundle.manifest, spec)
-    run_lean(model)
+    replace_lora_layers(model)
     return attached
 
 

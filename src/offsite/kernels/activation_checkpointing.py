@@ -7,24 +7,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from offsite.kernels.cpu.thread_dropout import OwnRandomness, own_randomness
+from offsite.models.blocks import Wrapped
 
 
-class Wrapped(nn.Module):
-    """A block in the place of which another module runs."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def __getattr__(self, name: str) -> Any:
-        """What the model around asks its blocks for, such as the kind of attention."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("block"), name)
-
-
-class Recomputed(Wrapped):
+class Checkpointed(Wrapped):
     """A block that is run again where its gradient is wanted; random numbers (dropout) are the same both times.
 
     transformers' own switch works on modules in training mode alone, which would put dropout into frozen blocks.
@@ -46,12 +32,12 @@ class Recomputed(Wrapped):
 def checkpoint_activations(blocks: nn.Module) -> None:
     """Have every block of a list recomputed, after all that trains was attached; again changes nothing."""
     for name, block in list(blocks.named_children()):
-        if not isinstance(block, Recomputed):
-            blocks.register_module(name, Recomputed(block))
+        if not isinstance(block, Checkpointed):
+            blocks.register_module(name, Checkpointed(block))
 
 
 def keep_activations(blocks: nn.Module) -> None:
     """Undo `checkpoint_activations`."""
     for name, block in list(blocks.named_children()):
-        if isinstance(block, Recomputed):
+        if isinstance(block, Checkpointed):
             blocks.register_module(name, block.block)

@@ -1,10 +1,7 @@
 """Where a network runs: device, dtype of the arithmetic, threads and seeds."""
 
 import contextlib
-import ctypes
-import functools
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -12,14 +9,11 @@ from typing import Literal
 import torch
 
 from offsite.errors import UsageError
+from offsite.kernels.cpu import allocator
 from offsite.kernels.cpu.cpu_features import made_by_intel
 from offsite.kernels.threads import available_cores, usual_threads
 
 _MOST_WORKERS = 8  # that are started unasked
-# Products of each shape that oneDNN keeps compiled, and torch's bridge to it (ideep) in a cache of its own. Unless told
-# each keeps a thousand: rows of many lengths would fill hundreds of megabytes. One pass needs thirty to fifty, and with
-# fewer compiles them anew in every block; ideep's are the same ones again, which only kept makes them larger.
-_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "48", "LRU_CACHE_CAPACITY": "1"}
 
 
 @dataclass(frozen=True)
@@ -47,9 +41,8 @@ def runtime(
     torch.set_num_threads(threads or usual_threads())
     resolved = _resolve_device(device)
     if resolved.type == "cpu":
-        _keep_freed_memory()
-        for cache, capacity in _CACHES.items():
-            os.environ.setdefault(cache, capacity)
+        allocator.keep_freed_memory()
+        allocator.bound_caches(os.environ)
     fast = compute == "bf16" or (compute == "auto" and _multiplies_bf16(resolved))
     return Runtime(resolved, torch.bfloat16 if fast else torch.float32)
 
@@ -73,29 +66,12 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step, where it would give it back and fault every page in anew.
-
-    Activations and logits come and go in pieces of many megabytes: without this a step of a small model spends a third
-    of its time on page faults. It costs holes between the pieces, about a third more at the peak (docs/memory.md), and
-    nothing is given back unless `give_freed_memory_back` is called.
-    """
-    if sys.platform != "linux":
-        return
-    with contextlib.suppress(OSError, AttributeError):  # another C library has no such switch
-        allocator = ctypes.CDLL(None)
-        m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # malloc.h
-        allocator.mallopt(m_mmap_threshold, 2**30)
-        allocator.mallopt(m_trim_threshold, 2**31 - 1)
-        allocator.mallopt(m_arena_max, 1)  # else each lane would keep what it freed to itself
-
-
-def give_freed_memory_back() -> None:
-    """Return to the system what glibc's heap keeps of freed memory, so that what a process holds is what it needs."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
-            ctypes.CDLL(None).malloc_trim(0)
+def release_freed_memory(device: torch.device) -> None:
+    """Return freed memory that an allocator keeps to the system, so that a measurement counts what is needed alone."""
+    if device.type == "cpu":
+        allocator.release_freed_memory()
+    elif device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _resolve_device(name: str) -> torch.device:

@@ -7,7 +7,7 @@ from torch import nn
 
 from offsite.config import TuneSpec
 from offsite.data_owner.methods.lora import attach
-from offsite.data_owner.methods.lora_linear import LeanPair, run_lean
+from offsite.kernels.cpu.lora_linear import FusedLoraLinear, replace_lora_layers
 from offsite.models.loading import load_model
 from tiny import KINDS, tiny_base, tiny_bundle, tiny_parties
 
@@ -40,8 +40,8 @@ def test_every_family_computes_and_learns_as_with_pefts_layers(tmp_path, kind):
     model, pairs = _attached(tmp_path, kind=KINDS[kind])
     expected, slopes = _outcome(model, pairs)
     places = {path for path, layer in model.named_modules() if type(layer) is Linear}
-    assert run_lean(model) == len(places) > 0
-    assert {path for path, layer in model.named_modules() if type(layer) is LeanPair} == places
+    assert replace_lora_layers(model) == len(places) > 0
+    assert {path for path, layer in model.named_modules() if type(layer) is FusedLoraLinear} == places
     found, lean_slopes = _outcome(model, pairs)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for name, slope in slopes.items():
@@ -50,7 +50,7 @@ def test_every_family_computes_and_learns_as_with_pefts_layers(tmp_path, kind):
 
 def test_dropout_keeps_pefts_layers(tmp_path):
     model, _ = _attached(tmp_path, lora_dropout=0.1)
-    assert run_lean(model) == 0
+    assert replace_lora_layers(model) == 0
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -64,7 +64,7 @@ def test_the_function_passes_gradcheck(transposed):
     if transposed:
         base.weight = nn.Parameter(base.weight.T.contiguous(), requires_grad=False)
     halves = [nn.Linear(5, 2, bias=False), nn.Linear(2, 4, bias=False)]
-    lean = LeanPair(base, *halves, 1.5, transposed=transposed)
+    lean = FusedLoraLinear(base, *halves, 1.5, transposed=transposed)
 
     def run(hidden, into, out_of):
         weights = {"lora_A.weight": into, "lora_B.weight": out_of}
@@ -77,7 +77,7 @@ def test_the_function_passes_gradcheck(transposed):
 def test_a_pair_keeps_its_input_and_the_narrow_state():
     torch.manual_seed(0)
     base = nn.Linear(8, 32).requires_grad_(False)
-    lean = LeanPair(base, nn.Linear(8, 2, bias=False), nn.Linear(2, 32, bias=False), 1.0, transposed=False)
+    lean = FusedLoraLinear(base, nn.Linear(8, 2, bias=False), nn.Linear(2, 32, bias=False), 1.0, transposed=False)
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.setdefault(tensor.data_ptr(), tensor), lambda tensor: tensor

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _ADAPTER = "default"  # the name under which PEFT attaches
 
 
-def run_lean(model: "PreTrainedModel") -> int:
+def replace_lora_layers(model: "PreTrainedModel") -> int:
     """Replace PEFT's layers by lean ones that hold the same parameters, where they are plain LoRA without dropout.
 
     Returns:
@@ -32,7 +32,7 @@ def run_lean(model: "PreTrainedModel") -> int:
             continue
         base, pair = layer.base_layer, (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER])
         weights = [half.weight for half in (base, *pair)]
-        lean = LeanPair(base, *pair, layer.scaling[_ADAPTER], transposed=layer.fan_in_fan_out)
+        lean = FusedLoraLinear(base, *pair, layer.scaling[_ADAPTER], transposed=layer.fan_in_fan_out)
         if (
             isinstance(layer.lora_dropout[_ADAPTER], nn.Identity)
             and not weights[0].requires_grad
@@ -44,7 +44,7 @@ def run_lean(model: "PreTrainedModel") -> int:
     return replaced
 
 
-class LeanPair(nn.Module):
+class FusedLoraLinear(nn.Module):
     """W x + b + scale * B A x (arXiv 2106.09685, section 4.1) with W and b frozen."""
 
     def __init__(
@@ -58,13 +58,13 @@ class LeanPair(nn.Module):
         """(..., in) -> (..., out)."""
         weight = self.base_layer.weight.T if self._transposed else self.base_layer.weight  # (out, in)
         flat = hidden.flatten(0, -2)  # (N, in)
-        after: torch.Tensor = _LeanPair.apply(  # type: ignore[no-untyped-call]
+        after: torch.Tensor = _FusedLora.apply(  # type: ignore[no-untyped-call]
             flat, weight, self.base_layer.bias, self.lora_A.weight, self.lora_B.weight, self._scale
         )
         return after.view(*hidden.shape[:-1], after.shape[-1])
 
 
-class _LeanPair(torch.autograd.Function):
+class _FusedLora(torch.autograd.Function):
     """Keeps its input and the narrow state."""
 
     @staticmethod

@@ -1,0 +1,43 @@
+"""Settings of the C library's allocator and of oneDNN's caches, for tensors that come and go with every step."""
+
+import contextlib
+import ctypes
+import functools
+import sys
+from collections.abc import MutableMapping
+
+# Products of each shape that oneDNN keeps compiled, and torch's bridge to it (ideep) in a cache of its own. By default
+# each keeps a thousand: rows of many lengths would fill hundreds of megabytes. One pass needs thirty to fifty, and with
+# fewer compiles them anew in every block; ideep's are the same ones again, which only kept makes them larger.
+_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "48", "LRU_CACHE_CAPACITY": "1"}
+
+
+def bound_caches(environment: MutableMapping[str, str]) -> None:
+    """Bound the caches of compiled products, unless the environment already says how large they are."""
+    for cache, capacity in _CACHES.items():
+        environment.setdefault(cache, capacity)
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step, where it would return it and fault every page in anew.
+
+    Activations and logits come and go in pieces of many megabytes: without this a step of a small model spends a third
+    of its time on page faults. It costs holes between the pieces, about a third more at the peak (docs/memory.md), and
+    nothing is returned unless `release_freed_memory` is called.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no such switch
+        library = ctypes.CDLL(None)
+        m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # malloc.h
+        library.mallopt(m_mmap_threshold, 2**30)
+        library.mallopt(m_trim_threshold, 2**31 - 1)
+        library.mallopt(m_arena_max, 1)  # else each lane would keep what it freed to itself
+
+
+def release_freed_memory() -> None:
+    """Return to the system what glibc's heap keeps of freed memory, so that what a process holds is what it needs."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
+            ctypes.CDLL(None).malloc_trim(0)
