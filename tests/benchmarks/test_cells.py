@@ -108,11 +108,12 @@ def test_peers_see_the_rows_of_a_tuning(tmp_path, data):
     from offsite import TuneSpec
     from offsite.data_owner.text_task import TextTask
     from offsite.training.schedule import rows_of_steps
+    from offsite.training.task import Batching
 
     base = tiny_base(tmp_path / "base")
     examples = encoded(base, data / "letters" / "train.jsonl")
-    spec = TuneSpec(batch_size=4, seed=3)
-    rows_of = rows_of_steps(spec, len(examples), TextTask(None, examples, ()).order)
+    batching = Batching.of(TuneSpec(batch_size=4, seed=3))
+    rows_of = rows_of_steps(TextTask(None, examples, (), batching).order)
     for step, rows in enumerate(steps_of(examples, 4, 6, seed=3)):
         lengths = [len(row.ids) for row in rows]
         assert lengths == sorted(lengths)

@@ -17,6 +17,7 @@ from offsite import TuneSpec
 from offsite.data_owner.image_task import ImageTask
 from offsite.models.image_encoder import encoder_of
 from offsite.models.loading import load_model
+from offsite.training.task import Batching
 from tiny import tiny_pictures, tiny_vision_base
 
 WANTED = {"bf16": False, "method": "full", "attention": "eager"}  # whose products the counter sees
@@ -40,15 +41,15 @@ def test_made_up_pictures_are_of_every_class(tmp_path):
 def test_peers_are_given_the_arrays_of_a_tuning(tmp_path):
     base = tiny_vision_base(tmp_path / "base")
     album = album_of(base, tiny_pictures(tmp_path / "pictures"))
-    task = ImageTask(None, None, None, album, augment=True)
+    task = ImageTask(None, None, None, album, augment=True, batching=Batching.of(TuneSpec(batch_size=6)))
     assert TuneSpec().seed == SEED
-    steps = task.order(6, SEED, 0)
+    steps = task.order(0)
     assert order_of(album, SEED) == [row for step in steps for row in step]
     seen = []
     batch, album.train.batch = album.train.batch, lambda rows, draw: seen.append(batch(rows, draw)) or seen[-1]
     given = collated(album, steps[0])
     with pytest.raises(AttributeError):  # there is no encoder here
-        task.loss(steps[0], SEED, 0)
+        task.loss(steps[0], 0)
     assert np.array_equal(seen[0], seen[1])
     assert torch.equal(given["labels"], album.labels(album.train)[steps[0]])
 

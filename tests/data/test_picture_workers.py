@@ -28,7 +28,7 @@ def test_any_number_of_processes_makes_the_same(tmp_path: Path, monkeypatch: pyt
     for count in (0, 1, 2):
         with PictureWorkers(count) as workers:
             opened = Pictures(listed, processor, workers=workers)
-            opened.foresee([4, 1], [7, 0])
+            opened.prefetch([4, 1], [7, 0])
             made.append([opened.batch([1, 4, 1], [7, 0]), opened.batch([1, 4, 1], [7, 1])])
             made[-1] += [found for _, found in opened.in_order(4)]
             assert 1 <= len(workers._started) <= count or not count

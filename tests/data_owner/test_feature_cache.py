@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,8 +24,9 @@ from offsite.progress import silent
 from offsite.protocol.contents import ADAPTER_WEIGHTS
 from offsite.storage.safetensors_files import read_header
 from offsite.training.label_losses import label_losses
-from offsite.training.master_weights import TrainedWeights
+from offsite.training.master_weights import MasterWeights
 from offsite.training.run_log import run_folder
+from offsite.training.task import Batching
 from tiny import KINDS, tiny_base, tiny_bundle, tiny_parties, tiny_rows
 
 CPU = torch.device("cpu")
@@ -42,10 +44,12 @@ def tuning_of(folder, dtype=torch.float32, first=2):
     trained = list(blocks)[first:]
     for block in trained:
         block.requires_grad_(True)
-    weights = TrainedWeights({f"{i}.{n}": p for i, b in enumerate(trained) for n, p in b.named_parameters()})
+    weights = MasterWeights({f"{i}.{n}": p for i, b in enumerate(trained) for n, p in b.named_parameters()})
     generator = np.random.default_rng(0)
     examples = tuple(Example(i, generator.integers(0, 300, length), 1) for i, length in enumerate(LENGTHS))
-    return Tuning(TextTask(network, examples, ()), blocks, trained, weights, frozenset(), returned=weights.masters)
+    return Tuning(
+        TextTask(network, examples, (), Batching.of(SPEC)), blocks, trained, weights, returned=weights.masters
+    )
 
 
 def calls_of(module):
@@ -124,7 +128,7 @@ def test_a_batch_with_an_unknown_row_runs_as_usual(tmp_path):
 
 def test_rows_that_repeat_are_kept_once(tmp_path):
     tuning = tuning_of(tiny_base(tmp_path / "base", blocks=3))
-    twice = Tuning(**{**vars(tuning), "task": TextTask(tuning.task.network, tuning.task.examples * 2, ())})
+    twice = Tuning(**{**vars(tuning), "task": replace(tuning.task, examples=tuning.task.examples * 2)})
     with cached_features(twice, SPEC, tmp_path, silent):
         pass
     assert (tmp_path / "features.bin").stat().st_size == (sum(LENGTHS) - len(LENGTHS)) * 32 * 4

@@ -20,6 +20,7 @@ from offsite.progress import Event, silent
 from offsite.protocol.artifacts import Bundle
 from offsite.protocol.contents import CLASSIFIER
 from offsite.protocol.home import Home
+from offsite.training.task import Batching
 from tiny import tiny_parties, tiny_pictures, tiny_vision_base
 
 
@@ -61,8 +62,9 @@ def test_held_out_pictures(tmp_path: Path, bundle: Bundle) -> None:
 def test_pictures_run_at_once_by_their_tokens(tmp_path: Path, bundle: Bundle, tokens: int, sizes: list[int]) -> None:
     album = open_album(bundle.folder, tiny_pictures(tmp_path / "set", 4), None, spec(), silent)
     assert album.tokens == 17  # a class token and 4 x 4 patches
-    task = ImageTask(None, None, None, album, augment=False)  # type: ignore[arg-type]
-    assert [len(group) for group in task.groups([3, 1, 0, 2], spec(micro_batch_tokens=tokens))] == sizes
+    batching = Batching.of(spec(micro_batch_tokens=tokens))
+    task = ImageTask(None, None, None, album, augment=False, batching=batching)  # type: ignore[arg-type]
+    assert [len(group) for group in task.micro_batches([3, 1, 0, 2])] == sizes
 
 
 def test_speed_is_told_in_images(tmp_path: Path, bundle: Bundle) -> None:

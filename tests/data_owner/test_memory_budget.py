@@ -18,7 +18,8 @@ from offsite.models.backbone import split_backbone_and_head
 from offsite.models.loading import load_model
 from offsite.progress import silent
 from offsite.training.label_losses import label_losses
-from offsite.training.master_weights import TrainedWeights
+from offsite.training.master_weights import MasterWeights
+from offsite.training.task import Batching
 from tiny import KINDS, tiny_base
 
 CPU = torch.device("cpu")
@@ -34,10 +35,10 @@ def _tuning(folder, lengths=(9, 14, 5, 14)):
     model = load_model(folder, dtype=torch.float32, device=CPU)
     blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     blocks.get_submodule("0").requires_grad_(True)
-    weights = TrainedWeights(dict(blocks.get_submodule("0").named_parameters()))
-    task = TextTask(split_backbone_and_head(model), _examples(lengths), ())
+    weights = MasterWeights(dict(blocks.get_submodule("0").named_parameters()))
+    task = TextTask(split_backbone_and_head(model), _examples(lengths), (), Batching.of(TuneSpec()))
     trained = [blocks.get_submodule("0")]
-    return Tuning(task, blocks, trained, weights, frozenset(), returned=weights.masters)
+    return Tuning(task, blocks, trained, weights, returned=weights.masters)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,9 +138,10 @@ def test_the_fullest_micro_batches_are_tried_as_they_will_run(tmp_path, monkeypa
         [list(range(1, 21)), [21]],
     ]
     assert trials[-1].at_once == 600
-    used = [sorted(group) for step in replace(task, examples=rows).order(22, 0, 0) for group in task.groups(step, spec)]
+    task = replace(task, examples=rows, batching=Batching.of(spec))
+    used = [sorted(group) for step in task.order(0) for group in task.micro_batches(step)]
     assert all(sorted(group) in used for group in trials[-1].groups)
-    monkeypatch.setattr(TextTask, "loss", lambda task, rows, *_: ran.append(tuple(rows)) or run(task, rows, 0, 0))
+    monkeypatch.setattr(TextTask, "loss", lambda task, rows, *_: ran.append(tuple(rows)) or run(task, rows, 0))
     memory_budget._run(tuning, trials[1], 1)
     assert ran == [(0,), (21,)]
 

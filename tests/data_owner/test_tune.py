@@ -372,7 +372,7 @@ def test_the_loss_of_a_step_does_not_depend_on_its_micro_batches(house, tmp_path
 def test_dropout_runs_in_trained_blocks_and_nowhere_else(house, tmp_path, monkeypatch):
     from torch.nn import functional as F
 
-    from offsite.data_owner import train
+    from offsite.data_owner.text_task import TextTask
 
     running = []
     dropout = F.dropout
@@ -382,14 +382,13 @@ def test_dropout_runs_in_trained_blocks_and_nowhere_else(house, tmp_path, monkey
         lambda x, p=0.5, training=True, inplace=False: running.append(training) or dropout(x, p, training, inplace),
     )
     seen = {}
-    step = train._step
+    loss = TextTask.loss
 
-    def watched(tuning, *rest):
-        result = step(tuning, *rest)
-        seen["training"] = {name for name, module in tuning.task.network.body.named_modules() if module.training}
-        return result
+    def watched(task, *rest):
+        seen["training"] = {name for name, module in task.network.body.named_modules() if module.training}
+        return loss(task, *rest)
 
-    monkeypatch.setattr(train, "_step", watched)
+    monkeypatch.setattr(TextTask, "loss", watched)
     house.tune(tmp_path / "out", "gpt2", method="full", max_steps=1)
     blocks = {name.split(".")[1] for name in seen["training"] if name.startswith("h.")}
     assert blocks == {"0", "3"}  # of 0 1 2 3
@@ -407,32 +406,23 @@ def test_the_learning_rate_warms_up_and_falls():
     from offsite.training.schedule import learning_rate
 
     for schedule, last in (("cosine", 0.0), ("linear", 0.0), ("constant", 1.0)):
-        spec = TuneSpec(lr=1.0, schedule=schedule, warmup=0.2)
-        rates = [learning_rate(spec, step, 50) for step in range(50)]
+        rates = [learning_rate(step, 50, peak=1.0, warmup=0.2, schedule=schedule) for step in range(50)]
         assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
         assert all(after <= before for before, after in pairwise(rates[9:]))
         assert rates[-1] == pytest.approx(last, abs=0.05)
 
 
 def test_norms_and_biases_do_not_decay(house, tmp_path):
-    """At a rate of nearly zero only decay could move anything, and it is taken times the rate."""
-    from offsite.data_owner import train
-    from offsite.data_owner import tune as stage
+    """A resume point says what the optimiser does to each weight."""
 
-    groups = []
-    optimizer = train._optimizer
-    spec = spec_of(method="full", weight_decay=0.5, max_steps=1)
+    def stop(event):
+        if event.stage == "tuning":
+            raise KeyboardInterrupt
 
-    def watched(tuning, given):
-        made = optimizer(tuning, given)
-        names = {id(master): name for name, master in tuning.weights.masters.items()}
-        groups.extend((group["weight_decay"], {names[id(p)] for p in group["params"]}) for group in made.param_groups)
-        return made
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_optimizer", watched)
-        stage.tune(house.bundles["gpt2"], house.rows, tmp_path / "out", spec, house.home)
-    decay = dict(groups)
+    with pytest.raises(KeyboardInterrupt):
+        house.tune(tmp_path / "out", "gpt2", method="full", weight_decay=0.5, progress=stop)
+    groups = json.loads((run_folder(tmp_path / "out") / "state.json").read_text())["groups"]
+    decay = {group["weight_decay"]: set(group["params"]) for group in groups}
     assert all(name.endswith((".bias", "ln_1.weight", "ln_2.weight")) for name in decay[0.0])
     assert all(name.endswith(".weight") and "ln_" not in name for name in decay[0.5])
     assert decay[0.0] | decay[0.5] == house.bundles["gpt2"].manifest.tensors.keys()

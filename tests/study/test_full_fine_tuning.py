@@ -39,7 +39,7 @@ def test_every_weight_has_the_gradient_of_the_whole_model(tmp_path: Path, kind: 
     examples = encode(rows, tokenizer, source=tmp_path, max_length=64).examples
     batch = collate(examples)
     model = load_model(base, dtype=torch.float32, device=CPU)
-    tuning = _prepare(model, open_base(Base(base)).row, examples, ())
+    tuning = _prepare(model, open_base(Base(base)).row, examples, (), TuneSpec())
     total, _ = label_losses(tuning.task.network, batch)
     total.backward()
     reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -75,10 +75,10 @@ def test_every_tensor_moves_and_the_result_is_a_checkpoint(tmp_path: Path) -> No
 def test_what_decays_is_matrices(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "base", "bloom", blocks=2)
     model = load_model(base, dtype=torch.float32, device=CPU)
-    tuning = _prepare(model, open_base(Base(base)).row, (), ())
+    tuning = _prepare(model, open_base(Base(base)).row, (), (), TuneSpec())
     shapes = {name: parameter.dim() for name, parameter in model.named_parameters()}
-    assert "transformer.word_embeddings_layernorm.weight" not in tuning.decayed
-    assert {name for name, dims in shapes.items() if dims == 2} == set(tuning.decayed)
+    assert "transformer.word_embeddings_layernorm.weight" not in tuning.weights.decayed
+    assert {name for name, dims in shapes.items() if dims == 2} == set(tuning.weights.decayed)
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path) -> None:

@@ -87,8 +87,8 @@ class Pictures:
             self._coming.pop(self._place(row, key), None)
         return np.stack([one.result() for one in coming])
 
-    def foresee(self, rows: Sequence[int], key: Sequence[int] | None = None) -> None:
-        """Say which pictures `batch` will be asked for soon; other processes, where there are any, begin with them."""
+    def prefetch(self, rows: Sequence[int], key: Sequence[int] | None = None) -> None:
+        """Start preparing pictures that `batch` will be asked for soon, where other processes can do so."""
         if self._workers.count:
             self._begin(rows, key)
 
@@ -101,8 +101,8 @@ class Pictures:
         """All pictures as they are, so many at once: their rows, and (B, 3, Y, X)."""
         for at in range(0, len(self), size):
             rows, after = (range(begin, min(begin + size, len(self))) for begin in (at, at + size))
-            self.foresee(rows)
-            self.foresee(after)
+            self.prefetch(rows)
+            self.prefetch(after)
             yield rows, self.batch(rows)
 
     @staticmethod

@@ -32,7 +32,7 @@ from offsite.progress import Event, Progress
 from offsite.storage.files import replace_file, storage_errors, write_stream
 from offsite.storage.safetensors_files import strict_json
 from offsite.training.label_losses import label_losses
-from offsite.training.schedule import rows_of_steps, step_count
+from offsite.training.schedule import step_count
 
 _TOKENS = 1024  # that run at once; fixed, so that a file that is made again is the same
 _OTHER_FILES = 28  # bytes that two resume points and the return take for each number that trains
@@ -76,7 +76,7 @@ def cached_features(tuning: Tuning, spec: TuneSpec, folder: Path, progress: Prog
         tuning.blocks.register_module(name, _Skipped(block, features))
     try:
         with contextlib.ExitStack() as opened:
-            if _settled(tuning, first, features, spec, folder, progress):
+            if _settled(tuning, first, features, folder, progress):
                 file = folder / "features.bin"
                 _write(tuning, first, features, file, progress)
                 with storage_errors(file):
@@ -199,15 +199,13 @@ def _entering(tuning: Tuning, first: nn.Module, batch: Batch) -> Tensor:
     )
 
 
-def _settled(
-    tuning: Tuning, first: nn.Module, features: _Features, spec: TuneSpec, folder: Path, progress: Progress
-) -> bool:
+def _settled(tuning: Tuning, first: nn.Module, features: _Features, folder: Path, progress: Progress) -> bool:
     """Whether to cache, as it was decided when the run began; fills in the features' form and places."""
     record = folder / "features.json"
     decided = _decided(record) if record.exists() else None
     if decided is False:
         return False
-    agree = _agree(tuning, first, features, rows_of_steps(spec, tuning.task.rows, tuning.task.order)(0)[1])
+    agree = _agree(tuning, first, features, tuning.task.order(0)[0])
     features.places, tokens = _places(_text(tuning).examples)
     if decided is None:
         size, numbers = tokens * features.bytes_per_token, sum(map(torch.numel, tuning.weights.masters.values()))

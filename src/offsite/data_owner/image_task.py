@@ -29,6 +29,7 @@ from offsite.progress import Event, Progress
 from offsite.protocol.contents import CONFIG
 from offsite.protocol.manifest import ClassName
 from offsite.storage.safetensors_files import strict_json
+from offsite.training.task import Batching
 
 _HEAD_SPREAD = 0.01  # of the weights of a new head
 
@@ -149,59 +150,79 @@ def head_parameters(head: nn.Linear) -> dict[str, nn.Parameter]:
 
 @dataclass(frozen=True)
 class ImageTask:
-    """Pictures under an encoder and a head."""
+    """Pictures under an encoder and a head; a `TrainingTask`."""
 
     unit: ClassVar[str] = "images"
+    term_weights: ClassVar[Mapping[str, float]] = {"loss": 1.0}
     encoder: Encoder
     head: nn.Linear
     used: torch.Tensor  # (F,), 1 where the head reads
     album: Album
     augment: bool
+    batching: Batching
 
     @property
     def rows(self) -> int:
-        """As in `Task`."""
+        """How many pictures there are to train on."""
         return len(self.album.train)
 
     @property
     def device(self) -> torch.device:
-        """As in `Task`."""
+        """Where the network is."""
         return self.encoder.device
 
-    def order(self, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-        """As in `Task`: shuffled."""
-        order = np.random.default_rng([seed, epoch]).permutation(self.rows).tolist()
-        return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    def order(self, epoch: int) -> list[list[int]]:
+        """The pictures of every step of an epoch: shuffled."""
+        order = np.random.default_rng([self.batching.seed, epoch]).permutation(self.rows).tolist()
+        return [order[at : at + self.batching.rows] for at in range(0, len(order), self.batching.rows)]
 
-    def groups(self, rows: Sequence[int], spec: TuneSpec) -> Iterator[list[int]]:
-        """As in `Task`."""
-        count = at_once(self.album.tokens, spec.tokens_at_once)
-        return ([rows[i] for i in places] for places in batches(len(rows), count))
+    def micro_batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
+        """The pictures of a step, cut by their tokens."""
+        return ([rows[i] for i in places] for places in batches(len(rows), self._at_once))
 
-    def loss(self, rows: Sequence[int], seed: int, epoch: int) -> torch.Tensor:
-        """As in `Task`; how a picture is cropped and flipped depends on seed, epoch and row alone."""
-        pixels = self.album.train.batch(rows, [seed, epoch] if self.augment else None)
-        wanted = self.album.labels(self.album.train)[list(rows)].to(self.device)
-        return F.cross_entropy(self.head(self.encoder.features(pixels) * self.used), wanted, reduction="sum")
+    def prefetch(self, rows: Sequence[int], epoch: int) -> None:
+        """Other processes start to decode and crop them."""
+        self.album.train.prefetch(rows, self._key(epoch))
 
-    def foresee(self, rows: Sequence[int], seed: int, epoch: int) -> None:
-        """As in `Task`: other processes decode and crop them."""
-        self.album.train.foresee(rows, [seed, epoch] if self.augment else None)
+    def loss(self, rows: Sequence[int], epoch: int) -> torch.Tensor:
+        """Nats summed over pictures that run at once, a scalar; crops depend on seed, epoch and row alone."""
+        pixels = self.album.train.batch(rows, self._key(epoch))
+        targets = self.album.labels(self.album.train)[list(rows)].to(self.device)
+        return F.cross_entropy(self.head(self.encoder.features(pixels) * self.used), targets, reduction="sum")
+
+    def loss_terms(self, rows: Sequence[int], epoch: int) -> dict[str, torch.Tensor]:
+        """The one term, `loss`."""
+        return {"loss": self.loss(rows, epoch)}
+
+    def weight(self, rows: Sequence[int]) -> int:
+        """How many pictures these are: each has one label."""
+        return len(rows)
 
     def size(self, rows: Sequence[int]) -> dict[str, int]:
-        """As in `Task`: every picture is one label."""
+        """Pictures and labels of rows."""
         return {self.unit: len(rows), "labels": len(rows)}
 
+    def first_record(self) -> dict[str, float]:
+        """How many pictures train."""
+        return {"rows": self.rows}
+
     @torch.no_grad()
-    def validate(self, spec: TuneSpec, progress: Progress, stage: str) -> Mapping[str, float]:
-        """As in `Task`."""
+    def validate(self, progress: Progress, stage: str) -> Mapping[str, float]:
+        """Loss per picture and accuracy of the held-out pictures; empty where there are none."""
         held_out = self.album.held_out
         if held_out is None:
             return {}
-        wanted, nats, right = self.album.labels(held_out), 0.0, 0
-        for rows, pixels in held_out.in_order(2 * at_once(self.album.tokens, spec.tokens_at_once)):
+        targets, nats, right = self.album.labels(held_out), 0.0, 0
+        for rows, pixels in held_out.in_order(2 * self._at_once):
             logits = self.head(self.encoder.features(pixels) * self.used).cpu()
-            nats += float(F.cross_entropy(logits, wanted[list(rows)], reduction="sum"))
-            right += int((logits.argmax(dim=1) == wanted[list(rows)]).sum())
+            nats += float(F.cross_entropy(logits, targets[list(rows)], reduction="sum"))
+            right += int((logits.argmax(dim=1) == targets[list(rows)]).sum())
             progress(Event(stage, rows[-1] + 1, len(held_out)))
         return {"loss": nats / len(held_out), "accuracy": right / len(held_out)}
+
+    @property
+    def _at_once(self) -> int:
+        return at_once(self.album.tokens, self.batching.tokens)
+
+    def _key(self, epoch: int) -> list[int] | None:
+        return [self.batching.seed, epoch] if self.augment else None

@@ -29,6 +29,7 @@ from offsite.kernels.runtime import Runtime, release_freed_memory
 from offsite.progress import Event, Progress
 from offsite.storage.files import replace_file
 from offsite.storage.safetensors_files import strict_json
+from offsite.training.task import Batching
 
 _LEAST = 256  # tokens at once; fewer cost speed and save next to nothing
 _STEPS = 1000  # of the first epoch, among which the fullest micro-batches are looked for
@@ -80,7 +81,7 @@ def side_by_side(tuning: Tuning, spec: TuneSpec, where: Runtime) -> Piece:
         assert isinstance(task, TextTask)
         for block in tuning.trained:
             block.train()
-        task.loss([min(range(task.rows), key=lambda row: len(task.examples[row].ids))], 0, 0)
+        task.loss([min(range(task.rows), key=lambda row: len(task.examples[row].ids))], 0)
 
     return count_side_by_side(body, where.dtype, asked=spec.memory.lanes, sample=sample, only_one=only_one)
 
@@ -180,7 +181,7 @@ def _run(tuning: Tuning, trial: _Trial, lanes: int) -> None:
         micro_batch_runner(working, tuning.task.device, lanes) as run,
     ):
         for group in trial.groups:
-            for _ in run(lambda rows: trial.task.loss(rows, 0, 0), [group] * lanes):
+            for _ in run(lambda rows: trial.task.loss(rows, 0), [group] * lanes):
                 for parameter in working:
                     parameter.grad = None
 
@@ -215,15 +216,16 @@ def _texts(task: TextTask, spec: TuneSpec) -> Iterator[_Trial]:
         yield _Trial(replace(task, examples=(_end_of(task.examples[longest], tokens),)), [[0]], tokens, width, tokens)
         tokens *= 2
     most = max(spec.tokens_at_once, width)
-    steps = task.order(spec.length.batch_size, spec.seed, 0)[:_STEPS]
+    steps = replace(task, batching=Batching.of(spec)).order(0)[:_STEPS]
     fullest: dict[tuple[tuple[int, ...], ...], int] = {}  # micro-batches, and the most tokens that give these
     tokens = max(_LEAST, width)
     while True:
-        cut = spec.changed({"micro_batch_tokens": min(tokens, most)})
-        groups = [*(tuple(group) for step in steps for group in task.groups(step, cut)), (longest,)]
+        batching = replace(task.batching, tokens=min(tokens, most))
+        cut = replace(task, batching=batching)
+        groups = [*(tuple(group) for step in steps for group in cut.micro_batches(step)), (longest,)]
         by_tokens = max(groups, key=partial(_padded, task.examples))
         by_labels = max(groups, key=lambda group: sum(task.examples[i].labels for i in group))
-        fullest[tuple(dict.fromkeys((by_tokens, by_labels)))] = cut.tokens_at_once
+        fullest[tuple(dict.fromkeys((by_tokens, by_labels)))] = batching.tokens
         if tokens >= most:
             break
         tokens *= 2

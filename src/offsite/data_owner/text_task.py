@@ -1,105 +1,76 @@
-"""What a tuning run is about: its rows, and how they become a loss. The loop knows nothing else of text or images."""
+"""Tuning on text: rows of tokens, and their loss under a language model."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 
-from offsite.config import TuneSpec
 from offsite.data.batches import collate, micro_batches, step_batches
 from offsite.data.tokens import Example
 from offsite.evaluation.row_losses import perplexity, row_losses
 from offsite.models.backbone import Network
 from offsite.progress import Progress
 from offsite.training.label_losses import label_losses
-
-
-class Task(Protocol):
-    """Rows by number, from 0."""
-
-    unit: ClassVar[str]  # what `size` counts beside labels, and speed is told in
-
-    @property
-    def rows(self) -> int:
-        """How many there are to train on."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        ...
-
-    def order(self, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-        """The rows of every step of an epoch, a function of the arguments alone."""
-        ...
-
-    def groups(self, rows: Sequence[int], spec: TuneSpec) -> Iterator[list[int]]:
-        """Rows of a step, cut into what runs at once under these settings."""
-        ...
-
-    def loss(self, rows: Sequence[int], seed: int, epoch: int) -> torch.Tensor:
-        """Nats summed over the labels of rows that run at once."""
-        ...
-
-    def foresee(self, rows: Sequence[int], seed: int, epoch: int) -> None:
-        """Rows whose `loss` will be asked for soon: what can be done for them beside the network may begin."""
-        ...
-
-    def size(self, rows: Sequence[int]) -> dict[str, int]:
-        """Units and labels of rows."""
-        ...
-
-    def validate(self, spec: TuneSpec, progress: Progress, stage: str) -> Mapping[str, float]:
-        """Figures of the held-out rows; nothing where there are none."""
-        ...
+from offsite.training.task import Batching
 
 
 @dataclass(frozen=True)
 class TextTask:
-    """Labelled tokens of text under a language model."""
+    """Labelled tokens of text under a language model; a `TrainingTask`."""
 
     unit: ClassVar[str] = "tokens"
+    term_weights: ClassVar[Mapping[str, float]] = {"loss": 1.0}
     network: Network
     examples: Sequence[Example]
     held_out: Sequence[Example]  # may be empty
+    batching: Batching
 
     @property
     def rows(self) -> int:
-        """As in `Task`."""
+        """How many rows there are to train on."""
         return len(self.examples)
 
     @property
     def device(self) -> torch.device:
-        """As in `Task`."""
+        """Where the network is."""
         return self.network.head.weight.device
 
-    def order(self, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-        """As in `Task`: shuffled, with rows of similar length in a step."""
-        return step_batches(self.examples, rows=batch_size, seed=seed, epoch=epoch)
+    def order(self, epoch: int) -> list[list[int]]:
+        """The rows of every step of an epoch: shuffled, with rows of similar length in a step."""
+        return step_batches(self.examples, rows=self.batching.rows, seed=self.batching.seed, epoch=epoch)
 
-    def groups(self, rows: Sequence[int], spec: TuneSpec) -> Iterator[list[int]]:
-        """As in `Task`."""
-        return micro_batches(self.examples, rows, spec.tokens_at_once)
+    def micro_batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
+        """The rows of a step, cut by their tokens; a row longer than a micro-batch runs alone."""
+        return micro_batches(self.examples, rows, self.batching.tokens)
 
-    def loss(self, rows: Sequence[int], seed: int, epoch: int) -> torch.Tensor:
-        """As in `Task`."""
+    def prefetch(self, rows: Sequence[int], epoch: int) -> None:
+        """Nothing: text is ready."""
+
+    def loss(self, rows: Sequence[int], epoch: int) -> torch.Tensor:
+        """Nats summed over the labelled tokens of rows that run at once; a scalar."""
         return label_losses(self.network, collate([self.examples[i] for i in rows]))[0]
 
-    def foresee(self, rows: Sequence[int], seed: int, epoch: int) -> None:
-        """As in `Task`: text is ready."""
+    def loss_terms(self, rows: Sequence[int], epoch: int) -> dict[str, torch.Tensor]:
+        """The one term, `loss`."""
+        return {"loss": self.loss(rows, epoch)}
+
+    def weight(self, rows: Sequence[int]) -> int:
+        """The labelled tokens of rows."""
+        return sum(self.examples[i].labels for i in rows)
 
     def size(self, rows: Sequence[int]) -> dict[str, int]:
-        """As in `Task`."""
-        return {
-            self.unit: sum(len(self.examples[i].ids) for i in rows),
-            "labels": sum(self.examples[i].labels for i in rows),
-        }
+        """Tokens and labelled tokens of rows."""
+        return {self.unit: sum(len(self.examples[i].ids) for i in rows), "labels": self.weight(rows)}
 
-    def validate(self, spec: TuneSpec, progress: Progress, stage: str) -> Mapping[str, float]:
-        """As in `Task`."""
+    def first_record(self) -> dict[str, float]:
+        """How many rows train."""
+        return {"rows": self.rows}
+
+    def validate(self, progress: Progress, stage: str) -> Mapping[str, float]:
+        """Loss per labelled token and perplexity of the held-out rows; empty where there are none."""
         if not self.held_out:
             return {}
-        losses = row_losses(self.network, self.held_out, 2 * spec.tokens_at_once, progress, stage)
+        losses = row_losses(self.network, self.held_out, 2 * self.batching.tokens, progress, stage)
         loss = sum(row.nats for row in losses) / sum(row.tokens for row in losses)
         return {"loss": loss, "perplexity": perplexity(loss)}

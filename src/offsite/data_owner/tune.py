@@ -1,6 +1,6 @@
 """Tuning: take a verified bundle, train its adapter on one's own rows, and write the signed return."""
 
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from offsite.data_owner.methods import METHODS
 from offsite.data_owner.methods.trained_head import attach_head
 from offsite.data_owner.permissions import resolve_defaults
 from offsite.data_owner.returned_checkpoints import Checkpoints
-from offsite.data_owner.text_task import Task, TextTask
+from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning, train
 from offsite.data_owner.tuning_data import TextData, read_data
 from offsite.data_owner.write_return import send_back
@@ -33,10 +33,11 @@ from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Bundle, Return
 from offsite.protocol.home import Home
 from offsite.storage.lock import alone_in
-from offsite.training.master_weights import TrainedWeights
+from offsite.training.master_weights import MasterWeights
 from offsite.training.resume_points import RunState
 from offsite.training.run_log import log_file, run_folder
 from offsite.training.schedule import checkpoint_steps, step_count
+from offsite.training.task import Batching
 
 if TYPE_CHECKING:
     from torch import nn
@@ -131,9 +132,10 @@ def _prepare(bundle: Bundle, spec: TuneSpec, where: Runtime, data: TextData | Al
         return _prepare_images(bundle, spec, where, data, progress)
     model = load_model(bundle.folder, dtype=where.dtype, device=where.device)
     network = split_backbone_and_head(model)
-    trained = _attach(model, bundle, spec)
-    weights = TrainedWeights(trained | attach_head(model, bundle.manifest, spec))
-    return _tuning(bundle, spec, model, weights, TextTask(network, data.examples, data.held_out))
+    attached = _attach(model, bundle, spec)
+    working = attached | attach_head(model, bundle.manifest, spec)
+    weights = MasterWeights(working, decayed=_decayed(bundle, spec, working))
+    return _tuning(bundle, spec, model, weights, TextTask(network, data.examples, data.held_out, Batching.of(spec)))
 
 
 def _prepare_images(bundle: Bundle, spec: TuneSpec, where: Runtime, album: Album, progress: Progress) -> Tuning:
@@ -141,11 +143,15 @@ def _prepare_images(bundle: Bundle, spec: TuneSpec, where: Runtime, album: Album
     encoder = encoder_of(model)
     used = encoder.read_by(spec.images.pooling)
     head = new_head(encoder, album, used, spec, progress)
-    made = head_parameters(head)
-    weights = TrainedWeights(_attach(model, bundle, spec) | made)
-    task = ImageTask(encoder, head, used, album, spec.images.augment)
-    tuning = _tuning(bundle, spec, model, weights, task)
-    return replace(tuning, decayed=tuning.decayed - {BIAS} | {WEIGHT}, faster=dict.fromkeys(made, spec.head_factor))
+    classifier = head_parameters(head)
+    attached = _attach(model, bundle, spec)
+    weights = MasterWeights(
+        attached | classifier,
+        decayed=_decayed(bundle, spec, attached) | {WEIGHT},
+        rate_factors=dict.fromkeys(classifier, spec.head_factor),
+    )
+    task = ImageTask(encoder, head, used, album, spec.images.augment, Batching.of(spec))
+    return _tuning(bundle, spec, model, weights, task)
 
 
 def _attach(model: "PreTrainedModel", bundle: Bundle, spec: TuneSpec) -> dict[str, "nn.Parameter"]:
@@ -157,7 +163,20 @@ def _attach(model: "PreTrainedModel", bundle: Bundle, spec: TuneSpec) -> dict[st
     return attached
 
 
-def _tuning(bundle: Bundle, spec: TuneSpec, model: "PreTrainedModel", weights: TrainedWeights, task: Task) -> Tuning:
+def _decayed(bundle: Bundle, spec: TuneSpec, names: Iterable[str]) -> frozenset[str]:
+    """Which trained parameters decay: matrices of linear layers and of the head, and no norm or bias."""
+    row = ARCHITECTURES[bundle.manifest.architecture]
+    adds_layers = spec.adapter.method in ("lora", "bottleneck")  # of linear layers alone
+    return frozenset(
+        name
+        for name in names
+        if row.is_linear(name) or (adds_layers and name.endswith(".weight")) or name == f"{row.head_module}.weight"
+    )
+
+
+def _tuning(
+    bundle: Bundle, spec: TuneSpec, model: "PreTrainedModel", weights: MasterWeights, task: TextTask | ImageTask
+) -> Tuning:
     manifest, row = bundle.manifest, ARCHITECTURES[bundle.manifest.architecture]
     blocks = model.get_submodule(row.module_blocks or row.blocks)
     own = {name: master for name, master in weights.masters.items() if name not in (WEIGHT, BIAS)}
@@ -166,13 +185,5 @@ def _tuning(bundle: Bundle, spec: TuneSpec, model: "PreTrainedModel", weights: T
         blocks=blocks,
         trained=[blocks.get_submodule(str(index)) for index in manifest.split.trained],
         weights=weights,
-        # LoRA and bottlenecks hold linear maps, and so does the head; of blocks, norms do not decay; no bias does
-        decayed=frozenset(
-            name
-            for name in weights.masters
-            if row.is_linear(name)
-            or (spec.adapter.method in ("lora", "bottleneck") and name.endswith(".weight"))
-            or name == f"{row.head_module}.weight"
-        ),
         returned=in_files(row, own) if spec.adapter.method in ("full", "bitfit") else own,
     )

@@ -35,10 +35,11 @@ from offsite.protocol.artifacts import Base
 from offsite.protocol.contents import CONFIG, PROCESSOR, TOKENIZER_FILES
 from offsite.storage.files import require_free, staged_folder, write_stream
 from offsite.storage.safetensors_files import from_array, write_checkpoint
-from offsite.training.master_weights import TrainedWeights
+from offsite.training.master_weights import MasterWeights
 from offsite.training.resume_points import RunState
 from offsite.training.run_log import log_file, run_folder
 from offsite.training.schedule import step_count
+from offsite.training.task import Batching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,7 +92,7 @@ def full_fine_tuning(
             progress(Event("loading the model", 0))
             model = load_model(base.folder, dtype=where.dtype, device=where.device)
             if album is None:
-                tuning = _prepare(model, row, examples, held_out)
+                tuning = _prepare(model, row, examples, held_out, spec)
             else:
                 tuning = _prepare_images(model, row, album, spec, progress)
             alone = spec.changed({"lanes": 1})  # lanes would each hold a gradient of the whole model
@@ -118,20 +119,23 @@ def _read(base: Base, data: Path | None, spec: TuneSpec) -> tuple[Example, ...]:
 
 
 def _prepare(
-    model: "PreTrainedModel", row: Architecture, examples: tuple[Example, ...], held_out: tuple[Example, ...]
+    model: "PreTrainedModel",
+    row: Architecture,
+    examples: tuple[Example, ...],
+    held_out: tuple[Example, ...],
+    spec: TuneSpec,
 ) -> Tuning:
     network = split_backbone_and_head(model)
     fuse(model)
     use_tiled_attention(model)
     model.requires_grad_(True)
-    trained = dict(model.named_parameters())  # a tied head is the embedding, and is there once
+    working = dict(model.named_parameters())  # a tied head is the embedding, and is there once
     matrices = {*(name for name, sizes in row.embeddings.items() if " " in sizes), row.head}  # and no norm among them
     return Tuning(
-        task=TextTask(network, examples, held_out),
+        task=TextTask(network, examples, held_out, Batching.of(spec)),
         blocks=model.get_submodule(row.blocks),
         trained=[model],  # dropout runs everywhere
-        weights=TrainedWeights(trained),
-        decayed=frozenset(name for name in trained if name in matrices or row.is_linear(name)),
+        weights=MasterWeights(working, decayed=[name for name in working if name in matrices or row.is_linear(name)]),
         returned={},  # to nobody
     )
 
@@ -142,20 +146,22 @@ def _prepare_images(
     encoder = encoder_of(model)
     used = encoder.read_by(spec.images.pooling)
     head = new_head(encoder, album, used, spec, progress)
-    made = head_parameters(head)
+    classifier = head_parameters(head)
     model.requires_grad_(True)
     trained = _reached(encoder, album.train.batch(range(1)))
     model.requires_grad_(False)
     for parameter in trained.values():
         parameter.requires_grad_(True)
     return Tuning(
-        task=ImageTask(encoder, head, used, album, spec.images.augment),
+        task=ImageTask(encoder, head, used, album, spec.images.augment, Batching.of(spec)),
         blocks=model.get_submodule(row.module_blocks or row.blocks),
         trained=[model],
-        weights=TrainedWeights(trained | made),
-        decayed=frozenset({WEIGHT, *(name for name in trained if row.is_linear(name))}),
+        weights=MasterWeights(
+            trained | classifier,
+            decayed=[WEIGHT, *(name for name in trained if row.is_linear(name))],
+            rate_factors=dict.fromkeys(classifier, spec.head_factor),
+        ),
         returned={},
-        faster=dict.fromkeys(made, spec.head_factor),
     )
 
 

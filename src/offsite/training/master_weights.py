@@ -5,32 +5,66 @@ them and every fp32 activation beside them at each use. Gradients of micro-batch
 arXiv 1710.03740, section 3.1).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
 
 
-class TrainedWeights:
-    """The parameters that train, by the names under which they are returned."""
+class MasterWeights:
+    """The parameters that train, by the names under which they are returned.
 
-    def __init__(self, working: Mapping[str, nn.Parameter]) -> None:
+    Args:
+        working: the network's own parameters.
+        decayed: names of those that decay; usually matrices, and no norm or bias.
+        rate_factors: names whose learning rate is another one, and the factor.
+        fixed: by name, a mask of entries that do not change, such as the zeros of a pruned matrix.
+    """
+
+    def __init__(
+        self,
+        working: Mapping[str, nn.Parameter],
+        *,
+        decayed: Collection[str] = (),
+        rate_factors: Mapping[str, float] | None = None,
+        fixed: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self.working = dict(working)
         self.masters: dict[str, torch.Tensor] = {
             name: parameter if parameter.dtype == torch.float32 else parameter.detach().float()
             for name, parameter in self.working.items()
         }
+        self.decayed = frozenset(decayed)
+        self.rate_factors = dict(rate_factors or {})
+        self._fixed = dict(fixed or {})
 
     def collect_gradients(self) -> None:
-        """Add the gradients that a backward pass left with the parameters to the masters'."""
+        """Add the gradients that a backward pass left with the working parameters to the masters'."""
         for name, parameter in self.working.items():
-            if self.masters[name] is not parameter:
-                _add(self.masters[name], parameter.grad)
-                parameter.grad = None
+            master = self.masters[name]
+            if master is parameter or parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.to(master.dtype)
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+    def clip_gradients(self, max_norm: float) -> float:
+        """Zero the gradients of fixed entries, and scale all gradients to at most this norm together.
+
+        Returns:
+            The norm before scaling.
+        """
+        for name, mask in self._fixed.items():
+            gradient = self.masters[name].grad
+            if gradient is not None:
+                gradient.masked_fill_(mask, 0)
+        return float(nn.utils.clip_grad_norm_(self.masters.values(), max_norm))
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Give the network what the masters now are."""
+        """Copy the masters to the network's working parameters."""
         pairs = [(self.working[name], master) for name, master in self.masters.items()]
         apart = [(working, master) for working, master in pairs if working is not master]
         if apart:
@@ -42,12 +76,3 @@ class TrainedWeights:
         for name, master in self.masters.items():
             master.copy_(values[name])
         self.publish()
-
-
-def _add(master: torch.Tensor, gradient: torch.Tensor | None) -> None:
-    if gradient is None:
-        return
-    if master.grad is None:
-        master.grad = gradient.to(master.dtype, copy=True)  # two parameters may have been given one tensor
-    else:
-        master.grad += gradient

@@ -1,14 +1,15 @@
 """Resume points of a long run: safetensors and JSON in a folder beside what it makes, never a pickle.
 
-`<out>.run/` holds `run.json` (what run this is), `state.json` (how far it is, and the name of the weights' file) and
-that file: fp32 weights, AdamW's moments, random states. It stays on this machine and is removed once the result is
-written.
+`<out>.run/` holds `run.json` (what run this is), `state.json` (how far it is, the settings of the optimiser's groups,
+and the name of the file of tensors) and that file: fp32 weights, the optimiser's state, random states. It stays on
+this machine and is removed once the result is written.
 """
 
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ from offsite.storage.safetensors_files import NewTensor, read_header, strict_jso
 from offsite.training.run_log import require_resume_asked
 
 _NAMES = {torch.float32: "F32", torch.uint8: "U8"}
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """What a run goes on from."""
+
+    step: int  # steps that were done
+    tensors: Mapping[str, torch.Tensor]
+    groups: Sequence[Mapping[str, Any]] = ()  # settings of the optimiser's groups, as JSON has them
 
 
 class RunState:
@@ -69,21 +79,21 @@ class RunState:
                 if file.is_file() and file.name != LOCK:  # which who begins holds
                     file.unlink()
 
-    def save(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write a resume point; the one before stays until this one is whole, and one of the same step as it is.
+    def save(self, point: ResumePoint) -> None:
+        """Write a resume point. The one before stays until this one is complete; one of the same step stays as it is.
 
         Raises:
             StorageError: it cannot be written; the one before still stands.
         """
-        file = self.folder / f"state-{step}.safetensors"
-        record = json.dumps({"step": step, "file": file.name}).encode()
+        file = self.folder / f"state-{point.step}.safetensors"
+        record = json.dumps({"step": point.step, "file": file.name, "groups": [*point.groups]}).encode()
         temporary = self.folder / "state.tmp"
         with storage_errors(file):
             if file.exists() and self._record.exists() and self._record.read_bytes() == record:
-                return  # whole already, and nothing that a second interruption may cut off
+                return  # complete already, and nothing that a second interruption may cut off
             temporary.unlink(missing_ok=True)
             try:
-                write_safetensors(temporary, [to_be_written(name, tensor) for name, tensor in tensors.items()])
+                write_safetensors(temporary, [to_be_written(name, tensor) for name, tensor in point.tensors.items()])
                 temporary.replace(file)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -93,8 +103,8 @@ class RunState:
                 if old != file:
                     old.unlink()
 
-    def load(self) -> tuple[int, dict[str, torch.Tensor]] | None:
-        """The last resume point: how many steps were done, and the tensors; None before the first one.
+    def load(self) -> ResumePoint | None:
+        """The last resume point; None before the first one.
 
         Raises:
             StorageError: it is damaged.
@@ -102,13 +112,14 @@ class RunState:
         if not self._record.exists():
             return None
         record = _read_json(self._record)
-        step, name = record.get("step"), record.get("file")
-        if type(step) is not int or name != f"state-{step}.safetensors":
+        step, name, groups = record.get("step"), record.get("file"), record.get("groups")
+        if type(step) is not int or name != f"state-{step}.safetensors" or not isinstance(groups, list):
             raise StorageError(
-                f"{self._record} is damaged", next_step=f"remove the run and start anew: rm -r {self.folder}"
+                f"{self._record} is damaged, or of an earlier version",
+                next_step=f"remove the run and start anew: rm -r {self.folder}",
             )
         held = read_header(self.folder / name)
-        return step, {key: read_tensor(tensor) for key, tensor in held.items()}
+        return ResumePoint(step, {key: read_tensor(tensor) for key, tensor in held.items()}, groups)
 
     def remove(self) -> None:
         """Remove the run; what cannot be removed stays, since the return is already written."""

@@ -13,6 +13,8 @@ from typing import Any
 from offsite.errors import UsageError
 from offsite.storage.files import storage_errors
 
+Write = Callable[[Mapping[str, Any]], None]  # takes a record of the log
+
 
 def log_file(out: Path) -> Path:
     """The JSONL log of the run that writes `out`; it is beside the result, never in it."""
@@ -50,7 +52,7 @@ def require_resume_asked(folder: Path, *, resume: bool, points_alone: bool = Fal
 
 
 @contextlib.contextmanager
-def run_log(file: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def run_log(file: Path) -> Iterator[Write]:
     """Append JSON lines to the log; each is on the disk's side of the process when the call returns."""
     with storage_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)

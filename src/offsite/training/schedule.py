@@ -1,8 +1,9 @@
-"""How many steps a tuning has, which rows each step sees, and the learning rate of each."""
+"""How many steps a run has, which rows each step sees, and the learning rate of each."""
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 from offsite.config import TuneSpec
 from offsite.errors import UsageError
@@ -33,30 +34,32 @@ def checkpoint_steps(spec: TuneSpec, steps: int) -> tuple[int, ...]:
     )
 
 
-def rows_of_steps(
-    spec: TuneSpec, rows: int, order: Callable[[int, int, int], list[list[int]]]
-) -> Callable[[int], tuple[int, list[int]]]:
+def rows_of_steps(order: Callable[[int], Sequence[Sequence[int]]]) -> Callable[[int], tuple[int, Sequence[int]]]:
     """A function from a step (from 0) to its epoch and its rows; it depends on nothing that ran before.
 
     Args:
-        spec: rows in a step, and the seed.
-        rows: how many there are.
-        order: from those and an epoch to the rows of every step of it.
+        order: from an epoch (from 0) to the rows of every step of it; all epochs have as many steps.
     """
-    per_epoch = math.ceil(rows / spec.length.batch_size)
-
-    @functools.lru_cache(maxsize=1)
-    def of_epoch(epoch: int) -> list[list[int]]:
-        return order(spec.length.batch_size, spec.seed, epoch)
-
-    return lambda step: (step // per_epoch, of_epoch(step // per_epoch)[step % per_epoch])
+    cached = functools.lru_cache(maxsize=2)(order)  # two: the rows of the next step may be of the next epoch
+    per_epoch = len(cached(0))
+    return lambda step: (step // per_epoch, cached(step // per_epoch)[step % per_epoch])
 
 
-def learning_rate(spec: TuneSpec, step: int, steps: int) -> float:
-    """The rate of one step (from 0): linear warm-up to the peak, then cosine or linear to 0, or constant."""
-    warmup = round(spec.optimizer.warmup * steps)
-    if step < warmup:
-        return spec.peak_lr * (step + 1) / warmup
-    passed = (step - warmup) / max(1, steps - warmup)
+def learning_rate(
+    step: int, steps: int, *, peak: float, warmup: float, schedule: Literal["cosine", "linear", "constant"] = "cosine"
+) -> float:
+    """The rate of one step (from 0): linear warm-up to the peak, then cosine or linear to 0, or constant.
+
+    Args:
+        step: which one.
+        steps: of the whole run.
+        peak: the rate after warm-up.
+        warmup: share of the steps that warm up.
+        schedule: what follows.
+    """
+    warming = round(warmup * steps)
+    if step < warming:
+        return peak * (step + 1) / warming
+    passed = (step - warming) / max(1, steps - warming)
     shape = {"cosine": (1 + math.cos(math.pi * passed)) / 2, "linear": 1 - passed, "constant": 1.0}
-    return spec.peak_lr * shape[spec.optimizer.schedule]
+    return peak * shape[schedule]

@@ -1,16 +1,14 @@
 """The log of a tuning run as TensorBoard scalars, beside the JSONL log and from the same records."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from offsite.errors import UsageError
 from offsite.extras import require
 from offsite.storage.files import storage_errors
-from offsite.training.run_log import run_folder
-
-Write = Callable[[Mapping[str, Any]], None]
+from offsite.training.run_log import Write, run_folder
 
 _TAGS = {"step": "train", "validation": "validation"}  # by event; other events have no scalars
 _UNDRAWN = ("event", "step", "time")

@@ -19,7 +19,8 @@ from offsite.kernels.cpu.tiled_attention import use_tiled_attention
 from offsite.kernels.runtime import Runtime
 from offsite.models.backbone import split_backbone_and_head
 from offsite.models.loading import load_model
-from offsite.training.master_weights import TrainedWeights
+from offsite.training.master_weights import MasterWeights
+from offsite.training.task import Batching
 from tiny import KINDS, tiny_base
 
 CPU = torch.device("cpu")
@@ -40,13 +41,12 @@ def tuning_of(folder):
     use_tiled_attention(model)  # as tuning does; torch's own draws dropout from the process's generator
     blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     blocks.get_submodule("0").requires_grad_(True)
-    weights = TrainedWeights(dict(blocks.get_submodule("0").named_parameters()))
+    weights = MasterWeights(dict(blocks.get_submodule("0").named_parameters()))
     generator = np.random.default_rng(0)
     examples = [Example(i, generator.integers(0, 300, length), 1) for i, length in enumerate((9, 17, 30, 5, 12, 62))]
     trained = [blocks.get_submodule("0")]
-    return Tuning(
-        TextTask(split_backbone_and_head(model), examples, ()), blocks, trained, weights, frozenset(), weights.masters
-    )
+    task = TextTask(split_backbone_and_head(model), examples, (), Batching.of(TuneSpec()))
+    return Tuning(task, blocks, trained, weights, weights.masters)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,7 +63,7 @@ def test_side_by_side_and_one_after_the_other_are_the_same(tmp_path, threads, ki
             block.train()  # GPT-2's, OPT's and BLOOM's have dropout there
         working, found = list(tuning.weights.working.values()), []
         with micro_batch_runner(working, CPU, count) as run:
-            for loss in run(lambda group: tuning.task.loss(group, 0, 0), GROUPS):
+            for loss in run(lambda group: tuning.task.loss(group, 0), GROUPS):
                 found.append((loss, [parameter.grad for parameter in working]))
                 for parameter in working:
                     parameter.grad = None

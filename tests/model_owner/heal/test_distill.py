@@ -14,6 +14,7 @@ from offsite.model_owner.base_model import open_base
 from offsite.model_owner.calibration import calibration_batches
 from offsite.model_owner.heal import distill as distill_module
 from offsite.model_owner.heal.distill import hidden_error
+from offsite.model_owner.heal.middle_states import MiddleStates
 from offsite.model_owner.pack import pack
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
@@ -105,20 +106,27 @@ def test_families_that_refit_refuses_or_that_differ_can_be_distilled(
     assert errors[-1] < errors[0]
 
 
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize(("compute", "end", "first"), [("fp32", KeyboardInterrupt, 8), ("bf16", RuntimeError, 5)])
 def test_resumed_is_bit_for_bit_the_same(
-    base_of: MakeBase, tmp_path: Path, parties: Parties, compute: str, monkeypatch: pytest.MonkeyPatch
+    base_of: MakeBase,
+    tmp_path: Path,
+    parties: Parties,
+    compute: str,
+    end: type[BaseException],
+    first: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """An interruption saves the step that it comes after; a crash goes back to the last resume point."""
     monkeypatch.setattr(distill_module, "SAVE_EVERY", 4)
     base = base_of("llama", 6)
     whole = packs(base, tmp_path / "whole", parties, compute=compute)
 
     def stop(event: Event) -> None:
         if event.stage == "distilling" and event.done == 7:
-            raise KeyboardInterrupt
+            raise end
 
     out = tmp_path / "interrupted"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(end):
         pack(Base(base), out, "hospital", spec(compute=compute), parties.owner, stop)
     assert not out.exists()
     with pytest.raises(UsageError, match="--resume"):
@@ -128,7 +136,7 @@ def test_resumed_is_bit_for_bit_the_same(
     events: list[Event] = []
     resumed = pack(Base(base), out, "hospital", spec(compute=compute), parties.owner, events.append, resume=True)
     assert not any(event.stage == "healing by refit" for event in events)  # that was done
-    assert [event.done for event in events if event.stage == "distilling"] == list(range(5, 13))
+    assert [event.done for event in events if event.stage == "distilling"] == list(range(first, 13))
     ours, theirs = (open_checkpoint(one.folder).tensors for one in (resumed, whole))
     assert all(bool((read_float32(ours[name]) == read_float32(theirs[name])).all()) for name in theirs)
     assert not out.with_name("interrupted.run").exists()
@@ -145,14 +153,14 @@ def test_every_batch_is_seen_once_a_pass_and_the_held_out_ones_never(
 ) -> None:
     monkeypatch.setattr(distill_module, "HELD_OUT", 4)
     seen: list[int] = []
-    real = distill_module._Distillation.losses
+    read = MiddleStates.at
 
-    def losses(run: Any, position: int) -> Any:
+    def watched(states: MiddleStates, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if torch.is_grad_enabled():
             seen.append(position)
-        return real(run, position)
+        return read(states, position)
 
-    monkeypatch.setattr(distill_module._Distillation, "losses", losses)
+    monkeypatch.setattr(MiddleStates, "at", watched)
     packs(
         base_of("llama", 5), tmp_path / "out", parties,
         keep=1, distill_steps=None, distill_epochs=2, distill_tokens=8 * 64 * 8, distill_batch_tokens=1024,

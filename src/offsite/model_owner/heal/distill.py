@@ -13,14 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offsite.config import PackSpec
-from offsite.errors import OffsiteError
-from offsite.kernels.runtime import runtime
+from offsite.kernels.runtime import runtime, seeded
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner, LoadedStack
 from offsite.model_owner.calibration import calibration_batches
@@ -28,19 +27,30 @@ from offsite.model_owner.heal.middle_states import MiddleStates, middle_states
 from offsite.model_owner.sandwich import Sandwich
 from offsite.model_owner.work import work_of
 from offsite.models.mixture import in_files
-from offsite.progress import Event, Progress
+from offsite.progress import Progress
 from offsite.storage.safetensors_files import TensorRange, read_header, write_safetensors
-from offsite.training.master_weights import TrainedWeights
+from offsite.training.loop import train
+from offsite.training.master_weights import MasterWeights
 from offsite.training.resume_points import RunState, to_be_written
-from offsite.training.run_log import run_log, stop_requests
+from offsite.training.run_log import run_log
+from offsite.training.schedule import learning_rate
+from offsite.training.settings import LoopSettings, RunNames
 
 HIDDEN_WEIGHT = 30.0  # of the hidden states' term beside the cross-entropy, as in the paper's code
 WARMUP = 0.05  # share of the steps
 MAX_GRAD_NORM = 1.0
 HELD_OUT = 16  # every so many batches one is not trained on
-JUDGE_EVERY = 100  # steps between looks at those
+VALIDATE_EVERY = 100  # steps between validations on those
 SAVE_EVERY = 50  # steps between resume points
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_NAMES = RunNames(
+    noun="distillation",
+    stage="distilling",
+    start="distill",
+    resume="distill resume",
+    step="distill step",
+    validation="distill held out",
+    advice="lower --distill-lr",
+)
 
 
 def distill(
@@ -81,18 +91,14 @@ def distill(
     )
     after = sandwich.top if spec.distill.ce else ()
     stack = BlockRunner(model, machine).stack(emulator, after, healed, whole=spec.distill.ce > 0)
-    starts = tuple(f"{model.row.block_module(index)}." for index in emulator)
-    working = {name: parameter for name, parameter in sorted(stack.parameters.items()) if name.startswith(starts)}
-    for parameter in working.values():
-        parameter.requires_grad = True
-    weights = TrainedWeights(working)
-    prunes = work_of(sandwich.middle, spec).prunes > 0
-    gone = {name: master == 0 for name, master in weights.masters.items() if prunes and model.row.is_linear(name)}
-    run = _Distillation(stack, states, weights, spec, gone, skipped=0 if model.row.vision else 1)
-    _train(run, RunState(scratch / "distill", {}, resume=True), log, progress)
+    task = _Distillation(stack, states, spec, skipped=0 if model.row.vision else 1)
+    weights = _emulator_weights(model, stack, emulator, prunes=work_of(sandwich.middle, spec).prunes > 0)
+    with run_log(log) as write, seeded(spec.seed, machine.device):
+        state = RunState(scratch / "distill", {}, resume=True)
+        train(task, weights, _loop_settings(task), state, log=write, progress=progress)
     file = scratch / "distilled.safetensors"
     file.unlink(missing_ok=True)
-    tensors = in_files(model.row, run.weights.masters)
+    tensors = in_files(model.row, weights.masters)
     write_safetensors(file, [to_be_written(name, tensor) for name, tensor in tensors.items()])
     return read_header(file)
 
@@ -104,133 +110,96 @@ def hidden_error(student: Tensor, teacher: Tensor, skipped: int = 1) -> Tensor:
     return ((teacher - student).square() / scale).mean()
 
 
+def _emulator_weights(model: BaseModel, stack: LoadedStack, emulator: Sequence[int], *, prunes: bool) -> MasterWeights:
+    """The parameters of the emulator's blocks; where they were pruned, the zeros of linear layers stay zero."""
+    starts = tuple(f"{model.row.block_module(index)}." for index in emulator)
+    working = {name: parameter for name, parameter in sorted(stack.parameters.items()) if name.startswith(starts)}
+    for parameter in working.values():
+        parameter.requires_grad = True
+    fixed = {name: value.detach() == 0 for name, value in working.items() if prunes and model.row.is_linear(name)}
+    return MasterWeights(working, fixed=fixed)
+
+
 @dataclass(frozen=True)
 class _Distillation:
+    """Batches of hidden states under the emulator's blocks; a `TrainingTask` whose rows are batches."""
+
+    unit: ClassVar[str] = "tokens"
     stack: LoadedStack
     states: MiddleStates
-    weights: TrainedWeights
     spec: PackSpec
-    gone: Mapping[str, Tensor]  # of pruned matrices: which numbers stay zero
     skipped: int  # first tokens of a sample that do not count
 
     @property
+    def term_weights(self) -> dict[str, float]:
+        """The hidden states' error, and the cross-entropy if it counts."""
+        return {"error": HIDDEN_WEIGHT} | ({"ce": self.spec.distill.ce} if self.spec.distill.ce else {})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks are."""
+        return self.states.batches[0].device
+
+    @property
     def held_out(self) -> list[int]:
-        """Batches that are looked at and not trained on; none of a few."""
+        """Batches for validation, which never train; none of a few."""
         return list(range(HELD_OUT - 1, len(self.states.batches), HELD_OUT))
 
-    def groups(self) -> list[list[int]]:
-        """The batches of each step of a pass, before they are shuffled: how many steps it has."""
+    def order(self, epoch: int) -> list[list[int]]:
+        """The batches of every step of an epoch: shuffled."""
         held_out = set(self.held_out)
         trained = [position for position in range(len(self.states.batches)) if position not in held_out]
         width = max(1, self.spec.distill.batch_tokens // self.states.tokens[0])
+        random.Random(f"{self.spec.seed} {epoch}").shuffle(trained)  # noqa: S311  no secret
         return [trained[at : at + width] for at in range(0, len(trained), width)]
 
-    def steps(self) -> int:
-        return self.spec.distill.steps or max(1, math.ceil(self.spec.distill.epochs * len(self.groups())))
+    def micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
+        """Each batch runs alone."""
+        return [[position] for position in rows]
 
-    def of_step(self, step: int) -> list[int]:
-        """The batches of one step (from 0); it depends on nothing that ran before."""
-        groups = self.groups()
-        flat = [position for group in groups for position in group]
-        random.Random(f"{self.spec.seed} {step // len(groups)}").shuffle(flat)  # noqa: S311  no secret
-        width = len(groups[0])
-        at = step % len(groups) * width
-        return flat[at : at + width]
+    def prefetch(self, rows: Sequence[int], epoch: int) -> None:
+        """Nothing: hidden states are read when they are used."""
 
-    def rate(self, step: int) -> float:
-        """Linear warm-up, then cosine to 0."""
-        steps, warmup = self.steps(), round(WARMUP * self.steps())
-        if step < warmup:
-            return self.spec.distill.lr * (step + 1) / warmup
-        return self.spec.distill.lr * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
-
-    def losses(self, position: int) -> tuple[Tensor, Tensor | None]:
-        """Of one batch: the hidden states' term, and the cross-entropy if it counts."""
+    def loss_terms(self, rows: Sequence[int], epoch: int) -> dict[str, Tensor]:
+        """The terms of one batch, each the mean over its tokens."""
+        (position,) = rows
         ids, enters, leaves = self.states.at(position)
         if not self.spec.distill.ce:
-            return hidden_error(self.stack(ids, enters), leaves, self.skipped), None
+            return {"error": hidden_error(self.stack(ids, enters), leaves, self.skipped)}
         student, nats = self.stack.to_the_end(ids, enters)
-        return hidden_error(student, leaves), nats
+        return {"error": hidden_error(student, leaves), "ce": nats}
+
+    def weight(self, rows: Sequence[int]) -> int:
+        """How many batches these are: each counts alike."""
+        return len(rows)
+
+    def size(self, rows: Sequence[int]) -> dict[str, int]:
+        """Tokens of batches."""
+        return {self.unit: sum(self.states.tokens[position] for position in rows)}
+
+    def first_record(self) -> dict[str, float]:
+        """The error before, or where the run goes on."""
+        return self._held_out_terms()
+
+    def validate(self, progress: Progress, stage: str) -> dict[str, float]:
+        """The mean of each term over the held-out batches; empty where there are none."""
+        return self._held_out_terms()
+
+    @torch.no_grad()
+    def _held_out_terms(self) -> dict[str, float]:
+        terms = [self.loss_terms([position], 0) for position in self.held_out]
+        return {name: fmean(float(one[name]) for one in terms) for name in self.term_weights} if terms else {}
 
 
-def _train(run: _Distillation, state: RunState, log: Path, progress: Progress) -> None:
-    """Train to the last step, saving resume points; the weights are changed in place."""
-    masters = run.weights.masters
-    fused = next(iter(masters.values())).device.type in ("cpu", "cuda", "mps", "xpu")
-    optimizer = torch.optim.AdamW(masters.values(), lr=run.spec.distill.lr, weight_decay=0.0, fused=fused)
-    done, steps = _restore(run, optimizer, state), run.steps()
-    with run_log(log) as write, stop_requests() as stopping:
-        write({"event": "distill resume" if done else "distill", "step": done, "steps": steps, **_judged(run)})
-        while done < steps:
-            facts = _step(run, optimizer, done)
-            done += 1
-            write({"event": "distill step", "step": done, **facts})
-            if done % SAVE_EVERY == 0 or done == steps or stopping():
-                _save(run, optimizer, state, done)
-            if stopping():
-                raise KeyboardInterrupt
-            progress(Event("distilling", done, steps, {"error": facts["error"], "lr": facts["lr"]}))
-            if done == steps or done % JUDGE_EVERY == 0:
-                write({"event": "distill held out", "step": done, **_judged(run)})
-
-
-def _step(run: _Distillation, optimizer: torch.optim.Optimizer, step: int) -> dict[str, float]:
-    group = run.of_step(step)
-    errors, nats = [], []
-    for position in group:
-        error, cross = run.losses(position)
-        loss = HIDDEN_WEIGHT * error if cross is None else HIDDEN_WEIGHT * error + run.spec.distill.ce * cross
-        torch.autograd.backward(loss / len(group))
-        run.weights.collect_gradients()
-        errors.append(float(error.detach()))
-        nats += [] if cross is None else [float(cross.detach())]
-    for name, places in run.gone.items():
-        gradient = run.weights.masters[name].grad
-        if gradient is not None:
-            gradient.masked_fill_(places, 0)
-    norm = float(nn.utils.clip_grad_norm_(run.weights.masters.values(), MAX_GRAD_NORM))
-    rate = run.rate(step)
-    if not math.isfinite(norm) or not all(map(math.isfinite, (*errors, *nats))):
-        raise OffsiteError(
-            "distillation diverged: the loss or its gradient is no longer a finite number",
-            reasons=[f"hidden states' error {fmean(errors)}, gradient norm {norm}, learning rate {rate:.3g}"],
-            next_step="lower --distill-lr",
-        )
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    run.weights.publish()
-    return {"error": fmean(errors), **({"ce": fmean(nats)} if nats else {}), "lr": rate, "grad_norm": norm}
-
-
-@torch.no_grad()
-def _judged(run: _Distillation) -> dict[str, Any]:
-    """The error on the batches that are not trained on; nothing where there are none."""
-    found = [run.losses(position) for position in run.held_out]
-    crosses = [float(cross) for _, cross in found if cross is not None]
-    shown = {"error": fmean(float(error) for error, _ in found)} if found else {}
-    return shown | ({"ce": fmean(crosses)} if crosses else {})
-
-
-def _save(run: _Distillation, optimizer: torch.optim.Optimizer, state: RunState, step: int) -> None:
-    tensors = {f"weight.{name}": master for name, master in run.weights.masters.items()}
-    for name, master in run.weights.masters.items():
-        tensors |= {f"{moment}.{name}": optimizer.state[master][moment] for moment in _MOMENTS}
-    state.save(step, tensors)
-
-
-def _restore(run: _Distillation, optimizer: torch.optim.Optimizer, state: RunState) -> int:
-    """Take over the last resume point; the number of steps that were done."""
-    point = state.load()
-    if point is None:
-        return 0
-    step, tensors = point
-    masters = run.weights.masters
-    run.weights.load({name: tensors[f"weight.{name}"] for name in masters})
-    for name, master in masters.items():
-        optimizer.state[master] = {
-            "step": torch.tensor(float(step), device=master.device if master.is_cuda else "cpu"),
-            **{moment: tensors[f"{moment}.{name}"].to(master.device) for moment in _MOMENTS},
-        }
-    return step
+def _loop_settings(task: _Distillation) -> LoopSettings:
+    spec = task.spec
+    steps = spec.distill.steps or max(1, math.ceil(spec.distill.epochs * len(task.order(0))))
+    return LoopSettings(
+        steps=steps,
+        learning_rate=lambda step: learning_rate(step, steps, peak=spec.distill.lr, warmup=WARMUP),
+        weight_decay=0.0,
+        max_grad_norm=MAX_GRAD_NORM,
+        save_every=SAVE_EVERY,
+        validates_after=lambda step: step == steps or (step > 0 and step % VALIDATE_EVERY == 0),
+        names=_NAMES,
+    )

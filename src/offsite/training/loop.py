@@ -1,0 +1,197 @@
+"""The training loop: from any resume point to the last step, the same bytes as without an interruption.
+
+Tuning, distillation and full fine-tuning are tasks of this one loop. A step runs its micro-batches forward and
+backward, adds their gradients in fp32, clips, and moves the master weights.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from offsite.errors import OffsiteError
+from offsite.kernels import MicroBatchRunner, micro_batch_runner
+from offsite.progress import Event, Progress, silent
+from offsite.training.master_weights import MasterWeights
+from offsite.training.optimizer import load_optimizer_state, make_optimizer, optimizer_state
+from offsite.training.resume_points import ResumePoint, RunState
+from offsite.training.run_log import Write, stop_requests
+from offsite.training.schedule import rows_of_steps
+from offsite.training.settings import Hooks, LoopSettings
+from offsite.training.speed_meter import SpeedMeter
+from offsite.training.task import TrainingTask
+
+_WEIGHT, _OPTIMIZER, _RANDOM = "weight.", "optimizer.", "random."  # what a tensor of a resume point is of
+
+
+def train(
+    task: TrainingTask,
+    weights: MasterWeights,
+    settings: LoopSettings,
+    state: RunState,
+    *,
+    modules: Sequence[nn.Module] = (),
+    log: Write,
+    progress: Progress = silent,
+    hooks: Hooks | None = None,
+) -> None:
+    """Train to the last step, saving resume points; the weights are changed in place.
+
+    Args:
+        task: rows, and how they become a loss.
+        weights: what trains.
+        settings: steps, rates, and what happens between steps.
+        state: where resume points are saved, and the one to go on from.
+        modules: what is in training mode during a step and in eval mode during a validation, so that dropout runs there
+            and nowhere else.
+        log: gets a record for every step, validation and start.
+        progress: where the events go.
+        hooks: what else happens at a start, after a step and after a validation.
+
+    Raises:
+        OffsiteError: the loss is no longer a finite number.
+        StorageError: a resume point or the log cannot be written, or the resume point is damaged.
+        KeyboardInterrupt: the user stopped it; a resume point was saved.
+    """
+    hooks, names, steps = hooks or Hooks(), settings.names, settings.steps
+    optimizer = make_optimizer(weights, settings.weight_decay)
+    done = _resume(task, weights, optimizer, state)
+    hooks.on_start(done)
+    rows_of = rows_of_steps(task.order)
+    speed = SpeedMeter()
+    between_steps = True  # whether the weights are those after `done` steps, so that they may be saved
+
+    def validate_if_due() -> None:
+        if settings.validates_after(done):
+            figures = _validate(task, modules, progress, done)
+            if figures:
+                log({"event": names.validation, "step": done, **figures})
+                hooks.on_validation(done, figures)
+            speed.restart()
+
+    runner = micro_batch_runner(weights.working.values(), task.device, settings.side_by_side)
+    with stop_requests() as stopping, runner as run:
+        log({"event": names.resume if done else names.start, "step": done, "steps": steps, **task.first_record()})
+        validate_if_due()  # an interruption may have come between the step and its validation
+        try:
+            while done < steps:
+                between_steps = False
+                for step in range(done, min(done + 2, steps)):
+                    epoch, rows = rows_of(step)
+                    task.prefetch(rows, epoch)
+                for module in modules:
+                    module.train()
+                rate = settings.learning_rate(done)
+                facts = _step(task, weights, optimizer, run, settings, *rows_of(done), rate)
+                done += 1
+                hooks.on_step(done)
+                between_steps = True  # only now: a resume point of this step says that its hook has run
+                speed.add(facts[task.unit])
+                log({"event": names.step, "step": done, **facts, f"{task.unit}_per_s": speed.per_second})
+                if done % settings.save_every == 0 or done == steps or stopping():
+                    _save(task, weights, optimizer, state, done)
+                if stopping():
+                    raise KeyboardInterrupt
+                progress(Event(names.stage, done, steps, _reported(task, facts, speed, steps - done)))
+                validate_if_due()
+        except KeyboardInterrupt:
+            if between_steps and done:
+                _save(task, weights, optimizer, state, done)
+            raise
+
+
+def _validate(task: TrainingTask, modules: Sequence[nn.Module], progress: Progress, step: int) -> Mapping[str, float]:
+    for module in modules:
+        module.eval()
+    return task.validate(progress, f"validating step {step}")
+
+
+def _step(
+    task: TrainingTask,
+    weights: MasterWeights,
+    optimizer: torch.optim.Optimizer,
+    run: MicroBatchRunner,
+    settings: LoopSettings,
+    epoch: int,
+    rows: Sequence[int],
+    rate: float,
+) -> dict[str, float]:
+    """One optimiser step; the loss is the mean over the weight of all its rows, whatever its micro-batches are."""
+    weight = task.weight(rows)
+    sums = _accumulate(task, weights, run, epoch, rows, weight)
+    norm = weights.clip_gradients(settings.max_grad_norm)
+    terms = {name: value / weight for name, value in sums.items()}
+    if not all(map(math.isfinite, (norm, *terms.values()))):
+        found = ", ".join(f"{name} {value}" for name, value in terms.items())
+        raise OffsiteError(
+            f"{settings.names.noun} diverged: the loss or its gradient is no longer a finite number",
+            reasons=[f"{found}, gradient norm {norm}, learning rate {rate:.3g}"],
+            next_step=settings.names.advice,
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate_factor"]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    weights.publish()
+    return {**terms, "lr": rate, "grad_norm": norm, **task.size(rows)}
+
+
+def _accumulate(
+    task: TrainingTask, weights: MasterWeights, run: MicroBatchRunner, epoch: int, rows: Sequence[int], weight: int
+) -> dict[str, float]:
+    """Add the gradients of all micro-batches of a step to the masters'; the sum of each term of the loss."""
+    terms_of: dict[int, Mapping[str, torch.Tensor]] = {}  # of micro-batches that have run, by their number
+
+    def loss_of(numbered: tuple[int, Sequence[int]]) -> torch.Tensor:
+        number, group = numbered
+        terms = task.loss_terms(group, epoch)
+        terms_of[number] = {name: term.detach() for name, term in terms.items()}
+        return torch.stack([task.term_weights[name] * term for name, term in terms.items()]).sum() / weight
+
+    sums = dict.fromkeys(task.term_weights, 0.0)
+    for number, _ in enumerate(run(loss_of, list(enumerate(task.micro_batches(rows))))):
+        weights.collect_gradients()
+        for name, term in terms_of.pop(number).items():
+            sums[name] += float(term)
+    return sums
+
+
+def _save(
+    task: TrainingTask, weights: MasterWeights, optimizer: torch.optim.Optimizer, state: RunState, step: int
+) -> None:
+    held, groups = optimizer_state(weights, optimizer)
+    tensors = {f"{_WEIGHT}{name}": master for name, master in weights.masters.items()}
+    tensors |= {f"{_OPTIMIZER}{name}": tensor for name, tensor in held.items()}
+    tensors[f"{_RANDOM}cpu"] = torch.get_rng_state()
+    if task.device.type == "cuda":
+        tensors[f"{_RANDOM}cuda"] = torch.cuda.get_rng_state(task.device)
+    state.save(ResumePoint(step, tensors, groups))
+
+
+def _resume(task: TrainingTask, weights: MasterWeights, optimizer: torch.optim.Optimizer, state: RunState) -> int:
+    """Take over the last resume point; the number of steps that were done."""
+    point = state.load()
+    if point is None:
+        return 0
+
+    def of(kind: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(kind): tensor for name, tensor in point.tensors.items() if name.startswith(kind)}
+
+    weights.load(of(_WEIGHT))
+    load_optimizer_state(weights, optimizer, of(_OPTIMIZER), point.groups)
+    random = of(_RANDOM)
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"], task.device)
+    return point.step
+
+
+def _reported(task: TrainingTask, facts: Mapping[str, float], speed: SpeedMeter, left: int) -> dict[str, float | str]:
+    """What the progress shows of a step."""
+    seconds = round(speed.seconds_left(left))
+    return {
+        **{name: facts[name] for name in (*task.term_weights, "lr")},
+        f"{task.unit}/s": round(speed.per_second),
+        "left": f"{seconds // 60}:{seconds % 60:02}",
+    }

@@ -1,0 +1,75 @@
+"""AdamW on master weights, and its state as named tensors and plain settings."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from offsite.training.master_weights import MasterWeights
+
+
+def make_optimizer(weights: MasterWeights, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with one group of parameters for each pair of decay and learning rate factor.
+
+    A group keeps its factor under "rate_factor"; the caller sets "lr" before every step.
+    """
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [
+                master
+                for name, master in weights.masters.items()
+                if (name in weights.decayed) is decays and weights.rate_factors.get(name, 1.0) == factor
+            ],
+            "weight_decay": weight_decay if decays else 0.0,
+            "rate_factor": factor,
+        }
+        for factor in sorted({1.0, *weights.rate_factors.values()})
+        for decays in (True, False)
+    ]
+    fused = next(iter(weights.masters.values())).device.type in ("cpu", "cuda", "mps", "xpu")
+    return torch.optim.AdamW([group for group in groups if group["params"]], fused=fused)
+
+
+def optimizer_state(
+    weights: MasterWeights, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """`optimizer.state_dict()` for a resume point.
+
+    Returns:
+        The tensors, "<key>.<weight's name>" each; and the settings of the groups, in which "params" are weights' names.
+    """
+    state = optimizer.state_dict()
+    names = _names(weights, optimizer)
+    tensors = {f"{key}.{names[index]}": value for index, held in state["state"].items() for key, value in held.items()}
+    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]]
+    return tensors, groups
+
+
+def load_optimizer_state(
+    weights: MasterWeights,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, torch.Tensor],
+    groups: Sequence[Mapping[str, Any]],
+) -> None:
+    """Take over what `optimizer_state` gave; torch puts every tensor on the device where the optimiser wants it.
+
+    Args:
+        weights: those that the optimiser moves.
+        optimizer: a fresh one, with the same groups.
+        tensors: by "<key>.<weight's name>".
+        groups: as they were.
+    """
+    index_of = {name: index for index, name in _names(weights, optimizer).items()}
+    held: dict[int, dict[str, torch.Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        key, _, name = full_name.partition(".")
+        held.setdefault(index_of[name], {})[key] = tensor
+    indexed = [{**group, "params": [index_of[name] for name in group["params"]]} for group in groups]
+    optimizer.load_state_dict({"state": held, "param_groups": indexed})
+
+
+def _names(weights: MasterWeights, optimizer: torch.optim.Optimizer) -> dict[int, str]:
+    """The name of the weight that each index of the optimiser's state_dict stands for."""
+    name_of = {id(master): name for name, master in weights.masters.items()}
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return {index: name_of[id(parameter)] for index, parameter in enumerate(parameters)}
