@@ -31,7 +31,9 @@ def _timm(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _short_calibration_text() -> Iterator[None]:
     """The start of the text that ships: tiny tokenizers take a third of a second for all of it, each time."""
-    read = calibration._read
+    read = calibration.read_calibration_text
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration, "_read", lambda file: read(file) if file else read(None)[:CALIBRATION])
+        patch.setattr(
+            calibration, "read_calibration_text", lambda file: read(file) if file else read(None)[:CALIBRATION]
+        )
         yield

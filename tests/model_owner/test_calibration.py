@@ -3,7 +3,7 @@ import json
 import pytest
 
 from offsite.errors import DataError
-from offsite.model_owner.calibration import _read
+from offsite.model_owner.calibration_text import read_calibration_text
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "ROWS.JSONL"])
@@ -16,19 +16,19 @@ def test_rows_of_every_kind_are_calibration_text(tmp_path, name):
         {"question": "Six?", "choices": ["a", "b"], "answer": 1},
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert _read(file) == "One.\n\nTwo three.\n\nFour?\nFive.\n\nQuestion: Six?\nAnswer: b"
+    assert read_calibration_text(file) == "One.\n\nTwo three.\n\nFour?\nFive.\n\nQuestion: Six?\nAnswer: b"
 
 
 @pytest.mark.parametrize("name", ["book.txt", "README", "notes.md"])
 def test_other_files_are_plain_text(tmp_path, name):
     (tmp_path / name).write_text('{"text": "One."}\n')
-    assert _read(tmp_path / name) == '{"text": "One."}\n'
+    assert read_calibration_text(tmp_path / name) == '{"text": "One."}\n'
 
 
 def test_bad_rows_are_listed_and_no_text_is_an_error(tmp_path):
     (tmp_path / "rows.csv").write_text("txt\na\nb\n")
     with pytest.raises(DataError, match="2 bad rows") as caught:
-        _read(tmp_path / "rows.csv")
+        read_calibration_text(tmp_path / "rows.csv")
     assert "rows.csv:2: fields 'txt'" in caught.value.reasons[0]
     with pytest.raises(DataError, match="cannot read"):
-        _read(tmp_path / "none.txt")
+        read_calibration_text(tmp_path / "none.txt")

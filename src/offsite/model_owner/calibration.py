@@ -5,7 +5,6 @@ package. For an image encoder it is a folder of the owner's own pictures, or cro
 """
 
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +14,13 @@ from torch import Tensor
 from offsite.data.picture_files import load_processor, read_pictures
 from offsite.data.picture_sizes import picture_count, seen_picture, spread
 from offsite.data.pictures import Pictures
-from offsite.data.row_files import RECORDS, kind, read_text
-from offsite.data.rows import read_rows
-from offsite.errors import DataError, UsageError
-from offsite.kernels.memory_formulas import CALIBRATION_BATCH, calibration_length
+from offsite.errors import DataError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.calibration_pictures import crops
+from offsite.model_owner.calibration_text import calibration_length, read_calibration_text, require_whole_sequence
 from offsite.models.loading import load_tokenizer
+
+CALIBRATION_BATCH = 8  # sequences, or pictures, that run at once
 
 
 def calibration_batches(model: BaseModel, file: Path | None, tokens: int) -> list[Tensor]:
@@ -36,15 +35,11 @@ def calibration_batches(model: BaseModel, file: Path | None, tokens: int) -> lis
     if model.row.vision is not None:
         return _picture_batches(model, file, tokens)
     tokenizer = load_tokenizer(model.folder)
-    ids = tokenizer(_read(file), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(read_calibration_text(file), add_special_tokens=False, verbose=False)["input_ids"]
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     length = calibration_length(model.config)
     body = length - len(start)
-    if tokens < length:
-        raise UsageError(
-            f"{tokens} tokens of calibration text are asked for, and one sequence has {length}",
-            next_step=f"set calibration_tokens, and distill_tokens with --heal distill, to at least {length}",
-        )
+    require_whole_sequence(length, tokens)
     count = min(tokens // length, len(ids) // body)
     if count == 0:
         raise DataError(
@@ -72,11 +67,3 @@ def _picture_batches(model: BaseModel, folder: Path | None, tokens: int) -> list
         return [made[at : at + CALIBRATION_BATCH] for at in range(0, count, CALIBRATION_BATCH)]
     pictures = Pictures(spread(read_pictures(folder, labelled=False), count), processor, skip_bad=True)
     return [torch.from_numpy(pixels) for _, pixels in pictures.in_order(CALIBRATION_BATCH)]
-
-
-def _read(file: Path | None) -> str:
-    if file is None:
-        return (resources.files("offsite.model_owner") / "calibration.txt").read_text(encoding="utf-8")
-    if file.is_dir() or kind(file) in RECORDS:
-        return "\n\n".join(row.whole_text for row in read_rows(file))
-    return read_text(file)

@@ -34,11 +34,12 @@ from offsite.kernels.memory_formulas import (
     torch_libraries,
 )
 from offsite.model_owner.base_model import BaseModel, open_base
+from offsite.model_owner.bundle_settings import settings_files
 from offsite.model_owner.calibration_pictures import photos
 from offsite.model_owner.compress.declare import declared_of
 from offsite.model_owner.heal.share import shared
 from offsite.model_owner.intake import check_return, issued_bundle
-from offsite.model_owner.pack import Parties, bundle_manifest, settings_files
+from offsite.model_owner.pack import Parties, bundle_manifest
 from offsite.model_owner.partition import DTYPES, bundle_tensors, counts
 from offsite.model_owner.plug_in import checkpoint_of, form_of
 from offsite.model_owner.sandwich import Sandwich

@@ -12,7 +12,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from offsite.errors import StorageError
-from offsite.kernels.memory_formulas import GROUP_TOKENS
 from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner
@@ -22,6 +21,8 @@ from offsite.models.loading import read_tensor
 from offsite.progress import Event, Progress
 from offsite.storage.files import replace_file
 from offsite.storage.safetensors_files import read_header
+
+_GROUP_TOKENS = 65_536  # whose hidden states are in memory on their way to the disk
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _groups(positions: Sequence[int], tokens: Sequence[int]) -> Iterator[list[in
     group: list[int] = []
     for position in positions:
         group.append(position)
-        if sum(tokens[one] for one in group) >= GROUP_TOKENS:
+        if sum(tokens[one] for one in group) >= _GROUP_TOKENS:
             yield group
             group = []
     if group:

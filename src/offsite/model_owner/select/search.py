@@ -16,7 +16,6 @@ from statistics import fmean
 
 import torch
 
-from offsite.kernels.memory_formulas import JUDGED, SEARCH_TOKENS
 from offsite.kernels.runtime import runtime
 from offsite.model_owner.block_runner import BlockRunner, LoadedStack
 from offsite.model_owner.calibration import calibration_batches
@@ -31,6 +30,9 @@ from offsite.storage.files import replace_file
 
 Blocks = tuple[int, ...]
 Score = Callable[[Blocks], float]
+
+_SEARCH_TOKENS = 16_384  # of calibration text that a selection is refitted and judged on, at most
+_JUDGED = 8  # every so many of their batches one judges
 
 
 def select(selection: Selection) -> Blocks:
@@ -105,8 +107,8 @@ def _judge(selection: Selection) -> Score:
     """A function from blocks to nats per token of the emulator with them, healed in closed form if it is to be."""
     model, sandwich, spec, scratch = selection.model, selection.sandwich, selection.spec, selection.scratch
     machine = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
-    batches = calibration_batches(model, spec.calibration.source, min(spec.calibration.tokens, SEARCH_TOKENS))
-    held_out = batches[JUDGED - 1 :: JUDGED] or batches[-1:]
+    batches = calibration_batches(model, spec.calibration.source, min(spec.calibration.tokens, _SEARCH_TOKENS))
+    held_out = batches[_JUDGED - 1 :: _JUDGED] or batches[-1:]
     fitted = [ids for ids in batches if not any(ids is one for one in held_out)] or batches
     states = middle_states(
         model, sandwich, held_out, machine, scratch / "judged", selection.progress, "hidden states to search with"

@@ -20,6 +20,7 @@ SELECTORS = {
     "search": "search",
     "random": "random_choice",
 }
+CALIBRATED = frozenset({"influence", "cluster", "search"})  # those that run calibration text through the base
 
 
 @dataclass(frozen=True)

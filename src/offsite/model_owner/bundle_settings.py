@@ -1,0 +1,92 @@
+"""What a bundle holds beside its weights: config, and tokenizer or image processor. Torch-free."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from offsite.errors import IncompatibleError, StorageError
+from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.importing.vision_tower import processor_class
+from offsite.model_owner.partition import bundle_config
+from offsite.models.architectures import config_problems
+from offsite.models.modules.declared import Declared, wrapped
+from offsite.protocol.contents import (
+    ALLOWED_KEYS,
+    CONFIG,
+    GENERATION_CONFIG,
+    PROCESSOR,
+    TOKENIZER_FILES,
+    cleaned,
+    content_problems,
+)
+from offsite.storage.safetensors_files import strict_json
+
+
+def settings_files(
+    model: BaseModel, kept: Sequence[int], dtype: str, declared: Declared | None = None
+) -> dict[str, bytes]:
+    """What a bundle holds beside its weights, by file name: config, and tokenizer or image processor, cleaned.
+
+    Raises:
+        IncompatibleError: a file holds what may not travel.
+        StorageError: there is no tokenizer, or a file cannot be read.
+    """
+    config = bundle_config(model, kept, dtype)
+    problems = config_problems(config, model.row)
+    if problems:
+        raise IncompatibleError(
+            "the base's config holds what may not travel", reasons=problems, next_step=f"mend {CONFIG} in the base"
+        )
+    files = {CONFIG: _json(wrapped(config, declared) if declared else config)}
+    others = _input_files(model)
+    if model.row.vision is None and (model.folder / GENERATION_CONFIG).is_file():
+        others.append(model.folder / GENERATION_CONFIG)
+    for source in others:
+        files[source.name] = _json(_cleaned_file(source)) if source.name in ALLOWED_KEYS else source.read_bytes()
+    return files
+
+
+def _input_files(model: BaseModel) -> list[Path]:
+    """What makes inputs of text, or of images."""
+    if model.row.vision is None:
+        return _tokenizer_files(model)
+    if not (model.folder / PROCESSOR).is_file():
+        raise StorageError(
+            f"{model.folder} holds no {PROCESSOR}, without which nobody knows how images are given to the model",
+            next_step="copy the image processor's file into the base folder",
+        )
+    return [model.folder / PROCESSOR]
+
+
+def _tokenizer_files(model: BaseModel) -> list[Path]:
+    found = [model.folder / name for name in TOKENIZER_FILES if (model.folder / name).is_file()]
+    if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for path in found):
+        raise StorageError(
+            f"{model.folder} holds no tokenizer, without which the bundle could not be tuned",
+            reasons=["expected tokenizer.json, tokenizer.model or vocab.json"],
+            next_step="copy the tokenizer's files into the base folder",
+        )
+    return found
+
+
+def _cleaned_file(source: Path) -> dict[str, Any]:
+    try:
+        content = strict_json(source.read_bytes())
+    except ValueError as error:
+        raise StorageError(
+            f"{source} is not JSON", reasons=[str(error)], next_step="mend the file in the base"
+        ) from None
+    kept = cleaned(source.name, content) if isinstance(content, dict) else content
+    if source.name == PROCESSOR and isinstance(kept, dict) and not kept.get("image_processor_type"):
+        kept["image_processor_type"] = processor_class(source.parent)
+    problems = content_problems(source.name, kept)
+    if problems:
+        raise IncompatibleError(
+            f"{source} holds what may not travel", reasons=problems, next_step="mend the file in the base"
+        )
+    return dict(kept)
+
+
+def _json(content: object) -> bytes:
+    return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
