@@ -251,14 +251,14 @@ def test_a_return_is_nearly_the_one_without(house, tmp_path, settings):
 
 def test_frozen_blocks_run_no_more_often_with_more_epochs(house, tmp_path, monkeypatch):
     seen = []
-    prepare = stage._prepare
+    prepare = stage.prepare_model
 
     def counting(*given):
         tuning = prepare(*given)
         seen.append([calls_of(block) for block in tuning.blocks])
         return tuning
 
-    monkeypatch.setattr(stage, "_prepare", counting)
+    monkeypatch.setattr(stage, "prepare_model", counting)
     for epochs in (2, 5):
         house.tune(tmp_path / str(epochs), epochs=epochs)
     few, many = ([len(calls) for calls in run] for run in seen)

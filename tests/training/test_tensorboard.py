@@ -41,7 +41,7 @@ class Writer:
 def writers(monkeypatch):
     Writer.made = []
     monkeypatch.setattr(stage, "require_tensorboard", lambda: Writer)
-    monkeypatch.setattr("offsite.data_owner.tune.require_tensorboard", lambda: Writer)
+    monkeypatch.setattr("offsite.data_owner.check_tuning.require_tensorboard", lambda: Writer)
     return Writer.made
 
 

@@ -38,25 +38,36 @@ def train(
     tuning: Tuning,
     spec: TuneSpec,
     state: RunState,
-    checkpoints: Checkpoints,
     log: Path,
     progress: Progress,
     *,
+    checkpoints: Checkpoints | None = None,
     tensorboard: Path | None = None,
 ) -> None:
     """Train to the last step, saving resume points and checkpoints; the weights are changed in place.
+
+    Args:
+        tuning: what trains.
+        spec: how; what fits into memory has been found out.
+        state: where resume points are saved, and the one to go on from.
+        log: the file that gets a JSON line for every step and validation.
+        progress: where the events go.
+        checkpoints: those that will be returned; None where there is no return.
+        tensorboard: a folder to log to for TensorBoard as well.
 
     Raises:
         OffsiteError: the loss is no longer a finite number.
         StorageError: a resume point, a checkpoint or the log cannot be written, or a checkpoint is gone.
         KeyboardInterrupt: the user stopped it; a resume point was saved.
     """
-    settings = loop_settings(spec, tuning.task.rows, checkpoints)
-    hooks = Hooks(
-        on_start=checkpoints.require_taken,
-        on_step=lambda step: checkpoints.take(step, tuning.returned),
-        on_validation=lambda step, figures: checkpoints.score(step, figures["loss"]),
-    )
+    settings = _loop_settings(spec, tuning.task.rows, checkpoints)
+    hooks = Hooks()
+    if checkpoints is not None:
+        hooks = Hooks(
+            on_start=checkpoints.require_taken,
+            on_step=lambda step: checkpoints.take(step, tuning.returned),
+            on_validation=lambda step, figures: checkpoints.score(step, figures["loss"]),
+        )
     task = replace(tuning.task, batching=Batching.of(spec))
     with run_log(log) as to_file, board(tensorboard) as to_board:
 
@@ -69,23 +80,22 @@ def train(
         )
 
 
-def loop_settings(spec: TuneSpec, rows: int, checkpoints: Checkpoints) -> LoopSettings:
-    """The loop's settings for a tuning of so many rows; it is validated at every checkpoint and by `eval_every`."""
-    steps = step_count(spec, rows)
+def _loop_settings(spec: TuneSpec, rows: int, checkpoints: Checkpoints | None) -> LoopSettings:
+    """Of a tuning of so many rows: it is validated at its end, at every checkpoint, and as often as `eval_every`."""
+    steps, every, optimizer = step_count(spec, rows), spec.points.eval_every, spec.optimizer
 
     def rate(step: int) -> float:
-        return learning_rate(
-            step, steps, peak=spec.peak_lr, warmup=spec.optimizer.warmup, schedule=spec.optimizer.schedule
-        )
+        return learning_rate(step, steps, peak=spec.peak_lr, warmup=optimizer.warmup, schedule=optimizer.schedule)
 
     def validates_after(step: int) -> bool:
-        return checkpoints.is_due(step) or bool(step and spec.points.eval_every and step % spec.points.eval_every == 0)
+        is_checkpoint = checkpoints is not None and checkpoints.is_due(step)
+        return is_checkpoint or step == steps or bool(step and every and step % every == 0)
 
     return LoopSettings(
         steps=steps,
         learning_rate=rate,
-        weight_decay=spec.optimizer.weight_decay,
-        max_grad_norm=spec.optimizer.max_grad_norm,
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.max_grad_norm,
         save_every=spec.points.save_every,
         validates_after=validates_after,
         side_by_side=spec.memory.lanes or 1,

@@ -23,7 +23,7 @@ from offsite.storage.safetensors_files import copied, finite, read_header, write
 from offsite.training.resume_points import to_be_written
 
 
-def send_back(
+def write_return(
     bundle: Bundle,
     tensors: Mapping[str, torch.Tensor],
     spec: TuneSpec,
@@ -36,11 +36,11 @@ def send_back(
 
     Args:
         bundle: what it answers.
-        tensors: the trained fp32 tensors by the names under which they are returned.
+        tensors: the trained fp32 tensors by the names under which they are returned, a classifier among them.
         spec: how they were tuned.
         out: the return's folder; it appears whole or not at all.
         identity: the bundle's recipient, who signs.
-        checkpoints: the earlier ones, and what is told of them.
+        checkpoints: the earlier ones, and the scores that are reported of them.
         classes: what the classifier among the tensors tells apart; None where there is none.
 
     Raises:

@@ -17,7 +17,6 @@ from offsite.data.rows import read_rows
 from offsite.data.tokens import Example, encode
 from offsite.data_owner.image_task import Album, ImageTask, head_parameters, new_head, open_album
 from offsite.data_owner.memory_budget import within_memory
-from offsite.data_owner.returned_checkpoints import Checkpoints
 from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning, train
 from offsite.kernels.activation_checkpointing import keep_activations
@@ -38,7 +37,6 @@ from offsite.storage.safetensors_files import from_array, write_checkpoint
 from offsite.training.master_weights import MasterWeights
 from offsite.training.resume_points import RunState
 from offsite.training.run_log import log_file, run_folder
-from offsite.training.schedule import step_count
 from offsite.training.task import Batching
 
 if TYPE_CHECKING:
@@ -97,9 +95,7 @@ def full_fine_tuning(
                 tuning = _prepare_images(model, row, album, spec, progress)
             alone = spec.changed({"lanes": 1})  # lanes would each hold a gradient of the whole model
             fitted = within_memory(tuning, alone, where, state.folder / "memory.json", progress)
-            only_the_last = spec.changed({"checkpoints": 1, "report_scores": False})
-            checkpoints = Checkpoints(state, only_the_last, step_count(spec, tuning.task.rows))
-            train(tuning, fitted, state, checkpoints, log_file(out), progress)
+            train(tuning, fitted, state, log_file(out), progress)
     keep_activations(tuning.blocks)  # which puts the blocks' own names back
     progress(Event("writing the tuned model", 0))
     if isinstance(tuning.task, ImageTask):

@@ -1,0 +1,117 @@
+"""A bundle's model, ready to train: loaded, made fast, with its adapter attached and the task that trains it."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from offsite.config import TuneSpec
+from offsite.data_owner.image_task import Album, ImageTask, head_parameters, new_head
+from offsite.data_owner.methods import METHODS
+from offsite.data_owner.methods.trained_head import attach_head
+from offsite.data_owner.text_task import TextTask
+from offsite.data_owner.train import Tuning
+from offsite.data_owner.tuning_data import TextData
+from offsite.kernels.cpu.fused_modules import fuse
+from offsite.kernels.cpu.lora_linear import replace_lora_layers
+from offsite.kernels.cpu.tiled_attention import use_tiled_attention
+from offsite.kernels.runtime import Runtime
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.backbone import split_backbone_and_head
+from offsite.models.image_encoder import BIAS, WEIGHT, encoder_of
+from offsite.models.loading import load_model
+from offsite.models.mixture import in_files
+from offsite.progress import Progress
+from offsite.protocol.artifacts import Bundle
+from offsite.training.master_weights import MasterWeights
+from offsite.training.task import Batching
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+def prepare_model(
+    bundle: Bundle, data: TextData | Album, spec: TuneSpec, runtime: Runtime, progress: Progress
+) -> Tuning:
+    """Load a bundle's model and attach what trains, with random numbers of torch's own generator.
+
+    Args:
+        bundle: verified.
+        data: the rows, as `read_data` gives them.
+        spec: what trains.
+        runtime: the device, and the dtype of frozen weights.
+        progress: where the events go.
+
+    Raises:
+        IncompatibleError: the bundle does not load, has nothing that the method trains, or other tensors than its
+            manifest says.
+        StorageError: its weights cannot be read.
+    """
+    model = load_model(bundle.folder, dtype=runtime.dtype, device=runtime.device)
+    if isinstance(data, Album):
+        return _prepare_pictures(bundle, model, data, spec, progress)
+    return _prepare_text(bundle, model, data, spec)
+
+
+def _prepare_text(bundle: Bundle, model: "PreTrainedModel", data: TextData, spec: TuneSpec) -> Tuning:
+    network = split_backbone_and_head(model)
+    attached = _attach(bundle, model, spec)
+    working = attached | attach_head(model, bundle.manifest, spec)
+    weights = MasterWeights(working, decayed=_decayed(bundle, spec, working))
+    task = TextTask(network, data.examples, data.held_out, Batching.of(spec))
+    return _tuning(bundle, model, spec, task, weights)
+
+
+def _prepare_pictures(
+    bundle: Bundle, model: "PreTrainedModel", album: Album, spec: TuneSpec, progress: Progress
+) -> Tuning:
+    encoder = encoder_of(model)
+    used = encoder.read_by(spec.images.pooling)
+    head = new_head(encoder, album, used, spec, progress)  # reads the encoder as it was sent, before LoRA is attached
+    classifier = head_parameters(head)
+    attached = _attach(bundle, model, spec)
+    weights = MasterWeights(
+        attached | classifier,
+        decayed=_decayed(bundle, spec, attached) | {WEIGHT},
+        rate_factors=dict.fromkeys(classifier, spec.head_factor),
+    )
+    task = ImageTask(encoder, head, used, album, spec.images.augment, Batching.of(spec))
+    return _tuning(bundle, model, spec, task, weights)
+
+
+def _attach(bundle: Bundle, model: "PreTrainedModel", spec: TuneSpec) -> dict[str, "nn.Parameter"]:
+    """Make the model fast to train, and attach what trains: by the names under which it is returned."""
+    fuse(model)
+    use_tiled_attention(model)
+    attached = METHODS[spec.adapter.method](model, bundle.manifest, spec)
+    replace_lora_layers(model)
+    return attached
+
+
+def _decayed(bundle: Bundle, spec: TuneSpec, names: Iterable[str]) -> frozenset[str]:
+    """Which trained parameters decay: matrices of linear layers and of the head, and no norm or bias."""
+    family = ARCHITECTURES[bundle.manifest.architecture]
+    adds_layers = spec.adapter.method in ("lora", "bottleneck")  # linear layers, and nothing else
+    return frozenset(
+        name
+        for name in names
+        if family.is_linear(name)
+        or (adds_layers and name.endswith(".weight"))
+        or name == f"{family.head_module}.weight"
+    )
+
+
+def _tuning(
+    bundle: Bundle, model: "PreTrainedModel", spec: TuneSpec, task: TextTask | ImageTask, weights: MasterWeights
+) -> Tuning:
+    family = ARCHITECTURES[bundle.manifest.architecture]
+    blocks = model.get_submodule(family.module_blocks or family.blocks)
+    classifier = {name: master for name, master in weights.masters.items() if name in (WEIGHT, BIAS)}
+    adapter = {name: master for name, master in weights.masters.items() if name not in classifier}
+    by_file = in_files(family, adapter) if spec.adapter.method in ("full", "bitfit") else adapter
+    return Tuning(
+        task=task,
+        blocks=blocks,
+        trained=[blocks.get_submodule(str(index)) for index in bundle.manifest.split.trained],
+        weights=weights,
+        returned={**by_file, **classifier},
+    )
