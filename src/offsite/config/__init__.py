@@ -4,9 +4,10 @@ Defaults were chosen by measurement on SmolLM2-135M-Instruct; docs/decisions/ sa
 """
 
 from offsite.config.choices import Dtype, Method
+from offsite.config.compressors import HealingStep, Pruner, SelectionRule, StoredForm
 from offsite.config.eval_spec import EvalSpec
 from offsite.config.import_spec import ImportSpec
-from offsite.config.pack_spec import USUAL_PRUNE, Healing, PackSpec, RefitMap
+from offsite.config.pack_spec import USUAL_PRUNE, PackSpec, RefitMap
 from offsite.config.plug_in_spec import STRENGTHS, PlugInSpec
 from offsite.config.runtime import RuntimeSettings
 from offsite.config.settings_file import TABLES, load_spec
@@ -19,16 +20,19 @@ __all__ = [
     "USUAL_PRUNE",
     "Dtype",
     "EvalSpec",
-    "Healing",
+    "HealingStep",
     "ImportSpec",
     "Method",
     "PackSpec",
     "PlugInSpec",
+    "Pruner",
     "RefitMap",
     "RuntimeSettings",
+    "SelectionRule",
     "Setting",
     "Settings",
     "Spec",
+    "StoredForm",
     "TuneSpec",
     "describe_validation",
     "flat_place",

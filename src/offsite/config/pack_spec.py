@@ -7,10 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from offsite.config.choices import Dtype, Method, split_numbers, split_parts, split_steps
+from offsite.config.compressors import (
+    HEALING_STEPS,
+    PRUNERS,
+    SELECTION_RULES,
+    STORED_FORMS,
+    HealingName,
+    HealingStep,
+    Pruner,
+    PrunerName,
+    SelectionName,
+    SelectionRule,
+    StoredForm,
+)
 from offsite.config.runtime import RuntimeSettings
 from offsite.config.spec import Settings, Spec
 
-Healing = Literal["share", "refit", "distill", "affine"]
 RefitMap = Literal["mlp", "attention"]
 USUAL_PRUNE = 0.5  # of an emulator that drops no block
 
@@ -39,7 +51,7 @@ class SelectSettings(Settings):
         Field(ge=1, description="blocks of the middle that the emulator keeps; None: all, each pruned to half"),
     ] = None
     by: Annotated[
-        Literal["uniform", "influence", "cluster", "contiguous", "search", "random"],
+        SelectionName,
         Field(alias="select", description="which blocks of the middle stay"),
     ] = "uniform"
     drop_from: Annotated[
@@ -52,7 +64,7 @@ class HealSettings(Settings):
     """How the emulator makes up for dropped blocks."""
 
     steps: Annotated[
-        tuple[Healing, ...],
+        tuple[HealingName, ...],
         BeforeValidator(split_steps),
         Field(
             alias="heal", description="how the emulator makes up for dropped blocks: none, or steps joined by commas"
@@ -105,8 +117,8 @@ class CompressSettings(Settings):
         ),
     ] = None
     prune_by: Annotated[
-        Literal["magnitude", "sparsegpt"],
-        Field(description="which numbers: the smallest; or those that cost least, and the others make up for them"),
+        PrunerName,
+        Field(description="which weights: the smallest; or by what enters each layer, in the pass that heals"),
     ] = "sparsegpt"
     zeros: Annotated[
         Literal["stored", "left-out"],
@@ -184,41 +196,52 @@ class PackSpec(Spec):
     def _steps_fit_together(self) -> Self:
         if len(set(self.heal.steps)) != len(self.heal.steps):
             raise ValueError(f"heal names a step twice: {','.join(self.heal.steps)}")
-        if "distill" in self.heal.steps[:-1]:
-            raise ValueError("distill must be heal's last step: a closed form after it would undo what it learnt")
-        if "share" in self.heal.steps and "refit" in self.heal.steps:
-            raise ValueError("share and refit are two ways to fill the same gap: choose one")
-        if "share" in self.heal.steps and self.pruned and self.compress.prune_by == "sparsegpt":
-            raise ValueError(
-                "heal = share does not go with prune_by = sparsegpt, under which what is shared would come to differ: "
-                "choose prune_by = magnitude"
-            )
-        if "affine" in self.heal.steps:
-            self._affine_fits()
-        if self.compress.bits is not None and self.compress.svd_rank is not None:
-            raise ValueError("bits and svd_rank both store a matrix in another way: choose one")
-        if self.compress.zeros == "left-out" and (
-            self.pruned == 0 or self.compress.bits is not None or self.compress.svd_rank is not None
-        ):
-            raise ValueError("zeros = left-out goes with prune above 0, and not with bits or svd_rank")
-        if self.select.keep is None and (self.select.by != "uniform" or "share" in self.heal.steps):
-            what = "heal = share" if "share" in self.heal.steps else f"select = {self.select.by}"
+        self._require_healing_fits()
+        self._require_pruner_fits()
+        self._require_forms_fit()
+        fills = [step.name for step in self.healing_steps if step.runs == "places"]
+        if self.select.keep is None and (self.select.by != "uniform" or fills):
+            what = f"heal = {fills[0]}" if fills else f"select = {self.select.by}"
             raise ValueError(f"{what} is about blocks that are dropped: say with keep how many stay")
-        if self.heal.refit_maps != ("mlp",) and "refit" not in self.heal.steps:
+        if self.heal.refit_maps != ("mlp",) and not any(step.solves_outputs for step in self.healing_steps):
             raise ValueError("refit_maps is a setting of heal = refit and of no other")
         if self.select.drop_from is not None and self.select.by != "contiguous":
             raise ValueError("drop_from is a setting of select = contiguous and of no other")
         return self
 
-    def _affine_fits(self) -> None:
-        if len(self.heal.steps) > 1:
-            raise ValueError(
-                "affine is heal's only step: refit and share fill the same gap, distill trains the blocks as if there "
-                "were no maps behind them; choose heal = affine, or heal = refit,distill"
-            )
-        if self.pruned and self.compress.prune_by == "sparsegpt":
-            way = "say with keep how many blocks stay" if self.compress.prune is None else "choose prune_by = magnitude"
-            raise ValueError(f"heal = affine does not go with prune_by = sparsegpt, which has a pass of its own: {way}")
+    def _require_healing_fits(self) -> None:
+        """Refuse steps of healing that do not go together, or not in this order."""
+        for step in self.healing_steps:
+            if step.alone and len(self.healing_steps) > 1:
+                raise ValueError(f"{step.name} is heal's only step: {step.alone}")
+        for step in self.healing_steps[:-1]:
+            if step.runs == "after":
+                raise ValueError(
+                    f"{step.name} must be heal's last step: a closed form after it would undo what it learnt"
+                )
+        filling = [step.name for step in self.healing_steps if step.fills_gap]
+        if len(filling) > 1:
+            raise ValueError(f"{' and '.join(filling)} are two ways to fill the same gap: choose one")
+
+    def _require_pruner_fits(self) -> None:
+        """Refuse a pruner that runs in the pass over the blocks, where a step of healing does not permit it."""
+        for step in self.healing_steps:
+            if self.pruned and self.pruner.calibrated and step.not_with_calibrated:
+                way = "say with keep how many blocks stay"
+                if self.compress.prune is not None:
+                    way = f"choose prune_by = {' or '.join(row.name for row in PRUNERS.values() if not row.calibrated)}"
+                raise ValueError(
+                    f"heal = {step.name} does not go with prune_by = {self.pruner.name}, {step.not_with_calibrated}: "
+                    f"{way}"
+                )
+
+    def _require_forms_fit(self) -> None:
+        """Refuse two ways to store one matrix, and leaving out zeros where there are none."""
+        encodings = [form.name for form in self.stored_forms if form.encodes_matrices]
+        if len(encodings) > 1:
+            raise ValueError(f"{' and '.join(encodings)} each store a matrix in a way of its own: choose one")
+        if self.compress.zeros == "left-out" and self.pruned == 0:
+            raise ValueError("zeros = left-out goes with prune above 0")
 
     def trained(self, blocks: int) -> frozenset[int]:
         """Which blocks of a base of so many train; the first 4 and last 6 of 30 by default (docs/decisions/0009)."""
@@ -231,12 +254,30 @@ class PackSpec(Spec):
     @property
     def declares(self) -> tuple[str, ...]:
         """Settings under which the bundle is no checkpoint of its family any more."""
-        asked = {"bits": self.compress.bits, "svd_rank": self.compress.svd_rank, "mlp_width": self.compress.mlp_width}
-        named = [name for name in asked if asked[name] is not None]
-        return (
-            *(step for step in ("share", "affine") if step in self.heal.steps),
-            *named,
-            *(["zeros"] if self.compress.zeros == "left-out" else []),
+        steps = [step.name for step in HEALING_STEPS.values() if step.declared and step in self.healing_steps]
+        return (*steps, *(form.name for form in self.stored_forms))
+
+    @property
+    def selection_rule(self) -> SelectionRule:
+        """The rule that chooses the blocks that stay."""
+        return SELECTION_RULES[self.select.by]
+
+    @property
+    def healing_steps(self) -> tuple[HealingStep, ...]:
+        """The steps of healing, in order."""
+        return tuple(HEALING_STEPS[name] for name in self.heal.steps)
+
+    @property
+    def pruner(self) -> Pruner:
+        """What chooses the weights that become zero, where any do."""
+        return PRUNERS[self.compress.prune_by]
+
+    @property
+    def stored_forms(self) -> tuple[StoredForm, ...]:
+        """The forms that blocks are stored in, where they are not the family's own."""
+        usual = CompressSettings()
+        return tuple(
+            form for form in STORED_FORMS.values() if getattr(self.compress, form.name) != getattr(usual, form.name)
         )
 
     @property
@@ -244,8 +285,8 @@ class PackSpec(Spec):
         """The share of each emulator matrix that becomes zero."""
         if self.compress.prune is not None:
             return self.compress.prune
-        otherwise = (self.select.keep, self.compress.bits, self.compress.svd_rank, self.compress.mlp_width)
-        return USUAL_PRUNE if all(setting is None for setting in otherwise) else 0.0
+        compressed = self.select.keep is not None or any(form.lossy for form in self.stored_forms)
+        return 0.0 if compressed else USUAL_PRUNE
 
     def kept(self, middle: Sequence[int]) -> int:
         """How many blocks of a middle the emulator keeps."""
@@ -254,4 +295,4 @@ class PackSpec(Spec):
     @property
     def resumable(self) -> bool:
         """Whether packing keeps resume points: distillation and search take long."""
-        return "distill" in self.heal.steps or self.select.by == "search"
+        return self.selection_rule.resumable or any(step.resumable for step in self.healing_steps)

@@ -12,7 +12,6 @@ from offsite.model_owner.bundle_settings import settings_files
 from offsite.model_owner.calibration_text import require_calibration
 from offsite.model_owner.partition import DTYPES, permitted_methods
 from offsite.model_owner.sandwich import Sandwich
-from offsite.model_owner.select.selection import CALIBRATED
 from offsite.model_owner.split import split
 from offsite.model_owner.work import work_of
 from offsite.protocol.artifacts import Base
@@ -61,7 +60,7 @@ def check_packing(
     if spec.resumable:
         require_resume_asked(run_folder(out), resume=resume)
     if runs_network(sandwich, spec):
-        require_calibration(model, spec, distills=work_of(sandwich.middle, spec).distills)
+        require_calibration(model, spec, distills=bool(work_of(sandwich.middle, spec).later_steps))
         if model.row.vision is not None and model.row.vision.extra:
             from offsite.models.loading import require_library
 
@@ -71,6 +70,5 @@ def check_packing(
 
 def runs_network(sandwich: Sandwich, spec: PackSpec) -> bool:
     """Whether the base's network runs, to select blocks or to heal them."""
-    work = work_of(sandwich.middle, spec)
-    chooses = spec.select.by in CALIBRATED and spec.kept(sandwich.middle) < len(sandwich.middle)
-    return work.block_by_block or work.distills or chooses
+    chooses = spec.selection_rule.runs_blocks and spec.kept(sandwich.middle) < len(sandwich.middle)
+    return chooses or work_of(sandwich.middle, spec).runs_network

@@ -3,7 +3,7 @@
 import contextlib
 import datetime
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from offsite.model_owner.base_model import BaseModel, fingerprint
 from offsite.model_owner.bundle_settings import settings_files
 from offsite.model_owner.check_packing import check_packing
 from offsite.model_owner.compress.declare import declared_of
-from offsite.model_owner.heal.share import shared
+from offsite.model_owner.heal.heal_steps import fill_places, heal
+from offsite.model_owner.heal.healing import Healing
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.partition import (
     DTYPES,
@@ -24,9 +25,7 @@ from offsite.model_owner.partition import (
     returnable,
     returnable_head,
 )
-from offsite.model_owner.sandwich import Sandwich
 from offsite.model_owner.select.select_blocks import select_blocks
-from offsite.model_owner.work import work_of
 from offsite.models.modules.declared import Declared
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Base, Bundle
@@ -37,7 +36,8 @@ from offsite.protocol.home import Home
 from offsite.protocol.manifest import FORMAT, BundleManifest, FileEntry, Split
 from offsite.protocol.sealing import file_entries, seal
 from offsite.storage.files import staged_folder, write_stream
-from offsite.storage.safetensors_files import DECLARED_WEIGHTS, WEIGHTS, TensorRange, write_checkpoint
+from offsite.storage.safetensors_files import DECLARED_WEIGHTS, WEIGHTS, write_checkpoint
+from offsite.training.run_log import log_file, run_folder
 
 # Settings that do not change what comes out, so a resumed run may have others.
 _FREE_SETTINGS = frozenset({"threads", "search_minutes"})
@@ -81,8 +81,8 @@ def pack(
     base_code = fingerprint(model, identity)
     with staged_folder(out) as folder, _scratch(out, folder, base_code, spec, resume=resume) as scratch:
         chosen = select_blocks(model, sandwich, spec, scratch, progress)
-        emulator = shared(sandwich.middle, chosen) if "share" in spec.heal.steps else chosen
-        healed = _heal(model, sandwich, emulator, spec, scratch, out, progress)
+        emulator = fill_places(sandwich.middle, chosen, spec)
+        healed = heal(Healing(model, sandwich, emulator, spec, scratch, log_file(out), progress))
         kept = sandwich.kept(emulator)
         progress(Event("writing the bundle", 0))
         numbers = counts(sandwich, kept)
@@ -138,24 +138,6 @@ def bundle_manifest(
     )
 
 
-def _heal(
-    model: BaseModel,
-    sandwich: Sandwich,
-    emulator: Sequence[int],
-    spec: PackSpec,
-    scratch: Path,
-    out: Path,
-    progress: Progress,
-) -> Mapping[str, TensorRange]:
-    work = work_of(sandwich.middle, spec)
-    if not (work.block_by_block or work.distills):
-        return {}
-    from offsite.model_owner.heal.heal_steps import heal
-    from offsite.training.run_log import log_file
-
-    return heal(model, sandwich, emulator, spec, scratch, log_file(out), progress)
-
-
 @contextlib.contextmanager
 def _scratch(out: Path, staging: Path, base: str, spec: PackSpec, *, resume: bool) -> Iterator[Path]:
     """Where healed weights lie until the bundle is written; where the work is long, it outlives an interruption."""
@@ -164,7 +146,6 @@ def _scratch(out: Path, staging: Path, base: str, spec: PackSpec, *, resume: boo
             yield Path(folder)
         return
     from offsite.training.resume_points import RunState
-    from offsite.training.run_log import run_folder
 
     text = data_digest(spec.calibration.source) if spec.calibration.source else None
     identity = {**spec.flat(without=_FREE_SETTINGS), "base": base, "text": text}

@@ -8,7 +8,6 @@ from offsite.config import Method, PackSpec
 from offsite.errors import UsageError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.compress.declare import block_tensors, declared_of
-from offsite.model_owner.compress.magnitude import pruned
 from offsite.model_owner.sandwich import Sandwich
 from offsite.models.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT
 from offsite.protocol.manifest import Split, TensorEntry
@@ -35,45 +34,39 @@ def bundle_tensors(
         numbers: of blocks in bottom, emulator and top.
         spec: how the emulator's blocks are stored.
     """
-    row = model.row
+    family = model.row
     tensors = [
         copied(model.tensors[name], name=name, dtype=dtype)
-        for name in (*row.embeddings, *row.final, row.head)
+        for name in (*family.embeddings, *family.final, family.head)
         if name in model.tensors
     ]
     slots = kept[numbers.bottom : numbers.bottom + numbers.emulator]
     declared = declared_of(model, numbers.bottom, slots, spec)
     for index, base_index in enumerate(kept):
         block = model.block(base_index)
-        held = {path: healed.get(row.in_block(base_index, path), tensor) for path, tensor in block.items()}
+        held = {path: healed.get(family.in_block(base_index, path), tensor) for path, tensor in block.items()}
         place = index - numbers.bottom
         if index in numbers.trained:
             stored = [copied(tensor, name=path, dtype=dtype) for path, tensor in held.items()]
-        elif declared is None:
-            stored = [
-                pruned(tensor, name=path, dtype=dtype, ratio=spec.pruned)
-                if spec.pruned and row.is_linear(row.in_block(base_index, path))
-                else copied(tensor, name=path, dtype=dtype)
-                for path, tensor in held.items()
-            ]
         else:
-            behind = {path: row.in_block(base_index, path) for path in (AFFINE_WEIGHT, AFFINE_BIAS)}
+            behind = {path: family.in_block(base_index, path) for path in (AFFINE_WEIGHT, AFFINE_BIAS)}
             held |= {path: healed[name] for path, name in behind.items() if name in healed}
-            stored = block_tensors(row, held, declared, spec, dtype) if declared.holds_weights(place) else []
-        tensors += [replace(tensor, name=row.in_block(index, tensor.name)) for tensor in stored]
+            holds_weights = declared is None or declared.holds_weights(place)
+            stored = block_tensors(family, held, declared, spec, dtype) if holds_weights else []
+        tensors += [replace(tensor, name=family.in_block(index, tensor.name)) for tensor in stored]
     return tensors
 
 
 def bundle_config(model: BaseModel, kept: Sequence[int], dtype: str) -> dict[str, Any]:
     """The config of the bundle: allow-listed keys, the new block count in every spelling, per-block lists cut."""
-    row = model.row
+    family = model.row
     config = subset_config(model, kept)
-    config = {key: value for key, value in config.items() if key in row.config_keys}
+    config = {key: value for key, value in config.items() if key in family.config_keys}
     config.pop("torch_dtype", None)
     return config | {
-        "architectures": [row.class_name],
-        "model_type": row.model_type,
-        **({"tie_word_embeddings": row.tied(model.config)} if row.head else {}),
+        "architectures": [family.class_name],
+        "model_type": family.model_type,
+        **({"tie_word_embeddings": family.tied(model.config)} if family.head else {}),
         "dtype": {"BF16": "bfloat16", "F32": "float32"}[dtype],
     }
 

@@ -37,7 +37,7 @@ from offsite.model_owner.base_model import BaseModel, open_base
 from offsite.model_owner.bundle_settings import settings_files
 from offsite.model_owner.calibration_pictures import photos
 from offsite.model_owner.compress.declare import declared_of
-from offsite.model_owner.heal.share import shared
+from offsite.model_owner.heal.heal_steps import fill_places
 from offsite.model_owner.intake import check_return, issued_bundle
 from offsite.model_owner.pack import Parties, bundle_manifest
 from offsite.model_owner.partition import DTYPES, bundle_tensors, counts
@@ -123,22 +123,21 @@ def plan_pack(base: Base, spec: PackSpec) -> PackPlan:
     dropped = keep < len(sandwich.middle)
     work = work_of(sandwich.middle, spec)
     searches = spec.select.by == "search" and dropped
-    closed = work.block_by_block or (dropped and spec.select.by in _WORK)
-    runs = closed or work.distills
+    closed = work.block_by_block or (dropped and spec.selection_rule.runs_blocks)
+    distills = bool(work.later_steps)
+    runs = closed or distills
     # which blocks the calibration text will choose is known only after the work; their sizes do not depend on it
     emulator = select_blocks(model, sandwich, _without_work(spec), Path(), silent)
-    emulator = shared(sandwich.middle, emulator) if "share" in spec.heal.steps else emulator
+    emulator = fill_places(sandwich.middle, emulator, spec)
     kept = sandwich.kept(emulator)
     files = _bundle_files(model, sandwich, kept, spec)
     item = compute_bytes(spec.runtime.compute, spec.runtime.device)
     calibration, material = _calibration(model, spec) if runs else (None, ())
     length = calibration.length if calibration else calibration_length(model.config)
     phases = _network_phases(model, calibration, item, material, work) if calibration and closed else []
-    states = _state_tokens(spec, length, distills=work.distills, searches=searches)
+    states = _state_tokens(spec, length, distills=distills, searches=searches)
     if states:
-        phases += _stack_phases(
-            model, sandwich, spec, item, material, length, distills=work.distills, searches=searches
-        )
+        phases += _stack_phases(model, sandwich, spec, item, material, length, distills=distills, searches=searches)
     libraries = torch_libraries(_tokenizer_bytes(model.folder)) if runs else (plain_libraries(),)
     cast = any(tensor.dtype in FLOATS and tensor.dtype != DTYPES[spec.dtype] for tensor in model.tensors.values())
     phases.append(Phase("writing the bundle", (*libraries, copy_buffer(_largest(model), cast=cast))))
@@ -175,11 +174,8 @@ def _calibration(model: BaseModel, spec: PackSpec) -> tuple[Calibration, tuple[T
     return Calibration(fitted, seen.tokens), (decoded(chosen), prepared)
 
 
-_WORK = ("influence", "cluster", "search")  # selections that run the network
-
-
 def _without_work(spec: PackSpec) -> PackSpec:
-    return spec.changed({"select": "uniform"}) if spec.select.by in _WORK else spec
+    return spec.changed({"select": "uniform"}) if spec.selection_rule.runs_blocks else spec
 
 
 def _state_tokens(spec: PackSpec, length: int, *, distills: bool, searches: bool) -> int:
@@ -198,7 +194,9 @@ def _scratch(model: BaseModel, spec: PackSpec, keep: int, item: int, states: int
             "k * P_a * d" if work.maps else "k * F * H * d (A for attention's), pruned k * P_b * d",
         ),
         Term("hidden states around the middle", 2 * states * hidden * item, "2 * N * H * c"),
-        Term("resume points, and the distilled weights", work.distills * 7 * 4 * keep * numbers, "28 * k * P_b"),
+        Term(
+            "resume points, and the distilled weights", 28 * keep * numbers if work.later_steps else 0, "28 * k * P_b"
+        ),
     ]
     return [term for term in terms if term.bytes]
 
@@ -253,8 +251,8 @@ def _healed_bytes(model: BaseModel, spec: PackSpec, keep: int, work: Work) -> in
         return 0
     if work.maps:
         return keep * part("", _map_shapes(model), ITEM_SIZE[DTYPES[spec.dtype]]).bytes
-    pruned = [f"{path}.weight" for path in row.linears] if work.prunes else []
-    refitted = [row.output_of(part)[0] for part in work.refits]
+    pruned = [f"{path}.weight" for path in row.linears] if work.pruner else []
+    refitted = [row.output_of(part)[0] for part in work.revisited]
     paths = {*pruned, *(f"{path}.{kind}" for path in refitted for kind in ("weight", "bias"))}
     solved = part("", [block[path].shape for path in paths if path in block], ITEM_SIZE[DTYPES[spec.dtype]])
     return keep * solved.bytes
@@ -309,9 +307,9 @@ def _network_phases(
         Term("what reading a tensor holds", max(t.size for t in tensors.values()), "its bytes as stored"),
     )
     phases = [Phase("running the blocks", (*always, *_forward(sizes, calibration, item)))]
-    if work.prunes:
+    if work.pruner:
         phases.append(Phase("pruning a block's maps", (*always, *_pruning(model, sizes, calibration, item, work))))
-    for solved in dict.fromkeys(work.refits) if not work.maps else (None,):
+    for solved in dict.fromkeys(work.revisited) if not work.maps else (None,):
         what = _SOLVED[solved]
         summing, solving = _summing(sizes, calibration, item, solved), _solving(sizes, solved)
         phases.append(Phase(f"summing up {what}'s problem", (*always, *summing)))
@@ -405,7 +403,7 @@ def _summing(sizes: BlockShape, calibration: Calibration, item: int, solved: Ref
 def _pruning(model: BaseModel, sizes: BlockShape, calibration: Calibration, item: int, work: Work) -> list[Term]:
     """Sums of squares of what enters every map but those that refit goes through, and the largest of these pruned."""
     row, block = model.row, model.block(0)
-    refitted = {row.output_of(part)[0] for part in work.refits}
+    refitted = {row.output_of(part)[0] for part in work.revisited}
     shapes = [block[f"{path}.weight"].shape for path in row.linears if path not in refitted]
     inputs = [shape[0] if row.transposed else shape[1] for shape in shapes]
     widest = max(inputs)

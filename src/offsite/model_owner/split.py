@@ -1,14 +1,16 @@
 """Splitting: how a base is cut, and which settings do not go with it. Refused before any work."""
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from offsite.config import PackSpec
 from offsite.errors import IncompatibleError, UsageError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.compress.declare import require_declarable
 from offsite.model_owner.sandwich import Sandwich
-from offsite.model_owner.select.contiguous import contiguous
+from offsite.model_owner.select.select_blocks import select_blocks
 from offsite.model_owner.work import Work, work_of
+from offsite.progress import silent
 
 
 def split(model: BaseModel, spec: PackSpec) -> Sandwich:
@@ -25,26 +27,10 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
     middle = sandwich.middle
     work = work_of(middle, spec)
     _require_gap(middle, spec, work)
-    if "mlp" in work.solves and not model.row.residual_is_linear(model.config):
-        why = "its MLP is a mixture of experts" if model.row.experts else "a norm follows the MLP in its blocks"
-        other = "" if model.row.experts or model.row.vision else "; or, with --keep, --heal affine"
-        other += '; or with refit_maps = "attention" in a --config file' if model.row.experts else ""
+    _require_linear_residual(model, work)
+    if work.pruner is not None and model.row.experts:
         raise IncompatibleError(
-            f"refit needs a residual that is linear in the MLP's output, which this {model.row.model_type} model "
-            "does not have",
-            reasons=[why],
-            next_step=f"pack with --heal none or --heal distill{other}{_without_sparsegpt(model, work)}",
-        )
-    if "attention" in work.solves and not model.row.residual_is_linear(model.config, "attention"):
-        solvable = model.row.residual_is_linear(model.config)
-        raise IncompatibleError(
-            f"refit_maps names attention, in whose output this {model.row.model_type} model's residual is not linear",
-            reasons=["a norm follows the attention in its blocks"],
-            next_step='pack with refit_maps = "mlp"' if solvable else "pack with --heal none or --heal distill",
-        )
-    if work.prunes and model.row.experts:
-        raise IncompatibleError(
-            f"SparseGPT cannot prune this {model.row.model_type} model",
+            f"prune_by = {work.pruner.name} cannot prune this {model.row.model_type} model",
             reasons=["which expert a token goes to changes with what is pruned"],
             next_step="pack with --prune-by magnitude and --heal none, or drop blocks with --keep",
         )
@@ -62,8 +48,8 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
         _require_for_spread(spec)
     if model.row.vision is not None:
         _require_for_images(spec)
-    if spec.select.by == "contiguous":
-        contiguous(middle, spec.kept(middle), spec.select.drop_from)  # refuses a piece that does not lie in the middle
+    if not spec.selection_rule.runs_blocks:  # refuses settings of the rule that do not fit the middle
+        select_blocks(model, sandwich, spec, Path(), silent)
     require_declarable(model, spec)
     return sandwich
 
@@ -92,13 +78,33 @@ def _require_room(blocks: int, trained: Collection[int], spec: PackSpec) -> None
         )
 
 
-def _without_sparsegpt(model: BaseModel, work: Work) -> str:
-    """What else is needed where SparseGPT is to prune a mixture of experts."""
-    return (
-        "; and drop blocks with --keep, or take --heal none with --prune-by magnitude"
-        if work.prunes and model.row.experts
-        else ""
-    )
+def _require_linear_residual(model: BaseModel, work: Work) -> None:
+    """Refuse to solve for output projections in a family where a block's output is not linear in theirs.
+
+    Raises:
+        IncompatibleError: it is not.
+    """
+    family = model.row
+    if "mlp" in work.solves and not family.residual_is_linear(model.config):
+        why = "its MLP is a mixture of experts" if family.experts else "a norm follows the MLP in its blocks"
+        other = "" if family.experts or family.vision else "; or, with --keep, --heal affine"
+        if family.experts:
+            other = '; or with refit_maps = "attention" in a --config file'
+            if work.pruner is not None:
+                other += "; and drop blocks with --keep, or take --heal none with --prune-by magnitude"
+        raise IncompatibleError(
+            f"refit needs a residual that is linear in the MLP's output, which this {family.model_type} model does "
+            "not have",
+            reasons=[why],
+            next_step=f"pack with --heal none or --heal distill{other}",
+        )
+    if "attention" in work.solves and not family.residual_is_linear(model.config, "attention"):
+        solvable = family.residual_is_linear(model.config)
+        raise IncompatibleError(
+            f"refit_maps names attention, in whose output this {family.model_type} model's residual is not linear",
+            reasons=["a norm follows the attention in its blocks"],
+            next_step='pack with refit_maps = "mlp"' if solvable else "pack with --heal none or --heal distill",
+        )
 
 
 def _require_gap(middle: Sequence[int], spec: PackSpec, work: Work) -> None:
@@ -107,13 +113,11 @@ def _require_gap(middle: Sequence[int], spec: PackSpec, work: Work) -> None:
     Raises:
         UsageError: there are some.
     """
-    does = {"share": spec.kept(middle) < len(middle), "refit": bool(work.solves)}
-    does |= {"distill": work.distills, "affine": work.maps}
-    idle = [step for step in spec.heal.steps if not does[step]]
+    idle = [step.name for step in spec.healing_steps if step not in work.steps]
     if idle and "heal" in spec.given:
         raise UsageError(
             f"--heal {','.join(idle)} would do nothing",
-            reasons=["no block is dropped, and no matrix pruned by SparseGPT; other losses are not healed"],
+            reasons=["no block is dropped, and no matrix pruned on calibration data; other losses are not healed"],
             next_step="say with --keep how many blocks stay, or pack with --heal none",
         )
 
@@ -124,9 +128,10 @@ def _require_for_spread(spec: PackSpec) -> None:
     Raises:
         UsageError: it was asked for.
     """
-    reasons = [f"select = {spec.select.by}"] if spec.select.by in ("search", "cluster", "contiguous") else []
-    reasons += [f"heal = {step}" for step in spec.heal.steps if step != "refit"]
-    reasons += [f"{name}: a declared module kind" for name in spec.declares if name not in spec.heal.steps]
+    rule = spec.selection_rule
+    reasons = [] if rule.for_spread else [f"select = {rule.name}"]
+    reasons += [f"heal = {step.name}" for step in spec.healing_steps if not step.for_spread]
+    reasons += [f"{form.name}: a declared module kind" for form in spec.stored_forms]
     if reasons:
         raise UsageError(
             "settings that go with no trained blocks between frozen ones",
@@ -142,10 +147,11 @@ def _require_for_images(spec: PackSpec) -> None:
     Raises:
         UsageError: it was asked for.
     """
-    reasons = [f"select = {spec.select.by}"] if spec.select.by in ("search", "cluster") else []
-    reasons += [f"heal = {step}" for step in spec.heal.steps if step not in ("refit", "distill")]
+    rule = spec.selection_rule
+    reasons = [] if rule.for_images else [f"select = {rule.name}"]
+    reasons += [f"heal = {step.name}" for step in spec.healing_steps if not step.for_images]
     reasons += ["distill_ce: the next token's cross-entropy"] if spec.distill.ce else []
-    reasons += [f"{name}: a declared module kind" for name in spec.declares if name not in spec.heal.steps]
+    reasons += [f"{form.name}: a declared module kind" for form in spec.stored_forms]
     if set(spec.permits.methods) == {"bottleneck"}:
         reasons.append("methods = bottleneck")
     if reasons:

@@ -125,7 +125,7 @@ def _require_pictures(model: BaseModel, spec: PackSpec) -> None:
         UsageError: the blocks are chosen or healed by pictures, the recipe names none, and none are installed.
     """
     middle = split(model, spec).middle
-    chooses = spec.kept(middle) < len(middle) and spec.select.by not in ("uniform", "contiguous", "random")
+    chooses = spec.selection_rule.runs_blocks and spec.kept(middle) < len(middle)
     if (work_of(middle, spec).block_by_block or chooses) and spec.calibration.source is None:
         photos()
 

@@ -1,7 +1,7 @@
 """SparseGPT against a slow oracle, and in bundles: as many zeros as asked for, nearer to the base than otherwise."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from artifacts import hidden_states, packed
+from offsite.config.compressors import PRUNERS
 from offsite.errors import IncompatibleError
 from offsite.model_owner.block_runner import LoadedBlock
-from offsite.model_owner.compress.sparsegpt import COLUMNS, DAMPING, prune_maps, pruned_in_order
-from offsite.model_owner.work import Work
+from offsite.model_owner.compress.prune_layers import prune_layers
+from offsite.model_owner.compress.pruner import pruning
+from offsite.model_owner.compress.sparsegpt import COLUMNS, DAMPING, prune_matrices
+from offsite.model_owner.heal.block_problem import BlockProblem
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.timm_family import TIMM
 from offsite.protocol.artifacts import Bundle
@@ -40,6 +43,10 @@ def problem(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
     return torch.randn(outputs, inputs), seen.T @ seen
 
 
+def prune_matrix(weight: Tensor, gram: Tensor, share: float) -> Tensor:
+    return prune_matrices({"layer": weight}, gram, share)["layer"]
+
+
 def one_by_one(weight: Tensor, gram: Tensor, zeros: Tensor) -> Tensor:
     """Take numbers away in the order of the columns; those behind change so that the squared error is least."""
     system = gram.double() + DAMPING * gram.diagonal().double().mean() * torch.eye(len(gram), dtype=torch.float64)
@@ -54,7 +61,7 @@ def one_by_one(weight: Tensor, gram: Tensor, zeros: Tensor) -> Tensor:
 @pytest.mark.parametrize("inputs", [24, COLUMNS + 40])
 def test_what_stays_is_what_the_rule_gives(inputs: int) -> None:
     weight, gram = problem(6, inputs)
-    found = pruned_in_order(weight, gram, SHARE)
+    found = prune_matrix(weight, gram, SHARE)
     assert int((found == 0).sum()) == int(SHARE * weight.numel())
     torch.testing.assert_close(found, one_by_one(weight, gram, found == 0), rtol=1e-3, atol=1e-3)
 
@@ -66,13 +73,13 @@ def test_products_change_less_than_without_the_smallest_numbers() -> None:
     def error(other: Tensor) -> float:
         return float((((weight - other) @ gram) * (weight - other)).sum())
 
-    assert error(pruned_in_order(weight, gram, SHARE)) < 0.7 * error(weight.masked_fill(smallest, 0))
+    assert error(prune_matrix(weight, gram, SHARE)) < 0.7 * error(weight.masked_fill(smallest, 0))
 
 
 def test_inputs_that_are_never_there_go_first() -> None:
     weight, gram = problem(8, 16)
     gram[3] = gram[:, 3] = 0
-    found = pruned_in_order(weight, gram, 1 / 16)
+    found = prune_matrix(weight, gram, 1 / 16)
     assert (found[:, 3] == 0).all()
     torch.testing.assert_close(found[:, :3], weight[:, :3])
 
@@ -124,7 +131,7 @@ def zeros(bundle: Bundle) -> dict[str, int]:
 def test_of_equal_numbers_the_earlier_go_and_no_more_than_so_many() -> None:
     weight, gram = torch.ones(4, 6), torch.eye(6)
     for count in (0, 1, 5, 23):
-        left = pruned_in_order(weight, gram, count / 24 + 1e-9)
+        left = prune_matrix(weight, gram, count / 24 + 1e-9)
         assert (left == 0).flatten().tolist() == [i < count for i in range(24)]
 
 
@@ -196,19 +203,24 @@ def eva_block() -> LoadedBlock:
     return LoadedBlock(block, Around(block), torch.float32, vision=True)
 
 
+def pruned_layers(block: LoadedBlock, hidden: Tensor, config: dict[str, object]) -> Mapping[str, Tensor]:
+    """All layers of a block but the one that ends the MLP."""
+    problem = BlockProblem(lambda _: block, TIMM, config, [hidden], [hidden], [hidden])
+    sparsegpt = pruning(PRUNERS["sparsegpt"], SHARE)
+    return prune_layers(problem, {}, sparsegpt, spared={TIMM.mlp_out})
+
+
 def test_a_map_whose_weight_alone_is_taken_is_pruned_on_what_enters_the_module_around_it() -> None:
     block, hidden = eva_block(), torch.randn(2, 5, 8)
-    work = Work(solves=("mlp",), prunes=SHARE, distills=False, maps=False)
-    found = prune_maps(block, TIMM, {"separate": False, "whole_bias": False}, [hidden], [hidden], work)
+    found = pruned_layers(block, hidden, {"separate": False, "whole_bias": False})
     assert found.keys() == {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight"}  # of all that the family has
     with torch.no_grad():
         enters = block.module.norm1(hidden).flatten(0, 1)  # type: ignore[operator]
-    expected = pruned_in_order(block.module.attn.qkv.weight.detach(), enters.T @ enters, SHARE)  # type: ignore
+    expected = prune_matrix(block.module.attn.qkv.weight.detach(), enters.T @ enters, SHARE)  # type: ignore
     torch.testing.assert_close(found["attn.qkv.weight"], expected)
 
 
 def test_a_map_that_is_never_called_is_refused() -> None:
-    hidden, work = torch.randn(2, 5, 8), Work(solves=("mlp",), prunes=SHARE, distills=False, maps=False)
     with pytest.raises(IncompatibleError) as caught:
-        prune_maps(eva_block(), TIMM, {"separate": False, "whole_bias": True}, [hidden], [hidden], work)
+        pruned_layers(eva_block(), torch.randn(2, 5, 8), {"separate": False, "whole_bias": True})
     assert list(caught.value.reasons) == ["attn.qkv is never called"]

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from artifacts import edit_weights, hidden_states, packed
-from offsite.config import RefitMap
+from offsite.config import PackSpec, RefitMap
 from offsite.errors import DataError, IncompatibleError, UsageError
 from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.block_runner import BlockRunner, LoadedBlock, captured_inputs
 from offsite.model_owner.calibration import calibration_batches
-from offsite.model_owner.heal.refit import refit
+from offsite.model_owner.heal.block_problem import BlockProblem
+from offsite.model_owner.heal.refit import solve_block
 from offsite.model_owner.heal.ridge import USUAL_RIDGE
-from offsite.model_owner.work import Work
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base
@@ -128,8 +128,8 @@ class OneBlock:
         return [block(ids, state) for ids, state in zip(self.batches, hidden, strict=True)]
 
     def refitted(self, *maps: RefitMap) -> dict[str, torch.Tensor]:
-        work = Work(solves=maps, prunes=0.0, distills=False, maps=False)
-        return refit(self.load, {}, self.model.row, self.batches, self.enters, self.targets, work)
+        problem = BlockProblem(self.load, self.model.row, self.model.config, self.batches, self.enters, self.targets)
+        return dict(solve_block(problem, {}, PackSpec(refit_maps=maps), None))
 
     def error(self, changed: dict[str, torch.Tensor]) -> float:
         """Of the block's output, each token by 1 / norm of its target."""

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from offsite.model_owner.compress.low_rank import factors
-from offsite.model_owner.compress.quantise import quantised
+from offsite.model_owner.compress.low_rank import factorise
+from offsite.model_owner.compress.quantise import quantise
 from offsite.models.modules.compressed_linear import FactoredLinear, QuantisedLinear
 
 
 def linear_of(weight: torch.Tensor, bits: int, group: int = 64) -> QuantisedLinear:
-    codes, scales = quantised(weight.numpy(), bits, group)
+    codes, scales = quantise(weight.numpy(), bits, group)
     return QuantisedLinear(torch.from_numpy(codes), torch.from_numpy(scales), None, weight.shape[1], group)
 
 
@@ -48,9 +48,9 @@ def test_four_bits_take_half_a_byte() -> None:
 
 def test_factors_at_full_rank_are_the_matrix_and_below_the_nearest() -> None:
     weight = np.random.default_rng(0).standard_normal((6, 9)).astype(np.float32)
-    down, up = factors(weight, 6)
+    down, up = factorise(weight, 6)
     np.testing.assert_allclose(up @ down, weight, atol=1e-5)
-    down, up = factors(weight, 2)
+    down, up = factorise(weight, 2)
     assert (down.shape, up.shape) == ((2, 9), (6, 2))
     values = np.linalg.svd(weight, compute_uv=False)
     assert np.linalg.norm(weight - up @ down) == pytest.approx(np.sqrt(np.square(values[2:]).sum()), rel=1e-4)

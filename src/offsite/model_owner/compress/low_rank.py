@@ -1,12 +1,31 @@
 """Truncated SVD: a matrix as the product of two thin ones, the nearest of that rank (Eckart and Young). Torch-free."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
+
+from offsite.config import PackSpec
+from offsite.model_owner.base_model import BaseModel
+from offsite.models.modules.declared import Declared
 
 Array = npt.NDArray[np.float32]
 
 
-def factors(weight: Array, rank: int) -> tuple[Array, Array]:
+def declare(model: BaseModel, spec: PackSpec) -> Mapping[str, Any]:
+    """The rank, as a share of the full one."""
+    return {"svd_rank": spec.compress.svd_rank}
+
+
+def encode(weight: Array, declared: Declared) -> Mapping[str, npt.NDArray[Any]]:
+    """A matrix (outputs, inputs) as `down` and `up`."""
+    outputs, inputs = weight.shape
+    down, up = factorise(weight, declared.rank(inputs, outputs))
+    return {"down": down, "up": up}
+
+
+def factorise(weight: Array, rank: int) -> tuple[Array, Array]:
     """A matrix (outputs, inputs) as down (rank, inputs) and up (outputs, rank); up @ down is nearest to it."""
     left, values, right = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
     roots = np.sqrt(values[:rank])  # half of the scale to each side, so that neither is coarse in bf16

@@ -1,35 +1,68 @@
 """Narrower feed-forward parts: the neurons with the largest weights stay (FedPFT, arXiv 2404.11536). Torch-free."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from offsite.config import PackSpec
+from offsite.errors import IncompatibleError
+from offsite.model_owner.base_model import BaseModel
 from offsite.models.family import Architecture
-from offsite.models.modules.declared import mlp_inputs
+from offsite.models.modules.declared import Declared, mlp_inputs
 
 Array = npt.NDArray[np.float32]
 
 
-def neurons(row: Architecture, read: Callable[[str], Array], width: int) -> npt.NDArray[np.intp]:
+def declare(model: BaseModel, spec: PackSpec) -> Mapping[str, Any]:
+    """The number of neurons that stay.
+
+    Raises:
+        IncompatibleError: a linear layer gives several outputs for each neuron.
+    """
+    family, shapes = model.row, {path: tensor.shape for path, tensor in model.block(0).items()}
+    inner = shapes[f"{family.mlp_out}.weight"][0 if family.transposed else 1]
+    outputs = {shapes[f"{path}.weight"][1 if family.transposed else 0] for path in mlp_inputs(family)}
+    if outputs != {inner}:
+        raise IncompatibleError(
+            f"the feed-forward part of this {family.model_type} model cannot be narrowed",
+            reasons=["mlp_width: one linear layer makes several outputs for each neuron of the feed-forward part"],
+            next_step="leave mlp_width out; dropping, distilling and pruning work with this family",
+        )
+    return {"mlp_width": max(1, round((spec.compress.mlp_width or 1) * inner))}
+
+
+def reshape(family: Architecture, read: Callable[[str], Array], declared: Declared) -> Callable[[str, Array], Array]:
+    """A function from a tensor's path in the block, and its values, to its values in the narrower block."""
+
+    @functools.cache
+    def kept() -> npt.NDArray[np.intp]:
+        return choose_neurons(family, read, declared.mlp_width or 0)
+
+    return lambda path, values: narrow(family, path, values, kept())
+
+
+def choose_neurons(family: Architecture, read: Callable[[str], Array], width: int) -> npt.NDArray[np.intp]:
     """The neurons of a block that stay, in order: those of the largest L2 norm of [rows of W_in; column of W_out].
 
     Args:
-        row: of the family.
+        family: of the model.
         read: a tensor of the block by its path.
         width: how many stay.
     """
-    squares = np.square(read(f"{row.mlp_out}.weight"), dtype=np.float64).sum(1 if row.transposed else 0)
-    for path in mlp_inputs(row):
-        squares = squares + np.square(read(f"{path}.weight"), dtype=np.float64).sum(0 if row.transposed else 1)
+    squares = np.square(read(f"{family.mlp_out}.weight"), dtype=np.float64).sum(1 if family.transposed else 0)
+    for path in mlp_inputs(family):
+        squares = squares + np.square(read(f"{path}.weight"), dtype=np.float64).sum(0 if family.transposed else 1)
     return np.sort(np.argsort(-squares, kind="stable")[:width])
 
 
-def narrowed(row: Architecture, path: str, values: Array, kept: npt.NDArray[np.intp]) -> Array:
+def narrow(family: Architecture, path: str, values: Array, kept: npt.NDArray[np.intp]) -> Array:
     """One tensor of a block with the kept neurons alone; others than the feed-forward part's are as they were."""
     module, _, kind = path.rpartition(".")
-    if module == row.mlp_out and kind == "weight":
-        return values[kept] if row.transposed else values[:, kept]
-    if module in mlp_inputs(row):
-        return values[kept] if kind == "bias" else values[:, kept] if row.transposed else values[kept]
+    if module == family.mlp_out and kind == "weight":
+        return values[kept] if family.transposed else values[:, kept]
+    if module in mlp_inputs(family):
+        return values[kept] if kind == "bias" else values[:, kept] if family.transposed else values[kept]
     return values

@@ -1,11 +1,11 @@
-"""Healing and pruning in closed form: one pass over the base, each kept block changed when its turn comes.
+"""The pass block by block: each kept block is changed when its turn comes, by pruning and by steps of healing.
 
 A block is changed on what the emulator's blocks before it give, and toward what the base gives before the next kept
 block, so errors do not add up. At any time one block's weights are in memory.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,16 +19,18 @@ from offsite.kernels.runtime import runtime
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner, LoadedBlock
 from offsite.model_owner.calibration import calibration_batches
-from offsite.model_owner.compress.sparsegpt import prune_maps
-from offsite.model_owner.heal.affine import affine_map
-from offsite.model_owner.heal.refit import refit
+from offsite.model_owner.compress.prune_layers import prune_layers, prune_output
+from offsite.model_owner.compress.pruner import pruning
+from offsite.model_owner.heal.block_problem import BlockProblem, block_step
 from offsite.model_owner.partition import DTYPES
 from offsite.model_owner.sandwich import Sandwich
 from offsite.model_owner.work import Work, work_of
+from offsite.models.family import Architecture
 from offsite.models.loading import read_tensor
 from offsite.progress import Event, Progress
 from offsite.storage.safetensors_files import TensorRange, from_array, read_header, write_safetensors
 
+_Step = Callable[[BlockProblem, Mapping[str, Tensor]], Mapping[str, Tensor]]
 _Unsolvable: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch does not list it
 
 
@@ -42,7 +44,7 @@ def block_by_block(
     *,
     batches: Sequence[Tensor] | None = None,
 ) -> Mapping[str, TensorRange]:
-    """Solve what heals each kept block, and prune all maps on the way if SparseGPT is to.
+    """Change every kept block by the steps of healing and the calibrated pruner that the settings name.
 
     Args:
         model: the base; its blocks are loaded one at a time.
@@ -58,16 +60,17 @@ def block_by_block(
 
     Raises:
         DataError: the calibration text is unreadable or too short.
-        IncompatibleError: what goes through the base is no number, so nothing can be solved.
+        IncompatibleError: what goes through the base is not finite, so nothing can be solved; or a block does not show
+            what enters its linear layers.
     """
-    row = model.row
+    family = model.row
     machine = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     runner = BlockRunner(model, machine)
     if batches is None:
         batches = calibration_batches(model, spec.calibration.source, spec.calibration.tokens)
     batches = [ids.to(machine.device) for ids in batches]
     work = work_of(sandwich.middle, spec)
-    stage, end = _stage(work), sandwich.middle[-1] + 1
+    stage, steps, end = _stage(work), _steps(family, work, spec), sandwich.middle[-1] + 1
     base = [runner.load(0).embed(ids) for ids in batches]
     for index in sandwich.bottom:
         _advance(runner.load(index), batches, base)
@@ -83,20 +86,17 @@ def block_by_block(
             _advance(runner.load(kept), batches, student)
             continue
         with _solvable(kept):
-            if work.maps:
-                solved = affine_map(runner.load(kept), batches, student, base)
-            else:
-                pruned: Mapping[str, Tensor] = {}
-                if work.prunes:
-                    pruned = prune_maps(runner.load(kept), row, model.config, batches, student, work)
-                solved = refit(partial(runner.load, kept), pruned, row, batches, student, base, work)
+            problem = BlockProblem(partial(runner.load, kept), family, model.config, batches, student, base)
+            solved: dict[str, Tensor] = {}
+            for step in steps:
+                solved |= step(problem, solved)
             if not all(bool(value.isfinite().all()) for value in solved.values()):
-                raise _Unsolvable("the solution holds what is no number")
+                raise _Unsolvable("the solution holds values that are not finite")
         file = scratch / f"{kept}.safetensors"
         arrays = [from_array(path, value.float().cpu().numpy(), DTYPES[spec.dtype]) for path, value in solved.items()]
         write_safetensors(file, arrays)
         stored = read_header(file)
-        healed |= {row.in_block(kept, path): tensor for path, tensor in stored.items()}
+        healed |= {family.in_block(kept, path): tensor for path, tensor in stored.items()}
         # the emulator goes on with what will be shipped, rounding included
         shipped = {path: read_tensor(tensor, torch.float32) for path, tensor in stored.items()}
         _advance(runner.load(kept, shipped), batches, student)
@@ -113,16 +113,34 @@ def _solvable(block: int) -> Iterator[None]:
             f"what goes through the base gives no equations to solve for block {block}",
             reasons=[
                 str(error)[:200],
-                "its weights, or those of a block near it, may hold infinity or what is no number",
+                "its weights, or those of a block near it, may hold values that are not finite",
             ],
             next_step="check the base's weights; or drop blocks with --keep, and pack with --heal none",
         ) from None
 
 
+def _steps(family: Architecture, work: Work, spec: PackSpec) -> list[_Step]:
+    """What happens to a block, in order; a layer that a step of healing solves is pruned there, once it is solved."""
+    healing = [block_step(row) for row in work.block_steps]
+    if work.pruner is None:
+        return [partial(step.solve_block, spec=spec, pruning=None) for step in healing]
+    pruner = pruning(work.pruner, work.share)
+    solved = {path for step in healing for path in step.solved_layers(family, spec)}
+    mlp_output = family.output_of("mlp")[0]
+    last = {mlp_output} - solved if work.pruner.mlp_output_last else set()
+    return [
+        partial(prune_layers, pruning=pruner, spared=solved | last),
+        *(partial(step.solve_block, spec=spec, pruning=pruner) for step in healing),
+        *([partial(prune_output, pruning=pruner, part="mlp")] if last else []),
+    ]
+
+
 def _stage(work: Work) -> str:
-    if work.maps:
-        return "healing by affine maps"
-    return "healing by refit" if work.solves else "pruning by SparseGPT"
+    """What the user is shown."""
+    healing = [step.name for step in work.block_steps]
+    if healing:
+        return f"healing by {', '.join(healing)}"
+    return f"pruning by {work.pruner.name}" if work.pruner else "running the blocks"
 
 
 def _advance(block: LoadedBlock, batches: Sequence[Tensor], hidden: list[Tensor]) -> None:

@@ -11,7 +11,6 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import ClassVar
 
@@ -23,8 +22,8 @@ from offsite.kernels.runtime import runtime, seeded
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner, LoadedStack
 from offsite.model_owner.calibration import calibration_batches
+from offsite.model_owner.heal.healing import Healing
 from offsite.model_owner.heal.middle_states import MiddleStates, middle_states
-from offsite.model_owner.sandwich import Sandwich
 from offsite.model_owner.work import work_of
 from offsite.models.mixture import in_files
 from offsite.progress import Progress
@@ -53,27 +52,12 @@ _NAMES = RunNames(
 )
 
 
-def distill(
-    model: BaseModel,
-    sandwich: Sandwich,
-    emulator: Sequence[int],
-    healed: Mapping[str, TensorRange],
-    spec: PackSpec,
-    scratch: Path,
-    log: Path,
-    progress: Progress,
-) -> Mapping[str, TensorRange]:
+def heal_emulator(healing: Healing, healed: Mapping[str, TensorRange]) -> Mapping[str, TensorRange]:
     """Train the emulator's blocks, from where healing has brought them.
 
     Args:
-        model: the base.
-        sandwich: how it is cut.
-        emulator: base indices of the emulator's blocks.
-        healed: tensors of theirs that were solved before, by base name.
-        spec: text, steps and rates.
-        scratch: a folder for hidden states and resume points; it outlives an interruption.
-        log: the file that gets the healing curve, a JSON line for each step.
-        progress: where the events go.
+        healing: the emulator; its log gets the healing curve, a JSON line for each step.
+        healed: tensors of its blocks that were solved before, by base name.
 
     Returns:
         All tensors of the emulator's blocks by base name, as they lie in a file of `scratch`.
@@ -84,18 +68,21 @@ def distill(
         OffsiteError: the loss is no longer a number.
         KeyboardInterrupt: the user stopped it; a resume point was saved.
     """
+    model, sandwich, spec, scratch = healing.model, healing.sandwich, healing.spec, healing.scratch
     machine = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     batches = calibration_batches(model, spec.calibration.source, spec.distill.tokens)
     states = middle_states(
-        model, sandwich, batches, machine, scratch / "states", progress, "hidden states to distill from"
+        model, sandwich, batches, machine, scratch / "states", healing.progress, "hidden states to distill from"
     )
     after = sandwich.top if spec.distill.ce else ()
-    stack = BlockRunner(model, machine).stack(emulator, after, healed, whole=spec.distill.ce > 0)
+    stack = BlockRunner(model, machine).stack(healing.emulator, after, healed, whole=spec.distill.ce > 0)
     task = _Distillation(stack, states, spec, skipped=0 if model.row.vision else 1)
-    weights = _emulator_weights(model, stack, emulator, prunes=work_of(sandwich.middle, spec).prunes > 0)
-    with run_log(log) as write, seeded(spec.seed, machine.device):
+    weights = _emulator_weights(
+        model, stack, healing.emulator, prunes=work_of(sandwich.middle, spec).pruner is not None
+    )
+    with run_log(healing.log) as write, seeded(spec.seed, machine.device):
         state = RunState(scratch / "distill", {}, resume=True)
-        train(task, weights, _loop_settings(task), state, log=write, progress=progress)
+        train(task, weights, _loop_settings(task), state, log=write, progress=healing.progress)
     file = scratch / "distilled.safetensors"
     file.unlink(missing_ok=True)
     tensors = in_files(model.row, weights.masters)

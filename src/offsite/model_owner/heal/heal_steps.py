@@ -1,27 +1,28 @@
-"""Healing: the steps that make up for dropped blocks, one after the other, each from where the last one ended."""
+"""Healing: the steps that make up for what is lost, one after the other, each from where the last one ended."""
 
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from offsite.config import PackSpec
-from offsite.model_owner.base_model import BaseModel
-from offsite.model_owner.sandwich import Sandwich
+from offsite.model_owner.heal.healing import Healing, emulator_step, places_step
 from offsite.model_owner.work import work_of
-from offsite.progress import Progress
 from offsite.storage.files import replace_file
 from offsite.storage.safetensors_files import TensorRange, read_header
 
 
-def heal(
-    model: BaseModel,
-    sandwich: Sandwich,
-    emulator: Sequence[int],
-    spec: PackSpec,
-    scratch: Path,
-    log: Path,
-    progress: Progress,
-) -> Mapping[str, TensorRange]:
+def fill_places(middle: Sequence[int], kept: Sequence[int], spec: PackSpec) -> tuple[int, ...]:
+    """The base indices of the emulator's blocks, in order: the kept ones, or what a step puts in the dropped places.
+
+    Args:
+        middle: base indices of the middle, in order.
+        kept: which of them were selected, in order.
+        spec: for the steps.
+    """
+    filling = [places_step(step) for step in spec.healing_steps if step.runs == "places"]
+    return filling[0].fill_places(middle, kept) if filling else tuple(kept)
+
+
+def heal(healing: Healing) -> Mapping[str, TensorRange]:
     """The tensors of the emulator that healing changed, by base name, as they lie in files of `scratch`.
 
     What an interrupted run has finished is taken from there.
@@ -29,33 +30,27 @@ def heal(
     Raises:
         DataError: the calibration text is unreadable or too short.
         StorageError: something cannot be written.
-        OffsiteError: the distillation diverged.
+        OffsiteError: a step diverged.
         KeyboardInterrupt: the user stopped it.
     """
-    work = work_of(sandwich.middle, spec)
-    healed: Mapping[str, TensorRange] = {}
-    if work.block_by_block:
-        healed = _solved(model, sandwich, emulator, spec, scratch / "solved", progress)
-    if work.distills:
-        from offsite.model_owner.heal.distill import distill
-
-        healed = distill(model, sandwich, emulator, healed, spec, scratch, log, progress)
+    work = work_of(healing.sandwich.middle, healing.spec)
+    healed = _solve(healing) if work.block_by_block else {}
+    for step in work.later_steps:
+        healed = emulator_step(step).heal_emulator(healing, healed)
     return healed
 
 
-def _solved(
-    model: BaseModel, sandwich: Sandwich, emulator: Sequence[int], spec: PackSpec, folder: Path, progress: Progress
-) -> Mapping[str, TensorRange]:
+def _solve(healing: Healing) -> Mapping[str, TensorRange]:
+    """The pass block by block; what an earlier run finished is read."""
+    folder, family = healing.scratch / "solved", healing.model.row
     whole = folder / "whole"  # says that the folder holds every solved block
     if whole.exists():
-        files = {index: read_header(folder / f"{index}.safetensors") for index in emulator}
-        return {
-            model.row.in_block(index, path): tensor for index, held in files.items() for path, tensor in held.items()
-        }
+        files = {index: read_header(folder / f"{index}.safetensors") for index in healing.emulator}
+        return {family.in_block(index, path): tensor for index, held in files.items() for path, tensor in held.items()}
     from offsite.model_owner.heal.block_by_block import block_by_block
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    solved = block_by_block(model, sandwich, emulator, spec, folder, progress)
+    solved = block_by_block(healing.model, healing.sandwich, healing.emulator, healing.spec, folder, healing.progress)
     replace_file(whole, b"")
     return solved

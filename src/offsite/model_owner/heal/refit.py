@@ -3,87 +3,47 @@
 For every kept block, the output projection of its MLP, of its attention, or of both in turn, is solved anew by ridge
 regression toward the weights that it has, so that the emulator's hidden state after the block is close to the base
 model's before the next kept block. While attention's is solved, what the MLP gives is held as it is. Compare ReplaceMe
-(arXiv 2505.02819), which solves for a map behind the MLP and on the base's activations. docs/decisions/0004-refit.md
-has what was measured.
+(arXiv 2505.02819), which solves for a linear map behind the MLP and on the base's activations. Where a block multiplies
+the projection's output by a learned scale, the problem is solved behind it. docs/decisions/0004-refit.md has what was
+measured.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from offsite.config import RefitMap
-from offsite.model_owner.block_runner import LoadedBlock, captured_inputs
-from offsite.model_owner.compress.sparsegpt import pruned_in_order
-from offsite.model_owner.heal.ridge import RidgeProblem
-from offsite.model_owner.work import Work
+from offsite.config import PackSpec
+from offsite.model_owner.compress.pruner import Pruning
+from offsite.model_owner.heal.block_problem import BlockProblem
+from offsite.model_owner.heal.output_projection import output_projection
 from offsite.models.family import Architecture
 
 
-def refit(
-    load: Callable[[Mapping[str, Tensor]], LoadedBlock],
-    pruned: Mapping[str, Tensor],
-    row: Architecture,
-    batches: Sequence[Tensor],
-    student: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    work: Work,
-) -> dict[str, Tensor]:
-    """What replaces tensors of a block, by path in the block in files: maps that were pruned before, and solved ones.
+def solved_layers(family: Architecture, spec: PackSpec) -> tuple[str, ...]:
+    """Paths of the output projections that are solved."""
+    return tuple(dict.fromkeys(family.output_of(part)[0] for part in spec.heal.refit_maps))
 
-    Each map is solved on what the ones before it give. It is pruned when its last turn has come.
+
+def solve_block(
+    problem: BlockProblem, found: Mapping[str, Tensor], spec: PackSpec, pruning: Pruning | None
+) -> Mapping[str, Tensor]:
+    """New output projections of a block, each solved on what the ones before it give.
 
     Args:
-        load: gives the block with some of its tensors replaced.
-        pruned: the block's other maps as they will be shipped, where they are not as in the base.
-        row: of its family.
-        batches: token ids (B, T), or pixels of pictures.
-        student: what enters the block in the emulator, (B, T, H) for each batch.
-        targets: what should leave it.
-        work: which maps are solved anew, and which share of each is pruned then.
+        problem: the block.
+        found: tensors of it that have changed before, by path in the block in files.
+        spec: which projections are solved, in which order.
+        pruning: what prunes a projection when its last turn has come.
+
+    Returns:
+        Weights and biases in float32, by path in the block in files.
     """
-    found = dict(pruned)
-    for turn, part in enumerate(work.refits):
-        share = 0.0 if part in work.refits[turn + 1 :] else work.prunes
-        found |= _refitted(load(found), row, part, batches, student, targets, solves=part in work.solves, prunes=share)
-    return found
-
-
-def _refitted(
-    block: LoadedBlock,
-    row: Architecture,
-    part: RefitMap,
-    batches: Sequence[Tensor],
-    student: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    *,
-    solves: bool,
-    prunes: float,
-) -> dict[str, Tensor]:
-    """New weight (and bias, where there is one) of the linear map that ends the MLP or the attention, in float32.
-
-    Where a block multiplies what the map gives by a learned scale, the problem is solved behind it.
-    """
-    parameters, transposed = dict(block.module.named_parameters()), row.transposed
-    name, scale = row.output_of(part)
-    path = row.modules.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
-    scale_of_map = parameters.get(row.modules.get(scale, scale)) if scale else None
-    weight, bias = parameters[f"{path}.weight"].double(), parameters.get(f"{path}.bias")
-    inputs, outputs = weight.shape if transposed else weight.shape[::-1]
-    problem = RidgeProblem(inputs, outputs, len(batches), weight.device, bias=bias is not None)
-    for position, ids in enumerate(batches):
-        with captured_inputs(block, [path]) as seen:
-            after = block(ids, student[position])
-        problem.add(position, seen[path], after, targets[position])
-    columns = inputs + (bias is not None)
-    change = problem.change() if solves else weight.new_zeros(columns, outputs)  # (F, H)
-    if scale_of_map is not None:  # an output that is scaled to next to nothing stays as it is
-        by = scale_of_map.double()
-        change = change * torch.where(by.abs() > 1e-6 * by.abs().max(), 1 / by, 0.0)
-    matrix = (weight.T if transposed else weight) + change[:inputs].T  # (H, F)
-    if prunes:
-        matrix = pruned_in_order(matrix, problem.gram()[:inputs, :inputs], prunes)
-    solved = {f"{name}.weight": matrix.T if transposed else matrix}
-    if bias is not None:
-        solved[f"{name}.bias"] = bias.double() + change[inputs]
-    return {tensor: value.detach().float().contiguous() for tensor, value in solved.items()}
+    solved: dict[str, Tensor] = {}
+    parts = spec.heal.refit_maps
+    for turn, part in enumerate(parts):
+        layer = output_projection(problem, {**found, **solved}, part)
+        weight, bias = layer.solve()
+        if pruning is not None and part not in parts[turn + 1 :]:
+            weight = pruning.prune(weight, layer.gram())
+        solved |= layer.tensors(weight, bias)
+    return solved

@@ -3,11 +3,6 @@
 from collections.abc import Sequence
 
 
-def shared(middle: Sequence[int], kept: Sequence[int]) -> tuple[int, ...]:
+def fill_places(middle: Sequence[int], kept: Sequence[int]) -> tuple[int, ...]:
     """For each block of the middle the kept one that runs in its place; of two as near, the earlier."""
     return tuple(min(kept, key=lambda one: (abs(one - index), one)) for index in middle)
-
-
-def owners(slots: Sequence[int]) -> tuple[int, ...]:
-    """For each place of the emulator the first place with the same block, where its weights are stored."""
-    return tuple(slots.index(index) for index in slots)

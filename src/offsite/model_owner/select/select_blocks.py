@@ -29,4 +29,4 @@ def select_blocks(
     selection = Selection(model, sandwich, spec, scratch, progress)
     if selection.keep == len(selection.middle):
         return sandwich.middle
-    return selector(spec.select.by).select(selection)
+    return selector(spec.selection_rule).select(selection)

@@ -6,21 +6,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
-from offsite.config import PackSpec
+from offsite.config import PackSpec, SelectionRule
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.sandwich import Sandwich
 from offsite.progress import Progress
-
-# The rules by the names that settings have for them, and their files.
-SELECTORS = {
-    "uniform": "uniform",
-    "influence": "influence",
-    "cluster": "cluster",
-    "contiguous": "contiguous",
-    "search": "search",
-    "random": "random_choice",
-}
-CALIBRATED = frozenset({"influence", "cluster", "search"})  # those that run calibration text through the base
 
 
 @dataclass(frozen=True)
@@ -58,6 +47,6 @@ class Selector(Protocol):
         """
 
 
-def selector(name: str) -> Selector:
+def selector(row: SelectionRule) -> Selector:
     """The file with a selection rule; one that runs the network imports torch."""
-    return cast(Selector, import_module(f"offsite.model_owner.select.{SELECTORS[name]}"))
+    return cast(Selector, import_module(row.module))

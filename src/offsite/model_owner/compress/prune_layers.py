@@ -1,0 +1,103 @@
+"""Pruning the linear layers of a block on what enters each of them: what every calibrated pruner does in the pass."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor
+
+from offsite.config import RefitMap
+from offsite.errors import IncompatibleError
+from offsite.model_owner.block_runner import captured_inputs
+from offsite.model_owner.compress.pruner import Pruning
+from offsite.model_owner.heal.block_problem import BlockProblem
+from offsite.model_owner.heal.output_projection import output_projection
+from offsite.models.family import Architecture
+
+
+def prune_layers(
+    problem: BlockProblem, found: Mapping[str, Tensor], pruning: Pruning, spared: Collection[str]
+) -> Mapping[str, Tensor]:
+    """Prune the linear layers of a block, each on what enters it while none of them is pruned.
+
+    Args:
+        problem: the block.
+        found: tensors of it that have changed before, by path in the block in files.
+        pruning: the pruner, and the share of each matrix that becomes zero.
+        spared: paths of layers that have another turn.
+
+    Returns:
+        The new matrices, by path in the block in files, in the layout of files.
+
+    Raises:
+        IncompatibleError: the block reads a layer's weight without calling the layer.
+    """
+    family, block = problem.family, problem.load(found)
+    parameters = dict(block.module.named_parameters())
+    places: dict[str, list[str]] = {}  # modules -> the layers that are pruned on what enters them
+    weights: dict[str, Tensor] = {}  # layers -> their matrices, (outputs, inputs)
+    for path in family.linears:
+        name = family.modules.get(f"{path}.weight", f"{path}.weight")
+        if path not in spared and name in parameters:
+            weight = parameters[name].detach()
+            weights[path] = weight.T if family.transposed else weight
+            place = name.removesuffix(".weight")
+            place = place.rpartition(".")[0] if family.is_bypassed(path, problem.config) else place
+            places.setdefault(place, []).append(path)
+    sums: dict[tuple[str, ...], Tensor] = {}  # modules that read the same inputs -> what the pruner knows of these
+    for position, ids in enumerate(problem.batches):
+        with captured_inputs(block, list(places)) as seen:
+            block(ids, problem.enters[position])
+        _require_seen(pruning, family, places, seen)
+        for readers in _readers(seen):
+            of_batch = pruning.pruner.sum_inputs(seen[readers[0]].flatten(0, -2).float())
+            sums[readers] = sums[readers] + of_batch if readers in sums else of_batch
+    pruned: dict[str, Tensor] = {}
+    for readers, total in sums.items():
+        layers = [path for place in readers for path in places[place]]
+        pruned |= pruning.pruner.prune_matrices({path: weights[path] for path in layers}, total, pruning.share)
+    return {
+        f"{path}.weight": (weight.T if family.transposed else weight).contiguous() for path, weight in pruned.items()
+    }
+
+
+def prune_output(
+    problem: BlockProblem, found: Mapping[str, Tensor], pruning: Pruning, part: RefitMap
+) -> Mapping[str, Tensor]:
+    """Prune the linear layer that ends a block's MLP or attention, on what the block's changed layers give.
+
+    Args:
+        problem: the block.
+        found: tensors of it that have changed before, by path in the block in files.
+        pruning: the pruner, and the share of the matrix that becomes zero.
+        part: which of the two.
+
+    Returns:
+        The new weight, and the bias if there is one, by path in the block in files.
+    """
+    layer = output_projection(problem, found, part)
+    return layer.tensors(pruning.prune(layer.weight, layer.gram()), layer.bias)
+
+
+def _require_seen(
+    pruning: Pruning, family: Architecture, places: Mapping[str, Sequence[str]], seen: Mapping[str, Tensor]
+) -> None:
+    """Refuse a block that takes a layer's weight without calling the layer: it would stay whole.
+
+    Raises:
+        IncompatibleError: it does.
+    """
+    unseen = [path for place, paths in places.items() if place not in seen for path in paths]
+    if unseen:
+        raise IncompatibleError(
+            f"prune_by = {pruning.row.name} does not see what enters all linear layers of this {family.model_type} "
+            "model",
+            reasons=[f"{path} is never called" for path in unseen],
+            next_step="pack with --prune-by magnitude and --heal none, or drop blocks with --keep",
+        )
+
+
+def _readers(seen: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
+    """The modules in groups that read one and the same tensor."""
+    groups: dict[int, list[str]] = {}
+    for path, inputs in seen.items():
+        groups.setdefault(id(inputs), []).append(path)
+    return [tuple(group) for group in groups.values()]

@@ -1,0 +1,54 @@
+"""What the file of a stored form has: what it declares, and how it changes a block or stores a matrix. Torch-free."""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, Protocol, cast, runtime_checkable
+
+import numpy.typing as npt
+
+from offsite.config import PackSpec, StoredForm
+from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.compress.zeros import Array
+from offsite.models.family import Architecture
+from offsite.models.modules.declared import Declared
+
+
+@runtime_checkable
+class DeclaringForm(Protocol):
+    """A file of this folder with a stored form; it is a `MatrixEncoding` or a `BlockReshaping` too."""
+
+    def declare(self, model: BaseModel, spec: PackSpec) -> Mapping[str, Any]:
+        """The fields of `Declared` that say what is stored.
+
+        Raises:
+            IncompatibleError: the family's blocks cannot have this form.
+        """
+
+
+@runtime_checkable
+class MatrixEncoding(DeclaringForm, Protocol):
+    """A form that stores the matrix of a linear layer as other tensors."""
+
+    def encode(self, weight: Array, declared: Declared) -> Mapping[str, npt.NDArray[Any]]:
+        """The tensors of a matrix (outputs, inputs), by the last part of their names; those in float32 are rounded."""
+
+
+@runtime_checkable
+class BlockReshaping(DeclaringForm, Protocol):
+    """A form that makes tensors of a block smaller, before they are pruned or encoded."""
+
+    def reshape(
+        self, family: Architecture, read: Callable[[str], Array], declared: Declared
+    ) -> Callable[[str, Array], Array]:
+        """A function from a tensor's path in the block, and its values, to its values in the smaller block.
+
+        Args:
+            family: of the model.
+            read: a tensor of the block by its path.
+            declared: what the block is.
+        """
+
+
+def form_of(row: StoredForm) -> DeclaringForm:
+    """The file with a stored form."""
+    return cast(DeclaringForm, import_module(row.module))

@@ -1,0 +1,75 @@
+"""The linear layer that ends a block's attention or MLP, and the least squares problem for its new weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offsite.config import RefitMap
+from offsite.model_owner.block_runner import captured_inputs
+from offsite.model_owner.heal.block_problem import BlockProblem
+from offsite.model_owner.heal.ridge import RidgeProblem
+
+
+@dataclass(frozen=True)
+class OutputProjection:
+    """A linear layer to whose output a block's output is linear, with F inputs and H outputs; in float64."""
+
+    path: str  # in the block in files
+    transposed: bool  # whether files hold (F, H)
+    weight: Tensor  # (H, F)
+    bias: Tensor | None  # (H,)
+    scale: Tensor | None  # (H,): what the block multiplies the layer's output by
+    problem: RidgeProblem
+
+    def gram(self) -> Tensor:
+        """The Gram matrix of the layer's inputs, (F, F) in float32; each token counts as in the ridge regression."""
+        inputs = self.weight.shape[1]
+        return self.problem.gram()[:inputs, :inputs]
+
+    def solve(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (H, F) and bias (H,) with which the block gives its targets as nearly as it can."""
+        inputs = self.weight.shape[1]
+        change = self.problem.change()  # (F, H), or with a bias (F + 1, H)
+        if self.scale is not None:  # an output that is scaled to next to nothing stays as it is
+            change = change * torch.where(self.scale.abs() > 1e-6 * self.scale.abs().max(), 1 / self.scale, 0.0)
+        return self.weight + change[:inputs].T, None if self.bias is None else self.bias + change[inputs]
+
+    def tensors(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """A weight (H, F) and a bias (H,) by path in the block, in float32 and the layout of files."""
+        found = {f"{self.path}.weight": weight.T if self.transposed else weight}
+        if bias is not None:
+            found[f"{self.path}.bias"] = bias
+        return {name: value.detach().float().contiguous() for name, value in found.items()}
+
+
+def output_projection(problem: BlockProblem, found: Mapping[str, Tensor], part: RefitMap) -> OutputProjection:
+    """The layer that ends a block's attention or MLP, once the block has run over all batches.
+
+    Args:
+        problem: the block.
+        found: tensors of it that have changed before, by path in the block in files.
+        part: which of the two.
+    """
+    family, block = problem.family, problem.load(found)
+    parameters, names = dict(block.module.named_parameters()), family.modules
+    name, scale = family.output_of(part)
+    path = names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+    weight, bias = parameters[f"{path}.weight"].double(), parameters.get(f"{path}.bias")
+    factor = parameters.get(names.get(scale, scale)) if scale else None
+    weight = weight.T if family.transposed else weight
+    outputs, inputs = weight.shape
+    ridge = RidgeProblem(inputs, outputs, len(problem.batches), weight.device, bias=bias is not None)
+    for position, ids in enumerate(problem.batches):
+        with captured_inputs(block, [path]) as seen:
+            after = block(ids, problem.enters[position])
+        ridge.add(position, seen[path], after, problem.targets[position])
+    return OutputProjection(
+        path=name,
+        transposed=family.transposed,
+        weight=weight,
+        bias=None if bias is None else bias.double(),
+        scale=None if factor is None else factor.double(),
+        problem=ridge,
+    )
