@@ -7,7 +7,7 @@ import pytest
 import typer
 
 import offsite
-from offsite.cli import flags, main
+from offsite.cli import flags, main, setting_flags
 from offsite.cli.app import build
 from offsite.config import TABLES, Spec
 from offsite.training.run_log import log_file
@@ -63,7 +63,7 @@ def test_every_setting_is_shown_with_its_default(
 ) -> None:
     text = help_of(capsys, verb)
     for shown, field in ((key, setting.field) for key, setting in spec.settings().items()):
-        default = flags._shown(field.default)
+        default = setting_flags.shown(field.default)
         if f"--{shown.replace('_', '-')} " in text:
             assert field.default in (None, False) or f"(default {default})" in text
             choices = [str(choice) for choice in _literal(field.annotation)]
@@ -149,7 +149,7 @@ def test_every_flag_that_a_message_names_is_there() -> None:
 def test_flags_left_out_are_not_given() -> None:
     """None means that the TOML file and the spec decide."""
     for verb in TABLES:
-        settings = [p for p in command(verb).params if getattr(p, "rich_help_panel", "") == flags.SETTINGS]
+        settings = [p for p in command(verb).params if getattr(p, "rich_help_panel", "") == setting_flags.PANEL]
         assert all(param.default is None for param in settings)
 
 

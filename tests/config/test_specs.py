@@ -56,6 +56,34 @@ def test_table_with_a_dash_and_key_that_is_a_keyword(tmp_path: Path) -> None:
     assert load_spec(PlugInSpec, {"as": "adapter"}, file).as_ == "adapter"
 
 
+def test_a_flag_takes_the_place_of_what_the_file_says_in_another_way(tmp_path: Path) -> None:
+    file = toml(tmp_path, "[tune]\nmax_steps = 3\n[pack]\nbottom = 3\ntop = 1\n[plug-in]\nstrength = 0.5\n")
+    assert load_spec(TuneSpec, {"epochs": 2.0}, file).given == {"epochs"}
+    assert load_spec(TuneSpec, {"epochs": None}, file).given == {"max_steps"}
+    assert load_spec(PackSpec, {"train": "0,5"}, file).given == {"train"}
+    assert load_spec(PackSpec, {"top": 2}, file).given == {"bottom", "top"}
+    assert load_spec(PlugInSpec, {"strengths": "0.5,1"}, file).given == {"strengths"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        (TuneSpec, {"epochs": 1.0, "max_steps": 2}),
+        (PackSpec, {"train": "0,5", "top": 2}),
+        (PackSpec, {"distill_epochs": 1.0, "distill_steps": 2}),
+        (PlugInSpec, {"strength": 1.0, "strengths": "1"}),
+    ],
+)
+def test_flags_that_say_one_thing_in_two_ways_are_refused(kind: type[Spec], given: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"{' and '.join(given)} were both given"):
+        load_spec(kind, given)
+
+
+def test_a_change_takes_the_place_of_what_was_said_in_another_way() -> None:
+    assert TuneSpec(max_steps=3).changed({"epochs": 2.0}).length.max_steps is None
+    assert TuneSpec(epochs=2.0).changed({"max_steps": None}).length.epochs == 2.0
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

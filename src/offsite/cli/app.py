@@ -1,10 +1,22 @@
 """The application: its commands by party, and what became of the one that was run."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 
 import typer
 
-from offsite.cli import data_owner, demo, eval_verb, flags, inspect_verbs, keys, model_owner, study, terminal
+from offsite.cli import (
+    data_owner,
+    demo,
+    eval_verb,
+    flags,
+    inspect_verbs,
+    keys,
+    model_owner,
+    setting_flags,
+    study,
+    terminal,
+)
 from offsite.errors import OffsiteError
 from offsite.training.run_log import terminated_as_interrupted
 
@@ -14,8 +26,13 @@ _PLAYERS = {  # they start every stage as a process of its own
 }
 
 
-def build() -> typer.Typer:
-    """The application, with its commands grouped by the party that uses them."""
+def build(words: Sequence[str] | None = None) -> typer.Typer:
+    """The application, with its commands grouped by the party that uses them.
+
+    Args:
+        words: of the command line; settings become flags for the verbs among them alone, since the specs take longer to
+            load than the help of `offsite` may take. None: for all verbs.
+    """
     app = typer.Typer(
         name="offsite",
         help=_ABOUT,
@@ -39,10 +56,26 @@ def build() -> typer.Typer:
         (flags.BOTH, "demo", demo.demo),
         (flags.BOTH, "study", study.study),
     ):
-        app.command(name, rich_help_panel=panel, cls=flags.Command, epilog=flags.EXIT_CODES)(verb)
+        command, epilog = _with_settings(name, verb, words)
+        app.command(name, rich_help_panel=panel, cls=flags.Command, epilog=epilog)(command)
     app.command("full-fine-tuning", hidden=True, epilog=flags.EXIT_CODES)(study.full_fine_tuning)  # of a study alone
     app.add_typer(keys.trust_commands(), name="trust", rich_help_panel=flags.BOTH)
     return app
+
+
+def _with_settings(
+    name: str, verb: Callable[..., None], words: Sequence[str] | None
+) -> tuple[Callable[..., None], str]:
+    """A command's function with the flags of its settings, and what stands below its help."""
+    if "given" not in inspect.signature(verb).parameters:
+        return verb, flags.EXIT_CODES
+    if words is not None and name not in words:
+        return setting_flags.with_flags(verb, None), flags.EXIT_CODES
+    from offsite.config import TABLES
+
+    further = setting_flags.further_settings(name, TABLES[name])
+    epilog = f"{further}\n\n{flags.EXIT_CODES}" if further else flags.EXIT_CODES
+    return setting_flags.with_flags(verb, TABLES[name]), epilog
 
 
 def run(words: Sequence[str]) -> int:
@@ -50,7 +83,7 @@ def run(words: Sequence[str]) -> int:
     this = flags.Run()
     try:
         with terminated_as_interrupted():
-            code = build()(args=list(words), prog_name="offsite", standalone_mode=False, obj=this)
+            code = build(words)(args=list(words), prog_name="offsite", standalone_mode=False, obj=this)
     except OffsiteError as error:
         terminal.show_error(error, as_json=_wants_json(words, this))
         return error.exit_code

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offsite.cli import flags, inspect_verbs, terminal
+from offsite.cli.setting_flags import Given
 from offsite.cli.show_plan import show_plan
 from offsite.training.run_log import log_file
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 def tune(
     context: typer.Context,
+    given: Given,
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="the folder that the model's owner sent")],
     data: Annotated[
         Path,
@@ -30,19 +32,6 @@ def tune(
     eval_data: Annotated[Path | None, typer.Option(metavar="FILE", help="held-out rows to validate on")] = None,
     tensorboard: Annotated[Path | None, typer.Option(metavar="FOLDER", help="log for TensorBoard as well")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run, bit for bit")] = False,
-    skip_bad: Annotated[bool | None, flags.SKIP_BAD] = None,
-    method: Annotated[str | None, flags.SETTING] = None,
-    rank: Annotated[int | None, flags.SETTING] = None,
-    width: Annotated[int | None, flags.SETTING] = None,
-    tune_head: Annotated[bool | None, typer.Option("--tune-head", rich_help_panel=flags.SETTINGS)] = None,
-    lr: Annotated[float | None, flags.SETTING] = None,
-    epochs: Annotated[float | None, flags.SETTING] = None,
-    max_steps: Annotated[int | None, flags.SETTING] = None,
-    batch_size: Annotated[int | None, flags.SETTING] = None,
-    checkpoints: Annotated[int | None, flags.SETTING] = None,
-    report_scores: Annotated[bool | None, typer.Option("--report-scores", rich_help_panel=flags.SETTINGS)] = None,
-    memory: Annotated[str | None, flags.SETTING] = None,
-    gradient_checkpointing: Annotated[bool | None, flags.SETTING] = None,
     plan: flags.PlanFlag = False,
     config: flags.ConfigFlag = None,
     home: flags.HomeFlag = None,
@@ -57,31 +46,8 @@ def tune(
       offsite tune bundle/ --data train.jsonl --eval-data test.jsonl --out return/
     """
     from offsite.config import TuneSpec
-    from offsite.errors import UsageError
 
-    if epochs is not None and max_steps is not None:
-        raise UsageError("--epochs and --max-steps were both given", next_step="give one of them")
-    spec = flags.settings(
-        TuneSpec,
-        config,
-        {
-            "method": method,
-            "rank": rank,
-            "width": width,
-            "tune_head": tune_head,
-            "lr": lr,
-            "epochs": epochs,
-            "max_steps": max_steps,
-            "batch_size": batch_size,
-            "checkpoints": checkpoints,
-            "report_scores": report_scores,
-            "memory": memory,
-            "gradient_checkpointing": gradient_checkpointing,
-            "skip_bad": skip_bad,
-        },
-    )
-    if epochs is not None:  # over max_steps of the file, which would win otherwise
-        spec = spec.changed({"max_steps": None})
+    spec = flags.settings(TuneSpec, config, given)
     from offsite.data_owner.permissions import require_permitted, require_something_to_report
     from offsite.progress import Event
     from offsite.protocol.verify import verify_bundle

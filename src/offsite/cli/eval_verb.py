@@ -7,12 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from offsite.cli import flags, terminal
+from offsite.cli.setting_flags import Given
 
 _ROW_BY_ROW = ("row_losses", "choice_scores", "pictures")  # what Python sees and no summary shows
 
 
 def eval_(
     context: typer.Context,
+    given: Given,
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="checkpoint folder: a base, a bundle, a merged plug-in")
     ],
@@ -24,7 +26,6 @@ def eval_(
     probe: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="pictures to fit a linear probe on an encoder without a head")
     ] = None,
-    skip_bad: Annotated[bool | None, flags.SKIP_BAD] = None,
     samples: Annotated[int, typer.Option(metavar="N", min=0, help="also generate answers to the first N prompts")] = 0,
     tasks: Annotated[
         str | None, typer.Option(metavar="NAMES", help="tasks of lm-evaluation-harness, with commas between them")
@@ -53,9 +54,9 @@ def eval_(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if data is None and not names:
         raise UsageError("there is nothing to score on", next_step="give rows with --data, or tasks with --tasks")
-    spec = flags.settings(EvalSpec, config, {"skip_bad": skip_bad})
+    spec = flags.settings(EvalSpec, config, given)
     _require_used(data, names, {"--samples": samples, "--row-scores": row_scores}, tasks_path)
-    _require_fitting(model, names, samples, probe, skip_bad)
+    _require_fitting(model, names, samples, probe, skip_bad=bool(given["skip_bad"]))
     if row_scores is not None and data is not None:
         _require_writable(row_scores, data)
     result: dict[str, Any] = {"model": str(model), "adapter": str(adapter) if adapter else None}
@@ -126,9 +127,7 @@ def _require_writable(file: Path, data: Path) -> None:
         raise UsageError(f"{file} holds the rows themselves", next_step="name another file with --row-scores")
 
 
-def _require_fitting(
-    model: Path, tasks: Sequence[str], samples: int, probe: Path | None, skip_bad: bool | None
-) -> None:
+def _require_fitting(model: Path, tasks: Sequence[str], samples: int, probe: Path | None, *, skip_bad: bool) -> None:
     """Refuse flags of the other kind of model.
 
     Raises:

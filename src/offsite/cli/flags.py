@@ -1,4 +1,4 @@
-"""What the commands share: flags, the state of one run, and help that reads its defaults from the specs."""
+"""What the commands share: flags that are no settings, and the state of one run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperCommand
 
 from offsite.training.run_log import run_folder
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 MODEL = "I own a model"
 DATA = "I own data"
 BOTH = "Both"
-SETTINGS = "Settings"
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 disk or environment; 2 wrong flag, setting or data; 3 verification failed; "
@@ -62,65 +61,16 @@ PlanFlag = Annotated[bool, typer.Option("--plan", help="print what it will do an
 VersionFlag = Annotated[
     bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
 ]
-SKIP_BAD = typer.Option("--skip-bad", help="leave out pictures that cannot be read")
-SETTING = typer.Option(rich_help_panel=SETTINGS)  # help, default and choices come from the spec
-
-
-_WIDEST_CHOICES = 32  # letters of choices that fit beside the flags; more of them stand in the text
 
 
 class Command(TyperCommand):
-    """A command whose help is completed from the spec of its settings, and only when somebody asks for help."""
+    """A command that notes where it could be resumed from."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command, after noting where it could be resumed from."""
+        """Run the command, after that note."""
         if "resume" in ctx.params:
             run_of(ctx).resumable = run_folder(ctx.params["out"])
         return super().invoke(ctx)
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help, with defaults and choices as the spec has them now."""
-        self._complete()
-        super().format_help(ctx, formatter)
-
-    def _complete(self) -> None:
-        from offsite.config import TABLES
-
-        spec = TABLES.get(self.name or "")
-        if spec is None:
-            return
-        fields = {key: setting.field for key, setting in spec.settings().items()}
-        for param in self.params:
-            if not isinstance(param, TyperOption) or param.rich_help_panel != SETTINGS:
-                continue
-            field = fields.pop(str(param.opts[0]).removeprefix("--").replace("-", "_"))
-            default = "" if field.default in (None, False) else f" [dim](default {_shown(field.default)})[/]"
-            choices = "|".join(_choices(field.annotation))
-            wide = len(choices) > _WIDEST_CHOICES
-            named = f": {', '.join(_choices(field.annotation))}" if wide else ""
-            param.help = f"{field.description}{named}{default}"
-            param.metavar = "<choice>" if wide else choices or param.metavar
-        more = ", ".join(f"{name} ({_shown(field.default)})" for name, field in fields.items())
-        if more:
-            self.epilog = f"Further settings, in table {self.name} of a --config file: {more}\n\n{EXIT_CODES}"
-
-
-def _shown(default: object) -> str:
-    if isinstance(default, tuple):
-        return ", ".join(str(part) for part in default)
-    return "none" if default is None else str(default)
-
-
-def _choices(annotation: Any) -> tuple[str, ...]:
-    """The words of a Literal, also inside a union with None."""
-    from typing import Literal, get_args, get_origin
-
-    if get_origin(annotation) is Literal:
-        return tuple(str(choice) for choice in get_args(annotation))
-    for part in get_args(annotation):
-        if get_origin(part) is Literal:
-            return _choices(part)
-    return ()
 
 
 def home_of(context: typer.Context, home: Path | None) -> "Home":

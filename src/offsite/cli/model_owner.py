@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from offsite.cli import choice, flags, inspect_verbs, terminal
+from offsite.cli.setting_flags import Given
 from offsite.cli.show_plan import show_plan
 from offsite.training.run_log import log_file
 
@@ -15,6 +16,7 @@ _BaseFolder = Annotated[Path, typer.Argument(metavar="BASE", help="base checkpoi
 
 def import_(
     context: typer.Context,
+    given: Given,
     source: Annotated[
         Path, typer.Argument(metavar="MODEL", help="a .gguf or .onnx file, or a folder that transformers reads")
     ],
@@ -29,7 +31,7 @@ def import_(
     """
     from offsite.config import ImportSpec
 
-    spec = flags.settings(ImportSpec, config, {})
+    spec = flags.settings(ImportSpec, config, given)
     from offsite.model_owner.importing.import_model import import_model
 
     with terminal.showing_progress() as progress:
@@ -40,32 +42,10 @@ def import_(
 
 def pack(
     context: typer.Context,
+    given: Given,
     base: _BaseFolder,
     out: _Out,
     recipient: Annotated[str, typer.Option("--for", metavar="NAME", help="the trusted party that may tune it")],
-    bottom: Annotated[int | None, flags.SETTING] = None,
-    top: Annotated[int | None, flags.SETTING] = None,
-    train: Annotated[str | None, flags.SETTING] = None,
-    keep: Annotated[int | None, flags.SETTING] = None,
-    select: Annotated[str | None, flags.SETTING] = None,
-    drop_from: Annotated[int | None, flags.SETTING] = None,
-    search_minutes: Annotated[float | None, flags.SETTING] = None,
-    heal: Annotated[str | None, flags.SETTING] = None,
-    distill_tokens: Annotated[int | None, flags.SETTING] = None,
-    distill_epochs: Annotated[float | None, flags.SETTING] = None,
-    distill_steps: Annotated[int | None, flags.SETTING] = None,
-    distill_lr: Annotated[float | None, flags.SETTING] = None,
-    distill_ce: Annotated[float | None, flags.SETTING] = None,
-    prune: Annotated[float | None, flags.SETTING] = None,
-    prune_by: Annotated[str | None, flags.SETTING] = None,
-    zeros: Annotated[str | None, flags.SETTING] = None,
-    bits: Annotated[int | None, flags.SETTING] = None,
-    group: Annotated[int | None, flags.SETTING] = None,
-    svd_rank: Annotated[float | None, flags.SETTING] = None,
-    mlp_width: Annotated[float | None, flags.SETTING] = None,
-    calibration: Annotated[Path | None, flags.SETTING] = None,
-    dtype: Annotated[str | None, flags.SETTING] = None,
-    permit_head: Annotated[bool | None, typer.Option("--permit-head", rich_help_panel=flags.SETTINGS)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted distillation or search")] = False,
     plan: flags.PlanFlag = False,
     config: flags.ConfigFlag = None,
@@ -85,35 +65,7 @@ def pack(
     """
     from offsite.config import PackSpec
 
-    spec = flags.settings(
-        PackSpec,
-        config,
-        {
-            "bottom": bottom,
-            "top": top,
-            "train": train,
-            "keep": keep,
-            "select": select,
-            "drop_from": drop_from,
-            "search_minutes": search_minutes,
-            "heal": heal,
-            "distill_tokens": distill_tokens,
-            "distill_epochs": distill_epochs,
-            "distill_steps": distill_steps,
-            "distill_lr": distill_lr,
-            "distill_ce": distill_ce,
-            "prune": prune,
-            "prune_by": prune_by,
-            "zeros": zeros,
-            "bits": bits,
-            "group": group,
-            "svd_rank": svd_rank,
-            "mlp_width": mlp_width,
-            "calibration": calibration,
-            "dtype": dtype,
-            "permit_head": permit_head,
-        },
-    )
+    spec = flags.settings(PackSpec, config, given)
     from offsite.protocol.artifacts import Base
 
     if plan:
@@ -135,17 +87,13 @@ def pack(
 
 def plug_in(
     context: typer.Context,
+    given: Given,
     base: _BaseFolder,
     returned: Annotated[Path, typer.Argument(metavar="RETURN", help="the folder that the data owner sent back")],
     out: _Out,
-    as_: Annotated[str | None, typer.Option("--as", rich_help_panel=flags.SETTINGS)] = None,
     choose_on: Annotated[
         Path | None, typer.Option(metavar="FILE", help="choose checkpoint and strength by the loss on these rows")
     ] = None,
-    checkpoint: Annotated[int | None, flags.SETTING] = None,
-    strength: Annotated[float | None, flags.SETTING] = None,
-    strengths: Annotated[str | None, flags.SETTING] = None,
-    again: Annotated[bool | None, typer.Option("--again", rich_help_panel=flags.SETTINGS)] = None,
     plan: flags.PlanFlag = False,
     config: flags.ConfigFlag = None,
     home: flags.HomeFlag = None,
@@ -162,9 +110,8 @@ def plug_in(
     from offsite.config import EvalSpec, PlugInSpec
     from offsite.errors import UsageError
 
-    given = {"as": as_, "checkpoint": checkpoint, "strength": strength, "strengths": strengths, "again": again}
     spec = flags.settings(PlugInSpec, config, given)
-    if choose_on is None and strengths is not None:
+    if choose_on is None and given["strengths"] is not None:
         raise UsageError(
             "--strengths are to choose from, and there are no rows to choose on",
             next_step="name rows of your own with --choose-on, or give one --strength",
@@ -197,7 +144,8 @@ def plug_in(
             from offsite.model_owner.choose_plug_in import choose
 
             chosen = choose(model, accepted, choose_on, spec, measured, own, progress)
-            spec = spec.model_copy(update={"checkpoint": chosen.best.checkpoint, "strength": chosen.best.strength})
+            best = {"checkpoint": chosen.best.checkpoint, "strength": chosen.best.strength}
+            spec = spec.changed(best)
         plugged = plug_in_stage(model, accepted, out, spec, own, progress)
     if chosen and not as_json:
         for line in choice.lines(chosen):

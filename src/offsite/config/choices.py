@@ -4,14 +4,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from offsite.config.spec import FILE_ONLY
+
 Method = Literal["lora", "full", "bitfit", "bottleneck"]
 Dtype = Literal["bf16", "fp32"]
-LongRows = Annotated[Literal["error", "truncate", "skip"], Field(description="what happens to rows over max_length")]
+LongRows = Annotated[
+    Literal["error", "truncate", "skip"], Field(description="what happens to rows over max_length"), FILE_ONLY
+]
 Workers = Annotated[
     int | None,
     Field(
         ge=0, le=64, description="images: processes that decode and crop; None is 0 on a processor: it does it itself"
     ),
+    FILE_ONLY,
 ]
 
 

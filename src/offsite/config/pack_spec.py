@@ -21,7 +21,7 @@ from offsite.config.compressors import (
     StoredForm,
 )
 from offsite.config.runtime import RuntimeSettings
-from offsite.config.spec import Settings, Spec
+from offsite.config.spec import FILE_ONLY, Settings, Spec
 
 RefitMap = Literal["mlp", "attention"]
 USUAL_PRUNE = 0.5  # of an emulator that drops no block
@@ -78,6 +78,7 @@ class HealSettings(Settings):
             max_length=8,
             description="output projections that refit solves in a kept block, in this order, also repeatedly",
         ),
+        FILE_ONLY,
     ] = ("mlp",)
 
 
@@ -92,7 +93,7 @@ class DistillSettings(Settings):
         int | None, Field(alias="distill_steps", ge=1, description="optimiser steps of the distillation")
     ] = None
     batch_tokens: Annotated[
-        int, Field(alias="distill_batch_tokens", ge=1, description="tokens of one step, at least one batch")
+        int, Field(alias="distill_batch_tokens", ge=1, description="tokens of one step, at least one batch"), FILE_ONLY
     ] = 4096
     lr: Annotated[
         float, Field(alias="distill_lr", gt=0, description="peak learning rate of the distillation's AdamW")
@@ -144,21 +145,23 @@ class CalibrationSettings(Settings):
         Field(alias="calibration", description="text, rows or pictures to select and heal with; None takes what ships"),
     ] = None
     tokens: Annotated[
-        int, Field(alias="calibration_tokens", ge=256, description="tokens of it to select and solve with")
+        int, Field(alias="calibration_tokens", ge=256, description="tokens of it to select and solve with"), FILE_ONLY
     ] = 65_536
 
 
 class PermitSettings(Settings):
     """What the owner takes back."""
 
-    methods: Annotated[tuple[Method, ...], Field(min_length=1, description="tuning methods that the owner permits")] = (
+    methods: Annotated[
+        tuple[Method, ...], Field(min_length=1, description="tuning methods that the owner permits"), FILE_ONLY
+    ] = (
         "lora",
         "full",
         "bitfit",
         "bottleneck",
     )
-    max_rank: Annotated[int, Field(ge=1, description="largest LoRA rank that the owner takes back")] = 64
-    max_width: Annotated[int, Field(ge=1, description="widest bottleneck that the owner takes back")] = 256
+    max_rank: Annotated[int, Field(ge=1, description="largest LoRA rank that the owner takes back"), FILE_ONLY] = 64
+    max_width: Annotated[int, Field(ge=1, description="widest bottleneck that the owner takes back"), FILE_ONLY] = 256
     permit_head: Annotated[
         bool, Field(description="take back the head too, for tune --tune-head; only where it is not the embedding")
     ] = False
@@ -171,6 +174,11 @@ class PackSpec(Spec):
 
         def __init__(self, **settings: Any) -> None: ...
 
+    alternatives = (
+        (("train",), ("bottom", "top")),
+        (("distill_epochs",), ("distill_steps",)),
+    )
+
     split: SplitSettings = SplitSettings()
     select: SelectSettings = SelectSettings()
     heal: HealSettings = HealSettings()
@@ -180,7 +188,9 @@ class PackSpec(Spec):
     permits: PermitSettings = PermitSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     dtype: Annotated[Dtype, Field(description="dtype of the bundle's weights")] = "bf16"
-    seed: Annotated[int, Field(ge=0, lt=2**63, description="seed of random selection, search and distillation")] = 0
+    seed: Annotated[
+        int, Field(ge=0, lt=2**63, description="seed of random selection, search and distillation"), FILE_ONLY
+    ] = 0
 
     @model_validator(mode="after")
     def _something_trains(self) -> Self:

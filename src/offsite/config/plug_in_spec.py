@@ -13,6 +13,8 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 class PlugInSpec(Spec):
     """The settings of `offsite plug-in`."""
 
+    alternatives = ((("strength",), ("strengths",)),)
+
     as_: Annotated[
         Literal["adapter", "merged"] | None,
         Field(alias="as", description="adapter folder or complete checkpoint; None: adapter where the method has one"),

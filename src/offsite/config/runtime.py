@@ -4,18 +4,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from offsite.config.spec import Settings
+from offsite.config.spec import FILE_ONLY, Settings
 
 
 class RuntimeSettings(Settings):
     """Dtype, device and threads."""
 
     compute: Annotated[
-        Literal["auto", "bf16", "fp32"], Field(description="dtype of the arithmetic; auto is bf16 where it is faster")
+        Literal["auto", "bf16", "fp32"],
+        Field(description="dtype of the arithmetic; auto is bf16 where it is faster"),
+        FILE_ONLY,
     ] = "auto"
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?|xpu(:\d+)?)$", description="where it runs")] = (
-        "auto"
-    )
+    device: Annotated[
+        str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?|xpu(:\d+)?)$", description="where it runs"), FILE_ONLY
+    ] = "auto"
     threads: Annotated[
-        int | None, Field(ge=1, description="processor threads; None takes $OMP_NUM_THREADS, else all")
+        int | None, Field(ge=1, description="processor threads; None takes $OMP_NUM_THREADS, else all"), FILE_ONLY
     ] = None

@@ -38,7 +38,9 @@ def load_spec(kind: type[S], given: Mapping[str, Any], config: Path | None = Non
     """
     table = next(name for name, spec in TABLES.items() if spec is kind)
     settings = _read_toml(config).get(table, {}) if config is not None else {}
-    settings = {**settings, **{name: value for name, value in given.items() if value is not None}}
+    given = {key: value for key, value in given.items() if value is not None}
+    _require_one_way(kind, given)
+    settings = kind.overlaid(settings, given)
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
@@ -48,6 +50,14 @@ def load_spec(kind: type[S], given: Mapping[str, Any], config: Path | None = Non
             reasons=describe_validation(error, kind),
             next_step=f"see `offsite {table} --help` for the settings and their ranges",
         ) from None
+
+
+def _require_one_way(kind: type[Spec], given: Mapping[str, Any]) -> None:
+    """Refuse flags that say one thing in two ways."""
+    for sides in kind.alternatives:
+        both = [key for side in sides for key in side if key in given]
+        if sum(any(key in given for key in side) for side in sides) > 1:
+            raise UsageError(f"{' and '.join(both)} were both given", next_step="give one of them")
 
 
 def _read_toml(config: Path) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ and in Python's keyword arguments it stands by its key alone, such as `lr`: a ke
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -19,6 +19,13 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class FileOnly:
+    """The mark of a setting that stands in a TOML file alone: it has no flag."""
+
+
+FILE_ONLY = FileOnly()
+
+
 @dataclass(frozen=True)
 class Setting:
     """One setting of a verb."""
@@ -28,6 +35,11 @@ class Setting:
     name: str  # the attribute of the group
     field: FieldInfo
 
+    @property
+    def has_flag(self) -> bool:
+        """Whether the command line has a flag for it too."""
+        return not any(isinstance(mark, FileOnly) for mark in self.field.metadata)
+
     def of(self, spec: "Spec") -> Any:
         """The setting's value in a spec."""
         return getattr(spec if self.group is None else getattr(spec, self.group), self.name)
@@ -35,6 +47,9 @@ class Setting:
 
 class Spec(Settings):
     """The settings of one verb, some in groups; built from keys and values without the groups' names."""
+
+    # Sides that say the same in different ways, as keys: what is given of one side takes the place of the others.
+    alternatives: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ()
 
     @classmethod
     def settings(cls) -> Mapping[str, Setting]:
@@ -59,6 +74,18 @@ class Spec(Settings):
             else:
                 nested.setdefault(setting.group, {})[key] = value
         return nested
+
+    @classmethod
+    def overlaid(cls, below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings over others: of two ways to say one thing the upper one's stays."""
+        replaced = {
+            key
+            for sides in cls.alternatives
+            for side in sides
+            if any(above.get(key) is not None for other in sides if other != side for key in other)
+            for key in side
+        }
+        return {key: value for key, value in below.items() if key not in replaced} | dict(above)
 
     @property
     def given(self) -> frozenset[str]:
@@ -97,7 +124,7 @@ class Spec(Settings):
         Raises:
             ValidationError: one is wrong, or they do not go together with the others.
         """
-        return type(self).model_validate(self.flat(given_only=True) | dict(settings))
+        return type(self).model_validate(type(self).overlaid(self.flat(given_only=True), settings))
 
 
 S = TypeVar("S", bound=Spec)

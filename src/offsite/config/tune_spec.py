@@ -6,7 +6,7 @@ from pydantic import Field
 
 from offsite.config.choices import LongRows, Method, Workers
 from offsite.config.runtime import RuntimeSettings
-from offsite.config.spec import Settings, Spec
+from offsite.config.spec import FILE_ONLY, Settings, Spec
 
 
 class AdapterSettings(Settings):
@@ -18,9 +18,11 @@ class AdapterSettings(Settings):
     ] = "lora"
     rank: Annotated[int, Field(ge=1, description="rank of the LoRA pairs")] = 16
     lora_alpha: Annotated[
-        float | None, Field(gt=0, lt=1e6, description="LoRA scale numerator; None is twice the rank")
+        float | None, Field(gt=0, lt=1e6, description="LoRA scale numerator; None is twice the rank"), FILE_ONLY
     ] = None
-    lora_dropout: Annotated[float, Field(ge=0, lt=1, description="dropout on the input of the LoRA pairs")] = 0.0
+    lora_dropout: Annotated[
+        float, Field(ge=0, lt=1, description="dropout on the input of the LoRA pairs"), FILE_ONLY
+    ] = 0.0
     width: Annotated[int, Field(ge=1, description="width of the bottlenecks")] = 64
     tune_head: Annotated[
         bool, Field(description="train the whole output head too, and send it back; if the owner permits it")
@@ -33,12 +35,14 @@ class OptimizerSettings(Settings):
     lr: Annotated[
         float | None, Field(gt=0, description="peak learning rate of AdamW; None is 3e-4 for full, else 1e-3")
     ] = None
-    schedule: Annotated[Literal["cosine", "linear", "constant"], Field(description="learning rate after warm-up")] = (
-        "cosine"
-    )
-    warmup: Annotated[float, Field(ge=0, le=1, description="share of the steps that warm up")] = 0.05
-    weight_decay: Annotated[float, Field(ge=0, description="AdamW's decoupled decay; never on norms or biases")] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0, description="gradients are clipped to this norm")] = 1.0
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant"], Field(description="learning rate after warm-up"), FILE_ONLY
+    ] = "cosine"
+    warmup: Annotated[float, Field(ge=0, le=1, description="share of the steps that warm up"), FILE_ONLY] = 0.05
+    weight_decay: Annotated[
+        float, Field(ge=0, description="AdamW's decoupled decay; never on norms or biases"), FILE_ONLY
+    ] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0, description="gradients are clipped to this norm"), FILE_ONLY] = 1.0
 
 
 class LengthSettings(Settings):
@@ -52,7 +56,7 @@ class LengthSettings(Settings):
 class RowSettings(Settings):
     """How rows of text become tokens."""
 
-    max_length: Annotated[int, Field(ge=8, description="longest row in tokens")] = 1024
+    max_length: Annotated[int, Field(ge=8, description="longest row in tokens"), FILE_ONLY] = 1024
     long_rows: LongRows = "error"
 
 
@@ -74,6 +78,7 @@ class MemorySettings(Settings):
             description="padded tokens, or patches of pictures, that run at once, in all lanes together; None is 1024, "
             "and 512 of text in fp32, which are as many bytes",
         ),
+        FILE_ONLY,
     ] = None
     lanes: Annotated[
         int | None,
@@ -83,6 +88,7 @@ class MemorySettings(Settings):
             description="text on a processor: micro-batches that run side by side, each with its share of the threads; "
             "None is 2 on matrix tiles (AMX), else 1; 1 where passes would disturb one another",
         ),
+        FILE_ONLY,
     ] = None
     gradient_checkpointing: Annotated[
         bool, Field(description="run blocks again in the backward pass: less memory, about a quarter slower")
@@ -90,20 +96,23 @@ class MemorySettings(Settings):
     cache_features: Annotated[
         Literal["auto", "off"],
         Field(description="whether frozen blocks before the first trained one run once and keep the result on disk"),
+        FILE_ONLY,
     ] = "auto"
 
 
 class PointSettings(Settings):
     """When a run is validated, and what is kept of it."""
 
-    eval_every: Annotated[int | None, Field(ge=1, description="steps between validations; None only at the end")] = None
+    eval_every: Annotated[
+        int | None, Field(ge=1, description="steps between validations; None only at the end"), FILE_ONLY
+    ] = None
     checkpoints: Annotated[
         int, Field(ge=1, le=100, description="checkpoints in the return, evenly spaced, the last step's included")
     ] = 1
     report_scores: Annotated[
         bool, Field(description="tell the owner the loss of each checkpoint on the eval rows, in the signed return")
     ] = False
-    save_every: Annotated[int, Field(ge=1, description="steps between resume points")] = 50
+    save_every: Annotated[int, Field(ge=1, description="steps between resume points"), FILE_ONLY] = 50
 
 
 class ImageSettings(Settings):
@@ -112,18 +121,23 @@ class ImageSettings(Settings):
     pooling: Annotated[
         Literal["class", "mean", "both"] | None,
         Field(description="images: what the classifier reads, class token or mean of patches; None is the family's"),
+        FILE_ONLY,
     ] = None
     head_start: Annotated[
         Literal["random", "probe"],
         Field(description="images: the classifier starts as next to nothing, or as a linear probe of the emulator"),
+        FILE_ONLY,
     ] = "probe"
     head_lr_factor: Annotated[
         float | None,
         Field(gt=0, description="images: learning rate of the classifier, times lr; None is 0.1 for a probe, else 10"),
+        FILE_ONLY,
     ] = None
-    augment: Annotated[bool, Field(description="images: crop and mirror at random")] = True
+    augment: Annotated[bool, Field(description="images: crop and mirror at random"), FILE_ONLY] = True
     skip_bad: Annotated[bool, Field(description="images: leave out pictures that cannot be read")] = False
-    eval_share: Annotated[float, Field(ge=0, lt=1, description="images: share held out for validation")] = 0.0
+    eval_share: Annotated[float, Field(ge=0, lt=1, description="images: share held out for validation"), FILE_ONLY] = (
+        0.0
+    )
     workers: Workers = None
 
 
@@ -134,6 +148,8 @@ class TuneSpec(Spec):
 
         def __init__(self, **settings: Any) -> None: ...
 
+    alternatives = ((("epochs",), ("max_steps",)),)
+
     adapter: AdapterSettings = AdapterSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     length: LengthSettings = LengthSettings()
@@ -142,7 +158,9 @@ class TuneSpec(Spec):
     points: PointSettings = PointSettings()
     images: ImageSettings = ImageSettings()
     runtime: RuntimeSettings = RuntimeSettings()
-    seed: Annotated[int, Field(ge=0, lt=2**63, description="seed of order, dropout and LoRA initialisation")] = 0
+    seed: Annotated[
+        int, Field(ge=0, lt=2**63, description="seed of order, dropout and LoRA initialisation"), FILE_ONLY
+    ] = 0
 
     @property
     def head_factor(self) -> float:

@@ -125,7 +125,7 @@ def _made_up_pictures(folder: Path) -> DataTable:
 
 
 def _small(recipe: Recipe, data: tuple[DataTable, ...], own: Path | None) -> Recipe:
-    tuning = {"max_steps": 2, "batch_size": 4, "eval_every": None, "epochs": 1.0, "micro_batch_tokens": _TOKENS}
+    tuning = {"max_steps": 2, "batch_size": 4, "eval_every": None, "micro_batch_tokens": _TOKENS}
     fits = {"max_length": 256, "long_rows": "error"}
     return replace(
         recipe,

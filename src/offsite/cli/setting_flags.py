@@ -1,0 +1,105 @@
+"""Flags made from a spec: each setting that is one has its help, type, choices and default from the spec's field."""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from keyword import iskeyword
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+
+if TYPE_CHECKING:
+    from offsite.config import Setting, Spec
+
+PANEL = "Settings"
+Given = Mapping[str, object]  # the settings that flags gave, by key; None: the flag was left out
+
+_WIDEST_CHOICES = 32  # letters of choices that fit beside the flags; more of them stand in the text
+
+
+def with_flags(verb: Callable[..., None], kind: "type[Spec] | None") -> Callable[..., None]:
+    """A command's function with a flag for each setting of its spec in place of its parameter `given`.
+
+    Args:
+        verb: the function of the command; its parameter `given` takes the values of the flags by key.
+        kind: the spec of its settings; None: without flags, for a command whose name and text alone are read.
+    """
+    settings = kind.settings() if kind else {}
+    keys = {_parameter(key): key for key, setting in settings.items() if setting.has_flag}
+
+    @functools.wraps(verb)
+    def command(**words: object) -> None:
+        given = {key: words.pop(name) for name, key in keys.items()}
+        verb(**words, given=given)
+
+    own = [one for one in inspect.signature(verb).parameters.values() if one.name != "given"]
+    flags = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(settings[key]))
+        for name, key in keys.items()
+    ]
+    parameters = [*(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own), *flags]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    return command
+
+
+def further_settings(verb: str, kind: "type[Spec]") -> str:
+    """A sentence with the settings that have no flag and their defaults; empty where there are none."""
+    further = [
+        f"{key} ({shown(setting.field.default)})" for key, setting in kind.settings().items() if not setting.has_flag
+    ]
+    return f"Further settings, in table {verb} of a --config file: {', '.join(further)}" if further else ""
+
+
+def shown(default: object) -> str:
+    """A default as help and documents show it."""
+    if isinstance(default, tuple):
+        return ", ".join(str(part) for part in default)
+    return "none" if default is None else str(default)
+
+
+def choices_of(annotation: Any) -> tuple[str, ...]:
+    """The words of a Literal, also inside a union or a tuple; empty where there is none."""
+    if get_origin(annotation) is Literal:
+        return tuple(str(choice) for choice in get_args(annotation))
+    return next((found for part in get_args(annotation) if (found := choices_of(part))), ())
+
+
+def value_type(annotation: Any) -> type:
+    """What one value of a setting is on the command line: a list is text, its parts are joined by commas."""
+    if get_origin(annotation) is Annotated:
+        return value_type(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(value_type(part) for part in get_args(annotation) if part is not type(None))
+    if get_origin(annotation) is Literal:
+        return type(get_args(annotation)[0])
+    return annotation if annotation in (bool, int, float, Path) else str
+
+
+def flag_of(setting: "Setting") -> str:
+    """The flag of a setting."""
+    return f"--{setting.key.replace('_', '-')}"
+
+
+def _parameter(key: str) -> str:
+    """The name of a function's parameter for a setting: `as` is a word of Python."""
+    return f"{key}_" if iskeyword(key) else key
+
+
+def _annotation(setting: "Setting") -> Any:
+    """The type of a flag, and what typer shows of it."""
+    field, flag = setting.field, flag_of(setting)
+    default = "" if field.default in (None, False) else f" [dim](default {shown(field.default)})[/]"
+    choices = choices_of(field.annotation)
+    wide = len("|".join(choices)) > _WIDEST_CHOICES
+    named = f": {', '.join(choices)}" if wide else ""
+    kind = value_type(field.annotation)
+    option = typer.Option(
+        f"{flag}/--no-{flag.removeprefix('--')}" if kind is bool else flag,
+        help=f"{field.description}{named}{default}",
+        metavar="<choice>" if wide else "|".join(choices) or None,
+        rich_help_panel=PANEL,
+    )
+    return Annotated[kind | None, option]
