@@ -13,7 +13,7 @@ from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.errors import UsageError
 from offsite.kernels.activation_checkpointing import Checkpointed, checkpoint_activations, keep_activations
-from offsite.kernels.runtime import Runtime, runtime
+from offsite.kernels.runtime import Runtime, resolve_runtime
 from offsite.models.backbone import split_backbone_and_head
 from offsite.models.loading import load_model
 from offsite.progress import silent
@@ -192,7 +192,7 @@ def test_the_operating_system_is_asked():
 
 
 def test_no_trial_is_charged_what_the_one_before_it_freed():
-    runtime("cpu")  # has the heap keep what is freed
+    resolve_runtime("cpu")  # has the heap keep what is freed
     _, first = memory_budget._measured(lambda: torch.ones(2**27).sum(), CPU)
     _, second = memory_budget._measured(lambda: None, CPU)
     assert first - second > 256 * 2**20

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from offsite.kernels.runtime import runtime
+from offsite.kernels.runtime import resolve_runtime
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.block_runner import BlockRunner
 from offsite.protocol.artifacts import Base
 
 
 def test_a_hidden_state_is_freed_at_once(base_of: Callable[..., Path]) -> None:
-    runner = BlockRunner(open_base(Base(base_of("llama"))), runtime("cpu", "fp32", 1))
+    runner = BlockRunner(open_base(Base(base_of("llama"))), resolve_runtime("cpu", "fp32", 1))
     ids = torch.tensor([[1, 5, 9, 40]])
     block = runner.load(0)
     hidden = block.embed(ids)

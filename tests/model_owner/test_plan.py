@@ -13,7 +13,7 @@ from artifacts import lora_return, packed
 from offsite.config import PackSpec, PlugInSpec
 from offsite.errors import IncompatibleError, UsageError
 from offsite.kernels import memory_formulas
-from offsite.kernels.runtime import runtime
+from offsite.kernels.runtime import resolve_runtime
 from offsite.model_owner.intake import intake
 from offsite.model_owner.pack import pack
 from offsite.model_owner.plan import PackPlan, plan_pack, plan_plug_in
@@ -174,7 +174,7 @@ def test_what_cannot_be_packed_cannot_be_planned(base_of: MakeBase) -> None:
 
 @pytest.mark.parametrize("compute", ["auto", "bf16", "fp32"])
 def test_the_arithmetic_is_foreseen(compute: Any) -> None:
-    assert memory_formulas.compute_bytes(compute, "cpu") == runtime("cpu", compute, 1).dtype.itemsize
+    assert memory_formulas.compute_bytes(compute, "cpu") == resolve_runtime("cpu", compute, 1).dtype.itemsize
 
 
 @pytest.mark.parametrize(("form", "more"), [("adapter", ()), ("merged", ("tokenizer.json",))])

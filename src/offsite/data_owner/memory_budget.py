@@ -48,13 +48,13 @@ class Fit:
     bytes: int
 
 
-def within_memory(tuning: Tuning, spec: TuneSpec, where: Runtime, file: Path, progress: Progress) -> TuneSpec:
+def within_memory(tuning: Tuning, spec: TuneSpec, runtime: Runtime, file: Path, progress: Progress) -> TuneSpec:
     """The settings with as many tokens at once as the memory permits; blocks are recomputed where they must be.
 
     Args:
         tuning: what will train; nothing of it changes but whether its blocks are recomputed.
         spec: `memory`, and the most tokens at once.
-        where: the device and dtype.
+        runtime: the device and dtype.
         file: keeps what was found, so that an interrupted run goes on bit for bit.
         progress: where the events go.
 
@@ -63,15 +63,15 @@ def within_memory(tuning: Tuning, spec: TuneSpec, where: Runtime, file: Path, pr
         StorageError: `file` cannot be written or read.
     """
     _recompute(tuning, spec.memory.gradient_checkpointing)
-    lanes = side_by_side(tuning, spec, where).count
+    lanes = side_by_side(tuning, spec, runtime).count
     if spec.memory.budget is None:
         return _shared(spec, lanes)
-    found = _settled(file, lambda: _fit(tuning, spec, lanes, where, progress))
+    found = _settled(file, lambda: _fit(tuning, spec, lanes, runtime, progress))
     _recompute(tuning, found.recompute)
     return spec.changed({"micro_batch_tokens": found.at_once, "lanes": found.lanes})
 
 
-def side_by_side(tuning: Tuning, spec: TuneSpec, where: Runtime) -> Piece:
+def side_by_side(tuning: Tuning, spec: TuneSpec, runtime: Runtime) -> Piece:
     """How many micro-batches of a tuning run side by side, and why."""
     task = tuning.task
     body, only_one = (task.network.body, "") if isinstance(task, TextTask) else (tuning.blocks, "pictures gain nothing")
@@ -83,7 +83,7 @@ def side_by_side(tuning: Tuning, spec: TuneSpec, where: Runtime) -> Piece:
             block.train()
         task.loss([min(range(task.rows), key=lambda row: len(task.examples[row].ids))], 0)
 
-    return count_side_by_side(body, where.dtype, asked=spec.memory.lanes, sample=sample, only_one=only_one)
+    return count_side_by_side(body, runtime.dtype, asked=spec.memory.lanes, sample=sample, only_one=only_one)
 
 
 def _shared(spec: TuneSpec, lanes: int) -> TuneSpec:
@@ -95,10 +95,10 @@ def _recompute(tuning: Tuning, again: bool) -> None:
     (checkpoint_activations if again else keep_activations)(tuning.blocks)
 
 
-def _fit(tuning: Tuning, spec: TuneSpec, lanes: int, where: Runtime, progress: Progress) -> Fit:
+def _fit(tuning: Tuning, spec: TuneSpec, lanes: int, runtime: Runtime, progress: Progress) -> Fit:
     budget = _parse(str(spec.memory.budget))
     numbers = sum(master.numel() for master in tuning.weights.masters.values())
-    later = numbers * (8 if where.dtype == torch.float32 else 12) + _SHAPES  # AdamW's moments, and gradients in fp32
+    later = numbers * (8 if runtime.dtype == torch.float32 else 12) + _SHAPES  # AdamW's moments, and gradients in fp32
     ceiling = int(budget * (1 - _SPARE)) - later
     least = 0.0
     ways = itertools.product(
@@ -112,7 +112,7 @@ def _fit(tuning: Tuning, spec: TuneSpec, lanes: int, where: Runtime, progress: P
             told = trial.tokens if isinstance(tuning.task, TextTask) else len(trial.groups[0])
             times = f"{beside} times " if beside > 1 else ""
             progress(Event(f"measuring memory: {times}{told} {tuning.task.unit} at once", 0))
-            before, peak = _measured(partial(_run, tuning, trial, beside), where.device)
+            before, peak = _measured(partial(_run, tuning, trial, beside), runtime.device)
             least = _expected(before, peak, max(1.0, trial.longest / trial.tokens))
             if peak <= ceiling and trial.tokens >= trial.longest:
                 found = Fit(trial.at_once, beside, again, peak + later)

@@ -17,7 +17,7 @@ from offsite.data_owner.returned_checkpoints import Checkpoints
 from offsite.data_owner.train import train
 from offsite.data_owner.tuning_data import read_data
 from offsite.data_owner.write_return import write_return
-from offsite.kernels.runtime import Runtime, runtime, seeded, worker_count
+from offsite.kernels.runtime import Runtime, resolve_runtime, seeded, worker_count
 from offsite.models.architectures import ARCHITECTURES
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Bundle, Return
@@ -77,21 +77,21 @@ def tune(
     """
     identity = check_tuning(bundle, out, spec, home, eval_data=eval_data, tensorboard=tensorboard, resume=resume)
     out = out.resolve()  # the return takes the place of an empty folder, also of the one that one stands in
-    where = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
-    spec = resolve_defaults(spec, bundle.manifest.architecture, where.dtype.itemsize)
-    with PictureWorkers(worker_count(spec.images.workers, where.device)) as workers:
+    runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
+    spec = resolve_defaults(spec, bundle.manifest.architecture, runtime.dtype.itemsize)
+    with PictureWorkers(worker_count(spec.images.workers, runtime.device)) as workers:
         progress(Event("reading the rows", 0))
         rows = read_data(bundle, data, eval_data, spec, progress, workers)
         steps = step_count(spec, rows.rows)
         checkpoint_steps(spec, steps)  # refused before the run has a folder
-        identity_of_run = _identity_of_run(bundle, data, eval_data, spec, where)
-        with alone_in(run_folder(out), *AT_WORK), seeded(spec.seed, where.device):
+        identity_of_run = _identity_of_run(bundle, data, eval_data, spec, runtime)
+        with alone_in(run_folder(out), *AT_WORK), seeded(spec.seed, runtime.device):
             state = RunState(run_folder(out), identity_of_run, resume=resume, points_alone=True)
             checkpoints = Checkpoints(state, spec, steps)
             progress(Event("loading the model", 0))
-            tuning = prepare_model(bundle, rows, spec, where, progress)
+            tuning = prepare_model(bundle, rows, spec, runtime, progress)
             with cached_features(tuning, spec, state.folder, progress):
-                fitted = within_memory(tuning, spec, where, state.folder / "memory.json", progress)
+                fitted = within_memory(tuning, spec, runtime, state.folder / "memory.json", progress)
                 train(tuning, fitted, state, log_file(out), progress, checkpoints=checkpoints, tensorboard=tensorboard)
             progress(Event("writing the return", 0))
             classes = rows.classes if isinstance(rows, Album) else None
@@ -101,11 +101,11 @@ def tune(
 
 
 def _identity_of_run(
-    bundle: Bundle, data: Path, eval_data: Path | None, spec: TuneSpec, where: Runtime
+    bundle: Bundle, data: Path, eval_data: Path | None, spec: TuneSpec, runtime: Runtime
 ) -> dict[str, object]:
     """What a run is, by name: it is resumed with exactly the same."""
     settings = spec.flat(without=_FREE_SETTINGS)
-    resolved = {"device": str(where.device), "compute": str(where.dtype)}
+    resolved = {"device": str(runtime.device), "compute": str(runtime.dtype)}
     reported = {"eval_data": data_digest(eval_data)} if eval_data and spec.points.report_scores else {}
     if ARCHITECTURES[bundle.manifest.architecture].vision is None:
         digest = data_digest(data)

@@ -18,7 +18,7 @@ from offsite.data.tokens import encode, encode_choices, encode_prompt, require_k
 from offsite.evaluation.intervals import Interval, interval
 from offsite.evaluation.multiple_choice import ChoiceScore, score_choices
 from offsite.evaluation.row_losses import RowLoss, perplexity, row_losses
-from offsite.kernels.runtime import Runtime, runtime
+from offsite.kernels.runtime import Runtime, resolve_runtime
 from offsite.models.backbone import split_backbone_and_head
 from offsite.models.loading import (
     context_length,
@@ -92,7 +92,7 @@ def evaluate(
         IncompatibleError: the folder is no plain checkpoint, the adapter does not fit it, or the tokenizer makes
             tokens that it does not know.
     """
-    where = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
+    where = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     rows = read_rows(data)[: spec.max_rows]
     tokenizer = load_tokenizer(model)
     longest = min(spec.max_length, context_length(model) or spec.max_length)

@@ -20,7 +20,7 @@ from offsite.data.rows import counted
 from offsite.errors import DataError, IncompatibleError, UsageError
 from offsite.evaluation.evaluate import load_tuned
 from offsite.evaluation.intervals import Interval, interval
-from offsite.kernels.runtime import Runtime, runtime, worker_count
+from offsite.kernels.runtime import Runtime, resolve_runtime, worker_count
 from offsite.models.image_encoder import BIAS, WEIGHT, Encoder, encoder_of, is_classifier
 from offsite.models.loading import load_classifier, model_settings, read_tensor
 from offsite.progress import Event, Progress, silent
@@ -88,7 +88,7 @@ def evaluate_images(
         StorageError: a file is missing or broken.
         IncompatibleError: the folder is no plain checkpoint, or the adapter does not fit it.
     """
-    where = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
+    where = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     with PictureWorkers(worker_count(spec.workers, where.device)) as workers:
         return _evaluated(model, data, spec, adapter, probe, where, workers, progress)
 

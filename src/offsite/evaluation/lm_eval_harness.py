@@ -16,7 +16,7 @@ from offsite.config import EvalSpec
 from offsite.errors import UsageError
 from offsite.evaluation.evaluate import load_tuned
 from offsite.extras import require
-from offsite.kernels.runtime import runtime
+from offsite.kernels.runtime import resolve_runtime
 from offsite.models.loading import LIBRARY_ERRORS, context_length, load_tokenizer, quiet
 from offsite.progress import Event, Progress, silent
 
@@ -85,7 +85,7 @@ def harness_results(
     lm_eval = require("lm_eval", _EXTRA, _PURPOSE)
     wrapper = require("lm_eval.models.huggingface", _EXTRA, _PURPOSE).HFLM
     manager = _manager(tasks, tasks_path)
-    where = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
+    where = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     tokenizer = load_tokenizer(model)
     longest = context_length(model) or spec.max_length
     loaded = load_tuned(model, adapter, where)

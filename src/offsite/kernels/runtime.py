@@ -24,7 +24,7 @@ class Runtime:
     dtype: torch.dtype
 
 
-def runtime(
+def resolve_runtime(
     device: str = "auto", compute: Literal["auto", "bf16", "fp32"] = "auto", threads: int | None = None
 ) -> Runtime:
     """Resolve where and in what to compute, and set the number of processor threads.

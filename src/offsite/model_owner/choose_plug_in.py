@@ -20,7 +20,7 @@ from offsite.data.tokens import Example, encode
 from offsite.errors import PolicyError, UsageError
 from offsite.evaluation.evaluate import load_tuned
 from offsite.evaluation.row_losses import row_losses
-from offsite.kernels.runtime import Runtime, runtime
+from offsite.kernels.runtime import Runtime, resolve_runtime
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.ledger import Issued
 from offsite.model_owner.plug_in import form_of, open_base_of, refusals_recorded, write_adapter
@@ -93,7 +93,7 @@ def choose(
             next_step="plug in with --strength, and compare what `offsite eval` says of each",
         )
     examples = _read(base, data, measured)
-    where = runtime(measured.runtime.device, measured.runtime.compute, measured.runtime.threads)
+    where = resolve_runtime(measured.runtime.device, measured.runtime.compute, measured.runtime.threads)
     grid = _grid(returned, spec)
     trial = _Trial(model, returned, parent, where, merged=form_of(returned, spec) == "merged")
     base_loss = _loss(trial.network, examples, measured.micro_batch_tokens)

@@ -22,7 +22,7 @@ from offsite.data_owner.train import Tuning, train
 from offsite.kernels.activation_checkpointing import keep_activations
 from offsite.kernels.cpu.fused_modules import fuse
 from offsite.kernels.cpu.tiled_attention import use_tiled_attention
-from offsite.kernels.runtime import runtime, seeded, worker_count
+from offsite.kernels.runtime import resolve_runtime, seeded, worker_count
 from offsite.model_owner.base_model import BaseModel, open_base
 from offsite.model_owner.image_classifier import classifier_config
 from offsite.models.architectures import Architecture
@@ -75,31 +75,31 @@ def full_fine_tuning(
     require_free(out)
     opened = open_base(base)
     row = opened.row
-    where = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
-    with PictureWorkers(worker_count(spec.images.workers, where.device)) as workers:
+    runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
+    with PictureWorkers(worker_count(spec.images.workers, runtime.device)) as workers:
         vision = row.vision is not None
         album = open_album(base.folder, data, eval_data, spec, progress, workers) if vision else None
         examples, held_out = ((), ()) if album else (_read(base, data, spec), _read(base, eval_data, spec))
-        with seeded(spec.seed, where.device):
+        with seeded(spec.seed, runtime.device):
             run = {
                 **spec.flat(without=("workers",)),
                 "base": str(base.folder.resolve()),
                 "data": data_digest(data),
             }
-            state = RunState(run_folder(out), {**run, "compute": str(where.dtype)}, resume=resume)
+            state = RunState(run_folder(out), {**run, "compute": str(runtime.dtype)}, resume=resume)
             progress(Event("loading the model", 0))
-            model = load_model(base.folder, dtype=where.dtype, device=where.device)
+            model = load_model(base.folder, dtype=runtime.dtype, device=runtime.device)
             if album is None:
                 tuning = _prepare(model, row, examples, held_out, spec)
             else:
                 tuning = _prepare_images(model, row, album, spec, progress)
             alone = spec.changed({"lanes": 1})  # lanes would each hold a gradient of the whole model
-            fitted = within_memory(tuning, alone, where, state.folder / "memory.json", progress)
+            fitted = within_memory(tuning, alone, runtime, state.folder / "memory.json", progress)
             train(tuning, fitted, state, log_file(out), progress)
     keep_activations(tuning.blocks)  # which puts the blocks' own names back
     progress(Event("writing the tuned model", 0))
     if isinstance(tuning.task, ImageTask):
-        _write_classifier(tuning.task, opened, "BF16" if where.dtype == torch.bfloat16 else "F32", out)
+        _write_classifier(tuning.task, opened, "BF16" if runtime.dtype == torch.bfloat16 else "F32", out)
     else:
         _write(model, base, out)
     state.remove()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from offsite.config import PackSpec
 from offsite.errors import IncompatibleError
-from offsite.kernels.runtime import runtime
+from offsite.kernels.runtime import resolve_runtime
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner, LoadedBlock
 from offsite.model_owner.calibration import calibration_batches
@@ -64,7 +64,7 @@ def block_by_block(
             what enters its linear layers.
     """
     family = model.row
-    machine = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
+    machine = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     runner = BlockRunner(model, machine)
     if batches is None:
         batches = calibration_batches(model, spec.calibration.source, spec.calibration.tokens)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from offsite.config import PackSpec
-from offsite.kernels.runtime import runtime, seeded
+from offsite.kernels.runtime import resolve_runtime, seeded
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner, LoadedStack
 from offsite.model_owner.calibration import calibration_batches
@@ -69,18 +69,18 @@ def heal_emulator(healing: Healing, healed: Mapping[str, TensorRange]) -> Mappin
         KeyboardInterrupt: the user stopped it; a resume point was saved.
     """
     model, sandwich, spec, scratch = healing.model, healing.sandwich, healing.spec, healing.scratch
-    machine = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
+    runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     batches = calibration_batches(model, spec.calibration.source, spec.distill.tokens)
     states = middle_states(
-        model, sandwich, batches, machine, scratch / "states", healing.progress, "hidden states to distill from"
+        model, sandwich, batches, runtime, scratch / "states", healing.progress, "hidden states to distill from"
     )
     after = sandwich.top if spec.distill.ce else ()
-    stack = BlockRunner(model, machine).stack(healing.emulator, after, healed, whole=spec.distill.ce > 0)
+    stack = BlockRunner(model, runtime).stack(healing.emulator, after, healed, whole=spec.distill.ce > 0)
     task = _Distillation(stack, states, spec, skipped=0 if model.row.vision else 1)
     weights = _emulator_weights(
         model, stack, healing.emulator, prunes=work_of(sandwich.middle, spec).pruner is not None
     )
-    with run_log(healing.log) as write, seeded(spec.seed, machine.device):
+    with run_log(healing.log) as write, seeded(spec.seed, runtime.device):
         state = RunState(scratch / "distill", {}, resume=True)
         train(task, weights, _loop_settings(task), state, log=write, progress=healing.progress)
     file = scratch / "distilled.safetensors"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from offsite.kernels.runtime import runtime
+from offsite.kernels.runtime import resolve_runtime
 from offsite.model_owner.block_runner import BlockRunner
 from offsite.model_owner.calibration import calibration_batches
 from offsite.model_owner.select.selection import Selection
@@ -56,7 +56,7 @@ def centres(alike: Sequence[Sequence[float]], keep: int) -> list[int]:
 def _pooled_outputs(selection: Selection) -> list[Tensor]:
     """What each block of the middle gives, pooled: a matrix (samples, H) for each."""
     model, spec, middle = selection.model, selection.spec, selection.middle
-    machine = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
+    machine = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     runner = BlockRunner(model, machine)
     batches = [
         ids.to(machine.device) for ids in calibration_batches(model, spec.calibration.source, spec.calibration.tokens)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from offsite.kernels.runtime import runtime
+from offsite.kernels.runtime import resolve_runtime
 from offsite.model_owner.block_runner import BlockRunner
 from offsite.model_owner.calibration import calibration_batches
 from offsite.model_owner.select.selection import Selection
@@ -32,7 +32,7 @@ def block_influence(selection: Selection) -> dict[int, float]:
     The cosine looks at directions alone, so tokens with massive activations weigh no more than others.
     """
     model, spec, middle = selection.model, selection.spec, selection.middle
-    machine = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
+    machine = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     runner = BlockRunner(model, machine)
     batches = [
         ids.to(machine.device) for ids in calibration_batches(model, spec.calibration.source, spec.calibration.tokens)

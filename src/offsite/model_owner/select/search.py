@@ -16,7 +16,7 @@ from statistics import fmean
 
 import torch
 
-from offsite.kernels.runtime import runtime
+from offsite.kernels.runtime import resolve_runtime
 from offsite.model_owner.block_runner import BlockRunner, LoadedStack
 from offsite.model_owner.calibration import calibration_batches
 from offsite.model_owner.heal.block_by_block import block_by_block
@@ -106,7 +106,7 @@ def _remembered(score: Score, file: Path) -> Score:
 def _judge(selection: Selection) -> Score:
     """A function from blocks to nats per token of the emulator with them, healed in closed form if it is to be."""
     model, sandwich, spec, scratch = selection.model, selection.sandwich, selection.spec, selection.scratch
-    machine = runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
+    machine = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     batches = calibration_batches(model, spec.calibration.source, min(spec.calibration.tokens, _SEARCH_TOKENS))
     held_out = batches[_JUDGED - 1 :: _JUDGED] or batches[-1:]
     fitted = [ids for ids in batches if not any(ids is one for one in held_out)] or batches
