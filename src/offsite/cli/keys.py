@@ -97,11 +97,11 @@ def add(
 
 def _read_key(file: Path) -> "PublicKey":
     from offsite.errors import UsageError
-    from offsite.protocol.signed_folder import read_bounded
     from offsite.protocol.signing import PublicKey
 
     try:
-        line = read_bounded(file, _KEY_BYTES).decode()
+        with file.open("rb") as stream:
+            line = stream.read(_KEY_BYTES + 1).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the public key {file}", reasons=[str(error)]) from None
     return PublicKey.from_openssh(line)

@@ -8,8 +8,8 @@ from offsite.model_owner.ledger import Issued, Ledger
 from offsite.protocol.artifacts import Return
 from offsite.protocol.home import Home
 from offsite.protocol.manifest import MANIFEST, MANIFEST_BYTES, ReturnManifest
-from offsite.protocol.signed_folder import plain_file, read_bounded
 from offsite.protocol.verify import read_unverified, verify_return
+from offsite.storage.regular_files import read_bounded
 
 _NEVER_ISSUED = "it answers a bundle that this home's ledger never issued"
 _WHICH_HOME = "name the --home that issued the bundle; if it is the right one, refuse the return"
@@ -19,7 +19,7 @@ def intake(path: Path, home: Home) -> Return:
     """Verify a return against the bundle that it answers, and record whether it was accepted or refused, and why.
 
     Returns:
-        The verified return, which `plug_in` takes.
+        The verified return, which `plug_in` takes; its tensors are in memory, as many bytes as its files have.
 
     Raises:
         VerificationError: changed, foreign, or not what the bundle permits in names, shapes, dtypes or values.
@@ -27,7 +27,7 @@ def intake(path: Path, home: Home) -> Return:
     """
     ledger = Ledger(home.ledger)
     try:
-        returned = check_return(path, home)
+        returned = check_return(path, home, hold=True)
     except (VerificationError, PolicyError) as error:
         ledger.record_intake(_digest(path), _claimed_bundle(path, ledger), error.reasons or (error.what,))
         raise
@@ -61,7 +61,7 @@ def issued_bundle(returned: Return, home: Home) -> Issued:
     return issued
 
 
-def check_return(path: Path, home: Home) -> Return:
+def check_return(path: Path, home: Home, *, hold: bool = False) -> Return:
     """Verify a return against the bundle that it answers, and record nothing.
 
     Raises:
@@ -71,7 +71,7 @@ def check_return(path: Path, home: Home) -> Return:
     claimed = read_unverified(path)
     parent = Ledger(home.ledger).issued(claimed.bundle) if isinstance(claimed, ReturnManifest) else None
     if parent is not None:
-        return verify_return(path, home, parent.manifest)
+        return verify_return(path, home, parent.manifest, hold=hold)
     reasons = [_NEVER_ISSUED]
     try:
         verify_return(path, home)
@@ -93,7 +93,7 @@ def _claimed_bundle(path: Path, ledger: Ledger) -> str | None:
 def _digest(path: Path) -> str:
     """SHA-256 of the manifest; nothing if there is none that may be opened."""
     try:
-        raw = read_bounded(plain_file(path, MANIFEST), MANIFEST_BYTES)
+        raw = read_bounded(path / MANIFEST, MANIFEST_BYTES)
     except (VerificationError, OSError):
         return ""
     return hashlib.sha256(raw).hexdigest()

@@ -3,11 +3,12 @@
 Their constructors refuse everybody but `offsite.protocol.verify` and `offsite.protocol.sealing`, which use `attest`.
 """
 
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import overload
 
 from offsite.protocol.manifest import BundleManifest, Manifest, PlugInManifest, ReturnManifest
+from offsite.storage.snapshot import Snapshot
 
 _PROOF = object()  # who constructs an artifact holds it
 
@@ -33,6 +34,7 @@ class Bundle:
     folder: Path
     manifest: BundleManifest
     digest: str
+    files: Snapshot = field(repr=False, compare=False)  # what was hashed
     proof: InitVar[object] = None
 
     def __post_init__(self, proof: object) -> None:
@@ -50,6 +52,7 @@ class Return:
     folder: Path
     manifest: ReturnManifest
     digest: str
+    files: Snapshot = field(repr=False, compare=False)  # what was hashed
     proof: InitVar[object] = None
 
     def __post_init__(self, proof: object) -> None:
@@ -67,6 +70,7 @@ class PlugIn:
     folder: Path
     manifest: PlugInManifest
     digest: str
+    files: Snapshot = field(repr=False, compare=False)  # what was hashed
     proof: InitVar[object] = None
 
     def __post_init__(self, proof: object) -> None:
@@ -79,21 +83,22 @@ def _require_proof(proof: object, origin: str) -> None:
 
 
 @overload
-def attest(folder: Path, manifest: BundleManifest, digest: str) -> Bundle: ...
+def attest(folder: Path, manifest: BundleManifest, digest: str, files: Snapshot) -> Bundle: ...
 @overload
-def attest(folder: Path, manifest: ReturnManifest, digest: str) -> Return: ...
+def attest(folder: Path, manifest: ReturnManifest, digest: str, files: Snapshot) -> Return: ...
 @overload
-def attest(folder: Path, manifest: PlugInManifest, digest: str) -> PlugIn: ...
-def attest(folder: Path, manifest: Manifest, digest: str) -> Bundle | Return | PlugIn:
+def attest(folder: Path, manifest: PlugInManifest, digest: str, files: Snapshot) -> PlugIn: ...
+def attest(folder: Path, manifest: Manifest, digest: str, files: Snapshot) -> Bundle | Return | PlugIn:
     """The artifact of a folder that was verified, or sealed, by the caller. For `verify` and `sealing` alone.
 
     Args:
         folder: where it lies.
         manifest: what its `offsite.json` says.
         digest: SHA-256 of the manifest's bytes, in hex.
+        files: those that the manifest lists.
     """
     if isinstance(manifest, BundleManifest):
-        return Bundle(folder, manifest, digest, _PROOF)
+        return Bundle(folder, manifest, digest, files, _PROOF)
     if isinstance(manifest, ReturnManifest):
-        return Return(folder, manifest, digest, _PROOF)
-    return PlugIn(folder, manifest, digest, _PROOF)
+        return Return(folder, manifest, digest, files, _PROOF)
+    return PlugIn(folder, manifest, digest, files, _PROOF)

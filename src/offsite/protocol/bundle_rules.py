@@ -17,7 +17,7 @@ from offsite.protocol.contents import (
 from offsite.protocol.manifest import (
     BundleManifest,
 )
-from offsite.protocol.signed_folder import Rule, Sealed, entries_differ, names_differ, plain_file, read_json
+from offsite.protocol.signed_folder import Rule, SignedFolder, entries_differ, names_differ, read_json
 from offsite.storage.safetensors_files import (
     DECLARED_INDEX,
     DECLARED_WEIGHTS,
@@ -26,31 +26,31 @@ from offsite.storage.safetensors_files import (
     WEIGHTS,
     Checkpoint,
     TensorRange,
-    open_checkpoint,
+    checkpoint_of,
 )
 
 _MOST_POSITIONS = 2**22
 
 
-def _bundle_files(sealed: Sealed) -> Iterator[str]:
-    for entry in sealed.manifest.files:
+def _bundle_files(signed: SignedFolder) -> Iterator[str]:
+    for entry in signed.manifest.files:
         if not allowed_in_bundle(entry.name):
             yield f"a bundle may not hold {entry.name}"
 
 
-def _bundle_settings(sealed: Sealed) -> Iterator[str]:
-    listed = {entry.name for entry in sealed.manifest.files}
+def _bundle_settings(signed: SignedFolder) -> Iterator[str]:
+    listed = {entry.name for entry in signed.manifest.files}
     for name in sorted(listed & set(ALLOWED_KEYS)):
-        yield from content_problems(name, read_json(sealed, name))
+        yield from content_problems(name, read_json(signed, name))
 
 
-def _bundle_config(sealed: Sealed) -> Iterator[str]:
-    manifest, row = _bundle_of(sealed)
-    config = read_json(sealed, CONFIG)
+def _bundle_config(signed: SignedFolder) -> Iterator[str]:
+    manifest, row = _bundle_of(signed)
+    config = read_json(signed, CONFIG)
     if not isinstance(config, dict):
         yield f"{CONFIG} is not a JSON object"
         return
-    config = _settings_of(sealed)[0]
+    config = _settings_of(signed)[0]
     yield from config_problems(config, row)
     if config.get("model_type") != row.model_type or config.get("architectures") != [row.class_name]:
         found = f"{config.get('model_type')!r}, {config.get('architectures')!r}"
@@ -75,9 +75,9 @@ def _bundle_config(sealed: Sealed) -> Iterator[str]:
         yield f"{CONFIG} has {key} = {str(value)[:60]!r}, under which blocks cannot be cut"
 
 
-def _bundle_positions(sealed: Sealed) -> Iterator[str]:
+def _bundle_positions(signed: SignedFolder) -> Iterator[str]:
     """Positions that a model knows: no tensor need confirm how many, and some families compute tables of them."""
-    config = _settings_of(sealed)[0]
+    config = _settings_of(signed)[0]
     for key in ("max_position_embeddings", "n_positions", "n_ctx"):
         if type(config.get(key)) is int and config[key] > _MOST_POSITIONS:
             yield f"{CONFIG} has {key} = {config[key]}, expected at most {_MOST_POSITIONS}"
@@ -89,10 +89,10 @@ def _lists_blocks(found: object, count: int) -> bool:
     return found == sorted(set(found))
 
 
-def _bundle_weights(sealed: Sealed) -> Iterator[str]:
-    manifest, row = _bundle_of(sealed)
-    checkpoint = _open_listed(sealed)
-    settings, declared = _settings_of(sealed)
+def _bundle_weights(signed: SignedFolder) -> Iterator[str]:
+    manifest, row = _bundle_of(signed)
+    checkpoint = _open_listed(signed)
+    settings, declared = _settings_of(signed)
     held = len(checkpoint.tensors)
     expected = set(row.outer_tensors(settings))
     for block in range(manifest.split.blocks):
@@ -143,9 +143,9 @@ def _declared_tensors(
     }
 
 
-def _bundle_declared(sealed: Sealed) -> Iterator[str]:
-    manifest, row = _bundle_of(sealed)
-    config = read_json(sealed, CONFIG)
+def _bundle_declared(signed: SignedFolder) -> Iterator[str]:
+    manifest, row = _bundle_of(signed)
+    config = read_json(signed, CONFIG)
     try:
         _, declared = unwrapped(config if isinstance(config, dict) else {})
     except ValueError as problem:
@@ -165,16 +165,16 @@ def _bundle_declared(sealed: Sealed) -> Iterator[str]:
         yield "the weights' file has the name of the other kind of model"
 
 
-def _bundle_returnable(sealed: Sealed) -> Iterator[str]:
-    manifest, row = _bundle_of(sealed)
-    checkpoint = _open_listed(sealed)
+def _bundle_returnable(signed: SignedFolder) -> Iterator[str]:
+    manifest, row = _bundle_of(signed)
+    checkpoint = _open_listed(signed)
     blocks = frozenset(manifest.split.trained)
     trained = {n for n in checkpoint.tensors if (p := row.block_of(n)) and p[0] in blocks}
     yield from names_differ("tensors that may come back", set(manifest.tensors), trained)
-    head = set(row.head_tensors(_settings_of(sealed)[0])) if manifest.head else set()
+    head = set(row.head_tensors(_settings_of(signed)[0])) if manifest.head else set()
     yield from names_differ("the head that may come back", set(manifest.head), head)
     yield from entries_differ({**manifest.tensors, **manifest.head}, checkpoint.tensors)
-    permitted = row.lora_linears_of(_settings_of(sealed)[0])
+    permitted = row.lora_linears_of(_settings_of(signed)[0])
     for target, (inputs, outputs) in manifest.lora_targets.items():
         place = row.map_of(target)
         if place and place[1] not in permitted:
@@ -186,8 +186,8 @@ def _bundle_returnable(sealed: Sealed) -> Iterator[str]:
             yield f"LoRA target {target}: the weight's shape is {found}, expected {shape}"
 
 
-def _bundle_tokenizer(sealed: Sealed) -> Iterator[str]:
-    manifest, _ = _bundle_of(sealed)
+def _bundle_tokenizer(signed: SignedFolder) -> Iterator[str]:
+    manifest, _ = _bundle_of(signed)
     if tokenizer_digest(manifest.files) != manifest.tokenizer:
         yield "the tokenizer's files do not give the tokenizer digest of the manifest"
 
@@ -204,30 +204,30 @@ BUNDLE_RULES: tuple[Rule, ...] = (
 )
 
 
-def _bundle_of(sealed: Sealed) -> tuple[BundleManifest, Architecture]:
-    if not isinstance(sealed.manifest, BundleManifest):
+def _bundle_of(signed: SignedFolder) -> tuple[BundleManifest, Architecture]:
+    if not isinstance(signed.manifest, BundleManifest):
         raise TypeError("a rule for bundles was run on something else")
-    return sealed.manifest, ARCHITECTURES[sealed.manifest.architecture]
+    return signed.manifest, ARCHITECTURES[signed.manifest.architecture]
 
 
-def _settings_of(sealed: Sealed) -> tuple[dict[str, Any], Declared | None]:
+def _settings_of(signed: SignedFolder) -> tuple[dict[str, Any], Declared | None]:
     """The family's config and what the emulator declares; what is malformed is the finding of another rule."""
-    config = read_json(sealed, CONFIG)
+    config = read_json(signed, CONFIG)
     try:
         return unwrapped(config if isinstance(config, dict) else {})
     except ValueError:
         return {}, None
 
 
-def _open_listed(sealed: Sealed) -> Checkpoint:
-    weights = [entry.name for entry in sealed.manifest.files if is_weights(entry.name)]
+def _open_listed(signed: SignedFolder) -> Checkpoint:
+    weights = [entry.name for entry in signed.manifest.files if is_weights(entry.name)]
     ways = {WEIGHTS, INDEX, DECLARED_WEIGHTS, DECLARED_INDEX} & set(weights)
     if len(ways) > 1:
         both = " and ".join(sorted(ways))
         raise VerificationError(f"it holds both {both}, of which another reader may take the other")
     for name in weights:
-        plain_file(sealed.folder, name)
-    checkpoint = open_checkpoint(sealed.folder)
+        signed.file(name)
+    checkpoint = checkpoint_of(signed)
     used = {tensor.file.name for tensor in checkpoint.tensors.values()}
     listed = set(weights) - {INDEX, DECLARED_INDEX}
     if used != listed:

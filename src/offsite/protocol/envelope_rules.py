@@ -3,42 +3,47 @@
 import stat
 from collections.abc import Iterator, Mapping
 
+from offsite.errors import VerificationError
 from offsite.protocol.manifest import (
     MANIFEST,
     SIGNATURE,
     PlugInManifest,
 )
-from offsite.protocol.signed_folder import Rule, Sealed, is_plain, read_bounded
+from offsite.protocol.signed_folder import Rule, SignedFolder
 from offsite.protocol.signing import SIGNATURE_BYTES, PublicKey
-from offsite.storage.files import sha256_of
+from offsite.storage.regular_files import read_bounded
+from offsite.storage.snapshot import ReadFile
 
 
-def _signature(sealed: Sealed) -> Iterator[str]:
-    file = sealed.folder / SIGNATURE
-    signature = read_bounded(file, SIGNATURE_BYTES) if is_plain(file) else b""
-    if not PublicKey.from_hex(sealed.signer).verifies(signature, sealed.manifest.kind, sealed.raw):
+def _signature(signed: SignedFolder) -> Iterator[str]:
+    file = signed.folder / SIGNATURE
+    try:
+        signature = read_bounded(file, SIGNATURE_BYTES)
+    except (VerificationError, FileNotFoundError):
+        signature = b""  # _listing says what is there
+    if not PublicKey.from_hex(signed.signer).verifies(signature, signed.manifest.kind, signed.raw):
         yield f"the signature in {SIGNATURE} is not the signer's over these bytes of {MANIFEST}"
 
 
-def _trusted_signer(sealed: Sealed) -> Iterator[str]:
-    keys = {key.hex for key in sealed.home.trusted().values()} | {sealed.home.identity().public_key.hex}
-    if sealed.signer not in keys:
-        fingerprint = PublicKey.from_hex(sealed.signer).fingerprint
+def _trusted_signer(signed: SignedFolder) -> Iterator[str]:
+    keys = {key.hex for key in signed.home.trusted().values()} | {signed.home.identity().public_key.hex}
+    if signed.signer not in keys:
+        fingerprint = PublicKey.from_hex(signed.signer).fingerprint
         yield f"signed by {fingerprint}, not trusted here (`offsite trust add NAME FILE.pub`, after checking it)"
 
 
-def _addressee(sealed: Sealed) -> Iterator[str]:
-    own = sealed.home.identity().public_key.hex
-    if isinstance(sealed.manifest, PlugInManifest) or own in (sealed.manifest.recipient, sealed.signer):
+def _addressee(signed: SignedFolder) -> Iterator[str]:
+    own = signed.home.identity().public_key.hex
+    if isinstance(signed.manifest, PlugInManifest) or own in (signed.manifest.recipient, signed.signer):
         return
-    found = PublicKey.from_hex(sealed.manifest.recipient).fingerprint
+    found = PublicKey.from_hex(signed.manifest.recipient).fingerprint
     yield f"addressed to {found}, this party is {PublicKey.from_hex(own).fingerprint}"
 
 
-def _listing(sealed: Sealed) -> Iterator[str]:
-    listed = {entry.name for entry in sealed.manifest.files} | {MANIFEST, SIGNATURE}
+def _listing(signed: SignedFolder) -> Iterator[str]:
+    listed = {entry.name for entry in signed.manifest.files} | {MANIFEST, SIGNATURE}
     found = set()
-    for path in sorted(sealed.folder.iterdir()):
+    for path in sorted(signed.folder.iterdir()):
         found.add(path.name)
         if not stat.S_ISREG(path.lstat().st_mode):
             yield f"{path.name!r} is no plain file"
@@ -48,15 +53,16 @@ def _listing(sealed: Sealed) -> Iterator[str]:
         yield f"{name} is missing"
 
 
-def _digests(sealed: Sealed) -> Iterator[str]:
-    for entry in sealed.manifest.files:
-        path = sealed.folder / entry.name
-        if not is_plain(path):
-            continue  # _listing says so
-        if path.stat().st_size != entry.size:
-            yield f"{entry.name} has {path.stat().st_size} bytes, expected {entry.size}"
-        elif sha256_of(path) != entry.sha256:
-            yield f"the bytes of {entry.name} are not those that were signed"
+def _digests(signed: SignedFolder) -> Iterator[str]:
+    for entry in signed.manifest.files:
+        found = signed.files.get(entry.name)
+        if isinstance(found, ReadFile):  # else _listing says what is there
+            if found.size != entry.size:
+                yield f"{entry.name} has {found.size} bytes, expected {entry.size}"
+            elif found.sha256 != entry.sha256:
+                yield f"the bytes of {entry.name} are not those that were signed"
+        elif isinstance(found, OSError) and not isinstance(found, FileNotFoundError):
+            yield f"cannot read {entry.name}: {found.strerror}"
 
 
 # What mends a finding on the receiver's side; any other one is the sender's.
@@ -66,4 +72,5 @@ OWN_FAULT: Mapping[Rule, str] = {
     _addressee: "name the right --home; if it is, send your present public key (`offsite keygen --out FILE.pub`) "
     "and ask for one that is addressed to it",
 }
-ENVELOPE_RULES: tuple[Rule, ...] = (_signature, _trusted_signer, _addressee, _listing, _digests)
+SIGNER_RULES: tuple[Rule, ...] = (_signature, _trusted_signer, _addressee)
+FILE_RULES: tuple[Rule, ...] = (_listing, _digests)

@@ -19,49 +19,42 @@ from offsite.protocol.output_head import returned_head, returned_name
 from offsite.protocol.peft_adapter import adapter_config, adapter_tensors, lora_pair
 from offsite.protocol.signed_folder import (
     Rule,
-    Sealed,
+    SignedFolder,
     entries_differ,
     manifest_tensors_differ,
     names_differ,
-    plain_file,
     read_json,
 )
-from offsite.storage.safetensors_files import (
-    FLOATS,
-    finite,
-    read_header,
-)
 
 
-def _return_files(sealed: Sealed) -> Iterator[str]:
-    manifest = _return_of(sealed)
+def _return_files(signed: SignedFolder) -> Iterator[str]:
+    manifest = _return_of(signed)
     checkpoints = {checkpoint_file(number) for number in range(1, manifest.checkpoints)}
     expected = {WEIGHTS_OF[manifest.method], *((ADAPTER_CONFIG,) if manifest.lora else ()), *checkpoints}
     expected |= {CLASSIFIER} if manifest.classes else set()
     yield from names_differ("files", {entry.name for entry in manifest.files}, expected)
 
 
-def _return_tensors(sealed: Sealed) -> Iterator[str]:
-    manifest = _return_of(sealed)
+def _return_tensors(signed: SignedFolder) -> Iterator[str]:
+    manifest = _return_of(signed)
     for file in _returned_files(manifest):
         where = "the file" if file == WEIGHTS_OF[manifest.method] else file
-        held = read_header(plain_file(sealed.folder, file))
+        held = signed.header(file)
         yield from names_differ(f"tensors in {where}", set(held), set(manifest.tensors))
         yield from entries_differ(manifest.tensors, held, where)
         wrong = {name: tensor.dtype for name, tensor in held.items() if tensor.dtype != "F32"}
         yield from (f"{name[:120]!r} has dtype {dtype} in {where}, expected F32" for name, dtype in wrong.items())
 
 
-def _return_finite(sealed: Sealed) -> Iterator[str]:
-    for file in _returned_files(_return_of(sealed)):
-        for name, tensor in read_header(plain_file(sealed.folder, file)).items():
-            if tensor.dtype in FLOATS and not finite(tensor):
-                yield f"{name[:120]!r} holds NaN or infinity in {file}"
+def _return_finite(signed: SignedFolder) -> Iterator[str]:
+    for file in _returned_files(_return_of(signed)):
+        for name in signed.file(file).not_finite:
+            yield f"{name[:120]!r} holds NaN or infinity in {file}"
 
 
-def _return_lora(sealed: Sealed) -> Iterator[str]:
-    manifest = _return_of(sealed)
-    lora, parent = manifest.lora, sealed.parent
+def _return_lora(signed: SignedFolder) -> Iterator[str]:
+    manifest = _return_of(signed)
+    lora, parent = manifest.lora, signed.parent
     if lora is None:
         return
     if len(set(lora.targets)) != len(lora.targets):
@@ -78,49 +71,49 @@ def _return_lora(sealed: Sealed) -> Iterator[str]:
         yield from manifest_tensors_differ(
             manifest.tensors, adapter_tensors(lora, parent.lora_targets) | _head_of(manifest, parent)
         )
-    held = read_json(sealed, ADAPTER_CONFIG)
+    held = read_json(signed, ADAPTER_CONFIG)
     configs = [adapter_config(lora, row, head=manifest.head) for row in rows]
     # compared as text, in which 1 is not true
     if json.dumps(held, sort_keys=True) not in [json.dumps(config, sort_keys=True) for config in configs]:
         yield f"{ADAPTER_CONFIG} is not the one that these LoRA settings give"
 
 
-def _return_own(sealed: Sealed) -> Iterator[str]:
-    manifest = _return_of(sealed)
-    if manifest.method in ("full", "bitfit") and sealed.parent is not None:
-        own = sealed.parent.own_tensors(manifest.method)
+def _return_own(signed: SignedFolder) -> Iterator[str]:
+    manifest = _return_of(signed)
+    if manifest.method in ("full", "bitfit") and signed.parent is not None:
+        own = signed.parent.own_tensors(manifest.method)
         expected = {n: TensorEntry(shape=e.shape, dtype="F32") for n, e in own.items()}
-        yield from manifest_tensors_differ(manifest.tensors, expected | _head_of(manifest, sealed.parent))
+        yield from manifest_tensors_differ(manifest.tensors, expected | _head_of(manifest, signed.parent))
 
 
-def _return_head(sealed: Sealed) -> Iterator[str]:
+def _return_head(signed: SignedFolder) -> Iterator[str]:
     """What it must hold is for the rules of the methods."""
-    if _return_of(sealed).head and sealed.parent is not None and not sealed.parent.head:
+    if _return_of(signed).head and signed.parent is not None and not signed.parent.head:
         yield "the head was tuned, which the bundle does not permit"
 
 
-def _return_bottleneck(sealed: Sealed) -> Iterator[str]:
-    manifest = _return_of(sealed)
-    if manifest.bottleneck and sealed.parent is not None:
-        yield from manifest_tensors_differ(manifest.tensors, manifest.bottleneck.tensors(sealed.parent))
+def _return_bottleneck(signed: SignedFolder) -> Iterator[str]:
+    manifest = _return_of(signed)
+    if manifest.bottleneck and signed.parent is not None:
+        yield from manifest_tensors_differ(manifest.tensors, manifest.bottleneck.tensors(signed.parent))
 
 
-def _return_classifier(sealed: Sealed) -> Iterator[str]:
+def _return_classifier(signed: SignedFolder) -> Iterator[str]:
     """A linear head with an output for each class, from an encoder, and from nothing else."""
-    classes, parent = _return_of(sealed).classes, sealed.parent
+    classes, parent = _return_of(signed).classes, signed.parent
     inputs = classifier_inputs(parent) if parent else None
     if parent is not None and (inputs is None) != (classes is None):
         yield "a classifier comes back" if classes else "no classifier comes back, which an image encoder needs"
     if classes is None:
         return
-    held = read_header(plain_file(sealed.folder, CLASSIFIER))
+    held = signed.header(CLASSIFIER)
     yield from names_differ("classifier", set(held), {"classifier.weight", "classifier.bias"})
     for name, tensor in held.items():
         width = tensor.shape[-1] if inputs is None and tensor.shape else inputs
         expected = (len(classes), width) if name.endswith("weight") else (len(classes),)
         if tensor.dtype != "F32" or tensor.shape != expected:
             yield f"{name[:120]!r} is {tensor.dtype} {list(tensor.shape)}, expected F32 {list(expected)}"
-        elif not finite(tensor):
+        elif name in signed.file(CLASSIFIER).not_finite:
             yield f"{name[:120]!r} holds NaN or infinity"
 
 
@@ -134,13 +127,13 @@ def classifier_inputs(bundle: BundleManifest) -> int | None:
     return hidden * len(row.vision.features)
 
 
-def _return_parties(sealed: Sealed) -> Iterator[str]:
-    manifest = _return_of(sealed)
-    if sealed.parent is None:
+def _return_parties(signed: SignedFolder) -> Iterator[str]:
+    manifest = _return_of(signed)
+    if signed.parent is None:
         return
-    if manifest.signer != sealed.parent.recipient:
+    if manifest.signer != signed.parent.recipient:
         yield "signed by another party than the one that the bundle was issued to"
-    if manifest.recipient != sealed.parent.issuer:
+    if manifest.recipient != signed.parent.issuer:
         yield "addressed to another party than the one that issued the bundle"
 
 
@@ -168,10 +161,10 @@ def _returned_files(manifest: ReturnManifest) -> list[str]:
     return [WEIGHTS_OF[manifest.method], *(name for name in earlier if name in listed)]  # _return_files misses the rest
 
 
-def _return_of(sealed: Sealed) -> ReturnManifest:
-    if not isinstance(sealed.manifest, ReturnManifest):
+def _return_of(signed: SignedFolder) -> ReturnManifest:
+    if not isinstance(signed.manifest, ReturnManifest):
         raise TypeError("a rule for returns was run on something else")
-    return sealed.manifest
+    return signed.manifest
 
 
 def beyond_policy(manifest: ReturnManifest, bundle: BundleManifest) -> list[str]:

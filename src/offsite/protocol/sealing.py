@@ -19,6 +19,7 @@ from offsite.protocol.manifest import (
 )
 from offsite.protocol.signing import Identity
 from offsite.storage.files import Written, write_stream
+from offsite.storage.snapshot import Snapshot
 
 
 def file_entries(written: Iterable[Written]) -> tuple[FileEntry, ...]:
@@ -51,4 +52,5 @@ def seal(folder: Path, manifest: Manifest, identity: Identity, out: Path) -> Bun
     parse_manifest(raw)  # what the other party would refuse must not leave the house
     write_stream(folder / MANIFEST, [raw])
     write_stream(folder / SIGNATURE, [identity.sign(manifest.kind, raw)])
-    return attest(out, manifest, hashlib.sha256(raw).hexdigest())
+    files = Snapshot(out, [Written(entry.name, entry.size, entry.sha256) for entry in manifest.files])
+    return attest(out, manifest, hashlib.sha256(raw).hexdigest(), files)

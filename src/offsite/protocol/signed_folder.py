@@ -1,12 +1,11 @@
-"""A sealed folder that has not been verified yet, how its files are opened, and how findings about it are worded."""
+"""A signed folder that is being verified: what was read of its files, and how findings about it are worded."""
 
 import hashlib
-import stat
 from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from offsite.errors import VerificationError
+from offsite.errors import OffsiteError, StorageError, VerificationError
 from offsite.protocol.home import Home
 from offsite.protocol.manifest import (
     MANIFEST,
@@ -19,19 +18,21 @@ from offsite.storage.safetensors_files import (
     TensorRange,
     strict_json,
 )
+from offsite.storage.snapshot import SETTINGS_BYTES, ReadFile
 
 _CONFIG_BYTES = 16 * 2**20  # no JSON file of an artifact is larger; tokenizer.json is never parsed here
 
 
 @dataclass(frozen=True)
-class Sealed:
-    """A folder with its parsed manifest, before any rule has passed."""
+class SignedFolder:
+    """A folder with its parsed manifest, before all rules have passed, and what was read of the listed files."""
 
     folder: Path
     home: Home
     manifest: Manifest
     raw: bytes
     parent: BundleManifest | None = None
+    files: Mapping[str, ReadFile | OffsiteError | OSError] = field(default_factory=dict)  # or why it was not read
 
     @property
     def digest(self) -> str:
@@ -43,8 +44,53 @@ class Sealed:
         """The key that the manifest says has signed it."""
         return self.manifest.signer if isinstance(self.manifest, ReturnManifest) else self.manifest.issuer
 
+    def names(self) -> Set[str]:
+        """Of the listed files that could be read."""
+        return {name for name, file in self.files.items() if isinstance(file, ReadFile)}
 
-Rule = Callable[[Sealed], Iterator[str]]
+    def file(self, name: str) -> ReadFile:
+        """What was read of a file.
+
+        Raises:
+            VerificationError: it is missing, not listed, or no regular file.
+            OSError: it could not be read.
+        """
+        found = self.files.get(name)
+        if found is None or isinstance(found, FileNotFoundError):
+            raise VerificationError(f"{name} is missing")
+        if isinstance(found, ReadFile):
+            return found
+        raise found
+
+    def read(self, name: str) -> bytes:
+        """The content of a file that holds no tensors.
+
+        Raises:
+            VerificationError: it is missing, no regular file, or larger than any such file.
+            OSError: it could not be read.
+        """
+        content = self.file(name).content
+        if content is None:
+            raise VerificationError(
+                f"{name} is over what all files beside the weights may take, {SETTINGS_BYTES} bytes"
+            )
+        return content
+
+    def header(self, name: str) -> dict[str, TensorRange]:
+        """The tensors of a safetensors file.
+
+        Raises:
+            VerificationError: it is missing or no regular file.
+            StorageError: its header is malformed.
+            OSError: it could not be read.
+        """
+        file = self.file(name)
+        if file.header is None:
+            raise file.problem or StorageError(f"{name} holds no tensors")
+        return dict(file.header)
+
+
+Rule = Callable[[SignedFolder], Iterator[str]]
 
 
 def names_differ(what: str, found: Set[str], expected: Set[str]) -> Iterator[str]:
@@ -77,42 +123,16 @@ def _shown(entry: TensorEntry) -> str:
     return f"{entry.dtype} {list(entry.shape)}"
 
 
-def read_json(sealed: Sealed, name: str) -> object:
+def read_json(signed: SignedFolder, name: str) -> object:
     """A JSON file of the folder.
 
     Raises:
-        VerificationError: it is no plain file, too large, or not JSON.
+        VerificationError: it cannot be read, is too large, or is not JSON.
     """
-    raw = read_bounded(plain_file(sealed.folder, name), _CONFIG_BYTES)
+    raw = signed.read(name)
     if len(raw) > _CONFIG_BYTES:
         raise VerificationError(f"{name} is over {_CONFIG_BYTES} bytes")
     try:
         return strict_json(raw)
     except ValueError as error:
         raise VerificationError(f"{name} is not JSON: {error}") from None
-
-
-def is_plain(file: Path) -> bool:
-    """Whether there is a file of that name, and not a link, folder, pipe or device."""
-    try:
-        return stat.S_ISREG(file.lstat().st_mode)
-    except FileNotFoundError:
-        return False
-
-
-def plain_file(folder: Path, name: str) -> Path:
-    """A file that may be opened: a link may lead out of the folder, and reading a pipe may never end.
-
-    Raises:
-        VerificationError: it is no plain file.
-        FileNotFoundError: there is none.
-    """
-    if not stat.S_ISREG((folder / name).lstat().st_mode):
-        raise VerificationError(f"{name!r} is no plain file")
-    return folder / name
-
-
-def read_bounded(file: Path, limit: int) -> bytes:
-    """At most one byte more than `limit`, which shows that the file is larger."""
-    with file.open("rb") as stream:
-        return stream.read(limit + 1)

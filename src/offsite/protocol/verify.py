@@ -4,7 +4,7 @@ Verify, then parse, then load. Every rule is a function that lists what it found
 shows every reason. Torch-free.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from offsite.errors import OffsiteError, PolicyError, StorageError, UsageError, 
 from offsite.protocol.artifacts import Bundle, PlugIn, Return, attest
 from offsite.protocol.bundle_rules import BUNDLE_RULES
 from offsite.protocol.contents import allowed_in_plug_in
-from offsite.protocol.envelope_rules import ENVELOPE_RULES, OWN_FAULT
+from offsite.protocol.envelope_rules import FILE_RULES, OWN_FAULT, SIGNER_RULES
 from offsite.protocol.home import Home
 from offsite.protocol.manifest import (
     MANIFEST,
@@ -25,7 +25,10 @@ from offsite.protocol.manifest import (
     parse_manifest,
 )
 from offsite.protocol.return_rules import RETURN_RULES, beyond_policy
-from offsite.protocol.signed_folder import Rule, Sealed, plain_file, read_bounded
+from offsite.protocol.signed_folder import Rule, SignedFolder
+from offsite.storage.files import Written
+from offsite.storage.regular_files import read_bounded
+from offsite.storage.snapshot import SETTINGS_BYTES, ReadFile, Snapshot, read_file
 
 _SHOWN = 40  # reasons that are listed; who sends more is not worth more of the screen
 _LONGEST = 500  # characters of one
@@ -47,21 +50,27 @@ def verify(path: Path, home: Home) -> Bundle | Return | PlugIn:
     return verify_plug_in(path, home)
 
 
-def verify_bundle(path: Path, home: Home) -> Bundle:
+def verify_bundle(path: Path, home: Home, *, hold: bool = False) -> Bundle:
     """Verify a bundle that a trusted owner addressed to this party (or one that this party issued).
+
+    Args:
+        path: the bundle's folder.
+        home: whose trusted keys count.
+        hold: keep the weights that were hashed in memory, as many bytes as the files have, for the tuning that follows;
+            else a tuning reads and hashes them again.
 
     Raises:
         UsageError: the folder is no bundle.
         VerificationError: it fails; reasons list every failure.
     """
-    sealed = _open(path, home)
-    if not isinstance(sealed.manifest, BundleManifest):
-        raise _wrong_kind(sealed, "bundle")
-    _run(sealed, (*ENVELOPE_RULES, *BUNDLE_RULES))
-    return attest(path, sealed.manifest, sealed.digest)
+    signed = _open(path, home)
+    if not isinstance(signed.manifest, BundleManifest):
+        raise _wrong_kind(signed, "bundle")
+    files = _run(signed, BUNDLE_RULES, hold=hold)
+    return attest(path, signed.manifest, signed.digest, files)
 
 
-def verify_return(path: Path, home: Home, bundle: BundleManifest | None = None) -> Return:
+def verify_return(path: Path, home: Home, bundle: BundleManifest | None = None, *, hold: bool = False) -> Return:
     """Verify a return that a trusted data owner addressed to this party (or one that this party made).
 
     Args:
@@ -69,24 +78,25 @@ def verify_return(path: Path, home: Home, bundle: BundleManifest | None = None) 
         home: whose trusted keys count.
         bundle: the manifest of the bundle that it answers, from the ledger; without it, what that bundle permits
             cannot be checked.
+        hold: keep the tensors that were hashed in memory, as many bytes as the files have, to use them.
 
     Raises:
         UsageError: the folder is no return.
         VerificationError: it fails; reasons list every failure.
         PolicyError: it is genuine, but uses a method or rank that the bundle does not permit.
     """
-    sealed = _open(path, home)
-    if not isinstance(sealed.manifest, ReturnManifest):
-        raise _wrong_kind(sealed, "return")
-    policy = beyond_policy(sealed.manifest, bundle) if bundle else []
-    _run(sealed, (*ENVELOPE_RULES, *RETURN_RULES), parent=bundle, beside=policy)
+    signed = _open(path, home)
+    if not isinstance(signed.manifest, ReturnManifest):
+        raise _wrong_kind(signed, "return")
+    policy = beyond_policy(signed.manifest, bundle) if bundle else []
+    files = _run(signed, RETURN_RULES, parent=bundle, hold=hold, refusals=policy)
     if policy:
         raise PolicyError(
             "the return goes beyond what the bundle permits",
             reasons=policy,
             next_step="ask for a return within it, or issue another bundle that permits more",
         )
-    return attest(path, sealed.manifest, sealed.digest)
+    return attest(path, signed.manifest, signed.digest, files)
 
 
 def verify_plug_in(path: Path, home: Home) -> PlugIn:
@@ -96,15 +106,15 @@ def verify_plug_in(path: Path, home: Home) -> PlugIn:
         UsageError: the folder is no plug-in.
         VerificationError: it fails; reasons list every failure.
     """
-    sealed = _open(path, home)
-    if not isinstance(sealed.manifest, PlugInManifest):
-        raise _wrong_kind(sealed, "plug-in")
-    _run(sealed, (*ENVELOPE_RULES, _plug_in_files))
-    return attest(path, sealed.manifest, sealed.digest)
+    signed = _open(path, home)
+    if not isinstance(signed.manifest, PlugInManifest):
+        raise _wrong_kind(signed, "plug-in")
+    files = _run(signed, (_plug_in_files,))
+    return attest(path, signed.manifest, signed.digest, files)
 
 
-def _plug_in_files(sealed: Sealed) -> Iterator[str]:
-    for entry in sealed.manifest.files:
+def _plug_in_files(signed: SignedFolder) -> Iterator[str]:
+    for entry in signed.manifest.files:
         if not allowed_in_plug_in(entry.name):
             yield f"a plug-in may not hold {entry.name}"
 
@@ -121,7 +131,7 @@ def read_unverified(path: Path) -> Manifest:
 
 def _read_manifest(path: Path) -> tuple[Manifest, bytes]:
     try:  # read once: what is parsed are the bytes whose signature is checked
-        raw = read_bounded(plain_file(path, MANIFEST), MANIFEST_BYTES)
+        raw = read_bounded(path / MANIFEST, MANIFEST_BYTES)
         return parse_manifest(raw), raw
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
@@ -143,36 +153,75 @@ def _why_not(path: Path) -> str:
     return "it is a file, and none of them is; an archive is unpacked first" if path.exists() else "it does not exist"
 
 
-def _open(path: Path, home: Home) -> Sealed:
+def _open(path: Path, home: Home) -> SignedFolder:
     manifest, raw = _read_manifest(path)
-    return Sealed(path, home, manifest, raw)
+    return SignedFolder(path, home, manifest, raw)
 
 
 def _run(
-    sealed: Sealed,
+    signed: SignedFolder,
     rules: tuple[Rule, ...],
     parent: BundleManifest | None = None,
-    beside: Sequence[str] = (),
-) -> None:
-    subject = replace(sealed, parent=parent)
-    reasons: list[str] = []
-    advice: list[str] = []
+    *,
+    hold: bool = False,
+    refusals: Sequence[str] = (),
+) -> Snapshot:
+    """Run the rules of every artifact and those of one kind.
+
+    Args:
+        signed: the folder, of which nothing but the manifest was read.
+        rules: of its kind.
+        parent: the manifest of the bundle that it answers.
+        hold: whether the weights are kept in memory.
+        refusals: reasons of policy, which are listed with the findings if there are any.
+
+    Raises:
+        VerificationError: a rule found something; reasons list every finding.
+    """
+    signer = _findings(signed, SIGNER_RULES)
+    files = _read_files(signed, hold=hold and not signer)  # a stranger's files take up no memory
+    subject = replace(signed, parent=parent, files=files)
+    found = signer + _findings(subject, (*FILE_RULES, *rules))
+    if found:
+        reasons = list(dict.fromkeys([*(reason for reason, _ in found), *refusals]))
+        advice = list(dict.fromkeys(mends for _, mends in found))
+        own_fault = _DISTRUST not in advice and not refusals
+        raise _failed(signed.folder, reasons, "; ".join(advice) if own_fault else _DISTRUST)
+    listed = [Written(entry.name, entry.size, entry.sha256) for entry in signed.manifest.files]
+    return Snapshot(signed.folder, listed, {name: file for name, file in files.items() if isinstance(file, ReadFile)})
+
+
+def _read_files(signed: SignedFolder, *, hold: bool) -> dict[str, ReadFile | OffsiteError | OSError]:
+    """Read each listed file once; what cannot be read stands there as the error."""
+    found: dict[str, ReadFile | OffsiteError | OSError] = {}
+    room = SETTINGS_BYTES
+    look_for_nan = isinstance(signed.manifest, ReturnManifest)
+    for entry in signed.manifest.files:
+        try:
+            file = read_file(signed.folder / entry.name, hold=hold, most=room, look_for_nan=look_for_nan)
+        except (OffsiteError, OSError) as error:
+            found[entry.name] = error
+            continue
+        found[entry.name] = file
+        room -= len(file.content or b"")
+    return found
+
+
+def _findings(signed: SignedFolder, rules: Iterable[Rule]) -> list[tuple[str, str]]:
+    """What rules found, each with what the receiver can do about it."""
+    found: list[tuple[str, str]] = []
     for rule in rules:
         mends = OWN_FAULT.get(rule)
         try:
-            found = list(rule(subject))
+            reasons = list(rule(signed))
         except OffsiteError as error:  # a broken file is a finding like any other
-            found = [*(error.reasons or [error.what])]
+            reasons = [*(error.reasons or [error.what])]
             mends = error.next_step if isinstance(error, UsageError) else None  # this home's own, as a missing key
         except OSError as error:
-            found = [f"cannot read {str(error.filename)!r}: {error.strerror}"]
+            reasons = [f"cannot read {str(error.filename)!r}: {error.strerror}"]
             mends = None
-        reasons += found
-        advice += [mends or _DISTRUST] if found else []
-    if reasons:
-        mended = _DISTRUST not in advice and not beside
-        next_step = "; ".join(dict.fromkeys(advice)) if mended else _DISTRUST
-        raise _failed(sealed.folder, list(dict.fromkeys([*reasons, *beside])), next_step)
+        found += [(reason, mends or _DISTRUST) for reason in reasons]
+    return found
 
 
 def _failed(folder: Path, reasons: list[str], next_step: str = _DISTRUST) -> VerificationError:
@@ -185,8 +234,8 @@ def _failed(folder: Path, reasons: list[str], next_step: str = _DISTRUST) -> Ver
     )
 
 
-def _wrong_kind(sealed: Sealed, expected: str) -> UsageError:
+def _wrong_kind(signed: SignedFolder, expected: str) -> UsageError:
     return UsageError(
-        f"{sealed.folder} is a {sealed.manifest.kind}, expected a {expected}",
+        f"{signed.folder} is a {signed.manifest.kind}, expected a {expected}",
         next_step=f"name the {expected}'s folder",
     )

@@ -7,14 +7,16 @@ https://huggingface.co/docs/safetensors (8 bytes length, JSON header, tensors wi
 
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from offsite.errors import StorageError
 from offsite.storage.files import Written, write_stream
+from offsite.storage.regular_files import read_up_to
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +36,29 @@ _MOST_DIGITS = 40
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
 
 
+class StoredTensor(Protocol):
+    """A tensor by its bytes: in a file, or read from one before."""
+
+    @property
+    def name(self) -> str:
+        """Under which it is stored."""
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors calls it, such as "BF16"."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    def raw(self) -> Iterator[bytes | memoryview]:
+        """Its bytes, a few MiB at a time; every chunk but the last has `CHUNK_BYTES`."""
+
+
 @dataclass(frozen=True)
 class TensorRange:
     """Where one tensor lies: file, first byte, and what it is."""
@@ -48,6 +73,23 @@ class TensorRange:
     def size(self) -> int:
         """Bytes in the file."""
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+
+    def raw(self) -> Iterator[bytes]:
+        """Its bytes, by plain reads.
+
+        Raises:
+            StorageError: the file ends early.
+        """
+        left = self.size
+        with self.file.open("rb") as stream:
+            stream.seek(self.start)
+            while left:
+                wanted = min(CHUNK_BYTES, left)
+                chunk = stream.read(wanted)
+                if len(chunk) < wanted:
+                    raise _broken(self.file, [f"ends {left - len(chunk)} bytes before the end of tensor {self.name!r}"])
+                left -= len(chunk)
+                yield chunk
 
 
 @dataclass(frozen=True)
@@ -72,22 +114,50 @@ def read_header(file: Path) -> dict[str, TensorRange]:
         StorageError: the file is missing, truncated, or its header is malformed; reasons list all that is wrong.
     """
     try:
-        size = file.stat().st_size
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise _broken(file, [f"header of {length} bytes in a file of {size}"])
-            raw = stream.read(length)
+            size = os.fstat(stream.fileno()).st_size
+            return parse_header(file, read_header_bytes(file, stream, size)[8:], size)
     except OSError as error:
         what = f"cannot read {file}: {error.strerror}"
         raise StorageError(what, next_step="check that the folder is complete") from error
+
+
+def read_header_bytes(file: Path, stream: BinaryIO, size: int) -> bytes:
+    """What stands before the tensors: eight bytes of length, and the JSON.
+
+    Args:
+        file: its path, for errors.
+        stream: the file, open at its start.
+        size: bytes in the file.
+
+    Raises:
+        StorageError: the length cannot be that of a header in a file of this size.
+    """
+    start = read_up_to(stream, 8)
+    length = int.from_bytes(start, "little")
+    if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
+        raise _broken(file, [f"header of {length} bytes in a file of {size}"])
+    return start + read_up_to(stream, length)
+
+
+def parse_header(file: Path, raw: bytes, size: int) -> dict[str, TensorRange]:
+    """The tensors that a header describes, by name, after checking that it describes the file exactly.
+
+    Args:
+        file: where the tensors lie.
+        raw: the JSON.
+        size: bytes in the file.
+
+    Raises:
+        StorageError: the header is malformed; reasons list all that is wrong.
+    """
     try:
         header = strict_json(raw)
     except ValueError as error:
         raise _broken(file, [f"header is not JSON: {error}"]) from None
     if not isinstance(header, dict):
         raise _broken(file, ["header is not a JSON object"])
-    return _check_header(file, header, data_start=8 + length, data_size=size - 8 - length)
+    return _check_header(file, header, data_start=8 + len(raw), data_size=size - 8 - len(raw))
 
 
 def _check_header(file: Path, header: dict[str, Any], *, data_start: int, data_size: int) -> dict[str, TensorRange]:
@@ -151,6 +221,46 @@ class Checkpoint:
         return sum(tensor.size for tensor in self.tensors.values())
 
 
+class FolderFiles(Protocol):
+    """The files of a folder of safetensors: on the disk, or as they were read from it before."""
+
+    @property
+    def folder(self) -> Path:
+        """Where they lie, for errors and for the ranges of tensors."""
+
+    def names(self) -> Set[str]:
+        """Of all files."""
+
+    def read(self, name: str) -> bytes:
+        """The content of a small file.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is larger than any small file.
+        """
+
+    def header(self, name: str) -> dict[str, TensorRange]:
+        """The tensors of a safetensors file, as `read_header`."""
+
+
+@dataclass(frozen=True)
+class _OnDisk:
+    folder: Path
+
+    def names(self) -> Set[str]:
+        return {path.name for path in self.folder.iterdir() if path.is_file()} if self.folder.is_dir() else set()
+
+    def read(self, name: str) -> bytes:
+        with (self.folder / name).open("rb") as stream:
+            content = stream.read(_MAX_HEADER + 1)
+        if len(content) > _MAX_HEADER:
+            raise ValueError(f"over {_MAX_HEADER} bytes")
+        return content
+
+    def header(self, name: str) -> dict[str, TensorRange]:
+        return read_header(self.folder / name)
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a folder with `model.safetensors` or shards with an index; nothing but headers is read.
 
@@ -158,77 +268,71 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         StorageError: no weights, a missing, outside or truncated file, an index that disagrees with its files, or one
             beside weights that it does not name, of which every reader would take others.
     """
+    return checkpoint_of(_OnDisk(folder))
+
+
+def checkpoint_of(files: FolderFiles) -> Checkpoint:
+    """The checkpoint that files make; raises as `open_checkpoint`."""
+    folder, names = files.folder, files.names()
     for weights, index in ((WEIGHTS, INDEX), (DECLARED_WEIGHTS, DECLARED_INDEX)):
-        if (folder / index).exists():
-            checkpoint = _open_sharded(folder, index)
+        if index in names:
+            checkpoint = _sharded(files, index)
             named = {tensor.file.name for tensor in checkpoint.tensors.values()}
-            if (folder / weights).exists() and named != {weights}:
+            if weights in names and named != {weights}:
                 raise _broken(folder, [f"{weights} and {index} lie side by side, and the index names other files"])
             return checkpoint
-        if (folder / weights).exists():
-            return Checkpoint(folder, read_header(folder / weights))
+        if weights in names:
+            return Checkpoint(folder, files.header(weights))
     raise StorageError(
         f"{folder} holds no {WEIGHTS} and no {INDEX}",
-        reasons=[f"found: {', '.join(sorted(p.name for p in folder.iterdir())[:12]) or 'nothing'}"]
+        reasons=[f"found: {', '.join(sorted(names)[:12]) or 'nothing'}"]
         if folder.is_dir()
         else [f"{folder} is no folder"],
         next_step="turn other formats into a base folder with `offsite import MODEL --out base/`",
     )
 
 
-def _open_sharded(folder: Path, name_of_index: str) -> Checkpoint:
-    index = folder / name_of_index
+def _sharded(files: FolderFiles, name_of_index: str) -> Checkpoint:
+    index = files.folder / name_of_index
     try:
-        with index.open("rb") as stream:
-            raw = stream.read(_MAX_HEADER + 1)
-        if len(raw) > _MAX_HEADER:
-            raise ValueError(f"over {_MAX_HEADER} bytes")
-        weight_map = strict_json(raw)["weight_map"]
+        weight_map = strict_json(files.read(name_of_index))["weight_map"]
         entries = {str(name): str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _broken(index, [f"no readable weight_map: {error}"]) from None
-    files = sorted(set(entries.values()))
-    outside = [name for name in files if not _SHARD_NAME.fullmatch(name)]
+    shards = sorted(set(entries.values()))
+    outside = [name for name in shards if not _SHARD_NAME.fullmatch(name)]
     if outside:
         raise _broken(index, [f"names {name!r}, expected a plain file name in the same folder" for name in outside])
-    missing = [name for name in files if not (folder / name).is_file()]
+    missing = [name for name in shards if name not in files.names()]
     if missing:
         raise _broken(index, [f"names {name}, which is not there" for name in missing])
     tensors: dict[str, TensorRange] = {}
     reasons = []
-    for name in files:
-        held = read_header(folder / name)
+    for name in shards:
+        held = files.header(name)
         listed = {tensor for tensor, file in entries.items() if file == name}
         reasons += [f"lists {tensor!r} in {name}, which does not hold it" for tensor in sorted(listed - set(held))]
         reasons += [f"does not list {tensor!r} in {name}" for tensor in sorted(set(held) - listed)]
         tensors |= held
     if reasons:
         raise _broken(index, reasons)
-    return Checkpoint(folder, tensors)
+    return Checkpoint(files.folder, tensors)
 
 
-def read_chunks(tensor: TensorRange, dtype: str | None = None) -> Iterator[bytes | memoryview]:
+def read_chunks(tensor: StoredTensor, dtype: str | None = None) -> Iterator[bytes | memoryview]:
     """The bytes of a tensor, a few MiB at a time, cast to `dtype` ("F32", "BF16", "F16") on the way.
 
     Raises:
         StorageError: the file ends early.
     """
-    left = tensor.size
-    with tensor.file.open("rb") as stream:
-        stream.seek(tensor.start)
-        while left:
-            wanted = min(CHUNK_BYTES, left)
-            chunk = stream.read(wanted)
-            if len(chunk) < wanted:
-                raise _broken(tensor.file, [f"ends {left - len(chunk)} bytes before the end of tensor {tensor.name!r}"])
-            left -= len(chunk)
-            if dtype is None or dtype == tensor.dtype:
-                yield chunk
-            else:
-                yield from_float32(to_float32(chunk, tensor.dtype), dtype).data.cast("B")
+    for chunk in tensor.raw():
+        if dtype is None or dtype == tensor.dtype:
+            yield chunk
+        else:
+            yield from_float32(to_float32(chunk, tensor.dtype), dtype).data.cast("B")
 
 
-def read_float32(tensor: TensorRange) -> "npt.NDArray[np.float32]":
+def read_float32(tensor: StoredTensor) -> "npt.NDArray[np.float32]":
     """A whole float tensor as float32, in its shape."""
     import numpy as np  # verifying a bundle does without
 
@@ -266,14 +370,14 @@ def from_float32(values: "npt.NDArray[np.float32]", dtype: str) -> "npt.NDArray[
     raise TypeError(f"{dtype} is no float dtype of a weight")
 
 
-def finite(tensor: TensorRange) -> bool:
+def finite(tensor: StoredTensor) -> bool:
     """Whether a float tensor holds neither NaN nor infinity."""
     import numpy as np
 
     return all(bool(np.isfinite(to_float32(chunk, tensor.dtype)).all()) for chunk in read_chunks(tensor))
 
 
-def copied(tensor: TensorRange, *, name: str | None = None, dtype: str | None = None) -> NewTensor:
+def copied(tensor: StoredTensor, *, name: str | None = None, dtype: str | None = None) -> NewTensor:
     """A tensor of a checkpoint as one to be written, under another name or dtype if wanted."""
     kind = dtype if dtype and tensor.dtype in FLOATS else tensor.dtype
     return NewTensor(name or tensor.name, kind, tensor.shape, lambda: read_chunks(tensor, kind))

@@ -1,0 +1,60 @@
+"""Opening files that may have come from a stranger: regular files alone, and no more bytes than expected. Torch-free.
+
+What is asked of a file is asked of the open file, so that nobody can put another one in its place in between.
+"""
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from offsite.errors import VerificationError
+
+# A link is not followed, and opening a pipe does not wait for a writer; systems without these flags have no such traps.
+_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+def open_regular(file: Path) -> BinaryIO:
+    """Open a file for reading, unbuffered.
+
+    Raises:
+        VerificationError: it is a link, folder, pipe, socket or device.
+        FileNotFoundError: there is none.
+        OSError: it cannot be opened.
+    """
+    if not stat.S_ISREG(file.lstat().st_mode):  # an open device may act, and a socket cannot be opened
+        raise _not_regular(file)
+    try:
+        descriptor = os.open(file, _FLAGS)
+    except OSError:
+        if file.is_symlink():  # since the look above
+            raise _not_regular(file) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_regular(file)
+    return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def read_bounded(file: Path, limit: int) -> bytes:
+    """The content of a regular file, or one byte more than `limit` of it, which shows that it is larger.
+
+    Raises:
+        VerificationError: it is a link, folder, pipe, socket or device.
+        FileNotFoundError: there is none.
+        OSError: it cannot be read.
+    """
+    with open_regular(file) as stream:
+        return read_up_to(stream, limit + 1)
+
+
+def read_up_to(stream: BinaryIO, count: int) -> bytes:
+    """The next `count` bytes, or what is left of the stream."""
+    content = bytearray()
+    while len(content) < count and (chunk := stream.read(min(count - len(content), 2**20))):
+        content += chunk
+    return bytes(content)
+
+
+def _not_regular(file: Path) -> VerificationError:
+    return VerificationError(f"{file.name!r} is no plain file")

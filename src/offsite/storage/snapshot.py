@@ -1,0 +1,282 @@
+"""The files of an artifact as they were when their hashes were compared: what is used is what was hashed. Torch-free.
+
+Each file is opened once and read once, from its first byte to its last. In the same pass it is hashed, a safetensors
+header is parsed, tensors are looked through for NaN where that is asked for, and what is to be used is held in memory.
+Nothing of it is given to anybody before the hash of the whole file is known.
+"""
+
+import ctypes
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from offsite.errors import OffsiteError, StorageError, VerificationError
+from offsite.storage.files import Written
+from offsite.storage.regular_files import open_regular
+from offsite.storage.safetensors_files import (
+    CHUNK_BYTES,
+    FLOATS,
+    ITEM_SIZE,
+    Checkpoint,
+    TensorRange,
+    checkpoint_of,
+    parse_header,
+    read_header_bytes,
+    to_float32,
+)
+
+SETTINGS_BYTES = 256 * 2**20  # of all files but the weights together: the largest tokenizers have 40 MiB
+_READ_BYTES = 2**20  # read and hashed at once: it stays in the CPU's cache; a multiple of every item size
+_ALIGNMENT = 64  # of a tensor's first byte, as torch aligns its own
+
+
+@dataclass(frozen=True, eq=False)
+class HeldTensor:
+    """A tensor whose bytes were read into memory of its own: `content` may be written to, and starts aligned."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    content: memoryview
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+
+    def raw(self) -> Iterator[memoryview]:
+        """Its bytes, a few MiB at a time."""
+        for start in range(0, self.size, CHUNK_BYTES):
+            yield self.content[start : start + CHUNK_BYTES]
+
+
+@dataclass
+class ReadFile:
+    """What one pass over a file found; it is not said that this is what was expected."""
+
+    size: int
+    sha256: str | None = None  # None where it shrank or grew while it was read
+    content: bytes | None = None  # of a file that holds no tensors
+    header: Mapping[str, TensorRange] | None = None  # of one that does
+    problem: StorageError | None = None  # with that header
+    tensors: dict[str, HeldTensor] | None = None  # where they are held
+    not_finite: list[str] = field(default_factory=list)  # names of tensors with NaN or infinity, where asked for
+
+    def is_file(self, listed: Written) -> bool:
+        """Whether size and hash are those that are listed."""
+        return (self.size, self.sha256) == (listed.size, listed.sha256)
+
+
+def holds_tensors(name: str) -> bool:
+    """Whether a file of that name is read as safetensors."""
+    return name.endswith(".safetensors")
+
+
+def read_file(file: Path, *, hold: bool, most: int = SETTINGS_BYTES, look_for_nan: bool = False) -> ReadFile:
+    """Read a file once, and hash it on the way.
+
+    Args:
+        file: where it lies.
+        hold: whether its tensors are kept in memory.
+        most: bytes of a file without tensors up to which its content is kept in memory.
+        look_for_nan: whether float tensors are looked through for NaN and infinity.
+
+    Raises:
+        VerificationError: it is no regular file.
+        OSError: it cannot be read.
+    """
+    with open_regular(file) as stream:
+        found = ReadFile(os.fstat(stream.fileno()).st_size)
+        digest = hashlib.sha256()
+        if holds_tensors(file.name):
+            length = _read_header(file, stream, found, digest.update)
+            length += _read_tensors(stream, found, digest.update, hold=hold, look_for_nan=look_for_nan)
+        else:
+            content = bytearray()
+            kept = found.size <= most
+            length = _read_rest(stream, found.size, digest.update, content.extend if kept else lambda _: None)
+            found.content = bytes(content) if kept else None
+        length += len(stream.read(1))
+        if length == found.size:
+            found.sha256 = digest.hexdigest()
+        else:  # it shrank or grew while it was read
+            found.size = length
+    return found
+
+
+_Consumer = Callable[[memoryview], object]
+
+
+def _read_header(file: Path, stream: BinaryIO, found: ReadFile, consume: Callable[[bytes], object]) -> int:
+    """Parse the header, or note what is wrong with it; returns how many bytes were consumed."""
+    try:
+        raw = read_header_bytes(file, stream, found.size)
+    except StorageError as problem:  # with the length alone
+        found.problem = problem
+        stream.seek(0)
+        return 0
+    consume(raw)
+    try:
+        found.header = parse_header(file, raw[8:], found.size)
+    except StorageError as problem:
+        found.problem = problem
+    return len(raw)
+
+
+def _read_tensors(stream: BinaryIO, found: ReadFile, consume: _Consumer, *, hold: bool, look_for_nan: bool) -> int:
+    """Read what stands behind the header, tensor by tensor, as a checked header says that they lie."""
+    if found.header is None:
+        return _read_rest(stream, found.size, consume, lambda _: None)
+    read = 0
+    tensors: dict[str, HeldTensor] = {}
+    for tensor in sorted(found.header.values(), key=lambda one: one.start):
+        content = _aligned(tensor.size) if hold else memoryview(bytearray(min(tensor.size, _READ_BYTES)))
+        bad = False
+        for start in range(0, tensor.size, _READ_BYTES):
+            place = start if hold else 0
+            part = content[place : place + min(_READ_BYTES, tensor.size - start)]
+            length = _fill(stream, part)
+            consume(part[:length])
+            read += length
+            if length < len(part):
+                return read
+            bad = bad or (look_for_nan and tensor.dtype in FLOATS and not _finite(part, tensor.dtype))
+        if bad:
+            found.not_finite.append(tensor.name)
+        if hold:
+            tensors[tensor.name] = HeldTensor(tensor.name, tensor.dtype, tensor.shape, content)
+    found.tensors = tensors if hold else None
+    return read
+
+
+def _read_rest(stream: BinaryIO, most: int, consume: _Consumer, keep: _Consumer) -> int:
+    buffer = memoryview(bytearray(min(_READ_BYTES, max(most, 1))))
+    read = 0
+    while read < most and (length := _fill(stream, buffer[: most - read])):
+        consume(buffer[:length])
+        keep(buffer[:length])
+        read += length
+    return read
+
+
+def _fill(stream: BinaryIO, part: memoryview) -> int:
+    """Read until `part` is full or the file ends; how many bytes there were."""
+    filled = 0
+    while filled < len(part) and (count := stream.readinto(part[filled:])):  # type: ignore[attr-defined]
+        filled += count
+    return filled
+
+
+def _aligned(size: int) -> memoryview:
+    buffer = bytearray(size + _ALIGNMENT)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % _ALIGNMENT
+    return memoryview(buffer)[start : start + size]
+
+
+def _finite(content: memoryview, dtype: str) -> bool:
+    import numpy as np  # verifying a bundle does without
+
+    return bool(np.isfinite(to_float32(content, dtype)).all())
+
+
+class Snapshot:
+    """The files of a folder that were listed with their hashes, as they were when those were compared.
+
+    What is not held in memory is read when it is asked for, and compared with its hash again before it is given.
+
+    Args:
+        folder: where they lie.
+        listed: every file with its size and hash.
+        held: what was read of them, and compared.
+    """
+
+    def __init__(self, folder: Path, listed: Iterable[Written], held: Mapping[str, ReadFile] | None = None) -> None:
+        self.folder = folder
+        self._listed = {entry.name: entry for entry in listed}
+        self._held = {name: file for name, file in (held or {}).items() if name in self._listed}
+
+    def names(self) -> Set[str]:
+        """Of all files that are listed."""
+        return self._listed.keys()
+
+    def read(self, name: str) -> bytes:
+        """The content of a file that holds no tensors.
+
+        Raises:
+            FileNotFoundError: none of that name is listed.
+            VerificationError: it had to be read again, and is no longer what is listed.
+            StorageError: it cannot be read.
+        """
+        file = self._of(name, hold=False)
+        if file.content is None:
+            raise StorageError(f"{self.folder / name} is not read into memory")
+        return file.content
+
+    def header(self, name: str) -> dict[str, TensorRange]:
+        """Where the tensors of a file lie; raises as `read`, and StorageError for a header that is malformed."""
+        file = self._of(name, hold=False)
+        if file.header is None:
+            raise file.problem or StorageError(f"{self.folder / name} holds no tensors")
+        return dict(file.header)
+
+    def tensors(self, name: str) -> dict[str, HeldTensor]:
+        """The tensors of a file, from memory; they stay held. Raises as `header`."""
+        file = self._of(name, hold=True)
+        if file.tensors is None:
+            raise file.problem or StorageError(f"{self.folder / name} holds no tensors")
+        return file.tensors
+
+    def take_tensors(self) -> dict[str, HeldTensor]:
+        """The tensors of the checkpoint, which are no longer held here: whoever took them decides when they go.
+
+        Raises:
+            VerificationError: they had to be read again, and are no longer what is listed.
+            StorageError: they cannot be read, or make no checkpoint.
+        """
+        files = [name for name in sorted(self.names()) if holds_tensors(name)]
+        taken = {name: tensor for file in files for name, tensor in self.tensors(file).items()}
+        self.checkpoint()  # whose index knows each tensor's file
+        for file in files:
+            self._held[file].tensors = None
+        return taken
+
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint that the files make; raises as `offsite.storage.safetensors_files.open_checkpoint`."""
+        return checkpoint_of(self)
+
+    def _of(self, name: str, *, hold: bool) -> ReadFile:
+        listed = self._listed.get(name)
+        if listed is None:
+            raise FileNotFoundError(f"{self.folder / name} is not listed")
+        held = self._held.get(name)
+        if held is None or (hold and held.header is not None and held.tensors is None):
+            held = self._held[name] = _read_again(self.folder / name, listed, hold=hold)
+        return held
+
+
+def _read_again(file: Path, listed: Written, *, hold: bool) -> ReadFile:
+    try:
+        found = read_file(file, hold=hold)
+    except FileNotFoundError:
+        raise _changed(file, "it is gone") from None
+    except OSError as error:
+        raise StorageError(
+            f"cannot read {file}: {error.strerror}", next_step="check the folder and its disk"
+        ) from error
+    except OffsiteError as error:
+        raise _changed(file, error.what) from None
+    if not found.is_file(listed):
+        raise _changed(file, "its bytes are not those that were signed")
+    return found
+
+
+def _changed(file: Path, reason: str) -> VerificationError:
+    return VerificationError(
+        f"{file} changed after it was verified",
+        reasons=[reason],
+        next_step="verify the folder again, and see to it that nobody writes to it meanwhile",
+    )
