@@ -2,7 +2,7 @@
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from offsite.protocol.signing import Identity
 from offsite.protocol.verify import read_unverified
 from offsite.storage.safetensors_files import FLOATS, TensorRange, open_checkpoint, read_chunks, strict_json
 
+FileStates = tuple[tuple[str, int, int, int], ...]  # of each file its name, inode, bytes and time of the last write
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -27,6 +29,7 @@ class BaseModel:
     row: Architecture
     tensors: Mapping[str, TensorRange]
     blocks: int
+    states: FileStates = ()  # of the files of its weights, when they were opened
 
     def block(self, index: int) -> dict[str, TensorRange]:
         """The tensors of one block by their path in it."""
@@ -59,7 +62,8 @@ def open_base(base: Base) -> BaseModel:
             tensors[name] = tensor
     if row.tied(config) and row.head in tensors:
         _require_copy(tensors.pop(row.head), tensors.get(_token_embedding(row)))
-    model = BaseModel(base.folder, config, row, tensors, row.block_count(config))
+    states = _states_of(tensor.file for tensor in tensors.values())
+    model = BaseModel(base.folder, config, row, tensors, row.block_count(config), states)
     _check_tensors(model)
     return model
 
@@ -163,11 +167,45 @@ def _check_tensors(model: BaseModel) -> None:
         )
 
 
-def fingerprint(model: BaseModel, identity: Identity) -> str:
+def _states_of(files: Iterable[Path]) -> FileStates:
+    found = [(file.name, file.stat()) for file in sorted(set(files))]
+    return tuple((name, state.st_ino, state.st_size, state.st_mtime_ns) for name, state in found)
+
+
+def require_unchanged(model: BaseModel) -> None:
+    """Refuse what was made of a base that somebody wrote to after it was opened.
+
+    Raises:
+        IncompatibleError: a file of its weights is another one, or was written to.
+    """
+    now = _states_of(tensor.file for tensor in model.tensors.values())
+    changed = sorted({name for name, *_ in set(model.states) ^ set(now)})
+    if changed:
+        raise IncompatibleError(
+            f"{model.folder} changed while it was read",
+            reasons=[f"{name} was written to" for name in changed],
+            next_step="see to it that nobody writes to the base meanwhile, and run the same command again",
+        )
+
+
+def fingerprint(model: BaseModel, identity: Identity, base: Base | None = None) -> str:
     """What a bundle says of its base: HMAC-SHA256 over names, dtypes, shapes and bytes, keyed by the owner's secret.
 
     Only the owner can compute it, so nobody can confirm a guess at which model it is. Reads every weight once.
+
+    Args:
+        model: the opened base.
+        identity: the owner's.
+        base: which remembers it, so that the weights are read once while their files stay as they are.
     """
+    known = base.fingerprints if base is not None else {}
+    key = (identity.public_key.hex, model.states)
+    if key not in known:
+        known[key] = _fingerprint(model, identity)
+    return known[key]
+
+
+def _fingerprint(model: BaseModel, identity: Identity) -> str:
     code = hmac.new(identity.secret("base fingerprint"), digestmod=hashlib.sha256)
     for name in sorted(model.tensors):
         tensor = model.tensors[name]

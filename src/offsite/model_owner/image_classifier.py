@@ -12,7 +12,7 @@ from offsite.model_owner.base_model import BaseModel
 from offsite.models.family import Vision
 from offsite.protocol.artifacts import Return
 from offsite.protocol.contents import CLASSIFIER
-from offsite.storage.safetensors_files import NewTensor, copied, read_header
+from offsite.storage.safetensors_files import NewTensor, copied
 
 # Of the owner's own head, and what transformers writes of its own version.
 _OWN = (
@@ -22,7 +22,7 @@ _OWN = (
 
 
 def classifier_tensors(
-    model: BaseModel, vision: Vision, tuned: Mapping[str, NewTensor], verified: Return
+    model: BaseModel, vision: Vision, tuned: Mapping[str, NewTensor], returned: Return
 ) -> list[NewTensor]:
     """The encoder's tensors, tuned where the return says so, under the classifier's names, and the returned head.
 
@@ -30,13 +30,13 @@ def classifier_tensors(
         model: the base.
         vision: of its row.
         tuned: tensors that take the place of the base's, by name in the base.
-        verified: the return.
+        returned: the return.
     """
     tensors = []
     for name, tensor in model.tensors.items():
         new = tuned.get(name) or copied(tensor)
         tensors.append(NewTensor(f"{vision.prefix}.{name}", new.dtype, new.shape, new.chunks))
-    head = read_header(verified.folder / CLASSIFIER)
+    head = returned.files.tensors(CLASSIFIER)
     return tensors + [copied(head[name], name=f"{vision.head}.{name.rpartition('.')[2]}") for name in head]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from offsite.config import PlugInSpec
 from offsite.errors import IncompatibleError, UsageError, VerificationError
-from offsite.model_owner.base_model import BaseModel, by_todays_names, fingerprint, open_base
+from offsite.model_owner.base_model import BaseModel, by_todays_names, fingerprint, open_base, require_unchanged
 from offsite.model_owner.image_classifier import classifier_config, classifier_tensors
 from offsite.model_owner.intake import issued_bundle, require_taken_in
 from offsite.model_owner.ledger import Issued, Ledger, plugged_in_before
@@ -76,6 +76,7 @@ def plug_in(
         write = write_adapter if form == "adapter" else _write_merged
         with refusals_recorded(returned, home):
             written = write(model, chosen, folder)
+        require_unchanged(model)
         manifest = PlugInManifest(
             kind="plug-in",
             format=FORMAT,
@@ -112,7 +113,7 @@ def open_base_of(
     _check_again(returned, spec, home)
     model = open_base(base)
     progress(Event("comparing the base with the ledger", 0))
-    if fingerprint(model, home.identity()) != parent.manifest.base:
+    if fingerprint(model, home.identity(), base) != parent.manifest.base:
         raise IncompatibleError(
             f"{base.folder} is not the base that this bundle was packed from",
             reasons=["its fingerprint differs from the ledger's"],

@@ -16,13 +16,14 @@ from offsite.protocol.output_head import head_names
 from offsite.protocol.peft_adapter import lora_pair
 from offsite.storage.safetensors_files import (
     NewTensor,
+    StoredTensor,
     TensorRange,
     copied,
     from_float32,
     read_float32,
-    read_header,
     to_float32,
 )
+from offsite.storage.snapshot import HeldTensor
 
 Change = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
@@ -37,12 +38,12 @@ class Chosen:
     strength: np.float32
 
     @property
-    def held(self) -> dict[str, TensorRange]:
-        """The checkpoint's tensors, by the names in the return."""
+    def tensors(self) -> dict[str, HeldTensor]:
+        """The checkpoint's tensors as they were verified, by the names in the return."""
         manifest = self.returned.manifest
         last = self.checkpoint == manifest.checkpoints
         name = WEIGHTS_OF[manifest.method] if last else checkpoint_file(self.checkpoint)
-        return read_header(self.returned.folder / name)
+        return self.returned.files.tensors(name)
 
     @property
     def head(self) -> dict[str, str]:
@@ -53,7 +54,7 @@ class Chosen:
 
 def adapter_tensors(model: BaseModel, chosen: Chosen) -> list[NewTensor]:
     """The tensors of a plug-in in the form of an adapter: strength is in B, in a bottleneck's way up, in the head."""
-    held, parent, lora = chosen.held, chosen.parent, chosen.returned.manifest.lora
+    held, parent, lora = chosen.tensors, chosen.parent, chosen.returned.manifest.lora
     renamed = []
     if lora is None:
         for name, tensor in held.items():
@@ -72,7 +73,8 @@ def adapter_tensors(model: BaseModel, chosen: Chosen) -> list[NewTensor]:
 def changed_tensors(model: BaseModel, chosen: Chosen) -> dict[str, NewTensor]:
     """The tensors of the base that a merged plug-in changes, by today's names, as it would hold them."""
     changes = {**(_lora_changes if chosen.returned.manifest.lora else _own_changes)(model, chosen)}
-    changes |= {name: _difference(chosen.held[returned], name, chosen.parent) for returned, name in chosen.head.items()}
+    held = chosen.tensors
+    changes |= {name: _difference(held[returned], name, chosen.parent) for returned, name in chosen.head.items()}
     return {name: _changed(model.tensors[name], change, chosen.strength) for name, change in changes.items()}
 
 
@@ -84,7 +86,7 @@ def to_base(name: str, model: BaseModel, parent: Issued, *, target: bool = False
     return model.row.in_block(parent.kept[place[0]], place[1])
 
 
-def _scaled(tensor: TensorRange, name: str, factor: np.float32) -> NewTensor:
+def _scaled(tensor: StoredTensor, name: str, factor: np.float32) -> NewTensor:
     """A returned tensor under another name, multiplied in float32; by 1 it keeps its bits."""
     if factor == 1:
         return copied(tensor, name=name)
@@ -125,7 +127,7 @@ def _changed(tensor: TensorRange, change: Change, strength: np.float32, dtype: s
 
 
 def _lora_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
-    lora, held = _lora_of(chosen.returned), chosen.held
+    lora, held = _lora_of(chosen.returned), chosen.tensors
 
     def change_of(target: str) -> Change:
         def change(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -141,11 +143,11 @@ def _lora_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
 
 
 def _own_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
-    held = {name: tensor for name, tensor in chosen.held.items() if name not in chosen.head}
+    held = {name: tensor for name, tensor in chosen.tensors.items() if name not in chosen.head}
     return {to_base(name, model, chosen.parent): _difference(held[name], name, chosen.parent) for name in held}
 
 
-def _difference(returned: TensorRange, name: str, parent: Issued) -> Change:
+def _difference(returned: StoredTensor, name: str, parent: Issued) -> Change:
     """What a tensor that came back whole changes: what came back less what was shipped under that name."""
     shipped_as = {**parent.manifest.tensors, **parent.manifest.head}[name].dtype
 

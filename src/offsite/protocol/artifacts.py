@@ -3,6 +3,7 @@
 Their constructors refuse everybody but `offsite.protocol.verify` and `offsite.protocol.sealing`, which use `attest`.
 """
 
+from collections.abc import Hashable
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import overload
@@ -18,6 +19,8 @@ class Base:
     """A base checkpoint folder: ordinary Hugging Face files, safetensors only."""
 
     folder: Path
+    # fingerprints that were computed before, each by the key and the states of the files that it holds for
+    fingerprints: dict[Hashable, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))  # may have come as text

@@ -149,7 +149,7 @@ def _read_tensors(stream: BinaryIO, found: ReadFile, consume: _Consumer, *, hold
             found.not_finite.append(tensor.name)
         if hold:
             tensors[tensor.name] = HeldTensor(tensor.name, tensor.dtype, tensor.shape, content)
-    found.tensors = tensors if hold else None
+    found.tensors = {name: tensors[name] for name in found.header} if hold else None
     return read
 
 
