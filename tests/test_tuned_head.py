@@ -63,8 +63,8 @@ def test_every_form_computes_what_was_tuned(
     spec = spec_of(method=method, checkpoints=2)
     returned = tune(bundle, rows, tmp_path / "return", spec, parties.data_owner)
     assert "and the model's output head" in promise(bundle.manifest, spec)
-    assert describe(bundle.folder, parties.owner)["may_come_back"]["head"]
-    assert describe(returned.folder, parties.data_owner)["head"]
+    assert describe(bundle, parties.owner)["may_come_back"]["head"]
+    assert describe(returned, parties.data_owner)["head"]
     assert verify_return(returned.folder, parties.owner, bundle.manifest).manifest.head
     assert returned.manifest.tensors == {
         name: entry.model_copy(update={"dtype": "F32"})

@@ -15,7 +15,7 @@ from offsite.training.run_log import log_file
 if TYPE_CHECKING:
     from offsite.config import TuneSpec
     from offsite.progress import Event, Progress
-    from offsite.protocol.artifacts import Bundle
+    from offsite.protocol.artifacts import Bundle, Return
     from offsite.protocol.home import Home
     from offsite.protocol.manifest import BundleManifest
 
@@ -56,7 +56,7 @@ def tune(
     own = flags.home_of(context, home)
     with terminal.showing_progress() as progress:
         progress(Event("verifying the bundle", 0))
-        verified = verify_bundle(bundle, own)
+        verified = verify_bundle(bundle, own, hold=not plan)
     require_permitted(verified.manifest, spec)
     if plan:
         from offsite.data_owner.plan import plan_tune
@@ -64,9 +64,9 @@ def tune(
         show_plan(plan_tune(verified, data, spec), out, as_json=as_json)
         return
     log = log_file(out)
-    if resume and _is_finished(out, verified, spec, own):
+    if resume and (finished := _finished_return(out, verified, spec, own)):
         terminal.say(f"this run is finished: {out} is the return that it made, and nothing was done")
-        _show(out, own, inspect_verbs.told_by(log, "step", "validation"), as_json=as_json)
+        _show(finished, own, inspect_verbs.told_by(log, "step", "validation"), as_json=as_json)
         return
     from offsite.data_owner.tune import tune as tune_stage
 
@@ -85,30 +85,32 @@ def tune(
             progress=announcing,
         )
     told = inspect_verbs.told_by(log, "step", "validation")
-    _show(returned.folder, own, {"seconds": round(time.monotonic() - started, 1), **told}, as_json=as_json)
+    _show(returned, own, {"seconds": round(time.monotonic() - started, 1), **told}, as_json=as_json)
 
 
-def _show(out: Path, home: "Home", tuning: Mapping[str, Any], *, as_json: bool) -> None:
+def _show(returned: "Return", home: "Home", tuning: Mapping[str, Any], *, as_json: bool) -> None:
     """Print what the return is, and how the tuning went, which the return does not tell."""
-    terminal.show({**inspect_verbs.describe(out, home), "tuning": tuning}, as_json=as_json)
+    terminal.show({**inspect_verbs.describe(returned, home), "tuning": tuning}, as_json=as_json)
     if "log" in tuning:
         terminal.say(f"the log {tuning['log']} stays with you: it is no part of the return")
-    terminal.hint(f"next: send the folder {out} to the model's owner")
+    terminal.hint(f"next: send the folder {returned.folder} to the model's owner")
 
 
-def _is_finished(out: Path, bundle: "Bundle", spec: "TuneSpec", home: "Home") -> bool:
-    """Whether `out` is what the run would make: a return of this home to this bundle, with the tensors asked for."""
+def _finished_return(out: Path, bundle: "Bundle", spec: "TuneSpec", home: "Home") -> "Return | None":
+    """What `out` holds if the run would make it: a return of this home to this bundle, with the tensors asked for."""
     from offsite.data_owner.plan import returned_tensors
     from offsite.errors import OffsiteError
     from offsite.protocol.verify import verify_return
 
     try:
-        made = verify_return(out, home, bundle.manifest).manifest
+        returned = verify_return(out, home, bundle.manifest)
     except OffsiteError:  # nothing, or something that tuning will say is in the way
-        return False
+        return None
+    made = returned.manifest
     found = (made.bundle, made.signer, made.method, made.checkpoints, made.tensors)
     signer, tensors = home.identity().public_key.hex, returned_tensors(bundle.manifest, spec)
-    return found == (bundle.digest, signer, spec.adapter.method, spec.points.checkpoints, tensors)
+    expected = (bundle.digest, signer, spec.adapter.method, spec.points.checkpoints, tensors)
+    return returned if found == expected else None
 
 
 def _announcing(promised: str, progress: "Progress") -> "Progress":

@@ -11,7 +11,7 @@ from offsite.cli import flags, terminal
 if TYPE_CHECKING:
     from offsite.protocol.artifacts import Bundle, PlugIn, Return
     from offsite.protocol.home import Home
-    from offsite.protocol.manifest import BundleManifest, PlugInManifest, ReturnManifest, TensorEntry
+    from offsite.protocol.manifest import BundleManifest, Manifest, PlugInManifest, ReturnManifest, TensorEntry
 
 _Artifact = Annotated[Path, typer.Argument(metavar="PATH", help="folder of a bundle, a return or a plug-in")]
 
@@ -26,7 +26,7 @@ def inspect(
     Example:
       offsite inspect bundle/
     """
-    terminal.show(describe(path, flags.home_of(context, home)), as_json=as_json)
+    terminal.show(_inspected(path, flags.home_of(context, home)), as_json=as_json)
 
 
 def verify(
@@ -46,19 +46,33 @@ def verify(
     )
 
 
-def describe(path: Path, home: "Home") -> dict[str, Any]:
-    """An artifact in words and numbers that JSON can hold.
+def describe(artifact: "Bundle | Return | PlugIn", home: "Home") -> dict[str, Any]:
+    """A verified artifact in words and numbers that JSON can hold."""
+    return {**_facts(artifact.folder, artifact.manifest, artifact.digest, home), "verified": True, "reasons": []}
+
+
+def _inspected(path: Path, home: "Home") -> dict[str, Any]:
+    """What an artifact is, and whether it verifies in this home.
 
     Raises:
         UsageError: the folder is no artifact.
         VerificationError: its manifest cannot be read.
     """
-    from offsite.protocol.manifest import MANIFEST, BundleManifest, ReturnManifest
+    from offsite.errors import OffsiteError
+    from offsite.protocol.manifest import MANIFEST
     from offsite.protocol.verify import read_unverified
     from offsite.storage.files import sha256_of
 
-    manifest = read_unverified(path)
-    digest = sha256_of(path / MANIFEST)
+    try:
+        return describe(_verified(path, home), home)
+    except OffsiteError as error:
+        facts = _facts(path, read_unverified(path), sha256_of(path / MANIFEST), home)
+        return {**facts, "verified": False, "reasons": list(error.reasons) or [error.what]}
+
+
+def _facts(path: Path, manifest: "Manifest", digest: str, home: "Home") -> dict[str, Any]:
+    from offsite.protocol.manifest import BundleManifest, ReturnManifest
+
     if isinstance(manifest, BundleManifest):
         facts = _bundle(manifest, digest, home)
     elif isinstance(manifest, ReturnManifest):
@@ -72,7 +86,6 @@ def describe(path: Path, home: "Home") -> dict[str, Any]:
         "bytes": sum(entry.size for entry in manifest.files),
         **facts,
         "files": {entry.name: entry.size for entry in manifest.files},
-        **_verdict(path, home),
     }
 
 
@@ -226,13 +239,3 @@ def _verified(path: Path, home: "Home") -> "Bundle | Return | PlugIn":
     if isinstance(manifest, ReturnManifest) and manifest.recipient == home.identity().public_key.hex:
         return check_return(path, home)
     return verify_stage(path, home)
-
-
-def _verdict(path: Path, home: "Home") -> "dict[str, Any]":
-    from offsite.errors import OffsiteError
-
-    try:
-        _verified(path, home)
-    except OffsiteError as error:
-        return {"verified": False, "reasons": list(error.reasons) or [error.what]}
-    return {"verified": True, "reasons": []}

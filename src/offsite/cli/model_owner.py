@@ -78,7 +78,7 @@ def pack(
     own = flags.home_of(context, home)
     with terminal.showing_progress() as progress:
         bundle = pack_stage(Base(base), out, recipient, spec, own, progress, resume=resume)
-    shown = inspect_verbs.describe(bundle.folder, own)
+    shown = inspect_verbs.describe(bundle, own)
     if "distill" in spec.heal.steps:
         shown["distillation"] = inspect_verbs.told_by(log_file(out), "distill step", "distill held out")
     terminal.show(shown, as_json=as_json)
@@ -150,7 +150,7 @@ def plug_in(
     if chosen and not as_json:
         for line in choice.lines(chosen):
             typer.echo(line)
-    shown = inspect_verbs.describe(plugged.folder, own)
+    shown = inspect_verbs.describe(plugged, own)
     terminal.show({**shown, "choice": choice.facts(chosen)} if chosen and as_json else shown, as_json=as_json)
     scored = f"{base} --adapter {out}" if plugged.manifest.form == "adapter" else f"{out}"
     terminal.hint(f"next: offsite eval {scored} --data test.jsonl")
