@@ -20,7 +20,7 @@ def test_nobody_constructs_an_artifact(tmp_path: Path) -> None:
     for kind in (Bundle, Return, PlugIn):
         for proof in ((), (object(),), (None,), (bundle,)):
             with pytest.raises(TypeError, match="never constructed by hand"):
-                kind(bundle.folder, bundle.manifest, bundle.digest, *proof)  # type: ignore[arg-type]
+                kind(bundle.folder, bundle.manifest, bundle.digest, bundle.files, *proof)  # type: ignore[arg-type]
     with pytest.raises((TypeError, ValueError)):
         dataclasses.replace(bundle, folder=tmp_path)
 
