@@ -52,7 +52,7 @@ def encoded(base: Path, rows: Path) -> "tuple[Example, ...]":
     """Rows as tuning encodes them."""
     from offsite.data.rows import read_rows
     from offsite.data.tokens import encode
-    from offsite.models.loading import load_tokenizer
+    from offsite.models.tokenizers import load_tokenizer
 
     return encode(read_rows(rows), load_tokenizer(base), source=rows, max_length=LENGTH, long_rows="truncate").examples
 

@@ -18,7 +18,8 @@ from offsite.data.pictures import Pictures
 from offsite.errors import UsageError
 from offsite.evaluation.image_scores import evaluate_images
 from offsite.models.architectures import ARCHITECTURES
-from offsite.models.loading import load_model, model_settings
+from offsite.models.loading import load_model
+from offsite.models.model_folder import model_settings
 from offsite.protocol.contents import CLASSIFIER, PROCESSOR
 from offsite.protocol.manifest import MANIFEST
 from tiny import VISION_KINDS, tiny_parties, tiny_pictures, tiny_vision_base

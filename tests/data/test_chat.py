@@ -7,7 +7,7 @@ from offsite.data.chat import ConversationError, conversation_ids
 from offsite.data.rows import Turn, read_rows
 from offsite.data.tokens import encode
 from offsite.errors import DataError
-from offsite.models.loading import load_tokenizer
+from offsite.models.tokenizers import load_tokenizer
 from tiny import tiny_tokenizer
 
 CHATML = (

@@ -8,7 +8,7 @@ from offsite.data.batches import collate
 from offsite.data.rows import read_rows
 from offsite.data.tokens import encode, encode_choices, encode_prompt
 from offsite.errors import DataError
-from offsite.models.loading import load_tokenizer
+from offsite.models.tokenizers import load_tokenizer
 from tiny import tiny_rows, tiny_tokenizer
 
 

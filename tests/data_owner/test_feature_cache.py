@@ -19,7 +19,8 @@ from offsite.kernels.activation_checkpointing import checkpoint_activations, kee
 from offsite.kernels.cpu.fused_modules import fuse
 from offsite.kernels.cpu.tiled_attention import use_tiled_attention
 from offsite.models.backbone import split_backbone_and_head
-from offsite.models.loading import load_model, read_tensor
+from offsite.models.loading import load_model
+from offsite.models.torch_tensors import read_tensor
 from offsite.progress import silent
 from offsite.protocol.contents import ADAPTER_WEIGHTS
 from offsite.storage.safetensors_files import read_header

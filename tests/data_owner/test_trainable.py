@@ -9,7 +9,8 @@ from offsite.data_owner.methods import METHODS
 from offsite.data_owner.permissions import require_permitted
 from offsite.errors import IncompatibleError
 from offsite.models.architectures import ARCHITECTURES
-from offsite.models.loading import load_model, quiet
+from offsite.models.library_calls import quiet
+from offsite.models.loading import load_model
 from offsite.models.mixture import in_files
 from tiny import KINDS, tiny_base, tiny_bundle, tiny_parties
 

@@ -13,7 +13,8 @@ from offsite.data_owner.tune import tune
 from offsite.errors import DataError, IncompatibleError, OffsiteError, PolicyError, UsageError, VerificationError
 from offsite.evaluation.evaluate import evaluate
 from offsite.models.architectures import ARCHITECTURES
-from offsite.models.loading import load_model, read_tensor
+from offsite.models.loading import load_model
+from offsite.models.torch_tensors import read_tensor
 from offsite.protocol.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RETURNED_WEIGHTS
 from offsite.protocol.verify import verify_bundle, verify_return
 from offsite.storage.safetensors_files import open_checkpoint, read_header
@@ -434,7 +435,7 @@ def test_a_bundle_that_keeps_every_block_tunes_as_the_base_would(tmp_path):
     from offsite.data.rows import read_rows
     from offsite.data.tokens import encode
     from offsite.data_owner.methods.lora import attach
-    from offsite.models.loading import load_tokenizer
+    from offsite.models.tokenizers import load_tokenizer
 
     parties = tiny_parties(tmp_path)
     bundle = tiny_bundle(tiny_base(tmp_path / "b", blocks=3), tmp_path / "bundle", parties)

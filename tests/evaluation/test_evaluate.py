@@ -12,7 +12,8 @@ from offsite.errors import DataError, IncompatibleError
 from offsite.evaluation.evaluate import evaluate, generate
 from offsite.evaluation.intervals import Interval, interval
 from offsite.evaluation.row_losses import perplexity
-from offsite.models.loading import load_model, load_tokenizer
+from offsite.models.loading import load_model
+from offsite.models.tokenizers import load_tokenizer
 from tiny import FAMILIES, tiny_base, tiny_rows
 
 CPU = torch.device("cpu")

@@ -27,8 +27,8 @@ from offsite.errors import UsageError, VerificationError
 from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.plug_in import plug_in
+from offsite.models.adapted import load_bottlenecked, load_replaced
 from offsite.models.architectures import ARCHITECTURES
-from offsite.models.loading import load_bottlenecked, load_replaced
 from offsite.protocol.artifacts import Base, PlugIn
 from offsite.protocol.verify import verify_plug_in
 from offsite.storage.safetensors_files import INDEX, open_checkpoint, read_float32, read_header

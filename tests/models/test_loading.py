@@ -8,17 +8,12 @@ import pytest
 import torch
 
 from offsite.errors import IncompatibleError, StorageError, UsageError
-from offsite.models.loading import (
-    context_length,
-    load_adapted,
-    load_bottlenecked,
-    load_model,
-    load_replaced,
-    load_tokenizer,
-    quiet,
-    read_tensor,
-)
+from offsite.models.adapted import load_adapted, load_bottlenecked, load_replaced
+from offsite.models.library_calls import quiet
+from offsite.models.loading import load_model
 from offsite.models.modules.declared_shapes import bottleneck_shapes
+from offsite.models.tokenizers import context_length, load_tokenizer
+from offsite.models.torch_tensors import read_tensor
 from offsite.storage.safetensors_files import copied, from_array, open_checkpoint, write_safetensors
 from tiny import FAMILIES, tiny_base
 

@@ -12,7 +12,8 @@ from offsite.data.tokens import encode
 from offsite.evaluation.image_scores import evaluate_images
 from offsite.model_owner.base_model import open_base
 from offsite.models.image_encoder import BIAS, WEIGHT
-from offsite.models.loading import load_model, load_tokenizer
+from offsite.models.loading import load_model
+from offsite.models.tokenizers import load_tokenizer
 from offsite.protocol.artifacts import Base
 from offsite.storage.safetensors_files import open_checkpoint, read_float32
 from offsite.study.full_fine_tuning import _prepare, full_fine_tuning

@@ -91,7 +91,7 @@ def eval_(
 
 def _sees_images(model: Path) -> bool:
     from offsite.models.image_encoder import sees_images
-    from offsite.models.loading import model_settings
+    from offsite.models.model_folder import model_settings
 
     return sees_images(model_settings(model))
 

@@ -21,6 +21,8 @@ from offsite.data.row_files import kind, read_records
 from offsite.data.rows import counted, first
 from offsite.errors import DataError, IncompatibleError, UsageError
 from offsite.extras import require
+from offsite.models.library_calls import LIBRARY_ERRORS, quiet
+from offsite.models.model_folder import model_settings
 from offsite.storage.files import sha256_of
 
 if TYPE_CHECKING:
@@ -285,8 +287,6 @@ def load_processor(folder: Path) -> Processor:
         StorageError: a file cannot be read.
     """
     from transformers import AutoImageProcessor
-
-    from offsite.models.loading import LIBRARY_ERRORS, model_settings, quiet  # who lists pictures needs no torch
 
     require("PIL.Image", "vision", "reading pictures")
     settings = model_settings(folder)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from offsite.data.chat import ConversationError, conversation_ids, require_template
 from offsite.data.rows import Row, counted, first
 from offsite.errors import DataError, IncompatibleError
+from offsite.models.model_folder import model_settings
 from offsite.models.modules.declared import unwrapped
 
 if TYPE_CHECKING:
@@ -154,7 +155,6 @@ def require_known(examples: Iterable[Example], folder: Path, source: Path) -> No
     Raises:
         IncompatibleError: there are some, each row listed.
     """
-    from offsite.models.loading import model_settings  # who only counts rows needs no torch
 
     known = unwrapped(model_settings(folder))[0].get("vocab_size")
     if not isinstance(known, int):

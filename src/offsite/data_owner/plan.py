@@ -125,7 +125,7 @@ def _row_count(folder: Path, data: Path, length: int) -> int:
     rows = read_rows(data)
     if not rows[0].document:
         return len(rows)
-    from offsite.models.loading import load_tokenizer
+    from offsite.models.tokenizers import load_tokenizer
 
     return len(encode(rows, load_tokenizer(folder), source=data, max_length=length).examples)
 

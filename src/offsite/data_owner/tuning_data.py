@@ -9,7 +9,7 @@ from offsite.data.rows import read_rows
 from offsite.data.tokens import Encoded, Example, encode, require_known
 from offsite.data_owner.image_task import Album, open_album
 from offsite.models.architectures import ARCHITECTURES
-from offsite.models.loading import context_length, load_tokenizer
+from offsite.models.tokenizers import context_length, load_tokenizer
 from offsite.progress import Event, Progress
 from offsite.protocol.artifacts import Bundle
 

@@ -19,15 +19,10 @@ from offsite.evaluation.intervals import Interval, interval
 from offsite.evaluation.multiple_choice import ChoiceScore, score_choices
 from offsite.evaluation.row_losses import RowLoss, perplexity, row_losses
 from offsite.kernels.runtime import Runtime, resolve_runtime
+from offsite.models.adapted import load_adapted, load_bottlenecked, load_replaced
 from offsite.models.backbone import split_backbone_and_head
-from offsite.models.loading import (
-    context_length,
-    load_adapted,
-    load_bottlenecked,
-    load_model,
-    load_replaced,
-    load_tokenizer,
-)
+from offsite.models.loading import load_model
+from offsite.models.tokenizers import context_length, load_tokenizer
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.contents import BOTTLENECK_WEIGHTS, RETURNED_WEIGHTS
 

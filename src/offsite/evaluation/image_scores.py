@@ -22,7 +22,9 @@ from offsite.evaluation.evaluate import load_tuned
 from offsite.evaluation.intervals import Interval, interval
 from offsite.kernels.runtime import Runtime, resolve_runtime, worker_count
 from offsite.models.image_encoder import BIAS, WEIGHT, Encoder, encoder_of, is_classifier
-from offsite.models.loading import load_classifier, model_settings, read_tensor
+from offsite.models.loading import load_classifier
+from offsite.models.model_folder import model_settings
+from offsite.models.torch_tensors import read_tensor
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.contents import CLASSIFIER
 from offsite.protocol.manifest import ReturnManifest

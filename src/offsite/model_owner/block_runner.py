@@ -19,10 +19,11 @@ from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.partition import subset_config
 from offsite.models.empty_weights import without_weights
-from offsite.models.loading import attention_of, encoder_keywords, read_tensor
+from offsite.models.loading import attention_of, encoder_keywords
 from offsite.models.mixture import experts_implementation, in_files
 from offsite.models.modules.affine_map import Affine, stand_behind
 from offsite.models.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT
+from offsite.models.torch_tensors import read_tensor
 from offsite.storage.safetensors_files import TensorRange
 
 

@@ -18,7 +18,7 @@ from offsite.errors import DataError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.calibration_pictures import crops
 from offsite.model_owner.calibration_text import calibration_length, read_calibration_text, require_whole_sequence
-from offsite.models.loading import load_tokenizer
+from offsite.models.tokenizers import load_tokenizer
 
 CALIBRATION_BATCH = 8  # sequences, or pictures, that run at once
 

@@ -62,7 +62,7 @@ def check_packing(
     if runs_network(sandwich, spec):
         require_calibration(model, spec, distills=bool(work_of(sandwich.middle, spec).later_steps))
         if model.row.vision is not None and model.row.vision.extra:
-            from offsite.models.loading import require_library
+            from offsite.models.library_calls import require_library
 
             require_library(model.row, model.folder)
     return Packing(model, sandwich, identity, key)

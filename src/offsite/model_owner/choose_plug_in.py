@@ -25,10 +25,12 @@ from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.ledger import Issued
 from offsite.model_owner.plug_in import form_of, open_base_of, refusals_recorded, write_adapter
 from offsite.model_owner.plugged_tensors import Chosen, adapter_tensors, changed_tensors
+from offsite.models.adapted import ADAPTED, saved_as
 from offsite.models.architectures import Architecture
 from offsite.models.backbone import Network, split_backbone_and_head
-from offsite.models.loading import ADAPTED, context_length, load_model, load_tokenizer, saved_as
+from offsite.models.loading import load_model
 from offsite.models.mixture import in_files
+from offsite.models.tokenizers import context_length, load_tokenizer
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Base, Return
 from offsite.protocol.home import Home

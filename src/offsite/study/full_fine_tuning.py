@@ -28,7 +28,9 @@ from offsite.model_owner.image_classifier import classifier_config
 from offsite.models.architectures import Architecture
 from offsite.models.backbone import split_backbone_and_head
 from offsite.models.image_encoder import WEIGHT, Encoder, encoder_of
-from offsite.models.loading import context_length, load_model, load_tokenizer, quiet
+from offsite.models.library_calls import quiet
+from offsite.models.loading import load_model
+from offsite.models.tokenizers import context_length, load_tokenizer
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Base
 from offsite.protocol.contents import CONFIG, PROCESSOR, TOKENIZER_FILES

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from offsite.errors import StorageError, UsageError
-from offsite.models.loading import read_tensor
+from offsite.models.torch_tensors import read_tensor
 from offsite.storage.files import replace_file, storage_errors
 from offsite.storage.lock import LOCK
 from offsite.storage.safetensors_files import NewTensor, read_header, strict_json, write_safetensors

@@ -7,7 +7,7 @@ from torch import nn
 from offsite.config import TuneSpec
 from offsite.data_owner.methods.trainable_parameters import require_exactly
 from offsite.models.architectures import ARCHITECTURES
-from offsite.models.loading import quiet
+from offsite.models.library_calls import quiet
 from offsite.protocol.manifest import BundleManifest, LoraSettings
 from offsite.protocol.peft_adapter import adapter_tensors
 

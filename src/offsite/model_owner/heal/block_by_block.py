@@ -26,7 +26,7 @@ from offsite.model_owner.partition import DTYPES
 from offsite.model_owner.sandwich import Sandwich
 from offsite.model_owner.work import Work, work_of
 from offsite.models.family import Architecture
-from offsite.models.loading import read_tensor
+from offsite.models.torch_tensors import read_tensor
 from offsite.progress import Event, Progress
 from offsite.storage.safetensors_files import TensorRange, from_array, read_header, write_safetensors
 

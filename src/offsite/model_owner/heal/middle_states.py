@@ -17,7 +17,7 @@ from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner
 from offsite.model_owner.calibration import token_counts
 from offsite.model_owner.sandwich import Sandwich
-from offsite.models.loading import read_tensor
+from offsite.models.torch_tensors import read_tensor
 from offsite.progress import Event, Progress
 from offsite.storage.files import replace_file
 from offsite.storage.safetensors_files import read_header

@@ -79,7 +79,7 @@ def _copy_folder(source: Path, folder: Path, spec: ImportSpec, progress: Progres
 def _import_by_transformers(
     source: Path, folder: Path, dtype: str | None, progress: Progress, gguf: str | None = None
 ) -> None:
-    from offsite.models.loading import quiet
+    from offsite.models.library_calls import quiet
 
     with quiet():
         _convert(source, folder, dtype, progress, gguf)
@@ -93,7 +93,8 @@ def _convert(source: Path, folder: Path, dtype: str | None, progress: Progress, 
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    from offsite.models.loading import LIBRARY_ERRORS, loading_problems
+    from offsite.models.library_calls import LIBRARY_ERRORS
+    from offsite.models.loading import loading_problems
 
     if (source / ADAPTER_CONFIG).exists():
         raise IncompatibleError(

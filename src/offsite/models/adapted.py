@@ -1,0 +1,187 @@
+"""A model with what was tuned on it: a LoRA adapter, bottlenecks, or some tensors in place of its own."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from offsite.errors import IncompatibleError, UsageError
+from offsite.models.architectures import ARCHITECTURES, architecture_of
+from offsite.models.library_calls import incompatible, quiet
+from offsite.models.loading import load_model
+from offsite.models.mixture import in_files
+from offsite.models.model_folder import ADAPTER_CONFIG, foreign_settings, model_settings, read_settings
+from offsite.models.modules.bottleneck_layers import insert_bottlenecks
+from offsite.models.modules.declared_shapes import bottleneck_places, bottleneck_shapes, widths_of
+from offsite.models.torch_tensors import read_tensor
+from offsite.storage.safetensors_files import read_header
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTED = re.compile(r"\.(lora_[AB]|modules_to_save)\.")  # in names of parameters that PEFT adds
+
+
+def load_adapted(base: Path, adapter: Path, *, dtype: torch.dtype, device: torch.device) -> "PeftModel":
+    """Load a model with a LoRA adapter beside it, and a head in place of its own if one is there; eval mode, frozen.
+
+    Args:
+        base: a plain checkpoint.
+        adapter: an ordinary PEFT folder, with no module but the head saved whole:
+            adapter_config.json and adapter_model.safetensors.
+        dtype: of the base's weights and of the adapter's, so that no activation is cast between them.
+        device: where it goes.
+
+    Raises:
+        UsageError: a folder is no checkpoint or no adapter.
+        StorageError: weights are missing, truncated or malformed.
+        IncompatibleError: the adapter is no plain LoRA, or its tensors are not exactly what its config makes on this
+            model; every difference is listed.
+    """
+    from peft import PeftModel
+
+    _check_adapter(adapter, _own_head(base))
+    held = {name: tensor.shape for name, tensor in read_header(adapter / ADAPTER_WEIGHTS).items()}
+    model = load_model(base, dtype=dtype, device=device)
+    with quiet(), incompatible(adapter):
+        adapted = PeftModel.from_pretrained(
+            model, str(adapter), is_trainable=False, autocast_adapter_dtype=False, torch_device=str(device)
+        )
+    expected = {
+        saved_as(name): tuple(parameter.shape) for name, parameter in adapted.named_parameters() if ADAPTED.search(name)
+    }
+    problems = [f"missing tensor {name}" for name in sorted(expected.keys() - held.keys())]
+    problems += [f"unexpected tensor {name}" for name in sorted(held.keys() - expected.keys())]
+    problems += [
+        f"tensor {name}: found shape {list(held[name])}, expected {list(expected[name])}"
+        for name in sorted(held.keys() & expected.keys())
+        if held[name] != expected[name]
+    ]
+    if problems:
+        raise IncompatibleError(
+            f"the adapter {adapter} does not fit the model {base}",
+            reasons=problems,
+            next_step="name the model that the adapter was made for",
+        )
+    for parameter in adapted.parameters():  # never module.to(dtype): it rounds the rotary frequencies too
+        parameter.data = parameter.data.to(dtype)
+    frozen: PeftModel = adapted.to(device).eval().requires_grad_(False)
+    return frozen
+
+
+def saved_as(parameter: str) -> str:
+    """The name in PEFT's files of a parameter of PEFT's."""
+    return parameter.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
+
+
+def load_replaced(base: Path, weights: Path, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
+    """Load a model with some of its tensors taken from another file, in eval mode and frozen.
+
+    Args:
+        base: a plain checkpoint.
+        weights: a safetensors file with tensors of that model by the names of files, such as a full return's.
+        dtype: of all weights.
+        device: where it goes.
+
+    Raises:
+        StorageError: weights are missing, truncated or malformed.
+        IncompatibleError: the file holds what is no tensor of the model, or has another shape; all are listed.
+    """
+    held = read_header(weights)
+    model = load_model(base, dtype=dtype, device=device)
+    row = ARCHITECTURES.get(model.config.model_type)
+    own = dict(model.named_parameters())
+    own = in_files(row, own) if row else own
+    problems = [f"unexpected tensor {name}" for name in sorted(held.keys() - own.keys())]
+    problems += [
+        f"tensor {name}: found shape {list(held[name].shape)}, expected {list(own[name].shape)}"
+        for name in sorted(held.keys() & own.keys())
+        if held[name].shape != tuple(own[name].shape)
+    ]
+    if problems:
+        raise IncompatibleError(
+            f"the tensors in {weights} are not those of the model {base}",
+            reasons=problems,
+            next_step="name the model that they were tuned on",
+        )
+    with torch.no_grad():
+        for name, tensor in held.items():
+            own[name].copy_(read_tensor(tensor))
+    return model
+
+
+def load_bottlenecked(base: Path, weights: Path, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
+    """Load a model with bottlenecks in some of its blocks, in eval mode and frozen.
+
+    Args:
+        base: a plain checkpoint.
+        weights: a safetensors file with the tensors of whole bottlenecks, all of one width.
+        dtype: of all weights.
+        device: where it goes.
+
+    Raises:
+        StorageError: weights are missing, truncated or malformed.
+        IncompatibleError: the tensors are not exactly those of bottlenecks behind attention and MLP of blocks that the
+            model has; every difference is listed.
+    """
+    held = {name: tensor.shape for name, tensor in read_header(weights).items()}
+    model = load_model(base, dtype=dtype, device=device)
+    row = architecture_of(model.config.to_dict())
+    hidden, modules = model.config.hidden_size, {name for name, _ in model.named_modules()}
+    widths = set(widths_of(held).values())
+    blocks = {found[0] for name in held if (found := row.block_of(name))}
+    places = [place for place in bottleneck_places(row, sorted(blocks)) if place in modules]
+    expected: dict[str, tuple[int, ...]] = {}
+    for place in places:
+        expected |= bottleneck_shapes(place, hidden, min(widths, default=0))
+    problems = [f"missing tensor {name}" for name in sorted(expected.keys() - held.keys())]
+    problems += [f"unexpected tensor {name}" for name in sorted(held.keys() - expected.keys())]
+    problems += [
+        f"tensor {name}: found shape {list(held[name])}, expected {list(expected[name])}"
+        for name in sorted(held.keys() & expected.keys())
+        if held[name] != expected[name]
+    ]
+    if problems or not held:
+        raise IncompatibleError(
+            f"the bottlenecks in {weights} do not fit the model {base}",
+            reasons=problems or ["the file holds no tensor"],
+            next_step="name the model that they were made for",
+        )
+    own = insert_bottlenecks(model, places, hidden, min(widths))
+    with torch.no_grad():
+        for name, tensor in read_header(weights).items():
+            own[name].copy_(read_tensor(tensor))
+    return model.eval().requires_grad_(False)
+
+
+def _own_head(base: Path) -> list[str]:
+    """The module of a model's head, if it is no tied embedding: what an adapter may hold whole."""
+    settings = model_settings(base)
+    row = ARCHITECTURES.get(str(settings.get("model_type")))
+    return [row.head_module] if row is not None and row.head_tensors(settings) else []
+
+
+def _check_adapter(adapter: Path, saved: list[str]) -> None:
+    if not (adapter / ADAPTER_CONFIG).exists():
+        raise UsageError(
+            f"{adapter} holds no {ADAPTER_CONFIG}, so it is no LoRA adapter",
+            next_step="name a return of a LoRA tuning or a plug-in of the form adapter",
+        )
+    config = read_settings(adapter / ADAPTER_CONFIG)
+    problems = [f"{ADAPTER_CONFIG} has {found}" for found in foreign_settings(config)]
+    if config.get("peft_type") != "LORA":
+        problems.append(f"peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        problems.append(f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base's weights")
+    if config.get("modules_to_save") not in (None, [], saved):
+        expected = f"none or {saved[0]}" if saved else "none"
+        problems.append(f"modules_to_save is {str(config['modules_to_save'])[:80]}, expected {expected}")
+    wrong = ("auto_mapping", "layer_replication", "megatron_config", "trainable_token_indices")
+    problems += [f"{key} is set" for key in wrong if config.get(key)]
+    if problems:
+        raise IncompatibleError(
+            f"{adapter} is no plain LoRA adapter", reasons=problems, next_step="save the adapter as a plain LoRA"
+        )

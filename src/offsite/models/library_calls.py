@@ -1,0 +1,60 @@
+"""Calls of transformers and PEFT: offline, silent, and with errors of ours. Torch-free until they are made."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from offsite.errors import IncompatibleError, OffsiteError
+from offsite.extras import require
+from offsite.models.architectures import Architecture
+
+OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+# What transformers and PEFT raise for a config or weights that they cannot make a model of.
+LIBRARY_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, IndexError)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the progress bars and remarks of transformers and PEFT in a block; the user's settings come back."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(transformers|peft|accelerate|huggingface_hub)(\..*)?$")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def incompatible(folder: Path) -> Iterator[None]:
+    """Turn whatever a library raises on a model folder into an IncompatibleError that names the folder."""
+    try:
+        yield
+    except (OffsiteError, MemoryError):
+        raise
+    except Exception as error:  # a config may be a stranger's, and what a library raises on one has no end
+        raise IncompatibleError(
+            f"transformers cannot load {folder}",
+            reasons=[f"{type(error).__name__}: {str(error).strip()[:500]}"],
+            next_step="check that the folder is complete and of a supported model type",
+        ) from error
+
+
+def require_library(row: Architecture | None, folder: Path) -> None:
+    """Import the optional package that the models of a family are made by, where there is one.
+
+    Raises:
+        UsageError: it is not installed.
+        IncompatibleError: it cannot be imported.
+    """
+    if row is not None and row.vision is not None and row.vision.extra:
+        with incompatible(folder):  # torchvision beside another torch fails otherwise than by being absent
+            require(row.vision.extra, row.vision.extra, f"a model of type {row.model_type}")
