@@ -47,19 +47,19 @@ def test_a_resume_point_that_is_cut_off_leaves_the_one_before(tmp_path: Path, mo
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_run_without_a_resume_point_may_be_begun_anew(tmp_path: Path, again: bool) -> None:
-    RunState(tmp_path / "run", {"lr": 1}, resume=False, points_alone=True)
+    RunState(tmp_path / "run", {"lr": 1}, resume=False, restartable=True)
     for name in ("memory.json", LOCK):
         (tmp_path / "run" / name).write_text("{}")
-    RunState(tmp_path / "run", {"lr": 2}, resume=again, points_alone=True)
+    RunState(tmp_path / "run", {"lr": 2}, resume=again, restartable=True)
     assert {file.name for file in (tmp_path / "run").iterdir()} == {"run.json", LOCK}
     with pytest.raises(UsageError, match="interrupted run"):
         RunState(tmp_path / "run", {"lr": 2}, resume=False)
 
 
 def test_what_a_run_made_before_its_first_resume_point_is_used_again(tmp_path: Path) -> None:
-    RunState(tmp_path / "run", {"lr": 1}, resume=False, points_alone=True)
+    RunState(tmp_path / "run", {"lr": 1}, resume=False, restartable=True)
     (tmp_path / "run" / "features.bin").write_bytes(b"long work")
-    RunState(tmp_path / "run", {"lr": 1}, resume=True, points_alone=True)
+    RunState(tmp_path / "run", {"lr": 1}, resume=True, restartable=True)
     assert (tmp_path / "run" / "features.bin").exists()
 
 

@@ -10,7 +10,7 @@ from offsite.data_owner.tune import tune
 from offsite.errors import StorageError, UsageError
 from offsite.training import tensorboard as stage
 from offsite.training.run_log import log_file
-from offsite.training.tensorboard import board
+from offsite.training.tensorboard import tensorboard_log
 from tiny import tiny_base, tiny_bundle, tiny_parties, tiny_rows
 
 SPEC = TuneSpec(
@@ -127,11 +127,11 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(stage, "require_tensorboard", lambda: refuse)
-    with pytest.raises(StorageError, match="board"), board(tmp_path / "board") as write:
+    with pytest.raises(StorageError, match="board"), tensorboard_log(tmp_path / "board") as write:
         write({"event": "start", "step": 0})
 
 
 def test_no_folder_writes_nothing(writers):
-    with board(None) as write:
+    with tensorboard_log(None) as write:
         write({"event": "step", "step": 1, "loss": 2.0})
     assert writers == []

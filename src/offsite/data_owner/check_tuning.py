@@ -10,7 +10,7 @@ from offsite.protocol.signing import Identity
 from offsite.storage.files import require_free
 from offsite.storage.lock import LOCK, alone_in
 from offsite.training.run_log import require_resume_asked, run_folder
-from offsite.training.tensorboard import require_apart, require_tensorboard
+from offsite.training.tensorboard import require_outside, require_tensorboard
 
 AT_WORK = ("tuning", "wait for it or stop it")  # what holds the run's folder, and what to do then
 
@@ -49,12 +49,12 @@ def check_tuning(
     require_free(out)
     require_something_to_report(spec, eval_data)
     if tensorboard is not None:
-        require_apart(tensorboard, out)
+        require_outside(tensorboard, out)
         require_tensorboard()
     identity = home.identity()
     require_permitted(bundle.manifest, spec)
     run = run_folder(out)
     if (run / LOCK).exists():  # of a run that still works it is not true that it was interrupted
         with alone_in(run, *AT_WORK):
-            require_resume_asked(run, resume=resume, points_alone=True)
+            require_resume_asked(run, resume=resume, restartable=True)
     return identity

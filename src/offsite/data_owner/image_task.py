@@ -1,7 +1,7 @@
-"""Classifying images: the data owner's pictures, and the head that it makes on its own side.
+"""Tuning on pictures: the data set, the classifier's head, and their loss under an encoder.
 
-The head is linear and trained with the adapter: as a linear probe of the emulator it is good already and moves slower,
-from nothing it learns faster (paper, appendix: ten times the learning rate).
+The head is linear and trains together with the adapter. Started as a linear probe of the emulator it is good already
+and gets a lower learning rate; started at random it gets a higher one (paper, appendix: ten times).
 """
 
 from collections.abc import Iterator, Mapping, Sequence

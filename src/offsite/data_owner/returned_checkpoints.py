@@ -1,7 +1,7 @@
-"""The checkpoints that a return holds: which steps they are of, and where the earlier ones lie until it is written.
+"""The checkpoints that a return holds: after which steps, and where the earlier ones are until the return is written.
 
-They lie in the run's folder beside the resume points, under the names and in the form in which they are sent, so a
-resumed run goes on with those that were taken before.
+They are in the run's folder with the resume points, in the files that will be sent, so a resumed run has those that
+were saved before.
 """
 
 import json
@@ -16,7 +16,7 @@ from offsite.errors import OffsiteError, StorageError
 from offsite.protocol.contents import checkpoint_file
 from offsite.storage.files import replace_file, storage_errors
 from offsite.storage.safetensors_files import strict_json, write_safetensors
-from offsite.training.resume_points import RunState, to_be_written
+from offsite.training.resume_points import RunState, to_new_tensor
 from offsite.training.schedule import checkpoint_steps
 
 
@@ -25,8 +25,8 @@ class Checkpoints:
 
     Args:
         state: the run's folder.
-        spec: how many, and whether their losses go into the return.
-        steps: of the whole run.
+        spec: how many, and whether their losses are reported in the return.
+        steps: of the entire run.
 
     Raises:
         UsageError: the run has fewer steps than checkpoints.
@@ -52,14 +52,14 @@ class Checkpoints:
         return tuple(found[str(number)] for number in self._numbers.values())
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is of this step."""
+        """Whether there is a checkpoint after this step."""
         return step in self._numbers
 
-    def take(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep the weights after a step; the last checkpoint is the return's own, and is not kept twice.
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Save the weights after a step, if there is a checkpoint; the last one is not saved, it is the return itself.
 
         Args:
-            step: of an earlier checkpoint; at any other one nothing is done.
+            step: how many steps were done.
             tensors: fp32, by the names under which they are returned.
 
         Raises:
@@ -70,14 +70,14 @@ class Checkpoints:
             return
         file = self._folder / checkpoint_file(number)
         with storage_errors(file):
-            file.unlink(missing_ok=True)  # of a run that came to this step before, and was interrupted behind it
-            write_safetensors(file, [to_be_written(name, tensors[name]) for name in sorted(tensors)])
+            file.unlink(missing_ok=True)  # of a run that was interrupted after this step
+            write_safetensors(file, [to_new_tensor(name, tensors[name]) for name in sorted(tensors)])
 
     def score(self, step: int, loss: float) -> None:
-        """Remember the held-out loss after a step, if it goes into the return.
+        """Save the held-out loss after a step, if it is reported in the return.
 
         Raises:
-            OffsiteError: it is no finite number.
+            OffsiteError: it is not finite.
             StorageError: it cannot be written.
         """
         if self._reports and step in self._numbers:
@@ -89,21 +89,21 @@ class Checkpoints:
             scores = {**self._read_scores(), str(self._numbers[step]): loss}
             replace_file(self._scores, json.dumps(scores).encode())
 
-    def require_taken(self, done: int) -> None:
-        """Refuse to go on with a run whose earlier checkpoints are gone.
+    def require_saved(self, done: int) -> None:
+        """Refuse to continue a run whose earlier checkpoints are missing.
 
         Args:
-            done: steps that were done.
+            done: how many steps were done.
 
         Raises:
             StorageError: one of them is missing.
         """
-        taken: Sequence[int] = [number for step, number in self._numbers.items() if step <= done]
-        files = [self._folder / checkpoint_file(number) for number in taken if number < len(self._numbers)]
+        saved: Sequence[int] = [number for step, number in self._numbers.items() if step <= done]
+        files = [self._folder / checkpoint_file(number) for number in saved if number < len(self._numbers)]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise StorageError(
-                f"the run in {self._folder} has lost checkpoints that it had taken",
+                f"the run in {self._folder} has lost checkpoints that it had saved",
                 reasons=[f"{name} is missing" for name in missing],
                 next_step=f"put them back, or remove the run and start anew: rm -r {self._folder}",
             )

@@ -20,7 +20,7 @@ from offsite.training.run_log import run_log
 from offsite.training.schedule import learning_rate, step_count
 from offsite.training.settings import Hooks, LoopSettings
 from offsite.training.task import Batching
-from offsite.training.tensorboard import board
+from offsite.training.tensorboard import tensorboard_log
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ def train(
     hooks = Hooks()
     if checkpoints is not None:
         hooks = Hooks(
-            on_start=checkpoints.require_taken,
-            on_step=lambda step: checkpoints.take(step, tuning.returned),
+            on_start=checkpoints.require_saved,
+            on_step=lambda step: checkpoints.save(step, tuning.returned),
             on_validation=lambda step, figures: checkpoints.score(step, figures["loss"]),
         )
     task = replace(tuning.task, batching=Batching.of(spec))
-    with run_log(log) as to_file, board(tensorboard) as to_board:
+    with run_log(log) as to_file, tensorboard_log(tensorboard) as to_board:
 
         def write(record: Mapping[str, Any]) -> None:
             to_file(record)

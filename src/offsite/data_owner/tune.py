@@ -86,7 +86,7 @@ def tune(
         checkpoint_steps(spec, steps)  # refused before the run has a folder
         identity_of_run = _identity_of_run(bundle, data, eval_data, spec, runtime)
         with alone_in(run_folder(out), *AT_WORK), seeded(spec.seed, runtime.device):
-            state = RunState(run_folder(out), identity_of_run, resume=resume, points_alone=True)
+            state = RunState(run_folder(out), identity_of_run, resume=resume, restartable=True)
             checkpoints = Checkpoints(state, spec, steps)
             progress(Event("loading the model", 0))
             tuning = prepare_model(bundle, rows, spec, runtime, progress)

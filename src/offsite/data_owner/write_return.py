@@ -1,4 +1,4 @@
-"""The return: trained tensors, what names them, a manifest and a signature; of the data only scores, if asked for."""
+"""The return: trained tensors, their settings, a manifest and a signature; of the data only scores, if asked for."""
 
 import json
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from offsite.protocol.sealing import file_entries, seal
 from offsite.protocol.signing import Identity
 from offsite.storage.files import staged_folder, write_stream
 from offsite.storage.safetensors_files import copied, finite, read_header, write_safetensors
-from offsite.training.resume_points import to_be_written
+from offsite.training.resume_points import to_new_tensor
 
 
 def write_return(
@@ -62,10 +62,10 @@ def write_return(
         )
     lora = lora_settings(bundle.manifest, spec) if spec.adapter.method == "lora" else None
     with staged_folder(out) as staging:
-        ordered = [to_be_written(name, tensors[name]) for name in sorted(tensors)]
+        ordered = [to_new_tensor(name, tensors[name]) for name in sorted(tensors)]
         written = [write_safetensors(staging / WEIGHTS_OF[spec.adapter.method], ordered)]
         if head:
-            written.append(write_safetensors(staging / CLASSIFIER, [to_be_written(*pair) for pair in head.items()]))
+            written.append(write_safetensors(staging / CLASSIFIER, [to_new_tensor(*pair) for pair in head.items()]))
         for file, held in earlier.items():
             written.append(write_safetensors(staging / file, [copied(tensor) for tensor in held.values()]))
         if lora:

@@ -8,11 +8,11 @@ from offsite.models.backbone import Network, hidden_states
 
 
 def label_losses(network: Network, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a batch.
+    """Run a batch forward, up to its loss.
 
     Returns:
-        The sum of nats over the labels, differentiable in the body's trained weights; and the nats of each label,
-        (L,), fp32, without gradient.
+        The loss in nats, summed over the labelled tokens, a scalar with a gradient; and the loss of each labelled
+        token, (L,), fp32, without gradient.
     """
     device = network.head.weight.device
     ids = torch.from_numpy(batch.ids).to(device)

@@ -1,4 +1,4 @@
-"""Resume points of a long run: safetensors and JSON in a folder beside what it makes, never a pickle.
+"""Resume points of a long run: safetensors and JSON in a folder next to its result, never a pickle.
 
 `<out>.run/` holds `run.json` (what run this is), `state.json` (how far it is, the settings of the optimiser's groups,
 and the name of the file of tensors) and that file: fp32 weights, the optimiser's state, random states. It stays on
@@ -27,7 +27,7 @@ _NAMES = {torch.float32: "F32", torch.uint8: "U8"}
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """What a run goes on from."""
+    """The state of a run between two steps, from which it can continue."""
 
     step: int  # steps that were done
     tensors: Mapping[str, torch.Tensor]
@@ -40,31 +40,31 @@ class RunState:
     Args:
         folder: from `offsite.training.run_log.run_folder`.
         identity: what the run is, by name: settings, model, data. A run is resumed with exactly the same.
-        resume: continue what is there; otherwise finding something is an error.
-        points_alone: whether a run that has saved no resume point is nothing to continue, so that another may begin in
-            its place; a run that keeps its work in other files says no.
+        resume: continue the run that is in the folder; otherwise finding one is an error.
+        restartable: whether a run without a resume point may be replaced by a new one; False for a run that keeps
+            its work in other files.
 
     Raises:
-        UsageError: a run is there and was not to be resumed, or is another run than the one asked for.
+        UsageError: the folder holds a run, and `resume` is False or its identity differs.
         StorageError: the folder cannot be written or read.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool, points_alone: bool = False) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool, restartable: bool = False) -> None:
         self.folder = folder
         self._record = folder / "state.json"
         described = json.loads(json.dumps(identity))
-        if require_resume_asked(folder, resume=resume, points_alone=points_alone):
+        if require_resume_asked(folder, resume=resume, restartable=restartable):
             self._require_same(described)
         elif (folder / "run.json").exists() and (not resume or _read_json(folder / "run.json") != described):
-            self._begin_anew()
+            self._remove_files()
         replace_file(folder / "run.json", json.dumps(described, indent=1).encode())
 
     def _require_same(self, identity: Mapping[str, Any]) -> None:
-        there = _read_json(self.folder / "run.json")
+        saved = _read_json(self.folder / "run.json")
         different = [
-            f"{name}: {_shown(there.get(name))} in the interrupted run, {_shown(identity.get(name))} now"
-            for name in sorted(there.keys() | identity.keys())
-            if there.get(name) != identity.get(name)
+            f"{name}: {_shorten(saved.get(name))} in the interrupted run, {_shorten(identity.get(name))} now"
+            for name in sorted(saved.keys() | identity.keys())
+            if saved.get(name) != identity.get(name)
         ]
         if different:
             raise UsageError(
@@ -73,10 +73,10 @@ class RunState:
                 next_step=f"give the same settings, model and data, or remove it to start anew: rm -r {self.folder}",
             )
 
-    def _begin_anew(self) -> None:
+    def _remove_files(self) -> None:
         with storage_errors(self.folder):
             for file in self.folder.iterdir():
-                if file.is_file() and file.name != LOCK:  # which who begins holds
+                if file.is_file() and file.name != LOCK:  # held by this process
                     file.unlink()
 
     def save(self, point: ResumePoint) -> None:
@@ -93,7 +93,7 @@ class RunState:
                 return  # complete already, and nothing that a second interruption may cut off
             temporary.unlink(missing_ok=True)
             try:
-                write_safetensors(temporary, [to_be_written(name, tensor) for name, tensor in point.tensors.items()])
+                write_safetensors(temporary, [to_new_tensor(name, tensor) for name, tensor in point.tensors.items()])
                 temporary.replace(file)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -122,12 +122,12 @@ class RunState:
         return ResumePoint(step, {key: read_tensor(tensor) for key, tensor in held.items()}, groups)
 
     def remove(self) -> None:
-        """Remove the run; what cannot be removed stays, since the return is already written."""
+        """Remove the run's folder. An error is ignored, since the result is already written."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def to_be_written(name: str, tensor: torch.Tensor) -> NewTensor:
-    """A torch tensor (fp32 or uint8) for `write_safetensors`."""
+def to_new_tensor(name: str, tensor: torch.Tensor) -> NewTensor:
+    """Describe a torch tensor (fp32 or uint8) to `write_safetensors`."""
     array = tensor.detach().cpu().contiguous()
     return NewTensor(name, _NAMES[array.dtype], tuple(array.shape), lambda: [array.numpy().tobytes()])
 
@@ -144,6 +144,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _shown(value: object) -> str:
+def _shorten(value: object) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."

@@ -1,4 +1,4 @@
-"""What every long run has beside its work: a log of JSON lines, and an end that leaves nothing half done."""
+"""The log of a long run, and how a run ends: at an interruption, after the current step."""
 
 import contextlib
 import json
@@ -17,32 +17,32 @@ Write = Callable[[Mapping[str, Any]], None]  # takes a record of the log
 
 
 def log_file(out: Path) -> Path:
-    """The JSONL log of the run that writes `out`; it is beside the result, never in it."""
+    """The JSONL log of the run that writes `out`: a file next to the result, never in it."""
     out = out.resolve()  # "." has no name
     return out.with_name(f"{out.name}.log.jsonl")
 
 
 def run_folder(out: Path) -> Path:
-    """Where the resume points of the run that writes `out` lie."""
+    """The folder of the resume points of the run that writes `out`."""
     out = out.resolve()  # "." has no name
     return out.with_name(f"{out.name}.run")
 
 
-def require_resume_asked(folder: Path, *, resume: bool, points_alone: bool = False) -> bool:
-    """Refuse to begin where an interrupted run is; nothing is changed.
+def require_resume_asked(folder: Path, *, resume: bool, restartable: bool = False) -> bool:
+    """Refuse to start a run in a folder that holds an interrupted one; no file is changed.
 
     Args:
         folder: from `run_folder`.
-        resume: whether the run that is there is to be continued.
-        points_alone: whether a run that has saved no resume point is nothing to continue.
+        resume: whether the interrupted run is to be continued.
+        restartable: whether an interrupted run without a resume point may be started anew.
 
     Returns:
         Whether there is a run to continue.
 
     Raises:
-        UsageError: there is one, and it was not to be resumed.
+        UsageError: there is one, and `resume` is False.
     """
-    interrupted = (folder / "run.json").exists() and (not points_alone or (folder / "state.json").exists())
+    interrupted = (folder / "run.json").exists() and (not restartable or (folder / "state.json").exists())
     if interrupted and not resume:
         raise UsageError(
             f"an interrupted run is in {folder}",
@@ -53,7 +53,7 @@ def require_resume_asked(folder: Path, *, resume: bool, points_alone: bool = Fal
 
 @contextlib.contextmanager
 def run_log(file: Path) -> Iterator[Write]:
-    """Append JSON lines to the log; each is on the disk's side of the process when the call returns."""
+    """Open the log to append records; each is written out when the call returns, so a crash does not lose it."""
     with storage_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         stream = file.open("a", encoding="utf-8")
@@ -68,7 +68,7 @@ def run_log(file: Path) -> Iterator[Write]:
 
 
 def last_record(file: Path, event: str) -> Mapping[str, Any] | None:
-    """The last record of a kind in a log; None where there is none, or no log that can be read."""
+    """The last record of an event in a log; None if there is none, or the log cannot be read."""
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -82,17 +82,17 @@ def last_record(file: Path, event: str) -> Mapping[str, Any] | None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM. Unlike Ctrl-C on a terminal it came to this process alone, and to none that it started."""
+    """SIGTERM. Unlike Ctrl-C in a terminal, only this process gets it, and not the processes that it started."""
 
 
 @contextlib.contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM, which `kill`, containers and batch systems send, end what runs as Ctrl-C does.
+    """Let SIGTERM, which `kill`, containers and batch systems send, interrupt the block as Ctrl-C does.
 
-    Where somebody handles it already, it stays with them.
+    A handler that is installed already stays.
 
     Raises:
-        Terminated: it came.
+        Terminated: SIGTERM arrived.
     """
 
     def end(signum: int, frame: FrameType | None) -> None:
@@ -111,7 +111,11 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Hold back the first Ctrl-C or SIGTERM until the step in work is whole; a second one stops at once."""
+    """Let the first Ctrl-C or SIGTERM wait for the current step to end; a second one interrupts at once.
+
+    Yields:
+        A function that says whether the user has asked to stop.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set

@@ -19,7 +19,7 @@ def step_count(spec: TuneSpec, rows: int) -> int:
 
 
 def checkpoint_steps(spec: TuneSpec, steps: int) -> tuple[int, ...]:
-    """The steps after which checkpoints are taken: evenly spaced over the run, the last step among them.
+    """The steps after which checkpoints are saved: evenly spaced over the run; the last one is the last step.
 
     Raises:
         UsageError: the run has fewer steps than checkpoints.

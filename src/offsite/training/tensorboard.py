@@ -1,4 +1,4 @@
-"""The log of a tuning run as TensorBoard scalars, beside the JSONL log and from the same records."""
+"""The log of a tuning run as TensorBoard scalars, written from the same records as the JSONL log."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from offsite.storage.files import storage_errors
 from offsite.training.run_log import Write, run_folder
 
 _TAGS = {"step": "train", "validation": "validation"}  # by event; other events have no scalars
-_UNDRAWN = ("event", "step", "time")
+_NO_SCALARS = ("event", "step", "time")
 
 
 def require_tensorboard() -> Any:
@@ -23,11 +23,11 @@ def require_tensorboard() -> Any:
     return require("torch.utils.tensorboard", "tensorboard", "writing for TensorBoard").SummaryWriter
 
 
-def require_apart(folder: Path, out: Path) -> None:
-    """Refuse a folder for TensorBoard in which nothing else may lie, before any work is done.
+def require_outside(folder: Path, out: Path) -> None:
+    """Refuse a folder for TensorBoard that is inside the return or the folder of its run.
 
     Raises:
-        UsageError: it is where the return or its resume points will be.
+        UsageError: it is.
     """
     if any(folder.resolve().is_relative_to(taken) for taken in (out.resolve(), run_folder(out))):
         raise UsageError(
@@ -37,16 +37,16 @@ def require_apart(folder: Path, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def board(folder: Path | None) -> Iterator[Write]:
-    """Write log records to a folder that TensorBoard reads; without a folder, to nowhere.
+def tensorboard_log(folder: Path | None) -> Iterator[Write]:
+    """Write log records to a folder that TensorBoard reads.
 
-    A resumed run goes on in the same curves: what an interrupted one wrote after its resume point is hidden.
+    A resumed run continues the same curves: what an interrupted run wrote after its resume point is hidden.
 
     Args:
-        folder: made if need be.
+        folder: created if it does not exist; None writes nothing.
 
     Yields:
-        Takes the records of the JSONL log, the first of which says where the run starts.
+        A function that takes the records of the JSONL log. The first record holds the step at which the run starts.
 
     Raises:
         UsageError: tensorboard is not installed.
@@ -64,7 +64,7 @@ def board(folder: Path | None) -> Iterator[Write]:
                 writers.append(kind(log_dir=str(folder), purge_step=record["step"] + 1))
             tag = _TAGS.get(record["event"])
             for name, value in record.items():
-                if tag and name not in _UNDRAWN:
+                if tag and name not in _NO_SCALARS:
                     writers[0].add_scalar(f"{tag}/{name}", value, record["step"])
             if record["event"] == "validation":
                 writers[0].flush()

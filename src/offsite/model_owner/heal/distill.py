@@ -30,7 +30,7 @@ from offsite.progress import Progress
 from offsite.storage.safetensors_files import TensorRange, read_header, write_safetensors
 from offsite.training.loop import train
 from offsite.training.master_weights import MasterWeights
-from offsite.training.resume_points import RunState, to_be_written
+from offsite.training.resume_points import RunState, to_new_tensor
 from offsite.training.run_log import run_log
 from offsite.training.schedule import learning_rate
 from offsite.training.settings import LoopSettings, RunNames
@@ -86,7 +86,7 @@ def heal_emulator(healing: Healing, healed: Mapping[str, TensorRange]) -> Mappin
     file = scratch / "distilled.safetensors"
     file.unlink(missing_ok=True)
     tensors = in_files(model.row, weights.masters)
-    write_safetensors(file, [to_be_written(name, tensor) for name, tensor in tensors.items()])
+    write_safetensors(file, [to_new_tensor(name, tensor) for name, tensor in tensors.items()])
     return read_header(file)
 
 
