@@ -1,4 +1,4 @@
-"""Tuning on pictures: the data set, the classifier's head, and their loss under an encoder.
+"""Tuning on pictures: the classifier's head, and the loss of pictures under an encoder and this head.
 
 The head is linear and trains together with the adapter. Started as a linear probe of the emulator it is good already
 and gets a lower learning rate; started at random it gets a higher one (paper, appendix: ten times).
@@ -6,126 +6,36 @@ and gets a lower learning rate; started at random it gets a higher one (paper, a
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from torch.nn import functional as F
 
 from offsite.config import TuneSpec
-from offsite.data.picture_files import held_out_part, load_processor, read_pictures, split_by_seed
-from offsite.data.picture_sizes import at_once, seen_picture
-from offsite.data.picture_workers import PictureWorkers
-from offsite.data.pictures import Pictures
-from offsite.errors import DataError, UsageError
+from offsite.data.picture_sizes import at_once
+from offsite.data_owner.album import Album
 from offsite.evaluation.image_scores import fit_probe, probe_features
-from offsite.models.architectures import ARCHITECTURES
 from offsite.models.image_encoder import BIAS, WEIGHT, Encoder, batches
-from offsite.models.modules.declared import unwrapped
 from offsite.progress import Event, Progress
-from offsite.protocol.contents import CONFIG
-from offsite.protocol.manifest import ClassName
-from offsite.storage.safetensors_files import strict_json
 from offsite.training.task import Batching
 
 _HEAD_SPREAD = 0.01  # of the weights of a new head
 
 
-@dataclass(frozen=True)
-class Album:
-    """The pictures of a tuning run, and the names of their classes in the order of the head's outputs."""
+def new_head(encoder: Encoder, album: Album, used: torch.Tensor, spec: TuneSpec, progress: Progress) -> nn.Linear:
+    """A classifier's head in fp32; its weight is zero for features that it does not read.
 
-    train: Pictures
-    held_out: Pictures | None
-    classes: tuple[str, ...]
-    tokens: int  # of one picture
-
-    @property
-    def rows(self) -> int:
-        """How many pictures there are to train on."""
-        return len(self.train)
-
-    def labels(self, pictures: Pictures) -> torch.Tensor:
-        """The class of each picture by its place, (N,)."""
-        place = {name: index for index, name in enumerate(self.classes)}
-        return torch.tensor([place[picture.label or ""] for picture in pictures.pictures])
-
-
-def open_album(
-    bundle: Path,
-    data: Path,
-    eval_data: Path | None,
-    spec: TuneSpec,
-    progress: Progress,
-    workers: PictureWorkers | None = None,
-) -> Album:
-    """Read and decode the pictures that a run is about.
+    With head_start "probe" it is a linear probe of the frozen encoder, so that the first steps do not distort the
+    encoder's features (arXiv 2202.10054); with "random" it is drawn from torch's own generator.
 
     Args:
-        bundle: a folder whose image processor prepares them.
-        data: the pictures to train on, or all.
-        eval_data: held-out ones.
-        spec: what is held out, and whether broken ones are left out.
+        encoder: that it reads.
+        album: pictures to fit the probe on, and their classes.
+        used: 1 for features that it reads, else 0; (F,).
+        spec: how it starts.
         progress: where the events go.
-        workers: who decodes; None takes threads of this process.
-
-    Raises:
-        DataError: pictures or rows are bad, there are fewer than two classes, or held-out ones are of other classes.
-        UsageError: held-out pictures are asked for in two ways, or a share that is less than one.
-        IncompatibleError: the bundle's image processor does not fit its model.
-    """
-    processor = load_processor(bundle)
-    listed = read_pictures(data, part="train")
-    if eval_data is not None:
-        if spec.images.eval_share:
-            raise UsageError("held-out pictures and eval_share were both given", next_step="give one of them")
-        held_out = read_pictures(eval_data, part="held out")
-    elif spec.images.eval_share:
-        listed, held_out = split_by_seed(listed, spec.images.eval_share, spec.seed)
-    else:
-        held_out = read_pictures(data, part="held out") if held_out_part(data) else []
-    progress(Event("decoding the pictures", 0))
-    train = Pictures(listed, processor, skip_bad=spec.images.skip_bad, workers=workers)
-    kept = Pictures(held_out, processor, skip_bad=spec.images.skip_bad, workers=workers) if held_out else None
-    if train.skipped or (kept and kept.skipped):
-        progress(Event("bad pictures left out", len(train.skipped) + (len(kept.skipped) if kept else 0)))
-    classes = tuple(sorted({picture.label or "" for picture in train.pictures}))
-    strange = {picture.label or "" for picture in kept.pictures} - set(classes) if kept else set()
-    if len(classes) < 2 or strange:
-        raise DataError(
-            "the pictures do not make a task of classification",
-            reasons=[f"classes to train on: {', '.join(classes)[:200]}"]
-            + ([f"only among the held-out ones: {', '.join(sorted(strange))[:200]}"] if strange else []),
-            next_step="give pictures of at least two classes, and of each that is held out some to train on",
-        )
-    unfit = [name[:40] for name in classes if not _returnable(name)]
-    if unfit:
-        raise DataError(
-            "names of classes that cannot be returned",
-            reasons=unfit,
-            next_step="at most 128 characters, and none that controls a terminal",
-        )
-    config, _ = unwrapped(strict_json((bundle / CONFIG).read_bytes()))
-    return Album(train, kept, classes, seen_picture(bundle, ARCHITECTURES[config["model_type"]], config).tokens)
-
-
-def _returnable(name: str) -> bool:
-    """Whether a return may name a class so."""
-    try:
-        TypeAdapter(ClassName).validate_python(name)
-    except ValidationError:
-        return False
-    return True
-
-
-def new_head(encoder: Encoder, album: Album, used: torch.Tensor, spec: TuneSpec, progress: Progress) -> nn.Linear:
-    """A head in fp32 that may be trained; zero where it may not read.
-
-    As a linear probe it starts where the encoder's features are best put to use as they are, so that what is trained
-    with it is not led astray first (arXiv 2202.10054); at random it is drawn under the caller's seed.
     """
     head = nn.Linear(encoder.inputs, len(album.classes))
     with torch.no_grad():

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from offsite.config import TuneSpec
-from offsite.data_owner.image_task import Album, ImageTask, head_parameters, new_head
+from offsite.data_owner.album import Album
+from offsite.data_owner.image_task import ImageTask, head_parameters, new_head
 from offsite.data_owner.methods import METHODS
 from offsite.data_owner.methods.trained_head import attach_head
 from offsite.data_owner.text_task import TextTask

@@ -7,9 +7,9 @@ from offsite.config import TuneSpec
 from offsite.data.picture_files import pictures_digest, read_pictures
 from offsite.data.picture_workers import PictureWorkers
 from offsite.data.row_files import data_digest
+from offsite.data_owner.album import Album
 from offsite.data_owner.check_tuning import AT_WORK, check_tuning
 from offsite.data_owner.feature_cache import cached_features
-from offsite.data_owner.image_task import Album
 from offsite.data_owner.memory_budget import within_memory
 from offsite.data_owner.permissions import resolve_defaults
 from offsite.data_owner.prepare_model import prepare_model

@@ -7,7 +7,7 @@ from offsite.config import TuneSpec
 from offsite.data.picture_workers import PictureWorkers
 from offsite.data.rows import read_rows
 from offsite.data.tokens import Encoded, Example, encode, require_known
-from offsite.data_owner.image_task import Album, open_album
+from offsite.data_owner.album import Album, open_album
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.tokenizers import context_length, load_tokenizer
 from offsite.progress import Event, Progress

@@ -15,7 +15,8 @@ from offsite.data.picture_workers import PictureWorkers
 from offsite.data.row_files import data_digest
 from offsite.data.rows import read_rows
 from offsite.data.tokens import Example, encode
-from offsite.data_owner.image_task import Album, ImageTask, head_parameters, new_head, open_album
+from offsite.data_owner.album import Album, open_album
+from offsite.data_owner.image_task import ImageTask, head_parameters, new_head
 from offsite.data_owner.memory_budget import within_memory
 from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning, train

@@ -1,0 +1,118 @@
+"""The pictures of a tuning: read, split into training and validation, decoded once, and their classes checked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from offsite.config import TuneSpec
+from offsite.data.picture_files import Picture, held_out_part, load_processor, read_pictures, split_by_seed
+from offsite.data.picture_sizes import seen_picture
+from offsite.data.picture_workers import PictureWorkers
+from offsite.data.pictures import Pictures
+from offsite.errors import DataError, UsageError
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.modules.declared import unwrapped
+from offsite.progress import Event, Progress
+from offsite.protocol.contents import CONFIG
+from offsite.protocol.manifest import ClassName
+from offsite.storage.safetensors_files import strict_json
+
+
+@dataclass(frozen=True)
+class Album:
+    """The pictures of a tuning run, decoded."""
+
+    train: Pictures
+    held_out: Pictures | None
+    classes: tuple[str, ...]  # names in the order of the head's outputs
+    tokens: int  # of one picture
+
+    @property
+    def rows(self) -> int:
+        """How many pictures there are to train on."""
+        return len(self.train)
+
+    def labels(self, pictures: Pictures) -> torch.Tensor:
+        """The number of each picture's class, (N,)."""
+        number = {name: index for index, name in enumerate(self.classes)}
+        return torch.tensor([number[picture.label or ""] for picture in pictures.pictures])
+
+
+def open_album(
+    bundle: Path,
+    data: Path,
+    eval_data: Path | None,
+    spec: TuneSpec,
+    progress: Progress,
+    workers: PictureWorkers | None = None,
+) -> Album:
+    """Read and decode the pictures that a run is about.
+
+    Args:
+        bundle: a folder whose image processor prepares them.
+        data: the pictures to train on, or all.
+        eval_data: held-out ones.
+        spec: what is held out, and whether broken ones are left out.
+        progress: where the events go.
+        workers: who decodes; None takes threads of this process.
+
+    Raises:
+        DataError: pictures or rows are bad, there are fewer than two classes, or held-out ones are of other classes.
+        UsageError: held-out pictures are asked for in two ways, or a share that is less than one.
+        IncompatibleError: the bundle's image processor does not fit its model.
+    """
+    processor = load_processor(bundle)
+    listed, held_out = _list_pictures(data, eval_data, spec)
+    progress(Event("decoding the pictures", 0))
+    train = Pictures(listed, processor, skip_bad=spec.images.skip_bad, workers=workers)
+    validation = Pictures(held_out, processor, skip_bad=spec.images.skip_bad, workers=workers) if held_out else None
+    if train.skipped or (validation and validation.skipped):
+        progress(Event("bad pictures left out", len(train.skipped) + (len(validation.skipped) if validation else 0)))
+    classes = _class_names(train, validation)
+    config, _ = unwrapped(strict_json((bundle / CONFIG).read_bytes()))
+    tokens = seen_picture(bundle, ARCHITECTURES[config["model_type"]], config).tokens
+    return Album(train, validation, classes, tokens)
+
+
+def _list_pictures(data: Path, eval_data: Path | None, spec: TuneSpec) -> tuple[list[Picture], list[Picture]]:
+    """The pictures to train on and those to validate on, before any is decoded."""
+    listed = read_pictures(data, part="train")
+    if eval_data is None and spec.images.eval_share:
+        return split_by_seed(listed, spec.images.eval_share, spec.seed)
+    if eval_data is None:
+        return listed, read_pictures(data, part="held out") if held_out_part(data) else []
+    if spec.images.eval_share:
+        raise UsageError("held-out pictures and eval_share were both given", next_step="give one of them")
+    return listed, read_pictures(eval_data, part="held out")
+
+
+def _class_names(train: Pictures, validation: Pictures | None) -> tuple[str, ...]:
+    """The names of the classes, sorted; each can be written into a return."""
+    classes = tuple(sorted({picture.label or "" for picture in train.pictures}))
+    untrained = {picture.label or "" for picture in validation.pictures} - set(classes) if validation else set()
+    if len(classes) < 2 or untrained:
+        raise DataError(
+            "the pictures do not make a task of classification",
+            reasons=[f"classes to train on: {', '.join(classes)[:200]}"]
+            + ([f"only among the held-out ones: {', '.join(sorted(untrained))[:200]}"] if untrained else []),
+            next_step="give pictures of at least two classes, and of each that is held out some to train on",
+        )
+    refused = [name[:40] for name in classes if not _is_returnable(name)]
+    if refused:
+        raise DataError(
+            "names of classes that cannot be returned",
+            reasons=refused,
+            next_step="at most 128 characters, and none that controls a terminal",
+        )
+    return classes
+
+
+def _is_returnable(name: str) -> bool:
+    """Whether the manifest of a return may hold this name of a class."""
+    try:
+        TypeAdapter(ClassName).validate_python(name)
+    except ValidationError:
+        return False
+    return True
