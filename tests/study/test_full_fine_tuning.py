@@ -14,6 +14,7 @@ from offsite.model_owner.base_model import open_base
 from offsite.models.image_encoder import BIAS, WEIGHT
 from offsite.models.loading import load_model
 from offsite.models.tokenizers import load_tokenizer
+from offsite.progress import Event
 from offsite.protocol.artifacts import Base
 from offsite.storage.safetensors_files import open_checkpoint, read_float32
 from offsite.study.full_fine_tuning import _prepare, full_fine_tuning
@@ -82,22 +83,37 @@ def test_what_decays_is_matrices(tmp_path: Path) -> None:
     assert {name for name, dims in shapes.items() if dims == 2} == set(tuning.weights.decayed)
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    base = Base(tiny_base(tmp_path / "base", blocks=2))
+@pytest.mark.parametrize(("end", "step"), [(KeyboardInterrupt, 1), (KeyboardInterrupt, 3), (RuntimeError, 5)])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # GPT-2 has dropout everywhere
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    tmp_path: Path, family: str, end: type[BaseException], step: int
+) -> None:
+    base = Base(tiny_base(tmp_path / "base", family, blocks=2))
     rows = tiny_rows(tmp_path / "rows.jsonl", 12)
-    spec = TuneSpec(max_steps=6, batch_size=4, save_every=2, compute="fp32")
+    spec = TuneSpec(max_steps=6, batch_size=4, save_every=2, compute="fp32", weight_decay=0.1)
+    _assert_resumed_is_the_same(base, rows, tmp_path, spec, end, step)
 
-    def stop(event: object) -> None:
-        if getattr(event, "stage", "") == "tuning" and getattr(event, "done", 0) == 3:
-            raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        full_fine_tuning(base, rows, tmp_path / "one", spec, progress=stop)
-    full_fine_tuning(base, rows, tmp_path / "one", spec, resume=True)
-    full_fine_tuning(base, rows, tmp_path / "two", spec)
-    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
-        tmp_path / "two" / "model.safetensors"
-    ).read_bytes()
+def test_an_interrupted_run_on_pictures_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    base = Base(tiny_vision_base(tmp_path / "base", "dinov2", 3))
+    pictures = tiny_pictures(tmp_path / "pictures", 4)
+    spec = TuneSpec(lr=1e-3, max_steps=5, batch_size=5, save_every=2, compute="fp32", device="cpu", threads=1)
+    _assert_resumed_is_the_same(base, pictures, tmp_path, spec, KeyboardInterrupt, 3)
+
+
+def _assert_resumed_is_the_same(
+    base: Base, data: Path, folder: Path, spec: TuneSpec, end: type[BaseException], step: int
+) -> None:
+    def stop(event: Event) -> None:
+        if event.stage == "tuning" and event.done == step:
+            raise end
+
+    with pytest.raises(end):
+        full_fine_tuning(base, data, folder / "parts", spec, progress=stop)
+    parts = full_fine_tuning(base, data, folder / "parts", spec, resume=True)
+    entire = full_fine_tuning(base, data, folder / "entire", spec)
+    name = "model.safetensors"
+    assert (parts.folder / name).read_bytes() == (entire.folder / name).read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "clip tower", "beit, shared relative positions, class token"])
