@@ -149,6 +149,13 @@ _PRUNERS = (
         calibrated=True,
         mlp_output_last=True,
     ),
+    Pruner(
+        "wanda",
+        "the weights of each output go that are smallest times the norm of their input",
+        f"{_OWNER}.compress.wanda",
+        calibrated=True,
+        by_output=True,
+    ),
 )
 
 _STORED_FORMS = (

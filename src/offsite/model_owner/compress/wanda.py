@@ -1,0 +1,41 @@
+"""Wanda: each output loses the weights that are small, times the norm of what they are multiplied by.
+
+Sun, Liu, Bair and Kolter, arXiv 2306.11695, section 3: the score of a weight is |W_ij| * ||X_j||_2 over all calibration
+tokens, compared among the weights of one output. The weights that stay do not change. It needs one number for each
+input of a linear layer, where SparseGPT needs a matrix, and no inverse.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def sum_inputs(inputs: Tensor) -> Tensor:
+    """The squared norms of inputs (N, I) over the N tokens, (I,)."""
+    return inputs.square().sum(0)
+
+
+def from_gram(gram: Tensor) -> Tensor:
+    """The same, from a Gram matrix (I, I)."""
+    return gram.diagonal()
+
+
+def prune_matrices(weights: Mapping[str, Tensor], sums: Tensor, share: float) -> Mapping[str, Tensor]:
+    """Matrices without the weights of the lowest scores.
+
+    Args:
+        weights: (outputs, I), by path.
+        sums: the squared norms of their inputs, (I,).
+        share: exactly floor(share * I) weights of each output become zero, of equals the earlier.
+
+    Returns:
+        (outputs, I) in float32, by path.
+    """
+    return {path: _prune(weight.float(), sums.sqrt(), share) for path, weight in weights.items()}
+
+
+def _prune(weight: Tensor, norms: Tensor, share: float) -> Tensor:
+    scores = weight.abs() * norms  # (outputs, I)
+    lowest = torch.argsort(scores, dim=1, stable=True)[:, : int(share * weight.shape[1])]
+    return weight.scatter(1, lowest, 0.0)
