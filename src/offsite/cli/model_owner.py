@@ -54,7 +54,7 @@ def pack(
 ) -> None:
     """Make a signed bundle for one data owner: the blocks to train, and an emulator in place of the rest.
 
-    The emulator is the middle of the model with half of its numbers pruned, for the best plug-in; or with --keep a few
+    The emulator is the middle of the model with half of its weights pruned, for the best plug-in; or with --keep a few
     of its blocks, for the fastest tuning. The bundle is an ordinary Hugging Face checkpoint, unless the emulator
     shares, quantises, factors or narrows its blocks, leaves zeros out or has maps behind them. What was issued stands
     in the home's ledger. A distillation logs to OUT.log.jsonl, beside the bundle.

@@ -123,10 +123,10 @@ class CompressSettings(Settings):
     ] = "sparsegpt"
     zeros: Annotated[
         Literal["stored", "left-out"],
-        Field(description="pruned numbers: an ordinary checkpoint has them; left out they save their bytes"),
+        Field(description="zeros of pruned matrices: an ordinary checkpoint has them; left out they save their bytes"),
     ] = "stored"
     bits: Annotated[
-        Literal[8, 4] | None, Field(description="bits of a weight in the emulator's linear maps; None keeps floats")
+        Literal[8, 4] | None, Field(description="bits of a weight in the emulator's linear layers; None keeps floats")
     ] = None
     group: Annotated[Literal[64, 128], Field(description="weights that share a scale, with bits")] = 64
     svd_rank: Annotated[
