@@ -29,21 +29,22 @@ def _nothing() -> None:
 
 
 def _without_fusing() -> None:
-    from offsite.data_owner import tune
+    from offsite.kernels.cpu import prepare_for_cpu
 
-    tune.fuse = lambda model: 0
+    prepare_for_cpu.fuse = lambda model: ()
 
 
 def _without_own_attention() -> None:
-    from offsite.data_owner import tune
+    from offsite.kernels import Piece
+    from offsite.kernels.cpu import prepare_for_cpu
 
-    tune.use_tiled_attention = lambda model: None  # type: ignore[assignment]
+    prepare_for_cpu.use_tiled_attention = lambda model: Piece("attention", 0, "taken out")
 
 
 def _without_kernels() -> None:
     from offsite.kernels.cpu import compiled as kernels
 
-    kernels._level = lambda: 0  # type: ignore[assignment]
+    kernels.level = lambda: (0, "taken out")  # type: ignore[assignment]
 
 
 def _without_compiled_attention() -> None:
@@ -84,9 +85,10 @@ def _without_bounded_kernels() -> None:
 
 
 def _without_lean_pairs() -> None:
-    from offsite.data_owner import tune
+    from offsite.kernels import Piece
+    from offsite.kernels.cpu import prepare_for_cpu
 
-    tune.replace_lora_layers = lambda model: 0  # type: ignore[assignment]
+    prepare_for_cpu.replace_lora_layers = lambda model: Piece("LoRA layers", 0, "taken out")
 
 
 def _padded_to_the_budget() -> None:

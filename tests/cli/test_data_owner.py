@@ -49,6 +49,9 @@ def test_how_the_tuning_went_is_told_and_stays(
     assert (tuning["steps"], tuning["loss"], tuning["eval_loss"]) == (2, step["loss"], held_out["loss"])
     assert tuning["seconds"] > 0
     assert tuning["log"] == str(log)
+    assert tuning["kernels"]["backend"] == "cpu"
+    assert {"RMS norms", "attention", "LoRA layers"} <= {piece["name"] for piece in tuning["kernels"]["pieces"]}
+    assert len([line for line in captured.err.splitlines() if line.startswith("offsite: kernels: cpu")]) == 1
     assert f"the log {log} stays with you" in captured.err
     assert all(b"loss" not in file.read_bytes() for file in (tmp_path / "return").iterdir())
 

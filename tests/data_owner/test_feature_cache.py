@@ -83,7 +83,8 @@ def test_losses_and_gradients_are_those_of_the_whole_network(tmp_path, kind, aga
     calls = [calls_of(block) for block in list(tuning.blocks)[:2]]
     if again == "before":
         checkpoint_activations(tuning.blocks)
-    with cached_features(tuning, SPEC, tmp_path, silent):
+    with cached_features(tuning, SPEC, tmp_path, silent) as piece:
+        assert piece.count == 2
         assert json.loads((tmp_path / "features.json").read_text()) == {"cached": True}
         if again == "inside":
             checkpoint_activations(tuning.blocks)
@@ -136,12 +137,19 @@ def test_rows_that_repeat_are_kept_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("first", "settings"), [(0, {}), (2, {"cache_features": "off"}), (2, {"epochs": 1}), (2, {"max_steps": 2})]
+    ("first", "settings", "reason"),
+    [
+        (0, {}, "the first block trains"),
+        (2, {"cache_features": "off"}, "switched off by cache_features"),
+        (2, {"epochs": 1}, "each row runs once"),
+        (2, {"max_steps": 2}, "each row runs once"),
+    ],
 )
-def test_nothing_is_kept_where_nothing_would_be_saved(tmp_path, first, settings):
+def test_nothing_is_kept_where_nothing_would_be_saved(tmp_path, first, settings, reason):
     tuning = tuning_of(tiny_base(tmp_path / "base", blocks=3), first=first)
     spec = SPEC.changed(settings)
-    with cached_features(tuning, spec, tmp_path, silent):
+    with cached_features(tuning, spec, tmp_path, silent) as piece:
+        assert (piece.count, piece.reason) == (0, reason)
         assert not any(isinstance(block, _Skipped) for block in tuning.blocks)
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
 
@@ -168,15 +176,15 @@ def test_a_network_that_carries_more_than_the_hidden_state_is_not_cached(tmp_pat
     tuning.blocks[2] = Remembering(tuning.blocks[2], memory, takes=True)
     tuning = Tuning(**{**vars(tuning), "trained": [tuning.blocks[2]]})
     _, expected = label_losses(tuning.task.network, collate(tuning.task.examples))
-    for _ in range(2):  # and what was decided stays
-        with cached_features(tuning, SPEC, tmp_path, events.append):
+    why = "what later blocks need is more than a hidden state"
+    for reason in (why, "decided when the run began"):  # and what was decided stays
+        with cached_features(tuning, SPEC, tmp_path, events.append) as piece:
+            assert (piece.count, piece.reason) == (0, reason)
             _, found = label_losses(tuning.task.network, collate(tuning.task.examples))
         assert torch.equal(found, expected)
         assert not (tmp_path / "features.bin").exists()
     assert json.loads((tmp_path / "features.json").read_text()) == {"cached": False}
-    assert [event.stage for event in events] == [
-        "frozen blocks run in every epoch: what later blocks need is more than a hidden state"
-    ]
+    assert [event.stage for event in events] == [f"frozen blocks run in every epoch: {why}"]
 
 
 def test_without_room_nothing_is_cached_not_even_when_there_is_room_later(tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ def test_as_much_runs_at_once_as_fits(tmp_path, monkeypatch, memory, tokens, aga
     tuning = _tuning(tiny_base(tmp_path / "base", blocks=3), lengths=(32,) * 40)
     _measuring(monkeypatch, tuning, per_token=2**19, recomputed=2**14)
     spec = TuneSpec(memory=memory, micro_batch_tokens=4096, lanes=1, batch_size=64)
-    fitted = within_memory(tuning, spec, WHERE, tmp_path / "memory.json", silent)
+    fitted = within_memory(tuning, spec, WHERE, tmp_path / "memory.json", silent).spec
     assert (
         fitted.memory.micro_batch_tokens == tokens
     )  # a whole step fits: nothing bounds a micro-batch but the settings
@@ -102,7 +102,11 @@ def test_as_much_runs_at_once_as_fits(tmp_path, monkeypatch, memory, tokens, aga
 def test_lanes_go_before_blocks_are_recomputed(tmp_path, monkeypatch, memory, lanes, tokens, again):
     tuning = _tuning(tiny_base(tmp_path / "base", blocks=3), lengths=(32,) * 40)
     _measuring(monkeypatch, tuning, per_token=2**19, recomputed=2**14)
-    fitted = within_memory(tuning, TuneSpec(memory=memory, lanes=2), WHERE, tmp_path / "memory.json", silent)
+    fitted, pieces = vars(
+        within_memory(tuning, TuneSpec(memory=memory, lanes=2), WHERE, tmp_path / "memory.json", silent)
+    ).values()
+    assert [piece.count for piece in pieces] == [lanes, 3 * again]
+    assert [("no room" in piece.reason) for piece in pieces] == [lanes == 1, again]
     assert (fitted.memory.lanes, fitted.memory.micro_batch_tokens) == (lanes, tokens)
     assert all(isinstance(block, Checkpointed) == again for block in tuning.blocks)
 
@@ -118,7 +122,7 @@ def test_lanes_go_before_blocks_are_recomputed(tmp_path, monkeypatch, memory, la
 def test_a_long_row_is_tried_in_parts(tmp_path, monkeypatch, memory, tried, again):
     tuning = _tuning(tiny_base(tmp_path / "base", blocks=3, max_position_embeddings=1024), (20, 1024))
     tokens = _measuring(monkeypatch, tuning, per_token=2**19, recomputed=2**14)
-    fitted = within_memory(tuning, TuneSpec(memory=memory, lanes=1), WHERE, tmp_path / "memory.json", silent)
+    fitted = within_memory(tuning, TuneSpec(memory=memory, lanes=1), WHERE, tmp_path / "memory.json", silent).spec
     assert tokens == tried  # and not the whole row where a part says that it does not fit
     assert fitted.memory.micro_batch_tokens == 1024
     assert all(isinstance(block, Checkpointed) == again for block in tuning.blocks)
@@ -201,5 +205,5 @@ def test_no_trial_is_charged_what_the_one_before_it_freed():
 def test_checkpointing_goes_without_a_budget(tmp_path):
     tuning = _tuning(tiny_base(tmp_path / "base", blocks=3))
     spec = TuneSpec(gradient_checkpointing=True, lanes=1, micro_batch_tokens=1024)
-    assert within_memory(tuning, spec, WHERE, tmp_path / "memory.json", silent) == spec
+    assert within_memory(tuning, spec, WHERE, tmp_path / "memory.json", silent).spec == spec
     assert all(isinstance(block, Checkpointed) for block in tuning.blocks)

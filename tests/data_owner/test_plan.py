@@ -111,7 +111,7 @@ def test_a_text_is_counted_in_its_blocks(base: Path, tmp_path: Path, parties: Pa
     spec = TuneSpec(batch_size=2, checkpoints=2, max_length=32, rank=4)
     plan = plan_tune(bundle, text, spec)
     tune(bundle, text, tmp_path / "return", spec, parties.data_owner)
-    start = json.loads(log_file(tmp_path / "return").read_text().splitlines()[0])
+    start = json.loads(log_file(tmp_path / "return").read_text().splitlines()[1])
     assert (plan.rows, plan.steps) == (start["rows"], start["steps"])
     assert plan.rows > 2
 

@@ -240,6 +240,20 @@ def test_a_validation_that_an_interruption_cut_off_is_made_after_it(house, tmp_p
     assert {record["step"] for record in records if record["event"] == "validation"} == {4, 6}
 
 
+def test_the_log_says_first_what_the_kernels_replaced(house, tmp_path):
+    stages = []
+    house.tune(tmp_path / "out", max_steps=1, lanes=2, progress=lambda event: stages.append(event.stage))
+    first, *others = map(json.loads, log_file(tmp_path / "out").read_text().splitlines())
+    assert (first["event"], first["backend"]) == ("kernels", "cpu")
+    assert "kernels" not in {record["event"] for record in others}
+    counts = {piece["name"]: piece["count"] for piece in first["pieces"]}
+    assert counts["micro-batches side by side"] == 2
+    assert counts["LoRA layers"] > 0
+    assert all(piece["reason"] for piece in first["pieces"])
+    (line,) = (stage for stage in stages if stage.startswith("kernels: cpu"))
+    assert "compiled kernels (" in line
+
+
 def test_passes_are_counted_as_they_were_meant():
     assert [step_count(TuneSpec(epochs=epochs, batch_size=1), 100) for epochs in (0.07, 0.071, 1.1)] == [7, 8, 110]
 
@@ -324,7 +338,7 @@ def test_rows_that_are_left_out_are_told(house, tmp_path):
     (told,) = (event for event in events if "left out" in event.stage)
     assert "rows.jsonl" in told.stage
     assert (told.done, told.total) == (2, 4)
-    assert json.loads(log_file(tmp_path / "out").read_text().splitlines()[0])["rows"] == 2
+    assert json.loads(log_file(tmp_path / "out").read_text().splitlines()[1])["rows"] == 2
 
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused_before_any_work(house, tmp_path):

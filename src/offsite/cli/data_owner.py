@@ -66,7 +66,7 @@ def tune(
     log = log_file(out)
     if resume and (finished := _finished_return(out, verified, spec, own)):
         terminal.say(f"this run is finished: {out} is the return that it made, and nothing was done")
-        _show(finished, own, inspect_verbs.told_by(log, "step", "validation"), as_json=as_json)
+        _show(finished, own, _facts(log, as_json=as_json), as_json=as_json)
         return
     from offsite.data_owner.tune import tune as tune_stage
 
@@ -84,8 +84,19 @@ def tune(
             resume=resume,
             progress=announcing,
         )
+    seconds = round(time.monotonic() - started, 1)
+    _show(returned, own, {"seconds": seconds, **_facts(log, as_json=as_json)}, as_json=as_json)
+
+
+def _facts(log: Path, *, as_json: bool) -> dict[str, Any]:
+    """How a tuning went, by its log; as JSON also what its kernels replaced, and why not more."""
+    from offsite.training.run_log import last_record
+
+    kernels = last_record(log, "kernels")
     told = inspect_verbs.told_by(log, "step", "validation")
-    _show(returned, own, {"seconds": round(time.monotonic() - started, 1), **told}, as_json=as_json)
+    if kernels is None or not as_json:
+        return told
+    return {**told, "kernels": {name: kernels[name] for name in ("backend", "pieces")}}
 
 
 def _show(returned: "Return", home: "Home", tuning: Mapping[str, Any], *, as_json: bool) -> None:
@@ -119,7 +130,10 @@ def _announcing(promised: str, progress: "Progress") -> "Progress":
     def advance(event: "Event") -> None:
         if event.stage == "loading the model":
             terminal.say(promised)
-        progress(event)
+        if event.stage.startswith("kernels: "):
+            terminal.say(event.stage)  # a line that stays, and no stage of the work
+        else:
+            progress(event)
 
     return advance
 

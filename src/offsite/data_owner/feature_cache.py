@@ -27,6 +27,7 @@ from offsite.data.tokens import Example
 from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.errors import IncompatibleError, StorageError
+from offsite.kernels import Piece
 from offsite.models.blocks import Wrapped, unwrapped_block
 from offsite.progress import Event, Progress
 from offsite.storage.files import replace_file, storage_errors, write_stream
@@ -34,13 +35,14 @@ from offsite.storage.safetensors_files import strict_json
 from offsite.training.label_losses import label_losses
 from offsite.training.schedule import step_count
 
+_NAME = "frozen blocks run once for all epochs"  # in the report of the kernels
 _TOKENS = 1024  # that run at once; fixed, so that a file that is made again is the same
 _OTHER_FILES = 28  # bytes that two resume points and the return take for each number that trains
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of a label's nats
 
 
 @contextlib.contextmanager
-def cached_features(tuning: Tuning, spec: TuneSpec, folder: Path, progress: Progress) -> Iterator[None]:
+def cached_features(tuning: Tuning, spec: TuneSpec, folder: Path, progress: Progress) -> Iterator[Piece]:
     """While this is open, frozen blocks before the first trained one run once for each row, if there are any.
 
     Nothing is cached where each row runs once, where the disk has no room, or where a later block needs more of the
@@ -52,23 +54,18 @@ def cached_features(tuning: Tuning, spec: TuneSpec, folder: Path, progress: Prog
         folder: the run's; the file lies there.
         progress: where the events go.
 
+    Yields:
+        For the report of the kernels: how many blocks do not run again, or why all of them do.
+
     Raises:
         StorageError: a file cannot be written or read.
     """
-    if not isinstance(tuning.task, TextTask):  # pictures are seen anew in every epoch
-        yield
+    why_not = _nothing_to_cache(tuning, spec)
+    if why_not:
+        yield Piece(_NAME, 0, why_not)
         return
     blocks = dict(tuning.blocks.named_children())
-    trained = {id(block) for block in tuning.trained}
-    before = next(i for i, block in enumerate(blocks.values()) if id(unwrapped_block(block)) in trained)
-    rows = tuning.task.rows
-    if (
-        spec.memory.cache_features == "off"
-        or not before
-        or step_count(spec, rows) <= math.ceil(rows / spec.length.batch_size)
-    ):
-        yield
-        return
+    before = _frozen_before(tuning)
     features = _Features()
     frozen = dict(list(blocks.items())[:before])
     first = list(blocks.values())[before]
@@ -76,7 +73,8 @@ def cached_features(tuning: Tuning, spec: TuneSpec, folder: Path, progress: Prog
         tuning.blocks.register_module(name, _Skipped(block, features))
     try:
         with contextlib.ExitStack() as opened:
-            if _settled(tuning, first, features, folder, progress):
+            why_not = _why_not_cached(tuning, first, features, folder, progress)
+            if not why_not:
                 file = folder / "features.bin"
                 _write(tuning, first, features, file, progress)
                 with storage_errors(file):
@@ -84,10 +82,29 @@ def cached_features(tuning: Tuning, spec: TuneSpec, folder: Path, progress: Prog
                 opened.callback(
                     _text(tuning).network.body.register_forward_pre_hook(features.recognise, with_kwargs=True).remove
                 )
-            yield
+            yield Piece(_NAME, 0 if why_not else before, why_not or "they are the same in every epoch")
     finally:
         for name, block in frozen.items():
             tuning.blocks.register_module(name, block)
+
+
+def _frozen_before(tuning: Tuning) -> int:
+    """How many blocks stand before the first trained one."""
+    trained = {id(block) for block in tuning.trained}
+    return next(i for i, block in enumerate(tuning.blocks.children()) if id(unwrapped_block(block)) in trained)
+
+
+def _nothing_to_cache(tuning: Tuning, spec: TuneSpec) -> str:
+    """Why nothing can be gained; empty where something may."""
+    if not isinstance(tuning.task, TextTask):
+        return "pictures are seen anew in every epoch"
+    if spec.memory.cache_features == "off":
+        return "switched off by cache_features"
+    if not _frozen_before(tuning):
+        return "the first block trains"
+    rows = tuning.task.rows
+    once = step_count(spec, rows) <= math.ceil(rows / spec.length.batch_size)
+    return "each row runs once" if once else ""
 
 
 def _text(tuning: Tuning) -> TextTask:
@@ -199,25 +216,29 @@ def _entering(tuning: Tuning, first: nn.Module, batch: Batch) -> Tensor:
     )
 
 
-def _settled(tuning: Tuning, first: nn.Module, features: _Features, folder: Path, progress: Progress) -> bool:
-    """Whether to cache, as it was decided when the run began; fills in the features' form and places."""
+def _why_not_cached(tuning: Tuning, first: nn.Module, features: _Features, folder: Path, progress: Progress) -> str:
+    """Why features are not cached, as it was decided when the run began; empty where they are.
+
+    Fills in the features' form and places.
+    """
     record = folder / "features.json"
     decided = _decided(record) if record.exists() else None
     if decided is False:
-        return False
+        return "decided when the run began"
     agree = _agree(tuning, first, features, tuning.task.order(0)[0])
     features.places, tokens = _places(_text(tuning).examples)
-    if decided is None:
-        size, numbers = tokens * features.bytes_per_token, sum(map(torch.numel, tuning.weights.masters.values()))
-        with storage_errors(folder):
-            room = shutil.disk_usage(folder).free - _OTHER_FILES * numbers
-        if not agree:
-            progress(Event("frozen blocks run in every epoch: what later blocks need is more than a hidden state", 0))
-        elif size > room:
-            progress(Event(f"frozen blocks run in every epoch: caching takes {_shown(size)} of disk", 0))
-        decided = agree and size <= room
-        replace_file(record, json.dumps({"cached": decided}).encode())
-    return decided
+    if decided:
+        return ""
+    size, numbers = tokens * features.bytes_per_token, sum(map(torch.numel, tuning.weights.masters.values()))
+    with storage_errors(folder):
+        room = shutil.disk_usage(folder).free - _OTHER_FILES * numbers
+    why_not = "" if agree else "what later blocks need is more than a hidden state"
+    if agree and size > room:
+        why_not = f"caching takes {_shown(size)} of disk"
+    if why_not:
+        progress(Event(f"frozen blocks run in every epoch: {why_not}", 0))
+    replace_file(record, json.dumps({"cached": not why_not}).encode())
+    return why_not
 
 
 def _decided(record: Path) -> bool:

@@ -25,6 +25,7 @@ from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.errors import StorageError, UsageError
 from offsite.kernels import Piece, checkpoint_activations, count_side_by_side, keep_activations, micro_batch_runner
+from offsite.kernels.activation_checkpointing import Checkpointed
 from offsite.kernels.runtime import Runtime, release_freed_memory
 from offsite.progress import Event, Progress
 from offsite.storage.files import replace_file
@@ -48,7 +49,15 @@ class Fit:
     bytes: int
 
 
-def within_memory(tuning: Tuning, spec: TuneSpec, runtime: Runtime, file: Path, progress: Progress) -> TuneSpec:
+@dataclass(frozen=True)
+class Fitted:
+    """The settings that a tuning runs with, and what they are about in the report of the kernels."""
+
+    spec: TuneSpec
+    pieces: tuple[Piece, ...]
+
+
+def within_memory(tuning: Tuning, spec: TuneSpec, runtime: Runtime, file: Path, progress: Progress) -> Fitted:
     """The settings with as many tokens at once as the memory permits; blocks are recomputed where they must be.
 
     Args:
@@ -58,17 +67,30 @@ def within_memory(tuning: Tuning, spec: TuneSpec, runtime: Runtime, file: Path, 
         file: keeps what was found, so that an interrupted run goes on bit for bit.
         progress: where the events go.
 
+    Returns:
+        The settings, and for the report of the kernels how micro-batches run and whether activations are recomputed.
+
     Raises:
         UsageError: not even the longest row fits, or this system does not say what a process holds.
         StorageError: `file` cannot be written or read.
     """
     _recompute(tuning, spec.memory.gradient_checkpointing)
-    lanes = side_by_side(tuning, spec, runtime).count
+    beside = side_by_side(tuning, spec, runtime)
     if spec.memory.budget is None:
-        return _shared(spec, lanes)
-    found = _settled(file, lambda: _fit(tuning, spec, lanes, runtime, progress))
+        asked = "asked for" if spec.memory.gradient_checkpointing else "not asked for"
+        return Fitted(_shared(spec, beside.count), (beside, _recomputed(tuning, asked)))
+    found = _settled(file, lambda: _fit(tuning, spec, beside.count, runtime, progress))
     _recompute(tuning, found.recompute)
-    return spec.changed({"micro_batch_tokens": found.at_once, "lanes": found.lanes})
+    if found.lanes < beside.count:
+        beside = replace(beside, count=found.lanes, reason="the memory budget has no room for more")
+    why = "the memory budget has no room for them" if found.recompute else "the memory budget has room for them"
+    fitted = spec.changed({"micro_batch_tokens": found.at_once, "lanes": found.lanes})
+    return Fitted(fitted, (beside, _recomputed(tuning, why)))
+
+
+def _recomputed(tuning: Tuning, reason: str) -> Piece:
+    blocks = list(tuning.blocks.children())
+    return Piece("recomputed activations", sum(isinstance(block, Checkpointed) for block in blocks), reason)
 
 
 def side_by_side(tuning: Tuning, spec: TuneSpec, runtime: Runtime) -> Piece:

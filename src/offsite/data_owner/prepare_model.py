@@ -11,9 +11,7 @@ from offsite.data_owner.methods.trained_head import attach_head
 from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.data_owner.tuning_data import TextData
-from offsite.kernels.cpu.fused_modules import fuse
-from offsite.kernels.cpu.lora_linear import replace_lora_layers
-from offsite.kernels.cpu.tiled_attention import use_tiled_attention
+from offsite.kernels import Report, prepare, prepare_adapters
 from offsite.kernels.runtime import Runtime
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.backbone import split_backbone_and_head
@@ -49,43 +47,47 @@ def prepare_model(
     """
     model = load_model(bundle.folder, dtype=runtime.dtype, device=runtime.device)
     if isinstance(data, Album):
-        return _prepare_pictures(bundle, model, data, spec, progress)
-    return _prepare_text(bundle, model, data, spec)
+        return _prepare_pictures(bundle, model, data, spec, runtime, progress)
+    return _prepare_text(bundle, model, data, spec, runtime)
 
 
-def _prepare_text(bundle: Bundle, model: "PreTrainedModel", data: TextData, spec: TuneSpec) -> Tuning:
+def _prepare_text(bundle: Bundle, model: "PreTrainedModel", data: TextData, spec: TuneSpec, runtime: Runtime) -> Tuning:
     network = split_backbone_and_head(model)
-    attached = _attach(bundle, model, spec)
+    attached, kernels = _attach(bundle, model, spec, runtime)
     working = attached | attach_head(model, bundle.manifest, spec)
     weights = MasterWeights(working, decayed=_decayed(bundle, spec, working))
     task = TextTask(network, data.examples, data.held_out, Batching.of(spec))
-    return _tuning(bundle, model, spec, task, weights)
+    return _tuning(bundle, model, spec, task, weights, kernels)
 
 
 def _prepare_pictures(
-    bundle: Bundle, model: "PreTrainedModel", album: Album, spec: TuneSpec, progress: Progress
+    bundle: Bundle, model: "PreTrainedModel", album: Album, spec: TuneSpec, runtime: Runtime, progress: Progress
 ) -> Tuning:
     encoder = encoder_of(model)
     used = encoder.read_by(spec.images.pooling)
     head = new_head(encoder, album, used, spec, progress)  # reads the encoder as it was sent, before LoRA is attached
     classifier = head_parameters(head)
-    attached = _attach(bundle, model, spec)
+    attached, kernels = _attach(bundle, model, spec, runtime)
     weights = MasterWeights(
         attached | classifier,
         decayed=_decayed(bundle, spec, attached) | {WEIGHT},
         rate_factors=dict.fromkeys(classifier, spec.head_factor),
     )
     task = ImageTask(encoder, head, used, album, spec.images.augment, Batching.of(spec))
-    return _tuning(bundle, model, spec, task, weights)
+    return _tuning(bundle, model, spec, task, weights, kernels)
 
 
-def _attach(bundle: Bundle, model: "PreTrainedModel", spec: TuneSpec) -> dict[str, "nn.Parameter"]:
-    """Make the model fast to train, and attach what trains: by the names under which it is returned."""
-    fuse(model)
-    use_tiled_attention(model)
+def _attach(
+    bundle: Bundle, model: "PreTrainedModel", spec: TuneSpec, runtime: Runtime
+) -> tuple[dict[str, "nn.Parameter"], Report]:
+    """Prepare the model for its device and attach what trains.
+
+    Returns:
+        What trains, by the names under which it is returned, and what the kernels replaced.
+    """
+    report = prepare(model, runtime.device, runtime.dtype)
     attached = METHODS[spec.adapter.method](model, bundle.manifest, spec)
-    replace_lora_layers(model)
-    return attached
+    return attached, report.with_pieces(*prepare_adapters(model, runtime.device))
 
 
 def _decayed(bundle: Bundle, spec: TuneSpec, names: Iterable[str]) -> frozenset[str]:
@@ -102,7 +104,12 @@ def _decayed(bundle: Bundle, spec: TuneSpec, names: Iterable[str]) -> frozenset[
 
 
 def _tuning(
-    bundle: Bundle, model: "PreTrainedModel", spec: TuneSpec, task: TextTask | ImageTask, weights: MasterWeights
+    bundle: Bundle,
+    model: "PreTrainedModel",
+    spec: TuneSpec,
+    task: TextTask | ImageTask,
+    weights: MasterWeights,
+    kernels: Report,
 ) -> Tuning:
     family = ARCHITECTURES[bundle.manifest.architecture]
     blocks = model.get_submodule(family.module_blocks or family.blocks)
@@ -115,4 +122,5 @@ def _tuning(
         trained=[blocks.get_submodule(str(index)) for index in bundle.manifest.split.trained],
         weights=weights,
         returned={**by_file, **classifier},
+        kernels=kernels,
     )

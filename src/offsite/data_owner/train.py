@@ -1,7 +1,7 @@
 """Training an adapter: what a tuning hands to the training loop."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from offsite.config import TuneSpec
 from offsite.data_owner.image_task import ImageTask
 from offsite.data_owner.returned_checkpoints import Checkpoints
 from offsite.data_owner.text_task import TextTask
+from offsite.kernels import Report
 from offsite.progress import Progress
 from offsite.training import loop
 from offsite.training.master_weights import MasterWeights
@@ -32,6 +33,7 @@ class Tuning:
     trained: Sequence[nn.Module]  # those that train: dropout runs in these and nowhere else
     weights: MasterWeights
     returned: Mapping[str, torch.Tensor]  # the trained weights, by the names under which they are returned
+    kernels: Report = field(default_factory=lambda: Report("reference"))  # what was replaced in the network, and why
 
 
 def train(
@@ -75,6 +77,7 @@ def train(
             to_file(record)
             to_board(record)
 
+        to_file({"event": "kernels", **tuning.kernels.as_dict()})
         loop.train(
             task, tuning.weights, settings, state, modules=tuning.trained, log=write, progress=progress, hooks=hooks
         )

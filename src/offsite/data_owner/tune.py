@@ -1,5 +1,6 @@
 """Tuning: take a verified bundle, train its adapter on one's own rows, and write the signed return."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,9 +91,12 @@ def tune(
             checkpoints = Checkpoints(state, spec, steps)
             progress(Event("loading the model", 0))
             tuning = prepare_model(bundle, rows, spec, runtime, progress)
-            with cached_features(tuning, spec, state.folder, progress):
+            progress(Event(tuning.kernels.in_words(), 0))
+            with cached_features(tuning, spec, state.folder, progress) as cached:
                 fitted = within_memory(tuning, spec, runtime, state.folder / "memory.json", progress)
-                train(tuning, fitted, state, log_file(out), progress, checkpoints=checkpoints, tensorboard=tensorboard)
+                tuning = replace(tuning, kernels=tuning.kernels.with_pieces(cached, *fitted.pieces))
+                log = log_file(out)
+                train(tuning, fitted.spec, state, log, progress, checkpoints=checkpoints, tensorboard=tensorboard)
             progress(Event("writing the return", 0))
             classes = rows.classes if isinstance(rows, Album) else None
             returned = write_return(bundle, tuning.returned, spec, out, identity, checkpoints, classes)

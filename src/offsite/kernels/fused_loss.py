@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-from offsite.kernels.cpu import compiled
-from offsite.kernels.memory_formulas import CHUNK_ELEMENTS, SOFTMAX_ELEMENTS
-from offsite.models.backbone import capped
+from offsite.kernels.memory_formulas import CHUNK_ELEMENTS
 
 
 def labelled_cross_entropy(
@@ -53,27 +51,12 @@ def _logits(
 def _softmax(
     logits: torch.Tensor, targets: torch.Tensor, cap: float | None, nats: torch.Tensor, *, slopes: bool
 ) -> None:
-    """Write the labels' nats and, if asked, turn the logits (C, V) into d nats / d logits, a few rows at a time.
-
-    What softmax needs beside its input is in fp32, and small enough to stay in the processor's cache.
-    """
-    if cap is None and compiled.activates(logits) and nats.dtype == torch.float32:
-        compiled.softmax_(logits, targets.contiguous(), nats, slopes=slopes)
-        return
-    rows = max(1, SOFTMAX_ELEMENTS // logits.shape[1])
-    for begin in range(0, len(targets), rows):
-        part = slice(begin, begin + rows)
-        wanted = targets[part, None]  # (R, 1)
-        bounded = capped(logits[part], cap)  # (R, V)
-        logs = torch.log_softmax(bounded, dim=-1, dtype=nats.dtype)
-        nats[part] = -logs.gather(1, wanted)[:, 0]
-        if not slopes:
-            continue
-        slope = logs.exp_()  # d nats / d capped = probability - 1 at the target
-        slope.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
-        if cap is not None:
-            slope *= 1 - (bounded / cap).square()  # d capped / d logits
-        logits[part] = slope
+    """Write the labels' nats and, if asked, turn the logits (C, V) into d nats / d logits."""
+    if logits.device.type == "cpu":
+        from offsite.kernels.cpu.softmax import softmax_
+    else:
+        from offsite.kernels.reference import softmax_
+    softmax_(logits, targets, cap, nats, slopes=slopes)
 
 
 class _LabelledCrossEntropy(torch.autograd.Function):
@@ -94,7 +77,7 @@ class _LabelledCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         of_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         of_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
-        slopes = any(wanted is not None for wanted in (gradient, of_weight, of_bias))
+        slopes = any(part is not None for part in (gradient, of_weight, of_bias))
         # one buffer for all chunks: pieces of this size that come and go are what a heap gets its holes from
         buffer = weight.new_empty(min(rows, len(targets)), weight.shape[0])
         for begin in range(0, len(targets), rows):

@@ -5,6 +5,14 @@ from typing import Literal
 
 Backend = Literal["reference", "cpu", "cuda"]
 
+# Names of pieces that several backends report.
+NORMS = "RMS norms"
+MLPS = "gated MLPs"
+ATTENTION = "attention"
+LORA = "LoRA layers"
+
+ABSENT = "the model has none of a known form"  # a reason for which nobody has to do anything
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -32,6 +40,11 @@ class Report:
         """The report with more pieces; one of a name that is there takes its place."""
         names = {piece.name for piece in pieces}
         return replace(self, pieces=(*(piece for piece in self.pieces if piece.name not in names), *pieces))
+
+    def in_words(self) -> str:
+        """The backend, and what it did not replace and why not; a piece that the model does not have is left out."""
+        left = [f"{piece.name} ({piece.reason})" for piece in self.pieces if not piece.count and piece.reason != ABSENT]
+        return f"kernels: {self.backend}" + (f"; not in use: {', '.join(left)}" if left else "; all in use")
 
     def as_dict(self) -> dict[str, object]:
         """For a log or `--json`."""

@@ -43,7 +43,7 @@ def resolve_runtime(
     if resolved.type == "cpu":
         allocator.keep_freed_memory()
         allocator.bound_caches(os.environ)
-    fast = compute == "bf16" or (compute == "auto" and _multiplies_bf16(resolved))
+    fast = compute == "bf16" or (compute == "auto" and bf16_support(resolved)[0])
     return Runtime(resolved, torch.bfloat16 if fast else torch.float32)
 
 
@@ -95,12 +95,19 @@ def _resolve_device(name: str) -> torch.device:
     return device
 
 
-def _multiplies_bf16(device: torch.device) -> bool:
+def bf16_support(device: torch.device) -> tuple[bool, str]:
+    """Whether a device multiplies bf16 faster than fp32, and why (not)."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        able = bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return able, f"the device {'multiplies' if able else 'only emulates'} bf16"
     if device.type == "xpu":
-        return True
-    if device.type == "cpu":  # without these instructions bf16 is emulated and slower than fp32
-        vectors_pay = torch.cpu._is_avx512_bf16_supported() and not made_by_intel()
-        return bool(torch.cpu._is_amx_tile_supported() or vectors_pay)
-    return False
+        return True, "the device multiplies bf16"
+    if device.type != "cpu":
+        return False, f"on {device.type} it was not measured"
+    if torch.cpu._is_amx_tile_supported():
+        return True, "this CPU's matrix tiles (AMX) multiply bf16"
+    if not torch.cpu._is_avx512_bf16_supported():
+        return False, "this CPU emulates bf16, slower than fp32"
+    if made_by_intel():
+        return False, "the vectors of Intel's CPUs multiply bf16 slower than fp32, and there are no matrix tiles"
+    return True, "this CPU's vectors multiply bf16"

@@ -3,6 +3,7 @@ do, and what its plug-ins are compared with; the loop is the data owner's own. A
 with a head for the classes of the pictures, as a plug-in is one.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,7 @@ from offsite.data_owner.image_task import ImageTask, head_parameters, new_head
 from offsite.data_owner.memory_budget import within_memory
 from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning, train
-from offsite.kernels.activation_checkpointing import keep_activations
-from offsite.kernels.cpu.fused_modules import fuse
-from offsite.kernels.cpu.tiled_attention import use_tiled_attention
+from offsite.kernels import Piece, Report, backend_of, keep_activations, prepare
 from offsite.kernels.runtime import resolve_runtime, seeded, worker_count
 from offsite.model_owner.base_model import BaseModel, open_base
 from offsite.model_owner.image_classifier import classifier_config
@@ -96,9 +95,11 @@ def full_fine_tuning(
                 tuning = _prepare(model, row, examples, held_out, spec)
             else:
                 tuning = _prepare_images(model, row, album, spec, progress)
+            progress(Event(tuning.kernels.in_words(), 0))
             alone = spec.changed({"lanes": 1})  # lanes would each hold a gradient of the whole model
             fitted = within_memory(tuning, alone, runtime, state.folder / "memory.json", progress)
-            train(tuning, fitted, state, log_file(out), progress)
+            tuning = replace(tuning, kernels=tuning.kernels.with_pieces(*fitted.pieces))
+            train(tuning, fitted.spec, state, log_file(out), progress)
     keep_activations(tuning.blocks)  # which puts the blocks' own names back
     progress(Event("writing the tuned model", 0))
     if isinstance(tuning.task, ImageTask):
@@ -125,8 +126,7 @@ def _prepare(
     spec: TuneSpec,
 ) -> Tuning:
     network = split_backbone_and_head(model)
-    fuse(model)
-    use_tiled_attention(model)
+    report = prepare(model, model.device, model.dtype)
     model.requires_grad_(True)
     working = dict(model.named_parameters())  # a tied head is the embedding, and is there once
     matrices = {*(name for name, sizes in row.embeddings.items() if " " in sizes), row.head}  # and no norm among them
@@ -136,6 +136,7 @@ def _prepare(
         trained=[model],  # dropout runs everywhere
         weights=MasterWeights(working, decayed=[name for name in working if name in matrices or row.is_linear(name)]),
         returned={},  # to nobody
+        kernels=report,
     )
 
 
@@ -161,6 +162,7 @@ def _prepare_images(
             rate_factors=dict.fromkeys(classifier, spec.head_factor),
         ),
         returned={},
+        kernels=Report(backend_of(encoder.device), (Piece("all modules", 0, "as the library wrote them"),)),
     )
 
 

@@ -40,7 +40,7 @@ def test_every_family_computes_and_learns_as_with_pefts_layers(tmp_path, kind):
     model, pairs = _attached(tmp_path, kind=KINDS[kind])
     expected, slopes = _outcome(model, pairs)
     places = {path for path, layer in model.named_modules() if type(layer) is Linear}
-    assert replace_lora_layers(model) == len(places) > 0
+    assert replace_lora_layers(model).count == len(places) > 0
     assert {path for path, layer in model.named_modules() if type(layer) is FusedLoraLinear} == places
     found, lean_slopes = _outcome(model, pairs)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -50,7 +50,8 @@ def test_every_family_computes_and_learns_as_with_pefts_layers(tmp_path, kind):
 
 def test_dropout_keeps_pefts_layers(tmp_path):
     model, _ = _attached(tmp_path, lora_dropout=0.1)
-    assert replace_lora_layers(model) == 0
+    piece = replace_lora_layers(model)
+    assert (piece.count, piece.reason) == (0, "dropout stands before the pairs")
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -21,7 +21,7 @@ from offsite.kernels.cpu.cpu_features import has_tiles
 
 _VERSION = 1  # of what functions are given; the library has the same
 _SIDE = 32  # lengths are padded to multiples of it
-_VECTORS, _TILES = 1, 2  # what the library says that it can use
+VECTORS, TILES = 1, 2  # what the library says that it can use
 _WORK = 2**17  # numbers, or shares; of fewer a second thread costs more than it does
 
 
@@ -55,21 +55,32 @@ def _library() -> ctypes.CDLL | None:
 
 
 @cache
-def _level() -> int:
-    """What the library can use here; 0 without one. It asks the system for the tiles, so this comes before all else."""
-    library = _library() if os.environ.get("OFFSITE_KERNELS") != "0" else None
-    level = 0 if library is None else int(library.offsite_kernels(_VERSION))
-    return level if has_tiles() else min(level, _VECTORS)
+def level() -> tuple[int, str]:
+    """What the library can use here (0, `VECTORS` or `TILES`), and why.
+
+    It asks the system for the tiles, so this comes before all else.
+    """
+    if os.environ.get("OFFSITE_KERNELS") == "0":
+        return 0, "switched off by OFFSITE_KERNELS=0"
+    library = _library()
+    if library is None:
+        return 0, "they were not compiled when the package was installed"
+    found = int(library.offsite_kernels(_VERSION))
+    if found == 0:
+        return 0, "this CPU has no vectors for bf16 (AVX-512), or they are of another version of the package"
+    if found == TILES and has_tiles():
+        return TILES, "attention on matrix tiles (AMX), activations, norms and softmax on vectors"
+    return VECTORS, "activations, norms and softmax on vectors; there are no matrix tiles for attention"
 
 
 def attends(*tensors: torch.Tensor) -> bool:
     """Whether attention of these, (B, heads, T, D) each, can run here."""
-    return _level() >= _TILES and all(_fits(tensor) and tensor.stride(-1) == 1 for tensor in tensors)
+    return level()[0] >= TILES and all(_fits(tensor) and tensor.stride(-1) == 1 for tensor in tensors)
 
 
 def activates(*tensors: torch.Tensor) -> bool:
     """Whether activations and norms of these can run here."""
-    return _level() >= _VECTORS and all(_fits(tensor) and tensor.is_contiguous() for tensor in tensors)
+    return level()[0] >= VECTORS and all(_fits(tensor) and tensor.is_contiguous() for tensor in tensors)
 
 
 def _fits(tensor: torch.Tensor) -> bool:

@@ -2,26 +2,24 @@
 
 Families write these as chains of small operations, each of which keeps what it was given: an RMS norm the hidden state
 twice in fp32, a gated MLP three tensors as wide as its inner size, GPT-2's GELU six. Here each is one function with its
-own gradient, compiled in bf16 where there are kernels for it. A module is not judged by its class: it is replaced only
-if on random numbers it computes what its replacement does. Parameters keep their names, so adapters and returns do not
-notice.
+own gradient, compiled in bf16 where there are kernels for it. Parameters keep their names, so adapters and returns do
+not notice.
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from offsite.kernels.cpu import compiled as kernels
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from offsite.kernels.replacement import Candidate, replace_modules, same_function
+from offsite.kernels.report import MLPS, NORMS, Piece
 
 _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 _STEEPNESS = 1.702
-_PROBE = 7  # rows of random numbers that a module and its replacement must agree on
+_GELUS = "GELU activations"  # name in the report
 
 
 def _gelu(given: torch.Tensor) -> torch.Tensor:
@@ -46,62 +44,25 @@ _QUICK_GELU: _Gate = (  # silu(a x) / a, whose slope is that of silu at a x
 _GATES = (_SILU, _TANH_GELU)
 
 
-def fuse(model: "PreTrainedModel") -> int:
-    """Replace what can be replaced in a frozen model, before anything is attached to it.
-
-    Returns:
-        How many modules were replaced.
-    """
-    replaced: list[str] = []
-    for path, module in list(model.named_modules()):
-        if replaced and path.startswith(f"{replaced[-1]}."):
-            continue  # a part of what was replaced
-        fused = next((candidate for candidate in _candidates(module) if agree(module, candidate)), None)
-        if fused is not None:
-            model.set_submodule(path, fused.train(module.training))
-            replaced.append(path)
-    return len(replaced)
+def fuse(model: nn.Module) -> tuple[Piece, ...]:
+    """Replace what can be replaced in a model, before anything is attached to it; how many modules of each kind."""
+    return replace_modules(model, _candidates, (NORMS, MLPS, _GELUS))
 
 
-def _candidates(module: nn.Module) -> Iterator[nn.Module]:
+def _candidates(module: nn.Module) -> Iterator[Candidate]:
     """What might compute the same, by the names of a module's parts."""
     children, own = dict(module.named_children()), dict(module.named_parameters(recurse=False))
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if set(children) == set(_GATED) and not own:
-        for gate in (gate for gate in _GATES if _same(children["act_fn"], gate[0])):
-            yield GatedMLP(children["gate_proj"], children["up_proj"], children["down_proj"], gate)
+        for gate in (gate for gate in _GATES if same_function(children["act_fn"], gate[0])):
+            mlp = GatedMLP(children["gate_proj"], children["up_proj"], children["down_proj"], gate)
+            yield Candidate(MLPS, mlp)
     elif not children and set(own) == {"weight"} and own["weight"].dim() == 1 and isinstance(epsilon, float):
         for offset in (0.0, 1.0):
-            yield RMSNorm(own["weight"], epsilon, offset)
+            yield Candidate(NORMS, RMSNorm(own["weight"], epsilon, offset))
     elif not children and not own and "GELU" in type(module).__name__:
-        yield TanhGELU()
-        yield QuickGELU()
-
-
-@torch.no_grad()
-def _same(activation: Callable[[torch.Tensor], torch.Tensor], other: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-    """Whether two activations are one in fp32: behind small weights or in bf16 another one would hardly be seen."""
-    values = torch.linspace(-8, 8, 1025)
-    try:
-        return bool(torch.allclose(activation(values), other(values), rtol=1e-5, atol=1e-6))
-    except (TypeError, ValueError, RuntimeError):  # it takes other arguments, or weights of its own from elsewhere
-        return False
-
-
-@torch.no_grad()
-def agree(module: nn.Module, fused: nn.Module, width: int | None = None) -> bool:
-    """Whether two modules compute the same of random numbers, (7, width); None is the width of the first's weight."""
-    weight = next(module.parameters(), torch.ones(64, 64))
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(_PROBE, width or weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
-    try:
-        expected, found = module(probe), fused(probe)
-    except (TypeError, ValueError, RuntimeError):  # it takes other arguments, so it is something else
-        return False
-    if not isinstance(expected, torch.Tensor) or expected.shape != found.shape:
-        return False
-    step = torch.finfo(weight.dtype).eps
-    return bool(torch.allclose(expected, found, rtol=4 * step, atol=4 * step * float(expected.abs().max())))
+        yield Candidate(_GELUS, TanhGELU())
+        yield Candidate(_GELUS, QuickGELU())
 
 
 class RMSNorm(nn.Module):

@@ -1,47 +1,59 @@
-"""LoRA pairs that run as one function with the map beside them: PEFT's own make three tensors as wide as its output.
+"""LoRA pairs that run as one function with their linear layer: PEFT's own make three tensors as wide as its output.
 
-The pair's product is added into the map's output where it lies, forwards and backwards, and the scale is put on the
-narrow state between A and B. What comes out is PEFT's, rounded once where that rounds three times.
+The pair's product is added into the layer's output in place, forwards and backwards, and the scale is multiplied into
+the state of rank width between A and B. The result is PEFT's, rounded once where PEFT rounds three times.
 """
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from offsite.kernels.cpu.fused_modules import agree
+from offsite.kernels.replacement import agree
+from offsite.kernels.report import ABSENT, LORA, Piece
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from peft.tuners.lora import Linear
 
 _ADAPTER = "default"  # the name under which PEFT attaches
 
 
-def replace_lora_layers(model: "PreTrainedModel") -> int:
-    """Replace PEFT's layers by lean ones that hold the same parameters, where they are plain LoRA without dropout.
-
-    Returns:
-        How many layers were replaced.
-    """
+def replace_lora_layers(model: nn.Module) -> Piece:
+    """Replace PEFT's layers by fused ones that hold the same parameters, where they are plain LoRA without dropout."""
     from peft.tuners.lora import Linear
 
-    replaced = 0
-    for path, layer in list(model.named_modules()):
-        if type(layer) is not Linear or layer.lora_variant:
+    layers = {path: layer for path, layer in model.named_modules() if type(layer) is Linear}
+    reasons: Counter[str] = Counter()
+    for path, layer in layers.items():
+        why_not = _why_not(layer)
+        if why_not:
+            reasons[why_not] += 1
             continue
-        base, pair = layer.base_layer, (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER])
-        weights = [half.weight for half in (base, *pair)]
-        lean = FusedLoraLinear(base, *pair, layer.scaling[_ADAPTER], transposed=layer.fan_in_fan_out)
-        if (
-            isinstance(layer.lora_dropout[_ADAPTER], nn.Identity)
-            and not weights[0].requires_grad
-            and all(weight.dtype == weights[0].dtype for weight in weights)
-            and agree(layer, lean, pair[0].in_features)
-        ):
-            model.set_submodule(path, lean.train(layer.training))
-            replaced += 1
-    return replaced
+        model.set_submodule(path, _fused(layer).train(layer.training))
+    if not layers:
+        return Piece(LORA, 0, ABSENT)
+    return Piece(LORA, len(layers) - reasons.total(), "; ".join(reasons) or "same results on random numbers")
+
+
+def _fused(layer: "Linear") -> "FusedLoraLinear":
+    parts = layer.base_layer, layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
+    return FusedLoraLinear(*parts, layer.scaling[_ADAPTER], transposed=layer.fan_in_fan_out)
+
+
+def _why_not(layer: "Linear") -> str:
+    """Why PEFT's layer stays; empty where it can be replaced."""
+    base, into = layer.base_layer, layer.lora_A[_ADAPTER]
+    if layer.lora_variant:
+        return "a variant of LoRA"
+    if not isinstance(layer.lora_dropout[_ADAPTER], nn.Identity):
+        return "dropout stands before the pairs"
+    if base.weight.requires_grad:
+        return "the layer's own weights train"
+    if {half.weight.dtype for half in (into, layer.lora_B[_ADAPTER])} != {base.weight.dtype}:
+        return "pairs in another dtype than the layer"
+    return "" if agree(layer, _fused(layer), into.in_features) else "the layer computes something else"
 
 
 class FusedLoraLinear(nn.Module):
@@ -65,7 +77,7 @@ class FusedLoraLinear(nn.Module):
 
 
 class _FusedLora(torch.autograd.Function):
-    """Keeps its input and the narrow state."""
+    """Keeps its input and the state of rank width between A and B."""
 
     @staticmethod
     def forward(
@@ -73,19 +85,19 @@ class _FusedLora(torch.autograd.Function):
         hidden: torch.Tensor,  # (N, in)
         weight: torch.Tensor,  # (out, in)
         bias: torch.Tensor | None,  # (out,)
-        into: torch.Tensor,  # A: (rank, in)
-        out_of: torch.Tensor,  # B: (out, rank)
+        weight_a: torch.Tensor,  # (rank, in)
+        weight_b: torch.Tensor,  # (out, rank)
         scale: float,
     ) -> torch.Tensor:
-        narrow = F.linear(hidden, into).mul_(scale)  # (N, rank)
-        ctx.save_for_backward(hidden, weight, into, out_of, narrow)
+        narrow = F.linear(hidden, weight_a).mul_(scale)  # (N, rank)
+        ctx.save_for_backward(hidden, weight, weight_a, weight_b, narrow)
         ctx.scale = scale
-        return F.linear(hidden, weight, bias).addmm_(narrow, out_of.T)
+        return F.linear(hidden, weight, bias).addmm_(narrow, weight_b.T)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, into, out_of, narrow = ctx.saved_tensors
-        above = gradients[0]  # (N, out)
-        of_narrow = (above @ out_of).mul_(ctx.scale)  # (N, rank)
-        of_hidden = (above @ weight).addmm_(of_narrow, into) if ctx.needs_input_grad[0] else None
-        return of_hidden, None, None, of_narrow.T @ hidden, above.T @ narrow, None
+        hidden, weight, weight_a, weight_b, narrow = ctx.saved_tensors
+        grad_output = gradients[0]  # (N, out)
+        of_narrow = (grad_output @ weight_b).mul_(ctx.scale)  # (N, rank)
+        of_hidden = (grad_output @ weight).addmm_(of_narrow, weight_a) if ctx.needs_input_grad[0] else None
+        return of_hidden, None, None, of_narrow.T @ hidden, grad_output.T @ narrow, None

@@ -17,13 +17,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from offsite.kernels.attention_interface import causal_rule_suffices, is_padded_at_right, use_attention
 from offsite.kernels.cpu import compiled as kernels
 from offsite.kernels.cpu.thread_dropout import LEVELS, drawn_seed, keep_, kept, living
+from offsite.kernels.report import Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_NAME = "offsite_tiled"
 _LONGEST = 448  # tokens of a row under a mask; above, the fused one is as fast
 _TILE = 128  # queries of each head that run at once; of longer rows nothing that grows with T * T is kept
 _TILES = 4  # into which longer rows are cut: each has products of its own shapes, which oneDNN compiles and keeps
@@ -34,18 +35,11 @@ _EVEN = 16  # rows of shares are as many numbers long: products and softmaxes of
 _Piece = tuple[slice, slice, slice, torch.Tensor, torch.Tensor | None]
 
 
-def use_tiled_attention(model: "PreTrainedModel") -> None:
-    """Let a model on a processor train with the attention of this file; others stay as they are."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    if model.config._attn_implementation != "sdpa" or model.device.type != "cpu":
-        return
-    if not getattr(model, "_supports_attention_backend", False):
-        return  # its own code branches on the name: Falcon would take another attention under this one's mask
-    AttentionInterface.register(_NAME, _attend)
-    AttentionMaskInterface.register(_NAME, _mask)
-    model.set_attn_implementation(_NAME)
+def use_tiled_attention(model: "PreTrainedModel") -> Piece:
+    """Let a model on a CPU train with the attention of this file."""
+    tiles = kernels.level()[0] >= kernels.TILES and model.dtype == torch.bfloat16
+    reason = "a compiled kernel for matrix tiles" if tiles else "torch's products, in tiles that stay in the cache"
+    return use_attention(model, "offsite_tiled", _attend, _mask, reason)
 
 
 def _mask(
@@ -56,19 +50,11 @@ def _mask(
     attention_mask: torch.Tensor | None = None,  # (B, T), 1 where a token is
     **named: Any,
 ) -> torch.Tensor | None:
-    """None where the causal rule says it all, as it does for rows padded at the right; else what SDPA would get.
+    """None where the causal rule says it all, as it does for rows padded at the right; else what SDPA would get."""
+    from transformers.masking_utils import sdpa_mask
 
-    What stands after a row's last token is seen by no token of it; what comes out there is read by nobody.
-    """
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
-
-    causal = named.get("mask_function", causal_mask_function) is causal_mask_function
-    if named.get("allow_is_causal_skip") is True and q_length <= (named.get("local_size") or 0):
-        causal = True  # the window, or chunk, is no shorter than the rows
-    if causal and not positional and q_length == kv_length and named.get("allow_is_causal_skip", True):
-        at_right = attention_mask is None or bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
-        if at_right and not named.get("q_offset") and not named.get("kv_offset"):
-            return None
+    if not positional and causal_rule_suffices(q_length, kv_length, **named) and is_padded_at_right(attention_mask):
+        return None
     mask: torch.Tensor | None = sdpa_mask(
         batch_size, q_length, kv_length, *positional, attention_mask=attention_mask, **named
     )

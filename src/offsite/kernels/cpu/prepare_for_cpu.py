@@ -1,0 +1,32 @@
+"""The CPU's backend: what of a model it replaces before training, and what it keeps."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from offsite.kernels.cpu import allocator, compiled
+from offsite.kernels.cpu.fused_modules import fuse
+from offsite.kernels.cpu.lora_linear import replace_lora_layers
+from offsite.kernels.cpu.tiled_attention import use_tiled_attention
+from offsite.kernels.report import Piece
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def prepare_for_cpu(model: "PreTrainedModel", dtype: torch.dtype) -> tuple[Piece, ...]:
+    """As `offsite.kernels.prepare`."""
+    return (*fuse(model), use_tiled_attention(model), _compiled(dtype), allocator.report())
+
+
+def prepare_adapters_for_cpu(model: nn.Module) -> tuple[Piece, ...]:
+    """As `offsite.kernels.prepare_adapters`."""
+    return (replace_lora_layers(model),)
+
+
+def _compiled(dtype: torch.dtype) -> Piece:
+    level, reason = compiled.level()
+    if level and dtype != torch.bfloat16:
+        level, reason = 0, "they compute in bf16 alone"
+    return Piece("compiled kernels", int(level > 0), reason)

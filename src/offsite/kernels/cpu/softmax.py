@@ -1,0 +1,20 @@
+"""The softmax of the loss on a CPU: compiled in bf16, else by torch on slices that stay in the cache."""
+
+import torch
+
+from offsite.kernels import reference
+from offsite.kernels.cpu import compiled
+from offsite.kernels.memory_formulas import SOFTMAX_ELEMENTS
+
+
+def softmax_(
+    logits: torch.Tensor, targets: torch.Tensor, cap: float | None, nats: torch.Tensor, *, slopes: bool
+) -> None:
+    """As `offsite.kernels.reference.softmax_`."""
+    if cap is None and compiled.activates(logits) and nats.dtype == torch.float32:
+        compiled.softmax_(logits, targets.contiguous(), nats, slopes=slopes)
+        return
+    rows = max(1, SOFTMAX_ELEMENTS // logits.shape[1])
+    for begin in range(0, len(targets), rows):
+        part = slice(begin, begin + rows)
+        reference.softmax_(logits[part], targets[part], cap, nats[part], slopes=slopes)

@@ -1,0 +1,70 @@
+"""Preparing a model for training on a device: the backend replaces what it runs faster, and reports it."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from offsite.kernels.report import ABSENT, LORA, Backend, Piece, Report
+from offsite.kernels.runtime import bf16_support
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def prepare(model: "PreTrainedModel", device: torch.device, dtype: torch.dtype) -> Report:
+    """Replace parts of a model by others that compute the same, faster or with less memory.
+
+    Call it once, before anything is attached to the model and before it is wrapped. Parameters keep their names. On a
+    CUDA device the model takes rows that are padded at the right alone from here on.
+
+    Args:
+        model: changed in place.
+        device: where it is.
+        dtype: the compute dtype.
+
+    Returns:
+        What was replaced, and of everything else why not.
+    """
+    pieces: tuple[Piece, ...] = ()
+    if device.type == "cpu":
+        from offsite.kernels.cpu.prepare_for_cpu import prepare_for_cpu
+
+        pieces = prepare_for_cpu(model, dtype)
+    elif device.type == "cuda":
+        from offsite.kernels.cuda.prepare_for_cuda import prepare_for_cuda
+
+        pieces = prepare_for_cuda(model)
+    else:
+        pieces = (Piece("all modules", 0, f"there is no backend for {device.type}: as their library wrote them"),)
+    return Report(backend_of(device), (_compute_dtype(device, dtype), *pieces))
+
+
+def prepare_adapters(model: nn.Module, device: torch.device) -> tuple[Piece, ...]:
+    """Replace what a method attached to a prepared model; parameters keep their names.
+
+    Args:
+        model: changed in place.
+        device: where it is.
+
+    Returns:
+        What was replaced and why not, for `Report.with_pieces`.
+    """
+    if device.type != "cpu":
+        has_lora = any(".lora_A." in name for name, _ in model.named_parameters())
+        return (Piece(LORA, 0, "as PEFT runs them" if has_lora else ABSENT),)
+    from offsite.kernels.cpu.prepare_for_cpu import prepare_adapters_for_cpu
+
+    return prepare_adapters_for_cpu(model)
+
+
+def backend_of(device: torch.device) -> Backend:
+    """The backend of a device."""
+    return "cpu" if device.type == "cpu" else "cuda" if device.type == "cuda" else "reference"
+
+
+def _compute_dtype(device: torch.device, dtype: torch.dtype) -> Piece:
+    fast, reason = bf16_support(device)
+    is_bf16 = dtype == torch.bfloat16
+    asked = "" if is_bf16 == fast else f"{'bf16' if is_bf16 else 'fp32'} was asked for; "
+    return Piece("bf16 as compute dtype", int(is_bf16), asked + reason)
