@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,7 +16,7 @@ for name in ("FORCE_COLOR", "PY_COLORS", "OFFSITE_HOME"):
 import pytest  # noqa: E402
 
 from offsite.model_owner import calibration  # noqa: E402
-from tiny import timm_imports  # noqa: E402
+from tiny import MakeBase, Parties, timm_imports, tiny_base, tiny_parties  # noqa: E402
 
 CALIBRATION = 40_000  # characters
 
@@ -37,3 +39,23 @@ def _short_calibration_text() -> Iterator[None]:
             calibration, "read_calibration_text", lambda file: read(file) if file else read(None)[:CALIBRATION]
         )
         yield
+
+
+@pytest.fixture(scope="session")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
+    """`base_of(family, blocks, **settings)`: the folder of such a base, the same at every call; copy what you spoil."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "llama", blocks: int = 5, **settings: Any) -> Path:
+        key = repr((family, blocks, sorted(settings.items())))
+        if key not in made:
+            made[key] = tiny_base(tmp_path_factory.mktemp("base") / "base", family, blocks, **settings)  # type: ignore
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def parties(tmp_path: Path) -> Parties:
+    """Two homes that trust each other, for one test."""
+    return tiny_parties(tmp_path)

@@ -27,7 +27,7 @@ from offsite.protocol.contents import WEIGHTS_OF
 from offsite.protocol.verify import verify_return
 from offsite.storage.safetensors_files import read_float32, read_header
 from offsite.training.run_log import run_folder
-from tiny import Parties, tiny_base, tiny_parties, tiny_rows
+from tiny import Parties, tiny_base, tiny_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 SMALL: dict[str, Any] = {"compute": "fp32", "device": "cpu", "threads": 1}
@@ -40,11 +40,6 @@ UNTIED: dict[str, dict[str, Any]] = {
 def spec_of(**settings: Any) -> TuneSpec:
     chosen = {"rank": 4, "lr": 5e-3, "max_steps": 4, "batch_size": 4, "tune_head": True, **SMALL}
     return TuneSpec.model_validate({**chosen, **settings})
-
-
-@pytest.fixture
-def parties(tmp_path: Path) -> Parties:
-    return tiny_parties(tmp_path)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ Family = Literal[
     "llama", "gpt2", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "stablelm", "phi",
     "phi3", "gptj", "gpt_neox", "opt", "bloom", "falcon", "mixtral", "qwen2_moe", "qwen3_moe",
 ]  # fmt: skip
+MakeBase = Callable[..., Path]  # the fixture `base_of`
 FAMILIES: tuple[Family, ...] = ("llama", "gpt2")  # what every test of a stage runs on
 # Every row of the table in every form that its columns tell apart: what the tests of the whole chain run on.
 KINDS: dict[str, dict[str, Any]] = {

@@ -11,14 +11,9 @@ from offsite.config import TuneSpec
 from offsite.data_owner.plan import returned_tensors
 from offsite.models.architectures import ARCHITECTURES
 from offsite.protocol.home import Home
-from tiny import Parties, tiny_base, tiny_parties
+from tiny import Parties, tiny_base
 
 Run = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def parties(tmp_path: Path) -> Parties:
-    return tiny_parties(tmp_path)
 
 
 @pytest.fixture

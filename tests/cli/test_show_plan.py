@@ -12,14 +12,9 @@ from fresh_process import HEAVY, modules_after
 from offsite.cli import main
 from offsite.config import PackSpec
 from offsite.protocol.artifacts import Bundle
-from tiny import Parties, tiny_base, tiny_parties, tiny_pictures, tiny_vision_base
+from tiny import Parties, tiny_base, tiny_pictures, tiny_vision_base
 
 Run = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def parties(tmp_path: Path) -> Parties:
-    return tiny_parties(tmp_path)
 
 
 @pytest.fixture

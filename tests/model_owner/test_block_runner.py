@@ -1,6 +1,5 @@
 """Block by block is the same as all at once."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ from offsite.model_owner.base_model import open_base
 from offsite.model_owner.block_runner import BlockRunner, captured_inputs
 from offsite.models.architectures import ARCHITECTURES
 from offsite.protocol.artifacts import Base
-from tiny import KINDS
+from tiny import KINDS, MakeBase
 
-MakeBase = Callable[..., Path]
 IDS = torch.tensor([[1, 5, 9, 40, 77, 3, 200], [1, 301, 12, 12, 8, 90, 4]])
 EXACT = Runtime(torch.device("cpu"), torch.float32)
 

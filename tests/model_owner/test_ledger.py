@@ -2,7 +2,6 @@
 
 import sqlite3
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,7 @@ from offsite.errors import OffsiteError, StorageError
 from offsite.model_owner.ledger import Ledger
 from offsite.protocol.manifest import PlugInManifest
 from offsite.protocol.sealing import seal
-from tiny import Parties
-
-MakeBase = Callable[..., Path]
+from tiny import MakeBase, Parties
 
 
 def test_states(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:

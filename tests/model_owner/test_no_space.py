@@ -17,9 +17,8 @@ from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.plug_in import plug_in
 from offsite.protocol.artifacts import Base
 from offsite.storage import files
-from tiny import Parties
+from tiny import MakeBase, Parties
 
-MakeBase = Callable[..., Path]
 Stage = Callable[[Path], object]
 
 

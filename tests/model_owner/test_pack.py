@@ -31,9 +31,8 @@ from offsite.storage.safetensors_files import (
     read_chunks,
     write_checkpoint,
 )
-from tiny import KINDS, Parties
+from tiny import KINDS, MakeBase, Parties
 
-MakeBase = Callable[..., Path]
 IDS = torch.tensor([[1, 5, 9, 40, 77, 3, 200], [1, 301, 12, 12, 8, 90, 4]])
 
 

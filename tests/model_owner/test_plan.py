@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ from offsite.model_owner.plan import PackPlan, plan_pack, plan_plug_in
 from offsite.model_owner.plug_in import plug_in
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base
-from tiny import KINDS, VISION_KINDS, Parties, tiny_pictures, tiny_vision_base
+from tiny import KINDS, VISION_KINDS, MakeBase, Parties, tiny_pictures, tiny_vision_base
 
-MakeBase = Callable[..., Path]
 HIDDEN, INNER, VOCABULARY = 32, 48, 320
 # q 32, k and v 16 each, o 32, three of the MLP, two norms
 BLOCK = HIDDEN * (32 + 16 + 16 + 32) + 3 * HIDDEN * INNER + 2 * HIDDEN

@@ -1,7 +1,6 @@
 """Plugging in: an untouched adapter gives the base back bit for bit; every form and every view computes the same."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,10 @@ from offsite.models.architectures import ARCHITECTURES
 from offsite.protocol.artifacts import Base, PlugIn
 from offsite.protocol.verify import verify_plug_in
 from offsite.storage.safetensors_files import INDEX, open_checkpoint, read_float32, read_header
-from tiny import KINDS, Parties
+from tiny import KINDS, MakeBase, Parties
 
 # peft 0.21 asks transformers 5.23 by the old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-MakeBase = Callable[..., Path]
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
 

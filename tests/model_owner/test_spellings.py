@@ -21,9 +21,8 @@ from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base
 from offsite.storage.safetensors_files import WEIGHTS, open_checkpoint, read_chunks
-from tiny import KINDS, LANGUAGE, Parties
+from tiny import KINDS, LANGUAGE, MakeBase, Parties
 
-MakeBase = Callable[..., Path]
 BLOCKS = 4
 # One kind of each family.
 PLAIN = [next(kind for kind in KINDS if KINDS[kind]["family"] == family) for family in LANGUAGE]

@@ -1,6 +1,5 @@
 """A family without a row: the row that the error prints is one that works."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from offsite.models.detect import detect, render
 from offsite.models.family import Architecture
 from offsite.protocol.artifacts import Base
 from offsite.protocol.verify import verify_bundle
-from tiny import KINDS, Parties, tiny_config, tiny_tokenizer
+from tiny import KINDS, MakeBase, Parties, tiny_config, tiny_tokenizer
 
-MakeBase = Callable[..., Path]
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,

@@ -1,7 +1,6 @@
 """Emulators with modules of our own: the whole chain with each, what they compute, and what they save."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.verify import verify_bundle
 from offsite.storage.safetensors_files import DECLARED_WEIGHTS, open_checkpoint, read_float32, read_header
-from tiny import FAMILIES, KINDS, Parties, tiny_rows
+from tiny import FAMILIES, KINDS, MakeBase, Parties, tiny_rows
 
-MakeBase = Callable[..., Path]
 CPU = torch.device("cpu")
 DECLARED: dict[str, dict[str, Any]] = {
     "share": {"heal": "share"},

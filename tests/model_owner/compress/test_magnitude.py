@@ -1,6 +1,5 @@
 """Pruning: exactly the share that was asked for, of exactly the emulator's matrices, and only the smallest."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +8,7 @@ import pytest
 from artifacts import packed
 from offsite.models.architectures import ARCHITECTURES
 from offsite.storage.safetensors_files import open_checkpoint, read_float32
-from tiny import FAMILIES, Parties, tiny_vision_base
-
-MakeBase = Callable[..., Path]
+from tiny import FAMILIES, MakeBase, Parties, tiny_vision_base
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,7 +1,7 @@
 """SparseGPT against a slow oracle, and in bundles: as many zeros as asked for, nearer to the base than otherwise."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -20,9 +20,8 @@ from offsite.models.architectures import ARCHITECTURES
 from offsite.models.timm_family import TIMM
 from offsite.protocol.artifacts import Bundle
 from offsite.storage.safetensors_files import open_checkpoint, read_float32
-from tiny import FAMILIES, TEXT, Parties
+from tiny import FAMILIES, TEXT, MakeBase, Parties
 
-MakeBase = Callable[..., Path]
 SHARE = 0.5
 
 

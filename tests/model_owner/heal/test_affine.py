@@ -1,7 +1,6 @@
 """Affine maps against an oracle that solves the same least squares, and what the bundle computes with them."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ from offsite.model_owner.heal.ridge import USUAL_RIDGE
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.storage.safetensors_files import DECLARED_WEIGHTS, open_checkpoint, read_float32, read_header
-from tiny import FAMILIES, KINDS, Parties, tiny_rows
+from tiny import FAMILIES, KINDS, MakeBase, Parties, tiny_rows
 
-MakeBase = Callable[..., Path]
 CPU = torch.device("cpu")
 BLOCKS = 8
 KEPT = (1, 3, 6)  # what uniform selection keeps of the middle 1..6

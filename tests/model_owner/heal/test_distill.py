@@ -1,7 +1,6 @@
 """Distillation: the emulator comes nearer to the middle, nothing else moves, and an interruption changes nothing."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ from offsite.models.loading import load_model
 from offsite.progress import Event
 from offsite.protocol.artifacts import Base, Bundle
 from offsite.storage.safetensors_files import open_checkpoint, read_float32
-from tiny import FAMILIES, KINDS, Parties
+from tiny import FAMILIES, KINDS, MakeBase, Parties
 
-MakeBase = Callable[..., Path]
 CPU = torch.device("cpu")
 SETTINGS: dict[str, Any] = {
     "bottom": 1, "top": 1, "keep": 2, "heal": "refit,distill", "compute": "fp32", "device": "cpu", "threads": 1,

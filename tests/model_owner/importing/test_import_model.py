@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,7 @@ from offsite.config import ImportSpec
 from offsite.errors import IncompatibleError, OffsiteError, StorageError, UsageError
 from offsite.model_owner.importing.import_model import import_model
 from offsite.storage.safetensors_files import WEIGHTS, open_checkpoint
-
-MakeBase = Callable[..., Path]
+from tiny import MakeBase
 
 
 def as_bin(base: Path, out: Path) -> Path:

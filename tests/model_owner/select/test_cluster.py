@@ -1,6 +1,5 @@
 """Clusters of blocks: CKA against its formula, and merging by hand."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,7 @@ from offsite.model_owner.select.select_blocks import select_blocks
 from offsite.model_owner.split import split
 from offsite.progress import silent
 from offsite.protocol.artifacts import Base
-
-MakeBase = Callable[..., Path]
+from tiny import MakeBase
 
 
 def test_cka_is_the_formula() -> None:

@@ -1,7 +1,6 @@
 """Search: never worse than where it starts, every candidate judged once, and remembered over an interruption."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,7 @@ from offsite.model_owner.select.selection import Selection
 from offsite.model_owner.split import split
 from offsite.progress import Event, silent
 from offsite.protocol.artifacts import Base
-from tiny import Parties
-
-MakeBase = Callable[..., Path]
+from tiny import MakeBase, Parties
 
 
 def spec(**settings: Any) -> PackSpec:

@@ -19,8 +19,7 @@ from offsite.model_owner.select.uniform import uniform
 from offsite.model_owner.split import split
 from offsite.progress import Event, silent
 from offsite.protocol.artifacts import Base
-
-MakeBase = Callable[..., Path]
+from tiny import MakeBase
 
 
 @pytest.mark.parametrize(
