@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from pydantic import ValidationError
 
 from artifacts import full_return, lora_return, packed
 from model_owner.test_pack import bits, logits, plain
@@ -160,8 +161,8 @@ def test_what_is_not_permitted_is_refused_before_any_work(tmp_path: Path, partie
     with pytest.raises(PolicyError) as refused:
         tune(bundle, rows, tmp_path / "return", spec_of(), parties.data_owner)
     assert "the bundle does not permit the head" in refused.value.reasons[0]
-    with pytest.raises(UsageError, match="does not go with bottlenecks"):
-        tune(bundle, rows, tmp_path / "return", spec_of(method="bottleneck"), parties.data_owner)
+    with pytest.raises(ValidationError, match="does not go with bottlenecks"):
+        spec_of(method="bottleneck")
     assert not (tmp_path / "return").exists()
     assert not run_folder(tmp_path / "return").exists()
 

@@ -6,7 +6,18 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from offsite.config import TABLES, EvalSpec, ImportSpec, PackSpec, PlugInSpec, Spec, TuneSpec, load_spec
+from offsite.config import (
+    TABLES,
+    EvalSpec,
+    ImportSpec,
+    PackSpec,
+    PermitSettings,
+    PlugInSpec,
+    Spec,
+    TuneSpec,
+    load_spec,
+    unpermitted,
+)
 from offsite.errors import UsageError
 
 
@@ -205,6 +216,28 @@ def test_a_changed_spec_is_checked_and_keeps_what_was_given() -> None:
 def test_a_group_is_no_setting() -> None:
     with pytest.raises(ValidationError, match=r"'adapter' is a group .* method, rank"):
         TuneSpec(adapter={"rank": 4})
+
+
+def test_every_broken_rule_is_listed() -> None:
+    with pytest.raises(UsageError) as caught:
+        load_spec(PackSpec, {"select": "random", "bits": 4, "svd_rank": 0.5})
+    assert caught.value.reasons == (
+        "settings: bits and svd_rank each store a matrix in a way of its own: choose one",
+        "settings: select = random is about blocks that are dropped: say with keep how many stay",
+    )
+
+
+@pytest.mark.parametrize("kind", TABLES.values())
+def test_every_rule_is_said_in_words(kind: type[Spec]) -> None:
+    assert all(check.__doc__ for check in kind.rules())
+
+
+def test_what_the_owner_does_not_permit() -> None:
+    permits = PermitSettings(methods=("lora", "bottleneck"), max_rank=8, max_width=4)
+    assert not unpermitted(TuneSpec(rank=8, width=9), permits)
+    assert [one.key for one in unpermitted(TuneSpec(rank=9, tune_head=True), permits)] == ["rank", "tune_head"]
+    assert [one.key for one in unpermitted(TuneSpec(method="bottleneck", width=9), permits)] == ["width"]
+    assert [one.setting for one in unpermitted(TuneSpec(method="full"), permits)] == ["methods"]
 
 
 def test_problems_name_the_key_without_its_group() -> None:

@@ -7,11 +7,13 @@ from offsite.config.choices import Dtype, Method
 from offsite.config.compressors import HealingStep, Pruner, SelectionRule, StoredForm
 from offsite.config.eval_spec import EvalSpec
 from offsite.config.import_spec import ImportSpec
-from offsite.config.pack_spec import USUAL_PRUNE, PackSpec, RefitMap
+from offsite.config.pack_spec import USUAL_PRUNE, PackSpec, PermitSettings, RefitMap
+from offsite.config.permits import Unpermitted, unpermitted
 from offsite.config.plug_in_spec import STRENGTHS, PlugInSpec
+from offsite.config.problems import Problem, describe_validation, problems_of
 from offsite.config.runtime import RuntimeSettings
 from offsite.config.settings_file import TABLES, load_spec
-from offsite.config.spec import Setting, Settings, Spec, describe_validation, flat_place
+from offsite.config.spec import Setting, Settings, Spec, rule
 from offsite.config.tune_spec import TuneSpec
 
 __all__ = [
@@ -24,7 +26,9 @@ __all__ = [
     "ImportSpec",
     "Method",
     "PackSpec",
+    "PermitSettings",
     "PlugInSpec",
+    "Problem",
     "Pruner",
     "RefitMap",
     "RuntimeSettings",
@@ -34,7 +38,10 @@ __all__ = [
     "Spec",
     "StoredForm",
     "TuneSpec",
+    "Unpermitted",
     "describe_validation",
-    "flat_place",
     "load_spec",
+    "problems_of",
+    "rule",
+    "unpermitted",
 ]

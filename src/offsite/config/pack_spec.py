@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from offsite.config.choices import Dtype, Method, split_numbers, split_parts, split_steps
 from offsite.config.compressors import (
@@ -21,7 +21,7 @@ from offsite.config.compressors import (
     StoredForm,
 )
 from offsite.config.runtime import RuntimeSettings
-from offsite.config.spec import FILE_ONLY, Settings, Spec
+from offsite.config.spec import FILE_ONLY, Settings, Spec, rule
 
 RefitMap = Literal["mlp", "attention"]
 USUAL_PRUNE = 0.5  # of an emulator that drops no block
@@ -192,49 +192,42 @@ class PackSpec(Spec):
         int, Field(ge=0, lt=2**63, description="seed of random selection, search and distillation"), FILE_ONLY
     ] = 0
 
-    @model_validator(mode="after")
-    def _something_trains(self) -> Self:
+    @rule
+    def _something_trains(self) -> None:
+        """`bottom` and `top` are not both 0: something must train."""
         if self.split.bottom == self.split.top == 0:
             raise ValueError("bottom and top are both 0: nothing would train")
-        if self.split.train is not None and (self.split.bottom is not None or self.split.top is not None):
-            raise ValueError("train lists the blocks that train, bottom and top count them: give one or the other")
-        if self.split.train is not None and len(set(self.split.train)) < len(self.split.train):
-            raise ValueError("train names a block twice")
-        return self
 
-    @model_validator(mode="after")
-    def _steps_fit_together(self) -> Self:
+    @rule
+    def _blocks_are_listed_or_counted(self) -> None:
+        """`train` lists the blocks that train, each once; `bottom` and `top` count them: give one or the other."""
+        train = self.split.train
+        if train is not None and (self.split.bottom is not None or self.split.top is not None):
+            raise ValueError("train lists the blocks that train, bottom and top count them: give one or the other")
+        if train is not None and len(set(train)) < len(train):
+            raise ValueError("train names a block twice")
+
+    @rule
+    def _healing_fits(self) -> None:
+        """`heal` names a step once, and one that fills the gap of dropped blocks; distill comes last; affine is alone."""
+        steps = self.healing_steps
         if len(set(self.heal.steps)) != len(self.heal.steps):
             raise ValueError(f"heal names a step twice: {','.join(self.heal.steps)}")
-        self._require_healing_fits()
-        self._require_pruner_fits()
-        self._require_forms_fit()
-        fills = [step.name for step in self.healing_steps if step.runs == "places"]
-        if self.select.keep is None and (self.select.by != "uniform" or fills):
-            what = f"heal = {fills[0]}" if fills else f"select = {self.select.by}"
-            raise ValueError(f"{what} is about blocks that are dropped: say with keep how many stay")
-        if self.heal.refit_maps != ("mlp",) and not any(step.solves_outputs for step in self.healing_steps):
-            raise ValueError("refit_maps is a setting of heal = refit and of no other")
-        if self.select.drop_from is not None and self.select.by != "contiguous":
-            raise ValueError("drop_from is a setting of select = contiguous and of no other")
-        return self
-
-    def _require_healing_fits(self) -> None:
-        """Refuse steps of healing that do not go together, or not in this order."""
-        for step in self.healing_steps:
-            if step.alone and len(self.healing_steps) > 1:
+        for step in steps:
+            if step.alone and len(steps) > 1:
                 raise ValueError(f"{step.name} is heal's only step: {step.alone}")
-        for step in self.healing_steps[:-1]:
+        for step in steps[:-1]:
             if step.runs == "after":
                 raise ValueError(
                     f"{step.name} must be heal's last step: a closed form after it would undo what it learnt"
                 )
-        filling = [step.name for step in self.healing_steps if step.fills_gap]
+        filling = [step.name for step in steps if step.fills_gap]
         if len(filling) > 1:
             raise ValueError(f"{' and '.join(filling)} are two ways to fill the same gap: choose one")
 
-    def _require_pruner_fits(self) -> None:
-        """Refuse a pruner that runs in the pass over the blocks, where a step of healing does not permit it."""
+    @rule
+    def _pruner_fits_healing(self) -> None:
+        """A pruner that reads calibration data does not go with `heal` = share or affine."""
         for step in self.healing_steps:
             if self.pruned and self.pruner.calibrated and step.not_with_calibrated:
                 way = "say with keep how many blocks stay"
@@ -245,13 +238,50 @@ class PackSpec(Spec):
                     f"{way}"
                 )
 
-    def _require_forms_fit(self) -> None:
-        """Refuse two ways to store one matrix, and leaving out zeros where there are none."""
+    @rule
+    def _forms_fit(self) -> None:
+        """A matrix is stored in one form; `zeros` = left-out needs zeros, from `prune`."""
         encodings = [form.name for form in self.stored_forms if form.encodes_matrices]
         if len(encodings) > 1:
             raise ValueError(f"{' and '.join(encodings)} each store a matrix in a way of its own: choose one")
         if self.compress.zeros == "left-out" and self.pruned == 0:
             raise ValueError("zeros = left-out goes with prune above 0")
+
+    @rule
+    def _something_is_dropped(self) -> None:
+        """`select`, and `heal` = share, are about dropped blocks: `keep` says how many stay."""
+        fills = [step.name for step in self.healing_steps if step.runs == "places"]
+        if self.select.keep is None and (self.select.by != "uniform" or fills):
+            what = f"heal = {fills[0]}" if fills else f"select = {self.select.by}"
+            raise ValueError(f"{what} is about blocks that are dropped: say with keep how many stay")
+
+    @rule
+    def _settings_of_one_method(self) -> None:
+        """`refit_maps` goes with `heal` = refit, `drop_from` with `select` = contiguous."""
+        if self.heal.refit_maps != ("mlp",) and not any(step.solves_outputs for step in self.healing_steps):
+            raise ValueError("refit_maps is a setting of heal = refit and of no other")
+        if self.select.drop_from is not None and self.select.by != "contiguous":
+            raise ValueError("drop_from is a setting of select = contiguous and of no other")
+
+    def not_for_spread(self) -> list[str]:
+        """Settings that take the emulator for one run of frozen blocks, with no trained ones between them."""
+        rule = self.selection_rule
+        return [
+            *([] if rule.for_spread else [f"select = {rule.name}"]),
+            *(f"heal = {step.name}" for step in self.healing_steps if not step.for_spread),
+            *(f"{form.name}: a declared module kind" for form in self.stored_forms),
+        ]
+
+    def not_for_images(self) -> list[str]:
+        """Settings that are made for language models alone."""
+        rule = self.selection_rule
+        return [
+            *([] if rule.for_images else [f"select = {rule.name}"]),
+            *(f"heal = {step.name}" for step in self.healing_steps if not step.for_images),
+            *(["distill_ce: the next token's cross-entropy"] if self.distill.ce else []),
+            *(f"{form.name}: a declared module kind" for form in self.stored_forms),
+            *(["methods = bottleneck"] if set(self.permits.methods) == {"bottleneck"} else []),
+        ]
 
     def trained(self, blocks: int) -> frozenset[int]:
         """Which blocks of a base of so many train; the first 4 and last 6 of 30 by default (docs/decisions/0009)."""

@@ -1,11 +1,11 @@
 """How a return is put into the base model."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from offsite.config.choices import split_parts
-from offsite.config.spec import Spec
+from offsite.config.spec import Spec, rule
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 
@@ -37,10 +37,14 @@ class PlugInSpec(Spec):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
-    @model_validator(mode="after")
-    def _one_way_to_say_it(self) -> Self:
+    @rule
+    def _one_strength_or_several(self) -> None:
+        """`strength` fixes one, `strengths` are to choose from: give one or the other."""
         if self.strength is not None and self.strengths != STRENGTHS:
             raise ValueError("strength and strengths were both given: the one is fixed, the others are to choose from")
+
+    @rule
+    def _some_strength(self) -> None:
+        """`strengths` holds more than 0, which is the base itself."""
         if not any(self.strengths):
             raise ValueError("strengths holds nothing but 0, which is the base itself")
-        return self

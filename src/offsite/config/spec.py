@@ -4,12 +4,12 @@ In code a setting is read from its group, such as `spec.optimizer.lr`. In TOML f
 and in Python's keyword arguments it stands by its key alone, such as `lr`: a key occurs once in a verb.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic.fields import FieldInfo
 
 
@@ -45,6 +45,30 @@ class Setting:
         return getattr(spec if self.group is None else getattr(spec, self.group), self.name)
 
 
+class RulesError(ValueError):
+    """Settings that do not go together; a message for each rule."""
+
+    def __init__(self, messages: Sequence[str]) -> None:
+        super().__init__("; ".join(messages))
+        self.messages = tuple(messages)
+
+
+Check = Callable[[Any], None]
+
+
+def rule(check: Check) -> Check:
+    """Mark a spec's method as a rule on settings that go together, or do not.
+
+    Args:
+        check: raises ValueError where the rule is broken; its docstring is the rule in words, for the reference page.
+    """
+    check.__dict__[_IS_RULE] = True
+    return check
+
+
+_IS_RULE = "is_rule_of_settings"
+
+
 class Spec(Settings):
     """The settings of one verb, some in groups; built from keys and values without the groups' names."""
 
@@ -55,6 +79,33 @@ class Spec(Settings):
     def settings(cls) -> Mapping[str, Setting]:
         """Every setting by its key, in the order of the groups."""
         return _settings(cls)
+
+    @classmethod
+    def keys_of(cls, *groups: str) -> frozenset[str]:
+        """The keys of the settings in these groups."""
+        return frozenset(key for key, setting in _settings(cls).items() if setting.group in groups)
+
+    @classmethod
+    def rules(cls) -> tuple[Check, ...]:
+        """The rules on which settings go together, in order."""
+        return tuple(check for check in vars(cls).values() if _IS_RULE in getattr(check, "__dict__", {}))
+
+    @classmethod
+    def group_places(cls) -> frozenset[tuple[str]]:
+        """The first parts of the places of problems that lie in groups."""
+        return frozenset((name,) for name in _groups(cls))
+
+    @model_validator(mode="after")
+    def _keep_rules(self) -> Self:
+        broken = []
+        for check in type(self).rules():
+            try:
+                check(self)
+            except ValueError as problem:
+                broken.append(str(problem))
+        if broken:
+            raise RulesError(broken)
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -153,25 +204,3 @@ def _settings(kind: type[Spec]) -> dict[str, Setting]:
     if len(settings) < len(listed):
         raise TypeError(f"{kind.__name__} has two settings of one key")
     return settings
-
-
-def describe_validation(error: ValidationError, kind: type[Spec] | None = None) -> list[str]:
-    """Every problem of a validation, a line each: where, what is wrong, what was found.
-
-    Args:
-        error: what pydantic found.
-        kind: the spec that was built, whose groups are left out of the places.
-    """
-    lines = []
-    for problem in error.errors(include_url=False):
-        place = flat_place(kind, problem["loc"]) if kind else problem["loc"]
-        # keys may be a stranger's: no control characters to the terminal
-        where = ".".join(p if p.isprintable() else ascii(p) for p in (str(part)[:80] for part in place))
-        found = repr(problem["input"])
-        lines.append(f"{where or 'settings'}: {problem['msg']} (found {found[:80]})")
-    return lines
-
-
-def flat_place(kind: type[Spec], place: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """Where in the flat settings a problem lies, given where it lies in the groups."""
-    return place[1:] if place and place[0] in _groups(kind) else place

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from offsite.config.choices import LongRows, Method, Workers
 from offsite.config.runtime import RuntimeSettings
-from offsite.config.spec import FILE_ONLY, Settings, Spec
+from offsite.config.spec import FILE_ONLY, Settings, Spec, rule
 
 
 class AdapterSettings(Settings):
@@ -161,6 +161,20 @@ class TuneSpec(Spec):
     seed: Annotated[
         int, Field(ge=0, lt=2**63, description="seed of order, dropout and LoRA initialisation"), FILE_ONLY
     ] = 0
+
+    @rule
+    def _head_beside_no_bottlenecks(self) -> None:
+        """`tune_head` goes with `method` lora, full or bitfit: bottlenecks are plugged in beside the base's tensors."""
+        if self.adapter.tune_head and self.adapter.method == "bottleneck":
+            raise ValueError(
+                "tune_head does not go with bottlenecks: their plug-in stands beside the base and holds none of its "
+                "tensors; tune by lora, full or bitfit, or leave tune_head out"
+            )
+
+    def not_for_images(self) -> list[str]:
+        """Settings that go with no image model: its classifier would have to be in every checkpoint."""
+        asked = {"checkpoints": self.points.checkpoints > 1, "report_scores": self.points.report_scores}
+        return [key for key, given in asked.items() if given]
 
     @property
     def head_factor(self) -> float:

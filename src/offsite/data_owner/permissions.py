@@ -2,29 +2,26 @@
 
 from pathlib import Path
 
-from offsite.config import TuneSpec
+from offsite.config import PermitSettings, TuneSpec, unpermitted
 from offsite.errors import IncompatibleError, PolicyError, UsageError
 from offsite.models.architectures import ARCHITECTURES
 from offsite.protocol.manifest import BundleManifest
+
+_NO_HEAD = (
+    "--tune-head, the bundle does not permit the head: its owner did not say `pack --permit-head`, which works where "
+    "the head is not the input embedding"
+)
 
 
 def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
     """Refuse settings that cannot work, or whose return the owner would refuse.
 
     Raises:
-        UsageError: the head was asked for with bottlenecks, or checkpoints or scores of pictures.
+        UsageError: checkpoints or scores of pictures were asked for.
         IncompatibleError: BitFit was asked for, and the trained blocks have no biases.
         PolicyError: the method, the rank, the width or the head is not permitted.
     """
-    if spec.adapter.tune_head and spec.adapter.method == "bottleneck":
-        raise UsageError(
-            "--tune-head does not go with bottlenecks",
-            reasons=["what they are plugged in as stands beside the base, and holds none of the base's own tensors"],
-            next_step="tune by lora, full or bitfit, or leave --tune-head out",
-        )
-    if ARCHITECTURES[manifest.architecture].vision is not None and (
-        spec.points.checkpoints > 1 or spec.points.report_scores
-    ):
+    if ARCHITECTURES[manifest.architecture].vision is not None and spec.not_for_images():
         raise UsageError(
             "a return of pictures holds one checkpoint and no scores",
             reasons=["its classifier would have to be in every checkpoint"],
@@ -35,18 +32,16 @@ def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
             f"BitFit trains biases, and the trained blocks of this {manifest.architecture} model have none",
             next_step=f"tune by another method: the bundle permits {', '.join(manifest.methods)}",
         )
-    reasons = []
-    if spec.adapter.method not in manifest.methods:
-        reasons.append(f"method {spec.adapter.method}, the bundle permits {', '.join(manifest.methods)}")
-    if spec.adapter.method == "lora" and spec.adapter.rank > manifest.max_rank:
-        reasons.append(f"rank {spec.adapter.rank}, the bundle permits up to {manifest.max_rank}")
-    if spec.adapter.method == "bottleneck" and spec.adapter.width > manifest.max_width:
-        reasons.append(f"width {spec.adapter.width}, the bundle permits up to {manifest.max_width}")
-    if spec.adapter.tune_head and not manifest.head:
-        reasons.append(
-            "--tune-head, the bundle does not permit the head: its owner did not say `pack --permit-head`, which works "
-            "where the head is not the input embedding"
-        )
+    permits = PermitSettings(
+        methods=manifest.methods,
+        max_rank=manifest.max_rank,
+        max_width=manifest.max_width,
+        permit_head=bool(manifest.head),
+    )
+    reasons = [
+        _NO_HEAD if one.key == "tune_head" else f"{one.asked}, the bundle permits {one.permitted}"
+        for one in unpermitted(spec, permits)
+    ]
     if reasons:
         raise PolicyError(
             "the model's owner would refuse this tuning",

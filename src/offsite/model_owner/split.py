@@ -128,10 +128,7 @@ def _require_for_spread(spec: PackSpec) -> None:
     Raises:
         UsageError: it was asked for.
     """
-    rule = spec.selection_rule
-    reasons = [] if rule.for_spread else [f"select = {rule.name}"]
-    reasons += [f"heal = {step.name}" for step in spec.healing_steps if not step.for_spread]
-    reasons += [f"{form.name}: a declared module kind" for form in spec.stored_forms]
+    reasons = spec.not_for_spread()
     if reasons:
         raise UsageError(
             "settings that go with no trained blocks between frozen ones",
@@ -147,13 +144,7 @@ def _require_for_images(spec: PackSpec) -> None:
     Raises:
         UsageError: it was asked for.
     """
-    rule = spec.selection_rule
-    reasons = [] if rule.for_images else [f"select = {rule.name}"]
-    reasons += [f"heal = {step.name}" for step in spec.healing_steps if not step.for_images]
-    reasons += ["distill_ce: the next token's cross-entropy"] if spec.distill.ce else []
-    reasons += [f"{form.name}: a declared module kind" for form in spec.stored_forms]
-    if set(spec.permits.methods) == {"bottleneck"}:
-        reasons.append("methods = bottleneck")
+    reasons = spec.not_for_images()
     if reasons:
         raise UsageError(
             "settings that are for language models alone, of an image encoder",

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import Field, ValidationError
 
-from offsite.config import EvalSpec, PackSpec, PlugInSpec, Spec, TuneSpec, describe_validation, flat_place
+from offsite.config import EvalSpec, PackSpec, PlugInSpec, Spec, TuneSpec, problems_of, unpermitted
 from offsite.errors import UsageError
 
 RowName = Literal["zero_shot", "emulator_zero_shot", "full", "adapter_on_base", "emulator", "plug_in"]
@@ -248,7 +248,7 @@ def _methods(tables: RecipeTables, places: _Places, problems: list[str]) -> Iter
 
 
 # Settings of TuneSpec that say what trains or what comes back: full fine-tuning has no use for them.
-_OF_A_METHOD = frozenset({"method", "rank", "width", "lora_alpha", "lora_dropout", "checkpoints", "report_scores"})
+_OF_A_METHOD = TuneSpec.keys_of("adapter") | {"checkpoints", "report_scores"}
 
 
 def _of_data(recipe: Recipe) -> Iterator[str]:
@@ -298,10 +298,9 @@ def _spec(kind: type[S], where: str, settings: Mapping[str, Any], problems: list
 def _problems(kind: type[Spec], error: ValidationError) -> list[str]:
     """Every problem with the field's name and with what would work."""
     lines = []
-    for problem, described in zip(error.errors(include_url=False), describe_validation(error, kind), strict=True):
-        place = flat_place(kind, problem["loc"])
-        name = str(place[0]) if place else ""
-        if problem["type"] == "extra_forbidden" and len(place) == 1:
+    for problem in problems_of(error, kind):
+        name = problem.place[0] if problem.place else ""
+        if problem.unknown and len(problem.place) == 1:
             lines.append(_unknown(name, name, sorted(kind.settings())))
             continue
         setting = kind.settings().get(name)
@@ -309,10 +308,10 @@ def _problems(kind: type[Spec], error: ValidationError) -> list[str]:
         about = f"; {name}: {field.description}" if field is not None and field.description else ""
         works = (
             ""
-            if field is None or field.is_required() or len(place) > 1
+            if field is None or field.is_required() or len(problem.place) > 1
             else f" (the default is {_toml_word(field.default)})"
         )
-        lines.append(f"{described}{about}{works}")
+        lines.append(f"{problem}{about}{works}")
     return lines
 
 
@@ -335,10 +334,11 @@ def _not_permitted(recipe: Recipe) -> Iterator[str]:
         return
     for pack in recipe.compressors:
         for tune in recipe.methods:
-            if tune.spec.adapter.method not in pack.spec.permits.methods:
+            for one in unpermitted(tune.spec, pack.spec.permits):
+                mend = f"put {tune.spec.adapter.method!r} into" if one.setting == "methods" else "change"
                 yield (
-                    f"[[tune]] {tune.name!r}.method: [[pack]] {pack.name!r} permits "
-                    f"{', '.join(pack.spec.permits.methods)}; put {tune.spec.adapter.method!r} into its `methods`"
+                    f"[[tune]] {tune.name!r}.{one.key}: [[pack]] {pack.name!r} permits {one.permitted}; "
+                    f"{mend} its `{one.setting}`"
                 )
 
 

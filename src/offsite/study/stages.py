@@ -22,13 +22,7 @@ EXPERIMENTER = "experimenter"  # what no party does: it sees all
 PARTIES = (OWNER, TUNER, EXPERIMENTER)
 _STAGES = 1  # what a stage does; raise it when that changes between versions
 # Settings that say where blocks train and what may come back; all others of PackSpec say how the rest is compressed.
-_PLACEMENT = frozenset(
-    (
-        *("bottom", "top", "train"),
-        *("methods", "max_rank", "max_width", "permit_head"),
-        *("dtype", "compute", "device", "threads"),
-    )
-)
+_PLACEMENT = PackSpec.keys_of("split", "permits", "runtime") | {"dtype"}
 
 
 @dataclass(frozen=True)

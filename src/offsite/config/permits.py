@@ -1,0 +1,35 @@
+"""Whether a tuning's settings lie within what the model's owner takes back."""
+
+from dataclasses import dataclass
+
+from offsite.config.pack_spec import PermitSettings
+from offsite.config.tune_spec import TuneSpec
+
+
+@dataclass(frozen=True)
+class Unpermitted:
+    """A setting of a tuning that the owner does not permit."""
+
+    key: str  # of the tuning
+    asked: str
+    permitted: str
+    setting: str  # of packing, which would permit it
+
+
+def unpermitted(spec: TuneSpec, permits: PermitSettings) -> list[Unpermitted]:
+    """Every setting whose return the owner would refuse.
+
+    Args:
+        spec: the settings of the tuning.
+        permits: what the owner takes back; `permit_head` is whether the head may train.
+    """
+    adapter, found = spec.adapter, []
+    if adapter.method not in permits.methods:
+        found.append(Unpermitted("method", f"method {adapter.method}", ", ".join(permits.methods), "methods"))
+    if adapter.method == "lora" and adapter.rank > permits.max_rank:
+        found.append(Unpermitted("rank", f"rank {adapter.rank}", f"up to {permits.max_rank}", "max_rank"))
+    if adapter.method == "bottleneck" and adapter.width > permits.max_width:
+        found.append(Unpermitted("width", f"width {adapter.width}", f"up to {permits.max_width}", "max_width"))
+    if adapter.tune_head and not permits.permit_head:
+        found.append(Unpermitted("tune_head", "tune_head", "no head", "permit_head"))
+    return found

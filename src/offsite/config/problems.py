@@ -1,0 +1,50 @@
+"""Every problem of a validation in plain words, by the keys of the settings."""
+
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from offsite.config.spec import RulesError, Spec
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong."""
+
+    place: tuple[str, ...]  # the setting's key, and where in its value; empty: settings that do not go together
+    what: str
+    unknown: bool = False  # there is no such setting
+
+    def __str__(self) -> str:
+        # keys may be a stranger's: no control characters to the terminal
+        where = ".".join(part if part.isprintable() else ascii(part) for part in self.place)
+        return f"{where or 'settings'}: {self.what}"
+
+
+def problems_of(error: ValidationError, kind: type[Spec] | None = None) -> list[Problem]:
+    """Every problem of a validation.
+
+    Args:
+        error: what pydantic found.
+        kind: the spec that was built, whose groups are left out of the places.
+    """
+    found = []
+    for problem in error.errors(include_url=False):
+        broken = problem.get("ctx", {}).get("error")
+        if isinstance(broken, RulesError):
+            found += [Problem((), message) for message in broken.messages]
+            continue
+        place = problem["loc"][1:] if kind and problem["loc"][:1] in kind.group_places() else problem["loc"]
+        what = f"{problem['msg']} (found {repr(problem['input'])[:80]})"
+        found.append(Problem(tuple(str(part)[:80] for part in place), what, problem["type"] == "extra_forbidden"))
+    return found
+
+
+def describe_validation(error: ValidationError, kind: type[Spec] | None = None) -> list[str]:
+    """Every problem of a validation, a line each: where, what is wrong, what was found.
+
+    Args:
+        error: what pydantic found.
+        kind: the spec that was built, whose groups are left out of the places.
+    """
+    return [str(problem) for problem in problems_of(error, kind)]
