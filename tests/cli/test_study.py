@@ -71,11 +71,13 @@ def test_a_check_needs_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_check_says_what_cannot_be_had(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = RECIPE.replace("rank = 2", "rank = 65").replace('base = "base"', 'base = "base"\nrows = ["emulator"]')
+    text = RECIPE.replace('method = "lora"\nrank = 2', 'method = "bitfit"').replace(
+        'base = "base"', 'base = "base"\nrows = ["emulator"]'
+    )
     file = lay_out(tmp_path, text)
     assert main(["study", str(file), "--check", "--json"]) == 1
     result = json.loads(capsys.readouterr().out)  # one document
-    assert any("the model's owner would refuse this tuning" in failure for failure in result["failed"])
+    assert any("BitFit trains biases" in failure for failure in result["failed"])
 
 
 def test_wrong_words_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,7 @@ def test_a_recipe_is_resolved_by_the_specs_of_the_stages(tmp_path: Path) -> None
             'keep = 2\nmethods = ["full"]',
             "[[tune]] 'LoRA'.method: [[pack]] 'drop' permits full; put 'lora'",
         ),
+        ("rank = 2", "rank = 65", "[[tune]] 'LoRA'.rank: [[pack]] 'drop' permits up to 64; change its `max_rank`"),
         ("[[pack]]", '[[placement]]\nname = "one"\nkeep = 3\n[[pack]]', "keep: given in both tables"),
     ],
 )
@@ -82,7 +83,7 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
 
 def test_a_default_is_named_where_a_value_is_wrong(tmp_path: Path) -> None:
     (found,) = problems(tmp_path, "keep = 2", "keep = 2\ncalibration_tokens = 1")
-    assert "tokens of it to select and solve with" in found
+    assert "tokens to select and solve with" in found
     assert "the default is 65536" in found
 
 

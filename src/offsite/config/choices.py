@@ -14,7 +14,7 @@ LongRows = Annotated[
 Workers = Annotated[
     int | None,
     Field(
-        ge=0, le=64, description="images: processes that decode and crop; None is 0 on a processor: it does it itself"
+        ge=0, le=64, description="images: processes that decode and crop; left out: 0 on a CPU, which does it itself"
     ),
     FILE_ONLY,
 ]

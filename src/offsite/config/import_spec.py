@@ -12,7 +12,7 @@ class ImportSpec(Spec):
     """The settings of `offsite import`."""
 
     dtype: Annotated[
-        Dtype | None, Field(description="dtype to store; None keeps the checkpoint's (bf16 for GGUF)"), FILE_ONLY
+        Dtype | None, Field(description="dtype to store; left out: the checkpoint's (bf16 for GGUF)"), FILE_ONLY
     ] = None
     image_size: Annotated[
         int | None,

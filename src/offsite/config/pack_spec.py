@@ -31,10 +31,10 @@ class SplitSettings(Settings):
     """Which blocks the data owner trains."""
 
     bottom: Annotated[
-        int | None, Field(ge=0, description="first blocks that the data owner trains; None: 2 in 15, at least 2")
+        int | None, Field(ge=0, description="first blocks that the data owner trains; left out: 2 in 15, at least 2")
     ] = None
     top: Annotated[
-        int | None, Field(ge=0, description="last blocks that the data owner trains; None: 1 in 5, at least 2")
+        int | None, Field(ge=0, description="last blocks that the data owner trains; left out: 1 in 5, at least 2")
     ] = None
     train: Annotated[
         Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None,
@@ -48,14 +48,14 @@ class SelectSettings(Settings):
 
     keep: Annotated[
         int | None,
-        Field(ge=1, description="blocks of the middle that the emulator keeps; None: all, each pruned to half"),
+        Field(ge=1, description="blocks of the middle that the emulator keeps; left out: all, each pruned to half"),
     ] = None
     by: Annotated[
         SelectionName,
         Field(alias="select", description="which blocks of the middle stay"),
     ] = "uniform"
     drop_from: Annotated[
-        int | None, Field(ge=0, description="first block that 'contiguous' drops; None drops around the centre")
+        int | None, Field(ge=0, description="first block that 'contiguous' drops; left out: around the centre")
     ] = None
     search_minutes: Annotated[float, Field(gt=0, description="time that 'search' may take")] = 10.0
 
@@ -85,9 +85,11 @@ class HealSettings(Settings):
 class DistillSettings(Settings):
     """How healing by distillation trains."""
 
-    tokens: Annotated[int, Field(alias="distill_tokens", ge=256, description="tokens of it to distill with")] = 262_144
+    tokens: Annotated[int, Field(alias="distill_tokens", ge=256, description="calibration tokens to distill with")] = (
+        262_144
+    )
     epochs: Annotated[
-        float, Field(alias="distill_epochs", gt=0, description="passes over them; distill_steps wins")
+        float, Field(alias="distill_epochs", gt=0, description="passes over these tokens; distill_steps wins")
     ] = 3.0
     steps: Annotated[
         int | None, Field(alias="distill_steps", ge=1, description="optimiser steps of the distillation")
@@ -114,7 +116,7 @@ class CompressSettings(Settings):
         Field(
             ge=0,
             lt=1,
-            description="share of each emulator matrix set to zero; None: 0.5 if nothing else compresses, else 0",
+            description="share of each emulator matrix set to zero; left out: 0.5 if nothing else compresses, else 0",
         ),
     ] = None
     prune_by: Annotated[
@@ -123,10 +125,10 @@ class CompressSettings(Settings):
     ] = "sparsegpt"
     zeros: Annotated[
         Literal["stored", "left-out"],
-        Field(description="zeros of pruned matrices: an ordinary checkpoint has them; left out they save their bytes"),
+        Field(description="pruned weights: stored as in an ordinary checkpoint, or left out, which saves their bytes"),
     ] = "stored"
     bits: Annotated[
-        Literal[8, 4] | None, Field(description="bits of a weight in the emulator's linear layers; None keeps floats")
+        Literal[8, 4] | None, Field(description="bits of a weight in the emulator's linear layers; left out: floats")
     ] = None
     group: Annotated[Literal[64, 128], Field(description="weights that share a scale, with bits")] = 64
     svd_rank: Annotated[
@@ -142,10 +144,15 @@ class CalibrationSettings(Settings):
 
     source: Annotated[
         Path | None,
-        Field(alias="calibration", description="text, rows or pictures to select and heal with; None takes what ships"),
+        Field(
+            alias="calibration",
+            description="text, rows or pictures to select and heal with; left out: what ships with the package",
+        ),
     ] = None
     tokens: Annotated[
-        int, Field(alias="calibration_tokens", ge=256, description="tokens of it to select and solve with"), FILE_ONLY
+        int,
+        Field(alias="calibration_tokens", ge=256, description="calibration tokens to select and solve with"),
+        FILE_ONLY,
     ] = 65_536
 
 
@@ -209,7 +216,7 @@ class PackSpec(Spec):
 
     @rule
     def _healing_fits(self) -> None:
-        """`heal` names a step once, and one that fills the gap of dropped blocks; distill comes last; affine is alone."""
+        """`heal` names a step once, and one that fills the gap of dropped blocks; distill is last; affine is alone."""
         steps = self.healing_steps
         if len(set(self.heal.steps)) != len(self.heal.steps):
             raise ValueError(f"heal names a step twice: {','.join(self.heal.steps)}")
@@ -264,7 +271,7 @@ class PackSpec(Spec):
             raise ValueError("drop_from is a setting of select = contiguous and of no other")
 
     def not_for_spread(self) -> list[str]:
-        """Settings that take the emulator for one run of frozen blocks, with no trained ones between them."""
+        """Trained blocks between frozen ones go with no declared module kind, and not every `select` and `heal`."""
         rule = self.selection_rule
         return [
             *([] if rule.for_spread else [f"select = {rule.name}"]),
@@ -273,7 +280,7 @@ class PackSpec(Spec):
         ]
 
     def not_for_images(self) -> list[str]:
-        """Settings that are made for language models alone."""
+        """Image encoders go with no declared module kind, no `distill_ce`, and not with every `select` and `heal`."""
         rule = self.selection_rule
         return [
             *([] if rule.for_images else [f"select = {rule.name}"]),

@@ -17,12 +17,14 @@ class PlugInSpec(Spec):
 
     as_: Annotated[
         Literal["adapter", "merged"] | None,
-        Field(alias="as", description="adapter folder or complete checkpoint; None: adapter where the method has one"),
+        Field(
+            alias="as", description="adapter folder or complete checkpoint; left out: adapter where the method has one"
+        ),
     ] = None
     strength: Annotated[
         float | None,
         Field(
-            ge=0, le=1.5, description="how far to go from the base's weights (0) to the returned ones (1); None is 1"
+            ge=0, le=1.5, description="how far to go from the base's weights (0) to the returned ones (1); left out: 1"
         ),
     ] = None
     strengths: Annotated[
@@ -31,7 +33,7 @@ class PlugInSpec(Spec):
         Field(min_length=1, description="strengths to choose from, with --choose-on"),
     ] = STRENGTHS
     checkpoint: Annotated[
-        int | None, Field(ge=1, description="which checkpoint of the return, from 1; None is the last")
+        int | None, Field(ge=1, description="which checkpoint of the return, from 1; left out: the last")
     ] = None
     again: Annotated[bool, Field(description="permit a return that was plugged in before")] = False
 

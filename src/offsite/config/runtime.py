@@ -12,12 +12,18 @@ class RuntimeSettings(Settings):
 
     compute: Annotated[
         Literal["auto", "bf16", "fp32"],
-        Field(description="dtype of the arithmetic; auto is bf16 where it is faster"),
+        Field(description="compute dtype; auto is bf16 where it is faster"),
         FILE_ONLY,
     ] = "auto"
     device: Annotated[
-        str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?|xpu(:\d+)?)$", description="where it runs"), FILE_ONLY
+        str,
+        Field(
+            pattern=r"^(auto|cpu|mps|cuda(:\d+)?|xpu(:\d+)?)$",
+            examples=["auto", "cpu", "cuda", "cuda:1"],
+            description="where it runs",
+        ),
+        FILE_ONLY,
     ] = "auto"
     threads: Annotated[
-        int | None, Field(ge=1, description="processor threads; None takes $OMP_NUM_THREADS, else all"), FILE_ONLY
+        int | None, Field(ge=1, description="CPU threads; left out: $OMP_NUM_THREADS, else all"), FILE_ONLY
     ] = None

@@ -18,7 +18,7 @@ class AdapterSettings(Settings):
     ] = "lora"
     rank: Annotated[int, Field(ge=1, description="rank of the LoRA pairs")] = 16
     lora_alpha: Annotated[
-        float | None, Field(gt=0, lt=1e6, description="LoRA scale numerator; None is twice the rank"), FILE_ONLY
+        float | None, Field(gt=0, lt=1e6, description="LoRA scale numerator; left out: twice the rank"), FILE_ONLY
     ] = None
     lora_dropout: Annotated[
         float, Field(ge=0, lt=1, description="dropout on the input of the LoRA pairs"), FILE_ONLY
@@ -33,7 +33,7 @@ class OptimizerSettings(Settings):
     """AdamW and its learning rate."""
 
     lr: Annotated[
-        float | None, Field(gt=0, description="peak learning rate of AdamW; None is 3e-4 for full, else 1e-3")
+        float | None, Field(gt=0, description="peak learning rate of AdamW; left out: 3e-4 for full, else 1e-3")
     ] = None
     schedule: Annotated[
         Literal["cosine", "linear", "constant"], Field(description="learning rate after warm-up"), FILE_ONLY
@@ -67,6 +67,7 @@ class MemorySettings(Settings):
         str | None,
         Field(
             alias="memory",
+            examples=["6GiB", "512MB"],
             pattern=r"^\d+(\.\d+)?(MiB|GiB|MB|GB)$",
             description="bytes that the process may hold, such as 6GiB; measured on the rows before the first step",
         ),
@@ -75,8 +76,8 @@ class MemorySettings(Settings):
         int | None,
         Field(
             ge=1,
-            description="padded tokens, or patches of pictures, that run at once, in all lanes together; None is 1024, "
-            "and 512 of text in fp32, which are as many bytes",
+            description="padded tokens, or patches of pictures, that run at once, in all lanes together; left out: "
+            "1024, and 512 of text in fp32, which are as many bytes",
         ),
         FILE_ONLY,
     ] = None
@@ -85,8 +86,8 @@ class MemorySettings(Settings):
         Field(
             ge=1,
             le=64,
-            description="text on a processor: micro-batches that run side by side, each with its share of the threads; "
-            "None is 2 on matrix tiles (AMX), else 1; 1 where passes would disturb one another",
+            description="text on a CPU: micro-batches that run side by side, each with its share of the threads; "
+            "left out: 2 on matrix tiles (AMX), else 1; 1 where passes would disturb one another",
         ),
         FILE_ONLY,
     ] = None
@@ -104,7 +105,7 @@ class PointSettings(Settings):
     """When a run is validated, and what is kept of it."""
 
     eval_every: Annotated[
-        int | None, Field(ge=1, description="steps between validations; None only at the end"), FILE_ONLY
+        int | None, Field(ge=1, description="steps between validations; left out: only at the end"), FILE_ONLY
     ] = None
     checkpoints: Annotated[
         int, Field(ge=1, le=100, description="checkpoints in the return, evenly spaced, the last step's included")
@@ -120,7 +121,7 @@ class ImageSettings(Settings):
 
     pooling: Annotated[
         Literal["class", "mean", "both"] | None,
-        Field(description="images: what the classifier reads, class token or mean of patches; None is the family's"),
+        Field(description="images: what the classifier reads, class token or mean of patches; left out: the family's"),
         FILE_ONLY,
     ] = None
     head_start: Annotated[
@@ -130,7 +131,9 @@ class ImageSettings(Settings):
     ] = "probe"
     head_lr_factor: Annotated[
         float | None,
-        Field(gt=0, description="images: learning rate of the classifier, times lr; None is 0.1 for a probe, else 10"),
+        Field(
+            gt=0, description="images: learning rate of the classifier, times lr; left out: 0.1 for a probe, else 10"
+        ),
         FILE_ONLY,
     ] = None
     augment: Annotated[bool, Field(description="images: crop and mirror at random"), FILE_ONLY] = True
@@ -172,7 +175,7 @@ class TuneSpec(Spec):
             )
 
     def not_for_images(self) -> list[str]:
-        """Settings that go with no image model: its classifier would have to be in every checkpoint."""
+        """Image models go with one of `checkpoints` and no `report_scores`: each would need its classifier."""
         asked = {"checkpoints": self.points.checkpoints > 1, "report_scores": self.points.report_scores}
         return [key for key, given in asked.items() if given]
 
