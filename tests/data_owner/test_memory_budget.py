@@ -9,6 +9,7 @@ from offsite.data.batches import collate
 from offsite.data.tokens import Example
 from offsite.data_owner import memory_budget
 from offsite.data_owner.memory_budget import within_memory
+from offsite.data_owner.memory_trials import end_of_row, memory_trials
 from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.errors import UsageError
@@ -63,10 +64,10 @@ def _measuring(monkeypatch, tuning, *, per_token, recomputed):
     """A process that holds 100 MiB, and so many bytes a token while it works."""
     held = 100 * 2**20
     tokens = []
-    run = memory_budget._run
+    run = memory_budget.run_trial
 
     def counted(tuning, trial, lanes):
-        tokens.append(lanes * max(sum(len(trial.task.examples[i].ids) for i in group) for group in trial.groups))
+        tokens.append(lanes * max(sum(len(trial.task.examples[i].ids) for i in group) for group in trial.micro_batches))
         run(tuning, trial, lanes)
 
     def measured(work, device):
@@ -74,7 +75,7 @@ def _measuring(monkeypatch, tuning, *, per_token, recomputed):
         again = isinstance(next(iter(tuning.blocks)), Checkpointed)
         return held, held + tokens[-1] * (recomputed if again else per_token)
 
-    monkeypatch.setattr(memory_budget, "_run", counted)
+    monkeypatch.setattr(memory_budget, "run_trial", counted)
     monkeypatch.setattr(memory_budget, "_measured", measured)
     return tokens
 
@@ -135,35 +136,35 @@ def test_the_fullest_micro_batches_are_tried_as_they_will_run(tmp_path, monkeypa
     given = (390, *[28] * 20, 1)
     rows = tuple(replace(row, given=first) for row, first in zip(task.examples, given, strict=True))
     spec = TuneSpec(batch_size=22, micro_batch_tokens=600)
-    trials = list(memory_budget._texts(replace(task, examples=rows), spec))
+    trials = list(memory_trials(replace(task, examples=rows), spec))
     assert [trial.tokens for trial in trials] == [256, 400, 600]
-    assert [[sorted(group) for group in trial.groups] for trial in trials[1:]] == [
+    assert [[sorted(group) for group in trial.micro_batches] for trial in trials[1:]] == [
         [[0], [21]],
         [list(range(1, 21)), [21]],
     ]
     assert trials[-1].at_once == 600
     task = replace(task, examples=rows, batching=Batching.of(spec))
     used = [sorted(group) for step in task.order(0) for group in task.micro_batches(step)]
-    assert all(sorted(group) in used for group in trials[-1].groups)
+    assert all(sorted(group) in used for group in trials[-1].micro_batches)
     monkeypatch.setattr(TextTask, "loss", lambda task, rows, *_: ran.append(tuple(rows)) or run(task, rows, 0))
-    memory_budget._run(tuning, trials[1], 1)
+    memory_budget.run_trial(tuning, trials[1], 1)
     assert ran == [(0,), (21,)]
 
 
-def test_the_longest_row_is_tried_wherever_it_comes(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory_budget, "_STEPS", 1)
+def test_the_longest_row_is_tried_wherever_it_comes(tmp_path):
     tuning = _tuning(tiny_base(tmp_path / "base", blocks=3), (20, 20, 50, 20, 20, 20))
     for seed in range(8):
-        trial = next(memory_budget._texts(tuning.task, TuneSpec(batch_size=1, micro_batch_tokens=40, seed=seed)))
-        assert (trial.tokens, trial.groups[0]) == (50, (2,))
+        spec = TuneSpec(batch_size=1, micro_batch_tokens=40, seed=seed)
+        trial = next(memory_trials(tuning.task, spec, steps=1))
+        assert (trial.tokens, trial.micro_batches[0]) == (50, (2,))
 
 
 def test_a_part_of_a_row_is_its_end_with_the_labels_there():
     row = Example(7, np.arange(10), 4)
-    part = memory_budget._end_of(row, 8)
+    part = end_of_row(row, 8)
     assert (part.ids.tolist(), part.given) == (list(range(2, 10)), 2)
-    assert memory_budget._end_of(row, 3).given == 1  # nothing predicts the first token
-    part = memory_budget._end_of(Example(7, np.arange(10), 1, np.array([2, 5, 9])), 5)
+    assert end_of_row(row, 3).given == 1  # nothing predicts the first token
+    part = end_of_row(Example(7, np.arange(10), 1, np.array([2, 5, 9])), 5)
     assert (part.ids.tolist(), part.labelled.tolist()) == (list(range(5, 10)), [4])
 
 

@@ -1,0 +1,94 @@
+"""What is tried to find out how many tokens fit into a memory budget: the micro-batches of a tuning that need most."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from offsite.config import TuneSpec
+from offsite.data.picture_sizes import at_once
+from offsite.data.tokens import Example
+from offsite.data_owner.image_task import ImageTask
+from offsite.data_owner.text_task import TextTask
+from offsite.training.task import Batching
+
+STEPS = 1000  # of the first epoch
+_LEAST_TOKENS = 256  # at once; fewer cost speed and save next to nothing
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Micro-batches that run one after the other while memory is measured."""
+
+    task: TextTask | ImageTask
+    micro_batches: Sequence[Sequence[int]]  # rows of each
+    tokens: int  # of the one with most, padding included
+    longest: int  # tokens of the longest row of the tuning
+    at_once: int  # most tokens of a micro-batch in the tuning, if this fits
+
+
+def memory_trials(task: TextTask | ImageTask, spec: TuneSpec, *, steps: int = STEPS) -> Iterator[Trial]:
+    """Trials of more and more tokens, each about twice the one before, up to what the settings permit.
+
+    Args:
+        task: what will train.
+        spec: most tokens at once, rows in a step, and the seed of their order.
+        steps: of text, how many steps of the first epoch are searched for the fullest micro-batches.
+    """
+    if isinstance(task, TextTask):
+        yield from _text_trials(task, spec, steps)
+        return
+    tokens = task.album.tokens  # every picture has as many
+    most, count = min(at_once(tokens, spec.tokens_at_once), spec.length.batch_size, task.rows), 1
+    while count < most:
+        yield Trial(task, [range(count)], count * tokens, tokens, count * tokens)
+        count *= 2
+    yield Trial(task, [range(most)], most * tokens, tokens, most * tokens)
+
+
+def _text_trials(task: TextTask, spec: TuneSpec, steps: int) -> Iterator[Trial]:
+    """First longer and longer ends of the longest row; then the fullest micro-batches of more and more tokens."""
+    longest = max(range(task.rows), key=lambda i: len(task.examples[i].ids))
+    width = len(task.examples[longest].ids)
+    tokens = _LEAST_TOKENS
+    while tokens < width:
+        yield Trial(replace(task, examples=(end_of_row(task.examples[longest], tokens),)), [[0]], tokens, width, tokens)
+        tokens *= 2
+    most = max(spec.tokens_at_once, width)
+    first_steps = replace(task, batching=Batching.of(spec)).order(0)[:steps]
+    fullest: dict[tuple[tuple[int, ...], ...], int] = {}  # micro-batches, and the most tokens that give these
+    tokens = max(_LEAST_TOKENS, width)
+    while True:
+        batching = replace(task.batching, tokens=min(tokens, most))
+        cut = replace(task, batching=batching)
+        groups = [*(tuple(group) for step in first_steps for group in cut.micro_batches(step)), (longest,)]
+        by_tokens = max(groups, key=partial(_padded, task.examples))
+        by_labels = max(groups, key=lambda group: sum(task.examples[i].labels for i in group))
+        fullest[tuple(dict.fromkeys((by_tokens, by_labels)))] = batching.tokens
+        if tokens >= most:
+            break
+        tokens *= 2
+    for chosen, at_once_tokens in fullest.items():
+        yield Trial(task, chosen, _padded(task.examples, chosen[0]), width, at_once_tokens)
+
+
+def _padded(examples: Sequence[Example], group: Sequence[int]) -> int:
+    """Tokens of a micro-batch, padding included."""
+    return len(group) * max(len(examples[i].ids) for i in group)
+
+
+def end_of_row(row: Example, tokens: int) -> Example:
+    """The last tokens of a row, with their labels."""
+    cut = len(row.ids) - tokens
+    places = None if row.places is None else row.places[row.places > cut] - cut
+    return replace(row, ids=row.ids[cut:], given=max(1, row.given - cut), places=places)
+
+
+def describe_longest_row(task: TextTask | ImageTask) -> tuple[str, str]:
+    """What the longest row is, and what else helps, in words for an error about too little memory."""
+    if not isinstance(task, TextTask):
+        return "one picture", ", or a bundle with fewer trained blocks"
+    longest = max(len(example.ids) for example in task.examples)
+    return (
+        f"its longest row ({longest} tokens)",
+        ', or cut the rows: a lower max_length with long_rows = "truncate", in table [tune] of a --config file',
+    )
