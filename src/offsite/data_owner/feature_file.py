@@ -1,0 +1,151 @@
+"""The file of a feature cache: for each row of a tuning the hidden states that enter the first trained block."""
+
+import contextlib
+import hashlib
+import io
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from offsite.data.batches import Batch, collate, micro_batches
+from offsite.data.tokens import Example
+from offsite.errors import StorageError
+from offsite.progress import Event, Progress
+from offsite.storage.files import storage_errors, write_stream
+
+TOKENS_AT_ONCE = 1024  # while states are computed; fixed, so that a file that is written again is the same
+
+
+class FeatureFile:
+    """The hidden states of rows in a file, and those of the batch that runs now.
+
+    Args:
+        examples: the rows; rows with the same ids are in the file once.
+    """
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._local, self._lock = threading.local(), threading.Lock()  # micro-batches may run in several threads
+        self._examples = examples
+        self._offsets, self.tokens = _offsets(examples)
+        self.width, self.dtype = 0, torch.float32  # of a hidden state
+        self._file: io.BufferedReader | None = None
+
+    @property
+    def states(self) -> Tensor | None:
+        """The hidden states of this thread's batch, (B, T, H); None if the frozen blocks have to run."""
+        return getattr(self._local, "states", None)
+
+    @states.setter
+    def states(self, states: Tensor | None) -> None:
+        self._local.states = states
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.tokens * self._token_bytes
+
+    @property
+    def _token_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+    def write(self, file: Path, compute: Callable[[Batch], Tensor], progress: Progress) -> None:
+        """Write the states of all rows, unless an interrupted run has done so.
+
+        Args:
+            file: appears complete or not at all.
+            compute: the hidden states (B, T, H) of a batch.
+            progress: where the events go.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        if file.exists() and file.stat().st_size == self.size:
+            return
+        temporary = file.with_name(f"{file.name}.tmp")
+        with storage_errors(file):
+            temporary.unlink(missing_ok=True)
+            try:
+                write_stream(temporary, self._chunks(compute, progress))
+                temporary.replace(file)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def _chunks(self, compute: Callable[[Batch], Tensor], progress: Progress) -> Iterator[memoryview]:
+        examples, stage = self._examples, f"frozen blocks, once for all epochs ({describe_bytes(self.size)} on disk)"
+        done = 0
+        for group in _micro_batches(examples):
+            states = compute(collate([examples[i] for i in group])).cpu()
+            for state, row in zip(states, group, strict=True):
+                yield state[: len(examples[row].ids) - 1].contiguous().view(torch.uint8).flatten().numpy().data
+            done += len(group)
+            progress(Event(stage, done, len(self._offsets)))
+
+    @contextlib.contextmanager
+    def open(self, path: Path) -> Iterator[None]:
+        """Read from the file while this is open."""
+        with path.open("rb") as self._file:
+            try:
+                yield
+            finally:
+                self.states, self._file = None, None
+
+    def load_batch(self, body: nn.Module, arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> None:
+        """A forward hook: before the backbone runs a batch, read its states if the file has all of its rows."""
+        ids: Tensor = settings["input_ids"]  # (B, T)
+        lengths: list[int] = settings["attention_mask"].sum(-1).tolist()
+        rows = [row[:length] for row, length in zip(ids.cpu().numpy(), lengths, strict=True)]
+        offsets = [self._offsets.get(_key(row)) for row in rows]
+        self.states = None
+        if all(offset is not None for offset in offsets):
+            states = torch.zeros(*ids.shape, self.width, dtype=self.dtype)
+            for state, offset, length in zip(states, offsets, lengths, strict=True):
+                self._read(state[:length], offset or 0)
+            self.states = states.to(ids.device)
+
+    def _read(self, into: Tensor, offset: int) -> None:
+        """Plain reads: a mapped file would count as memory of the process."""
+        assert self._file is not None
+        buffer = into.view(torch.uint8).flatten().numpy().data  # the same memory
+        try:
+            with self._lock:
+                self._file.seek(offset * self._token_bytes)
+                if self._file.readinto(buffer) == len(buffer):
+                    return
+            problem = "it ends too early"
+        except OSError as error:
+            problem = str(error)
+        raise StorageError(
+            f"cannot read {self._file.name}", reasons=[problem], next_step="run the same command again with --resume"
+        )
+
+
+def _offsets(examples: Sequence[Example]) -> tuple[dict[bytes, int], int]:
+    """How many tokens are before each row in the file, by the key of its ids; and how many there are in all."""
+    offsets, tokens = {}, 0
+    for group in _micro_batches(examples):
+        for row in group:
+            offsets[_key(examples[row].ids[:-1])] = tokens
+            tokens += len(examples[row].ids) - 1
+    return offsets, tokens
+
+
+def _micro_batches(examples: Sequence[Example]) -> Iterator[list[int]]:
+    """Rows that run together while the file is written, those with the same ids once; it depends on the rows alone."""
+    different = {_key(example.ids[:-1]): i for i, example in enumerate(examples)}
+    return micro_batches(examples, list(different.values()), TOKENS_AT_ONCE)
+
+
+def _key(ids: npt.NDArray[np.int64]) -> bytes:
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+
+
+def describe_bytes(size: int) -> str:
+    """A size in MiB or GiB, in words."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{math.ceil(size / 2**20)} MiB"
