@@ -17,7 +17,8 @@ from offsite.models.tokenizers import load_tokenizer
 from offsite.progress import Event
 from offsite.protocol.artifacts import Base
 from offsite.storage.safetensors_files import open_checkpoint, read_float32
-from offsite.study.full_fine_tuning import _prepare, full_fine_tuning
+from offsite.study.all_weights import all_weights_on_text
+from offsite.study.full_fine_tuning import full_fine_tuning
 from offsite.training.label_losses import label_losses
 from tiny import tiny_base, tiny_pictures, tiny_rows, tiny_vision_base
 
@@ -41,7 +42,7 @@ def test_every_weight_has_the_gradient_of_the_whole_model(tmp_path: Path, kind: 
     examples = encode(rows, tokenizer, source=tmp_path, max_length=64).examples
     batch = collate(examples)
     model = load_model(base, dtype=torch.float32, device=CPU)
-    tuning = _prepare(model, open_base(Base(base)).row, examples, (), TuneSpec())
+    tuning = all_weights_on_text(model, open_base(Base(base)).row, examples, (), TuneSpec())
     total, _ = label_losses(tuning.task.network, batch)
     total.backward()
     reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -77,7 +78,7 @@ def test_every_tensor_moves_and_the_result_is_a_checkpoint(tmp_path: Path) -> No
 def test_what_decays_is_matrices(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "base", "bloom", blocks=2)
     model = load_model(base, dtype=torch.float32, device=CPU)
-    tuning = _prepare(model, open_base(Base(base)).row, (), (), TuneSpec())
+    tuning = all_weights_on_text(model, open_base(Base(base)).row, (), (), TuneSpec())
     shapes = {name: parameter.dim() for name, parameter in model.named_parameters()}
     assert "transformer.word_embeddings_layernorm.weight" not in tuning.weights.decayed
     assert {name for name, dims in shapes.items() if dims == 2} == set(tuning.weights.decayed)
