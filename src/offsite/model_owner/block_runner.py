@@ -265,7 +265,7 @@ class BlockRunner:
 
 @contextlib.contextmanager
 def captured_inputs(block: LoadedBlock, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """While the block runs, keep what last entered some of its linear maps, by path in the module."""
+    """While the block runs, keep what last entered some of its linear layers, by path in the module."""
     seen: dict[str, Tensor] = {}
 
     def keep(path: str, _: nn.Module, arguments: tuple[Any, ...]) -> None:

@@ -126,7 +126,7 @@ def permitted_methods(model: BaseModel, spec: PackSpec) -> tuple[Method, ...]:
 
 
 def lora_targets(model: BaseModel, kept: Sequence[int], numbers: Split) -> dict[str, tuple[int, int]]:
-    """The linear maps that LoRA may sit on, by their names in modules of the bundle, with their (inputs, outputs)."""
+    """The linear layers that LoRA may sit on, by their names in modules of the bundle, with their (inputs, outputs)."""
     targets = {}
     for index in numbers.trained:
         block = model.block(kept[index])

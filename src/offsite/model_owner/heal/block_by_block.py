@@ -4,8 +4,7 @@ A block is changed on what the emulator's blocks before it give, and toward what
 block, so errors do not add up. At any time one block's weights are in memory.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -71,43 +70,47 @@ def block_by_block(
     batches = [ids.to(machine.device) for ids in batches]
     work = work_of(sandwich.middle, spec)
     stage, steps, end = _stage(work), _steps(family, work, spec), sandwich.middle[-1] + 1
-    base = [runner.load(0).embed(ids) for ids in batches]
+    base_states = [runner.load(0).embed(ids) for ids in batches]
     for index in sandwich.bottom:
-        _advance(runner.load(index), batches, base)
-    student = list(base)  # the emulator's hidden state, from here on its own
+        _advance(runner.load(index), batches, base_states)
+    own_states = list(base_states)  # the emulator's, from here on
     done = len(sandwich.bottom)
     healed: dict[str, TensorRange] = {}
     for kept, following in pairwise((*sorted((*emulator, *sandwich.spread)), end)):
         while done < following:
             progress(Event(stage, done, end))
-            _advance(runner.load(done), batches, base)
+            _advance(runner.load(done), batches, base_states)
             done += 1
         if kept in sandwich.spread:  # trains, so both go through it as it is
-            _advance(runner.load(kept), batches, student)
+            _advance(runner.load(kept), batches, own_states)
             continue
-        with _solvable(kept):
-            problem = BlockProblem(partial(runner.load, kept), family, model.config, batches, student, base)
-            solved: dict[str, Tensor] = {}
-            for step in steps:
-                solved |= step(problem, solved)
-            if not all(bool(value.isfinite().all()) for value in solved.values()):
-                raise _Unsolvable("the solution holds values that are not finite")
-        file = scratch / f"{kept}.safetensors"
-        arrays = [from_array(path, value.float().cpu().numpy(), DTYPES[spec.dtype]) for path, value in solved.items()]
-        write_safetensors(file, arrays)
-        stored = read_header(file)
+        problem = BlockProblem(partial(runner.load, kept), family, model.config, batches, own_states, base_states)
+        stored = _store(scratch / f"{kept}.safetensors", _solve(problem, steps, kept), DTYPES[spec.dtype])
         healed |= {family.in_block(kept, path): tensor for path, tensor in stored.items()}
         # the emulator goes on with what will be shipped, rounding included
         shipped = {path: read_tensor(tensor, torch.float32) for path, tensor in stored.items()}
-        _advance(runner.load(kept, shipped), batches, student)
+        _advance(runner.load(kept, shipped), batches, own_states)
     progress(Event(stage, end, end))
     return healed
 
 
-@contextlib.contextmanager
-def _solvable(block: int) -> Iterator[None]:
+def _solve(problem: BlockProblem, steps: Sequence[_Step], block: int) -> dict[str, Tensor]:
+    """The new tensors of a block, by path in it.
+
+    Args:
+        problem: the block.
+        steps: what changes it, in order.
+        block: its base index, for an error.
+
+    Raises:
+        IncompatibleError: what goes through the base is not finite, so nothing can be solved.
+    """
+    solved: dict[str, Tensor] = {}
     try:
-        yield
+        for step in steps:
+            solved |= step(problem, solved)
+        if not all(bool(value.isfinite().all()) for value in solved.values()):
+            raise _Unsolvable("the solution holds values that are not finite")
     except _Unsolvable as error:
         raise IncompatibleError(
             f"what goes through the base gives no equations to solve for block {block}",
@@ -117,6 +120,14 @@ def _solvable(block: int) -> Iterator[None]:
             ],
             next_step="check the base's weights; or drop blocks with --keep, and pack with --heal none",
         ) from None
+    return solved
+
+
+def _store(file: Path, solved: Mapping[str, Tensor], dtype: str) -> Mapping[str, TensorRange]:
+    """Write a block's new tensors as they will be shipped."""
+    arrays = [from_array(path, value.float().cpu().numpy(), dtype) for path, value in solved.items()]
+    write_safetensors(file, arrays)
+    return read_header(file)
 
 
 def _steps(family: Architecture, work: Work, spec: PackSpec) -> list[_Step]:

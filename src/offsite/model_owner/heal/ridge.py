@@ -1,4 +1,4 @@
-"""Ridge regression of what should leave a block on what enters a map in it: what healing in closed form solves.
+"""Ridge regression of what should leave a block on the inputs of a linear layer in it: healing in closed form.
 
 Each token counts by 1 / norm of its target. The ridge is chosen by the error on every eighth batch, then the problem is
 solved on all. Sums are in float32 on the device, the solution is in float64. docs/decisions/0004-refit.md says why.
@@ -38,13 +38,13 @@ class _Moments:
         return _Moments(self.gram + other.gram, self.cross + other.cross, self.square + other.square)
 
     def error(self, change: Tensor) -> float:
-        """Weighted squared error that is left after adding `change` (F, H) to the map."""
+        """Weighted squared error that is left after adding `change` (F, H) to the layer."""
         gram, cross = self.gram.double(), self.cross.double()
         return self.square - 2 * float((change * cross).sum()) + float((change * (gram @ change)).sum())
 
 
 class RidgeProblem:
-    """What has to be added to a map with F inputs so that a block gives its targets; batches come in one by one."""
+    """What to add to a linear layer with F inputs so that a block gives its targets; batches come in one by one."""
 
     def __init__(self, inputs: int, outputs: int, batches: int, device: torch.device, *, bias: bool) -> None:
         self._bias, self._batches = bias, batches
@@ -52,7 +52,7 @@ class RidgeProblem:
         self._fitted, self._held_out = (_Moments.zeros(columns, outputs, device) for _ in range(2))
 
     def add(self, position: int, inputs: Tensor, after: Tensor, target: Tensor) -> None:
-        """Take a batch: what enters the map (B, T, F), what leaves the block and what should leave it, (B, T, H)."""
+        """Take a batch: what enters the layer (B, T, F), what leaves the block and what should leave it, (B, T, H)."""
         features = inputs.flatten(0, -2).float()  # (B * T, F)
         if self._bias:
             features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
@@ -82,7 +82,7 @@ def _held_out(batches: int) -> range:
 def _ridge_solution(moments: _Moments, ridge: float) -> Tensor:
     system = moments.gram.double()
     mean = system.diagonal().mean()
-    if mean == 0:  # nothing ever enters the map, so nothing that it gives could change
+    if mean == 0:  # all inputs of the layer are zero, so nothing that it gives could change
         return torch.zeros_like(moments.cross, dtype=torch.float64)
     system.diagonal().add_(ridge * mean)
     return torch.cholesky_solve(moments.cross.double(), torch.linalg.cholesky(system))
