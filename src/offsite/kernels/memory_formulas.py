@@ -1,7 +1,7 @@
 """What a stage will hold in memory, as sums of named terms, computed from headers and settings alone. Torch-free.
 
 docs/memory.md explains every symbol; `python -m benchmarks.memory` holds the sums against what the operating system
-counts. The terms are those of a processor; on an accelerator the same tensors lie in its memory.
+counts. The terms are those of a CPU; on an accelerator the same tensors lie in its memory.
 """
 
 import math
@@ -22,14 +22,14 @@ CALIBRATION_BATCH = 8  # sequences of it that run at once
 GROUP_TOKENS = 65_536  # tokens of it whose hidden states are in memory on their way to the disk
 SEARCH_TOKENS = 16_384  # tokens of it that a search refits and judges a selection on, at most
 JUDGED = 8  # every so many of their batches one judges
-SHORT_ATTENTION = 128  # tokens; up to here training on a processor keeps the attention's shares
+SHORT_ATTENTION = 128  # tokens; up to here training on a CPU keeps the attention probabilities
 
 # What a process holds before it holds any of the model; measured by benchmarks/memory.py on Linux x86-64, Python 3.11.
 PLAIN_LIBRARIES = 58 * 2**20  # the interpreter, NumPy, pydantic: stages that move tensors by name
-TORCH_LIBRARIES = 436 * 2**20  # those, torch for processors, transformers: stages that run the network
+TORCH_LIBRARIES = 436 * 2**20  # those, torch for CPUs, transformers: stages that run the network
 TOKENIZER_FACTOR = 17  # bytes in memory for each byte of tokenizer.json, once loaded
 TEXT_FACTOR = 80  # bytes in memory for each byte of a text while it is tokenised
-ALLOCATOR_PERCENT = 35  # of activations and logits: room between pieces of many sizes that come and go, on a processor
+ALLOCATOR_PERCENT = 35  # of activations and logits: room between pieces of many sizes that come and go, on a CPU
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class BlockShape:
     attended: int  # A: what enters the attention's output projection
     projected: int  # Q: outputs of all other linear maps together, of experts of all maps
     heads: int  # of the attention
-    gated: bool  # whether its MLP is one that core.fused runs as one function
+    gated: bool  # whether its MLP is one that the fused module runs as one function
     linears: int  # linear maps in it
 
     def forward(self, item: int) -> int:
@@ -88,11 +88,11 @@ class BlockShape:
         return item * (self.projected + self.attended + self.inner) + 8 * self.hidden
 
     def kept(self, item: int) -> int:
-        """Bytes of a token that tuning keeps of that for the backward pass, with what core.fused saves."""
+        """Bytes of a token that tuning keeps of that for the backward pass, with what the fused module saves."""
         return item * (self.projected + self.attended + (0 if self.gated else self.inner) + 2 * self.hidden)
 
     def attention(self, item: int, length: int, *, short: bool) -> int:
-        """Bytes of a token that attention keeps beside that: the shares of each head, or a row of the mask."""
+        """Bytes of a token that attention keeps beside that: the probabilities of each head, or a row of the mask."""
         return item * length * (self.heads if short else 1)
 
     def trained(self, item: int, method: Method, width: int) -> int:
@@ -182,7 +182,7 @@ def loss_chunk(labels: int, vocabulary: int, item: int) -> Term:
 
 
 def allocator(comes_and_goes: Iterable[Term]) -> Term:
-    """The holes that glibc's heap has between activations; `core.runtime` has it keep them for the next step."""
+    """The holes that glibc's heap has between activations; `kernels.cpu.allocator` keeps them for the next step."""
     kept = sum(term.bytes for term in comes_and_goes) * ALLOCATOR_PERCENT // 100
     return Term("holes in the heap", kept, f"{ALLOCATOR_PERCENT} % of activations, logits and gradients in flight")
 
@@ -194,20 +194,20 @@ def calibration_length(config: Mapping[str, Any]) -> int:
 
 
 def usual_lanes(threads: int, item: int) -> int:
-    """How many micro-batches of text a tuning runs side by side unless told.
+    """How many micro-batches of text a tuning runs side by side by default.
 
     Two where products are so cheap that what threads wait for in a shared one counts, in bf16 on matrix tiles: a third
     or more faster. Elsewhere they gain next to nothing and hold a tenth more (benchmarks/NOTES.md).
 
     Args:
         threads: of the tuning.
-        item: bytes of a number in the arithmetic.
+        item: bytes of a number in the compute dtype.
     """
     return min(2, threads) if item == 2 and has_tiles() else 1
 
 
 def compute_bytes(compute: Literal["auto", "bf16", "fp32"], device: str) -> int:
-    """Bytes of a number in the arithmetic, as `core.runtime` will choose it, found out without torch."""
+    """Bytes of a number in the compute dtype, as `kernels.runtime` will choose it, found out without torch."""
     if compute != "auto":
         return {"bf16": 2, "fp32": 4}[compute]
     if device.startswith(("cuda", "xpu")):

@@ -1,4 +1,4 @@
-"""Where a network runs: device, dtype of the arithmetic, threads and seeds."""
+"""Where a network runs: device, compute dtype, threads and seeds."""
 
 import contextlib
 import os
@@ -27,10 +27,10 @@ class Runtime:
 def resolve_runtime(
     device: str = "auto", compute: Literal["auto", "bf16", "fp32"] = "auto", threads: int | None = None
 ) -> Runtime:
-    """Resolve where and in what to compute, and set the number of processor threads.
+    """Resolve where and in what to compute, and set the number of CPU threads.
 
     Args:
-        device: "auto" is the first CUDA device, else XPU, else the processor; MPS only when asked for.
+        device: "auto" is the first CUDA device, else XPU, else the CPU; MPS only when asked for.
         compute: "auto" is bf16 where the hardware multiplies it faster than fp32, else fp32. It looks at what the
             hardware is and never at a stopwatch, so the same machine always decides alike.
         threads: None is $OMP_NUM_THREADS, else every core that this process may use.
@@ -50,7 +50,7 @@ def resolve_runtime(
 def worker_count(wanted: int | None, device: torch.device) -> int:
     """How many processes decode pictures: what was given, else what pays beside a network on that device.
 
-    On a processor none does: what they would take from the network is what they save it (docs/images.md).
+    On a CPU none does: what they would take from the network is what they save it (docs/images.md).
     """
     if wanted is not None:
         return wanted

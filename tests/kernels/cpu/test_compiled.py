@@ -38,11 +38,11 @@ def compared(query, key, value, scale, *, causal, dropped=0, seed=0, lives=None)
     """How far output and gradients are from what papers write."""
     wide = [part.float().requires_grad_(True) for part in (query, key, value)]
     expected = by_the_book(*wide, scale, causal, lives)
-    above = random(*expected.shape, seed=9)
-    slopes = torch.autograd.grad(expected, wide, above.float())
-    shares = kernels.Shares(scale, causal, dropped, seed)
-    output, logarithms = kernels.attend(query, key, value, shares)
-    gradients = kernels.attend_back(above, (query, key, value), output, logarithms, shares)
+    grad_output = random(*expected.shape, seed=9)
+    slopes = torch.autograd.grad(expected, wide, grad_output.float())
+    settings = kernels.AttentionSettings(scale, causal, dropped, seed)
+    output, logarithms = kernels.attend(query, key, value, settings)
+    gradients = kernels.attend_back(grad_output, (query, key, value), output, logarithms, settings)
     return [off_by(one, other) for one, other in zip((output, *gradients), (expected.detach(), *slopes), strict=True)]
 
 
@@ -80,7 +80,7 @@ def test_dropout_takes_the_share_that_was_asked_for_and_the_same_backwards(lengt
     zeros = torch.zeros(2, 2, length, length, dtype=torch.bfloat16)
 
     def lives(seed):  # values that show each share, all of which are the same before dropout
-        shown, _ = kernels.attend(zeros, zeros, units, kernels.Shares(1.0, causal, dropped, seed))
+        shown, _ = kernels.attend(zeros, zeros, units, kernels.AttentionSettings(1.0, causal, dropped, seed))
         return (shown.transpose(1, 2) != 0).float()
 
     mask = lives(5)
@@ -98,13 +98,13 @@ def test_dropout_takes_the_share_that_was_asked_for_and_the_same_backwards(lengt
 def test_what_is_no_number_is_not_hidden():
     query, key, value = (random(1, 2, 70, 16, seed=seed) for seed in range(3))
     query[0, 1, 66, 3] = torch.nan
-    shares = kernels.Shares(0.3, causal=True)
-    output, logarithms = kernels.attend(query, key, value, shares)
+    settings = kernels.AttentionSettings(0.3, causal=True)
+    output, logarithms = kernels.attend(query, key, value, settings)
     assert output.isnan().any(-1).nonzero().tolist() == [[0, 66, 1]]
-    gradients = kernels.attend_back(output, (query, key, value), output, logarithms, shares)
+    gradients = kernels.attend_back(output, (query, key, value), output, logarithms, settings)
     assert all(gradient.isnan().any() for gradient in gradients)
     query[0, 1, 66, 3], key[0, 0, 5, 3] = 0, torch.nan  # one share of each query from the fifth on
-    output, _ = kernels.attend(query, key, value, shares)
+    output, _ = kernels.attend(query, key, value, settings)
     assert output[0].isnan().any(-1).all(-1).nonzero().flatten().tolist() == []
     assert output[0, :, 0].isnan().any(-1).nonzero().flatten().tolist() == list(range(5, 70))
     nats, logits = torch.empty(1), random(1, 40)
@@ -117,7 +117,7 @@ def test_what_is_no_number_is_not_hidden():
 def test_products_of_torch_are_as_before_after_attention():
     left, right = random(300, 300), random(300, 300, seed=1)
     before = left @ right
-    kernels.attend(*(random(1, 1, 40, 8) for _ in range(3)), kernels.Shares(1.0, causal=True))
+    kernels.attend(*(random(1, 1, 40, 8) for _ in range(3)), kernels.AttentionSettings(1.0, causal=True))
     assert torch.equal(left @ right, before)
     assert float(torch.tensor(1e-30) * torch.tensor(1e-10)) > 0  # small numbers are not made zeros
 
@@ -128,26 +128,28 @@ def test_products_of_torch_are_as_before_after_attention():
 def test_activations_and_norms_are_those_of_torch(shape, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(kernels, "_WORK", 1)
-    given, up, above = random(*shape, times=3), random(*shape, seed=1), random(*shape, seed=2)
+    given, up, grad_output = random(*shape, times=3), random(*shape, seed=1), random(*shape, seed=2)
     wide, wide_up = given.float().requires_grad_(True), up.float().requires_grad_(True)
 
     value = F.gelu(wide, approximate="tanh")
     assert off_by(kernels.gelu(given), value.detach()) < 0.004
-    assert off_by(kernels.gelu_back(above, given), torch.autograd.grad(value, wide, above.float())[0]) < 0.004
+    assert (
+        off_by(kernels.gelu_back(grad_output, given), torch.autograd.grad(value, wide, grad_output.float())[0]) < 0.004
+    )
 
     value = F.silu(wide) * wide_up
-    slopes = torch.autograd.grad(value, (wide, wide_up), above.float())
+    slopes = torch.autograd.grad(value, (wide, wide_up), grad_output.float())
     assert off_by(kernels.gated(given, up), value.detach()) < 0.004
-    for found, expected in zip(kernels.gated_back(above, given, up), slopes, strict=True):
+    for found, expected in zip(kernels.gated_back(grad_output, given, up), slopes, strict=True):
         assert off_by(found, expected) < 0.004
 
     weight = random(shape[-1], seed=3)
     value = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.float()
-    slope = torch.autograd.grad(value, wide, above.float())[0]
+    slope = torch.autograd.grad(value, wide, grad_output.float())[0]
     normed, scales = kernels.rms_norm(given, weight, 1e-5)
     assert off_by(normed, value.detach()) < 0.006
-    found = kernels.rms_norm_back(above, scales, given, weight)
-    assert (found.float() - slope).norm() <= 0.006 * (above.float() * weight).norm() * float(scales.max())
+    found = kernels.rms_norm_back(grad_output, scales, given, weight)
+    assert (found.float() - slope).norm() <= 0.006 * (grad_output.float() * weight).norm() * float(scales.max())
 
 
 @needs_vectors

@@ -13,14 +13,14 @@ from offsite.kernels.cpu.thread_dropout import OwnRandomness, drawn_seed, own_ra
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_it_drops_the_share_that_was_asked_for_and_the_same_backwards(dtype):
     given = torch.randn(101, 331, dtype=dtype, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    above = torch.randn(101, 331, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    grad_output = torch.randn(101, 331, dtype=dtype, generator=torch.Generator().manual_seed(1))
     with OwnRandomness(7):
         found = nn.Dropout(0.25)(given)
-    (gradient,) = torch.autograd.grad(found, given, above)
+    (gradient,) = torch.autograd.grad(found, given, grad_output)
     lives = found != 0
     assert abs(float(lives.float().mean()) - 0.75) < 0.01
     assert torch.equal(found, torch.where(lives, given * (1 / 0.75), 0))
-    assert torch.equal(gradient, torch.where(lives, above * (1 / 0.75), 0))
+    assert torch.equal(gradient, torch.where(lives, grad_output * (1 / 0.75), 0))
 
 
 def test_what_is_laid_out_otherwise_is_dropped_alike():

@@ -163,14 +163,14 @@ def random_inputs(length, dtype):
 @pytest.mark.parametrize("pieces", [2**20, 2**15], ids=["all rows at once", "few rows at once"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_tiles_are_the_whole(length, pieces, causal, monkeypatch):
-    monkeypatch.setattr(attention, "_SHARES", pieces)  # few: of 300 tokens that see all, queries are cut too
+    monkeypatch.setattr(attention, "_PROBABILITIES", pieces)  # few: of 300 tokens that see all, queries are cut too
     inputs = random_inputs(length, torch.float32)
     expected = by_the_book(*inputs, 0.3, causal=causal)
     found = attention.tiled_attention(*inputs, 0.3, causal=causal)
     assert torch.allclose(expected, found, atol=1e-5)
-    above = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    grad_output = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     for one, other in zip(
-        torch.autograd.grad(expected, inputs, above), torch.autograd.grad(found, inputs, above), strict=True
+        torch.autograd.grad(expected, inputs, grad_output), torch.autograd.grad(found, inputs, grad_output), strict=True
     ):
         assert torch.allclose(one, other, atol=1e-4)
 
@@ -211,10 +211,10 @@ def test_dropout_takes_the_share_that_was_asked_for_and_the_same_backwards(lengt
     assert abs(float(lives[..., causal].mean()) - 0.75) < 0.01
     expected = by_the_book(query, key, value, 0.3, lives / 0.75)
     assert torch.allclose(expected, found, atol=1e-4)
-    above = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    grad_output = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     for one, other in zip(
-        torch.autograd.grad(expected, (query, key, value), above),
-        torch.autograd.grad(found, (query, key, value), above),
+        torch.autograd.grad(expected, (query, key, value), grad_output),
+        torch.autograd.grad(found, (query, key, value), grad_output),
         strict=True,
     ):
         assert torch.allclose(one, other, atol=1e-3)

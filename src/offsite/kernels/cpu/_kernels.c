@@ -1,13 +1,13 @@
-/* Attention and activations for processors whose tiles multiply bf16 (Intel AMX), of one thread.
+/* Attention and activations for CPUs whose tiles multiply bf16 (Intel AMX), of one thread.
 
-   A library without Python in it: kernels.py loads it, and says what each function is given. Where the compiler, the
+   A library without Python in it: compiled.py loads it, and says what each function takes. Where the compiler, the
    system or the processor has none of this, `offsite_kernels` says so and nothing else may be called.
 
-   Attention keeps the shares of no query (Dao et al., arXiv 2205.14135, algorithms 1 and 4). Everything about them is
+   Attention keeps the probabilities of no query (Dao et al., arXiv 2205.14135, algorithms 1 and 4). Everything about them is
    computed the other way up, keys in rows and queries in columns: then a sum over keys is a sum of vectors, what
    belongs to a query is a vector itself, and what leaves one product can enter the next as either factor. */
 
-enum { VERSION = 1 }; /* of what functions are given; kernels.py has the same */
+enum { VERSION = 1 }; /* of the functions' arguments; compiled.py has the same */
 
 #include <stddef.h>
 #include <stdint.h>
@@ -31,7 +31,7 @@ enum { SIDE = 32, BLOCK = 64, TILE = 16 * 32 }; /* what a product makes at once;
 static size_t rounded(size_t n) { return (n + SIDE - 1) / SIDE * SIDE; }
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
-/* ---- what the processor has ------------------------------------------------------------------------------------ */
+/* ---- what the CPU has ------------------------------------------------------------------------------------ */
 
 /* 2: tiles of bf16 and vectors, 1: vectors alone, 0: neither, or the system does not keep their registers, or the caller
    was written for another version of this file. */
@@ -72,7 +72,7 @@ static inline VECTORS __m512 power(__m512 x) {
   return _mm512_scalef_ps(sum, whole);
 }
 
-/* log2 of what is above zero. */
+/* log2 of what is greater than zero. */
 static inline VECTORS __m512 logarithm(__m512 x) {
   float of[16];
   _mm512_storeu_ps(of, x);
@@ -260,13 +260,13 @@ typedef struct {
   int64_t row, head, token; /* numbers from one to the next */
 } tensor;
 
-/* What kernels.py gives: its _Attention has the same fields. */
+/* What compiled.py passes: its _Attention has the same fields. */
 typedef struct {
-  tensor query, key, value, output, above, of_query, of_key, of_value;
-  float *logarithms; /* (rows, heads, padded length): of the sums that shares were divided by, to base two */
+  tensor query, key, value, output, grad_output, of_query, of_key, of_value;
+  float *logarithms; /* (rows, heads, padded length): of the sums that probabilities were divided by, to base two */
   int64_t heads, groups, length, width;
   float scale;
-  uint32_t causal, dropped; /* of 65,536 shares */
+  uint32_t causal, dropped; /* of 65,536 probabilities */
   uint64_t seed;
 } attention;
 
@@ -321,9 +321,9 @@ static inline VECTORS __mmask32 lives_at(const attention *a, uint64_t at) {
   return _mm512_cmpge_epu16_mask(random_at(a->seed, at), _mm512_set1_epi16((short)a->dropped));
 }
 
-/* Shares of 32 queries and `keys` keys, not yet divided by their sums, as a second factor that sums over keys. */
+/* Probabilities of 32 queries and `keys` keys, not yet divided by their sums, as a second factor that sums over keys. */
 static TILES void soften(const attention *a, const float *scores, size_t apart, size_t keys, size_t from_key, size_t from_query,
-                         uint64_t at, float *largest, float *sums, float *shrunk, bf16 *shares) {
+                         uint64_t at, float *largest, float *sums, float *shrunk, bf16 *probabilities) {
   const __m512 scale = _mm512_set1_ps(a->scale * 1.44269504088896340736f), never = _mm512_set1_ps(-1e30f);
   const int all = from_key + keys <= (size_t)a->length && (!a->causal || from_key + keys <= from_query + 1);
   const uint64_t down = rounded((size_t)a->length) / 32;
@@ -357,7 +357,7 @@ static TILES void soften(const attention *a, const float *scores, size_t apart, 
         p[r][1] = _mm512_maskz_mov_ps((__mmask16)(lives >> 16), p[r][1]);
       }
     for (int h = 0; h < 2; h++)
-      _mm512_storeu_si512(shares + (h * steps + k / 32) * TILE + k % 32 * 16, alternating((__m512i)_mm512_cvtne2ps_pbh(p[1][h], p[0][h])));
+      _mm512_storeu_si512(probabilities + (h * steps + k / 32) * TILE + k % 32 * 16, alternating((__m512i)_mm512_cvtne2ps_pbh(p[1][h], p[0][h])));
   }
   for (int h = 0; h < 2; h++) _mm512_storeu_ps(sums + 16 * h, sum[h]);
 }
@@ -366,9 +366,9 @@ static TILES void soften(const attention *a, const float *scores, size_t apart, 
 TILES int offsite_attend(const attention *a, int64_t first, int64_t last) {
   const size_t length = rounded((size_t)a->length), width = rounded((size_t)a->width), each = (size_t)(a->heads / a->groups);
   bf16 *keys = space(length * width * 2), *values = space((length + BLOCK) * width * 2);
-  bf16 *queries = space(BLOCK * width * 2), *shares = space(BLOCK * BLOCK * 2);
+  bf16 *queries = space(BLOCK * width * 2), *probabilities = space(BLOCK * BLOCK * 2);
   float *scores = space(BLOCK * BLOCK * 4), *sum = space(width * BLOCK * 4);
-  const int fits = keys && values && queries && shares && scores && sum;
+  const int fits = keys && values && queries && probabilities && scores && sum;
   const settings before = begin();
   for (int64_t pair = first; fits && pair < last; pair++) {
     const size_t row = (size_t)(pair / a->groups), group = (size_t)(pair % a->groups);
@@ -386,7 +386,7 @@ TILES int offsite_attend(const attention *a, int64_t first, int64_t last) {
           product(scores, keys + k * width, width, queries, seen, many, width / 32, 0);
           for (size_t h = 0; h < many; h += 32)
             soften(a, scores + h, many, seen, k, q + h, place(a, row, head, k, q + h), largest + h, sums + h, shrunk + h,
-                   shares + h * seen);
+                   probabilities + h * seen);
           if (k)
             for (size_t h = 0; h < many; h += 16) {
               const __m512 factor = _mm512_loadu_ps(shrunk + h);
@@ -394,7 +394,7 @@ TILES int offsite_attend(const attention *a, int64_t first, int64_t last) {
                 for (size_t d = 0; d < width; d++)
                   _mm512_storeu_ps(sum + d * many + h, _mm512_mul_ps(_mm512_loadu_ps(sum + d * many + h), factor));
             }
-          product(sum, values + k * width, least(BLOCK, length - k), shares, width, many, seen / 32, k > 0);
+          product(sum, values + k * width, least(BLOCK, length - k), probabilities, width, many, seen / 32, k > 0);
         }
         float *logarithms = a->logarithms + (row * (size_t)a->heads + head) * length + q;
         const __m512 kept = _mm512_set1_ps(65536.0f / (65536.0f - (float)a->dropped));
@@ -407,25 +407,25 @@ TILES int offsite_attend(const attention *a, int64_t first, int64_t last) {
       }
   }
   end(&before);
-  free(keys), free(values), free(queries), free(shares), free(scores), free(sum);
+  free(keys), free(values), free(queries), free(probabilities), free(scores), free(sum);
   return fits ? 0 : -1;
 }
 
 /* For every query the sum over its width of output times gradient; zero behind the last. */
-static VECTORS void sums_over_width(float *to, rows output, rows above, size_t length) {
+static VECTORS void sums_over_width(float *to, rows output, rows grad_output, size_t length) {
   for (size_t t = 0; t < length; t++) {
     __m512 sum = _mm512_setzero_ps();
     for (size_t d = 0; d < output.width; d += 32) {
-      const __m512i one = row_at(output, t, d), two = row_at(above, t, d);
+      const __m512i one = row_at(output, t, d), two = row_at(grad_output, t, d);
       sum = _mm512_dpbf16_ps(sum, (__m512bh)one, (__m512bh)two);
     }
     to[t] = _mm512_reduce_add_ps(sum);
   }
 }
 
-/* Shares of 32 queries again, and the gradient of their scores, keys in rows; of the latter also as a second factor. */
-static TILES void soften_back(const attention *a, const float *scores, const float *of_shares, size_t apart, size_t keys, size_t from_key,
-                              size_t from_query, uint64_t at, const float *logarithms, const float *deltas, bf16 *shares,
+/* Probabilities of 32 queries again, and the gradient of their scores, keys in rows; of the latter also as a second factor. */
+static TILES void soften_back(const attention *a, const float *scores, const float *of_probabilities, size_t apart, size_t keys, size_t from_key,
+                              size_t from_query, uint64_t at, const float *logarithms, const float *deltas, bf16 *probabilities,
                               bf16 *slopes, bf16 *slope_pairs) {
   const __m512 scale = _mm512_set1_ps(a->scale * 1.44269504088896340736f), never = _mm512_set1_ps(-1e30f);
   const __m512 kept = _mm512_set1_ps(65536.0f / (65536.0f - (float)a->dropped));
@@ -444,11 +444,11 @@ static TILES void soften_back(const attention *a, const float *scores, const flo
         __m512 score = _mm512_fmsub_ps(_mm512_loadu_ps(scores + (k + r) * apart + 16 * h), scale, log[h]);
         if (!all) score = _mm512_mask_mov_ps(never, visible(a, from_key + k + r, from_query + 16 * h), score);
         p[h] = power(score);
-        const __m512 come = _mm512_maskz_loadu_ps(stays, of_shares + (k + r) * apart + 16 * h);
+        const __m512 come = _mm512_maskz_loadu_ps(stays, of_probabilities + (k + r) * apart + 16 * h);
         slope[r][h] = _mm512_mul_ps(p[h], _mm512_fmsub_ps(come, kept, delta[h]));
         p[h] = _mm512_maskz_mov_ps(stays, p[h]);
       }
-      _mm512_storeu_si512(shares + (k + r) * apart, (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]));
+      _mm512_storeu_si512(probabilities + (k + r) * apart, (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]));
       _mm512_storeu_si512(slopes + (k + r) * apart, (__m512i)_mm512_cvtne2ps_pbh(slope[r][1], slope[r][0]));
     }
     for (int h = 0; h < 2; h++)
@@ -462,13 +462,13 @@ TILES int offsite_attend_back(const attention *a, int64_t first, int64_t last) {
   const size_t length = rounded((size_t)a->length), width = rounded((size_t)a->width), each = (size_t)(a->heads / a->groups);
   const size_t all = length * width;
   bf16 *keys = space(all * 2), *values = space(all * 2), *turned_keys = space(all * 2);
-  bf16 *query_columns = space(BLOCK * width * 2), *above_columns = space(BLOCK * width * 2);
-  bf16 *query_pairs = space(BLOCK * width * 2), *above_pairs = space(BLOCK * width * 2);
-  bf16 *shares = space(BLOCK * BLOCK * 2), *slopes = space(BLOCK * BLOCK * 2), *slope_pairs = space(BLOCK * BLOCK * 2);
-  float *scores = space(BLOCK * BLOCK * 4), *of_shares = space(BLOCK * BLOCK * 4), *of_queries = space(width * BLOCK * 4);
+  bf16 *query_columns = space(BLOCK * width * 2), *grad_columns = space(BLOCK * width * 2);
+  bf16 *query_pairs = space(BLOCK * width * 2), *grad_pairs = space(BLOCK * width * 2);
+  bf16 *probabilities = space(BLOCK * BLOCK * 2), *slopes = space(BLOCK * BLOCK * 2), *slope_pairs = space(BLOCK * BLOCK * 2);
+  float *scores = space(BLOCK * BLOCK * 4), *of_probabilities = space(BLOCK * BLOCK * 4), *of_queries = space(width * BLOCK * 4);
   float *of_keys = space(all * 4), *of_values = space(all * 4), *deltas = space(length * 4);
-  void *taken[] = {keys, values, turned_keys, query_columns, above_columns, query_pairs, above_pairs, shares,
-                   slopes, slope_pairs, scores, of_shares, of_queries, of_keys, of_values, deltas};
+  void *taken[] = {keys, values, turned_keys, query_columns, grad_columns, query_pairs, grad_pairs, probabilities,
+                   slopes, slope_pairs, scores, of_probabilities, of_queries, of_keys, of_values, deltas};
   int fits = 1;
   for (size_t i = 0; i < sizeof(taken) / sizeof(*taken); i++) fits = fits && taken[i];
   const settings before = begin();
@@ -483,23 +483,23 @@ TILES int offsite_attend_back(const attention *a, int64_t first, int64_t last) {
     memset(of_keys, 0, all * 4);
     memset(of_values, 0, all * 4);
     for (size_t head = group * each; head < (group + 1) * each; head++) {
-      const rows query = head_of(a->query, a, row, head), above = head_of(a->above, a, row, head);
+      const rows query = head_of(a->query, a, row, head), grad_output = head_of(a->grad_output, a, row, head);
       const float *logarithms = a->logarithms + (row * (size_t)a->heads + head) * length;
-      sums_over_width(deltas, head_of(a->output, a, row, head), above, length);
+      sums_over_width(deltas, head_of(a->output, a, row, head), grad_output, length);
       for (size_t q = 0; q < length; q += BLOCK) {
         const size_t many = least(BLOCK, length - q), until = a->causal ? q + many : length;
         as_columns(query_columns, query, q, many, width);
-        as_columns(above_columns, above, q, many, width);
+        as_columns(grad_columns, grad_output, q, many, width);
         as_pairs(query_pairs, query, q, many, width);
-        as_pairs(above_pairs, above, q, many, width);
+        as_pairs(grad_pairs, grad_output, q, many, width);
         for (size_t k = 0; k < until; k += BLOCK) {
           const size_t seen = least(BLOCK, until - k);
           product(scores, keys + k * width, width, query_columns, seen, many, width / 32, 0);
-          product(of_shares, values + k * width, width, above_columns, seen, many, width / 32, 0);
+          product(of_probabilities, values + k * width, width, grad_columns, seen, many, width / 32, 0);
           for (size_t h = 0; h < many; h += 32)
-            soften_back(a, scores + h, of_shares + h, many, seen, k, q + h, place(a, row, head, k, q + h), logarithms + q + h,
-                        deltas + q + h, shares + h, slopes + h, slope_pairs + h * seen);
-          product(of_values + k * width, shares, many, above_pairs, seen, width, many / 32, 1);
+            soften_back(a, scores + h, of_probabilities + h, many, seen, k, q + h, place(a, row, head, k, q + h), logarithms + q + h,
+                        deltas + q + h, probabilities + h, slopes + h, slope_pairs + h * seen);
+          product(of_values + k * width, probabilities, many, grad_pairs, seen, width, many / 32, 1);
           product(of_keys + k * width, slopes, many, query_pairs, seen, width, many / 32, 1);
           product(of_queries, turned_keys + k * width, least(BLOCK, length - k), slope_pairs, width, many, seen / 32, k > 0);
         }
@@ -545,14 +545,14 @@ VECTORS void offsite_gelu(bf16 *to, const bf16 *from, int64_t first, int64_t las
   }
 }
 
-VECTORS void offsite_gelu_back(bf16 *to, const bf16 *above, const bf16 *from, int64_t first, int64_t last) {
+VECTORS void offsite_gelu_back(bf16 *to, const bf16 *grad_output, const bf16 *from, int64_t first, int64_t last) {
   const __m512 cube = _mm512_set1_ps(6 * 0.7978845608028654f * 0.044715f), line = _mm512_set1_ps(2 * 0.7978845608028654f);
   for (int64_t i = first; i < last; i += 16) {
     const __mmask16 there = up_to(last - i);
     const __m512 x = wide_at(from + i, there), s = sigmoid(twice_u(x));
     const __m512 steep = _mm512_mul_ps(x, _mm512_fmadd_ps(_mm512_mul_ps(x, x), cube, line)); /* x d(2 u) / dx */
     const __m512 slope = _mm512_fmadd_ps(_mm512_mul_ps(steep, s), _mm512_sub_ps(_mm512_set1_ps(1.0f), s), s);
-    narrow_at(to + i, there, _mm512_mul_ps(wide_at(above + i, there), slope));
+    narrow_at(to + i, there, _mm512_mul_ps(wide_at(grad_output + i, there), slope));
   }
 }
 
@@ -565,11 +565,11 @@ VECTORS void offsite_gated(bf16 *to, const bf16 *gate, const bf16 *up, int64_t f
   }
 }
 
-VECTORS void offsite_gated_back(bf16 *of_gate, bf16 *of_up, const bf16 *above, const bf16 *gate, const bf16 *up, int64_t first, int64_t last) {
+VECTORS void offsite_gated_back(bf16 *of_gate, bf16 *of_up, const bf16 *grad_output, const bf16 *gate, const bf16 *up, int64_t first, int64_t last) {
   const __m512 one = _mm512_set1_ps(1.0f);
   for (int64_t i = first; i < last; i += 16) {
     const __mmask16 there = up_to(last - i);
-    const __m512 x = wide_at(gate + i, there), come = wide_at(above + i, there), s = sigmoid(x);
+    const __m512 x = wide_at(gate + i, there), come = wide_at(grad_output + i, there), s = sigmoid(x);
     const __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(x, _mm512_sub_ps(one, s), one));
     narrow_at(of_up + i, there, _mm512_mul_ps(come, _mm512_mul_ps(x, s)));
     narrow_at(of_gate + i, there, _mm512_mul_ps(_mm512_mul_ps(come, wide_at(up + i, there)), slope));
@@ -595,9 +595,9 @@ VECTORS void offsite_normed(bf16 *to, float *scales, const bf16 *from, const bf1
   }
 }
 
-VECTORS void offsite_normed_back(bf16 *to, const bf16 *above, const float *scales, const bf16 *from, const bf16 *weight, int64_t width, int64_t first, int64_t last) {
+VECTORS void offsite_normed_back(bf16 *to, const bf16 *grad_output, const float *scales, const bf16 *from, const bf16 *weight, int64_t width, int64_t first, int64_t last) {
   for (int64_t t = first; t < last; t++) {
-    const bf16 *row = from + t * width, *come = above + t * width;
+    const bf16 *row = from + t * width, *come = grad_output + t * width;
     const __m512 scale = _mm512_set1_ps(scales[t]);
     __m512 sum = _mm512_setzero_ps();
     for (int64_t i = 0; i < width; i += 16) {
@@ -638,10 +638,10 @@ VECTORS void offsite_softmax(bf16 *logits, float *nats, const int64_t *labels, i
     if (!slopes) continue;
     for (int64_t i = 0; i < width; i += 16) {
       const __mmask16 there = up_to(width - i);
-      const __m512 share = power(_mm512_fmsub_ps(wide_at(row + i, there), base, logarithms));
+      const __m512 probability = power(_mm512_fmsub_ps(wide_at(row + i, there), base, logarithms));
       const int64_t at = labels[t] - i;
       const __mmask16 is_label = at >= 0 && at < 16 ? (__mmask16)(1u << at) : 0;
-      narrow_at(row + i, there, _mm512_mask_sub_ps(share, is_label, share, _mm512_set1_ps(1.0f)));
+      narrow_at(row + i, there, _mm512_mask_sub_ps(probability, is_label, probability, _mm512_set1_ps(1.0f)));
     }
   }
 }

@@ -1,6 +1,6 @@
 """What `_kernels.c` computes, for tensors in bf16: attention, activations and norms, forwards and backwards.
 
-Setup compiles that file where it can. Where it could not, or the processor has none of what it needs, `attends` and
+Setup compiles that file where it can. Where it could not, or the CPU has none of what it needs, `attends` and
 `activates` are False; then nothing else here may be called, and whoever asked has another way, through torch. So it is
 with OFFSITE_KERNELS=0 in the environment.
 """
@@ -19,10 +19,10 @@ import torch
 
 from offsite.kernels.cpu.cpu_features import has_tiles
 
-_VERSION = 1  # of what functions are given; the library has the same
+_VERSION = 1  # of the functions' arguments; the library has the same
 _SIDE = 32  # lengths are padded to multiples of it
 VECTORS, TILES = 1, 2  # what the library says that it can use
-_WORK = 2**17  # numbers, or shares; of fewer a second thread costs more than it does
+_WORK = 2**17  # numbers, or attention probabilities; of fewer a second thread costs more than it does
 
 
 class _Tensor(ctypes.Structure):
@@ -35,7 +35,10 @@ class _Attention(ctypes.Structure):
     """`attention` of the library."""
 
     _fields_ = [
-        *((name, _Tensor) for name in ("query", "key", "value", "output", "above", "of_query", "of_key", "of_value")),
+        *(
+            (name, _Tensor)
+            for name in ("query", "key", "value", "output", "grad_output", "of_query", "of_key", "of_value")
+        ),
         ("logarithms", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("heads", "groups", "length", "width")),
         ("scale", ctypes.c_float),
@@ -88,13 +91,13 @@ def _fits(tensor: torch.Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Shares:
-    """What makes the shares of attention, beside query and key.
+class AttentionSettings:
+    """What decides the attention probabilities, beside query and key.
 
     Attributes:
         scale: of the scores.
         causal: whether a query sees no key after its own.
-        dropped: how many of 65,536 shares are zero; the others are scaled up for them.
+        dropped: how many of 65,536 attention probabilities are zero; the others are scaled up for them.
         seed: what decides which; 62 bits.
     """
 
@@ -105,15 +108,15 @@ class Shares:
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shares: Shares
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settings: AttentionSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention, and what `attend_back` needs to make its shares again.
+    """Attention, and what `attend_back` needs to recompute its probabilities.
 
     Args:
         query: (B, heads, T, D).
         key: (B, key-value heads, T, D), of which each serves as many heads.
         value: as `key`.
-        shares: what else makes them.
+        settings: what else decides them.
 
     Returns:
         The output (B, T, heads, D), and logarithms (B, heads, T padded) in fp32.
@@ -124,26 +127,26 @@ def attend(
     batch, heads, length, width = query.shape
     output = query.new_empty(batch, length, heads, width)
     logarithms = query.new_empty(batch, heads, -(-length // _SIDE) * _SIDE, dtype=torch.float32)
-    _attention("offsite_attend", (query, key, value, output.transpose(1, 2)), logarithms, shares)
+    _attention("offsite_attend", (query, key, value, output.transpose(1, 2)), logarithms, settings)
     return output, logarithms
 
 
 def attend_back(
-    above: torch.Tensor,
+    grad_output: torch.Tensor,
     attended: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     output: torch.Tensor,
     logarithms: torch.Tensor,
-    shares: Shares,
+    settings: AttentionSettings,
 ) -> list[torch.Tensor]:
-    """Gradients of what was attended (query, key and value); `above` is that of the output, all else as in `attend`.
+    """Gradients of query, key and value; `grad_output` is that of the output, all else as in `attend`.
 
     Returns:
         In the shapes of what they are of; in memory a token's heads follow one another, as in the output.
     """
-    above = above if above.stride(-1) == 1 else above.contiguous()
+    grad_output = grad_output if grad_output.stride(-1) == 1 else grad_output.contiguous()
     gradients = [part.new_empty(part.transpose(1, 2).shape).transpose(1, 2) for part in attended]
-    tensors = (*attended, output.transpose(1, 2), above.transpose(1, 2), *gradients)
-    _attention("offsite_attend_back", tensors, logarithms, shares)
+    tensors = (*attended, output.transpose(1, 2), grad_output.transpose(1, 2), *gradients)
+    _attention("offsite_attend_back", tensors, logarithms, settings)
     return gradients
 
 
@@ -152,9 +155,9 @@ def gelu(given: torch.Tensor) -> torch.Tensor:
     return _each("offsite_gelu", given)
 
 
-def gelu_back(above: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-    """Its gradient, times what comes from above."""
-    return _each("offsite_gelu_back", above.contiguous(), given)
+def gelu_back(grad_output: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """Its gradient, times the gradient of the output."""
+    return _each("offsite_gelu_back", grad_output.contiguous(), given)
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -162,10 +165,10 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return _each("offsite_gated", gate, up)
 
 
-def gated_back(above: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of both, times what comes from above."""
+def gated_back(grad_output: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of both, times the gradient of the output."""
     of_up = torch.empty_like(up)
-    return _each("offsite_gated_back", of_up, above.contiguous(), gate, up), of_up
+    return _each("offsite_gated_back", of_up, grad_output.contiguous(), gate, up), of_up
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,11 +181,11 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tupl
 
 
 def rms_norm_back(
-    above: torch.Tensor, scales: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor
+    grad_output: torch.Tensor, scales: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
     """Gradient of the hidden state."""
-    above, gradient, width = above.contiguous(), torch.empty_like(hidden), hidden.shape[-1]
-    pointers = [_at(part) for part in (gradient, above, scales, hidden, weight)]
+    grad_output, gradient, width = grad_output.contiguous(), torch.empty_like(hidden), hidden.shape[-1]
+    pointers = [_at(part) for part in (gradient, grad_output, scales, hidden, weight)]
     _run("offsite_normed_back", [*pointers, ctypes.c_int64(width)], scales.numel(), each=width)
     return gradient
 
@@ -207,19 +210,21 @@ def _each(name: str, *given: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _attention(name: str, tensors: Sequence[torch.Tensor], logarithms: torch.Tensor, shares: Shares) -> None:
+def _attention(
+    name: str, tensors: Sequence[torch.Tensor], logarithms: torch.Tensor, settings: AttentionSettings
+) -> None:
     """A function of the library that takes an `_Attention`, whose first fields are these tensors, (B, heads, T, D)."""
     (batch, heads, length, width), groups = tensors[0].shape, tensors[1].shape[1]
-    told = _Attention(
+    arguments = _Attention(
         *map(_tensor, tensors),
         logarithms=logarithms.data_ptr(),
         heads=heads,
         groups=groups,
         length=length,
         width=width,
-        **asdict(shares),
+        **asdict(settings),
     )
-    _run(name, [ctypes.byref(told)], batch * groups, each=heads // groups * length**2)
+    _run(name, [ctypes.byref(arguments)], batch * groups, each=heads // groups * length**2)
 
 
 def _tensor(given: torch.Tensor) -> _Tensor:
@@ -235,7 +240,7 @@ def _at(given: torch.Tensor) -> ctypes.c_void_p:
 def _run(name: str, given: list[Any], count: int, each: int) -> None:
     """A function of the library for so many things of so many numbers, cut for as many threads as torch has here.
 
-    The library lets the interpreter go meanwhile.
+    The interpreter's lock is released meanwhile.
     """
     function = getattr(_library(), name)
     threads = max(1, min(torch.get_num_threads(), count, count * each // _WORK))

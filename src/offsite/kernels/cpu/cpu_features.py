@@ -1,4 +1,4 @@
-"""What this machine's processor is good at, found out without torch."""
+"""What this machine's CPU is good at, found out without torch."""
 
 import platform
 from pathlib import Path
@@ -13,7 +13,7 @@ def multiplies_bf16(info: Path = _INFO) -> bool:
     pay, which virtual machines often hide. AMD's vector units are faster in bf16.
 
     Args:
-        info: the kernel's description of the processor.
+        info: the kernel's description of the CPU.
     """
     return has_tiles(info) or ("avx512_bf16" in _words(info) and not made_by_intel(info))
 

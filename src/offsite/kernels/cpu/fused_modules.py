@@ -26,20 +26,20 @@ def _gelu(given: torch.Tensor) -> torch.Tensor:
     return kernels.gelu(given) if kernels.activates(given) else F.gelu(given, approximate="tanh")
 
 
-def _gelu_back(above: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+def _gelu_back(grad_output: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     if kernels.activates(given):
-        return kernels.gelu_back(above, given)
-    slope: torch.Tensor = torch.ops.aten.gelu_backward(above, given, approximate="tanh")
+        return kernels.gelu_back(grad_output, given)
+    slope: torch.Tensor = torch.ops.aten.gelu_backward(grad_output, given, approximate="tanh")
     return slope
 
 
-# (value of the activation, its gradient times what comes from above)
+# (value of the activation, its derivative times grad_output)
 _Gate = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
 _SILU: _Gate = (F.silu, torch.ops.aten.silu_backward)
 _TANH_GELU: _Gate = (_gelu, _gelu_back)
 _QUICK_GELU: _Gate = (  # silu(a x) / a, whose slope is that of silu at a x
     lambda given: F.silu(given * _STEEPNESS, inplace=True).div_(_STEEPNESS),
-    lambda above, given: torch.ops.aten.silu_backward(above, given * _STEEPNESS),
+    lambda grad_output, given: torch.ops.aten.silu_backward(grad_output, given * _STEEPNESS),
 )
 _GATES = (_SILU, _TANH_GELU)
 
@@ -104,11 +104,11 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.compiled:
             return kernels.rms_norm_back(gradients[0], scale, hidden, weight), None, None, None
         normed = hidden.to(scale.dtype, copy=True).mul_(scale)  # (..., H)
-        above = gradients[0].to(scale.dtype)
+        grad_output = gradients[0].to(scale.dtype)
         for_weight = None
         if ctx.needs_input_grad[1]:
-            for_weight = (above * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        slope = above * (weight.to(scale.dtype) + ctx.offset)
+            for_weight = (grad_output * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        slope = grad_output * (weight.to(scale.dtype) + ctx.offset)
         along = (slope * normed).mean(-1, keepdim=True)  # (..., 1) what a longer x would change alone
         return slope.sub_(normed.mul_(along)).mul_(scale).to(hidden.dtype), for_weight, None, None
 

@@ -1,8 +1,8 @@
-"""Passes side by side: each in a thread of its own, which has its share of the processor's threads.
+"""Passes side by side: each in a thread of its own, which has its share of the CPU's threads.
 
 Two threads that share every product wait for one another thousands of times a pass, and what does not split, or too
 small a product to split, keeps one of them idle. Two that have rows of their own meet once. Results are used in the
-order in which the work was given, so they are the same whichever was done first.
+order of the work, so they are the same whichever was done first.
 """
 
 import contextlib

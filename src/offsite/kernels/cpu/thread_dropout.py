@@ -1,4 +1,4 @@
-"""Dropout on a processor that draws from a generator of its own thread, and takes a sixth of torch's time.
+"""Dropout on a CPU that draws from a generator of its own thread, and takes a sixth of torch's time.
 
 torch's draws from one generator for the whole process, so what passes side by side get would depend on which asks
 first; and its `bernoulli_` takes as long as 20 sums of the same size, on one thread.
@@ -82,8 +82,8 @@ def drawn_seed() -> int:
     return own.draw() if own is not None else int(torch.randint(2**62, ()))
 
 
-def living(numbers: torch.Tensor, dropped: int, generator: torch.Generator) -> torch.Tensor:
-    """Which of so many numbers stay: of 65,536 all but `dropped`. As integers of all bits or none, for `keep_`.
+def draw_keep_mask(numbers: torch.Tensor, dropped: int, generator: torch.Generator) -> torch.Tensor:
+    """Which of so many numbers stay: of 65,536 all but `dropped`. As integers of all bits or none, for `mask_`.
 
     64 random bits at a time, and a comparison into integers: torch's into booleans, and products with those, are five
     times slower.
@@ -94,14 +94,14 @@ def living(numbers: torch.Tensor, dropped: int, generator: torch.Generator) -> t
     return torch.ge(drawn, dropped - LEVELS // 2, out=mask).neg_()
 
 
-def keep_(numbers: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Make zeros of all that `living` did not let stay, in place."""
+def mask_(numbers: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Make zeros of all that `keep_mask` does not keep, in place."""
     numbers.view(mask.dtype).bitwise_and_(mask)
     return numbers
 
 
-def kept(numbers: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """As `keep_`, of a copy."""
+def masked(numbers: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """As `mask_`, of a copy."""
     return (numbers.view(mask.dtype) & mask).view(numbers.dtype)
 
 
@@ -109,11 +109,11 @@ class _Dropped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, given: torch.Tensor, dropped: int, generator: torch.Generator) -> torch.Tensor:
         ctx.scale = LEVELS / (LEVELS - dropped)
-        lives = living(given, dropped, generator)
-        ctx.save_for_backward(lives)
-        return keep_(given * ctx.scale, lives)
+        keep_mask = draw_keep_mask(given, dropped, generator)
+        ctx.save_for_backward(keep_mask)
+        return mask_(given * ctx.scale, keep_mask)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (lives,) = ctx.saved_tensors
-        return keep_(gradients[0] * ctx.scale, lives), None, None
+        (keep_mask,) = ctx.saved_tensors
+        return mask_(gradients[0] * ctx.scale, keep_mask), None, None

@@ -1,12 +1,11 @@
-"""Attention that is fast to train on a processor, and of long rows keeps nothing that grows with the square of T.
+"""Attention that is fast to train on a CPU, and of long rows keeps nothing that grows with the square of T.
 
-With matrix tiles it is a kernel of ours (`kernels.py`). Without, or under a mask, it is made of torch's products:
-torch's fused attention on processors is slow backwards in bf16, for short rows and pictures most of all, and has no
-dropout: with it, every share goes through fp32 in memory and is kept. Here queries run a tile at a time, up to the
-last key that they may see, and without the causal rule all at once for a few heads; shares stay in the processor's
-cache and are made again in the backward pass (Dao et al., arXiv 2205.14135, section 3). Forwards under the causal rule
-and without dropout torch's is the faster one, and is taken. Registered through transformers' own interface, nothing is
-patched.
+With matrix tiles it is a kernel of ours (`compiled.py`). Without, or under a mask, it is made of torch's products:
+torch's fused attention on CPUs is slow backwards in bf16, for short rows and pictures most of all, and has no
+dropout: with it, every probability goes through fp32 in memory and is kept. Here queries run a tile at a time, up to
+the last key that they may see, and without the causal rule all at once for a few heads; probabilities stay in the CPU's
+cache and are computed again in the backward pass (Dao et al., arXiv 2205.14135, section 3). Under the causal rule
+and without dropout torch's forward pass is the faster one, and is taken.
 """
 
 from collections.abc import Iterator
@@ -19,19 +18,19 @@ from torch.nn import functional as F
 
 from offsite.kernels.attention_interface import causal_rule_suffices, is_padded_at_right, use_attention
 from offsite.kernels.cpu import compiled as kernels
-from offsite.kernels.cpu.thread_dropout import LEVELS, drawn_seed, keep_, kept, living
+from offsite.kernels.cpu.thread_dropout import LEVELS, draw_keep_mask, drawn_seed, mask_, masked
 from offsite.kernels.report import Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LONGEST = 448  # tokens of a row under a mask; above, the fused one is as fast
+_LONGEST = 448  # tokens of a row under a mask; of longer ones the fused one is as fast
 _TILE = 128  # queries of each head that run at once; of longer rows nothing that grows with T * T is kept
 _TILES = 4  # into which longer rows are cut: each has products of its own shapes, which oneDNN compiles and keeps
-_SHARES = 2**20  # of them at once: 2 MiB in bf16, 4 in fp32
-_EVEN = 16  # rows of shares are as many numbers long: products and softmaxes of odd ones take half as long again
+_PROBABILITIES = 2**20  # of them at once: 2 MiB in bf16, 4 in fp32
+_EVEN = 16  # rows of probabilities are as many numbers long: products and softmaxes of odd ones take half as long again
 
-# some rows, a tile of their queries, the keys that it sees, its shares, and which of them dropout lets live
+# some rows, a tile of their queries, the keys that it sees, its probabilities, and which of them dropout keeps
 _Piece = tuple[slice, slice, slice, torch.Tensor, torch.Tensor | None]
 
 
@@ -85,8 +84,8 @@ def _attend(
         and all(kwargs.get(name) is None for name in ("softcap", "position_bias", "cache", "s_aux"))
     )
     if ours and attention_mask is None and kernels.attends(query, key, value) and value.shape == key.shape:
-        shares = kernels.Shares(scale, causal, round(dropout * LEVELS), drawn_seed() if dropout else 0)
-        compiled: torch.Tensor = _Compiled.apply(query, key, value, shares)  # type: ignore[no-untyped-call]
+        settings = kernels.AttentionSettings(scale, causal, round(dropout * LEVELS), drawn_seed() if dropout else 0)
+        compiled: torch.Tensor = _Compiled.apply(query, key, value, settings)  # type: ignore[no-untyped-call]
         return compiled, None
     if ours and attention_mask is None and length > _TILE and value.shape[3] == query.shape[3]:
         return tiled_attention(query, key, value, scale, dropout, causal=causal), None
@@ -108,18 +107,18 @@ def _at_once(
     *,
     causal: bool,
 ) -> torch.Tensor:
-    """Plain products, (B, T, heads, D): of few shares, making them again costs more than keeping them."""
+    """Plain products, (B, T, heads, D): of few probabilities, making them again costs more than keeping them."""
     batch, heads, length, width = query.shape
     groups = key.shape[1]
-    # heads that share a key-value head are rows of one product: nothing is repeated
+    # heads that use one a key-value head are rows of one product: nothing is repeated
     rows = (query * scale).reshape(batch, groups, heads // groups * length, width)
     scores = rows @ key.transpose(2, 3)  # (B, G, heads/G * T, T)
     if mask is not None or causal:
         scores.view(batch, heads, length, length).add_(_additive(mask, scores))
-    shares = F.softmax(scores, dim=-1)  # computed in fp32, stored in the dtype of the scores
+    probabilities = F.softmax(scores, dim=-1)  # computed in fp32, stored in the dtype of the scores
     if dropout:
-        shares = F.dropout(shares, dropout, training=True)
-    output = (shares @ value).view(batch, heads, length, value.shape[3])
+        probabilities = F.dropout(probabilities, dropout, training=True)
+    output = (probabilities @ value).view(batch, heads, length, value.shape[3])
     return output.transpose(1, 2).contiguous()
 
 
@@ -137,17 +136,17 @@ def _additive(mask: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shares: kernels.Shares
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settings: kernels.AttentionSettings
     ) -> torch.Tensor:
-        output, logarithms = kernels.attend(query, key, value, shares)
+        output, logarithms = kernels.attend(query, key, value, settings)
         ctx.save_for_backward(query, key, value, output, logarithms)
-        ctx.shares = shares
+        ctx.settings = settings
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *attended, output, logarithms = ctx.saved_tensors
-        return *kernels.attend_back(gradients[0], tuple(attended), output, logarithms, ctx.shares), None
+        return *kernels.attend_back(gradients[0], tuple(attended), output, logarithms, ctx.settings), None
 
 
 def tiled_attention(
@@ -159,14 +158,14 @@ def tiled_attention(
     *,
     causal: bool = True,
 ) -> torch.Tensor:
-    """Attention in which every share is made twice and never kept.
+    """Attention in which every probability is computed twice and never kept.
 
     Args:
         query: (B, heads, T, D).
         key: (B, key-value heads, T, D), of which each serves as many heads.
         value: as `key`.
         scale: of the scores.
-        dropout: probability, to a 65,536th, that a share is zero.
+        dropout: probability, to a 65,536th, that an attention probability is zero.
         causal: whether a query sees no key after its own.
 
     Returns:
@@ -181,7 +180,7 @@ def tiled_attention(
 
 @dataclass(frozen=True)
 class _Kind:
-    """What else makes the shares: how many of 65,536 dropout makes zeros, under which seed, and what queries see."""
+    """What else decides the probabilities: how many of 65,536 are dropped, under which seed, and what queries see."""
 
     dropped: int
     seed: int | None
@@ -189,7 +188,7 @@ class _Kind:
 
 
 class _Tiled(torch.autograd.Function):
-    """Heads that share keys are rows of one product: nothing is repeated."""
+    """Heads that use the same keys are rows of one product: nothing is repeated."""
 
     @staticmethod
     def forward(
@@ -212,8 +211,10 @@ class _Tiled(torch.autograd.Function):
             fused = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=each > 1)
             return fused.transpose(1, 2).contiguous()
         output = torch.empty_like(queries)
-        for rows, tile, seen, shares, lives in _pieces(queries, keys, each, kind):
-            output[rows, tile] = (shares if lives is None else keep_(shares, lives)) @ values[rows, seen]
+        for rows, tile, seen, probabilities, keep_mask in _pieces(queries, keys, each, kind):
+            output[rows, tile] = (probabilities if keep_mask is None else mask_(probabilities, keep_mask)) @ values[
+                rows, seen
+            ]
         if kind.dropped:
             output.mul_(LEVELS / (LEVELS - kind.dropped))
         together = output.view(batch, groups, length, each, width).transpose(1, 2)
@@ -223,10 +224,10 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         queries, keys, values = ctx.saved_tensors
         scale, kind, (batch, groups, each, length, width) = ctx.of
-        above = gradients[0].reshape(batch, length, groups, each, width).transpose(1, 2)
-        above = above.reshape(queries.shape)  # (B G, T R, D)
+        grad_output = gradients[0].reshape(batch, length, groups, each, width).transpose(1, 2)
+        grad_output = grad_output.reshape(queries.shape)  # (B G, T R, D)
         if kind.dropped:
-            above = above * (LEVELS / (LEVELS - kind.dropped))
+            grad_output = grad_output * (LEVELS / (LEVELS - kind.dropped))
         of_queries = torch.empty_like(queries)
         once = _tile(length, kind) == length
         of_keys, of_values = (
@@ -234,14 +235,14 @@ class _Tiled(torch.autograd.Function):
             for _ in range(2)
         )
         put = torch.Tensor.copy_ if once else torch.Tensor.add_
-        for rows, tile, seen, shares, lives in _pieces(queries, keys, each, kind):
-            come = above[rows, tile]
-            of_seen = (shares if lives is None else kept(shares, lives)).transpose(1, 2) @ come
+        for rows, tile, seen, probabilities, keep_mask in _pieces(queries, keys, each, kind):
+            come = grad_output[rows, tile]
+            of_seen = (probabilities if keep_mask is None else masked(probabilities, keep_mask)).transpose(1, 2) @ come
             put(of_values[rows, seen], of_seen)
-            of_shares = come @ values[rows, seen].transpose(1, 2)
-            if lives is not None:
-                keep_(of_shares, lives)
-            of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+            of_probabilities = come @ values[rows, seen].transpose(1, 2)
+            if keep_mask is not None:
+                mask_(of_probabilities, keep_mask)
+            of_scores = torch.ops.aten._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
             of_queries[rows, tile] = of_scores @ keys[rows, seen]
             of_seen = of_scores.transpose(1, 2) @ queries[rows, tile]
             put(of_keys[rows, seen], of_seen)
@@ -267,14 +268,14 @@ def _even(length: int) -> int:
 
 
 def _tile(length: int, kind: _Kind) -> int:
-    """Queries that run at once: all of them where none of their shares would be in vain and one row's are few.
+    """Queries that run at once: all of them where none of their probabilities would be in vain and one row's are few.
 
-    Of longer rows as many as leave few tiles, while the shares of a head's tile fit the cache.
+    Of longer rows as many as leave few tiles, while the probabilities of a head's tile fit the cache.
     """
-    if not kind.causal and length**2 <= _SHARES:
+    if not kind.causal and length**2 <= _PROBABILITIES:
         return length
     cut = -(-length // (_TILES * _TILE)) * _TILE  # a multiple of the tile, so at most as many as said
-    return min(length, max(_TILE, min(cut, _SHARES // length)))
+    return min(length, max(_TILE, min(cut, _PROBABILITIES // length)))
 
 
 def _pieces(
@@ -292,12 +293,12 @@ def _pieces(
     for begin in range(0, length, tile):
         end = min(length, begin + tile)
         here, seen = slice(begin * each, end * each), _even(end) if kind.causal else length
-        many = max(1, _SHARES // ((end - begin) * each * seen))
+        many = max(1, _PROBABILITIES // ((end - begin) * each * seen))
         for first in range(0, len(queries), many):
             rows = slice(first, first + many)
             scores = queries[rows, here] @ keys[rows, :seen].transpose(1, 2)  # (P, tile R, seen)
             if kind.causal:
                 scores[..., begin:] += future[: (end - begin) * each, : seen - begin]
-            shares = scores.softmax(-1)  # computed in fp32, stored in bf16
-            lives = None if generator is None else living(shares, kind.dropped, generator)
-            yield rows, here, slice(seen), shares, lives
+            probabilities = scores.softmax(-1)  # computed in fp32, stored in bf16
+            keep_mask = None if generator is None else draw_keep_mask(probabilities, kind.dropped, generator)
+            yield rows, here, slice(seen), probabilities, keep_mask
