@@ -30,9 +30,11 @@ class BreadSpec(Spec):
 def run(*words: str) -> tuple[dict[str, Any], str]:
     seen: dict[str, Any] = {}
 
-    def bake(given: setting_flags.Given, oven: str, loud: Annotated[bool, typer.Option("--loud")] = False) -> None:
+    def bake(
+        flag_values: setting_flags.FlagValues, oven: str, loud: Annotated[bool, typer.Option("--loud")] = False
+    ) -> None:
         """Bake a bread."""
-        seen.update(given, oven=oven, loud=loud)
+        seen.update(flag_values, oven=oven, loud=loud)
 
     app = typer.Typer(add_completion=False)
     app.command()(setting_flags.with_flags(bake, BreadSpec))
@@ -67,7 +69,7 @@ def test_what_has_no_flag_is_named_with_its_default() -> None:
 
 
 def test_a_command_without_flags_keeps_its_own_parameters() -> None:
-    def bake(given: setting_flags.Given, oven: str) -> None:
+    def bake(flag_values: setting_flags.FlagValues, oven: str) -> None:
         """Bake a bread."""
 
     command = setting_flags.with_flags(bake, None)

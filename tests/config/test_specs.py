@@ -69,11 +69,11 @@ def test_table_with_a_dash_and_key_that_is_a_keyword(tmp_path: Path) -> None:
 
 def test_a_flag_takes_the_place_of_what_the_file_says_in_another_way(tmp_path: Path) -> None:
     file = toml(tmp_path, "[tune]\nmax_steps = 3\n[pack]\nbottom = 3\ntop = 1\n[plug-in]\nstrength = 0.5\n")
-    assert load_spec(TuneSpec, {"epochs": 2.0}, file).given == {"epochs"}
-    assert load_spec(TuneSpec, {"epochs": None}, file).given == {"max_steps"}
-    assert load_spec(PackSpec, {"train": "0,5"}, file).given == {"train"}
-    assert load_spec(PackSpec, {"top": 2}, file).given == {"bottom", "top"}
-    assert load_spec(PlugInSpec, {"strengths": "0.5,1"}, file).given == {"strengths"}
+    assert load_spec(TuneSpec, {"epochs": 2.0}, file).explicit_keys == {"epochs"}
+    assert load_spec(TuneSpec, {"epochs": None}, file).explicit_keys == {"max_steps"}
+    assert load_spec(PackSpec, {"train": "0,5"}, file).explicit_keys == {"train"}
+    assert load_spec(PackSpec, {"top": 2}, file).explicit_keys == {"bottom", "top"}
+    assert load_spec(PlugInSpec, {"strengths": "0.5,1"}, file).explicit_keys == {"strengths"}
 
 
 @pytest.mark.parametrize(
@@ -198,8 +198,8 @@ def test_a_group_is_small(kind: type[Spec]) -> None:
 def test_settings_are_written_flat_and_read_from_their_groups() -> None:
     spec = TuneSpec(rank=4, memory="6GiB", lr=1e-3)
     assert (spec.adapter.rank, spec.memory.budget, spec.optimizer.lr) == (4, "6GiB", 1e-3)
-    assert spec.given == {"rank", "memory", "lr"}
-    assert spec.flat(given_only=True) == {"rank": 4, "memory": "6GiB", "lr": 1e-3}
+    assert spec.explicit_keys == {"rank", "memory", "lr"}
+    assert spec.flat(explicit_only=True) == {"rank": 4, "memory": "6GiB", "lr": 1e-3}
     assert spec.flat(without={"rank"}).keys() == TuneSpec.settings().keys() - {"rank"}
     assert spec.values()["rank"] == 4
 
@@ -208,7 +208,7 @@ def test_a_changed_spec_is_checked_and_keeps_what_was_given() -> None:
     spec = PackSpec(keep=2, heal="refit", calibration=Path("x"))
     changed = spec.changed({"keep": 3})
     assert changed == PackSpec(keep=3, heal="refit", calibration=Path("x"))
-    assert changed.given == {"keep", "heal", "calibration"}
+    assert changed.explicit_keys == {"keep", "heal", "calibration"}
     with pytest.raises(ValidationError, match="keep"):
         spec.changed({"keep": 0})
 

@@ -67,7 +67,7 @@ def _with_settings(
     name: str, verb: Callable[..., None], words: Sequence[str] | None
 ) -> tuple[Callable[..., None], str]:
     """A command's function with the flags of its settings, and what stands below its help."""
-    if "given" not in inspect.signature(verb).parameters:
+    if "flag_values" not in inspect.signature(verb).parameters:
         return verb, flags.EXIT_CODES
     if words is not None and name not in words:
         return setting_flags.with_flags(verb, None), flags.EXIT_CODES

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offsite.cli import flags, inspect_verbs, terminal
-from offsite.cli.setting_flags import Given
+from offsite.cli.setting_flags import FlagValues
 from offsite.cli.show_plan import show_plan
 from offsite.training.run_log import log_file
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def tune(
     context: typer.Context,
-    given: Given,
+    flag_values: FlagValues,
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="the folder that the model's owner sent")],
     data: Annotated[
         Path,
@@ -47,7 +47,7 @@ def tune(
     """
     from offsite.config import TuneSpec
 
-    spec = flags.settings(TuneSpec, config, given)
+    spec = flags.settings(TuneSpec, config, flag_values)
     from offsite.data_owner.permissions import require_permitted, require_something_to_report
     from offsite.progress import Event
     from offsite.protocol.verify import verify_bundle

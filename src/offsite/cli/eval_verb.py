@@ -7,14 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from offsite.cli import flags, terminal
-from offsite.cli.setting_flags import Given
+from offsite.cli.setting_flags import FlagValues
 
 _ROW_BY_ROW = ("row_losses", "choice_scores", "pictures")  # what Python sees and no summary shows
 
 
 def eval_(
     context: typer.Context,
-    given: Given,
+    flag_values: FlagValues,
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="checkpoint folder: a base, a bundle, a merged plug-in")
     ],
@@ -54,9 +54,9 @@ def eval_(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if data is None and not names:
         raise UsageError("there is nothing to score on", next_step="give rows with --data, or tasks with --tasks")
-    spec = flags.settings(EvalSpec, config, given)
+    spec = flags.settings(EvalSpec, config, flag_values)
     _require_used(data, names, {"--samples": samples, "--row-scores": row_scores}, tasks_path)
-    _require_fitting(model, names, samples, probe, skip_bad=bool(given["skip_bad"]))
+    _require_fitting(model, names, samples, probe, skip_bad=bool(flag_values["skip_bad"]))
     if row_scores is not None and data is not None:
         _require_writable(row_scores, data)
     result: dict[str, Any] = {"model": str(model), "adapter": str(adapter) if adapter else None}

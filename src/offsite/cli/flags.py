@@ -81,8 +81,8 @@ def home_of(context: typer.Context, home: Path | None) -> "Home":
     return Home(folder) if folder else Home.default()
 
 
-def settings(kind: "type[S]", config: Path | None, given: Mapping[str, object]) -> "S":
+def settings(kind: "type[S]", config: Path | None, flag_values: Mapping[str, object]) -> "S":
     """The settings of one stage; flags that were left out (None) leave the TOML file and the defaults in force."""
     from offsite.config import load_spec
 
-    return load_spec(kind, given, config)
+    return load_spec(kind, flag_values, config)

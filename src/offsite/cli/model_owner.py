@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from offsite.cli import choice, flags, inspect_verbs, terminal
-from offsite.cli.setting_flags import Given
+from offsite.cli.setting_flags import FlagValues
 from offsite.cli.show_plan import show_plan
 from offsite.training.run_log import log_file
 
@@ -16,7 +16,7 @@ _BaseFolder = Annotated[Path, typer.Argument(metavar="BASE", help="base checkpoi
 
 def import_(
     context: typer.Context,
-    given: Given,
+    flag_values: FlagValues,
     source: Annotated[
         Path, typer.Argument(metavar="MODEL", help="a .gguf or .onnx file, or a folder that transformers reads")
     ],
@@ -31,7 +31,7 @@ def import_(
     """
     from offsite.config import ImportSpec
 
-    spec = flags.settings(ImportSpec, config, given)
+    spec = flags.settings(ImportSpec, config, flag_values)
     from offsite.model_owner.importing.import_model import import_model
 
     with terminal.showing_progress() as progress:
@@ -42,7 +42,7 @@ def import_(
 
 def pack(
     context: typer.Context,
-    given: Given,
+    flag_values: FlagValues,
     base: _BaseFolder,
     out: _Out,
     recipient: Annotated[str, typer.Option("--for", metavar="NAME", help="the trusted party that may tune it")],
@@ -65,7 +65,7 @@ def pack(
     """
     from offsite.config import PackSpec
 
-    spec = flags.settings(PackSpec, config, given)
+    spec = flags.settings(PackSpec, config, flag_values)
     from offsite.protocol.artifacts import Base
 
     if plan:
@@ -87,7 +87,7 @@ def pack(
 
 def plug_in(
     context: typer.Context,
-    given: Given,
+    flag_values: FlagValues,
     base: _BaseFolder,
     returned: Annotated[Path, typer.Argument(metavar="RETURN", help="the folder that the data owner sent back")],
     out: _Out,
@@ -110,8 +110,8 @@ def plug_in(
     from offsite.config import EvalSpec, PlugInSpec
     from offsite.errors import UsageError
 
-    spec = flags.settings(PlugInSpec, config, given)
-    if choose_on is None and given["strengths"] is not None:
+    spec = flags.settings(PlugInSpec, config, flag_values)
+    if choose_on is None and flag_values["strengths"] is not None:
         raise UsageError(
             "--strengths are to choose from, and there are no rows to choose on",
             next_step="name rows of your own with --choose-on, or give one --strength",

@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from offsite.config import Setting, Spec
 
 PANEL = "Settings"
-Given = Mapping[str, object]  # the settings that flags gave, by key; None: the flag was left out
+FlagValues = Mapping[str, object]  # the settings that flags gave, by key; None: the flag was left out
 
 _WIDEST_CHOICES = 32  # letters of choices that fit beside the flags; more of them stand in the text
 
 
 def with_flags(verb: Callable[..., None], kind: "type[Spec] | None") -> Callable[..., None]:
-    """A command's function with a flag for each setting of its spec in place of its parameter `given`.
+    """A command's function with a flag for each setting of its spec in place of its parameter `flag_values`.
 
     Args:
-        verb: the function of the command; its parameter `given` takes the values of the flags by key.
+        verb: the function of the command; its parameter `flag_values` takes the values of the flags by key.
         kind: the spec of its settings; None: without flags, for a command whose name and text alone are read.
     """
     settings = kind.settings() if kind else {}
@@ -31,10 +31,10 @@ def with_flags(verb: Callable[..., None], kind: "type[Spec] | None") -> Callable
 
     @functools.wraps(verb)
     def command(**words: object) -> None:
-        given = {key: words.pop(name) for name, key in keys.items()}
-        verb(**words, given=given)
+        flag_values = {key: words.pop(name) for name, key in keys.items()}
+        verb(**words, flag_values=flag_values)
 
-    own = [one for one in inspect.signature(verb).parameters.values() if one.name != "given"]
+    own = [one for one in inspect.signature(verb).parameters.values() if one.name != "flag_values"]
     flags = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(settings[key]))
         for name, key in keys.items()

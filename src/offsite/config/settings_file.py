@@ -26,24 +26,23 @@ TABLES: dict[str, type[Spec]] = {
 }
 
 
-def load_spec(kind: type[S], given: Mapping[str, Any], config: Path | None = None) -> S:
-    """The settings of one stage: what was given, over what the TOML file says, over the defaults.
+def load_spec(kind: type[S], settings: Mapping[str, Any], config: Path | None = None) -> S:
+    """The spec of one stage: these settings, over those of the TOML file, over the defaults.
 
     Args:
         kind: the spec to build.
-        given: settings by name; those that are None were not given.
+        settings: values by key; None: left to the file and the defaults.
         config: a TOML file with one table per stage ([pack], [tune], ...).
 
     Raises:
         UsageError: the file cannot be read, or a table, key or value is wrong; every problem is listed.
     """
     table = next(name for name, spec in TABLES.items() if spec is kind)
-    settings = _read_toml(config).get(table, {}) if config is not None else {}
-    given = {key: value for key, value in given.items() if value is not None}
-    _require_one_way(kind, given)
-    settings = kind.overlaid(settings, given)
+    in_file = _read_toml(config).get(table, {}) if config is not None else {}
+    explicit = {key: value for key, value in settings.items() if value is not None}
+    _require_one_way(kind, explicit)
     try:
-        return kind.model_validate(settings)
+        return kind.model_validate(kind.overlaid(in_file, explicit))
     except ValidationError as error:
         where = f"the settings of '{table}'" + (f" in {config}" if config else "")
         raise UsageError(
@@ -53,11 +52,11 @@ def load_spec(kind: type[S], given: Mapping[str, Any], config: Path | None = Non
         ) from None
 
 
-def _require_one_way(kind: type[Spec], given: Mapping[str, Any]) -> None:
+def _require_one_way(kind: type[Spec], settings: Mapping[str, Any]) -> None:
     """Refuse flags that say one thing in two ways."""
     for sides in kind.alternatives:
-        both = [key for side in sides for key in side if key in given]
-        if sum(any(key in given for key in side) for side in sides) > 1:
+        both = [key for side in sides for key in side if key in settings]
+        if sum(any(key in settings for key in side) for side in sides) > 1:
             raise UsageError(f"{' and '.join(both)} were both given", next_step="give one of them")
 
 

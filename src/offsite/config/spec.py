@@ -139,8 +139,8 @@ class Spec(Settings):
         return {key: value for key, value in below.items() if key not in replaced} | dict(above)
 
     @property
-    def given(self) -> frozenset[str]:
-        """Keys of the settings that were given, also where they were given as they are by default."""
+    def explicit_keys(self) -> frozenset[str]:
+        """Keys of the settings that were asked for, also where that is the default."""
         return frozenset(
             setting.key
             for setting in _settings(type(self)).values()
@@ -151,15 +151,15 @@ class Spec(Settings):
         """Every setting's value by its key."""
         return {key: setting.of(self) for key, setting in _settings(type(self)).items()}
 
-    def flat(self, *, given_only: bool = False, without: Sequence[str] | frozenset[str] = ()) -> dict[str, Any]:
+    def flat(self, *, explicit_only: bool = False, without: Sequence[str] | frozenset[str] = ()) -> dict[str, Any]:
         """The settings as a TOML file or JSON would hold them, without groups; `changed` and the constructor take it.
 
         Args:
-            given_only: leave out what was not given and has its default.
+            explicit_only: leave out the settings that have their default because nothing else was asked for.
             without: keys to leave out.
         """
         plain = self.model_dump(mode="json", by_alias=True)
-        chosen = self.given if given_only else _settings(type(self)).keys()
+        chosen = self.explicit_keys if explicit_only else _settings(type(self)).keys()
         return {
             key: plain[key] if setting.group is None else plain[setting.group][key]
             for key, setting in _settings(type(self)).items()
@@ -175,7 +175,7 @@ class Spec(Settings):
         Raises:
             ValidationError: one is wrong, or they do not go together with the others.
         """
-        return type(self).model_validate(type(self).overlaid(self.flat(given_only=True), settings))
+        return type(self).model_validate(type(self).overlaid(self.flat(explicit_only=True), settings))
 
 
 S = TypeVar("S", bound=Spec)

@@ -177,7 +177,7 @@ class TuneSpec(Spec):
     def not_for_images(self) -> list[str]:
         """Image models go with one of `checkpoints` and no `report_scores`: each would need its classifier."""
         asked = {"checkpoints": self.points.checkpoints > 1, "report_scores": self.points.report_scores}
-        return [key for key, given in asked.items() if given]
+        return [key for key, wrong in asked.items() if wrong]
 
     @property
     def head_factor(self) -> float:

@@ -114,7 +114,7 @@ def _require_gap(middle: Sequence[int], spec: PackSpec, work: Work) -> None:
         UsageError: there are some.
     """
     idle = [step.name for step in spec.healing_steps if step not in work.steps]
-    if idle and "heal" in spec.given:
+    if idle and "heal" in spec.explicit_keys:
         raise UsageError(
             f"--heal {','.join(idle)} would do nothing",
             reasons=["no block is dropped, and no matrix pruned on calibration data; other losses are not healed"],

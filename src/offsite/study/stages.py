@@ -134,7 +134,7 @@ class Lab:
         key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()[:16]
         out = self.folder / party / place / key
         tables = {  # what was left out stays so, for that is not what was asked for
-            table: spec.flat(given_only=True) for table, spec in (settings or {}).items()
+            table: spec.flat(explicit_only=True) for table, spec in (settings or {}).items()
         }
         return Stage(name, says or name, party, key, out, words, tables, needs, copies, large)
 
