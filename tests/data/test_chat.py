@@ -1,30 +1,21 @@
 import json
+from pathlib import Path
 
 import pytest
 
+from chat_templates import CHATML, LLAMA2, MARKED
 from offsite.data.batches import collate
-from offsite.data.chat import ConversationError, conversation_ids
-from offsite.data.rows import Turn, read_rows
+from offsite.data.chat import END_ADDED, LAST_ANSWER_ALONE
+from offsite.data.messages import Turn
+from offsite.data.row import Row
+from offsite.data.rows import read_rows
 from offsite.data.tokens import encode
 from offsite.errors import DataError
 from offsite.models.tokenizers import load_tokenizer
 from tiny import tiny_tokenizer
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-MARKED = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
-    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
-    "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
-)
 MARKED_WITHOUT_END = MARKED.replace(
     "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}", "{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>' }}"
-)
-LLAMA2 = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 # like Qwen3: what stands before an answer depends on whether it is the last
 THINKS_LAST = (
@@ -57,6 +48,15 @@ def tokenizer_with(folder, template, **settings):
     return load_tokenizer(folder)
 
 
+def encoded(turns, tokenizer, **settings):
+    return encode([Row(1, None, "", turns=tuple(turns), **settings)], tokenizer, source=Path("rows"), max_length=9999)
+
+
+def conversation_ids(turns, tokenizer):
+    (example,) = encoded(turns, tokenizer).examples
+    return example.ids.tolist(), example.places.tolist()
+
+
 def labelled(tokenizer, turns=TURNS):
     """The labelled stretches, decoded, and everything decoded."""
     ids, places = conversation_ids(turns, tokenizer)
@@ -81,7 +81,7 @@ def test_only_what_the_assistant_says_and_its_end_carry_labels(tmp_path, templat
 def test_an_end_after_a_space_and_one_that_is_the_eos(tmp_path):
     tokenizer = tokenizer_with(tmp_path, LLAMA2)
     said, whole = labelled(tokenizer, TURNS[1:])
-    assert said == [" fox jumps </s>", " the lazy <dog>.\n </s>"]
+    assert said == [" fox jumps </s>", " the lazy <dog>. </s>"]
     assert whole.count("<s>") == 2  # as the template has it; nothing is added
 
 
@@ -108,25 +108,60 @@ def test_marks_and_rendering_agree_with_the_mask_of_transformers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("template", "says"),
+    ("template", "said"),
     [
-        (THINKS_LAST, r"cannot be split exactly at messages\[2\]"),
-        (NO_END, "no end-of-turn token"),
-        (PICKY, "refuses it: no system turns"),
-        (CHATML.partition("{% if add_generation_prompt")[0], "no generation prompt"),
-        (MARKED.replace("{{ '\n' }}", "{% generation %}x{% endgeneration %}"), "marks 4 assistant turns"),
+        (THINKS_LAST, ["fox jumps<|im_end|>", "<think></think>the lazy <dog>.\n<|im_end|>"]),
+        (CHATML.partition("{% if add_generation_prompt")[0], ["fox jumps<|im_end|>", "the lazy <dog>.\n<|im_end|>"]),
+        (
+            MARKED.replace("{{ '\n' }}", "{% generation %}x{% endgeneration %}"),
+            ["fox jumps<|im_end|>x", "the lazy <dog>.\n<|im_end|>x</s>"],
+        ),
     ],
 )
-def test_what_cannot_be_split_is_an_error(tmp_path, template, says):
-    with pytest.raises(ConversationError, match=says):
-        conversation_ids(TURNS, tokenizer_with(tmp_path, template))
+def test_templates_that_write_turns_in_their_own_way(tmp_path, template, said):
+    assert labelled(tokenizer_with(tmp_path, template))[0] == said
 
 
-def test_who_speaks_first_is_known_from_marks_alone(tmp_path):
-    turns = TURNS[2:]
-    assert labelled(tokenizer_with(tmp_path / "marked", MARKED), turns)[0][0] == "fox jumps<|im_end|>"
-    with pytest.raises(ConversationError, match="begins with the assistant"):
-        conversation_ids(turns, tokenizer_with(tmp_path / "unmarked", CHATML))
+def test_a_template_without_an_end_token_gets_one_behind_the_last_answer(tmp_path):
+    tokenizer = tokenizer_with(tmp_path, NO_END)
+    said, whole = labelled(tokenizer)
+    assert [words.strip() for words in said] == ["fox jumps", "the lazy <dog>.\n\n</s>"]
+    messages = [turn.message for turn in TURNS]
+    assert whole == tokenizer.apply_chat_template(messages, tokenize=False) + "</s>"
+    assert encoded(TURNS, tokenizer).notes == {END_ADDED: 1}
+
+
+def test_a_template_that_does_not_show_its_earlier_answers_is_learnt_by_the_last_alone(tmp_path):
+    shouts = CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'] | upper)", 1)
+    tokenizer = tokenizer_with(tmp_path, shouts)
+    result = encoded(TURNS, tokenizer)
+    assert labelled(tokenizer)[0] == ["the lazy <dog>.\n<|im_end|>"]
+    assert result.notes == {LAST_ANSWER_ALONE: 1}
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (PICKY, "refuses it: no system turns"),
+        (CHATML.replace("m['content']", "'secret'", 1), "no word of what the assistant says"),
+        (CHATML.partition("{% if add_gen")[0].replace("m['content']", "m['content'] | upper"), "does not show where"),
+    ],
+)
+def test_what_cannot_be_labelled_is_an_error(tmp_path, template, says):
+    with pytest.raises(DataError, match="1 conversation of rows cannot be used") as caught:
+        encoded(TURNS, tokenizer_with(tmp_path, template))
+    assert says in caught.value.reasons[0]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, THINKS_LAST])
+def test_an_assistant_that_greets_first(tmp_path, template):
+    assert labelled(tokenizer_with(tmp_path, template), TURNS[2:])[0][0] == "fox jumps<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_turns_that_are_not_to_be_learnt(tmp_path, template):
+    turns = [*TURNS[:2], Turn("assistant", "fox jumps", learnt=False), *TURNS[3:]]
+    assert labelled(tokenizer_with(tmp_path, template), turns)[0] == ["the lazy <dog>.\n<|im_end|>"]
 
 
 def rows_file(folder, *conversations):
@@ -167,9 +202,9 @@ def test_a_long_conversation_loses_its_end(tmp_path):
     assert ([example.line for example in short.examples], short.skipped) == ([2], 1)  # no label was left
 
 
-def test_every_conversation_that_cannot_be_split_is_listed(tmp_path):
-    tokenizer = tokenizer_with(tmp_path / "tokenizer", THINKS_LAST)
-    file = rows_file(tmp_path, TURNS, TURNS[:3], TURNS)
+def test_every_conversation_that_the_template_refuses_is_listed(tmp_path):
+    tokenizer = tokenizer_with(tmp_path / "tokenizer", PICKY)
+    file = rows_file(tmp_path, TURNS, TURNS[1:], TURNS)
     with pytest.raises(DataError, match="2 conversations") as caught:
         encode(read_rows(file), tokenizer, source=file, max_length=128)
     assert [reason.partition(": ")[0] for reason in caught.value.reasons] == [f"{file}:1", f"{file}:3"]

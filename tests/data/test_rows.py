@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - a record stands in one line
 import csv
 import json
 import os
@@ -6,8 +7,11 @@ import re
 import pytest
 
 from offsite import extras
-from offsite.data.row_files import data_digest
-from offsite.data.rows import Row, Turn, choice_completion, parse_row, question_prompt, read_rows
+from offsite.data.data_files import data_digest
+from offsite.data.messages import Turn
+from offsite.data.row import Row, RowForm
+from offsite.data.row_kinds import choice_completion, parse_row, question_prompt
+from offsite.data.rows import read_rows
 from offsite.errors import DataError, UsageError
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, «you»\n"}]
@@ -104,8 +108,20 @@ def _plain(folder, records):
         ({"messages": []}, "field 'messages' is a list of 0"),
         ({"messages": ["Hi"]}, "field 'messages[0]' has str, expected 'role' and 'content'"),
         ({"messages": [{"role": "user"}]}, "field 'messages[0]' has 'role', expected 'role' and 'content'"),
-        ({"messages": [{**TURNS[0], "name": "x"}]}, "field 'messages[0]' has 'role', 'content', 'name'"),
-        ({"messages": [{"role": "bot", "content": "x"}]}, "field 'messages[0].role' is 'bot', expected system, user"),
+        ({"messages": [{**TURNS[0], "name": "x"}]}, "field 'messages' has no assistant turn"),
+        (
+            {"messages": [{"role": "asistant", "content": "x"}]},
+            "field 'messages[0].role' is 'asistant', expected system, developer, user, assistant",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "is a part of type 'image', expected a string",
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": ["x"]}]}, "holds a call without a function's name"),
+        ({"messages": TURNS, "tools": "x"}, "field 'tools' is str, expected a list of tools"),
+        ({"chosen": "a", "rejected": "b"}, "preferences ('chosen' and 'rejected'); --chosen takes the chosen answers"),
+        ({"instruction": "a", "output": ""}, "field 'output' is empty"),
+        ({"instruction": "a", "output": "b", "history": ["c"]}, "field 'history' is a list of 1, expected pairs"),
         ({"messages": [TURNS[0], {"role": "assistant", "content": ""}]}, "field 'messages[1].content' is empty"),
         ({"messages": [TURNS[0]]}, "no assistant turn"),
         (
@@ -117,7 +133,7 @@ def _plain(folder, records):
         ({"question": "q", "choices": ["a", "b"], "answer": 2}, "field 'answer' is 2, expected 0 to 1"),
         ({"question": "q", "choices": ["a", "b"], "answer": -1}, "field 'answer' is -1, expected 0 to 1"),
         ({"question": "q", "choices": ["a", "b"], "answer": True}, "field 'answer' is bool"),
-        ({"question": "", "choices": ["a", "b"], "answer": "b"}, "field 'question' is empty; field 'answer' is str"),
+        ({"question": "", "choices": ["a", "b"], "answer": "b"}, "field 'question' is empty; field 'answer' is 'b'"),
         ({"question": "q", "choices": ["a", "b"]}, "fields 'choices', 'question'; expected 'text'"),
     ],
 )
@@ -181,9 +197,10 @@ def test_a_row_of_two_kinds_is_refused():
 def test_rows_of_a_table_are_named_by_their_number(tmp_path):
     records = [{"text": "a"}, {"text": None}, {"text": ""}]
     for file in (parquet(tmp_path / "rows.parquet", records), saved(tmp_path / "saved", records)):
+        held = file / "data-00000-of-00001.arrow" if file.is_dir() else file
         assert reasons_of(file) == (
-            f"{file}:2: field 'text' is NoneType, expected a string",
-            f"{file}:3: field 'text' is empty",
+            f"{held}:2: field 'text' is NoneType, expected a string",
+            f"{held}:3: field 'text' is empty",
         )
 
 
@@ -218,7 +235,7 @@ def test_a_broken_parquet_file_or_folder(tmp_path):
     with pytest.raises(DataError, match="cannot read the data set"):
         read_rows(tmp_path / "none.parquet")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DataError, match=r"without state.json"):
+    with pytest.raises(DataError, match="the folder holds no file of rows"):
         read_rows(tmp_path / "folder")
     folder = saved(tmp_path / "saved", RECORDS["text"])
     (folder / "data-00000-of-00001.arrow").write_bytes(b"x" * 100)
@@ -233,15 +250,7 @@ def test_a_saved_folder_reaches_no_file_outside(tmp_path):
         read_rows(folder)
 
 
-def test_saved_splits_and_picked_rows_are_explained(tmp_path):
-    both = tmp_path / "both"
-    both.mkdir()
-    (both / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    for split in ("train", "test"):
-        saved(both / split, RECORDS["text"])
-    with pytest.raises(DataError, match="test, train"):
-        read_rows(both)
-    assert len(read_rows(both / "test")) == 2
+def test_picked_rows_are_explained(tmp_path):
     picked = saved(tmp_path / "picked", RECORDS["text"], _indices_files=[{"filename": "indices.arrow"}])
     with pytest.raises(DataError, match="flatten_indices"):
         read_rows(picked)
@@ -311,12 +320,295 @@ def test_answers_of_csv_are_words_unless_there_are_choices(tmp_path):
     ("name", "content", "says"),
     [
         ("rows.csv", "prompt;completion\na;b\n", "separated by ';', expected commas"),
-        ("rows.tsv", "prompt\tcompletion\na\tb\n", "a .tsv file, which is none that is read"),
-        ("rows.xlsx", "PK", "a .xlsx file, which is none that is read"),
-        ("rows.json", '[{"text": "a"}]', "one JSON list, expected an object on each line"),
+        ("rows.xlsx", "PK", "unsupported file type .xlsx: save its sheet as CSV"),
+        ("rows.jsonl.zip", "PK", "unsupported file type .zip: unpack it"),
+        ("rows.tar.gz", "", "unsupported file type .tar: unpack it"),
+        ("rows.pkl", "", "unsupported file type .pkl: write it as Parquet"),
     ],
 )
 def test_files_of_other_kinds_are_told_as_a_whole(tmp_path, name, content, says):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=re.escape(says)):
         read_rows(tmp_path / name)
+
+
+def conversation(*turns):
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+PAIR = (Turn("user", "Hi"), Turn("assistant", "Hello"))
+
+
+@pytest.mark.parametrize(
+    ("record", "turns"),
+    [
+        (conversation(("user", "Hi"), ("assistant", "Hello")) | {"prompt": "Hi", "prompt_id": "7"}, PAIR),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, PAIR),
+        ({"conversation": [{"role": "User", "content": "Hi"}, {"role": "Assistant", "content": "Hello"}]}, PAIR),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "bot", "value": "Hello"}], "text": "x"}, PAIR),
+        (
+            {
+                "system": "Brief.",
+                "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+            },
+            (Turn("system", "Brief."), *PAIR),
+        ),
+        ({"system": "", "messages": conversation(("user", "Hi"), ("assistant", "Hello"))["messages"]}, PAIR),
+        ({"messages": json.dumps(conversation(("user", "Hi"), ("assistant", "Hello"))["messages"])}, PAIR),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Hi", "tool_calls": None, "name": None},
+                    {"role": "assistant", "content": "Hello", "tool_calls": None},
+                ]
+            },
+            PAIR,
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Hi"},
+                    {"role": "assistant", "content": "Hello", "weight": 0},
+                    {"role": "assistant", "content": "Bye", "weight": 1},
+                ]
+            },
+            (PAIR[0], Turn("assistant", "Hello", learnt=False), Turn("assistant", "Bye")),
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Hello"}]},
+            (Turn("user", "Hi", learnt=False), PAIR[1]),
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Hi"},
+                    {"role": "assistant", "content": "Hello", "reasoning_content": "hm"},
+                ]
+            },
+            (PAIR[0], Turn("assistant", "Hello", more={"reasoning_content": "hm"})),
+        ),
+    ],
+)
+def test_conversations_as_public_sets_have_them(record, turns):
+    row = parse_row(record, 1)
+    assert row == Row(1, None, "", turns=turns)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]},
+        {"role": "assistant", "tool_calls": '[{"function": {"name": "f", "arguments": {"a": 1}}}]'},
+    ],
+)
+def test_calls_of_tools(message):
+    row = parse_row({"messages": [message], "tools": '[{"name": "f"}]'}, 1)
+    assert row.settings == {"tools": [{"name": "f"}]}
+    assert row.turns[0].message == {
+        "role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": '{"a": 1}'}},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"a": 1}}]},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "parameters": {"a": 1}}]},
+    ],
+)
+def test_calls_in_older_forms(message):
+    row = parse_row({"conversations": [message, {"from": "observation", "value": "3"}]}, 1)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    assert [turn.message for turn in row.turns] == [
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+    ]
+
+
+ALPACA = "Below is an instruction that describes a task"
+
+
+@pytest.mark.parametrize(
+    ("record", "asked", "output"),
+    [
+        ({"instruction": "Add.", "input": "1 1", "output": "2", "text": "all of it"}, "Add.\n1 1", "2"),
+        ({"instruction": "Add.", "input": "", "output": "2"}, "Add.", "2"),
+        ({"instruction": "Add.", "input": None, "output": "2"}, "Add.", "2"),
+        ({"instruction": "Add.", "context": "1 1", "response": "2", "category": "qa"}, "Add.\n1 1", "2"),
+        ({"instruction": "Use {input}.", "input": "{instruction}", "output": "2"}, "Use {input}.\n{instruction}", "2"),
+    ],
+)
+def test_instructions(record, asked, output):
+    row = parse_row(record, 1)
+    assert row.turns == (Turn("user", asked), Turn("assistant", output))
+    assert row.completion == output
+    assert row.prompt.startswith(ALPACA)
+    assert row.prompt.endswith("\n\n### Response:\n")
+    given = record.get("input") or record.get("context")
+    assert (f"### Input:\n{given}\n" in row.prompt) == bool(given)
+    assert f"### Instruction:\n{record['instruction']}\n" in row.prompt
+
+
+def test_an_instruction_with_a_system_and_a_history():
+    record = {"instruction": "c", "output": "d", "system": "Brief.", "history": [["a", "b"]]}
+    assert parse_row(record, 1).turns == (
+        Turn("system", "Brief."), Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d"),
+    )  # fmt: skip
+
+
+ASKED, GOOD, POOR = (
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "assistant", "content": "No"},
+)
+EARLIER = [ASKED, {"role": "assistant", "content": "Yes?"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "row"),
+    [
+        ({"prompt": "Hi", "chosen": " Hello", "rejected": " No"}, Row(1, "Hi", " Hello")),
+        (
+            {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: Hero"},
+            Row(1, "\n\nHuman: Hi\n\nAssistant:", " Hello"),
+        ),
+        (
+            {"prompt": "Hi", "chosen": [ASKED, GOOD], "rejected": [ASKED, POOR]},
+            Row(1, None, "", turns=(Turn("user", "Hi", learnt=False), PAIR[1])),
+        ),
+        (
+            {"prompt": [ASKED], "chosen": [GOOD], "rejected": [POOR]},
+            Row(1, None, "", turns=(Turn("user", "Hi", learnt=False), PAIR[1])),
+        ),
+        (
+            {"prompt": "Hi", "chosen": [GOOD], "rejected": [POOR]},
+            Row(1, None, "", turns=(Turn("user", "Hi", learnt=False), PAIR[1])),
+        ),
+        (
+            {"chosen": [*EARLIER, ASKED, GOOD], "rejected": [*EARLIER, ASKED, POOR]},
+            Row(
+                1,
+                None,
+                "",
+                turns=(
+                    Turn("user", "Hi", learnt=False),
+                    Turn("assistant", "Yes?", learnt=False),
+                    Turn("user", "Hi", learnt=False),
+                    PAIR[1],
+                ),
+            ),
+        ),
+        (
+            {
+                "conversations": [{"from": "human", "value": "Hi"}],
+                "chosen": {"from": "gpt", "value": "Hello"},
+                "rejected": {"from": "gpt", "value": "No"},
+            },
+            Row(1, None, "", turns=(Turn("user", "Hi", learnt=False), PAIR[1])),
+        ),
+    ],
+)
+def test_the_chosen_of_preferences_where_that_is_asked_for(record, row):
+    assert parse_row(record, 1, RowForm(chosen=True)) == row
+
+
+def test_the_chosen_of_an_instruction():
+    row = parse_row({"instruction": "Add.", "input": "1 1", "chosen": "2", "rejected": "3"}, 1, RowForm(chosen=True))
+    assert row.turns == (Turn("user", "Add.\n1 1"), Turn("assistant", "2"))
+
+
+def test_messages_beside_preferences_are_taken_where_nothing_is_asked():
+    record = {"prompt": "Hi", "messages": [ASKED, GOOD], "chosen": [ASKED, GOOD], "rejected": [ASKED, POOR]}
+    assert parse_row(record, 1).turns == PAIR
+
+
+@pytest.mark.parametrize(
+    ("record", "answer"),
+    [
+        ({"choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "answerKey": "C"}, 2),
+        ({"choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answerKey": "3"}, 2),
+        ({"choices": ["x", "y", "z"], "answer": "C"}, 2),
+        ({"choices": ["x", "y", "z"], "answer": "2"}, 2),
+        ({"choices": '["x", "y", "z"]', "answer": 2}, 2),
+    ],
+)
+def test_choices_as_public_sets_have_them(record, answer):
+    row = parse_row({"question": "q", **record}, 1)
+    assert (row.choices, row.answer, row.completion) == ((" x", " y", " z"), answer, " z")
+
+
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        ({"prompt": "question", "completion": "answer"}, Row(1, "q", "a")),
+        ({"prompt": "question", "completion": "number"}, Row(1, "q", "3")),
+        ({"text": "answer"}, Row(1, None, "a")),
+        ({"completion": "answer"}, Row(1, "p", "a")),
+        (
+            {"prompt": "question", "completion": "answer", "system": "rules"},
+            Row(1, "r\n\nq", "a", turns=(Turn("system", "r"), Turn("user", "q"), Turn("assistant", "a"))),
+        ),
+        (
+            {"question": "question", "choices": "endings", "answer": "number_text"},
+            Row(1, "Question: q\nAnswer:", " y", choices=(" x", " y"), answer=1),
+        ),
+        ({"instruction": "question", "output": "answer"}, parse_row({"instruction": "q", "output": "a"}, 1)),
+        ({"messages": "talk"}, Row(1, None, "", turns=PAIR)),
+    ],
+)
+def test_columns_of_other_names(columns, row):
+    record = {
+        "question": "q", "answer": "a", "number": 3, "number_text": "1", "text": "t", "prompt": "p", "rules": "r",
+        "endings": ["x", "y"], "talk": [ASKED, GOOD],
+    }  # fmt: skip
+    assert parse_row(record, 1, RowForm(columns)) == row
+
+
+def test_a_column_that_is_not_there():
+    found = parse_row({"question": "q"}, 1, RowForm({"prompt": "question", "completion": "reply"}))
+    assert found == "no field 'reply', which --columns names; fields 'question'"
+
+
+def test_nulls_that_arrow_adds(tmp_path):
+    records = [
+        {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}]},
+        {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "g", "arguments": {"b": 2}}}]}]},
+        {"messages": [ASKED, GOOD]},
+        {"text": "plain"},
+    ]  # fmt: skip
+    records = [{"messages": None, "text": None} | record for record in records]
+    expected = read_rows(jsonl(tmp_path / "rows.jsonl", records))
+    for file in (parquet(tmp_path / "rows.parquet", records), saved(tmp_path / "saved", records)):
+        rows = read_rows(file)
+        assert [row.turns for row in rows] == [row.turns for row in expected]
+        assert [turn.message for row in rows for turn in row.turns] == [
+            t.message for row in expected for t in row.turns
+        ]
+        assert rows[3] == expected[3]
+
+
+def test_class_names_of_a_hub_set_are_the_words_to_learn(tmp_path):
+    file = parquet(
+        tmp_path / "rows.parquet", with_features({"text": ["good", "bad"], "label": [1, 0]}, label=["neg", "pos"])
+    )
+    rows = read_rows(file, RowForm({"prompt": "text", "completion": "label"}))
+    assert [(row.prompt, row.completion) for row in rows] == [("good", "pos"), ("bad", "neg")]
+
+
+def test_classes_that_are_answers_stay_numbers(tmp_path):
+    table = with_features({"question": ["q"], "choices": [["x", "y"]], "answer": [1]}, answer=["A", "B"])
+    (row,) = read_rows(parquet(tmp_path / "rows.parquet", table))
+    assert (row.answer, row.completion) == (1, " y")
+
+
+def with_features(columns, **names):
+    """A table with the metadata that Hugging Face datasets writes for columns of classes."""
+    import pyarrow
+
+    features = {name: {"_type": "Value", "dtype": "string"} for name in columns}
+    features |= {name: {"names": classes, "_type": "ClassLabel"} for name, classes in names.items()}
+    table = pyarrow.table(columns)
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})

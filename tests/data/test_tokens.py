@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from offsite.data.batches import collate
+from offsite.data.row import Row
 from offsite.data.rows import read_rows
 from offsite.data.tokens import encode, encode_choices, encode_prompt
 from offsite.errors import DataError
@@ -104,8 +105,16 @@ def test_ends_that_the_row_brings_are_not_doubled(tmp_path, tokenizer):
 
 
 def test_a_generating_model_is_given_what_tuning_put_before_the_answer(tmp_path, tokenizer):
-    (example,) = encoded(tmp_path, tokenizer, {"prompt": "The quick b", "completion": "rown"}).examples
-    assert encode_prompt("The quick b", tokenizer) == example.ids[: example.given].tolist()
+    (example,) = encoded(tmp_path, tokenizer, {"prompt": "The quick", "completion": " brown"}).examples
+    assert encode_prompt(Row(1, "The quick", " brown"), tokenizer) == example.ids[: example.given].tolist()
+
+
+def test_a_token_across_the_border_is_learnt(tmp_path, tokenizer):
+    (example,) = encoded(tmp_path, tokenizer, {"prompt": "fox Th", "completion": "e fox"}).examples
+    whole = tokenizer("fox The fox", add_special_tokens=False)["input_ids"]
+    assert example.ids.tolist() == [tokenizer.bos_token_id, *whole, tokenizer.eos_token_id]
+    assert tokenizer.decode(example.ids[1 : example.given]).strip() == "fox"
+    assert encode_prompt(Row(1, "fox Th", "e fox"), tokenizer) == example.ids[: example.given].tolist()
 
 
 def test_a_text_is_labelled_throughout(tmp_path, tokenizer):
@@ -190,7 +199,7 @@ def test_a_choice_is_scored_on_its_own_tokens(tmp_path, tokenizer):
     rows = read_rows(file)
     (choices,) = encode_choices(rows, tokenizer, source=file, max_length=64)
     assert (choices.line, choices.answer, choices.lengths) == (2, 1, (7, 3, 1))
-    asked = encode_prompt("Question: What jumps?\nAnswer:", tokenizer)
+    asked = encode_prompt(Row(1, "Question: What jumps?\nAnswer:", " x"), tokenizer)
     for example, choice in zip(choices.examples, question["choices"], strict=True):
         assert example.ids[: example.given].tolist() == asked
         assert tokenizer.decode(example.ids[example.given :]) == f" {choice}"

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from offsite.config import EvalSpec
+from offsite.data.row import Row
 from offsite.data.rows import read_rows
 from offsite.data.tokens import encode, encode_prompt
 from offsite.errors import DataError, IncompatibleError
@@ -88,7 +89,7 @@ def test_samples_are_greedy_answers_to_the_first_prompts(base, rows):
         (second.prompt, second.completion),
     ]
     tokenizer, model = load_tokenizer(base), load_model(base, dtype=torch.float32, device=CPU)
-    ids = torch.tensor([encode_prompt(first.prompt, tokenizer)])
+    ids = torch.tensor([encode_prompt(first, tokenizer)])
     theirs = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False, pad_token_id=0
     )[0, ids.shape[1] :]
@@ -135,7 +136,7 @@ def test_choices_are_scored_by_their_log_likelihood(base, tmp_path):
     tokenizer, model = load_tokenizer(base), load_model(base, dtype=torch.float32, device=CPU)
     right, right_by_length = [], []
     for question, found in zip(QUESTIONS, score.choice_scores, strict=True):
-        asked = encode_prompt(f"Question: {question['question']}\nAnswer:", tokenizer)
+        asked = encode_prompt(Row(1, f"Question: {question['question']}\nAnswer:", " x"), tokenizer)
         totals = []
         for choice in question["choices"]:
             ids = tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]

@@ -1,144 +1,88 @@
-"""Conversations -> token ids through the tokenizer's chat template, with labels on what the assistant says.
+"""Conversations -> text and labels on what the assistant says, as the tokenizer's chat template really writes it.
 
-The template renders the whole conversation once. Where an assistant's turn begins and ends in that text is known from
-the template's own generation marks, or else from rendering the conversation up to that turn; a rendering that is no
-beginning of the whole one is an error, not a guess. The text is cut at these places and tokenised piece by piece, so
-that no token lies across the border of a label. A turn's labels end with its end-of-turn token.
+The template renders the whole conversation once; that text alone is tokenised. Where an assistant's turn begins in it
+is found by the template's own generation marks, or else by rendering the conversation up to that turn and comparing,
+or else by rendering it with other words in that turn's place. Templates that write an earlier turn differently (some
+drop its reasoning) are thereby labelled as they write it. Where earlier turns cannot be found, the last answer alone
+is learnt, and that is reported. A turn's labels end with its end-of-turn token.
 """
 
-import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from offsite.data.rows import Turn
-from offsite.errors import DataError
+from offsite.data.answer_spans import AnswerFinder
+from offsite.data.chat_template import ChatTemplate, ConversationError, Message, Span
+from offsite.data.dropped_words import dropped_words, survives
+from offsite.data.messages import Turn
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-_MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-
-
-class ConversationError(Exception):
-    """What keeps one conversation from being split exactly."""
+LAST_ANSWER_ALONE = "conversations learnt by their last answer alone"
+END_ADDED = "answers given an end token that the template lacks"
 
 
-def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse a tokenizer that cannot render conversations.
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A conversation as the model reads it."""
 
-    Raises:
-        DataError: it has no chat template.
-    """
-    if not tokenizer.chat_template:
-        raise DataError(
-            "the rows are conversations, and the model's tokenizer has no chat template",
-            next_step='write the rows as {"prompt", "completion"}, or take a model that was tuned for chat',
-        )
+    text: str
+    labelled: tuple[Span, ...]  # characters that carry labels, ascending
+    lacks_end: bool = False  # whether no token of the template ends the last answer, so that EOS is to be added
+    dropped: Mapping[str, int] = field(default_factory=dict)  # what the template did not write, by name
+    notes: Mapping[str, int] = field(default_factory=dict)  # what was labelled otherwise than answer by answer
 
 
-def conversation_ids(turns: Sequence[Turn], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """Token ids of a conversation, and the positions among them that carry a label.
+def read_conversation(turns: Sequence[Turn], template: ChatTemplate, settings: Mapping[str, Any]) -> Conversation:
+    """Render a conversation and find what the assistant says in it.
 
-    Nothing is added to what the template renders: neither a beginning nor an end token.
+    Args:
+        turns: the conversation.
+        template: of the model's tokenizer.
+        settings: tools and other arguments for the template.
 
     Raises:
-        ConversationError: the template refuses the conversation, or what the assistant says cannot be told exactly.
+        ConversationError: the template refuses it or writes nothing of it, or no answer can be found.
     """
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    whole, spans = _marked(messages, tokenizer) if _has_marks(tokenizer) else _rendered(messages, tokenizer)
-    ends = _added_tokens(tokenizer)
-    ids: list[int] = []
-    labelled: list[int] = []
-    at = 0
-    for i, (begin, end) in enumerate(spans):
-        ids += _ids(whole[at:begin], tokenizer)
-        said = _ids(whole[begin:end], tokenizer)
-        at = spans[i + 1][0] if i + 1 < len(spans) else len(whole)
-        after = _ids(whole[end:at], tokenizer)
-        at_end = _turn_end(said, after, ends, tokenizer)
-        labelled += range(len(ids), len(ids) + at_end)
-        ids += said + after
-    return ids, [place for place in labelled if place > 0]  # nothing predicts the first token
+    messages, text = template.takes(turns, settings)
+    if not any(survives(turn, text) for turn in turns if turn.role == "assistant" and turn.learnt):
+        raise ConversationError("the chat template writes no word of what the assistant says")
+    spans, alone = _labelled(turns, messages, text, template, settings)
+    ends_open = turns[-1].role == "assistant" and turns[-1].learnt
+    lacks_end = ends_open and not template.ends_in_special(text[slice(*spans[-1])])
+    if lacks_end:  # what the template writes behind the answer is learnt with the end token
+        spans[-1] = (spans[-1][0], len(text))
+    notes = Counter({LAST_ANSWER_ALONE: int(alone), END_ADDED: int(lacks_end)})
+    return Conversation(text, tuple(spans), lacks_end, dropped_words(turns, settings.get("tools"), text), +notes)
 
 
-def _turn_end(said: list[int], after: list[int], ends: frozenset[int], tokenizer: "PreTrainedTokenizerBase") -> int:
-    """How many tokens from the turn's beginning carry a label: up to its end-of-turn token, that one included."""
-    last = max((i for i, token in enumerate(said) if token in ends), default=None)
-    if last is not None and not str(tokenizer.decode(said[last + 1 :])).strip():
-        return last + 1
-    for i, token in enumerate(after):  # generation marks may leave the end-of-turn token outside
-        if token in ends and (token != tokenizer.bos_token_id or token == tokenizer.eos_token_id):
-            return len(said) + i + 1
-        if str(tokenizer.decode([token])).strip():
-            break
-    raise ConversationError("the chat template puts no end-of-turn token after what the assistant says")
+def _labelled(
+    turns: Sequence[Turn],
+    messages: Sequence[Message],
+    text: str,
+    template: ChatTemplate,
+    settings: Mapping[str, Any],
+) -> tuple[list[Span], bool]:
+    """The stretches that carry labels, and whether the last answer alone could be found."""
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    marked = template.render_marked(messages, settings)
+    if len(marked) == len(answers):
+        paired = zip(marked, answers, strict=True)
+        spans = [span for span, turn in paired if turn.learnt and survives(turn, text)]
+        return [_with_end(span, text, template) for span in spans], False
+    if marked and all(turn.learnt for turn in answers):
+        return [_with_end(span, text, template) for span in marked], False
+    found, alone = AnswerFinder(turns, messages, text, template, settings).find()
+    spans = [span for i, span in found.items() if turns[i].learnt]
+    if not spans:
+        raise ConversationError("the only answer that can be found is not to be learnt")
+    return spans, alone
 
 
-def _rendered(
-    messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[str, list[tuple[int, int]]]:
-    whole = _render(messages, tokenizer)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if i == 0:
-            raise ConversationError("it begins with the assistant, and the chat template does not mark what that says")
-        before = _render(messages[:i], tokenizer, asks=True)
-        until = _render(messages[: i + 1], tokenizer)
-        if not whole.startswith(until) or not until.startswith(before) or len(until) == len(before):
-            raise ConversationError(
-                f"the chat template cannot be split exactly at messages[{i}]: "
-                "what it writes there depends on what follows"
-            )
-        said = until[len(before) :].lstrip()
-        if before == _render(messages[:i], tokenizer) and not said.startswith(message["content"].strip()):
-            raise ConversationError(
-                f"the chat template cannot be split exactly at messages[{i}]: "
-                "it has no generation prompt, so its heading of the turn cannot be told from what is said"
-            )
-        spans.append((len(before), len(until)))
-    return whole, spans
-
-
-def _render(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", *, asks: bool = False) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        raise ConversationError(f"the chat template refuses it: {str(error)[:200]}") from None
-
-
-def _has_marks(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    return isinstance(tokenizer.chat_template, str) and _MARKED.search(tokenizer.chat_template) is not None
-
-
-def _marked(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[tuple[int, int]]]:
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    special: dict[str, Any] = dict(tokenizer.special_tokens_map)
-    try:
-        texts, places = render_jinja_template(
-            conversations=[messages],
-            chat_template=tokenizer.chat_template,
-            return_assistant_tokens_mask=True,
-            **special,
-        )
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        raise ConversationError(f"the chat template refuses it: {str(error)[:200]}") from None
-    spans = [(int(begin), int(end)) for begin, end in places[0]]
-    turns = sum(message["role"] == "assistant" for message in messages)
-    if len(spans) != turns:
-        raise ConversationError(f"the chat template marks {len(spans)} assistant turns, the row has {turns}")
-    return str(texts[0]), spans
-
-
-def _added_tokens(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    return frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
-
-
-def _ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+def _with_end(span: Span, text: str, template: ChatTemplate) -> Span:
+    """A marked stretch, with the end-of-turn token that marks may leave outside."""
+    begin, end = span
+    if template.ends_in_special(text[begin:end]):
+        return span
+    if template.end:
+        return begin, end + (len(template.end) if text.startswith(template.end, end) else 0)
+    return begin, template.special_after(text, end) or end

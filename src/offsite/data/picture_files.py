@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from offsite.data.row_files import kind, read_records
+from offsite.data.record_files import read_records
 from offsite.data.rows import counted, first
+from offsite.data.text_files import kind
 from offsite.errors import DataError, IncompatibleError, UsageError
 from offsite.extras import require
 from offsite.models.library_calls import LIBRARY_ERRORS, quiet
@@ -123,7 +124,8 @@ def _hidden(place: Path) -> bool:
 
 def _in_table(path: Path, labelled: bool) -> list[Picture]:
     found, problems = [], []
-    for number, fields in read_records(path, ("path", "image", "label")):
+    for record in read_records(path, ("path", "image", "label")):
+        number, fields = record.number, record.fields
         row = fields if isinstance(fields, str) else _row(path, number, fields, labelled)
         if isinstance(row, str):
             problems.append(f"{path}:{number}: {row}")

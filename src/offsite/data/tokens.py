@@ -1,20 +1,24 @@
 """Rows -> token ids: the one tokenisation that tuning, evaluation and generation share.
 
-An example of a prompt row is BOS + prompt + completion + EOS; the loss is on the completion and EOS (on all of a text
-and EOS). A conversation is what the tokenizer's chat template makes of it, with the loss on what the assistant says. A
-long text is cut into blocks.
+An example of a prompt row is BOS + prompt and completion, encoded as one text, + EOS; the loss is on the completion and
+EOS (on all of a text and EOS). A conversation is what the tokenizer's chat template makes of it, with the loss on what
+the assistant says. A long text is cut into blocks.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from offsite.data.chat import ConversationError, conversation_ids, require_template
-from offsite.data.rows import Row, counted, first
+from offsite.data.chat import Conversation, read_conversation
+from offsite.data.chat_template import ChatTemplate, ConversationError, require_template
+from offsite.data.row import Row
+from offsite.data.rows import counted, first
+from offsite.data.whole_encoding import Encoding, encode_ids, encode_whole
 from offsite.errors import DataError, IncompatibleError
 from offsite.models.model_folder import model_settings
 from offsite.models.modules.declared import unwrapped
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 
 LongRows = Literal["error", "truncate", "skip"]
 
+_TOGETHER = 512  # rows that are encoded at once
 _CUT = 'cut rows with long_rows = "truncate" in table [tune] or [eval] of a --config file'
 
 
@@ -35,6 +40,7 @@ class Example:
     ids: npt.NDArray[np.int64]  # (T,)
     given: int  # at least 1: nothing predicts the first token
     places: npt.NDArray[np.int64] | None = None  # positions in `ids` of a conversation's labels, ascending
+    answers: bool = True  # whether it answers something: all but plain text
 
     @property
     def labelled(self) -> npt.NDArray[np.int64]:
@@ -49,10 +55,13 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The examples of a data set, and how many rows were left out for their length."""
+    """The examples of a data set, and what became of its other rows and words."""
 
     examples: tuple[Example, ...]
-    skipped: int
+    skipped: int  # rows left out: too long, or without a label
+    cut: int = 0  # rows that lost tokens
+    dropped: Mapping[str, int] = field(default_factory=dict)  # what the chat template did not write, by name
+    notes: Mapping[str, int] = field(default_factory=dict)  # conversations labelled otherwise than answer by answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,29 +84,35 @@ def encode(
 ) -> Encoded:
     """Tokenise rows as tuning, evaluation and generation all see them.
 
-    Prompt and completion are encoded apart and their ids joined: a generating model is given the prompt's ids alone,
-    so it must have been tuned on exactly those, and not on a token that straddles the border. The tokenizer adds
-    nothing by itself; BOS (where it has one) and EOS are put here, unless the row's own text brings them.
+    Prompt and completion are one text, encoded as a whole; a token across their border carries a label. The tokenizer
+    adds nothing by itself; BOS (where it has one) and EOS are put here, unless the row's own text brings them.
 
     Args:
         rows: from `read_rows`.
         tokenizer: of the model.
-        source: the file that the rows are from, for errors.
+        source: the data set that the rows are from, for errors.
         max_length: longest example in tokens, BOS and EOS included; also the length of a long text's blocks.
         long_rows: longer ones are an error, cut (a prompt loses its start, then a completion its end; a conversation
             its end), or left out.
 
     Raises:
-        DataError: long rows under "error", all listed; conversations that the template cannot split; or no row is left.
+        DataError: long rows under "error", all listed; conversations that cannot be labelled; or no row is left.
+        IncompatibleError: the tokenizer does not show where labels begin.
     """
-    examples, long, skipped = [], [], 0
+    examples, long, skipped, cut = [], [], 0, 0
+    dropped: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     for draft in _drafts(rows, tokenizer, source, max_length):
-        if draft.length > max_length:
-            long.append(f"{source}:{draft.line}: {draft.length} tokens, at most {max_length}")
-        cut = draft.cut(max_length, bos=tokenizer.bos_token_id) if draft.length > max_length else draft
-        example = cut.example()
-        if example.labels and not (draft.length > max_length and long_rows == "skip"):
+        if conversation := draft.conversation:
+            dropped.update(conversation.dropped)
+            notes.update(conversation.notes)
+        over = draft.length > max_length
+        if over:
+            long.append(f"{draft.row.place(source)}: {draft.length} tokens, at most {max_length}")
+        example = (draft.cut(max_length, bos=tokenizer.bos_token_id) if over else draft).example()
+        if example.labels and not (over and long_rows == "skip"):
             examples.append(example)
+            cut += over
         else:
             skipped += 1  # also a single token, which has nothing to predict it
     if long_rows == "error":
@@ -108,7 +123,7 @@ def encode(
             reasons=[f"{len(rows)} rows read, {len(long)} over {max_length} tokens left out"],
             next_step=f"raise max_length, or {_CUT}",
         )
-    return Encoded(tuple(examples), skipped)
+    return Encoded(tuple(examples), skipped, cut, dropped, notes)
 
 
 def encode_choices(
@@ -128,12 +143,10 @@ def encode_choices(
     for row in rows:
         if not row.choices:
             continue
-        prompt, *choices = _tokenise(tokenizer, [row.prompt or "", *row.choices])
-        start = _with_ends(prompt, [], tokenizer)[0]
-        drafts = [_Draft(row.line, start, choice) for choice in choices]
+        drafts = _choice_drafts(row, tokenizer)
         longest = max(draft.length for draft in drafts)
         if longest > max_length:
-            long.append(f"{source}:{row.line}: {longest} tokens with its longest choice, at most {max_length}")
+            long.append(f"{row.place(source)}: {longest} tokens with its longest choice, at most {max_length}")
             if long_rows == "skip":
                 continue
             drafts = [draft.cut(max_length, bos=tokenizer.bos_token_id) for draft in drafts]
@@ -178,19 +191,22 @@ def _require_short(long: Sequence[str], source: Path) -> None:
         )
 
 
-def encode_prompt(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The ids that a model is given before it answers: those that `encode` puts before the completion."""
-    return _with_ends(_tokenise(tokenizer, [prompt])[0], [], tokenizer)[0]
+def encode_prompt(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The ids that a model is given before it answers a row: those that `encode` puts before the first label."""
+    (draft,) = _drafts([row], tokenizer, Path(), 1)
+    return draft.start if draft.places is None else draft.answer[: draft.places[0]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
     """An example that may still be too long."""
 
+    row: Row
     line: int
     start: list[int]
     answer: list[int]  # of a conversation everything
     places: list[int] | None = None
+    conversation: Conversation | None = None
 
     @property
     def length(self) -> int:
@@ -198,48 +214,99 @@ class _Draft:
 
     def cut(self, most: int, *, bos: int | None) -> "_Draft":
         if self.places is not None:
-            return _Draft(self.line, [], self.answer[:most], [place for place in self.places if place < most])
+            kept = [place for place in self.places if place < most]
+            return replace(self, answer=self.answer[:most], places=kept)
         lead = self.start[:1] if self.start and self.start[0] == bos else []
         room = max(most - len(self.answer) - len(lead), 0)
         body = self.start[len(lead) :]
         start = lead + (body[-room:] if room else [])
-        return _Draft(self.line, start, self.answer[: most - len(start)])
+        return replace(self, start=start, answer=self.answer[: most - len(start)])
 
     def example(self) -> Example:
         ids = np.array(self.start + self.answer, dtype=np.int64)
         if self.places is not None:
             return Example(self.line, ids, 1, np.array(self.places, dtype=np.int64))
-        return Example(self.line, ids, max(1, len(self.start)))
+        return Example(self.line, ids, max(1, len(self.start)), answers=self.row.prompt is not None)
 
 
 def _drafts(
     rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", source: Path, max_length: int
 ) -> Iterator[_Draft]:
-    if any(row.turns for row in rows):
+    """Every row as tokens, in order; a long text is several."""
+    if not tokenizer.chat_template and any(row.turns and row.prompt is None for row in rows):
         require_template(tokenizer)
-    prompts = _tokenise(tokenizer, [row.prompt or "" for row in rows])
-    completions = _tokenise(tokenizer, [row.completion for row in rows])
-    problems = []
-    for row, prompt, completion in zip(rows, prompts, completions, strict=True):
-        if row.document:
-            yield from _blocks(completion, tokenizer, max_length)
-        elif row.turns:
+    template, problems = ChatTemplate(tokenizer), []
+    for at in range(0, len(rows), _TOGETHER):
+        written: list[tuple[Row, Conversation]] = []
+        for row in rows[at : at + _TOGETHER]:
             try:
-                yield _Draft(row.line, [], *conversation_ids(row.turns, tokenizer))
+                written.append((row, _as_text(row, template)))
             except ConversationError as error:
-                problems.append(f"{source}:{row.line}: field 'messages': {error}")
-        else:
-            yield _Draft(row.line, *_with_ends(prompt, completion, tokenizer))
+                problems.append(f"{row.place(source)}: field 'messages': {error}")
+        yield from _encoded(written, tokenizer, max_length)
     if problems:
-        raise DataError(
-            f"{counted(problems, 'conversation')} of {source} cannot be labelled exactly",
-            reasons=first(problems),
-            next_step='mend these rows, write them as {"prompt", "completion"}, or have the model\'s owner put '
-            "{% generation %} marks into the chat template",
-        )
+        raise _refused(problems, source)
 
 
-def _blocks(text: list[int], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Iterator[_Draft]:
+def _refused(problems: Sequence[str], source: Path) -> DataError:
+    system = any("system" in problem.casefold() for problem in problems)
+    hint = "put the system's words at the start of the first user turn, " if system else ""
+    return DataError(
+        f"{counted(problems, 'conversation')} of {source} cannot be used with this model's chat template",
+        reasons=first(problems),
+        next_step=f'mend these rows: {hint}leave turns out, or write {{"prompt", "completion"}}',
+    )
+
+
+def _as_text(row: Row, template: ChatTemplate) -> Conversation:
+    """What the model reads of a row, and which of it carries labels; of a long text, nothing yet."""
+    if row.document:
+        return Conversation("", ())
+    if row.turns and (row.prompt is None or template.tokenizer.chat_template):
+        return read_conversation(row.turns, template, row.settings)
+    prompt = row.prompt or ""
+    return Conversation(prompt + row.completion, ((len(prompt), len(prompt) + len(row.completion)),))
+
+
+def _encoded(
+    written: Sequence[tuple[Row, Conversation]], tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> Iterator[_Draft]:
+    texts = [said.text for _, said in written]
+    borders = [[place for span in said.labelled for place in span] for _, said in written]
+    for (row, said), encoding in zip(written, encode_whole(texts, tokenizer, borders), strict=True):
+        if row.document:
+            yield from _blocks(row, encode_ids(row.completion, tokenizer), tokenizer, max_length)
+        elif row.turns and (row.prompt is None or tokenizer.chat_template):
+            yield _conversation_draft(row, said, encoding, tokenizer)
+        else:
+            at = encoding.tokens_of(*said.labelled[0]).start
+            yield _Draft(row, row.line, *_with_ends(encoding.ids[:at], encoding.ids[at:], tokenizer))
+
+
+def _conversation_draft(
+    row: Row, said: Conversation, encoding: Encoding, tokenizer: "PreTrainedTokenizerBase"
+) -> _Draft:
+    """The tokens of `apply_chat_template`; nothing is added but an end token where no answer would have one."""
+    places = sorted({place for span in said.labelled for place in encoding.tokens_of(*span)})
+    ids = encoding.ids
+    if said.lacks_end:
+        ids, places = [*ids, tokenizer.eos_token_id], [*places, len(ids)]
+    return _Draft(row, row.line, [], ids, [place for place in places if place > 0], said)  # nothing predicts the first
+
+
+def _choice_drafts(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[_Draft]:
+    """The choices of a question, each behind the prompt and without an end token."""
+    prompt = row.prompt or ""
+    texts = [prompt + choice for choice in row.choices]
+    drafts = []
+    for encoding in encode_whole(texts, tokenizer, [[len(prompt), len(text)] for text in texts]):
+        at = encoding.tokens_of(len(prompt), len(prompt) + 1).start
+        start = _with_ends(encoding.ids[:at], [], tokenizer)[0]
+        drafts.append(_Draft(row, row.line, start, encoding.ids[at:]))
+    return drafts
+
+
+def _blocks(row: Row, text: list[int], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Iterator[_Draft]:
     """Every token of a text (and EOS) once under a label, but for the first where nothing can predict it.
 
     A block starts with a BOS, or where the tokenizer has none with the last token of the block before, unlabelled.
@@ -250,13 +317,8 @@ def _blocks(text: list[int], tokenizer: "PreTrainedTokenizerBase", max_length: i
     body = max_length - 1
     before, ids = ([bos], ids) if bos is not None else (ids[:1], ids[1:])
     for number, at in enumerate(range(0, len(ids), body), start=1):
-        yield _Draft(number, before, ids[at : at + body])
+        yield _Draft(row, number, before, ids[at : at + body])
         before = [bos] if bos is not None else ids[at + body - 1 : at + body]
-
-
-def _tokenise(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
 
 
 def _with_ends(

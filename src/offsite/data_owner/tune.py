@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offsite.config import TuneSpec
+from offsite.data.data_files import data_digest
 from offsite.data.picture_files import pictures_digest, read_pictures
 from offsite.data.picture_workers import PictureWorkers
-from offsite.data.row_files import data_digest
 from offsite.data_owner.album import Album
 from offsite.data_owner.check_tuning import AT_WORK, check_tuning
 from offsite.data_owner.feature_cache import cached_features

@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from offsite.config import EvalSpec
-from offsite.data.rows import Row, read_rows
+from offsite.data.row import Row
+from offsite.data.rows import read_rows
 from offsite.data.tokens import encode, encode_choices, encode_prompt, require_known
 from offsite.evaluation.intervals import Interval, interval
 from offsite.evaluation.multiple_choice import ChoiceScore, score_choices
@@ -88,7 +89,7 @@ def evaluate(
             tokens that it does not know.
     """
     where = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
-    rows = read_rows(data)[: spec.max_rows]
+    rows = read_rows(data, part="held out")[: spec.max_rows]
     tokenizer = load_tokenizer(model)
     longest = min(spec.max_length, context_length(model) or spec.max_length)
     encoded = encode(rows, tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
@@ -101,10 +102,9 @@ def evaluate(
     losses = row_losses(network, examples, spec.micro_batch_tokens, progress)
     seconds = time.perf_counter() - started
     choices = score_choices(network, questions, spec.micro_batch_tokens, progress)
-    answering = {row.line for row in rows if row.prompt is not None or row.turns}
     asked = [row for row in rows if row.prompt is not None][:samples]
     return Score(
-        **_figures(losses, [row for row in losses if row.line in answering], choices),
+        **_figures(losses, [loss for loss, example in zip(losses, examples, strict=True) if example.answers], choices),
         tokens=sum(row.tokens for row in losses),
         rows=len(losses),
         skipped=encoded.skipped,
@@ -160,7 +160,7 @@ def _answers(
     samples = []
     for done, row in enumerate(rows, start=1):
         prompt = row.prompt or ""
-        ids = encode_prompt(prompt, tokenizer)
+        ids = encode_prompt(row, tokenizer)
         if not ids:
             continue  # neither a prompt nor a beginning token: nothing to answer to
         most = longest - min(ANSWER_TOKENS, longest // 2)

@@ -7,8 +7,9 @@ from typing import Any
 
 from offsite.config import PackSpec
 from offsite.data.picture_files import read_pictures
-from offsite.data.row_files import RECORDS, kind, read_text
+from offsite.data.record_files import RECORDS
 from offsite.data.rows import read_rows
+from offsite.data.text_files import kind, read_text
 from offsite.errors import UsageError
 from offsite.model_owner.base_model import BaseModel
 

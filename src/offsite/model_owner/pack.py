@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offsite.config import PackSpec
-from offsite.data.row_files import data_digest
+from offsite.data.data_files import data_digest
 from offsite.model_owner.base_model import BaseModel, fingerprint
 from offsite.model_owner.bundle_settings import settings_files
 from offsite.model_owner.check_packing import check_packing

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from offsite.config import TuneSpec
+from offsite.data.data_files import data_digest
 from offsite.data.picture_workers import PictureWorkers
-from offsite.data.row_files import data_digest
 from offsite.data.rows import read_rows
 from offsite.data.tokens import Example, encode
 from offsite.data_owner.album import open_album

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from offsite.config import PackSpec
-from offsite.data.row_files import data_digest, read_records
-from offsite.data.rows import counted, first, parse_row, read_rows
+from offsite.data.data_files import Part, data_digest, files_of
+from offsite.data.record_files import read_records
+from offsite.data.row_kinds import parse_row
+from offsite.data.rows import counted, first, read_rows
+from offsite.data.text_files import kind
 from offsite.errors import DataError, IncompatibleError, OffsiteError, UsageError
 from offsite.model_owner.base_model import BaseModel, open_base
 from offsite.model_owner.calibration_pictures import photos
@@ -185,21 +188,23 @@ def stage_rows(table: DataTable, folder: Path) -> Rows:
 
 
 def _has_records(source: Path) -> bool:
-    return (source / "state.json").exists() if source.is_dir() else source.suffix != ".txt"
+    return source.is_dir() or kind(source) != ".txt"
 
 
 def _records(table: DataTable, part: str, source: Path, most: int | None) -> list[dict[str, Any]]:
     picked, problems = [], []
-    for number, record in read_records(source):
-        if isinstance(record, str):
-            problems.append(f"{source}:{number}: {record}")
+    wanted: Part = "train" if part == "train" else "held out"
+    for record in (record for file in files_of(source, wanted) for record in read_records(file)):
+        place = f"{record.file}:{record.number}"
+        if isinstance(record.fields, str):
+            problems.append(f"{place}: {record.fields}")
             continue
-        row = parse_row(record, number)
+        row = parse_row(record.fields, record.number)
         if isinstance(row, str):
-            problems.append(f"{source}:{number}: {row}")
+            problems.append(f"{place}: {row}")
         elif part == "test" and table.score != "loss" and not row.choices:
-            problems.append(f"{source}:{number}: no multiple choice, which score = {table.score!r} needs")
-        picked.append(record)
+            problems.append(f"{place}: no multiple choice, which score = {table.score!r} needs")
+        picked.append(record.fields)
     if problems or not picked:
         raise DataError(
             f"[[data]] {table.name!r}: {counted(problems, 'bad row')} in {source}"

@@ -13,7 +13,7 @@ from typing import Any
 
 from offsite import __version__
 from offsite.config import EvalSpec, PackSpec, PlugInSpec, Spec, TuneSpec
-from offsite.data.row_files import data_digest
+from offsite.data.data_files import data_digest
 from offsite.protocol.manifest import FORMAT
 from offsite.study.chain import OWNER, TUNER
 from offsite.study.command import Words

@@ -1,0 +1,223 @@
+"""Which files a data set is made of: one file, a pattern, a folder of shards, a hub snapshot, a saved DatasetDict.
+
+A folder may hold several parts. As Hugging Face datasets does, they are known by the names of files and sub-folders:
+`train-00000-of-00002.parquet`, `test.jsonl`, `validation/`. Tuning takes the part for training, scoring the one held
+out.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from offsite.data.record_files import RECORDS, parse_line
+from offsite.data.text_files import kind, read_bytes, unreadable
+from offsite.errors import DataError
+from offsite.storage.files import sha256_of
+
+Part = Literal["train", "held out"]
+
+TRAINING = ("train", "training")
+VALIDATION = ("validation", "val", "valid", "dev")
+TEST = ("test", "testing", "eval", "evaluation")
+_NOT_ROWS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # what describes a data set
+_STATE, _SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk writes
+_SHARD = re.compile(r"(^|[-_.])(part|shard|chunk)?[-_.]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{16,})?$", re.IGNORECASE)
+_PATTERN = re.compile(r"[*?\[]")
+
+
+def paths_of(data: Path | Sequence[Path]) -> list[Path]:
+    """One or several data sets as a list."""
+    return [data] if isinstance(data, Path) else list(data)
+
+
+def name_of(data: Path | Sequence[Path]) -> str:
+    """A data set, or several joined ones, for errors."""
+    return " + ".join(str(path) for path in paths_of(data))
+
+
+def files_of(path: Path, part: Part = "train") -> list[Path]:
+    """The files that hold the rows of a data set, in order.
+
+    Raises:
+        DataError: there are none, or it is not clear which are meant.
+    """
+    path = existing(path)
+    if path.is_dir():
+        return _in_folder(path, part)
+    if not path.exists() and _PATTERN.search(path.name):
+        found = sorted(file for file in path.parent.glob(path.name) if file.is_file())
+        if not found:
+            raise unreadable(path, "no file has such a name")
+        return found
+    return [path]
+
+
+def existing(path: Path) -> Path:
+    """A path as the disk has it: a name with accents has two forms in Unicode, which look alike."""
+    if path.exists():
+        return path
+    forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
+    return next((other for other in forms if other.exists()), path)
+
+
+def data_digest(data: Path | Sequence[Path]) -> str:
+    """SHA-256 of data sets: of a file, over names and digests of a folder's files, or over those of several.
+
+    Raises:
+        DataError: one is a pipe or a device, which says something else when it is read again.
+    """
+    digests = [_digest(file) for path in paths_of(data) for file in _digested(path)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def _digested(path: Path) -> list[Path]:
+    return files_of(path) if _PATTERN.search(path.name) and not path.exists() else [existing(path)]
+
+
+def _digest(path: Path) -> str:
+    if path.is_file():
+        return sha256_of(path)
+    if not path.is_dir():
+        raise DataError(
+            f"{path} is neither a file nor a folder, so it cannot be read again", next_step="write the rows into a file"
+        )
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _in_folder(folder: Path, part: Part) -> list[Path]:
+    folder = _snapshot(folder)
+    if (folder / _STATE).exists():
+        return _saved_files(folder)
+    parts = parts_of(folder)
+    if not parts:
+        raise unreadable(folder, f"the folder holds no file of rows{_what_it_holds(folder)}")
+    chosen = choose_part(parts, part, folder)
+    if (chosen[0] / _STATE).exists():
+        return _saved_files(chosen[0])
+    if len({kind(file) for file in chosen}) > 1:
+        raise unreadable(
+            folder,
+            f"it holds files of several kinds: {_some(chosen)}; name one kind, as '{folder}/*{kind(chosen[0])}'",
+        )
+    return chosen
+
+
+def _snapshot(folder: Path) -> Path:
+    """The files of a data set in the hub's cache, where a folder is an entry of that."""
+    snapshots = sorted(folder.glob("snapshots/*/")) if (folder / "snapshots").is_dir() else []
+    return snapshots[-1] if len(snapshots) == 1 else folder
+
+
+def parts_of(folder: Path) -> dict[str, list[Path]]:
+    """The parts of a folder by name: files, or folders that save_to_disk wrote. A file of no part's name is of part "".
+
+    Raises:
+        DataError: several data sets lie in it.
+    """
+    parts: dict[str, list[Path]] = {}
+    if (folder / _SPLITS).exists():
+        return {entry.name: [entry] for entry in sorted(folder.iterdir()) if (entry / _STATE).exists()}
+    for file in record_files(folder):
+        parts.setdefault(part_name(file), []).append(file)
+    folders = {entry: found for entry in _visible(folder) if entry.is_dir() and (found := _entry(entry))}
+    if not parts and len(folders) > 1 and not all(_role(entry.name) for entry in folders):
+        raise unreadable(folder, f"it holds several data sets: {_some(folders)}; name one of them")
+    if not parts and len(folders) == 1 and not _role((only := next(iter(folders))).name):
+        return parts_of(only)
+    for entry, found in folders.items():
+        if _role(entry.name):
+            parts.setdefault(entry.name, []).extend(found)
+    return parts
+
+
+def _entry(folder: Path) -> list[Path]:
+    """What a sub-folder has of rows: files, itself if save_to_disk wrote it, or what is in folders below it."""
+    if (folder / _STATE).exists():
+        return [folder]
+    return record_files(folder) or [
+        file for below in _visible(folder) if below.is_dir() for file in record_files(below)
+    ]
+
+
+def record_files(folder: Path) -> list[Path]:
+    """Files of rows that lie directly in a folder; plain text only where there is nothing else."""
+    files = [file for file in _visible(folder) if file.is_file() and file.name not in _NOT_ROWS]
+    records = [file for file in files if kind(file) in RECORDS]
+    return records or [file for file in files if kind(file) == ".txt"]
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    return (entry for entry in sorted(folder.iterdir()) if not entry.name.startswith((".", "_")))
+
+
+def part_name(file: Path) -> str:
+    """The part that a file belongs to by its name, without the number of a shard; "" where it names none."""
+    stem = file.name.removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2").removesuffix(".xz")
+    stem = stem[: -len(Path(stem).suffix)] if Path(stem).suffix else stem
+    while (shorter := _SHARD.sub("", stem)) != stem:
+        stem = shorter
+    words = re.split(r"[-_. ]+", stem.casefold())
+    if words and _role(words[0]):
+        return stem
+    return next((word for word in words if _role(word)), "")
+
+
+def _role(name: str) -> str:
+    """What a part is for: "train", "validation" or "test"; "" where its name does not say."""
+    word = re.split(r"[-_. ]+", unicodedata.normalize("NFC", name).casefold())[0]
+    names = {"train": TRAINING, "validation": VALIDATION, "test": TEST}
+    return next((role for role, known in names.items() if word in known), "")
+
+
+def choose_part(parts: Mapping[str, list[Path]], part: Part, folder: Path) -> list[Path]:
+    """The files of the part that is wanted; of a folder with one part alone, those.
+
+    Raises:
+        DataError: several parts, or none, would do.
+    """
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    roles = ("train", "") if part == "train" else ("validation", "test")
+    for role in roles:
+        found = [name for name in parts if _role(name) == role]
+        if len(found) == 1:
+            return parts[found[0]]
+        if found:
+            break
+    found = found or list(parts)
+    what = "training" if part == "train" else "scoring"
+    where = parts[found[0]][0]
+    example = where if where.is_dir() else where.parent / f"{found[0]}*"
+    raise DataError(
+        f"it is not clear which part of {folder} is for {what}",
+        reasons=[f"it holds {', '.join(repr(name) if name else 'files of no part' for name in parts)}"],
+        next_step=f"name the files, with a pattern in quotes: '{example}'",
+    )
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """What datasets' save_to_disk wrote: Arrow streams, listed in state.json."""
+    state = parse_line(read_bytes(folder / _STATE))
+    listed = state.get("_data_files") if isinstance(state, dict) else None
+    files = [entry.get("filename") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    if not files or any(not isinstance(name, str) or Path(name).name != name for name in files):
+        raise unreadable(folder, f"{_STATE} does not list the files of the folder")
+    if isinstance(state, dict) and state.get("_indices_files"):
+        raise unreadable(folder, "its rows are picked by an index file; call flatten_indices() and save it again")
+    return [folder / str(name) for name in files]
+
+
+def _what_it_holds(folder: Path) -> str:
+    names = [entry.name for entry in _visible(folder)]
+    return f", but {_some(names)}" if names else ""
+
+
+def _some(entries: "Sequence[object] | Mapping[Path, object]") -> str:
+    names = [entry.name if isinstance(entry, Path) else str(entry) for entry in entries]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

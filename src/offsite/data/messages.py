@@ -1,0 +1,204 @@
+"""What data sets write as a conversation -> turns: OpenAI's messages, ShareGPT's from and value, tool calls, parts.
+
+A turn keeps whatever else a message holds (a name, reasoning, tool calls), since the chat template may write it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+ROLES = (
+    "system",
+    "developer",
+    "user",
+    "assistant",
+    "tool",
+    "function",
+    "ipython",
+    "observation",
+    "environment",
+    "document",
+)
+_OTHER_NAMES = {  # what public data sets call these roles
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
+_TOOL_CALL, _TOOL_RESULT = "function_call", ("observation", "function_response", "tool_response")  # of ShareGPT
+_ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value", "text", "parts")
+_TRAINED_KEYS = ("weight", "train", "loss")  # 0 or false: a turn that is not to be learnt
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side of a conversation says."""
+
+    role: str  # one of ROLES
+    content: str  # its text; of several parts, all of them
+    parts: tuple[Mapping[str, Any], ...] = ()  # where the content was written in parts
+    more: Mapping[str, Any] = field(default_factory=dict)  # what else the message holds, without nulls
+    learnt: bool = True  # whether an assistant's turn carries labels
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The message as transformers takes it."""
+        content: Any = [dict(part) for part in self.parts] if self.parts else self.content
+        said = {"content": content} if content or "tool_calls" not in self.more else {}
+        return {"role": self.role, **said, **self.more}
+
+
+def parse_messages(value: object, name: str) -> tuple[list[Turn], list[str]]:
+    """Turns of a list of messages, and what is wrong with it.
+
+    Args:
+        value: the list, or JSON text of one.
+        name: the field's, for errors.
+    """
+    value = parsed_json(value)
+    if not isinstance(value, list) or not value:
+        return [], [f"field {name!r} is {kind_of(value)}, expected a list of {{'role', 'content'}}"]
+    turns, problems = [], []
+    for i, message in enumerate(value):
+        turn = _parse_message(message, f"{name}[{i}]")
+        if isinstance(turn, Turn):
+            turns.append(turn)
+        else:
+            problems.append(turn)
+    return turns, problems
+
+
+def _parse_message(message: object, where: str) -> Turn | str:
+    if not isinstance(message, Mapping):
+        return f"field '{where}' has {kind_of(message)}, expected 'role' and 'content'"
+    fields = {key: value for key, value in message.items() if value is not None}
+    role_key = next((key for key in _ROLE_KEYS if key in fields), None)
+    content_key = next((key for key in _CONTENT_KEYS if key in fields), None)
+    calls = fields.get("tool_calls") or fields.get("function_call")
+    if role_key is None or (content_key is None and not calls):
+        found = ", ".join(map(repr, message))
+        return f"field '{where}' has {found[:80] or 'nothing'}, expected 'role' and 'content'"
+    role = _parse_role(fields[role_key], sharegpt=role_key == "from")
+    content = fields.get(content_key, "") if content_key else ""
+    if role == _TOOL_CALL:
+        role, calls, content = "assistant", content, ""
+    if role not in ROLES:
+        return f"field '{where}.{role_key}' is {str(fields[role_key])[:40]!r}, expected {', '.join(ROLES)}"
+    text, parts = _parse_content(content)
+    problem = text_problem(f"{where}.{content_key or 'content'}", text, empty=role != "assistant" or bool(calls))
+    if problem:
+        return problem
+    skipped = {*_ROLE_KEYS, *_CONTENT_KEYS, *_TRAINED_KEYS, "tool_calls", "function_call"}
+    more = {key: value for key, value in fields.items() if key not in skipped}
+    if calls:
+        made = _parse_calls(calls)
+        if isinstance(made, str):
+            return f"field '{where}.tool_calls' {made}"
+        more["tool_calls"] = made
+    learnt = all(fields.get(key, True) not in (0, False) for key in _TRAINED_KEYS)
+    return Turn(role, str(text), parts, more, learnt)
+
+
+def _parse_role(value: object, *, sharegpt: bool) -> str:
+    role = str(value).strip().casefold()
+    if sharegpt and role in _TOOL_RESULT:
+        return "tool"
+    return _OTHER_NAMES.get(role, role)
+
+
+def _parse_content(content: object) -> tuple[object, tuple[Mapping[str, Any], ...]]:
+    """The text of a message, and its parts where it was written in some; what is no text is given back as it is."""
+    if isinstance(content, Mapping):
+        content = [content]
+    if not isinstance(content, list):
+        return content, ()
+    parts: list[Mapping[str, Any]] = []
+    for part in content:
+        if isinstance(part, str):
+            parts.append({"type": "text", "text": part})
+            continue
+        filled = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
+        if filled.get("type", "text") != "text" or not isinstance(filled.get("text"), str):
+            return part, ()
+        parts.append({"type": "text", **filled})
+    return "".join(part["text"] for part in parts), tuple(parts)
+
+
+def _parse_calls(calls: object) -> list[dict[str, Any]] | str:
+    """Tool calls as chat templates take them: {"type", "function": {"name", "arguments"}}, arguments an object."""
+    calls = parsed_json(calls)
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    if not isinstance(calls, list) or not calls:
+        return f"is {kind_of(calls)}, expected a list of calls"
+    made = []
+    for call in calls:
+        outer = {key: value for key, value in call.items() if value is not None} if isinstance(call, Mapping) else {}
+        inner = outer.get("function", outer)
+        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+            return "holds a call without a function's name"
+        arguments = parsed_json(inner.get("arguments", inner.get("parameters")))
+        function = {key: value for key, value in inner.items() if key != "parameters"}
+        function["arguments"] = {} if arguments in (None, "") else arguments
+        made.append(
+            {**outer, "function": function} if "function" in outer else {"type": "function", "function": function}
+        )
+    return made
+
+
+def parse_tools(value: object) -> list[Mapping[str, Any]] | str:
+    """Definitions of tools, from a list or from JSON text of one; or what is wrong with them."""
+    value = parsed_json(value)
+    if value is None or value in ("", []):
+        return []
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        return f"field 'tools' is {kind_of(value)}, expected a list of tools"
+    return list(value)
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of a table without the nulls that Arrow puts where one row of a column has a key and another has not."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def parsed_json(value: object) -> object:
+    """What a cell holds that is JSON text of a list or an object; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def text_problem(name: str, value: object, *, empty: bool = False) -> str | None:
+    """What is wrong with a field that is to hold text; `empty` says whether it may be empty."""
+    if not isinstance(value, str):
+        return f"field {name!r} is {kind_of(value)}, expected a string"
+    if not value and not empty:
+        return f"field {name!r} is empty"
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        return f"field {name!r} holds half of a surrogate pair, which is no text"
+    return None
+
+
+def kind_of(value: object) -> str:
+    """What a value is, for errors."""
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, Mapping) and isinstance(value.get("type"), str):
+        return f"a part of type {value['type'][:20]!r}"
+    return type(value).__name__
+
+
+def words_of(turns: Sequence[Turn]) -> str:
+    """All that is said."""
+    return "\n".join(turn.content for turn in turns)

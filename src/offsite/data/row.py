@@ -1,0 +1,43 @@
+"""A row of a data set as it was written, and how the data set's fields are to be understood."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from offsite.data.messages import Turn, words_of
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row; a text and a conversation have no prompt.
+
+    A row with a prompt and turns is an instruction: a conversation where the tokenizer has a chat template.
+    """
+
+    line: int  # from 1: a line of a text file, a row of a table
+    prompt: str | None
+    completion: str
+    choices: tuple[str, ...] = ()  # the completions to choose from
+    answer: int = 0  # which of them is right
+    turns: tuple[Turn, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)  # tools and other arguments for the chat template
+    document: bool = False  # a long text, to be cut into blocks
+    file: Path | None = field(default=None, compare=False)  # where it is from
+
+    @property
+    def whole_text(self) -> str:
+        """All of its text, as calibration reads it."""
+        return words_of(self.turns) if self.turns and self.prompt is None else (self.prompt or "") + self.completion
+
+    def place(self, source: Path | str = "") -> str:
+        """Its file and line, for errors; `source` names the data set where the file is not known."""
+        return f"{self.file or source}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class RowForm:
+    """How the fields of a data set are to be understood, where its own names do not say."""
+
+    columns: Mapping[str, str] = field(default_factory=dict)  # a field of ours -> the data set's name for it
+    chosen: bool = False  # whether of preferences the chosen answer is taken

@@ -1,0 +1,273 @@
+"""Records -> rows: what the fields of a data set mean. docs/data.md shows an example of every kind.
+
+{"messages"} or {"conversations"}     a conversation, labels on what the assistant says
+{"chosen", "rejected"}                preferences: the chosen answer, where that is asked for
+{"question", "choices", "answer"}     multiple choice; tuned on the right choice, scored on all of them
+{"instruction", "input", "output"}    an instruction: a conversation of two turns where the tokenizer has a template
+{"prompt", "completion"}              labels on the completion
+{"text"}                              a text, labelled throughout
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from offsite.data.messages import Turn, kind_of, parse_messages, parse_tools, parsed_json, text_problem
+from offsite.data.row import Row, RowForm
+from offsite.data.tables import ClassNumber
+
+Fields = Mapping[str, Any]
+
+_MESSAGES = ("messages", "conversations", "conversation")
+_OUTPUTS = ("output", "response")
+_INPUTS = ("input", "context")
+_ANSWERS = ("answer", "answerKey")
+FIELDS = frozenset(
+    {
+        *("text", "prompt", "completion", "question", "choices", "instruction", "system", "history", "tools"),
+        *("chosen", "rejected", "chat_template_kwargs", "documents"),
+        *_MESSAGES,
+        *_OUTPUTS,
+        *_INPUTS,
+        *_ANSWERS,
+    }
+)  # every name that a kind of row looks at
+_EXPECTED = (
+    "expected 'text', or 'prompt' and 'completion', or 'messages', or 'instruction' and 'output', "
+    "or 'question', 'choices' and 'answer'"
+)
+# Of Stanford Alpaca: what a base model without a chat template is tuned with
+_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
+    "### Response:\n"
+)
+_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+def question_prompt(question: str) -> str:
+    """The prompt of a multiple-choice question, in tuning and in evaluation."""
+    return f"Question: {question}\nAnswer:"
+
+
+def choice_completion(choice: str) -> str:
+    """What completes that prompt."""
+    return f" {choice}"
+
+
+def parse_row(fields: Fields, number: int, form: RowForm | None = None) -> Row | str:
+    """The row, or everything that is wrong with it; fields that no kind of row has are left alone."""
+    form = form or RowForm()
+    missing = [f"{theirs!r}" for theirs in form.columns.values() if theirs not in fields]
+    if missing:
+        return f"no field {' or '.join(missing)}, which --columns names; fields {_names(fields)}"
+    own = {name: value for name, value in fields.items() if name in FIELDS and name not in form.columns}
+    named = {ours: _as_named(fields[theirs]) for ours, theirs in form.columns.items()}
+    if named.keys() & {"prompt", "completion"}:
+        own.pop("text", None)
+    # columns that are named decide alone, as long as they make a row; others complete them
+    for known in ([named] if named else []) + [{**own, **named}]:
+        filled = {name: value for name, value in known.items() if value is not None}
+        for candidate in (filled, known):  # nulls of a table are no fields, but an error says that they are there
+            if (parse := _kind(candidate, form)) is not None:
+                return parse(candidate, number)
+    if "chosen" in own | named and not form.chosen:
+        return "preferences ('chosen' and 'rejected'); --chosen takes the chosen answers"
+    return f"fields {_names(fields)}; {_EXPECTED}"
+
+
+def _names(fields: Fields) -> str:
+    return ", ".join(repr(name)[:40] for name in sorted(fields, key=str)[:6]) or "none"
+
+
+def _as_named(value: object) -> object:
+    """The value of a column that --columns names: a class by its name, a number by its digits."""
+    if isinstance(value, ClassNumber):
+        return value
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _kind(fields: Fields, form: RowForm) -> Callable[[Fields, int], Row | str] | None:
+    """What makes a row of fields with these names; None where they are of no kind, or of several."""
+    names = set(fields)
+    if form.chosen and "chosen" in names:
+        return _preference
+    if names & set(_MESSAGES):
+        return _conversation
+    if {"question", "choices"} <= names and names & set(_ANSWERS):
+        return _multiple_choice
+    if "instruction" in names and names & set(_OUTPUTS):
+        return _instruction
+    if isinstance(fields.get("prompt"), list) and isinstance(fields.get("completion"), list):
+        return _prompted_conversation
+    if names & {"text", "prompt", "completion"} in ({"text"}, {"prompt", "completion"}):
+        return _text
+    return None
+
+
+def _text(fields: Fields, number: int) -> Row | str:
+    taken = {name: _as_text(fields[name]) for name in ("prompt", "completion", "text") if name in fields}
+    problems = [found for name, value in taken.items() if (found := text_problem(name, value, empty=name == "prompt"))]
+    if problems:
+        return "; ".join(problems)
+    if "text" in taken:
+        return Row(number, None, taken["text"])
+    if system := _system(fields):
+        turns = (*system, Turn("user", taken["prompt"]), Turn("assistant", taken["completion"]))
+        return Row(number, f"{system[0].content}\n\n{taken['prompt']}", taken["completion"], turns=turns)
+    return Row(number, taken["prompt"], taken["completion"])
+
+
+def _as_text(value: Any) -> Any:
+    return value.name if isinstance(value, ClassNumber) else value
+
+
+def _system(fields: Fields) -> tuple[Turn, ...]:
+    """The turn of a column `system`; nothing where it has no words."""
+    value = fields.get("system")
+    return (Turn("system", value),) if isinstance(value, str) and value.strip() else ()
+
+
+def _settings(fields: Fields) -> dict[str, Any] | str:
+    """What else the chat template is given: tools, documents, arguments of its own."""
+    tools = parse_tools(fields.get("tools"))
+    if isinstance(tools, str):
+        return tools
+    more = parsed_json(fields.get("chat_template_kwargs"))
+    if more is not None and not isinstance(more, Mapping):
+        return f"field 'chat_template_kwargs' is {kind_of(more)}, expected an object"
+    documents = parsed_json(fields.get("documents"))
+    taken = {"tools": tools, "documents": documents if isinstance(documents, list) else None}
+    return {name: value for name, value in taken.items() if value} | dict(more or {})
+
+
+def _of_turns(turns: list[Turn], number: int, fields: Fields, name: str) -> Row | str:
+    settings = _settings(fields)
+    if isinstance(settings, str):
+        return settings
+    if turns[0].role != "system":
+        turns = [*_system(fields), *turns]
+    if not any(turn.role == "assistant" and turn.learnt for turn in turns):
+        return f"field {name!r} has no assistant turn, so nothing to learn"
+    return Row(number, None, "", turns=tuple(turns), settings=settings)
+
+
+def _conversation(fields: Fields, number: int) -> Row | str:
+    name = next(name for name in _MESSAGES if name in fields)
+    turns, problems = parse_messages(fields[name], name)
+    return "; ".join(problems) if problems else _of_turns(turns, number, fields, name)
+
+
+def _prompted_conversation(fields: Fields, number: int) -> Row | str:
+    asked, problems = parse_messages(fields["prompt"], "prompt")
+    answered, others = parse_messages(fields["completion"], "completion")
+    if problems or others:
+        return "; ".join([*problems, *others])
+    return _of_turns([*map(_not_learnt, asked), *answered], number, fields, "completion")
+
+
+def _not_learnt(turn: Turn) -> Turn:
+    return Turn(turn.role, turn.content, turn.parts, turn.more, learnt=False)
+
+
+def _preference(fields: Fields, number: int) -> Row | str:
+    """The chosen answer; what it shares with the rejected one is the prompt, where there is none."""
+    chosen, rejected, prompt = (parsed_json(fields.get(name)) for name in ("chosen", "rejected", "prompt"))
+    instruction = fields.get("instruction")
+    if isinstance(chosen, Mapping):  # of ShareGPT: one turn each, after 'conversations'
+        chosen = [chosen]
+    if isinstance(chosen, list):
+        return _chosen_turns(fields, chosen, rejected, prompt, number)
+    if isinstance(instruction, str) and not isinstance(prompt, str):
+        return _instruction({**fields, "output": chosen}, number)
+    if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
+        same = next((i for i, pair in enumerate(zip(chosen, rejected, strict=False)) if pair[0] != pair[1]), 0)
+        border = max(chosen.rfind(sign, 0, same) for sign in (" ", "\n"))  # no word is cut
+        prompt, chosen = chosen[: max(border, 0)], chosen[max(border, 0) :]
+    return _text({"prompt": prompt or "", "completion": chosen}, number)
+
+
+def _chosen_turns(fields: Fields, chosen: list[Any], rejected: object, prompt: object, number: int) -> Row | str:
+    turns, problems = parse_messages(chosen, "chosen")
+    before: list[Turn] = []
+    asked = next((fields[name] for name in _MESSAGES if name in fields), prompt if isinstance(prompt, list) else None)
+    if asked is not None and len(turns) < 2:
+        before, wrong = parse_messages(asked, "prompt")
+        problems += wrong
+        if not problems and before[-1] == turns[-1]:
+            before = before[:-1]
+    elif isinstance(prompt, str) and turns and turns[0].role == "assistant":
+        before = [Turn("user", prompt)]
+    if problems:
+        return "; ".join(problems)
+    others, _ = parse_messages(rejected, "rejected") if isinstance(rejected, list) else ([], [])
+    same = next((i for i, pair in enumerate(zip(turns, others, strict=False)) if pair[0] != pair[1]), 0)
+    return _of_turns([*map(_not_learnt, [*before, *turns[:same]]), *turns[same:]], number, fields, "chosen")
+
+
+def _instruction(fields: Fields, number: int) -> Row | str:
+    """Alpaca's instruction, input and output, and the names that Dolly has for them."""
+    output = _as_text(next(fields[name] for name in _OUTPUTS if name in fields))
+    given = _as_text(next((fields[name] for name in _INPUTS if name in fields), ""))
+    instruction = _as_text(fields["instruction"])
+    checked = {"instruction": (instruction, False), "input": (given, True), "output": (output, False)}
+    problems = [found for name, (value, empty) in checked.items() if (found := text_problem(name, value, empty=empty))]
+    history = fields.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        problems.append(f"field 'history' is {kind_of(history)}, expected pairs of what was asked and answered")
+    if problems:
+        return "; ".join(problems)
+    asked = f"{instruction}\n{given}" if given else instruction
+    earlier = [
+        Turn(role, str(said)) for pair in history for role, said in zip(("user", "assistant"), pair, strict=True)
+    ]
+    turns = (*_system(fields), *earlier, Turn("user", asked), Turn("assistant", output))
+    prompt = (_WITH_INPUT if given else _WITHOUT_INPUT).format(instruction=instruction, input=given)
+    return Row(number, prompt, output, turns=turns)
+
+
+def _multiple_choice(fields: Fields, number: int) -> Row | str:
+    question, choices = fields["question"], parsed_json(fields["choices"])
+    answer = next(fields[name] for name in _ANSWERS if name in fields)
+    labels: list[Any] = []
+    if isinstance(choices, Mapping):  # ARC and CommonsenseQA: texts and their letters apart
+        labels = list(choices.get("label") or [])
+        choices = choices.get("text")
+    problems = [text_problem("question", question)]
+    if not isinstance(choices, list) or len(choices) < 2:
+        problems.append(f"field 'choices' is {kind_of(choices)}, expected a list of at least two strings")
+        choices = []
+    problems += [text_problem(f"choices[{i}]", choice) for i, choice in enumerate(choices)]
+    index = _index(answer, labels, len(choices))
+    if index is None:
+        problems.append(f"field 'answer' is {_shown(answer)}, expected the right choice's index, from 0")
+    elif choices and not 0 <= index < len(choices):
+        problems.append(f"field 'answer' is {index}, expected 0 to {len(choices) - 1}")
+    found = [problem for problem in problems if problem]
+    if found or index is None:
+        return "; ".join(found)
+    completions = tuple(choice_completion(choice) for choice in choices)
+    return Row(number, question_prompt(question), completions[index], choices=completions, answer=index)
+
+
+def _index(answer: object, labels: list[Any], count: int) -> int | None:
+    """Which choice is right: by its label, by its number from 0, or by its letter from A."""
+    if isinstance(answer, bool):
+        return None
+    if isinstance(answer, str) and answer.strip() in labels:
+        return labels.index(answer.strip())
+    if isinstance(answer, int):
+        return int(answer)
+    if isinstance(answer, str) and not labels:
+        word = answer.strip()
+        if word.isascii() and word.isdecimal():
+            return int(word)
+        if len(word) == 1 and "A" <= word <= "Z" and ord(word) - ord("A") < count:
+            return ord(word) - ord("A")
+    return None
+
+
+def _shown(answer: object) -> str:
+    return f"{answer!r}"[:40] if isinstance(answer, str) else kind_of(answer)

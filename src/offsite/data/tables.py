@@ -1,0 +1,115 @@
+"""Tables -> records: Parquet files, Arrow files and streams, with the names of classes that datasets stores in them.
+
+They are read with pyarrow (the extra `data`), never with code that came with the data.
+"""
+
+import json
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from offsite.data.messages import without_nulls
+from offsite.data.text_files import is_compressed, read_bytes, unreadable
+from offsite.extras import require
+
+_TOGETHER = 1024  # rows that are read at once
+_FEATURES = b"huggingface"  # key of a schema's metadata
+_FILE_MARK = b"ARROW1"  # of an Arrow file; without it, it is a stream
+
+
+class ClassNumber(int):
+    """The number of a class that has a name too."""
+
+    name: str
+
+    def __new__(cls, number: int, name: str) -> "ClassNumber":
+        """A number with its name."""
+        made = super().__new__(cls, number)
+        made.name = name
+        return made
+
+
+def read_table(path: Path, wanted: Container[str] | None) -> Iterator[dict[str, Any]]:
+    """The rows of a table; names of columns that were not read stand in a row without a value.
+
+    Args:
+        path: a Parquet or Arrow file.
+        wanted: names of the columns to read; None is all.
+
+    Raises:
+        DataError: the file is unreadable, or names a column twice.
+        UsageError: pyarrow is not installed.
+    """
+    done = 0
+    try:
+        for names, features, table in _batches(path, wanted):
+            labels = {name: found for name in names if (found := class_names(features.get(name)))}
+            for fields in table.to_pylist():
+                done += 1
+                named = {
+                    name: ClassNumber(fields[name], found[fields[name]])
+                    for name, found in labels.items()
+                    if isinstance(fields.get(name), int) and 0 <= fields[name] < len(found)
+                }
+                yield dict.fromkeys(names) | {name: without_nulls(value) for name, value in fields.items()} | named
+    except (OSError, ValueError, OverflowError, LookupError) as error:  # ArrowInvalid is a ValueError
+        raise unreadable(path, f"{str(error).strip()[:200]} (after row {done})") from None
+
+
+def features_of(path: Path) -> Mapping[str, Any]:
+    """What Hugging Face datasets says of the columns of a table, by name; nothing where it says nothing."""
+    for _, features, _ in _batches(path, ()):
+        return features
+    return {}
+
+
+def class_names(feature: object) -> list[str]:
+    """The names of a column's classes, by number; nothing where it is no column of classes."""
+    if not isinstance(feature, Mapping) or feature.get("_type") != "ClassLabel":
+        return []
+    names = feature.get("names")
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _batches(path: Path, wanted: Container[str] | None) -> Iterator[tuple[Sequence[str], Mapping[str, Any], Any]]:
+    """Names of columns, what is said of them, and rows as an Arrow batch, again and again."""
+    arrow = require("pyarrow", "data", "reading Parquet and Arrow tables")
+    source = arrow.BufferReader(read_bytes(path)) if is_compressed(path) else path.open("rb")
+    with source as file:
+        if path.name.lower().removesuffix(path.suffix.lower() if is_compressed(path) else "").endswith(".parquet"):
+            opened = require("pyarrow.parquet", "data", "reading Parquet").ParquetFile(file)
+            schema = opened.schema_arrow
+            columns = _chosen(path, schema.names, wanted)
+            for table in opened.iter_batches(batch_size=_TOGETHER, columns=columns):
+                yield schema.names, _features(schema, path), table
+            return
+        begins = file.read(len(_FILE_MARK))
+        file.seek(0)
+        if begins == _FILE_MARK:
+            opened = arrow.ipc.open_file(file)
+            batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
+        else:
+            opened = arrow.ipc.open_stream(file)
+            batches = iter(opened)
+        columns = _chosen(path, opened.schema.names, wanted)
+        for table in batches:
+            yield opened.schema.names, _features(opened.schema, path), table.select(columns)
+
+
+def _features(schema: Any, path: Path) -> Mapping[str, Any]:
+    """Features from the schema's metadata, or from dataset_info.json beside the file."""
+    stored = (schema.metadata or {}).get(_FEATURES)
+    try:
+        if stored is not None:
+            features = json.loads(stored)["info"]["features"]
+        else:
+            features = json.loads((path.parent / "dataset_info.json").read_bytes())["features"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return features if isinstance(features, Mapping) else {}
+
+
+def _chosen(path: Path, names: Sequence[str], wanted: Container[str] | None) -> list[str]:
+    if len(set(names)) != len(names):
+        raise unreadable(path, f"it names a column twice: {', '.join(names)[:80]}")
+    return [name for name in names if wanted is None or name in wanted]
