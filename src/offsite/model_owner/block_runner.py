@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from offsite.errors import IncompatibleError
-from offsite.kernels.fused_loss import labelled_cross_entropy
+from offsite.kernels import labelled_cross_entropy
 from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.partition import subset_config

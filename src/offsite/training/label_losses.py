@@ -3,7 +3,7 @@
 import torch
 
 from offsite.data.batches import Batch
-from offsite.kernels.fused_loss import labelled_cross_entropy
+from offsite.kernels import labelled_cross_entropy
 from offsite.models.backbone import Network, hidden_states
 
 
