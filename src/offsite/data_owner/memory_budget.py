@@ -69,17 +69,17 @@ def within_memory(tuning: Tuning, spec: TuneSpec, runtime: Runtime, file: Path, 
         StorageError: `file` cannot be written or read.
     """
     _recompute(tuning, spec.memory.gradient_checkpointing)
-    beside = side_by_side(tuning, spec, runtime)
+    parallel = side_by_side(tuning, spec, runtime)
     if spec.memory.budget is None:
         asked = "asked for" if spec.memory.gradient_checkpointing else "not asked for"
-        return Fitted(_shared(spec, beside.count), (beside, _recomputed(tuning, asked)))
-    found = _load_or_make(file, lambda: _fit(tuning, spec, beside.count, runtime, progress))
+        return Fitted(_shared(spec, parallel.count), (parallel, _recomputed(tuning, asked)))
+    found = _load_or_make(file, lambda: _fit(tuning, spec, parallel.count, runtime, progress))
     _recompute(tuning, found.recompute)
-    if found.lanes < beside.count:
-        beside = replace(beside, count=found.lanes, reason="the memory budget has no room for more")
+    if found.lanes < parallel.count:
+        parallel = replace(parallel, count=found.lanes, reason="the memory budget has no room for more")
     why = "the memory budget has no room for them" if found.recompute else "the memory budget has room for them"
     fitted = spec.changed({"micro_batch_tokens": found.at_once, "lanes": found.lanes})
-    return Fitted(fitted, (beside, _recomputed(tuning, why)))
+    return Fitted(fitted, (parallel, _recomputed(tuning, why)))
 
 
 def _recomputed(tuning: Tuning, reason: str) -> Piece:
@@ -120,18 +120,18 @@ def _fit(tuning: Tuning, spec: TuneSpec, lanes: int, runtime: Runtime, progress:
     ways = itertools.product(
         (True,) if spec.memory.gradient_checkpointing else (False, True), sorted({lanes, 1}, reverse=True)
     )
-    for again, beside in ways:
+    for again, count in ways:
         _recompute(tuning, again)
         found = None
-        trials = list(memory_trials(tuning.task, _shared(spec, beside)))
+        trials = list(memory_trials(tuning.task, _shared(spec, count)))
         for trial, following in itertools.zip_longest(trials, trials[1:]):
             reported = trial.tokens if isinstance(tuning.task, TextTask) else len(trial.micro_batches[0])
-            times = f"{beside} times " if beside > 1 else ""
+            times = f"{count} times " if count > 1 else ""
             progress(Event(f"measuring memory: {times}{reported} {tuning.task.unit} at once", 0))
-            before, peak = _measured(partial(run_trial, tuning, trial, beside), runtime.device)
+            before, peak = _measured(partial(run_trial, tuning, trial, count), runtime.device)
             least = _expected(before, peak, max(1.0, trial.longest / trial.tokens))
             if peak <= ceiling and trial.tokens >= trial.longest:
-                found = Fit(trial.at_once, beside, again, peak + later)
+                found = Fit(trial.at_once, count, again, peak + later)
             ahead = _expected(before, peak, following.tokens / trial.tokens) if following is not None else 0.0
             if max(peak, ahead) > ceiling:
                 break
@@ -200,7 +200,7 @@ def _measured(work: Callable[[], None], device: torch.device) -> tuple[int, int]
             next_step="use --gradient-checkpointing, or a lower micro_batch_tokens in --config; --plan estimates",
         )
     release_freed_memory(device)  # or a trial would be charged what the one before it freed
-    reset.write_text("5")  # the peak starts anew from here
+    reset.write_text("5")  # reset the peak
     before = _kilobytes(status, "VmRSS")
     work()
     return before, _kilobytes(status, "VmHWM")

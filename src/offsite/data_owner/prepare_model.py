@@ -1,4 +1,4 @@
-"""A bundle's model, ready to train: loaded, made fast, with its adapter attached and the task that trains it."""
+"""Preparing a bundle's model: load it, prepare it for its device, attach the adapter, and make the task."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING

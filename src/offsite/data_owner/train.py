@@ -51,7 +51,7 @@ def train(
     Args:
         tuning: what trains.
         spec: how; what fits into memory has been found out.
-        state: where resume points are saved, and the one to go on from.
+        state: the folder of the resume points; training continues from the last one.
         log: the file that gets a JSON line for every step and validation.
         progress: where the events go.
         checkpoints: those that will be returned; None where there is no return.
@@ -84,7 +84,7 @@ def train(
 
 
 def _loop_settings(spec: TuneSpec, rows: int, checkpoints: Checkpoints | None) -> LoopSettings:
-    """Of a tuning of so many rows: it is validated at its end, at every checkpoint, and as often as `eval_every`."""
+    """The loop's settings; validation comes at the end, at every checkpoint, and every `eval_every` steps."""
     steps, every, optimizer = step_count(spec, rows), spec.points.eval_every, spec.optimizer
 
     def rate(step: int) -> float:

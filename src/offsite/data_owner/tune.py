@@ -49,12 +49,12 @@ def tune(
 ) -> Return:
     """Train the bundle's adapter on rows that stay here, and write the return.
 
-    Beside `out` lie `<out>.log.jsonl`, the log, and while it runs `<out>.run/`, the resume points.
+    Next to `out` are the log, `<out>.log.jsonl`, and until the return is complete the resume points, `<out>.run/`.
 
     Args:
         bundle: what the model's owner sent, verified.
         data: rows to train on, as `offsite.data.rows.read_rows` takes them.
-        out: the return's folder; it appears whole or not at all.
+        out: the return's folder; it appears complete or not at all.
         spec: what trains and how.
         home: the data owner's.
         eval_data: rows to validate on; needed where the return is to report the checkpoints' losses.
@@ -64,7 +64,7 @@ def tune(
         progress: where the events go.
 
     Raises:
-        UsageError: `out` holds something, there are fewer steps than checkpoints, or losses to be reported and no
+        UsageError: `out` is not empty, there are fewer steps than checkpoints, or losses to be reported and no
             rows to measure them on, the tuning does not fit into `memory`, another one is at work there, an interrupted
             run is there that cannot or was not to be resumed, a package that was asked for is not installed, or
             TensorBoard's folder is where the return or its run will be.
@@ -77,7 +77,7 @@ def tune(
         KeyboardInterrupt: the user stopped it; a resume point was saved.
     """
     identity = check_tuning(bundle, out, spec, home, eval_data=eval_data, tensorboard=tensorboard, resume=resume)
-    out = out.resolve()  # the return takes the place of an empty folder, also of the one that one stands in
+    out = out.resolve()  # the return replaces an empty folder, which may be the current one
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     spec = resolve_defaults(spec, bundle.manifest.architecture, runtime.dtype.itemsize)
     with PictureWorkers(worker_count(spec.images.workers, runtime.device)) as workers:

@@ -1,4 +1,4 @@
-"""The rows of a tuning, read as the bundle's model is given them: tokens of text, or decoded pictures."""
+"""Reading the rows of a tuning: text becomes tokens of the bundle's tokenizer, pictures are decoded."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -38,7 +38,7 @@ def write_return(
         bundle: what it answers.
         tensors: the trained fp32 tensors by the names under which they are returned, a classifier among them.
         spec: how they were tuned.
-        out: the return's folder; it appears whole or not at all.
+        out: the return's folder; it appears complete or not at all.
         identity: the bundle's recipient, who signs.
         checkpoints: the earlier ones, and the scores that are reported of them.
         classes: what the classifier among the tensors tells apart; None where there is none.

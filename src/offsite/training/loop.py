@@ -42,7 +42,7 @@ def train(
         task: rows, and how they become a loss.
         weights: what trains.
         settings: steps, rates, and what happens between steps.
-        state: where resume points are saved, and the one to go on from.
+        state: the folder of the resume points; training continues from the last one.
         modules: what is in training mode during a step and in eval mode during a validation, so that dropout runs there
             and nowhere else.
         log: gets a record for every step, validation and start.

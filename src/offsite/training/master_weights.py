@@ -1,7 +1,7 @@
 """Trained weights in two precisions: fp32 masters that the optimiser moves, and working copies that the network runs.
 
-Under bf16 the network's own parameters are the working copies: they are cast once a step, where autocast would cast
-them and every fp32 activation beside them at each use. Gradients of micro-batches add up in fp32 (Micikevicius et al.,
+With bf16 the network's own parameters are the working copies. They are cast once a step; autocast would cast them at
+each use, and every fp32 activation too. Gradients of micro-batches add up in fp32 (Micikevicius et al.,
 arXiv 1710.03740, section 3.1).
 """
 

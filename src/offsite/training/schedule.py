@@ -52,7 +52,7 @@ def learning_rate(
 
     Args:
         step: which one.
-        steps: of the whole run.
+        steps: of the entire run.
         peak: the rate after warm-up.
         warmup: share of the steps that warm up.
         schedule: what follows.

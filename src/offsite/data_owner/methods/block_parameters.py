@@ -1,4 +1,4 @@
-"""Full tuning and BitFit: the trained blocks' own tensors, all of them or their biases alone (arXiv 2106.10199)."""
+"""Full tuning trains all tensors of the trained blocks, BitFit only their biases (arXiv 2106.10199)."""
 
 from typing import TYPE_CHECKING
 
@@ -17,18 +17,19 @@ if TYPE_CHECKING:
 def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -> dict[str, nn.Parameter]:
     """Make exactly the manifest's tensors for the method trainable; everything else stays frozen.
 
-    BitFit trains every bias, those of norms included, and no other tensor of one dimension.
+    BitFit trains every bias, also those of norms, and no other tensor of one dimension.
 
     Returns:
-        The trainable parameters by their names in the model; `core.mixture.in_files` makes of them what is returned.
+        The trainable parameters by their names in the model; `offsite.models.mixture.in_files` gives them the
+        names and shapes of the return.
 
     Raises:
         IncompatibleError: the model does not have exactly these tensors in these shapes.
     """
-    row, wanted = ARCHITECTURES[manifest.architecture], manifest.own_tensors(spec.adapter.method)
+    family, expected = ARCHITECTURES[manifest.architecture], manifest.own_tensors(spec.adapter.method)
     for name, parameter in model.named_parameters():
-        if in_files(row, {name: parameter}).keys() <= wanted.keys():
+        if in_files(family, {name: parameter}).keys() <= expected.keys():
             parameter.requires_grad_(True)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    require_exactly(in_files(row, trainable), wanted)
+    require_exactly(in_files(family, trainable), expected)
     return trainable

@@ -1,4 +1,4 @@
-"""Bottleneck adapters (arXiv 1902.00751): two small layers behind attention and MLP of each trained block."""
+"""Bottleneck adapters (arXiv 1902.00751): two small layers after attention and after the MLP of each trained block."""
 
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -> dict[str, nn.Parameter]:
-    """Put bottlenecks that change nothing yet into the trained blocks, before the residual is added.
+    """Insert bottlenecks into the trained blocks, before the residual is added; at first they change no output.
 
     Returns:
         The trainable parameters by the names under which they are returned.

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): low-rank pairs beside the linear maps that the manifest names."""
+"""LoRA (arXiv 2106.09685): pairs of low-rank matrices on the linear layers that the manifest names."""
 
 from typing import TYPE_CHECKING
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def lora_settings(manifest: BundleManifest, spec: TuneSpec) -> LoraSettings:
-    """The LoRA that a return under these settings declares: every permitted target, alpha twice the rank by default."""
+    """The LoRA settings that a return declares: every permitted target; alpha is twice the rank by default."""
     alpha = float(spec.adapter.lora_alpha if spec.adapter.lora_alpha is not None else 2 * spec.adapter.rank)
     return LoraSettings(rank=spec.adapter.rank, alpha=alpha, targets=tuple(sorted(manifest.lora_targets)))
 
 
 def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -> dict[str, nn.Parameter]:
-    """Put untrained pairs on exactly the manifest's targets, as PEFT initialises them (A Kaiming uniform, B zero).
+    """Add LoRA pairs to exactly the manifest's targets, initialised by PEFT (A Kaiming uniform, B zero).
 
     Returns:
         The trainable parameters by the names under which they are returned.
@@ -37,7 +37,7 @@ def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=spec.adapter.lora_dropout,
-        # Whole paths in a list: of a pattern PEFT keeps the last words alone where a family has experts.
+        # A list of full paths: of a pattern PEFT uses only the last words if the model has experts.
         target_modules=list(lora.targets),
         fan_in_fan_out=ARCHITECTURES[manifest.architecture].transposed,
         bias="none",

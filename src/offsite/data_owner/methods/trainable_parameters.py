@@ -1,4 +1,4 @@
-"""The check that what trains is what the manifest says, and nothing else."""
+"""The check that exactly the parameters train that the manifest permits."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""The output head, which trains whole beside any method that its owner permits it with."""
+"""The output head: all of it trains, together with the method, if the owner permits it."""
 
 from typing import TYPE_CHECKING
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 def attach_head(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -> dict[str, nn.Parameter]:
-    """Make the head trainable where the settings say so; after the method was attached, which freezes all else.
+    """Make the head trainable if the settings say so. Call it after the method was attached, which freezes the head.
 
     Returns:
-        Its parameters, beside LoRA by the names under which they are returned, else by those in the model.
+        Its parameters: with LoRA by the names under which they are returned, else by their names in the model.
 
     Raises:
         IncompatibleError: the model's head is not exactly what the manifest permits.
     """
     if not spec.adapter.tune_head:
         return {}
-    row, head = ARCHITECTURES[manifest.architecture], model.get_output_embeddings().requires_grad_(True)
-    parameters = {f"{row.head_module}.{kind}": parameter for kind, parameter in head.named_parameters()}
-    renamed = {returned_name(name, row, spec.adapter.method): parameter for name, parameter in parameters.items()}
-    in_return = renamed if spec.adapter.method == "lora" else in_files(row, parameters)
+    family, head = ARCHITECTURES[manifest.architecture], model.get_output_embeddings().requires_grad_(True)
+    parameters = {f"{family.head_module}.{kind}": parameter for kind, parameter in head.named_parameters()}
+    renamed = {returned_name(name, family, spec.adapter.method): parameter for name, parameter in parameters.items()}
+    in_return = renamed if spec.adapter.method == "lora" else in_files(family, parameters)
     require_exactly(in_return, returned_head(manifest, spec.adapter.method))
     return renamed

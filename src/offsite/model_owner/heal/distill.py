@@ -1,10 +1,10 @@
-"""Distillation: the emulator's blocks learn to give what the whole middle gave (offsite-tuning, arXiv 2302.04870, 3.3).
+"""Distillation: the emulator's blocks learn the output of the entire middle (offsite-tuning, arXiv 2302.04870, 3.3).
 
 The paper's loss is the next token's cross-entropy plus 30 times mean(((H_T - H_S) / rms(H_T))^2) of the hidden states
-at the end of the middle. Here the cross-entropy is left out unless asked for: then neither bottom, top, head nor the
-teacher runs again, for what enters and leaves the middle lies on the disk. rms is taken per token, and the first token
-of a text left out: a few tokens have a thousand times the others' norm. Of an encoder, pictures take the place of text
-and every token counts. Bottom and top never train.
+at the end of the middle. Here the cross-entropy is off by default: then bottom, top, head and teacher do not run again,
+because the hidden states that enter and leave the middle are on disk. rms is taken per token, and the first token of a
+text is left out, because a few tokens have a thousand times the norm of the others. An encoder is distilled on
+pictures, of which every token counts. Bottom and top never train.
 """
 
 import math
@@ -35,11 +35,11 @@ from offsite.training.run_log import run_log
 from offsite.training.schedule import learning_rate
 from offsite.training.settings import LoopSettings, RunNames
 
-HIDDEN_WEIGHT = 30.0  # of the hidden states' term beside the cross-entropy, as in the paper's code
+HIDDEN_WEIGHT = 30.0  # weight of the hidden states' term, as in the paper's code
 WARMUP = 0.05  # share of the steps
 MAX_GRAD_NORM = 1.0
-HELD_OUT = 16  # every so many batches one is not trained on
-VALIDATE_EVERY = 100  # steps between validations on those
+HELD_OUT = 16  # one of so many batches is held out for validation
+VALIDATE_EVERY = 100  # steps between validations
 SAVE_EVERY = 50  # steps between resume points
 _NAMES = RunNames(
     noun="distillation",
@@ -53,19 +53,19 @@ _NAMES = RunNames(
 
 
 def heal_emulator(healing: Healing, healed: Mapping[str, TensorRange]) -> Mapping[str, TensorRange]:
-    """Train the emulator's blocks, from where healing has brought them.
+    """Train the emulator's blocks, starting from the tensors that were healed before.
 
     Args:
         healing: the emulator; its log gets the healing curve, a JSON line for each step.
         healed: tensors of its blocks that were solved before, by base name.
 
     Returns:
-        All tensors of the emulator's blocks by base name, as they lie in a file of `scratch`.
+        All tensors of the emulator's blocks by base name, in a file of `scratch`.
 
     Raises:
         DataError: the calibration text is unreadable or too short.
         StorageError: something cannot be written.
-        OffsiteError: the loss is no longer a number.
+        OffsiteError: the loss is no longer a finite number.
         KeyboardInterrupt: the user stopped it; a resume point was saved.
     """
     model, sandwich, spec, scratch = healing.model, healing.sandwich, healing.spec, healing.scratch
@@ -119,7 +119,7 @@ class _Distillation:
 
     @property
     def term_weights(self) -> dict[str, float]:
-        """The hidden states' error, and the cross-entropy if it counts."""
+        """The error of the hidden states, and the cross-entropy if it is on."""
         return {"error": HIDDEN_WEIGHT} | ({"ce": self.spec.distill.ce} if self.spec.distill.ce else {})
 
     @property
@@ -129,7 +129,7 @@ class _Distillation:
 
     @property
     def held_out(self) -> list[int]:
-        """Batches for validation, which never train; none of a few."""
+        """Batches for validation; none if there are only a few batches."""
         return list(range(HELD_OUT - 1, len(self.states.batches), HELD_OUT))
 
     def order(self, epoch: int) -> list[list[int]]:
@@ -165,7 +165,7 @@ class _Distillation:
         return {self.unit: sum(self.states.tokens[position] for position in rows)}
 
     def first_record(self) -> dict[str, float]:
-        """The error before, or where the run goes on."""
+        """The held-out error before the first step of this process."""
         return self._held_out_terms()
 
     def validate(self, progress: Progress, stage: str) -> dict[str, float]:
