@@ -21,6 +21,26 @@ from tiny import MakeBase, Parties, timm_imports, tiny_base, tiny_parties  # noq
 CALIBRATION = 40_000  # characters
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-form", action="store_true", help="run tests marked every_form too, as `make test-all` does"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the further forms, unless they are asked for: by --every-form, by -m, or each by its own id."""
+    if config.option.every_form or config.option.markexpr:
+        return
+    named = [argument for argument in config.args if "[" in argument]
+    left_out = [
+        item
+        for item in items
+        if item.get_closest_marker("every_form") and not any(asked.endswith(item.nodeid) for asked in named)
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
 @pytest.fixture(autouse=True)
 def _timm(request: pytest.FixtureRequest) -> None:
     """Models of timm are tested where it can be imported: beside the pinned torch for processors it cannot."""

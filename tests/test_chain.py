@@ -16,7 +16,7 @@ from offsite.model_owner.ledger import Ledger
 from offsite.protocol.contents import WEIGHTS_OF
 from offsite.protocol.manifest import MANIFEST
 from offsite.storage.safetensors_files import open_checkpoint, read_float32, read_header
-from tiny import FAMILIES, KINDS, Family, tiny_base, tiny_parties, tiny_rows
+from tiny import EVERY_KIND, FAMILIES, KINDS, Family, tiny_base, tiny_parties, tiny_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 EXACT = EvalSpec(compute="fp32", device="cpu", threads=1)
@@ -80,7 +80,7 @@ def test_the_chain(tmp_path: Path, family: Family, method: Method) -> None:
     assert (issued.state, issued.kept) == ("plugged in", (0, 1, 4))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_nothing_compressed_means_nothing_lost(tmp_path: Path, kind: str, method: Literal["lora", "full"]) -> None:
     """The data owner's tuned emulator and the owner's plug-in are then the same model: every view scores alike."""

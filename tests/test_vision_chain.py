@@ -22,7 +22,7 @@ from offsite.models.loading import load_model
 from offsite.models.model_folder import model_settings
 from offsite.protocol.contents import CLASSIFIER, PROCESSOR
 from offsite.protocol.manifest import MANIFEST
-from tiny import VISION_KINDS, tiny_parties, tiny_pictures, tiny_vision_base
+from tiny import EVERY_VISION_KIND, VISION_KINDS, tiny_parties, tiny_pictures, tiny_vision_base
 
 CPU = torch.device("cpu")
 EXACT = EvalSpec(compute="fp32", device="cpu", threads=1)
@@ -42,7 +42,7 @@ def states(folder: Path, **keywords: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("kind", VISION_KINDS)
+@pytest.mark.parametrize("kind", EVERY_VISION_KIND)
 def test_with_all_blocks_the_bundle_is_the_base(tmp_path: Path, kind: str) -> None:
     base = tiny_vision_base(tmp_path / "base", kind, 4, classifier=kind in HAS_CLASSIFIER)
     bundle = packed(base, tmp_path / "bundle", tiny_parties(tmp_path))
@@ -53,7 +53,7 @@ def test_with_all_blocks_the_bundle_is_the_base(tmp_path: Path, kind: str) -> No
     assert "id2label" not in json.loads((bundle.folder / "config.json").read_text())
 
 
-@pytest.mark.parametrize("kind", VISION_KINDS)
+@pytest.mark.parametrize("kind", EVERY_VISION_KIND)
 def test_with_blocks_dropped_it_is_a_truncated_base(tmp_path: Path, kind: str) -> None:
     base = tiny_vision_base(tmp_path / "base", kind, 5)
     bundle = packed(base, tmp_path / "bundle", tiny_parties(tmp_path), keep=1)
@@ -68,7 +68,7 @@ def test_with_blocks_dropped_it_is_a_truncated_base(tmp_path: Path, kind: str) -
     assert torch.equal(states(bundle.folder), expected)
 
 
-@pytest.mark.parametrize("kind", VISION_KINDS)
+@pytest.mark.parametrize("kind", EVERY_VISION_KIND)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_nothing_compressed_means_nothing_lost(tmp_path: Path, kind: str, method: Literal["lora", "full"]) -> None:
     """The data owner's tuned bundle and the plug-in, which transformers loads and runs by itself, tell alike."""
@@ -128,7 +128,7 @@ def test_a_pipeline_of_transformers_runs_the_plug_in(tmp_path: Path) -> None:
         assert run(Image.open(pictures / name / "0.png"))[0]["label"] == name
 
 
-@pytest.mark.parametrize("kind", VISION_KINDS)
+@pytest.mark.parametrize("kind", EVERY_VISION_KIND)
 def test_an_untouched_return_gives_the_base_back(tmp_path: Path, kind: str) -> None:
     """Bit for bit, in bf16: what the plug-in's encoder computes is what the base computes."""
     parties = tiny_parties(tmp_path)

@@ -5,11 +5,13 @@ with a large spread, norms and biases included, so that no mistake hides behind 
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
+
+import pytest
 
 from offsite.config import Method
 from offsite.models.architectures import ARCHITECTURES, Architecture, architecture_of
@@ -77,6 +79,24 @@ KINDS: dict[str, dict[str, Any]] = {
         "family": "falcon", "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True,
     },
 }  # fmt: skip
+# One form of each kind of block: what `make test` runs of tests that run a model. `make test-all` runs all forms.
+ONE_OF_EACH = {
+    "llama tied, grouped": "RMS norms before, rotary positions, grouped heads, a gated MLP",
+    "gpt2 tied": "layer norms, learned positions, biases, weights stored (in, out)",
+    "qwen3": "norms of queries and keys, heads wider than the hidden size divides into",
+    "phi3": "queries, keys and values in one matrix, gate and up in another",
+    "qwen2_moe, dense blocks, windows": "experts and a shared one, dense blocks between, windows",
+    "mixtral": "experts alone",
+    "gemma2": "norms before and after, soft caps, windows of every second block",
+    "gpt_neox": "attention and MLP in parallel, partial rotary positions",
+    "opt, projections, norms behind": "norms after, embeddings narrower than the blocks",
+    "bloom": "positions as biases of attention (ALiBi)",
+    "vit": "an encoder with layer norms before and biases",
+    "dinov2": "scales of each layer's output",
+    "clip tower": "a tower of a model for pictures and text",
+    "beit, relative positions": "biases of relative positions",
+    "timm, eva": "an encoder of timm",
+}
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog.",
@@ -86,6 +106,18 @@ TEXT = (
     "A model owner keeps the weights; a data owner keeps the rows.",
 )
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+
+
+def each_form(kinds: Iterable[str], *more: Any) -> list[Any]:
+    """Parameters of a test, one a form; those not in ONE_OF_EACH (all but the first, if none is) only by `every_form`.
+
+    Args:
+        kinds: names in KINDS or VISION_KINDS.
+        more: values of the test's further arguments, the same for each form.
+    """
+    kinds = list(kinds)
+    usual = ONE_OF_EACH.keys() & kinds or kinds[:1]
+    return [pytest.param(kind, *more, marks=() if kind in usual else pytest.mark.every_form) for kind in kinds]
 
 
 def tiny_tokenizer(
@@ -500,6 +532,9 @@ def tiny_pictures(folder: Path, per_class: int = 6, *, seed: int = 0) -> Path:
     return folder
 
 
+EVERY_KIND, EVERY_VISION_KIND = each_form(KINDS), each_form(VISION_KINDS)
+
+assert KINDS.keys() | VISION_KINDS.keys() >= ONE_OF_EACH.keys()
 assert {row.model_type for row in ARCHITECTURES.values() if row.vision} == {
     kind["family"] for kind in VISION_KINDS.values()
 }

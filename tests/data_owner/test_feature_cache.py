@@ -28,7 +28,7 @@ from offsite.training.label_losses import label_losses
 from offsite.training.master_weights import MasterWeights
 from offsite.training.run_log import run_folder
 from offsite.training.task import Batching
-from tiny import KINDS, tiny_base, tiny_bundle, tiny_parties, tiny_rows
+from tiny import KINDS, each_form, tiny_base, tiny_bundle, tiny_parties, tiny_rows
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 14, 5, 14, 21, 2)
@@ -74,7 +74,7 @@ FORMS = ("llama untied", "gpt2 tied", "falcon, one key head", "gemma2")  # one o
 
 @pytest.mark.parametrize(
     ("kind", "again"),
-    [*((kind, "never") for kind in KINDS), *((kind, when) for kind in FORMS for when in ("before", "inside"))],
+    [*each_form(KINDS, "never"), *((kind, when) for kind in FORMS for when in ("before", "inside"))],
 )
 def test_losses_and_gradients_are_those_of_the_whole_network(tmp_path, kind, again):
     tuning = tuning_of(tiny_base(tmp_path / "base", blocks=3, **KINDS[kind]))

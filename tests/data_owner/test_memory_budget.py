@@ -21,7 +21,7 @@ from offsite.progress import silent
 from offsite.training.label_losses import label_losses
 from offsite.training.master_weights import MasterWeights
 from offsite.training.task import Batching
-from tiny import KINDS, tiny_base
+from tiny import EVERY_KIND, KINDS, tiny_base
 
 CPU = torch.device("cpu")
 WHERE = Runtime(CPU, torch.float32)
@@ -42,7 +42,7 @@ def _tuning(folder, lengths=(9, 14, 5, 14)):
     return Tuning(task, blocks, trained, weights, returned=weights.masters)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_recomputed_blocks_give_the_same_loss_and_gradients(tmp_path, kind):
     tuning = _tuning(tiny_base(tmp_path / "base", blocks=3, **KINDS[kind]))
     batch = collate(tuning.task.examples)

@@ -12,7 +12,7 @@ from offsite.models.architectures import ARCHITECTURES
 from offsite.models.library_calls import quiet
 from offsite.models.loading import load_model
 from offsite.models.mixture import in_files
-from tiny import KINDS, tiny_base, tiny_bundle, tiny_parties
+from tiny import EVERY_KIND, KINDS, tiny_base, tiny_bundle, tiny_parties
 
 
 @pytest.mark.parametrize("kind", ["llama untied", "mixtral", "qwen2_moe, dense blocks, windows"])
@@ -40,7 +40,7 @@ def test_why_mixtures_take_lora_on_attention_alone(tmp_path):
     assert trains == {"model.layers.1.mlp.experts", "model.layers.1.mlp.experts.base_layer"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_trainable_set_is_the_tables(tmp_path, kind, method):
     row = ARCHITECTURES[KINDS[kind]["family"]]
@@ -68,7 +68,7 @@ def test_the_trainable_set_is_the_tables(tmp_path, kind, method):
         assert set(returned) == {f"base_model.model.{pair}.weight" for pair in pairs}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_bitfit_trains_the_biases(tmp_path, kind):
     """Those of linear maps and of norms, and no weight of a norm, which has one dimension too."""
     row = ARCHITECTURES[KINDS[kind]["family"]]
@@ -92,7 +92,7 @@ def test_bitfit_trains_the_biases(tmp_path, kind):
     assert trains == set(returned) == biases
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_bottlenecks_start_as_the_identity_and_train_alone(tmp_path, kind):
     row = ARCHITECTURES[KINDS[kind]["family"]]
     base = tiny_base(tmp_path / "b", blocks=5, **KINDS[kind])

@@ -12,7 +12,7 @@ from offsite.model_owner.base_model import open_base
 from offsite.model_owner.block_runner import BlockRunner, captured_inputs
 from offsite.models.architectures import ARCHITECTURES
 from offsite.protocol.artifacts import Base
-from tiny import KINDS, MakeBase
+from tiny import EVERY_KIND, KINDS, MakeBase
 
 IDS = torch.tensor([[1, 5, 9, 40, 77, 3, 200], [1, 301, 12, 12, 8, 90, 4]])
 EXACT = Runtime(torch.device("cpu"), torch.float32)
@@ -33,7 +33,7 @@ def reference_states(base: Path) -> list[torch.Tensor]:
     return states
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_chain_of_blocks_is_the_model(base_of: MakeBase, kind: str) -> None:
     base = base_of(blocks=5, **KINDS[kind])
     model = open_base(Base(base))

@@ -31,7 +31,7 @@ from offsite.storage.safetensors_files import (
     read_chunks,
     write_checkpoint,
 )
-from tiny import KINDS, MakeBase, Parties
+from tiny import EVERY_KIND, KINDS, MakeBase, Parties
 
 IDS = torch.tensor([[1, 5, 9, 40, 77, 3, 200], [1, 301, 12, 12, 8, 90, 4]])
 
@@ -66,7 +66,7 @@ def bits(folder: Path) -> dict[str, bytes]:
     return {name: b"".join(read_chunks(t)) for name, t in open_checkpoint(folder).tensors.items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize(("bottom", "top", "keep", "kept"), [(1, 1, 2, [0, 1, 3, 4]), (2, 0, 1, [0, 1, 2])])
 def test_logits_are_those_of_a_truncated_model(
     base_of: MakeBase, parties: Parties, tmp_path: Path, kind: str, bottom: int, top: int, keep: int, kept: list[int]
@@ -82,7 +82,7 @@ def test_logits_are_those_of_a_truncated_model(
     assert issued.manifest == bundle.manifest
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_everything_kept_is_the_base(base_of: MakeBase, parties: Parties, tmp_path: Path, kind: str) -> None:
     base = base_of(blocks=3, **KINDS[kind])
     bundle = packed(base, tmp_path / "bundle", parties)
@@ -90,7 +90,7 @@ def test_everything_kept_is_the_base(base_of: MakeBase, parties: Parties, tmp_pa
     assert torch.equal(logits(plain(bundle.folder)), logits(plain(base)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_generation_with_and_without_cache(base_of: MakeBase, parties: Parties, tmp_path: Path, kind: str) -> None:
     bundle = packed(base_of(blocks=5, **KINDS[kind]), tmp_path / "bundle", parties, keep=1)
     model = plain(bundle.folder)

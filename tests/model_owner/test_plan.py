@@ -19,7 +19,7 @@ from offsite.model_owner.plan import PackPlan, plan_pack, plan_plug_in
 from offsite.model_owner.plug_in import plug_in
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base
-from tiny import KINDS, VISION_KINDS, MakeBase, Parties, tiny_pictures, tiny_vision_base
+from tiny import EVERY_KIND, EVERY_VISION_KIND, KINDS, MakeBase, Parties, tiny_pictures, tiny_vision_base
 
 HIDDEN, INNER, VOCABULARY = 32, 48, 320
 # q 32, k and v 16 each, o 32, three of the MLP, two norms
@@ -58,7 +58,7 @@ def test_blocks_that_train_in_between_are_planned(base_of: MakeBase, tmp_path: P
     assert parts == {"bottom": 1, "emulator": 2, "trained in between": 1, "top": 1}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_every_kind_of_model_can_be_planned(base_of: MakeBase, tmp_path: Path, parties: Parties, kind: str) -> None:
     base = Base(base_of(**KINDS[kind]))
     plan = plan_pack(base, spec(heal="none"))
@@ -192,7 +192,7 @@ def test_plugging_in(base_of: MakeBase, tmp_path: Path, parties: Parties, form: 
     assert all((made.folder / name).is_file() for name in more)
 
 
-@pytest.mark.parametrize("kind", VISION_KINDS)
+@pytest.mark.parametrize("kind", EVERY_VISION_KIND)
 def test_every_kind_of_encoder_can_be_planned(tmp_path: Path, parties: Parties, kind: str) -> None:
     base, own = Base(tiny_vision_base(tmp_path / "base", kind, 4)), tiny_pictures(tmp_path / "own", 3)
     settings = spec(keep=1, heal="refit", calibration=own)

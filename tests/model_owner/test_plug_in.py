@@ -31,7 +31,7 @@ from offsite.models.architectures import ARCHITECTURES
 from offsite.protocol.artifacts import Base, PlugIn
 from offsite.protocol.verify import verify_plug_in
 from offsite.storage.safetensors_files import INDEX, open_checkpoint, read_float32, read_header
-from tiny import KINDS, MakeBase, Parties
+from tiny import EVERY_KIND, KINDS, MakeBase, Parties
 
 # peft 0.21 asks transformers 5.23 by the old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -51,7 +51,7 @@ def noise(name: str, shipped: Array) -> Array:
 # --- an untouched adapter ---
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_untouched_gives_the_base_back(
@@ -134,7 +134,7 @@ def with_adapter(model: Any, adapter: Path) -> Any:
     return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_lora_adapter_merged_and_the_data_owners_view_agree(
     base_of: MakeBase, parties: Parties, tmp_path: Path, kind: str
 ) -> None:
@@ -155,7 +155,7 @@ def test_lora_adapter_merged_and_the_data_owners_view_agree(
     assert AutoTokenizer.from_pretrained(merged.folder)("x")["input_ids"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_full_merged_and_the_data_owners_view_agree(
     base_of: MakeBase, parties: Parties, tmp_path: Path, kind: str
 ) -> None:

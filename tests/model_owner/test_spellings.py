@@ -21,11 +21,11 @@ from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base
 from offsite.storage.safetensors_files import WEIGHTS, open_checkpoint, read_chunks
-from tiny import KINDS, LANGUAGE, MakeBase, Parties
+from tiny import KINDS, LANGUAGE, MakeBase, Parties, each_form
 
 BLOCKS = 4
 # One kind of each family.
-PLAIN = [next(kind for kind in KINDS if KINDS[kind]["family"] == family) for family in LANGUAGE]
+PLAIN = each_form(next(kind for kind in KINDS if KINDS[kind]["family"] == family) for family in LANGUAGE)
 
 
 def respelled(

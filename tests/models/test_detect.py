@@ -17,7 +17,7 @@ from offsite.models.detect import detect, render
 from offsite.models.family import Architecture
 from offsite.protocol.artifacts import Base
 from offsite.protocol.verify import verify_bundle
-from tiny import KINDS, MakeBase, Parties, tiny_config, tiny_tokenizer
+from tiny import KINDS, MakeBase, Parties, each_form, tiny_config, tiny_tokenizer
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = {
 
 
 # Of stacked experts no row can be read off a model.
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if not ARCHITECTURES[KINDS[kind]["family"]].experts])
+@pytest.mark.parametrize("kind", each_form(kind for kind in KINDS if not ARCHITECTURES[KINDS[kind]["family"]].experts))
 def test_what_is_detected_is_what_the_table_says(kind: str) -> None:
     row, config = ARCHITECTURES[KINDS[kind]["family"]], tiny_config(kind, 3)
     found, settings = detect(config.to_dict()), config.to_dict()

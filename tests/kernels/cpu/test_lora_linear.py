@@ -9,7 +9,7 @@ from offsite.config import TuneSpec
 from offsite.data_owner.methods.lora import attach
 from offsite.kernels.cpu.lora_linear import FusedLoraLinear, replace_lora_layers
 from offsite.models.loading import load_model
-from tiny import KINDS, tiny_base, tiny_bundle, tiny_parties
+from tiny import EVERY_KIND, KINDS, tiny_base, tiny_bundle, tiny_parties
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def _outcome(model, pairs):
     return logits.detach(), {name: pair.grad.clone() for name, pair in pairs.items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_every_family_computes_and_learns_as_with_pefts_layers(tmp_path, kind):
     model, pairs = _attached(tmp_path, kind=KINDS[kind])
     expected, slopes = _outcome(model, pairs)

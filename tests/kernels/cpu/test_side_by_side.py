@@ -21,7 +21,7 @@ from offsite.models.backbone import split_backbone_and_head
 from offsite.models.loading import load_model
 from offsite.training.master_weights import MasterWeights
 from offsite.training.task import Batching
-from tiny import KINDS, tiny_base
+from tiny import EVERY_KIND, KINDS, tiny_base
 
 CPU = torch.device("cpu")
 WHERE = Runtime(CPU, torch.float32)
@@ -49,7 +49,7 @@ def tuning_of(folder):
     return Tuning(task, blocks, trained, weights, weights.masters)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize("again", [False, True])
 def test_side_by_side_and_one_after_the_other_are_the_same(tmp_path, threads, kind, again):
     tuning = tuning_of(tiny_base(tmp_path / "base", blocks=3, **KINDS[kind]))

@@ -12,7 +12,7 @@ from offsite.kernels.cpu.tiled_attention import use_tiled_attention
 from offsite.models.backbone import split_backbone_and_head
 from offsite.models.loading import load_model
 from offsite.training.label_losses import label_losses
-from tiny import KINDS, VISION_KINDS, tiny_base, tiny_vision_base
+from tiny import EVERY_KIND, KINDS, VISION_KINDS, each_form, tiny_base, tiny_vision_base
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def losses_and_gradient(model, examples):
     return nats, weight.grad
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize(("lengths", "tile"), [((12, 12), None), ((5, 30, 17), 8)], ids=["at once", "padded, in tiles"])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 0.15), (torch.float32, 1e-4)], ids=["bf16", "fp32"])
 def test_it_computes_what_the_fused_one_does(tmp_path, kind, lengths, tile, dtype, close, monkeypatch):
@@ -65,7 +65,7 @@ def test_it_computes_what_the_fused_one_does(tmp_path, kind, lengths, tile, dtyp
     assert cosine > 0.995
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_the_compiled_one_computes_what_the_fused_one_does(tmp_path, kind, compiled, monkeypatch):
     model = load_model(tiny_base(tmp_path / "b", blocks=2, **KINDS[kind]), dtype=torch.bfloat16, device=CPU)
     generator = np.random.default_rng(0)
@@ -98,7 +98,7 @@ def test_dropout_of_the_compiled_one_is_of_the_thread(compiled):
     assert not torch.allclose(attended(1), attended(1, 0.0), atol=0.1)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in VISION_KINDS if "timm" not in kind])
+@pytest.mark.parametrize("kind", each_form(kind for kind in VISION_KINDS if "timm" not in kind))
 @pytest.mark.parametrize("tile", [None, 8], ids=["at once", "in tiles"])
 def test_encoders_compute_and_learn_what_they_did(tmp_path, kind, tile, monkeypatch):
     model = load_model(tiny_vision_base(tmp_path / "b", kind, blocks=2), dtype=torch.bfloat16, device=CPU)

@@ -13,7 +13,7 @@ from offsite.kernels.cuda.flash_attention import mask_of_right_padded_rows, use_
 from offsite.models.backbone import split_backbone_and_head
 from offsite.models.loading import load_model
 from offsite.training.label_losses import label_losses
-from tiny import KINDS, tiny_base
+from tiny import EVERY_KIND, KINDS, tiny_base
 
 CPU = torch.device("cpu")
 PADDED = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
@@ -51,7 +51,7 @@ def test_what_the_causal_rule_does_not_say_is_masked(named):
     assert mask[0, 0].triu(1).sum() == 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 def test_losses_are_those_of_a_dense_mask(tmp_path, kind, monkeypatch):
     model = load_model(tiny_base(tmp_path / "b", blocks=2, **KINDS[kind]), dtype=torch.float32, device=CPU)
     generator = np.random.default_rng(0)

@@ -19,7 +19,7 @@ from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base, Bundle
 from offsite.storage.safetensors_files import open_checkpoint, read_float32
-from tiny import FAMILIES, VISION_KINDS, Parties, tiny_pictures, tiny_vision_base
+from tiny import EVERY_VISION_KIND, FAMILIES, Parties, tiny_pictures, tiny_vision_base
 
 MakeBase = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -172,7 +172,7 @@ def test_distillation_leaves_the_zeros(base_of: MakeBase, tmp_path: Path, partie
         assert not np.array_equal(old, new)
 
 
-@pytest.mark.parametrize("kind", VISION_KINDS)
+@pytest.mark.parametrize("kind", EVERY_VISION_KIND)
 def test_encoders_are_pruned_on_pictures(tmp_path: Path, parties: Parties, kind: str) -> None:
     base, pictures = tiny_vision_base(tmp_path / "base", kind, 4), tiny_pictures(tmp_path / "own", 4)
     bundle = packed(base, tmp_path / "bundle", parties, prune=0.5, calibration=pictures, **SETTINGS)

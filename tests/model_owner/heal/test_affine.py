@@ -19,7 +19,7 @@ from offsite.model_owner.heal.ridge import USUAL_RIDGE
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.storage.safetensors_files import DECLARED_WEIGHTS, open_checkpoint, read_float32, read_header
-from tiny import FAMILIES, KINDS, MakeBase, Parties, tiny_rows
+from tiny import FAMILIES, KINDS, MakeBase, Parties, each_form, tiny_rows
 
 CPU = torch.device("cpu")
 BLOCKS = 8
@@ -93,7 +93,7 @@ def test_maps_are_the_ridge_solution_on_the_emulators_own_activations(
         torch.testing.assert_close(torch.cat([found[0], found[1][None]]), expected, atol=2e-4, rtol=2e-3)
 
 
-@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("kind", each_form(kinds()))
 def test_the_emulator_comes_closer_to_the_base_on_text_it_has_not_seen(
     base_of: MakeBase, tmp_path: Path, parties: Parties, kind: str
 ) -> None:

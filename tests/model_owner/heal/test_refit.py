@@ -25,7 +25,7 @@ from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base
 from offsite.storage.safetensors_files import copied, open_checkpoint, read_float32, write_checkpoint
-from tiny import FAMILIES, KINDS, TEXT, Family, tiny_base, tiny_parties
+from tiny import FAMILIES, KINDS, TEXT, Family, each_form, tiny_base, tiny_parties
 
 CPU = torch.device("cpu")
 BLOCKS = 8
@@ -49,7 +49,7 @@ def linear_kinds() -> list[str]:
     return [kind for kind, form in KINDS.items() if ARCHITECTURES[form["family"]].residual_is_linear(form)]
 
 
-@pytest.mark.parametrize("kind", linear_kinds())
+@pytest.mark.parametrize("kind", each_form(linear_kinds()))
 def test_solved_weights_are_the_ridge_solution_on_the_emulators_own_activations(
     kind: str, tmp_path: Path, text: Path
 ) -> None:
@@ -142,7 +142,7 @@ def kinds_linear_in_attention() -> list[str]:
     return [kind for kind, row in rows.items() if row.residual_is_linear(KINDS[kind], "attention")]
 
 
-@pytest.mark.parametrize("kind", kinds_linear_in_attention())
+@pytest.mark.parametrize("kind", each_form(kinds_linear_in_attention()))
 def test_attentions_projection_is_the_ridge_solution_with_the_mlps_output_held(
     kind: str, tmp_path: Path, text: Path
 ) -> None:

@@ -27,7 +27,7 @@ from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base
 from offsite.storage.safetensors_files import open_checkpoint, read_float32
-from tiny import VISION_KINDS, tiny_parties, tiny_pictures, tiny_vision_base
+from tiny import EVERY_VISION_KIND, tiny_parties, tiny_pictures, tiny_vision_base
 
 CPU = torch.device("cpu")
 
@@ -54,7 +54,7 @@ def some_pixels(base: Path, folder: Path) -> torch.Tensor:
     return torch.from_numpy(pictures.batch(range(12)))
 
 
-@pytest.mark.parametrize("kind", VISION_KINDS)
+@pytest.mark.parametrize("kind", EVERY_VISION_KIND)
 def test_block_by_block_is_the_whole_model(tmp_path: Path, kind: str) -> None:
     base = tiny_vision_base(tmp_path / "base", kind, 3)
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -65,7 +65,7 @@ def test_block_by_block_is_the_whole_model(tmp_path: Path, kind: str) -> None:
         torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", VISION_KINDS)
+@pytest.mark.parametrize("kind", EVERY_VISION_KIND)
 def test_refit_brings_the_emulator_closer(tmp_path: Path, kind: str) -> None:
     """Also where a block scales what its MLP gives: the problem is then solved behind the scale."""
     parties = tiny_parties(tmp_path)
@@ -82,7 +82,7 @@ def test_refit_brings_the_emulator_closer(tmp_path: Path, kind: str) -> None:
     assert errors["refit"] < 0.9 * errors["none"], errors
 
 
-@pytest.mark.parametrize("kind", VISION_KINDS)
+@pytest.mark.parametrize("kind", EVERY_VISION_KIND)
 def test_refit_of_attention_brings_the_emulator_closer(tmp_path: Path, kind: str) -> None:
     """Also where a block scales what its attention gives."""
     parties = tiny_parties(tmp_path)
@@ -98,7 +98,7 @@ def test_refit_of_attention_brings_the_emulator_closer(tmp_path: Path, kind: str
     assert errors[2] < errors[1] < errors[0], errors
 
 
-@pytest.mark.parametrize("kind", VISION_KINDS)
+@pytest.mark.parametrize("kind", EVERY_VISION_KIND)
 def test_distillation_brings_the_emulator_closer(tmp_path: Path, kind: str) -> None:
     """On patch tokens; bottom, top and what is around the blocks stay, and a second run gives the same."""
     parties = tiny_parties(tmp_path)
