@@ -15,18 +15,20 @@ def shape_of(cell: Cell, base: Path, plan: Mapping[str, Any]) -> Shape:
     from offsite.storage.safetensors_files import open_checkpoint
 
     config = json.loads((base / "config.json").read_text())
-    row, tensors = architecture_of(config), open_checkpoint(base).tensors
-    sizes = {path: next(t.shape for n, t in tensors.items() if n.endswith(f".0.{path}.weight")) for path in row.linears}
+    family, tensors = architecture_of(config), open_checkpoint(base).tensors
+    sizes = {
+        path: next(t.shape for n, t in tensors.items() if n.endswith(f".0.{path}.weight")) for path in family.linears
+    }
     vocabulary, hidden = tensors[next(n for n in tensors if n.endswith((".embed_tokens.weight", ".wte.weight")))].shape
     bottom, keep, top = SHAPES[cell.shape]
     return Shape(
-        blocks=row.block_count(config),
+        blocks=family.block_count(config),
         kept=bottom + keep + top,
         trained=bottom + top,
         below=0 if bottom else keep,
         block=sum(first * second for first, second in sizes.values()),
         pairs=sum(first + second for first, second in sizes.values()),
-        attended=sizes[row.attention_out][0 if row.transposed else 1],
+        attended=sizes[family.attention_out][0 if family.transposed else 1],
         head=vocabulary * hidden,
         tokens=plan["tokens"] / plan["rows"],
         context=plan["squares"] / plan["tokens"],

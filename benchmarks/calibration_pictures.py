@@ -89,8 +89,8 @@ def _leaving(folder: Path, data: Path, block: Any) -> Any:
     from offsite.models.loading import load_model
 
     model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
-    row = ARCHITECTURES[model.config.model_type]
-    blocks = model.get_submodule(row.module_blocks or row.blocks)
+    family = ARCHITECTURES[model.config.model_type]
+    blocks = model.get_submodule(family.module_blocks or family.blocks)
     seen = []
     blocks[block(len(blocks))].register_forward_hook(
         lambda _, __, output: seen.append((output[0] if isinstance(output, tuple) else output).flatten(0, 1).numpy())

@@ -113,11 +113,13 @@ def classifier(wanted: dict[str, Any], classes: int) -> "nn.Module":
     from peft import LoraConfig, get_peft_model
 
     config = body.config.to_dict()
-    row = architecture_of(config)
+    family = architecture_of(config)
     blocks = [
-        row.in_block(index, path) for index in range(row.block_count(config)) for path in row.lora_linears_of(config)
+        family.in_block(index, path)
+        for index in range(family.block_count(config))
+        for path in family.lora_linears_of(config)
     ]
-    targets = [f"body.{row.module_of(block)}" for block in blocks]
+    targets = [f"body.{family.module_of(block)}" for block in blocks]
     adapted = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, modules_to_save=["classifier"])
     return get_peft_model(whole, adapted)
 

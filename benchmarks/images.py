@@ -214,11 +214,11 @@ def operations(base: Path, contestant: str) -> float:
     from offsite.storage.safetensors_files import open_checkpoint
 
     config = json.loads((base / "config.json").read_text())
-    row, tensors = architecture_of(config), open_checkpoint(base).tensors
-    held = {row.name_of(name) or name: tensor.shape for name, tensor in tensors.items()}
-    sizes = [held[row.in_block(0, f"{path}.weight")] for path in row.linears]
+    family, tensors = architecture_of(config), open_checkpoint(base).tensors
+    held = {family.name_of(name) or name: tensor.shape for name, tensor in tensors.items()}
+    sizes = [held[family.in_block(0, f"{path}.weight")] for path in family.linears]
     patches = (config["image_size"] // config["patch_size"]) ** 2
-    tokens, blocks = patches + 1, row.block_count(config)  # a class token is among them
+    tokens, blocks = patches + 1, family.block_count(config)  # a class token is among them
     bottom, keep, top = (blocks, 0, 0) if contestant in BEST else split_of(contestant)
     shape = Shape(
         blocks=blocks,

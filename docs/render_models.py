@@ -12,9 +12,9 @@ from tiny import KINDS, VISION_KINDS  # noqa: E402
 
 INTRODUCTION = """# Model families
 
-<!-- Made by docs/render_models.py from src/offsite/core/families.py; run `make docs` after a change there. -->
+<!-- Made by docs/render_models.py from src/offsite/models/families.py; run `make docs` after a change there. -->
 
-A family is a row of the table in [families.py](../src/offsite/core/families.py), named by the `model_type` of its
+A family is a row of the table in [families.py](../src/offsite/models/families.py), named by the `model_type` of its
 configs; image encoders are rows of [vision_families.py](../src/offsite/core/vision_families.py). Both parties verify by
 that table. A model of another type is refused with the row that it would need
 ([why](decisions/0008-unknown-families-are-refused.md)).
@@ -150,10 +150,12 @@ STEPS = """
 
 def render() -> str:
     """The text of docs/models.md."""
-    rows = sorted((row for row in ARCHITECTURES.values() if row.vision is None), key=lambda row: row.model_type)
+    rows = sorted(
+        (family for family in ARCHITECTURES.values() if family.vision is None), key=lambda family: family.model_type
+    )
     lines = [
-        f"| {row.model_type} | {row.class_name} | {'yes' if row.tied_by_default else 'no'} | {_refit(row)} |"
-        for row in rows
+        f"| {one.model_type} | {one.class_name} | {'yes' if one.tied_by_default else 'no'} | {_refit(one)} |"
+        for one in rows
     ]
     return "".join(
         [
@@ -161,9 +163,9 @@ def render() -> str:
             "\n".join(lines) + "\n",
             "\n## What was tested\n",
             TESTED,
-            "\n".join(_details(row) for row in rows) + "\n",
+            "\n".join(_details(family) for family in rows) + "\n",
             VISION,
-            "\n".join(_encoder(row) for row in sorted(_encoders(), key=lambda row: row.model_type)) + "\n",
+            "\n".join(_encoder(family) for family in sorted(_encoders(), key=lambda family: family.model_type)) + "\n",
             VISION_NOTES,
             SPELLINGS,
             WORKED_EXAMPLE,
@@ -173,36 +175,36 @@ def render() -> str:
 
 
 def _encoders() -> list[Architecture]:
-    return [row for row in ARCHITECTURES.values() if row.vision is not None]
+    return [family for family in ARCHITECTURES.values() if family.vision is not None]
 
 
-def _encoder(row: Architecture) -> str:
-    vision = row.vision
+def _encoder(family: Architecture) -> str:
+    vision = family.vision
     assert vision is not None
     read = {"class": "class token", "mean": "mean of patches", "pooled": "what its config pools"}
-    forms = "; ".join(kind for kind, form in VISION_KINDS.items() if form["family"] == row.model_type)
+    forms = "; ".join(kind for kind, form in VISION_KINDS.items() if form["family"] == family.model_type)
     features = " and ".join(read[name] for name in vision.features)
     sizes = "any that patches fill" if vision.any_size else "its own"
-    return f"| {row.model_type} | {row.class_name} | {vision.class_name} | {features} | {sizes} | {forms} |"
+    return f"| {family.model_type} | {family.class_name} | {vision.class_name} | {features} | {sizes} | {forms} |"
 
 
-def _refit(row: Architecture) -> str:
-    if isinstance(row.linear_residual, bool):
+def _refit(family: Architecture) -> str:
+    if isinstance(family.linear_residual, bool):
         mixture = ' and `--keep` or `--prune-by magnitude`, or with `--keep` and `refit_maps = "attention"`'
-        other = mixture if row.experts else ", or with `--keep` and `--heal affine`"
-        some = f", of attention where the config has `{row.linear_attention}`" if row.linear_attention else ""
-        return f"yes{some}" if row.linear_residual else f"no: pack with `--heal none`{other}"
-    return f"where the config has `{row.linear_residual}`"
+        other = mixture if family.experts else ", or with `--keep` and `--heal affine`"
+        some = f", of attention where the config has `{family.linear_attention}`" if family.linear_attention else ""
+        return f"yes{some}" if family.linear_residual else f"no: pack with `--heal none`{other}"
+    return f"where the config has `{family.linear_residual}`"
 
 
-def _details(row: Architecture) -> str:
-    forms = "; ".join(kind for kind, form in KINDS.items() if form["family"] == row.model_type)
-    parts = [f"- **{row.model_type}**: {forms}. LoRA on `{'`, `'.join(row.lora_linears)}`."]
-    if row.per_block or row.listed:
-        parts.append(f"Cut with the blocks: `{'`, `'.join((*row.per_block, *row.listed))}`.")
-    parts += [f"Refused with `{switch}`: {why}." for switch, why in row.refused.items()]
-    if row.logit_cap:
-        parts.append(f"Logits are capped by `{row.logit_cap}`.")
+def _details(family: Architecture) -> str:
+    forms = "; ".join(kind for kind, form in KINDS.items() if form["family"] == family.model_type)
+    parts = [f"- **{family.model_type}**: {forms}. LoRA on `{'`, `'.join(family.lora_linears)}`."]
+    if family.per_block or family.listed:
+        parts.append(f"Cut with the blocks: `{'`, `'.join((*family.per_block, *family.listed))}`.")
+    parts += [f"Refused with `{switch}`: {why}." for switch, why in family.refused.items()]
+    if family.logit_cap:
+        parts.append(f"Logits are capped by `{family.logit_cap}`.")
     return " ".join(parts)
 
 

@@ -88,8 +88,8 @@ def lora_return(
     if head is not None:
         entries |= returned_head(bundle.manifest, "lora")
         arrays |= _tuned_head(bundle, "lora", head)
-    row = ARCHITECTURES[bundle.manifest.architecture]
-    config = adapter_config(lora, row, head=head is not None)
+    family = ARCHITECTURES[bundle.manifest.architecture]
+    config = adapter_config(lora, family, head=head is not None)
     with staged_folder(out) as folder:
         written = [
             write_safetensors(folder / ADAPTER_WEIGHTS, [from_array(n, a, "F32") for n, a in arrays.items()]),
@@ -281,9 +281,9 @@ def copied_folder(source: Path, out: Path) -> Path:
 def hidden_states(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What enters each block, and what leaves the last (before the final norm)."""
     model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
-    row = ARCHITECTURES[model.config.model_type]
+    family = ARCHITECTURES[model.config.model_type]
     seen: list[torch.Tensor] = []
-    blocks = model.get_submodule(row.blocks)
+    blocks = model.get_submodule(family.blocks)
     blocks[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     for block in blocks:
         block.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))

@@ -31,13 +31,15 @@ def test_the_document_is_what_the_table_renders(script: Any) -> None:
 
 def test_every_family_is_in_it(script: Any) -> None:
     text = script.render()
-    for row in ARCHITECTURES.values():
-        assert f"| {row.model_type} | {row.class_name} |" in text
-        if row.vision is not None:
-            assert f"| {row.vision.class_name} |" in text
+    for family in ARCHITECTURES.values():
+        assert f"| {family.model_type} | {family.class_name} |" in text
+        if family.vision is not None:
+            assert f"| {family.vision.class_name} |" in text
             continue
-        assert f"- **{row.model_type}**: " in text
-        assert all(f"`{path}`" in text for path in (*row.lora_linears, *row.per_block, *row.listed, *row.refused))
+        assert f"- **{family.model_type}**: " in text
+        assert all(
+            f"`{path}`" in text for path in (*family.lora_linears, *family.per_block, *family.listed, *family.refused)
+        )
 
 
 @pytest.mark.parametrize("biased", [True, False])

@@ -57,9 +57,9 @@ def test_with_all_blocks_the_bundle_is_the_base(tmp_path: Path, kind: str) -> No
 def test_with_blocks_dropped_it_is_a_truncated_base(tmp_path: Path, kind: str) -> None:
     base = tiny_vision_base(tmp_path / "base", kind, 5)
     bundle = packed(base, tmp_path / "bundle", tiny_parties(tmp_path), keep=1)
-    row = ARCHITECTURES[VISION_KINDS[kind]["family"]]
+    family = ARCHITECTURES[VISION_KINDS[kind]["family"]]
     model = load_model(base, dtype=torch.float32, device=CPU)
-    blocks = model.get_submodule(row.module_blocks or row.blocks)
+    blocks = model.get_submodule(family.module_blocks or family.blocks)
     for index in (3, 2):
         del blocks[index]
     pixels = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16).sin()
@@ -139,10 +139,10 @@ def test_an_untouched_return_gives_the_base_back(tmp_path: Path, kind: str) -> N
         Base(base), offsite.intake(returned.folder, parties.owner), tmp_path / "plugged", PlugInSpec(), parties.owner
     )
     whole = AutoModelForImageClassification.from_pretrained(made.folder, dtype=torch.bfloat16).eval()
-    row = ARCHITECTURES[VISION_KINDS[kind]["family"]]
+    family = ARCHITECTURES[VISION_KINDS[kind]["family"]]
     encoder = load_model(base, dtype=torch.bfloat16, device=CPU)
-    own = {row.name_of(name): parameter for name, parameter in whole.named_parameters() if row.name_of(name)}
-    parameters = {row.name_of(name): parameter for name, parameter in encoder.named_parameters()}
+    own = {family.name_of(name): parameter for name, parameter in whole.named_parameters() if family.name_of(name)}
+    parameters = {family.name_of(name): parameter for name, parameter in encoder.named_parameters()}
     assert own.keys() == parameters.keys()
     for name, parameter in parameters.items():
         assert torch.equal(own[name], parameter), name

@@ -304,25 +304,25 @@ def tiny_bundle(
     `keep` None keeps all of the middle, so the bundle computes what the base does.
     """
     config = json.loads((base / "config.json").read_text())
-    row = architecture_of(config)
-    count = row.block_count(config)
+    family = architecture_of(config)
+    count = family.block_count(config)
     middle = count - bottom - top
     kept = middle if keep is None else keep
     stays = [*range(bottom + kept), *range(count - top, count)]
     split = Split(bottom=bottom, emulator=kept, top=top)
-    tensors = list(_renumbered(base, row, stays, dtype))
+    tensors = list(_renumbered(base, family, stays, dtype))
     returnable = {
         tensor.name: tensor
         for tensor in tensors
-        if (place := row.block_of(tensor.name)) is not None and place[0] in split.trained
+        if (place := family.block_of(tensor.name)) is not None and place[0] in split.trained
     }
     targets = {
-        row.in_block(index, path): _in_out(returnable[row.in_block(index, f"{path}.weight")].shape, row)
+        family.in_block(index, path): _in_out(returnable[family.in_block(index, f"{path}.weight")].shape, family)
         for index in split.trained
-        for path in row.lora_linears
+        for path in family.lora_linears
     }
     with staged_folder(out) as staging:
-        written = _copy_settings(base, staging, config, row, stays) + write_checkpoint(staging, tensors)
+        written = _copy_settings(base, staging, config, family, stays) + write_checkpoint(staging, tensors)
         manifest = BundleManifest(
             format=1,
             requires=(),
@@ -333,7 +333,7 @@ def tiny_bundle(
             recipient=parties.data_owner.identity().public_key.hex,
             base="0" * 64,
             tokenizer=tokenizer_digest(file_entries(written)),
-            architecture=row.model_type,
+            architecture=family.model_type,
             split=split,
             methods=methods,
             max_rank=max_rank,
@@ -344,26 +344,26 @@ def tiny_bundle(
         return seal(staging, manifest, parties.owner.identity(), out)
 
 
-def _renumbered(base: Path, row: Architecture, stays: Sequence[int], dtype: str) -> Sequence[NewTensor]:
+def _renumbered(base: Path, family: Architecture, stays: Sequence[int], dtype: str) -> Sequence[NewTensor]:
     tensors = []
     for tensor in open_checkpoint(base).tensors.values():
-        place = row.block_of(tensor.name)
+        place = family.block_of(tensor.name)
         if place is None:
             tensors.append(copied(tensor, dtype=dtype))
         elif place[0] in stays:
-            tensors.append(copied(tensor, name=row.in_block(stays.index(place[0]), place[1]), dtype=dtype))
+            tensors.append(copied(tensor, name=family.in_block(stays.index(place[0]), place[1]), dtype=dtype))
     return tensors
 
 
-def _in_out(shape: tuple[int, ...], row: Architecture) -> tuple[int, int]:
+def _in_out(shape: tuple[int, ...], family: Architecture) -> tuple[int, int]:
     """(in features, out features) of a linear map from its weight's shape."""
-    return (shape[0], shape[1]) if row.transposed else (shape[1], shape[0])
+    return (shape[0], shape[1]) if family.transposed else (shape[1], shape[0])
 
 
 def _copy_settings(
-    base: Path, out: Path, config: dict[str, Any], row: Architecture, stays: Sequence[int]
+    base: Path, out: Path, config: dict[str, Any], family: Architecture, stays: Sequence[int]
 ) -> list[Written]:
-    allowed = {key: value for key, value in row.subset(config, stays).items() if key in row.config_keys}
+    allowed = {key: value for key, value in family.subset(config, stays).items() if key in family.config_keys}
     written = [write_stream(out / "config.json", [json.dumps(allowed, indent=1).encode()])]
     settings = cleaned(TOKENIZER_CONFIG, json.loads((base / TOKENIZER_CONFIG).read_text()))
     written.append(write_stream(out / TOKENIZER_CONFIG, [json.dumps(settings).encode()]))
@@ -480,17 +480,19 @@ def _tiny_timm_base(folder: Path, architecture: str, blocks: int, classifier: bo
     import numpy as np
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-    row, draw = ARCHITECTURES["timm_wrapper"], np.random.default_rng(seed)
+    family, draw = ARCHITECTURES["timm_wrapper"], np.random.default_rng(seed)
     config: dict[str, Any] = {
-        "model_type": row.model_type, "architectures": [row.class_name], "architecture": architecture,
+        "model_type": family.model_type, "architectures": [family.class_name], "architecture": architecture,
         "hidden_size": 32, "num_hidden_layers": blocks, "num_attention_heads": 4, "intermediate_size": 48,
         "image_size": SIDE, "patch_size": 4, "dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
     }  # fmt: skip
-    config |= {**row.settled, **row.settled_by(config)}
-    paths = [row.in_block(index, path) for index in range(blocks) for path in sorted(row.block_tensors(config, index))]
+    config |= {**family.settled, **family.settled_by(config)}
+    paths = [
+        family.in_block(index, path) for index in range(blocks) for path in sorted(family.block_tensors(config, index))
+    ]
     values: dict[str, Any] = {}
-    for name in (*sorted(row.outer_tensors(config)), *paths):
-        factors = [product.split("*") for product in (row.sizes_of(name) or "").split()]
+    for name in (*sorted(family.outer_tensors(config)), *paths):
+        factors = [product.split("*") for product in (family.sizes_of(name) or "").split()]
         shape = [int(np.prod([int(f) if f.isdigit() else config[f] for f in product])) for product in factors]
         is_norm = "norm" in name and name.endswith("weight")
         values[name] = draw.normal(1.0 if is_norm else 0.0, 0.1 if len(shape) == 1 else 0.15, shape)

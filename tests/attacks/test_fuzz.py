@@ -155,14 +155,14 @@ def test_any_settings_file(name: str, content: Any) -> None:
 @QUICK
 @given(st.sampled_from(sorted(ARCHITECTURES)), st.data())
 def test_any_config(family: str, data: st.DataObject) -> None:
-    row = ARCHITECTURES[family]
+    family = ARCHITECTURES[family]
     config = data.draw(
-        st.dictionaries(st.sampled_from(sorted(row.config_keys)) | st.text(max_size=5), JSON, max_size=4)
+        st.dictionaries(st.sampled_from(sorted(family.config_keys)) | st.text(max_size=5), JSON, max_size=4)
     )
-    problems = config_problems(config, row)
-    assert problems or set(config) <= row.config_keys
-    row.set_switches(config)
-    row.outer_tensors(config)
+    problems = config_problems(config, family)
+    assert problems or set(config) <= family.config_keys
+    family.set_switches(config)
+    family.outer_tensors(config)
     with contextlib.suppress(IncompatibleError):  # what verify makes a finding of
-        for path in list(row.block_tensors(config, 1))[:40]:
-            row.shape_problem(row.in_block(1, path), (1,), config)
+        for path in list(family.block_tensors(config, 1))[:40]:
+            family.shape_problem(family.in_block(1, path), (1,), config)

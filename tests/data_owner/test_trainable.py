@@ -18,7 +18,7 @@ from tiny import EVERY_KIND, KINDS, tiny_base, tiny_bundle, tiny_parties
 @pytest.mark.parametrize("kind", ["llama untied", "mixtral", "qwen2_moe, dense blocks, windows"])
 def test_a_long_list_of_targets_is_no_longer_set(tmp_path, kind):
     """PEFT shortens lists of twenty and more to endings."""
-    row = ARCHITECTURES[KINDS[kind]["family"]]
+    family = ARCHITECTURES[KINDS[kind]["family"]]
     base = tiny_base(tmp_path / "b", blocks=13, **KINDS[kind])
     bundle = tiny_bundle(base, tmp_path / "bundle", tiny_parties(tmp_path), bottom=2, top=3)
     assert len(bundle.manifest.lora_targets) >= 20
@@ -26,7 +26,7 @@ def test_a_long_list_of_targets_is_no_longer_set(tmp_path, kind):
     METHODS["lora"](model, bundle.manifest, TuneSpec(rank=2, compute="fp32", device="cpu", threads=1))
     trains = {name.partition(".lora_")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trains == set(bundle.manifest.lora_targets)
-    assert trains == {row.in_block(index, path) for index in (0, 1, 10, 11, 12) for path in row.lora_linears}
+    assert trains == {family.in_block(index, path) for index in (0, 1, 10, 11, 12) for path in family.lora_linears}
 
 
 def test_why_mixtures_take_lora_on_attention_alone(tmp_path):
@@ -43,7 +43,7 @@ def test_why_mixtures_take_lora_on_attention_alone(tmp_path):
 @pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_trainable_set_is_the_tables(tmp_path, kind, method):
-    row = ARCHITECTURES[KINDS[kind]["family"]]
+    family = ARCHITECTURES[KINDS[kind]["family"]]
     bundle = tiny_bundle(
         tiny_base(tmp_path / "b", blocks=5, **KINDS[kind]), tmp_path / "bundle", tiny_parties(tmp_path), keep=2
     )
@@ -54,16 +54,16 @@ def test_the_trainable_set_is_the_tables(tmp_path, kind, method):
     trained = (0, 3)
     if method == "full":
         config = model.config.to_dict()
-        names = {row.in_block(index, path) for index in trained for path in row.block_tensors(config, index)}
+        names = {family.in_block(index, path) for index in trained for path in family.block_tensors(config, index)}
         assert trains == set(returned)
-        assert set(in_files(row, returned)) == names == set(bundle.manifest.tensors)
-        decayed = {name for name in returned if row.is_linear(name)}
+        assert set(in_files(family, returned)) == names == set(bundle.manifest.tensors)
+        decayed = {name for name in returned if family.is_linear(name)}
         assert decayed.isdisjoint(name for name, tensor in returned.items() if tensor.dim() == 1)
         assert {name for name in returned if returned[name].dim() > 1} - decayed == (
-            {row.in_block(i, "mlp.gate.weight") for i in trained} & set(returned)
+            {family.in_block(i, "mlp.gate.weight") for i in trained} & set(returned)
         )
     else:
-        pairs = {f"{row.in_block(i, path)}.lora_{x}" for i in trained for path in row.lora_linears for x in "AB"}
+        pairs = {f"{family.in_block(i, path)}.lora_{x}" for i in trained for path in family.lora_linears for x in "AB"}
         assert trains == {f"{pair}.default.weight" for pair in pairs}
         assert set(returned) == {f"base_model.model.{pair}.weight" for pair in pairs}
 
@@ -71,14 +71,14 @@ def test_the_trainable_set_is_the_tables(tmp_path, kind, method):
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_bitfit_trains_the_biases(tmp_path, kind):
     """Those of linear maps and of norms, and no weight of a norm, which has one dimension too."""
-    row = ARCHITECTURES[KINDS[kind]["family"]]
+    family = ARCHITECTURES[KINDS[kind]["family"]]
     base = tiny_base(tmp_path / "b", blocks=5, **KINDS[kind])
     bundle = tiny_bundle(base, tmp_path / "bundle", tiny_parties(tmp_path), keep=2)
     spec = TuneSpec(method="bitfit", compute="fp32", device="cpu", threads=1)
     model = load_model(bundle.folder, dtype=torch.float32, device=torch.device("cpu"))
-    modules = dict(model.get_submodule(row.blocks).named_modules())
+    modules = dict(model.get_submodule(family.blocks).named_modules())
     biases = {
-        f"{row.blocks}.{path}.bias"
+        f"{family.blocks}.{path}.bias"
         for path, module in modules.items()
         if path.partition(".")[0] in ("0", "3") and isinstance(getattr(module, "bias", None), torch.nn.Parameter)
     }
@@ -94,7 +94,7 @@ def test_bitfit_trains_the_biases(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_bottlenecks_start_as_the_identity_and_train_alone(tmp_path, kind):
-    row = ARCHITECTURES[KINDS[kind]["family"]]
+    family = ARCHITECTURES[KINDS[kind]["family"]]
     base = tiny_base(tmp_path / "b", blocks=5, **KINDS[kind])
     bundle = tiny_bundle(base, tmp_path / "bundle", tiny_parties(tmp_path), keep=2)
     model = load_model(bundle.folder, dtype=torch.float32, device=torch.device("cpu"))
@@ -103,7 +103,7 @@ def test_bottlenecks_start_as_the_identity_and_train_alone(tmp_path, kind):
     spec = TuneSpec(method="bottleneck", width=3, compute="fp32", device="cpu", threads=1)
     returned = METHODS["bottleneck"](model, bundle.manifest, spec)
     assert torch.equal(model(input_ids=ids).logits, before)
-    places = [row.in_block(index, path) for index in (0, 3) for path in (row.attention_out, row.mlp_out)]
+    places = [family.in_block(index, path) for index in (0, 3) for path in (family.attention_out, family.mlp_out)]
     parts = ("down.weight", "down.bias", "up.weight", "up.bias")
     assert set(returned) == {f"{place}.bottleneck.{part}" for place in places for part in parts}
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == set(returned)

@@ -103,9 +103,9 @@ def test_a_lora_return_is_an_ordinary_peft_folder(house, tmp_path, family):
     }
     assert held.keys() == own.keys()
     assert all(torch.equal(held[name], own[name]) for name in held)
-    row, trained = ARCHITECTURES[family], set(bundle.manifest.split.trained)
+    family, trained = ARCHITECTURES[family], set(bundle.manifest.split.trained)
     targets = {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name in held}
-    assert targets == {row.in_block(block, path) for block in trained for path in row.linears}
+    assert targets == {family.in_block(block, path) for block in trained for path in family.linears}
     assert all(bool(tensor.any()) for tensor in held.values())  # B starts at zero: everything has been trained
 
 

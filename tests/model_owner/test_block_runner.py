@@ -58,20 +58,20 @@ def test_a_stored_dtype_does_not_show(base_of: MakeBase) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_replaced_weights_and_captured_inputs(base_of: MakeBase, family: str) -> None:
     model = open_base(Base(base_of(family, 3)))
-    row = model.row
+    family = model.family
     runner = BlockRunner(model, EXACT)
     hidden = runner.load(0).embed(IDS)
     plain = runner.load(1)
-    with captured_inputs(plain, [row.mlp_out]) as seen:
+    with captured_inputs(plain, [family.mlp_out]) as seen:
         before = plain(IDS, hidden)
     (entered,) = seen.values()
-    linear = plain.module.get_submodule(row.mlp_out)
-    zero = {f"{row.mlp_out}.weight": torch.zeros_like(linear.weight)}
+    linear = plain.module.get_submodule(family.mlp_out)
+    zero = {f"{family.mlp_out}.weight": torch.zeros_like(linear.weight)}
     after = runner.load(1, zero)(IDS, hidden)
-    matrix = linear.weight if row.transposed else linear.weight.T
+    matrix = linear.weight if family.transposed else linear.weight.T
     torch.testing.assert_close(before - after, entered @ matrix, rtol=1e-4, atol=1e-4)
     plain(IDS, hidden + 1)
-    assert seen[row.mlp_out] is entered  # the hook is off
+    assert seen[family.mlp_out] is entered  # the hook is off
 
 
 def test_reduced_precision_is_near(base_of: MakeBase) -> None:

@@ -92,14 +92,14 @@ def test_bottlenecks_are_mapped_back(base_of: MakeBase, parties: Parties, tmp_pa
     made = plugged(base, returned.folder, tmp_path / "plugged", parties)
     assert made.manifest.form == "adapter"
     weights, kind = made.folder / "bottleneck.safetensors", {"dtype": torch.float32, "device": torch.device("cpu")}
-    row = ARCHITECTURES[family]
-    names = {name: row.block_of(name) for name in read_header(weights)}
+    family = ARCHITECTURES[family]
+    names = {name: family.block_of(name) for name in read_header(weights)}
     assert {place[0] for place in names.values() if place} == {0, 4}
     model, sent = load_bottlenecked(base, weights, **kind), read_header(returned.folder / weights.name)
     own = dict(model.named_parameters())
     for name, place in names.items():
         assert place is not None
-        shipped = sent[row.in_block({0: 0, 4: 2}[place[0]], place[1])]
+        shipped = sent[family.in_block({0: 0, 4: 2}[place[0]], place[1])]
         assert np.array_equal(own[name].numpy(), read_float32(shipped))
     assert (logits(model) - logits(plain(base))).abs().max() > 0.1
     flat = bottleneck_return(bundle, tmp_path / "flat", parties.data_owner, up=0.0)

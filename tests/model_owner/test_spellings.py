@@ -81,13 +81,13 @@ def same_bundle(base: Path, other: Path, tmp_path: Path, parties: Parties) -> No
         stored, before = (open_checkpoint(folder).tensors for folder in (made.folder, other))
         assert stored.keys() == before.keys()
         changed = {n for n in stored if b"".join(read_chunks(stored[n])) != b"".join(read_chunks(before[n]))}
-        row = ARCHITECTURES[ours.manifest.architecture]
+        family = ARCHITECTURES[ours.manifest.architecture]
         targets = {
-            f"{row.in_block(theirs_index, path)}.weight"
+            f"{family.in_block(theirs_index, path)}.weight"
             for theirs_index in (0, BLOCKS - 1)
-            for path in row.lora_linears
+            for path in family.lora_linears
         }
-        assert {row.name_of(n) for n in changed} == (set() if name == "untouched" else targets)
+        assert {family.name_of(n) for n in changed} == (set() if name == "untouched" else targets)
 
 
 @pytest.mark.parametrize("kind", PLAIN)
@@ -108,9 +108,9 @@ def test_masks_and_frequencies_among_the_weights(
     base_of: MakeBase, parties: Parties, tmp_path: Path, kind: str, prefixed: bool
 ) -> None:
     base = base_of(blocks=BLOCKS, **KINDS[kind])
-    row = ARCHITECTURES[KINDS[kind]["family"]]
-    prefix = row.blocks if prefixed else unprefixed(row.blocks)
-    more = buffers(row.model_type, prefix)
+    family = ARCHITECTURES[KINDS[kind]["family"]]
+    prefix = family.blocks if prefixed else unprefixed(family.blocks)
+    more = buffers(family.model_type, prefix)
     other = respelled(base, tmp_path / "other", (lambda name: name) if prefixed else unprefixed, more)
     same_bundle(base, other, tmp_path, parties)
 
@@ -120,9 +120,9 @@ def test_a_tied_head_that_is_stored_all_the_same(
     base_of: MakeBase, parties: Parties, tmp_path: Path, kind: str
 ) -> None:
     base = base_of(blocks=BLOCKS, **(KINDS[kind] | {"tied": True}))
-    row = ARCHITECTURES[KINDS[kind]["family"]]
-    head = load_file(base / WEIGHTS)[next(iter(row.embeddings))]
-    same_bundle(base, respelled(base, tmp_path / "other", lambda name: name, {row.head: head}), tmp_path, parties)
+    family = ARCHITECTURES[KINDS[kind]["family"]]
+    head = load_file(base / WEIGHTS)[next(iter(family.embeddings))]
+    same_bundle(base, respelled(base, tmp_path / "other", lambda name: name, {family.head: head}), tmp_path, parties)
 
 
 def test_a_tied_head_that_is_stored_and_another_is_refused(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:

@@ -19,64 +19,64 @@ LLAMA, GPT2 = ARCHITECTURES["llama"], ARCHITECTURES["gpt2"]
 @pytest.mark.parametrize("tied", [True, False])
 def test_row_is_what_transformers_builds(kind: str, tied: bool) -> None:
     """Names of every tensor, in and around the blocks; linear maps, and which way round they store their weights."""
-    row = ARCHITECTURES[KINDS[kind]["family"]]
+    family = ARCHITECTURES[KINDS[kind]["family"]]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config(kind, 2, tied=tied))
-    assert type(model).__name__ == row.class_name
+    assert type(model).__name__ == family.class_name
     config = model.config.to_dict()
-    tensors = in_files(row, model.state_dict())
-    shapes = {row.spellings.get(name, name): tuple(tensor.shape) for name, tensor in tensors.items()}
+    tensors = in_files(family, model.state_dict())
+    shapes = {family.spellings.get(name, name): tuple(tensor.shape) for name, tensor in tensors.items()}
     if tied:
-        del shapes[row.head]
-    expected = row.outer_tensors(config) | {
-        row.in_block(i, path) for i in range(2) for path in row.block_tensors(config, i)
+        del shapes[family.head]
+    expected = family.outer_tensors(config) | {
+        family.in_block(i, path) for i in range(2) for path in family.block_tensors(config, i)
     }
     assert shapes.keys() == expected
-    assert row.block_count(config) == 2
-    assert row.tied(config) is tied
+    assert family.block_count(config) == 2
+    assert family.tied(config) is tied
     linears = (torch.nn.Linear, Conv1D)
     for index in range(2):
-        block = model.get_submodule(row.in_block(index, "").rstrip("."))
+        block = model.get_submodule(family.in_block(index, "").rstrip("."))
         found = {path: module for path, module in block.named_modules() if isinstance(module, linears)}
-        weights = {path for path in row.linears if f"{path}.weight" in row.block_tensors(config, index)}
-        assert found.keys() == weights if row.experts else found.keys() == weights == row.linears.keys()
-        assert found.keys() >= {row.attention_out, *row.lora_linears}
-        assert row.mlp_out in (dict(block.named_modules()) if row.experts else found)
+        weights = {path for path in family.linears if f"{path}.weight" in family.block_tensors(config, index)}
+        assert found.keys() == weights if family.experts else found.keys() == weights == family.linears.keys()
+        assert found.keys() >= {family.attention_out, *family.lora_linears}
+        assert family.mlp_out in (dict(block.named_modules()) if family.experts else found)
         module: Any
         for module in found.values():
-            inputs, outputs = (module.nx, module.nf) if row.transposed else (module.in_features, module.out_features)
-            assert tuple(module.weight.shape) == ((inputs, outputs) if row.transposed else (outputs, inputs))
+            inputs, outputs = (module.nx, module.nf) if family.transposed else (module.in_features, module.out_features)
+            assert tuple(module.weight.shape) == ((inputs, outputs) if family.transposed else (outputs, inputs))
     for name, shape in shapes.items():
-        assert row.sizes_of(name), name
-        assert row.shape_problem(name, shape, config) is None
-        assert row.shape_problem(name, (*shape, 1), config)
+        assert family.sizes_of(name), name
+        assert family.shape_problem(name, shape, config) is None
+        assert family.shape_problem(name, (*shape, 1), config)
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_what_a_row_takes_for_granted_is_transformers_default(family: str) -> None:
     """Conditions read a config that may leave keys out; so they must take what transformers would."""
-    row, config = ARCHITECTURES[family], AutoConfig.for_model(family).to_dict()
-    assert row.tied({}) is row.tied(config)
-    assert {key: config[key] for key in row.defaults} == dict(row.defaults)
+    family, config = ARCHITECTURES[family], AutoConfig.for_model(family).to_dict()
+    assert family.tied({}) is family.tied(config)
+    assert {key: config[key] for key in family.defaults} == dict(family.defaults)
     conditions = [
-        *row.biases,
-        *row.only_if.values(),
-        *(one for one in (row.linear_residual, row.linear_attention) if isinstance(one, str)),
+        *family.biases,
+        *family.only_if.values(),
+        *(one for one in (family.linear_residual, family.linear_attention) if isinstance(one, str)),
     ]
     for key in {word for condition in conditions for word in re.findall(r"[A-Za-z_]+", str(condition))} - {
         "or",
         "has_experts",
-        *row.follows,  # which no config may leave out
+        *family.follows,  # which no config may leave out
     }:
-        assert key in row.defaults or not config[key] or key == "word_embed_proj_dim", key
+        assert key in family.defaults or not config[key] or key == "word_embed_proj_dim", key
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_config_keys_that_travel_make_the_same_config(kind: str) -> None:
-    row = ARCHITECTURES[KINDS[kind]["family"]]
-    whole = tiny_config(kind, 4, architectures=[row.class_name]).to_dict()
-    kept = {key: value for key, value in whole.items() if key in row.config_keys}
-    assert config_problems(kept, row) == []
+    family = ARCHITECTURES[KINDS[kind]["family"]]
+    whole = tiny_config(kind, 4, architectures=[family.class_name]).to_dict()
+    kept = {key: value for key, value in whole.items() if key in family.config_keys}
+    assert config_problems(kept, family) == []
     again = AutoConfig.for_model(**kept).to_dict()
     left = {"transformers_version", "_name_or_path", "sliding_window_pattern", "_sliding_window_pattern"}
     assert {key for key in whole if whole[key] != again.get(key)} <= left
@@ -85,31 +85,31 @@ def test_config_keys_that_travel_make_the_same_config(kind: str) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if ARCHITECTURES[KINDS[kind]["family"]].per_block])
 @pytest.mark.parametrize("blocks", [1, 2, 3, 7, 13])
 def test_lists_that_a_config_leaves_out_are_those_that_transformers_derives(kind: str, blocks: int) -> None:
-    row = ARCHITECTURES[KINDS[kind]["family"]]
+    family = ARCHITECTURES[KINDS[kind]["family"]]
     config = tiny_config(kind, blocks)
-    without = {key: value for key, value in config.to_dict().items() if key not in row.per_block}
+    without = {key: value for key, value in config.to_dict().items() if key not in family.per_block}
     without |= {"sliding_window_pattern": 3} if "_sliding_window_pattern" in without else {}
-    whole = row.subset(without, range(blocks))
-    for key in row.per_block:
+    whole = family.subset(without, range(blocks))
+    for key in family.per_block:
         assert whole[key] == getattr(config, key)
     kept = [index for index in range(blocks) if index % 3 != 1]
-    cut = row.subset(config.to_dict(), kept)
-    assert cut["layer_types"] == row.subset(without, kept)["layer_types"] == [config.layer_types[i] for i in kept]
-    assert cut[row.count_keys[0]] == len(kept)
+    cut = family.subset(config.to_dict(), kept)
+    assert cut["layer_types"] == family.subset(without, kept)["layer_types"] == [config.layer_types[i] for i in kept]
+    assert cut[family.count_keys[0]] == len(kept)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen2_moe"])
 @pytest.mark.parametrize("windows", [{}, {"use_sliding_window": True, "sliding_window": 4}])
 def test_a_cut_config_does_not_tell_how_deep_the_base_is(family: str, windows: dict[str, Any]) -> None:
-    row = ARCHITECTURES[family]
+    family = ARCHITECTURES[family]
     one, other = (
-        row.subset({"num_hidden_layers": blocks, "max_window_layers": blocks - 2, **windows}, [0, 1, 2])
+        family.subset({"num_hidden_layers": blocks, "max_window_layers": blocks - 2, **windows}, [0, 1, 2])
         for blocks in (9, 14)
     )
     assert one == other
     assert one["max_window_layers"] <= 3
     del one["layer_types"]
-    assert row.subset(one, range(3)) == other  # who derives the list comes to the same
+    assert family.subset(one, range(3)) == other  # who derives the list comes to the same
 
 
 @pytest.mark.parametrize("period", [0, -1, "3", None])
@@ -120,10 +120,10 @@ def test_a_period_of_windows_that_is_none(period: object) -> None:
 
 
 def test_a_list_that_is_not_as_long_as_there_are_blocks() -> None:
-    row = ARCHITECTURES["qwen2"]
+    family = ARCHITECTURES["qwen2"]
     for broken in (["full_attention"], "full_attention", 3):
         with pytest.raises(IncompatibleError, match="one entry for each of the 2 blocks"):
-            row.subset({"num_hidden_layers": 2, "layer_types": broken}, [0])
+            family.subset({"num_hidden_layers": 2, "layer_types": broken}, [0])
 
 
 @pytest.mark.parametrize(

@@ -28,19 +28,19 @@ SIZES: dict[str, Any] = {
 # Of stacked experts no row can be read off a model.
 @pytest.mark.parametrize("kind", each_form(kind for kind in KINDS if not ARCHITECTURES[KINDS[kind]["family"]].experts))
 def test_what_is_detected_is_what_the_table_says(kind: str) -> None:
-    row, config = ARCHITECTURES[KINDS[kind]["family"]], tiny_config(kind, 3)
+    family, config = ARCHITECTURES[KINDS[kind]["family"]], tiny_config(kind, 3)
     found, settings = detect(config.to_dict()), config.to_dict()
-    assert (found.model_type, found.class_name, found.blocks) == (row.model_type, row.class_name, row.blocks)
-    assert row.spellings.get(found.head, found.head) == row.head
-    assert found.tied is row.tied_by_default
-    assert set(found.embeddings) | set(found.final) == row.outer_tensors(settings | {"tie_word_embeddings": True})
-    assert set(found.linears) == set(row.linears)
-    assert (found.attention_out, found.mlp_out) == (row.attention_out, row.mlp_out)
-    assert found.transposed is row.transposed
+    assert (found.model_type, found.class_name, found.blocks) == (family.model_type, family.class_name, family.blocks)
+    assert family.spellings.get(found.head, found.head) == family.head
+    assert found.tied is family.tied_by_default
+    assert set(found.embeddings) | set(found.final) == family.outer_tensors(settings | {"tie_word_embeddings": True})
+    assert set(found.linears) == set(family.linears)
+    assert (found.attention_out, found.mlp_out) == (family.attention_out, family.mlp_out)
+    assert found.transposed is family.transposed
     names = {*found.norms, *(f"{n}.weight" for n in found.linears), *(f"{n}.bias" for n in found.biased)}
-    assert names == row.block_tensors(settings, 0)
-    assert set(found.count_keys) <= set(row.count_keys)
-    assert found.per_block == sorted(row.per_block)
+    assert names == family.block_tensors(settings, 0)
+    assert set(found.count_keys) <= set(family.count_keys)
+    assert found.per_block == sorted(family.per_block)
 
 
 def stranger(folder: Path, model_type: str, **settings: Any) -> Path:

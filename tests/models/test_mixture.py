@@ -33,29 +33,29 @@ def made(kind: str, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_files_hold_what_transformers_would_save(kind: str) -> None:
-    model, row = made(kind), ARCHITECTURES[KINDS[kind]["family"]]
-    ours, theirs = in_files(row, model.state_dict()), revert_weight_conversion(model, model.state_dict())
+    model, family = made(kind), ARCHITECTURES[KINDS[kind]["family"]]
+    ours, theirs = in_files(family, model.state_dict()), revert_weight_conversion(model, model.state_dict())
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_modules_hold_what_transformers_would_load(kind: str) -> None:
-    model, row = made(kind), ARCHITECTURES[KINDS[kind]["family"]]
+    model, family = made(kind), ARCHITECTURES[KINDS[kind]["family"]]
     table = get_model_conversion_mapping(model)
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in table if isinstance(entry, WeightConverter)]
     for name, parameter in model.named_parameters():
-        for stored in in_files(row, {name: parameter}):
+        for stored in in_files(family, {name: parameter}):
             assert rename_source_key(stored, renamings, converters)[0] == name
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_nothing_is_copied(kind: str) -> None:
     """So that what is written into a matrix is in the stack."""
-    model, row = made(kind), ARCHITECTURES[KINDS[kind]["family"]]
+    model, family = made(kind), ARCHITECTURES[KINDS[kind]["family"]]
     for name, parameter in model.named_parameters():
-        found = in_files(row, {name: parameter})
+        found = in_files(family, {name: parameter})
         assert sum(tensor.numel() for tensor in found.values()) == parameter.numel()
         with torch.no_grad():
             for place, tensor in enumerate(found.values()):
@@ -112,19 +112,19 @@ def test_the_routers_own_loss_is_off(tmp_path: Path) -> None:
     ],
 )
 def test_dense_blocks_go_with_the_kept(kind: str, kept: list[int], dense: list[int]) -> None:
-    row, config = ARCHITECTURES[KINDS[kind]["family"]], tiny_config(kind, 5).to_dict()
-    cut = row.subset(config, kept)
+    family, config = ARCHITECTURES[KINDS[kind]["family"]], tiny_config(kind, 5).to_dict()
+    cut = family.subset(config, kept)
     assert (cut["mlp_only_layers"], cut["decoder_sparse_step"]) == (dense, 1)
     for new, old in enumerate(kept):
-        assert row.block_tensors(cut, new) == row.block_tensors(config, old)
-    assert row.subset(cut, range(len(kept))) == cut
+        assert family.block_tensors(cut, new) == family.block_tensors(config, old)
+    assert family.subset(cut, range(len(kept))) == cut
 
 
 @pytest.mark.parametrize("found", [0, -1, 1025, 10**12, True, 4.0, "4", [4], None])
 def test_a_number_of_experts_that_cannot_be(found: object) -> None:
-    row = ARCHITECTURES["mixtral"]
+    family = ARCHITECTURES["mixtral"]
     with pytest.raises(IncompatibleError, match=r"how many block_sparse_moe\.experts"):
-        row.block_tensors({"num_local_experts": found}, 0)
+        family.block_tensors({"num_local_experts": found}, 0)
 
 
 def test_the_number_of_experts() -> None:
@@ -156,7 +156,7 @@ def test_dense_blocks_that_cannot_be_told(config: dict[str, object]) -> None:
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
 def test_only_attention_takes_lora(family: str, tmp_path: Path) -> None:
     """docs/decisions/0010 says why."""
-    row = ARCHITECTURES[family]
-    assert {path.partition(".")[0] for path in row.lora_linears} == {"self_attn"}
+    family = ARCHITECTURES[family]
+    assert {path.partition(".")[0] for path in family.lora_linears} == {"self_attn"}
     names = open_checkpoint(tiny_base(tmp_path / "b", family, 1)).tensors
-    assert {row.in_block(0, f"{path}.weight") for path in row.lora_linears} <= names.keys()
+    assert {family.in_block(0, f"{path}.weight") for path in family.lora_linears} <= names.keys()

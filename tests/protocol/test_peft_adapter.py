@@ -25,9 +25,13 @@ def test_names_and_shapes_are_pefts(tmp_path: Path, family: Family) -> None:
     returned = lora_return(bundle, tmp_path / "return", parties.data_owner, rank=3)
     lora = returned.manifest.lora
     assert lora is not None
-    row = ARCHITECTURES[family]
+    family = ARCHITECTURES[family]
     config = LoraConfig(
-        r=3, lora_alpha=8.0, target_modules=sorted(lora.targets), fan_in_fan_out=row.transposed, task_type="CAUSAL_LM"
+        r=3,
+        lora_alpha=8.0,
+        target_modules=sorted(lora.targets),
+        fan_in_fan_out=family.transposed,
+        task_type="CAUSAL_LM",
     )
     model = AutoModelForCausalLM.from_pretrained(bundle.folder, dtype=torch.float32)
     theirs = {n: tuple(t.shape) for n, t in get_peft_model_state_dict(get_peft_model(model, config)).items()}

@@ -42,7 +42,7 @@ def test_every_weight_has_the_gradient_of_the_whole_model(tmp_path: Path, kind: 
     examples = encode(rows, tokenizer, source=tmp_path, max_length=64).examples
     batch = collate(examples)
     model = load_model(base, dtype=torch.float32, device=CPU)
-    tuning = all_weights_on_text(model, open_base(Base(base)).row, examples, (), TuneSpec())
+    tuning = all_weights_on_text(model, open_base(Base(base)).family, examples, (), TuneSpec())
     total, _ = label_losses(tuning.task.network, batch)
     total.backward()
     reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -78,7 +78,7 @@ def test_every_tensor_moves_and_the_result_is_a_checkpoint(tmp_path: Path) -> No
 def test_what_decays_is_matrices(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "base", "bloom", blocks=2)
     model = load_model(base, dtype=torch.float32, device=CPU)
-    tuning = all_weights_on_text(model, open_base(Base(base)).row, (), (), TuneSpec())
+    tuning = all_weights_on_text(model, open_base(Base(base)).family, (), (), TuneSpec())
     shapes = {name: parameter.dim() for name, parameter in model.named_parameters()}
     assert "transformer.word_embeddings_layernorm.weight" not in tuning.weights.decayed
     assert {name for name, dims in shapes.items() if dims == 2} == set(tuning.weights.decayed)
@@ -124,15 +124,15 @@ def test_an_encoder_becomes_a_classifier(tmp_path: Path, kind: str) -> None:
     pictures = tiny_pictures(tmp_path / "pictures", 4)
     spec = TuneSpec(lr=1e-3, max_steps=8, batch_size=6, compute="fp32", device="cpu", threads=1, augment=False)
     tuned = full_fine_tuning(Base(base), pictures, tmp_path / "tuned", spec)
-    row = open_base(Base(base)).row
-    before = {f"{row.vision.prefix}.{name}": stored for name, stored in open_base(Base(base)).tensors.items()}
+    family = open_base(Base(base)).family
+    before = {f"{family.vision.prefix}.{name}": stored for name, stored in open_base(Base(base)).tensors.items()}
     after = open_checkpoint(tuned.folder).tensors
     assert after.keys() == before.keys() | {WEIGHT, BIAS}
     same = {name for name, stored in before.items() if (read_float32(stored) == read_float32(after[name])).all()}
     unseen = {"clip_vision_model": {"post_layernorm.weight", "post_layernorm.bias"}}.get(
-        row.model_type, {"embeddings.mask_token"}
+        family.model_type, {"embeddings.mask_token"}
     )
-    assert same == {f"{row.vision.prefix}.{name}" for name in unseen}
+    assert same == {f"{family.vision.prefix}.{name}" for name in unseen}
     exact = EvalSpec(compute="fp32", device="cpu", threads=1)
     probed = evaluate_images(base, pictures, exact, probe=pictures)
     assert evaluate_images(tuned.folder, pictures, exact).loss < probed.loss

@@ -151,8 +151,8 @@ def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
     files = [WEIGHTS_OF[spec.adapter.method], *earlier, MANIFEST, SIGNATURE]
     if spec.adapter.method == "lora":
         files = [ADAPTER_CONFIG, *files]
-        row = ARCHITECTURES[manifest.architecture]
-        linears = sorted({place[1] for name in manifest.lora_targets if (place := row.map_of(name))})
+        family = ARCHITECTURES[manifest.architecture]
+        linears = sorted({place[1] for name in manifest.lora_targets if (place := family.map_of(name))})
         what = f"LoRA pairs of rank {spec.adapter.rank} on {', '.join(linears)}"
     elif spec.adapter.method == "bottleneck":
         what = f"bottlenecks of width {spec.adapter.width} behind attention and MLP"

@@ -173,9 +173,9 @@ def _by_linear_map(manifest: "BundleManifest") -> dict[str, list[int]]:
     """Where LoRA may sit: the paths in a block of its linear maps, each with the blocks of the bundle."""
     from offsite.models.architectures import ARCHITECTURES
 
-    row = ARCHITECTURES[manifest.architecture]
+    family = ARCHITECTURES[manifest.architecture]
     blocks: dict[str, list[int]] = {}
-    for index, path in sorted(place for name in manifest.lora_targets if (place := row.map_of(name))):
+    for index, path in sorted(place for name in manifest.lora_targets if (place := family.map_of(name))):
         blocks.setdefault(path, []).append(index)
     return blocks
 

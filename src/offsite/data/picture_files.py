@@ -320,11 +320,11 @@ def load_processor(folder: Path) -> Processor:
 def _size_problems(settings: Mapping[str, Any], made: Sequence[int]) -> Iterator[str]:
     from offsite.models.architectures import ARCHITECTURES
 
-    row = ARCHITECTURES.get(str(settings.get("model_type")))
+    family = ARCHITECTURES.get(str(settings.get("model_type")))
     inner = settings.get("vision_config", settings)
     patch, side = inner.get("patch_size"), inner.get("image_size")
     if isinstance(patch, int) and (made[1] % patch or made[2] % patch):
         yield f"it makes {made[1]} x {made[2]} pixels, which patches of {patch} do not fill"
-    fits = row is not None and row.vision is not None and row.vision.any_size
+    fits = family is not None and family.vision is not None and family.vision.any_size
     if not fits and isinstance(side, int) and (made[1], made[2]) != (side, side):
         yield f"it makes {made[1]} x {made[2]} pixels, the model has positions for {side} x {side}"

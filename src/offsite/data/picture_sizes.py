@@ -34,7 +34,7 @@ def at_once(each: int, tokens: int) -> int:
     return -(-tokens // each)
 
 
-def seen_picture(folder: Path, row: Architecture, config: Mapping[str, Any]) -> SeenPicture:
+def seen_picture(folder: Path, family: Architecture, config: Mapping[str, Any]) -> SeenPicture:
     """How large the image processor of a model folder makes pictures, read from its settings.
 
     Raises:
@@ -52,7 +52,7 @@ def seen_picture(folder: Path, row: Architecture, config: Mapping[str, Any]) -> 
             next_step="name height and width there as size, or as crop_size with do_center_crop",
         ) from None
     patch = int(config.get("patch_size", 16))
-    before = row.vision.before if row.vision else ()
+    before = family.vision.before if family.vision else ()
     others = sum(int(word) if word.isdigit() else int(config.get(word, 0)) for word in before)
     return SeenPicture(height, width, (height // patch) * (width // patch) + others)
 

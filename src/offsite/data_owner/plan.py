@@ -145,13 +145,13 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     """
     manifest, folder = bundle.manifest, bundle.folder
     require_permitted(manifest, spec)
-    row = ARCHITECTURES[manifest.architecture]
+    family = ARCHITECTURES[manifest.architecture]
     config, declared = unwrapped(strict_json((folder / CONFIG).read_bytes()))
     tensors = open_checkpoint(folder).tensors
     item = compute_bytes(spec.runtime.compute, spec.runtime.device)
     spec = resolve_defaults(spec, manifest.architecture, item)
     returned = returned_tensors(manifest, spec)
-    seen = _seen(bundle, data, spec) if row.vision is not None else None
+    seen = _seen(bundle, data, spec) if family.vision is not None else None
     context = config.get("max_position_embeddings") or config.get("n_positions") or 2**31
     length = seen.picture.tokens if seen else min(spec.rows.max_length, int(context))
     rows = seen.rows if seen else _row_count(folder, data, length)
@@ -161,21 +161,21 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
     lanes = 1 if spec.length.batch_size * length <= alone else lanes
     tokens = min(max(spec.tokens_at_once, lanes * length), spec.length.batch_size * length)
     tokens = min(at_once(length, spec.tokens_at_once), spec.length.batch_size, rows) * length if seen else tokens
-    parts = _parts(row, manifest, tensors)
+    parts = _parts(family, manifest, tensors)
     first = manifest.split.trained[0]
     # blocks of our own kinds keep no more for the backward pass than those of the family, and are counted as such
     measured = manifest.split.trained if declared else range(first, manifest.split.blocks)
-    blocks = (_block(row, tensors, index) for index in measured)
-    shapes = [block_shape(row, {path: one.shape for path, one in block.items()}, config) for block in blocks]
+    blocks = (_block(family, tensors, index) for index in measured)
+    shapes = [block_shape(family, {path: one.shape for path, one in block.items()}, config) for block in blocks]
     numbers = [math.prod(entry.shape) for entry in returned.values()]
     sizes = _Sizes(
         block=max(shapes, key=lambda shape: shape.kept(item)),
-        vocabulary=0 if seen else tensors[row.embedding_tensors(config)[0]].shape[0],
+        vocabulary=0 if seen else tensors[family.embedding_tensors(config)[0]].shape[0],
         parameters=sum(one.parameters for one in parts),
         stored=sum(one.bytes for one in parts),
         same_dtype=all(ITEM_SIZE[tensor.dtype] == item for tensor in tensors.values()),
         trained=sum(numbers) + (seen.classifier if seen else 0),
-        largest=max(*numbers, *_stacks(row, tensors, returned)),
+        largest=max(*numbers, *_stacks(family, tensors, returned)),
         through=manifest.split.blocks - first,
         training=len(manifest.split.trained),
         tokens=tokens,
@@ -186,7 +186,7 @@ def plan_tune(bundle: Bundle, data: Path, spec: TuneSpec) -> TunePlan:
         width=spec.adapter.width,
         head=sum(math.prod(entry.shape) for entry in manifest.head.values()) if spec.adapter.tune_head else 0,
         seen=seen,
-        scaled=row.mlp_scale is not None,
+        scaled=family.mlp_scale is not None,
     )
     tokenizer = sum((folder / name).stat().st_size for name in TOKENIZER_FILES if (folder / name).is_file())
     return TunePlan(
@@ -222,34 +222,34 @@ def returned_tensors(manifest: BundleManifest, spec: TuneSpec) -> dict[str, Tens
 
 
 def _stacks(
-    row: Architecture, tensors: Mapping[str, TensorRange], returned: Mapping[str, TensorEntry]
+    family: Architecture, tensors: Mapping[str, TensorRange], returned: Mapping[str, TensorEntry]
 ) -> Iterator[int]:
     """Numbers in each stack of experts that trains: it is one tensor in memory, and many in the return."""
-    experts = row.experts
+    experts = family.experts
     if experts is None:
         return
-    for index in {place[0] for name in returned if (place := row.block_of(name))}:
-        block = _block(row, tensors, index)
+    for index in {place[0] for name in returned if (place := family.block_of(name))}:
+        block = _block(family, tensors, index)
         for maps in experts.stacks.values():
             ends = tuple(f".{path}.weight" for path in maps)
             matrices = [path for path in block if path.startswith(f"{experts.path}.") and path.endswith(ends)]
-            yield sum(math.prod(block[path].shape) for path in matrices if row.in_block(index, path) in returned)
+            yield sum(math.prod(block[path].shape) for path in matrices if family.in_block(index, path) in returned)
 
 
-def _block(row: Architecture, tensors: Mapping[str, TensorRange], index: int) -> dict[str, TensorRange]:
-    places = ((row.block_of(name), tensor) for name, tensor in tensors.items())
+def _block(family: Architecture, tensors: Mapping[str, TensorRange], index: int) -> dict[str, TensorRange]:
+    places = ((family.block_of(name), tensor) for name, tensor in tensors.items())
     return {place[1]: tensor for place, tensor in places if place is not None and place[0] == index}
 
 
-def _parts(row: Architecture, manifest: BundleManifest, tensors: Mapping[str, TensorRange]) -> tuple[Part, ...]:
+def _parts(family: Architecture, manifest: BundleManifest, tensors: Mapping[str, TensorRange]) -> tuple[Part, ...]:
     split = manifest.split
     inside = {"trained in between": len(split.spread)} if split.spread else {}
     blocks = {"bottom": split.bottom, "emulator": split.emulator - len(split.spread), **inside, "top": split.top}
     held: dict[str, list[TensorRange]] = {name: [] for name in ("embeddings", *blocks, "final norm", "head")}
     for name, tensor in tensors.items():
-        place = row.block_of(name)
+        place = family.block_of(name)
         if place is None:
-            where = "embeddings" if name in row.embeddings else "head" if name == row.head else "final norm"
+            where = "embeddings" if name in family.embeddings else "head" if name == family.head else "final norm"
         elif place[0] in split.spread:
             where = "trained in between"
         else:

@@ -108,33 +108,33 @@ class BlockShape:
         return item * ((4 if method == "full" else 2) * self.hidden + self.inner)
 
 
-def block_shape(row: Architecture, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> BlockShape:
+def block_shape(family: Architecture, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> BlockShape:
     """The sizes of a block.
 
     Args:
-        row: of its family.
+        family: of its family.
         shapes: of the block's tensors, by path in it.
         config: of the model.
     """
 
     def sizes(path: str) -> tuple[int, int]:  # (inputs, outputs)
         first, second = shapes[f"{path}.weight"]
-        return (first, second) if row.transposed else (second, first)
+        return (first, second) if family.transposed else (second, first)
 
-    ends = {row.attention_out, *(row.experts.others if row.experts else (row.mlp_out,))}
-    linears = [path for path in row.linears if f"{path}.weight" in shapes]
-    inner = sum(sizes(path)[0] for path in linears if path in ends and path != row.attention_out)
+    ends = {family.attention_out, *(family.experts.others if family.experts else (family.mlp_out,))}
+    linears = [path for path in family.linears if f"{path}.weight" in shapes]
+    inner = sum(sizes(path)[0] for path in linears if path in ends and path != family.attention_out)
     projected = sum(sizes(path)[1] for path in linears if path not in ends)
-    first = f"{row.experts.path}.0" if row.experts else ""
-    if row.experts and f"{first}.{row.experts.out}.weight" in shapes:
-        chosen = int(config.get(row.experts.chosen_key) or 1)
-        inner += chosen * sizes(f"{first}.{row.experts.out}")[0]
-        projected += chosen * sum(sizes(f"{first}.{path}")[1] for path in row.experts.maps)
+    first = f"{family.experts.path}.0" if family.experts else ""
+    if family.experts and f"{first}.{family.experts.out}.weight" in shapes:
+        chosen = int(config.get(family.experts.chosen_key) or 1)
+        inner += chosen * sizes(f"{first}.{family.experts.out}")[0]
+        projected += chosen * sum(sizes(f"{first}.{path}")[1] for path in family.experts.maps)
     return BlockShape(
         parameters=sum(math.prod(shape) for shape in shapes.values()),
-        hidden=sizes(row.attention_out)[1],
+        hidden=sizes(family.attention_out)[1],
         inner=inner,
-        attended=sizes(row.attention_out)[0],
+        attended=sizes(family.attention_out)[0],
         projected=projected,
         heads=int(config.get("num_attention_heads") or config.get("n_head") or 1),
         gated={"mlp.gate_proj.weight", "mlp.up_proj.weight"} <= shapes.keys(),

@@ -26,14 +26,14 @@ class BaseModel:
 
     folder: Path
     config: Mapping[str, Any]
-    row: Architecture
+    family: Architecture
     tensors: Mapping[str, TensorRange]
     blocks: int
     states: FileStates = ()  # of the files of its weights, when they were opened
 
     def block(self, index: int) -> dict[str, TensorRange]:
         """The tensors of one block by their path in it."""
-        start = self.row.in_block(index, "")
+        start = self.family.in_block(index, "")
         return {name[len(start) :]: tensor for name, tensor in self.tensors.items() if name.startswith(start)}
 
 
@@ -48,11 +48,11 @@ def open_base(base: Base) -> BaseModel:
     """
     _require_base(base.folder)
     config = _read_config(base.folder / CONFIG)
-    row = row_of(config)
+    family = family_of(config)
     checkpoint = open_checkpoint(base.folder)
     tensors: dict[str, TensorRange] = {}
     for stored in checkpoint.tensors.values():
-        for name, tensor in by_todays_names(row, stored).items():
+        for name, tensor in by_todays_names(family, stored).items():
             if name in tensors:
                 raise IncompatibleError(
                     f"the weights in {base.folder} hold {name} under two spellings",
@@ -60,10 +60,10 @@ def open_base(base: Base) -> BaseModel:
                     next_step="import the model afresh from where it was published",
                 )
             tensors[name] = tensor
-    if row.tied(config) and row.head in tensors:
-        _require_copy(tensors.pop(row.head), tensors.get(_token_embedding(row)))
+    if family.tied(config) and family.head in tensors:
+        _require_copy(tensors.pop(family.head), tensors.get(_token_embedding(family)))
     states = _states_of(tensor.file for tensor in tensors.values())
-    model = BaseModel(base.folder, config, row, tensors, row.block_count(config), states)
+    model = BaseModel(base.folder, config, family, tensors, family.block_count(config), states)
     _check_tensors(model)
     return model
 
@@ -79,8 +79,8 @@ def _require_base(folder: Path) -> None:
         raise UsageError(f"{folder} is a {kind}, expected a base", next_step="name the base model's folder")
 
 
-def _token_embedding(row: Architecture) -> str:
-    return next(name for name, sizes in row.embeddings.items() if sizes == row.head_size)
+def _token_embedding(family: Architecture) -> str:
+    return next(name for name, sizes in family.embeddings.items() if sizes == family.head_size)
 
 
 def _require_copy(head: TensorRange, embedding: TensorRange | None) -> None:
@@ -100,12 +100,12 @@ def _require_copy(head: TensorRange, embedding: TensorRange | None) -> None:
         )
 
 
-def by_todays_names(row: Architecture, stored: TensorRange) -> dict[str, TensorRange]:
+def by_todays_names(family: Architecture, stored: TensorRange) -> dict[str, TensorRange]:
     """What a tensor of a base's file is by today's names: nothing for a buffer, each matrix for stacked experts."""
-    name = row.name_of(stored.name)
+    name = family.name_of(stored.name)
     if name is None:
         return {}
-    stack = row.stacked(name, stored.shape[0]) if len(stored.shape) == 3 else None
+    stack = family.stacked(name, stored.shape[0]) if len(stored.shape) == 3 else None
     if not stack or stored.shape[1] % len(stack[0]):
         return {name: stored}
     shape = (stored.shape[1] // len(stack[0]), stored.shape[2])
@@ -114,7 +114,7 @@ def by_todays_names(row: Architecture, stored: TensorRange) -> dict[str, TensorR
     return {matrix: replace(first, start=stored.start + place * first.size) for place, matrix in enumerate(matrices)}
 
 
-def row_of(config: Mapping[str, Any]) -> Architecture:
+def family_of(config: Mapping[str, Any]) -> Architecture:
     """The row of a base's config.
 
     Raises:
@@ -146,13 +146,15 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _check_tensors(model: BaseModel) -> None:
-    row, held = model.row, set(model.tensors)
-    expected = row.outer_tensors(model.config) | {
-        row.in_block(index, path) for index in range(model.blocks) for path in row.block_tensors(model.config, index)
+    family, held = model.family, set(model.tensors)
+    expected = family.outer_tensors(model.config) | {
+        family.in_block(index, path)
+        for index in range(model.blocks)
+        for path in family.block_tensors(model.config, index)
     }
     reasons = [f"missing {name}" for name in sorted(expected - held)]
     reasons += [f"unexpected {name}" for name in sorted(held - expected)]
-    problems = (row.shape_problem(name, tensor.shape, model.config) for name, tensor in model.tensors.items())
+    problems = (family.shape_problem(name, tensor.shape, model.config) for name, tensor in model.tensors.items())
     reasons += [problem for problem in problems if problem]
     reasons += [
         f"{name} has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}"
@@ -161,7 +163,7 @@ def _check_tensors(model: BaseModel) -> None:
     ]
     if reasons:
         raise IncompatibleError(
-            f"the weights in {model.folder} are not those of a {row.model_type} model of {model.blocks} blocks",
+            f"the weights in {model.folder} are not those of a {family.model_type} model of {model.blocks} blocks",
             reasons=first(reasons),
             next_step="check that config.json belongs to these weights; `offsite import` rebuilds a folder",
         )

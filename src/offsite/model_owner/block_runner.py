@@ -160,14 +160,14 @@ class BlockRunner:
 
     def __init__(self, model: BaseModel, machine: Runtime) -> None:
         self._model, self._device, self._compute = model, machine.device, machine.dtype
-        self._outer = {name: self._read(name) for name in model.row.embedding_tensors(model.config)}
+        self._outer = {name: self._read(name) for name in model.family.embedding_tensors(model.config)}
 
     def load(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> LoadedBlock:
         """One block of the base, some of its tensors replaced by path; behind it an affine map, if there is one."""
-        row = self._model.row
+        family = self._model.family
         surrounding = self._skeleton([index])
-        block = surrounding.get_submodule(row.block_module(0))
-        start, changed = row.in_block(index, ""), replaced or {}
+        block = surrounding.get_submodule(family.block_module(0))
+        start, changed = family.in_block(index, ""), replaced or {}
 
         def read(name: str) -> Tensor:
             path = name.removeprefix(start)
@@ -177,10 +177,10 @@ class BlockRunner:
         if AFFINE_WEIGHT in changed:
             stand_behind(block, Affine(read(start + AFFINE_WEIGHT), read(start + AFFINE_BIAS)))
         for name, value in self._outer.items():
-            path, _, leaf = row.module_of(name).rpartition(".")
+            path, _, leaf = family.module_of(name).rpartition(".")
             setattr(surrounding.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
-        body = surrounding if row.vision is not None else surrounding.base_model  # without the head
-        return LoadedBlock(block.eval(), body.eval(), self._compute, row.vision is not None)
+        body = surrounding if family.vision is not None else surrounding.base_model  # without the head
+        return LoadedBlock(block.eval(), body.eval(), self._compute, family.vision is not None)
 
     def stack(
         self, emulator: Sequence[int], after: Sequence[int], changed: Mapping[str, TensorRange], *, whole: bool
@@ -193,7 +193,7 @@ class BlockRunner:
             changed: tensors that take the place of the base's, and those of maps behind blocks, by base name.
             whole: load final norm and head as well, so that a pass can go on to the end.
         """
-        row, model = self._model.row, self._model
+        family, model = self._model.family, self._model
         indices = (*emulator, *after)
         surrounding = self._skeleton(indices)
 
@@ -203,8 +203,8 @@ class BlockRunner:
 
         parameters: dict[str, nn.Parameter] = {}
         for place, index in enumerate(indices):
-            block = surrounding.get_submodule(row.block_module(place))
-            start = f"{row.block_module(index)}."
+            block = surrounding.get_submodule(family.block_module(place))
+            start = f"{family.block_module(index)}."
             if not any(name.startswith(start) for name in parameters):
                 weights = self._weights(index, block, read, self._compute)
                 parameters |= {
@@ -214,49 +214,51 @@ class BlockRunner:
             block.load_state_dict(held, strict=True, assign=True)
             if start + AFFINE_WEIGHT in changed:
                 stand_behind(block, Affine(read(start + AFFINE_WEIGHT), read(start + AFFINE_BIAS)))
-        around = row.outer_tensors(model.config) if whole else row.embedding_tensors(model.config)
+        around = family.outer_tensors(model.config) if whole else family.embedding_tensors(model.config)
         for name in around:
-            path, _, leaf = row.module_of(name).rpartition(".")
+            path, _, leaf = family.module_of(name).rpartition(".")
             # a head has another name in some families' modules than in their files
-            owner = surrounding.get_output_embeddings() if name == row.head else surrounding.get_submodule(path)
+            owner = surrounding.get_output_embeddings() if name == family.head else surrounding.get_submodule(path)
             setattr(owner, leaf, nn.Parameter(read(name), requires_grad=False))
         if whole:
             surrounding.tie_weights()
-        blocks = [surrounding.get_submodule(row.block_module(place)) for place in range(len(indices))]
-        cap = getattr(surrounding.config, row.logit_cap) if row.logit_cap else None
-        return LoadedStack(parameters, surrounding.eval(), blocks, len(emulator), cap, row.vision is not None)
+        blocks = [surrounding.get_submodule(family.block_module(place)) for place in range(len(indices))]
+        cap = getattr(surrounding.config, family.logit_cap) if family.logit_cap else None
+        return LoadedStack(parameters, surrounding.eval(), blocks, len(emulator), cap, family.vision is not None)
 
     def _skeleton(self, indices: Sequence[int]) -> Any:
         """A model of these blocks without weights."""
         settings = subset_config(self._model, indices)
-        if self._model.row.vision is not None:  # an encoder's config also names its blocks, for uses that are not ours
-            settings = {key: value for key, value in settings.items() if key in self._model.row.config_keys}
+        if (
+            self._model.family.vision is not None
+        ):  # an encoder's config also names its blocks, for uses that are not ours
+            settings = {key: value for key, value in settings.items() if key in self._model.family.config_keys}
         config = AutoConfig.for_model(**settings)
         with without_weights():
-            return (AutoModel if self._model.row.vision else AutoModelForCausalLM).from_config(
+            return (AutoModel if self._model.family.vision else AutoModelForCausalLM).from_config(
                 config,
                 attn_implementation=attention_of(config),
                 experts_implementation=experts_implementation(),
-                **encoder_keywords(self._model.row, config),
+                **encoder_keywords(self._model.family, config),
             )
 
     def _weights(
         self, index: int, block: nn.Module, read: Callable[[str], Tensor], dtype: torch.dtype
     ) -> dict[str, Tensor]:
         """The parameters of a block, by path in the module; stacks of experts are filled matrix by matrix."""
-        row, start = self._model.row, self._model.row.in_block(index, "")
+        family, start = self._model.family, self._model.family.in_block(index, "")
         stacks = {
             path: torch.empty(parameter.shape, device=self._device, dtype=dtype)
             for path, parameter in block.named_parameters()
-            if row.stacked(start + path, 0) is not None
+            if family.stacked(start + path, 0) is not None
         }
-        matrices = in_files(row, {start + path: stack for path, stack in stacks.items()})
+        matrices = in_files(family, {start + path: stack for path, stack in stacks.items()})
         weights = dict(stacks)
         for path in self._model.block(index):
             if start + path in matrices:
                 matrices[start + path].copy_(read(start + path))
             else:
-                weights[row.modules.get(path, path)] = read(start + path)
+                weights[family.modules.get(path, path)] = read(start + path)
         return weights
 
     def _read(self, name: str) -> Tensor:

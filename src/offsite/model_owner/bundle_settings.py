@@ -33,14 +33,14 @@ def settings_files(
         StorageError: there is no tokenizer, or a file cannot be read.
     """
     config = bundle_config(model, kept, dtype)
-    problems = config_problems(config, model.row)
+    problems = config_problems(config, model.family)
     if problems:
         raise IncompatibleError(
             "the base's config holds what may not travel", reasons=problems, next_step=f"mend {CONFIG} in the base"
         )
     files = {CONFIG: _json(wrapped(config, declared) if declared else config)}
     others = _input_files(model)
-    if model.row.vision is None and (model.folder / GENERATION_CONFIG).is_file():
+    if model.family.vision is None and (model.folder / GENERATION_CONFIG).is_file():
         others.append(model.folder / GENERATION_CONFIG)
     for source in others:
         files[source.name] = _json(_cleaned_file(source)) if source.name in ALLOWED_KEYS else source.read_bytes()
@@ -49,7 +49,7 @@ def settings_files(
 
 def _input_files(model: BaseModel) -> list[Path]:
     """What makes inputs of text, or of images."""
-    if model.row.vision is None:
+    if model.family.vision is None:
         return _tokenizer_files(model)
     if not (model.folder / PROCESSOR).is_file():
         raise StorageError(

@@ -32,7 +32,7 @@ def calibration_batches(model: BaseModel, file: Path | None, tokens: int) -> lis
         DataError: the text cannot be read or is too short for one sequence, or pictures cannot be read.
         UsageError: fewer tokens are asked for than one sequence has; or no pictures were named, and none are installed.
     """
-    if model.row.vision is not None:
+    if model.family.vision is not None:
         return _picture_batches(model, file, tokens)
     tokenizer = load_tokenizer(model.folder)
     ids = tokenizer(read_calibration_text(file), add_special_tokens=False, verbose=False)["input_ids"]
@@ -53,15 +53,15 @@ def calibration_batches(model: BaseModel, file: Path | None, tokens: int) -> lis
 
 def token_counts(model: BaseModel, batches: Sequence[Tensor]) -> list[int]:
     """Tokens of each batch of texts or pictures, B * T."""
-    if model.row.vision is None:
+    if model.family.vision is None:
         return [batch.numel() for batch in batches]
-    each = seen_picture(model.folder, model.row, model.config).tokens
+    each = seen_picture(model.folder, model.family, model.config).tokens
     return [len(batch) * each for batch in batches]
 
 
 def _picture_batches(model: BaseModel, folder: Path | None, tokens: int) -> list[Tensor]:
     processor = load_processor(model.folder)
-    count = picture_count(seen_picture(model.folder, model.row, model.config), model.config, tokens)
+    count = picture_count(seen_picture(model.folder, model.family, model.config), model.config, tokens)
     if folder is None:
         made = torch.from_numpy(np.stack([processor(one, whole=True) for one in crops(count, processor.side)]))
         return [made[at : at + CALIBRATION_BATCH] for at in range(0, count, CALIBRATION_BATCH)]

@@ -47,7 +47,7 @@ def require_calibration(model: BaseModel, spec: PackSpec, *, distills: bool) -> 
         DataError: they cannot be read.
         UsageError: fewer tokens are asked for than one sequence has.
     """
-    if model.row.vision is not None:
+    if model.family.vision is not None:
         if spec.calibration.source is not None:
             read_pictures(spec.calibration.source, labelled=False)
         return

@@ -61,10 +61,10 @@ def check_packing(
         require_resume_asked(run_folder(out), resume=resume)
     if runs_network(sandwich, spec):
         require_calibration(model, spec, distills=bool(work_of(sandwich.middle, spec).later_steps))
-        if model.row.vision is not None and model.row.vision.extra:
+        if model.family.vision is not None and model.family.vision.extra:
             from offsite.models.library_calls import require_library
 
-            require_library(model.row, model.folder)
+            require_library(model.family, model.folder)
     return Packing(model, sandwich, identity, key)
 
 

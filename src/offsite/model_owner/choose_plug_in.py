@@ -88,10 +88,10 @@ def choose(
         VerificationError: as `plug_in`, like IncompatibleError and UsageError.
     """
     model, parent = open_base_of(returned, base, spec, home, progress)
-    if model.row.vision is not None:
+    if model.family.vision is not None:
         raise UsageError(
             "choosing is for language models",
-            reasons=[f"the base is an image encoder ({model.row.model_type})"],
+            reasons=[f"the base is an image encoder ({model.family.model_type})"],
             next_step="plug in with --strength, and compare what `offsite eval` says of each",
         )
     examples = _read(base, data, measured)
@@ -159,7 +159,7 @@ class _Trial:
             with tempfile.TemporaryDirectory() as folder:
                 write_adapter(base, self._chosen(1, 0.0), Path(folder))
                 model = load_tuned(base.folder, Path(folder), where)
-        self._places = _by_names_in_files(base.row, model)
+        self._places = _by_names_in_files(base.family, model)
         self.network = split_backbone_and_head(model)
 
     @torch.no_grad()
@@ -179,9 +179,9 @@ class _Trial:
         return Chosen(self._verified, self._parent, checkpoint, np.float32(strength))
 
 
-def _by_names_in_files(row: Architecture, model: "PreTrainedModel") -> dict[str, torch.Tensor]:
+def _by_names_in_files(family: Architecture, model: "PreTrainedModel") -> dict[str, torch.Tensor]:
     """The parameters by the names of a plug-in's tensors, those of PEFT by the names that it gives them in files."""
     parameters = dict(model.named_parameters())
     tuned = {name: parameter for name, parameter in parameters.items() if ADAPTED.search(name)}
     own = {name: parameter for name, parameter in parameters.items() if name not in tuned}
-    return {**in_files(row, own), **{f"base_model.model.{saved_as(name)}": tuned[name] for name in tuned}}
+    return {**in_files(family, own), **{f"base_model.model.{saved_as(name)}": tuned[name] for name in tuned}}

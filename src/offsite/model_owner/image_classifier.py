@@ -45,7 +45,7 @@ def classifier_config(model: BaseModel, vision: Vision, names: Sequence[str]) ->
     is a tower of one.
     """
     encoder = {key: value for key, value in model.config.items() if key not in (*_OWN, "architectures")}
-    encoder |= model.row.settled
+    encoder |= model.family.settled
     whole: dict[str, Any] = encoder
     if vision.tower_of:
         whole = {"model_type": vision.tower_of, "vision_config": encoder}

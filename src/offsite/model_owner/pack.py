@@ -126,7 +126,7 @@ def bundle_manifest(
         recipient=parties.recipient,
         base=parties.base,
         tokenizer=tokenizer_digest(files),
-        architecture=model.row.model_type,
+        architecture=model.family.model_type,
         split=numbers,
         methods=permitted_methods(model, spec),
         max_rank=spec.permits.max_rank,

@@ -34,7 +34,7 @@ def bundle_tensors(
         numbers: of blocks in bottom, emulator and top.
         spec: how the emulator's blocks are stored.
     """
-    family = model.row
+    family = model.family
     tensors = [
         copied(model.tensors[name], name=name, dtype=dtype)
         for name in (*family.embeddings, *family.final, family.head)
@@ -59,7 +59,7 @@ def bundle_tensors(
 
 def bundle_config(model: BaseModel, kept: Sequence[int], dtype: str) -> dict[str, Any]:
     """The config of the bundle: allow-listed keys, the new block count in every spelling, per-block lists cut."""
-    family = model.row
+    family = model.family
     config = subset_config(model, kept)
     config = {key: value for key, value in config.items() if key in family.config_keys}
     config.pop("torch_dtype", None)
@@ -73,7 +73,7 @@ def bundle_config(model: BaseModel, kept: Sequence[int], dtype: str) -> dict[str
 
 def subset_config(model: BaseModel, kept: Sequence[int]) -> dict[str, Any]:
     """The base's config for the blocks of `kept` alone, in that order."""
-    return model.row.subset(model.config, kept)
+    return model.family.subset(model.config, kept)
 
 
 def counts(sandwich: Sandwich, kept: Sequence[int]) -> Split:
@@ -92,7 +92,7 @@ def counts(sandwich: Sandwich, kept: Sequence[int]) -> Split:
 def returnable(model: BaseModel, kept: Sequence[int], numbers: Split, dtype: str) -> dict[str, TensorEntry]:
     """The tensors that may come back, by their names in the bundle: all of the trained blocks."""
     return {
-        model.row.in_block(index, path): TensorEntry.model_validate({"shape": tensor.shape, "dtype": dtype})
+        model.family.in_block(index, path): TensorEntry.model_validate({"shape": tensor.shape, "dtype": dtype})
         for index in numbers.trained
         for path, tensor in model.block(kept[index]).items()
     }
@@ -100,7 +100,7 @@ def returnable(model: BaseModel, kept: Sequence[int], numbers: Split, dtype: str
 
 def returnable_head(model: BaseModel, spec: PackSpec) -> dict[str, TensorEntry]:
     """The head's tensors that may come back, by name; none where the owner does not permit it."""
-    names = model.row.head_tensors(model.config) if spec.permits.permit_head else ()
+    names = model.family.head_tensors(model.config) if spec.permits.permit_head else ()
     return {
         name: TensorEntry.model_validate({"shape": model.tensors[name].shape, "dtype": DTYPES[spec.dtype]})
         for name in names
@@ -113,13 +113,13 @@ def permitted_methods(model: BaseModel, spec: PackSpec) -> tuple[Method, ...]:
     Raises:
         UsageError: none is left.
     """
-    biased = any(model.row.is_bias(model.row.in_block(0, path)) for path in model.block(0))
+    biased = any(model.family.is_bias(model.family.in_block(0, path)) for path in model.block(0))
     without = {"bitfit"} if not biased else set()
-    without |= {"bottleneck"} if model.row.vision is not None else set()
+    without |= {"bottleneck"} if model.family.vision is not None else set()
     methods = tuple(method for method in spec.permits.methods if method not in without)
     if not methods:
         raise UsageError(
-            f"BitFit trains biases, and the blocks of this {model.row.model_type} model have none",
+            f"BitFit trains biases, and the blocks of this {model.family.model_type} model have none",
             next_step="permit another method",
         )
     return methods
@@ -130,9 +130,9 @@ def lora_targets(model: BaseModel, kept: Sequence[int], numbers: Split) -> dict[
     targets = {}
     for index in numbers.trained:
         block = model.block(kept[index])
-        for path in model.row.lora_linears_of(model.config):
+        for path in model.family.lora_linears_of(model.config):
             rows, columns = block[f"{path}.weight"].shape
-            targets[model.row.module_of(model.row.in_block(index, path))] = (
-                (rows, columns) if model.row.transposed else (columns, rows)
+            targets[model.family.module_of(model.family.in_block(index, path))] = (
+                (rows, columns) if model.family.transposed else (columns, rows)
             )
     return targets

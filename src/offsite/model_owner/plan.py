@@ -143,7 +143,7 @@ def plan_pack(base: Base, spec: PackSpec) -> PackPlan:
     phases.append(Phase("writing the bundle", (*libraries, copy_buffer(_largest(model), cast=cast))))
     scratch = _scratch(model, spec, keep, item, states, work)
     return PackPlan(
-        architecture=model.row.model_type,
+        architecture=model.family.model_type,
         base=_parts(model, sandwich, sandwich.middle, None),
         bundle=_parts(model, sandwich, emulator, DTYPES[spec.dtype], keep if work.maps else 0),
         files=tuple(sorted(files.items())),
@@ -156,10 +156,10 @@ def plan_pack(base: Base, spec: PackSpec) -> PackPlan:
 
 def _calibration(model: BaseModel, spec: PackSpec) -> tuple[Calibration, tuple[Term, ...]]:
     """How much runs through the base, and what it takes in memory itself."""
-    if model.row.vision is None:
+    if model.family.vision is None:
         length = calibration_length(model.config)
         return Calibration(spec.calibration.tokens // length, length), (encoding(_text_bytes(spec.calibration.source)),)
-    seen = seen_picture(model.folder, model.row, model.config)
+    seen = seen_picture(model.folder, model.family, model.config)
     fitted, distilled = (
         picture_count(seen, model.config, tokens)
         for tokens in (spec.calibration.tokens, spec.distill.tokens if "distill" in spec.heal.steps else 1)
@@ -219,15 +219,15 @@ def _parts(
     def outer(name: str, names: Iterable[str]) -> Part:
         return made(name, [model.tensors[one] for one in names if one in model.tensors])
 
-    row = model.row
+    family = model.family
     return (
-        outer("embeddings", row.embeddings),
+        outer("embeddings", family.embeddings),
         blocks("bottom", sandwich.bottom),
         blocks("middle" if dtype is None else "emulator", middle, maps * _map_shapes(model)),
         *([blocks("trained in between", sandwich.spread)] if sandwich.spread else []),
         blocks("top", sandwich.top),
-        outer("final norm", row.final),
-        outer("head", (row.head,)),
+        outer("final norm", family.final),
+        outer("head", (family.head,)),
     )
 
 
@@ -246,13 +246,13 @@ def _bundle_files(model: BaseModel, sandwich: Sandwich, kept: Sequence[int], spe
 
 
 def _healed_bytes(model: BaseModel, spec: PackSpec, keep: int, work: Work) -> int:
-    row, block = model.row, model.block(0)
+    family, block = model.family, model.block(0)
     if not work.block_by_block:
         return 0
     if work.maps:
         return keep * part("", _map_shapes(model), ITEM_SIZE[DTYPES[spec.dtype]]).bytes
-    pruned = [f"{path}.weight" for path in row.linears] if work.pruner else []
-    refitted = [row.output_of(part)[0] for part in work.revisited]
+    pruned = [f"{path}.weight" for path in family.linears] if work.pruner else []
+    refitted = [family.output_of(part)[0] for part in work.revisited]
     paths = {*pruned, *(f"{path}.{kind}" for path in refitted for kind in ("weight", "bias"))}
     solved = part("", [block[path].shape for path in paths if path in block], ITEM_SIZE[DTYPES[spec.dtype]])
     return keep * solved.bytes
@@ -288,10 +288,10 @@ def _network_phases(
     model: BaseModel, calibration: Calibration, item: int, material: tuple[Term, ...], work: Work
 ) -> list[Phase]:
     """Running the blocks over the calibration text one at a time, and solving for their projections, or maps behind."""
-    row = model.row
+    family = model.family
     tensors = max(map(model.block, range(model.blocks)), key=_numbers)
     sizes = _block_sizes(model)
-    embeddings = part("", [model.tensors[name].shape for name in row.embedding_tensors(model.config)], 4)
+    embeddings = part("", [model.tensors[name].shape for name in family.embedding_tensors(model.config)], 4)
     states = 2 if work.block_by_block else 1
     always = (
         *torch_libraries(_tokenizer_bytes(model.folder)),
@@ -319,7 +319,7 @@ def _network_phases(
 
 def _block_sizes(model: BaseModel) -> BlockShape:
     tensors = max(map(model.block, range(model.blocks)), key=_numbers)
-    return block_shape(model.row, {path: tensor.shape for path, tensor in tensors.items()}, model.config)
+    return block_shape(model.family, {path: tensor.shape for path, tensor in tensors.items()}, model.config)
 
 
 def _stack_phases(
@@ -335,10 +335,10 @@ def _stack_phases(
 ) -> list[Phase]:
     """Running a whole emulator from hidden states on the disk: to train it, or to judge it."""
     keep = spec.kept(sandwich.middle)
-    sizes, row = _block_sizes(model), model.row
+    sizes, family = _block_sizes(model), model.family
     maps = part("", _map_shapes(model), 1).parameters if work_of(sandwich.middle, spec).maps else 0
     stack, top = keep * (sizes.parameters + maps), len(sandwich.top) * sizes.parameters
-    outer = part("", [model.tensors[name].shape for name in row.outer_tensors(model.config)], item).bytes
+    outer = part("", [model.tensors[name].shape for name in family.outer_tensors(model.config)], item).bytes
     batch = CALIBRATION_BATCH * length
     groups = min(GROUP_TOKENS, max(spec.distill.tokens, 1))
     always = (*torch_libraries(_tokenizer_bytes(model.folder)), *material)
@@ -402,10 +402,10 @@ def _summing(sizes: BlockShape, calibration: Calibration, item: int, solved: Ref
 
 def _pruning(model: BaseModel, sizes: BlockShape, calibration: Calibration, item: int, work: Work) -> list[Term]:
     """Sums of squares of what enters every map but those that refit goes through, and the largest of these pruned."""
-    row, block = model.row, model.block(0)
-    refitted = {row.output_of(part)[0] for part in work.revisited}
-    shapes = [block[f"{path}.weight"].shape for path in row.linears if path not in refitted]
-    inputs = [shape[0] if row.transposed else shape[1] for shape in shapes]
+    family, block = model.family, model.block(0)
+    refitted = {family.output_of(part)[0] for part in work.revisited}
+    shapes = [block[f"{path}.weight"].shape for path in family.linears if path not in refitted]
+    inputs = [shape[0] if family.transposed else shape[1] for shape in shapes]
     widest = max(inputs)
     return [
         *_forward(sizes, calibration, item),
@@ -472,19 +472,21 @@ def plan_plug_in(base: Base, returned: Path, spec: PlugInSpec, home: Home) -> Pl
     verified = check_return(returned, home)
     parent = issued_bundle(verified, home)
     model = open_base(base)
-    lora, row = verified.manifest.lora, model.row
+    lora, family = verified.manifest.lora, model.family
     form = form_of(verified, spec)
     checkpoint_of(verified, spec)
     names = (
-        [row.name_of(f"{target}.weight") or "" for target in lora.targets] if lora else list(verified.manifest.tensors)
+        [family.name_of(f"{target}.weight") or "" for target in lora.targets]
+        if lora
+        else list(verified.manifest.tensors)
     )
     if verified.manifest.bottleneck:
         places = {place_of_bottleneck(name) or "" for name in names}
-        names = sorted(f"{place}.weight" for place in places if place.endswith(f".{row.attention_out}"))
+        names = sorted(f"{place}.weight" for place in places if place.endswith(f".{family.attention_out}"))
     changed = []
     for name in names:
-        place = row.block_of(name)
-        found = model.tensors.get(row.in_block(parent.kept[place[0]], place[1])) if place else None
+        place = family.block_of(name)
+        found = model.tensors.get(family.in_block(parent.kept[place[0]], place[1])) if place else None
         if found is None:
             raise IncompatibleError(f"{base.folder} has no tensor for {name[:200]} of the return")
         changed.append(found)

@@ -82,7 +82,7 @@ def plug_in(
             format=FORMAT,
             requires=(),
             form=form,
-            architecture=model.row.model_type,
+            architecture=model.family.model_type,
             base=parent.manifest.base,
             bundle=parent.digest,
             returned=returned.digest,
@@ -191,7 +191,7 @@ def write_adapter(model: BaseModel, chosen: Chosen, folder: Path) -> list[Writte
     if lora:
         targets = tuple(to_base(target, model, chosen.parent, target=True) for target in lora.targets)
         config = adapter_config(
-            lora.model_copy(update={"targets": targets}), model.row, head=chosen.returned.manifest.head
+            lora.model_copy(update={"targets": targets}), model.family, head=chosen.returned.manifest.head
         )
         written.append(write_stream(folder / ADAPTER_CONFIG, [json.dumps(config, indent=1).encode() + b"\n"]))
     return written
@@ -199,11 +199,11 @@ def write_adapter(model: BaseModel, chosen: Chosen, folder: Path) -> list[Writte
 
 def _write_merged(model: BaseModel, chosen: Chosen, folder: Path) -> list[Written]:
     changes = changed_tensors(model, chosen)
-    if model.row.vision is not None:
-        return _write_classifier(model, model.row.vision, chosen, changes, folder)
+    if model.family.vision is not None:
+        return _write_classifier(model, model.family.vision, chosen, changes, folder)
     tensors = []
     for stored in open_checkpoint(model.folder).tensors.values():
-        parts = by_todays_names(model.row, stored)
+        parts = by_todays_names(model.family, stored)
         new = [changes.get(name) or copied(part) for name, part in parts.items()]
         tensors.append(_joined(stored, new) if changes.keys() & parts.keys() else copied(stored))
     return write_checkpoint(folder, tensors) + _companions(model, folder, _COMPANIONS)

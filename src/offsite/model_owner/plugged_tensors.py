@@ -80,10 +80,10 @@ def changed_tensors(model: BaseModel, chosen: Chosen) -> dict[str, NewTensor]:
 
 def to_base(name: str, model: BaseModel, parent: Issued, *, target: bool = False) -> str:
     """The base's name in files of a tensor, or of a target of LoRA, of the bundle: the block's index is mapped back."""
-    place = model.row.map_of(name) if target else model.row.block_of(name)
+    place = model.family.map_of(name) if target else model.family.block_of(name)
     if place is None:
         raise IncompatibleError(f"{name[:200]} belongs to no block")
-    return model.row.in_block(parent.kept[place[0]], place[1])
+    return model.family.in_block(parent.kept[place[0]], place[1])
 
 
 def _scaled(tensor: StoredTensor, name: str, factor: np.float32) -> NewTensor:
@@ -133,7 +133,7 @@ def _lora_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
         def change(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
             a, b = (read_float32(held[name]) for name in lora_pair(target))  # (r, in), (out, r)
             delta = np.float32(lora.alpha / lora.rank) * (b @ a)  # (out, in)
-            return delta.T if model.row.transposed else delta
+            return delta.T if model.family.transposed else delta
 
         return change
 

@@ -28,25 +28,25 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
     work = work_of(middle, spec)
     _require_gap(middle, spec, work)
     _require_linear_residual(model, work)
-    if work.pruner is not None and model.row.experts:
+    if work.pruner is not None and model.family.experts:
         raise IncompatibleError(
-            f"prune_by = {work.pruner.name} cannot prune this {model.row.model_type} model",
+            f"prune_by = {work.pruner.name} cannot prune this {model.family.model_type} model",
             reasons=["which expert a token goes to changes with what is pruned"],
             next_step="pack with --prune-by magnitude and --heal none, or drop blocks with --keep",
         )
-    if spec.permits.permit_head and not model.row.head_tensors(model.config):
+    if spec.permits.permit_head and not model.family.head_tensors(model.config):
         raise UsageError(
             "--permit-head has no head to permit",
             reasons=[
                 "its head is the input embedding, which trains with no adapter"
-                if model.row.head
+                if model.family.head
                 else "an image encoder has none: its classifier is the data owner's"
             ],
             next_step="pack without --permit-head",
         )
     if sandwich.spread:
         _require_for_spread(spec)
-    if model.row.vision is not None:
+    if model.family.vision is not None:
         _require_for_images(spec)
     if not spec.selection_rule.runs_blocks:  # refuses settings of the rule that do not fit the middle
         select_blocks(model, sandwich, spec, Path(), silent)
@@ -84,7 +84,7 @@ def _require_linear_residual(model: BaseModel, work: Work) -> None:
     Raises:
         IncompatibleError: it is not.
     """
-    family = model.row
+    family = model.family
     if "mlp" in work.solves and not family.residual_is_linear(model.config):
         why = "its MLP is a mixture of experts" if family.experts else "a norm follows the MLP in its blocks"
         other = "" if family.experts or family.vision else "; or, with --keep, --heal affine"

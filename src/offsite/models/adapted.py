@@ -92,9 +92,9 @@ def load_replaced(base: Path, weights: Path, *, dtype: torch.dtype, device: torc
     """
     held = read_header(weights)
     model = load_model(base, dtype=dtype, device=device)
-    row = ARCHITECTURES.get(model.config.model_type)
+    family = ARCHITECTURES.get(model.config.model_type)
     own = dict(model.named_parameters())
-    own = in_files(row, own) if row else own
+    own = in_files(family, own) if family else own
     problems = [f"unexpected tensor {name}" for name in sorted(held.keys() - own.keys())]
     problems += [
         f"tensor {name}: found shape {list(held[name].shape)}, expected {list(own[name].shape)}"
@@ -129,11 +129,11 @@ def load_bottlenecked(base: Path, weights: Path, *, dtype: torch.dtype, device: 
     """
     held = {name: tensor.shape for name, tensor in read_header(weights).items()}
     model = load_model(base, dtype=dtype, device=device)
-    row = architecture_of(model.config.to_dict())
+    family = architecture_of(model.config.to_dict())
     hidden, modules = model.config.hidden_size, {name for name, _ in model.named_modules()}
     widths = set(widths_of(held).values())
-    blocks = {found[0] for name in held if (found := row.block_of(name))}
-    places = [place for place in bottleneck_places(row, sorted(blocks)) if place in modules]
+    blocks = {found[0] for name in held if (found := family.block_of(name))}
+    places = [place for place in bottleneck_places(family, sorted(blocks)) if place in modules]
     expected: dict[str, tuple[int, ...]] = {}
     for place in places:
         expected |= bottleneck_shapes(place, hidden, min(widths, default=0))
@@ -160,8 +160,8 @@ def load_bottlenecked(base: Path, weights: Path, *, dtype: torch.dtype, device: 
 def _own_head(base: Path) -> list[str]:
     """The module of a model's head, if it is no tied embedding: what an adapter may hold whole."""
     settings = model_settings(base)
-    row = ARCHITECTURES.get(str(settings.get("model_type")))
-    return [row.head_module] if row is not None and row.head_tensors(settings) else []
+    family = ARCHITECTURES.get(str(settings.get("model_type")))
+    return [family.head_module] if family is not None and family.head_tensors(settings) else []
 
 
 def _check_adapter(adapter: Path, saved: list[str]) -> None:

@@ -11,7 +11,9 @@ from offsite.models.vision_families import VISION_FAMILIES
 
 __all__ = ["ARCHITECTURES", "Architecture", "Vision", "architecture_of", "config_problems"]
 
-ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in (*FAMILIES, *VISION_FAMILIES, TIMM)}
+ARCHITECTURES: Mapping[str, Architecture] = {
+    family.model_type: family for family in (*FAMILIES, *VISION_FAMILIES, TIMM)
+}
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
@@ -20,25 +22,25 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     Raises:
         IncompatibleError: no row has that type, or a setting makes blocks something that the row does not describe.
     """
-    row = ARCHITECTURES.get(str(config.get("model_type")))
-    if row is None:
+    family = ARCHITECTURES.get(str(config.get("model_type")))
+    if family is None:
         raise IncompatibleError(
             f"models of type {str(config.get('model_type'))[:64]!r} are not supported",
             reasons=[f"supported: {', '.join(sorted(ARCHITECTURES))}"],
-            next_step="add a row to offsite/core/families.py; the tests then cover it",
+            next_step="add a row to offsite/models/families.py; the tests then cover it",
         )
-    bad = row.set_switches(config)
+    bad = family.set_switches(config)
     if bad:
         raise IncompatibleError(
-            f"this {row.model_type} model has blocks that cannot be cut",
-            reasons=[f"config has {key} = {value!r}: {row.refused[key]}" for key, value in bad.items()],
+            f"this {family.model_type} model has blocks that cannot be cut",
+            reasons=[f"config has {key} = {value!r}: {family.refused[key]}" for key, value in bad.items()],
             next_step="use a checkpoint without that setting",
         )
-    strays = row.strays(config)
+    strays = family.strays(config)
     if strays:
         raise IncompatibleError(
-            f"this {row.model_type} model is none that is supported",
+            f"this {family.model_type} model is none that is supported",
             reasons=strays,
             next_step="import the model afresh with `offsite import MODEL --out base/`",
         )
-    return row
+    return family

@@ -30,8 +30,8 @@ def split_backbone_and_head(model: "PreTrainedModel") -> Network:
         IncompatibleError: logits are neither head(body(ids)) nor what the family's row makes of them.
     """
     body, head = model.base_model, model.get_output_embeddings()
-    row = ARCHITECTURES.get(model.config.model_type)
-    cap = getattr(model.config, row.logit_cap) if row and row.logit_cap else None
+    family = ARCHITECTURES.get(model.config.model_type)
+    cap = getattr(model.config, family.logit_cap) if family and family.logit_cap else None
     ids = torch.arange(8, device=head.weight.device).remainder(head.weight.shape[0])[None]
     mask = torch.ones_like(ids)
     with torch.no_grad():

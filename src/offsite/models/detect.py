@@ -64,7 +64,7 @@ def unknown_family(config: Mapping[str, Any]) -> IncompatibleError:
     return IncompatibleError(
         what,
         reasons=[supported, f"the row that it would need:\n{row}"],
-        next_step="add that row to offsite/core/families.py as docs/models.md says, at both parties",
+        next_step="add that row to offsite/models/families.py as docs/models.md says, at both parties",
     )
 
 
@@ -187,7 +187,7 @@ def _sizes(shape: Sequence[int], config: Mapping[str, Any]) -> str:
 
 
 def render(family: Family) -> str:
-    """The row of the table as Python, to be pasted into offsite/core/families.py."""
+    """The row of the table as Python, to be pasted into offsite/models/families.py."""
 
     def table(names: Sequence[str], suffix: str = "") -> str:
         return "{" + ", ".join(f'"{name}": "{family.sizes[name + suffix]}"' for name in names) + "}"

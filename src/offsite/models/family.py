@@ -430,12 +430,12 @@ def _size(product: str, config: Mapping[str, Any]) -> int | None:
     return int(math.prod(factors)) if all(type(factor) is int for factor in factors) else None
 
 
-def config_problems(config: Mapping[str, Any], row: Architecture) -> list[str]:
+def config_problems(config: Mapping[str, Any], family: Architecture) -> list[str]:
     """What in a config may not travel: unknown keys (code, paths, hub kernels) and values that are no plain setting."""
-    problems = [f"config key {key!r} is not permitted" for key in sorted(set(config) - row.config_keys)]
+    problems = [f"config key {key!r} is not permitted" for key in sorted(set(config) - family.config_keys)]
     problems += [
         f"config key {key!r} holds {str(config[key])[:60]!r}, which is no plain setting"
-        for key in sorted(set(config) & row.config_keys)
+        for key in sorted(set(config) & family.config_keys)
         if not _plain(config[key], depth=3)
     ]
     return problems

@@ -77,19 +77,19 @@ def encoder_of(model: "PreTrainedModel") -> Encoder:
     Raises:
         IncompatibleError: the model is none.
     """
-    row = ARCHITECTURES.get(model.config.model_type)
-    if row is None or row.vision is None:
+    family = ARCHITECTURES.get(model.config.model_type)
+    if family is None or family.vision is None:
         raise IncompatibleError(
             f"models of type {model.config.model_type!r} are no image encoders", next_step="name an image encoder"
         )
-    before = sum(int(word) if word.isdigit() else int(getattr(model.config, word)) for word in row.vision.before)
-    return Encoder(model, row.vision, before, int(model.config.hidden_size))
+    before = sum(int(word) if word.isdigit() else int(getattr(model.config, word)) for word in family.vision.before)
+    return Encoder(model, family.vision, before, int(model.config.hidden_size))
 
 
 def sees_images(settings: Mapping[str, Any]) -> bool:
     """Whether a model with this config is an image encoder or classifier."""
-    row = ARCHITECTURES.get(str(settings.get("model_type")))
-    return (row is not None and row.vision is not None) or is_classifier(settings)
+    family = ARCHITECTURES.get(str(settings.get("model_type")))
+    return (family is not None and family.vision is not None) or is_classifier(settings)
 
 
 def is_classifier(settings: Mapping[str, Any]) -> bool:

@@ -48,13 +48,13 @@ def incompatible(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def require_library(row: Architecture | None, folder: Path) -> None:
+def require_library(family: Architecture | None, folder: Path) -> None:
     """Import the optional package that the models of a family are made by, where there is one.
 
     Raises:
         UsageError: it is not installed.
         IncompatibleError: it cannot be imported.
     """
-    if row is not None and row.vision is not None and row.vision.extra:
+    if family is not None and family.vision is not None and family.vision.extra:
         with incompatible(folder):  # torchvision beside another torch fails otherwise than by being absent
-            require(row.vision.extra, row.vision.extra, f"a model of type {row.model_type}")
+            require(family.vision.extra, family.vision.extra, f"a model of type {family.model_type}")

@@ -35,9 +35,9 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> "Pr
     """
     from transformers import AutoModel, AutoModelForCausalLM
 
-    row = ARCHITECTURES.get(str(model_settings(folder).get("model_type")))
-    auto = AutoModel if row is not None and row.vision else AutoModelForCausalLM
-    return _load(auto, folder, dtype, device, row.vision.keywords if row is not None and row.vision else {})
+    family = ARCHITECTURES.get(str(model_settings(folder).get("model_type")))
+    auto = AutoModel if family is not None and family.vision else AutoModelForCausalLM
+    return _load(auto, folder, dtype, device, family.vision.keywords if family is not None and family.vision else {})
 
 
 def load_classifier(folder: Path, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
@@ -47,9 +47,9 @@ def load_classifier(folder: Path, *, dtype: torch.dtype, device: torch.device) -
     return _load(AutoModelForImageClassification, folder, dtype, device, {})
 
 
-def encoder_keywords(row: Architecture, config: "PretrainedConfig") -> dict[str, Any]:
+def encoder_keywords(family: Architecture, config: "PretrainedConfig") -> dict[str, Any]:
     """With what transformers builds the encoder alone, beside what its config says."""
-    keywords = row.vision.keywords if row.vision else {}
+    keywords = family.vision.keywords if family.vision else {}
     return {key: value for key, value in keywords.items() if not hasattr(config, key)}
 
 
@@ -89,11 +89,11 @@ def _load(
     return loaded
 
 
-def loading_problems(info: Mapping[str, Any], row: Architecture | None) -> list[str]:
+def loading_problems(info: Mapping[str, Any], family: Architecture | None) -> list[str]:
     """What transformers left out or made up while it loaded a model, by its loading info."""
     problems = [f"missing tensor {name}" for name in sorted(info["missing_keys"])]
     problems += [
-        f"unexpected tensor {name}" for name in sorted(info["unexpected_keys"]) if not row or row.name_of(name)
+        f"unexpected tensor {name}" for name in sorted(info["unexpected_keys"]) if not family or family.name_of(name)
     ]  # beside masks and frequencies in older files
     problems += [f"mismatched tensor {_mismatch(entry)}" for entry in sorted(info["mismatched_keys"], key=str)]
     return problems + [str(message) for message in info.get("error_msgs") or ()]

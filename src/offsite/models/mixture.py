@@ -43,13 +43,13 @@ def _run(
     return output
 
 
-def in_files(row: "Architecture", parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def in_files(family: "Architecture", parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A model's parameters by the names of tensors in files; stacked experts come apart as views, nothing is copied."""
     found: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
-        stack = row.stacked(name, len(parameter) if parameter.dim() == 3 else 0)
+        stack = family.stacked(name, len(parameter) if parameter.dim() == 3 else 0)
         if stack is None:
-            found[row.name_of(name) or name] = parameter
+            found[family.name_of(name) or name] = parameter
             continue
         for expert, names in zip(parameter.detach(), stack, strict=True):  # (outputs of its maps, inputs)
             found |= zip(names, expert.chunk(len(names)), strict=True)

@@ -36,8 +36,8 @@ def check_folder(folder: Path) -> None:
             + (f"; an adapter goes with its model: `offsite eval MODEL --adapter {folder}`" if tuned else ""),
         )
     settings = read_settings(config)
-    row = ARCHITECTURES.get(str(settings.get("model_type")))
-    problems = row.strays(settings) if row else []
+    family = ARCHITECTURES.get(str(settings.get("model_type")))
+    problems = family.strays(settings) if family else []
     for name in ("config.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json"):
         file = folder / name
         if file.exists():

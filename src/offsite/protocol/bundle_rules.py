@@ -45,33 +45,33 @@ def _bundle_settings(signed: SignedFolder) -> Iterator[str]:
 
 
 def _bundle_config(signed: SignedFolder) -> Iterator[str]:
-    manifest, row = _bundle_of(signed)
+    manifest, family = _bundle_of(signed)
     config = read_json(signed, CONFIG)
     if not isinstance(config, dict):
         yield f"{CONFIG} is not a JSON object"
         return
     config = _settings_of(signed)[0]
-    yield from config_problems(config, row)
-    if config.get("model_type") != row.model_type or config.get("architectures") != [row.class_name]:
+    yield from config_problems(config, family)
+    if config.get("model_type") != family.model_type or config.get("architectures") != [family.class_name]:
         found = f"{config.get('model_type')!r}, {config.get('architectures')!r}"
-        yield f"{CONFIG} names the model {found[:120]}, expected {row.model_type!r}, {[row.class_name]!r}"
-    counts = {key: config[key] for key in row.count_keys if key in config}
+        yield f"{CONFIG} names the model {found[:120]}, expected {family.model_type!r}, {[family.class_name]!r}"
+    counts = {key: config[key] for key in family.count_keys if key in config}
     if not counts or any(type(count) is not int or count != manifest.split.blocks for count in counts.values()):
         yield f"{CONFIG} has block counts {str(counts)[:120]}, the split has {manifest.split.blocks}"
-    for key in row.per_block:
+    for key in family.per_block:
         entries = config.get(key)
         if not isinstance(entries, list) or len(entries) != manifest.split.blocks:
             expected = f"expected one entry for each of {manifest.split.blocks} blocks"
             yield f"{CONFIG} has {key} = {str(entries)[:60]}, {expected}"
-    for key in row.listed:
+    for key in family.listed:
         if not _lists_blocks(config.get(key), manifest.split.blocks):
             found = str(config.get(key))[:60]
             yield f"{CONFIG} has {key} = {found}, expected a list of some of {manifest.split.blocks} blocks, in order"
-    for key, value in row.settled.items():
+    for key, value in family.settled.items():
         if config.get(key) != value:
             yield f"{CONFIG} has {key} = {str(config.get(key))[:60]!r}, by which blocks go by place, expected {value}"
-    yield from (f"{CONFIG}: {stray}" for stray in row.strays(config))
-    for key, value in row.set_switches(config).items():
+    yield from (f"{CONFIG}: {stray}" for stray in family.strays(config))
+    for key, value in family.set_switches(config).items():
         yield f"{CONFIG} has {key} = {str(value)[:60]!r}, under which blocks cannot be cut"
 
 
@@ -90,18 +90,18 @@ def _lists_blocks(found: object, count: int) -> bool:
 
 
 def _bundle_weights(signed: SignedFolder) -> Iterator[str]:
-    manifest, row = _bundle_of(signed)
+    manifest, family = _bundle_of(signed)
     checkpoint = _open_listed(signed)
     settings, declared = _settings_of(signed)
     held = len(checkpoint.tensors)
-    expected = set(row.outer_tensors(settings))
+    expected = set(family.outer_tensors(settings))
     for block in range(manifest.split.blocks):
         if not declared or not 0 <= block - declared.first < declared.blocks:
-            expected |= {row.in_block(block, path) for path in row.block_tensors(settings, block)}
+            expected |= {family.in_block(block, path) for path in family.block_tensors(settings, block)}
         if len(expected) > 2 * held + 1000:  # what is announced must not cost more than what was sent
             yield f"weights: {held} tensors, the config makes it over {len(expected)}"
             return
-    ours = _declared_tensors(declared, manifest, row, checkpoint, settings) if declared else {}
+    ours = _declared_tensors(declared, manifest, family, checkpoint, settings) if declared else {}
     yield from names_differ("weights", set(checkpoint.tensors), expected | ours.keys())
     alike: dict[str, TensorRange] = {}  # the first of each path in a block, whichever the expert
     for name, tensor in checkpoint.tensors.items():
@@ -111,11 +111,11 @@ def _bundle_weights(signed: SignedFolder) -> Iterator[str]:
                 found = f"{tensor.dtype} {list(tensor.shape)}"
                 yield f"{name[:120]!r} is {found}, what is declared makes it {' or '.join(dtypes)} {list(shape)}"
             continue
-        problem = row.shape_problem(name, tensor.shape, settings)
+        problem = family.shape_problem(name, tensor.shape, settings)
         if problem:
             yield problem
-        place = row.block_of(name)
-        twin = alike.setdefault(row.pattern_of(place[1]), tensor) if place else tensor
+        place = family.block_of(name)
+        twin = alike.setdefault(family.pattern_of(place[1]), tensor) if place else tensor
         if tensor.shape != twin.shape:
             yield f"{name[:120]!r} has shape {list(tensor.shape)}, others of its kind have {list(twin.shape)}"
         if tensor.dtype not in FLOATS:
@@ -123,20 +123,20 @@ def _bundle_weights(signed: SignedFolder) -> Iterator[str]:
 
 
 def _declared_tensors(
-    declared: Declared, manifest: BundleManifest, row: Architecture, checkpoint: Checkpoint, settings: dict[str, Any]
+    declared: Declared, manifest: BundleManifest, family: Architecture, checkpoint: Checkpoint, settings: dict[str, Any]
 ) -> dict[str, Expected]:
     """The emulator's tensors by full name: what is declared, in the sizes of the first trained block."""
     first = manifest.split.trained[0]
-    paths = row.block_tensors(settings, first)
-    names = {path: row.in_block(first, path) for path in paths}
+    paths = family.block_tensors(settings, first)
+    names = {path: family.in_block(first, path) for path in paths}
     if not names.keys() <= {path for path, name in names.items() if name in checkpoint.tensors}:
         return {}  # a finding of its own
     shapes = {path: checkpoint.tensors[name].shape for path, name in names.items()}
-    if row.experts or any(len(shapes.get(f"{path}.weight", ())) != 2 for path in row.linears):
+    if family.experts or any(len(shapes.get(f"{path}.weight", ())) != 2 for path in family.linears):
         return {}
-    each = declared.tensors(row, shapes)
+    each = declared.tensors(family, shapes)
     return {
-        row.in_block(declared.first + place, path): expected
+        family.in_block(declared.first + place, path): expected
         for place in range(min(declared.blocks, manifest.split.emulator))
         if declared.holds_weights(place)
         for path, expected in each.items()
@@ -144,7 +144,7 @@ def _declared_tensors(
 
 
 def _bundle_declared(signed: SignedFolder) -> Iterator[str]:
-    manifest, row = _bundle_of(signed)
+    manifest, family = _bundle_of(signed)
     config = read_json(signed, CONFIG)
     try:
         _, declared = unwrapped(config if isinstance(config, dict) else {})
@@ -158,7 +158,7 @@ def _bundle_declared(signed: SignedFolder) -> Iterator[str]:
         yield f"{CONFIG} declares modules, which goes with no trained blocks inside the emulator"
     if declared and (declared.first, declared.blocks) != (manifest.split.bottom, manifest.split.emulator):
         yield f"{CONFIG} declares {declared.blocks} blocks from {declared.first} on, which is not the split's emulator"
-    if declared and row.experts:
+    if declared and family.experts:
         yield f"{CONFIG} declares modules that a mixture of experts cannot have"
     ours = {entry.name.startswith("offsite-") for entry in manifest.files if is_weights(entry.name)}
     if ours != {declared is not None}:
@@ -166,21 +166,21 @@ def _bundle_declared(signed: SignedFolder) -> Iterator[str]:
 
 
 def _bundle_returnable(signed: SignedFolder) -> Iterator[str]:
-    manifest, row = _bundle_of(signed)
+    manifest, family = _bundle_of(signed)
     checkpoint = _open_listed(signed)
     blocks = frozenset(manifest.split.trained)
-    trained = {n for n in checkpoint.tensors if (p := row.block_of(n)) and p[0] in blocks}
+    trained = {n for n in checkpoint.tensors if (p := family.block_of(n)) and p[0] in blocks}
     yield from names_differ("tensors that may come back", set(manifest.tensors), trained)
-    head = set(row.head_tensors(_settings_of(signed)[0])) if manifest.head else set()
+    head = set(family.head_tensors(_settings_of(signed)[0])) if manifest.head else set()
     yield from names_differ("the head that may come back", set(manifest.head), head)
     yield from entries_differ({**manifest.tensors, **manifest.head}, checkpoint.tensors)
-    permitted = row.lora_linears_of(_settings_of(signed)[0])
+    permitted = family.lora_linears_of(_settings_of(signed)[0])
     for target, (inputs, outputs) in manifest.lora_targets.items():
-        place = row.map_of(target)
+        place = family.map_of(target)
         if place and place[1] not in permitted:
             yield f"LoRA target {target}: pairs there have no effect under this config"
-        weight = checkpoint.tensors.get(f"{row.in_block(*place)}.weight") if place else None
-        shape = (inputs, outputs) if row.transposed else (outputs, inputs)
+        weight = checkpoint.tensors.get(f"{family.in_block(*place)}.weight") if place else None
+        shape = (inputs, outputs) if family.transposed else (outputs, inputs)
         if weight is None or weight.shape != shape:
             found = weight.shape if weight else "no such weight"
             yield f"LoRA target {target}: the weight's shape is {found}, expected {shape}"

@@ -124,19 +124,19 @@ class BundleManifest(_Document):
 
     @model_validator(mode="after")
     def _consistent(self) -> "BundleManifest":
-        row = ARCHITECTURES.get(self.architecture)
-        if row is None:
+        family = ARCHITECTURES.get(self.architecture)
+        if family is None:
             raise ValueError(f"architecture {self.architecture[:64]!r} is not known to this version; update offsite")
         trained = frozenset(self.split.trained)
         for name in (*self.tensors, *self.lora_targets):
-            place = row.map_of(name) if name in self.lora_targets else row.block_of(name)
+            place = family.map_of(name) if name in self.lora_targets else family.block_of(name)
             if place is None or place[0] not in trained:
                 raise ValueError(f"{name} belongs to no trained block, so it may not come back")
         for name in self.head:
-            if not row.head or name not in (row.head, f"{row.head.removesuffix('.weight')}.bias"):
+            if not family.head or name not in (family.head, f"{family.head.removesuffix('.weight')}.bias"):
                 raise ValueError(f"{name} is no part of the head of {self.architecture}, so it may not come back")
-        places = {name: row.map_of(name) for name in self.lora_targets}
-        strange = sorted(name for name, place in places.items() if place is None or place[1] not in row.lora_linears)
+        places = {name: family.map_of(name) for name in self.lora_targets}
+        strange = sorted(name for name, place in places.items() if place is None or place[1] not in family.lora_linears)
         if strange:
             raise ValueError(
                 f"LoRA targets that are no linear maps of {self.architecture} for it: {', '.join(strange[:4])}"
@@ -146,15 +146,15 @@ class BundleManifest(_Document):
     @property
     def hidden(self) -> int:
         """The model's hidden size, as the tensors that may come back show it."""
-        row = ARCHITECTURES[self.architecture]
-        weight = self.tensors[f"{row.in_block(self.split.trained[0], row.attention_out)}.weight"]
-        return weight.shape[1 if row.transposed else 0]
+        family = ARCHITECTURES[self.architecture]
+        weight = self.tensors[f"{family.in_block(self.split.trained[0], family.attention_out)}.weight"]
+        return weight.shape[1 if family.transposed else 0]
 
     def own_tensors(self, method: Method) -> dict[str, TensorEntry]:
         """The model's own tensors that come back of a tuning by this method; none where it trains others."""
-        row = ARCHITECTURES[self.architecture]
+        family = ARCHITECTURES[self.architecture]
         if method == "bitfit":
-            return {name: entry for name, entry in self.tensors.items() if row.is_bias(name)}
+            return {name: entry for name, entry in self.tensors.items() if family.is_bias(name)}
         return dict(self.tensors) if method == "full" else {}
 
 

@@ -9,15 +9,15 @@ from offsite.models.architectures import ARCHITECTURES, Architecture
 from offsite.protocol.manifest import BundleManifest, TensorEntry
 
 
-def returned_name(name: str, row: Architecture, method: Method) -> str:
+def returned_name(name: str, family: Architecture, method: Method) -> str:
     """The name in a return of one of the head's tensors, by its name in files."""
-    return f"base_model.model.{row.head_module}.{name.rpartition('.')[2]}" if method == "lora" else name
+    return f"base_model.model.{family.head_module}.{name.rpartition('.')[2]}" if method == "lora" else name
 
 
 def head_names(bundle: BundleManifest, method: Method) -> dict[str, str]:
     """The names in the bundle of the head's tensors that may come back, by those in a return by this method."""
-    row = ARCHITECTURES[bundle.architecture]
-    return {returned_name(name, row, method): name for name in bundle.head}
+    family = ARCHITECTURES[bundle.architecture]
+    return {returned_name(name, family, method): name for name in bundle.head}
 
 
 def returned_head(bundle: BundleManifest, method: Method) -> dict[str, TensorEntry]:

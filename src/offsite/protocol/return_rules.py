@@ -61,10 +61,15 @@ def _return_lora(signed: SignedFolder) -> Iterator[str]:
         yield "a LoRA target is named twice"
     strange = sorted(set(lora.targets) - set(parent.lora_targets)) if parent else []
     yield from (f"LoRA sits on {name}, which the bundle does not permit" for name in strange)
-    rows = [ARCHITECTURES[parent.architecture]] if parent else ARCHITECTURES.values()
+    families = [ARCHITECTURES[parent.architecture]] if parent else ARCHITECTURES.values()
     if parent is None:  # shapes are the bundle's to say
         names = {name for target in lora.targets for name in lora_pair(target)}
-        heads = {returned_name(f"head.{kind}", row, "lora") for row in rows for kind in ("weight", "bias") if row.head}
+        heads = {
+            returned_name(f"head.{kind}", family, "lora")
+            for family in families
+            for kind in ("weight", "bias")
+            if family.head
+        }
         names |= heads & manifest.tensors.keys() if manifest.head else set()
         yield from names_differ("tensors", set(manifest.tensors), names)
     elif not strange:
@@ -72,7 +77,7 @@ def _return_lora(signed: SignedFolder) -> Iterator[str]:
             manifest.tensors, adapter_tensors(lora, parent.lora_targets) | _head_of(manifest, parent)
         )
     held = read_json(signed, ADAPTER_CONFIG)
-    configs = [adapter_config(lora, row, head=manifest.head) for row in rows]
+    configs = [adapter_config(lora, family, head=manifest.head) for family in families]
     # compared as text, in which 1 is not true
     if json.dumps(held, sort_keys=True) not in [json.dumps(config, sort_keys=True) for config in configs]:
         yield f"{ADAPTER_CONFIG} is not the one that these LoRA settings give"
@@ -119,12 +124,12 @@ def _return_classifier(signed: SignedFolder) -> Iterator[str]:
 
 def classifier_inputs(bundle: BundleManifest) -> int | None:
     """How many numbers of an image the classifier of a bundle reads; None of a language model."""
-    row = ARCHITECTURES[bundle.architecture]
-    if row.vision is None:
+    family = ARCHITECTURES[bundle.architecture]
+    if family.vision is None:
         return None
-    places = ((row.map_of(name), shape) for name, shape in bundle.lora_targets.items())
-    hidden = next((shape[1] for place, shape in places if place and place[1] == row.mlp_out), 0)
-    return hidden * len(row.vision.features)
+    places = ((family.map_of(name), shape) for name, shape in bundle.lora_targets.items())
+    hidden = next((shape[1] for place, shape in places if place and place[1] == family.mlp_out), 0)
+    return hidden * len(family.vision.features)
 
 
 def _return_parties(signed: SignedFolder) -> Iterator[str]:

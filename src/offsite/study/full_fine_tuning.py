@@ -70,7 +70,7 @@ def full_fine_tuning(
     """
     require_free(out)
     opened = open_base(base)
-    family = opened.row
+    family = opened.family
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     with PictureWorkers(worker_count(spec.images.workers, runtime.device)) as workers:
         is_encoder = family.vision is not None
@@ -116,7 +116,7 @@ def _write_classifier(task: ImageTask, base: BaseModel, dtype: str, out: Path) -
     """Write the encoder and its head as an image classifier of transformers, as a plug-in is written."""
     vision = task.encoder.vision
     tuned = {
-        f"{vision.prefix}.{base.row.name_of(name) or name}": it for name, it in task.encoder.body.named_parameters()
+        f"{vision.prefix}.{base.family.name_of(name) or name}": it for name, it in task.encoder.body.named_parameters()
     }
     tensors = [from_array(name, it.detach().float().cpu().numpy(), dtype) for name, it in tuned.items()]
     tensors += [from_array(name, it.detach().cpu().numpy(), "F32") for name, it in head_parameters(task.head).items()]

@@ -49,7 +49,7 @@ def prepare(recipe: Recipe, out: Path, say: Callable[[str], None]) -> tuple[Lab,
     _require_own(out)
     base = _base(recipe, say)
     require_fit(recipe, base)
-    stage = stage_rows if open_base(Base(base)).row.vision is None else stage_pictures
+    stage = stage_rows if open_base(Base(base)).family.vision is None else stage_pictures
     rows = {table.name: stage(table, out / TUNER / "data") for table in recipe.data}
     (out / _MARK).mkdir(parents=True, exist_ok=True)
     introduce(out)
@@ -85,8 +85,8 @@ def require_fit(recipe: Recipe, base: Path) -> None:
     """
     model = open_base(Base(base))
     reasons = []
-    if recipe.architecture not in (None, model.row.model_type):
-        reasons.append(f"architecture {model.row.model_type}, the recipe says {recipe.architecture}")
+    if recipe.architecture not in (None, model.family.model_type):
+        reasons.append(f"architecture {model.family.model_type}, the recipe says {recipe.architecture}")
     if recipe.blocks not in (None, model.blocks):
         reasons.append(f"{model.blocks} blocks, the recipe says {recipe.blocks}")
     if reasons:
@@ -96,7 +96,7 @@ def require_fit(recipe: Recipe, base: Path) -> None:
     for one in recipe.compressors:
         label = f"[[pack]] {one.name!r}" + (f" at {one.placement!r}" if one.placement else "")
         reasons += [f"{label}: {problem}" for problem in _unfit(model, one.spec)]
-    if model.row.vision is not None:
+    if model.family.vision is not None:
         reasons += [
             f"[[data]] {table.name!r}.score: pictures have no {table.score!r}; leave it out or say 'accuracy'"
             for table in recipe.data
@@ -110,7 +110,7 @@ def require_fit(recipe: Recipe, base: Path) -> None:
 
 def _unfit(model: BaseModel, spec: PackSpec) -> Sequence[str]:
     try:
-        if model.row.vision is None:
+        if model.family.vision is None:
             plan_pack(Base(model.folder), spec)
         else:
             split(model, spec)

@@ -134,17 +134,17 @@ def test_sharing_is_a_model_with_repeated_blocks(
     bundle = packed(base, tmp_path / "bundle", parties, keep=2, heal="share", select="contiguous", drop_from=2)
     assert bundle.manifest.split.emulator == 5
     model = load_model(base, dtype=torch.float32, device=CPU)
-    row = ARCHITECTURES[bundle.manifest.architecture]
-    blocks: Any = model.get_submodule(row.blocks)
+    family = ARCHITECTURES[bundle.manifest.architecture]
+    blocks: Any = model.get_submodule(family.blocks)
     originals = list(blocks)
     for place, index in enumerate((0, 1, 1, 1, 5, 5, 6)):  # 1 and 5 stay; 3 is as near to both
         blocks[place] = originals[index]
     with torch.no_grad():
         torch.testing.assert_close(logits(bundle.folder), model(IDS, use_cache=False).logits)
-    held = {place[0] for name in open_checkpoint(bundle.folder).tensors if (place := row.block_of(name))}
+    held = {place[0] for name in open_checkpoint(bundle.folder).tensors if (place := family.block_of(name))}
     assert held == {0, 1, 4, 6}
     loaded = load_model(bundle.folder, dtype=torch.float32, device=CPU)
-    first, second = (loaded.get_submodule(row.in_block(place, row.mlp_out)).weight for place in (1, 2))
+    first, second = (loaded.get_submodule(family.in_block(place, family.mlp_out)).weight for place in (1, 2))
     assert first.data_ptr() == second.data_ptr()
 
 
@@ -160,9 +160,9 @@ def test_sharing_can_be_distilled(base_of: MakeBase, tmp_path: Path, parties: Pa
 def test_what_is_stored_is_smaller(base_of: MakeBase, tmp_path: Path, parties: Parties) -> None:
     def size(name: str, **settings: Any) -> int:
         bundle = packed(base_of("llama", 6), tmp_path / name, parties, keep=4, heal="none", **settings)
-        row = ARCHITECTURES["llama"]
+        family = ARCHITECTURES["llama"]
         held = open_checkpoint(bundle.folder).tensors
-        return sum(one.size for name, one in held.items() if (p := row.block_of(name)) and p[0] in (1, 2, 3, 4))
+        return sum(one.size for name, one in held.items() if (p := family.block_of(name)) and p[0] in (1, 2, 3, 4))
 
     hidden, kv, inner = 32, 16, 48
     matrices = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner

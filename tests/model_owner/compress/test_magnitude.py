@@ -20,12 +20,12 @@ def test_the_smallest_numbers_of_each_emulator_matrix_are_zero(
         packed(base, tmp_path / str(ratio), parties, keep=3, prune=ratio, prune_by="magnitude", heal="none")
         for ratio in (0.0, 0.3)
     )
-    row = ARCHITECTURES[plain.manifest.architecture]
+    family = ARCHITECTURES[plain.manifest.architecture]
     before, after = (open_checkpoint(one.folder).tensors for one in (plain, sparse))
     for name in before:
         old, new = read_float32(before[name]), read_float32(after[name])
-        place = row.block_of(name)
-        if place is None or place[0] not in (1, 2, 3) or place[1].removesuffix(".weight") not in row.linears:
+        place = family.block_of(name)
+        if place is None or place[0] not in (1, 2, 3) or place[1].removesuffix(".weight") not in family.linears:
             assert (old == new).all(), name
             continue
         gone = new == 0

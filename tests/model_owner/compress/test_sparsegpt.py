@@ -112,13 +112,13 @@ def test_whatever_refit_solves_ends_pruned(
 
 def pruned_sizes(bundle: Bundle) -> dict[str, int]:
     """The matrices of the emulator's linear maps, and how many numbers each has."""
-    row, tensors = ARCHITECTURES[bundle.manifest.architecture], open_checkpoint(bundle.folder).tensors
-    places = {name: row.block_of(name) for name in tensors}
+    family, tensors = ARCHITECTURES[bundle.manifest.architecture], open_checkpoint(bundle.folder).tensors
+    places = {name: family.block_of(name) for name in tensors}
     emulator = range(bundle.manifest.split.bottom, bundle.manifest.split.bottom + bundle.manifest.split.emulator)
     return {
         name: math.prod(tensors[name].shape)
         for name, place in places.items()
-        if place and place[0] in emulator and place[1].removesuffix(".weight") in row.linears
+        if place and place[0] in emulator and place[1].removesuffix(".weight") in family.linears
     }
 
 

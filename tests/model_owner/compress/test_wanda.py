@@ -89,38 +89,40 @@ def test_a_bundle_is_pruned_block_by_block_on_the_emulators_own_activations(
 ) -> None:
     base = base_of(family, 4)
     bundle = packed(base, tmp_path / "bundle", parties, prune=0.5, **SETTINGS)
-    row, held = ARCHITECTURES[bundle.manifest.architecture], open_checkpoint(bundle.folder).tensors
+    family, held = ARCHITECTURES[bundle.manifest.architecture], open_checkpoint(bundle.folder).tensors
     model = load_model(base, dtype=torch.float32, device=CPU)  # becomes the emulator, a block at a time
     batches = calibration_batches(open_base(Base(base)), None, 1024)
     for place in (1, 2):
-        seen = inputs_of(model, [row.in_block(place, path) for path in row.linears], batches)
-        for path in row.linears:
-            weight = model.get_submodule(row.in_block(place, path)).weight
+        seen = inputs_of(model, [family.in_block(place, path) for path in family.linears], batches)
+        for path in family.linears:
+            weight = model.get_submodule(family.in_block(place, path)).weight
             with torch.no_grad():
-                matrix = weight.T if row.transposed else weight
-                scores = matrix.abs() * seen[row.in_block(place, path)].norm(dim=0)
+                matrix = weight.T if family.transposed else weight
+                scores = matrix.abs() * seen[family.in_block(place, path)].norm(dim=0)
                 border = scores.sort(dim=1).values[:, matrix.shape[1] // 2 - 1 : matrix.shape[1] // 2 + 1].mean(1)
                 kept = scores > border[:, None]
-                weight.copy_((matrix * kept).T if row.transposed else matrix * kept)
-            stored = torch.from_numpy(read_float32(held[row.in_block(place, f"{path}.weight")]))
+                weight.copy_((matrix * kept).T if family.transposed else matrix * kept)
+            stored = torch.from_numpy(read_float32(held[family.in_block(place, f"{path}.weight")]))
             assert torch.equal(stored, weight), path
 
 
 def zeros_of_outputs(bundle: Bundle) -> dict[str, set[int]]:
     """Of every linear layer of the emulator: how many zeros its outputs have."""
-    row, tensors = ARCHITECTURES[bundle.manifest.architecture], open_checkpoint(bundle.folder).tensors
+    family, tensors = ARCHITECTURES[bundle.manifest.architecture], open_checkpoint(bundle.folder).tensors
     found = {}
     for index in range(bundle.manifest.split.bottom, bundle.manifest.split.bottom + bundle.manifest.split.emulator):
-        for name in (row.in_block(index, f"{path}.weight") for path in row.linears):
+        for name in (family.in_block(index, f"{path}.weight") for path in family.linears):
             if name in tensors:
                 gone = read_float32(tensors[name]) == 0
-                found[name] = set(gone.sum(0 if row.transposed else 1).tolist())
+                found[name] = set(gone.sum(0 if family.transposed else 1).tolist())
     return found
 
 
 def share_of_outputs(bundle: Bundle, share: float) -> dict[str, set[int]]:
-    row, tensors = ARCHITECTURES[bundle.manifest.architecture], open_checkpoint(bundle.folder).tensors
-    return {name: {int(share * tensors[name].shape[0 if row.transposed else 1])} for name in zeros_of_outputs(bundle)}
+    family, tensors = ARCHITECTURES[bundle.manifest.architecture], open_checkpoint(bundle.folder).tensors
+    return {
+        name: {int(share * tensors[name].shape[0 if family.transposed else 1])} for name in zeros_of_outputs(bundle)
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)

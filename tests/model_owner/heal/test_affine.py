@@ -43,9 +43,9 @@ def test_the_bundle_computes_h_plus_h_w_plus_b(base_of: MakeBase, tmp_path: Path
     base = base_of(blocks=BLOCKS, **KINDS[kind])
     bundle = packed(base, tmp_path / "bundle", parties, **SETTINGS)
     assert bundle.manifest.requires == ("affine",)
-    maps, row = maps_of(bundle.folder), ARCHITECTURES[bundle.manifest.architecture]
+    maps, family = maps_of(bundle.folder), ARCHITECTURES[bundle.manifest.architecture]
     by_hand = load_model(base, dtype=torch.float32, device=CPU)
-    blocks: Any = by_hand.get_submodule(row.blocks)
+    blocks: Any = by_hand.get_submodule(family.blocks)
     for index in range(1, 7):
         place = KEPT.index(index) + 1 if index in KEPT else None
 
@@ -54,7 +54,7 @@ def test_the_bundle_computes_h_plus_h_w_plus_b(base_of: MakeBase, tmp_path: Path
             if place is None:  # as if the block were not there
                 hidden = arguments[0]
             else:
-                weight, bias = (maps[row.in_block(place, f"affine.{name}")] for name in ("weight", "bias"))
+                weight, bias = (maps[family.in_block(place, f"affine.{name}")] for name in ("weight", "bias"))
                 hidden = hidden + hidden @ weight + bias
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
@@ -72,11 +72,11 @@ def test_maps_are_the_ridge_solution_on_the_emulators_own_activations(
     (ids,) = calibration_batches(open_base(Base(base)), None, 512)  # one batch, so the ridge is the usual one
     bundle = packed(base, tmp_path / "bundle", parties, **SETTINGS)
     targets, maps = hidden_states(base, ids), maps_of(bundle.folder)
-    row = ARCHITECTURES[bundle.manifest.architecture]
+    family = ARCHITECTURES[bundle.manifest.architecture]
     emulator = load_model(bundle.folder, dtype=torch.float32, device=CPU)
     seen: dict[int, torch.Tensor] = {}
     for place in range(1, 4):
-        affine = emulator.get_submodule(row.in_block(place, "affine"))
+        affine = emulator.get_submodule(family.in_block(place, "affine"))
         affine.register_forward_pre_hook(lambda _, a, place=place: seen.update({place: a[0].flatten(0, 1)}))
     with torch.no_grad():
         emulator(ids, use_cache=False)
@@ -88,7 +88,7 @@ def test_maps_are_the_ridge_solution_on_the_emulators_own_activations(
         stacked = torch.cat([left, penalty.sqrt() * torch.eye(left.shape[1], dtype=torch.float64)])
         right = torch.cat([(target - after).double() * root, torch.zeros(left.shape[1], after.shape[1])])
         expected = torch.linalg.lstsq(stacked, right).solution.float()
-        found = [maps[row.in_block(place, f"affine.{name}")] for name in ("weight", "bias")]
+        found = [maps[family.in_block(place, f"affine.{name}")] for name in ("weight", "bias")]
         assert found[0].abs().max() > 1e-2  # there was something to heal
         torch.testing.assert_close(torch.cat([found[0], found[1][None]]), expected, atol=2e-4, rtol=2e-3)
 

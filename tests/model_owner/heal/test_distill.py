@@ -44,9 +44,9 @@ def log_of(out: Path) -> list[dict[str, Any]]:
 def state_behind(folder: Path, blocks: int, ids: torch.Tensor) -> torch.Tensor:
     """The hidden state behind the first so many blocks."""
     model = load_model(folder, dtype=torch.float32, device=CPU)
-    row = ARCHITECTURES[model.config.model_type]
+    family = ARCHITECTURES[model.config.model_type]
     seen: list[torch.Tensor] = []
-    block = model.get_submodule(row.in_block(blocks - 1, "").rstrip("."))
+    block = model.get_submodule(family.in_block(blocks - 1, "").rstrip("."))
     block.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
     with torch.no_grad():
         model(ids, use_cache=False)
@@ -65,11 +65,11 @@ def test_the_emulator_comes_nearer_and_nothing_else_moves(
     teacher = state_behind(base, 6, ids)
     errors = [float(hidden_error(state_behind(one.folder, 3, ids), teacher)) for one in (dropped, distilled)]
     assert errors[1] < 0.9 * errors[0], errors
-    row = ARCHITECTURES[distilled.manifest.architecture]
+    family = ARCHITECTURES[distilled.manifest.architecture]
     before, after = (open_checkpoint(one.folder).tensors for one in (dropped, distilled))
     assert before.keys() == after.keys()
     for name in before:
-        place = row.block_of(name)
+        place = family.block_of(name)
         same = bool((read_float32(before[name]) == read_float32(after[name])).all())
         assert same == (place is None or place[0] in distilled.manifest.split.trained), name
     steps = [line for line in log_of(tmp_path / "distilled") if line["event"] == "distill step"]

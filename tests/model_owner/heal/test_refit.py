@@ -54,21 +54,21 @@ def test_solved_weights_are_the_ridge_solution_on_the_emulators_own_activations(
     kind: str, tmp_path: Path, text: Path
 ) -> None:
     base = tiny_base(tmp_path / "base", blocks=BLOCKS, **KINDS[kind])
-    row = ARCHITECTURES[KINDS[kind]["family"]]
+    family = ARCHITECTURES[KINDS[kind]["family"]]
     (ids,) = calibration_batches(open_base(Base(base)), text, 8 * 64)  # one batch, so the ridge is the usual one
     bundle = pack_refitted(base, tmp_path, text, 8 * 64)
     targets = hidden_states(base, ids)
     own = open_checkpoint(base).tensors
     emulator = load_model(bundle, dtype=torch.float32, device=CPU)
     for place, (kept, following) in enumerate(zip(KEPT, (*KEPT[1:], 7), strict=True), start=1):
-        linear = emulator.get_submodule(row.in_block(place, row.mlp_out))
-        solved = linear.weight.detach().clone() if row.transposed else linear.weight.detach().T.clone()  # (F, H)
-        old = torch.from_numpy(read_float32(own[row.in_block(kept, f"{row.mlp_out}.weight")]))
-        old = old if row.transposed else old.T
-        features, after = run_to(emulator, row.in_block(place, ""), row.mlp_out, ids)
-        biased = f"{row.mlp_out}.bias" in {path for name in own if (path := name.partition(f".{kept}.")[2])}
+        linear = emulator.get_submodule(family.in_block(place, family.mlp_out))
+        solved = linear.weight.detach().clone() if family.transposed else linear.weight.detach().T.clone()  # (F, H)
+        old = torch.from_numpy(read_float32(own[family.in_block(kept, f"{family.mlp_out}.weight")]))
+        old = old if family.transposed else old.T
+        features, after = run_to(emulator, family.in_block(place, ""), family.mlp_out, ids)
+        biased = f"{family.mlp_out}.bias" in {path for name in own if (path := name.partition(f".{kept}.")[2])}
         if biased:
-            old_bias = torch.from_numpy(read_float32(own[row.in_block(kept, f"{row.mlp_out}.bias")]))
+            old_bias = torch.from_numpy(read_float32(own[family.in_block(kept, f"{family.mlp_out}.bias")]))
             old = torch.cat([old, old_bias[None]])
             solved = torch.cat([solved, linear.bias.detach()[None]])
             features = torch.cat([features, torch.ones(len(features), 1)], dim=1)
@@ -128,7 +128,7 @@ class OneBlock:
         return [block(ids, state) for ids, state in zip(self.batches, hidden, strict=True)]
 
     def refitted(self, *maps: RefitMap) -> dict[str, torch.Tensor]:
-        problem = BlockProblem(self.load, self.model.row, self.model.config, self.batches, self.enters, self.targets)
+        problem = BlockProblem(self.load, self.model.family, self.model.config, self.batches, self.enters, self.targets)
         return dict(solve_block(problem, {}, PackSpec(refit_maps=maps), None))
 
     def error(self, changed: dict[str, torch.Tensor]) -> float:
@@ -147,11 +147,11 @@ def test_attentions_projection_is_the_ridge_solution_with_the_mlps_output_held(
     kind: str, tmp_path: Path, text: Path
 ) -> None:
     one = OneBlock(tiny_base(tmp_path / "base", blocks=4, **KINDS[kind]), text)
-    row, block = one.model.row, one.load()
-    with captured_inputs(block, [row.attention_out]) as seen:
+    family, block = one.model.family, one.load()
+    with captured_inputs(block, [family.attention_out]) as seen:
         after = block(one.batches[0], one.enters[0])
-    linear = block.module.get_submodule(row.attention_out)
-    features, target = seen[row.attention_out].flatten(0, 1).detach(), one.targets[0].flatten(0, 1)
+    linear = block.module.get_submodule(family.attention_out)
+    features, target = seen[family.attention_out].flatten(0, 1).detach(), one.targets[0].flatten(0, 1)
     if linear.bias is not None:
         features = torch.cat([features, torch.ones(len(features), 1)], dim=1)
     root = target.norm(dim=1, keepdim=True).rsqrt().double()
@@ -161,15 +161,15 @@ def test_attentions_projection_is_the_ridge_solution_with_the_mlps_output_held(
     change = torch.linalg.lstsq(stacked, torch.cat([right, torch.zeros(left.shape[1], right.shape[1])])).solution
     assert change.abs().max() > 1e-3  # there was something to heal
     found = one.refitted("attention")
-    inputs = linear.weight.shape[0 if row.transposed else 1]
-    old = linear.weight if row.transposed else linear.weight.T  # (A, H)
-    solved = found[f"{row.attention_out}.weight"]
-    solved = solved if row.transposed else solved.T
+    inputs = linear.weight.shape[0 if family.transposed else 1]
+    old = linear.weight if family.transposed else linear.weight.T  # (A, H)
+    solved = found[f"{family.attention_out}.weight"]
+    solved = solved if family.transposed else solved.T
     torch.testing.assert_close(solved, (old.double() + change[:inputs]).float(), atol=2e-4, rtol=2e-3)
     if linear.bias is not None:
         expected = (linear.bias.double() + change[inputs]).float()
-        torch.testing.assert_close(found[f"{row.attention_out}.bias"], expected, atol=2e-4, rtol=2e-3)
-    assert found.keys() <= {f"{row.attention_out}.weight", f"{row.attention_out}.bias"}
+        torch.testing.assert_close(found[f"{family.attention_out}.bias"], expected, atol=2e-4, rtol=2e-3)
+    assert found.keys() <= {f"{family.attention_out}.weight", f"{family.attention_out}.bias"}
     assert one.error(found) < one.error({})
 
 

@@ -33,8 +33,8 @@ CPU = torch.device("cpu")
 
 
 def blocks_of(model: Any) -> Any:
-    row = ARCHITECTURES[model.config.model_type]
-    return model.get_submodule(row.module_blocks or row.blocks)
+    family = ARCHITECTURES[model.config.model_type]
+    return model.get_submodule(family.module_blocks or family.blocks)
 
 
 def states(folder: Path, pixels: torch.Tensor) -> list[torch.Tensor]:
@@ -114,11 +114,11 @@ def test_distillation_brings_the_emulator_closer(tmp_path: Path, kind: str) -> N
     twice = [packed(base, tmp_path / out, parties, **settings, heal="distill") for out in "ab"]
     errors = [float(hidden_error(states(one.folder, pixels)[2], target, 0)) for one in (plain, twice[0])]
     assert errors[1] < 0.9 * errors[0], errors
-    row = ARCHITECTURES[plain.manifest.architecture]
+    family = ARCHITECTURES[plain.manifest.architecture]
     before, after, again = (open_checkpoint(one.folder).tensors for one in (plain, *twice))
     assert before.keys() == after.keys()
     for name in before:
-        place = row.block_of(name)
+        place = family.block_of(name)
         kept = bool((read_float32(before[name]) == read_float32(after[name])).all())
         assert bool((read_float32(after[name]) == read_float32(again[name])).all())
         if place is None or place[0] in plain.manifest.split.trained:
@@ -134,9 +134,9 @@ def test_distillation_keeps_the_zeros_of_sparsegpt(tmp_path: Path) -> None:
     pruned, distilled = (
         packed(base, tmp_path / heal, parties, heal=heal, **settings) for heal in ("refit", "refit,distill")
     )
-    row, before = ARCHITECTURES[pruned.manifest.architecture], open_checkpoint(pruned.folder).tensors
+    family, before = ARCHITECTURES[pruned.manifest.architecture], open_checkpoint(pruned.folder).tensors
     for name, tensor in open_checkpoint(distilled.folder).tensors.items():
-        place = row.block_of(name)
+        place = family.block_of(name)
         if place and place[0] not in pruned.manifest.split.trained and len(tensor.shape) == 2:
             zeros = read_float32(before[name]) == 0
             assert zeros.any()

@@ -45,8 +45,8 @@ def test_the_tower_of_a_model_of_images_and_texts(tmp_path: Path, kind: str) -> 
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "whole")
     base = import_model(tmp_path / "whole", tmp_path / "base")
     opened = open_base(base)
-    assert opened.row.vision is not None
-    assert opened.row.vision.tower_of == kind
+    assert opened.family.vision is not None
+    assert opened.family.vision.tower_of == kind
     assert not any("text" in name for name in opened.tensors)
     with torch.no_grad():
         expected = whole.vision_model.eval()(pixel_values=PIXELS).last_hidden_state
@@ -112,7 +112,7 @@ def exported(folder: Path, file: Path) -> Path:
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     tensors, nodes = [], []
     for name, tensor in AutoModel.from_pretrained(folder).state_dict().items():
-        stored = open_base(Base(folder)).row.name_of(name) or name
+        stored = open_base(Base(folder)).family.name_of(name) or name
         array = tensor.numpy()
         if stored.endswith(".weight") and array.ndim == 2:
             anonymous = f"onnx::MatMul_{len(nodes)}"

@@ -142,11 +142,13 @@ def test_the_table_of_forms_is_timms(name: str) -> None:
         "image_size": model.patch_embed.img_size[0], "patch_size": patch,
     }  # fmt: skip
     assert model.blocks[0].attn.num_heads == FORMS[name].heads
-    row = ARCHITECTURES["timm_wrapper"]
-    row_config = config | row.settled_by(config)
-    blocks = {row.in_block(index, path) for index in range(depth) for path in row.block_tensors(row_config, index)}
-    assert set(state) == row.outer_tensors(row_config) | blocks
-    assert not [problem for path, shape in state.items() if (problem := row.shape_problem(path, shape, row_config))]
+    family = ARCHITECTURES["timm_wrapper"]
+    row_config = config | family.settled_by(config)
+    blocks = {
+        family.in_block(index, path) for index in range(depth) for path in family.block_tensors(row_config, index)
+    }
+    assert set(state) == family.outer_tensors(row_config) | blocks
+    assert not [problem for path, shape in state.items() if (problem := family.shape_problem(path, shape, row_config))]
 
 
 @pytest.mark.skipif(not timm_imports(), reason="timm cannot be imported here")

@@ -91,7 +91,7 @@ def test_influence_is_what_transformers_computes(base_of: MakeBase, tmp_path: Pa
             or (states[0].append(arguments[0]) if index == 0 else None)
         )
 
-    blocks = reference.get_submodule(model.row.blocks)
+    blocks = reference.get_submodule(model.family.blocks)
     for index, block in enumerate(blocks):
         block.register_forward_hook(keep(index))
     with torch.no_grad():

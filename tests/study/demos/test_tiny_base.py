@@ -17,7 +17,7 @@ from tiny import KINDS, tiny_base
 def test_every_family_in_small(architecture: str, tmp_path: Path) -> None:
     base = made(tmp_path / "base", architecture, 3)
     model = open_base(base)
-    assert (model.row.model_type, model.blocks) == (architecture, 3)
+    assert (model.family.model_type, model.blocks) == (architecture, 3)
     assert sum(tensor.size for tensor in model.tensors.values()) < 2**21
 
 
@@ -28,11 +28,11 @@ def test_a_base_is_followed_in_all_but_its_size(kind: str, tmp_path: Path) -> No
     settings = dict(KINDS[kind])
     like = tiny_base(tmp_path / "like", settings.pop("family"), blocks=7, **settings)
     original = open_base(Base(like))
-    small = open_base(made(tmp_path / "base", original.row.model_type, like=like))
+    small = open_base(made(tmp_path / "base", original.family.model_type, like=like))
     assert small.blocks == 7
-    row = original.row
+    family = original.family
     assert set(small.block(0)) == set(original.block(0))
-    assert row.tied(small.config) == row.tied(original.config)
+    assert family.tied(small.config) == family.tied(original.config)
 
 
 def test_its_tokenizer_knows_every_text(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def require_declarable(model: BaseModel, spec: PackSpec) -> None:
     Raises:
         IncompatibleError: the blocks cannot be taken apart as the kinds need it.
     """
-    family, asked = model.row, spec.declares
+    family, asked = model.family, spec.declares
     if asked and (family.experts or family.modules):
         raise IncompatibleError(
             f"this {family.model_type} model's emulator cannot be compressed in this way",

@@ -22,7 +22,7 @@ def declare(model: BaseModel, spec: PackSpec) -> Mapping[str, Any]:
     Raises:
         IncompatibleError: a linear layer gives several outputs for each neuron.
     """
-    family, shapes = model.row, {path: tensor.shape for path, tensor in model.block(0).items()}
+    family, shapes = model.family, {path: tensor.shape for path, tensor in model.block(0).items()}
     inner = shapes[f"{family.mlp_out}.weight"][0 if family.transposed else 1]
     outputs = {shapes[f"{path}.weight"][1 if family.transposed else 0] for path in mlp_inputs(family)}
     if outputs != {inner}:

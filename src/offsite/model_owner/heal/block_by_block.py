@@ -62,7 +62,7 @@ def block_by_block(
         IncompatibleError: what goes through the base is not finite, so nothing can be solved; or a block does not show
             what enters its linear layers.
     """
-    family = model.row
+    family = model.family
     machine = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     runner = BlockRunner(model, machine)
     if batches is None:

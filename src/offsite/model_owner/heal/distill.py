@@ -76,7 +76,7 @@ def heal_emulator(healing: Healing, healed: Mapping[str, TensorRange]) -> Mappin
     )
     after = sandwich.top if spec.distill.ce else ()
     stack = BlockRunner(model, runtime).stack(healing.emulator, after, healed, whole=spec.distill.ce > 0)
-    task = _Distillation(stack, states, spec, skipped=0 if model.row.vision else 1)
+    task = _Distillation(stack, states, spec, skipped=0 if model.family.vision else 1)
     weights = _emulator_weights(
         model, stack, healing.emulator, prunes=work_of(sandwich.middle, spec).pruner is not None
     )
@@ -85,7 +85,7 @@ def heal_emulator(healing: Healing, healed: Mapping[str, TensorRange]) -> Mappin
         train(task, weights, _loop_settings(task), state, log=write, progress=healing.progress)
     file = scratch / "distilled.safetensors"
     file.unlink(missing_ok=True)
-    tensors = in_files(model.row, weights.masters)
+    tensors = in_files(model.family, weights.masters)
     write_safetensors(file, [to_new_tensor(name, tensor) for name, tensor in tensors.items()])
     return read_header(file)
 
@@ -99,11 +99,11 @@ def hidden_error(student: Tensor, teacher: Tensor, skipped: int = 1) -> Tensor:
 
 def _emulator_weights(model: BaseModel, stack: LoadedStack, emulator: Sequence[int], *, prunes: bool) -> MasterWeights:
     """The parameters of the emulator's blocks; where they were pruned, the zeros of linear layers stay zero."""
-    starts = tuple(f"{model.row.block_module(index)}." for index in emulator)
+    starts = tuple(f"{model.family.block_module(index)}." for index in emulator)
     working = {name: parameter for name, parameter in sorted(stack.parameters.items()) if name.startswith(starts)}
     for parameter in working.values():
         parameter.requires_grad = True
-    fixed = {name: value.detach() == 0 for name, value in working.items() if prunes and model.row.is_linear(name)}
+    fixed = {name: value.detach() == 0 for name, value in working.items() if prunes and model.family.is_linear(name)}
     return MasterWeights(working, fixed=fixed)
 
 

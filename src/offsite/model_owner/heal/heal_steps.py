@@ -42,7 +42,7 @@ def heal(healing: Healing) -> Mapping[str, TensorRange]:
 
 def _solve(healing: Healing) -> Mapping[str, TensorRange]:
     """The pass block by block; what an earlier run finished is read."""
-    folder, family = healing.scratch / "solved", healing.model.row
+    folder, family = healing.scratch / "solved", healing.model.family
     whole = folder / "whole"  # says that the folder holds every solved block
     if whole.exists():
         files = {index: read_header(folder / f"{index}.safetensors") for index in healing.emulator}

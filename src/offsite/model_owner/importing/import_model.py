@@ -7,7 +7,7 @@ from typing import Any
 from offsite.config import ImportSpec
 from offsite.data.rows import first
 from offsite.errors import IncompatibleError, StorageError, UsageError
-from offsite.model_owner.base_model import open_base, row_of
+from offsite.model_owner.base_model import family_of, open_base
 from offsite.model_owner.importing.onnx import import_onnx
 from offsite.model_owner.importing.timm import copy_timm, is_timm
 from offsite.model_owner.importing.vision_tower import copy_tower, tower_in
@@ -108,8 +108,8 @@ def _convert(source: Path, folder: Path, dtype: str | None, progress: Progress, 
         options["gguf_file"] = gguf
     progress(Event("reading the model", 0))
     try:
-        row = row_of(AutoConfig.from_pretrained(source, **options).to_dict())
-        vision = row.vision
+        family = family_of(AutoConfig.from_pretrained(source, **options).to_dict())
+        vision = family.vision
         model, info = (AutoModel if vision else AutoModelForCausalLM).from_pretrained(
             source,
             **options,
@@ -128,7 +128,7 @@ def _convert(source: Path, folder: Path, dtype: str | None, progress: Progress, 
             reasons=[f"{type(error).__name__}: {str(error)[:500]}"],
             next_step="check that the file is complete and of a family that transformers supports",
         ) from error
-    problems = loading_problems(info, row)
+    problems = loading_problems(info, family)
     if problems:
         raise IncompatibleError(
             f"the tensors in {source / (gguf or '')} are not those of its config",

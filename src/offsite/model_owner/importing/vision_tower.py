@@ -20,16 +20,16 @@ def tower_in(source: Path) -> Architecture | None:
     except ValueError:
         return None  # who reads it next says what is wrong
     kind = config.get("model_type") if isinstance(config, dict) else None
-    return next((row for row in ARCHITECTURES.values() if row.vision and row.vision.tower_of == kind), None)
+    return next((family for family in ARCHITECTURES.values() if family.vision and family.vision.tower_of == kind), None)
 
 
-def copy_tower(source: Path, folder: Path, row: Architecture, dtype: str | None) -> None:
+def copy_tower(source: Path, folder: Path, family: Architecture, dtype: str | None) -> None:
     """Write the tower as a base folder.
 
     Args:
         source: a folder with config, safetensors and the image processor's settings.
         folder: where the base goes.
-        row: of the tower.
+        family: of the tower.
         dtype: of the weights; None keeps theirs.
 
     Raises:
@@ -38,21 +38,21 @@ def copy_tower(source: Path, folder: Path, row: Architecture, dtype: str | None)
     """
     whole: dict[str, Any] = strict_json((source / CONFIG).read_bytes())
     config = whole.get("vision_config")
-    if row.vision is None or not isinstance(config, dict):
+    if family.vision is None or not isinstance(config, dict):
         raise IncompatibleError(
             f"{source / CONFIG} has no vision_config, so the image tower is not described",
             next_step="import the model afresh from where it was published",
         )
-    start = f"{row.vision.prefix}."
+    start = f"{family.vision.prefix}."
     tensors = [
         copied(tensor, name=name.removeprefix(start), dtype=dtype)
         for name, tensor in open_checkpoint(source).tensors.items()
-        if name.startswith(start) and row.name_of(name) is not None
+        if name.startswith(start) and family.name_of(name) is not None
     ]
     write_checkpoint(folder, tensors)
     stored = {"BF16": "bfloat16", "F32": "float32"}.get(dtype or "")
     kept = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
-    kept |= {"model_type": row.model_type, "architectures": [row.class_name]}
+    kept |= {"model_type": family.model_type, "architectures": [family.class_name]}
     kept |= {"dtype": stored or config.get("dtype") or whole.get("dtype") or whole.get("torch_dtype") or "float32"}
     write_stream(folder / CONFIG, [json.dumps(kept, indent=1).encode() + b"\n"])
     if (source / PROCESSOR).is_file():

@@ -33,31 +33,33 @@ def build(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    row = architecture_of(config)
+    family = architecture_of(config)
     made = AutoConfig.for_model(**config)
     with without_weights():
         model: Any = AutoModelForCausalLM.from_config(
             made, attn_implementation=attention, experts_implementation=experts_implementation()
         )
-    blocks: Any = model.get_submodule(row.blocks)
+    blocks: Any = model.get_submodule(family.blocks)
     emulator = range(declared.first, declared.first + declared.blocks)
     problems: list[str] = []
     for place in range(len(blocks)):
         if place not in emulator:
-            problems += _assign(blocks[place], _taken(row, place, tensors), row.in_block(place, ""))
+            problems += _assign(blocks[place], _taken(family, place, tensors), family.in_block(place, ""))
     owned: dict[int, dict[str, Tensor]] = {}
     for at, place in enumerate(emulator):
         owner = declared.share[at] if declared.share else at
-        weights = dict(owned.setdefault(owner, _taken(row, place, tensors)))  # one tensor in all places that share it
-        problems += _unpack(blocks[place], row, declared, weights, row.in_block(place, ""))
-        _make_room(blocks[place], row, declared, weights)
+        weights = dict(
+            owned.setdefault(owner, _taken(family, place, tensors))
+        )  # one tensor in all places that share it
+        problems += _unpack(blocks[place], family, declared, weights, family.in_block(place, ""))
+        _make_room(blocks[place], family, declared, weights)
         if declared.affine:
             stand_behind(blocks[place], Affine.empty(made.hidden_size))
-        problems += _assign(blocks[place], weights, row.in_block(place, ""))
-    for name in row.outer_tensors(config) & tensors.keys():
+        problems += _assign(blocks[place], weights, family.in_block(place, ""))
+    for name in family.outer_tensors(config) & tensors.keys():
         path, _, leaf = name.rpartition(".")
         # a head has another name in some families' modules than in their files
-        owner = model.get_output_embeddings() if name == row.head else model.get_submodule(path)
+        owner = model.get_output_embeddings() if name == family.head else model.get_submodule(path)
         setattr(owner, leaf, nn.Parameter(tensors.pop(name), requires_grad=False))
     model.tie_weights()
     problems += [f"unexpected tensor {name}" for name in sorted(tensors)]
@@ -65,44 +67,44 @@ def build(
     return model, list(dict.fromkeys(problems))
 
 
-def _taken(row: Architecture, place: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _taken(family: Architecture, place: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of one block, by path, taken out of all."""
-    start = row.in_block(place, "")
+    start = family.in_block(place, "")
     return {name.removeprefix(start): tensors.pop(name) for name in sorted(tensors) if name.startswith(start)}
 
 
 def _unpack(
-    block: nn.Module, row: Architecture, declared: Declared, weights: dict[str, Tensor], start: str
+    block: nn.Module, family: Architecture, declared: Declared, weights: dict[str, Tensor], start: str
 ) -> list[str]:
     """Put full matrices in the place of sparse ones; masks that do not fit their numbers are listed."""
     problems = []
-    for path in row.linears if declared.sparse is not None else ():
+    for path in family.linears if declared.sparse is not None else ():
         if f"{path}.mask" not in weights or f"{path}.values" not in weights:
             continue  # which the caller reports as missing
         mask, values = weights.pop(f"{path}.mask"), weights.pop(f"{path}.values")
-        full = unpacked(mask, values, _inputs(block.get_submodule(path), row, declared, path))
+        full = unpacked(mask, values, _inputs(block.get_submodule(path), family, declared, path))
         if full is None:
             problems.append(f"{start}{path}.mask does not have a place for each of the {len(values)} values")
         else:
-            weights[f"{path}.weight"] = full.T.contiguous() if row.transposed else full
+            weights[f"{path}.weight"] = full.T.contiguous() if family.transposed else full
     return problems
 
 
-def _make_room(block: nn.Module, row: Architecture, declared: Declared, weights: dict[str, Tensor]) -> None:
+def _make_room(block: nn.Module, family: Architecture, declared: Declared, weights: dict[str, Tensor]) -> None:
     """Give a block modules for the weights that it gets; weights that a new module holds are taken out."""
-    for path in row.linears:
+    for path in family.linears:
         parent, _, name = path.rpartition(".")
         owner, bias = block.get_submodule(parent), weights.get(f"{path}.bias")
         if f"{path}.quantised" in weights and declared.group:
             codes, scales = weights.pop(f"{path}.quantised"), weights.pop(f"{path}.scales")
-            inputs = _inputs(block.get_submodule(path), row, declared, path)
+            inputs = _inputs(block.get_submodule(path), family, declared, path)
             made: nn.Module = QuantisedLinear(codes, scales, bias, inputs, declared.group)
         elif f"{path}.down" in weights:
             made = FactoredLinear(weights.pop(f"{path}.down"), weights.pop(f"{path}.up"), bias)
         elif f"{path}.weight" in weights:
             linear: Any = block.get_submodule(path)
             linear.weight = nn.Parameter(weights[f"{path}.weight"], requires_grad=False)
-            if row.transposed:
+            if family.transposed:
                 linear.nf = linear.weight.shape[1]  # what Conv1D makes its output's shape of
             continue
         else:
@@ -111,10 +113,10 @@ def _make_room(block: nn.Module, row: Architecture, declared: Declared, weights:
         setattr(owner, name, made)
 
 
-def _inputs(linear: Any, row: Architecture, declared: Declared, path: str) -> int:
-    if path == row.mlp_out and declared.mlp_width is not None:
+def _inputs(linear: Any, family: Architecture, declared: Declared, path: str) -> int:
+    if path == family.mlp_out and declared.mlp_width is not None:
         return declared.mlp_width
-    return int(linear.weight.shape[0] if row.transposed else linear.weight.shape[1])
+    return int(linear.weight.shape[0] if family.transposed else linear.weight.shape[1])
 
 
 def _assign(block: nn.Module, weights: Mapping[str, Tensor], start: str) -> list[str]:

@@ -69,32 +69,32 @@ class Declared(BaseModel):
         """The rank of a factored map."""
         return max(1, round((self.svd_rank or 0) * min(inputs, outputs)))
 
-    def narrowed(self, row: Architecture, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    def narrowed(self, family: Architecture, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         """The shapes of a block's tensors once its feed-forward part has its declared width."""
         found = dict(shapes)
         if self.mlp_width is None:
             return found
-        for path in mlp_inputs(row):
+        for path in mlp_inputs(family):
             rows, columns = shapes[f"{path}.weight"]
-            found[f"{path}.weight"] = (rows, self.mlp_width) if row.transposed else (self.mlp_width, columns)
+            found[f"{path}.weight"] = (rows, self.mlp_width) if family.transposed else (self.mlp_width, columns)
             if f"{path}.bias" in shapes:
                 found[f"{path}.bias"] = (self.mlp_width,)
-        rows, columns = shapes[f"{row.mlp_out}.weight"]
-        found[f"{row.mlp_out}.weight"] = (self.mlp_width, columns) if row.transposed else (rows, self.mlp_width)
+        rows, columns = shapes[f"{family.mlp_out}.weight"]
+        found[f"{family.mlp_out}.weight"] = (self.mlp_width, columns) if family.transposed else (rows, self.mlp_width)
         return found
 
-    def tensors(self, row: Architecture, shapes: Shapes) -> dict[str, Expected]:
+    def tensors(self, family: Architecture, shapes: Shapes) -> dict[str, Expected]:
         """Every tensor of an emulator block that holds weights, by path, from the shapes of a block of the family."""
-        plain = self.narrowed(row, shapes)
+        plain = self.narrowed(family, shapes)
         found: dict[str, Expected] = {path: (shape, FLOATS) for path, shape in plain.items()}
         if self.affine:
-            hidden = shapes[f"{row.attention_out}.weight"][1 if row.transposed else 0]
+            hidden = shapes[f"{family.attention_out}.weight"][1 if family.transposed else 0]
             found |= {path: (shape, FLOATS) for path, shape in affine_shapes(hidden).items()}
         if self.bits is None and self.svd_rank is None and self.sparse is None:
             return found
-        for path in row.linears:
+        for path in family.linears:
             shape, _ = found.pop(f"{path}.weight")
-            inputs, outputs = shape if row.transposed else shape[::-1]
+            inputs, outputs = shape if family.transposed else shape[::-1]
             if self.bits is not None and self.group is not None:
                 stored = inputs if self.bits == 8 else -(-inputs // 2)
                 found[f"{path}.quantised"] = ((outputs, stored), ("I8" if self.bits == 8 else "U8",))
@@ -114,10 +114,10 @@ def affine_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
     return {AFFINE_WEIGHT: (hidden, hidden), AFFINE_BIAS: (hidden,)}
 
 
-def mlp_inputs(row: Architecture) -> list[str]:
+def mlp_inputs(family: Architecture) -> list[str]:
     """The linear maps whose outputs are the neurons of the feed-forward part: those beside its output projection."""
-    parent = row.mlp_out.rpartition(".")[0]
-    return [path for path in row.linears if path != row.mlp_out and path.rpartition(".")[0] == parent]
+    parent = family.mlp_out.rpartition(".")[0]
+    return [path for path in family.linears if path != family.mlp_out and path.rpartition(".")[0] == parent]
 
 
 def wrapped(config: Mapping[str, Any], declared: Declared) -> dict[str, Any]:

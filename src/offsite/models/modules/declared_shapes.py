@@ -8,9 +8,9 @@ from offsite.models.architectures import Architecture
 _BOTTLENECK = re.compile(r"(.+)\.bottleneck\.(?:down|up)\.(?:weight|bias)")
 
 
-def bottleneck_places(row: Architecture, blocks: Iterable[int]) -> list[str]:
+def bottleneck_places(family: Architecture, blocks: Iterable[int]) -> list[str]:
     """The modules behind which a bottleneck stands: what ends attention and MLP (all of a mixture), by full path."""
-    return [row.in_block(index, path) for index in blocks for path in (row.attention_out, row.mlp_out)]
+    return [family.in_block(index, path) for index in blocks for path in (family.attention_out, family.mlp_out)]
 
 
 def bottleneck_shapes(place: str, hidden: int, width: int) -> dict[str, tuple[int, ...]]:

@@ -39,8 +39,8 @@ def tiny_base(folder: Path, architecture: str, blocks: int | None = None, *, lik
         IncompatibleError: there is no such family, or none so small.
         StorageError: it cannot be written.
     """
-    row = ARCHITECTURES.get(architecture)
-    if row is None:
+    family = ARCHITECTURES.get(architecture)
+    if family is None:
         raise IncompatibleError(
             f"there is no model of type {architecture[:64]!r}",
             next_step=f"name one of {', '.join(sorted(ARCHITECTURES))}",
@@ -48,18 +48,18 @@ def tiny_base(folder: Path, architecture: str, blocks: int | None = None, *, lik
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    settings = _switches(row.config_keys, like)
-    count = blocks or (row.block_count(settings) if like else 6)
+    settings = _switches(family.config_keys, like)
+    count = blocks or (family.block_count(settings) if like else 6)
     with staged_folder(folder) as staging, quiet(), torch.random.fork_rng(devices=[]):
-        inputs = _tokenizer(staging) if row.vision is None else _processor(staging)
-        settings |= {key: size for key, size in {**_SIZES, **_SPREAD}.items() if key in row.config_keys}
-        settings |= {row.count_keys[0]: count, **inputs}
-        for key in (*row.per_block, *row.count_keys[1:]):
+        inputs = _tokenizer(staging) if family.vision is None else _processor(staging)
+        settings |= {key: size for key, size in {**_SIZES, **_SPREAD}.items() if key in family.config_keys}
+        settings |= {family.count_keys[0]: count, **inputs}
+        for key in (*family.per_block, *family.count_keys[1:]):
             settings.pop(key, None)  # lists are derived anew for the blocks that there are
-        settings |= {key: settings.get(key, next(iter(values))) for key, values in row.among.items()}
-        settings |= {**row.settled, **row.settled_by(settings)} if row.follows else {}
+        settings |= {key: settings.get(key, next(iter(values))) for key, values in family.among.items()}
+        settings |= {**family.settled, **family.settled_by(settings)} if family.follows else {}
         torch.manual_seed(0)
-        auto = AutoModelForCausalLM if row.vision is None else AutoModel
+        auto = AutoModelForCausalLM if family.vision is None else AutoModel
         try:
             auto.from_config(AutoConfig.for_model(architecture, **settings)).save_pretrained(staging)
         except (ValueError, TypeError, RuntimeError, KeyError, ImportError) as error:
