@@ -9,15 +9,8 @@ import pytest
 from PIL import Image
 
 from offsite.data import picture_files, pictures
-from offsite.data.picture_files import (
-    Picture,
-    augmented,
-    decode,
-    held_out_part,
-    load_processor,
-    read_pictures,
-    split_by_seed,
-)
+from offsite.data.picture_files import Picture, augmented, decode, load_processor
+from offsite.data.picture_sets import held_out_part, read_pictures, split_by_seed
 from offsite.data.pictures import Pictures
 from offsite.errors import DataError, IncompatibleError, UsageError
 from tiny import tiny_pictures, tiny_vision_base

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from offsite.data import pictures
-from offsite.data.picture_files import Picture, load_processor, read_pictures
+from offsite.data.picture_files import Picture, load_processor
+from offsite.data.picture_sets import read_pictures
 from offsite.data.picture_workers import PictureWorkers
 from offsite.data.pictures import Pictures
 from offsite.errors import DataError, OffsiteError

@@ -1,4 +1,3 @@
-
 """Encodings and compression of data sets."""
 
 import bz2

@@ -7,7 +7,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from offsite.config import TuneSpec
-from offsite.data.picture_files import Picture, held_out_part, load_processor, read_pictures, split_by_seed
+from offsite.data.picture_files import Picture, load_processor
+from offsite.data.picture_sets import held_out_part, read_pictures, split_by_seed
 from offsite.data.picture_sizes import seen_picture
 from offsite.data.picture_workers import PictureWorkers
 from offsite.data.pictures import Pictures

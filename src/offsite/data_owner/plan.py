@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from offsite.config import Method, TuneSpec
-from offsite.data.picture_files import read_pictures, split_by_seed
+from offsite.data.picture_sets import read_pictures, split_by_seed
 from offsite.data.picture_sizes import SeenPicture, at_once, decoded, seen_picture
 from offsite.data.rows import read_rows
 from offsite.data.tokens import encode

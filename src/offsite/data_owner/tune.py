@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from offsite.config import TuneSpec
 from offsite.data.data_files import data_digest
-from offsite.data.picture_files import pictures_digest, read_pictures
+from offsite.data.picture_sets import pictures_digest, read_pictures
 from offsite.data.picture_workers import PictureWorkers
 from offsite.data_owner.album import Album
 from offsite.data_owner.check_tuning import AT_WORK, check_tuning

@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from offsite.config import EvalSpec
-from offsite.data.picture_files import Floats, Picture, load_processor, read_pictures
+from offsite.data.picture_files import Floats, Picture, load_processor
+from offsite.data.picture_sets import read_pictures
 from offsite.data.picture_workers import PictureWorkers
 from offsite.data.pictures import Pictures
 from offsite.data.rows import counted

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offsite.data.picture_files import load_processor, read_pictures
+from offsite.data.picture_files import load_processor
+from offsite.data.picture_sets import read_pictures
 from offsite.data.picture_sizes import picture_count, seen_picture, spread
 from offsite.data.pictures import Pictures
 from offsite.errors import DataError

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from offsite.config import PackSpec
-from offsite.data.picture_files import read_pictures
+from offsite.data.picture_sets import read_pictures
 from offsite.data.record_files import RECORDS
 from offsite.data.rows import read_rows
 from offsite.data.text_files import kind, read_text

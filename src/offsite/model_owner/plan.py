@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from offsite.config import PackSpec, PlugInSpec, RefitMap
-from offsite.data.picture_files import read_pictures
+from offsite.data.picture_sets import read_pictures
 from offsite.data.picture_sizes import decoded, picture_count, seen_picture, spread
 from offsite.errors import DataError, IncompatibleError
 from offsite.kernels.memory_formulas import (

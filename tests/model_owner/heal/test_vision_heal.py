@@ -13,7 +13,8 @@ from PIL import Image
 
 from artifacts import edit_weights, packed
 from offsite.config import PackSpec
-from offsite.data.picture_files import load_processor, read_pictures
+from offsite.data.picture_files import load_processor
+from offsite.data.picture_sets import read_pictures
 from offsite.data.pictures import Pictures
 from offsite.errors import UsageError
 from offsite.kernels.runtime import Runtime
