@@ -2,7 +2,8 @@
 
     python -m benchmarks.hollow_base 7b FOLDER
 
-`offsite pack FOLDER --plan` reads config and headers alone, so it plans for models that this machine could not hold.
+`offsite pack FOLDER --out OUT --for NAME --plan` reads config and headers alone, so it plans for models that this
+machine could not hold.
 """
 
 import argparse

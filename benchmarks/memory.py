@@ -1,11 +1,12 @@
-"""Peak memory of every stage, as the operating system counts it, against what `--plan` says before.
+"""Peak memory of packing and tuning, as the operating system counts it, against what `--plan measure` measures.
 
     python -m benchmarks.memory                 the model of the demo, from the user's cache
     python -m benchmarks.memory --base FOLDER   any base folder; "tiny" makes a tiny random one
     python -m benchmarks.memory --base FOLDER --images FOLDER   an image encoder, and pictures by class
 
 Each command runs in a process of its own, one at a time; its peak is the ru_maxrss that the system reports when it
-ends. Nothing heavy is imported here: a child's peak counts what its parent held at the fork.
+ends. Nothing heavy is imported here: a child's peak counts what its parent held at the fork. The plan of a stage that
+runs no network measures nothing, and its line has the system's count alone.
 """
 
 import argparse
@@ -23,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
-LIBRARIES = "interpreter and libraries"  # how the plan's first term starts
 _ROOT = Path(__file__).parent.parent
 _TEXT = _ROOT / "src" / "offsite" / "model_owner" / "calibration.txt"
 _ROWS = 64
@@ -32,19 +32,18 @@ _TINY = "import sys; from pathlib import Path; from tiny import tiny_base; tiny_
 
 @dataclass(frozen=True)
 class Measured:
-    """One command: its peak and the plan's, in bytes."""
+    """One command: its peak in bytes and its seconds, as they were and as the plan measured them."""
 
     case: str
-    measured: int
-    planned: int
-    libraries: int  # of the plan: the measured constant for what is there before any of the model
-    phase: str  # in which the plan has its peak
+    peak: int
+    planned_peak: int | None
     seconds: float
+    planned_seconds: float | None  # of the run, beside loading, validating and writing
 
     @property
-    def ratio(self) -> float:
-        """Planned over measured, both above the libraries."""
-        return (self.planned - self.libraries) / max(1, self.measured - self.libraries)
+    def ratio(self) -> float | None:
+        """The plan's peak over the command's."""
+        return self.planned_peak / self.peak if self.planned_peak else None
 
 
 def main() -> None:
@@ -94,7 +93,7 @@ def _measure(base: Path, scratch: Path, tokens: int, images: Path | None) -> Ite
     else:
         settings.write_text("[tune]\nmax_steps = 2\n")
         split = ["--bottom", 0, "--keep", 4, "--top", 4, "--calibration", images]
-    print(f"{'command':34}{'measured':>12}{'planned':>12}{'libraries':>12}{'plan/measured':>15}{'seconds':>9}")
+    print(f"{'command':34}{'peak':>12}{'of the plan':>12}{'plan/peak':>11}{'seconds':>9}{'of the plan':>12}")
     bundle = scratch / "bundle"
     for kind in (["--keep", 8, "--heal", "none"], ["--keep", 8], []) if images is None else (["--heal", "none"], []):
         out = scratch / f"dropped-{len(kind)}" if kind else bundle
@@ -113,12 +112,13 @@ def _measure(base: Path, scratch: Path, tokens: int, images: Path | None) -> Ite
 
 
 def _case(case: str, words: Sequence[object]) -> Measured:
-    plan: dict[str, Any] = json.loads(_offsite(*words, "--plan", "--json"))
-    peak = next(phase for phase in plan["phases"] if phase["name"] == plan["peak"]["phase"])
-    libraries = next(term["bytes"] for term in peak["terms"] if term["name"].startswith(LIBRARIES))
+    measure = [] if words[0] == "plug-in" else ["measure"]
+    plan: dict[str, Any] = json.loads(_offsite(*words, "--plan", *measure, "--json"))
+    found = plan["measured"] or {}
     began = time.perf_counter()
-    measured = _peak(words)
-    return Measured(case, measured, peak["bytes"], libraries, peak["name"], round(time.perf_counter() - began, 1))
+    peak = _peak(words)
+    seconds = round(time.perf_counter() - began, 1)
+    return Measured(case, peak, found.get("peak_bytes"), seconds, found.get("run_seconds"))
 
 
 def _peak(words: Sequence[object]) -> int:
@@ -151,8 +151,9 @@ def _rows(file: Path, tokens: int) -> None:
 
 
 def _line(one: Measured) -> str:
-    sizes = "".join(f"{size / 2**20:>8,.0f} MiB" for size in (one.measured, one.planned, one.libraries))
-    return f"{one.case:34}{sizes}{one.ratio:>15.2f}{one.seconds:>9.1f}"
+    planned = f"{one.planned_peak / 2**20:>8,.0f} MiB{one.ratio:>11.2f}" if one.planned_peak else f"{'':>23}"
+    seconds = f"{one.planned_seconds:>12.1f}" if one.planned_seconds is not None else ""
+    return f"{one.case:34}{one.peak / 2**20:>8,.0f} MiB{planned}{one.seconds:>9.1f}{seconds}"
 
 
 def _write(file: Path, results: Sequence[Measured], wanted: argparse.Namespace) -> None:
@@ -173,7 +174,7 @@ def _write(file: Path, results: Sequence[Measured], wanted: argparse.Namespace) 
             "tokens_of_a_row": None if wanted.images else wanted.tokens,
             "pictures": wanted.images and sum(1 for _ in wanted.images.rglob("*.*")),
         },
-        "cases": [{**asdict(one), "planned_over_measured": round(one.ratio, 3)} for one in results],
+        "cases": [{**asdict(one), "ratio": one.ratio and round(one.ratio, 3)} for one in results],
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=1) + "\n")

@@ -8,7 +8,7 @@ import pytest
 from artifacts import lora_return, packed, with_earlier
 from offsite.cli import data_owner, inspect_verbs, main
 from offsite.config import TuneSpec
-from offsite.data_owner.plan import returned_tensors
+from offsite.data_owner.return_manifest import returned_tensors
 from offsite.models.architectures import ARCHITECTURES
 from offsite.protocol.home import Home
 from tiny import Parties, tiny_base

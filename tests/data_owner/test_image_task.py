@@ -168,7 +168,7 @@ def test_memory_is_measured_on_the_pictures(tmp_path: Path, bundle: Bundle, monk
         work()
         return 2**20, 2**20 * (1 + 100 * seen[-1])
 
-    monkeypatch.setattr(memory_budget, "_measured", measured)
+    monkeypatch.setattr(memory_budget, "peak_memory", measured)
     pictures = tiny_pictures(tmp_path / "set", 4)
     records = run(tmp_path, bundle, pictures, memory="300MiB", batch_size=8)
     assert seen == [1, 2]

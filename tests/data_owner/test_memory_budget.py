@@ -14,6 +14,7 @@ from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.errors import UsageError
 from offsite.kernels.activation_checkpointing import Checkpointed, checkpoint_activations, keep_activations
+from offsite.kernels.peak_memory import peak_memory
 from offsite.kernels.runtime import Runtime, resolve_runtime
 from offsite.models.backbone import split_backbone_and_head
 from offsite.models.loading import load_model
@@ -76,7 +77,7 @@ def _measuring(monkeypatch, tuning, *, per_token, recomputed):
         return held, held + tokens[-1] * (recomputed if again else per_token)
 
     monkeypatch.setattr(memory_budget, "run_trial", counted)
-    monkeypatch.setattr(memory_budget, "_measured", measured)
+    monkeypatch.setattr(memory_budget, "peak_memory", measured)
     return tokens
 
 
@@ -192,14 +193,14 @@ def test_the_operating_system_is_asked():
     def work():
         torch.ones(2**27).sum()  # 512 MiB, of which the heap may still hold a part
 
-    before, peak = memory_budget._measured(work, CPU)
+    before, peak = peak_memory(work, CPU)
     assert 256 * 2**20 < peak - before < 2**30
 
 
 def test_no_trial_is_charged_what_the_one_before_it_freed():
     resolve_runtime("cpu")  # has the heap keep what is freed
-    _, first = memory_budget._measured(lambda: torch.ones(2**27).sum(), CPU)
-    _, second = memory_budget._measured(lambda: None, CPU)
+    _, first = peak_memory(lambda: torch.ones(2**27).sum(), CPU)
+    _, second = peak_memory(lambda: None, CPU)
     assert first - second > 256 * 2**20
 
 

@@ -50,7 +50,7 @@ def test_side_by_side_they_are_the_same_and_leave_nothing_behind(tmp_path, monke
     ],
 )
 def test_passes_run_side_by_side_where_training_would(tmp_path, monkeypatch, tiles, dtype, rope, count):
-    monkeypatch.setattr("offsite.kernels.memory_formulas.has_tiles", lambda: tiles)
+    monkeypatch.setattr("offsite.kernels.cpu.side_by_side.has_tiles", lambda: tiles)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     model = load_model(tiny_base(tmp_path / "base", blocks=2), dtype=getattr(torch, dtype), device=torch.device("cpu"))
     next(part for part in model.modules() if hasattr(part, "rope_type")).rope_type = rope

@@ -1,78 +1,112 @@
-"""The plan of packing: exact where it can be, and the formulas by hand on a tiny model."""
+"""Plans of packing and plugging in: sizes are the run's, what it refuses they refuse, and measuring leaves nothing."""
 
-import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from artifacts import lora_return, packed
+from artifacts import full_return, lora_return, packed
 from offsite.config import PackSpec, PlugInSpec
-from offsite.errors import IncompatibleError, UsageError
-from offsite.kernels import memory_formulas
-from offsite.kernels.runtime import resolve_runtime
+from offsite.errors import OffsiteError
 from offsite.model_owner.intake import intake
+from offsite.model_owner.ledger import Ledger
+from offsite.model_owner.measure_packing import measure_packing
 from offsite.model_owner.pack import pack
-from offsite.model_owner.plan import PackPlan, plan_pack, plan_plug_in
+from offsite.model_owner.plan import PackPlan, plan_pack
+from offsite.model_owner.plan_plug_in import plan_plug_in
 from offsite.model_owner.plug_in import plug_in
-from offsite.models.loading import load_model
+from offsite.models.plan_value import Amount
+from offsite.progress import silent
 from offsite.protocol.artifacts import Base
-from tiny import EVERY_KIND, EVERY_VISION_KIND, KINDS, MakeBase, Parties, tiny_pictures, tiny_vision_base
+from offsite.protocol.home import Home
+from offsite.training.run_log import run_folder
+from tiny import EVERY_KIND, EVERY_VISION_KIND, KINDS, Parties, tiny_base, tiny_pictures, tiny_vision_base
 
-HIDDEN, INNER, VOCABULARY = 32, 48, 320
+MakeBase = Callable[..., Path]
+HIDDEN, INNER = 32, 48
 # q 32, k and v 16 each, o 32, three of the MLP, two norms
 BLOCK = HIDDEN * (32 + 16 + 16 + 32) + 3 * HIDDEN * INNER + 2 * HIDDEN
+ROOM = "healed weights, until the bundle is written"
 
 
 def spec(**settings: Any) -> PackSpec:
-    return PackSpec.model_validate({"bottom": 1, "top": 1, "keep": 2, "compute": "fp32", **settings})
+    return PackSpec.model_validate({"bottom": 1, "top": 1, "keep": 2, "compute": "fp32", "device": "cpu", **settings})
 
 
-def term(plan: PackPlan, phase: str, name: str) -> int:
-    (found,) = (one for one in plan.phases if one.name == phase)
-    return next(one.bytes for one in found.terms if one.name == name)
+@pytest.fixture
+def plan_of(tmp_path: Path, parties: Parties) -> Callable[..., PackPlan]:
+    def plan(base: Path, settings: PackSpec) -> PackPlan:
+        return plan_pack(Base(base), tmp_path / "planned", "hospital", settings, parties.owner)[0]
+
+    return plan
+
+
+Plan = Callable[..., PackPlan]
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in folder.iterdir()}
+
+
+def by_name(amounts: tuple[Amount, ...]) -> dict[str, int]:
+    return {amount.name: amount.bytes for amount in amounts}
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("heal", ["none", "refit", "affine"])
 def test_the_bundle_has_the_planned_bytes(
-    base_of: MakeBase, tmp_path: Path, parties: Parties, family: str, dtype: str, heal: str
+    base_of: MakeBase, tmp_path: Path, parties: Parties, plan_of: Plan, family: str, dtype: str, heal: str
 ) -> None:
-    base = base_of(family)
-    settings = spec(dtype=dtype, heal=heal, calibration_tokens=512)
-    plan = plan_pack(Base(base), settings)
+    base, settings = base_of(family), spec(dtype=dtype, heal=heal, calibration_tokens=512)
+    plan = plan_of(base, settings)
     bundle = pack(Base(base), tmp_path / "bundle", "hospital", settings, parties.owner)
-    assert dict(plan.files) == {file.name: file.stat().st_size for file in bundle.folder.iterdir()}
-    assert plan.bundle_bytes == sum(file.stat().st_size for file in bundle.folder.iterdir())
+    assert by_name(plan.files) == sizes(bundle.folder)
+    assert by_name(plan.disk)["bundle"] == sum(sizes(bundle.folder).values())
 
 
-def test_blocks_that_train_in_between_are_planned(base_of: MakeBase, tmp_path: Path, parties: Parties) -> None:
-    base, settings = Base(base_of("llama")), PackSpec(train=(0, 2, 4), keep=2, heal="none")  # type: ignore[arg-type]
-    plan = plan_pack(base, settings)
-    bundle = pack(base, tmp_path / "bundle", "hospital", settings, parties.owner)
-    assert dict(plan.files) == {file.name: file.stat().st_size for file in bundle.folder.iterdir()}
+def test_blocks_that_train_in_between_are_planned(
+    base_of: MakeBase, tmp_path: Path, parties: Parties, plan_of: Plan
+) -> None:
+    base, settings = base_of("llama"), PackSpec(train=(0, 2, 4), keep=2, heal="none")
+    plan = plan_of(base, settings)
+    bundle = pack(Base(base), tmp_path / "bundle", "hospital", settings, parties.owner)
+    assert by_name(plan.files) == sizes(bundle.folder)
     parts = {part.name: part.blocks for part in plan.bundle if part.blocks}
     assert parts == {"bottom": 1, "emulator": 2, "trained in between": 1, "top": 1}
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_every_kind_of_model_can_be_planned(base_of: MakeBase, tmp_path: Path, parties: Parties, kind: str) -> None:
-    base = Base(base_of(**KINDS[kind]))
-    plan = plan_pack(base, spec(heal="none"))
-    bundle = pack(base, tmp_path / "bundle", "hospital", spec(heal="none"), parties.owner)
-    assert dict(plan.files) == {file.name: file.stat().st_size for file in bundle.folder.iterdir()}
-    influence = plan_pack(base, spec(heal="none", select="influence"))
-    assert influence.peak.bytes > plan.peak.bytes
+def test_every_kind_of_model_can_be_planned(
+    base_of: MakeBase, tmp_path: Path, parties: Parties, plan_of: Plan, kind: str
+) -> None:
+    base = base_of(**KINDS[kind])
+    plan = plan_of(base, spec(heal="none"))
+    bundle = pack(Base(base), tmp_path / "bundle", "hospital", spec(heal="none"), parties.owner)
+    assert by_name(plan.files) == sizes(bundle.folder)
+    assert plan.memory == ()
+    influence = plan_of(base, spec(heal="none", select="influence"))
+    assert influence.work == ("select by influence",)
+    assert influence.memory[0].bytes > 0
     assert sum(part.parameters for part in plan.bundle if part.name in ("bottom", "top")) == sum(
         math.prod(entry.shape) for entry in bundle.manifest.tensors.values()
     )
 
 
-def test_parts_by_hand(base_of: MakeBase) -> None:
-    plan = plan_pack(Base(base_of("llama", tied=False)), spec())
+@pytest.mark.parametrize("kind", EVERY_VISION_KIND)
+def test_every_kind_of_encoder_can_be_planned(tmp_path: Path, parties: Parties, plan_of: Plan, kind: str) -> None:
+    base, own = tiny_vision_base(tmp_path / "base", kind, 4), tiny_pictures(tmp_path / "own", 3)
+    settings = spec(keep=1, heal="refit", calibration=own)
+    plan = plan_of(base, settings)
+    bundle = pack(Base(base), tmp_path / "bundle", "hospital", settings, parties.owner)
+    assert by_name(plan.files) == sizes(bundle.folder)
+    assert plan.work == ("heal by refit",)
+
+
+def test_parts_by_hand(base_of: MakeBase, plan_of: Plan) -> None:
+    plan = plan_of(base_of("llama", tied=False), spec())
     parts = {part.name: (part.blocks, part.parameters, part.bytes) for part in plan.bundle}
     vocabulary = parts["embeddings"][1] // HIDDEN
     assert parts == {
@@ -87,135 +121,157 @@ def test_parts_by_hand(base_of: MakeBase) -> None:
     assert [part.bytes for part in plan.base][2] == 12 * BLOCK  # the base is in fp32
 
 
-def test_refit_by_hand(base_of: MakeBase) -> None:
-    plan = plan_pack(Base(base_of("llama")), spec(calibration_tokens=4096))
-    assert plan.calibration is not None
-    assert (plan.calibration.sequences, plan.calibration.length) == (64, 64)  # the context is 64
-    assert plan.compute == "fp32"
-    running, summing, solving, _ = (phase.name for phase in plan.phases)
-    assert term(plan, running, "hidden states, base and emulator") == 2 * 4 * 4096 * HIDDEN
-    assert term(plan, running, "one block in fp32") == 4 * BLOCK
-    batch, projected = 8 * 64, 32 + 16 + 16 + 2 * INNER
-    forward = 4 * (projected + 32 + INNER) + 8 * HIDDEN
-    assert term(plan, running, "activations of one batch") == batch * forward
-    assert term(plan, summing, "sums of squares, fitted and held out") == 8 * (INNER**2 + INNER * HIDDEN)
-    assert term(plan, summing, "features of one batch, plain and weighted") == 8 * batch * INNER
-    assert term(plan, solving, "system and factor in fp64") == 16 * INNER**2
-    assert {one.name: one.bytes for one in plan.disk}["healed weights, until the bundle is written"] == (
-        2 * 2 * INNER * HIDDEN
-    )
+@pytest.mark.parametrize(
+    ("settings", "work", "healed"),
+    [
+        ({}, ("heal by refit",), 2 * 2 * INNER * HIDDEN),
+        ({"refit_maps": "attention,mlp"}, ("heal by refit",), 2 * 2 * (32 + INNER) * HIDDEN),
+        ({"heal": "affine"}, ("heal by affine",), 2 * 2 * (HIDDEN**2 + HIDDEN)),
+        ({"keep": 3, "prune": 0.5}, ("prune by sparsegpt", "heal by refit"), 3 * 2 * (BLOCK - 2 * HIDDEN)),
+        ({"heal": "none"}, (), None),
+    ],
+    ids=["refit", "both maps", "affine", "pruning", "none"],
+)
+def test_what_runs_and_what_lies_on_the_disk(
+    base_of: MakeBase, plan_of: Plan, settings: dict[str, Any], work: tuple[str, ...], healed: int | None
+) -> None:
+    plan = plan_of(base_of("llama"), spec(**settings))
+    assert plan.work == work
+    assert by_name(plan.disk).get(ROOM) == healed
+    assert plan.disk_bytes == sum(by_name(plan.disk).values())
 
 
-def test_refit_of_both_maps_by_hand(base_of: MakeBase) -> None:
-    base = Base(base_of("llama", head_dim=12))
-    attended = 4 * 12
-    plan = plan_pack(base, spec(refit_maps="attention,mlp,attention", calibration_tokens=4096))
-    _, *solved, _ = (phase.name for phase in plan.phases)
-    assert solved == [
-        "summing up an attention's projection's problem",
-        "solving for an attention's projection",
-        "summing up a projection's problem",
-        "solving for a projection",
-    ]
-    assert term(plan, solved[0], "sums of squares, fitted and held out") == 8 * (attended**2 + attended * HIDDEN)
-    assert term(plan, solved[1], "system and factor in fp64") == 16 * attended**2
-    assert term(plan, solved[3], "system and factor in fp64") == 16 * INNER**2
-    assert {one.name: one.bytes for one in plan.disk}["healed weights, until the bundle is written"] == (
-        2 * 2 * (attended + INNER) * HIDDEN
-    )
+def test_affine_maps_are_parameters_of_the_bundle(base_of: MakeBase, plan_of: Plan) -> None:
+    parts = {part.name: part.parameters for part in plan_of(base_of("llama"), spec(heal="affine")).bundle}
+    assert parts["emulator"] == 2 * (BLOCK + HIDDEN**2 + HIDDEN)
 
 
-def test_affine_maps_by_hand(base_of: MakeBase) -> None:
-    plan = plan_pack(Base(base_of("llama")), spec(heal="affine", calibration_tokens=4096))
-    running, summing, solving, _ = (phase.name for phase in plan.phases)
-    behind = HIDDEN**2 + HIDDEN
-    assert term(plan, running, "hidden states, base and emulator") == 2 * 4 * 4096 * HIDDEN
-    assert term(plan, running, "the map behind it") == 4 * behind
-    assert term(plan, summing, "sums of squares, fitted and held out") == 8 * 2 * HIDDEN**2
-    assert term(plan, summing, "features of one batch, plain and weighted") == 8 * 8 * 64 * HIDDEN
-    assert term(plan, solving, "system and factor in fp64") == 16 * HIDDEN**2
-    assert {one.name: one.bytes for one in plan.disk}["healed weights, until the bundle is written"] == 2 * 2 * behind
-    parts = {part.name: (part.blocks, part.parameters, part.bytes) for part in plan.bundle}
-    assert parts["emulator"] == (2, 2 * (BLOCK + behind), 2 * 2 * (BLOCK + behind))
-
-
-def test_pruning_by_hand(base_of: MakeBase) -> None:
-    plan = plan_pack(Base(base_of("llama")), spec(keep=3, prune=0.5, calibration_tokens=4096))
-    running, pruning, *_ = (phase.name for phase in plan.phases)
-    assert term(plan, running, "hidden states, base and emulator") == 2 * 4 * 4096 * HIDDEN
-    assert term(plan, pruning, "sums of squares, at most one for each map") == 4 * 6 * HIDDEN**2
-    assert {one.name: one.bytes for one in plan.disk}["healed weights, until the bundle is written"] == (
-        3 * 2 * (BLOCK - 2 * HIDDEN)  # all but the norms
-    )
-
-
-def test_without_a_gap_no_network_runs(base_of: MakeBase) -> None:
-    for settings in (spec(heal="none"), spec(keep=3, select="influence")):
-        plan = plan_pack(Base(base_of("llama")), settings)
-        assert plan.calibration is None
-        assert plan.compute is None
-        assert [phase.name for phase in plan.phases] == ["writing the bundle"]
-        assert plan.peak.terms[0].bytes == memory_formulas.PLAIN_LIBRARIES
-
-
-def test_influence_alone_keeps_one_set_of_hidden_states(base_of: MakeBase) -> None:
-    plan = plan_pack(Base(base_of("llama")), spec(select="influence", heal="none", calibration_tokens=4096))
-    running, writing = plan.phases
-    assert term(plan, running.name, "hidden states") == 4 * 4096 * HIDDEN
-    assert writing.name == "writing the bundle"
-
-
-def test_what_cannot_be_packed_cannot_be_planned(base_of: MakeBase) -> None:
-    with pytest.raises(UsageError, match="cannot keep 4 blocks"):
-        plan_pack(Base(base_of("llama")), spec(keep=4))
-
-
-@pytest.mark.parametrize("compute", ["auto", "bf16", "fp32"])
-def test_the_arithmetic_is_foreseen(compute: Any) -> None:
-    assert memory_formulas.compute_bytes(compute, "cpu") == resolve_runtime("cpu", compute, 1).dtype.itemsize
-
-
-@pytest.mark.parametrize(("form", "more"), [("adapter", ()), ("merged", ("tokenizer.json",))])
-def test_plugging_in(base_of: MakeBase, tmp_path: Path, parties: Parties, form: Any, more: tuple[str, ...]) -> None:
+def test_the_dtype_that_the_device_decides_is_not_guessed(base_of: MakeBase, plan_of: Plan) -> None:
     base = base_of("llama")
-    bundle = packed(base, tmp_path / "bundle", parties)
-    returned = lora_return(bundle, tmp_path / "return", parties.data_owner)
-    settings = PlugInSpec.model_validate({"as": form})
-    plan = plan_plug_in(Base(base), returned.folder, settings, parties.owner)
-    assert plan.form == form
-    assert plan.changed == 2 * 7
-    assert plan.changed_parameters == 2 * (BLOCK - 2 * HIDDEN)  # every linear map of two blocks
-    if form == "merged":  # smaller than a chunk that is copied, so by hand: the largest map is 32 x 48
-        assert {term.name: term.bytes for term in plan.phases[1].terms}.keys() >= {"copy buffer"}
-    made = plug_in(Base(base), intake(returned.folder, parties.owner), tmp_path / "plugged", settings, parties.owner)
-    assert plan.disk_bytes >= 0.9 * sum(file.stat().st_size for file in made.folder.iterdir())
-    assert all((made.folder / name).is_file() for name in more)
+    for device, compute, expected in (
+        ("auto", "auto", ["bf16", "fp32"]),
+        ("cuda", "auto", ["bf16", "fp32"]),
+        ("mps", "auto", ["fp32"]),
+        ("auto", "fp32", ["fp32"]),
+        ("cuda", "bf16", ["bf16"]),
+    ):
+        plan = plan_of(base, spec(device=device, compute=compute, heal="distill"))
+        assert [memory.compute for memory in plan.memory] == expected
+        for memory in plan.memory:
+            held, masters = by_name(memory.amounts), {"bf16": 16, "fp32": 12}[memory.compute]
+            assert held["emulator that trains"] == {"bf16": 2, "fp32": 4}[memory.compute] * 2 * BLOCK
+            assert held["its master weights, gradients and optimiser moments in fp32"] == masters * 2 * BLOCK
+            assert held["one block in fp32"] == 4 * BLOCK
 
 
-@pytest.mark.parametrize("kind", EVERY_VISION_KIND)
-def test_every_kind_of_encoder_can_be_planned(tmp_path: Path, parties: Parties, kind: str) -> None:
-    base, own = Base(tiny_vision_base(tmp_path / "base", kind, 4)), tiny_pictures(tmp_path / "own", 3)
-    settings = spec(keep=1, heal="refit", calibration=own)
-    plan = plan_pack(base, settings)
-    bundle = pack(base, tmp_path / "bundle", "hospital", settings, parties.owner)
-    assert dict(plan.files) == {file.name: file.stat().st_size for file in bundle.folder.iterdir()}
-    assert plan.calibration is not None
-    assert plan.calibration.sequences == 9
-    assert term(plan, "running the blocks", "prepared pictures") == 9 * 4 * 3 * 16 * 16
-    config = json.loads((base.folder / "config.json").read_text())
-    with torch.no_grad():
-        model = load_model(base.folder, dtype=torch.float32, device=torch.device("cpu"))
-        seen = model(pixel_values=torch.zeros(1, 3, 16, 16))
-    tokens = seen.last_hidden_state.shape[1]
-    assert plan.calibration.length == tokens
-    hidden = 2 * 4 * 9 * tokens * config["hidden_size"]
-    assert term(plan, "running the blocks", "hidden states, base and emulator") == hidden
+def taken(out: Path) -> None:
+    out.mkdir()
+    (out / "file").write_text("")
 
 
-def test_an_encoder_whose_processor_says_no_size_cannot_be_planned(tmp_path: Path) -> None:
-    base = tiny_vision_base(tmp_path / "base", blocks=4)
-    file = base / "preprocessor_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "size": {"shortest_edge": 16}}))
-    with pytest.raises(IncompatibleError, match="does not say how large") as caught:
-        plan_pack(Base(base), spec(keep=1, calibration=tiny_pictures(tmp_path / "own", 1)))
-    assert "'height'" in caught.value.reasons[0]
+def interrupted(out: Path) -> None:
+    run_folder(out).mkdir()
+    (run_folder(out) / "run.json").write_text("{}")
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str, Callable[[Path], None] | None]] = {
+    "the folder is taken": ({}, "hospital", taken),
+    "an interrupted run is there": ({"heal": "distill"}, "hospital", interrupted),
+    "a recipient who is not trusted": ({}, "anybody", None),
+    "more blocks than there are": ({"keep": 4}, "hospital", None),
+    "no method that trains": ({"methods": ["bitfit"]}, "hospital", None),
+    "a head that is the embedding": ({"permit_head": True}, "hospital", None),
+    "calibration text that is not there": ({"calibration": "no.txt"}, "hospital", None),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_run_refuses_the_plan_refuses(base_of: MakeBase, tmp_path: Path, parties: Parties, case: str) -> None:
+    settings, recipient, spoil = REFUSED[case]
+    base, out = Base(base_of("llama")), tmp_path / "bundle"
+    if spoil:
+        spoil(out)
+    with pytest.raises(OffsiteError) as by_run:
+        pack(base, out, recipient, spec(**settings), parties.owner)
+    with pytest.raises(OffsiteError) as by_plan:
+        plan_pack(base, out, recipient, spec(**settings), parties.owner)
+    assert type(by_plan.value) is type(by_run.value)
+    assert str(by_plan.value) == str(by_run.value)
+
+
+def test_a_home_without_a_key_is_refused(base_of: MakeBase, tmp_path: Path) -> None:
+    for stage in (plan_pack, pack):
+        with pytest.raises(OffsiteError, match="key"):
+            stage(Base(base_of("llama")), tmp_path / "out", "hospital", spec(), Home(tmp_path / "nobody"))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("settings", "what", "times"),
+    [
+        ({}, "healing one block", 2),
+        ({"keep": None, "prune": 0.5}, "healing one block", 3),
+        ({"heal": "none", "select": "influence"}, "running the calibration data through one block", 4),
+        ({"heal": "distill"}, "running the calibration data through one block; not measured: heal by distill", 4),
+    ],
+    ids=["refit", "pruning", "influence", "distill"],
+)
+def test_measuring_leaves_nothing(
+    base_of: MakeBase, tmp_path: Path, parties: Parties, settings: dict[str, Any], what: str, times: int
+) -> None:
+    base, asked = Base(base_of("llama")), spec(calibration_tokens=512, **settings)
+    before = sorted(tmp_path.rglob("*"))
+    plan, checked = plan_pack(base, tmp_path / "bundle", "hospital", asked, parties.owner)
+    measured = measure_packing(plan, checked, asked, silent).measured
+    assert sorted(tmp_path.rglob("*")) == before
+    assert measured is not None
+    assert (measured.what, measured.times, measured.compute) == (what, times, "fp32")
+    assert measured.peak_bytes > plan.memory[0].bytes
+    assert measured.run_seconds == pytest.approx(measured.seconds * times)
+
+
+def test_where_no_network_runs_nothing_is_measured(base_of: MakeBase, tmp_path: Path, parties: Parties) -> None:
+    asked = spec(heal="none")
+    plan, checked = plan_pack(Base(base_of("llama")), tmp_path / "bundle", "hospital", asked, parties.owner)
+    assert measure_packing(plan, checked, asked, silent).measured is None
+
+
+@pytest.mark.parametrize("returns", [lora_return, full_return], ids=["lora", "full"])
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_the_plug_in_has_the_planned_bytes(
+    base_of: MakeBase, tmp_path: Path, parties: Parties, form: Any, returns: Callable[..., Any]
+) -> None:
+    if (returns, form) == (full_return, "adapter"):
+        pytest.skip("no adapter folder can carry it")
+    base = Base(base_of("llama"))
+    returned = returns(packed(base.folder, tmp_path / "bundle", parties), tmp_path / "return", parties.data_owner)
+    settings = PlugInSpec.model_validate({"as": form, "strength": 0.7})
+    plan = plan_plug_in(base, returned.folder, tmp_path / "plugged", settings, parties.owner)
+    assert Ledger(parties.owner.ledger).intakes(returned.digest) == []
+    made = plug_in(base, intake(returned.folder, parties.owner), tmp_path / "plugged", settings, parties.owner)
+    assert by_name(plan.files) == sizes(made.folder)
+    assert (plan.form, plan.strength, plan.disk_bytes) == (form, 0.7, sum(sizes(made.folder).values()))
+    assert plan.returned_parameters == sum(math.prod(entry.shape) for entry in returned.manifest.tensors.values())
+    assert plan.changed_tensors == {"adapter": 0, "merged": 2 * (7 if returns is lora_return else 9)}[form]
+
+
+@pytest.mark.parametrize("case", ["taken", "no such checkpoint", "another base", "plugged in before"])
+def test_what_plugging_in_refuses_its_plan_refuses(
+    base_of: MakeBase, tmp_path: Path, parties: Parties, case: str
+) -> None:
+    base, out, settings = Base(base_of("llama")), tmp_path / "plugged", PlugInSpec()
+    returned = lora_return(packed(base.folder, tmp_path / "bundle", parties), tmp_path / "return", parties.data_owner)
+    accepted = intake(returned.folder, parties.owner)
+    if case == "taken":
+        taken(out)
+    elif case == "no such checkpoint":
+        settings = PlugInSpec(checkpoint=2)
+    elif case == "another base":
+        base = Base(tiny_base(tmp_path / "other", "llama", 5, seed=7))
+    else:
+        plug_in(base, accepted, tmp_path / "first", settings, parties.owner)
+    with pytest.raises(OffsiteError) as by_plan:
+        plan_plug_in(base, returned.folder, out, settings, parties.owner)
+    with pytest.raises(OffsiteError) as by_run:
+        plug_in(base, accepted, out, settings, parties.owner)
+    assert type(by_plan.value) is type(by_run.value)
+    assert str(by_plan.value) == str(by_run.value)

@@ -14,6 +14,7 @@ from offsite.training.run_log import log_file
 
 if TYPE_CHECKING:
     from offsite.config import TuneSpec
+    from offsite.data_owner.plan import TunePlan
     from offsite.progress import Event, Progress
     from offsite.protocol.artifacts import Bundle, Return
     from offsite.protocol.home import Home
@@ -32,7 +33,7 @@ def tune(
     eval_data: Annotated[Path | None, typer.Option(metavar="FILE", help="held-out rows to validate on")] = None,
     tensorboard: Annotated[Path | None, typer.Option(metavar="FOLDER", help="log for TensorBoard as well")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run, bit for bit")] = False,
-    plan: flags.PlanFlag = False,
+    plan: flags.PlanFlag = None,
     config: flags.ConfigFlag = None,
     home: flags.HomeFlag = None,
     as_json: flags.JsonFlag = False,
@@ -47,7 +48,7 @@ def tune(
     """
     from offsite.config import TuneSpec
 
-    spec = flags.settings(TuneSpec, config, flag_values)
+    spec, measured = flags.settings(TuneSpec, config, flag_values), flags.measures(plan)
     from offsite.data_owner.permissions import require_permitted, require_something_to_report
     from offsite.progress import Event
     from offsite.protocol.verify import verify_bundle
@@ -56,12 +57,11 @@ def tune(
     own = flags.home_of(context, home)
     with terminal.showing_progress() as progress:
         progress(Event("verifying the bundle", 0))
-        verified = verify_bundle(bundle, own, hold=not plan)
+        verified = verify_bundle(bundle, own, hold=not plan or measured)
     require_permitted(verified.manifest, spec)
     if plan:
-        from offsite.data_owner.plan import plan_tune
-
-        show_plan(plan_tune(verified, data, spec), out, as_json=as_json)
+        planned = _plan(verified, data, out, spec, own, eval_data, tensorboard, resume=resume, measured=measured)
+        show_plan(planned, out, as_json=as_json)
         return
     log = log_file(out)
     if resume and (finished := _finished_return(out, verified, spec, own)):
@@ -99,6 +99,39 @@ def _facts(log: Path, *, as_json: bool) -> dict[str, Any]:
     return {**told, "kernels": {name: kernels[name] for name in ("backend", "pieces")}}
 
 
+def _plan(
+    bundle: "Bundle",
+    data: Path,
+    out: Path,
+    spec: "TuneSpec",
+    home: "Home",
+    eval_data: Path | None,
+    tensorboard: Path | None,
+    *,
+    resume: bool,
+    measured: bool,
+) -> "TunePlan":
+    from offsite.data_owner.plan import plan_tune
+
+    with terminal.showing_progress() as progress:
+        plan, prepared = plan_tune(
+            bundle,
+            data,
+            out,
+            spec,
+            home,
+            eval_data=eval_data,
+            tensorboard=tensorboard,
+            resume=resume,
+            progress=progress,
+        )
+        if not measured:
+            return plan
+        from offsite.data_owner.measure_tuning import measure_tuning
+
+        return measure_tuning(bundle, plan, prepared, progress)
+
+
 def _show(returned: "Return", home: "Home", tuning: Mapping[str, Any], *, as_json: bool) -> None:
     """Print what the return is, and how the tuning went, which the return does not tell."""
     terminal.show({**inspect_verbs.describe(returned, home), "tuning": tuning}, as_json=as_json)
@@ -109,7 +142,7 @@ def _show(returned: "Return", home: "Home", tuning: Mapping[str, Any], *, as_jso
 
 def _finished_return(out: Path, bundle: "Bundle", spec: "TuneSpec", home: "Home") -> "Return | None":
     """What `out` holds if the run would make it: a return of this home to this bundle, with the tensors asked for."""
-    from offsite.data_owner.plan import returned_tensors
+    from offsite.data_owner.return_manifest import returned_tensors
     from offsite.errors import OffsiteError
     from offsite.protocol.verify import verify_return
 
@@ -140,7 +173,7 @@ def _announcing(promised: str, progress: "Progress") -> "Progress":
 
 def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
     """What the return will contain, in words: every file, and the tensors by block."""
-    from offsite.data_owner.plan import returned_tensors
+    from offsite.data_owner.return_manifest import returned_tensors
     from offsite.models.architectures import ARCHITECTURES
     from offsite.protocol.contents import ADAPTER_CONFIG, CLASSIFIER, WEIGHTS_OF, checkpoint_file
     from offsite.protocol.manifest import MANIFEST, SIGNATURE

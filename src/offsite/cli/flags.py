@@ -1,6 +1,6 @@
 """What the commands share: flags that are no settings, and the state of one run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -57,20 +57,62 @@ ConfigFlag = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="TOML file with settings; flags win over it")
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
-PlanFlag = Annotated[bool, typer.Option("--plan", help="print what it will do and need, and do nothing")]
+PLAN_MODES = ("headers", "measure")
+PlanFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--plan",
+        metavar="[measure]",
+        help="check, print what it will do and hold, and write nothing; `measure` also runs a small part of it",
+    ),
+]
 VersionFlag = Annotated[
     bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
 ]
 
 
 class Command(TyperCommand):
-    """A command that notes where it could be resumed from."""
+    """A command that notes where it could be resumed from, and whose --plan may stand without a value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words of the command line, after the value of --plan was put beside it."""
+        return super().parse_args(ctx, with_plan_mode(args))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command, after that note."""
         if "resume" in ctx.params:
             run_of(ctx).resumable = run_folder(ctx.params["out"])
         return super().invoke(ctx)
+
+
+def with_plan_mode(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with `--plan` and `--plan measure` as `--plan=headers` and `--plan=measure`."""
+    end = words.index("--") if "--" in words else len(words)
+    found: list[str] = []
+    for number, word in enumerate(words):
+        if found and found[-1] == "--plan" and number <= end:
+            given = number < end and word in PLAN_MODES
+            found[-1] = f"--plan={word if given else PLAN_MODES[0]}"
+            if given:
+                continue
+        found.append(word)
+    return [*found[:-1], f"--plan={PLAN_MODES[0]}"] if found and found[-1] == "--plan" and end == len(words) else found
+
+
+def measures(plan: str | None) -> bool:
+    """Whether a plan is to be measured.
+
+    Raises:
+        UsageError: there is no such plan.
+    """
+    if plan not in (None, *PLAN_MODES):
+        from offsite.errors import UsageError
+
+        raise UsageError(
+            f"there is no --plan {str(plan)[:40]}",
+            next_step="give --plan alone, or --plan measure, which runs a small part of the work",
+        )
+    return plan == PLAN_MODES[1]
 
 
 def home_of(context: typer.Context, home: Path | None) -> "Home":

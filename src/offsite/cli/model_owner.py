@@ -1,7 +1,7 @@
 """The verbs of the party that owns a model: import, pack, plug-in."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,6 +9,12 @@ from offsite.cli import choice, flags, inspect_verbs, terminal
 from offsite.cli.setting_flags import FlagValues
 from offsite.cli.show_plan import show_plan
 from offsite.training.run_log import log_file
+
+if TYPE_CHECKING:
+    from offsite.config import PackSpec
+    from offsite.model_owner.plan import PackPlan
+    from offsite.protocol.artifacts import Base
+    from offsite.protocol.home import Home
 
 _Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="new folder for the result")]
 _BaseFolder = Annotated[Path, typer.Argument(metavar="BASE", help="base checkpoint folder, as import wrote it")]
@@ -47,7 +53,7 @@ def pack(
     out: _Out,
     recipient: Annotated[str, typer.Option("--for", metavar="NAME", help="the trusted party that may tune it")],
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted distillation or search")] = False,
-    plan: flags.PlanFlag = False,
+    plan: flags.PlanFlag = None,
     config: flags.ConfigFlag = None,
     home: flags.HomeFlag = None,
     as_json: flags.JsonFlag = False,
@@ -65,17 +71,16 @@ def pack(
     """
     from offsite.config import PackSpec
 
-    spec = flags.settings(PackSpec, config, flag_values)
+    spec, measured = flags.settings(PackSpec, config, flag_values), flags.measures(plan)
     from offsite.protocol.artifacts import Base
 
+    own = flags.home_of(context, home)
     if plan:
-        from offsite.model_owner.plan import plan_pack
-
-        show_plan(plan_pack(Base(base), spec), out, as_json=as_json)
+        planned = _plan_pack(Base(base), out, recipient, spec, own, resume=resume, measured=measured)
+        show_plan(planned, out, as_json=as_json)
         return
     from offsite.model_owner.pack import pack as pack_stage
 
-    own = flags.home_of(context, home)
     with terminal.showing_progress() as progress:
         bundle = pack_stage(Base(base), out, recipient, spec, own, progress, resume=resume)
     shown = inspect_verbs.describe(bundle, own)
@@ -83,6 +88,20 @@ def pack(
         shown["distillation"] = inspect_verbs.told_by(log_file(out), "distill step", "distill held out")
     terminal.show(shown, as_json=as_json)
     terminal.hint(f"next: send the folder {out} to {recipient}")
+
+
+def _plan_pack(
+    base: "Base", out: Path, recipient: str, spec: "PackSpec", home: "Home", *, resume: bool, measured: bool
+) -> "PackPlan":
+    from offsite.model_owner.plan import plan_pack
+
+    plan, checked = plan_pack(base, out, recipient, spec, home, resume=resume)
+    if not measured:
+        return plan
+    from offsite.model_owner.measure_packing import measure_packing
+
+    with terminal.showing_progress() as progress:
+        return measure_packing(plan, checked, spec, progress)
 
 
 def plug_in(
@@ -94,7 +113,7 @@ def plug_in(
     choose_on: Annotated[
         Path | None, typer.Option(metavar="FILE", help="choose checkpoint and strength by the loss on these rows")
     ] = None,
-    plan: flags.PlanFlag = False,
+    plan: flags.PlanFlag = None,
     config: flags.ConfigFlag = None,
     home: flags.HomeFlag = None,
     as_json: flags.JsonFlag = False,
@@ -116,6 +135,11 @@ def plug_in(
             "--strengths are to choose from, and there are no rows to choose on",
             next_step="name rows of your own with --choose-on, or give one --strength",
         )
+    if flags.measures(plan):
+        raise UsageError(
+            "plugging in runs no network, so there is nothing to measure",
+            next_step="give --plan alone: it says what will be written, and checks what the run checks",
+        )
     if choose_on is not None and plan:
         raise UsageError(
             "--plan does not know what --choose-on needs",
@@ -125,9 +149,11 @@ def plug_in(
 
     own, model = flags.home_of(context, home), Base(base)
     if plan:
-        from offsite.model_owner.plan import plan_plug_in
+        from offsite.model_owner.plan_plug_in import plan_plug_in
 
-        show_plan(plan_plug_in(model, returned, spec, own), out, as_json=as_json)
+        with terminal.showing_progress() as progress:
+            planned = plan_plug_in(model, returned, out, spec, own, progress)
+        show_plan(planned, out, as_json=as_json)
         return
     from offsite.model_owner.intake import intake
     from offsite.model_owner.plug_in import plug_in as plug_in_stage

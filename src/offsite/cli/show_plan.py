@@ -1,4 +1,4 @@
-"""How a plan is shown: what a stage will do and need, as tables or as JSON. Nothing here does any of it."""
+"""How a plan is shown: what a stage will do and hold, as tables or as JSON. Nothing here does any of it."""
 
 import dataclasses
 import shutil
@@ -12,10 +12,13 @@ from offsite.cli import terminal
 
 if TYPE_CHECKING:
     from offsite.data_owner.plan import TunePlan
-    from offsite.kernels.memory_formulas import Part, Phase, Term
-    from offsite.model_owner.plan import PackPlan, PlugInPlan
+    from offsite.model_owner.plan import PackPlan
+    from offsite.model_owner.plan_plug_in import PlugInPlan
+    from offsite.models.plan_value import Amount, Measurement, Part
 
     Plan = PackPlan | PlugInPlan | TunePlan
+
+_SINGLE = (int, float, str)  # facts that stand in a line each
 
 
 def show_plan(plan: "Plan", out: Path, *, as_json: bool) -> None:
@@ -24,7 +27,7 @@ def show_plan(plan: "Plan", out: Path, *, as_json: bool) -> None:
     Args:
         plan: of any stage.
         out: the folder that the stage would make; only the room on its disk is looked at.
-        as_json: as JSON, with every number in bytes.
+        as_json: as JSON, with every size in bytes and every time in seconds.
     """
     free = _free(out)
     if as_json:
@@ -36,42 +39,37 @@ def show_plan(plan: "Plan", out: Path, *, as_json: bool) -> None:
 
 def facts(plan: "Plan") -> dict[str, Any]:
     """A plan in words and numbers that JSON can hold."""
-    content = dataclasses.asdict(plan)
-    for phase, shown in zip(plan.phases, content["phases"], strict=True):
-        shown["bytes"] = phase.bytes
-    if "files" in content:
-        content["files"] = dict(content["files"])
-        content["bundle_bytes"] = sum(content["files"].values())
-    if content.get("calibration"):
-        content["calibration"]["tokens"] = plan.calibration.tokens  # type: ignore[union-attr]
-    peak = {"phase": plan.peak.name, "bytes": plan.peak.bytes}
-    return {"kind": "plan", **content, "peak": peak, "disk_bytes": plan.disk_bytes}
+    content = {"kind": "plan", **dataclasses.asdict(plan), "disk_bytes": plan.disk_bytes}
+    for name in ("files", "disk"):
+        content[name] = {amount.name: amount.bytes for amount in getattr(plan, name)}
+    content["memory"] = [
+        {"compute": memory.compute, "bytes": memory.bytes, "weights": {one.name: one.bytes for one in memory.amounts}}
+        for memory in getattr(plan, "memory", ())
+    ]
+    measured = getattr(plan, "measured", None)
+    content["measured"] = {**dataclasses.asdict(measured), "run_seconds": measured.run_seconds} if measured else None
+    return content
 
 
 def lines(plan: "Plan", free: int | None) -> list[str]:
     """A plan as a person reads it; `free` is the room on the disk in bytes, None where it is not known."""
-    content = facts(plan)
-    simple = {
-        name: value for name, value in content.items() if isinstance(value, int | str) and not name.endswith("bytes")
-    }
-    shown = [f"{name.replace('_', ' ')}  {_number(value)}" for name, value in simple.items() if name != "kind"]
-    if content.get("calibration"):
-        text = content["calibration"]
-        shown.append(
-            f"calibration  at most {text['tokens']:,} tokens, {text['sequences']} sequences of {text['length']}"
-        )
+    single = {one.name: getattr(plan, one.name) for one in dataclasses.fields(plan)}
+    shown = [
+        f"{name.replace('_', ' ')}  {_number(value)}" for name, value in single.items() if isinstance(value, _SINGLE)
+    ]
+    if work := getattr(plan, "work", None):
+        shown.append(f"the base's network runs to {', '.join(work)}")
     for name in ("base", "bundle"):
-        if name in content:
+        if hasattr(plan, name):
             shown += ["", *_parts(name, getattr(plan, name))]
-    if "files" in content:
-        shown += ["", *_table(["files of the bundle", "size"], [[n, size(s)] for n, s in content["files"].items()])]
-    for phase in plan.phases:
-        shown += ["", *_phase(phase)]
-    shown += ["", *_terms("disk", plan.disk, plan.disk_bytes)]
+    shown += ["", *_amounts("file", plan.files)]
+    for memory in getattr(plan, "memory", ()):
+        shown += ["", *_amounts(f"in memory, computing in {memory.compute}", memory.amounts)]
+    shown += ["", *_amounts("disk", plan.disk)]
     if free is not None:
         shown.append(f"free on that disk: {size(free)}")
-    shown += ["", f"peak memory: {size(plan.peak.bytes)} while {plan.peak.name}; nothing was done yet"]
-    return shown
+    measured = getattr(plan, "measured", None)
+    return [*shown, "", *(_measurement(measured) if measured else _unmeasured(plan)), "nothing was written"]
 
 
 def size(count: int) -> str:
@@ -82,8 +80,29 @@ def size(count: int) -> str:
     return f"{count / 2**10:,.1f} KiB"
 
 
-def _number(value: int | str) -> str:
-    return f"{value:,}" if isinstance(value, int) else value
+def _measurement(measured: "Measurement") -> list[str]:
+    held = "torch on the device" if measured.device.startswith("cuda") else "the process"
+    whole = _duration(measured.run_seconds)
+    return [
+        f"measured on this machine ({measured.device}, {measured.compute}): {measured.what}",
+        f"peak memory of {held}: {size(measured.peak_bytes)}",
+        f"seconds: {measured.seconds:.2f}, so about {whole} for the run, beside loading, validating and writing",
+    ]
+
+
+def _unmeasured(plan: "Plan") -> list[str]:
+    if not getattr(plan, "memory", ()):
+        return ["no network runs: tensors are copied in pieces, whatever the model's size"]
+    return ["activations and libraries come on top of these weights: `--plan measure` runs a small part and measures"]
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def _number(value: float | str) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _parts(title: str, parts: "Iterable[Part]") -> list[str]:
@@ -93,25 +112,19 @@ def _parts(title: str, parts: "Iterable[Part]") -> list[str]:
     return _table([title, "blocks", "parameters", "weights"], [*rows, total])
 
 
-def _phase(phase: "Phase") -> list[str]:
-    return _terms(f"memory while {phase.name}", phase.terms, phase.bytes)
-
-
-def _terms(title: str, terms: "Sequence[Term]", total: int) -> list[str]:
-    rows = [[term.name, size(term.bytes), term.formula] for term in terms if term.bytes]
-    return _table([title, "size", "formula"], [*rows, ["together", size(total), ""]])
+def _amounts(title: str, amounts: "Sequence[Amount]") -> list[str]:
+    rows = [[one.name, size(one.bytes)] for one in amounts]
+    together = [["together", size(sum(one.bytes for one in amounts))]] if len(amounts) > 1 else []
+    return _table([title, "size"], [*rows, *together])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their longest cell; numbers and sizes at the right."""
+    """Columns as wide as their longest cell; the first at the left, numbers and sizes at the right."""
     widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
-        fitted = [
-            cell.ljust(width) if i == 0 or head[i] == "formula" else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  ".join(fitted).rstrip()
+        first, *others = zip(cells, widths, strict=True)
+        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip()
 
     return [line(head), *(line(row) for row in rows)]
 

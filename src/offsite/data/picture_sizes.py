@@ -1,14 +1,12 @@
 """What pictures weigh before any is decoded: tokens of one, and bytes of all. Torch-free."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offsite.data.picture_files import FORMATS, Picture, as_file
+from offsite.data.picture_files import Picture
 from offsite.errors import IncompatibleError
-from offsite.extras import require
-from offsite.kernels.memory_formulas import Term
 from offsite.models.family import Architecture
 from offsite.storage.safetensors_files import strict_json
 
@@ -55,19 +53,6 @@ def seen_picture(folder: Path, family: Architecture, config: Mapping[str, Any]) 
     before = family.vision.before if family.vision else ()
     others = sum(int(word) if word.isdigit() else int(config.get(word, 0)) for word in before)
     return SeenPicture(height, width, (height // patch) * (width // patch) + others)
-
-
-def decoded(pictures: Iterable[Picture]) -> Term:
-    """The pictures that will lie in memory decoded, by the sizes in their headers, if they can be read."""
-    image = require("PIL.Image", "vision", "reading pictures")
-    pixels = 0
-    for picture in pictures:
-        try:
-            with image.open(as_file(picture), formats=FORMATS) as opened:
-                pixels += opened.width * opened.height
-        except (OSError, SyntaxError, ValueError, image.DecompressionBombError):
-            continue
-    return Term("decoded pictures", min(CACHE_BYTES, 3 * pixels), "min(1 GiB, 3 * pixels of all)")
 
 
 def picture_count(seen: SeenPicture, config: Mapping[str, Any], tokens: int) -> int:

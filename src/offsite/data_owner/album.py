@@ -35,6 +35,26 @@ class Album:
         """How many pictures there are to train on."""
         return len(self.train)
 
+    @property
+    def left_out(self) -> int:
+        """How many pictures to train on cannot be read."""
+        return len(self.train.skipped)
+
+    @property
+    def held_out_rows(self) -> int:
+        """How many pictures there are to validate on."""
+        return len(self.held_out) if self.held_out else 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all pictures to train on."""
+        return self.tokens * self.rows
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of one picture."""
+        return self.tokens
+
     def labels(self, pictures: Pictures) -> torch.Tensor:
         """The number of each picture's class, (N,)."""
         number = {name: index for index, name in enumerate(self.classes)}

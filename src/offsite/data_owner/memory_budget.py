@@ -23,7 +23,8 @@ from offsite.data_owner.train import Tuning
 from offsite.errors import StorageError, UsageError
 from offsite.kernels import Piece, checkpoint_activations, count_side_by_side, keep_activations, micro_batch_runner
 from offsite.kernels.activation_checkpointing import Checkpointed
-from offsite.kernels.runtime import Runtime, release_freed_memory
+from offsite.kernels.peak_memory import peak_memory
+from offsite.kernels.runtime import Runtime
 from offsite.progress import Event, Progress
 from offsite.storage.files import replace_file
 from offsite.storage.safetensors_files import strict_json
@@ -128,7 +129,7 @@ def _fit(tuning: Tuning, spec: TuneSpec, lanes: int, runtime: Runtime, progress:
             reported = trial.tokens if isinstance(tuning.task, TextTask) else len(trial.micro_batches[0])
             times = f"{count} times " if count > 1 else ""
             progress(Event(f"measuring memory: {times}{reported} {tuning.task.unit} at once", 0))
-            before, peak = _measured(partial(run_trial, tuning, trial, count), runtime.device)
+            before, peak = peak_memory(partial(run_trial, tuning, trial, count), runtime.device)
             least = _expected(before, peak, max(1.0, trial.longest / trial.tokens))
             if peak <= ceiling and trial.tokens >= trial.longest:
                 found = Fit(trial.at_once, count, again, peak + later)
@@ -184,30 +185,6 @@ def _load_or_make(file: Path, make: Callable[[], Fit]) -> Fit:
             reasons=[str(error)],
             next_step=f"remove the run and start anew: rm -r {file.parent}",
         ) from None
-
-
-def _measured(work: Callable[[], None], device: torch.device) -> tuple[int, int]:
-    """Bytes that the process (on a GPU: the device) uses before some work, and at its peak."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return before, torch.cuda.max_memory_reserved(device)
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if device.type != "cpu" or not reset.exists():
-        raise UsageError(
-            "--memory needs a system that says what a process holds: Linux, or a CUDA device",
-            next_step="use --gradient-checkpointing, or a lower micro_batch_tokens in --config; --plan estimates",
-        )
-    release_freed_memory(device)  # or a trial would be charged what the one before it freed
-    reset.write_text("5")  # reset the peak
-    before = _kilobytes(status, "VmRSS")
-    work()
-    return before, _kilobytes(status, "VmHWM")
-
-
-def _kilobytes(status: Path, key: str) -> int:
-    return int(re.search(rf"^{key}:\s+(\d+)", status.read_text(), re.MULTILINE)[1]) * 1024  # type: ignore[index]
 
 
 def _shown(size: float) -> str:

@@ -2,13 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from offsite.config import TuneSpec
 from offsite.data.data_files import data_digest
 from offsite.data.picture_sets import pictures_digest, read_pictures
 from offsite.data.picture_workers import PictureWorkers
-from offsite.data_owner.album import Album
 from offsite.data_owner.check_tuning import AT_WORK, check_tuning
 from offsite.data_owner.feature_cache import cached_features
 from offsite.data_owner.memory_budget import within_memory
@@ -27,9 +25,6 @@ from offsite.storage.lock import alone_in
 from offsite.training.resume_points import RunState
 from offsite.training.run_log import log_file, run_folder
 from offsite.training.schedule import checkpoint_steps, step_count
-
-if TYPE_CHECKING:
-    pass
 
 # Settings that do not change what comes out, so a resumed run may have others.
 _FREE_SETTINGS = frozenset({"save_every", "eval_every", "threads", "workers"})
@@ -98,8 +93,7 @@ def tune(
                 log = log_file(out)
                 train(tuning, fitted.spec, state, log, progress, checkpoints=checkpoints, tensorboard=tensorboard)
             progress(Event("writing the return", 0))
-            classes = rows.classes if isinstance(rows, Album) else None
-            returned = write_return(bundle, tuning.returned, spec, out, identity, checkpoints, classes)
+            returned = write_return(bundle, tuning.returned, spec, out, identity, checkpoints, rows.classes)
             state.remove()
     return returned
 

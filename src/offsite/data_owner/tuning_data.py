@@ -27,6 +27,26 @@ class TextData:
         """How many rows there are to train on."""
         return len(self.examples)
 
+    @property
+    def held_out_rows(self) -> int:
+        """How many rows there are to validate on."""
+        return len(self.held_out)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all rows to train on."""
+        return sum(len(example.ids) for example in self.examples)
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row to train on."""
+        return max(len(example.ids) for example in self.examples)
+
+    @property
+    def classes(self) -> None:
+        """None: text has no classes."""
+        return None
+
 
 def read_data(
     bundle: Bundle, data: Path, eval_data: Path | None, spec: TuneSpec, progress: Progress, workers: PictureWorkers

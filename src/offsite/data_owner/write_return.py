@@ -1,21 +1,17 @@
 """The return: trained tensors, their settings, a manifest and a signature; of the data only scores, if asked for."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from offsite.config import TuneSpec
-from offsite.data_owner.methods.lora import lora_settings
+from offsite.data_owner.return_manifest import adapter_settings, return_manifest
 from offsite.data_owner.returned_checkpoints import Checkpoints
 from offsite.errors import OffsiteError
-from offsite.models.architectures import ARCHITECTURES
 from offsite.models.image_encoder import BIAS, WEIGHT
 from offsite.protocol.artifacts import Bundle, Return
 from offsite.protocol.contents import ADAPTER_CONFIG, CLASSIFIER, WEIGHTS_OF
-from offsite.protocol.manifest import FORMAT, BottleneckSettings, ReturnManifest, TensorEntry
-from offsite.protocol.peft_adapter import adapter_config
 from offsite.protocol.sealing import file_entries, seal
 from offsite.protocol.signing import Identity
 from offsite.storage.files import staged_folder, write_stream
@@ -60,7 +56,6 @@ def write_return(
             reasons=broken,
             next_step="tune again with a lower --lr",
         )
-    lora = lora_settings(bundle.manifest, spec) if spec.adapter.method == "lora" else None
     with staged_folder(out) as staging:
         ordered = [to_new_tensor(name, tensors[name]) for name in sorted(tensors)]
         written = [write_safetensors(staging / WEIGHTS_OF[spec.adapter.method], ordered)]
@@ -68,24 +63,8 @@ def write_return(
             written.append(write_safetensors(staging / CLASSIFIER, [to_new_tensor(*pair) for pair in head.items()]))
         for file, held in earlier.items():
             written.append(write_safetensors(staging / file, [copied(tensor) for tensor in held.values()]))
-        if lora:
-            config = adapter_config(lora, ARCHITECTURES[bundle.manifest.architecture], head=spec.adapter.tune_head)
-            written.append(write_stream(staging / ADAPTER_CONFIG, [json.dumps(config, indent=1).encode() + b"\n"]))
-        manifest = ReturnManifest(
-            format=FORMAT,
-            requires=(),
-            files=file_entries(written),
-            kind="return",
-            bundle=bundle.digest,
-            signer=identity.public_key.hex,
-            recipient=bundle.manifest.issuer,
-            method=spec.adapter.method,
-            lora=lora,
-            bottleneck=BottleneckSettings(width=spec.adapter.width) if spec.adapter.method == "bottleneck" else None,
-            classes=classes,
-            head=spec.adapter.tune_head,
-            earlier_checkpoints=len(earlier),
-            scores=checkpoints.scores,
-            tensors={name: TensorEntry(shape=tuple(tensor.shape), dtype="F32") for name, tensor in tensors.items()},
-        )
+        if spec.adapter.method == "lora":
+            written.append(write_stream(staging / ADAPTER_CONFIG, [adapter_settings(bundle.manifest, spec)]))
+        files, signer = file_entries(written), identity.public_key.hex
+        manifest = return_manifest(bundle, spec, signer, files, classes=classes, scores=checkpoints.scores)
         return seal(staging, manifest, identity, out)

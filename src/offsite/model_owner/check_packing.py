@@ -54,9 +54,7 @@ def check_packing(
     require_free(out)
     identity, key = home.identity(), home.trusted_key(recipient)
     model = open_base(base)
-    sandwich = split(model, spec)
-    permitted_methods(model, spec)
-    settings_files(model, range(model.blocks), DTYPES[spec.dtype])  # what may not travel must show before the long work
+    sandwich = require_packable(model, spec)
     if spec.resumable:
         require_resume_asked(run_folder(out), resume=resume)
     if runs_network(sandwich, spec):
@@ -66,6 +64,23 @@ def check_packing(
 
             require_library(model.family, model.folder)
     return Packing(model, sandwich, identity, key)
+
+
+def require_packable(model: BaseModel, spec: PackSpec) -> Sandwich:
+    """Refuse settings that do not fit a model, whoever packs it for whom, and before there are calibration data.
+
+    Returns:
+        How the base is cut.
+
+    Raises:
+        UsageError: a setting does not fit the model.
+        IncompatibleError: the model cannot be cut or healed in this way, or a file of it holds what may not travel.
+        StorageError: a file of the base is missing or broken.
+    """
+    sandwich = split(model, spec)
+    permitted_methods(model, spec)
+    settings_files(model, range(model.blocks), DTYPES[spec.dtype])  # what may not travel must show before the long work
+    return sandwich
 
 
 def runs_network(sandwich: Sandwich, spec: PackSpec) -> bool:

@@ -22,8 +22,10 @@ from offsite.evaluation.evaluate import load_tuned
 from offsite.evaluation.row_losses import row_losses
 from offsite.kernels.runtime import Runtime, resolve_runtime
 from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.check_plug_in import form_of
 from offsite.model_owner.ledger import Issued
-from offsite.model_owner.plug_in import form_of, open_base_of, refusals_recorded, write_adapter
+from offsite.model_owner.plug_in import open_base_of, refusals_recorded
+from offsite.model_owner.plug_in_contents import adapter_contents
 from offsite.model_owner.plugged_tensors import Chosen, adapter_tensors, changed_tensors
 from offsite.models.adapted import ADAPTED, saved_as
 from offsite.models.architectures import Architecture
@@ -157,7 +159,7 @@ class _Trial:
             model = load_model(base.folder, dtype=where.dtype, device=where.device)
         else:  # an adapter that changes nothing yet brings the modules that are to change
             with tempfile.TemporaryDirectory() as folder:
-                write_adapter(base, self._chosen(1, 0.0), Path(folder))
+                adapter_contents(base, self._chosen(1, 0.0)).write(Path(folder))
                 model = load_tuned(base.folder, Path(folder), where)
         self._places = _by_names_in_files(base.family, model)
         self.network = split_backbone_and_head(model)

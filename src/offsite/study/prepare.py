@@ -15,8 +15,7 @@ from offsite.data.text_files import kind
 from offsite.errors import DataError, IncompatibleError, OffsiteError, UsageError
 from offsite.model_owner.base_model import BaseModel, open_base
 from offsite.model_owner.calibration_pictures import photos
-from offsite.model_owner.partition import permitted_methods
-from offsite.model_owner.plan import plan_pack
+from offsite.model_owner.check_packing import require_packable
 from offsite.model_owner.split import split
 from offsite.model_owner.work import work_of
 from offsite.protocol.artifacts import Base
@@ -110,11 +109,8 @@ def require_fit(recipe: Recipe, base: Path) -> None:
 
 def _unfit(model: BaseModel, spec: PackSpec) -> Sequence[str]:
     try:
-        if model.family.vision is None:
-            plan_pack(Base(model.folder), spec)
-        else:
-            split(model, spec)
-            permitted_methods(model, spec)
+        require_packable(model, spec)
+        if model.family.vision is not None:
             _require_pictures(model, spec)
     except OffsiteError as error:
         return [". ".join((error.what, *error.reasons, *([error.next_step] if error.next_step else [])))]

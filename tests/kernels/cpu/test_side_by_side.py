@@ -178,7 +178,7 @@ def test_other_devices_run_one_after_the_other():
     [(True, "bf16", 4, 2), (True, "bf16", 1, 1), (True, "fp32", 4, 1), (False, "bf16", 4, 1)],
 )
 def test_two_are_usual_on_matrix_tiles(tmp_path, threads, monkeypatch, tiles, dtype, count, usual):
-    monkeypatch.setattr("offsite.kernels.memory_formulas.has_tiles", lambda: tiles)
+    monkeypatch.setattr("offsite.kernels.cpu.side_by_side.has_tiles", lambda: tiles)
     threads(count)
     tuning = tuning_of(tiny_base(tmp_path / "base", blocks=3))
     where = Runtime(CPU, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])

@@ -57,12 +57,16 @@ def test_the_chain(base_of: MakeBase, tmp_path: Path, parties: Parties, family: 
     settings = {"keep": 2, "calibration_tokens": 512, "compute": "fp32", **DECLARED[kind]}
     bundle = packed(base.folder, tmp_path / "bundle", parties, **settings)
     spec = PackSpec.model_validate({"bottom": 1, "top": 1, "dtype": "fp32", **settings})
-    assert dict(plan_pack(base, spec).files) == {file.name: file.stat().st_size for file in bundle.folder.iterdir()}
+    plan, _ = plan_pack(base, tmp_path / "planned", "hospital", spec, parties.owner)
+    files = {amount.name: amount.bytes for amount in plan.files}
+    assert files == {file.name: file.stat().st_size for file in bundle.folder.iterdir()}
     assert verify_bundle(bundle.folder, parties.data_owner) == bundle
     rows = tiny_rows(tmp_path / "rows.jsonl", 8)
     tuning = TuneSpec(max_steps=2, batch_size=4, rank=2, compute="fp32", device="cpu", threads=1, max_length=64)
-    assert plan_tune(bundle, rows, tuning).peak.bytes > 0
+    planned, _ = plan_tune(bundle, rows, tmp_path / "return", tuning, parties.data_owner)
     returned = offsite.tune(bundle, rows, tmp_path / "return", tuning, parties.data_owner)
+    returned_files = {file.name: file.stat().st_size for file in returned.folder.iterdir()}
+    assert {amount.name: amount.bytes for amount in planned.files} == returned_files
     plugged = offsite.plug_in(
         base, offsite.intake(returned.folder, parties.owner), tmp_path / "plugged", PlugInSpec(), parties.owner
     )

@@ -178,9 +178,10 @@ def test_the_plan_of_tuning_counts_the_maps(base_of: MakeBase, tmp_path: Path, p
     bundle = packed(base_of(blocks=BLOCKS), tmp_path / "bundle", parties, **SETTINGS)
     plain = packed(base_of(blocks=BLOCKS), tmp_path / "plain", parties, keep=3)
     rows = tiny_rows(tmp_path / "rows.jsonl", 8)
-    mapped, other = (plan_tune(one, rows, TuneSpec(compute="fp32")) for one in (bundle, plain))
+    spec, home = TuneSpec(compute="fp32", device="cpu"), parties.data_owner
+    mapped, other = (plan_tune(one, rows, tmp_path / "return", spec, home)[0] for one in (bundle, plain))
     parts = {part.name: part.parameters for part in mapped.bundle}
     assert parts["emulator"] == {part.name: part.parameters for part in other.bundle}["emulator"] + 3 * (32 * 32 + 32)
     held = open_checkpoint(bundle.folder).tensors.values()
     assert sum(parts.values()) == sum(math.prod(tensor.shape) for tensor in held)
-    assert mapped.peak.bytes - other.peak.bytes == 3 * 4 * (32 * 32 + 32)
+    assert mapped.memory[0].bytes - other.memory[0].bytes == 3 * 4 * (32 * 32 + 32)

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from artifacts import edit_weights, packed
-from offsite.config import PackSpec
 from offsite.data.picture_files import load_processor
 from offsite.data.picture_sets import read_pictures
 from offsite.data.pictures import Pictures
@@ -20,10 +19,8 @@ from offsite.errors import UsageError
 from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.block_runner import BlockRunner
-from offsite.model_owner.calibration import calibration_batches
 from offsite.model_owner.calibration_pictures import PHOTOS, crops, photos
 from offsite.model_owner.heal.distill import hidden_error
-from offsite.model_owner.plan import plan_pack
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base
@@ -195,9 +192,6 @@ def test_without_pictures_of_its_own(tmp_path: Path, installed: Path) -> None:
     assert first != (plain / "model.safetensors").read_bytes()
     assert {one.shape for one in crops(40, (16, 12))} == {(16, 12, 3)}
     assert len({one.tobytes() for one in crops(40, (16, 12))}) == 40
-    plan = plan_pack(Base(base), PackSpec(bottom=1, keep=2, top=1, calibration_tokens=512))
-    assert plan.calibration is not None
-    assert plan.calibration.sequences == sum(map(len, calibration_batches(open_base(Base(base)), None, 512)))
 
 
 def test_a_package_without_the_photos(tmp_path: Path, installed: Path) -> None:

@@ -6,19 +6,14 @@ from torch import nn
 
 from offsite.config import TuneSpec
 from offsite.data_owner.methods.trainable_parameters import require_exactly
+from offsite.data_owner.return_manifest import lora_settings
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.library_calls import quiet
-from offsite.protocol.manifest import BundleManifest, LoraSettings
+from offsite.protocol.manifest import BundleManifest
 from offsite.protocol.peft_adapter import adapter_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def lora_settings(manifest: BundleManifest, spec: TuneSpec) -> LoraSettings:
-    """The LoRA settings that a return declares: every permitted target; alpha is twice the rank by default."""
-    alpha = float(spec.adapter.lora_alpha if spec.adapter.lora_alpha is not None else 2 * spec.adapter.rank)
-    return LoraSettings(rank=spec.adapter.rank, alpha=alpha, targets=tuple(sorted(manifest.lora_targets)))
 
 
 def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -> dict[str, nn.Parameter]:

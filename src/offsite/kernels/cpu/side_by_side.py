@@ -14,8 +14,8 @@ from typing import Self, TypeVar
 import torch
 from torch import nn
 
+from offsite.kernels.cpu.cpu_features import has_tiles
 from offsite.kernels.cpu.thread_dropout import OwnRandomness
-from offsite.kernels.memory_formulas import usual_lanes
 
 G = TypeVar("G")
 R = TypeVar("R")
@@ -147,3 +147,16 @@ class Lanes:
 
         seeds = torch.randint(2**62, (len(groups),)).tolist()
         return self(alone, list(zip(groups, seeds, strict=True)))
+
+
+def usual_lanes(threads: int, item: int) -> int:
+    """How many micro-batches of text a tuning runs side by side unless told.
+
+    Two where products are so cheap that what threads wait for in a shared one counts, in bf16 on matrix tiles: a third
+    or more faster. Elsewhere they gain next to nothing and hold a tenth more (benchmarks/NOTES.md).
+
+    Args:
+        threads: of the tuning.
+        item: bytes of a number in the arithmetic.
+    """
+    return min(2, threads) if item == 2 and has_tiles() else 1

@@ -1,0 +1,130 @@
+"""What a return holds, from settings and the bundle's manifest: tensors, files and its own manifest. Torch-free."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from offsite.config import TuneSpec
+from offsite.models.architectures import ARCHITECTURES
+from offsite.protocol.artifacts import Bundle
+from offsite.protocol.contents import ADAPTER_CONFIG, CLASSIFIER, WEIGHTS_OF, checkpoint_file
+from offsite.protocol.manifest import (
+    FORMAT,
+    MANIFEST,
+    SIGNATURE,
+    BottleneckSettings,
+    BundleManifest,
+    FileEntry,
+    LoraSettings,
+    ReturnManifest,
+    TensorEntry,
+    render_manifest,
+)
+from offsite.protocol.output_head import returned_head
+from offsite.protocol.peft_adapter import adapter_config, adapter_tensors
+from offsite.protocol.return_rules import classifier_inputs
+from offsite.protocol.signing import SIGNATURE_BYTES
+from offsite.storage.safetensors_files import NewTensor, safetensors_bytes
+
+_SCORE = 1 / 3  # as many digits as most losses have
+
+
+def lora_settings(manifest: BundleManifest, spec: TuneSpec) -> LoraSettings:
+    """The LoRA that a return under these settings declares: every permitted target, alpha twice the rank by default."""
+    rank, alpha = spec.adapter.rank, spec.adapter.lora_alpha
+    return LoraSettings(
+        rank=rank, alpha=float(2 * rank if alpha is None else alpha), targets=tuple(sorted(manifest.lora_targets))
+    )
+
+
+def returned_tensors(manifest: BundleManifest, spec: TuneSpec) -> dict[str, TensorEntry]:
+    """The tensors that a return with these settings will hold, by name: what trains, but for a classifier."""
+    method = spec.adapter.method
+    if method == "bottleneck":
+        return BottleneckSettings(width=spec.adapter.width).tensors(manifest)
+    head = returned_head(manifest, method) if spec.adapter.tune_head else {}
+    if method != "lora":
+        own = {
+            name: TensorEntry(shape=entry.shape, dtype="F32") for name, entry in manifest.own_tensors(method).items()
+        }
+        return own | head
+    return adapter_tensors(lora_settings(manifest, spec), manifest.lora_targets) | head
+
+
+def classifier_shapes(manifest: BundleManifest, classes: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of the classifier that comes back with so many classes; none of a language model."""
+    inputs = classifier_inputs(manifest)
+    return {} if inputs is None else {"classifier.weight": (classes, inputs), "classifier.bias": (classes,)}
+
+
+def adapter_settings(manifest: BundleManifest, spec: TuneSpec) -> bytes:
+    """The `adapter_config.json` of a LoRA return."""
+    family = ARCHITECTURES[manifest.architecture]
+    config = adapter_config(lora_settings(manifest, spec), family, head=spec.adapter.tune_head)
+    return json.dumps(config, indent=1).encode() + b"\n"
+
+
+def return_manifest(
+    bundle: Bundle,
+    spec: TuneSpec,
+    signer: str,
+    files: tuple[FileEntry, ...],
+    *,
+    classes: tuple[str, ...] | None,
+    scores: tuple[float, ...] | None,
+) -> ReturnManifest:
+    """The manifest of a return of these files.
+
+    Args:
+        bundle: what it answers.
+        spec: how it was tuned.
+        signer: the data owner's key, 64 hex digits.
+        files: its files.
+        classes: what its classifier tells apart; None where there is none.
+        scores: the held-out loss of each checkpoint, if they are told.
+    """
+    method = spec.adapter.method
+    return ReturnManifest(
+        format=FORMAT,
+        requires=(),
+        files=files,
+        kind="return",
+        bundle=bundle.digest,
+        signer=signer,
+        recipient=bundle.manifest.issuer,
+        method=method,
+        lora=lora_settings(bundle.manifest, spec) if method == "lora" else None,
+        bottleneck=BottleneckSettings(width=spec.adapter.width) if method == "bottleneck" else None,
+        classes=classes,
+        head=spec.adapter.tune_head,
+        earlier_checkpoints=spec.points.checkpoints - 1,
+        scores=scores,
+        tensors=returned_tensors(bundle.manifest, spec),
+    )
+
+
+def return_sizes(bundle: Bundle, spec: TuneSpec, signer: str, classes: Sequence[str] | None) -> dict[str, int]:
+    """The size of every file of the return in bytes; with scores the manifest may differ by a few digits.
+
+    Args:
+        bundle: what it answers.
+        spec: how it will be tuned.
+        signer: the data owner's key, 64 hex digits.
+        classes: what its classifier will tell apart; None where there is none.
+    """
+    shapes = {name: entry.shape for name, entry in sorted(returned_tensors(bundle.manifest, spec).items())}
+    count = spec.points.checkpoints
+    names = (WEIGHTS_OF[spec.adapter.method], *(checkpoint_file(number) for number in range(1, count)))
+    sizes = dict.fromkeys(names, _fp32_file(shapes))
+    if classes:
+        sizes[CLASSIFIER] = _fp32_file(classifier_shapes(bundle.manifest, len(classes)))
+    if spec.adapter.method == "lora":
+        sizes[ADAPTER_CONFIG] = len(adapter_settings(bundle.manifest, spec))
+    entries = tuple(FileEntry(name=name, size=size, sha256="0" * 64) for name, size in sorted(sizes.items()))
+    scores = (_SCORE,) * count if spec.points.report_scores else None
+    named = tuple(classes) if classes else None
+    manifest = return_manifest(bundle, spec, signer, entries, classes=named, scores=scores)
+    return sizes | {MANIFEST: len(render_manifest(manifest)), SIGNATURE: SIGNATURE_BYTES}
+
+
+def _fp32_file(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return safetensors_bytes([NewTensor(name, "F32", shape, lambda: ()) for name, shape in shapes.items()])

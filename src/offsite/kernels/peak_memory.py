@@ -1,0 +1,45 @@
+"""How much memory work takes: what the process holds at its peak, or what torch holds on a CUDA device."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from offsite.errors import UsageError
+from offsite.kernels.runtime import release_freed_memory
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def peak_memory(work: Callable[[], object], device: torch.device) -> tuple[int, int]:
+    """Run work, and measure.
+
+    Returns:
+        Bytes that were held before, and at the peak of the work.
+
+    Raises:
+        UsageError: this system does not say what a process holds.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return before, torch.cuda.max_memory_reserved(device)
+    if device.type != "cpu" or not _RESET.exists():
+        raise UsageError(
+            "memory can be measured where a system says what a process holds: on Linux, or on a CUDA device",
+            next_step="in the place of --memory use --gradient-checkpointing, or a lower micro_batch_tokens in "
+            "--config; in the place of `--plan measure` use --plan",
+        )
+    release_freed_memory(device)  # or the work would be charged what was freed before it
+    _RESET.write_text("5")  # the peak starts anew from here
+    before = _kilobytes("VmRSS")
+    work()
+    return before, _kilobytes("VmHWM")
+
+
+def _kilobytes(key: str) -> int:
+    found = re.search(rf"^{key}:\s+(\d+)", _STATUS.read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024

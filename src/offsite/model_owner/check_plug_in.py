@@ -1,0 +1,103 @@
+"""What is checked before a return is plugged in, and by `--plan` too; nothing is recorded. Torch-free."""
+
+from typing import Literal
+
+import numpy as np
+
+from offsite.config import PlugInSpec
+from offsite.errors import IncompatibleError, UsageError
+from offsite.model_owner.base_model import BaseModel, fingerprint, open_base
+from offsite.model_owner.intake import issued_bundle
+from offsite.model_owner.ledger import Issued, Ledger, plugged_in_before
+from offsite.model_owner.plugged_tensors import Chosen
+from offsite.progress import Event, Progress
+from offsite.protocol.artifacts import Base, Return
+from offsite.protocol.home import Home
+
+Form = Literal["adapter", "merged"]
+
+
+def check_plug_in(
+    returned: Return, base: Base, spec: PlugInSpec, home: Home, progress: Progress
+) -> tuple[BaseModel, Issued]:
+    """Refuse a return that cannot be plugged into this base; every weight of the base is read once, to know it again.
+
+    Args:
+        returned: verified.
+        base: the owner's full model.
+        spec: form, checkpoint, and whether a return may be plugged in again.
+        home: the owner's.
+        progress: where the events go.
+
+    Returns:
+        The opened base, and the return's bundle as the ledger knows it.
+
+    Raises:
+        VerificationError: this home never issued the bundle.
+        PolicyError: the return was plugged in before.
+        IncompatibleError: the base is another one than the bundle's.
+        UsageError: the return's method has no such form, or it has no such checkpoint.
+    """
+    parent = issued_bundle(returned, home)
+    form_of(returned, spec)
+    chosen_by(returned, parent, spec)
+    before = Ledger(home.ledger).plugged_in(returned)
+    if before and not spec.again:
+        raise plugged_in_before(before)
+    model = open_base(base)
+    progress(Event("comparing the base with the ledger", 0))
+    if fingerprint(model, home.identity(), base) != parent.manifest.base:
+        raise IncompatibleError(
+            f"{base.folder} is not the base that this bundle was packed from",
+            reasons=["its fingerprint differs from the ledger's"],
+            next_step="name the folder that `offsite pack` was given for this bundle",
+        )
+    return model, parent
+
+
+def form_of(verified: Return, spec: PlugInSpec) -> Form:
+    """The form of a plug-in: the one that was asked for, else the one that suits the return.
+
+    Raises:
+        UsageError: the return's method, or the classifier that it brings, has no such form.
+    """
+    method = verified.manifest.method
+    if verified.manifest.classes is not None:
+        if spec.as_ == "adapter":
+            raise UsageError(
+                "a return with a classifier becomes a complete checkpoint, since an adapter folder has no place for it",
+                next_step="plug it in with --as merged",
+            )
+        return "merged"
+    if method == "bottleneck" and spec.as_ == "merged":
+        raise UsageError(
+            "a bottleneck stands beside the base's weights and cannot be merged into them",
+            next_step="plug it in with --as adapter",
+        )
+    if method in ("full", "bitfit") and spec.as_ == "adapter":
+        raise UsageError(
+            f"a {method} return holds the model's own tensors, which no adapter folder can carry",
+            next_step="plug it in with --as merged",
+        )
+    return spec.as_ or ("adapter" if method in ("lora", "bottleneck") else "merged")
+
+
+def chosen_by(verified: Return, parent: Issued, spec: PlugInSpec) -> Chosen:
+    """Which checkpoint is plugged in, and how far: as the settings say, else the last one, whole.
+
+    Raises:
+        UsageError: the return has no such checkpoint.
+    """
+    there = verified.manifest.checkpoints
+    if spec.checkpoint is not None and spec.checkpoint > there:
+        raise UsageError(
+            f"{verified.folder} has no checkpoint {spec.checkpoint}",
+            reasons=[f"it holds {there}, counted from 1; the last is what it holds under the usual name"],
+            next_step=f"give --checkpoint from 1 to {there}, or leave it out for the last",
+        )
+    return Chosen(verified, parent, spec.checkpoint or there, np.float32(strength_of(spec)))
+
+
+def strength_of(spec: PlugInSpec) -> float:
+    """How far a plug-in goes from the base's weights (0) to the returned ones (1)."""
+    return 1.0 if spec.strength is None else spec.strength

@@ -1,0 +1,83 @@
+"""What plugging in will write, from headers alone; the return is verified and nothing is recorded. Torch-free."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from offsite.config import PlugInSpec
+from offsite.model_owner.check_plug_in import Form, check_plug_in, chosen_by, form_of, strength_of
+from offsite.model_owner.intake import check_return
+from offsite.model_owner.plug_in_contents import plug_in_contents, plug_in_manifest
+from offsite.model_owner.plugged_tensors import changed_tensors
+from offsite.models.plan_value import Amount, total
+from offsite.progress import Event, Progress, silent
+from offsite.protocol.artifacts import Base
+from offsite.protocol.home import Home
+from offsite.protocol.manifest import MANIFEST, SIGNATURE, FileEntry, render_manifest
+from offsite.protocol.signing import SIGNATURE_BYTES
+from offsite.storage.files import require_free
+
+
+@dataclass(frozen=True)
+class PlugInPlan:
+    """What `plug-in` will do."""
+
+    architecture: str
+    form: Form
+    checkpoint: int  # of the return, from 1
+    strength: float
+    returned_tensors: int
+    returned_parameters: int
+    changed_tensors: int  # of the base, in a merged plug-in; an adapter stands beside the base
+    files: tuple[Amount, ...]  # of the plug-in, exact
+    disk: tuple[Amount, ...]
+
+    @property
+    def disk_bytes(self) -> int:
+        """Room that is needed on the disk of the plug-in's folder."""
+        return total(self.disk)
+
+
+def plan_plug_in(
+    base: Base, returned: Path, out: Path, spec: PlugInSpec, home: Home, progress: Progress = silent
+) -> PlugInPlan:
+    """What plugging a return into a base will do; what `plug-in` refuses is refused, and nothing is recorded.
+
+    Verifying the return and comparing the base read every byte of both, as the run does.
+
+    Args:
+        base: the owner's full model.
+        returned: the return's folder.
+        out: the plug-in's folder.
+        spec: form, checkpoint, strength, and whether a return may be plugged in again.
+        home: the owner's.
+        progress: where the events go.
+
+    Raises:
+        UsageError: `out` holds something, the return's method has no such form, or it has no such checkpoint.
+        VerificationError: the return fails verification.
+        PolicyError: it goes beyond what was permitted, or was plugged in before.
+        IncompatibleError: the base is another one than the bundle's.
+    """
+    require_free(out)
+    progress(Event("verifying the return", 0))
+    verified = check_return(returned, home, hold=True)
+    model, parent = check_plug_in(verified, base, spec, home, progress)
+    form, chosen = form_of(verified, spec), chosen_by(verified, parent, spec)
+    sizes = plug_in_contents(model, chosen, form).sizes
+    entries = tuple(FileEntry(name=name, size=size, sha256="0" * 64) for name, size in sorted(sizes.items()))
+    issuer = home.identity().public_key.hex
+    manifest = plug_in_manifest(model, chosen, form, strength_of(spec), issuer, entries)
+    sizes |= {MANIFEST: len(render_manifest(manifest)), SIGNATURE: SIGNATURE_BYTES}
+    files = tuple(Amount(name, size) for name, size in sorted(sizes.items()))
+    return PlugInPlan(
+        architecture=model.family.model_type,
+        form=form,
+        checkpoint=chosen.checkpoint,
+        strength=strength_of(spec),
+        returned_tensors=len(chosen.tensors),
+        returned_parameters=sum(math.prod(tensor.shape) for tensor in chosen.tensors.values()),
+        changed_tensors=len(changed_tensors(model, chosen)) if form == "merged" else 0,
+        files=files,
+        disk=(Amount("plug-in", total(files)),),
+    )

@@ -1,0 +1,139 @@
+"""What a plug-in holds, as an adapter or as a complete checkpoint: tensors by name, and files beside them. Torch-free.
+
+Nothing is computed before it is written, so the same value tells a plan every size.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from offsite.model_owner.base_model import BaseModel, by_todays_names
+from offsite.model_owner.check_plug_in import Form
+from offsite.model_owner.image_classifier import classifier_config, classifier_tensors
+from offsite.model_owner.plugged_tensors import Chosen, adapter_tensors, changed_tensors, to_base
+from offsite.protocol.contents import (
+    ADAPTER_CONFIG,
+    BESIDE_A_MODEL,
+    CONFIG,
+    GENERATION_CONFIG,
+    PROCESSOR,
+    TOKENIZER_FILES,
+    WEIGHTS_OF,
+)
+from offsite.protocol.manifest import FORMAT, FileEntry, PlugInManifest
+from offsite.protocol.peft_adapter import adapter_config
+from offsite.storage.files import Written, write_stream
+from offsite.storage.safetensors_files import (
+    NewTensor,
+    TensorRange,
+    checkpoint_bytes,
+    copied,
+    open_checkpoint,
+    safetensors_bytes,
+    write_checkpoint,
+    write_safetensors,
+)
+
+# What a merged plug-in takes over from the base beside its weights.
+_COMPANIONS = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *BESIDE_A_MODEL)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything in a plug-in but its manifest and signature."""
+
+    weights: str | None  # the one file of an adapter's tensors; None is a checkpoint, which may have several
+    tensors: Sequence[NewTensor]
+    others: Mapping[str, bytes]  # further files by name
+
+    def write(self, folder: Path) -> list[Written]:
+        """Compute and write all of it.
+
+        Raises:
+            VerificationError: what the return changes does not fit into the dtype of a tensor.
+        """
+        if self.weights is None:
+            written = write_checkpoint(folder, self.tensors)
+        else:
+            written = [write_safetensors(folder / self.weights, self.tensors)]
+        return written + [write_stream(folder / name, [content]) for name, content in self.others.items()]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of every file in bytes, by name."""
+        if self.weights is None:
+            weights = checkpoint_bytes(self.tensors)
+        else:
+            weights = {self.weights: safetensors_bytes(self.tensors)}
+        return weights | {name: len(content) for name, content in self.others.items()}
+
+
+def plug_in_contents(model: BaseModel, chosen: Chosen, form: Form) -> Contents:
+    """What a plug-in of this form holds."""
+    if form == "adapter":
+        return adapter_contents(model, chosen)
+    changes = changed_tensors(model, chosen)
+    if model.family.vision is not None:
+        tensors = classifier_tensors(model, model.family.vision, changes, chosen.returned)
+        config = classifier_config(model, model.family.vision, chosen.returned.manifest.classes or ())
+        return Contents(None, tensors, {CONFIG: config, **_companions(model, (PROCESSOR, "LICENSE", "LICENSE.txt"))})
+    tensors = []
+    for stored in open_checkpoint(model.folder).tensors.values():
+        parts = by_todays_names(model.family, stored)
+        new = [changes.get(name) or copied(part) for name, part in parts.items()]
+        tensors.append(_joined(stored, new) if changes.keys() & parts.keys() else copied(stored))
+    return Contents(None, tensors, _companions(model, _COMPANIONS))
+
+
+def adapter_contents(model: BaseModel, chosen: Chosen) -> Contents:
+    """What makes a folder an adapter of the base."""
+    manifest = chosen.returned.manifest
+    others = {}
+    if manifest.lora:
+        targets = tuple(to_base(target, model, chosen.parent, target=True) for target in manifest.lora.targets)
+        lora = manifest.lora.model_copy(update={"targets": targets})
+        config = adapter_config(lora, model.family, head=manifest.head)
+        others[ADAPTER_CONFIG] = json.dumps(config, indent=1).encode() + b"\n"
+    return Contents(WEIGHTS_OF[manifest.method], adapter_tensors(model, chosen), others)
+
+
+def plug_in_manifest(
+    model: BaseModel, chosen: Chosen, form: Form, strength: float, issuer: str, files: tuple[FileEntry, ...]
+) -> PlugInManifest:
+    """The manifest of a plug-in of these files.
+
+    Args:
+        model: the base.
+        chosen: what of the return is in it.
+        form: adapter or merged.
+        strength: how far it goes, as the settings say it.
+        issuer: the owner's key, 64 hex digits.
+        files: its files.
+    """
+    return PlugInManifest(
+        kind="plug-in",
+        format=FORMAT,
+        requires=(),
+        form=form,
+        architecture=model.family.model_type,
+        base=chosen.parent.manifest.base,
+        bundle=chosen.parent.digest,
+        returned=chosen.returned.digest,
+        strength=strength,
+        checkpoint=chosen.checkpoint,
+        issuer=issuer,
+        files=files,
+    )
+
+
+def _companions(model: BaseModel, names: Sequence[str]) -> dict[str, bytes]:
+    return {name: (model.folder / name).read_bytes() for name in names if (model.folder / name).is_file()}
+
+
+def _joined(stored: TensorRange, parts: Sequence[NewTensor]) -> NewTensor:
+    """A tensor of the base's file from its parts: itself, or the matrices of stacked experts."""
+    return NewTensor(
+        stored.name, stored.dtype, stored.shape, lambda: chain.from_iterable(part.chunks() for part in parts)
+    )
