@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from offsite.cli.study import _in_this_process
+from offsite.cli.study import run_in_this_process
 from offsite.study.command import Outcome, Words
 from offsite.study.grid import Cell, cells_of
 from offsite.study.prepare import prepare
@@ -80,7 +80,7 @@ class Played:
         """A stage, and a note of it."""
         verbs = {"pack", "verify", "tune", "plug-in", "eval", "full-fine-tuning"}
         self.ran.append(next(str(word) for word in words if str(word) in verbs))
-        return _in_this_process(words, log)
+        return run_in_this_process(words, log)
 
     def go(self) -> int:
         """Run what is not there yet; returns how many cells failed."""

@@ -1,38 +1,20 @@
 """The data owner's disk is full: no half a return, and with room the same command goes on to the same bytes."""
 
-import errno
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 
 from artifacts import packed
+from full_disk import Disk
 from offsite.config import TuneSpec
 from offsite.data_owner.tune import tune
 from offsite.errors import StorageError
 from offsite.protocol.artifacts import Return
-from offsite.storage import files
 from tiny import tiny_base, tiny_parties, tiny_rows
 
 Tune = Callable[[str], Return]
-
-
-class Disk:
-    """Counts the writes; `room` is how many succeed, or None."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls = 0
-        self.room: int | None = None
-        self.real = files._write
-        monkeypatch.setattr(files, "_write", self.write)
-
-    def write(self, descriptor: int, content: Any) -> None:
-        self.calls += 1
-        if self.room is not None and self.calls > self.room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.real(descriptor, content)
 
 
 def prepared(tmp_path: Path, method: Literal["lora", "full"]) -> Tune:

@@ -81,7 +81,7 @@ def test_file_shorter_than_a_header(content: bytes, tmp_path: Path) -> None:
 
 
 def test_header_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors_files, "_MAX_HEADER", 100)
+    monkeypatch.setattr(safetensors_files, "HEADER_BYTES", 100)
     with pytest.raises(StorageError, match="header of 101 bytes"):
         read_header(raw_safetensors(tmp_path / "x.safetensors", b"{" + b" " * 99 + b"}"))
 
@@ -137,7 +137,7 @@ def test_infinite_number_in_the_config(lab: Lab) -> None:
 def test_config_over_the_limit(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     from offsite.protocol import signed_folder as module
 
-    monkeypatch.setattr(module, "_CONFIG_BYTES", 2000)
+    monkeypatch.setattr(module, "CONFIG_BYTES", 2000)
     with (lab.bundle / "config.json").open("a") as file:
         file.write(" " * 2000)
     lab.sign_bundle()
@@ -207,7 +207,7 @@ def test_index_that_is_none(lab: Lab, content: str) -> None:
 
 def test_index_over_the_limit(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     shards(lab)
-    monkeypatch.setattr(safetensors_files, "_MAX_HEADER", 100)
+    monkeypatch.setattr(safetensors_files, "HEADER_BYTES", 100)
     with pytest.raises(StorageError, match="over 100 bytes"):
         open_checkpoint(lab.bundle)
 

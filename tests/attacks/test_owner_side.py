@@ -13,6 +13,7 @@ from attacks.lab import Lab
 from attacks.test_broken_files import spoiled
 from offsite.config import PlugInSpec
 from offsite.errors import IncompatibleError, OffsiteError, PolicyError, StorageError, UsageError, VerificationError
+from offsite.model_owner import ledger
 from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.plug_in import plug_in
@@ -20,7 +21,6 @@ from offsite.protocol.artifacts import Base
 from offsite.protocol.contents import ADAPTER_WEIGHTS
 from offsite.protocol.manifest import MANIFEST
 from offsite.protocol.verify import read_unverified, verify_plug_in
-from offsite.storage import files as storage
 
 
 def plugged(lab: Lab, returned: Path, out: str = "out", **spec: object) -> Path:
@@ -139,16 +139,17 @@ def test_manifest_that_is_no_plain_file_is_refused_and_entered(lab: Lab, how: st
 
 def test_two_plug_ins_at_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both have seen that the return was never plugged in; the second to be entered is refused all the same."""
-    monkeypatch.setattr("offsite.model_owner.plug_in._check_again", lambda *_: None)
     plugged(lab, lab.lora)
+    monkeypatch.setattr(Ledger, "plugged_in", lambda *_: [])  # as it was when the second one looked
     with pytest.raises(PolicyError, match="was plugged in before"):
         plugged(lab, lab.lora, "second")
     assert not (lab.folder / "second").exists()
     assert times(lab) == 1
 
 
-def test_no_plug_in_appears_that_the_ledger_does_not_hold(lab: Lab) -> None:
+def test_no_plug_in_appears_that_the_ledger_does_not_hold(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process holds the ledger."""
+    monkeypatch.setattr(ledger, "LOCK_SECONDS", 0.2)
     plugged(lab, lab.full)  # so that the ledger is there
     other = sqlite3.connect(lab.parties.owner.ledger, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -161,11 +162,14 @@ def test_no_plug_in_appears_that_the_ledger_does_not_hold(lab: Lab) -> None:
 def test_interrupted_once_the_folder_is_there(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plug-in stands, so the ledger goes on to hold it."""
 
-    def interrupt(folder: Path) -> None:
-        if folder == lab.folder:
-            raise KeyboardInterrupt
+    real = os.open
 
-    monkeypatch.setattr(storage, "_sync_folder", interrupt)
+    def interrupt(path: Path, *more: int) -> int:
+        if path == lab.folder:  # opened to be flushed to the disk
+            raise KeyboardInterrupt
+        return real(path, *more)
+
+    monkeypatch.setattr(os, "open", interrupt)
     with pytest.raises(KeyboardInterrupt):
         plugged(lab, lab.lora)
     assert (lab.folder / "out" / MANIFEST).exists()

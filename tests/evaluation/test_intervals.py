@@ -59,7 +59,7 @@ def test_it_is_a_function_of_its_arguments():
 def test_how_much_is_drawn_at_once_does_not_matter(monkeypatch):
     rows = np.random.default_rng(0).normal(size=50)
     together = interval(rows)
-    monkeypatch.setattr(bootstrap, "_PLACES_AT_ONCE", 500)
+    monkeypatch.setattr(bootstrap, "PLACES_AT_ONCE", 500)
     assert interval(rows) == together
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from artifacts import full_return, lora_return, packed
+from full_disk import Disk
 from offsite.config import ImportSpec, PlugInSpec
 from offsite.errors import StorageError
 from offsite.model_owner.importing.import_model import import_model
@@ -16,7 +17,6 @@ from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.plug_in import plug_in
 from offsite.protocol.artifacts import Base
-from offsite.storage import files
 from tiny import MakeBase, Parties
 
 Stage = Callable[[Path], object]
@@ -40,22 +40,6 @@ def stage(request: pytest.FixtureRequest, base_of: MakeBase, parties: Parties, t
     return lambda out: plug_in(Base(base), intake(returned, parties.owner), out, spec, parties.owner)
 
 
-class Disk:
-    """Counts the writes, and refuses from the n-th on."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, code: int = errno.ENOSPC) -> None:
-        self.calls, self.last, self.code = 0, -1, code
-        self.real = files._write
-        monkeypatch.setattr(files, "_write", self.write)
-
-    def write(self, descriptor: int, content: Any) -> None:
-        self.calls += 1
-        if self.last >= 0 and self.calls > self.last:
-            os.write(descriptor, memoryview(content)[: len(content) // 2])  # a part still fits
-            raise OSError(self.code, os.strerror(self.code))
-        self.real(descriptor, content)
-
-
 def left(parent: Path) -> set[str]:
     return {p.name for p in parent.iterdir()}
 
@@ -67,14 +51,14 @@ def test_no_space_at_the_nth_write(stage: Stage, tmp_path: Path, monkeypatch: py
     stage(parent / "whole")
     total = disk.calls
     assert total >= 4
-    for last in sorted({0, 1, 2, total // 2, total - 3, total - 2, total - 1}):
-        disk.calls, disk.last = 0, last
+    for room in sorted({0, 1, 2, total // 2, total - 3, total - 2, total - 1}):
+        disk.calls, disk.room = 0, room
         with pytest.raises(StorageError, match="No space left on device") as caught:
             stage(parent / "out")
         assert caught.value.exit_code == 1
         assert "free some space" in (caught.value.next_step or "")
         assert left(parent) == {"whole"}
-    disk.last = -1
+    disk.room = None
     stage(parent / "out")
     assert left(parent) == {"whole", "out"}
     assert left(parent / "out") == left(parent / "whole")
@@ -84,11 +68,11 @@ def test_empty_output_folder_is_as_it_was(stage: Stage, tmp_path: Path, monkeypa
     out = tmp_path / "out"
     out.mkdir()
     disk = Disk(monkeypatch)
-    disk.last = 2
+    disk.room = 2
     with pytest.raises(StorageError):
         stage(out)
     assert left(out) == set()
-    disk.last = -1
+    disk.room = None
     stage(out)
     assert left(out)
 
@@ -118,7 +102,7 @@ def test_interruption(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(*((files, "_write") if where == "write" else (Path, "rename")), interrupt)
+        patched.setattr(*((os, "write") if where == "write" else (Path, "rename")), interrupt)
         with pytest.raises(KeyboardInterrupt):
             stage(parent / "out")
     assert left(parent) == set()
@@ -165,12 +149,12 @@ def test_failed_plug_in_is_not_entered(
     bundle = packed(base, tmp_path / "bundle", parties, keep=1)
     returned = lora_return(bundle, tmp_path / "return", parties.data_owner)
     disk = Disk(monkeypatch)
-    for last in (0, 3):
-        disk.calls, disk.last = 0, last
+    for room in (0, 3):
+        disk.calls, disk.room = 0, room
         with pytest.raises(StorageError):
             plug_in(Base(base), intake(returned.folder, parties.owner), tmp_path / "out", PlugInSpec(), parties.owner)
         assert Ledger(parties.owner.ledger).plugged_in(returned) == []
-    disk.last = -1
+    disk.room = None
     plug_in(Base(base), intake(returned.folder, parties.owner), tmp_path / "out", PlugInSpec(), parties.owner)
     assert len(Ledger(parties.owner.ledger).plugged_in(returned)) == 1
 

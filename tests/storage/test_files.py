@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from offsite.errors import StorageError, UsageError
-from offsite.storage import files
 from offsite.storage.files import (
     Written,
     replace_file,
@@ -156,7 +155,7 @@ def test_stream_is_hashed_as_it_is_written(tmp_path: Path) -> None:
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
-    monkeypatch.setattr(files.os, "write", lambda descriptor, view: real(descriptor, view[:3]))
+    monkeypatch.setattr(os, "write", lambda descriptor, view: real(descriptor, view[:3]))
     write_stream(tmp_path / "x", [b"0123456789"])
     assert (tmp_path / "x").read_bytes() == b"0123456789"
 
@@ -170,7 +169,7 @@ def test_replacing_a_file(tmp_path: Path) -> None:
     assert names(tmp_path / "a") == {"key"}
 
 
-@pytest.mark.parametrize("where", ["_write", "fsync", "replace"])
+@pytest.mark.parametrize("where", ["write", "fsync", "replace"])
 def test_replacing_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     file = tmp_path / "x"
     file.write_bytes(b"old")
@@ -178,7 +177,7 @@ def test_replacing_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, w
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    owner: Any = {"_write": files, "fsync": files.os, "replace": Path}[where]
+    owner: Any = {"write": os, "fsync": os, "replace": Path}[where]
     with monkeypatch.context() as patched:
         patched.setattr(owner, where, refuse)
         with pytest.raises(StorageError):
@@ -190,14 +189,14 @@ def test_replacing_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, w
 def test_a_parent_that_cannot_be_synced_does_not_undo_what_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = files._sync_folder
+    real = os.open
 
-    def sync(folder: Path) -> None:
-        if folder == tmp_path:
+    def refuse(path: Path, *more: Any) -> int:
+        if path == tmp_path:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        real(folder)
+        return real(path, *more)
 
-    monkeypatch.setattr(files, "_sync_folder", sync)
+    monkeypatch.setattr(os, "open", refuse)
     with staged_folder(tmp_path / "out") as folder:
         (folder / "x").write_text("x")
     assert names(tmp_path / "out") == {"x"}

@@ -160,12 +160,12 @@ _STUBBORN = "import signal, sys, time; signal.signal(signal.SIGTERM, {handler});
 
 @pytest.mark.parametrize(("handler", "code"), [("lambda *_: sys.exit(130)", 130), ("signal.SIG_IGN", -signal.SIGKILL)])
 def test_an_interrupted_command_may_clean_up(handler: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "_STOP_SECONDS", 0.5 if code < 0 else 30.0)
+    monkeypatch.setattr(command, "STOP_SECONDS", 0.5 if code < 0 else 30.0)
     script = _STUBBORN.format(handler=handler)
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()  # the handler is in place
-        command._stop(process, told=False)
+        command.stop(process, told=False)
     assert process.returncode == code
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from offsite.cli.study import _in_this_process
+from offsite.cli.study import run_in_this_process
 from offsite.study.check import check
 from offsite.study.demos.tiny_base import tiny_base
 from offsite.study.prepare import require_fit
@@ -42,14 +42,14 @@ def test_the_grid_runs_in_small(file: Path) -> None:
     skip_without_timm(file)
     recipe = load_recipe(file)
     some = tuple(dict.fromkeys((recipe.compressors[0], recipe.compressors[-1])))
-    tried = check(replace(recipe, compressors=some, rows=recipe.rows[-1:]), _in_this_process, lambda _: None)
+    tried = check(replace(recipe, compressors=some, rows=recipe.rows[-1:]), run_in_this_process, lambda _: None)
     assert tried.failures == []
     assert tried.cells == len(some) * len(recipe.methods) * len({one.score for one in recipe.data})
 
 
 def test_every_compressor_of_the_comparison_makes_a_bundle() -> None:
     recipe = load_recipe(next(file for file in RECIPES if file.stem == "compressors"))
-    tried = check(replace(recipe, rows=("emulator_zero_shot",)), _in_this_process, lambda _: None)
+    tried = check(replace(recipe, rows=("emulator_zero_shot",)), run_in_this_process, lambda _: None)
     assert tried.failures == []
     assert tried.cells == len(recipe.compressors) == 15
 

@@ -189,7 +189,7 @@ def _lines(news: "News") -> None:
 def _check(recipe: "Recipe", *, as_json: bool) -> None:
     from offsite.study.check import check
 
-    tried = check(recipe, _in_this_process, _lines if not as_json else lambda _: None)
+    tried = check(recipe, run_in_this_process, _lines if not as_json else lambda _: None)
     facts = {
         "recipe": str(recipe.file),
         "cells": recipe.cells,
@@ -218,7 +218,7 @@ def _end(error: OffsiteError, *, as_json: bool) -> NoReturn:
     raise typer.Exit(error.exit_code)
 
 
-def _in_this_process(words: "Words", log: Path) -> "Outcome":
+def run_in_this_process(words: "Words", log: Path) -> "Outcome":
     """A command without a process of its own: for stages of a moment, which starting Python would outlast."""
     from offsite.cli import main
     from offsite.study.command import Outcome, failed

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 RESAMPLES = 1000
 LEVEL = 0.95
-_PLACES_AT_ONCE = 2**22  # drawn row numbers that exist at once: 32 MiB
+PLACES_AT_ONCE = 2**22  # drawn row numbers that exist at once: 32 MiB
 
 Floats = npt.NDArray[np.float64]
 
@@ -143,7 +143,7 @@ def _draws(tables: Sequence[Floats], resamples: int, seed: int) -> Iterator[Floa
     """The ratio of every table for some draws at once, (tables, b)."""
     generator = np.random.default_rng(seed)
     rows = tables[0].shape[1]
-    at_once = max(1, _PLACES_AT_ONCE // rows)
+    at_once = max(1, PLACES_AT_ONCE // rows)
     for begin in range(0, resamples, at_once):
         drawn = generator.integers(rows, size=(min(at_once, resamples - begin), rows))  # (b, N)
         ratios = []

@@ -14,6 +14,7 @@ from offsite.errors import PolicyError, StorageError
 from offsite.protocol.artifacts import Bundle, PlugIn, Return
 from offsite.protocol.manifest import MANIFEST, BundleManifest, parse_manifest, render_manifest
 
+LOCK_SECONDS = 30.0  # how long a command waits for another one that writes to the ledger
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS bundles (
     digest TEXT PRIMARY KEY,
@@ -169,7 +170,7 @@ class Ledger:
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # which blocks were kept is nobody else's
-            db = sqlite3.connect(self.path, timeout=30)
+            db = sqlite3.connect(self.path, timeout=LOCK_SECONDS)
             try:
                 with db:  # one transaction: all of it, or nothing
                     db.executescript(_SCHEMA)

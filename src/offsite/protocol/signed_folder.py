@@ -20,7 +20,7 @@ from offsite.storage.safetensors_files import (
 )
 from offsite.storage.snapshot import SETTINGS_BYTES, ReadFile
 
-_CONFIG_BYTES = 16 * 2**20  # no JSON file of an artifact is larger; tokenizer.json is never parsed here
+CONFIG_BYTES = 16 * 2**20  # no JSON file of an artifact is larger; tokenizer.json is never parsed here
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ def read_json(signed: SignedFolder, name: str) -> object:
         VerificationError: it cannot be read, is too large, or is not JSON.
     """
     raw = signed.read(name)
-    if len(raw) > _CONFIG_BYTES:
-        raise VerificationError(f"{name} is over {_CONFIG_BYTES} bytes")
+    if len(raw) > CONFIG_BYTES:
+        raise VerificationError(f"{name} is over {CONFIG_BYTES} bytes")
     try:
         return strict_json(raw)
     except ValueError as error:

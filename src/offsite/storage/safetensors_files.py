@@ -30,7 +30,9 @@ DECLARED_WEIGHTS = "offsite-model.safetensors"  # of models that transformers do
 DECLARED_INDEX = "offsite-model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 CHUNK_BYTES = 8 * 2**20  # bytes copied at once; a multiple of every item size
-_MAX_HEADER = 32 * 10**6  # 250,000 tensors; the reference implementation reads up to 100 MB
+HEADER_BYTES = (
+    32 * 10**6
+)  # the longest header that is read: 250,000 tensors; the reference implementation reads up to 100 MB
 _MOST_REASONS = 100  # against one file
 _MOST_DIGITS = 40
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
@@ -135,7 +137,7 @@ def read_header_bytes(file: Path, stream: BinaryIO, size: int) -> bytes:
     """
     start = read_up_to(stream, 8)
     length = int.from_bytes(start, "little")
-    if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
+    if size < 8 or not 2 <= length <= min(HEADER_BYTES, size - 8):
         raise _broken(file, [f"header of {length} bytes in a file of {size}"])
     return start + read_up_to(stream, length)
 
@@ -252,9 +254,9 @@ class _OnDisk:
 
     def read(self, name: str) -> bytes:
         with (self.folder / name).open("rb") as stream:
-            content = stream.read(_MAX_HEADER + 1)
-        if len(content) > _MAX_HEADER:
-            raise ValueError(f"over {_MAX_HEADER} bytes")
+            content = stream.read(HEADER_BYTES + 1)
+        if len(content) > HEADER_BYTES:
+            raise ValueError(f"over {HEADER_BYTES} bytes")
         return content
 
     def header(self, name: str) -> dict[str, TensorRange]:

@@ -15,7 +15,7 @@ from offsite.errors import OffsiteError
 from offsite.training.run_log import Terminated
 
 Words = list[str | Path]
-_STOP_SECONDS = 30.0  # how long an interrupted command may take to clean up
+STOP_SECONDS = 30.0  # how long an interrupted command may take to clean up
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ def run_command(words: Sequence[str | Path], doing: str, log: Path | None = None
                 stdout = process.stdout.read() if process.stdout else b""
                 peak = _wait(process)
             except KeyboardInterrupt as stopped:
-                _stop(
-                    process, told=sys.stdin is not None and sys.stdin.isatty() and not isinstance(stopped, Terminated)
-                )
+                stop(process, told=sys.stdin is not None and sys.stdin.isatty() and not isinstance(stopped, Terminated))
                 raise
     if process.returncode == 130:
         raise KeyboardInterrupt
@@ -90,12 +88,12 @@ def _wait(process: "subprocess.Popen[bytes]") -> int | None:
     return int(usage.ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
-def _stop(process: "subprocess.Popen[bytes]", *, told: bool) -> None:
+def stop(process: "subprocess.Popen[bytes]", *, told: bool) -> None:
     """Let an interrupted command clean up; a terminal has sent it the signal as well, else it is told now."""
     if not told:
         process.terminate()
     try:
-        process.wait(_STOP_SECONDS)
+        process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
 
