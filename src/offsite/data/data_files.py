@@ -126,12 +126,12 @@ def parts_of(folder: Path) -> dict[str, list[Path]]:
     for file in record_files(folder):
         parts.setdefault(part_name(file), []).append(file)
     folders = {entry: found for entry in _visible(folder) if entry.is_dir() and (found := _entry(entry))}
-    if not parts and len(folders) > 1 and not all(_role(entry.name) for entry in folders):
+    if not parts and len(folders) > 1 and not all(part_role(entry.name) for entry in folders):
         raise unreadable(folder, f"it holds several data sets: {_some(folders)}; name one of them")
-    if not parts and len(folders) == 1 and not _role((only := next(iter(folders))).name):
+    if not parts and len(folders) == 1 and not part_role((only := next(iter(folders))).name):
         return parts_of(only)
     for entry, found in folders.items():
-        if _role(entry.name):
+        if part_role(entry.name):
             parts.setdefault(entry.name, []).extend(found)
     return parts
 
@@ -163,12 +163,12 @@ def part_name(file: Path) -> str:
     while (shorter := _SHARD.sub("", stem)) != stem:
         stem = shorter
     words = re.split(r"[-_. ]+", stem.casefold())
-    if words and _role(words[0]):
+    if words and part_role(words[0]):
         return stem
-    return next((word for word in words if _role(word)), "")
+    return next((word for word in words if part_role(word)), "")
 
 
-def _role(name: str) -> str:
+def part_role(name: str) -> str:
     """What a part is for: "train", "validation" or "test"; "" where its name does not say."""
     word = re.split(r"[-_. ]+", unicodedata.normalize("NFC", name).casefold())[0]
     names = {"train": TRAINING, "validation": VALIDATION, "test": TEST}
@@ -185,7 +185,7 @@ def choose_part(parts: Mapping[str, list[Path]], part: Part, folder: Path) -> li
         return next(iter(parts.values()))
     roles = ("train", "") if part == "train" else ("validation", "test")
     for role in roles:
-        found = [name for name in parts if _role(name) == role]
+        found = [name for name in parts if part_role(name) == role]
         if len(found) == 1:
             return parts[found[0]]
         if found:

@@ -1,24 +1,29 @@
 """Sets of pictures: where they lie and what they show; none is opened here.
 
-A data set is a folder with a sub-folder for each class, a CSV file of `path` and `label`, or a Parquet file of `image`
-and `label`.
+A data set is a folder with a sub-folder for each class, or a table with a picture (or its path) and a label in each
+row: one file, or a folder of shards as hubs have them. Names of parts and classes are the same in either form of
+Unicode.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from offsite.data.data_files import Part, existing, files_of, name_of, part_role, parts_of, paths_of
 from offsite.data.picture_files import Picture
-from offsite.data.record_files import read_records
+from offsite.data.record_files import RECORDS, read_records
 from offsite.data.rows import counted, first
+from offsite.data.tables import ClassNumber, class_names, features_of
 from offsite.data.text_files import kind
 from offsite.errors import DataError, UsageError
 from offsite.storage.files import sha256_of
 
-KINDS = "a folder with a sub-folder for each class, a .csv of path and label, or a .parquet of image and label"
+KINDS = "a folder with a sub-folder for each class, a .csv or .jsonl of path and label, or .parquet of image and label"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 # Pictures all the same: passed over in silence they would be missing from the training, so they are told as unreadable.
 _OTHER_SUFFIXES = frozenset(
@@ -39,92 +44,177 @@ _OTHER_SUFFIXES = frozenset(
         ".tiff",
     }
 )
-_TRAINING, _HELD_OUT = "train", ("validation", "val", "valid", "test")  # names of a folder's parts
+_METADATA = (
+    "metadata.csv",
+    "metadata.jsonl",
+    "metadata.parquet",
+)  # labels of a folder, as Hugging Face datasets has it
+_PLACES = ("image", "path", "file_name")  # columns that hold a picture, or its path
 
 
-def read_pictures(path: Path, *, labelled: bool = True, part: str = "") -> list[Picture]:
-    """List the pictures of a data set; none is opened.
+def read_pictures(
+    data: Path | Sequence[Path], *, labelled: bool = True, part: str = "", columns: Mapping[str, str] | None = None
+) -> list[Picture]:
+    """List the pictures of data sets; none is opened.
 
     Args:
-        path: folder or file.
+        data: folders or files, whose pictures are joined.
         labelled: whether every picture needs a class; without it a folder is searched to any depth.
         part: "train" or "held out" takes that part of a folder that has both; "" takes the folder as it is.
+        columns: what a table calls its columns `image` (or `path`) and `label`.
 
     Raises:
         DataError: there is no such data set, it is empty, or rows are bad, each listed.
     """
-    if path.is_dir():
-        found = _in_folder(_part(path, part), labelled)
-    elif kind(path) in (".csv", ".parquet"):
-        found = _in_table(path, labelled)
-    else:
-        raise DataError(f"{path} is no data set of pictures", next_step=f"name {KINDS}")
+    found: list[Picture] = []
+    for path in map(existing, paths_of(data)):
+        if path.is_dir():
+            found += _in_folder(path, labelled, part, columns or {})
+        elif kind(path) in RECORDS:
+            found += _in_tables([path], labelled, columns or {})
+        else:
+            raise DataError(f"{path} is no data set of pictures", next_step=f"name {KINDS}")
     if not found:
         raise DataError(
-            f"the data set {path} holds no picture", next_step=f"name {KINDS}; pictures are PNG, JPEG, WebP"
+            f"the data set {name_of(data)} holds no picture", next_step=f"name {KINDS}; pictures are PNG, JPEG, WebP"
         )
     return found
 
 
 def held_out_part(path: Path) -> bool:
     """Whether a data set is a folder that names its training and its held-out pictures."""
-    return _part(path, "held out") != path
+    path = existing(path)
+    if not path.is_dir():
+        return False
+    if folders := _parts(path):
+        return folders["train"] != folders["held out"]
+    roles = {part_role(name) for name in parts_of(path)} if not _holds_pictures(path) else set()
+    return "train" in roles and bool(roles & {"validation", "test"})
 
 
-def _part(path: Path, part: str) -> Path:
-    """The part of a folder that has both; a class may have the name of one."""
-    held_out = next((path / name for name in _HELD_OUT if (path / name).is_dir()), None)
-    if held_out is None or not (path / _TRAINING).is_dir():
-        return path
-    return {"train": path / _TRAINING, "held out": held_out}.get(part, path)
+def _parts(folder: Path) -> dict[str, Path]:
+    """The folders for training and for scoring of a folder that has both; a class may have the name of one."""
+    folders = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+    roles: dict[str, Path] = {}
+    for entry in folders:
+        if unicodedata.normalize("NFC", entry.name).isalpha() and (role := part_role(entry.name)):
+            roles.setdefault(role, entry)
+    held_out = roles.get("validation", roles.get("test"))
+    if held_out is not None and "train" in roles:
+        return {"train": roles["train"], "held out": held_out}
+    if len(folders) == 1 and any(entry.is_dir() for entry in folders[0].iterdir()):
+        if roles:  # one part alone, whose sub-folders are the classes
+            return dict.fromkeys(("train", "held out"), folders[0])
+        return _parts(folders[0])  # a folder around it, as archives have
+    return {}
 
 
-def _in_folder(folder: Path, labelled: bool) -> list[Picture]:
-    found = (file for file in folder.rglob("*") if kind(file) in SUFFIXES | _OTHER_SUFFIXES and file.is_file())
-    files = sorted(file for file in found if not _hidden(file.relative_to(folder)))
-    if labelled and (loose := [file for file in files if file.parent == folder]):
+def _in_folder(folder: Path, labelled: bool, part: str, columns: Mapping[str, str]) -> list[Picture]:
+    place = _parts(folder).get(part, folder)
+    if not _holds_pictures(place):
+        wanted: Part = "held out" if part == "held out" else "train"
+        return _in_tables(files_of(place, wanted), labelled, columns) if parts_of(place) else []
+    if labelled and (listed := next((place / name for name in _METADATA if (place / name).is_file()), None)):
+        return _in_tables([listed], labelled, columns)
+    files = sorted(_picture_files(place))
+    if labelled and (loose := [file for file in files if file.parent == place]):
         raise DataError(
-            f"{counted(loose, 'picture')} of {folder} in no class",
+            f"{counted(loose, 'picture')} of {place} in no class",
             reasons=first([file.name for file in loose]),
             next_step="put each into a sub-folder with the name of its class",
         )
-    return [Picture(str(file), file, file.relative_to(folder).parts[0] if labelled else None) for file in files]
+    return [
+        Picture(str(file), file, _composed(file.relative_to(place).parts[0]) if labelled else None) for file in files
+    ]
+
+
+def _composed(name: str) -> str:
+    """A name in the form of Unicode in which a letter and its accent are one character."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _picture_files(folder: Path) -> Iterator[Path]:
+    found = (file for file in folder.rglob("*") if kind(file) in SUFFIXES | _OTHER_SUFFIXES and file.is_file())
+    return (file for file in found if not _hidden(file.relative_to(folder)))
+
+
+def _holds_pictures(folder: Path) -> bool:
+    return next(_picture_files(folder), None) is not None
 
 
 def _hidden(place: Path) -> bool:
     """Whether it lies where systems and tools keep what is theirs, such as copies of a notebook's files."""
-    return any(name.startswith(".") for name in place.parts)
+    return any(name.startswith((".", "__MACOSX")) for name in place.parts)
 
 
-def _in_table(path: Path, labelled: bool) -> list[Picture]:
+def _in_tables(files: Sequence[Path], labelled: bool, columns: Mapping[str, str]) -> list[Picture]:
     found, problems = [], []
-    for record in read_records(path, ("path", "image", "label")):
-        number, fields = record.number, record.fields
-        row = fields if isinstance(fields, str) else _row(path, number, fields, labelled)
-        if isinstance(row, str):
-            problems.append(f"{path}:{number}: {row}")
-        else:
-            found.append(row)
+    for file in files:
+        table = _find_columns(file, columns, labelled)
+        for record in read_records(file, (*table.places, table.label)):
+            row = record.fields if isinstance(record.fields, str) else _row(table, record.number, record.fields)
+            if isinstance(row, str):
+                problems.append(f"{file}:{record.number}: {row}")
+            else:
+                found.append(row)
     if problems:
-        raise DataError(f"{counted(problems, 'bad row')} in {path}", reasons=first(problems), next_step=f"name {KINDS}")
+        raise DataError(
+            f"{counted(problems, 'bad row')} in {', '.join(str(file) for file in files[:3])}",
+            reasons=first(problems),
+            next_step="name the columns, such as --columns image=img,label=fine_label; " + f"a data set is {KINDS}",
+        )
     return found
 
 
-def _row(path: Path, number: int, fields: Mapping[str, Any], labelled: bool) -> Picture | str:
-    place, label = fields.get("path", fields.get("image")), fields.get("label")
-    name = f"{path}:{number}"
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A file of pictures, and its columns."""
+
+    file: Path
+    places: tuple[str, ...]  # any of them may hold the picture, or its path
+    label: str  # empty where pictures need no class
+    classes: int  # how many the file has names for
+
+
+def _find_columns(file: Path, columns: Mapping[str, str], labelled: bool) -> _Table:
+    """The columns of a table by their names, or by what the table says that they hold."""
+    features = features_of(file) if kind(file) in (".parquet", ".arrow") else {}
+    places = tuple(columns[name] for name in _PLACES if name in columns)
+    if not places:
+        images = [name for name, feature in features.items() if _type_of(feature) == "Image"]
+        places = tuple(images) if len(images) == 1 and not set(_PLACES) & features.keys() else _PLACES
+    label = columns.get("label", "label")
+    if "label" not in columns and "label" not in features:
+        labels = [name for name, feature in features.items() if _type_of(feature) == "ClassLabel"]
+        label = labels[0] if len(labels) == 1 else label
+    return _Table(file, places, label if labelled else "", len(class_names(features.get(label))))
+
+
+def _type_of(feature: object) -> object:
+    return feature.get("_type") if isinstance(feature, Mapping) else None
+
+
+def _row(table: _Table, number: int, fields: Mapping[str, Any]) -> Picture | str:
+    place: object = next((fields[name] for name in table.places if fields.get(name) is not None), None)
+    name = f"{table.file}:{number}"
     content: object = None
     if isinstance(place, dict):  # as Hugging Face datasets stores pictures
         content, place = place.get("bytes"), place.get("path")
     elif isinstance(place, bytes):
         place, content = None, place
-    if labelled and not (isinstance(label, str | int) and str(label).strip()):
-        return f"field 'label' is {str(label)[:40]!r}, expected the name or number of a class"
+    label = None
+    if table.label:
+        said = fields.get(table.label)
+        if not (isinstance(said, str | int) and str(said).strip()):
+            return f"field {table.label!r} is {str(said)[:40]!r}, expected the name or number of a class"
+        if table.classes and not isinstance(said, str | ClassNumber):
+            return f"field {table.label!r} is {said}, expected a class from 0 to {table.classes - 1}"
+        label = _composed(said.name if isinstance(said, ClassNumber) else str(said))
     if isinstance(content, bytes):
-        return Picture(name, content, str(label) if labelled else None)
+        return Picture(name, content, label)
     if not isinstance(place, str) or not place:
         return "no field 'path' with the name of a file, or 'image' with a picture's bytes"
-    return Picture(f"{name} {place}", path.parent / place, str(label) if labelled else None)
+    return Picture(f"{name} {place}", existing(table.file.parent / place), label)
 
 
 def split_by_seed(pictures: Sequence[Picture], share: float, seed: int) -> tuple[list[Picture], list[Picture]]:
