@@ -58,9 +58,10 @@ format: $(STAMP) ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(STAMP) ## write docs/models.md from the table of families, and docs/reference.md from the specs
+docs: $(STAMP) ## write docs/models.md, docs/reference.md and the table in README.md from the code and the results
 	$(BIN)/python docs/render_models.py
 	$(BIN)/python docs/render_reference.py
+	$(BIN)/python docs/render_readme.py
 
 clean: ## remove .venv and everything that the tools made; the demo's folder stays
 	rm -rf .venv .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis build .coverage .coverage.*

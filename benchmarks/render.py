@@ -1,4 +1,4 @@
-"""Write the tables of performance.md, NOTES.md and the README from the results, so that no figure is typed by hand.
+"""Write the tables of performance.md and NOTES.md from the results, so that no figure is typed by hand.
 
 python -m benchmarks.render
 """
@@ -15,7 +15,6 @@ from benchmarks import ablation, images, startup, time_to_loss, tuning
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
 NOTES = Path(__file__).parent / "NOTES.md"
-README = Path(__file__).parent.parent / "README.md"
 
 
 def main() -> None:
@@ -29,9 +28,9 @@ def main() -> None:
             if file.exists():
                 result = json.loads(file.read_text())
                 _fill(DOCUMENT, file.stem, f"{_where(result['machine'])}.\n\n{module.table(result).strip()}")
+    for file in sorted(tuning.RESULT.parent.glob("tuning*.json")):
+        _fill(DOCUMENT, file.stem.replace("tuning", "speed"), headline(json.loads(file.read_text())["records"]))
     measured = json.loads(tuning.RESULT.read_text())["records"] if tuning.RESULT.exists() else []
-    if measured:
-        _fill(README, "speed", headline(measured))
     if tuning.PREDICTED.exists():
         _fill(NOTES, "predictions", predictions(json.loads(tuning.PREDICTED.read_text())["records"], measured))
 

@@ -15,8 +15,8 @@ INTRODUCTION = """# Model families
 <!-- Made by docs/render_models.py from src/offsite/models/families.py; run `make docs` after a change there. -->
 
 A family is a row of the table in [families.py](../src/offsite/models/families.py), named by the `model_type` of its
-configs; image encoders are rows of [vision_families.py](../src/offsite/core/vision_families.py). Both parties verify by
-that table. A model of another type is refused with the row that it would need
+configs; image encoders are rows of [vision_families.py](../src/offsite/models/vision_families.py). Both parties verify
+by that table. A model of another type is refused with the row that it would need
 ([why](decisions/0008-unknown-families-are-refused.md)).
 
 | model type | class in transformers | head tied | refit |
@@ -57,7 +57,7 @@ the plug-in, which `AutoModelForImageClassification` loads without a missing or 
   cross-entropy in distillation.
 - Refused: DINOv2 with a gated feed-forward (`use_swiglu_ffn`, the giant one).
 - `timm_wrapper` is timm's EVA, EVA-02 and plain ViT, of the names in
-  [timm_family.py](../src/offsite/core/timm_family.py), and needs the extra `timm` to heal, tune and evaluate;
+  [timm_family.py](../src/offsite/models/timm_family.py), and needs the extra `timm` to heal, tune and evaluate;
   torchvision must fit torch. Its tests skip where timm does not import
   ([what was tested where](decisions/0020-timm.md)). LoRA sits on all maps but EVA's matrix of queries, keys and values.
 - `offsite import` takes the image tower out of CLIP and SigLIP checkpoints in safetensors, and a DINOv2 encoder out of
@@ -92,8 +92,8 @@ plug-in keeps what the base has ([why](decisions/0010-experts-in-files-and-modul
   blocks while they train.
 - Refit of the MLP is refused: what leaves it is a sum over chosen experts and no one linear map. Attention's projection
   alone can be solved (`refit_maps = "attention"` in a `--config` file). `--select influence` works.
-- Experts run in a loop of ours ([core/mixture.py](../src/offsite/core/mixture.py)), in fp32 and bf16: the outputs are
-  those of transformers' loop bit for bit, and the same at every run (tested on processors).
+- Experts run in a loop of ours ([models/mixture.py](../src/offsite/models/mixture.py)), in fp32 and bf16: the outputs
+  are those of transformers' loop bit for bit, and the same at every run (tested on CPUs).
 
 ## Adding a family
 

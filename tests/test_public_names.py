@@ -33,13 +33,13 @@ def test_a_path_may_be_text(tmp_path: Path) -> None:
         offsite.verify_bundle(bundle.folder)  # type: ignore[call-arg]
 
 
-def test_the_readme_runs_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_script_for_python_runs_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both parties, from a model folder to a score."""
     monkeypatch.chdir(tmp_path)
     tiny_base(Path("model"), blocks=6)
     for name in ("train", "test"):
         tiny_rows(Path(f"{name}.jsonl"), 8)
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
     (code,) = [part.split("```")[0] for part in text.split("```python\n")[1:]]
     said: list[object] = []
     exec(code, {"print": lambda *words: said.extend(words)})

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.cells import BEST, CELLS, CONTESTANTS, DEFAULT, FIRST, PADDED, PEERS, SHAPES, Cell
 from benchmarks.compared import HABITS, fastest_habits, said_products, share_of_peak, usual_habits
 from benchmarks.counted import Shape
-from benchmarks.render import README, headline, predictions
+from benchmarks.render import DOCUMENT, headline, predictions
 from benchmarks.steps import encoded, steps_of
 from benchmarks.work import Work
 
@@ -160,7 +160,7 @@ def test_everybody_in_fp32_is_measured_apart(tmp_path):
     assert Work(tmp_path, 1).once("key", 0, lambda: {"found": 3})["found"] == 1
 
 
-def test_the_readme_has_the_measured_ratios_of_lora():
+def test_the_document_has_the_measured_ratios_of_lora():
     alone = {"shape": "s", "data": "long", "contestant": "offsite lora", "tokens_per_s": 9.0}
     one = {
         **alone,
@@ -177,7 +177,7 @@ def test_the_readme_has_the_measured_ratios_of_lora():
         "| s, d | 5.1 / 4.0 | not run | 6.0 / 2.5 |",
         "| s, e | 5.1 / 4.0 | 16 | 6.0 / 2.5 |",
     ]
-    assert headline(json.loads(tuning.RESULT.read_text())["records"]) in README.read_text()
+    assert headline(json.loads(tuning.RESULT.read_text())["records"]) in DOCUMENT.read_text()
 
 
 @pytest.mark.parametrize(("longest", "width"), [(69, 72), (72, 80), (1024, 1024)])

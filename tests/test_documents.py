@@ -1,0 +1,163 @@
+"""Documents name files, headings and commands that exist, and quote the defaults that the specs have."""
+
+import importlib.util
+import re
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from offsite.cli.setting_flags import flag_of, shown
+from offsite.config import TABLES, PackSpec, Setting, TuneSpec
+
+ROOT = Path(__file__).parents[1]
+FOREIGN = {"run_clm.py", "data.py", "RECIPE.toml"}  # of the paper's code, and a name that stands for any
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+SOURCE = re.compile(r"(?<![\w/.:-])((?:[\w.-]+/)*[\w-]+\.(?:py|c|toml))(?![\w/])")
+MODULE = re.compile(r"python -m (benchmarks\.\w+)")
+HISTORY = re.compile("decisions|results|reference|NOTES")  # what was so then, and what is generated
+TARGET = re.compile(r"\bmake ((?:bench|demo|test|docs|install|format|clean)[\w-]*)")
+
+
+@cache
+def tracked() -> tuple[str, ...]:
+    """Every file that git knows or would add, by its path from the root."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    return tuple(name for name in listed if name and (ROOT / name).exists())
+
+
+DOCUMENTS = [name for name in tracked() if name.endswith(".md")]
+
+
+def prose(name: str) -> str:
+    """A document without its fenced blocks and indented code, where nothing is a link."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"^ {4}.*$", "", text, flags=re.MULTILINE)
+
+
+def anchors(file: Path) -> set[str]:
+    """The anchors that GitHub gives to a document's headings."""
+    heads = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_link_leads_somewhere(name: str) -> None:
+    lost = []
+    for link in LINK.findall(prose(name)):
+        if link.startswith(("http://", "https://", "mailto:")):
+            continue
+        path, _, anchor = link.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            lost.append(link)
+    assert lost == []
+
+
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if "results/" not in name])
+def test_every_source_file_that_is_named_is_there(name: str) -> None:
+    """Paths are from the root, from the package, from the document's folder, or the end of exactly such a path."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    files = {f"/{file}" for file in tracked()}
+    named = {path.removeprefix("../").removeprefix("../") for path in SOURCE.findall(LINK.sub("", text))} - FOREIGN
+    assert [path for path in sorted(named) if not any(file.endswith(f"/{path}") for file in files)] == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_command_that_is_named_is_there(name: str) -> None:
+    text, makefile = (ROOT / name).read_text(encoding="utf-8"), (ROOT / "Makefile").read_text(encoding="utf-8")
+    for module in MODULE.findall(text):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+    for target in TARGET.findall(text):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_every_decision_is_in_the_index() -> None:
+    folder = ROOT / "docs" / "decisions"
+    index = (folder / "README.md").read_text(encoding="utf-8")
+    assert [file.name for file in sorted(folder.glob("0*.md")) if f"({file.name})" not in index] == []
+
+
+def test_every_document_is_within_reach_of_the_readme() -> None:
+    seen, waiting = set(), ["README.md"]
+    while waiting:
+        name = waiting.pop()
+        if name in seen or not name.endswith(".md"):
+            continue
+        seen.add(name)
+        links = (link.partition("#")[0] for link in LINK.findall(prose(name)) if not link.startswith("http"))
+        targets = ((ROOT / name).parent / link for link in links if link)
+        waiting += [str(target.resolve().relative_to(ROOT)) for target in targets]
+    pages = {name for name in DOCUMENTS if name.startswith(("docs/", "recipes/", "benchmarks/"))}
+    assert pages - seen == set()
+
+
+def quoted_defaults() -> Iterator[tuple[str, str, str]]:
+    """(document, setting, default) of every row of the tables that have both columns."""
+    for name in DOCUMENTS:
+        columns: list[str] = []
+        for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+            cells = [cell.strip().strip("`") for cell in line.strip("|").split("|")] if line.startswith("|") else []
+            if not cells:
+                columns = []
+            elif not columns:
+                columns = cells
+            elif {"setting", "default"} <= set(columns) and not cells[0].startswith("---"):
+                row = dict(zip(columns, cells, strict=True))
+                yield name, row["setting"], row["default"]
+
+
+def default_of(setting: Setting) -> set[str]:
+    """A setting's default as a document may quote it; of one that is left out also what its help says then."""
+    value = setting.field.default
+    if value is None:
+        _, _, then = (setting.field.description or "").partition("left out: ")
+        return {"left out", then.split("; ")[0] or "left out"}
+    return {shown(value), str(value).lower(), f"{value:g}" if isinstance(value, float) else str(value)}
+
+
+@pytest.mark.parametrize(("name", "setting", "default"), [*quoted_defaults()])
+def test_every_quoted_default_is_the_one_in_force(name: str, setting: str, default: str) -> None:
+    verb, key = setting.split(" ")
+    by_flag = {flag_of(one): one for one in TABLES[verb].settings().values() if one.has_flag}
+    found = by_flag.get(key) or TABLES[verb].settings()[key]
+    assert default in default_of(found), name
+
+
+def test_the_defaults_in_words_are_those_in_force() -> None:
+    """What help and documents say of settings that are left out."""
+    trained = PackSpec().trained(30)
+    assert trained == {*range(4), *range(24, 30)}
+    assert PackSpec().pruned == 0.5
+    assert PackSpec(keep=8).pruned == 0
+    assert [TuneSpec(method=method).peak_lr for method in ("full", "lora")] == [3e-4, 1e-3]
+    assert "4 + 6 of 30 blocks" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if not HISTORY.search(name)])
+def test_defaults_are_quoted_in_tables_alone(name: str) -> None:
+    """A default in a sentence would go unread by the test above."""
+    assert re.findall(r"[Dd]efaults?(?: [a-z]+){0,3}[ :]+`?[\d.]+[^\n]*", prose(name)) == []
+
+
+def test_the_readme_has_the_results_that_were_measured(renderer: ModuleType) -> None:
+    assert renderer.README.read_text(encoding="utf-8") == renderer.render(), "run `make docs`"
+    assert renderer.gain({"zero_shot": 4.0, "full": 2.0, "emulator": 3.0}, "emulator") == 0.5
+
+
+def test_the_readme_fits_on_a_few_screens() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+@pytest.fixture(scope="module")
+def renderer() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("render_readme", ROOT / "docs" / "render_readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
