@@ -133,10 +133,13 @@ def _taking_text(stage: Any) -> Any:
     """The same function, which takes text too where it takes a path."""
     import functools
     import inspect
+    import typing
     from pathlib import Path
 
     signature = inspect.signature(stage)
-    paths = {name for name, one in signature.parameters.items() if one.annotation in (Path, Path | None)}
+    paths = {
+        name for name, one in signature.parameters.items() if Path in (one.annotation, *typing.get_args(one.annotation))
+    }
 
     @functools.wraps(stage)
     def called(*given: Any, **named: Any) -> Any:

@@ -95,7 +95,10 @@ def test_bottlenecks_are_mapped_back(base_of: MakeBase, parties: Parties, tmp_pa
     family = ARCHITECTURES[family]
     names = {name: family.block_of(name) for name in read_header(weights)}
     assert {place[0] for place in names.values() if place} == {0, 4}
-    model, sent = load_bottlenecked(base, weights, **kind), read_header(returned.folder / weights.name)
+    model, sent = (
+        load_bottlenecked(base, weights.parent, weights.name, **kind),
+        read_header(returned.folder / weights.name),
+    )
     own = dict(model.named_parameters())
     for name, place in names.items():
         assert place is not None
@@ -104,7 +107,7 @@ def test_bottlenecks_are_mapped_back(base_of: MakeBase, parties: Parties, tmp_pa
     assert (logits(model) - logits(plain(base))).abs().max() > 0.1
     flat = bottleneck_return(bundle, tmp_path / "flat", parties.data_owner, up=0.0)
     flat_made = plugged(base, flat.folder, tmp_path / "flat-plugged", parties)
-    assert torch.equal(logits(load_bottlenecked(base, flat_made.folder / weights.name, **kind)), logits(plain(base)))
+    assert torch.equal(logits(load_bottlenecked(base, flat_made.folder, weights.name, **kind)), logits(plain(base)))
     with pytest.raises(UsageError, match="cannot be merged"):
         plugged(base, returned.folder, tmp_path / "merged", parties, **{"as": "merged"})
 
@@ -171,7 +174,7 @@ def test_full_merged_and_the_data_owners_view_agree(
     own = plain(tuned)
     torch.testing.assert_close(logits(plain(merged.folder)), logits(own), rtol=1e-5, atol=1e-5)
     weights = returned.folder / "adapter.safetensors"
-    view = load_replaced(bundle.folder, weights, dtype=torch.float32, device=torch.device("cpu"))
+    view = load_replaced(bundle.folder, weights.parent, weights.name, dtype=torch.float32, device=torch.device("cpu"))
     torch.testing.assert_close(logits(view), logits(own), rtol=1e-5, atol=1e-5)
     assert (logits(own) - logits(plain(base))).abs().max() > 0.1
 
@@ -316,7 +319,7 @@ def test_strength_of_bottlenecks(base_of: MakeBase, parties: Parties, tmp_path: 
         factor = np.float32(0.5 if ".up." in name else 1)
         assert np.array_equal(read_float32(tensor), factor * read_float32(whole[name]))
     none = plugged(base, returned.folder, tmp_path / "c", parties, strength=0.0).folder / "bottleneck.safetensors"
-    model = load_bottlenecked(base, none, dtype=torch.float32, device=torch.device("cpu"))
+    model = load_bottlenecked(base, none.parent, none.name, dtype=torch.float32, device=torch.device("cpu"))
     assert torch.equal(logits(model), logits(plain(base)))
 
 

@@ -190,12 +190,12 @@ def test_tensors_of_another_file_take_their_place_or_are_listed(base, tmp_path):
             tmp_path / "w",
             [from_array(names[key], np.full(shape, 7, np.float32), "F32") for key, shape in shapes.items()],
         )
-        return tmp_path / "w"
+        return tmp_path
 
-    model = load_replaced(base, write(norm=32), dtype=torch.float32, device=CPU)
+    model = load_replaced(base, write(norm=32), "w", dtype=torch.float32, device=CPU)
     assert set(model.model.layers[1].input_layernorm.weight.tolist()) == {7.0}
     with pytest.raises(IncompatibleError) as caught:
-        load_replaced(base, write(norm=31, stray=32), dtype=torch.float32, device=CPU)
+        load_replaced(base, write(norm=31, stray=32), "w", dtype=torch.float32, device=CPU)
     assert [reason.split()[:3] for reason in caught.value.reasons] == [
         ["unexpected", "tensor", "model.layers.9.input_layernorm.weight"],
         ["tensor", "model.layers.1.input_layernorm.weight:", "found"],
@@ -259,5 +259,5 @@ def test_bottlenecks_that_do_not_fit(tmp_path, spoil, says):
     file = tmp_path / "bottleneck.safetensors"
     write_safetensors(file, [from_array(name, array, "F32") for name, array in held.items()])
     with pytest.raises(IncompatibleError, match="do not fit the model") as caught:
-        load_bottlenecked(base, file, dtype=torch.float32, device=torch.device("cpu"))
+        load_bottlenecked(base, file.parent, file.name, dtype=torch.float32, device=torch.device("cpu"))
     assert any(re.search(says, reason) for reason in caught.value.reasons), caught.value.reasons

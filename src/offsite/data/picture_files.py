@@ -18,7 +18,7 @@ import numpy.typing as npt
 from offsite.errors import DataError, IncompatibleError
 from offsite.extras import require
 from offsite.models.library_calls import LIBRARY_ERRORS, quiet
-from offsite.models.model_folder import model_settings
+from offsite.models.model_folder import Source, as_folder, folder_of, model_settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -128,8 +128,8 @@ class Processor:
         return prepared
 
 
-def load_processor(folder: Path) -> Processor:
-    """The image processor of a model folder; it makes images of one size that the model takes.
+def load_processor(source: Source) -> Processor:
+    """The image processor of a model; it makes images of one size that the model takes.
 
     Raises:
         IncompatibleError: there is none, or it makes images that the model cannot take or that have no one size.
@@ -138,9 +138,9 @@ def load_processor(folder: Path) -> Processor:
     from transformers import AutoImageProcessor
 
     require("PIL.Image", "vision", "reading pictures")
-    settings = model_settings(folder)
+    settings, named = model_settings(source), folder_of(source)
     try:
-        with quiet():
+        with as_folder(source) as folder, quiet():
             loaded = AutoImageProcessor.from_pretrained(
                 folder, backend="pil", local_files_only=True, trust_remote_code=False
             )
@@ -148,7 +148,7 @@ def load_processor(folder: Path) -> Processor:
             shapes = {Processor(loaded, (0, 0))(pixels).shape for pixels in (blank, blank.transpose(1, 0, 2))}
     except LIBRARY_ERRORS as error:
         raise IncompatibleError(
-            f"transformers cannot load the image processor of {folder}",
+            f"transformers cannot load the image processor of {named}",
             reasons=[f"{type(error).__name__}: {str(error).strip()[:300]}"],
             next_step="check preprocessor_config.json in that folder",
         ) from error
@@ -157,7 +157,7 @@ def load_processor(folder: Path) -> Processor:
     problems += _size_problems(settings, made) if not problems else []
     if problems:
         raise IncompatibleError(
-            f"the image processor of {folder} does not make what the model takes",
+            f"the image processor of {named} does not make what the model takes",
             reasons=problems,
             next_step="mend preprocessor_config.json: one height and width (or a shortest edge, then a crop)",
         )

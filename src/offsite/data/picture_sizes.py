@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from offsite.data.picture_files import Picture
 from offsite.errors import IncompatibleError
 from offsite.models.family import Architecture
+from offsite.models.model_folder import Source, folder_of, read_bytes
 from offsite.storage.safetensors_files import strict_json
 
 CACHE_BYTES = 2**30  # decoded pictures that a stage keeps in memory; others are decoded anew at each use
@@ -32,20 +32,22 @@ def at_once(each: int, tokens: int) -> int:
     return -(-tokens // each)
 
 
-def seen_picture(folder: Path, family: Architecture, config: Mapping[str, Any]) -> SeenPicture:
-    """How large the image processor of a model folder makes pictures, read from its settings.
+_PROCESSOR = "preprocessor_config.json"
+
+
+def seen_picture(source: Source, family: Architecture, config: Mapping[str, Any]) -> SeenPicture:
+    """How large the image processor of a model makes pictures, read from its settings.
 
     Raises:
         IncompatibleError: they do not say it.
     """
-    file = folder / "preprocessor_config.json"
     try:
-        settings = strict_json(file.read_bytes())
+        settings = strict_json(read_bytes(source, _PROCESSOR))
         size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
         height, width = (size, size) if isinstance(size, int) else (int(size["height"]), int(size["width"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IncompatibleError(
-            f"{file} does not say how large pictures become",
+            f"{folder_of(source) / _PROCESSOR} does not say how large pictures become",
             reasons=[f"{type(error).__name__}: {str(error)[:200]}"],
             next_step="name height and width there as size, or as crop_size with do_center_crop",
         ) from None

@@ -20,7 +20,7 @@ from offsite.data.row import Row
 from offsite.data.rows import counted, first
 from offsite.data.whole_encoding import Encoding, encode_ids, encode_whole
 from offsite.errors import DataError, IncompatibleError
-from offsite.models.model_folder import model_settings
+from offsite.models.model_folder import Source, folder_of, model_settings
 from offsite.models.modules.declared import unwrapped
 
 if TYPE_CHECKING:
@@ -157,26 +157,27 @@ def encode_choices(
     return found
 
 
-def require_known(examples: Iterable[Example], folder: Path, source: Path) -> None:
+def require_known(examples: Iterable[Example], model: Source, source: Path) -> None:
     """Refuse rows with tokens that a model has no embedding of, before it is loaded.
 
     Args:
-        examples: rows of `source`, by the tokenizer in `folder`.
-        folder: the model's.
+        examples: rows of `source`, by the tokenizer of the model.
+        model: its folder, or its files as they were verified.
         source: the file that the rows are from, for errors.
 
     Raises:
         IncompatibleError: there are some, each row listed.
     """
 
-    known = unwrapped(model_settings(folder))[0].get("vocab_size")
+    known = unwrapped(model_settings(model))[0].get("vocab_size")
     if not isinstance(known, int):
         return
     strange = {example.line: example.ids.max() for example in examples if example.ids.max() >= known}
     if strange:
         problems = [f"{source}:{line}: token {token}" for line, token in strange.items()]
         raise IncompatibleError(
-            f"the tokenizer in {folder} makes tokens that its model does not know: {counted(problems, 'row')}",
+            f"the tokenizer in {folder_of(model)} makes tokens that its model does not know:"
+            f" {counted(problems, 'row')}",
             reasons=[f"the model knows tokens 0 to {known - 1}", *first(problems)],
             next_step="leave these rows out, or ask the model's owner for a tokenizer that fits the model",
         )

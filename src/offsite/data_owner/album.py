@@ -14,11 +14,11 @@ from offsite.data.picture_workers import PictureWorkers
 from offsite.data.pictures import Pictures
 from offsite.errors import DataError, UsageError
 from offsite.models.architectures import ARCHITECTURES
+from offsite.models.model_folder import Source, read_settings
 from offsite.models.modules.declared import unwrapped
 from offsite.progress import Event, Progress
 from offsite.protocol.contents import CONFIG
 from offsite.protocol.manifest import ClassName
-from offsite.storage.safetensors_files import strict_json
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Album:
 
 
 def open_album(
-    bundle: Path,
+    bundle: Source,
     data: Path,
     eval_data: Path | None,
     spec: TuneSpec,
@@ -72,7 +72,7 @@ def open_album(
     """Read and decode the pictures that a run is about.
 
     Args:
-        bundle: a folder whose image processor prepares them.
+        bundle: the files of a model, whose image processor prepares them.
         data: the pictures to train on, or all.
         eval_data: held-out ones.
         spec: what is held out, and whether broken ones are left out.
@@ -92,7 +92,7 @@ def open_album(
     if train.skipped or (validation and validation.skipped):
         progress(Event("bad pictures left out", len(train.skipped) + (len(validation.skipped) if validation else 0)))
     classes = _class_names(train, validation)
-    config, _ = unwrapped(strict_json((bundle / CONFIG).read_bytes()))
+    config, _ = unwrapped(read_settings(bundle, CONFIG))
     tokens = seen_picture(bundle, ARCHITECTURES[config["model_type"]], config).tokens
     return Album(train, validation, classes, tokens)
 

@@ -45,7 +45,7 @@ def prepare_model(
             manifest says.
         StorageError: its weights cannot be read.
     """
-    model = load_model(bundle.folder, dtype=runtime.dtype, device=runtime.device)
+    model = load_model(bundle.files, dtype=runtime.dtype, device=runtime.device)
     if isinstance(data, Album):
         return _prepare_pictures(bundle, model, data, spec, runtime, progress)
     return _prepare_text(bundle, model, data, spec, runtime)

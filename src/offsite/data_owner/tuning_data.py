@@ -67,17 +67,17 @@ def read_data(
         IncompatibleError: the tokenizer or image processor does not fit the model.
     """
     if ARCHITECTURES[bundle.manifest.architecture].vision is not None:
-        return open_album(bundle.folder, data, eval_data, spec, progress, workers)
+        return open_album(bundle.files, data, eval_data, spec, progress, workers)
     train = _encode(bundle, data, spec, progress)
     held_out = _encode(bundle, eval_data, spec, progress).examples if eval_data is not None else ()
     return TextData(train.examples, held_out, train.skipped)
 
 
 def _encode(bundle: Bundle, data: Path, spec: TuneSpec, progress: Progress) -> Encoded:
-    longest = min(spec.rows.max_length, context_length(bundle.folder) or spec.rows.max_length)
-    tokenizer = load_tokenizer(bundle.folder)
+    longest = min(spec.rows.max_length, context_length(bundle.files) or spec.rows.max_length)
+    tokenizer = load_tokenizer(bundle.files)
     encoded = encode(read_rows(data), tokenizer, source=data, max_length=longest, long_rows=spec.rows.long_rows)
-    require_known(encoded.examples, bundle.folder, data)
+    require_known(encoded.examples, bundle.files, data)
     if encoded.skipped:
         what = f"rows of {data.name} left out, too long or without a label"
         progress(Event(what, encoded.skipped, encoded.skipped + len(encoded.examples)))

@@ -23,8 +23,10 @@ from offsite.kernels.runtime import Runtime, resolve_runtime
 from offsite.models.adapted import load_adapted, load_bottlenecked, load_replaced
 from offsite.models.backbone import split_backbone_and_head
 from offsite.models.loading import load_model
+from offsite.models.model_folder import Source, has_file
 from offsite.models.tokenizers import context_length, load_tokenizer
 from offsite.progress import Event, Progress, silent
+from offsite.protocol.artifacts import Base, Bundle, PlugIn, Return, files_of
 from offsite.protocol.contents import BOTTLENECK_WEIGHTS, RETURNED_WEIGHTS
 
 if TYPE_CHECKING:
@@ -63,18 +65,19 @@ class Score:
 
 
 def evaluate(
-    model: Path,
+    model: Path | Base | Bundle | PlugIn,
     data: Path,
     spec: EvalSpec,
     *,
-    adapter: Path | None = None,
+    adapter: Path | Return | PlugIn | None = None,
     samples: int = 0,
     progress: Progress = silent,
 ) -> Score:
     """Score a model on rows: labelled tokens only, as tuning sees them.
 
     Args:
-        model: a checkpoint folder: base, bundle or merged plug-in.
+        model: a base, a bundle or a merged plug-in; of a verified one the files that were verified are scored, of a
+            folder those that are there.
         data: rows, as `offsite.data.rows.read_rows` takes them.
         spec: lengths, device, dtype of the arithmetic.
         adapter: what was tuned on that model: a return, or a plug-in in the form of an adapter.
@@ -84,19 +87,21 @@ def evaluate(
     Raises:
         DataError: the data set is empty, or has bad or overlong rows.
         UsageError: a folder is no checkpoint or no adapter.
+        VerificationError: an artifact had to be read again, and changed since it was verified.
         StorageError: a file is missing or broken.
         IncompatibleError: the folder is no plain checkpoint, the adapter does not fit it, or the tokenizer makes
             tokens that it does not know.
     """
     where = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     rows = read_rows(data, part="held out")[: spec.max_rows]
-    tokenizer = load_tokenizer(model)
-    longest = min(spec.max_length, context_length(model) or spec.max_length)
+    source = files_of(model)
+    tokenizer = load_tokenizer(source)
+    longest = min(spec.max_length, context_length(source) or spec.max_length)
     encoded = encode(rows, tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
     examples = encoded.examples[: spec.max_rows]  # a long text is one row, and many examples
     questions = encode_choices(rows, tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
-    require_known([*examples, *(one for question in questions for one in question.examples)], model, data)
-    network_model = load_tuned(model, adapter, where)
+    require_known([*examples, *(one for question in questions for one in question.examples)], source, data)
+    network_model = load_tuned(source, files_of(adapter) if adapter else None, where)
     network = split_backbone_and_head(network_model)
     started = time.perf_counter()
     losses = row_losses(network, examples, spec.micro_batch_tokens, progress)
@@ -138,14 +143,14 @@ def _figures(
     return {**found, "intervals": intervals}
 
 
-def load_tuned(model: Path, adapter: Path | None, where: Runtime) -> "PreTrainedModel":
+def load_tuned(model: Source, adapter: Source | None, where: Runtime) -> "PreTrainedModel":
     """A model, with what was tuned on it if there is something: a LoRA adapter, bottlenecks, or tensors of its own."""
     if adapter is None:
         return load_model(model, dtype=where.dtype, device=where.device)
-    if (adapter / RETURNED_WEIGHTS).exists():
-        return load_replaced(model, adapter / RETURNED_WEIGHTS, dtype=where.dtype, device=where.device)
-    if (adapter / BOTTLENECK_WEIGHTS).exists():
-        return load_bottlenecked(model, adapter / BOTTLENECK_WEIGHTS, dtype=where.dtype, device=where.device)
+    if has_file(adapter, RETURNED_WEIGHTS):
+        return load_replaced(model, adapter, RETURNED_WEIGHTS, dtype=where.dtype, device=where.device)
+    if has_file(adapter, BOTTLENECK_WEIGHTS):
+        return load_bottlenecked(model, adapter, BOTTLENECK_WEIGHTS, dtype=where.dtype, device=where.device)
     loaded: PreTrainedModel = load_adapted(model, adapter, dtype=where.dtype, device=where.device).get_base_model()
     return loaded
 

@@ -24,13 +24,13 @@ from offsite.evaluation.intervals import Interval, interval
 from offsite.kernels.runtime import Runtime, resolve_runtime, worker_count
 from offsite.models.image_encoder import BIAS, WEIGHT, Encoder, encoder_of, is_classifier
 from offsite.models.loading import load_classifier
-from offsite.models.model_folder import model_settings
+from offsite.models.model_folder import Source, folder_of, model_settings, tensors_of
 from offsite.models.torch_tensors import read_tensor
 from offsite.progress import Event, Progress, silent
+from offsite.protocol.artifacts import Base, Bundle, PlugIn, Return, files_of
 from offsite.protocol.contents import CLASSIFIER
 from offsite.protocol.manifest import ReturnManifest
 from offsite.protocol.verify import read_unverified
-from offsite.storage.safetensors_files import read_header
 
 # of the probe's squared weights, per picture; the first where none can be chosen
 _PENALTIES = (0.1, 0.03, 0.01, 0.003, 0.3)
@@ -66,11 +66,11 @@ class ImageScore:
 
 
 def evaluate_images(
-    model: Path,
+    model: Path | Base | Bundle | PlugIn,
     data: Path,
     spec: EvalSpec,
     *,
-    adapter: Path | None = None,
+    adapter: Path | Return | None = None,
     probe: Path | None = None,
     progress: Progress = silent,
 ) -> ImageScore:
@@ -97,10 +97,10 @@ def evaluate_images(
 
 
 def _evaluated(
-    model: Path,
+    model: Path | Base | Bundle | PlugIn,
     data: Path,
     spec: EvalSpec,
-    adapter: Path | None,
+    adapter: Path | Return | None,
     probe: Path | None,
     where: Runtime,
     workers: PictureWorkers,
@@ -108,26 +108,27 @@ def _evaluated(
 ) -> ImageScore:
     if adapter is not None and probe is not None:
         raise UsageError("an adapter and a probe were both given", next_step="give one of --adapter and --probe")
-    classifies = is_classifier(model_settings(model))
+    source = files_of(model)
+    classifies = is_classifier(model_settings(source))
     if classifies and (adapter is not None or probe is not None):
         raise UsageError(
-            f"{model} has a classifier of its own, which is what is scored",
+            f"{folder_of(source)} has a classifier of its own, which is what is scored",
             next_step="leave --adapter and --probe out, or name the bundle or base that they are for",
         )
-    processor = load_processor(model)
+    processor = load_processor(source)
     listed = read_pictures(data, part="held out")[: spec.max_rows]
     pictures = Pictures(listed, processor, skip_bad=spec.skip_bad, workers=workers)
     if classifies:
-        logits, classes = _of_classifier(model, where)
+        logits, classes = _of_classifier(source, where)
     elif adapter is not None:
-        logits, classes = _of_return(model, adapter, where)
+        logits, classes = _of_return(source, adapter, where)
     elif probe is not None:
         fitted_on = Pictures(read_pictures(probe, part="train"), processor, skip_bad=spec.skip_bad, workers=workers)
-        encoder = encoder_of(load_tuned(model, None, where))
+        encoder = encoder_of(load_tuned(source, None, where))
         logits, classes = _of_probe(encoder, fitted_on, spec.micro_batch_images, progress)
     else:
         raise UsageError(
-            f"{model} is an encoder without a classifier",
+            f"{folder_of(source)} is an encoder without a classifier",
             next_step="name a return with --adapter, or pictures to fit a linear probe on with --probe",
         )
     wanted = _labels(pictures.pictures, classes)
@@ -183,8 +184,8 @@ def _score(
     return nats, told
 
 
-def _of_classifier(model: Path, where: Runtime) -> tuple[Logits, tuple[str, ...]]:
-    loaded = load_classifier(model, dtype=where.dtype, device=where.device)
+def _of_classifier(source: Source, where: Runtime) -> tuple[Logits, tuple[str, ...]]:
+    loaded = load_classifier(source, dtype=where.dtype, device=where.device)
     names = tuple(str(loaded.config.id2label[index]) for index in range(loaded.config.num_labels))
 
     def logits(pixels: Floats) -> torch.Tensor:
@@ -194,19 +195,21 @@ def _of_classifier(model: Path, where: Runtime) -> tuple[Logits, tuple[str, ...]
     return logits, names
 
 
-def _of_return(model: Path, returned: Path, where: Runtime) -> tuple[Logits, tuple[str, ...]]:
-    manifest = read_unverified(returned)
+def _of_return(model: Source, returned: Path | Return, where: Runtime) -> tuple[Logits, tuple[str, ...]]:
+    manifest = returned.manifest if isinstance(returned, Return) else read_unverified(returned)
+    source = files_of(returned)
     classes = manifest.classes if isinstance(manifest, ReturnManifest) else None
     if classes is None:
         raise IncompatibleError(
-            f"{returned} brings no classifier", next_step="name a return that was tuned on pictures with --adapter"
+            f"{folder_of(source)} brings no classifier",
+            next_step="name a return that was tuned on pictures with --adapter",
         )
-    encoder = encoder_of(load_tuned(model, returned, where))
-    head = {name: read_tensor(tensor).to(where.device) for name, tensor in read_header(returned / CLASSIFIER).items()}
+    encoder = encoder_of(load_tuned(model, source, where))
+    head = {name: read_tensor(tensor).to(where.device) for name, tensor in tensors_of(source, CLASSIFIER).items()}
     found, expected = {name: tuple(tensor.shape) for name, tensor in head.items()}, (len(classes), encoder.inputs)
     if found != {WEIGHT: expected, BIAS: expected[:1]}:
         raise IncompatibleError(
-            f"the classifier in {returned} does not fit the encoder {model}",
+            f"the classifier in {folder_of(source)} does not fit the encoder {folder_of(model)}",
             reasons=[f"found {found}, expected a weight of {expected} and a bias"],
             next_step="name the bundle that it was tuned on",
         )

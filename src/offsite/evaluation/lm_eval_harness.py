@@ -20,6 +20,7 @@ from offsite.kernels.runtime import resolve_runtime
 from offsite.models.library_calls import LIBRARY_ERRORS, quiet
 from offsite.models.tokenizers import context_length, load_tokenizer
 from offsite.progress import Event, Progress, silent
+from offsite.protocol.artifacts import Base, Bundle, PlugIn, Return, files_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,11 +40,11 @@ class TaskScore:
 
 
 def run_tasks(
-    model: Path,
+    model: Path | Base | Bundle | PlugIn,
     tasks: Sequence[str],
     spec: EvalSpec,
     *,
-    adapter: Path | None = None,
+    adapter: Path | Return | PlugIn | None = None,
     tasks_path: Path | None = None,
     progress: Progress = silent,
 ) -> list[TaskScore]:
@@ -52,7 +53,7 @@ def run_tasks(
     Nothing is fetched by this code; a task's rows come from where its file says (a local one names local files).
 
     Args:
-        model: a checkpoint folder: base, bundle or merged plug-in.
+        model: a base, a bundle or a merged plug-in, or the folder of one.
         tasks: names or patterns of tasks, groups or tags.
         spec: device, dtype, `max_rows` for each task, and what runs at once: micro_batch_tokens / max_length requests,
             cut at the model's context alone.
@@ -74,11 +75,11 @@ def run_tasks(
 
 
 def harness_results(
-    model: Path,
+    model: Path | Base | Bundle | PlugIn,
     tasks: Sequence[str],
     spec: EvalSpec,
     *,
-    adapter: Path | None = None,
+    adapter: Path | Return | PlugIn | None = None,
     tasks_path: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -87,9 +88,10 @@ def harness_results(
     wrapper = require("lm_eval.models.huggingface", _EXTRA, _PURPOSE).HFLM
     manager = _manager(tasks, tasks_path)
     where = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
-    tokenizer = load_tokenizer(model)
-    longest = context_length(model) or spec.max_length
-    loaded = load_tuned(model, adapter, where)
+    source = files_of(model)
+    tokenizer = load_tokenizer(source)
+    longest = context_length(source) or spec.max_length
+    loaded = load_tuned(source, files_of(adapter) if adapter else None, where)
     progress(Event("running tasks", 0))
     with quiet(), _task_errors(tasks):
         handed = wrapper(

@@ -1,7 +1,6 @@
 """A model with what was tuned on it: a LoRA adapter, bottlenecks, or some tensors in place of its own."""
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,11 +10,20 @@ from offsite.models.architectures import ARCHITECTURES, architecture_of
 from offsite.models.library_calls import incompatible, quiet
 from offsite.models.loading import load_model
 from offsite.models.mixture import in_files
-from offsite.models.model_folder import ADAPTER_CONFIG, foreign_settings, model_settings, read_settings
+from offsite.models.model_folder import (
+    ADAPTER_CONFIG,
+    Source,
+    as_folder,
+    folder_of,
+    foreign_settings,
+    has_file,
+    model_settings,
+    read_settings,
+    tensors_of,
+)
 from offsite.models.modules.bottleneck_layers import insert_bottlenecks
 from offsite.models.modules.declared_shapes import bottleneck_places, bottleneck_shapes, widths_of
 from offsite.models.torch_tensors import read_tensor
-from offsite.storage.safetensors_files import read_header
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -25,7 +33,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTED = re.compile(r"\.(lora_[AB]|modules_to_save)\.")  # in names of parameters that PEFT adds
 
 
-def load_adapted(base: Path, adapter: Path, *, dtype: torch.dtype, device: torch.device) -> "PeftModel":
+def load_adapted(base: Source, adapter: Source, *, dtype: torch.dtype, device: torch.device) -> "PeftModel":
     """Load a model with a LoRA adapter beside it, and a head in place of its own if one is there; eval mode, frozen.
 
     Args:
@@ -44,11 +52,11 @@ def load_adapted(base: Path, adapter: Path, *, dtype: torch.dtype, device: torch
     from peft import PeftModel
 
     _check_adapter(adapter, _own_head(base))
-    held = {name: tensor.shape for name, tensor in read_header(adapter / ADAPTER_WEIGHTS).items()}
+    held = {name: tensor.shape for name, tensor in tensors_of(adapter, ADAPTER_WEIGHTS).items()}
     model = load_model(base, dtype=dtype, device=device)
-    with quiet(), incompatible(adapter):
+    with as_folder(adapter, ADAPTER_WEIGHTS) as folder, quiet(), incompatible(folder_of(adapter)):
         adapted = PeftModel.from_pretrained(
-            model, str(adapter), is_trainable=False, autocast_adapter_dtype=False, torch_device=str(device)
+            model, str(folder), is_trainable=False, autocast_adapter_dtype=False, torch_device=str(device)
         )
     expected = {
         saved_as(name): tuple(parameter.shape) for name, parameter in adapted.named_parameters() if ADAPTED.search(name)
@@ -62,7 +70,7 @@ def load_adapted(base: Path, adapter: Path, *, dtype: torch.dtype, device: torch
     ]
     if problems:
         raise IncompatibleError(
-            f"the adapter {adapter} does not fit the model {base}",
+            f"the adapter {folder_of(adapter)} does not fit the model {folder_of(base)}",
             reasons=problems,
             next_step="name the model that the adapter was made for",
         )
@@ -77,12 +85,15 @@ def saved_as(parameter: str) -> str:
     return parameter.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
 
 
-def load_replaced(base: Path, weights: Path, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
+def load_replaced(
+    base: Source, adapter: Source, weights: str, *, dtype: torch.dtype, device: torch.device
+) -> "PreTrainedModel":
     """Load a model with some of its tensors taken from another file, in eval mode and frozen.
 
     Args:
         base: a plain checkpoint.
-        weights: a safetensors file with tensors of that model by the names of files, such as a full return's.
+        adapter: where they are, such as a full return.
+        weights: the name of a safetensors file with tensors of that model by the names of files.
         dtype: of all weights.
         device: where it goes.
 
@@ -90,7 +101,7 @@ def load_replaced(base: Path, weights: Path, *, dtype: torch.dtype, device: torc
         StorageError: weights are missing, truncated or malformed.
         IncompatibleError: the file holds what is no tensor of the model, or has another shape; all are listed.
     """
-    held = read_header(weights)
+    held = tensors_of(adapter, weights)
     model = load_model(base, dtype=dtype, device=device)
     family = ARCHITECTURES.get(model.config.model_type)
     own = dict(model.named_parameters())
@@ -103,7 +114,7 @@ def load_replaced(base: Path, weights: Path, *, dtype: torch.dtype, device: torc
     ]
     if problems:
         raise IncompatibleError(
-            f"the tensors in {weights} are not those of the model {base}",
+            f"the tensors in {folder_of(adapter) / weights} are not those of the model {folder_of(base)}",
             reasons=problems,
             next_step="name the model that they were tuned on",
         )
@@ -113,12 +124,15 @@ def load_replaced(base: Path, weights: Path, *, dtype: torch.dtype, device: torc
     return model
 
 
-def load_bottlenecked(base: Path, weights: Path, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
+def load_bottlenecked(
+    base: Source, adapter: Source, weights: str, *, dtype: torch.dtype, device: torch.device
+) -> "PreTrainedModel":
     """Load a model with bottlenecks in some of its blocks, in eval mode and frozen.
 
     Args:
         base: a plain checkpoint.
-        weights: a safetensors file with the tensors of whole bottlenecks, all of one width.
+        adapter: where they are.
+        weights: the name of a safetensors file with the tensors of whole bottlenecks, all of one width.
         dtype: of all weights.
         device: where it goes.
 
@@ -127,7 +141,7 @@ def load_bottlenecked(base: Path, weights: Path, *, dtype: torch.dtype, device: 
         IncompatibleError: the tensors are not exactly those of bottlenecks behind attention and MLP of blocks that the
             model has; every difference is listed.
     """
-    held = {name: tensor.shape for name, tensor in read_header(weights).items()}
+    held = {name: tensor.shape for name, tensor in tensors_of(adapter, weights).items()}
     model = load_model(base, dtype=dtype, device=device)
     family = architecture_of(model.config.to_dict())
     hidden, modules = model.config.hidden_size, {name for name, _ in model.named_modules()}
@@ -146,31 +160,31 @@ def load_bottlenecked(base: Path, weights: Path, *, dtype: torch.dtype, device: 
     ]
     if problems or not held:
         raise IncompatibleError(
-            f"the bottlenecks in {weights} do not fit the model {base}",
+            f"the bottlenecks in {folder_of(adapter) / weights} do not fit the model {folder_of(base)}",
             reasons=problems or ["the file holds no tensor"],
             next_step="name the model that they were made for",
         )
     own = insert_bottlenecks(model, places, hidden, min(widths))
     with torch.no_grad():
-        for name, tensor in read_header(weights).items():
+        for name, tensor in tensors_of(adapter, weights).items():
             own[name].copy_(read_tensor(tensor))
     return model.eval().requires_grad_(False)
 
 
-def _own_head(base: Path) -> list[str]:
+def _own_head(base: Source) -> list[str]:
     """The module of a model's head, if it is no tied embedding: what an adapter may hold whole."""
     settings = model_settings(base)
     family = ARCHITECTURES.get(str(settings.get("model_type")))
     return [family.head_module] if family is not None and family.head_tensors(settings) else []
 
 
-def _check_adapter(adapter: Path, saved: list[str]) -> None:
-    if not (adapter / ADAPTER_CONFIG).exists():
+def _check_adapter(adapter: Source, saved: list[str]) -> None:
+    if not has_file(adapter, ADAPTER_CONFIG):
         raise UsageError(
-            f"{adapter} holds no {ADAPTER_CONFIG}, so it is no LoRA adapter",
+            f"{folder_of(adapter)} holds no {ADAPTER_CONFIG}, so it is no LoRA adapter",
             next_step="name a return of a LoRA tuning or a plug-in of the form adapter",
         )
-    config = read_settings(adapter / ADAPTER_CONFIG)
+    config = read_settings(adapter, ADAPTER_CONFIG)
     problems = [f"{ADAPTER_CONFIG} has {found}" for found in foreign_settings(config)]
     if config.get("peft_type") != "LORA":
         problems.append(f"peft_type is {config.get('peft_type')!r}, expected 'LORA'")
@@ -183,5 +197,7 @@ def _check_adapter(adapter: Path, saved: list[str]) -> None:
     problems += [f"{key} is set" for key in wrong if config.get(key)]
     if problems:
         raise IncompatibleError(
-            f"{adapter} is no plain LoRA adapter", reasons=problems, next_step="save the adapter as a plain LoRA"
+            f"{folder_of(adapter)} is no plain LoRA adapter",
+            reasons=problems,
+            next_step="save the adapter as a plain LoRA",
         )

@@ -1,4 +1,4 @@
-"""A folder -> a runnable model: only from this disk, no foreign code, and every key accounted for."""
+"""A model's files -> a runnable model: only from this disk, no foreign code, and every key accounted for."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,41 +10,55 @@ from offsite.errors import IncompatibleError
 from offsite.models.architectures import ARCHITECTURES, Architecture
 from offsite.models.library_calls import OFFLINE, incompatible, quiet, require_library
 from offsite.models.mixture import experts_implementation
-from offsite.models.model_folder import check_folder, model_settings, unwrapped_config
+from offsite.models.model_folder import (
+    Source,
+    as_folder,
+    check_settings,
+    folder_of,
+    has_file,
+    model_settings,
+    unwrapped_config,
+)
 from offsite.models.modules.declared import Declared
+from offsite.models.tokenizers import load_config
 from offsite.models.torch_tensors import read_tensor
-from offsite.storage.safetensors_files import FLOATS, open_checkpoint
+from offsite.storage.safetensors_files import FLOATS, StoredTensor, open_checkpoint
+from offsite.storage.snapshot import HeldTensor, Snapshot
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+_GENERATION_CONFIG = "generation_config.json"
 
-def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
+
+def load_model(source: Source, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
     """Load a causal language model, or a vision encoder without any head, in eval mode and frozen.
 
     Args:
-        folder: a plain checkpoint: base, bundle or merged plug-in.
+        source: a plain checkpoint: the folder of a base, bundle or merged plug-in, or the files of one as they were
+            verified, whose tensors are then no longer held there.
         dtype: of all its weights.
         device: where it goes.
 
     Raises:
         UsageError: the folder is no checkpoint.
         StorageError: the weights are missing, truncated or malformed.
+        VerificationError: files that had to be read again changed since they were verified.
         IncompatibleError: the folder asks for foreign code, holds an adapter, or its tensors are not exactly the
             model's; every missing, unexpected and mismatched key is listed.
     """
     from transformers import AutoModel, AutoModelForCausalLM
 
-    family = ARCHITECTURES.get(str(model_settings(folder).get("model_type")))
+    family = ARCHITECTURES.get(str(model_settings(source).get("model_type")))
     auto = AutoModel if family is not None and family.vision else AutoModelForCausalLM
-    return _load(auto, folder, dtype, device, family.vision.keywords if family is not None and family.vision else {})
+    return _load(auto, source, dtype, device, family.vision.keywords if family is not None and family.vision else {})
 
 
-def load_classifier(folder: Path, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
+def load_classifier(source: Source, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
     """Load an image classifier, such as a merged plug-in, in eval mode and frozen; raises as `load_model`."""
     from transformers import AutoModelForImageClassification
 
-    return _load(AutoModelForImageClassification, folder, dtype, device, {})
+    return _load(AutoModelForImageClassification, source, dtype, device, {})
 
 
 def encoder_keywords(family: Architecture, config: "PretrainedConfig") -> dict[str, Any]:
@@ -54,32 +68,27 @@ def encoder_keywords(family: Architecture, config: "PretrainedConfig") -> dict[s
 
 
 def _load(
-    auto: Any, folder: Path, dtype: torch.dtype, device: torch.device, keywords: Mapping[str, Any]
+    auto: Any, source: Source, dtype: torch.dtype, device: torch.device, keywords: Mapping[str, Any]
 ) -> "PreTrainedModel":
-    from transformers import AutoConfig
-
-    check_folder(folder)
-    config, declared = unwrapped_config(folder)
-    require_library(ARCHITECTURES.get(str(config.get("model_type"))), folder)
+    check_settings(source)
+    config, declared = unwrapped_config(source)
+    require_library(ARCHITECTURES.get(str(config.get("model_type"))), folder_of(source))
     if declared:
-        return _load_declared(folder, config, declared, dtype=dtype, device=device)
-    open_checkpoint(folder)  # transformers' own message for a truncated file names no file
-    with quiet(), incompatible(folder):
-        model, info = auto.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention_of(AutoConfig.from_pretrained(folder, **OFFLINE)),
-            experts_implementation=experts_implementation(),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are listed instead of the first one raised
-            **OFFLINE,
-            **keywords,
-            use_safetensors=True,
-        )
+        return _load_declared(source, config, declared, dtype=dtype, device=device)
+    how = {
+        "dtype": dtype,
+        "experts_implementation": experts_implementation(),
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # so that they are listed instead of the first one raised
+    }
+    if isinstance(source, Snapshot):
+        model, info = _from_snapshot(auto, source, keywords, how)
+    else:
+        model, info = _from_folder(auto, source, keywords, how)
     problems = loading_problems(info, ARCHITECTURES.get(model.config.model_type))
     if problems:
         raise IncompatibleError(
-            f"the tensors in {folder} are not those of its config",
+            f"the tensors in {folder_of(source)} are not those of its config",
             reasons=problems,
             next_step="fetch the checkpoint again; if it came from the other party, ask for it again",
         )
@@ -87,6 +96,56 @@ def _load(
         model.config.output_router_logits = False  # a loss of its own, of which nothing here makes use
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return loaded
+
+
+def _from_folder(
+    auto: Any, folder: Path, keywords: Mapping[str, Any], how: Mapping[str, Any]
+) -> tuple["PreTrainedModel", Mapping[str, Any]]:
+    open_checkpoint(folder)  # transformers' own message for a truncated file names no file
+    with quiet(), incompatible(folder):
+        attention = attention_of(load_config(folder))
+        model, info = auto.from_pretrained(
+            folder, attn_implementation=attention, **how, **OFFLINE, **keywords, use_safetensors=True
+        )
+    return model, info
+
+
+def _from_snapshot(
+    auto: Any, snapshot: Snapshot, keywords: Mapping[str, Any], how: Mapping[str, Any]
+) -> tuple["PreTrainedModel", Mapping[str, Any]]:
+    """As from a folder, but from the tensors that were verified; each leaves the snapshot's memory once it is used."""
+    from transformers import GenerationConfig
+
+    with as_folder(snapshot) as folder, quiet(), incompatible(snapshot.folder):
+        config = load_config(snapshot)
+        known = {name for name in keywords if hasattr(config, name)}
+        for name in known:
+            setattr(config, name, keywords[name])
+        if has_file(snapshot, _GENERATION_CONFIG):
+            how = {**how, "generation_config": GenerationConfig.from_pretrained(folder)}
+        model_class = auto._model_mapping[type(config)]  # `auto.from_pretrained` looks it up too, for folders alone
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict={name: _Lazy(tensor) for name, tensor in snapshot.take_tensors().items()},
+            attn_implementation=attention_of(config),
+            **how,
+            **{name: value for name, value in keywords.items() if name not in known},
+        )
+    return model, info
+
+
+class _Lazy:
+    """A tensor that transformers takes as it takes one of a file: by `lazy[...]`, once, when its turn has come."""
+
+    def __init__(self, tensor: HeldTensor) -> None:
+        self._tensor: HeldTensor | None = tensor
+
+    def __getitem__(self, _: object) -> torch.Tensor:
+        tensor, self._tensor = self._tensor, None
+        if tensor is None:
+            raise RuntimeError("a tensor was taken twice")
+        return read_tensor(tensor)
 
 
 def loading_problems(info: Mapping[str, Any], family: Architecture | None) -> list[str]:
@@ -100,21 +159,25 @@ def loading_problems(info: Mapping[str, Any], family: Architecture | None) -> li
 
 
 def _load_declared(
-    folder: Path, config: dict[str, Any], declared: Declared, *, dtype: torch.dtype, device: torch.device
+    source: Source, config: dict[str, Any], declared: Declared, *, dtype: torch.dtype, device: torch.device
 ) -> "PreTrainedModel":
     """A bundle whose emulator has modules that transformers does not know."""
     from transformers import AutoConfig
 
     from offsite.models.modules.build import build
 
-    held = open_checkpoint(folder).tensors
-    tensors = {name: read_tensor(tensor, dtype if tensor.dtype in FLOATS else None) for name, tensor in held.items()}
-    with quiet(), incompatible(folder):
+    held: dict[str, StoredTensor] = {}
+    held |= source.take_tensors() if isinstance(source, Snapshot) else open_checkpoint(source).tensors
+    tensors = {}
+    for name in list(held):
+        tensor = held.pop(name)  # so that no more than one is there twice
+        tensors[name] = read_tensor(tensor, dtype if tensor.dtype in FLOATS else None)
+    with quiet(), incompatible(folder_of(source)):
         attention = attention_of(AutoConfig.for_model(**config))
         model, problems = build(config, declared, tensors, attention)
     if problems:
         raise IncompatibleError(
-            f"the tensors in {folder} are not those of its config",
+            f"the tensors in {folder_of(source)} are not those of its config",
             reasons=problems,
             next_step="ask the party that it came from for it again",
         )

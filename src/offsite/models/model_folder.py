@@ -1,48 +1,122 @@
-"""The settings in a model's folder: what may stand in them is checked before any library reads them. Torch-free."""
+"""The files of a model: in a folder, or in the snapshot of one that was verified. What its settings may say is checked
+before any library reads them. Torch-free.
+"""
 
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.modules.declared import Declared, unwrapped
-from offsite.storage.safetensors_files import strict_json
+from offsite.storage.files import storage_errors
+from offsite.storage.safetensors_files import StoredTensor, copied, read_header, strict_json, write_safetensors
+from offsite.storage.snapshot import Snapshot, holds_tensors
 
+Source = Path | Snapshot  # where the files of a model, or of an adapter, are taken from
+CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
+_SETTINGS = (CONFIG, "tokenizer_config.json", "generation_config.json", "preprocessor_config.json")
 # Keys by which a config runs foreign code, or has transformers read another file than the checkpoint's.
 _FOREIGN_KEYS = frozenset({"auto_map", "custom_pipelines", "transformers_weights", "custom_generate", "kernel_config"})
 
 
-def model_settings(folder: Path) -> dict[str, Any]:
-    """The config of a model folder that may be loaded.
+def folder_of(source: Source) -> Path:
+    """The folder that the files are from, to name it."""
+    return source.folder if isinstance(source, Snapshot) else source
+
+
+def has_file(source: Source, name: str) -> bool:
+    """Whether there is a file of that name."""
+    return name in source.names() if isinstance(source, Snapshot) else (source / name).exists()
+
+
+def read_bytes(source: Source, name: str) -> bytes:
+    """The content of a file beside the weights.
+
+    Raises:
+        OSError: it cannot be read, or there is none.
+        VerificationError: it changed since it was verified.
+    """
+    return source.read(name) if isinstance(source, Snapshot) else (source / name).read_bytes()
+
+
+def tensors_of(source: Source, name: str) -> Mapping[str, StoredTensor]:
+    """The tensors of a safetensors file by name.
+
+    Raises:
+        StorageError: it is missing, truncated or malformed.
+        VerificationError: it changed since it was verified.
+    """
+    return source.tensors(name) if isinstance(source, Snapshot) else read_header(source / name)
+
+
+@contextlib.contextmanager
+def as_folder(source: Source, weights: str | None = None) -> Iterator[Path]:
+    """The files beside the weights as a folder, which libraries ask for: of a snapshot a copy that is nobody else's.
+
+    Args:
+        source: a folder, which is given as it is, or a snapshot.
+        weights: a safetensors file that is to be in the copy as well.
+
+    Raises:
+        StorageError: the copy cannot be written.
+        VerificationError: a file changed since it was verified.
+    """
+    if not isinstance(source, Snapshot):
+        yield source
+        return
+    folder = Path(tempfile.mkdtemp(prefix="offsite-"))  # of mode 0700
+    try:
+        with storage_errors(folder):
+            for name in source.names():
+                if not holds_tensors(name) and not name.endswith(".index.json"):
+                    (folder / name).write_bytes(source.read(name))
+            if weights is not None:
+                write_safetensors(folder / weights, [copied(one) for one in source.tensors(weights).values()])
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def model_settings(source: Source) -> dict[str, Any]:
+    """The config of a model that may be loaded.
 
     Raises:
         UsageError: there is none.
         StorageError: it cannot be read.
         IncompatibleError: the folder asks for foreign code, or holds an adapter.
     """
-    check_folder(folder)
-    return read_settings(folder / "config.json")
+    check_settings(source)
+    return read_settings(source, CONFIG)
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse what would run foreign code, reach outside the folder, or silently load something else."""
-    config = folder / "config.json"
-    if not config.exists():
+def check_settings(source: Source) -> None:
+    """Refuse what would run foreign code, reach outside the folder, or silently load something else.
+
+    Raises:
+        UsageError: there is no config.
+        StorageError: a file cannot be read.
+        IncompatibleError: a setting says so, or an adapter lies there; all are listed.
+    """
+    folder = folder_of(source)
+    if not has_file(source, CONFIG):
         tuned = any(folder.glob("*.safetensors"))  # a return, or a plug-in of the form adapter
         raise UsageError(
             f"{folder} holds no config.json, so it is no checkpoint",
             next_step="name a base, bundle or merged plug-in folder"
             + (f"; an adapter goes with its model: `offsite eval MODEL --adapter {folder}`" if tuned else ""),
         )
-    settings = read_settings(config)
+    settings = read_settings(source, CONFIG)
     family = ARCHITECTURES.get(str(settings.get("model_type")))
     problems = family.strays(settings) if family else []
-    for name in ("config.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json"):
-        file = folder / name
-        if file.exists():
-            problems += [f"{name} has {found}" for found in foreign_settings(read_settings(file))]
-    if (folder / ADAPTER_CONFIG).exists():
+    for name in _SETTINGS:
+        if has_file(source, name):
+            problems += [f"{name} has {found}" for found in foreign_settings(read_settings(source, name))]
+    if has_file(source, ADAPTER_CONFIG):
         problems.append(f"{ADAPTER_CONFIG} lies beside the checkpoint, and transformers would load that adapter too")
     if problems:
         raise IncompatibleError(
@@ -52,14 +126,15 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def read_settings(file: Path) -> dict[str, Any]:
-    """A JSON object of a folder.
+def read_settings(source: Source, name: str) -> dict[str, Any]:
+    """A file that is one JSON object.
 
     Raises:
         StorageError: it cannot be read, or is no JSON object.
     """
+    file = folder_of(source) / name
     try:
-        content = strict_json(file.read_bytes())
+        content = strict_json(read_bytes(source, name))
     except (OSError, ValueError) as error:
         raise StorageError(f"cannot read {file}", reasons=[str(error)], next_step="fetch the file again") from None
     if not isinstance(content, dict):
@@ -88,13 +163,18 @@ def foreign_settings(settings: object, path: str = "") -> list[str]:
     return found
 
 
-def unwrapped_config(folder: Path) -> tuple[dict[str, Any], Declared | None]:
-    """The family's config of a folder, and what its emulator declares."""
+def unwrapped_config(source: Source) -> tuple[dict[str, Any], Declared | None]:
+    """The config of a model's family, and what its emulator declares.
+
+    Raises:
+        StorageError: it cannot be read.
+        IncompatibleError: what it declares is malformed.
+    """
     try:
-        return unwrapped(read_settings(folder / "config.json"))
+        return unwrapped(read_settings(source, CONFIG))
     except ValueError as problem:
         raise IncompatibleError(
-            f"{folder} has a config that cannot be read",
+            f"{folder_of(source)} has a config that cannot be read",
             reasons=[str(problem)],
             next_step="ask the party that it came from for it again",
         ) from None

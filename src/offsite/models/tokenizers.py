@@ -1,50 +1,50 @@
-"""A folder -> its tokenizer, and how long a row its model can read."""
+"""A model's files -> its tokenizer, its config, and how long a row it can read."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from offsite.errors import IncompatibleError
 from offsite.models.library_calls import OFFLINE, incompatible, quiet
-from offsite.models.model_folder import check_folder, unwrapped_config
+from offsite.models.model_folder import Source, as_folder, check_settings, folder_of, unwrapped_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a folder.
+def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a model.
 
     Raises:
         IncompatibleError: there is none, it asks for foreign code, or it has no end token.
     """
     from transformers import AutoTokenizer
 
-    check_folder(folder)
-    with quiet(), incompatible(folder):
-        given = {"config": load_config(folder)} if unwrapped_config(folder)[1] else {}
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **given, **OFFLINE)
+    check_settings(source)
+    with as_folder(source) as folder, quiet(), incompatible(folder_of(source)):
+        more = {"config": load_config(source)} if unwrapped_config(source)[1] else {}
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **more, **OFFLINE)
     if tokenizer.eos_token_id is None:
         raise IncompatibleError(
-            f"the tokenizer in {folder} has no end token, so no answer could ever end",
+            f"the tokenizer in {folder_of(source)} has no end token, so no answer could ever end",
             next_step='name one as "eos_token" in its tokenizer_config.json',
         )
     return tokenizer
 
 
-def context_length(folder: Path) -> int | None:
-    """Positions that the model in a folder has, by its config; None where it does not say."""
-    check_folder(folder)
-    with quiet(), incompatible(folder):
-        config = load_config(folder)
+def context_length(source: Source) -> int | None:
+    """Positions that a model has, by its config; None where it does not say."""
+    check_settings(source)
+    with quiet(), incompatible(folder_of(source)):
+        config = load_config(source)
     found = getattr(config, "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 
 
-def load_config(folder: Path) -> "PretrainedConfig":
-    """The config of a folder as transformers has it; of a declared one that of its family."""
+def load_config(source: Source) -> "PretrainedConfig":
+    """The config of a model as transformers has it; of a declared one that of its family."""
     from transformers import AutoConfig
 
-    config, declared = unwrapped_config(folder)
-    loaded: PretrainedConfig
-    loaded = AutoConfig.for_model(**config) if declared else AutoConfig.from_pretrained(folder, **OFFLINE)
-    return loaded
+    config, declared = unwrapped_config(source)
+    if declared:
+        return cast("PretrainedConfig", AutoConfig.for_model(**config))
+    with as_folder(source) as folder:
+        return cast("PretrainedConfig", AutoConfig.from_pretrained(folder, **OFFLINE))

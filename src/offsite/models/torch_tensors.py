@@ -2,7 +2,8 @@
 
 import torch
 
-from offsite.storage.safetensors_files import TensorRange, read_chunks
+from offsite.storage.safetensors_files import StoredTensor, read_chunks
+from offsite.storage.snapshot import HeldTensor
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -10,17 +11,24 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
-def read_tensor(tensor: TensorRange, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """One tensor of a checkpoint on the processor, by plain reads, cast to `dtype` if given.
+def read_tensor(tensor: StoredTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A stored tensor in the CPU's memory, cast to `dtype` if given.
+
+    A tensor that is held in memory is not copied unless it is cast: who changes what is returned changes what is held.
 
     Raises:
         StorageError: the file ends early.
     """
+    content = tensor.content if isinstance(tensor, HeldTensor) else _content(tensor)
+    kind = TORCH_DTYPES[tensor.dtype]
+    flat = torch.frombuffer(content, dtype=kind) if len(content) else torch.empty(0, dtype=kind)
+    return flat.reshape(tensor.shape).to(dtype or kind)
+
+
+def _content(tensor: StoredTensor) -> bytearray:
     content = bytearray(tensor.size)
     filled = 0
     for chunk in read_chunks(tensor):
         content[filled : filled + len(chunk)] = chunk
         filled += len(chunk)
-    kind = TORCH_DTYPES[tensor.dtype]
-    flat = torch.frombuffer(content, dtype=kind) if content else torch.empty(0, dtype=kind)
-    return flat.reshape(tensor.shape).to(dtype or kind)
+    return content

@@ -80,6 +80,13 @@ class PlugIn:
         _require_proof(proof, "a PlugIn comes from verify_plug_in() or plug_in()")
 
 
+def files_of(artifact: Path | Base | Bundle | Return | PlugIn) -> Path | Snapshot:
+    """Where the files of an artifact are taken from: the ones that were verified, or a folder as it is."""
+    if isinstance(artifact, Path):
+        return artifact
+    return artifact.folder if isinstance(artifact, Base) else artifact.files
+
+
 def _require_proof(proof: object, origin: str) -> None:
     if proof is not _PROOF:
         raise TypeError(f"{origin}; it is never constructed by hand")
