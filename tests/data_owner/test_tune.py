@@ -16,7 +16,7 @@ from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.models.torch_tensors import read_tensor
 from offsite.protocol.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RETURNED_WEIGHTS
-from offsite.protocol.verify import verify_bundle, verify_return
+from offsite.protocol.verify import verify_return
 from offsite.storage.safetensors_files import open_checkpoint, read_header
 from offsite.training.run_log import log_file, run_folder
 from offsite.training.schedule import step_count
@@ -303,7 +303,7 @@ def test_a_changed_bundle_is_not_tuned(house, tmp_path):
     weights = bundle.folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(VerificationError):
-        tune(verify_bundle(bundle.folder, house.home), house.rows, tmp_path / "out", spec_of(), house.home)
+        tune(bundle, house.rows, tmp_path / "out", spec_of(), house.home)
     assert not (tmp_path / "out").exists()
 
 
