@@ -67,18 +67,16 @@ def test_every_form_computes_what_was_tuned(
         name: entry.model_copy(update={"dtype": "F32"})
         for name, entry in returned_tensors(bundle.manifest, spec).items()
     }
-    family = ARCHITECTURES[family]
+    head = ARCHITECTURES[family].head
     held, earlier = (read_header(returned.folder / name) for name in (WEIGHTS_OF[method], "checkpoint-1.safetensors"))
     heads = held.keys() & {
-        family.head,
+        head,
         *(f"base_model.model.lm_head.{kind}" for kind in ("weight", "bias")),
         "lm_head.bias",
     }
     assert len(heads) == (2 if family == "phi" else 1)
     for name in heads:  # it has trained, at every step
-        shipped = read_float32(
-            read_header(bundle.folder / "model.safetensors")[f"{family.head[:-6]}{name.split('.')[-1]}"]
-        )
+        shipped = read_float32(read_header(bundle.folder / "model.safetensors")[f"{head[:-6]}{name.split('.')[-1]}"])
         assert not np.array_equal(read_float32(earlier[name]), shipped)
         assert not np.array_equal(read_float32(earlier[name]), read_float32(held[name]))
     tuned = evaluate(bundle.folder, rows, MEASURED, adapter=returned.folder).loss
