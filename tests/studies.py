@@ -6,11 +6,11 @@ from pathlib import Path
 
 from offsite.cli.study import run_in_this_process
 from offsite.study.command import Outcome, Words
-from offsite.study.grid import Cell, cells_of
+from offsite.study.grid import GridPoint, expand_grid
 from offsite.study.prepare import prepare
 from offsite.study.recipe import Recipe, load_recipe
 from offsite.study.report.results import Results, collect
-from offsite.study.run import News, Runner, run_cells, stages_of
+from offsite.study.run import Runner, StudyEvent, list_stages, run_grid
 from tiny import tiny_base, tiny_rows
 
 RECIPE = """
@@ -70,11 +70,11 @@ class Played:
 
     def __init__(self, recipe: Path, out: Path) -> None:
         self.recipe: Recipe = load_recipe(recipe)
-        self.lab, rows = prepare(self.recipe, out, lambda _: None)
-        self.cells: list[Cell] = cells_of(self.recipe, self.lab, rows)
+        self.workspace, rows = prepare(self.recipe, out, lambda _: None)
+        self.points: list[GridPoint] = expand_grid(self.recipe, self.workspace, rows)
         self.ran: list[str] = []
-        self.news: list[News] = []
-        self.stages = stages_of(self.cells)
+        self.events: list[StudyEvent] = []
+        self.stages = list_stages(self.points)
 
     def run(self, words: Words, log: Path) -> Outcome:
         """A stage, and a note of it."""
@@ -84,8 +84,8 @@ class Played:
 
     def go(self) -> int:
         """Run what is not there yet; returns how many cells failed."""
-        runner = Runner(self.lab, self.news.append, len(self.stages), self.run)
-        return run_cells(self.cells, runner, keep_models=self.recipe.keep_models)
+        runner = Runner(self.workspace, self.events.append, len(self.stages), self.run)
+        return run_grid(self.points, runner, keep_models=self.recipe.keep_models)
 
 
 @dataclass(frozen=True)
@@ -101,4 +101,4 @@ def played_study(recipe: Path) -> Study:
     """Play a recipe that was laid out; what it makes goes to `out` beside it."""
     played = Played(recipe, recipe.parent / "out")
     assert played.go() == 0
-    return Study(recipe.parent, played, collect(played.recipe, played.cells, recipe.parent / "out"))
+    return Study(recipe.parent, played, collect(played.recipe, played.points, recipe.parent / "out"))

@@ -6,9 +6,9 @@ import pytest
 
 from fresh_process import HEAVY, modules_after
 from offsite.cli import main
-from offsite.cli.study_progress import Board, _last_line
-from offsite.study.run import News
-from offsite.study.run_lock import only_run
+from offsite.cli.study_progress import StudyTable, _last_line
+from offsite.study.run import StudyEvent
+from offsite.study.run_lock import lock_study
 from studies import RECIPE, Played, lay_out
 
 ZERO_SHOT = RECIPE.replace('base = "base"', 'base = "base"\nrows = ["zero_shot"]')
@@ -30,9 +30,9 @@ def test_stages_are_processes_of_their_own(tmp_path: Path) -> None:
 
 def test_a_report_of_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     played = Played(lay_out(tmp_path), tmp_path / "out")
-    stage = played.cells[0].rows["zero_shot"]
-    played.cells[0] = played.cells[0].__class__(**{**vars(played.cells[0]), "rows": {"zero_shot": stage}})
-    del played.cells[1]
+    stage = played.points[0].rows["zero_shot"]
+    played.points[0] = played.points[0].__class__(**{**vars(played.points[0]), "rows": {"zero_shot": stage}})
+    del played.points[1]
     assert played.go() == 0
     words = ["study", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "out"), "--report-only"]
     assert main([*words, "--json"]) == 0
@@ -49,13 +49,13 @@ def test_a_report_of_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_two_runs_of_one_study_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["study", str(lay_out(tmp_path)), "--out", str(tmp_path / "out")]
     (tmp_path / "out" / "stages").mkdir(parents=True)
-    with only_run(tmp_path / "out"):
+    with lock_study(tmp_path / "out"):
         assert main(words) == 2
         assert "another run of a study is at work" in capsys.readouterr().err
         assert not (tmp_path / "out" / "results.json").exists()  # the other one's to write
         assert list((tmp_path / "out" / "stages").iterdir()) == []
         assert main([*words, "--report-only"]) == 0
-    with only_run(tmp_path / "out"):  # let go of
+    with lock_study(tmp_path / "out"):  # released
         pass
 
 
@@ -93,15 +93,15 @@ def test_wrong_words_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_the_board_shows_where_a_study_is(tmp_path: Path) -> None:
     from rich.console import Console
 
-    cells = Played(lay_out(tmp_path), tmp_path / "out").cells
-    board = Board(cells)
+    points = Played(lay_out(tmp_path), tmp_path / "out").points
+    table = StudyTable(points)
     log = tmp_path / "log.txt"
     log.write_text("offsite: loading\noffsite: tuning 3/60 loss 1.5\n")
-    board.tell(News("stage", 4, 30, "tune", log=log))
-    board.tell(News("score", 4, 30, "", 0, "zero_shot", 2.5))
-    board.tell(News("failure", 4, 30, "no", 1, "full"))
+    table.on_event(StudyEvent("stage", 4, 30, "tune", log=log))
+    table.on_event(StudyEvent("score", 4, 30, "", 0, "zero_shot", 2.5))
+    table.on_event(StudyEvent("failure", 4, 30, "no", 1, "full"))
     console = Console(width=140, record=True, file=io.StringIO())
-    console.print(board)
+    console.print(table)
     text = console.export_text()
     assert "2.500" in text
     assert "failed" in text

@@ -13,7 +13,7 @@ import pytest
 from offsite.errors import OffsiteError, UsageError, VerificationError
 from offsite.progress import Event
 from offsite.study import command
-from offsite.study.chain import STATE, Chain, opened
+from offsite.study.chain import STATE, Chain, require_demo_folder
 from offsite.training.run_log import Terminated, terminated_as_interrupted
 
 
@@ -165,7 +165,7 @@ def test_an_interrupted_command_may_clean_up(handler: str, code: int, monkeypatc
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()  # the handler is in place
-        command.stop(process, told=False)
+        command.stop(process, signalled=False)
     assert process.returncode == code
 
 
@@ -189,10 +189,10 @@ def test_a_command_does_not_outlive_a_player_that_is_terminated(
 
 
 def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
-    assert opened(tmp_path / "new") == tmp_path / "new"
-    assert opened(tmp_path) == tmp_path
+    assert require_demo_folder(tmp_path / "new") == tmp_path / "new"
+    assert require_demo_folder(tmp_path) == tmp_path
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UsageError, match="holds other things"):
-        opened(tmp_path)
+        require_demo_folder(tmp_path)
     (tmp_path / STATE).write_text(json.dumps({}))
-    assert opened(tmp_path) == tmp_path
+    assert require_demo_folder(tmp_path) == tmp_path

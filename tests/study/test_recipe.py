@@ -6,7 +6,7 @@ import pytest
 from offsite.errors import UsageError
 from offsite.study.recipe import ROWS, load_recipe, require_files
 from offsite.study.report.results import _placement
-from offsite.study.stages import uncompressed
+from offsite.study.stages import uncompressed_spec
 from studies import RECIPE, lay_out
 
 
@@ -36,7 +36,7 @@ def test_what_is_no_recipe_is_told_with_a_next_step(tmp_path: Path, content: byt
 def test_a_recipe_is_resolved_by_the_specs_of_the_stages(tmp_path: Path) -> None:
     recipe = load_recipe(lay_out(tmp_path))
     assert recipe.rows == ROWS
-    assert recipe.cells == 2
+    assert recipe.grid_size == 2
     assert recipe.base == tmp_path / "base"
     assert recipe.data[0].train == tmp_path / "train.jsonl"
     (pack,), (tune,) = recipe.compressors, recipe.methods
@@ -138,7 +138,7 @@ def test_a_placement_may_list_blocks(tmp_path: Path) -> None:
     text = RECIPE.replace("bottom = 1\ntop = 1\n", "") + '[[placement]]\nname = "spread"\ntrain = [0, 2, 4]\n'
     (compressor,) = load_recipe(lay_out(tmp_path, text)).compressors
     assert compressor.spec.split.train == (0, 2, 4)
-    assert uncompressed(compressor.spec, 2).split.train == (0, 2, 4)
+    assert uncompressed_spec(compressor.spec, 2).split.train == (0, 2, 4)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from offsite.cli.study import run_in_this_process
 from offsite.study.check import check
 from offsite.study.demos.tiny_base import tiny_base
-from offsite.study.prepare import require_fit
+from offsite.study.prepare import require_recipe_fits_base
 from offsite.study.recipe import load_recipe
 from tiny import timm_imports
 
@@ -34,7 +34,7 @@ def test_every_compressor_fits_the_base(file: Path, tmp_path: Path) -> None:
     skip_without_timm(file)
     recipe = load_recipe(file)
     base = tiny_base(tmp_path / "base", recipe.architecture or "llama", recipe.blocks or 30)
-    require_fit(recipe, base.folder)
+    require_recipe_fits_base(recipe, base.folder)
 
 
 @each
@@ -44,14 +44,14 @@ def test_the_grid_runs_in_small(file: Path) -> None:
     some = tuple(dict.fromkeys((recipe.compressors[0], recipe.compressors[-1])))
     tried = check(replace(recipe, compressors=some, rows=recipe.rows[-1:]), run_in_this_process, lambda _: None)
     assert tried.failures == []
-    assert tried.cells == len(some) * len(recipe.methods) * len({one.score for one in recipe.data})
+    assert tried.points == len(some) * len(recipe.methods) * len({one.score for one in recipe.data})
 
 
 def test_every_compressor_of_the_comparison_makes_a_bundle() -> None:
     recipe = load_recipe(next(file for file in RECIPES if file.stem == "compressors"))
     tried = check(replace(recipe, rows=("emulator_zero_shot",)), run_in_this_process, lambda _: None)
     assert tried.failures == []
-    assert tried.cells == len(recipe.compressors) == 15
+    assert tried.points == len(recipe.compressors) == 15
 
 
 @each

@@ -26,14 +26,14 @@ def test_stages_that_cells_share_run_once(study: Study) -> None:
     # tune, verify and plug-in: on the emulator and on the base; each bundle is verified once
     assert counts == {"pack": 2, "tune": 4, "verify": 2 + 4, "plug-in": 4, "full-fine-tuning": 2, "eval": 12}
     assert len(study.played.stages) == sum(counts.values())
-    assert study.played.news[-1].done == study.played.news[-1].total == len(study.played.stages)
+    assert study.played.events[-1].done == study.played.events[-1].total == len(study.played.stages)
 
 
 def test_an_unchanged_study_runs_nothing(study: Study) -> None:
     again = Played(study.folder / "recipe.toml", study.folder / "out")
     assert again.go() == 0
     assert again.ran == []
-    assert collect(again.recipe, again.cells, study.folder / "out") == study.results
+    assert collect(again.recipe, again.points, study.folder / "out") == study.results
 
 
 @pytest.mark.parametrize(
@@ -60,10 +60,10 @@ def test_a_change_runs_what_depends_on_it_and_no_more(
 
 
 def test_every_row_is_scored_on_the_same_rows(study: Study) -> None:
-    for cell in study.results.cells:
-        assert list(cell.scores) == list(ROWS)
-        assert len({(score.rows, score.tokens) for score in cell.scores.values()}) == 1
-        losses = {row: score.loss.value for row, score in cell.scores.items()}
+    for point in study.results.cells:
+        assert list(point.scores) == list(ROWS)
+        assert len({(score.rows, score.tokens) for score in point.scores.values()}) == 1
+        losses = {row: score.loss.value for row, score in point.scores.items()}
         assert len(set(losses.values())) == len(ROWS)  # six models, and no two of them the same
         assert losses["full"] < losses["zero_shot"]
         assert losses["emulator"] < losses["emulator_zero_shot"]
@@ -71,18 +71,18 @@ def test_every_row_is_scored_on_the_same_rows(study: Study) -> None:
 
 
 def test_figures_are_what_they_say(study: Study) -> None:
-    cell = study.results.cells[0]
-    loss = {row: score.loss.value for row, score in cell.scores.items()}
-    assert cell.gain_recovered is not None
-    assert cell.bound_recovered is not None
-    assert cell.plug_in_gap is not None
+    point = study.results.cells[0]
+    loss = {row: score.loss.value for row, score in point.scores.items()}
+    assert point.gain_recovered is not None
+    assert point.bound_recovered is not None
+    assert point.plug_in_gap is not None
     gain = loss["plug_in"] - loss["zero_shot"]
-    assert cell.gain_recovered.value == pytest.approx(gain / (loss["full"] - loss["zero_shot"]))
-    assert cell.bound_recovered.value == pytest.approx(gain / (loss["adapter_on_base"] - loss["zero_shot"]))
-    assert cell.plug_in_gap.value == pytest.approx(loss["plug_in"] - loss["emulator"])
-    rows = {row: read_row_scores(stage.out) for row, stage in study.played.cells[0].rows.items()}
+    assert point.gain_recovered.value == pytest.approx(gain / (loss["full"] - loss["zero_shot"]))
+    assert point.bound_recovered.value == pytest.approx(gain / (loss["adapter_on_base"] - loss["zero_shot"]))
+    assert point.plug_in_gap.value == pytest.approx(loss["plug_in"] - loss["emulator"])
+    rows = {row: read_row_scores(stage.out) for row, stage in study.played.points[0].rows.items()}
     ends = paired_interval(rows["plug_in"].nats, rows["zero_shot"].nats, rows["plug_in"].tokens)
-    against = cell.scores["plug_in"].against_zero_shot
+    against = point.scores["plug_in"].against_zero_shot
     assert ends is not None
     assert against is not None
     assert (against.value, against.low, against.high) == (pytest.approx(gain), ends.low, ends.high)
@@ -97,20 +97,20 @@ def test_accuracy_stands_beside_the_loss(study: Study) -> None:
 
 
 def test_costs_are_of_the_protocol(study: Study) -> None:
-    cell = study.results.cells[0]
-    assert [(one.stage, one.party) for one in cell.spent] == [
+    point = study.results.cells[0]
+    assert [(one.stage, one.party) for one in point.spent] == [
         ("pack", "model-owner"),
         ("verify bundle", "data-owner"),
         ("tune", "data-owner"),
         ("verify return", "model-owner"),
         ("plug-in", "model-owner"),
     ]
-    assert cell.placement == "1-2-1"
-    assert cell.bundle_bytes is not None
-    assert cell.return_bytes is not None
-    assert cell.return_bytes < cell.bundle_bytes
-    assert cell.log is not None
-    assert (study.folder / "out" / cell.log).is_file()
+    assert point.placement == "1-2-1"
+    assert point.bundle_bytes is not None
+    assert point.return_bytes is not None
+    assert point.return_bytes < point.bundle_bytes
+    assert point.log is not None
+    assert (study.folder / "out" / point.log).is_file()
 
 
 def test_the_parties_share_nothing_but_the_wire(study: Study) -> None:
@@ -118,8 +118,8 @@ def test_the_parties_share_nothing_but_the_wire(study: Study) -> None:
     assert not list(owner.rglob("*.jsonl"))
     assert not (tuner / "home" / "ledger.sqlite").exists()
     assert (owner / "home" / "key.pem").read_bytes() != (tuner / "home" / "key.pem").read_bytes()
-    cell = study.played.cells[0]
-    pack, received = cell.protocol[:2]
+    point = study.played.points[0]
+    pack, received = point.protocol[:2]
     sent = {path.name: path.read_bytes() for path in pack.out.iterdir()}
     assert sent == {path.name: path.read_bytes() for path in received.out.iterdir()}
 
@@ -138,15 +138,15 @@ def test_a_failed_stage_fails_its_cells_alone(tmp_path: Path) -> None:
 
     played.run = fail  # type: ignore[method-assign, assignment]
     assert played.go() == 2
-    results = collect(played.recipe, played.cells, tmp_path / "out")
-    for cell in results.cells:
-        assert set(cell.scores) == {"zero_shot"}
-        assert cell.errors == {"emulator_zero_shot": "the disk is full\n  - by 1 byte"}
+    results = collect(played.recipe, played.points, tmp_path / "out")
+    for point in results.cells:
+        assert set(point.scores) == {"zero_shot"}
+        assert point.errors == {"emulator_zero_shot": "the disk is full\n  - by 1 byte"}
     assert played.ran == ["eval", "eval"]
     again = Played(file, tmp_path / "out")
     assert again.go() == 0
     assert again.ran == ["pack", "verify", "eval", "eval"]  # zero-shot is known; the pack is tried again
-    assert not any(cell.errors for cell in collect(again.recipe, again.cells, tmp_path / "out").cells)
+    assert not any(point.errors for point in collect(again.recipe, again.points, tmp_path / "out").cells)
 
 
 def test_without_full_fine_tuning_the_rest_is_there(tmp_path: Path) -> None:
@@ -161,10 +161,10 @@ def test_without_full_fine_tuning_the_rest_is_there(tmp_path: Path) -> None:
 
     played.run = fail  # type: ignore[method-assign, assignment]
     assert played.go() == 1
-    (cell,) = collect(played.recipe, played.cells, tmp_path / "out").cells
-    assert set(ROWS) - set(cell.scores) == {"full"} == set(cell.errors)
-    assert cell.gain_recovered is None
-    assert cell.bound_recovered is not None
+    (point,) = collect(played.recipe, played.points, tmp_path / "out").cells
+    assert set(ROWS) - set(point.scores) == {"full"} == set(point.errors)
+    assert point.gain_recovered is None
+    assert point.bound_recovered is not None
 
 
 def test_a_model_that_diverged_fails_its_row_alone(tmp_path: Path) -> None:
@@ -179,9 +179,9 @@ def test_a_model_that_diverged_fails_its_row_alone(tmp_path: Path) -> None:
 
     played.run = diverged  # type: ignore[method-assign]
     assert played.go() == 2
-    for cell in collect(played.recipe, played.cells, tmp_path / "out").cells:
-        assert set(cell.scores) == {"zero_shot"}
-        assert "not a finite number" in cell.errors["emulator_zero_shot"]
+    for point in collect(played.recipe, played.points, tmp_path / "out").cells:
+        assert set(point.scores) == {"zero_shot"}
+        assert "not a finite number" in point.errors["emulator_zero_shot"]
 
 
 def test_half_a_removed_model_does_not_pass_for_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +266,6 @@ def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
 def test_rows_are_spread_over_the_file(tmp_path: Path) -> None:
     played = Played(lay_out(tmp_path, RECIPE.replace("max_test_rows = 6", "max_test_rows = 3")), tmp_path / "out")
     source = (tmp_path / "test.jsonl").read_text().splitlines()
-    (file,) = (played.lab.folder / "data-owner" / "data").glob("prompts.test.*.jsonl")
+    (file,) = (played.workspace.folder / "data-owner" / "data").glob("prompts.test.*.jsonl")
     taken = file.read_text().splitlines()
     assert [json.loads(line) for line in taken] == [json.loads(source[i]) for i in (0, 3, 6)]

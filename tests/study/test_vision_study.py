@@ -82,14 +82,14 @@ def test_every_row_is_scored_on_the_same_pictures(study: Study) -> None:
 
 
 def test_zero_shot_is_a_probe_of_the_training_pictures(study: Study) -> None:
-    rows = study.played.cells[0].rows
+    rows = study.played.points[0].rows
     probed = {row for row, stage in rows.items() if "--probe" in stage.words}
     assert probed == {"zero_shot", "emulator_zero_shot"}
-    assert rows["zero_shot"].words[-1] == study.played.cells[0].data.train
+    assert rows["zero_shot"].words[-1] == study.played.points[0].data.train
 
 
 def test_figures_are_of_accuracies(study: Study) -> None:
-    rows = {row: read_row_scores(stage.out) for row, stage in study.played.cells[0].rows.items()}
+    rows = {row: read_row_scores(stage.out) for row, stage in study.played.points[0].rows.items()}
     right = {row: sum(scores.right) / 9 for row, scores in rows.items()}
     against, gap = study.results.cells[0].scores["plug_in"].against_zero_shot, study.results.cells[0].plug_in_gap
     assert against is not None
@@ -112,7 +112,7 @@ def test_a_key_follows_the_pictures_and_not_their_places(study: Study, tmp_path:
     assert list(other.stages) == list(study.played.stages)
     Image.new("RGB", (20, 20), "white").save(tmp_path / "set" / "val" / "red" / "0.png")
     changed = Played(lay_out(tmp_path), tmp_path / "other")
-    assert not {stage.key for stage in changed.cells[0].rows.values()} & set(study.played.stages)
+    assert not {stage.key for stage in changed.points[0].rows.values()} & set(study.played.stages)
 
 
 def test_pictures_in_a_table_of_bytes_are_written_out(study: Study, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_pictures_in_a_table_of_bytes_are_written_out(study: Study, tmp_path: Pa
 
 def test_a_report_shows_per_cent_and_pictures(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     out = study.folder / "out"
-    _report(study.played.recipe, study.played.cells, out)
+    _report(study.played.recipe, study.played.points, out)
     text = (out / "report.md").read_text()
     share = study.results.cells[0].scores["plug_in"].primary.value
     assert f"{100 * share:.1f} ± " in text

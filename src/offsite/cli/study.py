@@ -16,10 +16,10 @@ from offsite.errors import OffsiteError, UsageError
 
 if TYPE_CHECKING:
     from offsite.study.command import Outcome, Words
-    from offsite.study.grid import Cell
+    from offsite.study.grid import GridPoint
     from offsite.study.recipe import Recipe
     from offsite.study.report.results import Results
-    from offsite.study.run import News, Tell
+    from offsite.study.run import OnStudyEvent, StudyEvent
 
 _Folder = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="the study's folder, new or begun")]
 
@@ -57,29 +57,29 @@ def study(
         return
     if out is None:
         raise UsageError("there is nowhere to put the results", next_step="name a folder with --out")
-    from offsite.study.grid import cells_of
+    from offsite.study.grid import expand_grid
     from offsite.study.prepare import prepare
-    from offsite.study.run import Runner, run_cells, stages_of
-    from offsite.study.run_lock import only_run
+    from offsite.study.run import Runner, list_stages, run_grid
+    from offsite.study.run_lock import lock_study
 
-    lab, rows = prepare(loaded, out, terminal.say)
-    cells = cells_of(loaded, lab, rows)
+    workspace, rows = prepare(loaded, out, terminal.say)
+    points = expand_grid(loaded, workspace, rows)
     failed = 0
-    with contextlib.nullcontext() if report_only else only_run(out):
+    with contextlib.nullcontext() if report_only else lock_study(out):
         try:
             if not report_only:
-                with _watching(cells) as tell:
-                    runner = Runner(lab, tell, len(stages_of(cells)))
-                    failed = run_cells(cells, runner, keep_models=loaded.keep_models)
+                with _showing_study_progress(points) as on_event:
+                    runner = Runner(workspace, on_event, len(list_stages(points)))
+                    failed = run_grid(points, runner, keep_models=loaded.keep_models)
         finally:  # what is there is reported, however the run ended
-            results = _report(loaded, cells, out)
+            results = _report(loaded, points, out)
     if as_json:
         _print_json(results)
     else:
         _print(results, out)
     if failed:
         error = OffsiteError(
-            f"{failed} of {len(cells)} cells failed",
+            f"{failed} of {len(points)} cells failed",
             reasons=_failures(results),
             next_step="mend what failed and run the same command again: what is done is not repeated",
         )
@@ -113,13 +113,13 @@ def full_fine_tuning(
     terminal.show({"kind": "checkpoint", "folder": str(tuned.folder)}, as_json=as_json)
 
 
-def _report(recipe: "Recipe", cells: "list[Cell]", out: Path) -> "Results":
+def _report(recipe: "Recipe", points: "list[GridPoint]", out: Path) -> "Results":
     from offsite.study.report.contact_sheet import sheets
     from offsite.study.report.results import collect
     from offsite.study.report.write_report import write_report
 
-    results = collect(recipe, cells, out)
-    files, advice = write_report(results, out, sheets(cells, out))
+    results = collect(recipe, points, out)
+    files, advice = write_report(results, out, sheets(points, out))
     if advice:
         terminal.say(advice)
     terminal.say(f"wrote {', '.join(str(file) for file in files)}")
@@ -165,35 +165,35 @@ def _failures(results: "Results") -> list[str]:
 
 
 @contextlib.contextmanager
-def _watching(cells: "list[Cell]") -> "Iterator[Tell]":
+def _showing_study_progress(points: "list[GridPoint]") -> "Iterator[OnStudyEvent]":
     """Show where a study is: a live table on a terminal, elsewhere a line for each stage and score."""
     if not sys.stderr.isatty():
-        yield _lines
+        yield _print_event
         return
-    from offsite.cli.study_progress import board
+    from offsite.cli.study_progress import study_table
 
-    with board(cells) as tell:
-        yield tell
+    with study_table(points) as on_event:
+        yield on_event
 
 
-def _lines(news: "News") -> None:
-    where = f"[{news.done}/{news.total}]"
-    if news.what == "score":
-        terminal.say(f"{where} cell {news.cell + 1} {news.row}: {news.shown}")
-    elif news.what == "failure":
-        terminal.say(f"{where} cell {news.cell + 1} {news.row} FAILED: {news.says}")
+def _print_event(event: "StudyEvent") -> None:
+    where = f"[{event.done}/{event.total}]"
+    if event.kind == "score":
+        terminal.say(f"{where} cell {event.point + 1} {event.row}: {event.score_text}")
+    elif event.kind == "failure":
+        terminal.say(f"{where} cell {event.point + 1} {event.row} FAILED: {event.description}")
     else:
-        terminal.say(f"{where} {news.says}")
+        terminal.say(f"{where} {event.description}")
 
 
 def _check(recipe: "Recipe", *, as_json: bool) -> None:
     from offsite.study.check import check
 
-    tried = check(recipe, run_in_this_process, _lines if not as_json else lambda _: None)
+    tried = check(recipe, run_in_this_process, _print_event if not as_json else lambda _: None)
     facts = {
         "recipe": str(recipe.file),
-        "cells": recipe.cells,
-        "tried_cells": tried.cells,
+        "cells": recipe.grid_size,
+        "tried_cells": tried.points,
         "tried_stages": tried.stages,
         "failed": list(tried.failures),
         "missing": list(tried.missing),

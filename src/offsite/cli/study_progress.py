@@ -12,74 +12,74 @@ from rich.table import Table
 from rich.text import Text
 
 from offsite.cli.terminal import printable
-from offsite.study.grid import Cell
-from offsite.study.metric import PRIMARIES, Primary
+from offsite.study.grid import GridPoint
+from offsite.study.metric import METRICS, Metric
 from offsite.study.report.tables import LABELS
-from offsite.study.run import News, Tell
+from offsite.study.run import OnStudyEvent, StudyEvent
 
 _SHOWN = 14  # cells at once
 _TAIL = 4096  # bytes of a log that are looked at
 
 
 @dataclass
-class Board:
-    """What a study has said so far, drawn anew a few times a second."""
+class StudyTable:
+    """What a study has said so far, table anew a few times a second."""
 
-    cells: Sequence[Cell]
+    points: Sequence[GridPoint]
     scores: dict[tuple[int, str], str] = field(default_factory=dict)
-    news: News | None = None
+    event: StudyEvent | None = None
     since: float = field(default_factory=time.monotonic)
 
-    def tell(self, news: News) -> None:
+    def on_event(self, event: StudyEvent) -> None:
         """Take in what happened."""
-        if news.what == "stage":
-            self.news, self.since = news, time.monotonic()
-        elif news.what == "score":
-            self.scores[news.cell, news.row] = self._primary.shown(news.score or 0.0)
+        if event.kind == "stage":
+            self.event, self.since = event, time.monotonic()
+        elif event.kind == "score":
+            self.scores[event.point, event.row] = self._metric.format(event.score or 0.0)
         else:
-            self.scores[news.cell, news.row] = "[red]failed[/]"
+            self.scores[event.point, event.row] = "[red]failed[/]"
 
     @property
-    def _primary(self) -> Primary:
+    def _metric(self) -> Metric:
         """A study has one base, and so one measure."""
-        return PRIMARIES[self.cells[0].primary if self.cells else "loss"]
+        return METRICS[self.points[0].metric if self.points else "loss"]
 
     def __rich__(self) -> RenderableType:
         return Group(self._table(), *self._now())
 
     def _table(self) -> Table:
-        rows = list(self.cells[0].rows) if self.cells else []
-        table = Table(title=self._primary.axis, title_justify="left", title_style="dim")
+        rows = list(self.points[0].rows) if self.points else []
+        table = Table(title=self._metric.axis, title_justify="left", title_style="dim")
         for name in ("data set", "compress", "tuning", "seed"):
             table.add_column(name, no_wrap=True)
         for row in rows:
             table.add_column(LABELS[row], justify="right")
-        reached = max((cell for cell, _ in self.scores), default=0)
-        first = max(0, min(reached - _SHOWN // 2, len(self.cells) - _SHOWN))
-        for index, cell in list(enumerate(self.cells))[first : first + _SHOWN]:
-            compress = ", ".join(part for part in (cell.compressor.name, cell.compressor.placement) if part)
-            words = (cell.dataset.name, compress, cell.method.name)
+        reached = max((point for point, _ in self.scores), default=0)
+        first = max(0, min(reached - _SHOWN // 2, len(self.points) - _SHOWN))
+        for index, point in list(enumerate(self.points))[first : first + _SHOWN]:
+            compress = ", ".join(part for part in (point.compressor.name, point.compressor.placement) if part)
+            words = (point.dataset.name, compress, point.method.name)
             scores = [self.scores.get((index, row), "[dim]·[/]") for row in rows]
-            table.add_row(*(Text(printable(word)) for word in words), str(cell.seed), *scores)
-        more = len(self.cells) - _SHOWN
+            table.add_row(*(Text(printable(word)) for word in words), str(point.seed), *scores)
+        more = len(self.points) - _SHOWN
         table.caption = f"and {more} more cells" if more > 0 else None
         return table
 
     def _now(self) -> list[Text]:
-        if self.news is None:
+        if self.event is None:
             return []
         seconds = round(time.monotonic() - self.since)
-        where = f"[{self.news.done}/{self.news.total}] {self.news.says}  {seconds // 60}:{seconds % 60:02}  "
+        where = f"[{self.event.done}/{self.event.total}] {self.event.description}  {seconds // 60}:{seconds % 60:02}  "
         line = Text(where, style="bold", no_wrap=True, overflow="ellipsis")
-        return [line.append(printable(_last_line(self.news.log)), style="dim")]
+        return [line.append(printable(_last_line(self.event.log)), style="dim")]
 
 
 @contextlib.contextmanager
-def board(cells: Sequence[Cell]) -> Iterator[Tell]:
+def study_table(points: Sequence[GridPoint]) -> Iterator[OnStudyEvent]:
     """Draw on standard error until the block ends; the last state stays on the screen."""
-    drawn = Board(cells)
-    with Live(drawn, console=Console(stderr=True), refresh_per_second=4):
-        yield drawn.tell
+    table = StudyTable(points)
+    with Live(table, console=Console(stderr=True), refresh_per_second=4):
+        yield table.on_event
 
 
 def _last_line(log: Path | None) -> str:

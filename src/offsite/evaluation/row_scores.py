@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from offsite.evaluation.evaluate import Score
     from offsite.evaluation.image_scores import ImageScore
 
-Measure = Literal["loss", "accuracy"]  # nats per labelled token, or the share of right answers
+MetricName = Literal["loss", "accuracy"]  # nats per labelled token, or the share of right answers
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class RowScores:
         """Nats per labelled token."""
         return self.mean("loss")
 
-    def parts(self, measure: Measure) -> tuple[Sequence[float], Sequence[float]]:
+    def parts(self, metric: MetricName) -> tuple[Sequence[float], Sequence[float]]:
         """What a measure sums over rows, and the sizes that it divides by, (N,) each."""
-        return (self.nats, self.tokens) if measure == "loss" else (self.right, (1.0,) * len(self.right))
+        return (self.nats, self.tokens) if metric == "loss" else (self.right, (1.0,) * len(self.right))
 
-    def mean(self, measure: Measure) -> float:
+    def mean(self, metric: MetricName) -> float:
         """The measure's value."""
-        parts, sizes = self.parts(measure)
+        parts, sizes = self.parts(metric)
         return sum(parts) / sum(sizes)
 
 
@@ -102,16 +102,16 @@ def read_row_scores(file: Path) -> RowScores:
         ) from None
 
 
-def difference(one: RowScores, other: RowScores, measure: Measure = "loss") -> tuple[float, Interval | None]:
+def difference(one: RowScores, other: RowScores, metric: MetricName = "loss") -> tuple[float, Interval | None]:
     """One model's loss or accuracy minus another's, with the interval over the same drawn rows.
 
     Raises:
         ValueError: they were not scored on the same rows.
     """
     require_same_rows((one, other))
-    (parts, sizes), (other_parts, other_sizes) = one.parts(measure), other.parts(measure)
+    (parts, sizes), (other_parts, other_sizes) = one.parts(metric), other.parts(metric)
     ends = paired_interval(parts, other_parts, sizes, other_sizes)
-    return one.mean(measure) - other.mean(measure), ends
+    return one.mean(metric) - other.mean(metric), ends
 
 
 def require_same_rows(scores: Sequence[RowScores]) -> None:

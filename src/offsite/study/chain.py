@@ -1,6 +1,6 @@
-"""A chain of steps that is safe to interrupt: a step is not repeated while it, and all before it, are unchanged.
+"""A chain of steps that is safe to interrupt: a step is not repeated while it and all earlier steps are unchanged.
 
-What was done stands in one JSON file. The commands of the two parties run as processes of their own.
+A JSON file records which steps are done. The commands of the two parties run in their own processes.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ OWNER, TUNER = "model-owner", "data-owner"  # names of the parties, and of their
 
 @dataclass
 class Chain:
-    """The steps of one work folder, and what those that were passed gave: results, and seconds spent."""
+    """The steps of one work folder, with the results and run times of those that are done."""
 
     workdir: Path
     progress: Progress
     total: int
-    basis: str = ""  # what every step depends on
+    basis: str = ""  # digest of what every step depends on
     results: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    _key: str = ""  # digest of this step and of all before it
+    _key: str = ""  # digest of this step and of all earlier ones
     _done: int = 0
 
     def __post_init__(self) -> None:
@@ -41,10 +41,10 @@ class Chain:
         """A path in the work folder."""
         return self.workdir.joinpath(*parts)
 
-    def write_config(self, **both: str) -> Path:
-        """Settings that tuning and scoring share, in the data owner's TOML file."""
+    def write_config(self, **settings: str) -> Path:
+        """Write settings that tuning and scoring share to the data owner's TOML file, and return its path."""
         path = self.folder(TUNER, "settings.toml")
-        content = settings_toml({"tune": both, "eval": both})
+        content = settings_toml({"tune": settings, "eval": settings})
         if not path.exists() or path.read_bytes() != content:
             replace_file(path, content)
         return path
@@ -52,7 +52,7 @@ class Chain:
     def command(
         self,
         name: str,
-        says: str,
+        description: str,
         verb: Sequence[str | Path],
         out: Path | None = None,
         stamp: Mapping[str, Any] | None = None,
@@ -61,16 +61,16 @@ class Chain:
         leftovers: Sequence[Path] = (),
         by: str | None = None,
     ) -> Any:
-        """One of our own commands, in a process of its own with the home of a party.
+        """Run an `offsite` command of a party as the next step, and return its JSON result.
 
         Args:
             name: of the step.
-            says: what the step is, for a person.
+            description: of the step, for the user.
             verb: the command's words, after --home.
-            out: the folder or file that it makes.
-            stamp: what else it depends on, beside its words and the steps before.
-            again: a flag for when the step was begun before.
-            leftovers: what an interrupted try leaves for the next one, removed if that is to be another one.
+            out: the folder or file that it writes.
+            stamp: what it depends on, in addition to its words and the earlier steps.
+            again: a flag to add if the step was started before.
+            leftovers: files of an interrupted try; they are removed if the step has changed since.
             by: the party; None takes the one whose folder `out` is in, "" none.
         """
         party = (OWNER if out is None or out.is_relative_to(self.folder(OWNER)) else TUNER) if by is None else by
@@ -81,37 +81,37 @@ class Chain:
             return self.run([*home, *verb, *more])
 
         key = {"verb": [str(word) for word in verb], **(stamp or {})}
-        return self._step(name, says, act, [out] if out else [], key, leftovers)
+        return self._step(name, description, act, [out] if out else [], key, leftovers)
 
     def step(
-        self, name: str, says: str, act: Callable[[], Any], outputs: Sequence[Path], stamp: Mapping[str, Any]
+        self, name: str, description: str, act: Callable[[], Any], outputs: Sequence[Path], stamp: Mapping[str, Any]
     ) -> Any:
-        """A step that is the experimenter's own."""
-        return self._step(name, says, lambda _started: act(), outputs, stamp)
+        """Run a function as the next step, and return its result."""
+        return self._step(name, description, lambda _started: act(), outputs, stamp)
 
     def copy(self, name: str, source: Path, target: Path) -> None:
-        """A step that takes something across."""
+        """Copy a file or folder from one party to the other as the next step."""
 
         def act() -> dict[str, Any]:
-            over_the_wire(source, target)
+            copy_artifact(source, target)
             return {}
 
         self.step(name, f"{name}: a plain copy", act, [target], {"source": str(source)})
 
     def note(self, name: str, stamp: Mapping[str, Any], result: Any, seconds: float) -> None:
-        """A step that was done elsewhere."""
+        """Record a step that was done outside this chain."""
         self._done += 1
         self._key = _digest(self._key, name, stamp)
         self.results[name], self.seconds[name] = result, seconds
 
-    def announce(self, name: str, says: str) -> None:
-        """Say what comes next."""
-        self.progress(Event(name, self._done + 1, self.total, {"says": says}))
+    def announce(self, name: str, description: str) -> None:
+        """Report the step that starts now."""
+        self.progress(Event(name, self._done + 1, self.total, {"says": description}))
 
     def _step(
         self,
         name: str,
-        says: str,
+        description: str,
         act: Callable[[bool], Any],
         outputs: Sequence[Path],
         stamp: Mapping[str, Any],
@@ -124,7 +124,7 @@ class Chain:
             self._done += 1
             self.results[name], self.seconds[name] = record["result"], record["seconds"]
             return record["result"]
-        self.announce(name, says)
+        self.announce(name, description)
         for path in (*outputs, *(() if same else leftovers)):
             remove(path)
         self._write(name, {"key": self._key, "done": False})
@@ -147,16 +147,16 @@ class Chain:
         replace_file(self.workdir / STATE, json.dumps(self._state() | {name: record}, indent=1).encode())
 
     def run(self, words: Sequence[str | Path]) -> Any:
-        """Run one command of ours; its progress goes to our standard error, its result comes back as JSON.
+        """Run one `offsite` command and return its JSON result; its progress goes to our standard error.
 
         Raises:
-            OffsiteError: it failed, with its exit code; it has said why.
+            OffsiteError: the command failed; it has the command's exit code, and the message was printed already.
         """
         return run_command(words, "the demo").result
 
 
-def over_the_wire(source: Path, target: Path) -> None:
-    """The wire: whatever comes across is a copy of files."""
+def copy_artifact(source: Path, target: Path) -> None:
+    """Copy a file or a folder from one party to the other."""
     if source.is_dir():
         with staged_folder(target) as folder:
             shutil.copytree(source, folder, dirs_exist_ok=True)
@@ -164,15 +164,15 @@ def over_the_wire(source: Path, target: Path) -> None:
         replace_file(target, source.read_bytes())
 
 
-def opened(workdir: Path) -> Path:
-    """A folder that is new, or an earlier demo's.
+def require_demo_folder(workdir: Path) -> Path:
+    """Return the work folder if it is empty, new, or has an earlier run of the demo.
 
     Raises:
-        UsageError: it holds other things.
+        UsageError: it contains other files.
     """
     if workdir.is_dir() and any(workdir.iterdir()) and not (workdir / STATE).exists():
         raise UsageError(
-            f"{workdir} holds other things than a demo",
+            f"{workdir} contains files that are not of a demo",
             reasons=[f"it has no {STATE}"],
             next_step="name a new folder with --workdir; nothing was changed",
         )
@@ -184,7 +184,7 @@ def _digest(before: str, name: str, stamp: Mapping[str, Any]) -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, where there is one."""
+    """Remove a file or a folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

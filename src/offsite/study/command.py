@@ -1,4 +1,4 @@
-"""Our own commands as processes of their own, so that seconds and peak memory are those of one command alone."""
+"""Runs one `offsite` command in its own process, so that its time and peak memory are measured alone."""
 
 import json
 import os
@@ -15,15 +15,15 @@ from offsite.errors import OffsiteError
 from offsite.training.run_log import Terminated
 
 Words = list[str | Path]
-STOP_SECONDS = 30.0  # how long an interrupted command may take to clean up
+STOP_SECONDS = 30.0  # time that an interrupted command has for cleaning up
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command printed as JSON, the wall time it took, and the largest resident memory that it had.
+    """The JSON that a command printed, its wall time, and its peak resident memory.
 
-    The peak is the operating system's (ru_maxrss); it counts from this process's own size upwards, since a child starts
-    as a copy of its parent. None where the system does not say.
+    The peak comes from the operating system (ru_maxrss). It is never below the size of this process, since a child
+    process starts as a copy of its parent. It is None where the system does not report it.
     """
 
     result: Any
@@ -32,15 +32,16 @@ class Outcome:
 
 
 def run_command(words: Sequence[str | Path], doing: str, log: Path | None = None) -> Outcome:
-    """Run one command of ours, with --json.
+    """Run one `offsite` command with --json.
 
     Args:
-        words: after `offsite`.
-        doing: what stops when it fails, for the error ("the demo").
-        log: a file that takes its progress and messages; None lets them through to our standard error.
+        words: the command's words after `offsite`.
+        doing: what stops when the command fails, for the error message, e.g. "the demo".
+        log: file for the command's progress and messages; None sends them to our standard error.
 
     Raises:
-        OffsiteError: it failed, with its exit code: in its own words where there is a log, else after having said them.
+        OffsiteError: the command failed; it has the command's exit code. With a log it also has the command's message,
+            else that message was printed already.
     """
     command = [sys.executable, "-m", "offsite", *(str(word) for word in words), "--json"]
     started = time.monotonic()
@@ -52,7 +53,10 @@ def run_command(words: Sequence[str | Path], doing: str, log: Path | None = None
                 stdout = process.stdout.read() if process.stdout else b""
                 peak = _wait(process)
             except KeyboardInterrupt as stopped:
-                stop(process, told=sys.stdin is not None and sys.stdin.isatty() and not isinstance(stopped, Terminated))
+                stop(
+                    process,
+                    signalled=sys.stdin is not None and sys.stdin.isatty() and not isinstance(stopped, Terminated),
+                )
                 raise
     if process.returncode == 130:
         raise KeyboardInterrupt
@@ -62,11 +66,11 @@ def run_command(words: Sequence[str | Path], doing: str, log: Path | None = None
 
 
 def settings_toml(tables: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """A settings file for --config: a table for each stage; what is None is left out, as TOML has no word for it."""
+    """Write a settings file for --config, one table for each stage. None is left out, as TOML has no such value."""
     lines: list[str] = []
     for table, settings in tables.items():
-        given = {name: value for name, value in settings.items() if value is not None}
-        lines += [f"[{table}]", *(f"{name} = {_toml(value)}" for name, value in given.items()), ""]
+        present = {name: value for name, value in settings.items() if value is not None}
+        lines += [f"[{table}]", *(f"{name} = {_toml(value)}" for name, value in present.items()), ""]
     return "\n".join(lines).encode()
 
 
@@ -79,7 +83,7 @@ def _toml(value: object) -> str:
 
 
 def _wait(process: "subprocess.Popen[bytes]") -> int | None:
-    """The exit code goes where Popen keeps it; returns the peak in bytes."""
+    """Wait for the process, set its `returncode`, and return its peak memory in bytes."""
     if not hasattr(os, "wait4"):
         process.wait()
         return None
@@ -88,9 +92,9 @@ def _wait(process: "subprocess.Popen[bytes]") -> int | None:
     return int(usage.ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
-def stop(process: "subprocess.Popen[bytes]", *, told: bool) -> None:
-    """Let an interrupted command clean up; a terminal has sent it the signal as well, else it is told now."""
-    if not told:
+def stop(process: "subprocess.Popen[bytes]", *, signalled: bool) -> None:
+    """Let an interrupted command clean up. A terminal has sent it the signal already; otherwise it is sent now."""
+    if not signalled:
         process.terminate()
     try:
         process.wait(STOP_SECONDS)
@@ -99,14 +103,14 @@ def stop(process: "subprocess.Popen[bytes]", *, told: bool) -> None:
 
 
 def failed(words: Sequence[str | Path], code: int, doing: str, stdout: bytes) -> OffsiteError:
-    """The error of a command that ended with this code: in its own words, if it printed them as JSON."""
-    said = _error_in(stdout)
+    """Build the error for a command that ended with this code: from the JSON it printed, if any."""
+    printed = _error_in(stdout)
     error = (
-        OffsiteError(str(said["what"]), reasons=said.get("reasons") or (), next_step=said.get("next_step"))
-        if said
+        OffsiteError(str(printed["what"]), reasons=printed.get("reasons") or (), next_step=printed.get("next_step"))
+        if printed
         else OffsiteError(
             f"{doing} stopped: `offsite {' '.join(str(word) for word in words)}` ended with exit code {code}",
-            next_step="its own message stands above; run the same command again to continue from here",
+            next_step="read its message above; run the same command again to continue from here",
         )
     )
     error.exit_code = code if 0 < code < 128 else 1
@@ -115,8 +119,8 @@ def failed(words: Sequence[str | Path], code: int, doing: str, stdout: bytes) ->
 
 def _error_in(stdout: bytes) -> dict[str, Any]:
     try:
-        said = json.loads(stdout)
+        printed = json.loads(stdout)
     except ValueError:
         return {}
-    found = said.get("error") if isinstance(said, dict) else None
-    return found if isinstance(found, dict) else {}
+    error = printed.get("error") if isinstance(printed, dict) else None
+    return error if isinstance(error, dict) else {}

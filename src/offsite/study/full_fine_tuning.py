@@ -69,8 +69,8 @@ def full_fine_tuning(
         KeyboardInterrupt: the user stopped it; a resume point was saved.
     """
     require_free(out)
-    opened = open_base(base)
-    family = opened.family
+    base_model = open_base(base)
+    family = base_model.family
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     with PictureWorkers(worker_count(spec.images.workers, runtime.device)) as workers:
         is_encoder = family.vision is not None
@@ -97,7 +97,7 @@ def full_fine_tuning(
     keep_activations(tuning.blocks)  # so that parameters have the names of the library's model again
     progress(Event("writing the tuned model", 0))
     if isinstance(tuning.task, ImageTask):
-        _write_classifier(tuning.task, opened, "BF16" if runtime.dtype == torch.bfloat16 else "F32", out)
+        _write_classifier(tuning.task, base_model, "BF16" if runtime.dtype == torch.bfloat16 else "F32", out)
     else:
         _write_language_model(model, base, out)
     state.remove()

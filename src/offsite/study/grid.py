@@ -1,52 +1,52 @@
-"""The cells of a study: compressor x method x data set x seed, each with the stages whose scores are its rows."""
+"""The grid of a study: one point for each data set, compressor, method and seed, with the stages that it needs."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from offsite.config import PackSpec, TuneSpec
-from offsite.evaluation.row_scores import Measure
+from offsite.evaluation.row_scores import MetricName
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.split import split
 from offsite.protocol.artifacts import Base
 from offsite.study.recipe import Compressor, DataTable, Method, Recipe, RowName
-from offsite.study.stages import Lab, Rows, Stage, uncompressed
+from offsite.study.stages import Rows, Stage, Workspace, uncompressed_spec
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One point of the grid, and where its figures come from."""
+class GridPoint:
+    """One point of the grid: its settings, and the stages that its scores come from."""
 
     dataset: DataTable
     data: Rows
     compressor: Compressor
     method: Method
     seed: int
-    rows: Mapping[RowName, Stage]  # the scores that were asked for, in the house order
+    rows: Mapping[RowName, Stage]  # one scoring stage for each row of the result table, in the table's order
     pack: Stage
     tune: Stage
     protocol: tuple[Stage, ...]  # what both parties did between base and plug-in
 
     @property
-    def primary(self) -> Measure:
-        """What its models are compared by."""
+    def metric(self) -> MetricName:
+        """The metric by which its models are compared."""
         return "accuracy" if self.data.pictures else "loss"
 
 
-def cells_of(recipe: Recipe, lab: Lab, rows: Mapping[str, Rows]) -> list[Cell]:
-    """The whole grid, data set by data set; nothing runs.
+def expand_grid(recipe: Recipe, workspace: Workspace, rows: Mapping[str, Rows]) -> list[GridPoint]:
+    """List every point of the grid, data set by data set. Nothing runs.
 
     Args:
-        recipe: what is wanted.
-        lab: where it is done.
-        rows: the data sets by name, as they lie with the data owner.
+        recipe: says which data sets, compressors, methods and seeds there are.
+        workspace: the study's folder and base model.
+        rows: by name, the data sets in the data owner's folder.
     """
-    model = open_base(Base(lab.base))
+    model = open_base(Base(workspace.base))
 
     def middle(spec: PackSpec) -> int:
-        return len(split(model, uncompressed(spec, 1)).middle)
+        return len(split(model, uncompressed_spec(spec, 1)).middle)
 
     return [
-        _cell(recipe, lab, rows[dataset.name], dataset, compressor, method, seed, middle(compressor.spec))
+        _grid_point(recipe, workspace, rows[dataset.name], dataset, compressor, method, seed, middle(compressor.spec))
         for dataset in recipe.data
         for compressor in recipe.compressors
         for method in recipe.methods
@@ -54,48 +54,48 @@ def cells_of(recipe: Recipe, lab: Lab, rows: Mapping[str, Rows]) -> list[Cell]:
     ]
 
 
-def _cell(
+def _grid_point(
     recipe: Recipe,
-    lab: Lab,
+    workspace: Workspace,
     rows: Rows,
     dataset: DataTable,
     compressor: Compressor,
     method: Method,
     seed: int,
     middle: int,
-) -> Cell:
-    here = method.on(dataset)
-    spec, full = (one.changed({"seed": seed}) for one in (here.spec, here.full))
-    pack = lab.pack(compressor.spec)
-    protocol = _protocol(lab, pack, spec, rows)
+) -> GridPoint:
+    method_on_dataset = method.on(dataset)
+    spec, full = (one.changed({"seed": seed}) for one in (method_on_dataset.spec, method_on_dataset.full))
+    pack = workspace.pack_stage(compressor.spec)
+    protocol = _protocol(workspace, pack, spec, rows)
     bundle, tune, plugged = protocol[1], protocol[2], protocol[-1]
 
     def score(row: RowName) -> Stage:
         if row == "zero_shot":
-            return lab.score(rows, row)
+            return workspace.score_stage(rows, row)
         if row == "emulator_zero_shot":
-            return lab.score(rows, row, bundle)
+            return workspace.score_stage(rows, row, bundle)
         if row == "full":
-            return lab.score(rows, row, lab.full(full, rows))
+            return workspace.score_stage(rows, row, workspace.full_fine_tuning_stage(full, rows))
         if row == "emulator":
-            return lab.score(rows, row, bundle, tune)
+            return workspace.score_stage(rows, row, bundle, tune)
         if row == "plug_in":
-            return lab.score(rows, row, adapter=plugged)
-        bound = _protocol(lab, lab.pack(uncompressed(compressor.spec, middle)), spec, rows)
-        return lab.score(rows, row, adapter=bound[-1])
+            return workspace.score_stage(rows, row, adapter=plugged)
+        bound = _protocol(workspace, workspace.pack_stage(uncompressed_spec(compressor.spec, middle)), spec, rows)
+        return workspace.score_stage(rows, row, adapter=bound[-1])
 
     scores = {row: score(row) for row in recipe.rows}
-    return Cell(dataset, rows, compressor, method, seed, scores, pack, tune, protocol)
+    return GridPoint(dataset, rows, compressor, method, seed, scores, pack, tune, protocol)
 
 
-def _protocol(lab: Lab, pack: Stage, spec: TuneSpec, rows: Rows) -> tuple[Stage, ...]:
+def _protocol(workspace: Workspace, pack: Stage, spec: TuneSpec, rows: Rows) -> tuple[Stage, ...]:
     """Pack, verify, tune, verify, plug in."""
 
     def stages() -> Iterator[Stage]:
         yield pack
-        yield (bundle := lab.received(pack))
-        yield (tune := lab.tune(bundle, spec, rows))
-        yield (returned := lab.returned(tune))
-        yield lab.plugged_in(returned)
+        yield (bundle := workspace.verify_bundle_stage(pack))
+        yield (tune := workspace.tune_stage(bundle, spec, rows))
+        yield (returned := workspace.verify_return_stage(tune))
+        yield workspace.plug_in_stage(returned)
 
     return tuple(stages())

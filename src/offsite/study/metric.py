@@ -1,42 +1,42 @@
-"""What a study compares models by: the held-out loss, or of pictures the accuracy; and how either is written."""
+"""The metric by which a study compares models (held-out loss for text, accuracy for pictures), and how to print it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from offsite.evaluation.row_scores import Measure
+from offsite.evaluation.row_scores import MetricName
 
 
 @dataclass(frozen=True)
-class Primary:
-    """A measure as a reader sees it."""
+class Metric:
+    """How a metric is named, scaled and printed in a report."""
 
-    name: Measure
+    name: MetricName
     title: str
     unit: str  # of a score
     difference: str  # unit of a difference of two scores
-    scale: float  # from the measure's own number to the one that is shown
-    places: int  # behind the point
+    scale: float  # factor from the computed value to the printed one
+    places: int  # decimal places
     higher_is_better: bool
 
     @property
     def axis(self) -> str:
-        """A label for an axis."""
+        """The label of a plot's axis: the metric and its unit."""
         return f"{self.title[0].lower()}{self.title[1:]}, {self.unit}"
 
-    def shown(self, value: float) -> str:
-        """A score, or how far it may be off."""
+    def format(self, value: float) -> str:
+        """Format a score or its uncertainty."""
         return f"{self.scale * value:.{self.places}f}"
 
-    def signed(self, value: float) -> str:
-        """A difference of two scores."""
+    def format_difference(self, value: float) -> str:
+        """Format a difference of two scores, with its sign."""
         return f"{self.scale * value:+.{self.places}f}"
 
     def is_gain(self, one: float, other: float) -> bool:
-        """Whether a score is better than another."""
+        """Whether the score `one` is better than the score `other`."""
         return one > other if self.higher_is_better else one < other
 
 
-PRIMARIES: Mapping[Measure, Primary] = {
-    "loss": Primary("loss", "Held-out loss", "nats per labelled token", "nats", 1.0, 3, higher_is_better=False),
-    "accuracy": Primary("accuracy", "Held-out accuracy", "%", "points", 100.0, 1, higher_is_better=True),
+METRICS: Mapping[MetricName, Metric] = {
+    "loss": Metric("loss", "Held-out loss", "nats per labelled token", "nats", 1.0, 3, higher_is_better=False),
+    "accuracy": Metric("accuracy", "Held-out accuracy", "%", "points", 100.0, 1, higher_is_better=True),
 }

@@ -23,15 +23,15 @@ from offsite.protocol.home import Home
 from offsite.storage.files import replace_file
 from offsite.study.chain import OWNER, TUNER
 from offsite.study.command import run_command
-from offsite.study.demos.picture_data import stage_pictures
+from offsite.study.demos.picture_data import list_pictures_for_study
 from offsite.study.demos.pretrained import IMAGE_SIZE, cached_encoder, cached_smollm2
 from offsite.study.recipe import SMOLLM2, VIT_S14, DataTable, Recipe, require_files
-from offsite.study.stages import Lab, Rows
+from offsite.study.stages import Rows, Workspace
 
 _MARK = "stages"  # what every study's folder has
 
 
-def prepare(recipe: Recipe, out: Path, say: Callable[[str], None]) -> tuple[Lab, dict[str, Rows]]:
+def prepare(recipe: Recipe, out: Path, say: Callable[[str], None]) -> tuple[Workspace, dict[str, Rows]]:
     """Make the folder of a study ready, and refuse what could not work before anything runs.
 
     Args:
@@ -45,17 +45,17 @@ def prepare(recipe: Recipe, out: Path, say: Callable[[str], None]) -> tuple[Lab,
         IncompatibleError: the base is not what the recipe says, or cannot be cut as it says.
     """
     require_files(recipe)
-    _require_own(out)
+    _require_study_folder(out)
     base = _base(recipe, say)
-    require_fit(recipe, base)
-    stage = stage_rows if open_base(Base(base)).family.vision is None else stage_pictures
+    require_recipe_fits_base(recipe, base)
+    stage = write_rows if open_base(Base(base)).family.vision is None else list_pictures_for_study
     rows = {table.name: stage(table, out / TUNER / "data") for table in recipe.data}
     (out / _MARK).mkdir(parents=True, exist_ok=True)
     introduce(out)
-    return Lab(out.resolve(), base.resolve(), _base_digest(base, out, say), recipe.eval, recipe.plug_in), rows
+    return Workspace(out.resolve(), base.resolve(), _base_digest(base, out, say), recipe.eval, recipe.plug_in), rows
 
 
-def _require_own(out: Path) -> None:
+def _require_study_folder(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()) and not (out / _MARK).is_dir():
         raise UsageError(
             f"{out} holds other things than a study",
@@ -75,7 +75,7 @@ def _base(recipe: Recipe, say: Callable[[str], None]) -> Path:
     return Path(recipe.base)
 
 
-def require_fit(recipe: Recipe, base: Path) -> None:
+def require_recipe_fits_base(recipe: Recipe, base: Path) -> None:
     """Refuse a base that is not the recipe's, and settings that it cannot be packed with.
 
     Raises:
@@ -94,7 +94,7 @@ def require_fit(recipe: Recipe, base: Path) -> None:
         )
     for one in recipe.compressors:
         label = f"[[pack]] {one.name!r}" + (f" at {one.placement!r}" if one.placement else "")
-        reasons += [f"{label}: {problem}" for problem in _unfit(model, one.spec)]
+        reasons += [f"{label}: {problem}" for problem in _problems_with_base(model, one.spec)]
     if model.family.vision is not None:
         reasons += [
             f"[[data]] {table.name!r}.score: pictures have no {table.score!r}; leave it out or say 'accuracy'"
@@ -107,7 +107,7 @@ def require_fit(recipe: Recipe, base: Path) -> None:
         )
 
 
-def _unfit(model: BaseModel, spec: PackSpec) -> Sequence[str]:
+def _problems_with_base(model: BaseModel, spec: PackSpec) -> Sequence[str]:
     try:
         require_packable(model, spec)
         if model.family.vision is not None:
@@ -156,7 +156,7 @@ def _base_digest(base: Path, out: Path, say: Callable[[str], None]) -> str:
     return digest
 
 
-def stage_rows(table: DataTable, folder: Path) -> Rows:
+def write_rows(table: DataTable, folder: Path) -> Rows:
     """The rows that the study uses, in the data owner's folder.
 
     Raises:

@@ -105,8 +105,8 @@ class Recipe:
     missing: tuple[str, ...]  # files that it names and that are not there
 
     @property
-    def cells(self) -> int:
-        """Cells of the grid."""
+    def grid_size(self) -> int:
+        """How many points the grid has."""
         return len(self.data) * len(self.compressors) * len(self.methods) * len(self.seeds)
 
 
@@ -139,7 +139,7 @@ def load_recipe(file: Path, *, data_root: Path | None = None, base: Path | None 
     except ValidationError as error:
         raise _wrong(file, _problems(RecipeTables, error)) from None
     problems: list[str] = []
-    places = _Places(file.resolve().parent, data_root)
+    places = _SearchPaths(file.resolve().parent, data_root)
     recipe = Recipe(
         file=file,
         title=tables.title,
@@ -160,7 +160,7 @@ def load_recipe(file: Path, *, data_root: Path | None = None, base: Path | None 
     problems += _repeated("[[data]]", [one.name for one in recipe.data])
     problems += _repeated("seeds", [str(seed) for seed in recipe.seeds])
     problems += _unknown_shared(tables.shared)
-    problems += _of_data(recipe)
+    problems += _problems_of_data_settings(recipe)
     problems += _not_permitted(recipe)
     if problems:
         raise _wrong(file, problems)
@@ -195,7 +195,7 @@ def _missing(recipe: Recipe) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class _Places:
+class _SearchPaths:
     """Where a recipe's relative paths may lie."""
 
     recipe: Path
@@ -211,11 +211,11 @@ class _Places:
         return {name: self.find(value) for name, value in spec.values().items() if isinstance(value, Path)}
 
 
-def _base(tables: RecipeTables, places: _Places) -> str | Path:
+def _base(tables: RecipeTables, places: _SearchPaths) -> str | Path:
     return tables.base if tables.base in (SMOLLM2, VIT_S14) else places.find(Path(tables.base))
 
 
-def _compressors(tables: RecipeTables, places: _Places, problems: list[str]) -> Iterator[Compressor]:
+def _compressors(tables: RecipeTables, places: _SearchPaths, problems: list[str]) -> Iterator[Compressor]:
     placed = [_named("[[placement]]", table, i, problems) for i, table in enumerate(tables.placement)] or [("", {})]
     packs = [_named("[[pack]]", table, i, problems) for i, table in enumerate(tables.pack)]
     problems += _repeated("[[placement]]", [name for name, _ in placed])
@@ -231,7 +231,7 @@ def _compressors(tables: RecipeTables, places: _Places, problems: list[str]) -> 
             yield Compressor(name, placement, spec.changed(places.paths(spec)))
 
 
-def _methods(tables: RecipeTables, places: _Places, problems: list[str]) -> Iterator[Method]:
+def _methods(tables: RecipeTables, places: _SearchPaths, problems: list[str]) -> Iterator[Method]:
     named = [_named("[[tune]]", table, i, problems) for i, table in enumerate(tables.tune)]
     problems += _repeated("[[tune]]", [name for name, _ in named])
     for name, own in named:
@@ -242,22 +242,22 @@ def _methods(tables: RecipeTables, places: _Places, problems: list[str]) -> Iter
                 )
         shared = _part(TuneSpec, tables.shared)
         spec = _spec(TuneSpec, f"[[tune]] {name!r}", {**shared, **own}, problems)
-        common = {key: value for key, value in own.items() if key not in _OF_A_METHOD}
+        common = {key: value for key, value in own.items() if key not in _METHOD_SETTINGS}
         full = _spec(TuneSpec, "[full]", {**shared, **common, **tables.full, "method": "full"}, problems)
         yield Method(name, spec.changed(places.paths(spec)), full.changed(places.paths(full)))
 
 
 # Settings of TuneSpec that say what trains or what comes back: full fine-tuning has no use for them.
-_OF_A_METHOD = TuneSpec.keys_of("adapter") | {"checkpoints", "report_scores"}
+_METHOD_SETTINGS = TuneSpec.keys_of("adapter") | {"checkpoints", "report_scores"}
 
 
-def _of_data(recipe: Recipe) -> Iterator[str]:
+def _problems_of_data_settings(recipe: Recipe) -> Iterator[str]:
     """What is wrong with the settings that data sets have of their own."""
     for table in recipe.data:
         where = f"[[data]] {table.name!r}.tune"
         yield from (
             f"{where}.{key}: is the same for all data sets; say it in [[tune]], a seed in `seeds`"
-            for key in sorted(table.tune.keys() & (_OF_A_METHOD | {"seed"}))
+            for key in sorted(table.tune.keys() & (_METHOD_SETTINGS | {"seed"}))
         )
         problems: list[str] = []
         for method in recipe.methods:

@@ -1,7 +1,7 @@
-"""Running a study: the stages that its cells need, each once, in an order that gives partial results early.
+"""Runs the stages that the points of a study's grid need, each once, in an order that gives partial results early.
 
-What was done stands in `stages/KEY.json`. A stage is asked for by what needs it, so a large model that was removed
-after scoring is made again only if another score wants it.
+The record of a stage is `stages/KEY.json`. A stage runs only when another one needs its output, so a large model that
+was removed after scoring is computed again only if another score needs it.
 """
 
 import contextlib
@@ -13,95 +13,95 @@ from pathlib import Path
 from typing import Any, Literal
 
 from offsite.errors import OffsiteError
-from offsite.evaluation.row_scores import Measure
+from offsite.evaluation.row_scores import MetricName
 from offsite.storage.files import replace_file
-from offsite.study.chain import over_the_wire, remove
+from offsite.study.chain import copy_artifact, remove
 from offsite.study.command import Outcome, Words, run_command, settings_toml
-from offsite.study.grid import Cell
-from offsite.study.metric import PRIMARIES
-from offsite.study.stages import Lab, Stage, before, command_words
+from offsite.study.grid import GridPoint
+from offsite.study.metric import METRICS
+from offsite.study.stages import Stage, Workspace, command_words, with_prerequisites
 
-RunStage = Callable[[Words, Path], Outcome]  # words after `offsite`, and a file for what the command says
+RunStage = Callable[[Words, Path], Outcome]  # takes the words after `offsite`, and a file for the command's messages
 
 
 @dataclass(frozen=True)
-class News:
-    """What a study just began or got: a stage, or a row of a cell."""
+class StudyEvent:
+    """Something that happened in a study: a stage began, a row of the grid was scored, or it failed."""
 
-    what: Literal["stage", "score", "failure"]
-    done: int  # stages
+    kind: Literal["stage", "score", "failure"]
+    done: int  # number of stages that are done
     total: int
-    says: str
-    cell: int = -1  # index, of a row
+    description: str
+    point: int = -1  # index of the grid point, for a score or a failure
     row: str = ""
     score: float | None = None
-    measure: Measure = "loss"  # of the score
-    log: Path | None = None  # what the running stage says
+    metric: MetricName = "loss"  # of the score
+    log: Path | None = None  # file with the messages of the running stage
 
     @property
-    def shown(self) -> str:
-        """The score with its measure, for a person."""
-        primary = PRIMARIES[self.measure]
-        return "" if self.score is None else f"{primary.name} {primary.shown(self.score)}"
+    def score_text(self) -> str:
+        """The name of the metric and the score, e.g. "loss 2.345"; empty where there is no score."""
+        metric = METRICS[self.metric]
+        return "" if self.score is None else f"{metric.name} {metric.format(self.score)}"
 
 
-Tell = Callable[[News], None]
+OnStudyEvent = Callable[[StudyEvent], None]
 
 
-def run_in_process_of_its_own(words: Words, log: Path) -> Outcome:
-    """The way stages run: one process each, so that the operating system measures each alone."""
+def run_in_own_process(words: Words, log: Path) -> Outcome:
+    """Run a stage in a process of its own, so that its time and peak memory are measured alone."""
     return run_command(words, "the study", log)
 
 
 @dataclass
 class Runner:
-    """Runs stages, and remembers them on disk."""
+    """Runs stages, and records on disk which are done."""
 
-    lab: Lab
-    tell: Tell
+    workspace: Workspace
+    on_event: OnStudyEvent
     total: int
-    run: RunStage = run_in_process_of_its_own
+    run: RunStage = run_in_own_process
     failures: dict[str, OffsiteError] = field(default_factory=dict)  # by stage key, of this run
     _passed: set[str] = field(default_factory=set)
 
     @property
     def done(self) -> int:
-        """Stages that are done, or need not be."""
+        """How many stages are done or were not needed."""
         return len(self._passed)
 
-    def made(self, stage: Stage) -> Mapping[str, Any]:
-        """Have what a stage makes on the disk, running it and what it needs if it is not there yet.
+    def ensure_done(self, stage: Stage) -> Mapping[str, Any]:
+        """Run a stage, and the stages that it needs, unless their outputs are on disk already.
 
         Returns:
             The stage's record.
 
         Raises:
-            OffsiteError: it failed, now or earlier in this run, or a stage before it did.
+            OffsiteError: the stage or one that it needs failed, now or earlier in this run.
         """
-        record = read_record(self.lab.folder, stage)
+        record = read_record(self.workspace.folder, stage)
         if record.get("done") and stage.out.exists():
-            self._passed |= {one.key for one in before(stage)}
+            self._passed |= {one.key for one in with_prerequisites(stage)}
             return record
         if stage.key in self.failures:
             raise self.failures[stage.key]
         for need in stage.needs:
-            self.made(need)
+            self.ensure_done(need)
         found = self._run(stage)
         self._passed.add(stage.key)
         return found
 
     def _run(self, stage: Stage) -> Mapping[str, Any]:
-        folder = self.lab.folder
+        folder = self.workspace.folder
         config, log = folder / stage.party / "settings" / f"{stage.key}.toml", folder / "logs" / f"{stage.key}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.tell(News("stage", self.done + 1, self.total, stage.says, log=log))
+        self.on_event(StudyEvent("stage", self.done + 1, self.total, stage.description, log=log))
         if stage.settings:
             replace_file(config, settings_toml(stage.settings))
-        remove(stage.out)  # of a run that was ended between making it and saying so
+        remove(stage.out)  # left by a run that was interrupted after writing it and before recording it
         try:
             if stage.copies is not None:
-                over_the_wire(stage.copies, stage.out)
-            outcome = self.run(command_words(stage, self.lab, config), log)
+                copy_artifact(stage.copies, stage.out)
+            outcome = self.run(command_words(stage, self.workspace, config), log)
             _require_finite(stage, outcome)
         except OffsiteError as error:
             self.failures[stage.key] = error
@@ -112,52 +112,56 @@ class Runner:
         _write(folder, stage, record)
         return record
 
-    def forget_models(self, stages: Sequence[Stage]) -> None:
-        """Remove the whole models that stages made; their records stay."""
+    def remove_models(self, stages: Sequence[Stage]) -> None:
+        """Remove the complete models that these stages wrote; the stages' records stay."""
         for stage in stages:
             if stage.large and (stage.out / "config.json").exists():
-                going = stage.out.with_name(f"{stage.out.name}.removed")  # half a model must not pass for a whole one
-                remove(going)
-                stage.out.rename(going)
-                shutil.rmtree(going)
+                removed = stage.out.with_name(
+                    f"{stage.out.name}.removed"
+                )  # a half-removed model must not look complete
+                remove(removed)
+                stage.out.rename(removed)
+                shutil.rmtree(removed)
 
 
-def run_cells(cells: Sequence[Cell], runner: Runner, *, keep_models: bool = True) -> int:
-    """Run every cell; one that fails is told and recorded, and the others go on.
+def run_grid(points: Sequence[GridPoint], runner: Runner, *, keep_models: bool = True) -> int:
+    """Run every point of the grid. A failure is reported and recorded, and the other points still run.
 
     Returns:
-        How many cells have a row that failed.
+        The number of points of which at least one row failed.
     """
     failed = 0
-    for index, cell in enumerate(cells):
+    for index, point in enumerate(points):
         broken = False
-        for row, stage in cell.rows.items():
+        for row, stage in point.rows.items():
             try:
-                score = float(runner.made(stage)["result"][cell.primary])
+                score = float(runner.ensure_done(stage)["result"][point.metric])
             except OffsiteError as error:
                 broken = True
-                runner.tell(News("failure", runner.done, runner.total, error.what, index, row))
+                runner.on_event(StudyEvent("failure", runner.done, runner.total, error.what, index, row))
                 continue
-            runner.tell(News("score", runner.done, runner.total, stage.says, index, row, score, cell.primary))
+            runner.on_event(
+                StudyEvent("score", runner.done, runner.total, stage.description, index, row, score, point.metric)
+            )
         failed += broken
         if not keep_models and not broken:
-            with contextlib.suppress(OSError):  # they only take room
-                runner.forget_models([one for stage in cell.rows.values() for one in before(stage)])
+            with contextlib.suppress(OSError):  # a model that cannot be removed only takes disk space
+                runner.remove_models([one for stage in point.rows.values() for one in with_prerequisites(stage)])
     return failed
 
 
-def stages_of(cells: Sequence[Cell]) -> dict[str, Stage]:
-    """Every stage of the cells once, by key, in the order in which they run."""
-    return {one.key: one for cell in cells for stage in cell.rows.values() for one in before(stage)}
+def list_stages(points: Sequence[GridPoint]) -> dict[str, Stage]:
+    """List every stage that the points need, each once, by key, in the order in which they run."""
+    return {one.key: one for point in points for stage in point.rows.values() for one in with_prerequisites(stage)}
 
 
 def record_file(folder: Path, stage: Stage) -> Path:
-    """Where a stage's record lies."""
+    """The path of a stage's record."""
     return folder / "stages" / f"{stage.key}.json"
 
 
 def read_record(folder: Path, stage: Stage) -> dict[str, Any]:
-    """What is known of a stage: {} before it first ran, `done` with its result, or its `error`."""
+    """Read a stage's record: {} before it first ran, else `done` and `result`, or its `error`."""
     try:
         record = json.loads(record_file(folder, stage).read_bytes())
     except (OSError, ValueError):
@@ -166,11 +170,11 @@ def read_record(folder: Path, stage: Stage) -> dict[str, Any]:
 
 
 def _require_finite(stage: Stage, outcome: Outcome) -> None:
-    """A model that diverged has no loss to compare; JSON has null in its place."""
+    """Refuse the score of a model that diverged: its loss is not a finite number, and null in JSON."""
     if stage.name == "eval" and outcome.result.get("loss") is None:
         raise OffsiteError(
-            f"{stage.says}: its loss on the test rows is not a finite number",
-            next_step="the model diverged: try a lower learning rate, or a compressor that keeps more",
+            f"{stage.description}: its loss on the test rows is not a finite number",
+            next_step="the model diverged: try a lower learning rate, or a compressor that keeps more blocks",
         )
 
 

@@ -1,4 +1,4 @@
-"""One run of a study at a time: two in one folder would each remove what the other is making."""
+"""A lock that lets one study at a time run in a folder: two would remove each other's files."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 from offsite.storage.lock import alone_in
 
 
-def only_run(folder: Path) -> AbstractContextManager[None]:
-    """Hold a study's folder.
+def lock_study(folder: Path) -> AbstractContextManager[None]:
+    """Lock a study's folder while the context lasts.
 
     Raises:
         UsageError: another run holds it.

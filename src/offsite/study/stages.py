@@ -1,7 +1,7 @@
 """The stages of a study, content-addressed: a stage's key is the digest of everything that determines its result.
 
-That is its settings, the bytes of base and rows, the keys of the stages before it, this version and its formats. So
-cells that agree in a stage share it, and what is there under its key is never computed again.
+The digest covers its settings, the bytes of base and rows, the keys of the stages it needs, this version and its
+formats. So points of the grid that need the same stage share it, and a result on disk is never computed again.
 """
 
 import hashlib
@@ -18,27 +18,27 @@ from offsite.protocol.manifest import FORMAT
 from offsite.study.chain import OWNER, TUNER
 from offsite.study.command import Words
 
-EXPERIMENTER = "experimenter"  # what no party does: it sees all
+EXPERIMENTER = "experimenter"  # does what neither party could: it has the files of both
 PARTIES = (OWNER, TUNER, EXPERIMENTER)
-_STAGES = 1  # what a stage does; raise it when that changes between versions
+_STAGES = 1  # part of every key; raise it when the meaning of a stage changes between versions
 # Settings that say where blocks train and what may come back; all others of PackSpec say how the rest is compressed.
 _PLACEMENT = PackSpec.keys_of("split", "permits", "runtime") | {"dtype"}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of a party, with what it takes and what it makes."""
+    """One command of a party: its words and settings, the stages it needs, and its output."""
 
     name: str
-    says: str
+    description: str
     party: str
     key: str
     out: Path
     words: Words  # after --home
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # tables of its --config file
     needs: tuple["Stage", ...] = ()
-    copies: Path | None = None  # what comes over the wire to `out` first
-    large: bool = False  # a whole model, which can be made again from what is kept
+    copies: Path | None = None  # the other party's artifact, copied to `out` before the command runs
+    large: bool = False  # whether the output is a complete model, which can be computed again if it is removed
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,11 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Lab:
-    """The folder of a study: `model-owner/`, `data-owner/` and `experimenter/`, each party's with its own home."""
+class Workspace:
+    """The folder of a study and its base model; each method describes one stage, and nothing runs.
+
+    The folder has `model-owner/` and `data-owner/`, each with its own home, and `experimenter/`.
+    """
 
     folder: Path
     base: Path
@@ -61,55 +64,62 @@ class Lab:
     eval: EvalSpec
     plug_in: PlugInSpec
 
-    def pack(self, spec: PackSpec) -> Stage:
-        """The model's owner packs a bundle."""
+    def pack_stage(self, spec: PackSpec) -> Stage:
+        """The stage in which the model's owner packs a bundle."""
         words: Words = ["pack", self.base, "--for", TUNER, *(["--resume"] if spec.resumable else [])]
-        inputs = {"base": self.base_digest, "spec": addressed(spec)}
+        inputs = {"base": self.base_digest, "spec": settings_by_content(spec)}
         return self._stage("pack", OWNER, "bundles", words, inputs, settings={"pack": spec})
 
-    def received(self, pack: Stage) -> Stage:
-        """The bundle crosses the wire, and the data owner verifies it."""
+    def verify_bundle_stage(self, pack: Stage) -> Stage:
+        """The stage in which the bundle is copied to the data owner, who verifies it."""
         return self._stage("verify bundle", TUNER, "bundles", ["verify"], {}, (pack,), copies=pack.out)
 
-    def tune(self, bundle: Stage, spec: TuneSpec, rows: Rows) -> Stage:
-        """The data owner tunes the adapter."""
+    def tune_stage(self, bundle: Stage, spec: TuneSpec, rows: Rows) -> Stage:
+        """The stage in which the data owner tunes the adapter."""
         words: Words = ["tune", bundle.out, *self._tuning(spec, rows)]
-        inputs = {"spec": addressed(spec), "rows": rows.digest}
+        inputs = {"spec": settings_by_content(spec), "rows": rows.digest}
         return self._stage("tune", TUNER, "returns", words, inputs, (bundle,), settings={"tune": spec})
 
-    def returned(self, tune: Stage) -> Stage:
-        """The return crosses the wire, and the model's owner verifies it."""
+    def verify_return_stage(self, tune: Stage) -> Stage:
+        """The stage in which the return is copied to the model's owner, who verifies it."""
         return self._stage("verify return", OWNER, "returns", ["verify"], {}, (tune,), copies=tune.out)
 
-    def plugged_in(self, returned: Stage) -> Stage:
-        """The model's owner plugs the return in; a study may do so again with other settings."""
+    def plug_in_stage(self, returned: Stage) -> Stage:
+        """The stage in which the model's owner plugs the return in; a study may repeat it with other settings."""
         words: Words = ["plug-in", self.base, returned.out, "--again"]
-        inputs = {"spec": addressed(self.plug_in)}
+        inputs = {"spec": settings_by_content(self.plug_in)}
         settings = {"plug-in": self.plug_in}
         return self._stage("plug-in", OWNER, "plug-ins", words, inputs, (returned,), settings=settings, large=True)
 
-    def full(self, spec: TuneSpec, rows: Rows) -> Stage:
-        """The experimenter tunes the whole base, which neither party could."""
+    def full_fine_tuning_stage(self, spec: TuneSpec, rows: Rows) -> Stage:
+        """The stage in which the experimenter tunes all weights of the base, which neither party could."""
         words: Words = ["full-fine-tuning", self.base, *self._tuning(spec, rows)]
-        inputs = {"base": self.base_digest, "spec": addressed(spec), "rows": rows.digest}
+        inputs = {"base": self.base_digest, "spec": settings_by_content(spec), "rows": rows.digest}
         settings = {"tune": spec}
         return self._stage("full fine-tuning", EXPERIMENTER, "full", words, inputs, settings=settings, large=True)
 
-    def score(self, rows: Rows, row: str, model: Stage | None = None, adapter: Stage | None = None) -> Stage:
-        """The experimenter scores the test rows: the base, or what a stage made, with what was tuned on it.
+    def score_stage(self, rows: Rows, row: str, model: Stage | None = None, adapter: Stage | None = None) -> Stage:
+        """The stage in which the experimenter scores a model on the test rows.
 
-        A plug-in is a folder beside the base or in its place, which only shows once it is there; so words name both,
-        and `_scored_words` decides. An encoder on which nothing was tuned is scored by a probe of the training rows.
+        A plug-in is either an adapter on the base or a complete model. Which one is known only after it was written, so
+        the words name both, and `_eval_words` decides. An encoder without a tuned head is scored by a linear probe that
+        is fitted on the training rows.
+
+        Args:
+            rows: the data set.
+            row: of the result table.
+            model: the stage that wrote the model; None takes the base.
+            adapter: the stage that wrote the adapter, if any.
         """
         needs = tuple(stage for stage in (model, adapter) if stage is not None)
         words: Words = ["eval", model.out if model else self.base, "--data", rows.test]
         words += ["--adapter", adapter.out] if adapter else []
         words += ["--probe", rows.train] if rows.pictures and row in ("zero_shot", "emulator_zero_shot") else []
-        inputs: dict[str, Any] = {"spec": addressed(self.eval), "rows": rows.digest}
+        inputs: dict[str, Any] = {"spec": settings_by_content(self.eval), "rows": rows.digest}
         inputs |= {} if model else {"base": self.base_digest}
-        says = f"score {row.replace('_', ' ')}"
+        description = f"score {row.replace('_', ' ')}"
         return self._stage(
-            "eval", EXPERIMENTER, "scores", words, inputs, needs, settings={"eval": self.eval}, says=says
+            "eval", EXPERIMENTER, "scores", words, inputs, needs, settings={"eval": self.eval}, description=description
         )
 
     def _tuning(self, spec: TuneSpec, rows: Rows) -> Words:
@@ -128,21 +138,21 @@ class Lab:
         settings: Mapping[str, Spec] | None = None,
         copies: Path | None = None,
         large: bool = False,
-        says: str = "",
+        description: str = "",
     ) -> Stage:
         basis = [_STAGES, FORMAT, __version__, name, [stage.key for stage in needs], dict(inputs)]
         key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()[:16]
         out = self.folder / party / place / key
-        tables = {  # what was left out stays so, for that is not what was asked for
+        tables = {  # only explicit settings: the command resolves the defaults itself
             table: spec.flat(explicit_only=True) for table, spec in (settings or {}).items()
         }
-        return Stage(name, says or name, party, key, out, words, tables, needs, copies, large)
+        return Stage(name, description or name, party, key, out, words, tables, needs, copies, large)
 
 
-def command_words(stage: Stage, lab: Lab, config: Path) -> Words:
-    """The words of a stage's command, once the stages before it are done."""
-    home: Words = [] if stage.party == EXPERIMENTER else ["--home", lab.folder / stage.party / "home"]
-    words = _scored_words(stage) if stage.name == "eval" else [*stage.words]
+def command_words(stage: Stage, workspace: Workspace, config: Path) -> Words:
+    """Build the words of a stage's command; the stages that it needs are done."""
+    home: Words = [] if stage.party == EXPERIMENTER else ["--home", workspace.folder / stage.party / "home"]
+    words = _eval_words(stage) if stage.name == "eval" else [*stage.words]
     if stage.copies is not None:
         return [*home, *words, stage.out]
     out: Words = ["--row-scores" if stage.name == "eval" else "--out", stage.out]
@@ -150,8 +160,8 @@ def command_words(stage: Stage, lab: Lab, config: Path) -> Words:
     return [*home, *words, *out, *settings]
 
 
-def _scored_words(stage: Stage) -> Words:
-    """A merged plug-in is a model of its own; one in the form of an adapter lies beside the base."""
+def _eval_words(stage: Stage) -> Words:
+    """The words of a scoring stage: a merged plug-in is scored as a model, another one as an adapter on the base."""
     plug = next((one for one in stage.needs if one.name == "plug-in"), None)
     words = [*stage.words]
     if plug is not None and (plug.out / "config.json").exists():
@@ -159,20 +169,20 @@ def _scored_words(stage: Stage) -> Words:
     return words
 
 
-def uncompressed(spec: PackSpec, middle: int) -> PackSpec:
-    """The same blocks train, and nothing of the base's `middle` blocks is dropped or changed: the bound of a cell."""
-    kept = {key: value for key, value in spec.values().items() if key in _PLACEMENT}
-    return PackSpec(**kept, keep=middle, heal=())
+def uncompressed_spec(spec: PackSpec, middle: int) -> PackSpec:
+    """Settings under which the same blocks train and none of the base's `middle` blocks is dropped or changed."""
+    placement = {key: value for key, value in spec.values().items() if key in _PLACEMENT}
+    return PackSpec(**placement, keep=middle, heal=())
 
 
-def addressed(spec: Spec) -> dict[str, Any]:
-    """The settings as they go into a key: a file by its content, wherever it lies."""
+def settings_by_content(spec: Spec) -> dict[str, Any]:
+    """The settings as they enter a stage's key: in place of a file's path, the digest of its content."""
     files = {key: data_digest(value) for key, value in spec.values().items() if isinstance(value, Path)}
     return spec.flat() | files
 
 
-def before(stage: Stage) -> Iterator[Stage]:
-    """A stage and all before it, those first."""
+def with_prerequisites(stage: Stage) -> Iterator[Stage]:
+    """Yield the stages that a stage needs, directly or indirectly, and then the stage itself."""
     for need in stage.needs:
-        yield from before(need)
+        yield from with_prerequisites(need)
     yield stage

@@ -6,7 +6,7 @@ from PIL import Image
 
 from offsite.data.picture_files import Picture
 from offsite.errors import DataError
-from offsite.study.report.contact_sheet import _RIGHT, _WRONG, Told, draw_sheet, told_of
+from offsite.study.report.contact_sheet import _RIGHT, _WRONG, PredictedPicture, draw_sheet, read_predictions
 from tiny import tiny_pictures
 
 
@@ -23,7 +23,7 @@ def rgb(text: str) -> tuple[int, ...]:
 def test_right_and_wrong_look_different(tmp_path: Path, told: tuple[str, ...], right: bool) -> None:
     Image.new("RGB", (30, 12), (10, 200, 10)).save(tmp_path / "one.png")
     picture = Picture("one", tmp_path / "one.png", "cat")
-    draw_sheet(tmp_path / "sheet.png", [Told(picture, told)], ("before", "after"))
+    draw_sheet(tmp_path / "sheet.png", [PredictedPicture(picture, told)], ("before", "after"))
     found = colours(tmp_path / "sheet.png")
     assert (10, 200, 10) in found
     assert (rgb(_RIGHT) in found, rgb(_WRONG) in found) == (right, not right)
@@ -34,7 +34,7 @@ def test_long_names_end_where_their_picture_does(tmp_path: Path) -> None:
     sizes = set()
     for name in ("a", "a class with a name that is far too long for the room that there is"):
         picture = Picture("one", tmp_path / "one.png", name)
-        draw_sheet(tmp_path / "sheet.png", [Told(picture, (name,))], ("before",))
+        draw_sheet(tmp_path / "sheet.png", [PredictedPicture(picture, (name,))], ("before",))
         with Image.open(tmp_path / "sheet.png") as sheet:
             sizes.add(sheet.size)
             right = sheet.convert("RGB").crop((sheet.width - 20, 0, sheet.width, sheet.height))
@@ -49,17 +49,19 @@ def test_pictures_are_taken_evenly_and_by_their_line(tmp_path: Path) -> None:
     told = [{"line": line, "right": True, "told": f"class {line}"} for line in lines]
     file = tmp_path / "scores"
     file.write_text("".join(json.dumps(row) + "\n" for row in (*rows, *told)))
-    shown = told_of(pictures, [file, file])
+    shown = read_predictions(pictures, [file, file])
     assert [one.picture.label for one in shown] == 4 * ["blue"] + 4 * ["green"] + 4 * ["red"]
     assert shown[0].told == ("class 2", "class 2")
     assert Path(shown[0].picture.name).name == "1.png"
     other = tmp_path / "other"
     other.write_text(file.read_text().replace('"line": 5', '"line": 55'))
     with pytest.raises(ValueError, match="different rows"):
-        told_of(pictures, [file, other])
+        read_predictions(pictures, [file, other])
 
 
 def test_a_picture_that_is_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="gone"):
-        draw_sheet(tmp_path / "sheet.png", [Told(Picture("gone", tmp_path / "gone.png", "x"), ("x",))], ("before",))
+        draw_sheet(
+            tmp_path / "sheet.png", [PredictedPicture(Picture("gone", tmp_path / "gone.png", "x"), ("x",))], ("before",)
+        )
     assert not (tmp_path / "sheet.png").exists()

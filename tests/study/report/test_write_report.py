@@ -9,12 +9,12 @@ import pytest
 
 from offsite.study.recipe import ROWS
 from offsite.study.report.plots import _running_mean, read_curve
-from offsite.study.report.results import CellResult, Figure, Results, RowResult
+from offsite.study.report.results import Figure, GridPointResult, Results, RowResult
 from offsite.study.report.tables import failures, groups, names, tables
 from offsite.study.report.write_report import strict, write_report
 
 
-def cell(folder: Path, **changes: Any) -> CellResult:
+def point(folder: Path, **changes: Any) -> GridPointResult:
     log = folder / "log.jsonl"
     steps = [{"event": "step", "step": i, "loss": 4 - i / 10} for i in range(1, 9)]
     log.write_text("".join(json.dumps(step) + "\n" for step in steps))
@@ -24,7 +24,7 @@ def cell(folder: Path, **changes: Any) -> CellResult:
                        Figure(loss - 3, loss - 3.1, loss - 2.9), None, None, None, None, 10, 99)
         for row, loss in losses.items()
     }  # fmt: skip
-    made = CellResult(
+    made = GridPointResult(
         dataset="sums", score="loss", compress="drop | 8", placement="2-8-2", tune="LoRA", method="lora", seed=0,
         scores=scores, gain_recovered=Figure(0.5, 0.4, 0.6), bound_recovered=Figure(0.625), plug_in_gap=Figure(-1.5),
         bundle_bytes=100 * 2**20, return_bytes=2**20, seconds={"model-owner": 3.0, "data-owner": 61.0},
@@ -33,12 +33,12 @@ def cell(folder: Path, **changes: Any) -> CellResult:
     return replace(made, **changes)
 
 
-def results(*cells: CellResult) -> Results:
-    return Results("Sums & more", "about <them>", "base", "loss", list(ROWS), {"offsite": "1"}, cells)
+def results(*points: GridPointResult) -> Results:
+    return Results("Sums & more", "about <them>", "base", "loss", list(ROWS), {"offsite": "1"}, points)
 
 
 def test_tables_say_what_was_found(tmp_path: Path) -> None:
-    loss, recovered, costs = tables(results(cell(tmp_path)))
+    loss, recovered, costs = tables(results(point(tmp_path)))
     assert loss.lines == (
         ("sums", "drop | 8", "2-8-2", "LoRA", "3.000 ± 0.100", "6.000 ± 0.100", "2.000 ± 0.100", "2.200 ± 0.100",
          "4.000 ± 0.100", "2.500 ± 0.100"),
@@ -48,7 +48,7 @@ def test_tables_say_what_was_found(tmp_path: Path) -> None:
 
 
 def test_seeds_are_averaged(tmp_path: Path) -> None:
-    one = cell(tmp_path)
+    one = point(tmp_path)
     other = replace(one, seed=1, scores=one.scores | {"plug_in": replace(one.scores["plug_in"], primary=Figure(2.7))})
     (line,) = tables(results(one, other))[0].lines
     assert line[-1] == "2.600 ± 0.141"
@@ -56,7 +56,7 @@ def test_seeds_are_averaged(tmp_path: Path) -> None:
 
 
 def test_accuracy_has_a_table_where_it_was_asked_for(tmp_path: Path) -> None:
-    one = cell(tmp_path)
+    one = point(tmp_path)
     asked = replace(one.scores["plug_in"], accuracy=0.5, accuracy_stderr=0.1)
     shown = tables(results(replace(one, score="accuracy", scores=one.scores | {"plug_in": asked})))
     table = next(table for table in shown if table.title == "Accuracy")
@@ -65,7 +65,7 @@ def test_accuracy_has_a_table_where_it_was_asked_for(tmp_path: Path) -> None:
 
 
 def test_groups_are_named_by_what_differs(tmp_path: Path) -> None:
-    one = cell(tmp_path)
+    one = point(tmp_path)
     made = groups(results(one, replace(one, tune="full"), replace(one, dataset="other")))
     assert names(made) == {("drop | 8", "2-8-2", "LoRA"): "LoRA", ("drop | 8", "2-8-2", "full"): "full"}
     apart = groups(results(one, replace(one, placement="4-8-0")))
@@ -74,8 +74,8 @@ def test_groups_are_named_by_what_differs(tmp_path: Path) -> None:
 
 
 def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
-    broken = cell(tmp_path, compress="keep 4", bundle_bytes=50 * 2**20, errors={"full": "diverged\n  - <script>"})
-    files, advice = write_report(results(cell(tmp_path), broken), tmp_path)
+    broken = point(tmp_path, compress="keep 4", bundle_bytes=50 * 2**20, errors={"full": "diverged\n  - <script>"})
+    files, advice = write_report(results(point(tmp_path), broken), tmp_path)
     assert advice is None
     assert {file.name for file in files} == {
         "results.json", "report.md", "report.html", "rows.png", "frontier.png", "curves.png",
@@ -101,7 +101,7 @@ def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_rest_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    files, advice = write_report(results(cell(tmp_path)), tmp_path)
+    files, advice = write_report(results(point(tmp_path)), tmp_path)
     assert {file.name for file in files} == {"results.json", "report.md", "report.html"}
     assert advice is not None
     assert "pip install 'offsite-tuning[study]'" in advice
@@ -111,7 +111,7 @@ def test_without_matplotlib_the_rest_is_written(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_cell_that_failed_altogether_is_reported(tmp_path: Path) -> None:
-    nothing = cell(tmp_path, scores={}, placement=None, bundle_bytes=None, return_bytes=None, gain_recovered=None,
+    nothing = point(tmp_path, scores={}, placement=None, bundle_bytes=None, return_bytes=None, gain_recovered=None,
                    bound_recovered=None, plug_in_gap=None, errors={"plug_in": "no"}, log=None)  # fmt: skip
     write_report(results(nothing), tmp_path)
     assert failures(results(nothing)) == ["sums, drop | 8, ?, LoRA, seed 0: plug-in: no"]

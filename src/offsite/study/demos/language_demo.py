@@ -15,7 +15,7 @@ from typing import Any
 
 from offsite.progress import Progress, silent
 from offsite.storage.files import replace_file
-from offsite.study.chain import OWNER, TUNER, Chain, opened
+from offsite.study.chain import OWNER, TUNER, Chain, require_demo_folder
 from offsite.study.command import Words, settings_toml
 from offsite.study.demos.docstring_task import make_task, standard_library, write_task
 from offsite.study.demos.pretrained import cached_smollm2
@@ -61,7 +61,7 @@ def demo(
     Raises:
         OffsiteError: a step failed; its own message is on standard error already.
     """
-    chain = Chain(opened(workdir), progress, _step_count(full), basis=code_digest())
+    chain = Chain(require_demo_folder(workdir), progress, _step_count(full), basis=code_digest())
     base = _obtain(chain, model)
     introduce(chain)
     task = _private_data(chain, data)
@@ -150,14 +150,14 @@ def _protocol(chain: Chain, base: Path, steps: int | None) -> None:
     chain.command("plug-in", "the model's owner plugs the return in", plug, plugged, again="--again")
 
 
-def _tune(chain: Chain, name: str, says: str, bundle: Path, out: Path, steps: int | None, *more: str) -> None:
+def _tune(chain: Chain, name: str, description: str, bundle: Path, out: Path, steps: int | None, *more: str) -> None:
     config = chain.write_config(long_rows="skip")
     verb: Words = ["tune", bundle, "--data", chain.folder(TUNER, "train.jsonl"), "--out", out, "--config", config]
     verb += ["--resume", *more]
     if steps is not None:
         verb += ["--max-steps", str(steps)]
     leftovers = [out.with_name(f"{out.name}.run"), out.with_name(f"{out.name}.log.jsonl")]
-    chain.command(name, says, verb, out, leftovers=leftovers, by=TUNER)
+    chain.command(name, description, verb, out, leftovers=leftovers, by=TUNER)
 
 
 def _bounds(chain: Chain, base: Path, steps: int | None) -> Subjects:
@@ -207,8 +207,8 @@ def _score(chain: Chain, base: Path, subjects: Subjects) -> dict[str, Any]:
         verb: Words = ["eval", model, "--data", chain.folder(TUNER, "test.jsonl"), "--config", config]
         verb += ["--adapter", adapter] if adapter else []
         verb += ["--samples", str(_SAMPLES)] if name in ("zero-shot", "plug-in") else []
-        says, stamp = f"score the test rows: {name}", {"base": newest(base)}
-        scores[name] = chain.command(f"eval {name}", says, verb, stamp=stamp, by="")
+        description, stamp = f"score the test rows: {name}", {"base": newest(base)}
+        scores[name] = chain.command(f"eval {name}", description, verb, stamp=stamp, by="")
     return scores
 
 

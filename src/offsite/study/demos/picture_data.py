@@ -14,7 +14,7 @@ from offsite.study.recipe import DataTable
 from offsite.study.stages import Rows
 
 
-def stage_pictures(table: DataTable, folder: Path) -> Rows:
+def list_pictures_for_study(table: DataTable, folder: Path) -> Rows:
     """The pictures that the study uses: a CSV file of path and class for training and one for testing.
 
     Pictures that are files stay where they are; those out of a table of bytes are written to files of their own.
@@ -40,7 +40,7 @@ def stage_pictures(table: DataTable, folder: Path) -> Rows:
         files = [
             picture.source
             if isinstance(picture.source, Path)
-            else _kept(made[part].with_suffix("") / f"{number:06}", picture.source)
+            else _write_picture(made[part].with_suffix("") / f"{number:06}", picture.source)
             for number, picture in enumerate(listed, start=1)
         ]
         _write(made[part], picture_table(files, [picture.label for picture in listed]))
@@ -84,7 +84,7 @@ def _digest(pictures: Sequence[Picture]) -> str:
     return digest.hexdigest()
 
 
-def _kept(file: Path, content: bytes) -> Path:
+def _write_picture(file: Path, content: bytes) -> Path:
     _write(file, content)
     return file
 

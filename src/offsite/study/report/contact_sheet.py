@@ -14,7 +14,7 @@ from offsite.data.picture_sets import read_pictures
 from offsite.evaluation.row_scores import RowScores, read_row_scores, require_same_rows
 from offsite.extras import require
 from offsite.storage.files import replace_file
-from offsite.study.grid import Cell
+from offsite.study.grid import GridPoint
 from offsite.study.report.plots import Plot
 from offsite.study.report.tables import LABELS
 from offsite.study.run import read_record
@@ -30,14 +30,14 @@ _FONT = 16
 
 
 @dataclass(frozen=True)
-class Told:
+class PredictedPicture:
     """A picture, its class, and the classes that models took it for."""
 
     picture: Picture
     told: tuple[str, ...]
 
 
-def sheets(cells: Sequence[Cell], folder: Path) -> list[Plot]:
+def sheets(points: Sequence[GridPoint], folder: Path) -> list[Plot]:
     """A sheet for each data set of pictures: of its first cell that has scores of zero-shot and plug-in.
 
     Args:
@@ -49,20 +49,20 @@ def sheets(cells: Sequence[Cell], folder: Path) -> list[Plot]:
         StorageError: a sheet cannot be written.
     """
     made: dict[str, Plot] = {}
-    for cell in cells:
-        stages = [cell.rows[row] for row in ("zero_shot", "plug_in") if row in cell.rows]
+    for point in points:
+        stages = [point.rows[row] for row in ("zero_shot", "plug_in") if row in point.rows]
         there = [stage.out for stage in stages if read_record(folder, stage).get("done") and stage.out.exists()]
-        if cell.dataset.name in made or not cell.data.pictures or len(there) < 2:
+        if point.dataset.name in made or not point.data.pictures or len(there) < 2:
             continue
-        file = folder / "plots" / f"predictions-{cell.dataset.name.replace('/', '-')}.png"
+        file = folder / "plots" / f"predictions-{point.dataset.name.replace('/', '-')}.png"
         names = (LABELS["zero_shot"], LABELS["plug_in"])
-        draw_sheet(file, told_of(cell.data.test, there), names)
-        how = ", ".join(part for part in (cell.compressor.name, cell.compressor.placement, cell.method.name) if part)
-        made[cell.dataset.name] = Plot(file, f"Before and after: {cell.dataset.name}", f"{how}. {NOTE}")
+        draw_sheet(file, read_predictions(point.data.test, there), names)
+        how = ", ".join(part for part in (point.compressor.name, point.compressor.placement, point.method.name) if part)
+        made[point.dataset.name] = Plot(file, f"Before and after: {point.dataset.name}", f"{how}. {NOTE}")
     return list(made.values())
 
 
-def told_of(test: Path, scores: Sequence[Path]) -> list[Told]:
+def read_predictions(test: Path, scores: Sequence[Path]) -> list[PredictedPicture]:
     """Some of the test pictures, spread evenly, with what each file of row scores says of them.
 
     Raises:
@@ -76,16 +76,16 @@ def told_of(test: Path, scores: Sequence[Path]) -> list[Told]:
     lines = found[0].lines
     count = min(_COUNT, len(lines))
     places = [(2 * i + 1) * len(lines) // (2 * count) for i in range(count)]
-    return [Told(listed[lines[at] - 1], tuple(one.told[at] for one in found)) for at in places]
+    return [PredictedPicture(listed[lines[at] - 1], tuple(one.told[at] for one in found)) for at in places]
 
 
-def draw_sheet(file: Path, shown: Sequence[Told], names: Sequence[str]) -> None:
+def draw_sheet(file: Path, shown: Sequence[PredictedPicture], names: Sequence[str]) -> None:
     """Draw pictures, a line with each one's class, and a line for each model.
 
     Args:
         file: the PNG file.
         shown: the pictures.
-        names: of the models, in the order of `Told.told`.
+        names: of the models, in the order of `PredictedPicture.told`.
 
     Raises:
         UsageError: Pillow is not installed.

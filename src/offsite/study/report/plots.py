@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offsite.extras import require
-from offsite.study.metric import PRIMARIES, Primary
+from offsite.study.metric import METRICS, Metric
 from offsite.study.report.results import Results
 from offsite.study.report.tables import LABELS, Group, curve_file, groups, names, score_of
 
@@ -49,7 +49,7 @@ class Plot:
 
     file: Path
     title: str
-    says: str
+    description: str
 
 
 def require_matplotlib() -> Any:
@@ -74,31 +74,31 @@ def draw(results: Results, folder: Path) -> list[Plot]:
     matplotlib = require_matplotlib()
     made = []
     with matplotlib.rc_context(_STYLE):
-        for name, title, says, figure in _figures(results, folder):
+        for name, title, description, figure in _figures(results, folder):
             if figure is None:
                 continue
             file = folder / "plots" / f"{name}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(file)
-            made.append(Plot(file, title, says))
+            made.append(Plot(file, title, description))
     return made
 
 
 def _figures(results: Results, folder: Path) -> list[tuple[str, str, str, "Figure | None"]]:
-    grouped, primary = groups(results), PRIMARIES[results.primary]
-    better = f"{'higher' if primary.higher_is_better else 'lower'} is better"
+    grouped, metric = groups(results), METRICS[results.primary]
+    better = f"{'higher' if metric.higher_is_better else 'lower'} is better"
     return [
         (
             "rows",
             "Every row in the house order",
-            f"{primary.title} of each model, {better}; dashed: zero-shot; whiskers: 95 % intervals over test rows.",
+            f"{metric.title} of each model, {better}; dashed: zero-shot; whiskers: 95 % intervals over test rows.",
             _bars(results, grouped),
         ),
         (
             "frontier",
-            f"Bundle size against {primary.name}",
+            f"Bundle size against {metric.name}",
             f"What the model's owner gets (plug-in) and the data owner has (emulator, tuned) by bundle size; {better}.",
-            _frontier(grouped, primary),
+            _frontier(grouped, metric),
         ),
         (
             "curves",
@@ -121,7 +121,7 @@ def _panels(count: int, width: float, height: float, most: int = 3) -> "tuple[Fi
 
 
 def _bars(results: Results, grouped: Sequence[Group]) -> "Figure | None":
-    shown = [group for group in grouped if any(cell.scores for cell in group.cells)][:_PANELS]
+    shown = [group for group in grouped if any(point.scores for point in group.points)][:_PANELS]
     if not shown:
         return None
     short = names(grouped)
@@ -129,34 +129,34 @@ def _bars(results: Results, grouped: Sequence[Group]) -> "Figure | None":
     longest: dict[str, float] = {}  # by data set: its panels have one scale
     for group, there in zip(shown, rows, strict=True):
         longest[group.dataset] = max(longest.get(group.dataset, 0.0), *_ends(group, there))
-    primary = PRIMARIES[results.primary]
+    metric = METRICS[results.primary]
     abreast = len(short) if len(short) in (2, 3) else 3  # where it fits, a line for each data set
     figure, panels = _panels(len(shown), 4.4, 0.85 + 0.27 * len(results.rows), most=abreast)
     for axes, group, there in zip(panels, shown, rows, strict=True):
-        _one_bars(axes, group, there, primary)
-        axes.set_xlim(0, 1.2 * longest[group.dataset] * primary.scale)
+        _one_bars(axes, group, there, metric)
+        axes.set_xlim(0, 1.2 * longest[group.dataset] * metric.scale)
         axes.set_title(f"{group.dataset}: {short[group.words[1:]]}", fontsize=9)
     return figure
 
 
-def _one_bars(axes: "Axes", group: Group, rows: Sequence[str], primary: Primary) -> None:
-    means = [primary.scale * (group.mean(score_of(row)) or 0.0) for row in rows]
+def _one_bars(axes: "Axes", group: Group, rows: Sequence[str], metric: Metric) -> None:
+    means = [metric.scale * (group.mean(score_of(row)) or 0.0) for row in rows]
     places = range(len(rows))
     colours = [COLOURS[row] for row in rows]
     if "zero_shot" in rows:
         axes.axvline(means[rows.index("zero_shot")], color="#555555", linestyle="--", linewidth=0.9, zorder=0)
-    whiskers = [[primary.scale * one for one in side] for side in _whiskers(group, rows)]
+    whiskers = [[metric.scale * one for one in side] for side in _whiskers(group, rows)]
     axes.barh(places, means, color=colours, height=0.72, xerr=whiskers, ecolor="#555555")
     for place, mean, above in zip(places, means, whiskers[1], strict=True):
         axes.annotate(
-            f"{mean:.{primary.places}f}", (mean + above, place), (4, 0), textcoords="offset points", va="center",
+            f"{mean:.{metric.places}f}", (mean + above, place), (4, 0), textcoords="offset points", va="center",
             fontsize=8,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
         )  # fmt: skip
     axes.set_yticks(places, [LABELS[row] for row in rows])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel(primary.axis)
+    axes.set_xlabel(metric.axis)
 
 
 def _whiskers(group: Group, rows: Sequence[str]) -> Any:
@@ -164,7 +164,7 @@ def _whiskers(group: Group, rows: Sequence[str]) -> Any:
     ends = []
     for row in rows:
         values = group.values(score_of(row))
-        figure = next(cell.scores[row].primary for cell in group.cells if row in cell.scores)
+        figure = next(point.scores[row].primary for point in group.points if row in point.scores)
         mean = sum(values) / len(values)
         if len(set(values)) > 1:
             ends.append((mean - min(values), max(values) - mean))
@@ -181,10 +181,10 @@ def _ends(group: Group, rows: Sequence[str]) -> list[float]:
 
 
 def _size(group: Group) -> float:
-    return (group.mean(lambda cell: cell.bundle_bytes) or 0.0) / 2**20
+    return (group.mean(lambda point: point.bundle_bytes) or 0.0) / 2**20
 
 
-def _frontier(grouped: Sequence[Group], primary: Primary) -> "Figure | None":
+def _frontier(grouped: Sequence[Group], metric: Metric) -> "Figure | None":
     """A panel for each data set and tuning: the plug-in's and the emulator's score over the bundle's size."""
     panels: dict[tuple[str, str], list[Group]] = {}
     for group in grouped:
@@ -195,16 +195,16 @@ def _frontier(grouped: Sequence[Group], primary: Primary) -> "Figure | None":
         return None
     figure, all_axes = _panels(len(shown), 6.0, 4.2, most=2)
     for axes, ((dataset, tune), found) in zip(all_axes, shown.items(), strict=True):
-        _one_frontier(axes, found, primary)
+        _one_frontier(axes, found, metric)
         axes.set_title(f"{dataset}, {tune}")
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
-def _one_frontier(axes: "Axes", found: Sequence[Group], primary: Primary) -> None:
+def _one_frontier(axes: "Axes", found: Sequence[Group], metric: Metric) -> None:
     def height(group: Group, row: str) -> float | None:
         mean = group.mean(score_of(row))
-        return None if mean is None else primary.scale * mean
+        return None if mean is None else metric.scale * mean
 
     for group in found:  # one bundle: what each side has of it
         one, other = height(group, "plug_in"), height(group, "emulator")
@@ -223,7 +223,7 @@ def _one_frontier(axes: "Axes", found: Sequence[Group], primary: Primary) -> Non
     axes.set_xlim(low, high + 0.22 * (high - low))  # room for the names
     _name_points(axes, [(group, height(group, "plug_in") or 0.0) for group in found])
     axes.set_xlabel("bundle, MiB")
-    axes.set_ylabel(primary.axis)
+    axes.set_ylabel(metric.axis)
 
 
 def _name_points(axes: "Axes", found: Sequence[tuple[Group, float]]) -> None:
@@ -251,7 +251,7 @@ def _curves(results: Results, grouped: Sequence[Group], folder: Path) -> "Figure
     drawn: dict[str, dict[str, Mapping[str, list[tuple[int, float]]]]] = {}
     short = names(grouped)
     for group in grouped:
-        file = curve_file(group.cells[0], folder)
+        file = curve_file(group.points[0], folder)
         curve = read_curve(file) if file is not None and file.exists() else {}
         if curve.get("step"):
             drawn.setdefault(group.dataset, {})[short[group.words[1:]]] = curve

@@ -16,13 +16,13 @@ from typing import Any
 
 from offsite import __version__
 from offsite.evaluation.intervals import Interval, interval, share_interval
-from offsite.evaluation.row_scores import Measure, RowScores, difference, read_row_scores, require_same_rows
+from offsite.evaluation.row_scores import MetricName, RowScores, difference, read_row_scores, require_same_rows
 from offsite.study.chain import OWNER, TUNER
-from offsite.study.grid import Cell
-from offsite.study.metric import PRIMARIES
+from offsite.study.grid import GridPoint
+from offsite.study.metric import METRICS
 from offsite.study.recipe import Recipe
 from offsite.study.run import read_record
-from offsite.study.stages import Stage, before
+from offsite.study.stages import Stage, with_prerequisites
 from offsite.training.run_log import log_file
 
 _LIBRARIES = ("torch", "transformers", "peft", "numpy")
@@ -64,7 +64,7 @@ class Spent:
 
 
 @dataclass(frozen=True)
-class CellResult:
+class GridPointResult:
     """The figures of a cell; what is not known (yet, or since it failed) is None or left out."""
 
     dataset: str
@@ -94,18 +94,18 @@ class Results:
     title: str
     about: str
     base: str
-    primary: Measure
+    primary: MetricName
     rows: Sequence[str]
     environment: Mapping[str, Any]
-    cells: Sequence[CellResult]
+    cells: Sequence[GridPointResult]
 
 
-def collect(recipe: Recipe, cells: Sequence[Cell], folder: Path) -> Results:
+def collect(recipe: Recipe, points: Sequence[GridPoint], folder: Path) -> Results:
     """The results of what has been run so far."""
     cache: dict[str, RowScores] = {}
-    found = [_cell(cell, folder, cache) for cell in cells]
-    base, primary = Path(recipe.base).name, cells[0].primary  # a study has one base, so all its cells have one measure
-    return Results(recipe.title, recipe.about, base, primary, list(recipe.rows), _environment(), found)
+    found = [_point_result(point, folder, cache) for point in points]
+    base, metric = Path(recipe.base).name, points[0].metric  # a study has one base, so all its cells have one measure
+    return Results(recipe.title, recipe.about, base, metric, list(recipe.rows), _environment(), found)
 
 
 def _environment() -> dict[str, Any]:
@@ -119,43 +119,43 @@ def _environment() -> dict[str, Any]:
     return {"offsite": __version__, "python": platform.python_version(), **machine, **libraries}
 
 
-def _cell(cell: Cell, folder: Path, cache: dict[str, RowScores]) -> CellResult:
+def _point_result(point: GridPoint, folder: Path, cache: dict[str, RowScores]) -> GridPointResult:
     known: dict[str, Mapping[str, Any]] = {
         row: record
-        for row, stage in cell.rows.items()
+        for row, stage in point.rows.items()
         if (record := read_record(folder, stage)).get("done") and stage.out.exists()
     }
-    rows = {row: _row_scores(cell.rows[row], cache) for row in known}  # type: ignore[index]
+    rows = {row: _row_scores(point.rows[row], cache) for row in known}  # type: ignore[index]
     scores = {
-        row: _score(record["result"], rows[row], rows.get("zero_shot"), cell.primary) for row, record in known.items()
+        row: _score(record["result"], rows[row], rows.get("zero_shot"), point.metric) for row, record in known.items()
     }
-    pack, tune = read_record(folder, cell.pack), read_record(folder, cell.tune)
+    pack, tune = read_record(folder, point.pack), read_record(folder, point.tune)
     split = pack.get("result", {}).get("split") if pack.get("done") else None
     spent = [
         Spent(stage.name, stage.party, record["seconds"], record["peak_bytes"])
-        for stage in cell.protocol
+        for stage in point.protocol
         if (record := read_record(folder, stage)).get("done")
     ]
-    log = log_file(cell.tune.out)
-    return CellResult(
-        dataset=cell.dataset.name,
-        score=cell.dataset.score,
-        compress=cell.compressor.name,
-        placement=cell.compressor.placement or (_placement(split) if split else None),
-        tune=cell.method.name,
-        method=cell.method.spec.adapter.method,
-        seed=cell.seed,
+    log = log_file(point.tune.out)
+    return GridPointResult(
+        dataset=point.dataset.name,
+        score=point.dataset.score,
+        compress=point.compressor.name,
+        placement=point.compressor.placement or (_placement(split) if split else None),
+        tune=point.method.name,
+        method=point.method.spec.adapter.method,
+        seed=point.seed,
         scores=scores,
-        gain_recovered=_share(rows, "full", cell.primary),
-        bound_recovered=_share(rows, "adapter_on_base", cell.primary),
-        plug_in_gap=_difference(rows.get("plug_in"), rows.get("emulator"), cell.primary),
+        gain_recovered=_share(rows, "full", point.metric),
+        bound_recovered=_share(rows, "adapter_on_base", point.metric),
+        plug_in_gap=_difference(rows.get("plug_in"), rows.get("emulator"), point.metric),
         bundle_bytes=pack["result"]["bytes"] if pack.get("done") else None,
         return_bytes=tune["result"]["bytes"] if tune.get("done") else None,
         seconds={party: round(sum(s.seconds for s in spent if s.party == party), 2) for party in (OWNER, TUNER)},
         peak_bytes=_peaks(spent),
         spent=spent,
         errors={
-            row: error for row, stage in cell.rows.items() if row not in known and (error := _error(stage, folder))
+            row: error for row, stage in point.rows.items() if row not in known and (error := _error(stage, folder))
         },
         log=str(log.relative_to(folder.resolve())) if log.exists() else None,
     )
@@ -167,12 +167,12 @@ def _row_scores(stage: Stage, cache: dict[str, RowScores]) -> RowScores:
     return cache[stage.key]
 
 
-def _score(result: Mapping[str, Any], rows: RowScores, zero_shot: RowScores | None, primary: Measure) -> RowResult:
+def _score(result: Mapping[str, Any], rows: RowScores, zero_shot: RowScores | None, metric: MetricName) -> RowResult:
     return RowResult(
-        primary=_figure(rows.mean(primary), interval(*rows.parts(primary))),
+        primary=_figure(rows.mean(metric), interval(*rows.parts(metric))),
         loss=_figure(rows.loss, interval(*rows.parts("loss"))),
         perplexity=result.get("perplexity"),
-        against_zero_shot=None if zero_shot in (None, rows) else _difference(rows, zero_shot, primary),
+        against_zero_shot=None if zero_shot in (None, rows) else _difference(rows, zero_shot, metric),
         accuracy=_share_right(rows.right),
         accuracy_stderr=_stderr(rows.right),
         accuracy_norm=_share_right(rows.right_by_length),
@@ -196,20 +196,20 @@ def _figure(value: float, ends: Interval | None) -> Figure:
     return Figure(value, ends.low, ends.high) if ends else Figure(value)
 
 
-def _difference(one: RowScores | None, other: RowScores | None, primary: Measure) -> Figure | None:
-    return None if one is None or other is None else _figure(*difference(one, other, primary))
+def _difference(one: RowScores | None, other: RowScores | None, metric: MetricName) -> Figure | None:
+    return None if one is None or other is None else _figure(*difference(one, other, metric))
 
 
-def _share(rows: Mapping[str, RowScores], whole: str, primary: Measure) -> Figure | None:
+def _share(rows: Mapping[str, RowScores], whole: str, metric: MetricName) -> Figure | None:
     """The share of a gain over zero-shot that the plug-in has; None where that gain is none."""
     if not {"zero_shot", whole, "plug_in"} <= rows.keys():
         return None
     zero, best, reached = rows["zero_shot"], rows[whole], rows["plug_in"]
     require_same_rows((zero, best, reached))
-    least, most, there = (one.mean(primary) for one in (zero, best, reached))
-    if not PRIMARIES[primary].is_gain(most, least):
+    least, most, there = (one.mean(metric) for one in (zero, best, reached))
+    if not METRICS[metric].is_gain(most, least):
         return None
-    ends = share_interval(zero.parts(primary), best.parts(primary), reached.parts(primary))
+    ends = share_interval(zero.parts(metric), best.parts(metric), reached.parts(metric))
     return _figure((there - least) / (most - least), ends)
 
 
@@ -231,7 +231,7 @@ def _peaks(spent: Sequence[Spent]) -> dict[str, int]:
 
 def _error(stage: Stage, folder: Path) -> str | None:
     """What kept a row from being scored: its own error, or that of a stage before it."""
-    for one in before(stage):
+    for one in with_prerequisites(stage):
         if error := read_record(folder, one).get("error"):
             return str(error)
     return None

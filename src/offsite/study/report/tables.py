@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offsite.study.chain import OWNER, TUNER
-from offsite.study.metric import PRIMARIES, Primary
-from offsite.study.report.results import CellResult, Figure, Results
+from offsite.study.metric import METRICS, Metric
+from offsite.study.report.results import Figure, GridPointResult, Results
 
 LABELS = {
     "zero_shot": "zero-shot",
@@ -39,18 +39,18 @@ class Group:
     compress: str
     placement: str
     tune: str
-    cells: tuple[CellResult, ...]
+    points: tuple[GridPointResult, ...]
 
     @property
     def words(self) -> tuple[str, ...]:
         """The first columns of a table."""
         return self.dataset, self.compress, self.placement, self.tune
 
-    def values(self, of: Callable[[CellResult], float | None]) -> list[float]:
+    def values(self, of: Callable[[GridPointResult], float | None]) -> list[float]:
         """A number of each cell that has it."""
-        return [value for cell in self.cells if (value := of(cell)) is not None]
+        return [value for point in self.points if (value := of(point)) is not None]
 
-    def mean(self, of: Callable[[CellResult], float | None]) -> float | None:
+    def mean(self, of: Callable[[GridPointResult], float | None]) -> float | None:
         """The mean over seeds."""
         found = self.values(of)
         return statistics.fmean(found) if found else None
@@ -58,10 +58,10 @@ class Group:
 
 def groups(results: Results) -> list[Group]:
     """Cells by everything but the seed, in the study's order."""
-    found: dict[tuple[str, str, str, str], list[CellResult]] = {}
-    for cell in results.cells:
-        found.setdefault((cell.dataset, cell.compress, cell.placement or "", cell.tune), []).append(cell)
-    return [Group(*key, tuple(cells)) for key, cells in found.items()]
+    found: dict[tuple[str, str, str, str], list[GridPointResult]] = {}
+    for point in results.cells:
+        found.setdefault((point.dataset, point.compress, point.placement or "", point.tune), []).append(point)
+    return [Group(*key, tuple(points)) for key, points in found.items()]
 
 
 def names(grouped: Sequence[Group]) -> dict[tuple[str, ...], str]:
@@ -77,29 +77,29 @@ def names(grouped: Sequence[Group]) -> dict[tuple[str, ...], str]:
 
 def tables(results: Results) -> list[Table]:
     """Every table of a report that has something to show."""
-    grouped, primary = groups(results), PRIMARIES[results.primary]
+    grouped, metric = groups(results), METRICS[results.primary]
     beside = _picture_losses if results.primary == "accuracy" else _accuracies
-    made = [_primary(results, grouped), _recovered(grouped, primary), beside(results, grouped), _costs(grouped)]
+    made = [_main_scores(results, grouped), _recovered(grouped, metric), beside(results, grouped), _costs(grouped)]
     return [table for table in made if table is not None and table.lines]
 
 
 def failures(results: Results) -> list[str]:
     """What failed, a line each."""
     return [
-        f"{cell.dataset}, {cell.compress}, {cell.placement or '?'}, {cell.tune}, seed {cell.seed}: "
+        f"{point.dataset}, {point.compress}, {point.placement or '?'}, {point.tune}, seed {point.seed}: "
         f"{LABELS[row]}: {error}"
-        for cell in results.cells
-        for row, error in cell.errors.items()
+        for point in results.cells
+        for row, error in point.errors.items()
     ]
 
 
-def score_of(row: str) -> Callable[[CellResult], float | None]:
-    """A function from a cell to the primary score of one of its rows."""
-    return lambda cell: cell.scores[row].primary.value if row in cell.scores else None
+def score_of(row: str) -> Callable[[GridPointResult], float | None]:
+    """A function from a cell to the metric score of one of its rows."""
+    return lambda point: point.scores[row].primary.value if row in point.scores else None
 
 
-def _primary(results: Results, grouped: Sequence[Group]) -> Table:
-    primary = PRIMARIES[results.primary]
+def _main_scores(results: Results, grouped: Sequence[Group]) -> Table:
+    metric = METRICS[results.primary]
     if results.primary == "accuracy":
         note = "Per cent of the test pictures told right; higher is better. Zero-shot rows are linear probes of frozen "
         note += "features, fitted on the training pictures. Behind ±: the standard error over test pictures"
@@ -107,20 +107,20 @@ def _primary(results: Results, grouped: Sequence[Group]) -> Table:
         note = "Nats per labelled token on the test rows; lower is better. Behind ±: half the width of the 95 % "
         note += "interval over test rows"
     note += f"{', or the standard deviation over seeds where these differ' if _seeds(grouped) > 1 else ''}."
-    lines = [(*group.words, *(_score(group, row, primary) for row in results.rows)) for group in grouped]
-    return Table(primary.title, note, (*_KEYS, *(LABELS[row] for row in results.rows)), tuple(lines), len(_KEYS))
+    lines = [(*group.words, *(_score(group, row, metric) for row in results.rows)) for group in grouped]
+    return Table(metric.title, note, (*_KEYS, *(LABELS[row] for row in results.rows)), tuple(lines), len(_KEYS))
 
 
-def _score(group: Group, row: str, primary: Primary) -> str:
+def _score(group: Group, row: str, metric: Metric) -> str:
     mean = group.mean(score_of(row))
     if mean is None:
-        return "failed" if any(row in cell.errors for cell in group.cells) else ""
+        return "failed" if any(row in point.errors for point in group.points) else ""
     values = group.values(score_of(row))
     if len(set(values)) > 1:
-        return f"{primary.shown(mean)} ± {primary.shown(statistics.stdev(values))}"
-    found = next(cell.scores[row] for cell in group.cells if row in cell.scores)
-    off = found.accuracy_stderr if primary.name == "accuracy" else _half(found.primary)
-    return primary.shown(mean) + ("" if off is None else f" ± {primary.shown(off)}")
+        return f"{metric.format(mean)} ± {metric.format(statistics.stdev(values))}"
+    found = next(point.scores[row] for point in group.points if row in point.scores)
+    off = found.accuracy_stderr if metric.name == "accuracy" else _half(found.primary)
+    return metric.format(mean) + ("" if off is None else f" ± {metric.format(off)}")
 
 
 def _half(figure: Figure) -> float | None:
@@ -129,7 +129,7 @@ def _half(figure: Figure) -> float | None:
 
 def _picture_losses(results: Results, grouped: Sequence[Group]) -> Table:
     def loss(group: Group, row: str) -> str:
-        mean = group.mean(lambda cell: cell.scores[row].loss.value if row in cell.scores else None)
+        mean = group.mean(lambda point: point.scores[row].loss.value if row in point.scores else None)
         return "" if mean is None else f"{mean:.3f}"
 
     note = "Nats per test picture; lower is better."
@@ -137,54 +137,54 @@ def _picture_losses(results: Results, grouped: Sequence[Group]) -> Table:
     return Table("Held-out loss", note, (*_KEYS, *(LABELS[row] for row in results.rows)), tuple(lines), len(_KEYS))
 
 
-def _recovered(grouped: Sequence[Group], primary: Primary) -> Table:
+def _recovered(grouped: Sequence[Group], metric: Metric) -> Table:
     head = (
-        *_KEYS, f"plug-in against zero-shot, {primary.difference}", "gain recovered, %", "bound recovered, %",
-        f"plug-in gap, {primary.difference}", "bundle, MiB",
+        *_KEYS, f"plug-in against zero-shot, {metric.difference}", "gain recovered, %", "bound recovered, %",
+        f"plug-in gap, {metric.difference}", "bundle, MiB",
     )  # fmt: skip
     lines = [
         (
             *group.words,
-            _with_ends(group, _against_zero_shot, primary.signed),
-            _percent(group, lambda cell: cell.gain_recovered),
-            _percent(group, lambda cell: cell.bound_recovered),
-            _with_ends(group, lambda cell: cell.plug_in_gap, primary.signed),
-            _mebibytes(group.mean(lambda cell: cell.bundle_bytes)),
+            _with_ends(group, _against_zero_shot, metric.format_difference),
+            _percent(group, lambda point: point.gain_recovered),
+            _percent(group, lambda point: point.bound_recovered),
+            _with_ends(group, lambda point: point.plug_in_gap, metric.format_difference),
+            _mebibytes(group.mean(lambda point: point.bundle_bytes)),
         )
         for group in grouped
     ]
     note = (
         "Gain recovered is the share of full fine-tuning's gain over zero-shot that the plug-in has, bound recovered "
         "the share of what the same adapter gains on the uncompressed base; the plug-in gap is plug-in minus emulator, "
-        f"and {'above' if primary.higher_is_better else 'below'} 0 where the data owner does not have what the model's "
+        f"and {'above' if metric.higher_is_better else 'below'} 0 where the data owner does not have what the model's "
         "owner gets. In brackets: 95 % intervals over the same drawn test rows for every model"
         + (" (of several seeds: the standard deviation)." if _seeds(grouped) > 1 else ".")
     )
     return Table("What the plug-in recovers", note, head, tuple(lines), len(_KEYS))
 
 
-def _against_zero_shot(cell: CellResult) -> Figure | None:
-    return cell.scores["plug_in"].against_zero_shot if "plug_in" in cell.scores else None
+def _against_zero_shot(point: GridPointResult) -> Figure | None:
+    return point.scores["plug_in"].against_zero_shot if "plug_in" in point.scores else None
 
 
-def _percent(group: Group, of: Callable[[CellResult], Figure | None]) -> str:
+def _percent(group: Group, of: Callable[[GridPointResult], Figure | None]) -> str:
     return _with_ends(group, of, lambda value: f"{100 * value:.0f}")
 
 
-def _with_ends(group: Group, of: Callable[[CellResult], Figure | None], shown: Callable[[float], str]) -> str:
-    figures = [figure for cell in group.cells if (figure := of(cell)) is not None]
+def _with_ends(group: Group, of: Callable[[GridPointResult], Figure | None], shown: Callable[[float], str]) -> str:
+    figures = [figure for point in group.points if (figure := of(point)) is not None]
     if not figures:
         return ""
     values = [figure.value for figure in figures]
     text = shown(statistics.fmean(values))
-    if len(group.cells) > 1:
+    if len(group.points) > 1:
         return text + (f" ± {shown(statistics.stdev(values)).lstrip('+')}" if len(values) > 1 else "")
     low, high = figures[0].low, figures[0].high
     return text if low is None or high is None else f"{text} [{shown(low)}, {shown(high)}]"
 
 
 def _accuracies(results: Results, grouped: Sequence[Group]) -> Table | None:
-    asked = [group for group in grouped if group.cells[0].score != "loss"]
+    asked = [group for group in grouped if group.points[0].score != "loss"]
     lines = [(*group.words, *(_accuracy(group, row) for row in results.rows)) for group in asked]
     note = "Per cent of the questions whose right choice is the likeliest; behind ± the standard error over questions."
     head = (*_KEYS, *(LABELS[row] for row in results.rows))
@@ -192,9 +192,9 @@ def _accuracies(results: Results, grouped: Sequence[Group]) -> Table | None:
 
 
 def _accuracy(group: Group, row: str) -> str:
-    name = group.cells[0].score
-    mean = group.mean(lambda cell: getattr(cell.scores[row], name) if row in cell.scores else None)
-    error = group.mean(lambda cell: getattr(cell.scores[row], f"{name}_stderr") if row in cell.scores else None)
+    name = group.points[0].score
+    mean = group.mean(lambda point: getattr(point.scores[row], name) if row in point.scores else None)
+    error = group.mean(lambda point: getattr(point.scores[row], f"{name}_stderr") if row in point.scores else None)
     return "" if mean is None else f"{100 * mean:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
@@ -205,7 +205,7 @@ def _costs(grouped: Sequence[Group]) -> Table:
     )  # fmt: skip
     lines = []
     for group in grouped:
-        sizes = (group.mean(lambda cell: cell.bundle_bytes), group.mean(lambda cell: cell.return_bytes))
+        sizes = (group.mean(lambda point: point.bundle_bytes), group.mean(lambda point: point.return_bytes))
         seconds = [_mean_of(group, "seconds", party) for party in (OWNER, TUNER)]
         peaks = [_mean_of(group, "peak_bytes", party) for party in (OWNER, TUNER)]
         cells = [*map(_mebibytes, sizes), *("" if s is None else f"{s:.0f}" for s in seconds), *map(_mebibytes, peaks)]
@@ -218,7 +218,7 @@ def _costs(grouped: Sequence[Group]) -> Table:
 
 
 def _mean_of(group: Group, name: str, party: str) -> float | None:
-    return group.mean(lambda cell: getattr(cell, name).get(party) or None)
+    return group.mean(lambda point: getattr(point, name).get(party) or None)
 
 
 def _mebibytes(size: float | None) -> str:
@@ -226,9 +226,9 @@ def _mebibytes(size: float | None) -> str:
 
 
 def _seeds(grouped: Sequence[Group]) -> int:
-    return max((len(group.cells) for group in grouped), default=0)
+    return max((len(group.points) for group in grouped), default=0)
 
 
-def curve_file(cell: CellResult, folder: Path) -> Path | None:
+def curve_file(point: GridPointResult, folder: Path) -> Path | None:
     """Where the log of a cell's tuning lies."""
-    return folder / cell.log if cell.log else None
+    return folder / point.log if point.log else None

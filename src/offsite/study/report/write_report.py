@@ -57,7 +57,7 @@ def strict(value: Any) -> Any:
 
 def _facts(results: Results) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in results.environment.items())
-    seeds = sorted({cell.seed for cell in results.cells})
+    seeds = sorted({point.seed for point in results.cells})
     return (
         f"Base: {results.base}. {len(results.cells)} cells, "
         f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}. {machine}."
@@ -66,7 +66,7 @@ def _facts(results: Results) -> str:
 
 def _tested(results: Results) -> str:
     """How many rows and tokens the figures of each data set stand on."""
-    found = {cell.dataset: row for cell in results.cells for row in cell.scores.values()}
+    found = {point.dataset: row for point in results.cells for row in point.scores.values()}
     if results.primary == "accuracy":
         return " ".join(f"{name}: {row.rows:,} test pictures." for name, row in found.items())
     return " ".join(f"{name}: {row.rows:,} test rows, {row.tokens:,} labelled tokens." for name, row in found.items())
@@ -80,7 +80,7 @@ def markdown(results: Results, made: Sequence[Table], plots: Sequence[Plot], fol
         lines = [_line(table.head), _line(rule), *(_line(line) for line in table.lines)]
         parts += [f"## {table.title}", table.note, "\n".join(lines)]
     for plot in plots:
-        parts += [f"## {plot.title}", plot.says, f"![{plot.title}]({plot.file.relative_to(folder).as_posix()})"]
+        parts += [f"## {plot.title}", plot.description, f"![{plot.title}]({plot.file.relative_to(folder).as_posix()})"]
     if failed := failures(results):
         parts += ["## What failed", "\n".join(f"- {' '.join(line.split())}" for line in failed)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -102,7 +102,7 @@ def page(results: Results, made: Sequence[Table], plots: Sequence[Plot]) -> str:
     for plot in plots:
         image = base64.b64encode(plot.file.read_bytes()).decode()
         body.append(
-            f"<section><h2>{html.escape(plot.title)}</h2><p>{html.escape(plot.says)}</p>"
+            f"<section><h2>{html.escape(plot.title)}</h2><p>{html.escape(plot.description)}</p>"
             f'<img alt="{html.escape(plot.title)}" src="data:image/png;base64,{image}"></section>'
         )
     return _PAGE.format(title=html.escape(results.title), body="\n".join(body))
