@@ -222,8 +222,8 @@ def test_every_broken_rule_is_listed() -> None:
     with pytest.raises(UsageError) as caught:
         load_spec(PackSpec, {"select": "random", "bits": 4, "svd_rank": 0.5})
     assert caught.value.reasons == (
-        "settings: bits and svd_rank each store a matrix in a way of its own: choose one",
-        "settings: select = random is about blocks that are dropped: say with keep how many stay",
+        "settings: bits and svd_rank are different ways to store a matrix: choose one",
+        "settings: select = random needs dropped blocks: set keep to the number of blocks that stay",
     )
 
 

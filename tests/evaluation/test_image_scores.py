@@ -25,7 +25,7 @@ def test_a_linear_probe_tells_colours_apart(tmp_path: Path) -> None:
     assert sum(one.right for one in score.pictures) == pytest.approx(12 * score.accuracy)
     assert sum(one.nats for one in score.pictures) == pytest.approx(12 * score.loss)
     colours = [colour for colour in ("blue", "green", "red") for _ in range(4)]  # as a folder is listed
-    assert [one.told == colour for one, colour in zip(score.pictures, colours, strict=True)] == [
+    assert [one.predicted == colour for one, colour in zip(score.pictures, colours, strict=True)] == [
         one.right for one in score.pictures
     ]
     again = evaluate_images(base, test, EvalSpec(compute="fp32", device="cpu", threads=1, max_rows=4), probe=train)
@@ -40,10 +40,10 @@ def test_the_owners_own_classifier_is_scored_as_it_is(tmp_path: Path) -> None:
         (colours / colour).rename(pictures / name)
     score = evaluate_images(base, pictures, EXACT)
     assert (score.rows, score.classes) == (4, 3)
-    with pytest.raises(DataError, match="does not tell apart"):
+    with pytest.raises(DataError, match="model does not know"):
         evaluate_images(base, tiny_pictures(tmp_path / "others", 1), EXACT)
     for beside in ({"adapter": tmp_path / "none"}, {"probe": tmp_path / "none"}):
-        with pytest.raises(UsageError, match="classifier of its own"):
+        with pytest.raises(UsageError, match="already has a classifier"):
             evaluate_images(base, pictures, EXACT, **beside)
 
 
@@ -60,7 +60,7 @@ def test_a_probe_of_one_class_is_refused(tmp_path: Path) -> None:
     base, pictures = tiny_vision_base(tmp_path / "base", "vit", 2), tiny_pictures(tmp_path / "pictures", 1)
     (tmp_path / "one").mkdir()
     (pictures / "red").rename(tmp_path / "one" / "red")
-    with pytest.raises(DataError, match="one class") as caught:
+    with pytest.raises(DataError, match="at least two classes") as caught:
         evaluate_images(base, pictures, EXACT, probe=tmp_path / "one")
     assert caught.value.reasons == ("found 1 picture of red",)
 
@@ -77,7 +77,7 @@ def test_a_return_for_another_encoder(tmp_path: Path) -> None:
         evaluate_images(other.folder, pictures, EXACT, adapter=tmp_path / "return")
     text = packed(tiny_base(tmp_path / "text", blocks=3), tmp_path / "text-bundle", parties)
     full_return(text, tmp_path / "text-return", parties.data_owner)
-    with pytest.raises(IncompatibleError, match="brings no classifier"):
+    with pytest.raises(IncompatibleError, match="has no classifier"):
         evaluate_images(bundle.folder, pictures, EXACT, adapter=tmp_path / "text-return")
 
 

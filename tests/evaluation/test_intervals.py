@@ -101,7 +101,7 @@ def test_one_row_says_nothing():
 def test_rows_must_match():
     with pytest.raises(ValueError, match="2 and 3"):
         paired_interval([1, 2], [1, 2, 3])
-    with pytest.raises(ValueError, match="sizes of 1"):
+    with pytest.raises(ValueError, match="1 denominators"):
         interval([1, 2], [1])
 
 

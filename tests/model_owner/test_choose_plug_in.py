@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_entered_as_refused(tuned: tuple[Path, Path, Path, 
         (["--choose-on", "x", "--strengths", "0.5", "--strength", "1"], "strength and strengths were both given"),
         (["--choose-on", "x", "--strengths", "2"], "strengths.0: Input should be less"),
         (["--choose-on", "x", "--strengths", "half"], "strengths.0: Input should be a valid number"),
-        (["--choose-on", "x", "--strengths", "0"], "nothing but 0"),
+        (["--choose-on", "x", "--strengths", "0"], "no value but 0"),
     ],
 )
 def test_flags_that_do_not_go_together(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

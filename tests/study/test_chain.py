@@ -192,7 +192,7 @@ def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
     assert require_demo_folder(tmp_path / "new") == tmp_path / "new"
     assert require_demo_folder(tmp_path) == tmp_path
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UsageError, match="holds other things"):
+    with pytest.raises(UsageError, match="not of a demo"):
         require_demo_folder(tmp_path)
     (tmp_path / STATE).write_text(json.dumps({}))
     assert require_demo_folder(tmp_path) == tmp_path

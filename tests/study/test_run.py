@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(
 def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("precious")
-    with pytest.raises(UsageError, match="holds other things than a study"):
+    with pytest.raises(UsageError, match="not of a study"):
         Played(lay_out(tmp_path), tmp_path / "out")
 
 

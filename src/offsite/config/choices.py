@@ -1,4 +1,4 @@
-"""Types of settings that several verbs share: closed lists of choices, and lists that a flag writes with commas."""
+"""Types of settings that several verbs share: choices, and lists that are written with commas on the command line."""
 
 from typing import Annotated, Literal
 
@@ -13,26 +13,24 @@ LongRows = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    Field(
-        ge=0, le=64, description="images: processes that decode and crop; left out: 0 on a CPU, which does it itself"
-    ),
+    Field(ge=0, le=64, description="images: processes that decode and crop; left out: 0 on a CPU, else several"),
     FILE_ONLY,
 ]
 
 
 def split_parts(value: object) -> object:
-    """Split "0,0.5,1" into a list of its parts; anything else is left as it is, for the checks."""
+    """Split "0,0.5,1" into a list of its parts; return any other value unchanged, for pydantic to check."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
 def split_steps(value: object) -> object:
-    """Split "refit,distill" into a list of its words; "none" is an empty one."""
+    """Split "refit,distill" into a list of its words; "none" gives an empty one."""
     words = split_parts(value)
     return () if words in (["none"], []) else words
 
 
 def split_numbers(value: object) -> object:
-    """Split "0,14,29" into a list of its whole numbers; a part that is no number is left for the checks."""
+    """Split "0,14,29" into a list of integers; a part that is not a number stays text, for pydantic to refuse."""
     parts = split_parts(value)
     if not isinstance(value, str) or not isinstance(parts, list):
         return value

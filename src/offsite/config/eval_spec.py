@@ -1,4 +1,4 @@
-"""How a model is scored."""
+"""The settings of `offsite eval`."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 

@@ -1,4 +1,4 @@
-"""How a foreign checkpoint becomes a base folder."""
+"""The settings of `offsite import`, which makes a base folder from another format."""
 
 from typing import Annotated
 
@@ -12,10 +12,12 @@ class ImportSpec(Spec):
     """The settings of `offsite import`."""
 
     dtype: Annotated[
-        Dtype | None, Field(description="dtype to store; left out: the checkpoint's (bf16 for GGUF)"), FILE_ONLY
+        Dtype | None,
+        Field(description="dtype of the stored weights; left out: the checkpoint's own (bf16 for GGUF)"),
+        FILE_ONLY,
     ] = None
     image_size: Annotated[
         int | None,
-        Field(ge=1, le=4096, description="ONNX: side in pixels of the images that the model is given"),
+        Field(ge=1, le=4096, description="ONNX: side length in pixels of the input images"),
         FILE_ONLY,
     ] = None

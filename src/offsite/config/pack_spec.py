@@ -1,4 +1,4 @@
-"""How a base model becomes a bundle, and which of these settings go together."""
+"""The settings of `offsite pack`, and the rules on which of them go together."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,22 +24,22 @@ from offsite.config.runtime import RuntimeSettings
 from offsite.config.spec import FILE_ONLY, Settings, Spec, rule
 
 RefitMap = Literal["mlp", "attention"]
-USUAL_PRUNE = 0.5  # of an emulator that drops no block
+USUAL_PRUNE = 0.5  # share of zeros in an emulator that drops no block
 
 
 class SplitSettings(Settings):
     """Which blocks the data owner trains."""
 
     bottom: Annotated[
-        int | None, Field(ge=0, description="first blocks that the data owner trains; left out: 2 in 15, at least 2")
+        int | None, Field(ge=0, description="first blocks that the data owner trains; left out: 2 of 15, at least 2")
     ] = None
     top: Annotated[
-        int | None, Field(ge=0, description="last blocks that the data owner trains; left out: 1 in 5, at least 2")
+        int | None, Field(ge=0, description="last blocks that the data owner trains; left out: 1 of 5, at least 2")
     ] = None
     train: Annotated[
         Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None,
         BeforeValidator(split_numbers),
-        Field(description="the blocks that train, such as 0,1,14,28,29, in place of bottom and top"),
+        Field(description="the blocks that train, such as 0,1,14,28,29, instead of bottom and top"),
     ] = None
 
 
@@ -52,7 +52,7 @@ class SelectSettings(Settings):
     ] = None
     by: Annotated[
         SelectionName,
-        Field(alias="select", description="which blocks of the middle stay"),
+        Field(alias="select", description="how the kept blocks of the middle are chosen"),
     ] = "uniform"
     drop_from: Annotated[
         int | None, Field(ge=0, description="first block that 'contiguous' drops; left out: around the centre")
@@ -89,7 +89,7 @@ class DistillSettings(Settings):
         262_144
     )
     epochs: Annotated[
-        float, Field(alias="distill_epochs", gt=0, description="passes over these tokens; distill_steps wins")
+        float, Field(alias="distill_epochs", gt=0, description="passes over these tokens; distill_steps overrides it")
     ] = 3.0
     steps: Annotated[
         int | None, Field(alias="distill_steps", ge=1, description="optimiser steps of the distillation")
@@ -103,36 +103,41 @@ class DistillSettings(Settings):
     ce: Annotated[
         float,
         Field(
-            alias="distill_ce", ge=0, description="weight of the next token's cross-entropy; 0 leaves top and head out"
+            alias="distill_ce",
+            ge=0,
+            description="weight of the next-token cross-entropy in the loss; at 0 top and head do not run",
         ),
     ] = 0.0
 
 
 class CompressSettings(Settings):
-    """How the weights of the emulator get smaller."""
+    """How the emulator's weights are pruned, quantised or factorised."""
 
     prune: Annotated[
         float | None,
         Field(
             ge=0,
             lt=1,
-            description="share of each emulator matrix set to zero; left out: 0.5 if nothing else compresses, else 0",
+            description="share of each emulator matrix set to zero; left out: 0.5 without other compression, else 0",
         ),
     ] = None
     prune_by: Annotated[
         PrunerName,
-        Field(description="which weights: the smallest; or by what enters each layer, in the pass that heals"),
+        Field(description="which weights become zero: the smallest, or chosen with calibration data"),
     ] = "sparsegpt"
     zeros: Annotated[
         Literal["stored", "left-out"],
-        Field(description="pruned weights: stored as in an ordinary checkpoint, or left out, which saves their bytes"),
+        Field(
+            description="zero weights: stored as in an ordinary checkpoint, or left out, which makes the bundle smaller"
+        ),
     ] = "stored"
     bits: Annotated[
-        Literal[8, 4] | None, Field(description="bits of a weight in the emulator's linear layers; left out: floats")
+        Literal[8, 4] | None, Field(description="bits of each weight in the emulator's linear layers; left out: floats")
     ] = None
-    group: Annotated[Literal[64, 128], Field(description="weights that share a scale, with bits")] = 64
+    group: Annotated[Literal[64, 128], Field(description="with bits: number of weights that share a scale")] = 64
     svd_rank: Annotated[
-        float | None, Field(gt=0, le=1, description="rank of the emulator's matrices as a share of the full; factors")
+        float | None,
+        Field(gt=0, le=1, description="store the emulator's matrices as two factors, with this share of the full rank"),
     ] = None
     mlp_width: Annotated[
         float | None, Field(gt=0, le=1, description="share of the feed-forward neurons that the emulator keeps")
@@ -140,13 +145,13 @@ class CompressSettings(Settings):
 
 
 class CalibrationSettings(Settings):
-    """What selecting and healing are fitted on."""
+    """The data that selecting, pruning and healing run on."""
 
     source: Annotated[
         Path | None,
         Field(
             alias="calibration",
-            description="text, rows or pictures to select and heal with; left out: what ships with the package",
+            description="text, rows or pictures to select and heal with; left out: the data in the package",
         ),
     ] = None
     tokens: Annotated[
@@ -157,7 +162,7 @@ class CalibrationSettings(Settings):
 
 
 class PermitSettings(Settings):
-    """What the owner takes back."""
+    """Which returns the owner accepts."""
 
     methods: Annotated[
         tuple[Method, ...], Field(min_length=1, description="tuning methods that the owner permits"), FILE_ONLY
@@ -167,10 +172,12 @@ class PermitSettings(Settings):
         "bitfit",
         "bottleneck",
     )
-    max_rank: Annotated[int, Field(ge=1, description="largest LoRA rank that the owner takes back"), FILE_ONLY] = 64
-    max_width: Annotated[int, Field(ge=1, description="widest bottleneck that the owner takes back"), FILE_ONLY] = 256
+    max_rank: Annotated[int, Field(ge=1, description="largest LoRA rank that the owner accepts"), FILE_ONLY] = 64
+    max_width: Annotated[int, Field(ge=1, description="largest bottleneck width that the owner accepts"), FILE_ONLY] = (
+        256
+    )
     permit_head: Annotated[
-        bool, Field(description="take back the head too, for tune --tune-head; only where it is not the embedding")
+        bool, Field(description="accept a trained head too (tune --tune-head); not if head and embedding are tied")
     ] = False
 
 
@@ -237,7 +244,7 @@ class PackSpec(Spec):
         """A pruner that reads calibration data does not go with `heal` = share or affine."""
         for step in self.healing_steps:
             if self.pruned and self.pruner.calibrated and step.not_with_calibrated:
-                way = "say with keep how many blocks stay"
+                way = "set keep to the number of blocks that stay"
                 if self.compress.prune is not None:
                     way = f"choose prune_by = {' or '.join(row.name for row in PRUNERS.values() if not row.calibrated)}"
                 raise ValueError(
@@ -250,25 +257,25 @@ class PackSpec(Spec):
         """A matrix is stored in one form; `zeros` = left-out needs zeros, from `prune`."""
         encodings = [form.name for form in self.stored_forms if form.encodes_matrices]
         if len(encodings) > 1:
-            raise ValueError(f"{' and '.join(encodings)} each store a matrix in a way of its own: choose one")
+            raise ValueError(f"{' and '.join(encodings)} are different ways to store a matrix: choose one")
         if self.compress.zeros == "left-out" and self.pruned == 0:
-            raise ValueError("zeros = left-out goes with prune above 0")
+            raise ValueError("zeros = left-out needs prune above 0")
 
     @rule
     def _something_is_dropped(self) -> None:
-        """`select`, and `heal` = share, are about dropped blocks: `keep` says how many stay."""
+        """`select`, and `heal` = share, need dropped blocks: `keep` says how many stay."""
         fills = [step.name for step in self.healing_steps if step.runs == "places"]
         if self.select.keep is None and (self.select.by != "uniform" or fills):
             what = f"heal = {fills[0]}" if fills else f"select = {self.select.by}"
-            raise ValueError(f"{what} is about blocks that are dropped: say with keep how many stay")
+            raise ValueError(f"{what} needs dropped blocks: set keep to the number of blocks that stay")
 
     @rule
     def _settings_of_one_method(self) -> None:
         """`refit_maps` goes with `heal` = refit, `drop_from` with `select` = contiguous."""
         if self.heal.refit_maps != ("mlp",) and not any(step.solves_outputs for step in self.healing_steps):
-            raise ValueError("refit_maps is a setting of heal = refit and of no other")
+            raise ValueError("refit_maps goes with heal = refit only")
         if self.select.drop_from is not None and self.select.by != "contiguous":
-            raise ValueError("drop_from is a setting of select = contiguous and of no other")
+            raise ValueError("drop_from goes with select = contiguous only")
 
     def not_for_spread(self) -> list[str]:
         """Trained blocks between frozen ones go with no declared module kind, and not every `select` and `heal`."""
@@ -291,7 +298,10 @@ class PackSpec(Spec):
         ]
 
     def trained(self, blocks: int) -> frozenset[int]:
-        """Which blocks of a base of so many train; the first 4 and last 6 of 30 by default (docs/decisions/0009)."""
+        """The indices of the blocks that train, for a base with `blocks` blocks.
+
+        By default the first 4 and the last 6 of 30 blocks train (docs/decisions/0009).
+        """
         if self.split.train is not None:
             return frozenset(self.split.train)
         bottom = max(2, round(2 * blocks / 15)) if self.split.bottom is None else self.split.bottom
@@ -300,28 +310,28 @@ class PackSpec(Spec):
 
     @property
     def declares(self) -> tuple[str, ...]:
-        """Settings under which the bundle is no checkpoint of its family any more."""
+        """The names of the settings that make the bundle differ from a checkpoint of its family."""
         steps = [step.name for step in HEALING_STEPS.values() if step.declared and step in self.healing_steps]
         return (*steps, *(form.name for form in self.stored_forms))
 
     @property
     def selection_rule(self) -> SelectionRule:
-        """The rule that chooses the blocks that stay."""
+        """The rule that chooses the kept blocks."""
         return SELECTION_RULES[self.select.by]
 
     @property
     def healing_steps(self) -> tuple[HealingStep, ...]:
-        """The steps of healing, in order."""
+        """The healing steps, in the order in which they run."""
         return tuple(HEALING_STEPS[name] for name in self.heal.steps)
 
     @property
     def pruner(self) -> Pruner:
-        """What chooses the weights that become zero, where any do."""
+        """The pruner that chooses which weights become zero, if any do."""
         return PRUNERS[self.compress.prune_by]
 
     @property
     def stored_forms(self) -> tuple[StoredForm, ...]:
-        """The forms that blocks are stored in, where they are not the family's own."""
+        """The forms in which blocks are stored, other than the family's own form."""
         usual = CompressSettings()
         return tuple(
             form for form in STORED_FORMS.values() if getattr(self.compress, form.name) != getattr(usual, form.name)
@@ -329,17 +339,21 @@ class PackSpec(Spec):
 
     @property
     def pruned(self) -> float:
-        """The share of each emulator matrix that becomes zero."""
+        """The share of each emulator matrix that is set to zero."""
         if self.compress.prune is not None:
             return self.compress.prune
         compressed = self.select.keep is not None or any(form.lossy for form in self.stored_forms)
         return 0.0 if compressed else USUAL_PRUNE
 
     def kept(self, middle: Sequence[int]) -> int:
-        """How many blocks of a middle the emulator keeps."""
+        """How many blocks of the middle the emulator keeps.
+
+        Args:
+            middle: indices of the blocks that the emulator stands for.
+        """
         return len(middle) if self.select.keep is None else self.select.keep
 
     @property
     def resumable(self) -> bool:
-        """Whether packing keeps resume points: distillation and search take long."""
+        """Whether packing saves resume points, which it does for long steps: distillation and search."""
         return self.selection_rule.resumable or any(step.resumable for step in self.healing_steps)

@@ -1,4 +1,4 @@
-"""Whether a tuning's settings lie within what the model's owner takes back."""
+"""Checks whether the model's owner permits the settings of a tuning."""
 
 from dataclasses import dataclass
 
@@ -10,18 +10,18 @@ from offsite.config.tune_spec import TuneSpec
 class Unpermitted:
     """A setting of a tuning that the owner does not permit."""
 
-    key: str  # of the tuning
-    asked: str
+    key: str  # the setting of `tune`
+    requested: str
     permitted: str
-    setting: str  # of packing, which would permit it
+    setting: str  # the setting of `pack` that would permit it
 
 
 def unpermitted(spec: TuneSpec, permits: PermitSettings) -> list[Unpermitted]:
-    """Every setting whose return the owner would refuse.
+    """List every setting of a tuning that the owner does not permit.
 
     Args:
         spec: the settings of the tuning.
-        permits: what the owner takes back; `permit_head` is whether the head may train.
+        permits: what the owner permits.
     """
     adapter, found = spec.adapter, []
     if adapter.method not in permits.methods:

@@ -1,4 +1,4 @@
-"""How a return is put into the base model."""
+"""The settings of `offsite plug-in`, and the rules on which of them go together."""
 
 from typing import Annotated, Literal
 
@@ -18,13 +18,13 @@ class PlugInSpec(Spec):
     as_: Annotated[
         Literal["adapter", "merged"] | None,
         Field(
-            alias="as", description="adapter folder or complete checkpoint; left out: adapter where the method has one"
+            alias="as", description="write an adapter folder or a complete checkpoint; left out: adapter if possible"
         ),
     ] = None
     strength: Annotated[
         float | None,
         Field(
-            ge=0, le=1.5, description="how far to go from the base's weights (0) to the returned ones (1); left out: 1"
+            ge=0, le=1.5, description="interpolate from the base's weights (0) to the returned ones (1); left out: 1"
         ),
     ] = None
     strengths: Annotated[
@@ -41,12 +41,12 @@ class PlugInSpec(Spec):
 
     @rule
     def _one_strength_or_several(self) -> None:
-        """`strength` fixes one, `strengths` are to choose from: give one or the other."""
+        """`strength` is one value, `strengths` are several to choose from: give one or the other."""
         if self.strength is not None and self.strengths != STRENGTHS:
-            raise ValueError("strength and strengths were both given: the one is fixed, the others are to choose from")
+            raise ValueError("strength (one value) and strengths (several to choose from) do not go together: give one")
 
     @rule
     def _some_strength(self) -> None:
-        """`strengths` holds more than 0, which is the base itself."""
+        """`strengths` has a value other than 0, which is the base itself."""
         if not any(self.strengths):
-            raise ValueError("strengths holds nothing but 0, which is the base itself")
+            raise ValueError("strengths has no value but 0, which is the base itself")

@@ -1,4 +1,4 @@
-"""Every problem of a validation in plain words, by the keys of the settings."""
+"""Turns pydantic's validation errors into messages that name the settings by their keys."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from offsite.config.spec import RulesError, Spec
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong."""
+    """One problem that a validation found."""
 
     place: tuple[str, ...]  # the setting's key, and where in its value; empty: settings that do not go together
     what: str
@@ -22,11 +22,11 @@ class Problem:
 
 
 def problems_of(error: ValidationError, kind: type[Spec] | None = None) -> list[Problem]:
-    """Every problem of a validation.
+    """List every problem of a validation.
 
     Args:
-        error: what pydantic found.
-        kind: the spec that was built, whose groups are left out of the places.
+        error: pydantic's error.
+        kind: the spec that was validated; the names of its groups are left out of the places.
     """
     found = []
     for problem in error.errors(include_url=False):
@@ -41,10 +41,10 @@ def problems_of(error: ValidationError, kind: type[Spec] | None = None) -> list[
 
 
 def describe_validation(error: ValidationError, kind: type[Spec] | None = None) -> list[str]:
-    """Every problem of a validation, a line each: where, what is wrong, what was found.
+    """Describe every problem of a validation in one line: where it is, what is wrong, what was found.
 
     Args:
-        error: what pydantic found.
-        kind: the spec that was built, whose groups are left out of the places.
+        error: pydantic's error.
+        kind: the spec that was validated; the names of its groups are left out of the places.
     """
     return [str(problem) for problem in problems_of(error, kind)]

@@ -1,4 +1,4 @@
-"""Where a stage that runs the network does so."""
+"""The settings of every stage that runs a network: dtype, device and threads."""
 
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ class RuntimeSettings(Settings):
 
     compute: Annotated[
         Literal["auto", "bf16", "fp32"],
-        Field(description="compute dtype; auto is bf16 where it is faster"),
+        Field(description="compute dtype; auto takes bf16 if it is faster on this machine"),
         FILE_ONLY,
     ] = "auto"
     device: Annotated[
@@ -20,7 +20,7 @@ class RuntimeSettings(Settings):
         Field(
             pattern=r"^(auto|cpu|mps|cuda(:\d+)?|xpu(:\d+)?)$",
             examples=["auto", "cpu", "cuda", "cuda:1"],
-            description="where it runs",
+            description="device that runs the model",
         ),
         FILE_ONLY,
     ] = "auto"

@@ -1,7 +1,7 @@
-"""What every spec is made of: frozen groups of settings, built from a flat mapping of keys to values.
+"""The base class of every spec: frozen groups of settings, built from a flat mapping of keys to values.
 
 In code a setting is read from its group, such as `spec.optimizer.lr`. In TOML files, on the command line, in recipes
-and in Python's keyword arguments it stands by its key alone, such as `lr`: a key occurs once in a verb.
+and in Python's keyword arguments only its key is written, such as `lr`. A key is unique within a verb.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ class Settings(BaseModel):
 
 
 class FileOnly:
-    """The mark of a setting that stands in a TOML file alone: it has no flag."""
+    """Marks a setting that can be set in a TOML file only: it has no flag."""
 
 
 FILE_ONLY = FileOnly()
@@ -28,7 +28,7 @@ FILE_ONLY = FileOnly()
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a verb."""
+    """One setting of a verb, and its place in the spec."""
 
     key: str  # its name in a TOML file; the flag is the same with dashes
     group: str | None  # the attribute of the spec that holds it; None: the spec itself
@@ -37,7 +37,7 @@ class Setting:
 
     @property
     def has_flag(self) -> bool:
-        """Whether the command line has a flag for it too."""
+        """Whether the setting has a command-line flag."""
         return not any(isinstance(mark, FileOnly) for mark in self.field.metadata)
 
     def of(self, spec: "Spec") -> Any:
@@ -46,7 +46,7 @@ class Setting:
 
 
 class RulesError(ValueError):
-    """Settings that do not go together; a message for each rule."""
+    """Some settings do not go together; `messages` has one message for each broken rule."""
 
     def __init__(self, messages: Sequence[str]) -> None:
         super().__init__("; ".join(messages))
@@ -57,10 +57,10 @@ Check = Callable[[Any], None]
 
 
 def rule(check: Check) -> Check:
-    """Mark a spec's method as a rule on settings that go together, or do not.
+    """Mark a spec's method as a rule on which settings go together.
 
     Args:
-        check: raises ValueError where the rule is broken; its docstring is the rule in words, for the reference page.
+        check: raises ValueError if the rule is broken. Its docstring states the rule for the reference page.
     """
     check.__dict__[_IS_RULE] = True
     return check
@@ -72,7 +72,7 @@ _IS_RULE = "is_rule_of_settings"
 class Spec(Settings):
     """The settings of one verb, some in groups; built from keys and values without the groups' names."""
 
-    # Sides that say the same in different ways, as keys: what is given of one side takes the place of the others.
+    # Sets of keys that set the same thing in different ways: setting one of them replaces the others.
     alternatives: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ()
 
     @classmethod
@@ -87,12 +87,12 @@ class Spec(Settings):
 
     @classmethod
     def rules(cls) -> tuple[Check, ...]:
-        """The rules on which settings go together, in order."""
+        """The rules on which settings go together, in the order of the class."""
         return tuple(check for check in vars(cls).values() if _IS_RULE in getattr(check, "__dict__", {}))
 
     @classmethod
     def group_places(cls) -> frozenset[tuple[str]]:
-        """The first parts of the places of problems that lie in groups."""
+        """The names of the groups, as pydantic writes them at the start of a problem's location."""
         return frozenset((name,) for name in _groups(cls))
 
     @model_validator(mode="after")
@@ -128,7 +128,7 @@ class Spec(Settings):
 
     @classmethod
     def overlaid(cls, below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings over others: of two ways to say one thing the upper one's stays."""
+        """Merge two sets of settings. `above` wins, also over alternatives of its keys in `below`."""
         replaced = {
             key
             for sides in cls.alternatives
@@ -140,7 +140,7 @@ class Spec(Settings):
 
     @property
     def explicit_keys(self) -> frozenset[str]:
-        """Keys of the settings that were asked for, also where that is the default."""
+        """Keys of the settings that were set explicitly, even to their default."""
         return frozenset(
             setting.key
             for setting in _settings(type(self)).values()
@@ -152,10 +152,10 @@ class Spec(Settings):
         return {key: setting.of(self) for key, setting in _settings(type(self)).items()}
 
     def flat(self, *, explicit_only: bool = False, without: Sequence[str] | frozenset[str] = ()) -> dict[str, Any]:
-        """The settings as a TOML file or JSON would hold them, without groups; `changed` and the constructor take it.
+        """The settings by key in JSON types, without groups, as the constructor and `changed` take them.
 
         Args:
-            explicit_only: leave out the settings that have their default because nothing else was asked for.
+            explicit_only: leave out the settings that were not set explicitly.
             without: keys to leave out.
         """
         plain = self.model_dump(mode="json", by_alias=True)
@@ -167,13 +167,13 @@ class Spec(Settings):
         }
 
     def changed(self, settings: Mapping[str, Any]) -> Self:
-        """The same with these settings in the place of its own, checked like any.
+        """Return a copy with some settings replaced, checked like any spec.
 
         Args:
             settings: new values by key.
 
         Raises:
-            ValidationError: one is wrong, or they do not go together with the others.
+            ValidationError: a value is wrong, or does not go together with the other settings.
         """
         return type(self).model_validate(type(self).overlaid(self.flat(explicit_only=True), settings))
 

@@ -1,4 +1,4 @@
-"""How the data owner trains the adapter on the emulator."""
+"""The settings of `offsite tune`, and the rules on which of them go together."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,22 +10,22 @@ from offsite.config.spec import FILE_ONLY, Settings, Spec, rule
 
 
 class AdapterSettings(Settings):
-    """What trains."""
+    """Which parameters train."""
 
     method: Annotated[
         Method,
-        Field(description="what trains: LoRA pairs, the blocks' weights (full) or biases (bitfit), or bottlenecks"),
+        Field(description="what trains: LoRA matrices, the blocks' weights (full) or biases (bitfit), or bottlenecks"),
     ] = "lora"
-    rank: Annotated[int, Field(ge=1, description="rank of the LoRA pairs")] = 16
+    rank: Annotated[int, Field(ge=1, description="rank of the LoRA matrices")] = 16
     lora_alpha: Annotated[
         float | None, Field(gt=0, lt=1e6, description="LoRA scale numerator; left out: twice the rank"), FILE_ONLY
     ] = None
     lora_dropout: Annotated[
-        float, Field(ge=0, lt=1, description="dropout on the input of the LoRA pairs"), FILE_ONLY
+        float, Field(ge=0, lt=1, description="dropout on the input of the LoRA matrices"), FILE_ONLY
     ] = 0.0
     width: Annotated[int, Field(ge=1, description="width of the bottlenecks")] = 64
     tune_head: Annotated[
-        bool, Field(description="train the whole output head too, and send it back; if the owner permits it")
+        bool, Field(description="also train the output head and return it; the owner must permit it")
     ] = False
 
 
@@ -48,7 +48,7 @@ class OptimizerSettings(Settings):
 class LengthSettings(Settings):
     """How long a run is."""
 
-    epochs: Annotated[float, Field(gt=0, description="passes over the data; max_steps wins")] = 1.0
+    epochs: Annotated[float, Field(gt=0, description="passes over the data; max_steps overrides it")] = 1.0
     max_steps: Annotated[int | None, Field(ge=1, description="optimiser steps")] = None
     batch_size: Annotated[int, Field(ge=1, description="rows per optimiser step")] = 16
 
@@ -61,7 +61,7 @@ class RowSettings(Settings):
 
 
 class MemorySettings(Settings):
-    """What runs at once, and what is kept or computed again."""
+    """How much runs at the same time, and what is stored or computed again."""
 
     budget: Annotated[
         str | None,
@@ -69,15 +69,15 @@ class MemorySettings(Settings):
             alias="memory",
             examples=["6GiB", "512MB"],
             pattern=r"^\d+(\.\d+)?(MiB|GiB|MB|GB)$",
-            description="bytes that the process may hold, such as 6GiB; measured on the rows before the first step",
+            description="memory limit of the process, such as 6GiB; checked with trial steps on your rows",
         ),
     ] = None
     micro_batch_tokens: Annotated[
         int | None,
         Field(
             ge=1,
-            description="padded tokens, or patches of pictures, that run at once, in all lanes together; left out: "
-            "1024, and 512 of text in fp32, which are as many bytes",
+            description="padded tokens, or patches of pictures, that run at once, over all micro-batches side by side; "
+            "left out: 1024, but 512 for text in fp32",
         ),
         FILE_ONLY,
     ] = None
@@ -86,53 +86,56 @@ class MemorySettings(Settings):
         Field(
             ge=1,
             le=64,
-            description="text on a CPU: micro-batches that run side by side, each with its share of the threads; "
-            "left out: 2 on matrix tiles (AMX), else 1; 1 where passes would disturb one another",
+            description="text on a CPU: number of micro-batches side by side, each with its share of the threads; "
+            "left out: 2 on CPUs with AMX, else 1",
         ),
         FILE_ONLY,
     ] = None
     gradient_checkpointing: Annotated[
-        bool, Field(description="run blocks again in the backward pass: less memory, about a quarter slower")
+        bool, Field(description="recompute blocks in the backward pass: less memory, about a quarter slower")
     ] = False
     cache_features: Annotated[
         Literal["auto", "off"],
-        Field(description="whether frozen blocks before the first trained one run once and keep the result on disk"),
+        Field(description="run the frozen blocks before the first trained one once, and store their output on disk"),
         FILE_ONLY,
     ] = "auto"
 
 
 class PointSettings(Settings):
-    """When a run is validated, and what is kept of it."""
+    """When a run is validated and saved."""
 
     eval_every: Annotated[
         int | None, Field(ge=1, description="steps between validations; left out: only at the end"), FILE_ONLY
     ] = None
     checkpoints: Annotated[
-        int, Field(ge=1, le=100, description="checkpoints in the return, evenly spaced, the last step's included")
+        int, Field(ge=1, le=100, description="checkpoints in the return, evenly spaced, the last step included")
     ] = 1
     report_scores: Annotated[
-        bool, Field(description="tell the owner the loss of each checkpoint on the eval rows, in the signed return")
+        bool,
+        Field(description="put the loss of each checkpoint on the eval rows into the return, where the owner sees it"),
     ] = False
     save_every: Annotated[int, Field(ge=1, description="steps between resume points"), FILE_ONLY] = 50
 
 
 class ImageSettings(Settings):
-    """What image models alone have."""
+    """Settings of image models."""
 
     pooling: Annotated[
         Literal["class", "mean", "both"] | None,
-        Field(description="images: what the classifier reads, class token or mean of patches; left out: the family's"),
+        Field(
+            description="images: the classifier's input, class token or mean of patches; left out: the family's default"
+        ),
         FILE_ONLY,
     ] = None
     head_start: Annotated[
         Literal["random", "probe"],
-        Field(description="images: the classifier starts as next to nothing, or as a linear probe of the emulator"),
+        Field(description="images: start of the classifier, small random weights or a linear probe of the emulator"),
         FILE_ONLY,
     ] = "probe"
     head_lr_factor: Annotated[
         float | None,
         Field(
-            gt=0, description="images: learning rate of the classifier, times lr; left out: 0.1 for a probe, else 10"
+            gt=0, description="images: factor on lr for the classifier; left out: 0.1 for head_start = probe, else 10"
         ),
         FILE_ONLY,
     ] = None
@@ -167,29 +170,29 @@ class TuneSpec(Spec):
 
     @rule
     def _head_beside_no_bottlenecks(self) -> None:
-        """`tune_head` goes with `method` lora, full or bitfit: bottlenecks are plugged in beside the base's tensors."""
+        """`tune_head` goes with `method` lora, full or bitfit, as a plug-in of bottlenecks holds no base tensors."""
         if self.adapter.tune_head and self.adapter.method == "bottleneck":
             raise ValueError(
-                "tune_head does not go with bottlenecks: their plug-in stands beside the base and holds none of its "
-                "tensors; tune by lora, full or bitfit, or leave tune_head out"
+                "tune_head does not go with bottlenecks, whose plug-in holds no tensors of the base; "
+                "choose method lora, full or bitfit, or leave tune_head out"
             )
 
     def not_for_images(self) -> list[str]:
         """Image models go with one of `checkpoints` and no `report_scores`: each would need its classifier."""
-        asked = {"checkpoints": self.points.checkpoints > 1, "report_scores": self.points.report_scores}
-        return [key for key, wrong in asked.items() if wrong]
+        in_use = {"checkpoints": self.points.checkpoints > 1, "report_scores": self.points.report_scores}
+        return [key for key, used in in_use.items() if used]
 
     @property
     def head_factor(self) -> float:
-        """What the classifier's learning rate is multiplied by: what was given, else what suits its start."""
+        """The factor on the classifier's learning rate: `head_lr_factor`, or its default for `head_start`."""
         return self.images.head_lr_factor or (0.1 if self.images.head_start == "probe" else 10.0)
 
     @property
     def tokens_at_once(self) -> int:
-        """`micro_batch_tokens`, where None is what fits any arithmetic but text's in fp32."""
+        """`micro_batch_tokens`, or its default of 1024 (512 for text in fp32 is set elsewhere)."""
         return self.memory.micro_batch_tokens or 1024
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate after warm-up: the one that was given, else the method's."""
+        """The learning rate after warm-up: `lr`, or the method's default."""
         return self.optimizer.lr if self.optimizer.lr is not None else (3e-4 if self.adapter.method == "full" else 1e-3)

@@ -39,7 +39,7 @@ def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
         permit_head=bool(manifest.head),
     )
     reasons = [
-        _NO_HEAD if one.key == "tune_head" else f"{one.asked}, the bundle permits {one.permitted}"
+        _NO_HEAD if one.key == "tune_head" else f"{one.requested}, the bundle permits {one.permitted}"
         for one in unpermitted(spec, permits)
     ]
     if reasons:

@@ -1,4 +1,4 @@
-"""Held-out loss of a model, its accuracy where rows are multiple choice, and what it answers.
+"""Scores a language model on held-out rows: loss, accuracy on multiple-choice rows, and generated answers.
 
 Every figure comes with a 95 % confidence interval over rows (`offsite.evaluation.intervals`).
 """
@@ -32,12 +32,12 @@ from offsite.protocol.contents import BOTTLENECK_WEIGHTS, RETURNED_WEIGHTS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ANSWER_TOKENS = 64  # longest generated answer
+ANSWER_TOKENS = 64  # length limit of a generated answer
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a model answered to a prompt of the data set, beside what stands there."""
+    """A model's answer to a prompt of the data set, with the data set's own answer as reference."""
 
     prompt: str
     reference: str
@@ -46,11 +46,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Score:
-    """Held-out loss in nats per labelled token, and what it was measured on."""
+    """Held-out loss in nats per labelled token, other metrics, and the size of the data set."""
 
     loss: float
     perplexity: float
-    completion_loss: float | None  # of rows that answer something alone; None where all are plain text
+    completion_loss: float | None  # of rows with a prompt only; None where all are plain text
     accuracy: float | None  # of multiple-choice rows, by log-likelihood; None where there are none
     accuracy_norm: float | None  # the same, by log-likelihood per character
     tokens: int  # labelled ones
@@ -73,26 +73,26 @@ def evaluate(
     samples: int = 0,
     progress: Progress = silent,
 ) -> Score:
-    """Score a model on rows: labelled tokens only, as tuning sees them.
+    """Score a model on rows. Only labelled tokens count, as in tuning.
 
     Args:
         model: a base, a bundle or a merged plug-in; of a verified one the files that were verified are scored, of a
             folder those that are there.
-        data: rows, as `offsite.data.rows.read_rows` takes them.
-        spec: lengths, device, dtype of the arithmetic.
-        adapter: what was tuned on that model: a return, or a plug-in in the form of an adapter.
-        samples: answers to generate greedily, for the first prompts of the data.
-        progress: where the events go.
+        data: rows, as `offsite.data.rows.read_rows` reads them.
+        spec: lengths, device, compute dtype.
+        adapter: the adapter that was tuned on that model: a return, or a plug-in in the form of an adapter.
+        samples: number of answers to generate greedily, for the first prompts of the data.
+        progress: called with the progress events.
 
     Raises:
         DataError: the data set is empty, or has bad or overlong rows.
         UsageError: a folder is no checkpoint or no adapter.
         VerificationError: an artifact had to be read again, and changed since it was verified.
         StorageError: a file is missing or broken.
-        IncompatibleError: the folder is no plain checkpoint, the adapter does not fit it, or the tokenizer makes
-            tokens that it does not know.
+        IncompatibleError: the folder is not a plain checkpoint, the adapter does not fit it, or the tokenizer gives
+            tokens that the model does not know.
     """
-    where = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
+    runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     rows = read_rows(data, part="held out")[: spec.max_rows]
     source = files_of(model)
     tokenizer = load_tokenizer(source)
@@ -101,30 +101,32 @@ def evaluate(
     examples = encoded.examples[: spec.max_rows]  # a long text is one row, and many examples
     questions = encode_choices(rows, tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
     require_known([*examples, *(one for question in questions for one in question.examples)], source, data)
-    network_model = load_tuned(source, files_of(adapter) if adapter else None, where)
+    network_model = load_tuned(source, files_of(adapter) if adapter else None, runtime)
     network = split_backbone_and_head(network_model)
     started = time.perf_counter()
     losses = row_losses(network, examples, spec.micro_batch_tokens, progress)
     seconds = time.perf_counter() - started
     choices = score_choices(network, questions, spec.micro_batch_tokens, progress)
-    asked = [row for row in rows if row.prompt is not None][:samples]
+    prompted = [row for row in rows if row.prompt is not None][:samples]
     return Score(
-        **_figures(losses, [loss for loss, example in zip(losses, examples, strict=True) if example.answers], choices),
+        **_compute_figures(
+            losses, [loss for loss, example in zip(losses, examples, strict=True) if example.answers], choices
+        ),
         tokens=sum(row.tokens for row in losses),
         rows=len(losses),
         skipped=encoded.skipped,
         seconds=round(seconds, 3),
         tokens_per_s=round(sum(len(example.ids) for example in examples) / seconds, 1),
-        samples=tuple(_answers(network_model, tokenizer, asked, longest, progress)),
+        samples=tuple(_generate_answers(network_model, tokenizer, prompted, longest, progress)),
         row_losses=tuple(losses),
         choice_scores=tuple(choices),
     )
 
 
-def _figures(
+def _compute_figures(
     losses: Sequence[RowLoss], completions: Sequence[RowLoss], choices: Sequence[ChoiceScore]
 ) -> dict[str, Any]:
-    """Every figure by name, and their intervals."""
+    """Compute every metric by name, and the intervals."""
     found: dict[str, float | None] = {}
     intervals: dict[str, Interval] = {}
     ratios: dict[str, tuple[list[float], list[float]]] = {
@@ -138,24 +140,30 @@ def _figures(
         if ends := interval(parts, sizes):
             intervals[name] = ends
     found["perplexity"] = perplexity(found["loss"] or 0.0)
-    if "loss" in intervals:  # percentiles go through a rising function
+    if "loss" in intervals:  # exp is increasing, so it maps percentiles to percentiles
         intervals["perplexity"] = Interval(perplexity(intervals["loss"].low), perplexity(intervals["loss"].high))
     return {**found, "intervals": intervals}
 
 
-def load_tuned(model: Source, adapter: Source | None, where: Runtime) -> "PreTrainedModel":
-    """A model, with what was tuned on it if there is something: a LoRA adapter, bottlenecks, or tensors of its own."""
+def load_tuned(model: Source, adapter: Source | None, runtime: Runtime) -> "PreTrainedModel":
+    """Load a model and, if there is one, its adapter: LoRA matrices, bottlenecks, or trained tensors.
+
+    Args:
+        model: a checkpoint folder.
+        adapter: a return, or a plug-in in the form of an adapter.
+        runtime: dtype and device.
+    """
     if adapter is None:
-        return load_model(model, dtype=where.dtype, device=where.device)
+        return load_model(model, dtype=runtime.dtype, device=runtime.device)
     if has_file(adapter, RETURNED_WEIGHTS):
-        return load_replaced(model, adapter, RETURNED_WEIGHTS, dtype=where.dtype, device=where.device)
+        return load_replaced(model, adapter, RETURNED_WEIGHTS, dtype=runtime.dtype, device=runtime.device)
     if has_file(adapter, BOTTLENECK_WEIGHTS):
-        return load_bottlenecked(model, adapter, BOTTLENECK_WEIGHTS, dtype=where.dtype, device=where.device)
-    loaded: PreTrainedModel = load_adapted(model, adapter, dtype=where.dtype, device=where.device).get_base_model()
+        return load_bottlenecked(model, adapter, BOTTLENECK_WEIGHTS, dtype=runtime.dtype, device=runtime.device)
+    loaded: PreTrainedModel = load_adapted(model, adapter, dtype=runtime.dtype, device=runtime.device).get_base_model()
     return loaded
 
 
-def _answers(
+def _generate_answers(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     rows: Sequence[Row],
@@ -168,9 +176,9 @@ def _answers(
         ids = encode_prompt(row, tokenizer)
         if not ids:
             continue  # neither a prompt nor a beginning token: nothing to answer to
-        most = longest - min(ANSWER_TOKENS, longest // 2)
-        if len(ids) > most:  # the beginning token and the end of the prompt count most
-            ids = [ids[0], *ids[len(ids) - most + 1 :]]
+        limit = longest - min(ANSWER_TOKENS, longest // 2)
+        if len(ids) > limit:  # the beginning token and the end of the prompt matter most
+            ids = [ids[0], *ids[len(ids) - limit + 1 :]]
         answer = generate(model, ids, tokenizer.eos_token_id, min(ANSWER_TOKENS, longest - len(ids)))
         samples.append(Sample(prompt, row.completion, tokenizer.decode(answer, skip_special_tokens=True)))
         progress(Event("answering", done, len(rows)))
@@ -178,16 +186,17 @@ def _answers(
 
 
 @torch.no_grad()
-def generate(model: "PreTrainedModel", prompt: Sequence[int], eos: int, most: int) -> list[int]:
-    """The likeliest token again and again, up to EOS or `most` tokens, with a KV cache.
+def generate(model: "PreTrainedModel", prompt: Sequence[int], eos: int, limit: int) -> list[int]:
+    """Generate greedily up to EOS or `limit` tokens, with a KV cache.
 
-    Written out, since a checkpoint's generation_config.json may sample, penalise or stop as it likes.
+    This does not use transformers' `generate`, since a checkpoint's generation_config.json may set sampling, penalties
+    or other stopping rules.
     """
     body, head = model.base_model, model.get_output_embeddings()
     ids = torch.tensor([list(prompt)], device=head.weight.device)  # (1, T)
     answer: list[int] = []
     cache = None
-    while len(answer) < most:
+    while len(answer) < limit:
         output = body(input_ids=ids, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         token = int(F.linear(output.last_hidden_state[:, -1], head.weight, head.bias).argmax())

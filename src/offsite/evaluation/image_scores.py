@@ -1,7 +1,7 @@
 """Held-out accuracy and loss of an image model, each with a 95 % confidence interval over pictures.
 
-A classifier is scored as it is, a bundle with the return that was tuned on it. An encoder alone tells no classes apart;
-of it a linear probe is scored: logistic regression on its frozen features, fitted on pictures of one's own.
+A classifier is scored directly, a bundle with the return that was tuned on it. An encoder alone has no classes, so a
+linear probe is scored: logistic regression on its frozen features, fitted on labelled pictures.
 """
 
 import time
@@ -32,9 +32,9 @@ from offsite.protocol.contents import CLASSIFIER
 from offsite.protocol.manifest import ReturnManifest
 from offsite.protocol.verify import read_unverified
 
-# of the probe's squared weights, per picture; the first where none can be chosen
+# penalties on the probe's squared weights, per picture; the first is used where there are too few to choose by
 _PENALTIES = (0.1, 0.03, 0.01, 0.003, 0.3)
-_FOLDS = 3  # of the pictures, by which one is chosen
+_FOLDS = 3  # of the cross-validation that chooses the penalty
 _PROBE_STEPS = 100
 
 Logits = Callable[[Floats], torch.Tensor]  # pixels (B, 3, Y, X) -> (B, C) in fp32
@@ -42,17 +42,17 @@ Logits = Callable[[Floats], torch.Tensor]  # pixels (B, 3, Y, X) -> (B, C) in fp
 
 @dataclass(frozen=True, slots=True)
 class PictureScore:
-    """How one picture was told."""
+    """The loss and the predicted class of one picture."""
 
-    line: int  # its place in the data set, from 1
+    line: int  # its number in the data set, from 1
     nats: float
     right: bool
-    told: str  # the class that it was taken for
+    predicted: str  # class
 
 
 @dataclass(frozen=True)
 class ImageScore:
-    """Accuracy and loss in nats per picture, and what they were measured on."""
+    """Accuracy, loss in nats per picture, and the size of the data set that they were measured on."""
 
     accuracy: float
     loss: float
@@ -78,31 +78,32 @@ def evaluate_images(
 
     Args:
         model: a classifier (a merged plug-in), or an encoder (a base, a bundle).
-        data: pictures, as `offsite.data.picture_files.read_pictures` takes them; of a folder with parts the held-out
-            one.
-        spec: device, dtype of the arithmetic, how many pictures run at once.
+        data: pictures, as `offsite.data.picture_files.read_pictures` reads them. If the folder has parts, its held-out
+            part is used.
+        spec: device, compute dtype, and how many pictures run at once.
         adapter: the return that was tuned on that bundle, with its classifier.
-        probe: for an encoder alone, pictures to fit a linear probe on; of a folder with parts the training one.
-        progress: where the events go.
+        probe: for an encoder alone, pictures to fit a linear probe on. If the folder has parts, its training part is
+            used.
+        progress: called with the progress events.
 
     Raises:
-        DataError: pictures are bad, or of classes that the model does not know.
-        UsageError: an encoder is to be scored without a classifier or a probe, or there is more than one of these.
+        DataError: pictures cannot be read, or have classes that the model does not know.
+        UsageError: an encoder has neither a classifier nor a probe, or the model has more than one of them.
         StorageError: a file is missing or broken.
-        IncompatibleError: the folder is no plain checkpoint, or the adapter does not fit it.
+        IncompatibleError: the folder is not a plain checkpoint, or the adapter does not fit it.
     """
-    where = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
-    with PictureWorkers(worker_count(spec.workers, where.device)) as workers:
-        return _evaluated(model, data, spec, adapter, probe, where, workers, progress)
+    runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
+    with PictureWorkers(worker_count(spec.workers, runtime.device)) as workers:
+        return _evaluate(model, data, spec, adapter, probe, runtime, workers, progress)
 
 
-def _evaluated(
+def _evaluate(
     model: Path | Base | Bundle | PlugIn,
     data: Path,
     spec: EvalSpec,
     adapter: Path | Return | None,
     probe: Path | None,
-    where: Runtime,
+    runtime: Runtime,
     workers: PictureWorkers,
     progress: Progress,
 ) -> ImageScore:
@@ -112,30 +113,30 @@ def _evaluated(
     classifies = is_classifier(model_settings(source))
     if classifies and (adapter is not None or probe is not None):
         raise UsageError(
-            f"{folder_of(source)} has a classifier of its own, which is what is scored",
+            f"{folder_of(source)} already has a classifier, so --adapter and --probe do not apply",
             next_step="leave --adapter and --probe out, or name the bundle or base that they are for",
         )
     processor = load_processor(source)
     listed = read_pictures(data, part="held out")[: spec.max_rows]
     pictures = Pictures(listed, processor, skip_bad=spec.skip_bad, workers=workers)
     if classifies:
-        logits, classes = _of_classifier(source, where)
+        logits, classes = _logits_of_classifier(source, runtime)
     elif adapter is not None:
-        logits, classes = _of_return(source, adapter, where)
+        logits, classes = _logits_of_return(source, adapter, runtime)
     elif probe is not None:
         fitted_on = Pictures(read_pictures(probe, part="train"), processor, skip_bad=spec.skip_bad, workers=workers)
-        encoder = encoder_of(load_tuned(source, None, where))
-        logits, classes = _of_probe(encoder, fitted_on, spec.micro_batch_images, progress)
+        encoder = encoder_of(load_tuned(source, None, runtime))
+        logits, classes = _logits_of_probe(encoder, fitted_on, spec.micro_batch_images, progress)
     else:
         raise UsageError(
             f"{folder_of(source)} is an encoder without a classifier",
             next_step="name a return with --adapter, or pictures to fit a linear probe on with --probe",
         )
-    wanted = _labels(pictures.pictures, classes)
+    labels = _class_indices(pictures.pictures, classes)
     started = time.perf_counter()
-    nats, told = _score(logits, pictures, wanted, spec.micro_batch_images, progress)
+    nats, predicted = _score(logits, pictures, labels, spec.micro_batch_images, progress)
     seconds = time.perf_counter() - started
-    right = [float(found == there) for found, there in zip(told, wanted.tolist(), strict=True)]
+    right = [float(found == label) for found, label in zip(predicted, labels.tolist(), strict=True)]
     ends = {"accuracy": interval(right), "loss": interval(nats)}
     places = {picture.name: number for number, picture in enumerate(listed, start=1)}
     return ImageScore(
@@ -149,63 +150,63 @@ def _evaluated(
         intervals={name: found for name, found in ends.items() if found},
         pictures=[
             PictureScore(places[picture.name], loss, bool(hit), classes[index])
-            for picture, loss, hit, index in zip(pictures.pictures, nats, right, told, strict=True)
+            for picture, loss, hit, index in zip(pictures.pictures, nats, right, predicted, strict=True)
         ],
     )
 
 
-def _labels(pictures: list[Picture], classes: tuple[str, ...]) -> torch.Tensor:
+def _class_indices(pictures: list[Picture], classes: tuple[str, ...]) -> torch.Tensor:
     place = {name: index for index, name in enumerate(classes)}
-    strange = sorted({picture.label or "" for picture in pictures} - set(place))
-    if strange:
+    unknown = sorted({picture.label or "" for picture in pictures} - set(place))
+    if unknown:
         raise DataError(
-            "the pictures are of classes that the model does not tell apart",
-            reasons=[f"found {', '.join(strange)[:200]}", f"it knows {', '.join(classes)[:200]}"],
-            next_step="score it on pictures of its own classes",
+            "the pictures have classes that the model does not know",
+            reasons=[f"found {', '.join(unknown)[:200]}", f"expected {', '.join(classes)[:200]}"],
+            next_step="score the model on pictures of the classes that it was tuned on",
         )
     return torch.tensor([place[picture.label or ""] for picture in pictures])
 
 
 @torch.no_grad()
 def _score(
-    logits: Logits, pictures: Pictures, wanted: torch.Tensor, size: int, progress: Progress
+    logits: Logits, pictures: Pictures, labels: torch.Tensor, size: int, progress: Progress
 ) -> tuple[list[float], list[int]]:
-    """Nats of each picture, and the class that it was taken for."""
+    """Nats of each picture, and the index of its predicted class."""
     nats: list[float] = []
-    told: list[int] = []
+    predicted: list[int] = []
     right = 0
     for rows, pixels in pictures.in_order(size):
         found = logits(pixels).float().cpu()
-        there = wanted[list(rows)]
-        nats += F.cross_entropy(found, there, reduction="none").tolist()
-        told += found.argmax(dim=1).tolist()
-        right += int((found.argmax(dim=1) == there).sum())
-        progress(Event("evaluating", len(nats), len(pictures), {"accuracy": right / len(told)}))
-    return nats, told
+        targets = labels[list(rows)]
+        nats += F.cross_entropy(found, targets, reduction="none").tolist()
+        predicted += found.argmax(dim=1).tolist()
+        right += int((found.argmax(dim=1) == targets).sum())
+        progress(Event("evaluating", len(nats), len(pictures), {"accuracy": right / len(predicted)}))
+    return nats, predicted
 
 
-def _of_classifier(source: Source, where: Runtime) -> tuple[Logits, tuple[str, ...]]:
-    loaded = load_classifier(source, dtype=where.dtype, device=where.device)
+def _logits_of_classifier(source: Source, runtime: Runtime) -> tuple[Logits, tuple[str, ...]]:
+    loaded = load_classifier(source, dtype=runtime.dtype, device=runtime.device)
     names = tuple(str(loaded.config.id2label[index]) for index in range(loaded.config.num_labels))
 
     def logits(pixels: Floats) -> torch.Tensor:
-        found: torch.Tensor = loaded(pixel_values=torch.from_numpy(pixels).to(where.device, where.dtype)).logits
+        found: torch.Tensor = loaded(pixel_values=torch.from_numpy(pixels).to(runtime.device, runtime.dtype)).logits
         return found
 
     return logits, names
 
 
-def _of_return(model: Source, returned: Path | Return, where: Runtime) -> tuple[Logits, tuple[str, ...]]:
+def _logits_of_return(model: Source, returned: Path | Return, runtime: Runtime) -> tuple[Logits, tuple[str, ...]]:
     manifest = returned.manifest if isinstance(returned, Return) else read_unverified(returned)
     source = files_of(returned)
     classes = manifest.classes if isinstance(manifest, ReturnManifest) else None
     if classes is None:
         raise IncompatibleError(
-            f"{folder_of(source)} brings no classifier",
+            f"{folder_of(source)} has no classifier",
             next_step="name a return that was tuned on pictures with --adapter",
         )
-    encoder = encoder_of(load_tuned(model, source, where))
-    head = {name: read_tensor(tensor).to(where.device) for name, tensor in tensors_of(source, CLASSIFIER).items()}
+    encoder = encoder_of(load_tuned(model, source, runtime))
+    head = {name: read_tensor(tensor).to(runtime.device) for name, tensor in tensors_of(source, CLASSIFIER).items()}
     found, expected = {name: tuple(tensor.shape) for name, tensor in head.items()}, (len(classes), encoder.inputs)
     if found != {WEIGHT: expected, BIAS: expected[:1]}:
         raise IncompatibleError(
@@ -216,22 +217,24 @@ def _of_return(model: Source, returned: Path | Return, where: Runtime) -> tuple[
     return lambda pixels: F.linear(encoder.features(pixels), head[WEIGHT], head[BIAS]), classes
 
 
-def _of_probe(encoder: Encoder, pictures: Pictures, size: int, progress: Progress) -> tuple[Logits, tuple[str, ...]]:
+def _logits_of_probe(
+    encoder: Encoder, pictures: Pictures, size: int, progress: Progress
+) -> tuple[Logits, tuple[str, ...]]:
     classes = tuple(sorted({picture.label or "" for picture in pictures.pictures}))
     if len(classes) < 2:
         raise DataError(
-            "a probe of one class tells nothing apart",
+            "a probe needs pictures of at least two classes",
             reasons=[f"found {counted(pictures.pictures, 'picture')} of {classes[0][:200]}"],
-            next_step="name pictures of at least two classes with --probe",
+            next_step="name other pictures with --probe",
         )
-    wanted = _labels(pictures.pictures, classes).to(encoder.device)
-    weight, bias = fit_probe(probe_features(encoder, pictures, size, progress), wanted, len(classes))
+    labels = _class_indices(pictures.pictures, classes).to(encoder.device)
+    weight, bias = fit_probe(probe_features(encoder, pictures, size, progress), labels, len(classes))
     return lambda pixels: F.linear(encoder.features(pixels), weight, bias), classes
 
 
 @torch.no_grad()
 def probe_features(encoder: Encoder, pictures: Pictures, size: int, progress: Progress) -> torch.Tensor:
-    """What a head reads of each picture, (N, F), with so many pictures at once."""
+    """Compute the features of each picture that a head reads, (N, F); `size` pictures run at once."""
     made = []
     for rows, pixels in pictures.in_order(size):
         made.append(encoder.features(pixels))
@@ -240,28 +243,30 @@ def probe_features(encoder: Encoder, pictures: Pictures, size: int, progress: Pr
 
 
 def fit_probe(
-    features: torch.Tensor, wanted: torch.Tensor, classes: int, penalty: float | None = None
+    features: torch.Tensor, labels: torch.Tensor, classes: int, penalty: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logistic regression with a penalty on squared weights, from zero, so a function of the arguments alone.
+    """Fit a linear probe: logistic regression with an L2 penalty, started at zero. It uses no random numbers.
 
-    The penalty is on the weights of standardised features; what comes back is for the features as they are. Few
-    pictures want a strong one and many a weak one, so it is chosen by cross-validation on these same pictures.
+    The penalty applies to the weights of standardised features; the returned weights are for the features as they are.
+    Few pictures need a strong penalty and many a weak one, so it is chosen by cross-validation on the same pictures.
 
     Args:
         features: (N, F), fp32.
-        wanted: class of each, (N,).
-        classes: how many there are.
-        penalty: per picture, of the sum of squares; None chooses it.
+        labels: index of each picture's class, (N,).
+        classes: number of classes.
+        penalty: factor of the sum of squared weights, per picture; None chooses it.
 
     Returns:
         Weight (C, F) and bias (C,).
     """
-    return _regression(features, wanted, classes, _chosen(features, wanted, classes) if penalty is None else penalty)
+    return _fit_logistic_regression(
+        features, labels, classes, _choose_penalty(features, labels, classes) if penalty is None else penalty
+    )
 
 
-def _chosen(features: torch.Tensor, wanted: torch.Tensor, classes: int) -> float:
-    """The penalty with the least loss on pictures that it was not fitted on, each picture once."""
-    count = len(wanted)
+def _choose_penalty(features: torch.Tensor, labels: torch.Tensor, classes: int) -> float:
+    """Choose the penalty with the least loss in cross-validation."""
+    count = len(labels)
     if count < 2 * _FOLDS:
         return _PENALTIES[0]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(features.device)
@@ -271,15 +276,15 @@ def _chosen(features: torch.Tensor, wanted: torch.Tensor, classes: int) -> float
         for fold in range(_FOLDS):
             out = torch.zeros(count, dtype=torch.bool, device=features.device)
             out[order[fold::_FOLDS]] = True
-            weight, bias = _regression(features[~out], wanted[~out], classes, penalty)
-            nats += float(F.cross_entropy(F.linear(features[out], weight, bias), wanted[out], reduction="sum"))
+            weight, bias = _fit_logistic_regression(features[~out], labels[~out], classes, penalty)
+            nats += float(F.cross_entropy(F.linear(features[out], weight, bias), labels[out], reduction="sum"))
         losses.append(nats)
     return _PENALTIES[losses.index(min(losses))]
 
 
 @torch.enable_grad()
-def _regression(
-    features: torch.Tensor, wanted: torch.Tensor, classes: int, penalty: float
+def _fit_logistic_regression(
+    features: torch.Tensor, labels: torch.Tensor, classes: int, penalty: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     mean, spread = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
     standard = (features - mean) / spread
@@ -289,7 +294,7 @@ def _regression(
 
     def closure() -> torch.Tensor:
         solver.zero_grad()
-        loss = F.cross_entropy(F.linear(standard, weight, bias), wanted) + penalty * weight.square().sum()
+        loss = F.cross_entropy(F.linear(standard, weight, bias), labels) + penalty * weight.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 

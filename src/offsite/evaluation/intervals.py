@@ -1,7 +1,7 @@
 """Confidence intervals by resampling rows: percentile bootstrap of ratios of sums (Efron and Tibshirani, 1993, ch. 13).
 
-Every measure here is a ratio of sums over rows: nats over labelled tokens, right answers over questions. Rows are drawn
-with replacement as a whole, since the tokens of a row are not independent of each other.
+Every metric is a ratio of sums over rows: nats over labelled tokens, right answers over questions. Whole rows are drawn
+with replacement, since the tokens of a row are not independent of each other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 RESAMPLES = 1000
 LEVEL = 0.95
-PLACES_AT_ONCE = 2**22  # drawn row numbers that exist at once: 32 MiB
+PLACES_AT_ONCE = 2**22  # row indices drawn at a time: 32 MiB
 
 Floats = npt.NDArray[np.float64]
 
@@ -33,17 +33,17 @@ def interval(
     level: float = LEVEL,
     seed: int = 0,
 ) -> Interval | None:
-    """The interval of sum(parts) / sum(sizes) over rows drawn anew; a function of the arguments alone.
+    """Compute the bootstrap interval of sum(parts) / sum(sizes) over rows. The result depends on the arguments alone.
 
     Args:
-        parts: of each row, (N,): nats, or 1 for a right answer and 0 for a wrong one.
-        sizes: of each row, (N,), positive: labelled tokens; None is 1 each, so that the ratio is a mean.
-        resamples: how often rows are drawn.
-        level: share of the resampled ratios inside; as many lie below as above.
-        seed: of the draws.
+        parts: the numerator's term of each row, (N,): nats, or 1 for a right answer and 0 for a wrong one.
+        sizes: the denominator's term of each row, (N,), positive: labelled tokens; None is 1 each, which gives a mean.
+        resamples: number of resampled data sets.
+        level: share of the resampled ratios inside the interval; equal shares lie below and above it.
+        seed: of the random draws.
 
     Returns:
-        The ends, or None of fewer than two rows, which say nothing of how rows vary.
+        The interval, or None if there are fewer than two rows: one row does not show how rows vary.
     """
     return _percentiles(_resampled([_table(parts, sizes)], resamples, seed), level)
 
@@ -58,25 +58,25 @@ def paired_interval(
     level: float = LEVEL,
     seed: int = 0,
 ) -> Interval | None:
-    """The interval of one model's ratio minus another's on the same rows.
+    """Compute the interval of the difference of two models' ratios on the same rows.
 
-    Both are taken over the same drawn rows, so what makes a row hard for both cancels: far narrower than what two
-    separate intervals would say.
+    Both models use the same resampled rows, so the difficulty of a row, which both share, cancels. The interval is far
+    narrower than the difference of two separate ones.
 
     Args:
-        parts: of each row for the one model, (N,).
-        other_parts: of the same rows, in the same order, for the other, (N,).
-        sizes: as in `interval`, (N,).
-        other_sizes: the other's, where they differ (another tokenizer), (N,); None takes `sizes`.
-        resamples: how often rows are drawn.
-        level: share of the resampled differences inside.
-        seed: of the draws.
+        parts: the first model's numerators, as in `interval`, (N,).
+        other_parts: the second model's, for the same rows in the same order, (N,).
+        sizes: the denominators, as in `interval`, (N,).
+        other_sizes: the second model's denominators if they differ (another tokenizer), (N,); None takes `sizes`.
+        resamples: number of resampled data sets.
+        level: share of the resampled differences inside the interval.
+        seed: of the random draws.
 
     Returns:
-        The ends, or None of fewer than two rows.
+        The interval, or None if there are fewer than two rows.
 
     Raises:
-        ValueError: the two are not of as many rows.
+        ValueError: the two models have different numbers of rows.
     """
     tables = [_table(parts, sizes), _table(other_parts, other_sizes if other_sizes is not None else sizes)]
     return _percentiles(_resampled(tables, resamples, seed), level)
@@ -91,19 +91,21 @@ def share_interval(
     level: float = LEVEL,
     seed: int = 0,
 ) -> Interval | None:
-    """The interval of (reached - zero) / (whole - zero), each a ratio of sums over the same drawn rows.
+    """Compute the interval of (reached - zero) / (whole - zero), three ratios of sums over the same resampled rows.
+
+    For example, the share of full fine-tuning's gain (`whole`) over zero-shot (`zero`) that a plug-in (`reached`) has.
 
     Args:
-        zero: parts and sizes of each row, (N,) each, of what counts as nothing.
-        whole: the same rows' of what counts as all.
-        reached: the same rows' of what lies between, or beyond.
-        resamples: how often rows are drawn.
-        level: share of the resampled shares inside.
-        seed: of the draws.
+        zero: numerators and denominators of each row, (N,) each, of the model that counts as 0.
+        whole: the same of the model that counts as 1.
+        reached: the same of the model in question.
+        resamples: number of resampled data sets.
+        level: share of the resampled values inside the interval.
+        seed: of the random draws.
 
     Returns:
-        The ends; None of fewer than two rows, or where a draw has nothing to share: `whole` is not surely on one side
-        of `zero`, so the share has no finite interval.
+        The interval. None if there are fewer than two rows, or if `whole - zero` changes its sign among the resamples,
+        as the share then has no finite interval.
     """
     tables = [_table(*one) for one in (zero, whole, reached)]
     if _rows(tables) < 2:
@@ -116,11 +118,11 @@ def share_interval(
 
 
 def _table(parts: Sequence[float], sizes: Sequence[float] | None) -> Floats:
-    made = np.asarray(parts, dtype=np.float64)
-    sized = np.ones_like(made) if sizes is None else np.asarray(sizes, dtype=np.float64)
-    if made.shape != sized.shape:
-        raise ValueError(f"{len(made)} rows, and sizes of {len(sized)}")
-    return np.stack([made, sized])  # (2, N)
+    numerators = np.asarray(parts, dtype=np.float64)
+    denominators = np.ones_like(numerators) if sizes is None else np.asarray(sizes, dtype=np.float64)
+    if numerators.shape != denominators.shape:
+        raise ValueError(f"{len(numerators)} numerators, but {len(denominators)} denominators")
+    return np.stack([numerators, denominators])  # (2, N)
 
 
 def _resampled(tables: Sequence[Floats], resamples: int, seed: int) -> Floats | None:

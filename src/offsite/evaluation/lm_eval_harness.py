@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness on a base, a bundle, a plug-in or an adapter (the extra `lm-eval`).
 
-The model is the one that `evaluate` scores, loaded by our own rules, and is handed over as an object. One thing is
-ours: every request starts with exactly one beginning token where the tokenizer has one, as in tuning and in `evaluate`;
-the harness by itself leaves that to the tokenizer, and many (GPT-2's, SmolLM2's) put none.
+The model is loaded as `evaluate` loads it, and given to the harness as an object. There is one difference from the
+harness alone: every request starts with exactly one BOS token if the tokenizer has one, as in tuning and in `evaluate`.
+The harness leaves that to the tokenizer, and many (GPT-2's, SmolLM2's) add none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 _EXTRA = "lm-eval"
 _PURPOSE = "running tasks of lm-evaluation-harness"
-_RESAMPLES = 1000  # of the harness, for metrics whose error has no closed form
+_RESAMPLES = 1000  # bootstrap resamples of the harness, for metrics whose standard error has no closed form
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What the harness says of a task: every metric with its standard error, named as the harness names them."""
+    """The harness's result of one task: every metric with its standard error, under the harness's names."""
 
     task: str
     rows: int
@@ -50,21 +50,21 @@ def run_tasks(
 ) -> list[TaskScore]:
     """Run tasks of lm-evaluation-harness.
 
-    Nothing is fetched by this code; a task's rows come from where its file says (a local one names local files).
+    This code downloads nothing. The harness reads a task's rows from where the task's file says.
 
     Args:
         model: a base, a bundle or a merged plug-in, or the folder of one.
         tasks: names or patterns of tasks, groups or tags.
-        spec: device, dtype, `max_rows` for each task, and what runs at once: micro_batch_tokens / max_length requests,
-            cut at the model's context alone.
-        adapter: what was tuned on that model: a return, or a plug-in in the form of an adapter.
-        tasks_path: a folder of task files of one's own; like any code of one's own they may run Python.
-        progress: where the events go.
+        spec: device, dtype, and `max_rows` for each task. micro_batch_tokens / max_length requests run at once; a
+            request is cut only where it exceeds the model's context.
+        adapter: the adapter that was tuned on that model: a return, or a plug-in in the form of an adapter.
+        tasks_path: a folder with additional task files; they may run Python code, so use only files that you trust.
+        progress: called with the progress events.
 
     Raises:
         UsageError: the harness is not installed, or a task is unknown or does not run.
         StorageError: a file is missing or broken.
-        IncompatibleError: the folder is no plain checkpoint, or the adapter does not fit it.
+        IncompatibleError: the folder is not a plain checkpoint, or the adapter does not fit it.
     """
     results = harness_results(model, tasks, spec, adapter=adapter, tasks_path=tasks_path, progress=progress)
     counts = results.get("n-samples", {})
@@ -83,28 +83,28 @@ def harness_results(
     tasks_path: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """What the harness itself returns, samples included; see `run_tasks`."""
+    """Run tasks and return the harness's own result, samples included; arguments as in `run_tasks`."""
     lm_eval = require("lm_eval", _EXTRA, _PURPOSE)
     wrapper = require("lm_eval.models.huggingface", _EXTRA, _PURPOSE).HFLM
-    manager = _manager(tasks, tasks_path)
-    where = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
+    manager = _open_task_index(tasks, tasks_path)
+    runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     source = files_of(model)
     tokenizer = load_tokenizer(source)
     longest = context_length(source) or spec.max_length
-    loaded = load_tuned(source, files_of(adapter) if adapter else None, where)
+    loaded = load_tuned(source, files_of(adapter) if adapter else None, runtime)
     progress(Event("running tasks", 0))
     with quiet(), _task_errors(tasks):
-        handed = wrapper(
+        harness_model = wrapper(
             pretrained=loaded,
-            tokenizer=_beginning(tokenizer),
+            tokenizer=_prepend_bos(tokenizer),
             backend="causal",
             max_length=longest,
             batch_size=max(1, spec.micro_batch_tokens // min(longest, spec.max_length)),
-            softmax_dtype=torch.float32,  # as in core.loss
+            softmax_dtype=torch.float32,  # as in offsite.kernels.fused_loss
             add_bos_token=tokenizer.bos_token_id is not None,
         )
         results: dict[str, Any] = lm_eval.simple_evaluate(
-            model=handed,
+            model=harness_model,
             tasks=manager.match_tasks(list(tasks)),
             task_manager=manager,
             limit=spec.max_rows,
@@ -114,8 +114,8 @@ def harness_results(
     return results
 
 
-def _manager(tasks: Sequence[str], tasks_path: Path | None) -> Any:
-    """The harness' index of tasks, in which each of `tasks` matches something."""
+def _open_task_index(tasks: Sequence[str], tasks_path: Path | None) -> Any:
+    """Open the harness's index of tasks, and check that each of `tasks` matches something in it."""
     if tasks_path is not None and not tasks_path.is_dir():
         raise UsageError(f"there is no folder {tasks_path}", next_step="name the folder of your task files")
     kind = require("lm_eval.tasks", _EXTRA, _PURPOSE).TaskManager
@@ -131,7 +131,7 @@ def _manager(tasks: Sequence[str], tasks_path: Path | None) -> Any:
 
 
 class _task_errors:  # noqa: N801
-    """Tell what the harness and its libraries raise as a usage error."""
+    """Turn exceptions of the harness and its libraries into a UsageError."""
 
     def __init__(self, tasks: Sequence[str]) -> None:
         self._tasks = tasks
@@ -140,12 +140,12 @@ class _task_errors:  # noqa: N801
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        theirs = (
+        library_errors = (
             *LIBRARY_ERRORS,
             require("yaml", _EXTRA, _PURPOSE).YAMLError,
             require("datasets.exceptions", _EXTRA, _PURPOSE).DatasetsError,
         )
-        if isinstance(error, theirs):
+        if isinstance(error, library_errors):
             raise UsageError(
                 f"lm-evaluation-harness could not run {', '.join(self._tasks)}",
                 reasons=[f"{type(error).__name__}: {str(error).strip()[:500]}"],
@@ -153,8 +153,8 @@ class _task_errors:  # noqa: N801
             ) from error
 
 
-def _beginning(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """The tokenizer, made to put a beginning token in front (where it has one) and nothing else anywhere."""
+def _prepend_bos(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """Make the tokenizer add its BOS token (if it has one) in front and nothing else."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or tokenizer.bos_token_id is None:
         return tokenizer
@@ -168,6 +168,6 @@ def _beginning(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase
 
 
 def _metrics(found: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers among a task's results: 'acc,none' is acc, another filter stays in the name."""
+    """The numeric metrics of a task: "acc,none" becomes "acc", another filter stays in the name."""
     named = {name.removesuffix(",none"): value for name, value in found.items() if name != "sample_len"}
     return {name: float(value) for name, value in named.items() if isinstance(value, int | float)}

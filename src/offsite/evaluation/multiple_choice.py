@@ -1,9 +1,9 @@
-"""Multiple choice by likelihood: which of the choices the model finds likeliest after the question.
+"""Multiple choice by likelihood: the model's answer is the choice that it finds likeliest after the question.
 
-Both rules are those of lm-evaluation-harness (0.4.13, `ConfigurableTask.process_results`), and on the same items give
-the same verdicts: `acc` takes the choice with the highest summed log-likelihood, `acc_norm` divides it by the choice's
-length in characters first (of the choice as it stands in the data, without the space that joins it to the prompt; its
-paper says bytes, its code counts characters, see its issue 3278). Of equals the first wins.
+Both rules are those of lm-evaluation-harness (0.4.13, `ConfigurableTask.process_results`) and give the same results.
+`acc` takes the choice with the highest summed log-likelihood. `acc_norm` first divides the sum by the choice's length
+in characters, as the choice stands in the data, without the space that joins it to the prompt (the harness's paper says
+bytes, its code counts characters, see its issue 3278). Of equal choices the first one is taken.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from offsite.progress import Progress, silent
 
 @dataclass(frozen=True)
 class ChoiceScore:
-    """The log-likelihoods of one question's choices, in nats, and which one is right."""
+    """The log-likelihoods of one question's choices, in nats, and the index of the right one."""
 
     line: int
     log_likelihoods: tuple[float, ...]
@@ -31,7 +31,7 @@ class ChoiceScore:
 
     @property
     def right_by_length(self) -> bool:
-        """Whether the right choice is the likeliest by character."""
+        """Whether the right choice has the highest log-likelihood per character."""
         by_length = [total / size for total, size in zip(self.log_likelihoods, self.lengths, strict=True)]
         return _likeliest(by_length) == self.answer
 
@@ -42,10 +42,10 @@ def score_choices(
     """Score every choice of every question.
 
     Args:
-        network: body and head, in eval mode.
+        network: backbone and head, in eval mode.
         questions: from `encode_choices`.
-        budget: padded tokens that run at once.
-        progress: where the events go.
+        budget: padded tokens that run at the same time.
+        progress: called with the progress events.
     """
     examples = [example for question in questions for example in question.examples]
     nats = iter(row_losses(network, examples, budget, progress, "scoring choices"))

@@ -1,4 +1,4 @@
-"""The loss of every row: what tuning validates with, and what every measure of a model is made of."""
+"""The loss of every row, which validation and every score of a model are computed from."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from offsite.training.label_losses import label_losses
 
 @dataclass(frozen=True)
 class RowLoss:
-    """Nats summed over the labelled tokens of one row, and how many those are."""
+    """The loss of one row: nats summed over its labelled tokens, and the number of these tokens."""
 
     line: int
     nats: float
@@ -24,21 +24,21 @@ class RowLoss:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
+    """Compute exp(loss), or infinity if that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def row_losses(
     network: Network, examples: Sequence[Example], budget: int, progress: Progress = silent, stage: str = "evaluating"
 ) -> list[RowLoss]:
-    """The loss of every example, in their order; the network is in eval mode already.
+    """Compute the loss of every example, in the order of the examples.
 
     Args:
-        network: body and head.
-        examples: what to score.
-        budget: padded tokens that run at once, in all micro-batches side by side.
-        progress: where the events go.
-        stage: the events' name.
+        network: backbone and head, in eval mode.
+        examples: the examples to score.
+        budget: padded tokens that run at the same time, over all micro-batches side by side.
+        progress: called with the progress events.
+        stage: the name of these events.
     """
     found: dict[int, RowLoss] = {}
     nats_so_far, tokens_so_far = 0.0, 0

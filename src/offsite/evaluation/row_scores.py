@@ -1,8 +1,8 @@
-"""The scores of single rows in a file, so that two models can be compared row by row without running them again.
+"""Files with the score of every row, so that two models can be compared row by row without running them again.
 
 A JSON line for each row ({"line", "nats", "tokens"}), then one for each multiple-choice question ({"line", "right",
-"right_by_length"}) or picture ({"line", "right", "told"}, the class that it was taken for); `line` is that of the data
-set, or the picture's place in it. Nothing else of a row is in it.
+"right_by_length"}) or picture ({"line", "right", "told"}, where "told" is the predicted class). `line` is the row's
+line in the data set, or the picture's number in it. The file holds nothing else of a row.
 """
 
 import json
@@ -24,14 +24,14 @@ MetricName = Literal["loss", "accuracy"]  # nats per labelled token, or the shar
 
 @dataclass(frozen=True)
 class RowScores:
-    """What a model scored on each row of a data set, in the data set's order."""
+    """A model's score on each row of a data set, in the order of the data set."""
 
     lines: tuple[int, ...]
     nats: tuple[float, ...]
-    tokens: tuple[float, ...]  # labelled ones
+    tokens: tuple[float, ...]  # labelled tokens
     right: tuple[float, ...]  # 1 or 0 for each question or picture; empty where there are none
-    right_by_length: tuple[float, ...]  # of questions
-    told: tuple[str, ...] = ()  # of pictures: the class that each was taken for
+    right_by_length: tuple[float, ...]  # the same for questions, by likelihood per character
+    predictions: tuple[str, ...] = ()  # for pictures: the predicted class of each
 
     @property
     def loss(self) -> float:
@@ -39,37 +39,37 @@ class RowScores:
         return self.mean("loss")
 
     def parts(self, metric: MetricName) -> tuple[Sequence[float], Sequence[float]]:
-        """What a measure sums over rows, and the sizes that it divides by, (N,) each."""
+        """Numerators and denominators of a metric for each row, (N,) each; the metric is the ratio of their sums."""
         return (self.nats, self.tokens) if metric == "loss" else (self.right, (1.0,) * len(self.right))
 
     def mean(self, metric: MetricName) -> float:
-        """The measure's value."""
+        """The metric's value over all rows."""
         parts, sizes = self.parts(metric)
         return sum(parts) / sum(sizes)
 
 
 def write_row_scores(file: Path, score: "Score") -> None:
-    """Write the rows of a score.
+    """Write the score of every row.
 
     Raises:
         StorageError: the file cannot be written.
     """
     rows = [{"line": row.line, "nats": row.nats, "tokens": row.tokens} for row in score.row_losses]
-    asked = [
+    questions = [
         {"line": one.line, "right": one.right, "right_by_length": one.right_by_length} for one in score.choice_scores
     ]
-    _write(file, [*rows, *asked])
+    _write(file, [*rows, *questions])
 
 
 def write_picture_scores(file: Path, score: "ImageScore") -> None:
-    """Write the pictures of a score; each counts as one token.
+    """Write the score of every picture; a picture counts as one token.
 
     Raises:
         StorageError: the file cannot be written.
     """
     losses = [{"line": one.line, "nats": one.nats, "tokens": 1} for one in score.pictures]
-    told = [{"line": one.line, "right": one.right, "told": one.told} for one in score.pictures]
-    _write(file, [*losses, *told])
+    predictions = [{"line": one.line, "right": one.right, "told": one.predicted} for one in score.pictures]
+    _write(file, [*losses, *predictions])
 
 
 def _write(file: Path, lines: Sequence[dict[str, Any]]) -> None:
@@ -77,7 +77,7 @@ def _write(file: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def read_row_scores(file: Path) -> RowScores:
-    """Read what `write_row_scores` or `write_picture_scores` wrote.
+    """Read a file that `write_row_scores` or `write_picture_scores` wrote.
 
     Raises:
         StorageError: the file is missing or damaged.
@@ -85,16 +85,16 @@ def read_row_scores(file: Path) -> RowScores:
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         rows = [line for line in lines if "nats" in line]
-        asked = [line for line in lines if "right" in line]
+        questions = [line for line in lines if "right" in line]
         if not rows:
-            raise ValueError("it holds no row")
+            raise ValueError("it has no rows")
         return RowScores(
             lines=tuple(int(row["line"]) for row in rows),
             nats=tuple(float(row["nats"]) for row in rows),
             tokens=tuple(float(row["tokens"]) for row in rows),
-            right=tuple(float(one["right"]) for one in asked),
-            right_by_length=tuple(float(one["right_by_length"]) for one in asked if "told" not in one),
-            told=tuple(str(one["told"]) for one in asked if "told" in one),
+            right=tuple(float(one["right"]) for one in questions),
+            right_by_length=tuple(float(one["right_by_length"]) for one in questions if "told" not in one),
+            predictions=tuple(str(one["told"]) for one in questions if "told" in one),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(
@@ -103,10 +103,10 @@ def read_row_scores(file: Path) -> RowScores:
 
 
 def difference(one: RowScores, other: RowScores, metric: MetricName = "loss") -> tuple[float, Interval | None]:
-    """One model's loss or accuracy minus another's, with the interval over the same drawn rows.
+    """Compute the difference of two models' loss or accuracy, and its interval over the same resampled rows.
 
     Raises:
-        ValueError: they were not scored on the same rows.
+        ValueError: the models were not scored on the same rows.
     """
     require_same_rows((one, other))
     (parts, sizes), (other_parts, other_sizes) = one.parts(metric), other.parts(metric)
@@ -115,7 +115,7 @@ def difference(one: RowScores, other: RowScores, metric: MetricName = "loss") ->
 
 
 def require_same_rows(scores: Sequence[RowScores]) -> None:
-    """Refuse to compare what was scored on different rows.
+    """Refuse to compare scores on different rows.
 
     Raises:
         ValueError: the rows differ.

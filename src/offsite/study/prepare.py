@@ -58,7 +58,7 @@ def prepare(recipe: Recipe, out: Path, say: Callable[[str], None]) -> tuple[Work
 def _require_study_folder(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()) and not (out / _MARK).is_dir():
         raise UsageError(
-            f"{out} holds other things than a study",
+            f"{out} contains files that are not of a study",
             reasons=[f"it has no folder {_MARK}/"],
             next_step="name a new folder with --out; nothing was changed",
         )

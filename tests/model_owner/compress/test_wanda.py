@@ -189,7 +189,7 @@ def test_mixtures_of_experts_are_refused(base_of: MakeBase, tmp_path: Path, part
     assert "--prune-by magnitude" in caught.value.next_step
 
 
-@pytest.mark.parametrize(("heal", "why"), [("share", "come to differ"), ("affine", "a pass of its own")])
+@pytest.mark.parametrize(("heal", "why"), [("share", "of a block differ"), ("affine", "its own pass")])
 def test_what_does_not_go_with_a_pass_on_calibration_data_is_no_setting(heal: str, why: str) -> None:
     with pytest.raises(UsageError, match=f"prune_by = wanda.*{why}.*choose prune_by = magnitude"):
         load_spec(PackSpec, {"keep": 2, "heal": heal, "prune": 0.5, "prune_by": "wanda"})

@@ -51,7 +51,7 @@ def test_pictures_are_taken_evenly_and_by_their_line(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in (*rows, *told)))
     shown = read_predictions(pictures, [file, file])
     assert [one.picture.label for one in shown] == 4 * ["blue"] + 4 * ["green"] + 4 * ["red"]
-    assert shown[0].told == ("class 2", "class 2")
+    assert shown[0].predictions == ("class 2", "class 2")
     assert Path(shown[0].picture.name).name == "1.png"
     other = tmp_path / "other"
     other.write_text(file.read_text().replace('"line": 5', '"line": 55'))

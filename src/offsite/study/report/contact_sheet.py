@@ -34,7 +34,7 @@ class PredictedPicture:
     """A picture, its class, and the classes that models took it for."""
 
     picture: Picture
-    told: tuple[str, ...]
+    predictions: tuple[str, ...]
 
 
 def sheets(points: Sequence[GridPoint], folder: Path) -> list[Plot]:
@@ -76,7 +76,7 @@ def read_predictions(test: Path, scores: Sequence[Path]) -> list[PredictedPictur
     lines = found[0].lines
     count = min(_COUNT, len(lines))
     places = [(2 * i + 1) * len(lines) // (2 * count) for i in range(count)]
-    return [PredictedPicture(listed[lines[at] - 1], tuple(one.told[at] for one in found)) for at in places]
+    return [PredictedPicture(listed[lines[at] - 1], tuple(one.predictions[at] for one in found)) for at in places]
 
 
 def draw_sheet(file: Path, shown: Sequence[PredictedPicture], names: Sequence[str]) -> None:
@@ -85,7 +85,7 @@ def draw_sheet(file: Path, shown: Sequence[PredictedPicture], names: Sequence[st
     Args:
         file: the PNG file.
         shown: the pictures.
-        names: of the models, in the order of `PredictedPicture.told`.
+        names: of the models, in the order of `PredictedPicture.predictions`.
 
     Raises:
         UsageError: Pillow is not installed.
@@ -104,10 +104,10 @@ def draw_sheet(file: Path, shown: Sequence[PredictedPicture], names: Sequence[st
         left, top = _GAP + number % columns * (_SIDE + _GAP), _GAP + number // columns * high
         sheet.paste(_thumbnail(image, one.picture), (left, top))
         _write(pen, font, (left, top + _SIDE + 6), one.picture.label or "", _TEXT)
-        for place, (name, told) in enumerate(zip(names, one.told, strict=True), start=1):
+        for place, (name, predicted) in enumerate(zip(names, one.predictions, strict=True), start=1):
             at = (left, top + _SIDE + 6 + place * _LINE)
-            _mark(pen, at, right=told == one.picture.label)
-            _write(pen, font, (left + _MARK + 6, at[1]), f"{name}: {told}", _QUIET)
+            _mark(pen, at, right=predicted == one.picture.label)
+            _write(pen, font, (left + _MARK + 6, at[1]), f"{name}: {predicted}", _QUIET)
     content = io.BytesIO()
     sheet.save(content, "PNG", optimize=True)
     replace_file(file, content.getvalue())
