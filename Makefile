@@ -7,7 +7,7 @@ BENCH := offsite-bench
 DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-vision test bench bench-long bench-race bench-pieces bench-images bench-images-long format docs clean
+.PHONY: help install demo demo-vision check test test-all bench bench-long bench-race bench-pieces bench-images bench-images-long format docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -21,12 +21,17 @@ demo-vision: $(STAMP) ## the same on an image encoder and handwritten digits (AR
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[demo-vision]'
 	$(BIN)/offsite demo --vision --workdir $(DEMO)-vision --json $(DEMO)-vision/result.json $(ARGS)
 
-test: $(STAMP) ## format, lint, types, import contracts, tests with branch coverage
+check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup --cov --cov-report=term
+
+test: check ## format, lint, types, import contracts, tests on one form of each kind of block
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+
+test-all: check ## the same with every form of every family, and with branch coverage
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup --every-form --cov --cov-report=term
 
 bench: $(STAMP) ## speed and memory of tuning against peers, short form (DATA=folder of data sets)
 	$(BIN)/python -m benchmarks.tuning --data-root $(DATA) --cells smollm2/sciq --quick \

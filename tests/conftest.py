@@ -13,18 +13,27 @@ os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"  # else help is coloured on Gi
 for name in ("FORCE_COLOR", "PY_COLORS", "OFFSITE_HOME"):
     os.environ.pop(name, None)
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 from offsite.model_owner import calibration  # noqa: E402
 from tiny import MakeBase, Parties, timm_imports, tiny_base, tiny_parties  # noqa: E402
 
-CALIBRATION = 40_000  # characters
+CALIBRATION = 12_000  # characters
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--every-form", action="store_true", help="run tests marked every_form too, as `make test-all` does"
+        "--every-form",
+        action="store_true",
+        help="also tests marked every_form, each command of the demo as a process, and more examples of fuzzing",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.register_profile("short", max_examples=40)
+    hypothesis.settings.register_profile("long", max_examples=150)
+    hypothesis.settings.load_profile("long" if config.option.every_form else "short")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

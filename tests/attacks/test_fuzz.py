@@ -16,7 +16,6 @@ from offsite.protocol.manifest import ManifestProblem, parse_manifest, render_ma
 from offsite.storage.safetensors_files import ITEM_SIZE, read_chunks, read_header
 
 QUICK = settings(
-    max_examples=150,
     deadline=None,
     database=None,
     derandomize=True,

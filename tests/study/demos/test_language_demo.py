@@ -1,4 +1,7 @@
-"""The whole chain as real processes, on a tiny random model and a small code base."""
+"""The whole chain on a tiny random model and a small code base: as real processes until it is interrupted.
+
+What follows runs in this process, with the words that each process would have; with --every-form as processes, too.
+"""
 
 import json
 import math
@@ -13,6 +16,8 @@ from typing import Any
 import pytest
 
 from offsite.cli import main
+from offsite.cli.study import run_in_this_process
+from offsite.study.chain import Chain
 from offsite.study.demos.language_demo import ROWS
 from tiny import tiny_base
 
@@ -32,7 +37,7 @@ class Played:
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
+def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Played:
     folder = tmp_path_factory.mktemp("demo")
     base = tiny_base(folder / "model", blocks=13, max_position_embeddings=512)
     code = folder / "code"
@@ -48,9 +53,12 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
     words += ["--json", str(result)]
     # later than the imports of a process: libraries print what stopped theirs
     interrupted = _interrupted_at("healing by refit", words)
-    assert main(words) == 0
-    first = json.loads(result.read_text())
-    assert main([*words, "--full"]) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        if not request.config.option.every_form:
+            patched.setattr(Chain, "run", lambda _, given: run_in_this_process(given, folder / "log.txt").result)
+        assert main(words) == 0
+        first = json.loads(result.read_text())
+        assert main([*words, "--full"]) == 0
     return Played(workdir, words, interrupted, first, json.loads(result.read_text()))
 
 

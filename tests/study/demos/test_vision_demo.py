@@ -1,9 +1,7 @@
 """The demo on images with a tiny encoder; its commands run in this process, each with the words that it would have."""
 
-import contextlib
 import gzip
 import importlib.util
-import io
 import json
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
@@ -15,6 +13,7 @@ import pytest
 from PIL import Image
 
 from offsite.cli import main
+from offsite.cli.study import run_in_this_process
 from offsite.errors import DataError
 from offsite.study.chain import Chain
 from offsite.study.demos.digits import digits_file, write_digits
@@ -25,15 +24,13 @@ STEPS = 3
 
 
 @pytest.fixture
-def words(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The words of every command that ran."""
     seen: list[list[str]] = []
 
     def run(_: Chain, given: Sequence[str | Path]) -> Any:
         seen.append([str(word) for word in given])
-        with contextlib.redirect_stdout(io.StringIO()) as output:
-            assert main([*seen[-1], "--json"]) == 0
-        return json.loads(output.getvalue())
+        return run_in_this_process(given, tmp_path / "log.txt").result
 
     monkeypatch.setattr(Chain, "run", run)
     return seen
