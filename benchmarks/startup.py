@@ -107,7 +107,7 @@ def _loads_torch(command: Sequence[str]) -> bool:
 
 def table(result: Mapping[str, Any]) -> str:
     """The result as Markdown."""
-    lines = ["| command | processor time, s (least to most) | loads torch |", "|---|---|---|"]
+    lines = ["| command | CPU time, s (least to most) | loads torch |", "|---|---|---|"]
     for record in result["records"]:
         torch = "yes" if record["loads_torch"] else "no"
         low, high = record["spread"]

@@ -48,10 +48,10 @@ the plug-in, which `AutoModelForImageClassification` loads without a missing or 
 1e-5; an untouched return gives the base's encoder back bit for bit.
 
 - A bundle is the encoder alone: the owner's classifier, class names, poolers and text tower are left out. It loads with
-  `AutoModel`; of ViT and DeiT say `add_pooling_layer=False`, else transformers adds a pooler of random numbers beside
+  `AutoModel`; of ViT and DeiT say `add_pooling_layer=False`, else transformers adds a pooler of random weights to
   what is used.
 - DINOv2's head may also read one of its two parts (setting `pooling`): the other one's weights are zero.
-- LoRA sits on all linear maps of a block, under the names of transformers' modules. Its plug-in is merged: an adapter
+- LoRA is on all linear layers of a block, under the names of transformers' modules. Its plug-in is merged: an adapter
   folder has no place for a classifier.
 - For language models alone, and refused of an encoder: bottlenecks, search and clusters, declared module kinds, and the
   cross-entropy in distillation.
@@ -59,7 +59,7 @@ the plug-in, which `AutoModelForImageClassification` loads without a missing or 
 - `timm_wrapper` is timm's EVA, EVA-02 and plain ViT, of the names in
   [timm_family.py](../src/offsite/models/timm_family.py), and needs the extra `timm` to heal, tune and evaluate;
   torchvision must fit torch. Its tests skip where timm does not import
-  ([what was tested where](decisions/0020-timm.md)). LoRA sits on all maps but EVA's matrix of queries, keys and values.
+  ([what was tested where](decisions/0020-timm.md)). LoRA is on all but EVA's matrix of queries, keys and values.
 - `offsite import` takes the image tower out of CLIP and SigLIP checkpoints in safetensors, and a DINOv2 encoder out of
   an ONNX file of torch's exporter; a folder as timm publishes it becomes a base with settings for Pillow.
 
@@ -71,27 +71,27 @@ SPELLINGS = """
 Tensors are read under the names of published files too: without the body's prefix (`h.0.`, `layers.0.`,
 `decoder.layers.0.`), with masks and rotary frequencies among the weights, with a tied head stored all the same, with
 GPT-NeoX's head as `embed_out` or `lm_head`. Configs may hold the block count under two keys, `torch_dtype`, rotary
-settings beside the others, and no lists with an entry per block: these are derived as transformers does, then cut.
+settings among the others, and no lists with an entry per block: these are derived as transformers does, then cut.
 Each spelling packs to the same bundle (tested), and a merged plug-in keeps that of the base.
 
 Refused: models that need code of their own, and the switches listed above.
 
 ## Mixtures of experts
 
-In files an expert is a matrix for each of its maps (`mlp.experts.0.gate_proj.weight`), in transformers' modules all
-experts of a block are two stacks (`mlp.experts.gate_up_proj`). Manifests, full returns and bundles have the names of
-files; a base may also hold the stacks, as `save_pretrained(..., save_original_format=False)` writes them, and a merged
-plug-in keeps what the base has ([why](decisions/0010-experts-in-files-and-modules.md)).
+In files an expert is a matrix for each of its linear layers (`mlp.experts.0.gate_proj.weight`). In transformers'
+modules all experts of a block are two stacks (`mlp.experts.gate_up_proj`). Manifests, full returns and bundles have the
+names of files; a base may also hold the stacks, as `save_pretrained(..., save_original_format=False)` writes them, and
+a merged plug-in keeps what the base has ([why](decisions/0010-experts-in-files-and-modules.md)).
 
 - A config that places dense blocks by a step is packed with a list: `mlp_only_layers` names those of the bundle.
 - `full` trains experts, routers, shared expert and dense blocks; each expert comes back under its name in files.
-- `lora` sits on attention alone: PEFT takes the other maps, named by block, for the experts of every block, the
+- `lora` is on attention alone: PEFT takes the other layers, named by block, for the experts of every block, the
   emulator's too, in tuning and again when the plug-in is loaded. The router is no target.
 - The loss is the cross-entropy of the labels alone: the routers' balancing loss (`output_router_logits`,
   `router_aux_loss_coef`) is off and does not travel. Mixtral's `router_jitter_noise` travels; it is at work in trained
   blocks while they train.
-- Refit of the MLP is refused: what leaves it is a sum over chosen experts and no one linear map. Attention's projection
-  alone can be solved (`refit_maps = "attention"` in a `--config` file). `--select influence` works.
+- Refit of the MLP is refused: what leaves it is a sum over chosen experts and not one linear layer. Attention's
+  projection alone can be solved (`refit_maps = "attention"` in a `--config` file). `--select influence` works.
 - Experts run in a loop of ours ([models/mixture.py](../src/offsite/models/mixture.py)), in fp32 and bf16: the outputs
   are those of transformers' loop bit for bit, and the same at every run (tested on CPUs).
 
@@ -134,7 +134,7 @@ WORKED_EXAMPLE = """Architecture(
 STEPS = """
 ```
 
-1. Paste the row into `FAMILIES`, and read the family's file in transformers beside it. What the printed row cannot
+1. Paste the row into `FAMILIES`, and compare it with the family's file in transformers. What the printed row cannot
    know: which config key switches a tensor off (above, `use_bias`: printed rows say "always"), whether anything but
    an addition follows `mlp_out` (then `linear_residual` stays False, or becomes the condition under which nothing
    does), which switch makes a block depend on its place (`refused`), a cap on the logits (`logit_cap`), and older
