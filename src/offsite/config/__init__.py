@@ -7,7 +7,8 @@ from offsite.config.choices import Dtype, Method
 from offsite.config.compressors import HealingStep, Pruner, SelectionRule, StoredForm
 from offsite.config.eval_spec import EvalSpec
 from offsite.config.import_spec import ImportSpec
-from offsite.config.pack_spec import USUAL_PRUNE, PackSpec, PermitSettings, RefitMap
+from offsite.config.pack_groups import PermitSettings, RefitMap
+from offsite.config.pack_spec import USUAL_PRUNE, PackSpec
 from offsite.config.permits import Unpermitted, unpermitted
 from offsite.config.plug_in_spec import STRENGTHS, PlugInSpec
 from offsite.config.problems import Problem, describe_validation, problems_of

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from offsite.config.pack_spec import PermitSettings
+from offsite.config.pack_groups import PermitSettings
 from offsite.config.tune_spec import TuneSpec
 
 

@@ -1,0 +1,166 @@
+"""The groups of settings of `offsite pack`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from offsite.config.choices import Method, split_numbers, split_parts, split_steps
+from offsite.config.compressors import HealingName, PrunerName, SelectionName
+from offsite.config.spec import FILE_ONLY, Settings
+
+RefitMap = Literal["mlp", "attention"]
+
+
+class SplitSettings(Settings):
+    """Which blocks the data owner trains."""
+
+    bottom: Annotated[
+        int | None, Field(ge=0, description="first blocks that the data owner trains; left out: 2 of 15, at least 2")
+    ] = None
+    top: Annotated[
+        int | None, Field(ge=0, description="last blocks that the data owner trains; left out: 1 of 5, at least 2")
+    ] = None
+    train: Annotated[
+        Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None,
+        BeforeValidator(split_numbers),
+        Field(description="the blocks that train, such as 0,1,14,28,29, instead of bottom and top"),
+    ] = None
+
+
+class SelectSettings(Settings):
+    """Which blocks of the middle the emulator keeps."""
+
+    keep: Annotated[
+        int | None,
+        Field(ge=1, description="blocks of the middle that the emulator keeps; left out: all, each pruned to half"),
+    ] = None
+    by: Annotated[
+        SelectionName,
+        Field(alias="select", description="how the kept blocks of the middle are chosen"),
+    ] = "uniform"
+    drop_from: Annotated[
+        int | None, Field(ge=0, description="first block that 'contiguous' drops; left out: around the centre")
+    ] = None
+    search_minutes: Annotated[float, Field(gt=0, description="time that 'search' may take")] = 10.0
+
+
+class HealSettings(Settings):
+    """How the emulator makes up for dropped blocks."""
+
+    steps: Annotated[
+        tuple[HealingName, ...],
+        BeforeValidator(split_steps),
+        Field(
+            alias="heal", description="how the emulator makes up for dropped blocks: none, or steps joined by commas"
+        ),
+    ] = ("refit",)
+    refit_maps: Annotated[
+        tuple[RefitMap, ...],
+        BeforeValidator(split_parts),
+        Field(
+            min_length=1,
+            max_length=8,
+            description="output projections that refit solves in a kept block, in this order, also repeatedly",
+        ),
+        FILE_ONLY,
+    ] = ("mlp",)
+
+
+class DistillSettings(Settings):
+    """How healing by distillation trains."""
+
+    tokens: Annotated[int, Field(alias="distill_tokens", ge=256, description="calibration tokens to distill with")] = (
+        262_144
+    )
+    epochs: Annotated[
+        float, Field(alias="distill_epochs", gt=0, description="passes over these tokens; distill_steps overrides it")
+    ] = 3.0
+    steps: Annotated[
+        int | None, Field(alias="distill_steps", ge=1, description="optimiser steps of the distillation")
+    ] = None
+    batch_tokens: Annotated[
+        int, Field(alias="distill_batch_tokens", ge=1, description="tokens of one step, at least one batch"), FILE_ONLY
+    ] = 4096
+    lr: Annotated[
+        float, Field(alias="distill_lr", gt=0, description="peak learning rate of the distillation's AdamW")
+    ] = 5e-4
+    ce: Annotated[
+        float,
+        Field(
+            alias="distill_ce",
+            ge=0,
+            description="weight of the next-token cross-entropy in the loss; at 0 top and head do not run",
+        ),
+    ] = 0.0
+
+
+class CompressSettings(Settings):
+    """How the emulator's weights are pruned, quantised or factorised."""
+
+    prune: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            lt=1,
+            description="share of each emulator matrix set to zero; left out: 0.5 without other compression, else 0",
+        ),
+    ] = None
+    prune_by: Annotated[
+        PrunerName,
+        Field(description="which weights become zero: the smallest, or chosen with calibration data"),
+    ] = "sparsegpt"
+    zeros: Annotated[
+        Literal["stored", "left-out"],
+        Field(
+            description="zero weights: stored as in an ordinary checkpoint, or left out, which makes the bundle smaller"
+        ),
+    ] = "stored"
+    bits: Annotated[
+        Literal[8, 4] | None, Field(description="bits of each weight in the emulator's linear layers; left out: floats")
+    ] = None
+    group: Annotated[Literal[64, 128], Field(description="with bits: number of weights that share a scale")] = 64
+    svd_rank: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="store the emulator's matrices as two factors, with this share of the full rank"),
+    ] = None
+    mlp_width: Annotated[
+        float | None, Field(gt=0, le=1, description="share of the feed-forward neurons that the emulator keeps")
+    ] = None
+
+
+class CalibrationSettings(Settings):
+    """The data that selecting, pruning and healing run on."""
+
+    source: Annotated[
+        Path | None,
+        Field(
+            alias="calibration",
+            description="text, rows or pictures to select and heal with; left out: the data in the package",
+        ),
+    ] = None
+    tokens: Annotated[
+        int,
+        Field(alias="calibration_tokens", ge=256, description="calibration tokens to select and solve with"),
+        FILE_ONLY,
+    ] = 65_536
+
+
+class PermitSettings(Settings):
+    """Which returns the owner accepts."""
+
+    methods: Annotated[
+        tuple[Method, ...], Field(min_length=1, description="tuning methods that the owner permits"), FILE_ONLY
+    ] = (
+        "lora",
+        "full",
+        "bitfit",
+        "bottleneck",
+    )
+    max_rank: Annotated[int, Field(ge=1, description="largest LoRA rank that the owner accepts"), FILE_ONLY] = 64
+    max_width: Annotated[int, Field(ge=1, description="largest bottleneck width that the owner accepts"), FILE_ONLY] = (
+        256
+    )
+    permit_head: Annotated[
+        bool, Field(description="accept a trained head too (tune --tune-head); not if head and embedding are tied")
+    ] = False
