@@ -153,10 +153,10 @@ def test_dense_blocks_that_cannot_be_told(config: dict[str, object]) -> None:
         ARCHITECTURES["qwen3_moe"].block_tensors({"num_experts": 4, **config}, 0)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
-def test_only_attention_takes_lora(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_only_attention_takes_lora(model_type: str, tmp_path: Path) -> None:
     """docs/decisions/0010 says why."""
-    family = ARCHITECTURES[family]
+    family = ARCHITECTURES[model_type]
     assert {path.partition(".")[0] for path in family.lora_linears} == {"self_attn"}
-    names = open_checkpoint(tiny_base(tmp_path / "b", family, 1)).tensors
+    names = open_checkpoint(tiny_base(tmp_path / "b", model_type, 1)).tensors
     assert {family.in_block(0, f"{path}.weight") for path in family.lora_linears} <= names.keys()
