@@ -16,6 +16,7 @@ from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.models.torch_tensors import read_tensor
 from offsite.protocol.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RETURNED_WEIGHTS
+from offsite.protocol.home import Home
 from offsite.protocol.verify import verify_return
 from offsite.storage.safetensors_files import open_checkpoint, read_header
 from offsite.training.run_log import log_file, run_folder
@@ -296,6 +297,15 @@ def test_what_the_owner_would_refuse_is_refused_before_any_work(house, tmp_path)
     with pytest.raises(PolicyError) as caught:
         tune(bundle, tmp_path / "no-such-data", tmp_path / "out", spec_of(), house.home)
     assert caught.value.reasons == ("method lora, the bundle permits full", "rank 4, the bundle permits up to 2")
+
+
+def test_a_bundle_of_another_home_is_not_tuned(house, tmp_path):
+    stranger = Home(tmp_path / "stranger")
+    stranger.create_identity("stranger")
+    with pytest.raises(UsageError, match="is addressed to SHA256:") as caught:
+        tune(house.bundles["llama"], house.rows, tmp_path / "out", spec_of(), stranger)
+    assert stranger.identity().public_key.fingerprint in caught.value.reasons[0]
+    assert {path.name for path in tmp_path.iterdir()} == {"stranger"}
 
 
 def test_a_changed_bundle_is_not_tuned(house, tmp_path):

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from offsite.config import TuneSpec
 from offsite.data_owner.permissions import require_permitted, require_something_to_report
+from offsite.errors import UsageError
 from offsite.protocol.artifacts import Bundle
 from offsite.protocol.home import Home
-from offsite.protocol.signing import Identity
+from offsite.protocol.signing import Identity, PublicKey
 from offsite.storage.files import require_free
 from offsite.storage.lock import LOCK, alone_in
 from offsite.training.run_log import require_resume_asked, run_folder
@@ -41,8 +42,9 @@ def check_tuning(
 
     Raises:
         UsageError: `out` holds something, another tuning is at work there, or an interrupted one that was not to be
-            resumed; this home has no key; losses are to be reported and there are no rows to measure them on; settings
-            do not go together; or TensorBoard is not installed, or is to log into the folder of the return.
+            resumed; this home has no key, or another one than the bundle is addressed to; losses are to be reported and
+            there are no rows to measure them on; settings do not go together; or TensorBoard is not installed, or is to
+            log into the folder of the return.
         IncompatibleError: the method has nothing to train in this model.
         PolicyError: the bundle does not permit the method, the rank, the width or the head.
     """
@@ -52,9 +54,25 @@ def check_tuning(
         require_outside(tensorboard, out)
         require_tensorboard()
     identity = home.identity()
+    require_addressed(bundle, identity)
     require_permitted(bundle.manifest, spec)
     run = run_folder(out)
     if (run / LOCK).exists():  # of a run that still works it is not true that it was interrupted
         with alone_in(run, *AT_WORK):
             require_resume_asked(run, resume=resume, restartable=True)
     return identity
+
+
+def require_addressed(bundle: Bundle, identity: Identity) -> None:
+    """Refuse a bundle that was verified in another home, and whose return the owner would refuse.
+
+    Raises:
+        UsageError: this party is neither its recipient nor its issuer.
+    """
+    own, manifest = identity.public_key.hex, bundle.manifest
+    if own not in (manifest.recipient, manifest.issuer):
+        raise UsageError(
+            f"{bundle.folder} is addressed to {PublicKey.from_hex(manifest.recipient).fingerprint}",
+            reasons=[f"this home's key is {identity.public_key.fingerprint}"],
+            next_step="name the home that the bundle was verified in",
+        )

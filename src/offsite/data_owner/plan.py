@@ -17,7 +17,7 @@ from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Bundle
 from offsite.protocol.home import Home
 from offsite.protocol.manifest import BundleManifest
-from offsite.storage.safetensors_files import FLOATS, TensorRange, open_checkpoint
+from offsite.storage.safetensors_files import FLOATS, TensorRange
 from offsite.training.schedule import checkpoint_steps, step_count
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def plan_tune(
     classifier = _count(classifier_shapes(manifest, len(classes))) if classes else 0
     returned = returned_tensors(manifest, spec)
     trained = _count({name: entry.shape for name, entry in returned.items()}) + classifier
-    tensors = open_checkpoint(bundle.folder).tensors
+    tensors = bundle.files.checkpoint().tensors
     files = return_sizes(bundle, spec, identity.public_key.hex, classes)
     written = tuple(Amount(name, size) for name, size in sorted(files.items()))
     plan = TunePlan(
