@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offsite.data.tokens import Example
+    from offsite.data.examples import Example
 
 LENGTH = 1024  # `offsite tune`'s own limit
 _SEEDS = 64

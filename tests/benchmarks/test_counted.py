@@ -7,7 +7,7 @@ from benchmarks.counted import Shape, ours, peer
 from torch.utils.flop_counter import FlopCounterMode
 
 from offsite.data.batches import collate
-from offsite.data.tokens import Example
+from offsite.data.examples import Example
 from offsite.models.backbone import split_backbone_and_head
 from offsite.models.loading import load_model
 from offsite.training.label_losses import label_losses

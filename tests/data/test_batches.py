@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from offsite.data.batches import collate, micro_batches, step_batches
-from offsite.data.tokens import Example
+from offsite.data.examples import Example
 
 
 def examples_of(lengths):

@@ -8,7 +8,7 @@ import torch
 
 from offsite.config import TuneSpec
 from offsite.data.batches import collate
-from offsite.data.tokens import Example
+from offsite.data.examples import Example
 from offsite.data_owner import feature_cache
 from offsite.data_owner import tune as stage
 from offsite.data_owner.feature_cache import _Skipped, cached_features

@@ -6,7 +6,7 @@ import torch
 
 from offsite.config import TuneSpec
 from offsite.data.batches import collate
-from offsite.data.tokens import Example
+from offsite.data.examples import Example
 from offsite.data_owner import memory_budget
 from offsite.data_owner.memory_budget import within_memory
 from offsite.data_owner.memory_trials import end_of_row, memory_trials

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from offsite.data.tokens import Example
+from offsite.data.examples import Example
 from offsite.evaluation.row_losses import row_losses
 from offsite.kernels import forward_runner
 from offsite.models.backbone import split_backbone_and_head

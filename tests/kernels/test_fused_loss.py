@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from offsite.data.batches import collate
-from offsite.data.tokens import Example
+from offsite.data.examples import Example
 from offsite.errors import IncompatibleError
 from offsite.kernels.fused_loss import labelled_cross_entropy
 from offsite.models.backbone import split_backbone_and_head

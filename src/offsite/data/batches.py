@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from offsite.data.tokens import Example
+from offsite.data.examples import Example
 
 _SORTED_STEPS = 32  # steps whose rows are sorted by length together
 _PASS = 128  # padded tokens that take as long as what a pass costs beside them: 70 to 430 were measured

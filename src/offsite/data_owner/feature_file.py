@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from offsite.data.batches import Batch, collate, micro_batches
-from offsite.data.tokens import Example
+from offsite.data.examples import Example
 from offsite.errors import StorageError
 from offsite.progress import Event, Progress
 from offsite.storage.files import storage_errors, write_stream

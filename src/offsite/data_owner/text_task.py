@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from offsite.data.batches import collate, micro_batches, step_batches
-from offsite.data.tokens import Example
+from offsite.data.examples import Example
 from offsite.evaluation.row_losses import perplexity, row_losses
 from offsite.models.backbone import Network
 from offsite.progress import Progress

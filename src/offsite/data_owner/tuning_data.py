@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offsite.config import TuneSpec
+from offsite.data.examples import Encoded, Example, require_known
 from offsite.data.picture_workers import PictureWorkers
 from offsite.data.rows import read_rows
-from offsite.data.tokens import Encoded, Example, encode, require_known
+from offsite.data.tokens import encode
 from offsite.data_owner.album import Album, open_album
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.tokenizers import context_length, load_tokenizer

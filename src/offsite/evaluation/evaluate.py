@@ -13,9 +13,10 @@ import torch
 from torch.nn import functional as F
 
 from offsite.config import EvalSpec
+from offsite.data.examples import require_known
 from offsite.data.row import Row
 from offsite.data.rows import read_rows
-from offsite.data.tokens import encode, encode_choices, encode_prompt, require_known
+from offsite.data.tokens import encode, encode_choices, encode_prompt
 from offsite.evaluation.intervals import Interval, interval
 from offsite.evaluation.multiple_choice import ChoiceScore, score_choices
 from offsite.evaluation.row_losses import RowLoss, perplexity, row_losses

@@ -9,7 +9,7 @@ bytes, its code counts characters, see its issue 3278). Of equal choices the fir
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from offsite.data.tokens import Choices
+from offsite.data.examples import Choices
 from offsite.evaluation.row_losses import row_losses
 from offsite.models.backbone import Network
 from offsite.progress import Progress, silent

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from offsite.data.batches import collate, micro_batches
-from offsite.data.tokens import Example
+from offsite.data.examples import Example
 from offsite.kernels import forward_runner
 from offsite.models.backbone import Network
 from offsite.progress import Event, Progress, silent

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from offsite.config import EvalSpec, PlugInSpec
+from offsite.data.examples import Example
 from offsite.data.rows import read_rows
-from offsite.data.tokens import Example, encode
+from offsite.data.tokens import encode
 from offsite.errors import PolicyError, UsageError
 from offsite.evaluation.evaluate import load_tuned
 from offsite.evaluation.row_losses import row_losses

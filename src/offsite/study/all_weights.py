@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from offsite.config import TuneSpec
+from offsite.data.examples import Example
 from offsite.data.picture_files import Floats
-from offsite.data.tokens import Example
 from offsite.data_owner.album import Album
 from offsite.data_owner.image_task import ImageTask, head_parameters, new_head
 from offsite.data_owner.text_task import TextTask

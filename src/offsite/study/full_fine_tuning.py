@@ -12,9 +12,10 @@ import torch
 
 from offsite.config import TuneSpec
 from offsite.data.data_files import data_digest
+from offsite.data.examples import Example
 from offsite.data.picture_workers import PictureWorkers
 from offsite.data.rows import read_rows
-from offsite.data.tokens import Example, encode
+from offsite.data.tokens import encode
 from offsite.data_owner.album import open_album
 from offsite.data_owner.image_task import ImageTask, head_parameters
 from offsite.data_owner.memory_budget import within_memory

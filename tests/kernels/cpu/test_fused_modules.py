@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from offsite.data.batches import collate
-from offsite.data.tokens import Example
+from offsite.data.examples import Example
 from offsite.kernels.cpu.fused_modules import GatedMLP, QuickGELU, RMSNorm, fuse
 from offsite.models.backbone import split_backbone_and_head
 from offsite.models.loading import load_model

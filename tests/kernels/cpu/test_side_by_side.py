@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from offsite.config import TuneSpec
-from offsite.data.tokens import Example
+from offsite.data.examples import Example
 from offsite.data_owner.memory_budget import side_by_side
 from offsite.data_owner.plan import _lanes
 from offsite.data_owner.text_task import TextTask

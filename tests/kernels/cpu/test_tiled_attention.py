@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from offsite.data.batches import collate
-from offsite.data.tokens import Example
+from offsite.data.examples import Example
 from offsite.kernels.cpu import compiled as kernels
 from offsite.kernels.cpu import tiled_attention as attention
 from offsite.kernels.cpu.thread_dropout import OwnRandomness

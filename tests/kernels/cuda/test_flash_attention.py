@@ -6,7 +6,7 @@ import torch
 from transformers.masking_utils import chunked_causal_mask_function, sliding_window_causal_mask_function
 
 from offsite.data.batches import collate
-from offsite.data.tokens import Example
+from offsite.data.examples import Example
 from offsite.kernels import prepare
 from offsite.kernels.cuda import flash_attention
 from offsite.kernels.cuda.flash_attention import mask_of_right_padded_rows, use_flash_attention

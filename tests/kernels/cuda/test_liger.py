@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from offsite.data.batches import collate
-from offsite.data.tokens import Example
+from offsite.data.examples import Example
 from offsite.kernels.cuda.liger import use_liger
 from offsite.models.backbone import split_backbone_and_head
 from offsite.models.loading import load_model

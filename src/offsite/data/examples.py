@@ -1,0 +1,81 @@
+"""Rows as token ids with labels: what tuning and evaluation run."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from offsite.data.rows import counted, first
+from offsite.errors import IncompatibleError
+from offsite.models.model_folder import Source, folder_of, model_settings
+from offsite.models.modules.declared import unwrapped
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids of one row; labels are on all of them after the first `given`, or on those at `places` alone."""
+
+    line: int
+    ids: npt.NDArray[np.int64]  # (T,)
+    given: int  # at least 1: nothing predicts the first token
+    places: npt.NDArray[np.int64] | None = None  # positions in `ids` of a conversation's labels, ascending
+    answers: bool = True  # whether it answers something: all but plain text
+
+    @property
+    def labelled(self) -> npt.NDArray[np.int64]:
+        """Positions in `ids` that carry a label, (L,)."""
+        return np.arange(self.given, len(self.ids)) if self.places is None else self.places
+
+    @property
+    def labels(self) -> int:
+        """Labelled tokens."""
+        return len(self.ids) - self.given if self.places is None else len(self.places)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The examples of a data set, and what became of its other rows and words."""
+
+    examples: tuple[Example, ...]
+    skipped: int  # rows left out: too long, or without a label
+    cut: int = 0  # rows that lost tokens
+    dropped: Mapping[str, int] = field(default_factory=dict)  # what the chat template did not write, by name
+    notes: Mapping[str, int] = field(default_factory=dict)  # conversations labelled otherwise than answer by answer
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """A multiple-choice row: one example for each choice, labelled on the choice alone."""
+
+    line: int
+    examples: tuple[Example, ...]
+    lengths: tuple[int, ...]  # characters of each choice, without the space that joins it to the prompt
+    answer: int
+
+
+def require_known(examples: Iterable[Example], model: Source, source: Path) -> None:
+    """Refuse rows with tokens that a model has no embedding of, before it is loaded.
+
+    Args:
+        examples: rows of `source`, by the tokenizer of the model.
+        model: its folder, or its files as they were verified.
+        source: the file that the rows are from, for errors.
+
+    Raises:
+        IncompatibleError: there are some, each row listed.
+    """
+
+    known = unwrapped(model_settings(model))[0].get("vocab_size")
+    if not isinstance(known, int):
+        return
+    strange = {example.line: example.ids.max() for example in examples if example.ids.max() >= known}
+    if strange:
+        problems = [f"{source}:{line}: token {token}" for line, token in strange.items()]
+        raise IncompatibleError(
+            f"the tokenizer in {folder_of(model)} makes tokens that its model does not know:"
+            f" {counted(problems, 'row')}",
+            reasons=[f"the model knows tokens 0 to {known - 1}", *first(problems)],
+            next_step="leave these rows out, or ask the model's owner for a tokenizer that fits the model",
+        )
