@@ -367,8 +367,8 @@ def _copy_settings(
     written = [write_stream(out / "config.json", [json.dumps(allowed, indent=1).encode()])]
     settings = cleaned(TOKENIZER_CONFIG, json.loads((base / TOKENIZER_CONFIG).read_text()))
     written.append(write_stream(out / TOKENIZER_CONFIG, [json.dumps(settings).encode()]))
-    written.append(write_stream(out / "tokenizer.json", [(base / "tokenizer.json").read_bytes()]))
-    return written
+    copied_files = [name for name in ("tokenizer.json", "chat_template.jinja") if (base / name).exists()]
+    return [*written, *(write_stream(out / name, [(base / name).read_bytes()]) for name in copied_files)]
 
 
 def tiny_house(folder: Path, **bundles: dict[str, Any]) -> tuple[dict[str, Bundle], Path, Home]:

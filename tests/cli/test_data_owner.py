@@ -25,7 +25,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Parties]:
 
 @pytest.fixture
 def tune(house: tuple[Path, Parties], tmp_path: Path) -> Tune:
-    """Run `offsite tune` into `return` of the test's folder; what is given comes behind, and wins."""
+    """Run `offsite tune` into `return` of the test's folder; what is given comes behind."""
     folder, parties = house
 
     def run(*words: object) -> int:

@@ -97,7 +97,7 @@ def _literal(annotation: Any) -> tuple[str, ...]:
             {
                 "data", "out", "eval-data", "tensorboard", "method", "rank", "width", "lr", "epochs", "max-steps",
                 "batch-size", "tune-head", "checkpoints", "report-scores", "memory", "gradient-checkpointing",
-                "skip-bad", "resume", "plan", "config", "home", "json",
+                "skip-bad", "resume", "plan", "check", "columns", "chosen", "config", "home", "json",
             },
         ),
         (
@@ -110,8 +110,8 @@ def _literal(annotation: Any) -> tuple[str, ...]:
         (
             "eval",
             {
-                "adapter", "data", "probe", "skip-bad", "samples", "tasks", "tasks-path", "row-scores", "config",
-                "json",
+                "adapter", "data", "probe", "skip-bad", "samples", "tasks", "tasks-path", "row-scores", "check",
+                "columns", "chosen", "config", "json",
             },
         ),
         ("inspect", {"home", "json"}),

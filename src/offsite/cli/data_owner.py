@@ -25,15 +25,15 @@ def tune(
     context: typer.Context,
     flag_values: FlagValues,
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="the folder that the model's owner sent")],
-    data: Annotated[
-        Path,
-        typer.Option(metavar="FILE", help="rows: JSONL, .csv, .parquet, .txt, a saved dataset folder; or pictures"),
-    ],
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="new folder for the return")],
-    eval_data: Annotated[Path | None, typer.Option(metavar="FILE", help="held-out rows to validate on")] = None,
+    data: Annotated[list[Path], flags.DATA_OPTION],
+    out: Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="new folder for the return")] = None,
+    eval_data: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="held-out rows to validate on; several are joined")
+    ] = None,
     tensorboard: Annotated[Path | None, typer.Option(metavar="FOLDER", help="log for TensorBoard as well")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted run, bit for bit")] = False,
     plan: flags.PlanFlag = None,
+    check: flags.CheckFlag = False,
     config: flags.ConfigFlag = None,
     home: flags.HomeFlag = None,
     as_json: flags.JsonFlag = False,
@@ -47,8 +47,12 @@ def tune(
       offsite tune bundle/ --data train.jsonl --eval-data test.jsonl --out return/
     """
     from offsite.config import TuneSpec
+    from offsite.errors import UsageError
 
     spec, measured = flags.settings(TuneSpec, config, flag_values), flags.measures(plan)
+    eval_data = eval_data or None
+    if out is None and not check:
+        raise UsageError("the return has no folder to go to", next_step="name a new one: --out return/")
     from offsite.data_owner.permissions import require_permitted, require_something_to_report
     from offsite.progress import Event
     from offsite.protocol.verify import verify_bundle
@@ -57,8 +61,15 @@ def tune(
     own = flags.home_of(context, home)
     with terminal.showing_progress() as progress:
         progress(Event("verifying the bundle", 0))
-        verified = verify_bundle(bundle, own, hold=not plan or measured)
+        verified = verify_bundle(bundle, own, hold=not (plan or check) or measured)
     require_permitted(verified.manifest, spec)
+    if check or out is None:
+        from offsite.cli.show_check import show_checks
+        from offsite.data_owner.check_tuning_data import check_tuning_data
+
+        with terminal.showing_progress() as progress:
+            checks = check_tuning_data(verified, data, eval_data, spec, progress)
+        raise typer.Exit(show_checks(checks, as_json=as_json))
     if plan:
         planned = _plan(verified, data, out, spec, own, eval_data, tensorboard, resume=resume, measured=measured)
         show_plan(planned, out, as_json=as_json)
@@ -101,11 +112,11 @@ def _facts(log: Path, *, as_json: bool) -> dict[str, Any]:
 
 def _plan(
     bundle: "Bundle",
-    data: Path,
+    data: list[Path],
     out: Path,
     spec: "TuneSpec",
     home: "Home",
-    eval_data: Path | None,
+    eval_data: list[Path] | None,
     tensorboard: Path | None,
     *,
     resume: bool,

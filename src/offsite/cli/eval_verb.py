@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from offsite.cli import flags, terminal
 from offsite.cli.setting_flags import FlagValues
+
+if TYPE_CHECKING:
+    from offsite.config import EvalSpec
 
 _ROW_BY_ROW = ("row_losses", "choice_scores", "pictures")  # what Python sees and no summary shows
 
@@ -18,10 +21,7 @@ def eval_(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="checkpoint folder: a base, a bundle, a merged plug-in")
     ],
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="rows: JSONL, .csv, .parquet, .txt, a saved dataset folder; or pictures"),
-    ] = None,
+    data: Annotated[list[Path] | None, flags.DATA_OPTION] = None,
     adapter: Annotated[Path | None, typer.Option(metavar="FOLDER", help="PEFT adapter: a return or a plug-in")] = None,
     probe: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="pictures to fit a linear probe on an encoder without a head")
@@ -36,6 +36,7 @@ def eval_(
     row_scores: Annotated[
         Path | None, typer.Option(metavar="FILE", help="also write the score of every row or picture as JSON lines")
     ] = None,
+    check: flags.CheckFlag = False,
     config: flags.ConfigFlag = None,
     as_json: flags.JsonFlag = False,
 ) -> None:
@@ -52,6 +53,7 @@ def eval_(
     from offsite.errors import UsageError
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    data = data or None
     if data is None and not names:
         raise UsageError("there is nothing to score on", next_step="give rows with --data, or tasks with --tasks")
     spec = flags.settings(EvalSpec, config, flag_values)
@@ -59,6 +61,8 @@ def eval_(
     _require_fitting(model, names, samples, probe, skip_bad=bool(flag_values["skip_bad"]))
     if row_scores is not None and data is not None:
         _require_writable(row_scores, data)
+    if check:
+        _check(model, data, spec, as_json=as_json)
     result: dict[str, Any] = {"model": str(model), "adapter": str(adapter) if adapter else None}
     with terminal.showing_progress() as progress:
         if names:  # first, since a task that is unknown or not installed is known at once
@@ -89,6 +93,16 @@ def eval_(
     terminal.show(result if as_json else with_intervals(result), as_json=as_json)
 
 
+def _check(model: Path, data: list[Path] | None, spec: "EvalSpec", *, as_json: bool) -> NoReturn:
+    from offsite.cli.show_check import show_checks
+    from offsite.errors import UsageError
+    from offsite.evaluation.check_eval_data import check_eval_data
+
+    if data is None:
+        raise UsageError("--check is about rows", next_step="give rows with --data")
+    raise typer.Exit(show_checks({"data": check_eval_data(model, data, spec)}, as_json=as_json))
+
+
 def _sees_images(model: Path) -> bool:
     from offsite.models.image_encoder import sees_images
     from offsite.models.model_folder import model_settings
@@ -97,7 +111,7 @@ def _sees_images(model: Path) -> bool:
 
 
 def _require_used(
-    data: Path | None, tasks: Sequence[str], of_rows: Mapping[str, object], tasks_path: Path | None
+    data: list[Path] | None, tasks: Sequence[str], of_rows: Mapping[str, object], tasks_path: Path | None
 ) -> None:
     """Refuse flags that nothing would be done with.
 
@@ -113,7 +127,7 @@ def _require_used(
         raise UsageError("--tasks-path is about tasks", next_step="name tasks with --tasks, or leave it out")
 
 
-def _require_writable(file: Path, data: Path) -> None:
+def _require_writable(file: Path, data: Sequence[Path]) -> None:
     """Refuse a file for the scores of rows that could not be written, or would replace the rows.
 
     Raises:
@@ -123,7 +137,7 @@ def _require_writable(file: Path, data: Path) -> None:
 
     if file.is_dir():
         raise UsageError(f"{file} is a folder", next_step="name a file with --row-scores")
-    if file.resolve() == data.resolve():
+    if file.resolve() in [path.resolve() for path in data]:
         raise UsageError(f"{file} holds the rows themselves", next_step="name another file with --row-scores")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperOption
 
 from offsite.training.run_log import run_folder
 
@@ -57,6 +57,13 @@ ConfigFlag = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="TOML file with settings; flags win over it")
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
+CheckFlag = Annotated[
+    bool,
+    typer.Option("--check", help="read all rows, show what becomes of them and three of them, and do nothing else"),
+]
+DATA_OPTION = typer.Option(
+    "--data", metavar="FILE", help="rows or pictures: a file, a folder or a 'pattern*'; several are joined"
+)
 PLAN_MODES = ("headers", "measure")
 PlanFlag = Annotated[
     str | None,
@@ -76,12 +83,27 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words of the command line, after the value of --plan was put beside it."""
-        return super().parse_args(ctx, with_plan_mode(args))
+        words = with_plan_mode(args)
+        self._require_once(ctx, words)
+        return super().parse_args(ctx, words)
+
+    def _require_once(self, ctx: Any, words: list[str]) -> None:
+        """Refuse an option that was given twice, of which the parser would ignore the first in silence.
+
+        Raises:
+            UsageError: one was.
+        """
+        found = self.make_parser(ctx).parse_args(args=list(words))[2]
+        once = [option for option in found if isinstance(option, TyperOption) and not (option.multiple or option.count)]
+        if twice := sorted({option.opts[0] for option in once if once.count(option) > 1}):
+            from offsite.errors import UsageError
+
+            raise UsageError(f"{' and '.join(twice)} was given twice", next_step="give it once")
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command, after that note."""
         if "resume" in ctx.params:
-            run_of(ctx).resumable = run_folder(ctx.params["out"])
+            run_of(ctx).resumable = run_folder(out) if (out := ctx.params["out"]) is not None else None
         return super().invoke(ctx)
 
 

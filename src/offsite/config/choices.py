@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from offsite.config.spec import FILE_ONLY
 
@@ -11,6 +11,38 @@ Dtype = Literal["bf16", "fp32"]
 LongRows = Annotated[
     Literal["error", "truncate", "skip"], Field(description="what happens to rows over max_length"), FILE_ONLY
 ]
+COLUMN_NAMES = (  # fields of a row, or of a picture, that a data set may call otherwise
+    *("text", "prompt", "completion", "messages", "instruction", "input", "output", "system", "history", "tools"),
+    *("question", "choices", "answer", "chosen", "rejected", "image", "path", "label"),
+)
+
+
+def split_columns(value: object) -> object:
+    """Split "prompt=question,completion=answer" into names of fields and of columns."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    if any(not sign or not theirs.strip() for _, sign, theirs in pairs):
+        raise ValueError("expected FIELD=COLUMN, such as prompt=question,completion=answer")
+    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+
+
+def _require_known_columns(columns: dict[str, str] | None) -> dict[str, str] | None:
+    if unknown := sorted(set(columns or ()) - set(COLUMN_NAMES)):
+        raise ValueError(f"no field is called {', '.join(unknown)}; the fields are {', '.join(COLUMN_NAMES)}")
+    return columns
+
+
+Columns = Annotated[
+    dict[str, str] | None,
+    BeforeValidator(split_columns),
+    AfterValidator(_require_known_columns),
+    Field(
+        description="what the data set calls the fields of a row or a picture",
+        examples=["prompt=question,completion=answer", "image=img,label=fine_label"],
+    ),
+]
+Chosen = Annotated[bool, Field(description="of rows with a chosen and a rejected answer, take the chosen one")]
 Workers = Annotated[
     int | None,
     Field(ge=0, le=64, description="images: processes that decode and crop; left out: 0 on a CPU, else several"),

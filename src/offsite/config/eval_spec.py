@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from offsite.config.choices import LongRows, Workers
+from offsite.config.choices import Chosen, Columns, LongRows, Workers
 from offsite.config.runtime import RuntimeSettings
 from offsite.config.spec import FILE_ONLY, Spec
 
@@ -18,6 +18,8 @@ class EvalSpec(Spec):
 
     max_length: Annotated[int, Field(ge=8, description="longest row in tokens"), FILE_ONLY] = 1024
     long_rows: LongRows = "error"
+    columns: Columns = None
+    chosen: Chosen = False
     micro_batch_tokens: Annotated[int, Field(ge=1, description="padded tokens that run at once"), FILE_ONLY] = 8192
     max_rows: Annotated[int | None, Field(ge=1, description="score the first rows only"), FILE_ONLY] = None
     skip_bad: Annotated[bool, Field(description="images: leave out pictures that cannot be read")] = False

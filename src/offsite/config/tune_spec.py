@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from offsite.config.choices import LongRows, Method, Workers
+from offsite.config.choices import Chosen, Columns, LongRows, Method, Workers
 from offsite.config.runtime import RuntimeSettings
 from offsite.config.spec import FILE_ONLY, Settings, Spec, rule
 
@@ -58,6 +58,8 @@ class RowSettings(Settings):
 
     max_length: Annotated[int, Field(ge=8, description="longest row in tokens"), FILE_ONLY] = 1024
     long_rows: LongRows = "error"
+    columns: Columns = None
+    chosen: Chosen = False
 
 
 class MemorySettings(Settings):

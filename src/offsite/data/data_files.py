@@ -18,6 +18,7 @@ from offsite.errors import DataError
 from offsite.storage.files import sha256_of
 
 Part = Literal["train", "held out"]
+DataPaths = Path | Sequence[Path]  # one data set, or several whose rows are joined
 
 TRAINING = ("train", "training")
 VALIDATION = ("validation", "val", "valid", "dev")
@@ -28,12 +29,12 @@ _SHARD = re.compile(r"(^|[-_.])(part|shard|chunk)?[-_.]?\d+([-_.]of[-_.]\d+)?([-
 _PATTERN = re.compile(r"[*?\[]")
 
 
-def paths_of(data: Path | Sequence[Path]) -> list[Path]:
+def paths_of(data: DataPaths) -> list[Path]:
     """One or several data sets as a list."""
     return [data] if isinstance(data, Path) else list(data)
 
 
-def name_of(data: Path | Sequence[Path]) -> str:
+def name_of(data: DataPaths) -> str:
     """A data set, or several joined ones, for errors."""
     return " + ".join(str(path) for path in paths_of(data))
 
@@ -63,7 +64,7 @@ def existing(path: Path) -> Path:
     return next((other for other in forms if other.exists()), path)
 
 
-def data_digest(data: Path | Sequence[Path]) -> str:
+def data_digest(data: DataPaths) -> str:
     """SHA-256 of data sets: of a file, over names and digests of a folder's files, or over those of several.
 
     Raises:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from offsite.data.data_files import DataPaths, name_of
 from offsite.data.rows import counted, first
 from offsite.errors import IncompatibleError
 from offsite.models.model_folder import Source, folder_of, model_settings
@@ -22,6 +23,7 @@ class Example:
     given: int  # at least 1: nothing predicts the first token
     places: npt.NDArray[np.int64] | None = None  # positions in `ids` of a conversation's labels, ascending
     answers: bool = True  # whether it answers something: all but plain text
+    file: Path | None = None  # where it is from; `line` is of this file
 
     @property
     def labelled(self) -> npt.NDArray[np.int64]:
@@ -41,8 +43,16 @@ class Encoded:
     examples: tuple[Example, ...]
     skipped: int  # rows left out: too long, or without a label
     cut: int = 0  # rows that lost tokens
+    too_long: int = 0  # rows over the longest length, cut or left out
+    lengths: tuple[int, ...] = ()  # tokens of every row before any was cut
     dropped: Mapping[str, int] = field(default_factory=dict)  # what the chat template did not write, by name
     notes: Mapping[str, int] = field(default_factory=dict)  # conversations labelled otherwise than answer by answer
+
+    def reports(self) -> list[str]:
+        """What the chat template left out, and what was not learnt answer by answer, a sentence each."""
+        dropped = ", ".join(f"{name} ({count})" for name, count in sorted(self.dropped.items()))
+        notes = [f"{name}: {count}" for name, count in sorted(self.notes.items())]
+        return [f"left out by the model's chat template: {dropped}", *notes] if dropped else notes
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +65,13 @@ class Choices:
     answer: int
 
 
-def require_known(examples: Iterable[Example], model: Source, source: Path) -> None:
+def require_known(examples: Iterable[Example], model: Source, source: DataPaths) -> None:
     """Refuse rows with tokens that a model has no embedding of, before it is loaded.
 
     Args:
         examples: rows of `source`, by the tokenizer of the model.
         model: its folder, or its files as they were verified.
-        source: the file that the rows are from, for errors.
+        source: the data set that the rows are from, for errors.
 
     Raises:
         IncompatibleError: there are some, each row listed.
@@ -70,9 +80,13 @@ def require_known(examples: Iterable[Example], model: Source, source: Path) -> N
     known = unwrapped(model_settings(model))[0].get("vocab_size")
     if not isinstance(known, int):
         return
-    strange = {example.line: example.ids.max() for example in examples if example.ids.max() >= known}
+    strange = {
+        f"{example.file or name_of(source)}:{example.line}": example.ids.max()
+        for example in examples
+        if example.ids.max() >= known
+    }
     if strange:
-        problems = [f"{source}:{line}: token {token}" for line, token in strange.items()]
+        problems = [f"{place}: token {token}" for place, token in strange.items()]
         raise IncompatibleError(
             f"the tokenizer in {folder_of(model)} makes tokens that its model does not know:"
             f" {counted(problems, 'row')}",

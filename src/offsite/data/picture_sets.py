@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from offsite.data.data_files import Part, existing, files_of, name_of, part_role, parts_of, paths_of
+from offsite.data.data_files import DataPaths, Part, existing, files_of, name_of, part_role, parts_of, paths_of
 from offsite.data.picture_files import Picture
 from offsite.data.record_files import RECORDS, read_records
 from offsite.data.rows import counted, first
@@ -53,7 +53,7 @@ _PLACES = ("image", "path", "file_name")  # columns that hold a picture, or its 
 
 
 def read_pictures(
-    data: Path | Sequence[Path], *, labelled: bool = True, part: str = "", columns: Mapping[str, str] | None = None
+    data: DataPaths, *, labelled: bool = True, part: str = "", columns: Mapping[str, str] | None = None
 ) -> list[Picture]:
     """List the pictures of data sets; none is opened.
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from offsite.data.data_files import Part, files_of, name_of, paths_of
+from offsite.data.data_files import DataPaths, Part, files_of, name_of, paths_of
 from offsite.data.record_files import read_records
 from offsite.data.row import Row, RowForm
 from offsite.data.row_kinds import FIELDS, parse_row
@@ -15,7 +15,7 @@ _LISTED = 20  # bad rows that an error lists
 _EXAMPLE = '{"prompt": "...", "completion": "..."} or {"text": "..."}; docs/data.md has the others'
 
 
-def read_rows(data: Path | Sequence[Path], form: RowForm | None = None, part: Part = "train") -> list[Row]:
+def read_rows(data: DataPaths, form: RowForm | None = None, part: Part = "train") -> list[Row]:
     """Read data sets and join their rows.
 
     Args:

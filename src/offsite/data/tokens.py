@@ -8,13 +8,13 @@ the assistant says. A long text is cut into blocks.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from offsite.data.chat import Conversation, read_conversation
 from offsite.data.chat_template import ChatTemplate, ConversationError, require_template
+from offsite.data.data_files import DataPaths, name_of
 from offsite.data.examples import Choices, Encoded, Example
 from offsite.data.row import Row
 from offsite.data.rows import counted, first
@@ -34,7 +34,7 @@ def encode(
     rows: Sequence[Row],
     tokenizer: "PreTrainedTokenizerBase",
     *,
-    source: Path,
+    source: DataPaths,
     max_length: int,
     long_rows: LongRows = "error",
 ) -> Encoded:
@@ -58,13 +58,15 @@ def encode(
     examples, long, skipped, cut = [], [], 0, 0
     dropped: Counter[str] = Counter()
     notes: Counter[str] = Counter()
-    for draft in _drafts(rows, tokenizer, source, max_length):
+    name, lengths = name_of(source), []
+    for draft in _drafts(rows, tokenizer, name, max_length):
         if conversation := draft.conversation:
             dropped.update(conversation.dropped)
             notes.update(conversation.notes)
         over = draft.length > max_length
+        lengths.append(draft.length)
         if over:
-            long.append(f"{draft.row.place(source)}: {draft.length} tokens, at most {max_length}")
+            long.append(f"{draft.row.place(name)}: {draft.length} tokens, at most {max_length}")
         example = (draft.cut(max_length, bos=tokenizer.bos_token_id) if over else draft).example()
         if example.labels and not (over and long_rows == "skip"):
             examples.append(example)
@@ -72,21 +74,21 @@ def encode(
         else:
             skipped += 1  # also a single token, which has nothing to predict it
     if long_rows == "error":
-        _require_short(long, source)
+        _require_short(long, name)
     if not examples:
         raise DataError(
-            f"no row of {source} is left",
+            f"no row of {name} is left",
             reasons=[f"{len(rows)} rows read, {len(long)} over {max_length} tokens left out"],
             next_step=f"raise max_length, or {_CUT}",
         )
-    return Encoded(tuple(examples), skipped, cut, dropped, notes)
+    return Encoded(tuple(examples), skipped, cut, len(long), tuple(lengths), dropped, notes)
 
 
 def encode_choices(
     rows: Sequence[Row],
     tokenizer: "PreTrainedTokenizerBase",
     *,
-    source: Path,
+    source: DataPaths,
     max_length: int,
     long_rows: LongRows = "error",
 ) -> list[Choices]:
@@ -95,25 +97,25 @@ def encode_choices(
     Raises:
         DataError: a choice is too long under "error", all listed.
     """
-    found, long = [], []
+    found, long, name = [], [], name_of(source)
     for row in rows:
         if not row.choices:
             continue
         drafts = _choice_drafts(row, tokenizer)
         longest = max(draft.length for draft in drafts)
         if longest > max_length:
-            long.append(f"{row.place(source)}: {longest} tokens with its longest choice, at most {max_length}")
+            long.append(f"{row.place(name)}: {longest} tokens with its longest choice, at most {max_length}")
             if long_rows == "skip":
                 continue
             drafts = [draft.cut(max_length, bos=tokenizer.bos_token_id) for draft in drafts]
         lengths = tuple(len(choice) - 1 for choice in row.choices)
         found.append(Choices(row.line, tuple(draft.example() for draft in drafts), lengths, row.answer))
     if long_rows == "error":
-        _require_short(long, source)
+        _require_short(long, name)
     return found
 
 
-def _require_short(long: Sequence[str], source: Path) -> None:
+def _require_short(long: Sequence[str], source: str) -> None:
     if long:
         raise DataError(
             f"{counted(long, 'row')} of {source} over the longest length",
@@ -124,7 +126,7 @@ def _require_short(long: Sequence[str], source: Path) -> None:
 
 def encode_prompt(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The ids that a model is given before it answers a row: those that `encode` puts before the first label."""
-    (draft,) = _drafts([row], tokenizer, Path(), 1)
+    (draft,) = _drafts([row], tokenizer, "", 1)
     return draft.start if draft.places is None else draft.answer[: draft.places[0]]
 
 
@@ -156,12 +158,12 @@ class _Draft:
     def example(self) -> Example:
         ids = np.array(self.start + self.answer, dtype=np.int64)
         if self.places is not None:
-            return Example(self.line, ids, 1, np.array(self.places, dtype=np.int64))
-        return Example(self.line, ids, max(1, len(self.start)), answers=self.row.prompt is not None)
+            return Example(self.line, ids, 1, np.array(self.places, dtype=np.int64), file=self.row.file)
+        return Example(self.line, ids, max(1, len(self.start)), answers=self.row.prompt is not None, file=self.row.file)
 
 
 def _drafts(
-    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", source: Path, max_length: int
+    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", source: str, max_length: int
 ) -> Iterator[_Draft]:
     """Every row as tokens, in order; a long text is several."""
     if not tokenizer.chat_template and any(row.turns and row.prompt is None for row in rows):
@@ -179,7 +181,7 @@ def _drafts(
         raise _refused(problems, source)
 
 
-def _refused(problems: Sequence[str], source: Path) -> DataError:
+def _refused(problems: Sequence[str], source: str) -> DataError:
     system = any("system" in problem.casefold() for problem in problems)
     hint = "put the system's words at the start of the first user turn, " if system else ""
     return DataError(

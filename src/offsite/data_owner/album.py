@@ -1,12 +1,12 @@
 """The pictures of a tuning: read, split into training and validation, decoded once, and their classes checked."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
 from offsite.config import TuneSpec
+from offsite.data.data_files import DataPaths, paths_of
 from offsite.data.picture_files import Picture, load_processor
 from offsite.data.picture_sets import held_out_part, read_pictures, split_by_seed
 from offsite.data.picture_sizes import seen_picture
@@ -63,8 +63,8 @@ class Album:
 
 def open_album(
     bundle: Source,
-    data: Path,
-    eval_data: Path | None,
+    data: DataPaths,
+    eval_data: DataPaths | None,
     spec: TuneSpec,
     progress: Progress,
     workers: PictureWorkers | None = None,
@@ -97,16 +97,18 @@ def open_album(
     return Album(train, validation, classes, tokens)
 
 
-def _list_pictures(data: Path, eval_data: Path | None, spec: TuneSpec) -> tuple[list[Picture], list[Picture]]:
+def _list_pictures(data: DataPaths, eval_data: DataPaths | None, spec: TuneSpec) -> tuple[list[Picture], list[Picture]]:
     """The pictures to train on and those to validate on, before any is decoded."""
-    listed = read_pictures(data, part="train")
+    columns = spec.rows.columns
+    listed = read_pictures(data, part="train", columns=columns)
     if eval_data is None and spec.images.eval_share:
         return split_by_seed(listed, spec.images.eval_share, spec.seed)
     if eval_data is None:
-        return listed, read_pictures(data, part="held out") if held_out_part(data) else []
+        with_parts = [path for path in paths_of(data) if held_out_part(path)]
+        return listed, read_pictures(with_parts, part="held out", columns=columns) if with_parts else []
     if spec.images.eval_share:
         raise UsageError("held-out pictures and eval_share were both given", next_step="give one of them")
-    return listed, read_pictures(eval_data, part="held out")
+    return listed, read_pictures(eval_data, part="held out", columns=columns)
 
 
 def _class_names(train: Pictures, validation: Pictures | None) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from offsite.config import TuneSpec
+from offsite.data.data_files import DataPaths
 from offsite.data_owner.permissions import require_permitted, require_something_to_report
 from offsite.errors import UsageError
 from offsite.protocol.artifacts import Bundle
@@ -22,7 +23,7 @@ def check_tuning(
     spec: TuneSpec,
     home: Home,
     *,
-    eval_data: Path | None = None,
+    eval_data: DataPaths | None = None,
     tensorboard: Path | None = None,
     resume: bool = False,
 ) -> Identity:

@@ -1,7 +1,5 @@
 """Whether the model's owner would take back what a tuning with these settings returns. Torch-free."""
 
-from pathlib import Path
-
 from offsite.config import PermitSettings, TuneSpec, unpermitted
 from offsite.errors import IncompatibleError, PolicyError, UsageError
 from offsite.models.architectures import ARCHITECTURES
@@ -63,7 +61,7 @@ def resolve_defaults(spec: TuneSpec, architecture: str, item: int) -> TuneSpec:
     return spec.changed({"micro_batch_tokens": at_once})
 
 
-def require_something_to_report(spec: TuneSpec, eval_data: Path | None) -> None:
+def require_something_to_report(spec: TuneSpec, eval_data: object) -> None:
     """Refuse to report the losses of rows that are not there.
 
     Raises:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offsite.config import Method, TuneSpec
+from offsite.data.data_files import DataPaths
 from offsite.data_owner.bundle_parts import bundle_parts
 from offsite.data_owner.check_tuning import check_tuning
 from offsite.data_owner.permissions import resolve_defaults
@@ -60,7 +61,7 @@ class Prepared:
     spec: TuneSpec
     runtime: "Runtime"
     data: "TextData | Album"
-    source: Path  # of the rows to train on
+    source: DataPaths  # of the rows to train on
 
     @property
     def steps_of_epoch(self) -> int:
@@ -70,12 +71,12 @@ class Prepared:
 
 def plan_tune(
     bundle: Bundle,
-    data: Path,
+    data: DataPaths,
     out: Path,
     spec: TuneSpec,
     home: Home,
     *,
-    eval_data: Path | None = None,
+    eval_data: DataPaths | None = None,
     tensorboard: Path | None = None,
     resume: bool = False,
     progress: Progress = silent,

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from offsite.config import TuneSpec
-from offsite.data.data_files import data_digest
+from offsite.data.data_files import DataPaths, data_digest
 from offsite.data.picture_sets import pictures_digest, read_pictures
 from offsite.data.picture_workers import PictureWorkers
 from offsite.data_owner.check_tuning import AT_WORK, check_tuning
@@ -32,12 +32,12 @@ _FREE_SETTINGS = frozenset({"save_every", "eval_every", "threads", "workers"})
 
 def tune(
     bundle: Bundle,
-    data: Path,
+    data: DataPaths,
     out: Path,
     spec: TuneSpec,
     home: Home,
     *,
-    eval_data: Path | None = None,
+    eval_data: DataPaths | None = None,
     tensorboard: Path | None = None,
     resume: bool = False,
     progress: Progress = silent,
@@ -99,7 +99,7 @@ def tune(
 
 
 def _identity_of_run(
-    bundle: Bundle, data: Path, eval_data: Path | None, spec: TuneSpec, runtime: Runtime
+    bundle: Bundle, data: DataPaths, eval_data: DataPaths | None, spec: TuneSpec, runtime: Runtime
 ) -> dict[str, object]:
     """What a run is, by name: it is resumed with exactly the same."""
     settings = spec.flat(without=_FREE_SETTINGS)
@@ -108,5 +108,5 @@ def _identity_of_run(
     if ARCHITECTURES[bundle.manifest.architecture].vision is None:
         digest = data_digest(data)
     else:  # a table of pictures names files that may have become others
-        digest = pictures_digest(read_pictures(data, part="train"))
+        digest = pictures_digest(read_pictures(data, part="train", columns=spec.rows.columns))
     return {**settings, **resolved, "bundle": bundle.digest, "data": digest, **reported}

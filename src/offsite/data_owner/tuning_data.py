@@ -1,11 +1,12 @@
 """Reading the rows of a tuning: text becomes tokens of the bundle's tokenizer, pictures are decoded."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from offsite.config import TuneSpec
+from offsite.data.data_files import DataPaths, Part, name_of
 from offsite.data.examples import Encoded, Example, require_known
 from offsite.data.picture_workers import PictureWorkers
+from offsite.data.row import RowForm
 from offsite.data.rows import read_rows
 from offsite.data.tokens import encode
 from offsite.data_owner.album import Album, open_album
@@ -50,7 +51,12 @@ class TextData:
 
 
 def read_data(
-    bundle: Bundle, data: Path, eval_data: Path | None, spec: TuneSpec, progress: Progress, workers: PictureWorkers
+    bundle: Bundle,
+    data: DataPaths,
+    eval_data: DataPaths | None,
+    spec: TuneSpec,
+    progress: Progress,
+    workers: PictureWorkers,
 ) -> TextData | Album:
     """Read the rows that a bundle is to be tuned on, before its model is loaded.
 
@@ -69,17 +75,20 @@ def read_data(
     """
     if ARCHITECTURES[bundle.manifest.architecture].vision is not None:
         return open_album(bundle.files, data, eval_data, spec, progress, workers)
-    train = _encode(bundle, data, spec, progress)
-    held_out = _encode(bundle, eval_data, spec, progress).examples if eval_data is not None else ()
+    train = _encode(bundle, data, spec, progress, "train")
+    held_out = _encode(bundle, eval_data, spec, progress, "held out").examples if eval_data is not None else ()
     return TextData(train.examples, held_out, train.skipped)
 
 
-def _encode(bundle: Bundle, data: Path, spec: TuneSpec, progress: Progress) -> Encoded:
+def _encode(bundle: Bundle, data: DataPaths, spec: TuneSpec, progress: Progress, part: Part) -> Encoded:
     longest = min(spec.rows.max_length, context_length(bundle.files) or spec.rows.max_length)
     tokenizer = load_tokenizer(bundle.files)
-    encoded = encode(read_rows(data), tokenizer, source=data, max_length=longest, long_rows=spec.rows.long_rows)
+    rows = read_rows(data, RowForm(spec.rows.columns or {}, spec.rows.chosen), part)
+    encoded = encode(rows, tokenizer, source=data, max_length=longest, long_rows=spec.rows.long_rows)
     require_known(encoded.examples, bundle.files, data)
     if encoded.skipped:
-        what = f"rows of {data.name} left out, too long or without a label"
+        what = f"rows of {name_of(data)} left out, too long or without a label"
         progress(Event(what, encoded.skipped, encoded.skipped + len(encoded.examples)))
+    for what in encoded.reports():
+        progress(Event(what, 0))
     return encoded

@@ -13,8 +13,9 @@ import torch
 from torch.nn import functional as F
 
 from offsite.config import EvalSpec
+from offsite.data.data_files import DataPaths
 from offsite.data.examples import require_known
-from offsite.data.row import Row
+from offsite.data.row import Row, RowForm
 from offsite.data.rows import read_rows
 from offsite.data.tokens import encode, encode_choices, encode_prompt
 from offsite.evaluation.intervals import Interval, interval
@@ -67,7 +68,7 @@ class Score:
 
 def evaluate(
     model: Path | Base | Bundle | PlugIn,
-    data: Path,
+    data: DataPaths,
     spec: EvalSpec,
     *,
     adapter: Path | Return | PlugIn | None = None,
@@ -94,7 +95,7 @@ def evaluate(
             tokens that the model does not know.
     """
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
-    rows = read_rows(data, part="held out")[: spec.max_rows]
+    rows = read_rows(data, RowForm(spec.columns or {}, spec.chosen), "held out")[: spec.max_rows]
     source = files_of(model)
     tokenizer = load_tokenizer(source)
     longest = min(spec.max_length, context_length(source) or spec.max_length)

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from offsite.config import EvalSpec
+from offsite.data.data_files import DataPaths
 from offsite.data.picture_files import Floats, Picture, load_processor
 from offsite.data.picture_sets import read_pictures
 from offsite.data.picture_workers import PictureWorkers
@@ -67,7 +68,7 @@ class ImageScore:
 
 def evaluate_images(
     model: Path | Base | Bundle | PlugIn,
-    data: Path,
+    data: DataPaths,
     spec: EvalSpec,
     *,
     adapter: Path | Return | None = None,
@@ -99,7 +100,7 @@ def evaluate_images(
 
 def _evaluate(
     model: Path | Base | Bundle | PlugIn,
-    data: Path,
+    data: DataPaths,
     spec: EvalSpec,
     adapter: Path | Return | None,
     probe: Path | None,
@@ -117,14 +118,16 @@ def _evaluate(
             next_step="leave --adapter and --probe out, or name the bundle or base that they are for",
         )
     processor = load_processor(source)
-    listed = read_pictures(data, part="held out")[: spec.max_rows]
+    listed = read_pictures(data, part="held out", columns=spec.columns)[: spec.max_rows]
     pictures = Pictures(listed, processor, skip_bad=spec.skip_bad, workers=workers)
     if classifies:
         logits, classes = _logits_of_classifier(source, runtime)
     elif adapter is not None:
         logits, classes = _logits_of_return(source, adapter, runtime)
     elif probe is not None:
-        fitted_on = Pictures(read_pictures(probe, part="train"), processor, skip_bad=spec.skip_bad, workers=workers)
+        fitted_on = Pictures(
+            read_pictures(probe, part="train", columns=spec.columns), processor, skip_bad=spec.skip_bad, workers=workers
+        )
         encoder = encoder_of(load_tuned(source, None, runtime))
         logits, classes = _logits_of_probe(encoder, fitted_on, spec.micro_batch_images, progress)
     else:

@@ -16,6 +16,7 @@ import torch
 
 from offsite.config import EvalSpec, PlugInSpec
 from offsite.data.examples import Example
+from offsite.data.row import RowForm
 from offsite.data.rows import read_rows
 from offsite.data.tokens import encode
 from offsite.errors import PolicyError, UsageError
@@ -140,7 +141,7 @@ def _none_is_better(ranked: Sequence[Candidate], base_loss: float, data: Path) -
 
 def _read(base: Base, data: Path, spec: EvalSpec) -> Sequence[Example]:
     longest = min(spec.max_length, context_length(base.folder) or spec.max_length)
-    rows = read_rows(data, part="held out")[: spec.max_rows]
+    rows = read_rows(data, RowForm(spec.columns or {}, spec.chosen), "held out")[: spec.max_rows]
     tokenizer = load_tokenizer(base.folder)
     encoded = encode(rows, tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
     return encoded.examples[: spec.max_rows]

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from offsite.config import TuneSpec
-from offsite.data.data_files import data_digest
+from offsite.data.data_files import Part, data_digest
 from offsite.data.examples import Example
 from offsite.data.picture_workers import PictureWorkers
+from offsite.data.row import RowForm
 from offsite.data.rows import read_rows
 from offsite.data.tokens import encode
 from offsite.data_owner.album import open_album
@@ -76,7 +77,9 @@ def full_fine_tuning(
     with PictureWorkers(worker_count(spec.images.workers, runtime.device)) as workers:
         is_encoder = family.vision is not None
         album = open_album(base.folder, data, eval_data, spec, progress, workers) if is_encoder else None
-        examples, held_out = ((), ()) if album else (_read(base, data, spec), _read(base, eval_data, spec))
+        examples, held_out = (
+            ((), ()) if album else (_read(base, data, spec, "train"), _read(base, eval_data, spec, "held out"))
+        )
         with seeded(spec.seed, runtime.device):
             run = {
                 **spec.flat(without=("workers",)),
@@ -105,12 +108,13 @@ def full_fine_tuning(
     return Base(out)
 
 
-def _read(base: Base, data: Path | None, spec: TuneSpec) -> tuple[Example, ...]:
+def _read(base: Base, data: Path | None, spec: TuneSpec, part: Part) -> tuple[Example, ...]:
     if data is None:
         return ()
     longest = min(spec.rows.max_length, context_length(base.folder) or spec.rows.max_length)
     tokenizer = load_tokenizer(base.folder)
-    return encode(read_rows(data), tokenizer, source=data, max_length=longest, long_rows=spec.rows.long_rows).examples
+    rows = read_rows(data, RowForm(spec.rows.columns or {}, spec.rows.chosen), part)
+    return encode(rows, tokenizer, source=data, max_length=longest, long_rows=spec.rows.long_rows).examples
 
 
 def _write_classifier(task: ImageTask, base: BaseModel, dtype: str, out: Path) -> None:

@@ -1,0 +1,99 @@
+"""How a check of data is shown: figures, and three rows with what is learnt marked; or JSON."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from offsite.cli import terminal
+
+if TYPE_CHECKING:
+    from offsite.data.check_data import PictureCheck, ShownRow, TextCheck
+
+    Checks = Mapping[str, TextCheck | PictureCheck]
+
+_MOST_LETTERS = 2000  # of a row that are shown: its beginning and its end
+_BEGIN, _END = "⟦", "⟧"  # around what is learnt, where there is no colour
+_CLASSES_SHOWN = 20
+
+
+def show_checks(checks: "Checks", *, as_json: bool) -> int:
+    """Print checks on standard output; returns the exit code: 2 where a run would refuse the rows."""
+    if as_json:
+        terminal.show({"kind": "check", **{name: _facts(check) for name, check in checks.items()}}, as_json=True)
+    else:
+        for check in checks.values():
+            for line in _lines(check):
+                typer.echo(line)
+            typer.echo("")
+        terminal.say("everything was read; nothing was trained or written")
+    refused = [check for check in checks.values() if check.refused]
+    for check in refused:
+        terminal.say(
+            f'rows of {check.data} are too long, and a run would refuse them: set long_rows = "skip" or '
+            '"truncate", or raise max_length, in table [tune] or [eval] of a --config file'
+        )
+    return 2 if refused else 0
+
+
+def _facts(check: "TextCheck | PictureCheck") -> dict[str, Any]:
+    facts = dataclasses.asdict(check)
+    for row in facts["shown"]:
+        if "pieces" in row:
+            row["pieces"] = [{"text": text, "learnt": learnt} for text, learnt in row["pieces"]]
+    return facts
+
+
+def _lines(check: "TextCheck | PictureCheck") -> Iterator[str]:
+    from offsite.data.check_data import PictureCheck
+
+    facts = dataclasses.asdict(check)
+    if isinstance(check, PictureCheck):
+        listed = list(check.classes.items())
+        more = f" and {len(listed) - _CLASSES_SHOWN} more" if len(listed) > _CLASSES_SHOWN else ""
+        facts["classes"] = ", ".join(f"{name} ({count})" for name, count in listed[:_CLASSES_SHOWN]) + more
+    else:
+        facts["lengths"] = ", ".join(f"{name} {count}" for name, count in check.lengths.items())
+        facts["learnt tokens"] = facts.pop("learnt_tokens")
+        facts["left out by the chat template"] = _counts(facts.pop("dropped"))
+        facts["note"] = _counts(facts.pop("notes"))
+    shown = {
+        name: value for name, value in facts.items() if name not in ("shown", "refused") and value not in ("", None)
+    }
+    width = max(len(name) for name in shown)
+    for name, value in shown.items():
+        text = f"{value:,}" if isinstance(value, int) else str(value)
+        yield terminal.printable(f"{name.replace('_', ' '):<{width}}  {text}")
+    if isinstance(check, PictureCheck):
+        for picture in check.shown:
+            yield terminal.printable(f"\n{picture.name}: {picture.label}, {picture.height} x {picture.width} pixels")
+        return
+    for row in check.shown:
+        yield terminal.printable(f"\n{row.place}: {row.tokens:,} tokens, {row.learnt:,} of them learnt")
+        yield _marked(row)
+
+
+def _counts(named: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in sorted(named.items()))
+
+
+def _marked(row: "ShownRow") -> str:
+    """The text of a row with what is learnt marked: in colour on a terminal, else in brackets."""
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    left = _MOST_LETTERS // max(1, len(row.pieces))
+    text = ""
+    for piece, learnt in row.pieces:
+        short = terminal.printable(_shortened(piece, max(left, 80)))
+        if learnt:
+            short = typer.style(short, fg="green", bold=True) if coloured else f"{_BEGIN}{short}{_END}"
+        text += short
+    return text
+
+
+def _shortened(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]} [... {len(text) - most // 2 * 2:,} letters ...] {text[-(most // 2) :]}"

@@ -1,0 +1,166 @@
+"""What a data set becomes: counted, measured, and three rows as the model will read them. Nothing is trained."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from offsite.data.data_files import DataPaths, Part, name_of
+from offsite.data.examples import Example, require_known
+from offsite.data.picture_files import decode
+from offsite.data.pictures import Pictures
+from offsite.data.row import RowForm
+from offsite.data.rows import read_rows
+from offsite.data.tokens import LongRows, encode, encode_choices
+from offsite.models.model_folder import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+_SHOWN = 3  # rows
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A row as the model reads it."""
+
+    place: str  # file and line
+    tokens: int
+    learnt: int  # tokens under a label
+    pieces: tuple[tuple[str, bool], ...]  # text, and whether it is learnt
+
+
+@dataclass(frozen=True)
+class TextCheck:
+    """A data set of text, as a model's tokenizer makes tokens of it."""
+
+    data: str
+    rows: int  # that were read
+    used: int  # examples; a long text is several
+    left_out: int  # rows that are too long, or without a label
+    cut: int  # rows that lose tokens
+    too_long: int  # rows over `max_length`
+    max_length: int  # tokens
+    tokens: int
+    learnt_tokens: int
+    lengths: Mapping[str, int]  # of rows in tokens, before any is cut
+    questions: int  # of multiple choice
+    dropped: Mapping[str, int]  # what the model's chat template does not write, by name
+    notes: Mapping[str, int]  # conversations that are labelled otherwise than answer by answer
+    refused: bool  # whether a run would refuse these rows, for their length
+    shown: tuple[ShownRow, ...]
+
+
+@dataclass(frozen=True)
+class ShownPicture:
+    """A picture of a data set."""
+
+    name: str
+    label: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class PictureCheck:
+    """A data set of pictures, every one of which was decoded."""
+
+    data: str
+    pictures: int
+    left_out: int  # that cannot be read
+    classes: Mapping[str, int]  # pictures of each
+    shown: tuple[ShownPicture, ...]
+    refused: bool = False
+
+
+def check_text(
+    data: DataPaths,
+    tokenizer: "PreTrainedTokenizerBase",
+    model: Source,
+    *,
+    form: RowForm,
+    part: Part,
+    max_length: int,
+    long_rows: LongRows,
+) -> TextCheck:
+    """Read and encode a data set as a run would, and describe it.
+
+    Args:
+        data: rows.
+        tokenizer: of the model.
+        model: its folder, or its files as they were verified.
+        form: how fields are to be understood.
+        part: of a data set with several parts, the one that is wanted.
+        max_length: longest row in tokens.
+        long_rows: what a run does with longer ones.
+
+    Raises:
+        DataError: rows are bad, or none is left.
+        IncompatibleError: the tokenizer does not fit the model.
+    """
+    rows = read_rows(data, form, part)
+    lenient: LongRows = "skip" if long_rows == "error" else long_rows
+    encoded = encode(rows, tokenizer, source=data, max_length=max_length, long_rows=lenient)
+    questions = encode_choices(rows, tokenizer, source=data, max_length=max_length, long_rows=lenient)
+    require_known(encoded.examples, model, data)
+    examples, lengths = encoded.examples, np.array(encoded.lengths)
+    return TextCheck(
+        data=name_of(data),
+        rows=len(rows),
+        used=len(examples),
+        left_out=encoded.skipped,
+        cut=encoded.cut,
+        too_long=encoded.too_long,
+        max_length=max_length,
+        tokens=sum(len(example.ids) for example in examples),
+        learnt_tokens=sum(example.labels for example in examples),
+        lengths={
+            "shortest": int(lengths.min()),
+            "median": int(np.median(lengths)),
+            "95 % are at most": int(np.percentile(lengths, 95, method="higher")),
+            "longest": int(lengths.max()),
+        },
+        questions=len(questions),
+        dropped=dict(encoded.dropped),
+        notes=dict(encoded.notes),
+        refused=long_rows == "error" and encoded.too_long > 0,
+        shown=tuple(_shown(example, tokenizer, name_of(data)) for example in _some(examples)),
+    )
+
+
+def check_pictures(data: DataPaths, pictures: Pictures) -> PictureCheck:
+    """Describe pictures that were read."""
+    shown = []
+    for picture in _some(pictures.pictures):
+        height, width, _ = decode(picture).shape
+        shown.append(ShownPicture(picture.name, picture.label or "", height, width))
+    counts = Counter(picture.label or "" for picture in pictures.pictures)
+    return PictureCheck(name_of(data), len(pictures), len(pictures.skipped), dict(sorted(counts.items())), tuple(shown))
+
+
+def _some(items: Sequence[T]) -> list[T]:
+    """The first, the middle and the last."""
+    places = sorted({0, len(items) // 2, len(items) - 1}) if len(items) > _SHOWN else range(len(items))
+    return [items[place] for place in places]
+
+
+def _shown(example: Example, tokenizer: "PreTrainedTokenizerBase", source: str) -> ShownRow:
+    learnt = np.zeros(len(example.ids), dtype=bool)
+    learnt[example.labelled] = True
+    borders = [0, *(np.flatnonzero(learnt[1:] != learnt[:-1]) + 1).tolist(), len(learnt)]
+    texts = [_text(example.ids[:border].tolist(), tokenizer) for border in borders]
+    pieces = []
+    for (begin, end), (before, until) in zip(pairwise(borders), pairwise(texts), strict=True):
+        # of the text so far, since a token alone may lose the space before it
+        text = until[len(before) :] if until.startswith(before) else _text(example.ids[begin:end].tolist(), tokenizer)
+        pieces.append((text, bool(learnt[begin])))
+    return ShownRow(f"{example.file or source}:{example.line}", len(example.ids), example.labels, tuple(pieces))
+
+
+def _text(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""

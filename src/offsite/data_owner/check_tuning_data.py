@@ -1,0 +1,56 @@
+"""`tune --check`: the rows of a tuning, read as the run reads them and described. Nothing is trained or written."""
+
+from offsite.config import TuneSpec
+from offsite.data.check_data import PictureCheck, TextCheck, check_pictures, check_text
+from offsite.data.data_files import DataPaths, Part
+from offsite.data.picture_workers import PictureWorkers
+from offsite.data.row import RowForm
+from offsite.data_owner.album import open_album
+from offsite.models.architectures import ARCHITECTURES
+from offsite.models.tokenizers import context_length, load_tokenizer
+from offsite.progress import Event, Progress
+from offsite.protocol.artifacts import Bundle
+
+
+def check_tuning_data(
+    bundle: Bundle, data: DataPaths, eval_data: DataPaths | None, spec: TuneSpec, progress: Progress
+) -> dict[str, TextCheck | PictureCheck]:
+    """Read everything that a tuning would, and describe it.
+
+    Args:
+        bundle: verified; its tokenizer or image processor prepares the rows.
+        data: rows to train on.
+        eval_data: rows to validate on, if there are any.
+        spec: how rows are read.
+        progress: where the events go.
+
+    Returns:
+        What became of the rows, by "data" and "eval_data".
+
+    Raises:
+        DataError: rows are bad, or none is left.
+        IncompatibleError: the tokenizer or image processor does not fit the model.
+    """
+    progress(Event("reading the rows", 0))
+    if ARCHITECTURES[bundle.manifest.architecture].vision is not None:
+        album = open_album(bundle.files, data, eval_data, spec, progress, PictureWorkers())
+        found: dict[str, TextCheck | PictureCheck] = {"data": check_pictures(data, album.train)}
+        if album.held_out is not None:
+            found["eval_data"] = check_pictures(data if eval_data is None else eval_data, album.held_out)
+        return found
+    found = {"data": _check(bundle, data, spec, "train")}
+    if eval_data is not None:
+        found["eval_data"] = _check(bundle, eval_data, spec, "held out")
+    return found
+
+
+def _check(bundle: Bundle, data: DataPaths, spec: TuneSpec, part: Part) -> TextCheck:
+    return check_text(
+        data,
+        load_tokenizer(bundle.files),
+        bundle.files,
+        form=RowForm(spec.rows.columns or {}, spec.rows.chosen),
+        part=part,
+        max_length=min(spec.rows.max_length, context_length(bundle.files) or spec.rows.max_length),
+        long_rows=spec.rows.long_rows,
+    )

@@ -1,0 +1,36 @@
+"""`eval --check`: the rows of an evaluation, read as it reads them and described. No model is loaded."""
+
+from pathlib import Path
+
+from offsite.config import EvalSpec
+from offsite.data.check_data import PictureCheck, TextCheck, check_pictures, check_text
+from offsite.data.data_files import DataPaths
+from offsite.data.picture_files import load_processor
+from offsite.data.picture_sets import read_pictures
+from offsite.data.pictures import Pictures
+from offsite.data.row import RowForm
+from offsite.models.image_encoder import sees_images
+from offsite.models.model_folder import model_settings
+from offsite.models.tokenizers import context_length, load_tokenizer
+
+
+def check_eval_data(model: Path, data: DataPaths, spec: EvalSpec) -> TextCheck | PictureCheck:
+    """Read everything that an evaluation would, and describe it.
+
+    Raises:
+        DataError: rows are bad, or none is left.
+        IncompatibleError: the tokenizer or image processor does not fit the model.
+        UsageError: a folder is no checkpoint.
+    """
+    if sees_images(model_settings(model)):
+        listed = read_pictures(data, part="held out", columns=spec.columns)
+        return check_pictures(data, Pictures(listed, load_processor(model), skip_bad=spec.skip_bad))
+    return check_text(
+        data,
+        load_tokenizer(model),
+        model,
+        form=RowForm(spec.columns or {}, spec.chosen),
+        part="held out",
+        max_length=min(spec.max_length, context_length(model) or spec.max_length),
+        long_rows=spec.long_rows,
+    )
