@@ -12,7 +12,7 @@ from benchmarks.counted import Shape, ours, peer
 def shape_of(cell: Cell, base: Path, plan: Mapping[str, Any]) -> Shape:
     """What `benchmarks.counted` needs: sizes from the base, rows from the cell's plan (`benchmarks.steps`)."""
     from offsite.models.architectures import architecture_of
-    from offsite.storage.safetensors_files import open_checkpoint
+    from offsite.storage.checkpoint_folder import open_checkpoint
 
     config = json.loads((base / "config.json").read_text())
     family, tensors = architecture_of(config), open_checkpoint(base).tensors

@@ -11,7 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-from offsite.storage.safetensors_files import INDEX, ITEM_SIZE
+from offsite.storage.checkpoint_folder import INDEX
+from offsite.storage.safetensors_files import ITEM_SIZE
 
 # Llama 2 in the sizes of its paper (arXiv 2307.09288).
 SIZES = {

@@ -211,7 +211,7 @@ def operations(base: Path, contestant: str) -> float:
     Patches become hidden states forward alone, and with a gradient of that map's weight in full fine-tuning.
     """
     from offsite.models.architectures import architecture_of
-    from offsite.storage.safetensors_files import open_checkpoint
+    from offsite.storage.checkpoint_folder import open_checkpoint
 
     config = json.loads((base / "config.json").read_text())
     family, tensors = architecture_of(config), open_checkpoint(base).tensors

@@ -41,15 +41,9 @@ from offsite.protocol.peft_adapter import adapter_config, adapter_tensors
 from offsite.protocol.return_rules import classifier_inputs
 from offsite.protocol.sealing import file_entries, seal
 from offsite.protocol.signing import Identity
+from offsite.storage.checkpoint_folder import WEIGHTS, open_checkpoint
 from offsite.storage.files import staged_folder, write_stream
-from offsite.storage.safetensors_files import (
-    WEIGHTS,
-    from_array,
-    open_checkpoint,
-    read_float32,
-    read_header,
-    write_safetensors,
-)
+from offsite.storage.safetensors_files import from_array, read_float32, read_header, write_safetensors
 from tiny import Parties
 
 Array = npt.NDArray[np.float32]

@@ -15,7 +15,8 @@ from offsite.errors import PolicyError, UsageError
 from offsite.model_owner.ledger import Ledger
 from offsite.protocol.contents import WEIGHTS_OF
 from offsite.protocol.manifest import MANIFEST
-from offsite.storage.safetensors_files import open_checkpoint, read_float32, read_header
+from offsite.storage.checkpoint_folder import open_checkpoint
+from offsite.storage.safetensors_files import read_float32, read_header
 from tiny import EVERY_KIND, FAMILIES, KINDS, Family, tiny_base, tiny_parties, tiny_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -20,8 +20,9 @@ from offsite.protocol.contents import TOKENIZER_CONFIG, cleaned, tokenizer_diges
 from offsite.protocol.home import Home
 from offsite.protocol.manifest import BundleManifest, Split, TensorEntry
 from offsite.protocol.sealing import file_entries, seal
+from offsite.storage.checkpoint_folder import open_checkpoint, write_checkpoint
 from offsite.storage.files import Written, staged_folder, write_stream
-from offsite.storage.safetensors_files import NewTensor, copied, from_array, open_checkpoint, write_checkpoint
+from offsite.storage.safetensors_files import NewTensor, copied, from_array
 
 Family = Literal[
     "llama", "gpt2", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "stablelm", "phi",

@@ -23,7 +23,8 @@ from offsite.protocol.contents import (
     checkpoint_file,
 )
 from offsite.protocol.manifest import MANIFEST, SIGNATURE
-from offsite.storage.safetensors_files import DECLARED_WEIGHTS, WEIGHTS, read_header
+from offsite.storage.checkpoint_folder import DECLARED_WEIGHTS, WEIGHTS
+from offsite.storage.safetensors_files import read_header
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from offsite.protocol.home import Home
 from offsite.protocol.manifest import MANIFEST, SIGNATURE
 from offsite.protocol.verify import verify, verify_bundle, verify_plug_in, verify_return
 from offsite.storage import safetensors_files
-from offsite.storage.safetensors_files import open_checkpoint, read_header
+from offsite.storage.checkpoint_folder import open_checkpoint
+from offsite.storage.safetensors_files import read_header
 
 
 def refused(lab: Lab, target: str, says: str) -> None:

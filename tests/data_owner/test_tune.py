@@ -18,7 +18,8 @@ from offsite.models.torch_tensors import read_tensor
 from offsite.protocol.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RETURNED_WEIGHTS
 from offsite.protocol.home import Home
 from offsite.protocol.verify import verify_return
-from offsite.storage.safetensors_files import open_checkpoint, read_header
+from offsite.storage.checkpoint_folder import open_checkpoint
+from offsite.storage.safetensors_files import read_header
 from offsite.training.run_log import log_file, run_folder
 from offsite.training.schedule import step_count
 from tiny import FAMILIES, tiny_base, tiny_bundle, tiny_parties, tiny_rows

@@ -22,15 +22,8 @@ from offsite.models.architectures import ARCHITECTURES
 from offsite.protocol.artifacts import Base
 from offsite.protocol.manifest import MANIFEST
 from offsite.protocol.verify import verify_bundle
-from offsite.storage.safetensors_files import (
-    INDEX,
-    WEIGHTS,
-    NewTensor,
-    copied,
-    open_checkpoint,
-    read_chunks,
-    write_checkpoint,
-)
+from offsite.storage.checkpoint_folder import INDEX, WEIGHTS, open_checkpoint, write_checkpoint
+from offsite.storage.safetensors_files import NewTensor, copied, read_chunks
 from tiny import EVERY_KIND, KINDS, MakeBase, Parties
 
 IDS = torch.tensor([[1, 5, 9, 40, 77, 3, 200], [1, 301, 12, 12, 8, 90, 4]])

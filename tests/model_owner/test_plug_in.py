@@ -30,7 +30,8 @@ from offsite.models.adapted import load_bottlenecked, load_replaced
 from offsite.models.architectures import ARCHITECTURES
 from offsite.protocol.artifacts import Base, PlugIn
 from offsite.protocol.verify import verify_plug_in
-from offsite.storage.safetensors_files import INDEX, open_checkpoint, read_float32, read_header
+from offsite.storage.checkpoint_folder import INDEX, open_checkpoint
+from offsite.storage.safetensors_files import read_float32, read_header
 from tiny import EVERY_KIND, KINDS, MakeBase, Parties
 
 # peft 0.21 asks transformers 5.23 by the old name

@@ -20,7 +20,8 @@ from offsite.model_owner.plug_in import plug_in
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base
-from offsite.storage.safetensors_files import WEIGHTS, open_checkpoint, read_chunks
+from offsite.storage.checkpoint_folder import WEIGHTS, open_checkpoint
+from offsite.storage.safetensors_files import read_chunks
 from tiny import KINDS, LANGUAGE, MakeBase, Parties, each_form
 
 BLOCKS = 4

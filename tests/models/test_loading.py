@@ -14,7 +14,8 @@ from offsite.models.loading import load_model
 from offsite.models.modules.declared_shapes import bottleneck_shapes
 from offsite.models.tokenizers import context_length, load_tokenizer
 from offsite.models.torch_tensors import read_tensor
-from offsite.storage.safetensors_files import copied, from_array, open_checkpoint, write_safetensors
+from offsite.storage.checkpoint_folder import open_checkpoint
+from offsite.storage.safetensors_files import copied, from_array, write_safetensors
 from tiny import FAMILIES, tiny_base
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from offsite.errors import IncompatibleError
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.models.mixture import experts_implementation, in_files
-from offsite.storage.safetensors_files import open_checkpoint
+from offsite.storage.checkpoint_folder import open_checkpoint
 from tiny import KINDS, tiny_base, tiny_config
 
 MIXTURES = [kind for kind in KINDS if ARCHITECTURES[KINDS[kind]["family"]].experts]

@@ -13,23 +13,20 @@ from safetensors.torch import load_file, save_file
 from artifacts import raw_safetensors
 from offsite.errors import StorageError
 from offsite.storage import safetensors_files
+from offsite.storage.checkpoint_folder import INDEX, WEIGHTS, open_checkpoint, write_checkpoint
 from offsite.storage.safetensors_files import (
-    INDEX,
     ITEM_SIZE,
-    WEIGHTS,
     copied,
     finite,
     from_array,
     from_float32,
-    open_checkpoint,
     read_chunks,
     read_float32,
     read_header,
-    strict_json,
     to_float32,
-    write_checkpoint,
     write_safetensors,
 )
+from offsite.storage.strict_json import strict_json
 
 TORCH: dict[str, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 

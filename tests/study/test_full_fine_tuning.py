@@ -16,7 +16,8 @@ from offsite.models.loading import load_model
 from offsite.models.tokenizers import load_tokenizer
 from offsite.progress import Event
 from offsite.protocol.artifacts import Base
-from offsite.storage.safetensors_files import open_checkpoint, read_float32
+from offsite.storage.checkpoint_folder import open_checkpoint
+from offsite.storage.safetensors_files import read_float32
 from offsite.study.all_weights import all_weights_on_text
 from offsite.study.full_fine_tuning import full_fine_tuning
 from offsite.training.label_losses import label_losses

@@ -95,7 +95,7 @@ def describe_base(folder: Path) -> dict[str, Any]:
     Raises:
         StorageError: it holds no sound checkpoint.
     """
-    from offsite.storage.safetensors_files import open_checkpoint
+    from offsite.storage.checkpoint_folder import open_checkpoint
 
     checkpoint = open_checkpoint(folder)
     return {

@@ -8,7 +8,7 @@ from offsite.data.picture_files import Picture
 from offsite.errors import IncompatibleError
 from offsite.models.family import Architecture
 from offsite.models.model_folder import Source, folder_of, read_bytes
-from offsite.storage.safetensors_files import strict_json
+from offsite.storage.strict_json import strict_json
 
 CACHE_BYTES = 2**30  # decoded pictures that a stage keeps in memory; others are decoded anew at each use
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from offsite.data.tables import read_table
 from offsite.data.text_files import kind, read_text, read_utf8, unreadable
-from offsite.storage.safetensors_files import strict_json
+from offsite.storage.strict_json import strict_json
 
 RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")  # ends of names of files that hold rows
 _TABLES = (".parquet", ".arrow")

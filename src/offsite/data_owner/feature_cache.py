@@ -26,7 +26,7 @@ from offsite.kernels import Piece
 from offsite.models.blocks import Wrapped, unwrapped_block
 from offsite.progress import Event, Progress
 from offsite.storage.files import replace_file, storage_errors
-from offsite.storage.safetensors_files import strict_json
+from offsite.storage.strict_json import strict_json
 from offsite.training.label_losses import label_losses
 from offsite.training.schedule import step_count
 

@@ -27,7 +27,7 @@ from offsite.kernels.peak_memory import peak_memory
 from offsite.kernels.runtime import Runtime
 from offsite.progress import Event, Progress
 from offsite.storage.files import replace_file
-from offsite.storage.safetensors_files import strict_json
+from offsite.storage.strict_json import strict_json
 
 _SPARE = 0.05  # share of the budget that stays free, for fragmentation of the heap over many steps
 _SHAPES = 32 * 2**20  # bytes of compiled products of shapes that no trial had, and of fragmentation between them

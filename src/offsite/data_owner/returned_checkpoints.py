@@ -15,7 +15,8 @@ from offsite.config import TuneSpec
 from offsite.errors import OffsiteError, StorageError
 from offsite.protocol.contents import checkpoint_file
 from offsite.storage.files import replace_file, storage_errors
-from offsite.storage.safetensors_files import strict_json, write_safetensors
+from offsite.storage.safetensors_files import write_safetensors
+from offsite.storage.strict_json import strict_json
 from offsite.training.resume_points import RunState, to_new_tensor
 from offsite.training.schedule import checkpoint_steps
 

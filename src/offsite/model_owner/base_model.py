@@ -15,7 +15,9 @@ from offsite.protocol.contents import CONFIG
 from offsite.protocol.manifest import MANIFEST
 from offsite.protocol.signing import Identity
 from offsite.protocol.verify import read_unverified
-from offsite.storage.safetensors_files import FLOATS, TensorRange, open_checkpoint, read_chunks, strict_json
+from offsite.storage.checkpoint_folder import open_checkpoint
+from offsite.storage.safetensors_files import FLOATS, TensorRange, read_chunks
+from offsite.storage.strict_json import strict_json
 
 FileStates = tuple[tuple[str, int, int, int], ...]  # of each file its name, inode, bytes and time of the last write
 

@@ -20,7 +20,7 @@ from offsite.protocol.contents import (
     cleaned,
     content_problems,
 )
-from offsite.storage.safetensors_files import strict_json
+from offsite.storage.strict_json import strict_json
 
 
 def settings_files(

@@ -35,8 +35,8 @@ from offsite.protocol.contents import (
 from offsite.protocol.home import Home
 from offsite.protocol.manifest import FORMAT, BundleManifest, FileEntry, Split
 from offsite.protocol.sealing import file_entries, seal
+from offsite.storage.checkpoint_folder import DECLARED_WEIGHTS, WEIGHTS, write_checkpoint
 from offsite.storage.files import staged_folder, write_stream
-from offsite.storage.safetensors_files import DECLARED_WEIGHTS, WEIGHTS, write_checkpoint
 from offsite.training.run_log import log_file, run_folder
 
 # Settings that do not change what comes out, so a resumed run may have others.

@@ -23,7 +23,8 @@ from offsite.protocol.artifacts import Base
 from offsite.protocol.home import Home
 from offsite.protocol.manifest import MANIFEST, SIGNATURE, FileEntry, render_manifest
 from offsite.protocol.signing import SIGNATURE_BYTES
-from offsite.storage.safetensors_files import DECLARED_WEIGHTS, ITEM_SIZE, WEIGHTS, TensorRange, checkpoint_bytes
+from offsite.storage.checkpoint_folder import DECLARED_WEIGHTS, WEIGHTS, checkpoint_bytes
+from offsite.storage.safetensors_files import ITEM_SIZE, TensorRange
 
 _UNKNOWN = "0" * 64  # as long as any fingerprint
 

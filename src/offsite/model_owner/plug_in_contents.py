@@ -24,17 +24,9 @@ from offsite.protocol.contents import (
 )
 from offsite.protocol.manifest import FORMAT, FileEntry, PlugInManifest
 from offsite.protocol.peft_adapter import adapter_config
+from offsite.storage.checkpoint_folder import checkpoint_bytes, open_checkpoint, write_checkpoint
 from offsite.storage.files import Written, write_stream
-from offsite.storage.safetensors_files import (
-    NewTensor,
-    TensorRange,
-    checkpoint_bytes,
-    copied,
-    open_checkpoint,
-    safetensors_bytes,
-    write_checkpoint,
-    write_safetensors,
-)
+from offsite.storage.safetensors_files import NewTensor, TensorRange, copied, safetensors_bytes, write_safetensors
 
 # What a merged plug-in takes over from the base beside its weights.
 _COMPANIONS = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *BESIDE_A_MODEL)

@@ -22,7 +22,8 @@ from offsite.models.model_folder import (
 from offsite.models.modules.declared import Declared
 from offsite.models.tokenizers import load_config
 from offsite.models.torch_tensors import read_tensor
-from offsite.storage.safetensors_files import FLOATS, StoredTensor, open_checkpoint
+from offsite.storage.checkpoint_folder import open_checkpoint
+from offsite.storage.safetensors_files import FLOATS, StoredTensor
 from offsite.storage.snapshot import HeldTensor, Snapshot
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.modules.declared import Declared, unwrapped
 from offsite.storage.files import storage_errors
-from offsite.storage.safetensors_files import StoredTensor, copied, read_header, strict_json, write_safetensors
+from offsite.storage.safetensors_files import StoredTensor, copied, read_header, write_safetensors
 from offsite.storage.snapshot import Snapshot, holds_tensors
+from offsite.storage.strict_json import strict_json
 
 Source = Path | Snapshot  # where the files of a model, or of an adapter, are taken from
 CONFIG = "config.json"

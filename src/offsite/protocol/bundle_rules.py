@@ -18,16 +18,15 @@ from offsite.protocol.manifest import (
     BundleManifest,
 )
 from offsite.protocol.signed_folder import Rule, SignedFolder, entries_differ, names_differ, read_json
-from offsite.storage.safetensors_files import (
+from offsite.storage.checkpoint_folder import (
     DECLARED_INDEX,
     DECLARED_WEIGHTS,
-    FLOATS,
     INDEX,
     WEIGHTS,
     Checkpoint,
-    TensorRange,
     checkpoint_of,
 )
+from offsite.storage.safetensors_files import FLOATS, TensorRange
 
 _MOST_POSITIONS = 2**22
 

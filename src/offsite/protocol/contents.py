@@ -11,7 +11,7 @@ from typing import Any
 
 from offsite.config import Method
 from offsite.protocol.manifest import FileEntry
-from offsite.storage.safetensors_files import DECLARED_INDEX, DECLARED_WEIGHTS, INDEX, WEIGHTS
+from offsite.storage.checkpoint_folder import DECLARED_INDEX, DECLARED_WEIGHTS, INDEX, WEIGHTS
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"

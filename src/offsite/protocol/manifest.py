@@ -11,7 +11,7 @@ from offsite.config import Method, describe_validation
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.modules.declared import FEATURES
 from offsite.models.modules.declared_shapes import bottleneck_places, bottleneck_shapes
-from offsite.storage.safetensors_files import strict_json
+from offsite.storage.strict_json import strict_json
 
 MANIFEST = "offsite.json"
 SIGNATURE = "offsite.json.sig"

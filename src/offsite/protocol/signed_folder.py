@@ -14,11 +14,9 @@ from offsite.protocol.manifest import (
     ReturnManifest,
     TensorEntry,
 )
-from offsite.storage.safetensors_files import (
-    TensorRange,
-    strict_json,
-)
+from offsite.storage.safetensors_files import TensorRange
 from offsite.storage.snapshot import SETTINGS_BYTES, ReadFile
+from offsite.storage.strict_json import strict_json
 
 CONFIG_BYTES = 16 * 2**20  # no JSON file of an artifact is larger; tokenizer.json is never parsed here
 

@@ -1,15 +1,13 @@
-"""Safetensors read and written by tensor name and byte range, with plain reads and without torch.
+"""One safetensors file, read and written by tensor name and byte range, with plain reads and without torch.
 
-A checkpoint is a folder with `model.safetensors`, or with shards and `model.safetensors.index.json`. Files may come
-from a stranger: every header is checked before a byte of a tensor is used. Format:
+Files may come from a stranger: every header is checked before a byte of a tensor is used. Format:
 https://huggingface.co/docs/safetensors (8 bytes length, JSON header, tensors without holes).
 """
 
 import json
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 from offsite.errors import StorageError
 from offsite.storage.files import Written, write_stream
 from offsite.storage.regular_files import read_up_to
+from offsite.storage.strict_json import strict_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,18 +23,10 @@ if TYPE_CHECKING:
 
 ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 FLOATS = ("F32", "BF16", "F16")
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-DECLARED_WEIGHTS = "offsite-model.safetensors"  # of models that transformers does not know, and must not half load
-DECLARED_INDEX = "offsite-model.safetensors.index.json"
-SHARD_BYTES = 5 * 10**9
 CHUNK_BYTES = 8 * 2**20  # bytes copied at once; a multiple of every item size
-HEADER_BYTES = (
-    32 * 10**6
-)  # the longest header that is read: 250,000 tensors; the reference implementation reads up to 100 MB
+# the longest header that is read: 250,000 tensors; the reference implementation reads up to 100 MB
+HEADER_BYTES = 32 * 10**6
 _MOST_REASONS = 100  # against one file
-_MOST_DIGITS = 40
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
 
 
 class StoredTensor(Protocol):
@@ -89,7 +80,9 @@ class TensorRange:
                 wanted = min(CHUNK_BYTES, left)
                 chunk = stream.read(wanted)
                 if len(chunk) < wanted:
-                    raise _broken(self.file, [f"ends {left - len(chunk)} bytes before the end of tensor {self.name!r}"])
+                    raise broken_file(
+                        self.file, [f"ends {left - len(chunk)} bytes before the end of tensor {self.name!r}"]
+                    )
                 left -= len(chunk)
                 yield chunk
 
@@ -138,7 +131,7 @@ def read_header_bytes(file: Path, stream: BinaryIO, size: int) -> bytes:
     start = read_up_to(stream, 8)
     length = int.from_bytes(start, "little")
     if size < 8 or not 2 <= length <= min(HEADER_BYTES, size - 8):
-        raise _broken(file, [f"header of {length} bytes in a file of {size}"])
+        raise broken_file(file, [f"header of {length} bytes in a file of {size}"])
     return start + read_up_to(stream, length)
 
 
@@ -156,9 +149,9 @@ def parse_header(file: Path, raw: bytes, size: int) -> dict[str, TensorRange]:
     try:
         header = strict_json(raw)
     except ValueError as error:
-        raise _broken(file, [f"header is not JSON: {error}"]) from None
+        raise broken_file(file, [f"header is not JSON: {error}"]) from None
     if not isinstance(header, dict):
-        raise _broken(file, ["header is not a JSON object"])
+        raise broken_file(file, ["header is not a JSON object"])
     return _check_header(file, header, data_start=8 + len(raw), data_size=size - 8 - len(raw))
 
 
@@ -168,7 +161,7 @@ def _check_header(file: Path, header: dict[str, Any], *, data_start: int, data_s
     tensors: dict[str, TensorRange] = {}
     for name, entry in header.items():
         if len(reasons) > _MOST_REASONS:
-            raise _broken(file, reasons)
+            raise broken_file(file, reasons)
         if name == "__metadata__":
             if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
                 reasons.append("__metadata__ is no object of strings")
@@ -190,7 +183,7 @@ def _check_header(file: Path, header: dict[str, Any], *, data_start: int, data_s
     if expected != data_size:
         reasons.append(f"tensors take {expected} bytes, but the file holds {data_size} (truncated or padded)")
     if reasons:
-        raise _broken(file, reasons)
+        raise broken_file(file, reasons)
     return tensors
 
 
@@ -208,117 +201,6 @@ def _entry_problem(entry: object) -> str | None:
     if len(entry["data_offsets"]) != 2:
         return "data_offsets needs two numbers"
     return None
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A folder of safetensors, opened: its tensors by the names in the files."""
-
-    folder: Path
-    tensors: Mapping[str, TensorRange]
-
-    @property
-    def size(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.size for tensor in self.tensors.values())
-
-
-class FolderFiles(Protocol):
-    """The files of a folder of safetensors: on the disk, or as they were read from it before."""
-
-    @property
-    def folder(self) -> Path:
-        """Where they lie, for errors and for the ranges of tensors."""
-
-    def names(self) -> Set[str]:
-        """Of all files."""
-
-    def read(self, name: str) -> bytes:
-        """The content of a small file.
-
-        Raises:
-            OSError: it cannot be read.
-            ValueError: it is larger than any small file.
-        """
-
-    def header(self, name: str) -> dict[str, TensorRange]:
-        """The tensors of a safetensors file, as `read_header`."""
-
-
-@dataclass(frozen=True)
-class _OnDisk:
-    folder: Path
-
-    def names(self) -> Set[str]:
-        return {path.name for path in self.folder.iterdir() if path.is_file()} if self.folder.is_dir() else set()
-
-    def read(self, name: str) -> bytes:
-        with (self.folder / name).open("rb") as stream:
-            content = stream.read(HEADER_BYTES + 1)
-        if len(content) > HEADER_BYTES:
-            raise ValueError(f"over {HEADER_BYTES} bytes")
-        return content
-
-    def header(self, name: str) -> dict[str, TensorRange]:
-        return read_header(self.folder / name)
-
-
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open a folder with `model.safetensors` or shards with an index; nothing but headers is read.
-
-    Raises:
-        StorageError: no weights, a missing, outside or truncated file, an index that disagrees with its files, or one
-            beside weights that it does not name, of which every reader would take others.
-    """
-    return checkpoint_of(_OnDisk(folder))
-
-
-def checkpoint_of(files: FolderFiles) -> Checkpoint:
-    """The checkpoint that files make; raises as `open_checkpoint`."""
-    folder, names = files.folder, files.names()
-    for weights, index in ((WEIGHTS, INDEX), (DECLARED_WEIGHTS, DECLARED_INDEX)):
-        if index in names:
-            checkpoint = _sharded(files, index)
-            named = {tensor.file.name for tensor in checkpoint.tensors.values()}
-            if weights in names and named != {weights}:
-                raise _broken(folder, [f"{weights} and {index} lie side by side, and the index names other files"])
-            return checkpoint
-        if weights in names:
-            return Checkpoint(folder, files.header(weights))
-    raise StorageError(
-        f"{folder} holds no {WEIGHTS} and no {INDEX}",
-        reasons=[f"found: {', '.join(sorted(names)[:12]) or 'nothing'}"]
-        if folder.is_dir()
-        else [f"{folder} is no folder"],
-        next_step="turn other formats into a base folder with `offsite import MODEL --out base/`",
-    )
-
-
-def _sharded(files: FolderFiles, name_of_index: str) -> Checkpoint:
-    index = files.folder / name_of_index
-    try:
-        weight_map = strict_json(files.read(name_of_index))["weight_map"]
-        entries = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _broken(index, [f"no readable weight_map: {error}"]) from None
-    shards = sorted(set(entries.values()))
-    outside = [name for name in shards if not _SHARD_NAME.fullmatch(name)]
-    if outside:
-        raise _broken(index, [f"names {name!r}, expected a plain file name in the same folder" for name in outside])
-    missing = [name for name in shards if name not in files.names()]
-    if missing:
-        raise _broken(index, [f"names {name}, which is not there" for name in missing])
-    tensors: dict[str, TensorRange] = {}
-    reasons = []
-    for name in shards:
-        held = files.header(name)
-        listed = {tensor for tensor, file in entries.items() if file == name}
-        reasons += [f"lists {tensor!r} in {name}, which does not hold it" for tensor in sorted(listed - set(held))]
-        reasons += [f"does not list {tensor!r} in {name}" for tensor in sorted(set(held) - listed)]
-        tensors |= held
-    if reasons:
-        raise _broken(index, reasons)
-    return Checkpoint(files.folder, tensors)
 
 
 def read_chunks(tensor: StoredTensor, dtype: str | None = None) -> Iterator[bytes | memoryview]:
@@ -426,87 +308,8 @@ def _header(ordered: Iterable[NewTensor]) -> bytes:
     return len(raw).to_bytes(8, "little") + raw
 
 
-def write_checkpoint(
-    folder: Path, tensors: Iterable[NewTensor], shard_bytes: int = SHARD_BYTES, weights: str = WEIGHTS
-) -> list[Written]:
-    """Write `model.safetensors`, or shards and their index where one file would be over `shard_bytes`."""
-    shards = _shards(tensors, shard_bytes, weights)
-    written = [write_safetensors(folder / name, shard) for name, shard in shards.items()]
-    return written if len(shards) == 1 else [*written, write_stream(folder / f"{weights}.index.json", [_index(shards)])]
-
-
-def checkpoint_bytes(
-    tensors: Iterable[NewTensor], shard_bytes: int = SHARD_BYTES, weights: str = WEIGHTS
-) -> dict[str, int]:
-    """The files that `write_checkpoint` would write, by name, with their sizes in bytes."""
-    shards = _shards(tensors, shard_bytes, weights)
-    sizes = {name: safetensors_bytes(shard) for name, shard in shards.items()}
-    return sizes if len(shards) == 1 else {**sizes, f"{weights}.index.json": len(_index(shards))}
-
-
-def _shards(tensors: Iterable[NewTensor], shard_bytes: int, weights: str) -> dict[str, list[NewTensor]]:
-    """The tensors of each file, by the file's name."""
-    shards: list[list[NewTensor]] = [[]]
-    held = 0
-    for tensor in tensors:
-        if shards[-1] and held + tensor.size > shard_bytes:
-            shards.append([])
-            held = 0
-        shards[-1].append(tensor)
-        held += tensor.size
-    if len(shards) == 1:
-        return {weights: shards[0]}
-    stem = weights.removesuffix(".safetensors")
-    return {f"{stem}-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
-
-
-def _index(shards: Mapping[str, Iterable[NewTensor]]) -> bytes:
-    index = {
-        "metadata": {"total_size": sum(t.size for shard in shards.values() for t in shard)},
-        "weight_map": {t.name: name for name, shard in shards.items() for t in shard},
-    }
-    return json.dumps(index, indent=1).encode()
-
-
-def strict_json(raw: bytes) -> Any:
-    """JSON in which a key that appears twice, or NaN, is an error (a second reader might take the other one).
-
-    Nor may an integer be longer than any that is met: tokenizers write 10^30 for "no limit".
-    """
-
-    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key appears twice")
-        return found
-
-    def no_constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    def sensible(digits: str) -> int:
-        if len(digits) > _MOST_DIGITS:  # int and float have limits, and a product of several would be over them
-            raise ValueError(f"{digits[:20]}... has {len(digits)} digits")
-        return int(digits)
-
-    def in_range(digits: str) -> float:
-        value = float(digits)
-        if not math.isfinite(value):  # 1e999 is JSON, and would come out as infinity
-            raise ValueError(f"{digits[:20]} is out of range")
-        return value
-
-    try:
-        return json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=no_twins,
-            parse_constant=no_constant,
-            parse_float=in_range,
-            parse_int=sensible,
-        )
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _broken(file: Path, reasons: list[str]) -> StorageError:
+def broken_file(file: Path, reasons: list[str]) -> StorageError:
+    """The error for a file, or a folder of them, that is no sound checkpoint, with all that is wrong."""
     return StorageError(
         f"{file} is not a sound safetensors checkpoint",
         reasons=reasons,

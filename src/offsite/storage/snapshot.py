@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from offsite.errors import OffsiteError, StorageError, VerificationError
+from offsite.storage.checkpoint_folder import Checkpoint, checkpoint_of
 from offsite.storage.files import Written
 from offsite.storage.regular_files import open_regular
 from offsite.storage.safetensors_files import (
     CHUNK_BYTES,
     FLOATS,
     ITEM_SIZE,
-    Checkpoint,
     TensorRange,
-    checkpoint_of,
     parse_header,
     read_header_bytes,
     to_float32,
@@ -245,7 +244,7 @@ class Snapshot:
         return taken
 
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint that the files make; raises as `offsite.storage.safetensors_files.open_checkpoint`."""
+        """The checkpoint that the files make; raises as `offsite.storage.checkpoint_folder.open_checkpoint`."""
         return checkpoint_of(self)
 
     def _of(self, name: str, *, hold: bool) -> ReadFile:

@@ -11,7 +11,7 @@ from offsite.config import PackSpec
 from offsite.errors import UsageError
 from offsite.extras import require
 from offsite.models.architectures import ARCHITECTURES
-from offsite.storage.safetensors_files import strict_json
+from offsite.storage.strict_json import strict_json
 from offsite.study.demos.tiny_base import tiny_base
 from offsite.study.grid import expand_grid
 from offsite.study.prepare import prepare

@@ -31,8 +31,9 @@ from offsite.models.tokenizers import context_length, load_tokenizer
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Base
 from offsite.protocol.contents import CONFIG, PROCESSOR, TOKENIZER_FILES
+from offsite.storage.checkpoint_folder import write_checkpoint
 from offsite.storage.files import require_free, staged_folder, write_stream
-from offsite.storage.safetensors_files import from_array, write_checkpoint
+from offsite.storage.safetensors_files import from_array
 from offsite.study.all_weights import all_weights_on_pictures, all_weights_on_text
 from offsite.training.resume_points import RunState
 from offsite.training.run_log import log_file, run_folder

@@ -19,7 +19,8 @@ from offsite.errors import StorageError, UsageError
 from offsite.models.torch_tensors import read_tensor
 from offsite.storage.files import replace_file, storage_errors
 from offsite.storage.lock import LOCK
-from offsite.storage.safetensors_files import NewTensor, read_header, strict_json, write_safetensors
+from offsite.storage.safetensors_files import NewTensor, read_header, write_safetensors
+from offsite.storage.strict_json import strict_json
 from offsite.training.run_log import require_resume_asked
 
 _NAMES = {torch.float32: "F32", torch.uint8: "U8"}

@@ -18,7 +18,8 @@ from offsite.model_owner.plan import plan_pack
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.verify import verify_bundle
-from offsite.storage.safetensors_files import DECLARED_WEIGHTS, open_checkpoint, read_float32, read_header
+from offsite.storage.checkpoint_folder import DECLARED_WEIGHTS, open_checkpoint
+from offsite.storage.safetensors_files import read_float32, read_header
 from tiny import FAMILIES, KINDS, MakeBase, Parties, tiny_rows
 
 CPU = torch.device("cpu")

@@ -7,7 +7,8 @@ import pytest
 
 from artifacts import packed
 from offsite.models.architectures import ARCHITECTURES
-from offsite.storage.safetensors_files import open_checkpoint, read_float32
+from offsite.storage.checkpoint_folder import open_checkpoint
+from offsite.storage.safetensors_files import read_float32
 from tiny import FAMILIES, MakeBase, Parties, tiny_vision_base
 
 

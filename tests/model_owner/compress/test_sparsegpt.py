@@ -19,7 +19,8 @@ from offsite.model_owner.heal.block_problem import BlockProblem
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.timm_family import TIMM
 from offsite.protocol.artifacts import Bundle
-from offsite.storage.safetensors_files import open_checkpoint, read_float32
+from offsite.storage.checkpoint_folder import open_checkpoint
+from offsite.storage.safetensors_files import read_float32
 from tiny import FAMILIES, TEXT, MakeBase, Parties
 
 SHARE = 0.5

@@ -18,7 +18,8 @@ from offsite.model_owner.compress.wanda import from_gram, prune_matrices, sum_in
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base, Bundle
-from offsite.storage.safetensors_files import open_checkpoint, read_float32
+from offsite.storage.checkpoint_folder import open_checkpoint
+from offsite.storage.safetensors_files import read_float32
 from tiny import EVERY_VISION_KIND, FAMILIES, Parties, tiny_pictures, tiny_vision_base
 
 MakeBase = Callable[..., Path]

@@ -18,7 +18,8 @@ from offsite.model_owner.calibration import calibration_batches
 from offsite.model_owner.heal.ridge import USUAL_RIDGE
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
-from offsite.storage.safetensors_files import DECLARED_WEIGHTS, open_checkpoint, read_float32, read_header
+from offsite.storage.checkpoint_folder import DECLARED_WEIGHTS, open_checkpoint
+from offsite.storage.safetensors_files import read_float32, read_header
 from tiny import FAMILIES, KINDS, MakeBase, Parties, each_form, tiny_rows
 
 CPU = torch.device("cpu")

@@ -19,7 +19,8 @@ from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.progress import Event
 from offsite.protocol.artifacts import Base, Bundle
-from offsite.storage.safetensors_files import open_checkpoint, read_float32
+from offsite.storage.checkpoint_folder import open_checkpoint
+from offsite.storage.safetensors_files import read_float32
 from tiny import FAMILIES, KINDS, MakeBase, Parties
 
 CPU = torch.device("cpu")

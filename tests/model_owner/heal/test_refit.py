@@ -24,7 +24,8 @@ from offsite.model_owner.heal.ridge import USUAL_RIDGE
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base
-from offsite.storage.safetensors_files import copied, open_checkpoint, read_float32, write_checkpoint
+from offsite.storage.checkpoint_folder import open_checkpoint, write_checkpoint
+from offsite.storage.safetensors_files import copied, read_float32
 from tiny import FAMILIES, KINDS, TEXT, Family, each_form, tiny_base, tiny_parties
 
 CPU = torch.device("cpu")

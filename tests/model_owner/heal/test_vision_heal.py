@@ -24,7 +24,8 @@ from offsite.model_owner.heal.distill import hidden_error
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base
-from offsite.storage.safetensors_files import open_checkpoint, read_float32
+from offsite.storage.checkpoint_folder import open_checkpoint
+from offsite.storage.safetensors_files import read_float32
 from tiny import EVERY_VISION_KIND, tiny_parties, tiny_pictures, tiny_vision_base
 
 CPU = torch.device("cpu")

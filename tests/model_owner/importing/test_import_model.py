@@ -15,7 +15,7 @@ from model_owner.test_pack import bits, logits, plain
 from offsite.config import ImportSpec
 from offsite.errors import IncompatibleError, OffsiteError, StorageError, UsageError
 from offsite.model_owner.importing.import_model import import_model
-from offsite.storage.safetensors_files import WEIGHTS, open_checkpoint
+from offsite.storage.checkpoint_folder import WEIGHTS, open_checkpoint
 from tiny import MakeBase
 
 

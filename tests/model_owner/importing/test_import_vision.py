@@ -18,7 +18,7 @@ from offsite.model_owner.base_model import open_base
 from offsite.model_owner.importing.import_model import import_model
 from offsite.protocol.artifacts import Base
 from offsite.protocol.contents import PROCESSOR
-from offsite.storage.safetensors_files import WEIGHTS
+from offsite.storage.checkpoint_folder import WEIGHTS
 from tiny import tiny_parties, tiny_vision_base
 
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,7 @@ from offsite.models.architectures import ARCHITECTURES, architecture_of
 from offsite.models.loading import load_model
 from offsite.models.timm_family import FORMS, model_args
 from offsite.protocol.artifacts import Base
-from offsite.storage.safetensors_files import open_checkpoint
+from offsite.storage.checkpoint_folder import open_checkpoint
 from tiny import VISION_KINDS, timm_imports, tiny_vision_base
 
 TIMM = [kind for kind in VISION_KINDS if kind.startswith("timm")]

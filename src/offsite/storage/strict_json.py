@@ -1,0 +1,45 @@
+"""JSON as a stranger may send it: what two readers could understand in two ways is an error. Torch-free."""
+
+import json
+import math
+from typing import Any
+
+_MOST_DIGITS = 40  # of an integer
+
+
+def strict_json(raw: bytes) -> Any:
+    """JSON in which a key that appears twice, or NaN, is an error (a second reader might take the other one).
+
+    Nor may an integer be longer than any that is met: tokenizers write 10^30 for "no limit".
+    """
+
+    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key appears twice")
+        return found
+
+    def no_constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    def sensible(digits: str) -> int:
+        if len(digits) > _MOST_DIGITS:  # int and float have limits, and a product of several would be over them
+            raise ValueError(f"{digits[:20]}... has {len(digits)} digits")
+        return int(digits)
+
+    def in_range(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):  # 1e999 is JSON, and would come out as infinity
+            raise ValueError(f"{digits[:20]} is out of range")
+        return value
+
+    try:
+        return json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=no_twins,
+            parse_constant=no_constant,
+            parse_float=in_range,
+            parse_int=sensible,
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
