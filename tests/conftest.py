@@ -13,7 +13,6 @@ os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"  # else help is coloured on Gi
 for name in ("FORCE_COLOR", "PY_COLORS", "OFFSITE_HOME"):
     os.environ.pop(name, None)
 
-import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 from offsite.model_owner import calibration  # noqa: E402
@@ -31,9 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    hypothesis.settings.register_profile("short", max_examples=40)
-    hypothesis.settings.register_profile("long", max_examples=150)
-    hypothesis.settings.load_profile("long" if config.option.every_form else "short")
+    if config.option.every_form:
+        import hypothesis  # which takes its time
+
+        hypothesis.settings.register_profile("long", max_examples=150)
+        hypothesis.settings.load_profile("long")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

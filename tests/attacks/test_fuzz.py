@@ -16,6 +16,7 @@ from offsite.protocol.manifest import ManifestProblem, parse_manifest, render_ma
 from offsite.storage.safetensors_files import ITEM_SIZE, read_chunks, read_header
 
 QUICK = settings(
+    max_examples=settings.default.max_examples if settings.get_current_profile_name() == "long" else 40,
     deadline=None,
     database=None,
     derandomize=True,
