@@ -1,4 +1,4 @@
-"""Where what the assistant says stands in a rendered conversation, for templates without generation marks."""
+"""Finds the assistant's answers in a rendered conversation, for chat templates without generation marks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,9 +15,9 @@ class AnswerFinder:
 
     Args:
         turns: the conversation.
-        messages: the same in the form that the template takes.
-        text: what it writes.
-        template: of the tokenizer.
+        messages: the same conversation, in the form that the template accepts.
+        text: the text that the template renders from `messages`.
+        template: the chat template of the tokenizer.
         settings: tools and other arguments for the template.
     """
 
@@ -33,9 +33,11 @@ class AnswerFinder:
         self.template, self.settings = template, settings
 
     def find(self) -> tuple[dict[int, Span], bool]:
-        """The stretch of each answer by its turn, and whether only that of the last could be found.
+        """Find the characters of each answer.
 
-        A turn that the template does not write has none.
+        Returns:
+            The span of each answer in the text, by the index of its turn, without turns that the template leaves out;
+            and whether some answers were not found (then only the last answer's span is returned).
 
         Raises:
             ConversationError: the last answer cannot be found.
@@ -56,7 +58,7 @@ class AnswerFinder:
         return ({answers[-1]: spans[answers[-1]]} if lost else spans), lost
 
     def _begin(self, i: int, at: int) -> int | None:
-        """Where the answer of turn i begins: behind the heading that a generation prompt would have put there."""
+        """The character at which the answer of turn i begins, after its heading; None if it cannot be found."""
         heading, asked_for = self.template.heading(self.settings)
         if i:
             try:
@@ -73,7 +75,10 @@ class AnswerFinder:
         return begin if begin >= at and self.text.startswith(written[:begin]) else None
 
     def _before_words(self, i: int) -> str | None:
-        """What the template writes before the words of turn i, found by other words in their place."""
+        """The text that the template writes before the words of turn i; None if it cannot be found.
+
+        It is found by rendering the conversation with other words in place of these.
+        """
         message = self.messages[i]
         others = [{**message, "content": _OTHER_WORDS}]
         if calls := message.get("tool_calls"):
@@ -90,10 +95,10 @@ class AnswerFinder:
         return None
 
     def _behind_heading(self, written: str, i: int, at: int) -> int:
-        """The place in `written` behind the heading of turn i.
+        """The character of `written` directly after the heading of turn i.
 
-        Where there is no heading, the place behind what stands before the words, without the spaces at its end, which
-        belong to the answer; of a call of tools, behind the end of the turn before.
+        If there is no heading, it is the end of `written` without trailing spaces (these belong to the answer). If the
+        turn calls tools and has no heading, it is the end of the turn before.
         """
         heading, core = self.template.heading(self.settings)[0], self.template.heading_core(self.settings)
         if i:  # words of the turn before may look like a heading
@@ -111,7 +116,10 @@ class AnswerFinder:
         return place + same
 
     def _end(self, i: int, begin: int) -> int | None:
-        """Where the labels of turn i end: behind its end-of-turn token, or behind its words where it has none."""
+        """The character at which the labels of turn i end; None if it cannot be found.
+
+        Labels end after the turn's end-of-turn token, or after its words if it has no such token.
+        """
         words = self._words_end(i, begin)
         calls = "tool_calls" in self.messages[i]
         end = self.template.end

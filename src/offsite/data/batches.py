@@ -1,6 +1,6 @@
-"""Examples -> batches: rows of similar length together, padded at the right.
+"""Examples -> batches: rows of similar length run together, padded at the right.
 
-Padding is known by length, never by id, since many models pad with their EOS.
+Padding is found from the lengths of the rows, never by a token id, since many models pad with their EOS token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,10 +16,10 @@ _PASS = 128  # padded tokens that take as long as what a pass costs beside them:
 
 
 def step_batches(examples: Sequence[Example], *, rows: int, seed: int, epoch: int) -> list[list[int]]:
-    """The rows of every step of one epoch, a function of the arguments alone, so a resumed run finds its place.
+    """The rows of every optimiser step of one epoch. They depend only on the arguments, so a resumed run has the same.
 
-    Rows are shuffled; within runs of 32 steps they are sorted by length and cut into steps, whose order is shuffled
-    again: little padding, and over an epoch no trend in length.
+    Rows are shuffled. Within each group of 32 steps they are sorted by length and cut into steps, and then the order of
+    all steps is shuffled: there is little padding, and lengths show no trend over an epoch.
     """
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(len(examples))
@@ -31,15 +31,15 @@ def step_batches(examples: Sequence[Example], *, rows: int, seed: int, epoch: in
 
 
 def micro_batches(examples: Sequence[Example], rows: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Cut rows, similar lengths together, into the groups that cost least.
+    """Cut the rows of a step into micro-batches of rows with similar lengths, at the least total cost.
 
-    A group costs its padded tokens and what every pass costs (`_PASS`), a full one half as much of that again: of cuts
-    that pad alike the evenest holds the least memory at once.
+    A micro-batch costs its padded tokens plus a constant for each pass (`_PASS`). A larger one costs up to half of this
+    constant more, so among cuts with equal padding the most even one is chosen: it needs the least memory at once.
 
     Args:
-        examples: that `rows` count.
-        rows: to cut.
-        budget: most padded tokens of a group; a longer row goes alone.
+        examples: all examples.
+        rows: indices into `examples`, the rows to cut.
+        budget: maximum padded tokens of a micro-batch; a longer row runs alone.
     """
     order = sorted(rows, key=lambda i: (len(examples[i].ids), i))
     costs, begins = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=np.int64)  # of the first so many rows
@@ -58,7 +58,7 @@ def micro_batches(examples: Sequence[Example], rows: Sequence[int], budget: int)
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded inputs and where the labels are; the last token of a row is never an input, only a label."""
+    """Padded inputs and the positions of the labels. The last token of a row is never an input, only a label."""
 
     ids: npt.NDArray[np.int64]  # (B, T), padded at the right with 0
     mask: npt.NDArray[np.int64]  # (B, T), 1 where a token is
@@ -68,7 +68,7 @@ class Batch:
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pad examples to one rectangle and list their labelled positions."""
+    """Pad examples to one rectangle, and list the positions and targets of their labels."""
     width = max(len(example.ids) for example in examples) - 1
     ids = np.zeros((len(examples), width), dtype=np.int64)
     mask = np.zeros_like(ids)

@@ -1,10 +1,10 @@
-"""Conversations -> text and labels on what the assistant says, as the tokenizer's chat template really writes it.
+"""Conversations -> text with labels on the assistant's answers, exactly as the tokenizer's chat template writes it.
 
-The template renders the whole conversation once; that text alone is tokenised. Where an assistant's turn begins in it
-is found by the template's own generation marks, or else by rendering the conversation up to that turn and comparing,
-or else by rendering it with other words in that turn's place. Templates that write an earlier turn differently (some
-drop its reasoning) are thereby labelled as they write it. Where earlier turns cannot be found, the last answer alone
-is learnt, and that is reported. A turn's labels end with its end-of-turn token.
+The template renders the whole conversation once, and only this text is tokenised. The start of each assistant turn in
+the text is found by the template's own generation marks. Without marks, the conversation up to that turn is rendered
+and compared; if that fails, the conversation is rendered with other words in place of that turn's. So a template that
+writes earlier turns differently (some drop their reasoning) is labelled as it writes them. If earlier turns cannot be
+found, only the last answer is learnt, and this is reported. The labels of a turn include its end-of-turn token.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ END_ADDED = "answers given an end token that the template lacks"
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation as the model reads it."""
+    """A conversation as the text that the model reads, with the spans that carry labels."""
 
     text: str
     labelled: tuple[Span, ...]  # characters that carry labels, ascending
@@ -33,15 +33,15 @@ class Conversation:
 
 
 def read_conversation(turns: Sequence[Turn], template: ChatTemplate, settings: Mapping[str, Any]) -> Conversation:
-    """Render a conversation and find what the assistant says in it.
+    """Render a conversation and find the assistant's answers in it.
 
     Args:
         turns: the conversation.
-        template: of the model's tokenizer.
+        template: the chat template of the model's tokenizer.
         settings: tools and other arguments for the template.
 
     Raises:
-        ConversationError: the template refuses it or writes nothing of it, or no answer can be found.
+        ConversationError: the template refuses the conversation or writes nothing of it, or no answer can be found.
     """
     messages, text = template.takes(turns, settings)
     if not any(survives(turn, text) for turn in turns if turn.role == "assistant" and turn.learnt):
@@ -62,7 +62,7 @@ def _labelled(
     template: ChatTemplate,
     settings: Mapping[str, Any],
 ) -> tuple[list[Span], bool]:
-    """The stretches that carry labels, and whether the last answer alone could be found."""
+    """The spans of the text that carry labels, and whether only the last answer was found."""
     answers = [turn for turn in turns if turn.role == "assistant"]
     marked = template.render_marked(messages, settings)
     if len(marked) == len(answers):
@@ -79,7 +79,7 @@ def _labelled(
 
 
 def _with_end(span: Span, text: str, template: ChatTemplate) -> Span:
-    """A marked stretch, with the end-of-turn token that marks may leave outside."""
+    """A span of generation marks, extended by the end-of-turn token if the marks leave that outside."""
     begin, end = span
     if template.ends_in_special(text[begin:end]):
         return span

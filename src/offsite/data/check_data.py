@@ -1,4 +1,4 @@
-"""What a data set becomes: counted, measured, and three rows as the model will read them. Nothing is trained."""
+"""Describes a data set without training: counts, lengths, and three rows as the model reads them."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ _SHOWN = 3  # rows
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A row as the model reads it."""
+    """An example row as the model reads it: its text in pieces, each with or without labels."""
 
     place: str  # file and line
     tokens: int
@@ -37,7 +37,7 @@ class ShownRow:
 
 @dataclass(frozen=True)
 class TextCheck:
-    """A data set of text, as a model's tokenizer makes tokens of it."""
+    """The description of a text data set after tokenisation with a model's tokenizer."""
 
     data: str
     rows: int  # that were read
@@ -58,7 +58,7 @@ class TextCheck:
 
 @dataclass(frozen=True)
 class ShownPicture:
-    """A picture of a data set."""
+    """The name, class and size of an example picture."""
 
     name: str
     label: str
@@ -68,7 +68,7 @@ class ShownPicture:
 
 @dataclass(frozen=True)
 class PictureCheck:
-    """A data set of pictures, every one of which was decoded."""
+    """The description of a data set of pictures, all of which were decoded."""
 
     data: str
     pictures: int
@@ -88,19 +88,19 @@ def check_text(
     max_length: int,
     long_rows: LongRows,
 ) -> TextCheck:
-    """Read and encode a data set as a run would, and describe it.
+    """Read and encode a text data set as a run does, and describe it.
 
     Args:
-        data: rows.
-        tokenizer: of the model.
-        model: its folder, or its files as they were verified.
-        form: how fields are to be understood.
-        part: of a data set with several parts, the one that is wanted.
-        max_length: longest row in tokens.
-        long_rows: what a run does with longer ones.
+        data: the data sets; several are joined.
+        tokenizer: the model's tokenizer.
+        model: the model's folder, or its verified files.
+        form: settings that say what the fields mean.
+        part: for a data set with several parts, whether to read the training part or the held-out part.
+        max_length: maximum tokens of a row.
+        long_rows: what a run does with longer rows. Under "error" they are left out here, and `refused` is set.
 
     Raises:
-        DataError: rows are bad, or none is left.
+        DataError: rows are bad, or no row is left.
         IncompatibleError: the tokenizer does not fit the model.
     """
     rows = read_rows(data, form, part)
@@ -134,7 +134,7 @@ def check_text(
 
 
 def check_pictures(data: DataPaths, pictures: Pictures) -> PictureCheck:
-    """Describe pictures that were read."""
+    """Describe decoded pictures: their number, their classes and three examples."""
     shown = []
     for picture in _some(pictures.pictures):
         height, width, _ = decode(picture).shape
@@ -144,7 +144,7 @@ def check_pictures(data: DataPaths, pictures: Pictures) -> PictureCheck:
 
 
 def _some(items: Sequence[T]) -> list[T]:
-    """The first, the middle and the last."""
+    """The first, the middle and the last item; all items if there are at most three."""
     places = sorted({0, len(items) // 2, len(items) - 1}) if len(items) > _SHOWN else range(len(items))
     return [items[place] for place in places]
 

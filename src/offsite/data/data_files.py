@@ -1,8 +1,8 @@
-"""Which files a data set is made of: one file, a pattern, a folder of shards, a hub snapshot, a saved DatasetDict.
+"""The files of a data set: one file, a pattern, a folder of shards, a Hugging Face Hub snapshot or a saved DatasetDict.
 
-A folder may hold several parts. As Hugging Face datasets does, they are known by the names of files and sub-folders:
-`train-00000-of-00002.parquet`, `test.jsonl`, `validation/`. Tuning takes the part for training, scoring the one held
-out.
+A folder may hold several parts (splits). As in Hugging Face datasets, the names of files and sub-folders say which part
+they belong to: `train-00000-of-00002.parquet`, `test.jsonl`, `validation/`. Tuning reads the training part, scoring
+reads the held-out part.
 """
 
 import hashlib
@@ -30,12 +30,12 @@ _PATTERN = re.compile(r"[*?\[]")
 
 
 def paths_of(data: DataPaths) -> list[Path]:
-    """One or several data sets as a list."""
+    """The paths of one or several data sets, as a list."""
     return [data] if isinstance(data, Path) else list(data)
 
 
 def name_of(data: DataPaths) -> str:
-    """A data set, or several joined ones, for errors."""
+    """The name of a data set, or of several joined ones, for error messages."""
     return " + ".join(str(path) for path in paths_of(data))
 
 
@@ -43,7 +43,7 @@ def files_of(path: Path, part: Part = "train") -> list[Path]:
     """The files that hold the rows of a data set, in order.
 
     Raises:
-        DataError: there are none, or it is not clear which are meant.
+        DataError: there are no such files, or it is not clear which files are meant.
     """
     path = existing(path)
     if path.is_dir():
@@ -57,7 +57,7 @@ def files_of(path: Path, part: Part = "train") -> list[Path]:
 
 
 def existing(path: Path) -> Path:
-    """A path as the disk has it: a name with accents has two forms in Unicode, which look alike."""
+    """The path as the disk spells it. A name with accents has two forms in Unicode that look alike; both are tried."""
     if path.exists():
         return path
     forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
@@ -65,10 +65,13 @@ def existing(path: Path) -> Path:
 
 
 def data_digest(data: DataPaths) -> str:
-    """SHA-256 of data sets: of a file, over names and digests of a folder's files, or over those of several.
+    """The SHA-256 digest of one or several data sets.
+
+    It is the digest of the file itself; for a folder, of the names and digests of its files; for several files or
+    folders, of their digests.
 
     Raises:
-        DataError: one is a pipe or a device, which says something else when it is read again.
+        DataError: a data set is a pipe or a device, whose content would differ when it is read again.
     """
     digests = [_digest(file) for path in paths_of(data) for file in _digested(path)]
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
@@ -110,16 +113,18 @@ def _in_folder(folder: Path, part: Part) -> list[Path]:
 
 
 def _snapshot(folder: Path) -> Path:
-    """The files of a data set in the hub's cache, where a folder is an entry of that."""
+    """The snapshot folder of a data set in the cache of Hugging Face Hub; any other folder is returned unchanged."""
     snapshots = sorted(folder.glob("snapshots/*/")) if (folder / "snapshots").is_dir() else []
     return snapshots[-1] if len(snapshots) == 1 else folder
 
 
 def parts_of(folder: Path) -> dict[str, list[Path]]:
-    """The parts of a folder by name: files, or folders that save_to_disk wrote. A file of no part's name is of part "".
+    """The parts (splits) of a folder, by name. Each is a list of files, or of folders that save_to_disk wrote.
+
+    Files whose names give no part have the key "".
 
     Raises:
-        DataError: several data sets lie in it.
+        DataError: the folder holds several data sets.
     """
     parts: dict[str, list[Path]] = {}
     if (folder / _SPLITS).exists():
@@ -138,7 +143,7 @@ def parts_of(folder: Path) -> dict[str, list[Path]]:
 
 
 def _entry(folder: Path) -> list[Path]:
-    """What a sub-folder has of rows: files, itself if save_to_disk wrote it, or what is in folders below it."""
+    """The sources of rows in a sub-folder: itself if save_to_disk wrote it, its files, or those one level below."""
     if (folder / _STATE).exists():
         return [folder]
     return record_files(folder) or [
@@ -147,7 +152,7 @@ def _entry(folder: Path) -> list[Path]:
 
 
 def record_files(folder: Path) -> list[Path]:
-    """Files of rows that lie directly in a folder; plain text only where there is nothing else."""
+    """The files of rows directly in a folder. Plain text files are listed only if there are no others."""
     files = [file for file in _visible(folder) if file.is_file() and file.name not in _NOT_ROWS]
     records = [file for file in files if kind(file) in RECORDS]
     return records or [file for file in files if kind(file) == ".txt"]
@@ -158,7 +163,7 @@ def _visible(folder: Path) -> Iterator[Path]:
 
 
 def part_name(file: Path) -> str:
-    """The part that a file belongs to by its name, without the number of a shard; "" where it names none."""
+    """The name of the part (split) in a file's name, without shard numbers; "" if the name gives no part."""
     stem = file.name.removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2").removesuffix(".xz")
     stem = stem[: -len(Path(stem).suffix)] if Path(stem).suffix else stem
     while (shorter := _SHARD.sub("", stem)) != stem:
@@ -170,17 +175,17 @@ def part_name(file: Path) -> str:
 
 
 def part_role(name: str) -> str:
-    """What a part is for: "train", "validation" or "test"; "" where its name does not say."""
+    """The role of a part: "train", "validation" or "test"; "" if its name gives none."""
     word = re.split(r"[-_. ]+", unicodedata.normalize("NFC", name).casefold())[0]
     names = {"train": TRAINING, "validation": VALIDATION, "test": TEST}
     return next((role for role, known in names.items() if word in known), "")
 
 
 def choose_part(parts: Mapping[str, list[Path]], part: Part, folder: Path) -> list[Path]:
-    """The files of the part that is wanted; of a folder with one part alone, those.
+    """The files of the requested part. If there is only one part, its files are returned whatever it is called.
 
     Raises:
-        DataError: several parts, or none, would do.
+        DataError: no part or several parts have the requested role.
     """
     if len(parts) == 1:
         return next(iter(parts.values()))
@@ -203,7 +208,7 @@ def choose_part(parts: Mapping[str, list[Path]], part: Part, folder: Path) -> li
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """What datasets' save_to_disk wrote: Arrow streams, listed in state.json."""
+    """The Arrow files that `save_to_disk` of Hugging Face datasets wrote, as listed in state.json."""
     state = parse_line(read_bytes(folder / _STATE))
     listed = state.get("_data_files") if isinstance(state, dict) else None
     files = [entry.get("filename") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []

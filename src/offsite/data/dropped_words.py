@@ -1,4 +1,4 @@
-"""What a chat template leaves out of a conversation: reasoning of earlier turns, system turns, unknown tools."""
+"""Finds the words of a conversation that a chat template omits: earlier reasoning, system turns, unknown tools."""
 
 import json
 import re
@@ -12,15 +12,15 @@ _WORD = re.compile(r"\w+")
 
 
 def dropped_words(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] | None, text: str) -> Counter[str]:
-    """Count what is in a conversation and not in the text that the template made of it.
+    """Count the turns and tool definitions whose words are missing from the rendered text.
 
     Args:
         turns: the conversation.
         tools: definitions of tools.
-        text: what the template wrote.
+        text: the text that the template rendered.
 
     Returns:
-        How many turns (or definitions) lost what, by name.
+        The number of turns (or tool definitions) that lost words, by kind of words, such as "reasoning".
     """
     dropped: Counter[str] = Counter()
     for turn in turns:
@@ -34,14 +34,14 @@ def dropped_words(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] | No
 
 
 def survives(turn: Turn, text: str) -> bool:
-    """Whether any word of a turn is in the text; of a turn without words, true."""
+    """Whether the text contains at least one word of a turn; True for a turn without words."""
     words = {word for _, piece in _pieces(turn) for word in _WORD.findall(piece)}
     lowered = text.casefold()
     return not words or any(word.casefold() in lowered for word in words)
 
 
 def _pieces(turn: Turn) -> Iterator[tuple[str, str]]:
-    """What a turn says, by what it is."""
+    """The pieces of a turn, each as (kind, words), for example ("reasoning", ...) or ("tool calls", ...)."""
     for key in REASONING_KEYS:
         if isinstance(turn.more.get(key), str):
             yield "reasoning", turn.more[key]

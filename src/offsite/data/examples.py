@@ -1,4 +1,4 @@
-"""Rows as token ids with labels: what tuning and evaluation run."""
+"""Rows as token ids with labels; tuning and evaluation run these."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from offsite.models.modules.declared import unwrapped
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids of one row; labels are on all of them after the first `given`, or on those at `places` alone."""
+    """The token ids of one row. Labels are on all ids after the first `given`, or only on those at `places`."""
 
     line: int
     ids: npt.NDArray[np.int64]  # (T,)
@@ -32,13 +32,13 @@ class Example:
 
     @property
     def labels(self) -> int:
-        """Labelled tokens."""
+        """The number of labelled tokens."""
         return len(self.ids) - self.given if self.places is None else len(self.places)
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The examples of a data set, and what became of its other rows and words."""
+    """The examples of a data set, and counts of rows left out, rows cut, and words that the chat template dropped."""
 
     examples: tuple[Example, ...]
     skipped: int  # rows left out: too long, or without a label
@@ -49,7 +49,7 @@ class Encoded:
     notes: Mapping[str, int] = field(default_factory=dict)  # conversations labelled otherwise than answer by answer
 
     def reports(self) -> list[str]:
-        """What the chat template left out, and what was not learnt answer by answer, a sentence each."""
+        """Sentences for the user: words that the chat template dropped, and conversations with unusual labels."""
         dropped = ", ".join(f"{name} ({count})" for name, count in sorted(self.dropped.items()))
         notes = [f"{name}: {count}" for name, count in sorted(self.notes.items())]
         return [f"left out by the model's chat template: {dropped}", *notes] if dropped else notes
@@ -57,7 +57,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """A multiple-choice row: one example for each choice, labelled on the choice alone."""
+    """A multiple-choice row: one example for each choice, with labels only on the choice."""
 
     line: int
     examples: tuple[Example, ...]
@@ -66,15 +66,15 @@ class Choices:
 
 
 def require_known(examples: Iterable[Example], model: Source, source: DataPaths) -> None:
-    """Refuse rows with tokens that a model has no embedding of, before it is loaded.
+    """Refuse rows with token ids for which a model has no embedding, before the model is loaded.
 
     Args:
-        examples: rows of `source`, by the tokenizer of the model.
-        model: its folder, or its files as they were verified.
-        source: the data set that the rows are from, for errors.
+        examples: rows of `source`, encoded by the model's tokenizer.
+        model: the model's folder, or its verified files.
+        source: the data set of the rows, for error messages.
 
     Raises:
-        IncompatibleError: there are some, each row listed.
+        IncompatibleError: there are such rows; each is listed.
     """
 
     known = unwrapped(model_settings(model))[0].get("vocab_size")

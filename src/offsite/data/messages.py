@@ -1,6 +1,6 @@
-"""What data sets write as a conversation -> turns: OpenAI's messages, ShareGPT's from and value, tool calls, parts.
+"""Messages of a data set -> turns: OpenAI's format, ShareGPT's "from" and "value", tool calls, content in parts.
 
-A turn keeps whatever else a message holds (a name, reasoning, tool calls), since the chat template may write it.
+A turn keeps all other fields of a message (name, reasoning, tool calls), since the chat template may write them.
 """
 
 import json
@@ -39,7 +39,7 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side of a conversation says."""
+    """One turn of a conversation: a message of one side."""
 
     role: str  # one of ROLES
     content: str  # its text; of several parts, all of them
@@ -49,18 +49,21 @@ class Turn:
 
     @property
     def message(self) -> dict[str, Any]:
-        """The message as transformers takes it."""
+        """The message in the format of transformers."""
         content: Any = [dict(part) for part in self.parts] if self.parts else self.content
         said = {"content": content} if content or "tool_calls" not in self.more else {}
         return {"role": self.role, **said, **self.more}
 
 
 def parse_messages(value: object, name: str) -> tuple[list[Turn], list[str]]:
-    """Turns of a list of messages, and what is wrong with it.
+    """Parse a list of messages.
 
     Args:
-        value: the list, or JSON text of one.
-        name: the field's, for errors.
+        value: the list, or a JSON text of the list.
+        name: the name of the field, for error messages.
+
+    Returns:
+        The turns, and one text for each problem; no problems means an empty list.
     """
     value = parsed_json(value)
     if not isinstance(value, list) or not value:
@@ -114,7 +117,7 @@ def _parse_role(value: object, *, sharegpt: bool) -> str:
 
 
 def _parse_content(content: object) -> tuple[object, tuple[Mapping[str, Any], ...]]:
-    """The text of a message, and its parts where it was written in some; what is no text is given back as it is."""
+    """The text of a message, and its parts if it was written in parts. Content without text is returned unchanged."""
     if isinstance(content, Mapping):
         content = [content]
     if not isinstance(content, list):
@@ -132,7 +135,10 @@ def _parse_content(content: object) -> tuple[object, tuple[Mapping[str, Any], ..
 
 
 def _parse_calls(calls: object) -> list[dict[str, Any]] | str:
-    """Tool calls as chat templates take them: {"type", "function": {"name", "arguments"}}, arguments an object."""
+    """Tool calls in the format of chat templates, {"type", "function": {"name", "arguments"}}; arguments are an object.
+
+    Returns an error text if the calls are malformed.
+    """
     calls = parsed_json(calls)
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, list) or not calls:
@@ -153,7 +159,7 @@ def _parse_calls(calls: object) -> list[dict[str, Any]] | str:
 
 
 def parse_tools(value: object) -> list[Mapping[str, Any]] | str:
-    """Definitions of tools, from a list or from JSON text of one; or what is wrong with them."""
+    """Parse definitions of tools from a list or from a JSON text of a list; an error text if they are malformed."""
     value = parsed_json(value)
     if value is None or value in ("", []):
         return []
@@ -163,14 +169,14 @@ def parse_tools(value: object) -> list[Mapping[str, Any]] | str:
 
 
 def without_nulls(value: Any) -> Any:
-    """A value of a table without the nulls that Arrow puts where one row of a column has a key and another has not."""
+    """A table's value without null fields. Arrow adds them to objects that lack a key which another row has."""
     if isinstance(value, Mapping):
         return {key: without_nulls(part) for key, part in value.items() if part is not None}
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def parsed_json(value: object) -> object:
-    """What a cell holds that is JSON text of a list or an object; anything else as it is."""
+    """The parsed list or object if a value is a JSON text of one; any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -180,7 +186,7 @@ def parsed_json(value: object) -> object:
 
 
 def text_problem(name: str, value: object, *, empty: bool = False) -> str | None:
-    """What is wrong with a field that is to hold text; `empty` says whether it may be empty."""
+    """The problem of a field that must hold text; None if there is none. `empty` says whether empty text is allowed."""
     if not isinstance(value, str):
         return f"field {name!r} is {kind_of(value)}, expected a string"
     if not value and not empty:
@@ -191,7 +197,7 @@ def text_problem(name: str, value: object, *, empty: bool = False) -> str | None
 
 
 def kind_of(value: object) -> str:
-    """What a value is, for errors."""
+    """The kind of a value, such as "a list of 3", for error messages."""
     if isinstance(value, list):
         return f"a list of {len(value)}"
     if isinstance(value, Mapping) and isinstance(value.get("type"), str):
@@ -200,5 +206,5 @@ def kind_of(value: object) -> str:
 
 
 def words_of(turns: Sequence[Turn]) -> str:
-    """All that is said."""
+    """The texts of all turns, joined by newlines."""
     return "\n".join(turn.content for turn in turns)

@@ -1,7 +1,7 @@
-"""Pictures: how a file becomes what an encoder is given.
+"""Picture files -> the arrays that an encoder reads.
 
-Pictures are decoded by Pillow and prepared by the model's own processor, so that a picture looks to tuning, to
-evaluation and to a pipeline of transformers as one and the same array.
+Pillow decodes pictures, and the model's own image processor prepares them. So tuning, evaluation and a transformers
+pipeline all see the same array for a picture.
 """
 
 import io
@@ -33,7 +33,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture: a name for errors, its file or bytes, and its class if it has one."""
+    """One picture: a name for error messages, its file or bytes, and its class if it has one."""
 
     name: str
     source: Path | bytes
@@ -41,15 +41,15 @@ class Picture:
 
 
 def as_file(picture: Picture) -> io.BytesIO | Path:
-    """What Pillow opens of a picture."""
+    """The picture as a file that Pillow can open: its path, or its bytes as a stream."""
     return io.BytesIO(picture.source) if isinstance(picture.source, bytes) else picture.source
 
 
 def decode(picture: Picture) -> Pixels:
-    """A picture as it is to be looked at: turned as its EXIF data say, in RGB (Y, X, 3), transparency dropped.
+    """The pixels of a picture, (Y, X, 3), RGB: rotated as its EXIF data say, without transparency.
 
     Raises:
-        DataError: it is broken, too large, or of another format.
+        DataError: the picture is broken, too large, or in another format than those that are read.
     """
     image = require("PIL.Image", "vision", "reading pictures")
     ops = require("PIL.ImageOps", "vision", "reading pictures")
@@ -73,7 +73,7 @@ def _bad(picture: Picture, why: str) -> DataError:
 
 
 def _eight_bit(opened: "Image") -> "Image":
-    """Grey values of 16 bits, which Pillow would cut off at 255, scaled down."""
+    """A 16-bit grey picture scaled to 8 bits, since Pillow would clip it at 255; other pictures unchanged."""
     if not opened.mode.startswith("I"):
         return opened
     from PIL import Image
@@ -82,10 +82,10 @@ def _eight_bit(opened: "Image") -> "Image":
 
 
 def look(picture: Picture, crop: Sequence[int] | None = None, key: Sequence[int] = ()) -> Pixels:
-    """A picture decoded, and with `crop` (height, width) cropped and mirrored by random numbers of which `key` decides.
+    """Decode a picture and, if `crop` (height, width) is given, crop and mirror it at random, with `key` as the seed.
 
     Raises:
-        DataError: as `decode` does.
+        DataError: see `decode`.
     """
     pixels = decode(picture)
     return pixels if crop is None else augmented(pixels, crop, np.random.default_rng(list(key)))
@@ -94,9 +94,9 @@ def look(picture: Picture, crop: Sequence[int] | None = None, key: Sequence[int]
 def augmented(
     pixels: Pixels, side: Sequence[int], draw: np.random.Generator, *, area: tuple[float, float] = _CROP_AREA
 ) -> Pixels:
-    """A random crop of a share of the `area`, made `side` (height, width), and mirrored as often as not.
+    """A random crop, resized to `side` (height, width) and mirrored with probability 0.5.
 
-    After arXiv 1409.4842, section 6.
+    The crop's share of the picture's area is drawn from the range `area`. Source: arXiv 1409.4842, section 6.
     """
     from PIL import Image
 
@@ -113,13 +113,13 @@ def augmented(
 
 @dataclass(frozen=True)
 class Processor:
-    """The image processor of a model, on Pillow and NumPy."""
+    """The image processor of a model; it runs on Pillow and NumPy."""
 
     settings: Any
     side: tuple[int, int]  # height and width of what it makes
 
     def __call__(self, pixels: Pixels, *, whole: bool = False) -> Floats:
-        """Pixels (Y, X, 3) -> (3, height, width), scaled and normalised; `whole` are of the right size already."""
+        """Scale and normalise pixels: (Y, X, 3) -> (3, height, width). `whole`: pixels have the right size already."""
         from PIL import Image
 
         fitting = {"do_resize": False, "do_center_crop": False} if whole else {}
@@ -129,10 +129,10 @@ class Processor:
 
 
 def load_processor(source: Source) -> Processor:
-    """The image processor of a model; it makes images of one size that the model takes.
+    """Load the image processor of a model, and check that all its outputs have one size, which the model accepts.
 
     Raises:
-        IncompatibleError: there is none, or it makes images that the model cannot take or that have no one size.
+        IncompatibleError: there is no image processor, or its outputs have no fixed size or one that the model refuses.
         StorageError: a file cannot be read.
     """
     from transformers import AutoImageProcessor

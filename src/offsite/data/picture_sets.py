@@ -1,8 +1,8 @@
-"""Sets of pictures: where they lie and what they show; none is opened here.
+"""Data sets of pictures: lists each picture with its class. No picture is opened here.
 
-A data set is a folder with a sub-folder for each class, or a table with a picture (or its path) and a label in each
-row: one file, or a folder of shards as hubs have them. Names of parts and classes are the same in either form of
-Unicode.
+A data set is a folder with one sub-folder for each class, or a table with a picture (or its path) and a label in each
+row: one file, or a folder of shards as on Hugging Face Hub. Names of parts and classes match in both Unicode forms of
+an accented letter.
 """
 
 import hashlib
@@ -55,16 +55,16 @@ _PLACES = ("image", "path", "file_name")  # columns that hold a picture, or its 
 def read_pictures(
     data: DataPaths, *, labelled: bool = True, part: str = "", columns: Mapping[str, str] | None = None
 ) -> list[Picture]:
-    """List the pictures of data sets; none is opened.
+    """List the pictures of data sets, without opening any.
 
     Args:
-        data: folders or files, whose pictures are joined.
-        labelled: whether every picture needs a class; without it a folder is searched to any depth.
-        part: "train" or "held out" takes that part of a folder that has both; "" takes the folder as it is.
-        columns: what a table calls its columns `image` (or `path`) and `label`.
+        data: folders or files; their pictures are joined.
+        labelled: whether every picture needs a class. If False, a folder is searched to any depth.
+        part: "train" or "held out" reads this part of a folder that has both; "" reads the folder as it is.
+        columns: the table's names for its columns `image` (or `path`) and `label`.
 
     Raises:
-        DataError: there is no such data set, it is empty, or rows are bad, each listed.
+        DataError: a data set does not exist or is empty, or rows are bad; each bad row is listed.
     """
     found: list[Picture] = []
     for path in map(existing, paths_of(data)):
@@ -82,7 +82,7 @@ def read_pictures(
 
 
 def held_out_part(path: Path) -> bool:
-    """Whether a data set is a folder that names its training and its held-out pictures."""
+    """Whether a data set is a folder that has both a training part and a held-out part."""
     path = existing(path)
     if not path.is_dir():
         return False
@@ -93,7 +93,10 @@ def held_out_part(path: Path) -> bool:
 
 
 def _parts(folder: Path) -> dict[str, Path]:
-    """The folders for training and for scoring of a folder that has both; a class may have the name of one."""
+    """The folders of the training part and the held-out part, by name; empty if the folder is not divided like this.
+
+    If there is only one part, both names give its folder. A class may have the same name as a part.
+    """
     folders = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
     roles: dict[str, Path] = {}
     for entry in folders:
@@ -129,7 +132,7 @@ def _in_folder(folder: Path, labelled: bool, part: str, columns: Mapping[str, st
 
 
 def _composed(name: str) -> str:
-    """A name in the form of Unicode in which a letter and its accent are one character."""
+    """A name in Unicode's composed form (NFC), in which a letter and its accent are one character."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -143,7 +146,7 @@ def _holds_pictures(folder: Path) -> bool:
 
 
 def _hidden(place: Path) -> bool:
-    """Whether it lies where systems and tools keep what is theirs, such as copies of a notebook's files."""
+    """Whether a path is inside a hidden folder or a system's folder, such as notebook checkpoints or `__MACOSX`."""
     return any(name.startswith((".", "__MACOSX")) for name in place.parts)
 
 
@@ -168,7 +171,7 @@ def _in_tables(files: Sequence[Path], labelled: bool, columns: Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """A file of pictures, and its columns."""
+    """A file with a table of pictures, and the names of its columns."""
 
     file: Path
     places: tuple[str, ...]  # any of them may hold the picture, or its path
@@ -177,7 +180,7 @@ class _Table:
 
 
 def _find_columns(file: Path, columns: Mapping[str, str], labelled: bool) -> _Table:
-    """The columns of a table by their names, or by what the table says that they hold."""
+    """Find the columns of a table by their names, or by the types that the table stores for its columns."""
     features = features_of(file) if kind(file) in (".parquet", ".arrow") else {}
     places = tuple(columns[name] for name in _PLACES if name in columns)
     if not places:
@@ -218,10 +221,12 @@ def _row(table: _Table, number: int, fields: Mapping[str, Any]) -> Picture | str
 
 
 def split_by_seed(pictures: Sequence[Picture], share: float, seed: int) -> tuple[list[Picture], list[Picture]]:
-    """Training and held-out pictures: of each class the same share is held out, a function of the arguments alone.
+    """Split pictures into training and held-out ones, with the same held-out share of each class.
+
+    The split depends only on the arguments.
 
     Raises:
-        UsageError: the share is less than a picture of any class.
+        UsageError: the share is so small that it holds out no picture of any class.
     """
     order = np.random.default_rng([seed, 1]).permutation(len(pictures)).tolist()
     by_class: dict[str | None, list[int]] = {}
@@ -242,7 +247,7 @@ def split_by_seed(pictures: Sequence[Picture], share: float, seed: int) -> tuple
 
 
 def pictures_digest(pictures: Iterable[Picture]) -> str:
-    """SHA-256 over classes and contents of pictures in their order, wherever they lie."""
+    """SHA-256 over the classes and contents of pictures, in order; it does not depend on where the files are."""
     digest = hashlib.sha256()
     for picture in pictures:
         try:

@@ -1,4 +1,4 @@
-"""What pictures weigh before any is decoded: tokens of one, and bytes of all. Torch-free."""
+"""The size of pictures before any is decoded: tokens of one picture, and bytes of all. Torch-free."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ CACHE_BYTES = 2**30  # decoded pictures that a stage keeps in memory; others are
 
 @dataclass(frozen=True)
 class SeenPicture:
-    """A picture as an encoder is given it."""
+    """The size of a picture after the image processor, as the encoder reads it."""
 
     height: int
     width: int
@@ -23,12 +23,12 @@ class SeenPicture:
 
     @property
     def bytes(self) -> int:
-        """Of its pixels in fp32."""
+        """Bytes of its pixels in fp32."""
         return 4 * 3 * self.height * self.width
 
 
 def at_once(each: int, tokens: int) -> int:
-    """So many pictures of so many tokens each as make up at least `tokens`."""
+    """How many pictures, with `each` tokens per picture, have at least `tokens` tokens together."""
     return -(-tokens // each)
 
 
@@ -36,10 +36,10 @@ _PROCESSOR = "preprocessor_config.json"
 
 
 def seen_picture(source: Source, family: Architecture, config: Mapping[str, Any]) -> SeenPicture:
-    """How large the image processor of a model makes pictures, read from its settings.
+    """The size of the pictures that a model's image processor makes, read from the processor's settings.
 
     Raises:
-        IncompatibleError: they do not say it.
+        IncompatibleError: the settings do not give this size.
     """
     try:
         settings = strict_json(read_bytes(source, _PROCESSOR))
@@ -58,11 +58,11 @@ def seen_picture(source: Source, family: Architecture, config: Mapping[str, Any]
 
 
 def picture_count(seen: SeenPicture, config: Mapping[str, Any], tokens: int) -> int:
-    """About as many pictures as have so many tokens."""
+    """How many pictures have about `tokens` tokens together; at least 1."""
     return max(1, tokens // (seen.height * seen.width // int(config.get("patch_size", 16)) ** 2))
 
 
 def spread(listed: Sequence[Picture], count: int) -> Sequence[Picture]:
-    """At most so many pictures, over all that are listed."""
+    """At most `count` pictures, evenly spaced over the list."""
     count = min(count, len(listed))
     return [listed[i * len(listed) // count] for i in range(count)]

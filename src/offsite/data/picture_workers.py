@@ -1,8 +1,8 @@
-"""Processes that decode and crop pictures, while this one runs the network.
+"""Worker processes that decode and crop pictures while the main process runs the network.
 
-A process that serves is started by its command line and answers over pipes: nothing of the caller's program is run a
-second time, as `multiprocessing` would, and nothing is pickled. It ends when its pipe does, so also when this process
-is killed. Which process decodes a picture changes nothing in it: what is random about a crop is a function of its key.
+A worker is started by its own command line and answers over pipes. So it does not run the caller's program again (as
+`multiprocessing` would), and nothing is pickled. It ends when its pipe closes, also if the main process is killed.
+The pixels do not depend on which worker decodes them: a random crop depends only on its key.
 """
 
 import json
@@ -33,10 +33,10 @@ R = TypeVar("R")
 
 
 class PictureWorkers:
-    """So many processes, each started when it is first needed; ended when the block does, whatever ends it.
+    """A pool of worker processes; each starts when it is first needed, and all end when the `with` block ends.
 
     Args:
-        count: of processes; with 0 threads of this one do the work.
+        count: number of processes; with 0, threads of this process do the work.
     """
 
     def __init__(self, count: int = 0) -> None:
@@ -53,7 +53,7 @@ class PictureWorkers:
         self.close()
 
     def close(self) -> None:
-        """End every process, and drop what was not begun."""
+        """End every process, and cancel the work that has not started."""
         with self._lock:
             self._closed = True
         for served in self._started:
@@ -61,11 +61,14 @@ class PictureWorkers:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, work: Callable[[A], R], given: A) -> Future[R]:
-        """Have a thread do it, which may call `look`."""
+        """Run `work(given)` in a thread of the pool; `work` may call `look`."""
         return self._pool.submit(work, given)
 
     def in_order(self, work: Callable[[A], R], given: Iterable[A]) -> Iterator[R]:
-        """Work on several at once, at no time on more than there are hands for; results in the order given."""
+        """Run `work` on every item in several threads, and yield the results in the order of the items.
+
+        Only about two items per worker are submitted ahead, so results do not pile up in memory.
+        """
         waiting: deque[Future[R]] = deque()
         for one in given:
             waiting.append(self.submit(work, one))
@@ -75,11 +78,11 @@ class PictureWorkers:
             yield waiting.popleft().result()
 
     def look(self, picture: Picture, crop: tuple[int, int] | None = None, key: Sequence[int] = ()) -> Pixels:
-        """As `offsite.data.picture_files.look`, in the process of the thread that calls, if there are any.
+        """Like `offsite.data.picture_files.look`, but in the worker process of the calling thread if there are workers.
 
         Raises:
-            DataError: as `look` does, in whichever process.
-            OffsiteError: the process ended.
+            DataError: see `offsite.data.picture_files.look`.
+            OffsiteError: the worker process ended, or the pool was closed.
         """
         if not self.count:
             return look(picture, crop, key)
@@ -94,7 +97,7 @@ class PictureWorkers:
 
 
 class _Served:
-    """One process, as the thread sees it that it works for."""
+    """One worker process, as seen by the thread that uses it."""
 
     def __init__(self) -> None:
         places = os.pathsep.join(place for place in sys.path if place)
@@ -127,7 +130,7 @@ class _Served:
         return pixels
 
     def end(self) -> None:
-        """Without waiting for what it is at."""
+        """Kill the process at once, even if it is working."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -137,7 +140,7 @@ class _Served:
 
 
 def _send(pipe: BinaryIO | Any, facts: Mapping[str, Any], content: bytes | memoryview) -> None:
-    """A line of JSON, then so many bytes as it says."""
+    """Write one line of JSON that gives the number of bytes, then these bytes."""
     pipe.write(json.dumps({**facts, "bytes": len(content)}).encode() + b"\n")
     pipe.write(content)
     pipe.flush()
@@ -155,7 +158,7 @@ def _receive(pipe: BinaryIO | Any) -> tuple[dict[str, Any], bytes]:
 
 
 def _serve() -> None:
-    """Answer until the pipe ends; what libraries print goes to the standard error."""
+    """The worker's main loop: answer requests until the pipe closes. What libraries print goes to standard error."""
     for one in (signal.SIGINT, signal.SIGTERM):  # terminals and batch systems send it to all; who started this decides
         signal.signal(one, signal.SIG_IGN)
     wanted, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")

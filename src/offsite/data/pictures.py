@@ -1,4 +1,4 @@
-"""The pictures of a run: decoded once as long as there is room, cropped, and prepared for one encoder."""
+"""The pictures of a run: decoded, cropped, and prepared for one encoder; cached while there is room."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -13,17 +13,17 @@ from offsite.errors import DataError
 
 
 class Pictures:
-    """Pictures that can be read, decoded once as long as there is room, and prepared for one encoder.
+    """The readable pictures of a list, prepared for one encoder. Decoded pictures stay in memory while there is room.
 
     Args:
-        listed: from `read_pictures`; each is decoded here once, so that a broken one is known before any work.
+        listed: from `read_pictures`. Each is decoded once at the start, so that broken ones are found before any work.
         processor: from `load_processor`.
-        skip_bad: leave broken ones out instead of refusing the data set.
-        workers: who decodes; None takes threads of this process.
+        skip_bad: skip broken pictures instead of refusing the data set.
+        workers: the workers that decode; None uses threads of this process.
 
     Raises:
-        DataError: pictures are broken, each listed by name, or none is left.
-        OffsiteError: a process that decodes ended.
+        DataError: pictures are broken, each listed by name, or no readable picture is left.
+        OffsiteError: a worker process ended.
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class Pictures:
             self._room -= pixels.nbytes
 
     def batch(self, rows: Sequence[int], key: Sequence[int] | None = None) -> Floats:
-        """Pictures as the encoder is given them, (B, 3, Y, X).
+        """Pictures as the encoder's input, (B, 3, Y, X).
 
         Args:
-            rows: which ones.
-            key: with the row it decides how a picture is cropped and mirrored; None takes each as it is.
+            rows: indices of the pictures.
+            key: with the row it seeds the random crop and mirroring; None neither crops at random nor mirrors.
 
         Raises:
             DataError: a picture cannot be read any more.
-            OffsiteError: a process that decodes ended.
+            OffsiteError: a worker process ended.
         """
         self._begin(rows, key)
         coming = [self._coming[self._place(row, key)] for row in rows]
@@ -88,7 +88,7 @@ class Pictures:
         return np.stack([one.result() for one in coming])
 
     def prefetch(self, rows: Sequence[int], key: Sequence[int] | None = None) -> None:
-        """Start preparing pictures that `batch` will be asked for soon, where other processes can do so."""
+        """Start to prepare pictures for a later call of `batch`, if there are worker processes."""
         if self._workers.count:
             self._begin(rows, key)
 
@@ -98,7 +98,7 @@ class Pictures:
                 self._coming[place] = self._workers.submit(self._prepared, place)
 
     def in_order(self, size: int) -> Iterator[tuple[range, Floats]]:
-        """All pictures as they are, so many at once: their rows, and (B, 3, Y, X)."""
+        """Yield all pictures without random crops, `size` at once: their rows, and the pixels (B, 3, Y, X)."""
         for at in range(0, len(self), size):
             rows, after = (range(begin, min(begin + size, len(self))) for begin in (at, at + size))
             self.prefetch(rows)

@@ -1,6 +1,6 @@
 """Files -> records: JSON lines, JSON lists, CSV, TSV, Parquet and Arrow tables.
 
-A record is its number in its file with its fields, or with what is wrong where it has none.
+A record has its number in its file, and its fields; a record that cannot be read has an error text instead of fields.
 """
 
 import csv
@@ -36,14 +36,15 @@ class Record:
 
 
 def read_records(path: Path, wanted: Container[str] | None = None) -> Iterator[Record]:
-    """The records of a file, in order; the format is known by the name, JSON lines where it says nothing.
+    """The records of a file, in order. The file's name gives the format; if it gives none, JSON lines are assumed.
 
     Args:
         path: the file.
-        wanted: names of columns; of a table no others are read, and stand in a record without a value. None is all.
+        wanted: names of the columns to read from a table; other columns are in the record with the value None. None
+            reads all columns.
 
     Raises:
-        DataError: the file is unreadable as a whole.
+        DataError: the file as a whole cannot be read.
         UsageError: the format needs pyarrow, which is not installed.
     """
     if (advice := _REFUSED.get(kind(path))) is not None:
@@ -59,7 +60,7 @@ def read_records(path: Path, wanted: Container[str] | None = None) -> Iterator[R
 
 
 def _from_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Records of JSON lines, of one list, or of one object that holds one list of records."""
+    """The records of JSON lines, of one list, or of one object that holds one list of records."""
     content = read_utf8(path)
     begins = content.lstrip()[:1]
     if begins == b"[" or (begins == b"{" and kind(path) == ".json"):
@@ -85,7 +86,7 @@ def _list_in(value: object) -> list[Any] | None:
 
 
 def parse_line(raw: bytes) -> dict[str, Any] | str:
-    """The fields of a line of JSON, or what is wrong with it."""
+    """The fields of one line of JSON, or a text that says what is wrong with it."""
     try:
         return _as_fields(strict_json(raw))
     except UnicodeDecodeError as error:
@@ -99,7 +100,7 @@ def _as_fields(value: object) -> dict[str, Any] | str:
 
 
 def _from_csv(path: Path, separator: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """The first line names the columns; a record's number is the line on which it begins."""
+    """The records of a CSV file. The first line names the columns; a record's number is the line on which it begins."""
     csv.field_size_limit(_LONGEST_CELL)
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, delimiter=separator)
     names: list[str] = []

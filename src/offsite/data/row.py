@@ -1,4 +1,4 @@
-"""A row of a data set as it was written, and how the data set's fields are to be understood."""
+"""A row of a data set as it was written, and the settings that say what the data set's fields mean."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,9 +10,9 @@ from offsite.data.messages import Turn, words_of
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row; a text and a conversation have no prompt.
+    """One row of a data set. A plain text or a conversation has no prompt.
 
-    A row with a prompt and turns is an instruction: a conversation where the tokenizer has a chat template.
+    A row with both a prompt and turns is an instruction: a conversation if the tokenizer has a chat template.
     """
 
     line: int  # from 1: a line of a text file, a row of a table
@@ -27,17 +27,17 @@ class Row:
 
     @property
     def whole_text(self) -> str:
-        """All of its text, as calibration reads it."""
+        """All text of the row, for calibration."""
         return words_of(self.turns) if self.turns and self.prompt is None else (self.prompt or "") + self.completion
 
     def place(self, source: Path | str = "") -> str:
-        """Its file and line, for errors; `source` names the data set where the file is not known."""
+        """The row's file and line, for error messages; `source` is the data set's name, used if the row has no file."""
         return f"{self.file or source}:{self.line}"
 
 
 @dataclass(frozen=True, slots=True)
 class RowForm:
-    """How the fields of a data set are to be understood, where its own names do not say."""
+    """Settings for a data set whose own field names do not say what the fields mean."""
 
     columns: Mapping[str, str] = field(default_factory=dict)  # a field of ours -> the data set's name for it
     chosen: bool = False  # whether of preferences the chosen answer is taken

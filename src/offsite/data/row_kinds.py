@@ -1,11 +1,11 @@
-"""Records -> rows: what the fields of a data set mean. docs/data.md shows an example of every kind.
+"""Records -> rows: the meaning of a data set's fields. docs/data.md shows an example of every kind of row.
 
-{"messages"} or {"conversations"}     a conversation, labels on what the assistant says
-{"chosen", "rejected"}                preferences: the chosen answer, where that is asked for
-{"question", "choices", "answer"}     multiple choice; tuned on the right choice, scored on all of them
-{"instruction", "input", "output"}    an instruction: a conversation of two turns where the tokenizer has a template
+{"messages"} or {"conversations"}     a conversation, labels on the assistant's answers
+{"chosen", "rejected"}                preferences; the chosen answer is used if the user asks for it
+{"question", "choices", "answer"}     multiple choice; tuned on the right choice, scored on all choices
+{"instruction", "input", "output"}    an instruction: a conversation of two turns if the tokenizer has a chat template
 {"prompt", "completion"}              labels on the completion
-{"text"}                              a text, labelled throughout
+{"text"}                              a plain text, labels on all of it
 """
 
 from collections.abc import Callable, Mapping
@@ -53,12 +53,12 @@ def question_prompt(question: str) -> str:
 
 
 def choice_completion(choice: str) -> str:
-    """What completes that prompt."""
+    """A choice as the completion that follows the prompt of `question_prompt`."""
     return f" {choice}"
 
 
 def parse_row(fields: Fields, number: int, form: RowForm | None = None) -> Row | str:
-    """The row, or everything that is wrong with it; fields that no kind of row has are left alone."""
+    """The row of a record, or a text with everything that is wrong with it. Fields of no kind of row are ignored."""
     form = form or RowForm()
     missing = [f"{theirs!r}" for theirs in form.columns.values() if theirs not in fields]
     if missing:
@@ -83,14 +83,14 @@ def _names(fields: Fields) -> str:
 
 
 def _as_named(value: object) -> object:
-    """The value of a column that --columns names: a class by its name, a number by its digits."""
+    """The value of a column that --columns names: numbers become text, other values (also classes) are unchanged."""
     if isinstance(value, ClassNumber):
         return value
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _kind(fields: Fields, form: RowForm) -> Callable[[Fields, int], Row | str] | None:
-    """What makes a row of fields with these names; None where they are of no kind, or of several."""
+    """The function that parses rows with these fields; None if the fields fit no kind of row, or several kinds."""
     names = set(fields)
     if form.chosen and "chosen" in names:
         return _preference
@@ -125,13 +125,13 @@ def _as_text(value: Any) -> Any:
 
 
 def _system(fields: Fields) -> tuple[Turn, ...]:
-    """The turn of a column `system`; nothing where it has no words."""
+    """The system turn from a column `system`; empty if the column has no words."""
     value = fields.get("system")
     return (Turn("system", value),) if isinstance(value, str) and value.strip() else ()
 
 
 def _settings(fields: Fields) -> dict[str, Any] | str:
-    """What else the chat template is given: tools, documents, arguments of its own."""
+    """Further inputs for the chat template: tools, documents, its own arguments; an error text if malformed."""
     tools = parse_tools(fields.get("tools"))
     if isinstance(tools, str):
         return tools
@@ -173,7 +173,7 @@ def _not_learnt(turn: Turn) -> Turn:
 
 
 def _preference(fields: Fields, number: int) -> Row | str:
-    """The chosen answer; what it shares with the rejected one is the prompt, where there is none."""
+    """The row of the chosen answer. If there is no prompt, the common start of both answers becomes the prompt."""
     chosen, rejected, prompt = (parsed_json(fields.get(name)) for name in ("chosen", "rejected", "prompt"))
     instruction = fields.get("instruction")
     if isinstance(chosen, Mapping):  # of ShareGPT: one turn each, after 'conversations'
@@ -208,7 +208,7 @@ def _chosen_turns(fields: Fields, chosen: list[Any], rejected: object, prompt: o
 
 
 def _instruction(fields: Fields, number: int) -> Row | str:
-    """Alpaca's instruction, input and output, and the names that Dolly has for them."""
+    """The row of an instruction, with the field names of Alpaca (instruction, input, output) or those of Dolly."""
     output = _as_text(next(fields[name] for name in _OUTPUTS if name in fields))
     given = _as_text(next((fields[name] for name in _INPUTS if name in fields), ""))
     instruction = _as_text(fields["instruction"])
@@ -253,7 +253,7 @@ def _multiple_choice(fields: Fields, number: int) -> Row | str:
 
 
 def _index(answer: object, labels: list[Any], count: int) -> int | None:
-    """Which choice is right: by its label, by its number from 0, or by its letter from A."""
+    """The index of the right choice, given as its label, its number from 0, or its letter from A; None if not found."""
     if isinstance(answer, bool):
         return None
     if isinstance(answer, str) and answer.strip() in labels:

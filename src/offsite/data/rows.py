@@ -1,4 +1,4 @@
-"""Data sets -> rows. docs/data.md shows an example of every kind; `offsite.data.row_kinds` knows what fields mean."""
+"""Data sets -> rows. docs/data.md shows an example of every kind; `offsite.data.row_kinds` parses the fields."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,11 +20,11 @@ def read_rows(data: DataPaths, form: RowForm | None = None, part: Part = "train"
 
     Args:
         data: files, folders or patterns, as docs/data.md lists them.
-        form: how fields are to be understood.
-        part: of a data set with several parts, the one for training or the one held out.
+        form: settings that say what the fields mean.
+        part: for a data set with several parts, whether to read the training part or the held-out part.
 
     Raises:
-        DataError: unreadable, without a row, or with bad rows, each listed by file, line and field.
+        DataError: a data set cannot be read, has no row, or has bad rows; each is listed with its file, line and field.
         UsageError: the format needs a package that is not installed.
     """
     rows: list[Row] = []
@@ -50,7 +50,7 @@ def read_rows(data: DataPaths, form: RowForm | None = None, part: Part = "train"
 
 
 def _rows_in(file: Path, form: RowForm, shown: Path) -> Iterator[Row | tuple[str, str]]:
-    """Rows of one file, and where and what is wrong with the others."""
+    """The rows of one file; for each bad row its place and its problem instead."""
     if kind(file) == ".txt":
         yield Row(1, None, read_text(file), document=True, file=file)
         return
@@ -61,7 +61,7 @@ def _rows_in(file: Path, form: RowForm, shown: Path) -> Iterator[Row | tuple[str
 
 
 def _listed(problems: Sequence[tuple[str, str]], *, every: bool) -> list[str]:
-    """Problems with the rows that have them; what is wrong with every row of a file is reported once."""
+    """One text for each problem, with its place. If all rows of a file have the same problem, it is listed once."""
     place, what = problems[0]
     if every and len(problems) > 1 and all(other == what for _, other in problems):
         return [f"{place}: {what}", f"and the same of {len(problems) - 1} more"]
@@ -69,11 +69,11 @@ def _listed(problems: Sequence[tuple[str, str]], *, every: bool) -> list[str]:
 
 
 def counted(items: Sequence[object], word: str) -> str:
-    """A count with its word: 1 row, 2 rows."""
+    """A count with its noun: "1 row", "2 rows"."""
     return f"{len(items)} {word}{'' if len(items) == 1 else 's'}"
 
 
 def first(lines: Sequence[str]) -> list[str]:
-    """The first lines of a long list of problems, and how many more there are."""
+    """The first lines of a list of problems; if the list is long, a last line gives the number of the others."""
     more = len(lines) - _LISTED
     return [*lines[:_LISTED], *([f"and {more} more"] if more > 0 else [])]

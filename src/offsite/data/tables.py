@@ -1,4 +1,4 @@
-"""Tables -> records: Parquet files, Arrow files and streams, with the names of classes that datasets stores in them.
+"""Tables -> records: Parquet files, Arrow files and streams, with the class names that Hugging Face datasets stores.
 
 They are read with pyarrow (the extra `data`), never with code that came with the data.
 """
@@ -18,26 +18,26 @@ _FILE_MARK = b"ARROW1"  # of an Arrow file; without it, it is a stream
 
 
 class ClassNumber(int):
-    """The number of a class that has a name too."""
+    """The number of a class, with the name of the class as `name`."""
 
     name: str
 
     def __new__(cls, number: int, name: str) -> "ClassNumber":
-        """A number with its name."""
+        """Make a number that has a name."""
         made = super().__new__(cls, number)
         made.name = name
         return made
 
 
 def read_table(path: Path, wanted: Container[str] | None) -> Iterator[dict[str, Any]]:
-    """The rows of a table; names of columns that were not read stand in a row without a value.
+    """The rows of a table. Columns that were not read are in a row with the value None.
 
     Args:
         path: a Parquet or Arrow file.
-        wanted: names of the columns to read; None is all.
+        wanted: names of the columns to read; None reads all.
 
     Raises:
-        DataError: the file is unreadable, or names a column twice.
+        DataError: the file cannot be read, or two columns have the same name.
         UsageError: pyarrow is not installed.
     """
     done = 0
@@ -57,14 +57,14 @@ def read_table(path: Path, wanted: Container[str] | None) -> Iterator[dict[str, 
 
 
 def features_of(path: Path) -> Mapping[str, Any]:
-    """What Hugging Face datasets says of the columns of a table, by name; nothing where it says nothing."""
+    """The column types that Hugging Face datasets stored in a table, by column name; empty if there are none."""
     for _, features, _ in _batches(path, ()):
         return features
     return {}
 
 
 def class_names(feature: object) -> list[str]:
-    """The names of a column's classes, by number; nothing where it is no column of classes."""
+    """The names of a column's classes, in the order of their numbers; empty if the column does not hold classes."""
     if not isinstance(feature, Mapping) or feature.get("_type") != "ClassLabel":
         return []
     names = feature.get("names")
@@ -72,7 +72,7 @@ def class_names(feature: object) -> list[str]:
 
 
 def _batches(path: Path, wanted: Container[str] | None) -> Iterator[tuple[Sequence[str], Mapping[str, Any], Any]]:
-    """Names of columns, what is said of them, and rows as an Arrow batch, again and again."""
+    """The table in batches, each as all column names, the types of the columns, and rows (an Arrow batch)."""
     arrow = require("pyarrow", "data", "reading Parquet and Arrow tables")
     source = arrow.BufferReader(read_bytes(path)) if is_compressed(path) else path.open("rb")
     with source as file:
@@ -97,7 +97,7 @@ def _batches(path: Path, wanted: Container[str] | None) -> Iterator[tuple[Sequen
 
 
 def _features(schema: Any, path: Path) -> Mapping[str, Any]:
-    """Features from the schema's metadata, or from dataset_info.json beside the file."""
+    """The column types, from the schema's metadata or from dataset_info.json in the same folder."""
     stored = (schema.metadata or {}).get(_FEATURES)
     try:
         if stored is not None:

@@ -1,7 +1,7 @@
-"""Files -> text: what encodings and compression a data set may have, and what the end of a name says.
+"""Files -> text: the encodings and compressions that a data set may have, and the meaning of file name suffixes.
 
-Compression is known by a file's first bytes, since a browser may have taken it off and left the name. Text is UTF-8, or
-UTF-16 or UTF-32 (with a mark, or known by its zeros).
+Compression is detected from a file's first bytes, since a browser may have decompressed the file and kept its name.
+Text is UTF-8, or UTF-16 or UTF-32 (detected by a byte-order mark or by zero bytes).
 """
 
 import bz2
@@ -27,7 +27,7 @@ _MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
 
 
 def kind(path: Path) -> str:
-    """The end of a file's name that says what it is, in lower case and without that of a compression."""
+    """The suffix that gives a file's format, in lower case; a suffix of compression, such as ".gz", is ignored."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
@@ -40,7 +40,7 @@ def is_compressed(path: Path) -> bool:
 
 
 def unreadable(path: Path, why: str) -> DataError:
-    """The error of a data set that cannot be read as a whole."""
+    """The error for a data set that as a whole cannot be read."""
     return DataError(f"cannot read the data set {path}: {why}", next_step=f"check the path; it is {EXPECTED}")
 
 
@@ -48,8 +48,8 @@ def read_bytes(path: Path) -> bytes:
     """The bytes of a file, decompressed.
 
     Raises:
-        DataError: it cannot be read.
-        UsageError: it is Zstandard, and neither Python nor pyarrow is there to read it.
+        DataError: the file cannot be read.
+        UsageError: the file is Zstandard, and neither Python nor pyarrow can decompress it here.
     """
     try:
         content = path.read_bytes()
@@ -78,10 +78,10 @@ def _from_zstandard(content: bytes) -> bytes:
 
 
 def read_utf8(path: Path) -> bytes:
-    """The bytes of a text file as UTF-8, without a mark; what is not UTF-16 or UTF-32 is left as it is.
+    """The bytes of a text file as UTF-8, without a byte-order mark. Files not in UTF-16 or UTF-32 are not converted.
 
     Raises:
-        DataError: it cannot be read, or is broken UTF-16 or UTF-32.
+        DataError: the file cannot be read, or is broken UTF-16 or UTF-32.
     """
     content = read_bytes(path)
     encoding: str = json.detect_encoding(content[:4]) if content else "utf-8"
@@ -101,10 +101,10 @@ def read_utf8(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """A plain text file; not a character is changed but for a byte-order mark.
+    """The text of a plain text file, unchanged except that a byte-order mark is removed.
 
     Raises:
-        DataError: unreadable, neither UTF-8 nor UTF-16 nor UTF-32, or empty.
+        DataError: the file cannot be read, is empty, or is not UTF-8, UTF-16 or UTF-32.
     """
     try:
         text = read_utf8(path).decode("utf-8")

@@ -1,8 +1,8 @@
-"""Rows -> token ids: the one tokenisation that tuning, evaluation and generation share.
+"""Rows -> token ids. Tuning, evaluation and generation all use this one tokenisation.
 
-An example of a prompt row is BOS + prompt and completion, encoded as one text, + EOS; the loss is on the completion and
-EOS (on all of a text and EOS). A conversation is what the tokenizer's chat template makes of it, with the loss on what
-the assistant says. A long text is cut into blocks.
+A row with a prompt becomes BOS + prompt and completion (encoded as one text) + EOS; the loss is on the completion and
+EOS. For a plain text the loss is on the whole text and EOS. A conversation is rendered by the tokenizer's chat
+template, with the loss on the assistant's answers. A long text is cut into blocks.
 """
 
 from collections import Counter
@@ -38,22 +38,23 @@ def encode(
     max_length: int,
     long_rows: LongRows = "error",
 ) -> Encoded:
-    """Tokenise rows as tuning, evaluation and generation all see them.
+    """Tokenise rows for tuning, evaluation and generation.
 
-    Prompt and completion are one text, encoded as a whole; a token across their border carries a label. The tokenizer
-    adds nothing by itself; BOS (where it has one) and EOS are put here, unless the row's own text brings them.
+    Prompt and completion are encoded together as one text; a token across their border carries a label. The tokenizer's
+    own additions are off: BOS (if the tokenizer has one) and EOS are added here, unless the row's text contains them.
 
     Args:
         rows: from `read_rows`.
-        tokenizer: of the model.
-        source: the data set that the rows are from, for errors.
-        max_length: longest example in tokens, BOS and EOS included; also the length of a long text's blocks.
-        long_rows: longer ones are an error, cut (a prompt loses its start, then a completion its end; a conversation
-            its end), or left out.
+        tokenizer: the model's tokenizer.
+        source: the data set of the rows, for error messages.
+        max_length: maximum tokens of an example, with BOS and EOS; also the length of a long text's blocks.
+        long_rows: whether longer rows are an error, are cut (a prompt loses its start, then a completion its end; a
+            conversation loses its end), or are left out.
 
     Raises:
-        DataError: long rows under "error", all listed; conversations that cannot be labelled; or no row is left.
-        IncompatibleError: the tokenizer does not show where labels begin.
+        DataError: there are long rows and `long_rows` is "error" (all are listed), conversations cannot be labelled, or
+            no row is left.
+        IncompatibleError: the tokenizer does not show which token a label begins with.
     """
     examples, long, skipped, cut = [], [], 0, 0
     dropped: Counter[str] = Counter()
@@ -92,10 +93,10 @@ def encode_choices(
     max_length: int,
     long_rows: LongRows = "error",
 ) -> list[Choices]:
-    """Tokenise the multiple-choice rows among `rows`: BOS, prompt and a choice, for each choice; no EOS.
+    """Tokenise the multiple-choice rows of `rows`: for each choice BOS, prompt and choice, without EOS.
 
     Raises:
-        DataError: a choice is too long under "error", all listed.
+        DataError: a choice is too long and `long_rows` is "error"; all such rows are listed.
     """
     found, long, name = [], [], name_of(source)
     for row in rows:
@@ -125,7 +126,7 @@ def _require_short(long: Sequence[str], source: str) -> None:
 
 
 def encode_prompt(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The ids that a model is given before it answers a row: those that `encode` puts before the first label."""
+    """The token ids that a model reads before it answers a row: those before the first label in `encode`'s result."""
     (draft,) = _drafts([row], tokenizer, "", 1)
     return draft.start if draft.places is None else draft.answer[: draft.places[0]]
 
@@ -165,7 +166,7 @@ class _Draft:
 def _drafts(
     rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", source: str, max_length: int
 ) -> Iterator[_Draft]:
-    """Every row as tokens, in order; a long text is several."""
+    """The tokens of every row, in order; a long text gives several drafts."""
     if not tokenizer.chat_template and any(row.turns and row.prompt is None for row in rows):
         require_template(tokenizer)
     template, problems = ChatTemplate(tokenizer), []
@@ -192,7 +193,7 @@ def _refused(problems: Sequence[str], source: str) -> DataError:
 
 
 def _as_text(row: Row, template: ChatTemplate) -> Conversation:
-    """What the model reads of a row, and which of it carries labels; of a long text, nothing yet."""
+    """The text of a row and the spans that carry labels; empty for a long text, which is cut into blocks later."""
     if row.document:
         return Conversation("", ())
     if row.turns and (row.prompt is None or template.tokenizer.chat_template):
@@ -219,7 +220,7 @@ def _encoded(
 def _conversation_draft(
     row: Row, said: Conversation, encoding: Encoding, tokenizer: "PreTrainedTokenizerBase"
 ) -> _Draft:
-    """The tokens of `apply_chat_template`; nothing is added but an end token where no answer would have one."""
+    """The tokens of `apply_chat_template`, plus EOS if the template writes no end-of-turn token."""
     places = sorted({place for span in said.labelled for place in encoding.tokens_of(*span)})
     ids = encoding.ids
     if said.lacks_end:
@@ -228,7 +229,7 @@ def _conversation_draft(
 
 
 def _choice_drafts(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[_Draft]:
-    """The choices of a question, each behind the prompt and without an end token."""
+    """The choices of a question, each after the prompt and without EOS."""
     prompt = row.prompt or ""
     texts = [prompt + choice for choice in row.choices]
     drafts = []
@@ -240,9 +241,10 @@ def _choice_drafts(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[_Draf
 
 
 def _blocks(row: Row, text: list[int], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Iterator[_Draft]:
-    """Every token of a text (and EOS) once under a label, but for the first where nothing can predict it.
+    """The blocks of a long text. Every token (and EOS) is a label once, except a first token that nothing can predict.
 
-    A block starts with a BOS, or where the tokenizer has none with the last token of the block before, unlabelled.
+    A block starts with BOS. If the tokenizer has no BOS, a block starts with the last token of the previous block,
+    which carries no label.
     """
     bos = tokenizer.bos_token_id
     ids = text[1:] if text[:1] == [bos] else text

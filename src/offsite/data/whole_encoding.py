@@ -1,8 +1,8 @@
-"""A text -> the tokens of one whole encoding, and which of them stand for a stretch of the text.
+"""A text -> the tokens of the whole text, and which of these tokens belong to a span of the text.
 
-A text that is encoded in pieces has other tokens than the model was trained on: tokenizers with prefix marks (Llama 2,
-Mistral, Phi 3) start every piece with one, and words are merged over the border. So texts are encoded whole, and the
-borders of labels are found by the tokenizer's offsets.
+A text encoded in pieces gives other tokens than those that the model was trained on: some tokenizers (Llama 2,
+Mistral, Phi 3) put a prefix mark before every piece, and words can merge across a border. So texts are encoded whole,
+and the tokens at the borders of labels are found by the tokenizer's offsets.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,14 +22,14 @@ _LOOSE_END = 8  # tokens at a border that may differ when the text before it is 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """The tokens of one text, without any that the tokenizer would add at its ends."""
+    """The tokens of one text, without the tokens that the tokenizer would add at its start and end."""
 
     ids: list[int]
     begins: npt.NDArray[np.int64]  # (T,) character of the text at which each token begins
     ends: npt.NDArray[np.int64]  # (T,) and the one behind its last
 
     def tokens_of(self, begin: int, end: int) -> range:
-        """Positions of the tokens with a character in text[begin:end]; one across a border counts as inside."""
+        """Positions of the tokens with a character in text[begin:end]; a token across a border is included."""
         # a prefix mark before the text has no character of its own
         first = int(np.searchsorted(self.ends, begin, side="right")) if begin else 0
         last = int(np.searchsorted(self.begins, end, side="left"))
@@ -39,16 +39,16 @@ class Encoding:
 def encode_whole(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", borders: Sequence[Sequence[int]]
 ) -> Iterator[Encoding]:
-    """Encode texts, each as one whole.
+    """Encode several texts, each as one whole.
 
     Args:
-        texts: to encode, not too many at once: offsets take much more memory than ids.
-        tokenizer: of the model.
-        borders: for each text, the characters at which a label begins or ends. Where the tokenizer has no offsets,
-            only these are known in the encodings.
+        texts: the texts; not too many at once, since offsets need much more memory than ids.
+        tokenizer: the model's tokenizer.
+        borders: for each text, the characters at which labels begin or end. For a tokenizer without offsets,
+            `Encoding.tokens_of` is exact only at these characters.
 
     Raises:
-        IncompatibleError: the tokenizer has no offsets, and encodes the text before a border differently alone.
+        IncompatibleError: the tokenizer has no offsets, and encodes the text before a border differently on its own.
     """
     if not texts:  # which tokenizers take ill
         return
@@ -62,7 +62,7 @@ def encode_whole(
 
 
 def encode_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The ids of a text, without any that the tokenizer would add at its ends."""
+    """The token ids of a text, without those that the tokenizer would add at its start and end."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
@@ -75,7 +75,10 @@ def _with_offsets(ids: list[int], offsets: npt.NDArray[np.int64]) -> Encoding:
 
 
 def _without_offsets(text: str, tokenizer: "PreTrainedTokenizerBase", borders: Sequence[int]) -> Encoding:
-    """Borders of a tokenizer without offsets: where the ids of the whole leave those of the text before the border."""
+    """Encode a text with a tokenizer that has no offsets.
+
+    A border is at the first token where the ids of the whole text differ from the ids of the text before it alone.
+    """
     ids = encode_ids(text, tokenizer)
     places = sorted({0, *borders, len(text)})
     regions = np.zeros(len(ids), dtype=np.int64)  # which stretch between two borders a token is in
