@@ -1,1 +1,1 @@
-"""The owner's stages: import, pack, intake, plug in."""
+"""The model owner's steps: import a model, pack a bundle, take in a return, plug it in."""

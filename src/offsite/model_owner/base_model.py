@@ -1,4 +1,4 @@
-"""A base checkpoint, opened: its row of the architecture table, its config, and its tensors by today's names."""
+"""Opening a base checkpoint: its row of the architecture table, its config, and its tensors under current names."""
 
 import hashlib
 import hmac
@@ -24,7 +24,11 @@ FileStates = tuple[tuple[str, int, int, int], ...]  # of each file its name, ino
 
 @dataclass(frozen=True)
 class BaseModel:
-    """An opened base; `tensors` holds what travels, without legacy buffers and without the copy of a tied head."""
+    """An opened base model; no weights are in memory.
+
+    `tensors` maps each tensor's current name to its place in a file. It leaves out legacy buffers and the stored copy
+    of a tied head.
+    """
 
     folder: Path
     config: Mapping[str, Any]
@@ -34,18 +38,21 @@ class BaseModel:
     states: FileStates = ()  # of the files of its weights, when they were opened
 
     def block(self, index: int) -> dict[str, TensorRange]:
-        """The tensors of one block by their path in it."""
+        """The tensors of the block with this index, keyed by their path inside the block."""
         start = self.family.in_block(index, "")
         return {name[len(start) :]: tensor for name, tensor in self.tensors.items() if name.startswith(start)}
 
 
 def open_base(base: Base) -> BaseModel:
-    """Open a base folder; only its config and the headers of its weights are read, and a tied head that is stored.
+    """Open a base folder.
+
+    Reads the config and the headers of the weight files. Values are read only if the config ties the head to the
+    embedding and the files hold a head too: the two must be equal.
 
     Raises:
         StorageError: config or weights are missing or broken.
-        IncompatibleError: the family is not supported, tensors are missing or left over, or a head that the config ties
-            is another than the embedding.
+        IncompatibleError: the family is not supported, tensors are missing or unexpected, or the files hold a tied head
+            that differs from the embedding.
         UsageError: the folder is a bundle or a return.
     """
     _require_base(base.folder)
@@ -71,10 +78,10 @@ def open_base(base: Base) -> BaseModel:
 
 
 def _require_base(folder: Path) -> None:
-    """Refuse what only looks like a base; a merged plug-in may be one.
+    """Raise an error if the folder is a bundle or a return; a merged plug-in is accepted as a base.
 
     Raises:
-        UsageError: it is a bundle or a return.
+        UsageError: the folder is a bundle or a return.
     """
     kind = read_unverified(folder).kind if (folder / MANIFEST).exists() else "base"
     if kind in ("bundle", "return"):
@@ -86,10 +93,12 @@ def _token_embedding(family: Architecture) -> str:
 
 
 def _require_copy(head: TensorRange, embedding: TensorRange | None) -> None:
-    """Refuse a stored head that the config ties and that is none: transformers takes such a head for the model's own.
+    """Raise an error if a stored head differs from the embedding to which the config ties it.
+
+    transformers would use such a head as a separate one, so the model would differ from its config.
 
     Raises:
-        IncompatibleError: it is not the embedding, bit for bit.
+        IncompatibleError: the head does not equal the embedding bit for bit.
     """
     if embedding is None:
         return  # what is missing is told with the rest
@@ -103,7 +112,11 @@ def _require_copy(head: TensorRange, embedding: TensorRange | None) -> None:
 
 
 def by_todays_names(family: Architecture, stored: TensorRange) -> dict[str, TensorRange]:
-    """What a tensor of a base's file is by today's names: nothing for a buffer, each matrix for stacked experts."""
+    """The tensors that a stored tensor stands for, keyed by the names that current transformers use.
+
+    The result is empty for a buffer, holds one tensor in most cases, and holds every single matrix where a file stacks
+    those of all experts.
+    """
     name = family.name_of(stored.name)
     if name is None:
         return {}
@@ -117,10 +130,11 @@ def by_todays_names(family: Architecture, stored: TensorRange) -> dict[str, Tens
 
 
 def family_of(config: Mapping[str, Any]) -> Architecture:
-    """The row of a base's config.
+    """The row of the architecture table for a base's config.
 
     Raises:
-        IncompatibleError: there is none, and the error holds the one to add; or a switch is on that the row refuses.
+        IncompatibleError: the table has no such row (the error then shows a row to add), or the config turns on an
+            option that the row does not support.
     """
     if str(config.get("model_type")) not in ARCHITECTURES:
         from offsite.models.detect import unknown_family
@@ -177,10 +191,10 @@ def _states_of(files: Iterable[Path]) -> FileStates:
 
 
 def require_unchanged(model: BaseModel) -> None:
-    """Refuse what was made of a base that somebody wrote to after it was opened.
+    """Raise an error if the base's weight files changed after the base was opened.
 
     Raises:
-        IncompatibleError: a file of its weights is another one, or was written to.
+        IncompatibleError: a weight file was replaced or written to.
     """
     now = _states_of(tensor.file for tensor in model.tensors.values())
     changed = sorted({name for name, *_ in set(model.states) ^ set(now)})
@@ -193,14 +207,15 @@ def require_unchanged(model: BaseModel) -> None:
 
 
 def fingerprint(model: BaseModel, identity: Identity, base: Base | None = None) -> str:
-    """What a bundle says of its base: HMAC-SHA256 over names, dtypes, shapes and bytes, keyed by the owner's secret.
+    """The fingerprint of a base in its bundles: HMAC-SHA256 over tensor names, dtypes, shapes and bytes.
 
-    Only the owner can compute it, so nobody can confirm a guess at which model it is. Reads every weight once.
+    The key is the owner's secret, so nobody else can compute the fingerprint and confirm a guess of the base model.
+    Reads every weight once.
 
     Args:
         model: the opened base.
-        identity: the owner's.
-        base: which remembers it, so that the weights are read once while their files stay as they are.
+        identity: the model owner's, which holds the secret.
+        base: caches the fingerprint, so that the weights are not read again while their files are unchanged.
     """
     known = base.fingerprints if base is not None else {}
     key = (identity.public_key.hex, model.states)

@@ -1,6 +1,7 @@
-"""Running a base model block by block: at any time one block's weights are in memory, whatever the model's size.
+"""Running a base model block by block: one block's weights are in memory at a time, whatever the model's size.
 
-Only what trains or judges a whole emulator holds more: a stack of blocks, with the model's end behind it on request.
+Only training or scoring a whole emulator loads more: a stack of blocks and, on request, top blocks, final norm and
+head.
 """
 
 import contextlib
@@ -35,7 +36,10 @@ class _ReachedBlock(Exception):  # noqa: N818  a signal, caught where it is rais
 
 @dataclass(frozen=True)
 class LoadedBlock:
-    """One block with its weights, and what the model around it hands to a block beside the hidden state."""
+    """One block with its weights, inside a model without other blocks.
+
+    The model around the block computes the other inputs of a block, such as masks and position embeddings.
+    """
 
     module: nn.Module
     surrounding: nn.Module
@@ -43,11 +47,14 @@ class LoadedBlock:
     vision: bool = False
 
     def embed(self, ids: Tensor) -> Tensor:
-        """What enters the first block: ids (B, T), or pixels (B, 3, Y, X) -> hidden (B, T, H) in float32."""
+        """The input of the first block: ids (B, T), or pixels (B, 3, Y, X) -> hidden (B, T, H) in float32."""
         return self._reach(ids).hidden.float()
 
     def __call__(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """One block's forward pass: inputs for positions and masks, hidden (B, T, H) -> (B, T, H) in float32."""
+        """Run the block: hidden (B, T, H) -> hidden (B, T, H) in float32.
+
+        `ids`, token ids (B, T) or pixels (B, 3, Y, X), serve to compute masks and position embeddings.
+        """
         call = self._reach(ids)
         with torch.no_grad(), self._autocast():
             output = self.module(hidden, *call.arguments, **call.settings)
@@ -84,7 +91,7 @@ class _LeftStack(Exception):  # noqa: N818  a signal, caught where it is raised 
 
 @dataclass(frozen=True)
 class LoadedStack:
-    """Neighbouring blocks of an emulator with their weights; one that stands in several places is there once."""
+    """Consecutive blocks of an emulator with their weights; a block that is used several times is loaded once."""
 
     parameters: Mapping[str, nn.Parameter]  # of the blocks, by base index and path in the module
     whole: nn.Module
@@ -94,11 +101,11 @@ class LoadedStack:
     vision: bool = False
 
     def __call__(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Of a batch, what enters the first block (B, T, H) -> what leaves the watched ones (B, T, H), differentiable.
+        """Run the emulator's blocks on one batch, differentiably; the result is the hidden state after them, (B, T, H).
 
         Args:
-            ids: (B, T), or pixels (B, 3, Y, X): the model around the blocks makes positions and masks of them.
-            hidden: in place of what it would hand to the first block.
+            ids: token ids (B, T), or pixels (B, 3, Y, X), from which the model computes masks and position embeddings.
+            hidden: the input of the first block, (B, T, H); replaces the embedding's output.
         """
 
         def leave(_: nn.Module, __: object, output: Any) -> None:
@@ -118,7 +125,11 @@ class LoadedStack:
         raise IncompatibleError(f"{type(self.whole).__name__} does not call its blocks in order")
 
     def to_the_end(self, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """As a call, but through the head too: (B, T, H), and the mean nats of the tokens after the first."""
+        """Run the emulator's blocks, the blocks after them and the head, on one batch.
+
+        The result is the hidden state after the emulator's blocks, (B, T, H), and the mean cross-entropy in nats per
+        token, without the first token of each sequence. Arguments as for a call.
+        """
         seen: list[Tensor] = []
         handle = self.blocks[self.watched - 1].register_forward_hook(lambda _, __, output: seen.append(_state(output)))
         try:
@@ -156,14 +167,18 @@ def _state(output: Any) -> Tensor:
 
 
 class BlockRunner:
-    """Loads single blocks of a base; the hidden state stays in float32, matrix products run in the machine's dtype."""
+    """Loads blocks of a base; hidden states stay in float32, matrix products run in the compute dtype."""
 
     def __init__(self, model: BaseModel, machine: Runtime) -> None:
         self._model, self._device, self._compute = model, machine.device, machine.dtype
         self._outer = {name: self._read(name) for name in model.family.embedding_tensors(model.config)}
 
     def load(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> LoadedBlock:
-        """One block of the base, some of its tensors replaced by path; behind it an affine map, if there is one."""
+        """Load one block of the base.
+
+        `replaced` holds new tensors for it, keyed by path in the block. If these include an affine map, it runs after
+        the block.
+        """
         family = self._model.family
         surrounding = self._skeleton([index])
         block = surrounding.get_submodule(family.block_module(0))
@@ -185,13 +200,14 @@ class BlockRunner:
     def stack(
         self, emulator: Sequence[int], after: Sequence[int], changed: Mapping[str, TensorRange], *, whole: bool
     ) -> LoadedStack:
-        """The emulator's blocks in the machine's dtype, frozen.
+        """Load the emulator's blocks in the compute dtype, frozen.
 
         Args:
-            emulator: base indices of its blocks, in order.
-            after: base indices of blocks behind it.
-            changed: tensors that take the place of the base's, and those of maps behind blocks, by base name.
-            whole: load final norm and head as well, so that a pass can go on to the end.
+            emulator: base indices of the emulator's blocks, in order.
+            after: base indices of the blocks that run after the emulator, in order.
+            changed: tensors that replace the base's, and tensors of affine maps after blocks; keys are tensor names in
+                the base.
+            whole: also load final norm and head, so that `to_the_end` can run.
         """
         family, model = self._model.family, self._model
         indices = (*emulator, *after)
@@ -227,7 +243,7 @@ class BlockRunner:
         return LoadedStack(parameters, surrounding.eval(), blocks, len(emulator), cap, family.vision is not None)
 
     def _skeleton(self, indices: Sequence[int]) -> Any:
-        """A model of these blocks without weights."""
+        """A model of these blocks whose tensors hold no values."""
         settings = subset_config(self._model, indices)
         if (
             self._model.family.vision is not None
@@ -245,7 +261,10 @@ class BlockRunner:
     def _weights(
         self, index: int, block: nn.Module, read: Callable[[str], Tensor], dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """The parameters of a block, by path in the module; stacks of experts are filled matrix by matrix."""
+        """The parameters of a block, keyed by path in the module.
+
+        Where the module stacks experts in one tensor, the stack is filled matrix by matrix.
+        """
         family, start = self._model.family, self._model.family.in_block(index, "")
         stacks = {
             path: torch.empty(parameter.shape, device=self._device, dtype=dtype)
@@ -267,7 +286,10 @@ class BlockRunner:
 
 @contextlib.contextmanager
 def captured_inputs(block: LoadedBlock, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """While the block runs, keep what last entered some of its linear layers, by path in the module."""
+    """Record the inputs of some linear layers while a block runs.
+
+    `paths` are the layers' paths in the module. The yielded dict maps each path to the input of the layer's last call.
+    """
     seen: dict[str, Tensor] = {}
 
     def keep(path: str, _: nn.Module, arguments: tuple[Any, ...]) -> None:

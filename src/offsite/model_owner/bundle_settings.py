@@ -1,4 +1,4 @@
-"""What a bundle holds beside its weights: config, and tokenizer or image processor. Torch-free."""
+"""The files of a bundle other than its weights: config, and tokenizer or image processor. Torch-free."""
 
 import json
 from collections.abc import Sequence
@@ -26,10 +26,12 @@ from offsite.storage.strict_json import strict_json
 def settings_files(
     model: BaseModel, kept: Sequence[int], dtype: str, declared: Declared | None = None
 ) -> dict[str, bytes]:
-    """What a bundle holds beside its weights, by file name: config, and tokenizer or image processor, cleaned.
+    """The contents of a bundle's settings files, keyed by file name: config, and tokenizer or image processor.
+
+    Keys that a bundle may not contain are removed.
 
     Raises:
-        IncompatibleError: a file holds what may not travel.
+        IncompatibleError: a file holds settings that a bundle may not contain.
         StorageError: there is no tokenizer, or a file cannot be read.
     """
     config = bundle_config(model, kept, dtype)
@@ -48,7 +50,7 @@ def settings_files(
 
 
 def _input_files(model: BaseModel) -> list[Path]:
-    """What makes inputs of text, or of images."""
+    """The tokenizer's files of a language model, or the image processor's file of an image encoder."""
     if model.family.vision is None:
         return _tokenizer_files(model)
     if not (model.folder / PROCESSOR).is_file():

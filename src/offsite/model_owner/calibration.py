@@ -1,7 +1,8 @@
-"""Calibration text: what the owner runs through its model to choose and heal the emulator's blocks.
+"""Calibration data: the text or pictures that the model owner runs through its model to select and heal blocks.
 
-Never the data owner's: it is the owner's own file (plain text, or rows of any kind), or the text that ships with this
-package. For an image encoder it is a folder of the owner's own pictures, or crops of photos that come with another.
+They never come from the data owner. For a language model they are a file of the owner's (plain text, or rows of any
+kind), or the text that this package contains. For an image encoder they are a folder of the owner's pictures, or crops
+of the photos in scikit-image.
 """
 
 from collections.abc import Sequence
@@ -25,13 +26,14 @@ CALIBRATION_BATCH = 8  # sequences, or pictures, that run at once
 
 
 def calibration_batches(model: BaseModel, file: Path | None, tokens: int) -> list[Tensor]:
-    """Token ids of the calibration text, in batches (B, T); each sequence starts with a BOS if there is one.
+    """The calibration data as model inputs, in batches.
 
-    Of an encoder, pictures as it is given them, (B, 3, Y, X): about as many as have that many tokens.
+    For a language model: token ids (B, T), each sequence starting with BOS if the tokenizer has one. For an image
+    encoder: pixels (B, 3, Y, X), as many pictures as make about `tokens` tokens.
 
     Raises:
         DataError: the text cannot be read or is too short for one sequence, or pictures cannot be read.
-        UsageError: fewer tokens are asked for than one sequence has; or no pictures were named, and none are installed.
+        UsageError: `tokens` is less than one sequence; or no pictures were named and scikit-image's are not installed.
     """
     if model.family.vision is not None:
         return _picture_batches(model, file, tokens)
@@ -53,7 +55,7 @@ def calibration_batches(model: BaseModel, file: Path | None, tokens: int) -> lis
 
 
 def token_counts(model: BaseModel, batches: Sequence[Tensor]) -> list[int]:
-    """Tokens of each batch of texts or pictures, B * T."""
+    """The number of tokens in each batch of texts or pictures, B * T."""
     if model.family.vision is None:
         return [batch.numel() for batch in batches]
     each = seen_picture(model.folder, model.family, model.config).tokens

@@ -1,7 +1,7 @@
-"""Photos for a model owner who names none: those inside the wheel of scikit-image, cropped at many scales.
+"""Default calibration pictures: the photos in the wheel of scikit-image, cropped at many scales.
 
-The package is not imported; its files are read. Only photos are taken whose page in its documentation says that they
-are CC0, in the public domain, or under no known copyright; drawings and charts are left out.
+The package is not imported; its files are read. Only photos are used that its documentation marks as CC0, public
+domain, or without known copyright; drawings and charts are left out.
 """
 
 import importlib.util
@@ -40,10 +40,10 @@ _NEXT = (
 
 
 def photos() -> list[Picture]:
-    """The photos that are installed; none is opened.
+    """The names and paths of scikit-image's photos; no file is opened.
 
     Raises:
-        UsageError: scikit-image is not installed, or is one without them.
+        UsageError: scikit-image is not installed, or this version does not contain the photos.
     """
     found = importlib.util.find_spec("skimage")
     if found is None or not found.submodule_search_locations:
@@ -62,11 +62,13 @@ def photos() -> list[Picture]:
 
 
 def crops(count: int, side: tuple[int, int]) -> Iterator[Pixels]:
-    """So many random crops, of every photo as many, each (height, width, 3); a function of the arguments alone.
+    """`count` random crops, each (height, width, 3), taken from the photos in turn.
+
+    The random numbers are seeded: equal arguments give equal crops.
 
     Raises:
-        UsageError: as `photos` does.
-        DataError: a photo is broken.
+        UsageError: scikit-image or its photos are not installed.
+        DataError: a photo's file is damaged.
     """
     whole = [decode(photo) for photo in photos()]
     for index in range(count):

@@ -1,4 +1,4 @@
-"""The calibration text before it is tokenised, and what can be said of it without that. Torch-free."""
+"""Reading the calibration text, and the checks on it that need no tokenizer. Torch-free."""
 
 from collections.abc import Mapping
 from importlib import resources
@@ -17,16 +17,16 @@ _LONGEST = 512  # tokens in a sequence, BOS included
 
 
 def calibration_length(config: Mapping[str, Any]) -> int:
-    """Tokens in a sequence of calibration text: 512, or the model's context where that is shorter."""
+    """Number of tokens in one calibration sequence: 512, or the model's context length if that is shorter."""
     context = config.get("max_position_embeddings") or config.get("n_positions") or _LONGEST
     return min(_LONGEST, int(context))
 
 
 def read_calibration_text(file: Path | None) -> str:
-    """The owner's own text or rows, or the text that ships with this package.
+    """The text of the owner's file or rows; the text that this package contains if `file` is None.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     if file is None:
         return (resources.files("offsite.model_owner") / "calibration.txt").read_text(encoding="utf-8")
@@ -36,16 +36,16 @@ def read_calibration_text(file: Path | None) -> str:
 
 
 def require_calibration(model: BaseModel, spec: PackSpec, *, distills: bool) -> None:
-    """Refuse calibration text or pictures that cannot be used, as far as that shows without a tokenizer.
+    """Raise an error if the calibration data cannot be used, as far as this shows without a tokenizer.
 
     Args:
-        model: the base.
-        spec: which text, and how many tokens of it.
-        distills: whether the emulator is distilled on it too.
+        model: the opened base.
+        spec: the calibration file, and the numbers of tokens.
+        distills: whether distillation uses the data too.
 
     Raises:
-        DataError: they cannot be read.
-        UsageError: fewer tokens are asked for than one sequence has.
+        DataError: text or pictures cannot be read.
+        UsageError: a number of tokens is less than one sequence.
     """
     if model.family.vision is not None:
         if spec.calibration.source is not None:
@@ -58,10 +58,10 @@ def require_calibration(model: BaseModel, spec: PackSpec, *, distills: bool) -> 
 
 
 def require_whole_sequence(length: int, tokens: int) -> None:
-    """Refuse to take fewer tokens of calibration text than one sequence has.
+    """Raise an error if `tokens` is less than one calibration sequence of `length` tokens.
 
     Raises:
-        UsageError: it was asked for.
+        UsageError: `tokens` is less than `length`.
     """
     if tokens < length:
         raise UsageError(

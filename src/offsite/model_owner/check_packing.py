@@ -1,6 +1,6 @@
-"""What is checked before a packing begins, and by `--plan` too: what the run refuses is known without running it.
+"""The checks before packing, which `--plan` runs too, so that a plan reports the errors that the run would raise.
 
-Only config, headers and settings are read, and the calibration text; nothing is written. Torch-free.
+Reads config, headers, settings and calibration data; writes nothing. Torch-free.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from offsite.training.run_log import require_resume_asked, run_folder
 
 @dataclass(frozen=True)
 class Packing:
-    """A packing that nothing is known to stand against."""
+    """A packing that passed all checks, with everything that was opened for them."""
 
     model: BaseModel
     sandwich: Sandwich  # how it is cut
@@ -34,20 +34,21 @@ class Packing:
 def check_packing(
     base: Base, out: Path, recipient: str, spec: PackSpec, home: Home, *, resume: bool = False
 ) -> Packing:
-    """Refuse a packing that could not end in a bundle.
+    """Check that a packing can end in a bundle, and return what was opened for it.
 
     Args:
         base: the owner's full model.
         out: the bundle's folder.
-        recipient: the name under which the owner trusts the data owner's key.
-        spec: how to split, compress and heal.
-        home: the owner's.
-        resume: whether an interrupted distillation or search is to be continued.
+        recipient: the name that the owner's home gives to the data owner's trusted key.
+        spec: the settings of splitting, compression and healing.
+        home: the model owner's home folder, with its keys and its ledger.
+        resume: whether to continue an interrupted distillation or search.
 
     Raises:
-        UsageError: `out` holds something, this home has no key, the recipient is unknown, a setting does not fit the
-            model, there is an interrupted run that was not to be resumed, or a package that is needed is not installed.
-        IncompatibleError: the model cannot be cut or healed in this way, or a file of it holds what may not travel.
+        UsageError: `out` is not empty, the home has no key, the recipient is unknown, a setting does not fit the model,
+            an interrupted run exists and `resume` is false, or a required package is not installed.
+        IncompatibleError: the model cannot be split or healed with these settings, or one of its files holds settings
+            that a bundle may not contain.
         DataError: the calibration text or pictures cannot be read.
         StorageError: a file of the base is missing or broken.
     """
@@ -67,14 +68,17 @@ def check_packing(
 
 
 def require_packable(model: BaseModel, spec: PackSpec) -> Sandwich:
-    """Refuse settings that do not fit a model, whoever packs it for whom, and before there are calibration data.
+    """Raise an error if the settings do not fit the model.
+
+    Neither the recipient nor the calibration data are needed for these checks.
 
     Returns:
-        How the base is cut.
+        The split of the base into bottom, middle and top.
 
     Raises:
         UsageError: a setting does not fit the model.
-        IncompatibleError: the model cannot be cut or healed in this way, or a file of it holds what may not travel.
+        IncompatibleError: the model cannot be split or healed with these settings, or one of its files holds settings
+            that a bundle may not contain.
         StorageError: a file of the base is missing or broken.
     """
     sandwich = split(model, spec)
@@ -84,6 +88,6 @@ def require_packable(model: BaseModel, spec: PackSpec) -> Sandwich:
 
 
 def runs_network(sandwich: Sandwich, spec: PackSpec) -> bool:
-    """Whether the base's network runs, to select blocks or to heal them."""
+    """Whether packing runs the base's network, to select blocks, prune or heal."""
     chooses = spec.selection_rule.runs_blocks and spec.kept(sandwich.middle) < len(sandwich.middle)
     return chooses or work_of(sandwich.middle, spec).runs_network

@@ -1,4 +1,4 @@
-"""What is checked before a return is plugged in, and by `--plan` too; nothing is recorded. Torch-free."""
+"""The checks before a return is plugged in, which `--plan` runs too; nothing is recorded. Torch-free."""
 
 from typing import Literal
 
@@ -20,23 +20,25 @@ Form = Literal["adapter", "merged"]
 def check_plug_in(
     returned: Return, base: Base, spec: PlugInSpec, home: Home, progress: Progress
 ) -> tuple[BaseModel, Issued]:
-    """Refuse a return that cannot be plugged into this base; every weight of the base is read once, to know it again.
+    """Check that a return can be plugged into this base.
+
+    Every weight of the base is read once, to compare its fingerprint with the bundle's.
 
     Args:
-        returned: verified.
+        returned: the verified return.
         base: the owner's full model.
         spec: form, checkpoint, and whether a return may be plugged in again.
-        home: the owner's.
-        progress: where the events go.
+        home: the model owner's home folder, with its keys and its ledger.
+        progress: receives the progress events.
 
     Returns:
-        The opened base, and the return's bundle as the ledger knows it.
+        The opened base, and the ledger's record of the bundle that the return belongs to.
 
     Raises:
         VerificationError: this home never issued the bundle.
         PolicyError: the return was plugged in before.
-        IncompatibleError: the base is another one than the bundle's.
-        UsageError: the return's method has no such form, or it has no such checkpoint.
+        IncompatibleError: the base is not the one that the bundle was packed from.
+        UsageError: the return's method does not support the requested form, or the return has no such checkpoint.
     """
     parent = issued_bundle(returned, home)
     form_of(returned, spec)
@@ -56,10 +58,10 @@ def check_plug_in(
 
 
 def form_of(verified: Return, spec: PlugInSpec) -> Form:
-    """The form of a plug-in: the one that was asked for, else the one that suits the return.
+    """The form of the plug-in: the requested one, else the default for the return's method.
 
     Raises:
-        UsageError: the return's method, or the classifier that it brings, has no such form.
+        UsageError: the requested form is not available for the return's method, or for a return with a classifier.
     """
     method = verified.manifest.method
     if verified.manifest.classes is not None:
@@ -83,7 +85,7 @@ def form_of(verified: Return, spec: PlugInSpec) -> Form:
 
 
 def chosen_by(verified: Return, parent: Issued, spec: PlugInSpec) -> Chosen:
-    """Which checkpoint is plugged in, and how far: as the settings say, else the last one, whole.
+    """The checkpoint and the strength to plug in, from the settings; defaults are the last checkpoint and strength 1.
 
     Raises:
         UsageError: the return has no such checkpoint.
@@ -99,5 +101,5 @@ def chosen_by(verified: Return, parent: Issued, spec: PlugInSpec) -> Chosen:
 
 
 def strength_of(spec: PlugInSpec) -> float:
-    """How far a plug-in goes from the base's weights (0) to the returned ones (1)."""
+    """The strength of a plug-in: 0 gives the base's weights, 1 the returned ones."""
     return 1.0 if spec.strength is None else spec.strength

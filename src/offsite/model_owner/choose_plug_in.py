@@ -1,7 +1,7 @@
-"""Choosing: which checkpoint of a return to plug in and how far, by the loss on held-out rows of the owner's own.
+"""Choosing the checkpoint and the strength of a plug-in by the loss on the model owner's held-out rows.
 
-The base is loaded once. Each candidate's tensors are those that its plug-in would hold, rounded as it would round them,
-and take their places in the network; so a candidate's loss is what `evaluate` says of the plug-in, once it is written.
+The base is loaded once. For each candidate, the tensors of its plug-in are put into the network, rounded as the plug-in
+would store them. So a candidate's loss equals the loss that `evaluate` reports for the written plug-in.
 """
 
 import math
@@ -48,7 +48,7 @@ _REASONS = 5  # candidates that a refusal names, the best first
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plug-in that could be made, and its held-out loss in nats per labelled token."""
+    """A possible plug-in, and its held-out loss in nats per labelled token."""
 
     checkpoint: int
     strength: float
@@ -57,7 +57,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, and from what."""
+    """The best candidate, all candidates, and the loss of the base."""
 
     best: Candidate
     base_loss: float
@@ -75,21 +75,21 @@ def choose(
     home: Home,
     progress: Progress = silent,
 ) -> Choice:
-    """Score every checkpoint of a return at every strength, and take the best; nothing is written.
+    """Score every checkpoint of a return at every strength and return the best; nothing is written.
 
     Args:
         base: the owner's full model.
-        returned: what `intake` gave.
-        data: held-out rows of the owner's own, as `offsite.data.rows.read_rows` takes them.
-        spec: the form, and what to choose from: a checkpoint or a strength that was given is fixed.
-        measured: lengths, device, dtype of the arithmetic, as for `evaluate`.
-        home: the owner's.
-        progress: where the events go.
+        returned: the verified return, from `intake`.
+        data: the owner's held-out rows, in a format that `offsite.data.rows.read_rows` reads.
+        spec: form, checkpoint and strength; a checkpoint or strength that is set is not varied.
+        measured: sequence lengths, device and compute dtype, as for `evaluate`.
+        home: the model owner's home folder, with its keys and its ledger.
+        progress: receives the progress events.
 
     Raises:
-        PolicyError: no candidate is better than the base, and no strength was given; or as `plug_in`.
+        PolicyError: no candidate is better than the base and no strength was set; or as for `plug_in`.
         DataError: the data set is empty, or has bad or overlong rows.
-        VerificationError: as `plug_in`, like IncompatibleError and UsageError.
+        VerificationError, IncompatibleError, UsageError: as for `plug_in`.
     """
     model, parent = open_base_of(returned, base, spec, home, progress)
     if model.family.vision is not None:
@@ -120,7 +120,7 @@ def choose(
 
 
 def _grid(verified: Return, spec: PlugInSpec) -> list[tuple[int, float]]:
-    """What is tried, checkpoint by checkpoint; strength 0 is the base itself, and scored beside them."""
+    """The pairs of checkpoint and strength to score; strength 0, the base itself, is scored separately."""
     there = range(1, verified.manifest.checkpoints + 1)
     checkpoints = there if spec.checkpoint is None else [spec.checkpoint]
     tried = sorted({strength for strength in spec.strengths if strength > 0})
@@ -153,7 +153,7 @@ def _loss(network: Network, examples: Sequence[Example], budget: int) -> float:
 
 
 class _Trial:
-    """A network that can become any plug-in of a return; at first it computes what the base computes."""
+    """A network that can take the tensors of any plug-in of a return; at first it computes the same as the base."""
 
     def __init__(self, base: BaseModel, verified: Return, parent: Issued, where: Runtime, *, merged: bool) -> None:
         self._base, self._verified, self._parent, self._merged = base, verified, parent, merged
@@ -168,7 +168,7 @@ class _Trial:
 
     @torch.no_grad()
     def become(self, checkpoint: int, strength: float) -> None:
-        """Put a plug-in's tensors in their places; every candidate changes the same ones."""
+        """Put the tensors of one candidate into the network; every candidate replaces the same tensors."""
         chosen = self._chosen(checkpoint, strength)
         new: Mapping[str, NewTensor]
         if self._merged:
@@ -184,7 +184,10 @@ class _Trial:
 
 
 def _by_names_in_files(family: Architecture, model: "PreTrainedModel") -> dict[str, torch.Tensor]:
-    """The parameters by the names of a plug-in's tensors, those of PEFT by the names that it gives them in files."""
+    """The network's parameters, keyed by the names that a plug-in's files use.
+
+    Parameters that PEFT added have the names that PEFT writes to files.
+    """
     parameters = dict(model.named_parameters())
     tuned = {name: parameter for name, parameter in parameters.items() if ADAPTED.search(name)}
     own = {name: parameter for name, parameter in parameters.items() if name not in tuned}

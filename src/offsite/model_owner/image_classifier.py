@@ -1,7 +1,7 @@
-"""The plug-in of a vision encoder: a complete image classifier of transformers, head and class names included.
+"""The plug-in of an image encoder: a complete image classifier for transformers, with head and class names.
 
-Its head is linear on what the family's own classifier reads (`Vision.features`), so that the folder loads with
-`AutoModelForImageClassification` and needs nothing of this project.
+The head is linear in the features that the family's own classifier reads (`Vision.features`). So the folder loads with
+`AutoModelForImageClassification` and needs no code of this project.
 """
 
 import json
@@ -24,13 +24,13 @@ _OWN = (
 def classifier_tensors(
     model: BaseModel, vision: Vision, tuned: Mapping[str, NewTensor], returned: Return
 ) -> list[NewTensor]:
-    """The encoder's tensors, tuned where the return says so, under the classifier's names, and the returned head.
+    """The classifier's tensors: the encoder's, with the tuned ones replaced, and the returned head.
 
     Args:
-        model: the base.
-        vision: of its row.
-        tuned: tensors that take the place of the base's, by name in the base.
-        returned: the return.
+        model: the opened base.
+        vision: the image settings in the model's row of the architecture table.
+        tuned: tensors that replace the base's, keyed by their name in the base.
+        returned: the verified return.
     """
     tensors = []
     for name, tensor in model.tensors.items():
@@ -41,8 +41,9 @@ def classifier_tensors(
 
 
 def classifier_config(model: BaseModel, vision: Vision, names: Sequence[str]) -> bytes:
-    """config.json of a classifier of these classes: the encoder's config, within that of the larger model if the family
-    is a tower of one.
+    """The content of config.json for a classifier of these classes.
+
+    It is the encoder's config; for the image tower of a larger model, that model's config with the encoder's inside.
     """
     encoder = {key: value for key, value in model.config.items() if key not in (*_OWN, "architectures")}
     encoder |= model.family.settled

@@ -1,4 +1,4 @@
-"""Intake: a return is checked against the ledger, and what became of it is written down."""
+"""Intake: verify a return against the ledger, and record whether it was accepted or refused."""
 
 import hashlib
 from pathlib import Path
@@ -16,14 +16,15 @@ _WHICH_HOME = "name the --home that issued the bundle; if it is the right one, r
 
 
 def intake(path: Path, home: Home) -> Return:
-    """Verify a return against the bundle that it answers, and record whether it was accepted or refused, and why.
+    """Verify a return against its bundle, and record in the ledger whether it was accepted or refused, and why.
 
     Returns:
-        The verified return, which `plug_in` takes; its tensors are in memory, as many bytes as its files have.
+        The verified return, for `plug_in`; its tensors are in memory and take as many bytes as its files.
 
     Raises:
-        VerificationError: changed, foreign, or not what the bundle permits in names, shapes, dtypes or values.
-        PolicyError: a method or rank that the bundle does not permit.
+        VerificationError: the return was changed, is not from the bundle's recipient, or has tensor names, shapes,
+            dtypes or values that the bundle does not permit.
+        PolicyError: the bundle does not permit the return's method or rank.
     """
     ledger = Ledger(home.ledger)
     try:
@@ -36,10 +37,10 @@ def intake(path: Path, home: Home) -> Return:
 
 
 def require_taken_in(returned: Return, home: Home) -> None:
-    """Refuse a return that was only looked at, or verified in another home.
+    """Raise an error unless this home's ledger records that the return was verified and accepted.
 
     Raises:
-        UsageError: the ledger has no entry that it was verified against its bundle and accepted.
+        UsageError: the ledger has no such record, for instance because the return was verified in another home.
     """
     if not Ledger(home.ledger).accepted(returned):
         raise UsageError(
@@ -50,10 +51,10 @@ def require_taken_in(returned: Return, home: Home) -> None:
 
 
 def issued_bundle(returned: Return, home: Home) -> Issued:
-    """The bundle that a return answers, as the ledger knows it.
+    """The ledger's record of the bundle that a return belongs to.
 
     Raises:
-        VerificationError: this home never issued it.
+        VerificationError: this home never issued the bundle.
     """
     issued = Ledger(home.ledger).issued(returned.manifest.bundle)
     if issued is None:
@@ -62,11 +63,11 @@ def issued_bundle(returned: Return, home: Home) -> Issued:
 
 
 def check_return(path: Path, home: Home, *, hold: bool = False) -> Return:
-    """Verify a return against the bundle that it answers, and record nothing.
+    """Verify a return against its bundle without recording anything; `hold` keeps its tensors in memory.
 
     Raises:
-        VerificationError: as `intake`.
-        PolicyError: as `intake`.
+        VerificationError: as for `intake`.
+        PolicyError: as for `intake`.
     """
     claimed = read_unverified(path)
     parent = Ledger(home.ledger).issued(claimed.bundle) if isinstance(claimed, ReturnManifest) else None
@@ -81,7 +82,7 @@ def check_return(path: Path, home: Home, *, hold: bool = False) -> Return:
 
 
 def _claimed_bundle(path: Path, ledger: Ledger) -> str | None:
-    """The bundle that a refused return names, if this party issued it."""
+    """The digest of the bundle that a refused return names; None if this home never issued that bundle."""
     try:
         claimed = read_unverified(path)
     except VerificationError:
@@ -91,7 +92,7 @@ def _claimed_bundle(path: Path, ledger: Ledger) -> str | None:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of the manifest; nothing if there is none that may be opened."""
+    """SHA-256 of the return's manifest in hex; an empty string if the manifest cannot be read."""
     try:
         raw = read_bounded(path / MANIFEST, MANIFEST_BYTES)
     except (VerificationError, OSError):

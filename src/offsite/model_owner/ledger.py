@@ -1,4 +1,4 @@
-"""The owner's memory: every bundle issued, every return received, every plug-in made. An SQLite file in its home."""
+"""The model owner's record of every issued bundle, received return and plug-in: an SQLite file in the home folder."""
 
 import datetime
 import json
@@ -51,7 +51,7 @@ _ADDED = {"strength": "REAL NOT NULL DEFAULT 1", "checkpoint": "INTEGER NOT NULL
 
 @dataclass(frozen=True)
 class Issued:
-    """A bundle as the ledger knows it; `kept` are the base blocks that it holds, in order."""
+    """The ledger's record of a bundle; `kept` are the base indices of its blocks, in order."""
 
     digest: str
     manifest: BundleManifest
@@ -61,12 +61,12 @@ class Issued:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The ledger at a path; it is created when first written to."""
+    """The ledger at a path; the first access creates the file."""
 
     path: Path
 
     def record_issue(self, bundle: Bundle, recipient_name: str, kept: Sequence[int], spec: PackSpec) -> None:
-        """Remember a bundle, before it becomes visible."""
+        """Record a bundle; called before the bundle's folder appears at its final path."""
         with self._open() as db:
             db.execute(
                 # the same bundle packed twice within a second has the same digest, and is the same bundle
@@ -83,7 +83,7 @@ class Ledger:
             )
 
     def issued(self, digest: str) -> Issued | None:
-        """The bundle with that digest, or None if this party never issued it."""
+        """The record of the bundle with this digest; None if this home never issued it."""
         with self._open() as db:
             found = db.execute("SELECT manifest, kept, state FROM bundles WHERE digest = ?", (digest,)).fetchone()
         if found is None:
@@ -101,7 +101,7 @@ class Ledger:
         return Issued(digest, manifest, kept, found[2])
 
     def record_intake(self, digest: str, bundle: str | None, reasons: Sequence[str] = ()) -> None:
-        """Remember a return: accepted if there is no reason against it, else refused."""
+        """Record a received return: refused if `reasons` are given, else accepted."""
         state = "refused" if reasons else "accepted"
         with self._open() as db:
             db.execute(
@@ -113,12 +113,13 @@ class Ledger:
 
     @contextmanager
     def recording_plug_in(self, plug_in: PlugIn, *, again: bool) -> Iterator[None]:
-        """Remember a plug-in before the block, in which it becomes visible; forget it if it does not.
+        """Record a plug-in, then run the body of the `with` block, which makes the plug-in's folder appear.
 
-        A process that dies in between leaves an entry without a folder, and not a folder that nobody remembers.
+        If the body fails and the folder did not appear, the record is deleted. A process that is killed in the body
+        leaves a record without a folder, never a folder without a record.
 
         Raises:
-            PolicyError: another plug-in of the same return was recorded meanwhile, and this is not to be one more.
+            PolicyError: the return was already plugged in, and `again` is false.
         """
         manifest = plug_in.manifest
         with self._open() as db:
@@ -151,16 +152,16 @@ class Ledger:
             raise
 
     def plugged_in(self, returned: Return) -> list[str]:
-        """When this return was plugged in, ISO times in UTC; empty if it never was."""
+        """The times at which this return was plugged in, as ISO strings in UTC; empty if it never was."""
         with self._open() as db:
             return _made_at(db, returned.digest)
 
     def accepted(self, returned: Return) -> bool:
-        """Whether this return, by its digest, was verified against its bundle and accepted."""
+        """Whether this return, identified by its digest, was ever accepted."""
         return any(state == "accepted" for state, _ in self.intakes(returned.digest))
 
     def intakes(self, digest: str) -> list[tuple[str, list[str]]]:
-        """What became of a return each time that it was received: the state and the reasons."""
+        """The results of every intake of a return, in order: the state and the reasons of a refusal."""
         with self._open() as db:
             rows = db.execute("SELECT state, reasons FROM returns WHERE digest = ? ORDER BY id", (digest,)).fetchall()
         return [(state, json.loads(reasons)) for state, reasons in rows]
@@ -193,7 +194,7 @@ def _made_at(db: sqlite3.Connection, returned: str) -> list[str]:
 
 
 def plugged_in_before(times: Sequence[str]) -> PolicyError:
-    """The refusal of a return that was plugged in at these times."""
+    """The error for a return that was already plugged in at these times."""
     return PolicyError(
         "this return was plugged in before",
         reasons=[f"plugged in at {', '.join(times)}"],

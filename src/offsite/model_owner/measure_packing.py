@@ -1,4 +1,4 @@
-"""`pack --plan measure`: calibration data go through one block of the base, of which nothing is kept."""
+"""`pack --plan measure`: run the calibration data through one block of the base; the result is discarded."""
 
 import tempfile
 import time
@@ -21,23 +21,24 @@ from offsite.progress import Event, Progress, silent
 
 
 def measure_packing(plan: PackPlan, checked: Packing, spec: PackSpec, progress: Progress) -> PackPlan:
-    """Heal one block of the base, or where none is healed run the calibration data through one; add what that took.
+    """Add a measurement of time and memory to a plan.
 
-    Distillation and a search over selections are not measured: `what` of the measurement says what was.
+    Heals one block of the base; if the settings heal no blocks, runs the calibration data through one block.
+    Distillation and search are not measured; the measurement's `what` names the measured part and the parts left out.
 
     Args:
-        plan: from `plan_pack`.
-        checked: as well.
+        plan: the plan, from `plan_pack`.
+        checked: the checked packing, from `plan_pack`.
         spec: the settings.
-        progress: where the events go.
+        progress: receives the progress events.
 
     Returns:
-        The plan; without a measurement where no network runs.
+        The plan with its measurement; unchanged if packing does not run the network.
 
     Raises:
-        UsageError: this system does not say what a process holds.
+        UsageError: the operating system does not report a process's memory use.
         DataError: the calibration text is too short.
-        IncompatibleError: what goes through the base gives nothing that could be solved.
+        IncompatibleError: activations of the base are not finite, so no solution exists.
     """
     if not plan.work:
         return plan
@@ -69,7 +70,7 @@ def measure_packing(plan: PackPlan, checked: Packing, spec: PackSpec, progress: 
 
 
 def _heal_one_block(model: BaseModel, sandwich: Sandwich, spec: PackSpec) -> None:
-    """The first block, as if the middle began there; one more block is dropped where any is."""
+    """Heal block 0, as if the middle began there; if the settings drop blocks, block 1 is dropped."""
     dropped = spec.kept(sandwich.middle) < len(sandwich.middle)
     middle = (0, 1) if dropped else (0,)
     small = Sandwich(bottom=(), middle=middle, top=tuple(range(len(middle), model.blocks)))

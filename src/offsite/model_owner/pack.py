@@ -1,4 +1,4 @@
-"""Packing: split, select, heal, write and sign a bundle for one recipient."""
+"""Packing: split a base, select and heal blocks, then write and sign a bundle for one recipient."""
 
 import contextlib
 import datetime
@@ -53,28 +53,28 @@ def pack(
     *,
     resume: bool = False,
 ) -> Bundle:
-    """Make a signed bundle of a base model for one trusted party, and enter it in the ledger.
+    """Make a signed bundle of a base model for one trusted recipient, and record it in the ledger.
 
-    A distillation or search keeps resume points in `<out>.run/` while it runs; a distillation writes its healing curve
-    to `<out>.log.jsonl`. Both are beside the bundle, never in it.
+    During distillation or search, resume points are in `<out>.run/`; distillation writes its loss to `<out>.log.jsonl`.
+    Neither is part of the bundle.
 
     Args:
         base: the owner's full model; it is only read.
-        out: the bundle's folder; it appears whole or not at all.
-        recipient: the name under which the owner trusts the data owner's key.
-        spec: how to split, compress and heal.
-        home: the owner's.
-        progress: where the events go.
-        resume: continue an interrupted distillation or search; where there is none, start.
+        out: the bundle's folder; it appears only when it is complete.
+        recipient: the name that the owner's home gives to the data owner's trusted key.
+        spec: the settings of splitting, compression and healing.
+        home: the model owner's home folder, with its keys and its ledger.
+        progress: receives the progress events.
+        resume: continue an interrupted distillation or search; start a new one if there is none.
 
     Raises:
-        UsageError: a setting does not fit the model, the recipient is unknown, `out` holds something, or an interrupted
-            run is there that cannot or was not to be resumed.
-        IncompatibleError: the model cannot be cut, or not be healed in this way.
+        UsageError: a setting does not fit the model, the recipient is unknown, `out` is not empty, or an interrupted
+            run exists that cannot be resumed or that `resume` does not ask for.
+        IncompatibleError: the model cannot be split or healed with these settings.
         DataError: the calibration text is unreadable or too short.
         OffsiteError: the distillation diverged.
-        StorageError: something cannot be read or written; `out` is then as it was.
-        KeyboardInterrupt: the user stopped it.
+        StorageError: a file cannot be read or written; `out` is unchanged.
+        KeyboardInterrupt: the user interrupted the run.
     """
     checked = check_packing(base, out, recipient, spec, home, resume=resume)
     model, sandwich, identity, dtype = checked.model, checked.sandwich, checked.identity, DTYPES[spec.dtype]
@@ -100,7 +100,7 @@ def pack(
 
 @dataclass(frozen=True)
 class Parties:
-    """Who issues a bundle to whom, by key, and the fingerprint of the base; each is 64 hex digits."""
+    """The public keys of a bundle's issuer and recipient, and the base's fingerprint; each is 64 hex digits."""
 
     issuer: str
     recipient: str
@@ -116,7 +116,10 @@ def bundle_manifest(
     parties: Parties,
     declared: Declared | None = None,
 ) -> BundleManifest:
-    """The manifest of a bundle that holds the base blocks `kept` in these files, issued now."""
+    """The manifest of a new bundle, with the current time as its time of issue.
+
+    `kept` are the base indices of its blocks, `numbers` its split, `files` its files.
+    """
     return BundleManifest(
         kind="bundle",
         format=FORMAT,
@@ -140,7 +143,10 @@ def bundle_manifest(
 
 @contextlib.contextmanager
 def _scratch(out: Path, staging: Path, base: str, spec: PackSpec, *, resume: bool) -> Iterator[Path]:
-    """Where healed weights lie until the bundle is written; where the work is long, it outlives an interruption."""
+    """A folder for healed weights and intermediate results.
+
+    It is deleted when the bundle is written. For settings with distillation or search it survives an interruption.
+    """
     if not spec.resumable:
         with tempfile.TemporaryDirectory(dir=staging.parent, prefix=".healed.") as folder:
             yield Path(folder)

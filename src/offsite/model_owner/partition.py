@@ -1,4 +1,4 @@
-"""Partition: the tensors that a bundle holds of a base, under which names, and with which config. They move by name."""
+"""The content of a bundle: which tensors of the base it holds, under which names, and its config."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,15 +24,16 @@ def bundle_tensors(
     numbers: Split,
     spec: PackSpec,
 ) -> list[NewTensor]:
-    """Every tensor of the bundle, blocks renumbered from 0, in the order of the base's computation.
+    """All tensors of the bundle, in the order of the forward pass's parts, with blocks renumbered from 0.
 
     Args:
-        model: the base.
-        kept: base indices of all blocks that the bundle holds, in order.
-        healed: tensors that take the place of the base's, and those of maps behind blocks, by base name.
-        dtype: "BF16" or "F32".
-        numbers: of blocks in bottom, emulator and top.
-        spec: how the emulator's blocks are stored.
+        model: the opened base.
+        kept: base indices of the bundle's blocks, in order.
+        healed: tensors that replace the base's, and tensors of affine maps after blocks; keys are tensor names in the
+            base.
+        dtype: the bundle's dtype of floats, "BF16" or "F32".
+        numbers: the numbers of blocks in bottom, emulator and top.
+        spec: the settings of pruning and of stored forms.
     """
     family = model.family
     tensors = [
@@ -58,7 +59,7 @@ def bundle_tensors(
 
 
 def bundle_config(model: BaseModel, kept: Sequence[int], dtype: str) -> dict[str, Any]:
-    """The config of the bundle: allow-listed keys, the new block count in every spelling, per-block lists cut."""
+    """The bundle's config: allowed keys only, the new number of blocks, and per-block lists for `kept` only."""
     family = model.family
     config = subset_config(model, kept)
     config = {key: value for key, value in config.items() if key in family.config_keys}
@@ -72,16 +73,18 @@ def bundle_config(model: BaseModel, kept: Sequence[int], dtype: str) -> dict[str
 
 
 def subset_config(model: BaseModel, kept: Sequence[int]) -> dict[str, Any]:
-    """The base's config for the blocks of `kept` alone, in that order."""
+    """The base's config for a model with only the blocks `kept`, in that order."""
     return model.family.subset(model.config, kept)
 
 
 def counts(sandwich: Sandwich, kept: Sequence[int]) -> Split:
-    """The split as the manifest has it: numbers of blocks and places in the bundle, and nothing about the base's.
+    """The split as the manifest states it: numbers of blocks and positions in the bundle.
+
+    It contains no block index of the base.
 
     Args:
-        sandwich: how the base is cut.
-        kept: base indices of all blocks that the bundle holds, in order.
+        sandwich: the split of the base into bottom, middle and top.
+        kept: base indices of the bundle's blocks, in order.
     """
     frozen = [place for place, index in enumerate(kept) if index in sandwich.middle]
     first, last = frozen[0], frozen[-1]
@@ -90,7 +93,7 @@ def counts(sandwich: Sandwich, kept: Sequence[int]) -> Split:
 
 
 def returnable(model: BaseModel, kept: Sequence[int], numbers: Split, dtype: str) -> dict[str, TensorEntry]:
-    """The tensors that may come back, by their names in the bundle: all of the trained blocks."""
+    """The tensors that a return may contain: all tensors of the trained blocks, keyed by name in the bundle."""
     return {
         model.family.in_block(index, path): TensorEntry.model_validate({"shape": tensor.shape, "dtype": dtype})
         for index in numbers.trained
@@ -99,7 +102,7 @@ def returnable(model: BaseModel, kept: Sequence[int], numbers: Split, dtype: str
 
 
 def returnable_head(model: BaseModel, spec: PackSpec) -> dict[str, TensorEntry]:
-    """The head's tensors that may come back, by name; none where the owner does not permit it."""
+    """The head's tensors that a return may contain, keyed by name; empty unless the owner permits tuning the head."""
     names = model.family.head_tensors(model.config) if spec.permits.permit_head else ()
     return {
         name: TensorEntry.model_validate({"shape": model.tensors[name].shape, "dtype": DTYPES[spec.dtype]})
@@ -108,10 +111,12 @@ def returnable_head(model: BaseModel, spec: PackSpec) -> dict[str, TensorEntry]:
 
 
 def permitted_methods(model: BaseModel, spec: PackSpec) -> tuple[Method, ...]:
-    """The methods that the owner permits and that can train this model: BitFit needs biases, bottlenecks a decoder.
+    """The permitted methods that can train this model.
+
+    BitFit needs blocks with biases. Bottleneck adapters need a language model.
 
     Raises:
-        UsageError: none is left.
+        UsageError: no permitted method can train this model.
     """
     biased = any(model.family.is_bias(model.family.in_block(0, path)) for path in model.block(0))
     without = {"bitfit"} if not biased else set()
@@ -126,7 +131,7 @@ def permitted_methods(model: BaseModel, spec: PackSpec) -> tuple[Method, ...]:
 
 
 def lora_targets(model: BaseModel, kept: Sequence[int], numbers: Split) -> dict[str, tuple[int, int]]:
-    """The linear layers that LoRA may sit on, by their names in modules of the bundle, with their (inputs, outputs)."""
+    """The linear layers that LoRA may adapt, keyed by module name in the bundle, with their (inputs, outputs)."""
     targets = {}
     for index in numbers.trained:
         block = model.block(kept[index])

@@ -1,4 +1,7 @@
-"""What packing will do and hold, from config, headers and settings alone. Torch-free, without side effects."""
+"""The plan of a packing: its work, memory, disk space and files, from config, headers and settings.
+
+Torch-free, without side effects.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,7 +34,7 @@ _UNKNOWN = "0" * 64  # as long as any fingerprint
 
 @dataclass(frozen=True)
 class PackPlan:
-    """What `pack` will do and hold."""
+    """The work, memory, disk space and files of a packing."""
 
     architecture: str
     work: tuple[str, ...]  # steps for which the base's network runs; none where tensors are only copied
@@ -44,28 +47,30 @@ class PackPlan:
 
     @property
     def disk_bytes(self) -> int:
-        """Room that is needed on the disk of the bundle's folder."""
+        """Free space in bytes that packing needs on the disk of the bundle's folder."""
         return total(self.disk)
 
 
 def plan_pack(
     base: Base, out: Path, recipient: str, spec: PackSpec, home: Home, *, resume: bool = False
 ) -> tuple[PackPlan, Packing]:
-    """What packing a base with these settings will do and hold; what `pack` refuses before its work is refused.
+    """Plan a packing without running it.
+
+    Raises the same errors as `pack` raises before its work begins.
 
     Args:
-        base: as for `pack`, like all the others.
+        base: the owner's full model.
         out: the bundle's folder.
-        recipient: the name under which the owner trusts the data owner's key.
-        spec: how to split, compress and heal.
-        home: the owner's.
-        resume: whether an interrupted distillation or search is to be continued.
+        recipient: the name that the owner's home gives to the data owner's trusted key.
+        spec: the settings of splitting, compression and healing.
+        home: the model owner's home folder, with its keys and its ledger.
+        resume: whether to continue an interrupted distillation or search.
 
     Returns:
-        The plan, and what was opened to make it.
+        The plan, and the checked packing with the opened base.
 
     Raises:
-        OffsiteError: as `check_packing`.
+        OffsiteError: as for `check_packing`.
     """
     checked = check_packing(base, out, recipient, spec, home, resume=resume)
     model, sandwich = checked.model, checked.sandwich
@@ -99,7 +104,10 @@ def _steps(sandwich: Sandwich, spec: PackSpec, work: Work) -> tuple[str, ...]:
 
 
 def _weights(model: BaseModel, sandwich: Sandwich, spec: PackSpec, work: Work, compute: Compute) -> tuple[Amount, ...]:
-    """One block of the base at a time; to distill or to search, the whole emulator."""
+    """The weights in memory while the network runs, in one compute dtype.
+
+    One block of the base at a time; distillation and search also hold the whole emulator.
+    """
     item, family, block = ITEM_BYTES[compute], model.family, _largest_block(model)
     embeddings = part("", [model.tensors[name].shape for name in family.embedding_tensors(model.config)], 4)
     outer = part("", [model.tensors[name].shape for name in family.outer_tensors(model.config)], item)
@@ -119,7 +127,7 @@ def _weights(model: BaseModel, sandwich: Sandwich, spec: PackSpec, work: Work, c
 
 
 def _scratch(model: BaseModel, spec: PackSpec, keep: int, work: Work) -> list[Amount]:
-    """What lies beside the bundle until it is written."""
+    """Disk space for intermediate results until the bundle is written."""
     block = _largest_block(model)
     # the dtype of the hidden states may not be known yet: what is needed at most
     item = max(ITEM_BYTES[one] for one in possible_compute_dtypes(spec.runtime.compute, spec.runtime.device))
@@ -133,7 +141,7 @@ def _scratch(model: BaseModel, spec: PackSpec, keep: int, work: Work) -> list[Am
 
 
 def _healed_bytes(model: BaseModel, spec: PackSpec, keep: int, work: Work) -> int:
-    """Of what refit, pruning or affine maps change, in the bundle's dtype."""
+    """Bytes of the tensors that refit, pruning or affine maps change, in the bundle's dtype."""
     family, block, item = model.family, model.block(0), ITEM_SIZE[DTYPES[spec.dtype]]
     if not work.block_by_block:
         return 0
@@ -146,7 +154,10 @@ def _healed_bytes(model: BaseModel, spec: PackSpec, keep: int, work: Work) -> in
 
 
 def _bundle_files(checked: Packing, kept: Sequence[int], spec: PackSpec) -> tuple[Amount, ...]:
-    """Every file of the bundle with its exact size: the manifest names no number that is not known before."""
+    """All files of the bundle with their exact sizes.
+
+    The manifest's size is exact too: all values of unknown content, such as hashes, have a fixed length.
+    """
     model, dtype = checked.model, DTYPES[spec.dtype]
     numbers = counts(checked.sandwich, kept)
     emulator = kept[numbers.bottom : numbers.bottom + numbers.emulator]
@@ -164,7 +175,10 @@ def _bundle_files(checked: Packing, kept: Sequence[int], spec: PackSpec) -> tupl
 def _parts(
     model: BaseModel, sandwich: Sandwich, middle: Sequence[int], dtype: str | None, maps: int = 0
 ) -> tuple[Part, ...]:
-    """The model in parts, stored as the base is, or in the bundle's dtype with so many maps behind its blocks."""
+    """The parts of the model with their sizes.
+
+    `dtype` is the bundle's, or None for the dtypes of the base. `maps` is the number of affine maps in the middle.
+    """
 
     def made(name: str, tensors: Sequence[TensorRange], blocks: int = 0, maps: int = 0) -> Part:
         item = ITEM_SIZE[dtype or tensors[0].dtype] if tensors else 1
@@ -189,10 +203,10 @@ def _parts(
 
 
 def _largest_block(model: BaseModel) -> int:
-    """Parameters of the largest block."""
+    """Number of parameters of the largest block."""
     return max(part("", [t.shape for t in model.block(i).values()], 1).parameters for i in range(model.blocks))
 
 
 def _hidden(model: BaseModel) -> int:
-    """The hidden size: outputs of the attention's output projection."""
+    """The hidden size: the number of outputs of attention's output projection."""
     return model.block(0)[f"{model.family.attention_out}.weight"].shape[1 if model.family.transposed else 0]

@@ -1,4 +1,4 @@
-"""What plugging in will write, from headers alone; the return is verified and nothing is recorded. Torch-free."""
+"""The plan of a plug-in: its files and sizes. The return is verified, and nothing is recorded. Torch-free."""
 
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from offsite.storage.files import require_free
 
 @dataclass(frozen=True)
 class PlugInPlan:
-    """What `plug-in` will do."""
+    """The form, content, files and disk space of a plug-in."""
 
     architecture: str
     form: Form
@@ -34,30 +34,32 @@ class PlugInPlan:
 
     @property
     def disk_bytes(self) -> int:
-        """Room that is needed on the disk of the plug-in's folder."""
+        """Free space in bytes that plugging in needs on the disk of the plug-in's folder."""
         return total(self.disk)
 
 
 def plan_plug_in(
     base: Base, returned: Path, out: Path, spec: PlugInSpec, home: Home, progress: Progress = silent
 ) -> PlugInPlan:
-    """What plugging a return into a base will do; what `plug-in` refuses is refused, and nothing is recorded.
+    """Plan a plug-in without writing it; nothing is recorded.
 
-    Verifying the return and comparing the base read every byte of both, as the run does.
+    Verifies the return itself, so `intake` is not needed. Raises the errors that `plug_in` raises before it writes.
+    Reads every byte of the return and of the base, as the run does.
 
     Args:
         base: the owner's full model.
         returned: the return's folder.
         out: the plug-in's folder.
         spec: form, checkpoint, strength, and whether a return may be plugged in again.
-        home: the owner's.
-        progress: where the events go.
+        home: the model owner's home folder, with its keys and its ledger.
+        progress: receives the progress events.
 
     Raises:
-        UsageError: `out` holds something, the return's method has no such form, or it has no such checkpoint.
+        UsageError: `out` is not empty, the return's method does not support the requested form, or the return has no
+            such checkpoint.
         VerificationError: the return fails verification.
-        PolicyError: it goes beyond what was permitted, or was plugged in before.
-        IncompatibleError: the base is another one than the bundle's.
+        PolicyError: the return exceeds what the bundle permits, or was already plugged in.
+        IncompatibleError: the base is not the one that the bundle was packed from.
     """
     require_free(out)
     progress(Event("verifying the return", 0))

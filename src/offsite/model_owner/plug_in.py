@@ -1,4 +1,4 @@
-"""Plugging in: a verified return is put into the base model. Tensors move by name; no model is built, torch-free."""
+"""Plugging in: put a verified return into the base model. Tensors are matched by name. Torch-free."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,22 +21,23 @@ from offsite.storage.files import require_free, staged_folder
 def plug_in(
     base: Base, returned: Return, out: Path, spec: PlugInSpec, home: Home, progress: Progress = silent
 ) -> PlugIn:
-    """Put a return into the base model it was made for.
+    """Put a return into the base model for which it was made.
 
     Args:
         base: the owner's full model, the one that the bundle was packed from; it is only read.
-        returned: what `intake` gave.
-        out: an adapter folder, for LoRA one for `PeftModel.from_pretrained(base, out)`; or a complete checkpoint.
-        spec: the form, and whether a return may be plugged in again.
-        home: the owner's.
-        progress: where the events go.
+        returned: the verified return, from `intake`.
+        out: the new folder: an adapter (for LoRA, `PeftModel.from_pretrained(base, out)` loads it), or a complete
+            checkpoint.
+        spec: form, checkpoint, strength, and whether a return may be plugged in again.
+        home: the model owner's home folder, with its keys and its ledger.
+        progress: receives the progress events.
 
     Raises:
-        VerificationError: the return does not fit into the base's dtype at this strength.
-        PolicyError: it was plugged in before.
-        IncompatibleError: the base is another one than the bundle's.
-        UsageError: the return was not taken in by this home, its method has no such form, it has no such checkpoint,
-            or `out` holds something.
+        VerificationError: a result at this strength is not finite in the base's dtype.
+        PolicyError: the return was already plugged in.
+        IncompatibleError: the base is not the one that the bundle was packed from.
+        UsageError: this home did not take in the return, its method does not support the requested form, it has no such
+            checkpoint, or `out` is not empty.
     """
     require_free(out)
     model, parent = open_base_of(returned, base, spec, home, progress)
@@ -58,12 +59,13 @@ def plug_in(
 def open_base_of(
     returned: Return, base: Base, spec: PlugInSpec, home: Home, progress: Progress
 ) -> tuple[BaseModel, Issued]:
-    """Open the base that a return was made for, and look its bundle up in the ledger.
+    """Open the base for which a return was made, and find its bundle in the ledger.
 
     Raises:
-        PolicyError: as `plug_in`.
-        IncompatibleError: as `plug_in`.
-        UsageError: the return was not taken in by this home, its method has no such form, or it has no such checkpoint.
+        PolicyError: as for `plug_in`.
+        IncompatibleError: as for `plug_in`.
+        UsageError: this home did not take in the return, its method does not support the requested form, or it has no
+            such checkpoint.
     """
     require_taken_in(returned, home)
     try:
@@ -75,7 +77,7 @@ def open_base_of(
 
 @contextmanager
 def refusals_recorded(verified: Return, home: Home) -> Iterator[None]:
-    """Enter a return that turns out not to fit while it is used as refused in the ledger."""
+    """Record the return as refused if the `with` block raises a VerificationError, and raise it again."""
     try:
         yield
     except VerificationError as error:

@@ -1,6 +1,6 @@
-"""What a plug-in holds, as an adapter or as a complete checkpoint: tensors by name, and files beside them. Torch-free.
+"""The content of a plug-in, as an adapter or as a complete checkpoint: named tensors and other files. Torch-free.
 
-Nothing is computed before it is written, so the same value tells a plan every size.
+Tensors are computed only when they are written, so a plan can use the same object to get every size.
 """
 
 import json
@@ -34,17 +34,17 @@ _COMPANIONS = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *BESIDE_A_MODEL)
 
 @dataclass(frozen=True)
 class Contents:
-    """Everything in a plug-in but its manifest and signature."""
+    """Everything in a plug-in except its manifest and signature."""
 
     weights: str | None  # the one file of an adapter's tensors; None is a checkpoint, which may have several
     tensors: Sequence[NewTensor]
     others: Mapping[str, bytes]  # further files by name
 
     def write(self, folder: Path) -> list[Written]:
-        """Compute and write all of it.
+        """Compute the tensors and write all files to a folder.
 
         Raises:
-            VerificationError: what the return changes does not fit into the dtype of a tensor.
+            VerificationError: a changed tensor is not finite in its dtype.
         """
         if self.weights is None:
             written = write_checkpoint(folder, self.tensors)
@@ -54,7 +54,7 @@ class Contents:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The size of every file in bytes, by name."""
+        """The size of every file in bytes, keyed by file name."""
         if self.weights is None:
             weights = checkpoint_bytes(self.tensors)
         else:
@@ -63,7 +63,7 @@ class Contents:
 
 
 def plug_in_contents(model: BaseModel, chosen: Chosen, form: Form) -> Contents:
-    """What a plug-in of this form holds."""
+    """The content of a plug-in in the given form."""
     if form == "adapter":
         return adapter_contents(model, chosen)
     changes = changed_tensors(model, chosen)
@@ -80,7 +80,7 @@ def plug_in_contents(model: BaseModel, chosen: Chosen, form: Form) -> Contents:
 
 
 def adapter_contents(model: BaseModel, chosen: Chosen) -> Contents:
-    """What makes a folder an adapter of the base."""
+    """The content of a plug-in in the form of an adapter of the base."""
     manifest = chosen.returned.manifest
     others = {}
     if manifest.lora:
@@ -94,15 +94,15 @@ def adapter_contents(model: BaseModel, chosen: Chosen) -> Contents:
 def plug_in_manifest(
     model: BaseModel, chosen: Chosen, form: Form, strength: float, issuer: str, files: tuple[FileEntry, ...]
 ) -> PlugInManifest:
-    """The manifest of a plug-in of these files.
+    """The manifest of a plug-in with these files.
 
     Args:
-        model: the base.
-        chosen: what of the return is in it.
-        form: adapter or merged.
-        strength: how far it goes, as the settings say it.
+        model: the opened base.
+        chosen: the plugged-in checkpoint of the return, and its strength.
+        form: "adapter" or "merged".
+        strength: the strength in the settings.
         issuer: the owner's key, 64 hex digits.
-        files: its files.
+        files: the plug-in's files.
     """
     return PlugInManifest(
         kind="plug-in",
@@ -125,7 +125,7 @@ def _companions(model: BaseModel, names: Sequence[str]) -> dict[str, bytes]:
 
 
 def _joined(stored: TensorRange, parts: Sequence[NewTensor]) -> NewTensor:
-    """A tensor of the base's file from its parts: itself, or the matrices of stacked experts."""
+    """A tensor of the base's file, joined from its parts: one tensor, or the matrices of stacked experts."""
     return NewTensor(
         stored.name, stored.dtype, stored.shape, lambda: chain.from_iterable(part.chunks() for part in parts)
     )

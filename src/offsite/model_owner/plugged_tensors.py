@@ -1,4 +1,4 @@
-"""The tensors of a plug-in: what a checkpoint of a verified return makes of the base's. Numpy, torch-free."""
+"""The tensors of a plug-in, computed from a checkpoint of a verified return and the base. Torch-free (numpy)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ Change = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Chosen:
-    """What of a verified return is plugged in, and how far."""
+    """The checkpoint of a verified return to plug in, and the strength."""
 
     returned: Return
     parent: Issued
@@ -39,7 +39,7 @@ class Chosen:
 
     @property
     def tensors(self) -> dict[str, HeldTensor]:
-        """The checkpoint's tensors as they were verified, by the names in the return."""
+        """The verified tensors of the checkpoint, keyed by their names in the return."""
         manifest = self.returned.manifest
         last = self.checkpoint == manifest.checkpoints
         name = WEIGHTS_OF[manifest.method] if last else checkpoint_file(self.checkpoint)
@@ -47,13 +47,16 @@ class Chosen:
 
     @property
     def head(self) -> dict[str, str]:
-        """The names in the base of the head's tensors, by those in the return; none where the head was not tuned."""
+        """A map from the head's tensor names in the return to those in the base; empty if the head was not tuned."""
         manifest = self.returned.manifest
         return head_names(self.parent.manifest, manifest.method) if manifest.head else {}
 
 
 def adapter_tensors(model: BaseModel, chosen: Chosen) -> list[NewTensor]:
-    """The tensors of a plug-in in the form of an adapter: strength is in B, in a bottleneck's way up, in the head."""
+    """The tensors of a plug-in in the form of an adapter.
+
+    The strength multiplies LoRA's B matrices, the up-projections of bottleneck adapters, and the change of the head.
+    """
     held, parent, lora = chosen.tensors, chosen.parent, chosen.returned.manifest.lora
     renamed = []
     if lora is None:
@@ -71,7 +74,7 @@ def adapter_tensors(model: BaseModel, chosen: Chosen) -> list[NewTensor]:
 
 
 def changed_tensors(model: BaseModel, chosen: Chosen) -> dict[str, NewTensor]:
-    """The tensors of the base that a merged plug-in changes, by today's names, as it would hold them."""
+    """The base's tensors that a merged plug-in changes, with their new values, keyed by their current names."""
     changes = {**(_lora_changes if chosen.returned.manifest.lora else _own_changes)(model, chosen)}
     held = chosen.tensors
     changes |= {name: _difference(held[returned], name, chosen.parent) for returned, name in chosen.head.items()}
@@ -79,7 +82,10 @@ def changed_tensors(model: BaseModel, chosen: Chosen) -> dict[str, NewTensor]:
 
 
 def to_base(name: str, model: BaseModel, parent: Issued, *, target: bool = False) -> str:
-    """The base's name in files of a tensor, or of a target of LoRA, of the bundle: the block's index is mapped back."""
+    """The name in the base's files for a tensor of the bundle, or for a LoRA target if `target` is set.
+
+    The block's index in the bundle is replaced by its index in the base.
+    """
     place = model.family.map_of(name) if target else model.family.block_of(name)
     if place is None:
         raise IncompatibleError(f"{name[:200]} belongs to no block")
@@ -87,7 +93,7 @@ def to_base(name: str, model: BaseModel, parent: Issued, *, target: bool = False
 
 
 def _scaled(tensor: StoredTensor, name: str, factor: np.float32) -> NewTensor:
-    """A returned tensor under another name, multiplied in float32; by 1 it keeps its bits."""
+    """A returned tensor under another name, multiplied by `factor` in float32; factor 1 keeps every bit."""
     if factor == 1:
         return copied(tensor, name=name)
 
@@ -106,7 +112,10 @@ def _scaled(tensor: StoredTensor, name: str, factor: np.float32) -> NewTensor:
 
 
 def _changed(tensor: TensorRange, change: Change, strength: np.float32, dtype: str | None = None) -> NewTensor:
-    """A base tensor plus so much of what the return changes, added in float32 and rounded once, to the base's dtype."""
+    """A base tensor plus `strength` times its change, computed in float32 and rounded once.
+
+    `dtype` is the dtype of the result; None means the base's.
+    """
     dtype = dtype or tensor.dtype
 
     def chunks() -> list[bytes]:
@@ -148,7 +157,7 @@ def _own_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
 
 
 def _difference(returned: StoredTensor, name: str, parent: Issued) -> Change:
-    """What a tensor that came back whole changes: what came back less what was shipped under that name."""
+    """The change of a tensor that was returned whole: its returned values minus the values in the bundle."""
     shipped_as = {**parent.manifest.tensors, **parent.manifest.head}[name].dtype
 
     def change(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""How a base model is cut by block index: bottom, middle and top."""
+"""How a base model is split by block index: bottom, middle and top."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sandwich:
-    """A base cut by block index: bottom and top train, and `spread` between them; the others become the emulator."""
+    """A base split by block index.
+
+    Bottom and top train, and so do the `spread` blocks, which lie between frozen ones. The emulator is made of the
+    middle.
+    """
 
     bottom: tuple[int, ...]
     middle: tuple[int, ...]
@@ -15,12 +19,15 @@ class Sandwich:
 
     @classmethod
     def of(cls, trained: Collection[int], blocks: int) -> "Sandwich":
-        """Of so many blocks, of which these train and at least one does not."""
+        """Split a base of `blocks` blocks, given the indices of the trained ones; at least one block must not train."""
         middle = [index for index in range(blocks) if index not in trained]
         first, last = middle[0], middle[-1]
         spread = sorted(index for index in trained if first < index < last)
         return cls(tuple(range(first)), tuple(middle), tuple(range(last + 1, blocks)), tuple(spread))
 
     def kept(self, emulator: Sequence[int]) -> tuple[int, ...]:
-        """All blocks of the bundle, where the emulator has these; one may stand in several places."""
+        """Base indices of all blocks of the bundle, in order, for an emulator with these blocks.
+
+        An index may occur several times.
+        """
         return (*self.bottom, *sorted((*emulator, *self.spread)), *self.top)

@@ -1,4 +1,4 @@
-"""Splitting: how a base is cut, and which settings do not go with it. Refused before any work."""
+"""Splitting: divide a base into bottom, middle and top, and reject settings that do not fit, before any work."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -14,12 +14,12 @@ from offsite.progress import silent
 
 
 def split(model: BaseModel, spec: PackSpec) -> Sandwich:
-    """Cut a base in bottom, middle and top.
+    """Split a base into bottom, middle and top, and check the settings against it.
 
     Raises:
-        UsageError: bottom, keep and top, or train and keep, do not fit into the blocks that there are.
-        UsageError: the head is permitted, and the model has none of its own.
-        IncompatibleError: the gap is to be healed in a way that the family does not permit.
+        UsageError: bottom, keep and top, or train and keep, do not fit the number of blocks.
+        UsageError: the settings permit tuning the head, and the model has no head of its own.
+        IncompatibleError: the family does not support the healing or pruning in the settings.
     """
     trained = spec.trained(model.blocks)
     _require_room(model.blocks, trained, spec)
@@ -55,10 +55,10 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
 
 
 def _require_room(blocks: int, trained: Collection[int], spec: PackSpec) -> None:
-    """Refuse a middle that is not there, or too small for what stays of it.
+    """Raise an error if the middle is empty, or has fewer blocks than the emulator is to keep.
 
     Raises:
-        UsageError: it is.
+        UsageError: it has, or `trained` names blocks that the base does not have.
     """
     beyond = sorted(index for index in trained if index >= blocks)
     if beyond:
@@ -79,10 +79,10 @@ def _require_room(blocks: int, trained: Collection[int], spec: PackSpec) -> None
 
 
 def _require_linear_residual(model: BaseModel, work: Work) -> None:
-    """Refuse to solve for output projections in a family where a block's output is not linear in theirs.
+    """Raise an error if refit would solve for a layer in whose output the block's output is not linear.
 
     Raises:
-        IncompatibleError: it is not.
+        IncompatibleError: the family's blocks are not linear in that output.
     """
     family = model.family
     if "mlp" in work.solves and not family.residual_is_linear(model.config):
@@ -108,10 +108,10 @@ def _require_linear_residual(model: BaseModel, work: Work) -> None:
 
 
 def _require_gap(middle: Sequence[int], spec: PackSpec, work: Work) -> None:
-    """Refuse steps of healing that were asked for and would do nothing.
+    """Raise an error if the settings name healing steps that would do nothing.
 
     Raises:
-        UsageError: there are some.
+        UsageError: a named step would do nothing.
     """
     idle = [step.name for step in spec.healing_steps if step not in work.steps]
     if idle and "heal" in spec.explicit_keys:
@@ -123,10 +123,12 @@ def _require_gap(middle: Sequence[int], spec: PackSpec, work: Work) -> None:
 
 
 def _require_for_spread(spec: PackSpec) -> None:
-    """Refuse what takes the emulator for one run of frozen blocks, before any work.
+    """Raise an error if settings do not work with trained blocks between frozen ones.
+
+    Such settings need the frozen blocks to be consecutive.
 
     Raises:
-        UsageError: it was asked for.
+        UsageError: such a setting was given.
     """
     reasons = spec.not_for_spread()
     if reasons:
@@ -139,10 +141,10 @@ def _require_for_spread(spec: PackSpec) -> None:
 
 
 def _require_for_images(spec: PackSpec) -> None:
-    """Refuse what is made for language models alone, before any work.
+    """Raise an error if settings for language models only are given for an image encoder.
 
     Raises:
-        UsageError: it was asked for.
+        UsageError: such a setting was given.
     """
     reasons = spec.not_for_images()
     if reasons:

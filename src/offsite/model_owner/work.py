@@ -1,4 +1,4 @@
-"""What is computed for the emulator's weights before they are stored."""
+"""The computations that the settings require for the emulator's weights before they are stored."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,10 @@ from offsite.config import HealingStep, PackSpec, Pruner, RefitMap
 
 @dataclass(frozen=True)
 class Work:
-    """What the settings ask for, of what has anything to do: where nothing is lost, nothing is healed."""
+    """The healing and pruning that the settings require for a model.
+
+    Healing steps that would have no effect are left out: if nothing is lost, nothing is healed.
+    """
 
     steps: tuple[HealingStep, ...]  # in their order
     pruner: Pruner | None  # the one that runs in the pass over the base's blocks
@@ -17,38 +20,38 @@ class Work:
 
     @property
     def block_steps(self) -> tuple[HealingStep, ...]:
-        """The steps that change each kept block in its turn, in the pass over the base's blocks."""
+        """The healing steps that change one kept block at a time."""
         return tuple(step for step in self.steps if step.runs == "block")
 
     @property
     def later_steps(self) -> tuple[HealingStep, ...]:
-        """The steps that change the whole emulator behind that pass."""
+        """The healing steps that change the whole emulator, after the block-by-block steps."""
         return tuple(step for step in self.steps if step.runs == "after")
 
     @property
     def block_by_block(self) -> bool:
-        """Whether there is such a pass: each block is changed in its turn, on what the blocks before it give."""
+        """Whether blocks are changed one at a time, by a healing step or by a calibrated pruner."""
         return bool(self.block_steps) or self.pruner is not None
 
     @property
     def maps(self) -> bool:
-        """Whether a map of the hidden state is solved for behind each kept block."""
+        """Whether an affine map is fitted after each kept block."""
         return any(step.declared for step in self.block_steps)
 
     @property
     def revisited(self) -> tuple[RefitMap, ...]:
-        """The output projections that have turns of their own behind the pruning of a block's other layers."""
+        """The output projections that are solved or pruned after the block's other layers were pruned."""
         last = self.pruner is not None and self.pruner.mlp_output_last and "mlp" not in self.solves
         return (*self.solves, "mlp") if last else self.solves
 
     @property
     def runs_network(self) -> bool:
-        """Whether the base's network runs for it."""
+        """Whether healing or pruning runs the base's network."""
         return self.block_by_block or bool(self.later_steps)
 
 
 def work_of(middle: Sequence[int], spec: PackSpec) -> Work:
-    """What the settings ask for with a middle of these blocks."""
+    """The healing and pruning that the settings require for a middle with these blocks."""
     pruner = spec.pruner if spec.pruner.calibrated and spec.pruned else None
     dropped = spec.kept(middle) < len(middle)
     steps = tuple(step for step in spec.healing_steps if dropped or (pruner is not None and step.heals_pruning))

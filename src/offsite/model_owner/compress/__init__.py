@@ -1,1 +1,1 @@
-"""How the blocks that stay are compressed, one method a file."""
+"""Compressing the emulator's blocks: one method per file."""

@@ -1,7 +1,7 @@
-"""An emulator with modules of our own: what its config declares, and the tensors that are stored for a block.
+"""Emulators with compressed or added modules: what their config declares, and the tensors stored for each block.
 
-Applied to what healing gave, in this order: a smaller shape, pruning, then another form of each matrix. A matrix is
-read, changed and written when its turn comes. Torch-free.
+The methods apply to the healed tensors in this order: narrower MLPs, pruning, then another stored form of each matrix.
+Each matrix is read, changed and written on its own, so only one is in memory. Torch-free.
 """
 
 import functools
@@ -22,16 +22,16 @@ from offsite.storage.safetensors_files import NewTensor, TensorRange, copied, fr
 
 
 def declared_of(model: BaseModel, bottom: int, slots: Sequence[int], spec: PackSpec) -> Declared | None:
-    """What the bundle's config declares; None where all blocks are the family's own.
+    """The declaration in the bundle's config of modules that differ from the family's own; None if none differs.
 
     Args:
-        model: the base.
+        model: the opened base.
         bottom: number of blocks before the emulator.
-        slots: base indices of the emulator's blocks, in order; one may stand in several places.
-        spec: what was asked for.
+        slots: base indices of the emulator's blocks, in order; an index may occur several times.
+        spec: the compression and healing settings.
 
     Raises:
-        IncompatibleError: the family's blocks cannot be stored in a form that was asked for.
+        IncompatibleError: the family's blocks cannot be stored in a requested form.
     """
     fields: dict[str, Any] = {}
     for form in spec.stored_forms:
@@ -43,10 +43,11 @@ def declared_of(model: BaseModel, bottom: int, slots: Sequence[int], spec: PackS
 
 
 def require_declarable(model: BaseModel, spec: PackSpec) -> None:
-    """Refuse module kinds that a family's blocks cannot have, before any work.
+    """Raise an error if the settings ask for modules that the family's blocks cannot have.
 
     Raises:
-        IncompatibleError: the blocks cannot be taken apart as the kinds need it.
+        IncompatibleError: tensors of the family's blocks have other names in files than in modules, or a requested form
+            does not fit.
     """
     family, asked = model.family, spec.declares
     if asked and (family.experts or family.modules):
@@ -62,14 +63,15 @@ def require_declarable(model: BaseModel, spec: PackSpec) -> None:
 def block_tensors(
     family: Architecture, tensors: Mapping[str, TensorRange], declared: Declared | None, spec: PackSpec, dtype: str
 ) -> list[NewTensor]:
-    """What is stored for one block of the emulator, by path in the block.
+    """The tensors that the bundle stores for one block of the emulator, named by their path in the block.
 
     Args:
-        family: of the model.
-        tensors: the block's, as healed, by path; with those of the map behind it, if there is one.
-        declared: what the block is; None where it is the family's own.
-        spec: how it is pruned and stored.
-        dtype: of the floats.
+        family: the model's row of the architecture table.
+        tensors: the block's healed tensors, keyed by path in the block, with those of the affine map after it, if there
+            is one.
+        declared: the declaration of the emulator's modules; None if they are the family's own.
+        spec: the settings of pruning and of stored forms.
+        dtype: the bundle's dtype of floats, "BF16" or "F32".
     """
     values = _values(family, tensors, declared, spec)
 
@@ -108,7 +110,10 @@ def block_tensors(
 def _values(
     family: Architecture, tensors: Mapping[str, TensorRange], declared: Declared | None, spec: PackSpec
 ) -> Callable[[str], Array]:
-    """A function that reads a tensor of a block by its path, with the block's smaller shape, and pruned."""
+    """A function from a tensor's path in the block to its values, in float32.
+
+    The values have the smaller shape of a narrower MLP and are pruned, if the settings ask for that.
+    """
 
     def read(path: str) -> Array:
         return read_float32(tensors[path])

@@ -1,4 +1,4 @@
-"""Truncated SVD: a matrix as the product of two thin ones, the nearest of that rank (Eckart and Young). Torch-free."""
+"""Truncated SVD: the closest matrix of a given rank, as a product of two thin ones (Eckart and Young). Torch-free."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,19 +14,22 @@ Array = npt.NDArray[np.float32]
 
 
 def declare(model: BaseModel, spec: PackSpec) -> Mapping[str, Any]:
-    """The rank, as a share of the full one."""
+    """The declared rank, as a fraction of the full rank."""
     return {"svd_rank": spec.compress.svd_rank}
 
 
 def encode(weight: Array, declared: Declared) -> Mapping[str, npt.NDArray[Any]]:
-    """A matrix (outputs, inputs) as `down` and `up`."""
+    """The two factors of a matrix (outputs, inputs): `down` (rank, inputs) and `up` (outputs, rank)."""
     outputs, inputs = weight.shape
     down, up = factorise(weight, declared.rank(inputs, outputs))
     return {"down": down, "up": up}
 
 
 def factorise(weight: Array, rank: int) -> tuple[Array, Array]:
-    """A matrix (outputs, inputs) as down (rank, inputs) and up (outputs, rank); up @ down is nearest to it."""
+    """Factorise a matrix (outputs, inputs) into down (rank, inputs) and up (outputs, rank).
+
+    up @ down is the closest matrix of this rank in the Frobenius norm.
+    """
     left, values, right = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
     roots = np.sqrt(values[:rank])  # half of the scale to each side, so that neither is coarse in bf16
     return (roots[:, None] * right[:rank]).astype(np.float32), (left[:, :rank] * roots).astype(np.float32)

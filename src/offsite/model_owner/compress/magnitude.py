@@ -1,11 +1,14 @@
 """Magnitude pruning: the smallest weights of each matrix become zero (Han et al., arXiv 1506.02626). Torch-free.
 
-It looks at nothing but the weights, so it comes when they are stored, behind healing and a narrower feed-forward part.
+It needs the weights alone, so it runs when they are stored, after healing and after MLPs are made narrower.
 """
 
 from offsite.model_owner.compress.zeros import Array, without_smallest
 
 
 def prune_stored(weight: Array, share: float) -> Array:
-    """A matrix without its smallest weights: exactly floor(share * size) become zero, of equals the earlier."""
+    """Set the floor(share * size) smallest weights of a matrix to zero.
+
+    Of weights with equal magnitude, the earlier become zero first.
+    """
     return without_smallest(weight, share)

@@ -1,4 +1,4 @@
-"""Narrower feed-forward parts: the neurons with the largest weights stay (FedPFT, arXiv 2404.11536). Torch-free."""
+"""Narrower MLPs: the neurons with the largest weights stay (FedPFT, arXiv 2404.11536). Torch-free."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -17,10 +17,10 @@ Array = npt.NDArray[np.float32]
 
 
 def declare(model: BaseModel, spec: PackSpec) -> Mapping[str, Any]:
-    """The number of neurons that stay.
+    """The declared number of neurons that stay in each MLP.
 
     Raises:
-        IncompatibleError: a linear layer gives several outputs for each neuron.
+        IncompatibleError: a linear layer of the MLP has several outputs for each neuron.
     """
     family, shapes = model.family, {path: tensor.shape for path, tensor in model.block(0).items()}
     inner = shapes[f"{family.mlp_out}.weight"][0 if family.transposed else 1]
@@ -35,7 +35,7 @@ def declare(model: BaseModel, spec: PackSpec) -> Mapping[str, Any]:
 
 
 def reshape(family: Architecture, read: Callable[[str], Array], declared: Declared) -> Callable[[str, Array], Array]:
-    """A function from a tensor's path in the block, and its values, to its values in the narrower block."""
+    """A function from a tensor's path in the block and its values to its values in the narrower block."""
 
     @functools.cache
     def kept() -> npt.NDArray[np.intp]:
@@ -45,12 +45,15 @@ def reshape(family: Architecture, read: Callable[[str], Array], declared: Declar
 
 
 def choose_neurons(family: Architecture, read: Callable[[str], Array], width: int) -> npt.NDArray[np.intp]:
-    """The neurons of a block that stay, in order: those of the largest L2 norm of [rows of W_in; column of W_out].
+    """The indices of a block's MLP neurons that stay, in ascending order.
+
+    They are those with the largest L2 norm of all their weights: their rows of the input layers and their column of the
+    output layer.
 
     Args:
-        family: of the model.
-        read: a tensor of the block by its path.
-        width: how many stay.
+        family: the model's row of the architecture table.
+        read: returns a tensor of the block, given its path.
+        width: number of neurons that stay.
     """
     squares = np.square(read(f"{family.mlp_out}.weight"), dtype=np.float64).sum(1 if family.transposed else 0)
     for path in mlp_inputs(family):
@@ -59,7 +62,7 @@ def choose_neurons(family: Architecture, read: Callable[[str], Array], width: in
 
 
 def narrow(family: Architecture, path: str, values: Array, kept: npt.NDArray[np.intp]) -> Array:
-    """One tensor of a block with the kept neurons alone; others than the feed-forward part's are as they were."""
+    """The values of one tensor for the `kept` MLP neurons; a tensor outside the MLP is returned unchanged."""
     module, _, kind = path.rpartition(".")
     if module == family.mlp_out and kind == "weight":
         return values[kept] if family.transposed else values[:, kept]

@@ -1,4 +1,4 @@
-"""Pruning the linear layers of a block on what enters each of them: what every calibrated pruner does in the pass."""
+"""Pruning a block's linear layers using their inputs: the part that all calibrated pruners share."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -16,16 +16,17 @@ from offsite.models.family import Architecture
 def prune_layers(
     problem: BlockProblem, found: Mapping[str, Tensor], pruning: Pruning, spared: Collection[str]
 ) -> Mapping[str, Tensor]:
-    """Prune the linear layers of a block, each on what enters it while none of them is pruned.
+    """Prune the linear layers of a block; each is calibrated on its inputs in the unpruned block.
 
     Args:
-        problem: the block.
-        found: tensors of it that have changed before, by path in the block in files.
-        pruning: the pruner, and the share of each matrix that becomes zero.
-        spared: paths of layers that have another turn.
+        problem: the block, with its inputs.
+        found: tensors of the block that earlier steps changed, keyed by their path in the block, as checkpoint files
+            name it.
+        pruning: the pruner, and the fraction of each matrix that becomes zero.
+        spared: paths of layers that are pruned in another step.
 
     Returns:
-        The new matrices, by path in the block in files, in the layout of files.
+        The new matrices, keyed by their path in the block, in names and layout of checkpoint files.
 
     Raises:
         IncompatibleError: the block reads a layer's weight without calling the layer.
@@ -62,16 +63,17 @@ def prune_layers(
 def prune_output(
     problem: BlockProblem, found: Mapping[str, Tensor], pruning: Pruning, part: RefitMap
 ) -> Mapping[str, Tensor]:
-    """Prune the linear layer that ends a block's MLP or attention, on what the block's changed layers give.
+    """Prune the output projection of a block's MLP or attention, on its inputs in the block as changed so far.
 
     Args:
-        problem: the block.
-        found: tensors of it that have changed before, by path in the block in files.
-        pruning: the pruner, and the share of the matrix that becomes zero.
-        part: which of the two.
+        problem: the block, with its inputs.
+        found: tensors of the block that earlier steps changed, keyed by their path in the block, as checkpoint files
+            name it.
+        pruning: the pruner, and the fraction of the matrix that becomes zero.
+        part: "mlp" or "attention".
 
     Returns:
-        The new weight, and the bias if there is one, by path in the block in files.
+        The new weight, and the bias if there is one; keys are paths in the block, as checkpoint files name them.
     """
     layer = output_projection(problem, found, part)
     return layer.tensors(pruning.prune(layer.weight, layer.gram()), layer.bias)
@@ -80,10 +82,12 @@ def prune_output(
 def _require_seen(
     pruning: Pruning, family: Architecture, places: Mapping[str, Sequence[str]], seen: Mapping[str, Tensor]
 ) -> None:
-    """Refuse a block that takes a layer's weight without calling the layer: it would stay whole.
+    """Raise an error if a block uses a layer's weight without calling the layer.
+
+    The inputs of such a layer are not recorded, so it would stay unpruned.
 
     Raises:
-        IncompatibleError: it does.
+        IncompatibleError: a layer was never called.
     """
     unseen = [path for place, paths in places.items() if place not in seen for path in paths]
     if unseen:
@@ -96,7 +100,7 @@ def _require_seen(
 
 
 def _readers(seen: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
-    """The modules in groups that read one and the same tensor."""
+    """The modules' paths, grouped so that the modules of a group have the same input tensor."""
     groups: dict[int, list[str]] = {}
     for path, inputs in seen.items():
         groups.setdefault(id(inputs), []).append(path)

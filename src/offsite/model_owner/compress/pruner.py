@@ -1,4 +1,4 @@
-"""What the file of a pruner has: one function for weights that are stored, or three for a pass on calibration data."""
+"""The functions that a pruner's file defines: one for a pruner of stored weights, three for a calibrated pruner."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,64 +14,67 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class StoredPruner(Protocol):
-    """A file of this folder with a pruner that looks at a matrix alone, when it is stored."""
+    """A file of this folder with a pruner that needs the weights alone and runs when they are stored."""
 
     def prune_stored(self, weight: Array, share: float) -> Array:
-        """A matrix, in the layout of its file, with `share` of its weights set to zero."""
+        """Set a fraction `share` of a matrix's weights to zero; the matrix has the layout of its file."""
 
 
 @runtime_checkable
 class CalibratedPruner(Protocol):
-    """A file of this folder with a pruner that looks at what enters a linear layer, in the pass over the blocks."""
+    """A file of this folder with a pruner that needs the inputs of linear layers and runs on calibration data."""
 
     def sum_inputs(self, inputs: "Tensor") -> "Tensor":
-        """What the pruner has to know of inputs (N, I), as a sum over the N: those of several batches are added."""
+        """The statistics that the pruner needs of a layer's inputs (N, I).
+
+        They are a sum over the N tokens, so those of several batches can be added.
+        """
 
     def from_gram(self, gram: "Tensor") -> "Tensor":
-        """The same, of inputs of which the Gram matrix (I, I) is known."""
+        """The statistics that `sum_inputs` returns, computed from the Gram matrix (I, I) of the inputs."""
 
     def prune_matrices(self, weights: Mapping[str, "Tensor"], sums: "Tensor", share: float) -> Mapping[str, "Tensor"]:
-        """Prune matrices (outputs, I) of linear layers that read the same inputs.
+        """Prune the matrices (outputs, I) of linear layers that have the same inputs.
 
         Args:
-            weights: by the layers' paths.
-            sums: what `sum_inputs` or `from_gram` gave.
-            share: of the weights of each that become zero.
+            weights: the matrices, keyed by the layers' paths.
+            sums: the statistics from `sum_inputs` or `from_gram`.
+            share: fraction of each matrix that becomes zero.
 
         Returns:
-            The new matrices in float32, by the same paths.
+            The new matrices in float32, keyed by the same paths.
         """
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """A calibrated pruner at work."""
+    """A calibrated pruner, and the fraction of each matrix that it sets to zero."""
 
     row: Pruner
     pruner: CalibratedPruner
     share: float  # of each matrix that becomes zero
 
     def prune(self, weight: "Tensor", gram: "Tensor") -> "Tensor":
-        """One matrix (outputs, I) without `share` of its weights, on inputs with this Gram matrix (I, I)."""
+        """Prune one matrix (outputs, I), given the Gram matrix (I, I) of the layer's inputs."""
         return self.pruner.prune_matrices({"": weight}, self.pruner.from_gram(gram), self.share)[""]
 
 
 def pruning(row: Pruner, share: float) -> Pruning:
-    """A calibrated pruner with the share that it is to remove; imports torch."""
+    """Load a calibrated pruner and set its fraction of zeros; imports torch."""
     return Pruning(row, cast(CalibratedPruner, import_module(row.module)), share)
 
 
 def prune_stored(row: Pruner, weight: Array, share: float, inputs_axis: int) -> Array:
-    """A matrix as it is stored.
+    """Prune a matrix when it is stored.
 
-    What a calibrated pruner did stays: its zeros are the smallest weights. Where a matrix has too few of them, because
-    the feed-forward part became narrower, the smallest others go too.
+    A calibrated pruner ran before, and its zeros are kept: they are the smallest weights. If too few are left, because
+    the MLP became narrower, the next smallest weights become zero too.
 
     Args:
-        row: the pruner's.
+        row: the pruner's row of the table of pruners.
         weight: the matrix, in the layout of its file.
-        share: of the weights that become zero.
-        inputs_axis: the axis of the matrix that counts the layer's inputs.
+        share: fraction of the weights that become zero.
+        inputs_axis: the axis of the matrix that runs over the layer's inputs.
     """
     if row.calibrated:
         return without_smallest(weight, share, inputs_axis if row.by_output else None)

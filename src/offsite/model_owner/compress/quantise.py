@@ -1,4 +1,7 @@
-"""Weights in 8 or 4 bits: symmetric, a scale for each group of an output's inputs, rounded to nearest. Torch-free."""
+"""Quantisation of weights to 8 or 4 bits: symmetric, rounded to nearest. Torch-free.
+
+Each output's weights are divided into groups along the inputs, and each group has a scale.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,22 +17,23 @@ Array = npt.NDArray[np.float32]
 
 
 def declare(model: BaseModel, spec: PackSpec) -> Mapping[str, Any]:
-    """The bits of a weight, and how many weights share a scale."""
+    """The declared number of bits per weight, and the number of weights that share a scale."""
     return {"bits": spec.compress.bits, "group": spec.compress.group}
 
 
 def encode(weight: Array, declared: Declared) -> Mapping[str, npt.NDArray[Any]]:
-    """A matrix (outputs, inputs) as `quantised`, its codes, and `scales`."""
+    """The quantised form of a matrix (outputs, inputs): `quantised`, its integer codes, and `scales`."""
     codes, scales = quantise(weight, declared.bits or 8, declared.group or 64)
     return {"quantised": codes, "scales": scales}
 
 
 def quantise(weight: Array, bits: int, group: int) -> tuple[npt.NDArray[np.uint8] | npt.NDArray[np.int8], Array]:
-    """A matrix (outputs, inputs) as codes and scales.
+    """Quantise a matrix (outputs, inputs) to integer codes and scales.
 
     Returns:
-        Codes: int8 (outputs, inputs); for 4 bits uint8 (outputs, inputs / 2), the even input in the low half, with 8
-        added. Scales: float32 (outputs, groups); the last group may be shorter than the others.
+        Codes: int8 (outputs, inputs); for 4 bits uint8 (outputs, inputs / 2 rounded up), each code plus 8, with the
+        code of an even input in the low four bits. Scales: float32 (outputs, groups); the last group may be shorter
+        than the others.
     """
     outputs, inputs = weight.shape
     groups = -(-inputs // group)
@@ -44,7 +48,7 @@ def quantise(weight: Array, bits: int, group: int) -> tuple[npt.NDArray[np.uint8
 
 
 def _pack_pairs(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
-    """Two codes a byte; the last of an odd number is padded with a zero."""
+    """Pack two 4-bit codes into each byte; an odd number of inputs is padded with a zero code."""
     shifted = (codes + 8).astype(np.uint8)
     if shifted.shape[1] % 2:
         shifted = np.pad(shifted, ((0, 0), (0, 1)), constant_values=8)

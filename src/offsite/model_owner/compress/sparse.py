@@ -1,4 +1,4 @@
-"""Pruned matrices stored as a mask and the weights that stay: zeros cost a bit each. Torch-free."""
+"""Pruned matrices stored as a bit mask and the remaining weights, so a zero costs one bit. Torch-free."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,25 +13,25 @@ from offsite.models.modules.declared import Declared
 
 
 def declare(model: BaseModel, spec: PackSpec) -> Mapping[str, Any]:
-    """The share of every matrix that is not stored."""
+    """The declared fraction of every matrix that is not stored."""
     return {"sparse": spec.pruned}
 
 
 def encode(weight: Array, declared: Declared) -> Mapping[str, npt.NDArray[Any]]:
-    """A pruned matrix (outputs, inputs) as `mask` and `values`."""
+    """The sparse form of a pruned matrix (outputs, inputs): `mask` and `values`."""
     mask, values = pack_sparse(weight, declared.sparse or 0.0)
     return {"mask": mask, "values": values}
 
 
 def pack_sparse(weight: Array, share: float) -> tuple[npt.NDArray[np.uint8], Array]:
-    """A pruned matrix (outputs, inputs) as a mask of bits and the weights that stay.
+    """Pack a pruned matrix (outputs, inputs) into a bit mask and the remaining weights.
 
-    The file's size follows from the share, so exactly floor(share * size) weights are left out: zeros, and where they
-    are fewer (a pruner that compares by output rounds down for each) the smallest of the others.
+    The share alone fixes the file's size: exactly floor(share * size) weights are left out. If the matrix has fewer
+    zeros, as after a pruner that rounds down for each output, the smallest other weights are left out too.
 
     Returns:
-        Mask: uint8 (outputs, inputs / 8 rounded up), the first input in the lowest bit. Weights: float32 (count,),
-        output after output.
+        Mask: uint8 (outputs, inputs / 8 rounded up), with the first input in the lowest bit. Weights: float32 (count,),
+        in row order.
     """
     kept = where_kept(weight, share)
     return np.packbits(kept, axis=1, bitorder="little"), weight[kept]

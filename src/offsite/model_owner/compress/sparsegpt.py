@@ -1,8 +1,8 @@
-"""SparseGPT: matrices lose weights one column after the other, and what stays makes up for what goes.
+"""SparseGPT: weights are removed column by column, and the remaining weights are updated to compensate.
 
-Frantar and Alistarh, arXiv 2301.00774, section 3. Beyond their rule, a block's layers are pruned on what enters them in
-the emulator, not in the base, and the layers that end MLP or attention are solved anew before they are pruned, by
-`refit`, so that a block also corrects what the blocks before it left.
+Frantar and Alistarh, arXiv 2301.00774, section 3. Two things differ from the paper. A block's layers are pruned on
+their inputs in the emulator, not in the base. And if `refit` is on, it solves the output projections of MLP or
+attention before they are pruned, so that a block also corrects errors of the blocks before it.
 """
 
 from collections.abc import Mapping
@@ -16,32 +16,35 @@ DAMPING = 0.01  # times the mean of the Gram matrix's diagonal, as published
 
 
 def sum_inputs(inputs: Tensor) -> Tensor:
-    """The Gram matrix of inputs (N, I): the sum of x x^T, (I, I)."""
+    """The Gram matrix of inputs (N, I): the sum of x x^T over the N tokens, (I, I)."""
     return inputs.T @ inputs
 
 
 def from_gram(gram: Tensor) -> Tensor:
-    """The Gram matrix itself."""
+    """The Gram matrix (I, I), unchanged: it is what this pruner needs."""
     return gram
 
 
 def prune_matrices(weights: Mapping[str, Tensor], sums: Tensor, share: float) -> Mapping[str, Tensor]:
-    """Matrices without `share` of their weights, the rest changed so that products with the inputs change least.
+    """Prune matrices, updating the remaining weights so that the layers' outputs change least.
 
     Args:
-        weights: (outputs, I), by path.
+        weights: matrices (outputs, I), keyed by path.
         sums: the Gram matrix of their inputs, (I, I).
         share: exactly floor(share * size) weights of each become zero.
 
     Returns:
-        (outputs, I) in float32, by path.
+        The new matrices (outputs, I) in float32, keyed by path.
     """
     unused, factor = sums.diagonal() == 0, _inverse_factor(sums)
     return {path: _prune(weight, unused, factor, share) for path, weight in weights.items()}
 
 
 def _prune(weight: Tensor, unused: Tensor, factor: Tensor, share: float) -> Tensor:
-    """One matrix, given which inputs (I,) are always zero and the `_inverse_factor` of the others."""
+    """Prune one matrix (outputs, I).
+
+    `unused` (I,) marks inputs that are always zero; `factor` (I, I) is the result of `_inverse_factor`.
+    """
     outputs, inputs = weight.shape
     left = weight.float().T.clone(memory_format=torch.contiguous_format)  # (inputs, outputs)
     left[unused] = 0  # their weights go first, at no cost
@@ -60,7 +63,10 @@ def _prune(weight: Tensor, unused: Tensor, factor: Tensor, share: float) -> Tens
 
 
 def _errors(part: Tensor, own: Tensor, removed: Tensor) -> Tensor:
-    """What removing each weight is to change in the columns behind; those of `part` (columns, outputs) are changed."""
+    """The error that removing the weights leaves in each column, for the update of the columns after this part.
+
+    `part` (columns, outputs) is updated in place.
+    """
     errors = torch.zeros_like(part)
     for first in range(0, len(part), _TOGETHER):
         last = min(first + _TOGETHER, len(part))
@@ -72,7 +78,7 @@ def _errors(part: Tensor, own: Tensor, removed: Tensor) -> Tensor:
 
 
 def _smallest(values: Tensor, count: int) -> Tensor:
-    """Where the `count` smallest of the values (n,) are, of equals the earlier."""
+    """A mask (n,) of the `count` smallest values; of equal values the earlier are taken."""
     if not count:
         return torch.zeros_like(values, dtype=torch.bool)
     largest = values.kthvalue(count).values
@@ -83,7 +89,7 @@ def _smallest(values: Tensor, count: int) -> Tensor:
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
-    """The upper Cholesky factor of the damped Gram matrix's inverse, in float32; solved in float64."""
+    """The upper Cholesky factor of the damped Gram matrix's inverse; computed in float64, returned in float32."""
     system = gram.double()
     system.diagonal()[system.diagonal() == 0] = 1
     system.diagonal().add_(DAMPING * system.diagonal().mean())

@@ -1,4 +1,7 @@
-"""What the file of a stored form has: what it declares, and how it changes a block or stores a matrix. Torch-free."""
+"""The functions that a stored form's file defines.
+
+They declare the form in the bundle's config, and change a block's shapes or encode a matrix. Torch-free.
+"""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -15,10 +18,10 @@ from offsite.models.modules.declared import Declared
 
 @runtime_checkable
 class DeclaringForm(Protocol):
-    """A file of this folder with a stored form; it is a `MatrixEncoding` or a `BlockReshaping` too."""
+    """A file of this folder with a stored form; it is also a `MatrixEncoding` or a `BlockReshaping`."""
 
     def declare(self, model: BaseModel, spec: PackSpec) -> Mapping[str, Any]:
-        """The fields of `Declared` that say what is stored.
+        """The fields of `Declared` that describe this form.
 
         Raises:
             IncompatibleError: the family's blocks cannot have this form.
@@ -27,10 +30,13 @@ class DeclaringForm(Protocol):
 
 @runtime_checkable
 class MatrixEncoding(DeclaringForm, Protocol):
-    """A form that stores the matrix of a linear layer as other tensors."""
+    """A form that stores the matrix of a linear layer as other tensors, such as codes and scales."""
 
     def encode(self, weight: Array, declared: Declared) -> Mapping[str, npt.NDArray[Any]]:
-        """The tensors of a matrix (outputs, inputs), by the last part of their names; those in float32 are rounded."""
+        """The tensors that store a matrix (outputs, inputs), keyed by the last part of their names.
+
+        The caller rounds those in float32 to the bundle's dtype.
+        """
 
 
 @runtime_checkable
@@ -40,15 +46,15 @@ class BlockReshaping(DeclaringForm, Protocol):
     def reshape(
         self, family: Architecture, read: Callable[[str], Array], declared: Declared
     ) -> Callable[[str, Array], Array]:
-        """A function from a tensor's path in the block, and its values, to its values in the smaller block.
+        """A function from a tensor's path in the block and its values to its values in the smaller block.
 
         Args:
-            family: of the model.
-            read: a tensor of the block by its path.
-            declared: what the block is.
+            family: the model's row of the architecture table.
+            read: returns a tensor of the block, given its path.
+            declared: the declaration of the emulator's modules.
         """
 
 
 def form_of(row: StoredForm) -> DeclaringForm:
-    """The file with a stored form."""
+    """Load the file of a stored form."""
     return cast(DeclaringForm, import_module(row.module))

@@ -1,8 +1,8 @@
-"""Wanda: each output loses the weights that are small, times the norm of what they are multiplied by.
+"""Wanda: each output loses the weights with the smallest product of magnitude and norm of the input.
 
 Sun, Liu, Bair and Kolter, arXiv 2306.11695, section 3: the score of a weight is |W_ij| * ||X_j||_2 over all calibration
-tokens, compared among the weights of one output. The weights that stay do not change. It needs one number for each
-input of a linear layer, where SparseGPT needs a matrix, and no inverse.
+tokens, compared among the weights of one output. The remaining weights do not change. Wanda needs one value for each
+input of a linear layer, and no matrix inverse; SparseGPT needs a matrix and its inverse.
 """
 
 from collections.abc import Mapping
@@ -12,25 +12,25 @@ from torch import Tensor
 
 
 def sum_inputs(inputs: Tensor) -> Tensor:
-    """The squared norms of inputs (N, I) over the N tokens, (I,)."""
+    """The squared norms of inputs (N, I), summed over the N tokens: (I,)."""
     return inputs.square().sum(0)
 
 
 def from_gram(gram: Tensor) -> Tensor:
-    """The same, from a Gram matrix (I, I)."""
+    """The squared norms (I,) of a layer's inputs: the diagonal of their Gram matrix (I, I)."""
     return gram.diagonal()
 
 
 def prune_matrices(weights: Mapping[str, Tensor], sums: Tensor, share: float) -> Mapping[str, Tensor]:
-    """Matrices without the weights of the lowest scores.
+    """Set the weights with the lowest scores to zero.
 
     Args:
-        weights: (outputs, I), by path.
+        weights: matrices (outputs, I), keyed by path.
         sums: the squared norms of their inputs, (I,).
-        share: exactly floor(share * I) weights of each output become zero, of equals the earlier.
+        share: exactly floor(share * I) weights of each output become zero, of equal scores the earlier.
 
     Returns:
-        (outputs, I) in float32, by path.
+        The new matrices (outputs, I) in float32, keyed by path.
     """
     return {path: _prune(weight.float(), sums.sqrt(), share) for path, weight in weights.items()}
 

@@ -1,4 +1,7 @@
-"""Matrices without their smallest weights: how magnitude prunes, and how every pruned matrix is stored. Torch-free."""
+"""Setting the smallest weights of a matrix to zero.
+
+Magnitude pruning does this, and so does the storing of every pruned matrix. Torch-free.
+"""
 
 import numpy as np
 import numpy.typing as npt
@@ -7,19 +10,22 @@ Array = npt.NDArray[np.float32]
 
 
 def without_smallest(weight: Array, share: float, inputs_axis: int | None = None) -> Array:
-    """A matrix with its smallest weights set to zero; one that has enough zeros already stays as it is.
+    """Set the smallest weights of a matrix to zero; a matrix with enough zeros is returned unchanged.
 
     Args:
         weight: the matrix.
-        share: of the weights that go.
-        inputs_axis: compare the weights along this axis alone, so each output loses floor(share * inputs) of them; None
-            compares all, and floor(share * size) go.
+        share: fraction of the weights that become zero.
+        inputs_axis: compare the weights along this axis only, so each output loses floor(share * inputs) of them; None
+            compares all weights, and floor(share * size) become zero.
     """
     return np.where(where_kept(weight, share, inputs_axis), weight, np.float32(0))
 
 
 def where_kept(weight: Array, share: float, inputs_axis: int | None = None) -> npt.NDArray[np.bool_]:
-    """Where a matrix keeps its weights, when the smallest go as in `without_smallest`; of equals the earlier go."""
+    """A mask of the weights that are kept, for the same arguments as `without_smallest`.
+
+    Of weights with equal magnitude, the earlier become zero first.
+    """
     if inputs_axis is None:
         kept = np.ones(weight.size, np.bool_)
         kept[np.argsort(np.abs(weight.ravel()), kind="stable")[: int(share * weight.size)]] = False

@@ -1,1 +1,1 @@
-"""How the emulator makes up for what was dropped or compressed, one method a file."""
+"""Healing: how the emulator compensates for dropped and compressed blocks; one method per file."""

@@ -1,8 +1,8 @@
-"""Affine maps: h + h W + b behind each kept block, solved so that it stands in for the blocks dropped behind that.
+"""Affine maps: h + h W + b after each kept block, fitted to replace the dropped blocks after that block.
 
-Targets, order and solver are refit's. Nothing is asked of the block, which stays as it is: the map takes what leaves
-it, so it does where a norm follows the MLP too. Compare ReplaceMe (arXiv 2505.02819), which solves for a linear map
-behind an MLP, on the base's activations, and merges it into that MLP.
+Targets, order and solver are those of refit. The block itself does not change, since the map applies to its output; so
+this also works for families with a norm after the MLP. Compare ReplaceMe (arXiv 2505.02819), which solves for a linear
+map after an MLP, on the base's activations, and merges it into that MLP.
 """
 
 from collections.abc import Mapping
@@ -18,20 +18,23 @@ from offsite.models.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT
 
 
 def solved_layers(family: Architecture, spec: PackSpec) -> tuple[str, ...]:
-    """None: the map is no layer of the block."""
+    """An empty tuple: the map is not one of the block's linear layers."""
     return ()
 
 
 def solve_block(
     problem: BlockProblem, found: Mapping[str, Tensor], spec: PackSpec, pruning: Pruning | None
 ) -> Mapping[str, Tensor]:
-    """W (H, H) and b (H,) of the map behind a block, by path in the block, in float64.
+    """Solve for the affine map after a block.
+
+    The result holds W (H, H) and b (H,) in float64, keyed by their paths in the block.
 
     Args:
-        problem: the block; the targets are what should leave the map.
-        found: tensors of it that have changed before, by path in the block in files.
-        spec: the map has no settings.
-        pruning: nothing of the map is pruned.
+        problem: the block; its targets are the wanted outputs of the map.
+        found: tensors of the block that earlier steps changed, keyed by their path in the block, as checkpoint files
+            name it.
+        spec: unused, since the map has no settings.
+        pruning: unused, since the map is not pruned.
     """
     block, hidden = problem.load(found), problem.targets[0].shape[-1]
     ridge = RidgeProblem(hidden, hidden, len(problem.batches), problem.targets[0].device, bias=True)

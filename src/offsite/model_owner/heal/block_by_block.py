@@ -1,7 +1,7 @@
-"""The pass block by block: each kept block is changed when its turn comes, by pruning and by steps of healing.
+"""Pruning and healing the kept blocks one after the other.
 
-A block is changed on what the emulator's blocks before it give, and toward what the base gives before the next kept
-block, so errors do not add up. At any time one block's weights are in memory.
+Each block is fitted on the outputs of the emulator's blocks before it. Its targets are the base's hidden states before
+the next kept block, so errors do not accumulate. One block's weights are in memory at a time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,24 +43,25 @@ def block_by_block(
     *,
     batches: Sequence[Tensor] | None = None,
 ) -> Mapping[str, TensorRange]:
-    """Change every kept block by the steps of healing and the calibrated pruner that the settings name.
+    """Change every kept block by the healing steps and the calibrated pruner in the settings.
 
     Args:
         model: the base; its blocks are loaded one at a time.
-        sandwich: how it is cut.
+        sandwich: the split of the base into bottom, middle and top.
         emulator: base indices of the kept blocks of the middle.
-        spec: calibration text, tokens, and the dtype that the bundle will have.
+        spec: the settings of healing, pruning and calibration, and the bundle's dtype.
         scratch: a folder for the solved weights until the bundle is written.
-        progress: where the events go.
-        batches: token ids (B, T) to fit on, in place of the calibration text of `spec`.
+        progress: receives the progress events.
+        batches: token ids (B, T) to fit on, instead of the calibration data of `spec`.
 
     Returns:
-        The changed tensors, and those of maps behind blocks, by base name, as they lie in files of `scratch`.
+        The changed tensors, and the tensors of affine maps after blocks; keys are tensor names in the base, and the
+        values are in files of `scratch`.
 
     Raises:
         DataError: the calibration text is unreadable or too short.
-        IncompatibleError: what goes through the base is not finite, so nothing can be solved; or a block does not show
-            what enters its linear layers.
+        IncompatibleError: activations of the base are not finite, so no solution exists; or a block does not call one
+            of its linear layers, so its inputs are unknown.
     """
     family = model.family
     machine = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
@@ -95,15 +96,15 @@ def block_by_block(
 
 
 def _solve(problem: BlockProblem, steps: Sequence[_Step], block: int) -> dict[str, Tensor]:
-    """The new tensors of a block, by path in it.
+    """The new tensors of a block, keyed by their path in the block.
 
     Args:
         problem: the block.
-        steps: what changes it, in order.
-        block: its base index, for an error.
+        steps: the functions that change the block, in order.
+        block: the block's base index, for error messages.
 
     Raises:
-        IncompatibleError: what goes through the base is not finite, so nothing can be solved.
+        IncompatibleError: activations of the base are not finite, so no solution exists.
     """
     solved: dict[str, Tensor] = {}
     try:
@@ -124,14 +125,18 @@ def _solve(problem: BlockProblem, steps: Sequence[_Step], block: int) -> dict[st
 
 
 def _store(file: Path, solved: Mapping[str, Tensor], dtype: str) -> Mapping[str, TensorRange]:
-    """Write a block's new tensors as they will be shipped."""
+    """Write a block's new tensors with the bundle's rounding, and return their places in the file."""
     arrays = [from_array(path, value.float().cpu().numpy(), dtype) for path, value in solved.items()]
     write_safetensors(file, arrays)
     return read_header(file)
 
 
 def _steps(family: Architecture, work: Work, spec: PackSpec) -> list[_Step]:
-    """What happens to a block, in order; a layer that a step of healing solves is pruned there, once it is solved."""
+    """The functions that change a block, in order.
+
+    A layer that a healing step solves is pruned by that step, after it is solved. Other layers are pruned before
+    healing; with some pruners, the MLP's output projection is pruned last.
+    """
     healing = [block_step(row) for row in work.block_steps]
     if work.pruner is None:
         return [partial(step.solve_block, spec=spec, pruning=None) for step in healing]
@@ -147,7 +152,7 @@ def _steps(family: Architecture, work: Work, spec: PackSpec) -> list[_Step]:
 
 
 def _stage(work: Work) -> str:
-    """What the user is shown."""
+    """The name of this work in the progress display."""
     healing = [step.name for step in work.block_steps]
     if healing:
         return f"healing by {', '.join(healing)}"

@@ -1,4 +1,4 @@
-"""What a step of healing block by block is given, and the functions that its file has."""
+"""The input of a healing step that works block by block, and the functions that its file defines."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,10 @@ from offsite.models.family import Architecture
 
 @dataclass(frozen=True)
 class BlockProblem:
-    """A kept block when its turn has come: it is to stand in for the dropped blocks behind it too."""
+    """A kept block that is to be fitted, with its inputs and its target outputs.
+
+    The targets include the effect of the dropped blocks after it.
+    """
 
     load: Callable[[Mapping[str, Tensor]], LoadedBlock]  # the block, with tensors replaced by path in files
     family: Architecture
@@ -27,10 +30,10 @@ class BlockProblem:
 
 @runtime_checkable
 class BlockStep(Protocol):
-    """A file of this folder with a step that changes each kept block in its turn."""
+    """A file of this folder with a healing step that changes one kept block at a time."""
 
     def solved_layers(self, family: Architecture, spec: PackSpec) -> tuple[str, ...]:
-        """Paths in a block of the linear layers that the step solves, and then prunes if there is a pruner."""
+        """Paths in a block of the linear layers that the step solves; it also prunes them if there is a pruner."""
 
     def solve_block(
         self, problem: BlockProblem, found: Mapping[str, Tensor], spec: PackSpec, pruning: Pruning | None
@@ -38,16 +41,17 @@ class BlockStep(Protocol):
         """Solve for new tensors of the block.
 
         Args:
-            problem: the block.
-            found: tensors of it that have changed before, by path in the block in files.
-            spec: the step's settings.
-            pruning: the calibrated pruner of the pass, if there is one.
+            problem: the block, with its inputs and targets.
+            found: tensors of the block that earlier steps changed, keyed by their path in the block, as checkpoint
+                files name it.
+            spec: the settings.
+            pruning: the calibrated pruner; None if there is none.
 
         Returns:
-            The new tensors, by path in the block in files.
+            The new tensors; keys are paths in the block, as checkpoint files name them.
         """
 
 
 def block_step(row: HealingStep) -> BlockStep:
-    """The file with a step that runs block by block."""
+    """Load the file of a healing step that works block by block."""
     return cast(BlockStep, import_module(row.module))

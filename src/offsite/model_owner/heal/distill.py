@@ -1,10 +1,10 @@
 """Distillation: the emulator's blocks learn the output of the entire middle (offsite-tuning, arXiv 2302.04870, 3.3).
 
 The paper's loss is the next token's cross-entropy plus 30 times mean(((H_T - H_S) / rms(H_T))^2) of the hidden states
-at the end of the middle. Here the cross-entropy is off by default: then bottom, top, head and teacher do not run again,
-because the hidden states that enter and leave the middle are on disk. rms is taken per token, and the first token of a
-text is left out, because a few tokens have a thousand times the norm of the others. An encoder is distilled on
-pictures, of which every token counts. Bottom and top never train.
+at the end of the middle, of teacher (T) and student (S). Here the cross-entropy is off by default. Then bottom, top,
+head and teacher do not run again, because the hidden states before and after the middle are on disk. rms is computed
+per token. The first token of a text is left out, because a few tokens have a norm a thousand times larger than the
+others. For an image encoder the data are pictures, and all tokens count. Bottom and top never train.
 """
 
 import math
@@ -53,20 +53,20 @@ _NAMES = RunNames(
 
 
 def heal_emulator(healing: Healing, healed: Mapping[str, TensorRange]) -> Mapping[str, TensorRange]:
-    """Train the emulator's blocks, starting from the tensors that were healed before.
+    """Train the emulator's blocks, starting from the tensors that earlier steps healed.
 
     Args:
-        healing: the emulator; its log gets the healing curve, a JSON line for each step.
-        healed: tensors of its blocks that were solved before, by base name.
+        healing: the emulator; the loss of each step is written to its log, one JSON line per step.
+        healed: tensors of the emulator's blocks that earlier steps changed, keyed by their name in the base.
 
     Returns:
-        All tensors of the emulator's blocks by base name, in a file of `scratch`.
+        All tensors of the emulator's blocks, keyed by their name in the base; they are in a file of `scratch`.
 
     Raises:
         DataError: the calibration text is unreadable or too short.
-        StorageError: something cannot be written.
+        StorageError: a file cannot be written.
         OffsiteError: the loss is no longer a finite number.
-        KeyboardInterrupt: the user stopped it; a resume point was saved.
+        KeyboardInterrupt: the user interrupted the run; a resume point was saved.
     """
     model, sandwich, spec, scratch = healing.model, healing.sandwich, healing.spec, healing.scratch
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
@@ -91,14 +91,20 @@ def heal_emulator(healing: Healing, healed: Mapping[str, TensorRange]) -> Mappin
 
 
 def hidden_error(student: Tensor, teacher: Tensor, skipped: int = 1) -> Tensor:
-    """mean(((H_T - H_S) / rms(H_T))^2) over the tokens after the skipped, with each token's own rms; both (B, T, H)."""
+    """The distillation error of hidden states: mean(((H_T - H_S) / rms(H_T))^2).
+
+    `student` and `teacher` are (B, T, H); rms is computed for each token; the first `skipped` tokens are left out.
+    """
     student, teacher = student[:, skipped:].float(), teacher[:, skipped:].float()
     scale = teacher.square().mean(-1, keepdim=True).clamp_min(1e-12)  # (B, T - skipped, 1)
     return ((teacher - student).square() / scale).mean()
 
 
 def _emulator_weights(model: BaseModel, stack: LoadedStack, emulator: Sequence[int], *, prunes: bool) -> MasterWeights:
-    """The parameters of the emulator's blocks; where they were pruned, the zeros of linear layers stay zero."""
+    """The trainable parameters of the emulator's blocks.
+
+    If the blocks were pruned (`prunes`), the zeros of their linear layers stay zero.
+    """
     starts = tuple(f"{model.family.block_module(index)}." for index in emulator)
     working = {name: parameter for name, parameter in sorted(stack.parameters.items()) if name.startswith(starts)}
     for parameter in working.values():
@@ -109,7 +115,7 @@ def _emulator_weights(model: BaseModel, stack: LoadedStack, emulator: Sequence[i
 
 @dataclass(frozen=True)
 class _Distillation:
-    """Batches of hidden states under the emulator's blocks; a `TrainingTask` whose rows are batches."""
+    """The distillation task for the training loop: a `TrainingTask` whose rows are batches of hidden states."""
 
     unit: ClassVar[str] = "tokens"
     stack: LoadedStack
@@ -119,21 +125,21 @@ class _Distillation:
 
     @property
     def term_weights(self) -> dict[str, float]:
-        """The error of the hidden states, and the cross-entropy if it is on."""
+        """The weights of the loss terms: the error of the hidden states, and the cross-entropy if it is on."""
         return {"error": HIDDEN_WEIGHT} | ({"ce": self.spec.distill.ce} if self.spec.distill.ce else {})
 
     @property
     def device(self) -> torch.device:
-        """Where the blocks are."""
+        """The device of the emulator's blocks."""
         return self.states.batches[0].device
 
     @property
     def held_out(self) -> list[int]:
-        """Batches for validation; none if there are only a few batches."""
+        """Positions of the validation batches; empty if there are fewer batches than `HELD_OUT`."""
         return list(range(HELD_OUT - 1, len(self.states.batches), HELD_OUT))
 
     def order(self, epoch: int) -> list[list[int]]:
-        """The batches of every step of an epoch: shuffled."""
+        """The batches of each step of an epoch, shuffled by the seed."""
         held_out = set(self.held_out)
         trained = [position for position in range(len(self.states.batches)) if position not in held_out]
         width = max(1, self.spec.distill.batch_tokens // self.states.tokens[0])
@@ -141,14 +147,14 @@ class _Distillation:
         return [trained[at : at + width] for at in range(0, len(trained), width)]
 
     def micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
-        """Each batch runs alone."""
+        """Micro-batches of one batch each."""
         return [[position] for position in rows]
 
     def prefetch(self, rows: Sequence[int], epoch: int) -> None:
-        """Nothing: hidden states are read when they are used."""
+        """Do nothing: hidden states are read from disk when they are used."""
 
     def loss_terms(self, rows: Sequence[int], epoch: int) -> dict[str, Tensor]:
-        """The terms of one batch, each the mean over its tokens."""
+        """The loss terms of one batch, each the mean over its tokens."""
         (position,) = rows
         ids, enters, leaves = self.states.at(position)
         if not self.spec.distill.ce:
@@ -157,19 +163,19 @@ class _Distillation:
         return {"error": hidden_error(student, leaves), "ce": nats}
 
     def weight(self, rows: Sequence[int]) -> int:
-        """How many batches these are: each counts alike."""
+        """The number of batches: all batches have equal weight in the loss."""
         return len(rows)
 
     def size(self, rows: Sequence[int]) -> dict[str, int]:
-        """Tokens of batches."""
+        """The number of tokens in these batches."""
         return {self.unit: sum(self.states.tokens[position] for position in rows)}
 
     def first_record(self) -> dict[str, float]:
-        """The held-out error before the first step of this process."""
+        """The loss terms on the held-out batches before this process trains."""
         return self._held_out_terms()
 
     def validate(self, progress: Progress, stage: str) -> dict[str, float]:
-        """The mean of each term over the held-out batches; empty where there are none."""
+        """The mean of each loss term over the held-out batches; empty if there are no such batches."""
         return self._held_out_terms()
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Healing: the steps that make up for what is lost, one after the other, each from where the last one ended."""
+"""Healing: runs the healing steps of the settings in order; each starts from the result of the step before."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,27 +11,31 @@ from offsite.storage.safetensors_files import TensorRange, read_header
 
 
 def fill_places(middle: Sequence[int], kept: Sequence[int], spec: PackSpec) -> tuple[int, ...]:
-    """The base indices of the emulator's blocks, in order: the kept ones, or what a step puts in the dropped places.
+    """The base indices of the emulator's blocks, in order.
+
+    These are the kept blocks; with a step such as sharing, an emulator as long as the middle in which kept blocks
+    repeat.
 
     Args:
         middle: base indices of the middle, in order.
-        kept: which of them were selected, in order.
-        spec: for the steps.
+        kept: base indices of the selected blocks, in order.
+        spec: the settings, which name the healing steps.
     """
     filling = [places_step(step) for step in spec.healing_steps if step.runs == "places"]
     return filling[0].fill_places(middle, kept) if filling else tuple(kept)
 
 
 def heal(healing: Healing) -> Mapping[str, TensorRange]:
-    """The tensors of the emulator that healing changed, by base name, as they lie in files of `scratch`.
+    """Heal the emulator, and return the tensors that changed.
 
-    What an interrupted run has finished is taken from there.
+    Keys are tensor names in the base; the tensors are in files of `scratch`. Results that an interrupted run completed
+    are reused.
 
     Raises:
         DataError: the calibration text is unreadable or too short.
-        StorageError: something cannot be written.
-        OffsiteError: a step diverged.
-        KeyboardInterrupt: the user stopped it.
+        StorageError: a file cannot be written.
+        OffsiteError: the loss of a step diverged.
+        KeyboardInterrupt: the user interrupted the run.
     """
     work = work_of(healing.sandwich.middle, healing.spec)
     healed = _solve(healing) if work.block_by_block else {}
@@ -41,7 +45,7 @@ def heal(healing: Healing) -> Mapping[str, TensorRange]:
 
 
 def _solve(healing: Healing) -> Mapping[str, TensorRange]:
-    """The pass block by block; what an earlier run finished is read."""
+    """Run the block-by-block part of healing and pruning, or read its result if an earlier run completed it."""
     folder, family = healing.scratch / "solved", healing.model.family
     whole = folder / "whole"  # says that the folder holds every solved block
     if whole.exists():

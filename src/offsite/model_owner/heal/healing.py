@@ -1,4 +1,7 @@
-"""What a step of healing is given that looks at more than one block, and the function that its file has. Torch-free."""
+"""The input of a healing step that works on the whole emulator, and the functions that its file defines.
+
+Torch-free.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ from offsite.storage.safetensors_files import TensorRange
 
 @dataclass(frozen=True)
 class Healing:
-    """An emulator that is to be healed."""
+    """An emulator to heal: its blocks, the settings, and where to write."""
 
     model: BaseModel
     sandwich: Sandwich
@@ -28,39 +31,40 @@ class Healing:
 
 @runtime_checkable
 class PlacesStep(Protocol):
-    """A file of this folder with a step that says which blocks stand in the middle's places."""
+    """A file of this folder with a step that assigns a kept block to each block of the middle."""
 
     def fill_places(self, middle: Sequence[int], kept: Sequence[int]) -> tuple[int, ...]:
-        """For each block of the emulator, in order, the kept block whose weights it has, by base index."""
+        """For each block of the emulator, in order, the base index of the kept block whose weights it uses."""
 
 
 @runtime_checkable
 class EmulatorStep(Protocol):
-    """A file of this folder with a step that changes the whole emulator, behind the pass block by block."""
+    """A file of this folder with a step that changes the whole emulator, after the block-by-block steps."""
 
     def heal_emulator(self, healing: Healing, healed: Mapping[str, TensorRange]) -> Mapping[str, TensorRange]:
-        """Change the emulator's tensors from where the steps before have brought them.
+        """Change the emulator's tensors, starting from the results of the steps before.
 
         Args:
             healing: the emulator.
-            healed: tensors that have changed before, by base name, as they lie in files of `scratch`.
+            healed: tensors that earlier steps changed; keys are tensor names in the base, and the values are in files
+                of `scratch`.
 
         Returns:
-            All tensors that have changed, by base name, as they lie in files of `scratch`.
+            All tensors that have changed; keys are tensor names in the base, and the values are in files of `scratch`.
 
         Raises:
             DataError: the calibration text is unreadable or too short.
-            StorageError: something cannot be written.
-            OffsiteError: the work diverged.
-            KeyboardInterrupt: the user stopped it; a resume point was saved.
+            StorageError: a file cannot be written.
+            OffsiteError: the loss diverged.
+            KeyboardInterrupt: the user interrupted the run; a resume point was saved.
         """
 
 
 def places_step(row: HealingStep) -> PlacesStep:
-    """The file with a step that fills places."""
+    """Load the file of a step that assigns kept blocks to the middle's blocks."""
     return cast(PlacesStep, import_module(row.module))
 
 
 def emulator_step(row: HealingStep) -> EmulatorStep:
-    """The file with a step that changes the whole emulator; imports torch."""
+    """Load the file of a step that changes the whole emulator; imports torch."""
     return cast(EmulatorStep, import_module(row.module))

@@ -1,6 +1,6 @@
-"""What enters and what leaves the middle of the base, computed once block by block and kept on the disk.
+"""Hidden states of the base before and after its middle, computed once, block by block, and stored on disk.
 
-Distillation and search look at it many times; with it, neither bottom nor middle of the base runs again.
+Distillation and search read them many times, so bottom and middle of the base need not run again.
 """
 
 import shutil
@@ -27,14 +27,14 @@ _GROUP_TOKENS = 65_536  # whose hidden states are in memory on their way to the 
 
 @dataclass(frozen=True)
 class MiddleStates:
-    """Hidden states of every batch on the disk, in the machine's dtype."""
+    """Hidden states before and after the middle for every batch, on disk in the compute dtype."""
 
     folder: Path
     batches: Sequence[Tensor]  # token ids (B, T), or pixels (B, 3, Y, X)
     tokens: Sequence[int]  # of each batch, B * T
 
     def at(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of one batch: ids or pixels, what enters the middle and what leaves it, each (B, T, H)."""
+        """Read one batch: ids or pixels, and the hidden states before and after the middle, each (B, T, H)."""
         ids, held = self.batches[position], read_header(self.folder / _name(position))
         return ids, read_tensor(held["enters"]).to(ids.device), read_tensor(held["leaves"]).to(ids.device)
 
@@ -48,10 +48,12 @@ def middle_states(
     progress: Progress,
     stage: str,
 ) -> MiddleStates:
-    """Run the base over token ids or pixels up to the end of its middle; what is there of an earlier run stays.
+    """Compute and store the hidden states before and after the middle, for batches of token ids or pixels.
+
+    Batches that an earlier run stored in `folder` are not computed again.
 
     Raises:
-        StorageError: the disk has too little room, or cannot be written.
+        StorageError: the disk has too little free space, or cannot be written.
     """
     batches = [ids.to(machine.device) for ids in batches]
     missing = [position for position in range(len(batches)) if not (folder / _name(position)).exists()]

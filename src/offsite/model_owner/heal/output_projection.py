@@ -1,4 +1,4 @@
-"""The linear layer that ends a block's attention or MLP, and the least squares problem for its new weights."""
+"""The output projection of a block's attention or MLP, and the least squares problem for its new weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,10 @@ from offsite.model_owner.heal.ridge import RidgeProblem
 
 @dataclass(frozen=True)
 class OutputProjection:
-    """A linear layer to whose output a block's output is linear, with F inputs and H outputs; in float64."""
+    """A linear layer with F inputs and H outputs, and the problem of fitting it; tensors are in float64.
+
+    The block's output is linear in the layer's output, so the problem has a solution in closed form.
+    """
 
     path: str  # in the block in files
     transposed: bool  # whether files hold (F, H)
@@ -24,12 +27,15 @@ class OutputProjection:
     problem: RidgeProblem
 
     def gram(self) -> Tensor:
-        """The Gram matrix of the layer's inputs, (F, F) in float32; each token counts as in the ridge regression."""
+        """The Gram matrix of the layer's inputs, (F, F) in float32.
+
+        Tokens have the same weights as in the ridge regression.
+        """
         inputs = self.weight.shape[1]
         return self.problem.gram()[:inputs, :inputs]
 
     def solve(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (H, F) and bias (H,) with which the block gives its targets as nearly as it can."""
+        """New weight (H, F) and bias (H,) that bring the block's output closest to its targets (ridge regression)."""
         inputs = self.weight.shape[1]
         change = self.problem.change()  # (F, H), or with a bias (F + 1, H)
         if self.scale is not None:  # an output that is scaled to next to nothing stays as it is
@@ -37,7 +43,10 @@ class OutputProjection:
         return self.weight + change[:inputs].T, None if self.bias is None else self.bias + change[inputs]
 
     def tensors(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        """A weight (H, F) and a bias (H,) by path in the block, in float32 and the layout of files."""
+        """A weight (H, F) and a bias (H,) as the block's tensors, in float32 and the layout of files.
+
+        Keys are paths in the block.
+        """
         found = {f"{self.path}.weight": weight.T if self.transposed else weight}
         if bias is not None:
             found[f"{self.path}.bias"] = bias
@@ -45,12 +54,13 @@ class OutputProjection:
 
 
 def output_projection(problem: BlockProblem, found: Mapping[str, Tensor], part: RefitMap) -> OutputProjection:
-    """The layer that ends a block's attention or MLP, once the block has run over all batches.
+    """Run a block over all batches and set up the problem for one of its output projections.
 
     Args:
-        problem: the block.
-        found: tensors of it that have changed before, by path in the block in files.
-        part: which of the two.
+        problem: the block, with its inputs and targets.
+        found: tensors of the block that earlier steps changed, keyed by their path in the block, as checkpoint files
+            name it.
+        part: "mlp" or "attention".
     """
     family, block = problem.family, problem.load(found)
     parameters, names = dict(block.module.named_parameters()), family.modules

@@ -1,11 +1,10 @@
-"""Refit: kept blocks are re-solved in closed form so that each stands in for the blocks dropped behind it.
+"""Refit: kept blocks are solved again in closed form, so that each also replaces the dropped blocks after it.
 
-For every kept block, the output projection of its MLP, of its attention, or of both in turn, is solved anew by ridge
-regression toward the weights that it has, so that the emulator's hidden state after the block is close to the base
-model's before the next kept block. While attention's is solved, what the MLP gives is held as it is. Compare ReplaceMe
-(arXiv 2505.02819), which solves for a linear map behind the MLP and on the base's activations. Where a block multiplies
-the projection's output by a learned scale, the problem is solved behind it. docs/decisions/0004-refit.md has what was
-measured.
+In every kept block, the output projection of the MLP, of the attention, or of both in turn, is fitted by ridge
+regression. The target is the base's hidden state before the next kept block; the penalty is on the change of the
+weights. While attention's projection is fitted, the MLP's output is held fixed. Compare ReplaceMe (arXiv 2505.02819),
+which solves for a linear map after the MLP, on the base's activations. If a block multiplies the projection's output by
+a learned scale, the problem is solved after that scale. Measurements are in docs/decisions/0004-refit.md.
 """
 
 from collections.abc import Mapping
@@ -20,23 +19,24 @@ from offsite.models.family import Architecture
 
 
 def solved_layers(family: Architecture, spec: PackSpec) -> tuple[str, ...]:
-    """Paths of the output projections that are solved."""
+    """Paths in a block of the output projections that refit solves."""
     return tuple(dict.fromkeys(family.output_of(part)[0] for part in spec.heal.refit_maps))
 
 
 def solve_block(
     problem: BlockProblem, found: Mapping[str, Tensor], spec: PackSpec, pruning: Pruning | None
 ) -> Mapping[str, Tensor]:
-    """New output projections of a block, each solved on what the ones before it give.
+    """Solve for the output projections of a block in turn, each with the ones before it already replaced.
 
     Args:
-        problem: the block.
-        found: tensors of it that have changed before, by path in the block in files.
-        spec: which projections are solved, in which order.
-        pruning: what prunes a projection when its last turn has come.
+        problem: the block, with its inputs and targets.
+        found: tensors of the block that earlier steps changed, keyed by their path in the block, as checkpoint files
+            name it.
+        spec: the settings, with the projections to solve and their order.
+        pruning: the pruner that prunes each projection after it is solved for the last time; None if there is none.
 
     Returns:
-        Weights and biases in float32, by path in the block in files.
+        The new weights and biases in float32; keys are paths in the block, as checkpoint files name them.
     """
     solved: dict[str, Tensor] = {}
     parts = spec.heal.refit_maps

@@ -1,7 +1,8 @@
-"""Ridge regression of what should leave a block on the inputs of a linear layer in it: healing in closed form.
+"""Ridge regression that changes one linear layer so that a block's output comes close to a target.
 
-Each token counts by 1 / norm of its target. The ridge is chosen by the error on every eighth batch, then the problem is
-solved on all. Sums are in float32 on the device, the solution is in float64. docs/decisions/0004-refit.md says why.
+Each token has the weight 1 / norm of its target. The ridge is chosen by the error on every eighth batch; then the
+problem is solved on all batches. Sums are in float32 on the device, the solution is in float64.
+docs/decisions/0004-refit.md gives the reasons.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ HELD_OUT = 8  # every so many batches one chooses the ridge and is not fitted
 
 @dataclass
 class _Moments:
-    """Sums of a weighted least squares problem: inputs (F,), errors (H,), in float32 on the device."""
+    """The sums of a weighted least squares problem with inputs (F,) and errors (H,), in float32 on the device."""
 
     gram: Tensor  # (F, F)
     cross: Tensor  # (F, H)
@@ -27,24 +28,27 @@ class _Moments:
         return cls(torch.zeros(inputs, inputs, device=device), torch.zeros(inputs, outputs, device=device))
 
     def add(self, inputs: Tensor, errors: Tensor, weights: Tensor) -> None:
-        """Rows (N, F) and (N, H) with weights (N, 1)."""
+        """Add rows: inputs (N, F), errors (N, H) and weights (N, 1)."""
         weighted = inputs * weights
         self.gram += weighted.T @ inputs
         self.cross += weighted.T @ errors
         self.square += float((weights * errors.square()).sum())
 
     def plus(self, other: "_Moments") -> "_Moments":
-        """The sums over both sets of rows."""
+        """The sums over the rows of both."""
         return _Moments(self.gram + other.gram, self.cross + other.cross, self.square + other.square)
 
     def error(self, change: Tensor) -> float:
-        """Weighted squared error that is left after adding `change` (F, H) to the layer."""
+        """The weighted squared error that remains after `change` (F, H) is added to the layer."""
         gram, cross = self.gram.double(), self.cross.double()
         return self.square - 2 * float((change * cross).sum()) + float((change * (gram @ change)).sum())
 
 
 class RidgeProblem:
-    """What to add to a linear layer with F inputs so that a block gives its targets; batches come in one by one."""
+    """The problem of changing a linear layer with F inputs so that its block's output comes close to a target.
+
+    Batches are added one by one.
+    """
 
     def __init__(self, inputs: int, outputs: int, batches: int, device: torch.device, *, bias: bool) -> None:
         self._bias, self._batches = bias, batches
@@ -52,7 +56,7 @@ class RidgeProblem:
         self._fitted, self._held_out = (_Moments.zeros(columns, outputs, device) for _ in range(2))
 
     def add(self, position: int, inputs: Tensor, after: Tensor, target: Tensor) -> None:
-        """Take a batch: what enters the layer (B, T, F), what leaves the block and what should leave it, (B, T, H)."""
+        """Add a batch: the layer's inputs (B, T, F), and the block's output and its target, both (B, T, H)."""
         features = inputs.flatten(0, -2).float()  # (B * T, F)
         if self._bias:
             features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
@@ -62,11 +66,14 @@ class RidgeProblem:
         moments.add(features, (target - after).flatten(0, -2), scale)
 
     def gram(self) -> Tensor:
-        """The Gram matrix of all batches, (F, F), or with a bias (F + 1, F + 1)."""
+        """The weighted Gram matrix over all batches, (F, F), or (F + 1, F + 1) with a bias."""
         return self._fitted.gram + self._held_out.gram
 
     def change(self) -> Tensor:
-        """The solution, (F, H) or with a bias (F + 1, H), in float64; its ridge is the best on held-out batches."""
+        """The change of the layer, (F, H), or (F + 1, H) with a bias, in float64.
+
+        Its ridge is the one with the smallest error on the held-out batches.
+        """
         fitted, judge, ridge = self._fitted, self._held_out, USUAL_RIDGE
         if judge.square:
             ridge = min(RIDGES, key=lambda candidate: judge.error(_ridge_solution(fitted, candidate)))
@@ -74,7 +81,10 @@ class RidgeProblem:
 
 
 def _held_out(batches: int) -> range:
-    """Positions of the batches that choose the ridge: every eighth, or the last of a few; none of a single one."""
+    """Positions of the batches that choose the ridge: every eighth, or the last if there are fewer than eight.
+
+    Empty if there is only one batch.
+    """
     first = min(HELD_OUT, batches) - 1
     return range(first, batches, HELD_OUT) if first else range(0)
 

@@ -1,1 +1,1 @@
-"""Import: checkpoints of other formats become a base folder, one source a file."""
+"""Import: convert checkpoints of other formats to a base folder; one format per file."""

@@ -1,4 +1,4 @@
-"""Importing: a model in another format becomes a base folder of safetensors."""
+"""Importing: convert a model in another format to a base folder with safetensors."""
 
 import json
 from pathlib import Path
@@ -23,15 +23,14 @@ _COMPANIONS = (GENERATION_CONFIG, PROCESSOR, *TOKENIZER_FILES, "LICENSE", "LICEN
 
 
 def import_model(source: Path, out: Path, spec: ImportSpec | None = None, progress: Progress = silent) -> Base:
-    """Make a base folder of anything that transformers reads: a GGUF file, or a folder with safetensors or .bin.
+    """Make a base folder from a model: a GGUF or ONNX file, or a folder with safetensors or .bin files.
 
-    Of a model of images and texts the image tower is taken, of an ONNX file a DINOv2 encoder, of
-    a model of timm its encoder. Safetensors are copied
-    tensor by tensor. GGUF and .bin files go through transformers, the latter by torch's loader for plain weights, which
-    runs no code.
+    From a model of images and texts only the image tower is imported, from an ONNX file the DINOv2 encoder, from a timm
+    model its encoder. Safetensors are copied tensor by tensor. GGUF and .bin files are loaded with transformers; for
+    .bin it uses torch's weights-only loader, which runs no code.
 
     Raises:
-        UsageError: the source is neither, or `out` holds something.
+        UsageError: the source is none of these formats, or `out` is not empty.
         StorageError: the source is incomplete, or `out` cannot be written.
         IncompatibleError: the family is not supported.
     """
@@ -155,7 +154,7 @@ def _convert(source: Path, folder: Path, dtype: str | None, progress: Progress, 
 
 
 def _drop_source_names(file: Path) -> None:
-    """The name that the GGUF's publisher gave the model is of no use in a base folder."""
+    """Remove the model name that a GGUF file's publisher wrote; a base folder does not need it."""
     config = json.loads(file.read_text(encoding="utf-8"))
     config.pop("_model_name_or_path", None)
     file.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
-"""A DINOv2 encoder out of an ONNX file: its weights under transformers' names, nothing of the graph is run.
+"""Importing a DINOv2 encoder from an ONNX file: its weights under transformers' names; the graph is never run.
 
-An export by torch keeps the names of parameters, but for two: the weight of a linear map, which is folded into its
-transpose, is known by the node that multiplies by it; the position embeddings fall into a constant for the class token
-and one for the patches. Heads behind the encoder are left behind.
+An export by torch keeps the names of most parameters. Two kinds lose theirs. The weight of a linear layer is stored
+transposed, and is found by the node that multiplies by it. The position embeddings are split into a constant for the
+class token and one for the patches. Heads after the encoder are not imported.
 """
 
 import json
@@ -30,18 +30,19 @@ Arrays = dict[str, npt.NDArray[np.float32]]
 
 
 def import_onnx(source: Path, folder: Path, dtype: str, image_size: int | None) -> None:
-    """Write a base folder of the encoder in an ONNX file.
+    """Write a base folder with the encoder of an ONNX file.
 
     Args:
-        source: the file.
-        folder: where config, weights and the image processor's settings go.
-        dtype: of the weights, "BF16" or "F32".
-        image_size: side of the images that the model is to be given; None takes 224, or the model's own if smaller.
+        source: the ONNX file.
+        folder: the folder for config, weights and the image processor's settings.
+        dtype: dtype of the written weights, "BF16" or "F32".
+        image_size: side of the model's input images in pixels; None means 224, or the model's own size if that is
+            smaller.
 
     Raises:
-        UsageError: the package onnx is not installed, or the side is no multiple of the patches'.
-        StorageError: the file is broken.
-        IncompatibleError: there is no DINOv2 encoder in it.
+        UsageError: the package onnx is not installed, or the side is not a multiple of the patch size.
+        StorageError: the file is damaged.
+        IncompatibleError: the file does not contain a DINOv2 encoder.
     """
     arrays = _weights(source)
     config = _config(arrays, source)
@@ -71,7 +72,7 @@ def import_onnx(source: Path, folder: Path, dtype: str, image_size: int | None) 
 
 
 def _weights(source: Path) -> Arrays:
-    """The encoder's tensors by transformers' names."""
+    """The encoder's tensors, keyed by the names that transformers uses."""
     onnx = require("onnx", "onnx", "reading an ONNX file")
     try:
         graph = onnx.load(str(source), load_external_data=False).graph  # never another file than the one named
@@ -112,7 +113,7 @@ def _array(onnx: Any, tensor: Any) -> npt.NDArray[np.float32]:
 
 
 def _config(arrays: Arrays, source: Path) -> dict[str, Any]:
-    """The config that the shapes tell; what no shape tells is as in every published DINOv2."""
+    """The encoder's config: sizes from the tensors' shapes, all else as in every published DINOv2."""
     patches = arrays.get("embeddings.patch_embeddings.projection.weight")
     positions = arrays.get("embeddings.position_embeddings")
     inner = arrays.get("encoder.layer.0.mlp.fc1.weight")

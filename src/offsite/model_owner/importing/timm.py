@@ -1,4 +1,8 @@
-"""A model that timm published: its weights copied, its config written out in full, its preprocessing as Pillow's."""
+"""Importing a model that timm published: weights, config and preprocessing.
+
+The weights are copied. The config is written out in full. The preprocessing becomes the settings of an image processor
+based on Pillow.
+"""
 
 import json
 import math
@@ -17,7 +21,7 @@ _FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's
 
 
 def is_timm(source: Path) -> bool:
-    """Whether a folder holds safetensors with the config that timm publishes, or transformers' wrapper writes."""
+    """Whether a folder holds safetensors and a config as timm, or its wrapper in transformers, writes it."""
     if not any((source / name).is_file() for name in (WEIGHTS, INDEX)) or not (source / CONFIG).is_file():
         return False
     try:
@@ -28,18 +32,18 @@ def is_timm(source: Path) -> bool:
 
 
 def copy_timm(source: Path, folder: Path, dtype: str | None) -> None:
-    """Write the encoder as a base folder.
+    """Write the encoder of a timm model as a base folder.
 
-    Sizes are those of the tensors; what else the config says of them is not read.
+    Sizes come from the tensors' shapes, not from the config.
 
     Args:
         source: a folder with config and safetensors.
-        folder: where the base goes.
-        dtype: of the weights; None keeps theirs.
+        folder: the folder that becomes the base.
+        dtype: dtype of the written weights, "BF16" or "F32"; None keeps the source's dtype.
 
     Raises:
-        IncompatibleError: it is another model than those that are supported, or its preprocessing is.
-        StorageError: the weights are broken.
+        IncompatibleError: the model or its preprocessing is not supported.
+        StorageError: the weights are damaged.
     """
     published: dict[str, Any] = strict_json((source / CONFIG).read_bytes())
     name = str(published["architecture"])
@@ -86,7 +90,7 @@ def copy_timm(source: Path, folder: Path, dtype: str | None) -> None:
 
 
 def _processor(published: Any, side: int) -> dict[str, Any]:
-    """timm's preprocessing for evaluation as the settings of an image processor of Pillow: resize, crop, normalise."""
+    """The settings of a Pillow image processor for timm's evaluation preprocessing: resize, crop, normalise."""
     found = published if isinstance(published, dict) else {}
     share, mode, filter_ = found.get("crop_pct", 0.875), found.get("crop_mode", "center"), found.get("interpolation")
     problems = [f"crop_mode = {str(mode)[:40]!r}, expected 'center'"] if mode != "center" else []

@@ -1,4 +1,4 @@
-"""The image tower of a model of images and texts, such as CLIP: its tensors and its part of the config, copied."""
+"""Importing the image tower of a model of images and texts, such as CLIP: its tensors and its part of the config."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from offsite.storage.strict_json import strict_json
 
 
 def tower_in(source: Path) -> Architecture | None:
-    """The row of the image tower of the model in a folder with safetensors; None where it has none."""
+    """The row of the architecture table for the image tower of the model in a folder; None if it has no such tower."""
     if not any((source / name).is_file() for name in (WEIGHTS, INDEX)) or not (source / CONFIG).is_file():
         return None
     try:
@@ -26,17 +26,17 @@ def tower_in(source: Path) -> Architecture | None:
 
 
 def copy_tower(source: Path, folder: Path, family: Architecture, dtype: str | None) -> None:
-    """Write the tower as a base folder.
+    """Write the image tower of a model as a base folder.
 
     Args:
         source: a folder with config, safetensors and the image processor's settings.
-        folder: where the base goes.
-        family: of the tower.
-        dtype: of the weights; None keeps theirs.
+        folder: the folder that becomes the base.
+        family: the tower's row of the architecture table.
+        dtype: dtype of the written weights, "BF16" or "F32"; None keeps the source's dtype.
 
     Raises:
-        IncompatibleError: the config says nothing of the tower.
-        StorageError: the weights or the image processor's settings are broken.
+        IncompatibleError: the config does not describe the tower.
+        StorageError: the weights or the image processor's settings are damaged.
     """
     whole: dict[str, Any] = strict_json((source / CONFIG).read_bytes())
     config = whole.get("vision_config")
@@ -65,7 +65,10 @@ def copy_tower(source: Path, folder: Path, family: Architecture, dtype: str | No
 
 
 def _processor(source: Path) -> Any:
-    """The image processor's settings, with its class, which may have followed from the type of the whole model."""
+    """The image processor's settings, with the name of its class.
+
+    Files may leave the name out, since transformers can derive it from the type of the whole model; it is added here.
+    """
     try:
         settings = strict_json((source / PROCESSOR).read_bytes())
     except ValueError as error:
@@ -78,10 +81,10 @@ def _processor(source: Path) -> Any:
 
 
 def processor_class(folder: Path) -> str:
-    """The name of the class that transformers takes for the image processor of a folder.
+    """The name of the image processor class that transformers uses for a folder.
 
     Raises:
-        IncompatibleError: it takes none, or one that makes what the model cannot take.
+        IncompatibleError: transformers finds no class, or one whose output the model cannot use.
     """
     from offsite.data.picture_files import load_processor
 

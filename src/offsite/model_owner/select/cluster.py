@@ -1,8 +1,8 @@
-"""Clusters of like blocks (CRaSh, arXiv 2310.15477, section 3.2): neighbours that say the same share one speaker.
+"""Selection by clusters of similar blocks (CRaSh, arXiv 2310.15477, section 3.2): one block of each cluster stays.
 
-Blocks are compared by linear CKA (Kornblith et al., arXiv 1905.00414, equation 4) between their outputs, pooled over
-each sample's tokens. Tokens are brought to one norm before pooling, and the first of a sample is left out: a few tokens
-have a thousand times the others' norm and would be all that is compared.
+Blocks are compared by linear CKA (Kornblith et al., arXiv 1905.00414, equation 4) between their outputs, averaged over
+each sample's tokens. Tokens are normalised before averaging, and the first token of a sample is left out: a few tokens
+have a norm a thousand times larger than the others and would dominate.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from offsite.progress import Event
 
 
 def select(selection: Selection) -> tuple[int, ...]:
-    """The centres of as many clusters as blocks are to be kept, by base index.
+    """The base indices of the kept blocks: the centre of each cluster, with as many clusters as blocks to keep.
 
     Raises:
         DataError: the calibration data is unreadable or too short.
@@ -31,17 +31,19 @@ def select(selection: Selection) -> tuple[int, ...]:
 
 
 def linear_cka(left: Tensor, right: Tensor) -> float:
-    """Linear CKA of two sets of features (n, p) and (n, q) of the same n samples, by their Gram matrices (n, n)."""
+    """Linear CKA between features (n, p) and (n, q) of the same n samples, computed from their Gram matrices (n, n)."""
     left, right = left.double() - left.double().mean(0), right.double() - right.double().mean(0)
     grams = left @ left.T, right @ right.T
     return float((grams[0] * grams[1]).sum() / (grams[0].norm() * grams[1].norm()).clamp_min(1e-12))
 
 
 def centres(alike: Sequence[Sequence[float]], keep: int) -> list[int]:
-    """Merge the two neighbouring clusters whose members are most alike on average until `keep` are left.
+    """Merge neighbouring clusters until `keep` are left.
+
+    Each step merges the two neighbours with the highest average similarity between their members.
 
     Returns:
-        The middle member of each cluster, of two the earlier.
+        The position of the middle member of each cluster; the earlier of two middle members.
     """
     clusters = [[place] for place in range(len(alike))]
     while len(clusters) > keep:
@@ -54,7 +56,7 @@ def centres(alike: Sequence[Sequence[float]], keep: int) -> list[int]:
 
 
 def _pooled_outputs(selection: Selection) -> list[Tensor]:
-    """What each block of the middle gives, pooled: a matrix (samples, H) for each."""
+    """The output of each block of the middle, averaged over tokens: one matrix (samples, H) per block."""
     model, spec, middle = selection.model, selection.spec, selection.middle
     machine = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     runner = BlockRunner(model, machine)

@@ -1,4 +1,4 @@
-"""Contiguous drop: the blocks that go are neighbours, so that one gap opens where spread drops would open many."""
+"""Contiguous selection: the dropped blocks are neighbours, so the emulator has one gap instead of many."""
 
 from collections.abc import Sequence
 
@@ -7,25 +7,25 @@ from offsite.model_owner.select.selection import Selection
 
 
 def select(selection: Selection) -> tuple[int, ...]:
-    """The blocks before and behind the piece that goes.
+    """The base indices of the kept blocks: those before and after the dropped run.
 
     Raises:
-        UsageError: the piece does not lie in the middle.
+        UsageError: the dropped run is not inside the middle.
     """
     return contiguous(selection.middle, selection.keep, selection.spec.select.drop_from)
 
 
 def contiguous(middle: Sequence[int], keep: int, drop_from: int | None = None) -> tuple[int, ...]:
-    """The blocks that stay when one piece goes.
+    """The base indices of the kept blocks if one run of blocks is dropped.
 
     Args:
         middle: base indices of the middle, in order.
-        keep: how many of them stay.
-        drop_from: base index of the first block that goes; None leaves as many before the piece as behind it, one
-            more before where they are odd.
+        keep: number of kept blocks.
+        drop_from: base index of the first dropped block; None keeps equally many blocks before and after the run, or
+            one more before it if `keep` is odd.
 
     Raises:
-        UsageError: the piece does not lie in the middle.
+        UsageError: the dropped run is not inside the middle.
     """
     dropped = len(middle) - keep
     before = (keep + 1) // 2 if drop_from is None else drop_from - middle[0]

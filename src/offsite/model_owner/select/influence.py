@@ -1,4 +1,4 @@
-"""Block influence (ShortGPT, arXiv 2403.03853): how far a block turns the hidden state."""
+"""Selection by block influence (ShortGPT, arXiv 2403.03853): how much a block changes the hidden state's direction."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from offsite.progress import Event
 
 
 def select(selection: Selection) -> tuple[int, ...]:
-    """The blocks of the middle with the most influence.
+    """The base indices of the kept blocks: those of the middle with the highest influence.
 
     Raises:
         DataError: the calibration data is unreadable or too short.
@@ -21,15 +21,15 @@ def select(selection: Selection) -> tuple[int, ...]:
 
 
 def most_influential(scores: Mapping[int, float], keep: int) -> tuple[int, ...]:
-    """The blocks that change the hidden state's direction most; of equals the earlier."""
+    """The indices of the `keep` highest scores, in order; of equal scores the earlier block is kept."""
     ranked = sorted(scores, key=lambda index: (-scores[index], index))
     return tuple(sorted(ranked[:keep]))
 
 
 def block_influence(selection: Selection) -> dict[int, float]:
-    """BI of each block of the middle: 1 - E[cos(hidden before, hidden after)] over calibration tokens.
+    """The influence of each block of the middle: 1 - E[cos(hidden before, hidden after)] over calibration tokens.
 
-    The cosine looks at directions alone, so tokens with massive activations weigh no more than others.
+    The cosine depends on directions only, so tokens with very large activations count no more than others.
     """
     model, spec, middle = selection.model, selection.spec, selection.middle
     machine = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)

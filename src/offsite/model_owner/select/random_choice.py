@@ -1,4 +1,4 @@
-"""Random selection, the control that every other rule must beat."""
+"""Random selection: the baseline that every other rule must beat."""
 
 import random
 
@@ -6,6 +6,6 @@ from offsite.model_owner.select.selection import Selection
 
 
 def select(selection: Selection) -> tuple[int, ...]:
-    """Blocks drawn without replacement by the seed of the settings, in order."""
+    """The base indices of the kept blocks: drawn without replacement, by the seed in the settings."""
     drawn = random.Random(selection.spec.seed)  # noqa: S311  no secret
     return tuple(sorted(drawn.sample(selection.middle, selection.keep)))

@@ -1,9 +1,9 @@
-"""Search: exchange blocks while the emulator's loss, healed in closed form if it is to be, on held-out text falls.
+"""Search: exchange blocks as long as the emulator's loss on held-out text falls.
 
-It starts from the better of uniform and the best contiguous drop. A move puts one dropped block in the place of a kept
-one, which also shifts a dropped piece by one; the first move that helps is taken. Candidates that were judged are
-remembered beside the bundle, so an interrupted search goes on where it was; and so is what an ended one chose, for
-healing goes on from that.
+If the settings heal or prune block by block, each candidate is healed before it is scored. The search starts from the
+better of uniform and the best contiguous selection. A move replaces one kept block by a dropped one; the first move
+that lowers the loss is taken. Scores and the final choice are stored in the scratch folder, so an interrupted search
+continues, and healing can resume without a new search.
 """
 
 import json
@@ -36,11 +36,11 @@ _JUDGED = 8  # every so many of their batches one judges
 
 
 def select(selection: Selection) -> Blocks:
-    """The best blocks that were found in the time, by base index.
+    """The base indices of the best blocks found within the time limit.
 
     Raises:
         DataError: the calibration text is unreadable or too short.
-        StorageError: something cannot be written.
+        StorageError: a file cannot be written.
     """
     spec, middle, scratch = selection.spec, selection.middle, selection.scratch
     chosen = scratch / "chosen.json"
@@ -62,13 +62,16 @@ def select(selection: Selection) -> Blocks:
 
 
 def starts(middle: Sequence[int], keep: int) -> list[Blocks]:
-    """Where the search may begin: uniform, and every contiguous drop behind the first block of the middle."""
+    """The selections from which the search may start: uniform, and contiguous ones that keep the first block."""
     pieces = [contiguous(middle, keep, middle[0] + before) for before in range(1, keep + 1)]
     return list(dict.fromkeys([uniform(middle, keep), *pieces]))
 
 
 def improve(start: Blocks, middle: Sequence[int], score: Score, seed: int, goes_on: Callable[[], bool]) -> Blocks:
-    """Take every move that lowers the score until none does, or the time is over; never worse than the start."""
+    """Take moves that lower the score until no move does, or until `goes_on` returns false.
+
+    The result is never worse than the start.
+    """
     best, least = start, score(start)
     moved = True
     while moved:
@@ -84,7 +87,7 @@ def improve(start: Blocks, middle: Sequence[int], score: Score, seed: int, goes_
 
 
 def moves(blocks: Blocks, middle: Sequence[int], seed: int) -> Iterator[Blocks]:
-    """Every selection that differs in one block, in an order drawn from the seed."""
+    """All selections that differ from `blocks` in one block, in an order drawn from the seed."""
     swaps = [tuple(sorted({*blocks, comes} - {goes})) for goes in blocks for comes in middle if comes not in blocks]
     random.Random(f"{seed} {blocks}").shuffle(swaps)  # noqa: S311  no secret
     yield from swaps
@@ -104,7 +107,10 @@ def _remembered(score: Score, file: Path) -> Score:
 
 
 def _judge(selection: Selection) -> Score:
-    """A function from blocks to nats per token of the emulator with them, healed in closed form if it is to be."""
+    """A function that scores a selection by the emulator's mean cross-entropy in nats per token.
+
+    If the settings heal or prune block by block, the emulator is healed before it is scored.
+    """
     model, sandwich, spec, scratch = selection.model, selection.sandwich, selection.spec, selection.scratch
     machine = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     batches = calibration_batches(model, spec.calibration.source, min(spec.calibration.tokens, _SEARCH_TOKENS))

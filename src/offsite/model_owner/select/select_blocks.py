@@ -15,16 +15,16 @@ def select_blocks(
     """The base indices of the kept blocks, in order.
 
     Args:
-        model: the base.
-        sandwich: how it is cut.
-        spec: the rule, and how many blocks stay.
-        scratch: a folder where a search remembers what it has tried.
-        progress: where the events go.
+        model: the opened base.
+        sandwich: the split of the base into bottom, middle and top.
+        spec: the settings, with the selection rule and the number of kept blocks.
+        scratch: a folder where a search stores its scores.
+        progress: receives the progress events.
 
     Raises:
         UsageError: a setting of the rule does not fit the model.
         DataError: the calibration data is unreadable or too short.
-        StorageError: something cannot be written.
+        StorageError: a file cannot be written.
     """
     selection = Selection(model, sandwich, spec, scratch, progress)
     if selection.keep == len(selection.middle):

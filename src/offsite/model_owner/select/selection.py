@@ -1,4 +1,4 @@
-"""What a selection rule is given, and the one function that its file has. Torch-free."""
+"""The input of a selection rule, and the function that its file defines. Torch-free."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from offsite.progress import Progress
 
 @dataclass(frozen=True)
 class Selection:
-    """Blocks of the middle to choose from."""
+    """The blocks of the middle to select from, with the base and the settings."""
 
     model: BaseModel
     sandwich: Sandwich
@@ -29,7 +29,7 @@ class Selection:
 
     @property
     def keep(self) -> int:
-        """How many of them the emulator keeps; fewer than there are."""
+        """The number of blocks that the emulator keeps; less than the length of the middle."""
         return self.spec.kept(self.sandwich.middle)
 
 
@@ -38,15 +38,15 @@ class Selector(Protocol):
     """A file of this folder with a selection rule."""
 
     def select(self, selection: Selection) -> tuple[int, ...]:
-        """The base indices of the blocks that stay, in order.
+        """The base indices of the kept blocks, in order.
 
         Raises:
             UsageError: a setting of the rule does not fit the model.
             DataError: the calibration data is unreadable or too short.
-            StorageError: something cannot be written.
+            StorageError: a file cannot be written.
         """
 
 
 def selector(row: SelectionRule) -> Selector:
-    """The file with a selection rule; one that runs the network imports torch."""
+    """Load the file of a selection rule; this imports torch if the rule runs the network."""
     return cast(Selector, import_module(row.module))
