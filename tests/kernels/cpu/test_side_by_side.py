@@ -9,7 +9,6 @@ import torch
 from offsite.config import TuneSpec
 from offsite.data.examples import Example
 from offsite.data_owner.memory_budget import side_by_side
-from offsite.data_owner.plan import _lanes
 from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.kernels import checkpoint_activations, count_side_by_side, micro_batch_runner
@@ -183,4 +182,3 @@ def test_two_are_usual_on_matrix_tiles(tmp_path, threads, monkeypatch, tiles, dt
     tuning = tuning_of(tiny_base(tmp_path / "base", blocks=3))
     where = Runtime(CPU, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
     assert side_by_side(tuning, TuneSpec(), where).count == usual
-    assert _lanes(TuneSpec(threads=count, compute=dtype)) == usual
