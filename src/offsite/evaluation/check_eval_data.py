@@ -1,4 +1,4 @@
-"""`eval --check`: the rows of an evaluation, read as it reads them and described. No model is loaded."""
+"""`eval --check`: reads the rows as an evaluation does and describes them. No model is loaded."""
 
 from pathlib import Path
 
@@ -15,12 +15,12 @@ from offsite.models.tokenizers import context_length, load_tokenizer
 
 
 def check_eval_data(model: Path, data: DataPaths, spec: EvalSpec) -> TextCheck | PictureCheck:
-    """Read everything that an evaluation would, and describe it.
+    """Read all rows that an evaluation would read, and describe them.
 
     Raises:
-        DataError: rows are bad, or none is left.
+        DataError: rows are bad, or no row is left.
         IncompatibleError: the tokenizer or image processor does not fit the model.
-        UsageError: a folder is no checkpoint.
+        UsageError: the folder is not a checkpoint.
     """
     if sees_images(model_settings(model)):
         listed = read_pictures(data, part="held out", columns=spec.columns)

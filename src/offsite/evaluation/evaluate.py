@@ -39,7 +39,7 @@ ANSWER_TOKENS = 64  # length limit of a generated answer
 
 @dataclass(frozen=True)
 class Sample:
-    """A model's answer to a prompt of the data set, with the data set's own answer as reference."""
+    """A model's answer to a prompt from the data set, and the data set's own answer as reference."""
 
     prompt: str
     reference: str
@@ -78,21 +78,21 @@ def evaluate(
     """Score a model on rows. Only labelled tokens count, as in tuning.
 
     Args:
-        model: a base, a bundle or a merged plug-in; of a verified one the files that were verified are scored, of a
-            folder those that are there.
+        model: a base, a bundle or a merged plug-in. If it was verified, the verified files are scored; if it is a
+            folder, the files in it.
         data: rows, as `offsite.data.rows.read_rows` reads them.
         spec: lengths, device, compute dtype.
         adapter: the adapter that was tuned on that model: a return, or a plug-in in the form of an adapter.
-        samples: number of answers to generate greedily, for the first prompts of the data.
-        progress: called with the progress events.
+        samples: number of answers to generate greedily, for the first prompts in the data.
+        progress: receives the progress events.
 
     Raises:
         DataError: the data set is empty, or has bad or overlong rows.
-        UsageError: a folder is no checkpoint or no adapter.
-        VerificationError: an artifact had to be read again, and changed since it was verified.
+        UsageError: a folder is not a checkpoint or not an adapter.
+        VerificationError: an artifact was read again and had changed since it was verified.
         StorageError: a file is missing or broken.
         IncompatibleError: the folder is not a plain checkpoint, the adapter does not fit it, or the tokenizer gives
-            tokens that the model does not know.
+            token ids that the model does not have.
     """
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     rows = read_rows(data, RowForm(spec.columns or {}, spec.chosen), "held out")[: spec.max_rows]

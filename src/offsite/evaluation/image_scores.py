@@ -1,7 +1,7 @@
 """Held-out accuracy and loss of an image model, each with a 95 % confidence interval over pictures.
 
-A classifier is scored directly, a bundle with the return that was tuned on it. An encoder alone has no classes, so a
-linear probe is scored: logistic regression on its frozen features, fitted on labelled pictures.
+A classifier is scored directly; a bundle is scored with the return that was tuned on it. An encoder alone has no
+classes, so a linear probe is scored: logistic regression on its frozen features, fitted on labelled pictures.
 """
 
 import time
@@ -53,7 +53,7 @@ class PictureScore:
 
 @dataclass(frozen=True)
 class ImageScore:
-    """Accuracy, loss in nats per picture, and the size of the data set that they were measured on."""
+    """Accuracy, loss in nats per picture, and the size of the data set."""
 
     accuracy: float
     loss: float
@@ -79,17 +79,17 @@ def evaluate_images(
 
     Args:
         model: a classifier (a merged plug-in), or an encoder (a base, a bundle).
-        data: pictures, as `offsite.data.picture_files.read_pictures` reads them. If the folder has parts, its held-out
+        data: pictures, as `offsite.data.picture_sets.read_pictures` reads them. If the folder has parts, its held-out
             part is used.
         spec: device, compute dtype, and how many pictures run at once.
         adapter: the return that was tuned on that bundle, with its classifier.
         probe: for an encoder alone, pictures to fit a linear probe on. If the folder has parts, its training part is
             used.
-        progress: called with the progress events.
+        progress: receives the progress events.
 
     Raises:
         DataError: pictures cannot be read, or have classes that the model does not know.
-        UsageError: an encoder has neither a classifier nor a probe, or the model has more than one of them.
+        UsageError: an encoder has neither a classifier nor a probe, or there is more than one source of classes.
         StorageError: a file is missing or broken.
         IncompatibleError: the folder is not a plain checkpoint, or the adapter does not fit it.
     """
@@ -174,7 +174,7 @@ def _class_indices(pictures: list[Picture], classes: tuple[str, ...]) -> torch.T
 def _score(
     logits: Logits, pictures: Pictures, labels: torch.Tensor, size: int, progress: Progress
 ) -> tuple[list[float], list[int]]:
-    """Nats of each picture, and the index of its predicted class."""
+    """The loss of each picture in nats, and the index of its predicted class."""
     nats: list[float] = []
     predicted: list[int] = []
     right = 0
@@ -237,7 +237,7 @@ def _logits_of_probe(
 
 @torch.no_grad()
 def probe_features(encoder: Encoder, pictures: Pictures, size: int, progress: Progress) -> torch.Tensor:
-    """Compute the features of each picture that a head reads, (N, F); `size` pictures run at once."""
+    """Compute the features that a head reads for each picture, (N, F); `size` pictures run at once."""
     made = []
     for rows, pixels in pictures.in_order(size):
         made.append(encoder.features(pixels))
@@ -268,7 +268,7 @@ def fit_probe(
 
 
 def _choose_penalty(features: torch.Tensor, labels: torch.Tensor, classes: int) -> float:
-    """Choose the penalty with the least loss in cross-validation."""
+    """Choose the penalty with the lowest loss in cross-validation."""
     count = len(labels)
     if count < 2 * _FOLDS:
         return _PENALTIES[0]

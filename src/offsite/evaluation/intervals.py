@@ -1,7 +1,7 @@
 """Confidence intervals by resampling rows: percentile bootstrap of ratios of sums (Efron and Tibshirani, 1993, ch. 13).
 
-Every metric is a ratio of sums over rows: nats over labelled tokens, right answers over questions. Whole rows are drawn
-with replacement, since the tokens of a row are not independent of each other.
+Every metric is a ratio of sums over rows: nats over labelled tokens, or right answers over questions. Whole rows are
+drawn with replacement, since the tokens within a row are not independent of each other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """The ends of a confidence interval."""
+    """The lower and upper end of a confidence interval."""
 
     low: float
     high: float
@@ -33,17 +33,17 @@ def interval(
     level: float = LEVEL,
     seed: int = 0,
 ) -> Interval | None:
-    """Compute the bootstrap interval of sum(parts) / sum(sizes) over rows. The result depends on the arguments alone.
+    """Compute the bootstrap interval of sum(parts) / sum(sizes) over rows. The result depends only on the arguments.
 
     Args:
-        parts: the numerator's term of each row, (N,): nats, or 1 for a right answer and 0 for a wrong one.
-        sizes: the denominator's term of each row, (N,), positive: labelled tokens; None is 1 each, which gives a mean.
+        parts: the numerator's term for each row, (N,): nats, or 1 for a right answer and 0 for a wrong one.
+        sizes: the denominator's term for each row, (N,), positive: labelled tokens; None means 1 each, so a mean.
         resamples: number of resampled data sets.
         level: share of the resampled ratios inside the interval; equal shares lie below and above it.
-        seed: of the random draws.
+        seed: seed of the random draws.
 
     Returns:
-        The interval, or None if there are fewer than two rows: one row does not show how rows vary.
+        The interval, or None if there are fewer than two rows, since one row does not show how much rows vary.
     """
     return _percentiles(_resampled([_table(parts, sizes)], resamples, seed), level)
 
@@ -58,19 +58,19 @@ def paired_interval(
     level: float = LEVEL,
     seed: int = 0,
 ) -> Interval | None:
-    """Compute the interval of the difference of two models' ratios on the same rows.
+    """Compute the interval of the difference between two models' ratios on the same rows.
 
-    Both models use the same resampled rows, so the difficulty of a row, which both share, cancels. The interval is far
-    narrower than the difference of two separate ones.
+    Both models use the same resampled rows, so the difficulty of a row, which both share, cancels. The interval is much
+    narrower than if the two models were resampled separately.
 
     Args:
         parts: the first model's numerators, as in `interval`, (N,).
-        other_parts: the second model's, for the same rows in the same order, (N,).
+        other_parts: the second model's numerators, for the same rows in the same order, (N,).
         sizes: the denominators, as in `interval`, (N,).
         other_sizes: the second model's denominators if they differ (another tokenizer), (N,); None takes `sizes`.
         resamples: number of resampled data sets.
         level: share of the resampled differences inside the interval.
-        seed: of the random draws.
+        seed: seed of the random draws.
 
     Returns:
         The interval, or None if there are fewer than two rows.
@@ -96,16 +96,16 @@ def share_interval(
     For example, the share of full fine-tuning's gain (`whole`) over zero-shot (`zero`) that a plug-in (`reached`) has.
 
     Args:
-        zero: numerators and denominators of each row, (N,) each, of the model that counts as 0.
-        whole: the same of the model that counts as 1.
-        reached: the same of the model in question.
+        zero: numerators and denominators for each row, (N,) each, of the model that counts as 0.
+        whole: numerators and denominators of the model that counts as 1.
+        reached: numerators and denominators of the model whose share is computed.
         resamples: number of resampled data sets.
         level: share of the resampled values inside the interval.
-        seed: of the random draws.
+        seed: seed of the random draws.
 
     Returns:
-        The interval. None if there are fewer than two rows, or if `whole - zero` changes its sign among the resamples,
-        as the share then has no finite interval.
+        The interval; None if there are fewer than two rows, or if `whole - zero` changes its sign among the resamples,
+        since the share then has no finite interval.
     """
     tables = [_table(*one) for one in (zero, whole, reached)]
     if _rows(tables) < 2:
@@ -126,7 +126,10 @@ def _table(parts: Sequence[float], sizes: Sequence[float] | None) -> Floats:
 
 
 def _resampled(tables: Sequence[Floats], resamples: int, seed: int) -> Floats | None:
-    """The ratio of the first table, minus that of the second if there is one, for each draw, (B,)."""
+    """For each draw, the ratio of the first table, minus the ratio of the second table if there is one, (B,).
+
+    None if there are fewer than two rows.
+    """
     if _rows(tables) < 2:
         return None
     ratios = np.concatenate(list(_draws(tables, resamples, seed)), axis=1)
@@ -142,7 +145,7 @@ def _rows(tables: Sequence[Floats]) -> int:
 
 
 def _draws(tables: Sequence[Floats], resamples: int, seed: int) -> Iterator[Floats]:
-    """The ratio of every table for some draws at once, (tables, b)."""
+    """Yield the ratio of every table for several draws at once, (tables, b)."""
     generator = np.random.default_rng(seed)
     rows = tables[0].shape[1]
     at_once = max(1, PLACES_AT_ONCE // rows)

@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness on a base, a bundle, a plug-in or an adapter (the extra `lm-eval`).
 
-The model is loaded as `evaluate` loads it, and given to the harness as an object. There is one difference from the
-harness alone: every request starts with exactly one BOS token if the tokenizer has one, as in tuning and in `evaluate`.
-The harness leaves that to the tokenizer, and many (GPT-2's, SmolLM2's) add none.
+The model is loaded as in `evaluate` and passed to the harness as an object. There is one difference from running the
+harness alone: every request starts with exactly one BOS token if the tokenizer has one, as in tuning and `evaluate`.
+The harness leaves this to the tokenizer, and many tokenizers (GPT-2's, SmolLM2's) add no BOS.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ _RESAMPLES = 1000  # bootstrap resamples of the harness, for metrics whose stand
 
 @dataclass(frozen=True)
 class TaskScore:
-    """The harness's result of one task: every metric with its standard error, under the harness's names."""
+    """The harness's result for one task: every metric with its standard error, under the harness's names."""
 
     task: str
     rows: int
@@ -83,7 +83,7 @@ def harness_results(
     tasks_path: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Run tasks and return the harness's own result, samples included; arguments as in `run_tasks`."""
+    """Run tasks and return the harness's own result, including samples; arguments as in `run_tasks`."""
     lm_eval = require("lm_eval", _EXTRA, _PURPOSE)
     wrapper = require("lm_eval.models.huggingface", _EXTRA, _PURPOSE).HFLM
     manager = _open_task_index(tasks, tasks_path)
@@ -154,7 +154,7 @@ class _task_errors:  # noqa: N801
 
 
 def _prepend_bos(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """Make the tokenizer add its BOS token (if it has one) in front and nothing else."""
+    """Make the tokenizer add its BOS token (if it has one) at the start, and nothing else."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or tokenizer.bos_token_id is None:
         return tokenizer
@@ -168,6 +168,6 @@ def _prepend_bos(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBa
 
 
 def _metrics(found: Mapping[str, Any]) -> dict[str, float]:
-    """The numeric metrics of a task: "acc,none" becomes "acc", another filter stays in the name."""
+    """The numeric metrics of a task. "acc,none" becomes "acc"; the name of any other filter is kept."""
     named = {name.removesuffix(",none"): value for name, value in found.items() if name != "sample_len"}
     return {name: float(value) for name, value in named.items() if isinstance(value, int | float)}

@@ -1,9 +1,9 @@
-"""Multiple choice by likelihood: the model's answer is the choice that it finds likeliest after the question.
+"""Multiple choice by likelihood: the model's answer is the choice with the highest likelihood after the question.
 
-Both rules are those of lm-evaluation-harness (0.4.13, `ConfigurableTask.process_results`) and give the same results.
-`acc` takes the choice with the highest summed log-likelihood. `acc_norm` first divides the sum by the choice's length
-in characters, as the choice stands in the data, without the space that joins it to the prompt (the harness's paper says
-bytes, its code counts characters, see its issue 3278). Of equal choices the first one is taken.
+Both rules come from lm-evaluation-harness (0.4.13, `ConfigurableTask.process_results`) and give the same results.
+`acc` takes the choice with the highest summed log-likelihood. `acc_norm` first divides this sum by the choice's length
+in characters, as the choice is written in the data, without the space that joins it to the prompt (the harness's paper
+says bytes, but its code counts characters, see its issue 3278). If choices are equal, the first one is taken.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class ChoiceScore:
 
     @property
     def right(self) -> bool:
-        """Whether the right choice is the likeliest."""
+        """Whether the right choice has the highest log-likelihood."""
         return _likeliest(self.log_likelihoods) == self.answer
 
     @property

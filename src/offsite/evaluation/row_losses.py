@@ -1,4 +1,4 @@
-"""The loss of every row, which validation and every score of a model are computed from."""
+"""The loss of every row; validation and all scores of a model are computed from it."""
 
 import math
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
 A JSON line for each row ({"line", "nats", "tokens"}), then one for each multiple-choice question ({"line", "right",
 "right_by_length"}) or picture ({"line", "right", "told"}, where "told" is the predicted class). `line` is the row's
-line in the data set, or the picture's number in it. The file holds nothing else of a row.
+line in the data set, or the picture's number in it. The file contains no text or pixels of a row.
 """
 
 import json
@@ -35,7 +35,7 @@ class RowScores:
 
     @property
     def loss(self) -> float:
-        """Nats per labelled token."""
+        """The loss over all rows in nats per labelled token."""
         return self.mean("loss")
 
     def parts(self, metric: MetricName) -> tuple[Sequence[float], Sequence[float]]:

@@ -8,7 +8,7 @@ from offsite.models.backbone import Network, hidden_states
 
 
 def label_losses(network: Network, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a batch forward, up to its loss.
+    """Run a batch forward and compute its loss.
 
     Returns:
         The loss in nats, summed over the labelled tokens, a scalar with a gradient; and the loss of each labelled

@@ -1,7 +1,7 @@
-"""The training loop: from any resume point to the last step, the same bytes as without an interruption.
+"""The training loop. A run that is interrupted and resumed gives the same bytes as a run without an interruption.
 
 Tuning, distillation and full fine-tuning are tasks of this one loop. A step runs its micro-batches forward and
-backward, adds their gradients in fp32, clips, and moves the master weights.
+backward, adds their gradients in fp32, clips them, and updates the master weights.
 """
 
 import math
@@ -39,20 +39,19 @@ def train(
     """Train to the last step, saving resume points; the weights are changed in place.
 
     Args:
-        task: rows, and how they become a loss.
-        weights: what trains.
-        settings: steps, rates, and what happens between steps.
+        task: the rows, and how their loss is computed.
+        weights: the parameters that train.
+        settings: steps, learning rates, and what happens between steps.
         state: the folder of the resume points; training continues from the last one.
-        modules: what is in training mode during a step and in eval mode during a validation, so that dropout runs there
-            and nowhere else.
-        log: gets a record for every step, validation and start.
-        progress: where the events go.
-        hooks: what else happens at a start, after a step and after a validation.
+        modules: modules in training mode during a step and in eval mode during a validation; only these have dropout.
+        log: receives a record for every step, validation and start.
+        progress: receives the progress events.
+        hooks: functions to call at a start, after a step and after a validation.
 
     Raises:
         OffsiteError: the loss is no longer a finite number.
         StorageError: a resume point or the log cannot be written, or the resume point is damaged.
-        KeyboardInterrupt: the user stopped it; a resume point was saved.
+        KeyboardInterrupt: the user stopped the run; a resume point was saved.
     """
     hooks, names, steps = hooks or Hooks(), settings.names, settings.steps
     optimizer = make_optimizer(weights, settings.weight_decay)
@@ -117,7 +116,10 @@ def _step(
     rows: Sequence[int],
     rate: float,
 ) -> dict[str, float]:
-    """One optimiser step; the loss is the mean over the weight of all its rows, whatever its micro-batches are."""
+    """Run one optimiser step and return its record for the log.
+
+    The loss is the sum over all rows of the step, divided by their weight; it does not depend on the micro-batches.
+    """
     weight = task.weight(rows)
     sums = _accumulate(task, weights, run, epoch, rows, weight)
     norm = weights.clip_gradients(settings.max_grad_norm)
@@ -140,7 +142,7 @@ def _step(
 def _accumulate(
     task: TrainingTask, weights: MasterWeights, run: MicroBatchRunner, epoch: int, rows: Sequence[int], weight: int
 ) -> dict[str, float]:
-    """Add the gradients of all micro-batches of a step to the masters'; the sum of each term of the loss."""
+    """Add the gradients of all micro-batches of a step to the master weights; returns the sum of each loss term."""
     terms_of: dict[int, Mapping[str, torch.Tensor]] = {}  # of micro-batches that have run, by their number
 
     def loss_of(numbered: tuple[int, Sequence[int]]) -> torch.Tensor:
@@ -170,7 +172,7 @@ def _save(
 
 
 def _resume(task: TrainingTask, weights: MasterWeights, optimizer: torch.optim.Optimizer, state: RunState) -> int:
-    """Take over the last resume point; the number of steps that were done."""
+    """Restore the last resume point. Returns the number of steps already done; 0 if there is no resume point."""
     point = state.load()
     if point is None:
         return 0
@@ -188,7 +190,7 @@ def _resume(task: TrainingTask, weights: MasterWeights, optimizer: torch.optim.O
 
 
 def _reported(task: TrainingTask, facts: Mapping[str, float], speed: SpeedMeter, left: int) -> dict[str, float | str]:
-    """What the progress shows of a step."""
+    """The figures of a step that the progress shows: loss, learning rate, speed and time left."""
     seconds = round(speed.seconds_left(left))
     return {
         **{name: facts[name] for name in (*task.term_weights, "lr")},

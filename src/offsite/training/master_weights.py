@@ -1,8 +1,8 @@
-"""Trained weights in two precisions: fp32 masters that the optimiser moves, and working copies that the network runs.
+"""Trained weights in two precisions: fp32 masters that the optimiser updates, and working copies for the network.
 
-With bf16 the network's own parameters are the working copies. They are cast once a step; autocast would cast them at
-each use, and every fp32 activation too. Gradients of micro-batches add up in fp32 (Micikevicius et al.,
-arXiv 1710.03740, section 3.1).
+With bf16 the network's own parameters are the working copies, cast once for each step. Autocast would cast them at
+each use, and would also cast every fp32 activation. Gradients of micro-batches are summed in fp32 (Micikevicius et
+al., arXiv 1710.03740, section 3.1).
 """
 
 from collections.abc import Collection, Mapping
@@ -12,13 +12,13 @@ from torch import nn
 
 
 class MasterWeights:
-    """The parameters that train, by the names under which they are returned.
+    """The parameters that train, by their names in the return.
 
     Args:
         working: the network's own parameters.
-        decayed: names of those that decay; usually matrices, and no norm or bias.
-        rate_factors: names whose learning rate is another one, and the factor.
-        fixed: by name, a mask of entries that do not change, such as the zeros of a pruned matrix.
+        decayed: names of the parameters with weight decay; usually matrices, never norms or biases.
+        rate_factors: factors of the learning rate, by name; names that are not in it have the factor 1.
+        fixed: masks of entries that must not change (such as zeros of a pruned matrix), by name.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class MasterWeights:
         self._fixed = dict(fixed or {})
 
     def collect_gradients(self) -> None:
-        """Add the gradients that a backward pass left with the working parameters to the masters'."""
+        """Add the gradients of the working parameters to those of the masters, then clear the working ones."""
         for name, parameter in self.working.items():
             master = self.masters[name]
             if master is parameter or parameter.grad is None:
@@ -51,7 +51,7 @@ class MasterWeights:
             parameter.grad = None
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Zero the gradients of fixed entries, and scale all gradients to at most this norm together.
+        """Set the gradients of fixed entries to zero, then scale all gradients to a total norm of at most `max_norm`.
 
         Returns:
             The norm before scaling.
@@ -72,7 +72,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def load(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Take over masters that were saved."""
+        """Restore saved master weights, and copy them to the working parameters."""
         for name, master in self.masters.items():
             master.copy_(values[name])
         self.publish()

@@ -9,9 +9,9 @@ from offsite.training.master_weights import MasterWeights
 
 
 def make_optimizer(weights: MasterWeights, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with one group of parameters for each pair of decay and learning rate factor.
+    """Make AdamW with one parameter group for each combination of weight decay and learning rate factor.
 
-    A group keeps its factor under "rate_factor"; the caller sets "lr" before every step.
+    Each group has its factor under "rate_factor"; the caller sets "lr" before every step.
     """
     groups: list[dict[str, Any]] = [
         {
@@ -33,10 +33,11 @@ def make_optimizer(weights: MasterWeights, weight_decay: float) -> torch.optim.A
 def optimizer_state(
     weights: MasterWeights, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """`optimizer.state_dict()` for a resume point.
+    """The content of `optimizer.state_dict()`, for a resume point.
 
     Returns:
-        The tensors, "<key>.<weight's name>" each; and the settings of the groups, in which "params" are weights' names.
+        The tensors, each with the key "<key>.<weight's name>"; and the settings of the groups, in which "params" lists
+        weight names.
     """
     state = optimizer.state_dict()
     names = _names(weights, optimizer)
@@ -51,13 +52,13 @@ def load_optimizer_state(
     tensors: Mapping[str, torch.Tensor],
     groups: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Take over what `optimizer_state` gave; torch puts every tensor on the device where the optimiser wants it.
+    """Restore the state that `optimizer_state` returned; torch moves each tensor to the optimiser's device.
 
     Args:
-        weights: those that the optimiser moves.
-        optimizer: a fresh one, with the same groups.
-        tensors: by "<key>.<weight's name>".
-        groups: as they were.
+        weights: the weights that the optimiser updates.
+        optimizer: a new optimiser with the same groups.
+        tensors: the saved tensors, with keys "<key>.<weight's name>".
+        groups: the saved settings of the groups.
     """
     index_of = {name: index for index, name in _names(weights, optimizer).items()}
     held: dict[int, dict[str, torch.Tensor]] = {}
@@ -69,7 +70,7 @@ def load_optimizer_state(
 
 
 def _names(weights: MasterWeights, optimizer: torch.optim.Optimizer) -> dict[int, str]:
-    """The name of the weight that each index of the optimiser's state_dict stands for."""
+    """The name of each weight, by its index in the optimiser's state_dict."""
     name_of = {id(master): name for name, master in weights.masters.items()}
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     return {index: name_of[id(parameter)] for index, parameter in enumerate(parameters)}

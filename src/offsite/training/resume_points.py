@@ -1,8 +1,8 @@
-"""Resume points of a long run: safetensors and JSON in a folder next to its result, never a pickle.
+"""Resume points of a long run: safetensors and JSON in a folder next to the result, never a pickle.
 
-`<out>.run/` holds `run.json` (what run this is), `state.json` (how far it is, the settings of the optimiser's groups,
-and the name of the file of tensors) and that file: fp32 weights, the optimiser's state, random states. It stays on
-this machine and is removed once the result is written.
+`<out>.run/` holds `run.json` (the run's settings and data), `state.json` (the number of finished steps, the settings of
+the optimiser's groups, and the name of the tensor file) and the tensor file: fp32 weights, the optimiser's state and
+random states. The folder stays on this machine and is removed after the result is written.
 """
 
 import contextlib
@@ -40,8 +40,8 @@ class RunState:
 
     Args:
         folder: from `offsite.training.run_log.run_folder`.
-        identity: what the run is, by name: settings, model, data. A run is resumed with exactly the same.
-        resume: continue the run that is in the folder; otherwise finding one is an error.
+        identity: settings, model and data of the run, by name. A run is only resumed with exactly the same identity.
+        resume: continue the run in the folder. If False and there is one, this is an error.
         restartable: whether a run without a resume point may be replaced by a new one; False for a run that keeps
             its work in other files.
 
@@ -81,10 +81,12 @@ class RunState:
                     file.unlink()
 
     def save(self, point: ResumePoint) -> None:
-        """Write a resume point. The one before stays until this one is complete; one of the same step stays as it is.
+        """Write a resume point. The previous one is kept until this one is complete.
+
+        If the folder already has a resume point of this step, it is kept as it is.
 
         Raises:
-            StorageError: it cannot be written; the one before still stands.
+            StorageError: the point cannot be written; the previous one is still valid.
         """
         file = self.folder / f"state-{point.step}.safetensors"
         record = json.dumps({"step": point.step, "file": file.name, "groups": [*point.groups]}).encode()
@@ -105,10 +107,10 @@ class RunState:
                     old.unlink()
 
     def load(self) -> ResumePoint | None:
-        """The last resume point; None before the first one.
+        """The last resume point; None if none was saved yet.
 
         Raises:
-            StorageError: it is damaged.
+            StorageError: the resume point is damaged.
         """
         if not self._record.exists():
             return None
@@ -128,7 +130,7 @@ class RunState:
 
 
 def to_new_tensor(name: str, tensor: torch.Tensor) -> NewTensor:
-    """Describe a torch tensor (fp32 or uint8) to `write_safetensors`."""
+    """Describe a torch tensor (fp32 or uint8) for `write_safetensors`."""
     array = tensor.detach().cpu().contiguous()
     return NewTensor(name, _NAMES[array.dtype], tuple(array.shape), lambda: [array.numpy().tobytes()])
 

@@ -1,4 +1,4 @@
-"""The log of a long run, and how a run ends: at an interruption, after the current step."""
+"""The log of a long run, and how a run stops when it is interrupted: after the current step."""
 
 import contextlib
 import json
@@ -29,18 +29,18 @@ def run_folder(out: Path) -> Path:
 
 
 def require_resume_asked(folder: Path, *, resume: bool, restartable: bool = False) -> bool:
-    """Refuse to start a run in a folder that holds an interrupted one; no file is changed.
+    """Refuse to start a run in a folder that holds an interrupted run; no file is changed.
 
     Args:
         folder: from `run_folder`.
-        resume: whether the interrupted run is to be continued.
-        restartable: whether an interrupted run without a resume point may be started anew.
+        resume: whether to continue the interrupted run.
+        restartable: whether an interrupted run without a resume point may be replaced by a new one.
 
     Returns:
         Whether there is a run to continue.
 
     Raises:
-        UsageError: there is one, and `resume` is False.
+        UsageError: there is an interrupted run, and `resume` is False.
     """
     interrupted = (folder / "run.json").exists() and (not restartable or (folder / "state.json").exists())
     if interrupted and not resume:
@@ -53,7 +53,7 @@ def require_resume_asked(folder: Path, *, resume: bool, restartable: bool = Fals
 
 @contextlib.contextmanager
 def run_log(file: Path) -> Iterator[Write]:
-    """Open the log to append records; each is written out when the call returns, so a crash does not lose it."""
+    """Open the log to append records. Each is written out before the call returns, so a crash does not lose it."""
     with storage_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         stream = file.open("a", encoding="utf-8")
@@ -68,7 +68,7 @@ def run_log(file: Path) -> Iterator[Write]:
 
 
 def last_record(file: Path, event: str) -> Mapping[str, Any] | None:
-    """The last record of an event in a log; None if there is none, or the log cannot be read."""
+    """The last record of an event in a log; None if the log has no such record or cannot be read."""
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -82,14 +82,14 @@ def last_record(file: Path, event: str) -> Mapping[str, Any] | None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM. Unlike Ctrl-C in a terminal, only this process gets it, and not the processes that it started."""
+    """Raised on SIGTERM. Unlike Ctrl-C in a terminal, it reaches only this process, not the processes it started."""
 
 
 @contextlib.contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM, which `kill`, containers and batch systems send, interrupt the block as Ctrl-C does.
+    """Make SIGTERM, which `kill`, containers and batch systems send, interrupt the `with` block as Ctrl-C does.
 
-    A handler that is installed already stays.
+    If a handler for SIGTERM is already installed, it is kept.
 
     Raises:
         Terminated: SIGTERM arrived.
@@ -111,10 +111,10 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C or SIGTERM wait for the current step to end; a second one interrupts at once.
+    """Delay the first Ctrl-C or SIGTERM until the current step ends; a second one interrupts at once.
 
     Yields:
-        A function that says whether the user has asked to stop.
+        A function that returns whether the user has asked to stop.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():

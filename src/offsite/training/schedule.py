@@ -1,4 +1,4 @@
-"""How many steps a run has, which rows each step sees, and the learning rate of each."""
+"""The number of steps of a run, the rows of each step, and the learning rate of each step."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ _ROUNDING = 1e-9  # of steps: 0.07 * 100 is a bit more than 7
 
 
 def step_count(spec: TuneSpec, rows: int) -> int:
-    """Optimiser steps in all: `max_steps`, else `epochs` passes over the rows, rounded up."""
+    """The number of optimiser steps: `max_steps` if set, else `epochs` passes over the rows, rounded up."""
     return spec.length.max_steps or max(
         1, math.ceil(spec.length.epochs * math.ceil(rows / spec.length.batch_size) - _ROUNDING)
     )
@@ -35,10 +35,10 @@ def checkpoint_steps(spec: TuneSpec, steps: int) -> tuple[int, ...]:
 
 
 def rows_of_steps(order: Callable[[int], Sequence[Sequence[int]]]) -> Callable[[int], tuple[int, Sequence[int]]]:
-    """A function from a step (from 0) to its epoch and its rows; it depends on nothing that ran before.
+    """A function from a step (from 0) to its epoch and its rows. The result does not depend on earlier calls.
 
     Args:
-        order: from an epoch (from 0) to the rows of every step of it; all epochs have as many steps.
+        order: from an epoch (from 0) to the rows of each of its steps; all epochs have the same number of steps.
     """
     cached = functools.lru_cache(maxsize=2)(order)  # two: the rows of the next step may be of the next epoch
     per_epoch = len(cached(0))
@@ -48,14 +48,14 @@ def rows_of_steps(order: Callable[[int], Sequence[Sequence[int]]]) -> Callable[[
 def learning_rate(
     step: int, steps: int, *, peak: float, warmup: float, schedule: Literal["cosine", "linear", "constant"] = "cosine"
 ) -> float:
-    """The rate of one step (from 0): linear warm-up to the peak, then cosine or linear to 0, or constant.
+    """The learning rate of one step: linear warm-up to the peak, then cosine or linear decay to 0, or constant.
 
     Args:
-        step: which one.
-        steps: of the entire run.
+        step: the step, from 0.
+        steps: number of steps of the entire run.
         peak: the rate after warm-up.
-        warmup: share of the steps that warm up.
-        schedule: what follows.
+        warmup: share of the steps that warm up, 0 to 1.
+        schedule: the form of the decay after warm-up.
     """
     warming = round(warmup * steps)
     if step < warming:

@@ -1,4 +1,4 @@
-"""Settings of the training loop, whatever it trains."""
+"""Settings of the training loop, for any task."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunNames:
-    """What a run is called in errors, in the progress and in the log."""
+    """The words for a run in error messages, progress events and the log."""
 
     noun: str = "tuning"
     stage: str = "tuning"  # in the progress
@@ -20,7 +20,7 @@ class RunNames:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long to train, how fast, and what to do between steps."""
+    """The length of training, the learning rates, and what happens between steps."""
 
     steps: int  # optimiser steps in all
     learning_rate: Callable[[int], float]  # of a step, from 0
@@ -33,12 +33,12 @@ class LoopSettings:
 
 
 def _nothing(*_: Any) -> None:
-    """The hook of who wants none."""
+    """The default hook; does nothing."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the caller does at certain points of a run."""
+    """Functions that the loop calls at a start, after a step and after a validation."""
 
     on_start: Callable[[int], None] = _nothing  # with the number of steps that were done before
     on_step: Callable[[int], None] = _nothing  # before a resume point of this step can be written

@@ -1,4 +1,4 @@
-"""Speed of a run over its last steps, and the time that is left."""
+"""The speed of a run over its last steps, and the time left."""
 
 import collections
 import time
@@ -7,7 +7,7 @@ _STEPS = 20  # over which speed and time left are averaged
 
 
 class SpeedMeter:
-    """Tokens or images, and seconds, of the last steps; time spent on anything else is left out."""
+    """Counts the units (tokens or images) and seconds of the last steps; time outside steps can be excluded."""
 
     def __init__(self) -> None:
         self._steps: collections.deque[tuple[float, float]] = collections.deque(maxlen=_STEPS)
@@ -20,7 +20,7 @@ class SpeedMeter:
         self._since = now
 
     def restart(self) -> None:
-        """Leave out the time since the last step."""
+        """Exclude the time since the last step from the measurement."""
         self._since = time.perf_counter()
 
     @property
@@ -29,7 +29,7 @@ class SpeedMeter:
         return round(sum(units for units, _ in self._steps) / max(self._seconds, 1e-9), 1)
 
     def seconds_left(self, steps: int) -> float:
-        """How long so many steps will take."""
+        """Estimated seconds for `steps` further steps."""
         return steps * self._seconds / max(1, len(self._steps))
 
     @property

@@ -1,4 +1,4 @@
-"""What the training loop asks of a task. The loop itself knows nothing of text, pictures or hidden states."""
+"""The interface between the training loop and a task. The loop knows nothing of text, pictures or hidden states."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from offsite.progress import Progress
 
 @dataclass(frozen=True)
 class Batching:
-    """How rows become optimiser steps and micro-batches."""
+    """How rows are grouped into optimiser steps and micro-batches."""
 
     rows: int  # in an optimiser step
     tokens: int  # most padded tokens (of pictures: patches) in a micro-batch
@@ -20,53 +20,53 @@ class Batching:
 
     @classmethod
     def of(cls, spec: TuneSpec) -> "Batching":
-        """As the settings of a tuning say."""
+        """The grouping that the settings of a tuning give."""
         return cls(spec.length.batch_size, spec.tokens_at_once, spec.seed)
 
 
 class TrainingTask(Protocol):
-    """Rows by number, from 0, and how they become a loss.
+    """Numbered rows (from 0), and how their loss is computed.
 
-    `loss_terms` may be called from several threads at once; everything else is called from one.
+    `loss_terms` may be called from several threads at once; all other methods are called from one thread.
     """
 
     @property
     def unit(self) -> str:
-        """What speed is measured in, such as "tokens": a key of `size`."""
+        """The unit for speed, such as "tokens"; it is a key of the result of `size`."""
         ...
 
     @property
     def term_weights(self) -> Mapping[str, float]:
-        """The terms of the loss by name, and the factor of each in the sum that is minimised."""
+        """The factor of each term of the loss in the sum that is minimised, by the term's name."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         ...
 
     def order(self, epoch: int) -> Sequence[Sequence[int]]:
-        """The rows of every step of an epoch. It depends on the epoch (from 0) alone, so a resumed run is the same."""
+        """The rows of every step of an epoch. They depend only on the epoch (from 0), so a resumed run has the same."""
         ...
 
     def micro_batches(self, rows: Sequence[int]) -> Iterable[Sequence[int]]:
-        """The rows of a step, cut into what runs at once."""
+        """The rows of a step, cut into micro-batches."""
         ...
 
     def prefetch(self, rows: Sequence[int], epoch: int) -> None:
-        """Start preparing rows whose `loss_terms` will be asked for soon, where other processes can do so."""
+        """Start to prepare rows for a later call of `loss_terms`, if there are worker processes for this."""
         ...
 
     def loss_terms(self, rows: Sequence[int], epoch: int) -> Mapping[str, torch.Tensor]:
-        """The terms of the loss of one micro-batch: scalars with a gradient, each summed over what `weight` counts."""
+        """The terms of a micro-batch's loss, by name: scalars with a gradient, summed over all that `weight` counts."""
         ...
 
     def weight(self, rows: Sequence[int]) -> int:
-        """What the summed loss of a step is divided by: its labelled tokens, its pictures or its batches."""
+        """The divisor of a step's summed loss: its number of labelled tokens, pictures or batches."""
         ...
 
     def size(self, rows: Sequence[int]) -> Mapping[str, int]:
-        """Counts of a step's rows for the log, by unit."""
+        """The counts of a step's rows for the log, by unit."""
         ...
 
     def first_record(self) -> Mapping[str, float]:
@@ -74,5 +74,5 @@ class TrainingTask(Protocol):
         ...
 
     def validate(self, progress: Progress, stage: str) -> Mapping[str, float]:
-        """Figures of the held-out rows; empty where there are none."""
+        """Metrics of the held-out rows, by name; empty if there are no held-out rows."""
         ...

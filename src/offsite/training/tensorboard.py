@@ -15,7 +15,7 @@ _NO_SCALARS = ("event", "step", "time")
 
 
 def require_tensorboard() -> Any:
-    """The class that writes event files.
+    """The class from tensorboard that writes event files.
 
     Raises:
         UsageError: tensorboard is not installed.
@@ -24,10 +24,10 @@ def require_tensorboard() -> Any:
 
 
 def require_outside(folder: Path, out: Path) -> None:
-    """Refuse a folder for TensorBoard that is inside the return or the folder of its run.
+    """Refuse a TensorBoard folder inside the return's folder or inside the folder of its resume points.
 
     Raises:
-        UsageError: it is.
+        UsageError: the folder is inside one of these.
     """
     if any(folder.resolve().is_relative_to(taken) for taken in (out.resolve(), run_folder(out))):
         raise UsageError(
@@ -40,10 +40,10 @@ def require_outside(folder: Path, out: Path) -> None:
 def tensorboard_log(folder: Path | None) -> Iterator[Write]:
     """Write log records to a folder that TensorBoard reads.
 
-    A resumed run continues the same curves: what an interrupted run wrote after its resume point is hidden.
+    A resumed run continues the same curves: points that an interrupted run wrote after its resume point are hidden.
 
     Args:
-        folder: created if it does not exist; None writes nothing.
+        folder: created if it does not exist; with None nothing is written.
 
     Yields:
         A function that takes the records of the JSONL log. The first record holds the step at which the run starts.
