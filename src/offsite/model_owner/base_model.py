@@ -19,7 +19,7 @@ from offsite.storage.checkpoint_folder import open_checkpoint
 from offsite.storage.safetensors_files import FLOATS, TensorRange, read_chunks
 from offsite.storage.strict_json import strict_json
 
-FileStates = tuple[tuple[str, int, int, int], ...]  # of each file its name, inode, bytes and time of the last write
+FileStates = tuple[tuple[str, int, int, int], ...]  # for each file: name, inode, bytes, time of last write
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class BaseModel:
     family: Architecture
     tensors: Mapping[str, TensorRange]
     blocks: int
-    states: FileStates = ()  # of the files of its weights, when they were opened
+    states: FileStates = ()  # states of the weight files when they were opened
 
     def block(self, index: int) -> dict[str, TensorRange]:
         """The tensors of the block with this index, keyed by their path inside the block."""
@@ -101,7 +101,7 @@ def _require_copy(head: TensorRange, embedding: TensorRange | None) -> None:
         IncompatibleError: the head does not equal the embedding bit for bit.
     """
     if embedding is None:
-        return  # what is missing is told with the rest
+        return  # missing tensors are reported later, all together
     alike = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
     if not alike or any(ours != theirs for ours, theirs in zip(read_chunks(head), read_chunks(embedding), strict=True)):
         raise IncompatibleError(
@@ -125,7 +125,7 @@ def by_todays_names(family: Architecture, stored: TensorRange) -> dict[str, Tens
         return {name: stored}
     shape = (stored.shape[1] // len(stack[0]), stored.shape[2])
     first = replace(stored, shape=shape)
-    matrices = [matrix for expert in stack for matrix in expert]  # as they lie in the file
+    matrices = [matrix for expert in stack for matrix in expert]  # in the order of the file
     return {matrix: replace(first, start=stored.start + place * first.size) for place, matrix in enumerate(matrices)}
 
 

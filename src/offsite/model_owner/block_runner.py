@@ -73,7 +73,7 @@ class LoadedBlock:
                 else:
                     self.surrounding(input_ids=ids, use_cache=False)
         except _ReachedBlock as reached:
-            return reached.with_traceback(None)  # which would keep the callers' frames, and all they hold, in a cycle
+            return reached.with_traceback(None)  # the traceback would keep the callers' frames in memory
         finally:
             handle.remove()
         raise IncompatibleError(f"{type(self.surrounding).__name__} does not call its blocks with the hidden state")
@@ -93,10 +93,10 @@ class _LeftStack(Exception):  # noqa: N818  a signal, caught where it is raised 
 class LoadedStack:
     """Consecutive blocks of an emulator with their weights; a block that is used several times is loaded once."""
 
-    parameters: Mapping[str, nn.Parameter]  # of the blocks, by base index and path in the module
+    parameters: Mapping[str, nn.Parameter]  # of the blocks; keys hold base index and path in the module
     whole: nn.Module
     blocks: Sequence[nn.Module]
-    watched: int  # of these blocks: the hidden state behind so many is what a pass returns
+    watched: int  # number of blocks after which the hidden state is returned
     cap: float | None
     vision: bool = False
 
@@ -128,7 +128,7 @@ class LoadedStack:
         """Run the emulator's blocks, the blocks after them and the head, on one batch.
 
         The result is the hidden state after the emulator's blocks, (B, T, H), and the mean cross-entropy in nats per
-        token, without the first token of each sequence. Arguments as for a call.
+        token, without the first token of each sequence. The arguments are those of a call.
         """
         seen: list[Tensor] = []
         handle = self.blocks[self.watched - 1].register_forward_hook(lambda _, __, output: seen.append(_state(output)))
@@ -233,7 +233,7 @@ class BlockRunner:
         around = family.outer_tensors(model.config) if whole else family.embedding_tensors(model.config)
         for name in around:
             path, _, leaf = family.module_of(name).rpartition(".")
-            # a head has another name in some families' modules than in their files
+            # in some families, the head's name in modules differs from its name in files
             owner = surrounding.get_output_embeddings() if name == family.head else surrounding.get_submodule(path)
             setattr(owner, leaf, nn.Parameter(read(name), requires_grad=False))
         if whole:
@@ -247,7 +247,7 @@ class BlockRunner:
         settings = subset_config(self._model, indices)
         if (
             self._model.family.vision is not None
-        ):  # an encoder's config also names its blocks, for uses that are not ours
+        ):  # an encoder's config also has a list of its blocks, which is not used here
             settings = {key: value for key, value in settings.items() if key in self._model.family.config_keys}
         config = AutoConfig.for_model(**settings)
         with without_weights():

@@ -22,7 +22,7 @@ from offsite.model_owner.calibration_pictures import crops
 from offsite.model_owner.calibration_text import calibration_length, read_calibration_text, require_whole_sequence
 from offsite.models.tokenizers import load_tokenizer
 
-CALIBRATION_BATCH = 8  # sequences, or pictures, that run at once
+CALIBRATION_BATCH = 8  # sequences or pictures per batch
 
 
 def calibration_batches(model: BaseModel, file: Path | None, tokens: int) -> list[Tensor]:
@@ -49,7 +49,7 @@ def calibration_batches(model: BaseModel, file: Path | None, tokens: int) -> lis
             f"the calibration text {file or 'that ships'} has {len(ids)} tokens, expected at least {body}",
             next_step="give more text with --calibration",
         )
-    stride = len(ids) // count  # spread over the whole text, so that every part of it has its say
+    stride = len(ids) // count  # sequences are spread over the whole text
     rows = torch.tensor([start + ids[i * stride : i * stride + body] for i in range(count)])
     return [rows[at : at + CALIBRATION_BATCH] for at in range(0, count, CALIBRATION_BATCH)]
 

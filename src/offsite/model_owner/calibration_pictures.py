@@ -31,8 +31,8 @@ PHOTOS = (
     "rocket.jpg",
     "text.png",
 )
-_AREA = (0.05, 1.0)  # of a crop: share of the photo, so that details and whole scenes are seen
-_SEED = 17  # of the crops, so that two owners pack the same
+_AREA = (0.05, 1.0)  # area of a crop as a fraction of the photo: details and whole scenes
+_SEED = 17  # fixed seed of the crops, so that packing is reproducible
 _NEXT = (
     "pip install 'offsite-tuning[calibration-images]', or name a folder of your own pictures, which need no classes "
     "and are better, with --calibration; or pack with --select uniform --heal none"

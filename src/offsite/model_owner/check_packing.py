@@ -26,9 +26,9 @@ class Packing:
     """A packing that passed all checks, with everything that was opened for them."""
 
     model: BaseModel
-    sandwich: Sandwich  # how it is cut
-    identity: Identity  # who signs
-    recipient: PublicKey  # who may tune it
+    sandwich: Sandwich  # the split into bottom, middle and top
+    identity: Identity  # the signing key
+    recipient: PublicKey  # key of the party that may tune the bundle
 
 
 def check_packing(
@@ -83,7 +83,7 @@ def require_packable(model: BaseModel, spec: PackSpec) -> Sandwich:
     """
     sandwich = split(model, spec)
     permitted_methods(model, spec)
-    settings_files(model, range(model.blocks), DTYPES[spec.dtype])  # what may not travel must show before the long work
+    settings_files(model, range(model.blocks), DTYPES[spec.dtype])  # report forbidden settings before the long work
     return sandwich
 
 

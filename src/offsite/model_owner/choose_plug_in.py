@@ -43,7 +43,7 @@ from offsite.storage.safetensors_files import NewTensor, to_float32
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_REASONS = 5  # candidates that a refusal names, the best first
+_REASONS = 5  # number of candidates that an error lists, the best first
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Choice:
 
     best: Candidate
     base_loss: float
-    candidates: tuple[Candidate, ...]  # by checkpoint, then by strength; the base itself is none of them
+    candidates: tuple[Candidate, ...]  # by checkpoint, then by strength; without the base itself
     rows: int
-    tokens: int  # labelled ones
+    tokens: int  # number of labelled tokens
 
 
 def choose(
@@ -159,7 +159,7 @@ class _Trial:
         self._base, self._verified, self._parent, self._merged = base, verified, parent, merged
         if merged:
             model = load_model(base.folder, dtype=where.dtype, device=where.device)
-        else:  # an adapter that changes nothing yet brings the modules that are to change
+        else:  # an adapter of strength 0 adds the modules whose tensors will change
             with tempfile.TemporaryDirectory() as folder:
                 adapter_contents(base, self._chosen(1, 0.0)).write(Path(folder))
                 model = load_tuned(base.folder, Path(folder), where)

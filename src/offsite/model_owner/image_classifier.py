@@ -14,7 +14,7 @@ from offsite.protocol.artifacts import Return
 from offsite.protocol.contents import CLASSIFIER
 from offsite.storage.safetensors_files import NewTensor, copied
 
-# Of the owner's own head, and what transformers writes of its own version.
+# Config keys of the owner's own head, and of transformers' version.
 _OWN = (
     "id2label", "label2id", "num_labels", "label_names", "num_classes", "problem_type", "_name_or_path",
     "transformers_version",

@@ -14,7 +14,7 @@ from offsite.errors import PolicyError, StorageError
 from offsite.protocol.artifacts import Bundle, PlugIn, Return
 from offsite.protocol.manifest import MANIFEST, BundleManifest, parse_manifest, render_manifest
 
-LOCK_SECONDS = 30.0  # how long a command waits for another one that writes to the ledger
+LOCK_SECONDS = 30.0  # how long a command waits while another one writes to the ledger
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS bundles (
     digest TEXT PRIMARY KEY,
@@ -69,7 +69,7 @@ class Ledger:
         """Record a bundle; called before the bundle's folder appears at its final path."""
         with self._open() as db:
             db.execute(
-                # the same bundle packed twice within a second has the same digest, and is the same bundle
+                # a bundle packed twice within one second is identical and has the same digest
                 "INSERT INTO bundles VALUES (?, ?, ?, ?, ?, ?, ?, 'issued') ON CONFLICT (digest) DO NOTHING",
                 (
                     bundle.digest,
@@ -123,7 +123,7 @@ class Ledger:
         """
         manifest = plug_in.manifest
         with self._open() as db:
-            db.execute("BEGIN IMMEDIATE")  # nobody else records between the look and the entry
+            db.execute("BEGIN IMMEDIATE")  # no other process can record between check and insert
             earlier = _made_at(db, manifest.returned)
             if earlier and not again:
                 raise plugged_in_before(earlier)
@@ -170,7 +170,7 @@ class Ledger:
     def _open(self) -> Iterator[sqlite3.Connection]:
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # which blocks were kept is nobody else's
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # private: it names the kept blocks
             db = sqlite3.connect(self.path, timeout=LOCK_SECONDS)
             try:
                 with db:  # one transaction: all of it, or nothing

@@ -39,7 +39,7 @@ from offsite.storage.checkpoint_folder import DECLARED_WEIGHTS, WEIGHTS, write_c
 from offsite.storage.files import staged_folder, write_stream
 from offsite.training.run_log import log_file, run_folder
 
-# Settings that do not change what comes out, so a resumed run may have others.
+# Settings that do not change the result, so a resumed run may change them.
 _FREE_SETTINGS = frozenset({"threads", "search_minutes"})
 
 

@@ -29,7 +29,7 @@ from offsite.protocol.signing import SIGNATURE_BYTES
 from offsite.storage.checkpoint_folder import DECLARED_WEIGHTS, WEIGHTS, checkpoint_bytes
 from offsite.storage.safetensors_files import ITEM_SIZE, TensorRange
 
-_UNKNOWN = "0" * 64  # as long as any fingerprint
+_UNKNOWN = "0" * 64  # has the length of a fingerprint
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class PackPlan:
     """The work, memory, disk space and files of a packing."""
 
     architecture: str
-    work: tuple[str, ...]  # steps for which the base's network runs; none where tensors are only copied
+    work: tuple[str, ...]  # steps that run the base's network; empty if tensors are only copied
     base: tuple[Part, ...]
     bundle: tuple[Part, ...]
-    files: tuple[Amount, ...]  # of the bundle, exact
-    memory: tuple[Memory, ...]  # weights while the network runs, for each dtype that it may compute in
+    files: tuple[Amount, ...]  # files of the bundle, with exact sizes
+    memory: tuple[Memory, ...]  # weights in memory while the network runs, for each possible compute dtype
     disk: tuple[Amount, ...]
     measured: Measurement | None = None
 
@@ -75,7 +75,7 @@ def plan_pack(
     checked = check_packing(base, out, recipient, spec, home, resume=resume)
     model, sandwich = checked.model, checked.sandwich
     keep, work = spec.kept(sandwich.middle), work_of(sandwich.middle, spec)
-    # which blocks a rule that runs blocks will choose is known only after its work; their sizes do not depend on it
+    # a rule that runs the network has not chosen yet; the sizes do not depend on its choice
     known = spec.changed({"select": "uniform"}) if spec.selection_rule.runs_blocks else spec
     emulator = select_blocks(model, sandwich, known, Path(), silent)
     emulator = fill_places(sandwich.middle, emulator, spec)
@@ -129,7 +129,7 @@ def _weights(model: BaseModel, sandwich: Sandwich, spec: PackSpec, work: Work, c
 def _scratch(model: BaseModel, spec: PackSpec, keep: int, work: Work) -> list[Amount]:
     """Disk space for intermediate results until the bundle is written."""
     block = _largest_block(model)
-    # the dtype of the hidden states may not be known yet: what is needed at most
+    # the dtype of the hidden states may not be known yet: take the largest
     item = max(ITEM_BYTES[one] for one in possible_compute_dtypes(spec.runtime.compute, spec.runtime.device))
     states = 2 * spec.distill.tokens * _hidden(model) * item if work.later_steps else 0
     amounts = [

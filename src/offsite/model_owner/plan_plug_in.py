@@ -24,12 +24,12 @@ class PlugInPlan:
 
     architecture: str
     form: Form
-    checkpoint: int  # of the return, from 1
+    checkpoint: int  # number of the return's checkpoint, from 1
     strength: float
     returned_tensors: int
     returned_parameters: int
-    changed_tensors: int  # of the base, in a merged plug-in; an adapter stands beside the base
-    files: tuple[Amount, ...]  # of the plug-in, exact
+    changed_tensors: int  # changed tensors of the base in a merged plug-in; 0 for an adapter
+    files: tuple[Amount, ...]  # files of the plug-in, with exact sizes
     disk: tuple[Amount, ...]
 
     @property

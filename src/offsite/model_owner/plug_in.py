@@ -43,7 +43,7 @@ def plug_in(
     model, parent = open_base_of(returned, base, spec, home, progress)
     form, chosen = form_of(returned, spec), chosen_by(returned, parent, spec)
     progress(Event("writing the plug-in", 0))
-    # the ledger's entry is there before the folder appears, and taken back if it does not
+    # the ledger's record is made before the folder appears, and deleted if it does not appear
     with ExitStack() as entry, staged_folder(out) as folder:
         with refusals_recorded(returned, home):
             written = plug_in_contents(model, chosen, form).write(folder)

@@ -28,7 +28,7 @@ from offsite.storage.checkpoint_folder import checkpoint_bytes, open_checkpoint,
 from offsite.storage.files import Written, write_stream
 from offsite.storage.safetensors_files import NewTensor, TensorRange, copied, safetensors_bytes, write_safetensors
 
-# What a merged plug-in takes over from the base beside its weights.
+# Files other than weights that a merged plug-in copies from the base.
 _COMPANIONS = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *BESIDE_A_MODEL)
 
 
@@ -36,9 +36,9 @@ _COMPANIONS = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *BESIDE_A_MODEL)
 class Contents:
     """Everything in a plug-in except its manifest and signature."""
 
-    weights: str | None  # the one file of an adapter's tensors; None is a checkpoint, which may have several
+    weights: str | None  # file name of an adapter's tensors; None for a checkpoint
     tensors: Sequence[NewTensor]
-    others: Mapping[str, bytes]  # further files by name
+    others: Mapping[str, bytes]  # contents of all other files, keyed by name
 
     def write(self, folder: Path) -> list[Written]:
         """Compute the tensors and write all files to a folder.

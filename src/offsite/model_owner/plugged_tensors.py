@@ -34,7 +34,7 @@ class Chosen:
 
     returned: Return
     parent: Issued
-    checkpoint: int  # from 1
+    checkpoint: int  # number of the checkpoint, from 1
     strength: np.float32
 
     @property
@@ -98,7 +98,7 @@ def _scaled(tensor: StoredTensor, name: str, factor: np.float32) -> NewTensor:
         return copied(tensor, name=name)
 
     def chunks() -> list[bytes]:
-        with np.errstate(over="ignore"):  # judged below
+        with np.errstate(over="ignore"):  # checked below
             values = read_float32(tensor) * factor
         if not np.isfinite(values).all():
             raise VerificationError(
@@ -120,9 +120,9 @@ def _changed(tensor: TensorRange, change: Change, strength: np.float32, dtype: s
 
     def chunks() -> list[bytes]:
         values = read_float32(tensor)
-        with np.errstate(over="ignore", invalid="ignore"):  # judged below, by what would be written
+        with np.errstate(over="ignore", invalid="ignore"):  # the values to be written are checked below
             delta = strength * change(values)
-            # where nothing changed the base's bits stay, the sign of a zero included
+            # an unchanged value keeps the base's bits, including the sign of a zero
             sums = from_float32(np.where(delta == 0, values, values + delta), dtype).tobytes()
         if not np.isfinite(to_float32(sums, dtype)).all():
             raise VerificationError(

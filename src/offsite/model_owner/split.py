@@ -48,7 +48,7 @@ def split(model: BaseModel, spec: PackSpec) -> Sandwich:
         _require_for_spread(spec)
     if model.family.vision is not None:
         _require_for_images(spec)
-    if not spec.selection_rule.runs_blocks:  # refuses settings of the rule that do not fit the middle
+    if not spec.selection_rule.runs_blocks:  # raises an error if the rule's settings do not fit
         select_blocks(model, sandwich, spec, Path(), silent)
     require_declarable(model, spec)
     return sandwich

@@ -13,10 +13,10 @@ class Work:
     Healing steps that would have no effect are left out: if nothing is lost, nothing is healed.
     """
 
-    steps: tuple[HealingStep, ...]  # in their order
-    pruner: Pruner | None  # the one that runs in the pass over the base's blocks
-    share: float  # of every matrix that it sets to zero
-    solves: tuple[RefitMap, ...]  # the output projections that are solved anew, in this order
+    steps: tuple[HealingStep, ...]  # in the order in which they run
+    pruner: Pruner | None  # the calibrated pruner; None if there is none
+    share: float  # fraction of every matrix that the pruner sets to zero
+    solves: tuple[RefitMap, ...]  # the output projections that refit solves, in this order
 
     @property
     def block_steps(self) -> tuple[HealingStep, ...]:

@@ -36,7 +36,7 @@ def declared_of(model: BaseModel, bottom: int, slots: Sequence[int], spec: PackS
     fields: dict[str, Any] = {}
     for form in spec.stored_forms:
         fields |= form_of(form).declare(model, spec)
-    if len(set(slots)) < len(slots):  # for each place the first with the same block, where its weights are stored
+    if len(set(slots)) < len(slots):  # for each place, the first place of the same block, which holds the weights
         fields["share"] = tuple(slots.index(index) for index in slots)
     fields |= {step.name: True for step in spec.healing_steps if step.declared and step.runs != "places"}
     return Declared.model_validate({"first": bottom, "blocks": len(slots), **fields}) if fields else None
@@ -94,7 +94,7 @@ def block_tensors(
         found = encodings[0].encode(matrix, declared)[kind]
         return [(from_float32(found, dtype) if found.dtype == np.float32 else found).tobytes()]
 
-    plain = {*tensors, AFFINE_WEIGHT, AFFINE_BIAS}  # what stays a tensor of floats where no form stores it otherwise
+    plain = {*tensors, AFFINE_WEIGHT, AFFINE_BIAS}  # float tensors, unless a form stores them otherwise
     expected = declared.tensors(family, {path: tensor.shape for path, tensor in tensors.items()})
     return [
         NewTensor(
@@ -123,7 +123,7 @@ def _values(
 
     def values(path: str) -> Array:
         found = read(path)
-        if path in (AFFINE_WEIGHT, AFFINE_BIAS):  # not the block's own
+        if path in (AFFINE_WEIGHT, AFFINE_BIAS):  # the affine map is not part of the block
             return found
         for reshape in shapers:
             found = reshape(path, found)

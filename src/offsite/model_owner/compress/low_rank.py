@@ -31,5 +31,5 @@ def factorise(weight: Array, rank: int) -> tuple[Array, Array]:
     up @ down is the closest matrix of this rank in the Frobenius norm.
     """
     left, values, right = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
-    roots = np.sqrt(values[:rank])  # half of the scale to each side, so that neither is coarse in bf16
+    roots = np.sqrt(values[:rank])  # each factor gets the root, so that both round equally in bf16
     return (roots[:, None] * right[:rank]).astype(np.float32), (left[:, :rank] * roots).astype(np.float32)

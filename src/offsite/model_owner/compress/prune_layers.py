@@ -33,8 +33,8 @@ def prune_layers(
     """
     family, block = problem.family, problem.load(found)
     parameters = dict(block.module.named_parameters())
-    places: dict[str, list[str]] = {}  # modules -> the layers that are pruned on what enters them
-    weights: dict[str, Tensor] = {}  # layers -> their matrices, (outputs, inputs)
+    places: dict[str, list[str]] = {}  # module path -> paths of the layers that read its inputs
+    weights: dict[str, Tensor] = {}  # layer path -> matrix (outputs, inputs)
     for path in family.linears:
         name = family.modules.get(f"{path}.weight", f"{path}.weight")
         if path not in spared and name in parameters:
@@ -43,7 +43,7 @@ def prune_layers(
             place = name.removesuffix(".weight")
             place = place.rpartition(".")[0] if family.is_bypassed(path, problem.config) else place
             places.setdefault(place, []).append(path)
-    sums: dict[tuple[str, ...], Tensor] = {}  # modules that read the same inputs -> what the pruner knows of these
+    sums: dict[tuple[str, ...], Tensor] = {}  # module paths with equal inputs -> statistics of the inputs
     for position, ids in enumerate(problem.batches):
         with captured_inputs(block, list(places)) as seen:
             block(ids, problem.enters[position])

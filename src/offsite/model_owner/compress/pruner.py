@@ -52,7 +52,7 @@ class Pruning:
 
     row: Pruner
     pruner: CalibratedPruner
-    share: float  # of each matrix that becomes zero
+    share: float  # fraction of each matrix that becomes zero
 
     def prune(self, weight: "Tensor", gram: "Tensor") -> "Tensor":
         """Prune one matrix (outputs, I), given the Gram matrix (I, I) of the layer's inputs."""

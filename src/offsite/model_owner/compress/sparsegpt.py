@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-COLUMNS = 128  # that are pruned before their errors are passed on to the columns behind them, as published
-_TOGETHER = 16  # of these, that pass their errors to each other alone before the rest has them, in the cache
+COLUMNS = 128  # columns that are pruned before the later columns are updated, as published
+_TOGETHER = 16  # columns of these that are updated together first, to stay in the CPU cache
 DAMPING = 0.01  # times the mean of the Gram matrix's diagonal, as published
 
 
@@ -47,14 +47,14 @@ def _prune(weight: Tensor, unused: Tensor, factor: Tensor, share: float) -> Tens
     """
     outputs, inputs = weight.shape
     left = weight.float().T.clone(memory_format=torch.contiguous_format)  # (inputs, outputs)
-    left[unused] = 0  # their weights go first, at no cost
+    left[unused] = 0  # weights of unused inputs can be removed without error
     gone = 0
     for first in range(0, inputs, COLUMNS):
         last = min(first + COLUMNS, inputs)
         part, own = left[first:last], factor[first:last, first:last]
         count = int(share * outputs * last) - gone
         gone += count
-        salience = (part.T / own.diagonal()).square().flatten()  # the squared error that removing each leaves
+        salience = (part.T / own.diagonal()).square().flatten()  # the squared error if this weight is removed
         removed = _smallest(salience, count).view(outputs, last - first).T.contiguous()
         errors = _errors(part, own, removed)
         part.masked_fill_(removed, 0)

@@ -74,7 +74,7 @@ def block_by_block(
     base_states = [runner.load(0).embed(ids) for ids in batches]
     for index in sandwich.bottom:
         _advance(runner.load(index), batches, base_states)
-    own_states = list(base_states)  # the emulator's, from here on
+    own_states = list(base_states)  # from here on, hidden states of the emulator
     done = len(sandwich.bottom)
     healed: dict[str, TensorRange] = {}
     for kept, following in pairwise((*sorted((*emulator, *sandwich.spread)), end)):
@@ -82,13 +82,13 @@ def block_by_block(
             progress(Event(stage, done, end))
             _advance(runner.load(done), batches, base_states)
             done += 1
-        if kept in sandwich.spread:  # trains, so both go through it as it is
+        if kept in sandwich.spread:  # a trained block is shipped unchanged
             _advance(runner.load(kept), batches, own_states)
             continue
         problem = BlockProblem(partial(runner.load, kept), family, model.config, batches, own_states, base_states)
         stored = _store(scratch / f"{kept}.safetensors", _solve(problem, steps, kept), DTYPES[spec.dtype])
         healed |= {family.in_block(kept, path): tensor for path, tensor in stored.items()}
-        # the emulator goes on with what will be shipped, rounding included
+        # the next blocks see the weights as shipped, with their rounding
         shipped = {path: read_tensor(tensor, torch.float32) for path, tensor in stored.items()}
         _advance(runner.load(kept, shipped), batches, own_states)
     progress(Event(stage, end, end))

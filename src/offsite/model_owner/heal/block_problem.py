@@ -20,12 +20,12 @@ class BlockProblem:
     The targets include the effect of the dropped blocks after it.
     """
 
-    load: Callable[[Mapping[str, Tensor]], LoadedBlock]  # the block, with tensors replaced by path in files
+    load: Callable[[Mapping[str, Tensor]], LoadedBlock]  # loads the block with these tensors replaced
     family: Architecture
-    config: Mapping[str, Any]  # the base's
+    config: Mapping[str, Any]  # the base's config
     batches: Sequence[Tensor]  # token ids (B, T), or pixels of pictures (B, 3, Y, X)
-    enters: Sequence[Tensor]  # the emulator's hidden state before the block, (B, T, H) for each batch
-    targets: Sequence[Tensor]  # what should leave the block, (B, T, H) for each batch
+    enters: Sequence[Tensor]  # the block's inputs in the emulator, (B, T, H) for each batch
+    targets: Sequence[Tensor]  # the wanted outputs of the block, (B, T, H) for each batch
 
 
 @runtime_checkable

@@ -36,9 +36,9 @@ from offsite.training.schedule import learning_rate
 from offsite.training.settings import LoopSettings, RunNames
 
 HIDDEN_WEIGHT = 30.0  # weight of the hidden states' term, as in the paper's code
-WARMUP = 0.05  # share of the steps
+WARMUP = 0.05  # fraction of the steps
 MAX_GRAD_NORM = 1.0
-HELD_OUT = 16  # one of so many batches is held out for validation
+HELD_OUT = 16  # one batch in this many is held out for validation
 VALIDATE_EVERY = 100  # steps between validations
 SAVE_EVERY = 50  # steps between resume points
 _NAMES = RunNames(
@@ -121,7 +121,7 @@ class _Distillation:
     stack: LoadedStack
     states: MiddleStates
     spec: PackSpec
-    skipped: int  # first tokens of a sample that do not count
+    skipped: int  # number of first tokens of a sample that are left out of the loss
 
     @property
     def term_weights(self) -> dict[str, float]:

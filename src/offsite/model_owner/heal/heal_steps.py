@@ -47,7 +47,7 @@ def heal(healing: Healing) -> Mapping[str, TensorRange]:
 def _solve(healing: Healing) -> Mapping[str, TensorRange]:
     """Run the block-by-block part of healing and pruning, or read its result if an earlier run completed it."""
     folder, family = healing.scratch / "solved", healing.model.family
-    whole = folder / "whole"  # says that the folder holds every solved block
+    whole = folder / "whole"  # exists when the folder holds every solved block
     if whole.exists():
         files = {index: read_header(folder / f"{index}.safetensors") for index in healing.emulator}
         return {family.in_block(index, path): tensor for index, held in files.items() for path, tensor in held.items()}

@@ -24,8 +24,8 @@ class Healing:
     sandwich: Sandwich
     emulator: Sequence[int]  # base indices of its blocks, in order
     spec: PackSpec
-    scratch: Path  # a folder for what was found; it outlives an interruption where the work takes long
-    log: Path  # the file for a curve of the healing, a JSON object a line
+    scratch: Path  # a folder for results; in long runs it survives an interruption
+    log: Path  # the file for the loss of each step, one JSON object per line
     progress: Progress
 
 

@@ -22,7 +22,7 @@ from offsite.progress import Event, Progress
 from offsite.storage.files import replace_file
 from offsite.storage.safetensors_files import read_header
 
-_GROUP_TOKENS = 65_536  # whose hidden states are in memory on their way to the disk
+_GROUP_TOKENS = 65_536  # tokens whose hidden states are in memory at a time, before they are written
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class MiddleStates:
 
     folder: Path
     batches: Sequence[Tensor]  # token ids (B, T), or pixels (B, 3, Y, X)
-    tokens: Sequence[int]  # of each batch, B * T
+    tokens: Sequence[int]  # number of tokens in each batch, B * T
 
     def at(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
         """Read one batch: ids or pixels, and the hidden states before and after the middle, each (B, T, H)."""

@@ -19,11 +19,11 @@ class OutputProjection:
     The block's output is linear in the layer's output, so the problem has a solution in closed form.
     """
 
-    path: str  # in the block in files
-    transposed: bool  # whether files hold (F, H)
+    path: str  # path in the block, as checkpoint files name it
+    transposed: bool  # whether checkpoint files store the weight as (F, H)
     weight: Tensor  # (H, F)
     bias: Tensor | None  # (H,)
-    scale: Tensor | None  # (H,): what the block multiplies the layer's output by
+    scale: Tensor | None  # (H,): factor of the layer's output in the block
     problem: RidgeProblem
 
     def gram(self) -> Tensor:
@@ -38,7 +38,7 @@ class OutputProjection:
         """New weight (H, F) and bias (H,) that bring the block's output closest to its targets (ridge regression)."""
         inputs = self.weight.shape[1]
         change = self.problem.change()  # (F, H), or with a bias (F + 1, H)
-        if self.scale is not None:  # an output that is scaled to next to nothing stays as it is
+        if self.scale is not None:  # outputs with a scale close to 0 do not change
             change = change * torch.where(self.scale.abs() > 1e-6 * self.scale.abs().max(), 1 / self.scale, 0.0)
         return self.weight + change[:inputs].T, None if self.bias is None else self.bias + change[inputs]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 RIDGES = (0.03, 0.1, 0.3, 1.0)  # times the mean of the Gram matrix's diagonal
-USUAL_RIDGE = 0.1  # where there is too little text to hold any out
-HELD_OUT = 8  # every so many batches one chooses the ridge and is not fitted
+USUAL_RIDGE = 0.1  # used if there are too few batches to hold one out
+HELD_OUT = 8  # one batch in this many is held out to choose the ridge
 
 
 @dataclass
@@ -52,7 +52,7 @@ class RidgeProblem:
 
     def __init__(self, inputs: int, outputs: int, batches: int, device: torch.device, *, bias: bool) -> None:
         self._bias, self._batches = bias, batches
-        columns = inputs + bias  # a bias is the weight of an input that is always 1, the last
+        columns = inputs + bias  # a bias is the weight of a last input that is always 1
         self._fitted, self._held_out = (_Moments.zeros(columns, outputs, device) for _ in range(2))
 
     def add(self, position: int, inputs: Tensor, after: Tensor, target: Tensor) -> None:
@@ -60,7 +60,7 @@ class RidgeProblem:
         features = inputs.flatten(0, -2).float()  # (B * T, F)
         if self._bias:
             features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
-        # a few tokens have a thousand times the others' norm; plain squares would fit those alone
+        # a few tokens have a norm a thousand times larger; unweighted, only those would be fitted
         scale = target.flatten(0, -2).norm(dim=-1, keepdim=True).clamp_min(1e-6).reciprocal()  # (B * T, 1)
         moments = self._held_out if position in _held_out(self._batches) else self._fitted
         moments.add(features, (target - after).flatten(0, -2), scale)
@@ -92,7 +92,7 @@ def _held_out(batches: int) -> range:
 def _ridge_solution(moments: _Moments, ridge: float) -> Tensor:
     system = moments.gram.double()
     mean = system.diagonal().mean()
-    if mean == 0:  # all inputs of the layer are zero, so nothing that it gives could change
+    if mean == 0:  # all inputs of the layer are zero, so its outputs cannot change
         return torch.zeros_like(moments.cross, dtype=torch.float64)
     system.diagonal().add_(ridge * mean)
     return torch.cholesky_solve(moments.cross.double(), torch.linalg.cholesky(system))

@@ -56,7 +56,7 @@ def import_model(source: Path, out: Path, spec: ImportSpec | None = None, progre
                 reasons=[f"expected a .gguf or .onnx file, or a folder with {CONFIG} and weights"],
                 next_step="name the file or folder that transformers would load",
             )
-        open_base(Base(folder))  # what could not be packed later is refused now
+        open_base(Base(folder))  # raises errors now that packing would raise later
     return Base(out)
 
 
@@ -68,7 +68,7 @@ def _copy_folder(source: Path, folder: Path, spec: ImportSpec, progress: Progres
     write_checkpoint(folder, [copied(tensor, dtype=dtype) for tensor in checkpoint.tensors.values()])
     config = dict(model.config)
     if spec.dtype:
-        config.pop("torch_dtype", None)  # the older spelling of the same
+        config.pop("torch_dtype", None)  # the older name of the same key
         config["dtype"] = {"bf16": "bfloat16", "fp32": "float32"}[spec.dtype]
     write_stream(folder / CONFIG, [json.dumps(config, indent=1).encode() + b"\n"])
     for name in _COMPANIONS:
@@ -114,10 +114,10 @@ def _convert(source: Path, folder: Path, dtype: str | None, progress: Progress, 
             source,
             **options,
             dtype={"bf16": torch.bfloat16, "fp32": torch.float32, None: "auto"}[dtype],
-            attn_implementation="eager",  # over what the config may name: a hub kernel is code
+            attn_implementation="eager",  # overrides the config, which may name a kernel (code) from the hub
             experts_implementation="eager",
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are listed instead of the first one raised
+            ignore_mismatched_sizes=True,  # so that all are listed, not only the first
             **({} if gguf else {"weights_only": True}),
             **(vision.keywords if vision else {}),
         )
@@ -142,7 +142,7 @@ def _convert(source: Path, folder: Path, dtype: str | None, progress: Progress, 
     progress(Event("writing the weights", 0))
     try:
         model.save_pretrained(folder)
-    except SafetensorError as error:  # what its writer makes of a full disk
+    except SafetensorError as error:  # raised when the disk is full
         raise StorageError(
             f"cannot write {folder}: {error}", next_step="free some space on that disk or name another one"
         ) from error

@@ -22,8 +22,8 @@ from offsite.storage.files import write_stream
 from offsite.storage.safetensors_files import from_array
 
 _ENCODER = "backbone."
-_HEAD_WIDTH = 64  # of every published DINOv2
-_MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet, as DINOv2 was trained with
+_HEAD_WIDTH = 64  # width of an attention head in every published DINOv2
+_MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's values, used to train DINOv2
 _BICUBIC = 3  # Pillow's number
 
 Arrays = dict[str, npt.NDArray[np.float32]]
@@ -100,7 +100,7 @@ def _weights(source: Path) -> Arrays:
         raise StorageError(
             f"{source} is no ONNX file", reasons=[str(error)[:200]], next_step="fetch the file again"
         ) from error
-    if len(positions) == 2:  # that of the class token is the shorter one
+    if len(positions) == 2:  # the class token's is the shorter one
         positions.sort(key=lambda array: array.shape[1])
         found["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
     return found

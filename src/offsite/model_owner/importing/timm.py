@@ -27,7 +27,7 @@ def is_timm(source: Path) -> bool:
     try:
         config = strict_json((source / CONFIG).read_bytes())
     except ValueError:
-        return False  # who reads it next says what is wrong
+        return False  # the next reader reports the error
     return isinstance(config, dict) and "pretrained_cfg" in config and "architecture" in config
 
 

@@ -20,7 +20,7 @@ def tower_in(source: Path) -> Architecture | None:
     try:
         config = strict_json((source / CONFIG).read_bytes())
     except ValueError:
-        return None  # who reads it next says what is wrong
+        return None  # the next reader reports the error
     kind = config.get("model_type") if isinstance(config, dict) else None
     return next((family for family in ARCHITECTURES.values() if family.vision and family.vision.tower_of == kind), None)
 

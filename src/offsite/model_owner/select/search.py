@@ -31,8 +31,8 @@ from offsite.storage.files import replace_file
 Blocks = tuple[int, ...]
 Score = Callable[[Blocks], float]
 
-_SEARCH_TOKENS = 16_384  # of calibration text that a selection is refitted and judged on, at most
-_JUDGED = 8  # every so many of their batches one judges
+_SEARCH_TOKENS = 16_384  # maximum number of calibration tokens for healing and scoring a selection
+_JUDGED = 8  # one batch in this many is used for scoring, the others for healing
 
 
 def select(selection: Selection) -> Blocks:

@@ -19,7 +19,7 @@ class Selection:
     model: BaseModel
     sandwich: Sandwich
     spec: PackSpec
-    scratch: Path  # a folder where a long search remembers what it has tried
+    scratch: Path  # a folder where a search stores its scores
     progress: Progress
 
     @property
