@@ -197,6 +197,35 @@ GPT_OSS = (  # channels alone
     "{% else %}{{ '<|start|>' + m['role'] + '<|message|>' + m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
+GLM45 = (
+    "{{ '[gMASK]<sop>' }}{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}{{ '<|assistant|>' }}{% set thought = m.reasoning_content or '' %}"
+    "{{ '\n<think>' + (thought if loop.index0 > ns.last else '') + '</think>' }}"
+    "{% if m.content %}{{ '\n' + m.content.strip() }}{% endif %}{% for c in m.tool_calls or [] %}"
+    "{{ '\n<tool_call>' + c.function.name + '\n' }}{% for k, v in c.function.arguments.items() %}"
+    "{{ '<arg_key>' + k + '</arg_key>\n<arg_value>' + v + '</arg_value>\n' }}{% endfor %}{{ '</tool_call>' }}{% endfor %}"
+    "{% elif m.role == 'tool' %}{{ '<|observation|>\n<tool_response>\n' + m.content + '\n</tool_response>' }}"
+    "{% else %}{{ '<|' + m.role + '|>\n' + m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+LFM2 = (  # writes tools, and no calls of them
+    "{{ bos_token }}{% if tools %}{{ '<|im_start|>system\nList of tools: ' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+IN_PARTS = (  # as models that see pictures have it: of content that is text it writes nothing
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] | capitalize + ':' }}{% for part in m['content'] %}"
+    "{% if part['type'] == 'text' %}{{ ' ' + part['text'] }}{% endif %}{% endfor %}{{ '<end_of_utterance>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+QWEN35 = (  # whose generation prompt opens the reasoning
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last %}"
+    "{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
 MARKED = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
     "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
@@ -247,4 +276,8 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {  # template and special tok
     "command r7b": (COMMAND_R7B, (*_COHERE, "<|START_RESPONSE|>", "<|END_RESPONSE|>")),
     "gpt-oss": (GPT_OSS, ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>")),
     "marked": (MARKED, _IM),
+    "glm 4.5": (GLM45, ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")),
+    "lfm2": (LFM2, _IM),
+    "in parts": (IN_PARTS, ("<end_of_utterance>",)),
+    "qwen3.5": (QWEN35, (*_IM, "<think>", "</think>")),
 }

@@ -44,6 +44,10 @@ ENDS = {
 STRICT = {"llama2", "mistral v0.3", "gemma", "gemma3", "command r"}  # user and assistant must take turns, user first
 
 
+def in_parts(messages):
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
 def tokenizer_for(family, kind="byte level"):
     template, special = FAMILIES[family]
     return tokenizer_of(kind, template=template, special=special)
@@ -89,6 +93,8 @@ def test_tokens_are_those_of_apply_chat_template_and_of_one_whole_encoding(kind,
             tokenizer.apply_chat_template(messages)["input_ids"]
             == tokenizer(whole, add_special_tokens=False)["input_ids"]
         )
+        if family == "in parts":  # plain content is not written at all
+            whole = tokenizer.apply_chat_template(in_parts(messages), tokenize=False)
         expected = tokenizer(whole, add_special_tokens=False)["input_ids"]
         assert ids == expected + [tokenizer.eos_token_id] * found.notes.get(END_ADDED, 0)
         said = [words.replace(" ", "").casefold() for words in learnt]
@@ -223,7 +229,8 @@ def test_parts_of_text_are_as_the_template_has_them(family):
         assistant([{"type": "text", "text": "fox"}]),
     ]
     tokenizer = tokenizer_for(family)
-    plain = [user("whojumps?" if family == "gemma3" else "who jumps?"), assistant("fox")]  # which trims every part
+    joined = {"gemma3": "whojumps?", "in parts": "who  jumps?"}  # one trims every part, one puts a space before each
+    plain = [user(joined.get(family, "who jumps?")), assistant("fox")]
     assert read(tokenizer, parts)[:2] == read(tokenizer, plain)[:2]
     if family == "gemma3":
         assert read(tokenizer, parts)[0] == tokenizer.apply_chat_template(parts)["input_ids"]
@@ -236,6 +243,36 @@ def test_an_answer_that_glm4_does_not_end_is_ended():
     assert found.notes == {END_ADDED: 1}
 
 
+def test_glm45_ends_a_call_with_the_token_that_follows_it():
+    steps = [user("who?"), CALL, RESULT, assistant("sunny!", reasoning_content="hm"), user("so?"), assistant("so")]
+    _, learnt, found = read(tokenizer_for("glm 4.5"), steps)
+    call = "\n<think></think>\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>"
+    assert learnt == [
+        f"{call}<|observation|>",
+        "\n<think></think>\nsunny!<|user|>",
+        "\n<think></think>\nso</s>",
+    ]
+    assert (found.dropped, found.notes) == ({"reasoning": 1}, {END_ADDED: 1})
+
+
+def test_a_call_that_is_not_written_is_not_learnt_though_its_tool_is_named():
+    _, learnt, found = read(tokenizer_for("lfm2"), [user("who?"), CALL, RESULT, assistant("sunny!")], tools=TOOLS)
+    assert learnt == ["sunny!<|im_end|>"]
+    assert found.dropped == {"tool calls": 1}
+
+
+def test_a_template_that_takes_parts_alone():
+    ids, learnt, _ = read(tokenizer := tokenizer_for("in parts"), TWO)
+    assert learnt == [" The fox jumps<end_of_utterance>", " the lazy dog.<end_of_utterance>"]
+    assert ids == tokenizer.apply_chat_template(in_parts(TWO))["input_ids"]
+
+
+def test_reasoning_that_the_generation_prompt_opens_is_learnt_behind_it():
+    steps = [user("who?"), assistant("fox"), user("whom?"), assistant("dog", reasoning_content="hm")]
+    _, learnt, _ = read(tokenizer_for("qwen3.5"), steps)
+    assert learnt == ["fox<|im_end|>", "hm\n</think>\n\ndog<|im_end|>"]
+
+
 def test_channels_of_gpt_oss():
     _, learnt, _ = read(tokenizer_for("gpt-oss"), [*TWO[:3], assistant("dog", thinking="hm")])
     assert learnt == [
@@ -244,7 +281,7 @@ def test_channels_of_gpt_oss():
     ]
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("deepseek r1",)])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("deepseek r1", "in parts")])
 def test_a_model_is_asked_with_what_stands_before_the_last_answer(family):
     tokenizer = tokenizer_for(family)
     (ids, _, found), asked = read(tokenizer, TWO), tokenizer.apply_chat_template(TWO[:3], add_generation_prompt=True)

@@ -50,10 +50,10 @@ class AnswerFinder:
             end = self._end(i, begin) if begin is not None else None
             if begin is None or end is None or end <= begin:
                 lost = True
-            else:
+            elif survives(self.turns[i], self.text[begin:end]):  # its words may stand elsewhere alone
                 spans[i] = (begin, end)
                 at = end
-        if not answers or answers[-1] not in spans:
+        if not spans or (lost and answers[-1] not in spans):
             raise ConversationError("the chat template does not show where the assistant's last answer begins")
         return ({answers[-1]: spans[answers[-1]]} if lost else spans), lost
 
@@ -146,4 +146,6 @@ class AnswerFinder:
             return None
         if not self.text.startswith(until) or len(until) <= begin:
             return None
-        return max(begin + len(self.template.up_to_special(until[begin:])), begin) or None
+        if self.template.ends_in_special(until[begin:]):
+            return begin + len(self.template.up_to_special(until[begin:]))
+        return self.template.special_after(self.text, len(until)) or len(until.rstrip())

@@ -67,7 +67,7 @@ def _labelled(
     marked = template.render_marked(messages, settings)
     if len(marked) == len(answers):
         paired = zip(marked, answers, strict=True)
-        spans = [span for span, turn in paired if turn.learnt and survives(turn, text)]
+        spans = [span for span, turn in paired if turn.learnt and survives(turn, text[slice(*span)])]
         return [_with_end(span, text, template) for span in spans], False
     if marked and all(turn.learnt for turn in answers):
         return [_with_end(span, text, template) for span in marked], False

@@ -8,6 +8,7 @@ from typing import Any
 
 from offsite.data.messages import REASONING_KEYS, Turn
 
+_TELLING = 4  # letters of a description that does not stand in a text by chance
 _WORD = re.compile(r"\w+")
 
 
@@ -24,18 +25,20 @@ def dropped_words(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] | No
     """
     dropped: Counter[str] = Counter()
     for turn in turns:
-        lost = {kind for kind, words in _pieces(turn) if not _written(words, text)}
-        dropped.update(lost)
+        dropped.update({kind for kind, words in _pieces(turn) if not _written(words, text)})
+    called = Counter(name for turn in turns for name in _called(turn))
+    for name, count in called.items():
+        defined = sum(_is_defined(tool, count, text) for tool in tools or () if _name(tool) == name)
+        dropped["tool calls"] += min(count, max(0, count + defined - text.count(name)))
     for tool in tools or ():
-        function = tool.get("function", tool)
-        words = function.get("description") or function.get("name")
-        dropped["tool definitions"] += isinstance(words, str) and not _written(words, text)
+        dropped["tool definitions"] += not _is_defined(tool, called[_name(tool)], text)
     return +dropped
 
 
 def survives(turn: Turn, text: str) -> bool:
     """Whether the text contains at least one word of a turn; True for a turn without words."""
-    words = {word for _, piece in _pieces(turn) for word in _WORD.findall(piece)}
+    pieces = [*(piece for _, piece in _pieces(turn)), *_called(turn)]
+    words = {word for piece in pieces for word in _WORD.findall(piece)}
     lowered = text.casefold()
     return not words or any(word.casefold() in lowered for word in words)
 
@@ -54,8 +57,23 @@ def _pieces(turn: Turn) -> Iterator[tuple[str, str]]:
             "tool results" if turn.role in ("tool", "ipython", "function", "observation") else f"{turn.role} turns",
             content,
         )
-    for call in turn.more.get("tool_calls", ()):
-        yield "tool calls", call["function"]["name"]
+
+
+def _called(turn: Turn) -> Iterator[str]:
+    """The names of the tools that a turn calls."""
+    return (call["function"]["name"] for call in turn.more.get("tool_calls", ()))
+
+
+def _name(tool: Mapping[str, Any]) -> str:
+    return str(tool.get("function", tool).get("name"))
+
+
+def _is_defined(tool: Mapping[str, Any], calls: int, text: str) -> bool:
+    """Whether the definition of a tool is in the text: its description, or its name beyond the calls of it."""
+    description = tool.get("function", tool).get("description")
+    if isinstance(description, str) and len(description) >= _TELLING:
+        return _written(description, text)
+    return text.count(_name(tool)) > calls
 
 
 def _written(words: str, text: str) -> bool:
