@@ -42,13 +42,13 @@ def _without_own_attention() -> None:
 
 
 def _without_kernels() -> None:
-    from offsite.kernels.cpu import compiled as kernels
+    from offsite.kernels.cpu import compiled_kernels as kernels
 
     kernels.level = lambda: (0, "taken out")  # type: ignore[assignment]
 
 
 def _without_compiled_attention() -> None:
-    from offsite.kernels.cpu import compiled as kernels
+    from offsite.kernels.cpu import compiled_kernels as kernels
 
     kernels.attends = lambda *tensors: False  # type: ignore[assignment]
 

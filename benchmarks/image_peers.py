@@ -21,7 +21,7 @@ from benchmarks.peers import arguments_of, clock_of
 if TYPE_CHECKING:
     from torch import nn
 
-    from offsite.data_owner.album import Album
+    from offsite.data_owner.tuning_pictures import Album
 
 SEED = 0  # of order and crops
 
@@ -59,7 +59,7 @@ def main() -> None:
 def album_of(base: Path, pictures: Path) -> "Album":
     """The pictures, as `offsite tune` opens them."""
     from offsite import TuneSpec
-    from offsite.data_owner.album import open_album
+    from offsite.data_owner.tuning_pictures import open_album
     from offsite.progress import silent
 
     return open_album(base, pictures, None, TuneSpec(), silent)

@@ -24,7 +24,7 @@ VERBS = ("import", "pack", "plug-in", "tune", "verify", "inspect", "eval", "keyg
 STAGES: Mapping[str, str] = {
     "import": "offsite.model_owner.importing.import_model",
     "pack": "offsite.model_owner.pack",
-    "plug-in": "offsite.model_owner.plug_in",
+    "plug-in": "offsite.model_owner.plugging_in.plug_in",
     "tune": "offsite.data_owner.tune",
     "eval": "offsite.evaluation.evaluate",
     "verify": "offsite.protocol.verify",

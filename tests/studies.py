@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offsite.cli.study import run_in_this_process
-from offsite.study.command import Outcome, Words
 from offsite.study.grid import GridPoint, expand_grid
-from offsite.study.prepare import prepare
+from offsite.study.prepare_study import prepare
 from offsite.study.recipe import Recipe, load_recipe
 from offsite.study.report.results import Results, collect
-from offsite.study.run import Runner, StudyEvent, list_stages, run_grid
+from offsite.study.run_command import Outcome, Words
+from offsite.study.run_grid import Runner, StudyEvent, list_stages, run_grid
 from tiny import tiny_base, tiny_rows
 
 RECIPE = """

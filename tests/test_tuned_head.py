@@ -11,8 +11,8 @@ from peft import PeftModel
 from pydantic import ValidationError
 
 from artifacts import full_return, lora_return, packed
+from model_owner.plugging_in.test_plug_in import plugged
 from model_owner.test_pack import bits, logits, plain
-from model_owner.test_plug_in import plugged
 from offsite.cli.data_owner import promise
 from offsite.cli.inspect_verbs import describe
 from offsite.config import EvalSpec, PlugInSpec, TuneSpec
@@ -21,8 +21,8 @@ from offsite.data_owner.return_manifest import returned_tensors
 from offsite.data_owner.tune import tune
 from offsite.errors import PolicyError, UsageError
 from offsite.evaluation.evaluate import evaluate
-from offsite.model_owner.choose_plug_in import choose
 from offsite.model_owner.intake import intake
+from offsite.model_owner.plugging_in.choose_plug_in import choose
 from offsite.models.architectures import ARCHITECTURES
 from offsite.protocol.artifacts import Base
 from offsite.protocol.contents import WEIGHTS_OF

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     )
     from offsite.evaluation.evaluate import Score, evaluate
     from offsite.evaluation.lm_eval_harness import TaskScore, run_tasks
-    from offsite.model_owner.choose_plug_in import Choice, choose
     from offsite.model_owner.importing.import_model import import_model
     from offsite.model_owner.intake import intake
     from offsite.model_owner.pack import pack
-    from offsite.model_owner.plug_in import plug_in
+    from offsite.model_owner.plugging_in.choose_plug_in import Choice, choose
+    from offsite.model_owner.plugging_in.plug_in import plug_in
     from offsite.progress import Event, Progress
     from offsite.protocol.artifacts import Base, Bundle, PlugIn, Return
     from offsite.protocol.home import Home
@@ -102,11 +102,11 @@ _WHERE = {
     "offsite.protocol.verify": ("verify", "verify_bundle", "verify_plug_in", "verify_return"),
     "offsite.evaluation.evaluate": ("Score", "evaluate"),
     "offsite.evaluation.lm_eval_harness": ("TaskScore", "run_tasks"),
-    "offsite.model_owner.choose_plug_in": ("Choice", "choose"),
+    "offsite.model_owner.plugging_in.choose_plug_in": ("Choice", "choose"),
     "offsite.model_owner.importing.import_model": ("import_model",),
     "offsite.model_owner.intake": ("intake",),
     "offsite.model_owner.pack": ("pack",),
-    "offsite.model_owner.plug_in": ("plug_in",),
+    "offsite.model_owner.plugging_in.plug_in": ("plug_in",),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 

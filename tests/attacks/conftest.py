@@ -9,7 +9,7 @@ from artifacts import bottleneck_return, full_return, lora_return, packed, with_
 from attacks.lab import Lab
 from offsite.config import PlugInSpec
 from offsite.model_owner.intake import intake
-from offsite.model_owner.plug_in import plug_in
+from offsite.model_owner.plugging_in.plug_in import plug_in
 from offsite.protocol.artifacts import Base
 from offsite.protocol.home import Home
 from tiny import Parties, tiny_base, tiny_parties, tiny_vision_base

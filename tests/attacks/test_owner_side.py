@@ -16,7 +16,7 @@ from offsite.errors import IncompatibleError, OffsiteError, PolicyError, Storage
 from offsite.model_owner import ledger
 from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
-from offsite.model_owner.plug_in import plug_in
+from offsite.model_owner.plugging_in.plug_in import plug_in
 from offsite.protocol.artifacts import Base
 from offsite.protocol.contents import ADAPTER_WEIGHTS
 from offsite.protocol.manifest import MANIFEST

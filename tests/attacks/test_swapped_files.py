@@ -22,8 +22,8 @@ from offsite.errors import VerificationError
 from offsite.evaluation.evaluate import evaluate
 from offsite.evaluation.image_scores import evaluate_images
 from offsite.model_owner.base_model import require_unchanged
-from offsite.model_owner.choose_plug_in import choose
-from offsite.model_owner.plug_in import open_base_of, plug_in
+from offsite.model_owner.plugging_in.choose_plug_in import choose
+from offsite.model_owner.plugging_in.plug_in import open_base_of, plug_in
 from offsite.models.model_folder import as_folder
 from offsite.progress import silent
 from offsite.protocol.artifacts import Base

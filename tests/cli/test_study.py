@@ -7,7 +7,7 @@ import pytest
 from fresh_process import HEAVY, modules_after
 from offsite.cli import main
 from offsite.cli.study_progress import StudyTable, _last_line
-from offsite.study.run import StudyEvent
+from offsite.study.run_grid import StudyEvent
 from offsite.study.run_lock import lock_study
 from studies import RECIPE, Played, lay_out
 

@@ -13,9 +13,9 @@ from artifacts import packed
 from offsite.config import TuneSpec
 from offsite.data.picture_files import load_processor
 from offsite.data_owner import memory_budget
-from offsite.data_owner.album import open_album
 from offsite.data_owner.image_task import ImageTask
 from offsite.data_owner.tune import tune
+from offsite.data_owner.tuning_pictures import open_album
 from offsite.errors import DataError, UsageError
 from offsite.progress import Event, silent
 from offsite.protocol.artifacts import Bundle

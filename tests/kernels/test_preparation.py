@@ -8,7 +8,7 @@ import torch
 from offsite.config import TuneSpec
 from offsite.data_owner.methods.lora import attach
 from offsite.kernels import Piece, Report, prepare, prepare_adapters
-from offsite.kernels.cpu import compiled
+from offsite.kernels.cpu import compiled_kernels as compiled
 from offsite.models.loading import load_model
 from tiny import tiny_base, tiny_bundle, tiny_parties
 

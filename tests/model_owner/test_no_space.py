@@ -15,7 +15,7 @@ from offsite.errors import StorageError
 from offsite.model_owner.importing.import_model import import_model
 from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
-from offsite.model_owner.plug_in import plug_in
+from offsite.model_owner.plugging_in.plug_in import plug_in
 from offsite.protocol.artifacts import Base
 from tiny import MakeBase, Parties
 

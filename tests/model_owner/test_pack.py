@@ -17,7 +17,7 @@ from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.pack import pack
-from offsite.model_owner.plug_in import plug_in
+from offsite.model_owner.plugging_in.plug_in import plug_in
 from offsite.models.architectures import ARCHITECTURES
 from offsite.protocol.artifacts import Base
 from offsite.protocol.manifest import MANIFEST

@@ -15,8 +15,8 @@ from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.measure_packing import measure_packing
 from offsite.model_owner.pack import pack
 from offsite.model_owner.plan import PackPlan, plan_pack
-from offsite.model_owner.plan_plug_in import plan_plug_in
-from offsite.model_owner.plug_in import plug_in
+from offsite.model_owner.plugging_in.plan_plug_in import plan_plug_in
+from offsite.model_owner.plugging_in.plug_in import plug_in
 from offsite.models.plan_value import Amount
 from offsite.progress import silent
 from offsite.protocol.artifacts import Base

@@ -9,11 +9,11 @@ import pytest
 
 from offsite.config.compressors import HEALING_STEPS, PRUNERS, SELECTION_RULES, STORED_FORMS, HealingStep, Pruner
 from offsite.model_owner import compress, heal, select
-from offsite.model_owner.compress.pruner import CalibratedPruner, StoredPruner
-from offsite.model_owner.compress.stored_form import BlockReshaping, MatrixEncoding
-from offsite.model_owner.heal.block_problem import BlockStep
-from offsite.model_owner.heal.healing import EmulatorStep, PlacesStep
-from offsite.model_owner.select.selection import Selector
+from offsite.model_owner.compress.pruner_protocol import CalibratedPruner, StoredPruner
+from offsite.model_owner.compress.stored_form_protocol import BlockReshaping, MatrixEncoding
+from offsite.model_owner.heal.block_step_protocol import BlockStep
+from offsite.model_owner.heal.healing_protocol import EmulatorStep, PlacesStep
+from offsite.model_owner.select.selection_protocol import Selector
 
 # What the methods of a folder share.
 SHARED = {

@@ -16,7 +16,7 @@ from model_owner.test_pack import bits, logits, plain
 from offsite.config import PlugInSpec
 from offsite.errors import IncompatibleError
 from offsite.model_owner.intake import intake
-from offsite.model_owner.plug_in import plug_in
+from offsite.model_owner.plugging_in.plug_in import plug_in
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base

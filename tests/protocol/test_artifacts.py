@@ -10,7 +10,7 @@ import offsite
 from artifacts import lora_return, packed
 from offsite.config import PlugInSpec
 from offsite.errors import UsageError
-from offsite.model_owner.plug_in import plug_in
+from offsite.model_owner.plugging_in.plug_in import plug_in
 from offsite.protocol.artifacts import Base, Bundle, PlugIn, Return
 from tiny import tiny_base, tiny_parties
 

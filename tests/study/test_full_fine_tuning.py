@@ -18,7 +18,7 @@ from offsite.progress import Event
 from offsite.protocol.artifacts import Base
 from offsite.storage.checkpoint_folder import open_checkpoint
 from offsite.storage.safetensors_files import read_float32
-from offsite.study.all_weights import all_weights_on_text
+from offsite.study.all_weights_tuning import all_weights_on_text
 from offsite.study.full_fine_tuning import full_fine_tuning
 from offsite.training.label_losses import label_losses
 from tiny import tiny_base, tiny_pictures, tiny_rows, tiny_vision_base

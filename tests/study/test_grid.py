@@ -7,7 +7,7 @@ import pytest
 
 from offsite.config import PackSpec
 from offsite.study.grid import expand_grid
-from offsite.study.prepare import prepare
+from offsite.study.prepare_study import prepare
 from offsite.study.recipe import load_recipe
 from offsite.study.stages import _PLACEMENT, settings_by_content, uncompressed_spec, with_prerequisites
 from studies import RECIPE, Played, lay_out

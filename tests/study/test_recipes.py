@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from offsite.cli.study import run_in_this_process
-from offsite.study.check import check
+from offsite.study.check_recipe import check
 from offsite.study.demos.tiny_base import tiny_base
-from offsite.study.prepare import require_recipe_fits_base
+from offsite.study.prepare_study import require_recipe_fits_base
 from offsite.study.recipe import load_recipe
 from tiny import timm_imports
 

@@ -12,9 +12,9 @@ from offsite.cli.study import _report
 from offsite.errors import IncompatibleError, UsageError
 from offsite.evaluation.intervals import paired_interval
 from offsite.evaluation.row_scores import read_row_scores
-from offsite.study.prepare import prepare
+from offsite.study.prepare_study import prepare
 from offsite.study.recipe import ROWS, load_recipe
-from offsite.study.report.tables import tables
+from offsite.study.report.report_tables import tables
 from studies import Played, Study, played_study
 from tiny import tiny_pictures, tiny_vision_base
 

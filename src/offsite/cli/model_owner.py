@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offsite.cli import choice, flags, inspect_verbs, terminal
+from offsite.cli import flags, inspect_verbs, terminal
+from offsite.cli import show_choice as choice
 from offsite.cli.setting_flags import FlagValues
 from offsite.cli.show_plan import show_plan
 from offsite.training.run_log import log_file
@@ -149,14 +150,14 @@ def plug_in(
 
     own, model = flags.home_of(context, home), Base(base)
     if plan:
-        from offsite.model_owner.plan_plug_in import plan_plug_in
+        from offsite.model_owner.plugging_in.plan_plug_in import plan_plug_in
 
         with terminal.showing_progress() as progress:
             planned = plan_plug_in(model, returned, out, spec, own, progress)
         show_plan(planned, out, as_json=as_json)
         return
     from offsite.model_owner.intake import intake
-    from offsite.model_owner.plug_in import plug_in as plug_in_stage
+    from offsite.model_owner.plugging_in.plug_in import plug_in as plug_in_stage
     from offsite.progress import Event
     from offsite.storage.files import require_free
 
@@ -167,7 +168,7 @@ def plug_in(
         accepted = intake(returned, own)
         chosen = None
         if choose_on is not None:
-            from offsite.model_owner.choose_plug_in import choose
+            from offsite.model_owner.plugging_in.choose_plug_in import choose
 
             chosen = choose(model, accepted, choose_on, spec, measured, own, progress)
             best = {"checkpoint": chosen.best.checkpoint, "strength": chosen.best.strength}

@@ -13,7 +13,7 @@ from offsite.cli import terminal
 if TYPE_CHECKING:
     from offsite.data_owner.plan import TunePlan
     from offsite.model_owner.plan import PackPlan
-    from offsite.model_owner.plan_plug_in import PlugInPlan
+    from offsite.model_owner.plugging_in.plan_plug_in import PlugInPlan
     from offsite.models.plan_value import Amount, Measurement, Part
 
     Plan = PackPlan | PlugInPlan | TunePlan

@@ -15,11 +15,11 @@ from offsite.cli import flags, terminal
 from offsite.errors import OffsiteError, UsageError
 
 if TYPE_CHECKING:
-    from offsite.study.command import Outcome, Words
     from offsite.study.grid import GridPoint
     from offsite.study.recipe import Recipe
     from offsite.study.report.results import Results
-    from offsite.study.run import OnStudyEvent, StudyEvent
+    from offsite.study.run_command import Outcome, Words
+    from offsite.study.run_grid import OnStudyEvent, StudyEvent
 
 _Folder = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="the study's folder, new or begun")]
 
@@ -58,8 +58,8 @@ def study(
     if out is None:
         raise UsageError("there is nowhere to put the results", next_step="name a folder with --out")
     from offsite.study.grid import expand_grid
-    from offsite.study.prepare import prepare
-    from offsite.study.run import Runner, list_stages, run_grid
+    from offsite.study.prepare_study import prepare
+    from offsite.study.run_grid import Runner, list_stages, run_grid
     from offsite.study.run_lock import lock_study
 
     workspace, rows = prepare(loaded, out, terminal.say)
@@ -137,7 +137,7 @@ def _print(results: "Results", out: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from offsite.study.report.tables import tables
+    from offsite.study.report.report_tables import tables
 
     wide = None if sys.stdout.isatty() else 200  # a file has no edge
     console = Console(highlight=False, width=wide)
@@ -159,7 +159,7 @@ def _print(results: "Results", out: Path) -> None:
 
 
 def _failures(results: "Results") -> list[str]:
-    from offsite.study.report.tables import failures
+    from offsite.study.report.report_tables import failures
 
     return [" ".join(line.split()) for line in failures(results)]
 
@@ -187,7 +187,7 @@ def _print_event(event: "StudyEvent") -> None:
 
 
 def _check(recipe: "Recipe", *, as_json: bool) -> None:
-    from offsite.study.check import check
+    from offsite.study.check_recipe import check
 
     tried = check(recipe, run_in_this_process, _print_event if not as_json else lambda _: None)
     facts = {
@@ -221,7 +221,7 @@ def _end(error: OffsiteError, *, as_json: bool) -> NoReturn:
 def run_in_this_process(words: "Words", log: Path) -> "Outcome":
     """A command without a process of its own: for stages of a moment, which starting Python would outlast."""
     from offsite.cli import main
-    from offsite.study.command import Outcome, failed
+    from offsite.study.run_command import Outcome, failed
 
     started = time.monotonic()
     said = io.StringIO()

@@ -14,8 +14,8 @@ from rich.text import Text
 from offsite.cli.terminal import printable
 from offsite.study.grid import GridPoint
 from offsite.study.metric import METRICS, Metric
-from offsite.study.report.tables import LABELS
-from offsite.study.run import OnStudyEvent, StudyEvent
+from offsite.study.report.report_tables import LABELS
+from offsite.study.run_grid import OnStudyEvent, StudyEvent
 
 _SHOWN = 14  # cells at once
 _TAIL = 4096  # bytes of a log that are looked at

@@ -12,7 +12,7 @@ from offsite.config.pack_spec import USUAL_PRUNE, PackSpec
 from offsite.config.permits import Unpermitted, unpermitted
 from offsite.config.plug_in_spec import STRENGTHS, PlugInSpec
 from offsite.config.problems import Problem, describe_validation, problems_of
-from offsite.config.runtime import RuntimeSettings
+from offsite.config.runtime_settings import RuntimeSettings
 from offsite.config.settings_file import TABLES, load_spec
 from offsite.config.spec import Setting, Settings, Spec, rule
 from offsite.config.tune_spec import TuneSpec

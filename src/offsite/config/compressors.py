@@ -13,7 +13,7 @@ _OWNER = "offsite.model_owner"
 
 @dataclass(frozen=True)
 class SelectionRule:
-    """A rule that chooses the kept blocks of the middle; its file is a `select.selection.Selector`."""
+    """A rule that chooses the kept blocks of the middle; its file is a `select.selection_protocol.Selector`."""
 
     name: str  # the value of `select`
     summary: str
@@ -26,7 +26,7 @@ class SelectionRule:
 
 @dataclass(frozen=True)
 class HealingStep:
-    """A way to make up for dropped or pruned weights; its file has the protocol of `heal.healing` for its `runs`."""
+    """Makes up for dropped or pruned weights; its file has the protocol of `heal.healing_protocol` for its `runs`."""
 
     name: str  # a word of `heal`
     summary: str
@@ -47,7 +47,7 @@ class HealingStep:
 
 @dataclass(frozen=True)
 class Pruner:
-    """A rule for which weights become zero; its file is a `compress.pruner.StoredPruner` or `CalibratedPruner`."""
+    """Chooses the weights that become zero: a `compress.pruner_protocol.StoredPruner` or `CalibratedPruner`."""
 
     name: str  # the value of `prune_by`
     summary: str
@@ -59,7 +59,7 @@ class Pruner:
 
 @dataclass(frozen=True)
 class StoredForm:
-    """A way to store blocks other than the family's own; its file is a `DeclaringForm` of `compress.stored_form`."""
+    """A way to store blocks; its file is a `DeclaringForm` of `compress.stored_form_protocol`."""
 
     name: str  # the setting that turns it on
     summary: str
@@ -169,7 +169,7 @@ _STORED_FORMS = (
     StoredForm(
         "zeros",
         "pruned matrices as a mask and the nonzero weights",
-        f"{_OWNER}.compress.sparse",
+        f"{_OWNER}.compress.sparse_matrices",
         encodes_matrices=True,
         lossy=False,
     ),

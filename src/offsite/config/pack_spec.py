@@ -25,7 +25,7 @@ from offsite.config.pack_groups import (
     SelectSettings,
     SplitSettings,
 )
-from offsite.config.runtime import RuntimeSettings
+from offsite.config.runtime_settings import RuntimeSettings
 from offsite.config.spec import FILE_ONLY, Spec, rule
 
 USUAL_PRUNE = 0.5  # share of zeros in an emulator that drops no block

@@ -5,7 +5,7 @@ from offsite.data.check_data import PictureCheck, TextCheck, check_pictures, che
 from offsite.data.data_files import DataPaths, Part
 from offsite.data.picture_workers import PictureWorkers
 from offsite.data.row import RowForm
-from offsite.data_owner.album import open_album
+from offsite.data_owner.tuning_pictures import open_album
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.tokenizers import context_length, load_tokenizer
 from offsite.progress import Event, Progress

@@ -22,8 +22,8 @@ from offsite.storage.safetensors_files import FLOATS, TensorRange
 from offsite.training.schedule import checkpoint_steps, step_count
 
 if TYPE_CHECKING:
-    from offsite.data_owner.album import Album
     from offsite.data_owner.tuning_data import TextData
+    from offsite.data_owner.tuning_pictures import Album
     from offsite.kernels.runtime import Runtime
 
 

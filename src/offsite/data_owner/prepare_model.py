@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from offsite.config import TuneSpec
-from offsite.data_owner.album import Album
 from offsite.data_owner.image_task import ImageTask, head_parameters, new_head
 from offsite.data_owner.methods import METHODS
 from offsite.data_owner.methods.trained_head import attach_head
 from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.data_owner.tuning_data import TextData
+from offsite.data_owner.tuning_pictures import Album
 from offsite.kernels import Report, prepare, prepare_adapters
 from offsite.kernels.runtime import Runtime
 from offsite.models.architectures import ARCHITECTURES

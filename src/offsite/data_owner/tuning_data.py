@@ -9,7 +9,7 @@ from offsite.data.picture_workers import PictureWorkers
 from offsite.data.row import RowForm
 from offsite.data.rows import read_rows
 from offsite.data.tokens import encode
-from offsite.data_owner.album import Album, open_album
+from offsite.data_owner.tuning_pictures import Album, open_album
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.tokenizers import context_length, load_tokenizer
 from offsite.progress import Event, Progress

@@ -137,7 +137,7 @@ def family_of(config: Mapping[str, Any]) -> Architecture:
             option that the row does not support.
     """
     if str(config.get("model_type")) not in ARCHITECTURES:
-        from offsite.models.detect import unknown_family
+        from offsite.models.detect_family import unknown_family
 
         raise unknown_family(config)
     return architecture_of(config)

@@ -18,7 +18,7 @@ from offsite.errors import IncompatibleError
 from offsite.kernels import labelled_cross_entropy
 from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import BaseModel
-from offsite.model_owner.partition import subset_config
+from offsite.model_owner.bundle_tensors import subset_config
 from offsite.models.empty_weights import without_weights
 from offsite.models.loading import attention_of, encoder_keywords
 from offsite.models.mixture import experts_implementation, in_files

@@ -9,11 +9,11 @@ from pathlib import Path
 from offsite.config import PackSpec
 from offsite.model_owner.base_model import BaseModel, open_base
 from offsite.model_owner.bundle_settings import settings_files
+from offsite.model_owner.bundle_tensors import DTYPES, permitted_methods
 from offsite.model_owner.calibration_text import require_calibration
-from offsite.model_owner.partition import DTYPES, permitted_methods
+from offsite.model_owner.emulator_work import work_of
+from offsite.model_owner.partition import partition
 from offsite.model_owner.sandwich import Sandwich
-from offsite.model_owner.split import split
-from offsite.model_owner.work import work_of
 from offsite.protocol.artifacts import Base
 from offsite.protocol.home import Home
 from offsite.protocol.signing import Identity, PublicKey
@@ -81,7 +81,7 @@ def require_packable(model: BaseModel, spec: PackSpec) -> Sandwich:
             that a bundle may not contain.
         StorageError: a file of the base is missing or broken.
     """
-    sandwich = split(model, spec)
+    sandwich = partition(model, spec)
     permitted_methods(model, spec)
     settings_files(model, range(model.blocks), DTYPES[spec.dtype])  # report forbidden settings before the long work
     return sandwich

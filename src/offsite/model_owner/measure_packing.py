@@ -12,10 +12,10 @@ from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner
 from offsite.model_owner.calibration import calibration_batches
 from offsite.model_owner.check_packing import Packing
+from offsite.model_owner.emulator_work import work_of
 from offsite.model_owner.heal.block_by_block import block_by_block
 from offsite.model_owner.plan import PackPlan
 from offsite.model_owner.sandwich import Sandwich
-from offsite.model_owner.work import work_of
 from offsite.models.plan_value import Measurement
 from offsite.progress import Event, Progress, silent
 

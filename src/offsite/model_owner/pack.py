@@ -11,12 +11,7 @@ from offsite.config import PackSpec
 from offsite.data.data_files import data_digest
 from offsite.model_owner.base_model import BaseModel, fingerprint
 from offsite.model_owner.bundle_settings import settings_files
-from offsite.model_owner.check_packing import check_packing
-from offsite.model_owner.compress.declare import declared_of
-from offsite.model_owner.heal.heal_steps import fill_places, heal
-from offsite.model_owner.heal.healing import Healing
-from offsite.model_owner.ledger import Ledger
-from offsite.model_owner.partition import (
+from offsite.model_owner.bundle_tensors import (
     DTYPES,
     bundle_tensors,
     counts,
@@ -25,6 +20,11 @@ from offsite.model_owner.partition import (
     returnable,
     returnable_head,
 )
+from offsite.model_owner.check_packing import check_packing
+from offsite.model_owner.compress.declare_emulator import declared_of
+from offsite.model_owner.heal.heal_steps import fill_places, heal
+from offsite.model_owner.heal.healing_protocol import Healing
+from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.select.select_blocks import select_blocks
 from offsite.models.modules.declared import Declared
 from offsite.progress import Event, Progress, silent

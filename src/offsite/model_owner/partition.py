@@ -1,143 +1,155 @@
-"""The content of a bundle: which tensors of the base it holds, under which names, and its config."""
+"""Splitting: divide a base into bottom, middle and top, and reject settings that do not fit, before any work."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
-from offsite.config import Method, PackSpec
-from offsite.errors import UsageError
+from offsite.config import PackSpec
+from offsite.errors import IncompatibleError, UsageError
 from offsite.model_owner.base_model import BaseModel
-from offsite.model_owner.compress.declare import block_tensors, declared_of
+from offsite.model_owner.compress.declare_emulator import require_declarable
+from offsite.model_owner.emulator_work import Work, work_of
 from offsite.model_owner.sandwich import Sandwich
-from offsite.models.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT
-from offsite.protocol.manifest import Split, TensorEntry
-from offsite.storage.safetensors_files import NewTensor, TensorRange, copied
-
-DTYPES = {"bf16": "BF16", "fp32": "F32"}
+from offsite.model_owner.select.select_blocks import select_blocks
+from offsite.progress import silent
 
 
-def bundle_tensors(
-    model: BaseModel,
-    kept: Sequence[int],
-    healed: Mapping[str, TensorRange],
-    dtype: str,
-    numbers: Split,
-    spec: PackSpec,
-) -> list[NewTensor]:
-    """All tensors of the bundle, in the order of the forward pass's parts, with blocks renumbered from 0.
-
-    Args:
-        model: the opened base.
-        kept: base indices of the bundle's blocks, in order.
-        healed: tensors that replace the base's, and tensors of affine maps after blocks; keys are tensor names in the
-            base.
-        dtype: the bundle's dtype of floats, "BF16" or "F32".
-        numbers: the numbers of blocks in bottom, emulator and top.
-        spec: the settings of pruning and of stored forms.
-    """
-    family = model.family
-    tensors = [
-        copied(model.tensors[name], name=name, dtype=dtype)
-        for name in (*family.embeddings, *family.final, family.head)
-        if name in model.tensors
-    ]
-    slots = kept[numbers.bottom : numbers.bottom + numbers.emulator]
-    declared = declared_of(model, numbers.bottom, slots, spec)
-    for index, base_index in enumerate(kept):
-        block = model.block(base_index)
-        held = {path: healed.get(family.in_block(base_index, path), tensor) for path, tensor in block.items()}
-        place = index - numbers.bottom
-        if index in numbers.trained:
-            stored = [copied(tensor, name=path, dtype=dtype) for path, tensor in held.items()]
-        else:
-            behind = {path: family.in_block(base_index, path) for path in (AFFINE_WEIGHT, AFFINE_BIAS)}
-            held |= {path: healed[name] for path, name in behind.items() if name in healed}
-            holds_weights = declared is None or declared.holds_weights(place)
-            stored = block_tensors(family, held, declared, spec, dtype) if holds_weights else []
-        tensors += [replace(tensor, name=family.in_block(index, tensor.name)) for tensor in stored]
-    return tensors
-
-
-def bundle_config(model: BaseModel, kept: Sequence[int], dtype: str) -> dict[str, Any]:
-    """The bundle's config: allowed keys only, the new number of blocks, and per-block lists for `kept` only."""
-    family = model.family
-    config = subset_config(model, kept)
-    config = {key: value for key, value in config.items() if key in family.config_keys}
-    config.pop("torch_dtype", None)
-    return config | {
-        "architectures": [family.class_name],
-        "model_type": family.model_type,
-        **({"tie_word_embeddings": family.tied(model.config)} if family.head else {}),
-        "dtype": {"BF16": "bfloat16", "F32": "float32"}[dtype],
-    }
-
-
-def subset_config(model: BaseModel, kept: Sequence[int]) -> dict[str, Any]:
-    """The base's config for a model with only the blocks `kept`, in that order."""
-    return model.family.subset(model.config, kept)
-
-
-def counts(sandwich: Sandwich, kept: Sequence[int]) -> Split:
-    """The split as the manifest states it: numbers of blocks and positions in the bundle.
-
-    It contains no block index of the base.
-
-    Args:
-        sandwich: the split of the base into bottom, middle and top.
-        kept: base indices of the bundle's blocks, in order.
-    """
-    frozen = [place for place, index in enumerate(kept) if index in sandwich.middle]
-    first, last = frozen[0], frozen[-1]
-    inside = [place for place in range(first, last) if kept[place] in sandwich.spread]
-    return Split(bottom=first, emulator=last + 1 - first, top=len(kept) - last - 1, spread=tuple(inside))
-
-
-def returnable(model: BaseModel, kept: Sequence[int], numbers: Split, dtype: str) -> dict[str, TensorEntry]:
-    """The tensors that a return may contain: all tensors of the trained blocks, keyed by name in the bundle."""
-    return {
-        model.family.in_block(index, path): TensorEntry.model_validate({"shape": tensor.shape, "dtype": dtype})
-        for index in numbers.trained
-        for path, tensor in model.block(kept[index]).items()
-    }
-
-
-def returnable_head(model: BaseModel, spec: PackSpec) -> dict[str, TensorEntry]:
-    """The head's tensors that a return may contain, keyed by name; empty unless the owner permits tuning the head."""
-    names = model.family.head_tensors(model.config) if spec.permits.permit_head else ()
-    return {
-        name: TensorEntry.model_validate({"shape": model.tensors[name].shape, "dtype": DTYPES[spec.dtype]})
-        for name in names
-    }
-
-
-def permitted_methods(model: BaseModel, spec: PackSpec) -> tuple[Method, ...]:
-    """The permitted methods that can train this model.
-
-    BitFit needs blocks with biases. Bottleneck adapters need a language model.
+def partition(model: BaseModel, spec: PackSpec) -> Sandwich:
+    """Split a base into bottom, middle and top, and check the settings against it.
 
     Raises:
-        UsageError: no permitted method can train this model.
+        UsageError: bottom, keep and top, or train and keep, do not fit the number of blocks.
+        UsageError: the settings permit tuning the head, and the model has no head of its own.
+        IncompatibleError: the family does not support the healing or pruning in the settings.
     """
-    biased = any(model.family.is_bias(model.family.in_block(0, path)) for path in model.block(0))
-    without = {"bitfit"} if not biased else set()
-    without |= {"bottleneck"} if model.family.vision is not None else set()
-    methods = tuple(method for method in spec.permits.methods if method not in without)
-    if not methods:
-        raise UsageError(
-            f"BitFit trains biases, and the blocks of this {model.family.model_type} model have none",
-            next_step="permit another method",
+    trained = spec.trained(model.blocks)
+    _require_room(model.blocks, trained, spec)
+    sandwich = Sandwich.of(trained, model.blocks)
+    middle = sandwich.middle
+    work = work_of(middle, spec)
+    _require_gap(middle, spec, work)
+    _require_linear_residual(model, work)
+    if work.pruner is not None and model.family.experts:
+        raise IncompatibleError(
+            f"prune_by = {work.pruner.name} cannot prune this {model.family.model_type} model",
+            reasons=["which expert a token goes to changes with what is pruned"],
+            next_step="pack with --prune-by magnitude and --heal none, or drop blocks with --keep",
         )
-    return methods
+    if spec.permits.permit_head and not model.family.head_tensors(model.config):
+        raise UsageError(
+            "--permit-head has no head to permit",
+            reasons=[
+                "its head is the input embedding, which trains with no adapter"
+                if model.family.head
+                else "an image encoder has none: its classifier is the data owner's"
+            ],
+            next_step="pack without --permit-head",
+        )
+    if sandwich.spread:
+        _require_for_spread(spec)
+    if model.family.vision is not None:
+        _require_for_images(spec)
+    if not spec.selection_rule.runs_blocks:  # raises an error if the rule's settings do not fit
+        select_blocks(model, sandwich, spec, Path(), silent)
+    require_declarable(model, spec)
+    return sandwich
 
 
-def lora_targets(model: BaseModel, kept: Sequence[int], numbers: Split) -> dict[str, tuple[int, int]]:
-    """The linear layers that LoRA may adapt, keyed by module name in the bundle, with their (inputs, outputs)."""
-    targets = {}
-    for index in numbers.trained:
-        block = model.block(kept[index])
-        for path in model.family.lora_linears_of(model.config):
-            rows, columns = block[f"{path}.weight"].shape
-            targets[model.family.module_of(model.family.in_block(index, path))] = (
-                (rows, columns) if model.family.transposed else (columns, rows)
-            )
-    return targets
+def _require_room(blocks: int, trained: Collection[int], spec: PackSpec) -> None:
+    """Raise an error if the middle is empty, or has fewer blocks than the emulator is to keep.
+
+    Raises:
+        UsageError: it has, or `trained` names blocks that the base does not have.
+    """
+    beyond = sorted(index for index in trained if index >= blocks)
+    if beyond:
+        raise UsageError(
+            f"train names blocks that the base does not have: {', '.join(map(str, beyond))[:200]}",
+            reasons=[f"it has {blocks}, numbered from 0"],
+            next_step=f"choose among 0 to {blocks - 1}",
+        )
+    middle = [index for index in range(blocks) if index not in trained]
+    if not 1 <= spec.kept(middle) <= len(middle):
+        raise UsageError(
+            f"cannot keep {spec.kept(middle) or 'any'} blocks of a middle of {len(middle)}",
+            reasons=[f"the base has {blocks} blocks, of which {len(trained)} train"],
+            next_step=f"choose --keep between 1 and {len(middle)}"
+            if middle
+            else "choose a smaller --bottom or --top, or a shorter --train",
+        )
+
+
+def _require_linear_residual(model: BaseModel, work: Work) -> None:
+    """Raise an error if refit would solve for a layer in whose output the block's output is not linear.
+
+    Raises:
+        IncompatibleError: the family's blocks are not linear in that output.
+    """
+    family = model.family
+    if "mlp" in work.solves and not family.residual_is_linear(model.config):
+        why = "its MLP is a mixture of experts" if family.experts else "a norm follows the MLP in its blocks"
+        other = "" if family.experts or family.vision else "; or, with --keep, --heal affine"
+        if family.experts:
+            other = '; or with refit_maps = "attention" in a --config file'
+            if work.pruner is not None:
+                other += "; and drop blocks with --keep, or take --heal none with --prune-by magnitude"
+        raise IncompatibleError(
+            f"refit needs a residual that is linear in the MLP's output, which this {family.model_type} model does "
+            "not have",
+            reasons=[why],
+            next_step=f"pack with --heal none or --heal distill{other}",
+        )
+    if "attention" in work.solves and not family.residual_is_linear(model.config, "attention"):
+        solvable = family.residual_is_linear(model.config)
+        raise IncompatibleError(
+            f"refit_maps names attention, in whose output this {family.model_type} model's residual is not linear",
+            reasons=["a norm follows the attention in its blocks"],
+            next_step='pack with refit_maps = "mlp"' if solvable else "pack with --heal none or --heal distill",
+        )
+
+
+def _require_gap(middle: Sequence[int], spec: PackSpec, work: Work) -> None:
+    """Raise an error if the settings name healing steps that would do nothing.
+
+    Raises:
+        UsageError: a named step would do nothing.
+    """
+    idle = [step.name for step in spec.healing_steps if step not in work.steps]
+    if idle and "heal" in spec.explicit_keys:
+        raise UsageError(
+            f"--heal {','.join(idle)} would do nothing",
+            reasons=["no block is dropped, and no matrix pruned on calibration data; other losses are not healed"],
+            next_step="say with --keep how many blocks stay, or pack with --heal none",
+        )
+
+
+def _require_for_spread(spec: PackSpec) -> None:
+    """Raise an error if settings do not work with trained blocks between frozen ones.
+
+    Such settings need the frozen blocks to be consecutive.
+
+    Raises:
+        UsageError: such a setting was given.
+    """
+    reasons = spec.not_for_spread()
+    if reasons:
+        raise UsageError(
+            "settings that go with no trained blocks between frozen ones",
+            reasons=reasons,
+            next_step="select by uniform, influence or random, heal by refit or none, prune with zeros stored; "
+            "or let train list first and last blocks alone",
+        )
+
+
+def _require_for_images(spec: PackSpec) -> None:
+    """Raise an error if settings for language models only are given for an image encoder.
+
+    Raises:
+        UsageError: such a setting was given.
+    """
+    reasons = spec.not_for_images()
+    if reasons:
+        raise UsageError(
+            "settings that are for language models alone, of an image encoder",
+            reasons=reasons,
+            next_step="select by uniform, influence, contiguous or random, and heal by refit, distill or none",
+        )

@@ -11,14 +11,14 @@ from offsite.config import PackSpec
 from offsite.kernels.compute_dtypes import ITEM_BYTES, possible_compute_dtypes
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.bundle_settings import settings_files
+from offsite.model_owner.bundle_tensors import DTYPES, bundle_tensors, counts
 from offsite.model_owner.check_packing import Packing, check_packing, runs_network
-from offsite.model_owner.compress.declare import declared_of
+from offsite.model_owner.compress.declare_emulator import declared_of
+from offsite.model_owner.emulator_work import Work, work_of
 from offsite.model_owner.heal.heal_steps import fill_places
 from offsite.model_owner.pack import Parties, bundle_manifest
-from offsite.model_owner.partition import DTYPES, bundle_tensors, counts
 from offsite.model_owner.sandwich import Sandwich
 from offsite.model_owner.select.select_blocks import select_blocks
-from offsite.model_owner.work import Work, work_of
 from offsite.models.modules.declared import affine_shapes
 from offsite.models.plan_value import Amount, Compute, Measurement, Memory, Part, part, total
 from offsite.progress import silent

@@ -165,7 +165,7 @@ def _load_declared(
     """A bundle whose emulator has modules that transformers does not know."""
     from transformers import AutoConfig
 
-    from offsite.models.modules.build import build
+    from offsite.models.modules.build_declared import build
 
     held: dict[str, StoredTensor] = {}
     held |= source.take_tensors() if isinstance(source, Snapshot) else open_checkpoint(source).tensors

@@ -17,14 +17,14 @@ from offsite.data.picture_workers import PictureWorkers
 from offsite.data.row import RowForm
 from offsite.data.rows import read_rows
 from offsite.data.tokens import encode
-from offsite.data_owner.album import open_album
 from offsite.data_owner.image_task import ImageTask, head_parameters
 from offsite.data_owner.memory_budget import within_memory
 from offsite.data_owner.train import train
+from offsite.data_owner.tuning_pictures import open_album
 from offsite.kernels import keep_activations
 from offsite.kernels.runtime import resolve_runtime, seeded, worker_count
 from offsite.model_owner.base_model import BaseModel, open_base
-from offsite.model_owner.image_classifier import classifier_config
+from offsite.model_owner.plugging_in.image_classifier import classifier_config
 from offsite.models.library_calls import quiet
 from offsite.models.loading import load_model
 from offsite.models.tokenizers import context_length, load_tokenizer
@@ -34,7 +34,7 @@ from offsite.protocol.contents import CONFIG, PROCESSOR, TOKENIZER_FILES
 from offsite.storage.checkpoint_folder import write_checkpoint
 from offsite.storage.files import require_free, staged_folder, write_stream
 from offsite.storage.safetensors_files import from_array
-from offsite.study.all_weights import all_weights_on_pictures, all_weights_on_text
+from offsite.study.all_weights_tuning import all_weights_on_pictures, all_weights_on_text
 from offsite.training.resume_points import RunState
 from offsite.training.run_log import log_file, run_folder
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from offsite.config import PackSpec, TuneSpec
 from offsite.evaluation.row_scores import MetricName
 from offsite.model_owner.base_model import open_base
-from offsite.model_owner.split import split
+from offsite.model_owner.partition import partition
 from offsite.protocol.artifacts import Base
 from offsite.study.recipe import Compressor, DataTable, Method, Recipe, RowName
 from offsite.study.stages import Rows, Stage, Workspace, uncompressed_spec
@@ -43,7 +43,7 @@ def expand_grid(recipe: Recipe, workspace: Workspace, rows: Mapping[str, Rows]) 
     model = open_base(Base(workspace.base))
 
     def middle(spec: PackSpec) -> int:
-        return len(split(model, uncompressed_spec(spec, 1)).middle)
+        return len(partition(model, uncompressed_spec(spec, 1)).middle)
 
     return [
         _grid_point(recipe, workspace, rows[dataset.name], dataset, compressor, method, seed, middle(compressor.spec))

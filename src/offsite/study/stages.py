@@ -15,8 +15,8 @@ from offsite import __version__
 from offsite.config import EvalSpec, PackSpec, PlugInSpec, Spec, TuneSpec
 from offsite.data.data_files import data_digest
 from offsite.protocol.manifest import FORMAT
-from offsite.study.chain import OWNER, TUNER
-from offsite.study.command import Words
+from offsite.study.resumable_chain import OWNER, TUNER
+from offsite.study.run_command import Words
 
 EXPERIMENTER = "experimenter"  # does what neither party could: it has the files of both
 PARTIES = (OWNER, TUNER, EXPERIMENTER)

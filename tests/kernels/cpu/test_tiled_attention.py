@@ -5,7 +5,7 @@ from torch import nn
 
 from offsite.data.batches import collate
 from offsite.data.examples import Example
-from offsite.kernels.cpu import compiled as kernels
+from offsite.kernels.cpu import compiled_kernels as kernels
 from offsite.kernels.cpu import tiled_attention as attention
 from offsite.kernels.cpu.thread_dropout import OwnRandomness
 from offsite.kernels.cpu.tiled_attention import use_tiled_attention

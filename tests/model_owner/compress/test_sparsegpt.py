@@ -13,9 +13,9 @@ from offsite.config.compressors import PRUNERS
 from offsite.errors import IncompatibleError
 from offsite.model_owner.block_runner import LoadedBlock
 from offsite.model_owner.compress.prune_layers import prune_layers
-from offsite.model_owner.compress.pruner import pruning
+from offsite.model_owner.compress.pruner_protocol import pruning
 from offsite.model_owner.compress.sparsegpt import COLUMNS, DAMPING, prune_matrices
-from offsite.model_owner.heal.block_problem import BlockProblem
+from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.timm_family import TIMM
 from offsite.protocol.artifacts import Bundle

@@ -18,7 +18,7 @@ from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.block_runner import BlockRunner, LoadedBlock, captured_inputs
 from offsite.model_owner.calibration import calibration_batches
-from offsite.model_owner.heal.block_problem import BlockProblem
+from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.model_owner.heal.refit import solve_block
 from offsite.model_owner.heal.ridge import USUAL_RIDGE
 from offsite.models.architectures import ARCHITECTURES

@@ -7,9 +7,9 @@ import torch
 
 from offsite.config import PackSpec
 from offsite.model_owner.base_model import open_base
+from offsite.model_owner.partition import partition
 from offsite.model_owner.select.cluster import centres, linear_cka
 from offsite.model_owner.select.select_blocks import select_blocks
-from offsite.model_owner.split import split
 from offsite.progress import silent
 from offsite.protocol.artifacts import Base
 from tiny import MakeBase
@@ -39,8 +39,8 @@ def test_neighbours_merge_by_their_mean_likeness() -> None:
 def test_as_many_centres_as_blocks_to_keep(base_of: MakeBase) -> None:
     model = open_base(Base(base_of(blocks=7)))
     spec = PackSpec(bottom=1, top=1, keep=3, select="cluster", calibration_tokens=1024, compute="fp32", threads=1)
-    found = select_blocks(model, split(model, spec), spec, Path(), silent)
+    found = select_blocks(model, partition(model, spec), spec, Path(), silent)
     assert len(found) == 3
     assert set(found) <= set(range(1, 6))
     assert list(found) == sorted(found)
-    assert found == select_blocks(model, split(model, spec), spec, Path(), silent)
+    assert found == select_blocks(model, partition(model, spec), spec, Path(), silent)

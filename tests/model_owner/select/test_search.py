@@ -10,9 +10,9 @@ from offsite.config import PackSpec
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.pack import pack
+from offsite.model_owner.partition import partition
 from offsite.model_owner.select.search import improve, moves, select, starts
-from offsite.model_owner.select.selection import Selection
-from offsite.model_owner.split import split
+from offsite.model_owner.select.selection_protocol import Selection
 from offsite.progress import Event, silent
 from offsite.protocol.artifacts import Base
 from tiny import MakeBase, Parties
@@ -49,7 +49,7 @@ def test_it_walks_downhill_to_where_no_move_helps() -> None:
 def test_the_best_of_what_was_judged(base_of: MakeBase, tmp_path: Path, heal: str) -> None:
     model = open_base(Base(base_of(blocks=7)))
     settings = spec(heal=heal, search_minutes=5)  # it ends by itself long before
-    sandwich = split(model, settings)
+    sandwich = partition(model, settings)
     found = select(Selection(model, sandwich, settings, tmp_path, silent))
     remembered = json.loads((tmp_path / "search.json").read_text())
     judged = {tuple(map(int, name.split())): nats for name, nats in remembered.items()}

@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM
 from offsite.config import PackSpec
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.calibration import calibration_batches
+from offsite.model_owner.partition import partition
 from offsite.model_owner.sandwich import Sandwich
 from offsite.model_owner.select import influence as influence_module
 from offsite.model_owner.select.influence import block_influence, most_influential
 from offsite.model_owner.select.select_blocks import select_blocks
-from offsite.model_owner.select.selection import Selection
+from offsite.model_owner.select.selection_protocol import Selection
 from offsite.model_owner.select.uniform import uniform
-from offsite.model_owner.split import split
 from offsite.progress import Event, silent
 from offsite.protocol.artifacts import Base
 from tiny import MakeBase
@@ -56,10 +56,12 @@ def test_most_influential() -> None:
 def test_random_is_seeded(base_of: MakeBase) -> None:
     model = open_base(Base(base_of(blocks=10)))
     spec = PackSpec(bottom=1, top=1, keep=3, select="random", seed=5)
-    found = select_blocks(model, split(model, spec), spec, Path(), silent)
-    assert found == select_blocks(model, split(model, spec), spec, Path(), silent) == tuple(sorted(found))
+    found = select_blocks(model, partition(model, spec), spec, Path(), silent)
+    assert found == select_blocks(model, partition(model, spec), spec, Path(), silent) == tuple(sorted(found))
     assert set(found) <= set(range(1, 9))
-    others = {select_blocks(model, split(model, spec), spec.changed({"seed": s}), Path(), silent) for s in range(20)}
+    others = {
+        select_blocks(model, partition(model, spec), spec.changed({"seed": s}), Path(), silent) for s in range(20)
+    }
     assert len(others) > 5
 
 
@@ -103,5 +105,5 @@ def test_influence_is_what_transformers_computes(base_of: MakeBase, tmp_path: Pa
             for before, after in zip(states[index], states[index + 1], strict=True)
         ]
         assert found[index] == pytest.approx(1 - float(torch.cat(cosines).mean()), abs=1e-5)
-    chosen = select_blocks(model, split(model, spec), spec.changed({"select": "influence"}), Path(), silent)
+    chosen = select_blocks(model, partition(model, spec), spec.changed({"select": "influence"}), Path(), silent)
     assert chosen == most_influential(found, 2)

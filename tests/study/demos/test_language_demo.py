@@ -17,8 +17,8 @@ import pytest
 
 from offsite.cli import main
 from offsite.cli.study import run_in_this_process
-from offsite.study.chain import Chain
 from offsite.study.demos.language_demo import ROWS
+from offsite.study.resumable_chain import Chain
 from tiny import tiny_base
 
 pytestmark = pytest.mark.xdist_group("demo")  # what they look at takes long to make: once, in one process
@@ -151,7 +151,7 @@ def test_running_again_repeats_nothing(played: Played, capfd: pytest.CaptureFixt
 
 def test_steps_are_counted(played: Played, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """[n/total] is announced for every step, and the last one is n = total."""
-    from offsite.study import chain
+    from offsite.study import resumable_chain as chain
     from offsite.study.demos import language_demo
 
     announced: list[str] = []

@@ -15,9 +15,9 @@ from PIL import Image
 from offsite.cli import main
 from offsite.cli.study import run_in_this_process
 from offsite.errors import DataError
-from offsite.study.chain import Chain
 from offsite.study.demos.digits import digits_file, write_digits
 from offsite.study.demos.vision_demo import ROWS, SPLIT
+from offsite.study.resumable_chain import Chain
 from tiny import tiny_pictures, tiny_vision_base
 
 STEPS = 3

@@ -9,8 +9,8 @@ import pytest
 
 from offsite.study.recipe import ROWS
 from offsite.study.report.plots import _running_mean, read_curve
+from offsite.study.report.report_tables import failures, groups, names, tables
 from offsite.study.report.results import Figure, GridPointResult, Results, RowResult
-from offsite.study.report.tables import failures, groups, names, tables
 from offsite.study.report.write_report import strict, write_report
 
 

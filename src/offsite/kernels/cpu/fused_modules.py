@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from offsite.kernels.cpu import compiled as kernels
+from offsite.kernels.cpu import compiled_kernels as kernels
 from offsite.kernels.replacement import Candidate, replace_modules, same_function
 from offsite.kernels.report import MLPS, NORMS, Piece
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from offsite.kernels.cpu import allocator, compiled
+from offsite.kernels.cpu import allocator
+from offsite.kernels.cpu import compiled_kernels as compiled
 from offsite.kernels.cpu.fused_modules import fuse
 from offsite.kernels.cpu.lora_linear import replace_lora_layers
 from offsite.kernels.cpu.tiled_attention import use_tiled_attention

@@ -3,7 +3,7 @@
 import torch
 
 from offsite.kernels import reference
-from offsite.kernels.cpu import compiled
+from offsite.kernels.cpu import compiled_kernels as compiled
 
 _SLICE_ELEMENTS = 2**19  # logits in fp32 that torch turns into probabilities at once: 2 MiB
 

@@ -1,6 +1,6 @@
 """Attention that is fast to train on a CPU, and of long rows keeps nothing that grows with the square of T.
 
-With matrix tiles it is a kernel of ours (`compiled.py`). Without, or under a mask, it is made of torch's products:
+With AMX it is a compiled kernel (`compiled_kernels.py`). Without, or under a mask, it is made of torch's products:
 torch's fused attention on CPUs is slow backwards in bf16, for short rows and pictures most of all, and has no
 dropout: with it, every probability goes through fp32 in memory and is kept. Here queries run a tile at a time, up to
 the last key that they may see, and without the causal rule all at once for a few heads; probabilities stay in the CPU's
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from offsite.kernels.attention_interface import causal_rule_suffices, is_padded_at_right, use_attention
-from offsite.kernels.cpu import compiled as kernels
+from offsite.kernels.cpu import compiled_kernels as kernels
 from offsite.kernels.cpu.thread_dropout import LEVELS, draw_keep_mask, drawn_seed, mask_, masked
 from offsite.kernels.report import Piece
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from offsite.config import RefitMap
 from offsite.errors import IncompatibleError
 from offsite.model_owner.block_runner import captured_inputs
-from offsite.model_owner.compress.pruner import Pruning
-from offsite.model_owner.heal.block_problem import BlockProblem
+from offsite.model_owner.compress.pruner_protocol import Pruning
+from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.model_owner.heal.output_projection import output_projection
 from offsite.models.family import Architecture
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from offsite.config import PackSpec
-from offsite.model_owner.compress.pruner import Pruning
-from offsite.model_owner.heal.block_problem import BlockProblem
+from offsite.model_owner.compress.pruner_protocol import Pruning
+from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.model_owner.heal.ridge import RidgeProblem
 from offsite.models.family import Architecture
 from offsite.models.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT

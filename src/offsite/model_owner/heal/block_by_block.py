@@ -17,13 +17,13 @@ from offsite.errors import IncompatibleError
 from offsite.kernels.runtime import resolve_runtime
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner, LoadedBlock
+from offsite.model_owner.bundle_tensors import DTYPES
 from offsite.model_owner.calibration import calibration_batches
 from offsite.model_owner.compress.prune_layers import prune_layers, prune_output
-from offsite.model_owner.compress.pruner import pruning
-from offsite.model_owner.heal.block_problem import BlockProblem, block_step
-from offsite.model_owner.partition import DTYPES
+from offsite.model_owner.compress.pruner_protocol import pruning
+from offsite.model_owner.emulator_work import Work, work_of
+from offsite.model_owner.heal.block_step_protocol import BlockProblem, block_step
 from offsite.model_owner.sandwich import Sandwich
-from offsite.model_owner.work import Work, work_of
 from offsite.models.family import Architecture
 from offsite.models.torch_tensors import read_tensor
 from offsite.progress import Event, Progress

@@ -22,9 +22,9 @@ from offsite.kernels.runtime import resolve_runtime, seeded
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner, LoadedStack
 from offsite.model_owner.calibration import calibration_batches
-from offsite.model_owner.heal.healing import Healing
+from offsite.model_owner.emulator_work import work_of
+from offsite.model_owner.heal.healing_protocol import Healing
 from offsite.model_owner.heal.middle_states import MiddleStates, middle_states
-from offsite.model_owner.work import work_of
 from offsite.models.mixture import in_files
 from offsite.progress import Progress
 from offsite.storage.safetensors_files import TensorRange, read_header, write_safetensors

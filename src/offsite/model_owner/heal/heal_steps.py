@@ -4,8 +4,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 
 from offsite.config import PackSpec
-from offsite.model_owner.heal.healing import Healing, emulator_step, places_step
-from offsite.model_owner.work import work_of
+from offsite.model_owner.emulator_work import work_of
+from offsite.model_owner.heal.healing_protocol import Healing, emulator_step, places_step
 from offsite.storage.files import replace_file
 from offsite.storage.safetensors_files import TensorRange, read_header
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from offsite.config import RefitMap
 from offsite.model_owner.block_runner import captured_inputs
-from offsite.model_owner.heal.block_problem import BlockProblem
+from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.model_owner.heal.ridge import RidgeProblem
 
 

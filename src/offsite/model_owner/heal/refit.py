@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from offsite.config import PackSpec
-from offsite.model_owner.compress.pruner import Pruning
-from offsite.model_owner.heal.block_problem import BlockProblem
+from offsite.model_owner.compress.pruner_protocol import Pruning
+from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.model_owner.heal.output_projection import output_projection
 from offsite.models.family import Architecture
 

@@ -8,10 +8,10 @@ from offsite.config import ImportSpec
 from offsite.data.rows import first
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.model_owner.base_model import family_of, open_base
+from offsite.model_owner.bundle_tensors import DTYPES
 from offsite.model_owner.importing.onnx import import_onnx
 from offsite.model_owner.importing.timm import copy_timm, is_timm
 from offsite.model_owner.importing.vision_tower import copy_tower, tower_in
-from offsite.model_owner.partition import DTYPES
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Base
 from offsite.protocol.contents import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, PROCESSOR, TOKENIZER_FILES

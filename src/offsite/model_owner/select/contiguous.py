@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from offsite.errors import UsageError
-from offsite.model_owner.select.selection import Selection
+from offsite.model_owner.select.selection_protocol import Selection
 
 
 def select(selection: Selection) -> tuple[int, ...]:

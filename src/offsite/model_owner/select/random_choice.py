@@ -2,7 +2,7 @@
 
 import random
 
-from offsite.model_owner.select.selection import Selection
+from offsite.model_owner.select.selection_protocol import Selection
 
 
 def select(selection: Selection) -> tuple[int, ...]:

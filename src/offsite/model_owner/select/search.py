@@ -19,12 +19,12 @@ import torch
 from offsite.kernels.runtime import resolve_runtime
 from offsite.model_owner.block_runner import BlockRunner, LoadedStack
 from offsite.model_owner.calibration import calibration_batches
+from offsite.model_owner.emulator_work import work_of
 from offsite.model_owner.heal.block_by_block import block_by_block
 from offsite.model_owner.heal.middle_states import MiddleStates, middle_states
 from offsite.model_owner.select.contiguous import contiguous
-from offsite.model_owner.select.selection import Selection
+from offsite.model_owner.select.selection_protocol import Selection
 from offsite.model_owner.select.uniform import uniform
-from offsite.model_owner.work import work_of
 from offsite.progress import Event, silent
 from offsite.storage.files import replace_file
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from offsite.config import PackSpec
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.sandwich import Sandwich
-from offsite.model_owner.select.selection import Selection, selector
+from offsite.model_owner.select.selection_protocol import Selection, selector
 from offsite.progress import Progress
 
 

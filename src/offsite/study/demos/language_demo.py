@@ -15,10 +15,10 @@ from typing import Any
 
 from offsite.progress import Progress, silent
 from offsite.storage.files import replace_file
-from offsite.study.chain import OWNER, TUNER, Chain, require_demo_folder
-from offsite.study.command import Words, settings_toml
 from offsite.study.demos.docstring_task import make_task, standard_library, write_task
 from offsite.study.demos.pretrained import cached_smollm2
+from offsite.study.resumable_chain import OWNER, TUNER, Chain, require_demo_folder
+from offsite.study.run_command import Words, settings_toml
 
 ROWS = ("zero-shot", "emulator zero-shot", "full fine-tuning", "adapter on base", "emulator", "plug-in")
 _SHOWN = ("loss", "perplexity", "tokens", "rows", "skipped")

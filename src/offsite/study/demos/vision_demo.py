@@ -16,13 +16,13 @@ from offsite.data.picture_sets import held_out_part, read_pictures
 from offsite.errors import UsageError
 from offsite.progress import Progress, silent
 from offsite.storage.files import replace_file
-from offsite.study.chain import OWNER, TUNER, Chain, require_demo_folder
-from offsite.study.command import Words, settings_toml
 from offsite.study.demos.digits import digits_file, write_digits
 from offsite.study.demos.language_demo import code_digest, introduce, newest
 from offsite.study.demos.picture_data import picture_table
 from offsite.study.demos.pretrained import IMAGE_SIZE, cached_encoder
 from offsite.study.report.contact_sheet import draw_sheet, read_predictions
+from offsite.study.resumable_chain import OWNER, TUNER, Chain, require_demo_folder
+from offsite.study.run_command import Words, settings_toml
 
 ROWS = ("zero-shot", "emulator zero-shot", "emulator", "plug-in")
 SPLIT = {"bottom": 3, "top": 4}  # of 12 blocks; half of the numbers of the others are shipped

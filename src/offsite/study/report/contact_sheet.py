@@ -16,8 +16,8 @@ from offsite.extras import require
 from offsite.storage.files import replace_file
 from offsite.study.grid import GridPoint
 from offsite.study.report.plots import Plot
-from offsite.study.report.tables import LABELS
-from offsite.study.run import read_record
+from offsite.study.report.report_tables import LABELS
+from offsite.study.run_grid import read_record
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw

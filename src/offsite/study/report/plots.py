@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from offsite.extras import require
 from offsite.study.metric import METRICS, Metric
+from offsite.study.report.report_tables import LABELS, Group, curve_file, groups, names, score_of
 from offsite.study.report.results import Results
-from offsite.study.report.tables import LABELS, Group, curve_file, groups, names, score_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

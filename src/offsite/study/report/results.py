@@ -17,11 +17,11 @@ from typing import Any
 from offsite import __version__
 from offsite.evaluation.intervals import Interval, interval, share_interval
 from offsite.evaluation.row_scores import MetricName, RowScores, difference, read_row_scores, require_same_rows
-from offsite.study.chain import OWNER, TUNER
 from offsite.study.grid import GridPoint
 from offsite.study.metric import METRICS
 from offsite.study.recipe import Recipe
-from offsite.study.run import read_record
+from offsite.study.resumable_chain import OWNER, TUNER
+from offsite.study.run_grid import read_record
 from offsite.study.stages import Stage, with_prerequisites
 from offsite.training.run_log import log_file
 

@@ -12,8 +12,8 @@ from typing import Any
 from offsite.errors import UsageError
 from offsite.storage.files import replace_file
 from offsite.study.report.plots import Plot, draw
+from offsite.study.report.report_tables import Table, failures, tables
 from offsite.study.report.results import Results
-from offsite.study.report.tables import Table, failures, tables
 
 
 def write_report(results: Results, folder: Path, sheets: Sequence[Plot] = ()) -> tuple[list[Path], str | None]:

@@ -15,7 +15,7 @@ from typing import Any
 from offsite.errors import UsageError
 from offsite.progress import Event, Progress
 from offsite.storage.files import replace_file, staged_folder
-from offsite.study.command import Words, run_command, settings_toml
+from offsite.study.run_command import Words, run_command, settings_toml
 
 STATE = "stages.json"
 OWNER, TUNER = "model-owner", "data-owner"  # names of the parties, and of their folders

@@ -18,15 +18,15 @@ from artifacts import (
     sign_again,
     with_earlier,
 )
-from model_owner.test_plug_in import plugged
+from model_owner.plugging_in.test_plug_in import plugged
 from offsite.cli import main
 from offsite.config import EvalSpec, PlugInSpec, TuneSpec
 from offsite.data_owner.tune import tune
 from offsite.errors import PolicyError, UsageError, VerificationError
 from offsite.evaluation.evaluate import evaluate
-from offsite.model_owner.choose_plug_in import Choice, choose
 from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
+from offsite.model_owner.plugging_in.choose_plug_in import Choice, choose
 from offsite.protocol.artifacts import Base, Bundle, Return
 from offsite.protocol.verify import verify_return
 from tiny import Parties, tiny_base, tiny_parties, tiny_rows

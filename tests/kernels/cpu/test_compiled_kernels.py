@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from offsite.kernels.cpu import compiled as kernels
+from offsite.kernels.cpu import compiled_kernels as kernels
 from offsite.kernels.cpu import fused_modules
 from offsite.kernels.cpu.thread_dropout import LEVELS
 from offsite.kernels.fused_loss import labelled_cross_entropy
@@ -204,7 +204,7 @@ def test_modules_run_them_in_bf16_alone(gate, monkeypatch):
 
 def test_they_can_be_switched_off():
     said = subprocess.run(
-        [sys.executable, "-c", "from offsite.kernels.cpu import compiled; print(compiled.level())"],
+        [sys.executable, "-c", "from offsite.kernels.cpu import compiled_kernels; print(compiled_kernels.level())"],
         env=os.environ | {"OFFSITE_KERNELS": "0"},
         capture_output=True,
         text=True,

@@ -7,10 +7,10 @@ from torch import nn
 from offsite.config import TuneSpec
 from offsite.data.examples import Example
 from offsite.data.picture_files import Floats
-from offsite.data_owner.album import Album
 from offsite.data_owner.image_task import ImageTask, head_parameters, new_head
 from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning
+from offsite.data_owner.tuning_pictures import Album
 from offsite.kernels import Piece, Report, backend_of, prepare
 from offsite.models.architectures import Architecture
 from offsite.models.backbone import split_backbone_and_head

@@ -15,10 +15,10 @@ from typing import Any, Literal
 from offsite.errors import OffsiteError
 from offsite.evaluation.row_scores import MetricName
 from offsite.storage.files import replace_file
-from offsite.study.chain import copy_artifact, remove
-from offsite.study.command import Outcome, Words, run_command, settings_toml
 from offsite.study.grid import GridPoint
 from offsite.study.metric import METRICS
+from offsite.study.resumable_chain import copy_artifact, remove
+from offsite.study.run_command import Outcome, Words, run_command, settings_toml
 from offsite.study.stages import Stage, Workspace, command_words, with_prerequisites
 
 RunStage = Callable[[Words, Path], Outcome]  # takes the words after `offsite`, and a file for the command's messages

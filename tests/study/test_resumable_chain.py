@@ -12,8 +12,8 @@ import pytest
 
 from offsite.errors import OffsiteError, UsageError, VerificationError
 from offsite.progress import Event
-from offsite.study import command
-from offsite.study.chain import STATE, Chain, require_demo_folder
+from offsite.study import run_command as command
+from offsite.study.resumable_chain import STATE, Chain, require_demo_folder
 from offsite.training.run_log import Terminated, terminated_as_interrupted
 
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from offsite.study.chain import OWNER, TUNER
 from offsite.study.metric import METRICS, Metric
 from offsite.study.report.results import Figure, GridPointResult, Results
+from offsite.study.resumable_chain import OWNER, TUNER
 
 LABELS = {
     "zero_shot": "zero-shot",

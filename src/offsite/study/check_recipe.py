@@ -14,9 +14,9 @@ from offsite.models.architectures import ARCHITECTURES
 from offsite.storage.strict_json import strict_json
 from offsite.study.demos.tiny_base import tiny_base
 from offsite.study.grid import expand_grid
-from offsite.study.prepare import prepare
+from offsite.study.prepare_study import prepare
 from offsite.study.recipe import SMOLLM2, VIT_S14, DataTable, Recipe
-from offsite.study.run import OnStudyEvent, Runner, RunStage, StudyEvent, list_stages, run_grid
+from offsite.study.run_grid import OnStudyEvent, Runner, RunStage, StudyEvent, list_stages, run_grid
 
 _PUBLISHED = {SMOLLM2: ("llama", 30), VIT_S14: ("dinov2", 12)}
 _TOKENS = 512  # the value of every setting that is a number of tokens

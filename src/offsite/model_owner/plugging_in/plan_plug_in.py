@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offsite.config import PlugInSpec
-from offsite.model_owner.check_plug_in import Form, check_plug_in, chosen_by, form_of, strength_of
 from offsite.model_owner.intake import check_return
-from offsite.model_owner.plug_in_contents import plug_in_contents, plug_in_manifest
-from offsite.model_owner.plugged_tensors import changed_tensors
+from offsite.model_owner.plugging_in.check_plug_in import Form, check_plug_in, chosen_by, form_of, strength_of
+from offsite.model_owner.plugging_in.plug_in_contents import plug_in_contents, plug_in_manifest
+from offsite.model_owner.plugging_in.plugged_tensors import changed_tensors
 from offsite.models.plan_value import Amount, total
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Base

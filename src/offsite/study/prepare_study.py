@@ -16,16 +16,16 @@ from offsite.errors import DataError, IncompatibleError, OffsiteError, UsageErro
 from offsite.model_owner.base_model import BaseModel, open_base
 from offsite.model_owner.calibration_pictures import photos
 from offsite.model_owner.check_packing import require_packable
-from offsite.model_owner.split import split
-from offsite.model_owner.work import work_of
+from offsite.model_owner.emulator_work import work_of
+from offsite.model_owner.partition import partition
 from offsite.protocol.artifacts import Base
 from offsite.protocol.home import Home
 from offsite.storage.files import replace_file
-from offsite.study.chain import OWNER, TUNER
-from offsite.study.command import run_command
 from offsite.study.demos.picture_data import list_pictures_for_study
 from offsite.study.demos.pretrained import IMAGE_SIZE, cached_encoder, cached_smollm2
 from offsite.study.recipe import SMOLLM2, VIT_S14, DataTable, Recipe, require_files
+from offsite.study.resumable_chain import OWNER, TUNER
+from offsite.study.run_command import run_command
 from offsite.study.stages import Rows, Workspace
 
 _MARK = "stages"  # what every study's folder has
@@ -123,7 +123,7 @@ def _require_pictures(model: BaseModel, spec: PackSpec) -> None:
     Raises:
         UsageError: the blocks are chosen or healed by pictures, the recipe names none, and none are installed.
     """
-    middle = split(model, spec).middle
+    middle = partition(model, spec).middle
     chooses = spec.selection_rule.runs_blocks and spec.kept(middle) < len(middle)
     if (work_of(middle, spec).block_by_block or chooses) and spec.calibration.source is None:
         photos()

@@ -4,7 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offsite.model_owner.choose_plug_in import Choice
+    from offsite.model_owner.plugging_in.choose_plug_in import Choice
 
 
 def facts(choice: "Choice") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from offsite.errors import IncompatibleError, UsageError
 from offsite.model_owner.base_model import BaseModel, fingerprint, open_base
 from offsite.model_owner.intake import issued_bundle
 from offsite.model_owner.ledger import Issued, Ledger, plugged_in_before
-from offsite.model_owner.plugged_tensors import Chosen
+from offsite.model_owner.plugging_in.plugged_tensors import Chosen
 from offsite.progress import Event, Progress
 from offsite.protocol.artifacts import Base, Return
 from offsite.protocol.home import Home

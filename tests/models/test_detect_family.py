@@ -13,7 +13,7 @@ from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import open_base
 from offsite.models import families
 from offsite.models.architectures import ARCHITECTURES
-from offsite.models.detect import detect, render
+from offsite.models.detect_family import detect, render
 from offsite.models.family import Architecture
 from offsite.protocol.artifacts import Base
 from offsite.protocol.verify import verify_bundle

@@ -7,10 +7,10 @@ from pathlib import Path
 from offsite.config import PlugInSpec
 from offsite.errors import PolicyError, VerificationError
 from offsite.model_owner.base_model import BaseModel, require_unchanged
-from offsite.model_owner.check_plug_in import check_plug_in, chosen_by, form_of, strength_of
 from offsite.model_owner.intake import require_taken_in
 from offsite.model_owner.ledger import Issued, Ledger
-from offsite.model_owner.plug_in_contents import plug_in_contents, plug_in_manifest
+from offsite.model_owner.plugging_in.check_plug_in import check_plug_in, chosen_by, form_of, strength_of
+from offsite.model_owner.plugging_in.plug_in_contents import plug_in_contents, plug_in_manifest
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Base, PlugIn, Return
 from offsite.protocol.home import Home

@@ -24,11 +24,11 @@ from offsite.evaluation.evaluate import load_tuned
 from offsite.evaluation.row_losses import row_losses
 from offsite.kernels.runtime import Runtime, resolve_runtime
 from offsite.model_owner.base_model import BaseModel
-from offsite.model_owner.check_plug_in import form_of
 from offsite.model_owner.ledger import Issued
-from offsite.model_owner.plug_in import open_base_of, refusals_recorded
-from offsite.model_owner.plug_in_contents import adapter_contents
-from offsite.model_owner.plugged_tensors import Chosen, adapter_tensors, changed_tensors
+from offsite.model_owner.plugging_in.check_plug_in import form_of
+from offsite.model_owner.plugging_in.plug_in import open_base_of, refusals_recorded
+from offsite.model_owner.plugging_in.plug_in_contents import adapter_contents
+from offsite.model_owner.plugging_in.plugged_tensors import Chosen, adapter_tensors, changed_tensors
 from offsite.models.adapted import ADAPTED, saved_as
 from offsite.models.architectures import Architecture
 from offsite.models.backbone import Network, split_backbone_and_head

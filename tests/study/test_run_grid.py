@@ -9,9 +9,9 @@ import pytest
 from offsite.errors import DataError, IncompatibleError, OffsiteError, UsageError
 from offsite.evaluation.intervals import paired_interval
 from offsite.evaluation.row_scores import read_row_scores
-from offsite.study.command import Outcome
 from offsite.study.recipe import ROWS
 from offsite.study.report.results import collect
+from offsite.study.run_command import Outcome
 from studies import RECIPE, Played, Study, lay_out, played_study
 
 
@@ -199,7 +199,7 @@ def test_half_a_removed_model_does_not_pass_for_a_whole_one(tmp_path: Path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("offsite.study.run.shutil.rmtree", stopped)
+        patched.setattr("offsite.study.run_grid.shutil.rmtree", stopped)
         played.go()
     (tuned,) = (stage for stage in played.stages.values() if stage.large)
     assert not tuned.out.exists()

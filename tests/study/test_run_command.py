@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from offsite.errors import OffsiteError
-from offsite.study.command import run_command, settings_toml
+from offsite.study.run_command import run_command, settings_toml
 
 
 def replaced(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -24,7 +24,7 @@ def replaced(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
 
 _MEASURE = """
 import json, subprocess, sys
-from offsite.study.command import run_command
+from offsite.study.run_command import run_command
 popen = subprocess.Popen
 script = "held = bytearray({}); held[::4096] = bytes(len(held[::4096])); import time; time.sleep({}); print(1)"
 found = []

@@ -25,7 +25,7 @@ from offsite.config import PlugInSpec
 from offsite.errors import UsageError, VerificationError
 from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
-from offsite.model_owner.plug_in import plug_in
+from offsite.model_owner.plugging_in.plug_in import plug_in
 from offsite.models.adapted import load_bottlenecked, load_replaced
 from offsite.models.architectures import ARCHITECTURES
 from offsite.protocol.artifacts import Base, PlugIn

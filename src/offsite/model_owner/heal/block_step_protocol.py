@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offsite.config import HealingStep, PackSpec
 from offsite.model_owner.block_runner import LoadedBlock
-from offsite.model_owner.compress.pruner import Pruning
+from offsite.model_owner.compress.pruner_protocol import Pruning
 from offsite.models.family import Architecture
 
 

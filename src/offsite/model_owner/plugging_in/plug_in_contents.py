@@ -10,9 +10,9 @@ from itertools import chain
 from pathlib import Path
 
 from offsite.model_owner.base_model import BaseModel, by_todays_names
-from offsite.model_owner.check_plug_in import Form
-from offsite.model_owner.image_classifier import classifier_config, classifier_tensors
-from offsite.model_owner.plugged_tensors import Chosen, adapter_tensors, changed_tensors, to_base
+from offsite.model_owner.plugging_in.check_plug_in import Form
+from offsite.model_owner.plugging_in.image_classifier import classifier_config, classifier_tensors
+from offsite.model_owner.plugging_in.plugged_tensors import Chosen, adapter_tensors, changed_tensors, to_base
 from offsite.protocol.contents import (
     ADAPTER_CONFIG,
     BESIDE_A_MODEL,

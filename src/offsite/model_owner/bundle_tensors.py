@@ -1,0 +1,143 @@
+"""The content of a bundle: which tensors of the base it holds, under which names, and its config."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from offsite.config import Method, PackSpec
+from offsite.errors import UsageError
+from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.compress.declare_emulator import block_tensors, declared_of
+from offsite.model_owner.sandwich import Sandwich
+from offsite.models.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT
+from offsite.protocol.manifest import Split, TensorEntry
+from offsite.storage.safetensors_files import NewTensor, TensorRange, copied
+
+DTYPES = {"bf16": "BF16", "fp32": "F32"}
+
+
+def bundle_tensors(
+    model: BaseModel,
+    kept: Sequence[int],
+    healed: Mapping[str, TensorRange],
+    dtype: str,
+    numbers: Split,
+    spec: PackSpec,
+) -> list[NewTensor]:
+    """All tensors of the bundle, in the order of the forward pass's parts, with blocks renumbered from 0.
+
+    Args:
+        model: the opened base.
+        kept: base indices of the bundle's blocks, in order.
+        healed: tensors that replace the base's, and tensors of affine maps after blocks; keys are tensor names in the
+            base.
+        dtype: the bundle's dtype of floats, "BF16" or "F32".
+        numbers: the numbers of blocks in bottom, emulator and top.
+        spec: the settings of pruning and of stored forms.
+    """
+    family = model.family
+    tensors = [
+        copied(model.tensors[name], name=name, dtype=dtype)
+        for name in (*family.embeddings, *family.final, family.head)
+        if name in model.tensors
+    ]
+    slots = kept[numbers.bottom : numbers.bottom + numbers.emulator]
+    declared = declared_of(model, numbers.bottom, slots, spec)
+    for index, base_index in enumerate(kept):
+        block = model.block(base_index)
+        held = {path: healed.get(family.in_block(base_index, path), tensor) for path, tensor in block.items()}
+        place = index - numbers.bottom
+        if index in numbers.trained:
+            stored = [copied(tensor, name=path, dtype=dtype) for path, tensor in held.items()]
+        else:
+            behind = {path: family.in_block(base_index, path) for path in (AFFINE_WEIGHT, AFFINE_BIAS)}
+            held |= {path: healed[name] for path, name in behind.items() if name in healed}
+            holds_weights = declared is None or declared.holds_weights(place)
+            stored = block_tensors(family, held, declared, spec, dtype) if holds_weights else []
+        tensors += [replace(tensor, name=family.in_block(index, tensor.name)) for tensor in stored]
+    return tensors
+
+
+def bundle_config(model: BaseModel, kept: Sequence[int], dtype: str) -> dict[str, Any]:
+    """The bundle's config: allowed keys only, the new number of blocks, and per-block lists for `kept` only."""
+    family = model.family
+    config = subset_config(model, kept)
+    config = {key: value for key, value in config.items() if key in family.config_keys}
+    config.pop("torch_dtype", None)
+    return config | {
+        "architectures": [family.class_name],
+        "model_type": family.model_type,
+        **({"tie_word_embeddings": family.tied(model.config)} if family.head else {}),
+        "dtype": {"BF16": "bfloat16", "F32": "float32"}[dtype],
+    }
+
+
+def subset_config(model: BaseModel, kept: Sequence[int]) -> dict[str, Any]:
+    """The base's config for a model with only the blocks `kept`, in that order."""
+    return model.family.subset(model.config, kept)
+
+
+def counts(sandwich: Sandwich, kept: Sequence[int]) -> Split:
+    """The split as the manifest states it: numbers of blocks and positions in the bundle.
+
+    It contains no block index of the base.
+
+    Args:
+        sandwich: the split of the base into bottom, middle and top.
+        kept: base indices of the bundle's blocks, in order.
+    """
+    frozen = [place for place, index in enumerate(kept) if index in sandwich.middle]
+    first, last = frozen[0], frozen[-1]
+    inside = [place for place in range(first, last) if kept[place] in sandwich.spread]
+    return Split(bottom=first, emulator=last + 1 - first, top=len(kept) - last - 1, spread=tuple(inside))
+
+
+def returnable(model: BaseModel, kept: Sequence[int], numbers: Split, dtype: str) -> dict[str, TensorEntry]:
+    """The tensors that a return may contain: all tensors of the trained blocks, keyed by name in the bundle."""
+    return {
+        model.family.in_block(index, path): TensorEntry.model_validate({"shape": tensor.shape, "dtype": dtype})
+        for index in numbers.trained
+        for path, tensor in model.block(kept[index]).items()
+    }
+
+
+def returnable_head(model: BaseModel, spec: PackSpec) -> dict[str, TensorEntry]:
+    """The head's tensors that a return may contain, keyed by name; empty unless the owner permits tuning the head."""
+    names = model.family.head_tensors(model.config) if spec.permits.permit_head else ()
+    return {
+        name: TensorEntry.model_validate({"shape": model.tensors[name].shape, "dtype": DTYPES[spec.dtype]})
+        for name in names
+    }
+
+
+def permitted_methods(model: BaseModel, spec: PackSpec) -> tuple[Method, ...]:
+    """The permitted methods that can train this model.
+
+    BitFit needs blocks with biases. Bottleneck adapters need a language model.
+
+    Raises:
+        UsageError: no permitted method can train this model.
+    """
+    biased = any(model.family.is_bias(model.family.in_block(0, path)) for path in model.block(0))
+    without = {"bitfit"} if not biased else set()
+    without |= {"bottleneck"} if model.family.vision is not None else set()
+    methods = tuple(method for method in spec.permits.methods if method not in without)
+    if not methods:
+        raise UsageError(
+            f"BitFit trains biases, and the blocks of this {model.family.model_type} model have none",
+            next_step="permit another method",
+        )
+    return methods
+
+
+def lora_targets(model: BaseModel, kept: Sequence[int], numbers: Split) -> dict[str, tuple[int, int]]:
+    """The linear layers that LoRA may adapt, keyed by module name in the bundle, with their (inputs, outputs)."""
+    targets = {}
+    for index in numbers.trained:
+        block = model.block(kept[index])
+        for path in model.family.lora_linears_of(model.config):
+            rows, columns = block[f"{path}.weight"].shape
+            targets[model.family.module_of(model.family.in_block(index, path))] = (
+                (rows, columns) if model.family.transposed else (columns, rows)
+            )
+    return targets

@@ -1,0 +1,1 @@
+"""Plugging in: from a verified return to a plug-in of the base model."""
