@@ -1,4 +1,4 @@
-"""Optional packages: imported where they are used, and named with their extra where they are missing."""
+"""Optional packages: imported when they are used; an error names the extra to install."""
 
 import importlib
 from typing import Any

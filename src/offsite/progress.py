@@ -1,4 +1,4 @@
-"""How long work tells its caller where it is: events to a callback, so that stages know nothing of terminals."""
+"""Progress events: long work calls a callback, so that stages know nothing of terminals."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Event:
-    """Where a stage is: `done` of `total` steps, with facts to show beside (loss, tokens per second, ...)."""
+    """The progress of a stage: `done` of `total` steps, with values to show (loss, tokens per second, ...)."""
 
     stage: str
     done: int

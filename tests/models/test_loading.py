@@ -90,14 +90,14 @@ def test_a_truncated_file_is_named(copy):
 )
 def test_a_config_that_reaches_outside_is_refused(copy, changes):
     edit(copy / "config.json", **changes)
-    with pytest.raises(IncompatibleError, match="no plain checkpoint") as caught:
+    with pytest.raises(IncompatibleError, match="not a plain checkpoint") as caught:
         load_model(copy, dtype=torch.float32, device=CPU)
     assert str(next(iter(changes))) in str(caught.value)
 
 
 def test_a_tokenizer_with_code_of_its_own_is_refused(copy):
     edit(copy / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})
-    with pytest.raises(IncompatibleError, match="no plain checkpoint"):
+    with pytest.raises(IncompatibleError, match="not a plain checkpoint"):
         load_tokenizer(copy)
 
 

@@ -1,4 +1,4 @@
-"""The application: its commands by party, and what became of the one that was run."""
+"""The command-line application: its commands, grouped by party, and the exit code of the one that ran."""
 
 import inspect
 from collections.abc import Callable, Sequence

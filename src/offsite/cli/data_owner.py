@@ -196,7 +196,7 @@ def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
     if spec.adapter.method == "lora":
         files = [ADAPTER_CONFIG, *files]
         family = ARCHITECTURES[manifest.architecture]
-        linears = sorted({place[1] for name in manifest.lora_targets if (place := family.map_of(name))})
+        linears = sorted({place[1] for name in manifest.lora_targets if (place := family.linear_layer_of(name))})
         what = f"LoRA pairs of rank {spec.adapter.rank} on {', '.join(linears)}"
     elif spec.adapter.method == "bottleneck":
         what = f"bottlenecks of width {spec.adapter.width} behind attention and MLP"

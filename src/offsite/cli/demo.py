@@ -1,4 +1,4 @@
-"""Both parties on one machine: demo."""
+"""The verb demo, which plays both parties on one machine."""
 
 import sys
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Scoring a model: eval."""
+"""The verb eval, which scores a model."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

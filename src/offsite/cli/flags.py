@@ -1,4 +1,4 @@
-"""What the commands share: flags that are no settings, and the state of one run."""
+"""Flags that several commands share and that are not settings, and the state of one run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ VersionFlag = Annotated[
 
 
 class Command(TyperCommand):
-    """A command that notes where it could be resumed from, and whose --plan may stand without a value."""
+    """A command that records where it could be resumed, and whose --plan may have no value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words of the command line, after the value of --plan was put beside it."""
@@ -146,7 +146,7 @@ def home_of(context: typer.Context, home: Path | None) -> "Home":
 
 
 def settings(kind: "type[S]", config: Path | None, flag_values: Mapping[str, object]) -> "S":
-    """The settings of one stage; flags that were left out (None) leave the TOML file and the defaults in force."""
+    """Load the settings. A flag that was left out (None) does not override the TOML file or the default."""
     from offsite.config import load_spec
 
     return load_spec(kind, flag_values, config)

@@ -1,4 +1,4 @@
-"""What an artifact is: inspect and verify, and the description that other verbs print of what they made."""
+"""The verbs inspect and verify, and the description of an artifact that other verbs print too."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -47,7 +47,7 @@ def verify(
 
 
 def describe(artifact: "Bundle | Return | PlugIn", home: "Home") -> dict[str, Any]:
-    """A verified artifact in words and numbers that JSON can hold."""
+    """Describe a verified artifact as values that JSON can hold."""
     return {**_facts(artifact.folder, artifact.manifest, artifact.digest, home), "verified": True, "reasons": []}
 
 
@@ -130,14 +130,14 @@ _MEASURES = ("loss", "accuracy", "error", "ce")
 
 
 def numbers_in(tensors: "Iterable[TensorEntry]") -> int:
-    """How many numbers tensors hold together."""
+    """The total number of values in some tensors."""
     import math
 
     return sum(math.prod(tensor.shape) for tensor in tensors)
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as a person writes them: 0-1, 10-11."""
+    """Format ascending numbers as ranges, e.g. 0-1, 10-11."""
     pieces: list[list[int]] = []
     for number in numbers:
         if pieces and pieces[-1][-1] == number - 1:
@@ -170,12 +170,12 @@ def _bundle(manifest: "BundleManifest", digest: str, home: "Home") -> dict[str, 
 
 
 def _by_linear_map(manifest: "BundleManifest") -> dict[str, list[int]]:
-    """Where LoRA may sit: the paths in a block of its linear maps, each with the blocks of the bundle."""
+    """Where LoRA may sit: the paths in a block of its linear layers, each with the blocks of the bundle."""
     from offsite.models.architectures import ARCHITECTURES
 
     family = ARCHITECTURES[manifest.architecture]
     blocks: dict[str, list[int]] = {}
-    for index, path in sorted(place for name in manifest.lora_targets if (place := family.map_of(name))):
+    for index, path in sorted(place for name in manifest.lora_targets if (place := family.linear_layer_of(name))):
         blocks.setdefault(path, []).append(index)
     return blocks
 

@@ -1,4 +1,4 @@
-"""Who one is, and whom one trusts: keygen and trust."""
+"""The verbs for keys: keygen and trust."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -61,10 +61,10 @@ def pack(
 ) -> None:
     """Make a signed bundle for one data owner: the blocks to train, and an emulator in place of the rest.
 
-    The emulator is the middle of the model with half of its weights pruned, for the best plug-in; or with --keep a few
-    of its blocks, for the fastest tuning. The bundle is an ordinary Hugging Face checkpoint, unless the emulator
-    shares, quantises, factors or narrows its blocks, leaves zeros out or has maps behind them. What was issued stands
-    in the home's ledger. A distillation logs to OUT.log.jsonl, beside the bundle.
+    By default the emulator is the middle of the model with half of its weights pruned, which gives the best plug-in.
+    With --keep it has a few of the middle blocks, which makes tuning fastest. The bundle is an ordinary Hugging Face
+    checkpoint, unless the emulator shares, quantises, factorises or narrows its blocks, leaves zeros out or has affine
+    layers after them. The bundle is recorded in the home's ledger. A distillation logs to OUT.log.jsonl, next to it.
 
     Example:
       offsite pack base/ --out bundle/ --for hospital --bottom 4 --top 6

@@ -23,7 +23,7 @@ class _Facts(ProgressColumn):
 
 @contextlib.contextmanager
 def bars() -> Iterator[Progress]:
-    """A bar for each stage, on standard error."""
+    """Show a progress bar for each stage on standard error."""
 
     def whole() -> Column:
         return Column(no_wrap=True)

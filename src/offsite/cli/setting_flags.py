@@ -1,4 +1,4 @@
-"""Flags made from a spec: each setting that is one has its help, type, choices and default from the spec's field."""
+"""Makes command-line flags from a spec: help, type, choices and default of a flag come from the spec's field."""
 
 import functools
 import inspect
@@ -68,7 +68,7 @@ def choices_of(annotation: Any) -> tuple[str, ...]:
 
 
 def value_type(annotation: Any) -> type:
-    """What one value of a setting is on the command line: a list is text, its parts are joined by commas."""
+    """The type of one value on the command line; a list is text with commas."""
     if get_origin(annotation) is Annotated:
         return value_type(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):

@@ -1,4 +1,4 @@
-"""How a choice among plug-ins is shown: a table of losses, checkpoints down, strengths across; or JSON."""
+"""Prints which plug-in was chosen: a table of losses with a row per checkpoint and a column per strength, or JSON."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any

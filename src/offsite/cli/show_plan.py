@@ -1,4 +1,4 @@
-"""How a plan is shown: what a stage will do and hold, as tables or as JSON. Nothing here does any of it."""
+"""Prints a plan, as tables or as JSON."""
 
 import dataclasses
 import shutil
@@ -38,7 +38,7 @@ def show_plan(plan: "Plan", out: Path, *, as_json: bool) -> None:
 
 
 def facts(plan: "Plan") -> dict[str, Any]:
-    """A plan in words and numbers that JSON can hold."""
+    """A plan as values that JSON can hold."""
     content = {"kind": "plan", **dataclasses.asdict(plan), "disk_bytes": plan.disk_bytes}
     for name in ("files", "disk"):
         content[name] = {amount.name: amount.bytes for amount in getattr(plan, name)}
@@ -52,7 +52,7 @@ def facts(plan: "Plan") -> dict[str, Any]:
 
 
 def lines(plan: "Plan", free: int | None) -> list[str]:
-    """A plan as a person reads it; `free` is the room on the disk in bytes, None where it is not known."""
+    """Format a plan as lines of text; `free` is the free disk space in bytes, or None if unknown."""
     single = {one.name: getattr(plan, one.name) for one in dataclasses.fields(plan)}
     shown = [
         f"{name.replace('_', ' ')}  {_number(value)}" for name, value in single.items() if isinstance(value, _SINGLE)
@@ -73,7 +73,7 @@ def lines(plan: "Plan", free: int | None) -> list[str]:
 
 
 def size(count: int) -> str:
-    """Bytes as a person reads them."""
+    """Format a number of bytes, e.g. as MiB."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
         if count >= factor:
             return f"{count / factor:,.1f} {unit}"

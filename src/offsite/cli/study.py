@@ -1,4 +1,4 @@
-"""Both parties on one machine, for any grid of settings: study."""
+"""The verb study, which plays both parties on one machine for a grid of settings."""
 
 import contextlib
 import io

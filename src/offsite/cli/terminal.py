@@ -37,7 +37,7 @@ def show(result: Mapping[str, Any], *, as_json: bool = False) -> None:
 
 
 def render_json(value: object) -> str:
-    """Strict JSON: what is infinite or no number is null."""
+    """Render strict JSON: infinite and NaN values become null."""
 
     def strict(part: object) -> object:
         if isinstance(part, float) and not math.isfinite(part):
@@ -123,7 +123,7 @@ def _mark(word: str, **style: Any) -> None:
 
 
 def printable(text: str) -> str:
-    """Text in which every control character but the line's end is an escape."""
+    """Escape every control character of a text except line ends."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 

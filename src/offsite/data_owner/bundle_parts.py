@@ -1,4 +1,4 @@
-"""A bundle in parts: embeddings, blocks that train and that do not, norm and head. Torch-free."""
+"""The parts of a bundle: embeddings, trained and frozen blocks, norm and head. Torch-free."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""What is checked before a tuning begins, and by `--plan` too: what the run refuses is known without running it."""
+"""The checks before a tuning begins, also used by `--plan`: whatever the run would refuse, without running it."""
 
 from pathlib import Path
 

@@ -22,7 +22,7 @@ def check_tuning_data(
         data: rows to train on.
         eval_data: rows to validate on, if there are any.
         spec: how rows are read.
-        progress: where the events go.
+        progress: called with the progress events.
 
     Returns:
         What became of the rows, by "data" and "eval_data".

@@ -46,7 +46,7 @@ def cached_features(tuning: Tuning, spec: TuneSpec, folder: Path, progress: Prog
         tuning: what will train; its frozen first blocks are wrapped, and unwrapped at the end.
         spec: the settings.
         folder: of the run, where the file is written.
-        progress: where the events go.
+        progress: called with the progress events.
 
     Yields:
         For the report of the kernels: how many blocks do not run again, or why all of them do.

@@ -61,7 +61,7 @@ class FeatureFile:
         Args:
             file: appears complete or not at all.
             compute: the hidden states (B, T, H) of a batch.
-            progress: where the events go.
+            progress: called with the progress events.
 
         Raises:
             StorageError: it cannot be written.
@@ -89,7 +89,7 @@ class FeatureFile:
 
     @contextlib.contextmanager
     def open(self, path: Path) -> Iterator[None]:
-        """Read from the file while this is open."""
+        """Open the file for reading while the context lasts."""
         with path.open("rb") as self._file:
             try:
                 yield
@@ -147,5 +147,5 @@ def _key(ids: npt.NDArray[np.int64]) -> bytes:
 
 
 def describe_bytes(size: int) -> str:
-    """A size in MiB or GiB, in words."""
+    """Format a size in MiB or GiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{math.ceil(size / 2**20)} MiB"

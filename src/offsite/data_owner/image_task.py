@@ -35,7 +35,7 @@ def new_head(encoder: Encoder, album: Album, used: torch.Tensor, spec: TuneSpec,
         album: pictures to fit the probe on, and their classes.
         used: 1 for features that it reads, else 0; (F,).
         spec: how it starts.
-        progress: where the events go.
+        progress: called with the progress events.
     """
     head = nn.Linear(encoder.inputs, len(album.classes))
     with torch.no_grad():
@@ -91,7 +91,7 @@ class ImageTask:
         return ([rows[i] for i in places] for places in batches(len(rows), self._at_once))
 
     def prefetch(self, rows: Sequence[int], epoch: int) -> None:
-        """Other processes start to decode and crop them."""
+        """Let worker processes start to decode and crop the pictures of the next step."""
         self.album.train.prefetch(rows, self._key(epoch))
 
     def loss(self, rows: Sequence[int], epoch: int) -> torch.Tensor:
@@ -109,7 +109,7 @@ class ImageTask:
         return len(rows)
 
     def size(self, rows: Sequence[int]) -> dict[str, int]:
-        """Pictures and labels of rows."""
+        """The numbers of pictures and labels in some rows."""
         return {self.unit: len(rows), "labels": len(rows)}
 
     def first_record(self) -> dict[str, float]:

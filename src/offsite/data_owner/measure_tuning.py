@@ -1,4 +1,4 @@
-"""`tune --plan measure`: two steps on the longest rows with the real model, of which nothing is kept."""
+"""`tune --plan measure`: two steps on the longest rows with the real model; the result is discarded."""
 
 import contextlib
 import tempfile
@@ -41,7 +41,7 @@ def measure_tuning(bundle: Bundle, plan: TunePlan, prepared: Prepared, progress:
         bundle: verified.
         plan: from `plan_tune`.
         prepared: as well.
-        progress: where the events go.
+        progress: called with the progress events.
 
     Raises:
         UsageError: this system does not say what a process holds, or the tuning does not fit into `memory`.

@@ -1,4 +1,4 @@
-"""Fitting a tuning into a memory budget, by measuring its own micro-batches before the first step.
+"""Fits a tuning into a memory budget by running some of its micro-batches before the first step.
 
 The number of tokens at once doubles, from a part of the longest row on, as long as the measured peak of the process
 leaves room for twice as many; so the measurement itself keeps to the budget. If the longest row does not fit in every
@@ -46,21 +46,22 @@ class Fit:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The settings that a tuning runs with, and what the report of the kernels says of them."""
+    """The settings that fit into memory, and their lines in the report of the kernels."""
 
     spec: TuneSpec
     pieces: tuple[Piece, ...]
 
 
 def within_memory(tuning: Tuning, spec: TuneSpec, runtime: Runtime, file: Path, progress: Progress) -> Fitted:
-    """Find the settings with as many tokens at once as the memory permits; blocks are recomputed if they must be.
+    """Find the settings with the most tokens at once that fit into the memory budget, with recomputed blocks if
+    necessary.
 
     Args:
         tuning: what will train; only whether its blocks are recomputed is changed.
         spec: the memory budget, and the most tokens at once.
         runtime: the device and dtype.
         file: the result is saved here, so that a resumed run has the same settings.
-        progress: where the events go.
+        progress: called with the progress events.
 
     Returns:
         The settings, and for the report of the kernels how micro-batches run and whether activations are recomputed.
@@ -89,7 +90,7 @@ def _recomputed(tuning: Tuning, reason: str) -> Piece:
 
 
 def side_by_side(tuning: Tuning, spec: TuneSpec, runtime: Runtime) -> Piece:
-    """How many micro-batches of a tuning run side by side, and why."""
+    """Decide how many micro-batches of a tuning run side by side, and why."""
     task = tuning.task
     body, only_one = (task.network.body, "") if isinstance(task, TextTask) else (tuning.blocks, "pictures gain nothing")
     only_one = "each would hold a gradient as large as the head" if spec.adapter.tune_head else only_one

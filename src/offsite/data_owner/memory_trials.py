@@ -1,4 +1,4 @@
-"""What is tried to find out how many tokens fit into a memory budget: the micro-batches of a tuning that need most."""
+"""The trial steps that find out how many tokens fit into a memory budget: the largest micro-batches of a tuning."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

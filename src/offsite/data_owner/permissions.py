@@ -1,4 +1,4 @@
-"""Whether the model's owner would take back what a tuning with these settings returns. Torch-free."""
+"""Checks whether the model's owner permits what a tuning with these settings would return. Torch-free."""
 
 from offsite.config import PermitSettings, TuneSpec, unpermitted
 from offsite.errors import IncompatibleError, PolicyError, UsageError

@@ -1,4 +1,4 @@
-"""What tuning will do and hold: weights from headers, rows as the run reads them. No model is loaded or written."""
+"""The plan of a tuning: weights from headers, rows as the run reads them. No model is loaded, nothing is written."""
 
 import math
 from collections.abc import Mapping
@@ -95,7 +95,7 @@ def plan_tune(
         eval_data: rows to validate on.
         tensorboard: a folder to log to for TensorBoard as well.
         resume: whether an interrupted run is to be continued.
-        progress: where the events go.
+        progress: called with the progress events.
 
     Returns:
         The plan, and what was read to make it.

@@ -1,4 +1,4 @@
-"""Preparing a bundle's model: load it, prepare it for its device, attach the adapter, and make the task."""
+"""Prepares a bundle's model: load it, prepare it for its device, attach the adapter, and make the training task."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -38,7 +38,7 @@ def prepare_model(
         data: the rows, as `read_data` gives them.
         spec: what trains.
         runtime: the device, and the dtype of frozen weights.
-        progress: where the events go.
+        progress: called with the progress events.
 
     Raises:
         IncompatibleError: the bundle does not load, has nothing that the method trains, or other tensors than its

@@ -1,4 +1,4 @@
-"""What a return holds, from settings and the bundle's manifest: tensors, files and its own manifest. Torch-free."""
+"""Derives a return's tensors, files and manifest from the settings and the bundle's manifest. Torch-free."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ def returned_tensors(manifest: BundleManifest, spec: TuneSpec) -> dict[str, Tens
 
 
 def classifier_shapes(manifest: BundleManifest, classes: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of the classifier that comes back with so many classes; none of a language model."""
+    """The shapes of a returned image classifier's tensors, for this number of classes; empty for a language model."""
     inputs = classifier_inputs(manifest)
     return {} if inputs is None else {"classifier.weight": (classes, inputs), "classifier.bias": (classes,)}
 

@@ -22,7 +22,7 @@ from offsite.training.schedule import checkpoint_steps
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints that a run saves for its return.
 
     Args:
         state: the run's folder.
@@ -46,7 +46,7 @@ class Checkpoints:
 
     @property
     def scores(self) -> tuple[float, ...] | None:
-        """The held-out loss of each checkpoint; None where the return is to hold none."""
+        """The held-out loss of each checkpoint; None if the return has no losses."""
         if not self._reports:
             return None
         found = self._read_scores()
@@ -75,7 +75,7 @@ class Checkpoints:
             write_safetensors(file, [to_new_tensor(name, tensors[name]) for name in sorted(tensors)])
 
     def score(self, step: int, loss: float) -> None:
-        """Save the held-out loss after a step, if it is reported in the return.
+        """Save the held-out loss after a step, if it goes into the return.
 
         Raises:
             OffsiteError: it is not finite.

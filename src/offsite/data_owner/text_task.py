@@ -33,7 +33,7 @@ class TextTask:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return self.network.head.weight.device
 
     def order(self, epoch: int) -> list[list[int]]:
@@ -45,14 +45,14 @@ class TextTask:
         return micro_batches(self.examples, rows, self.batching.tokens)
 
     def prefetch(self, rows: Sequence[int], epoch: int) -> None:
-        """Nothing: text is ready."""
+        """Do nothing: text needs no preparation."""
 
     def loss(self, rows: Sequence[int], epoch: int) -> torch.Tensor:
         """Nats summed over the labelled tokens of rows that run at once; a scalar."""
         return label_losses(self.network, collate([self.examples[i] for i in rows]))[0]
 
     def loss_terms(self, rows: Sequence[int], epoch: int) -> dict[str, torch.Tensor]:
-        """The one term, `loss`."""
+        """The only loss term, `loss`."""
         return {"loss": self.loss(rows, epoch)}
 
     def weight(self, rows: Sequence[int]) -> int:
@@ -64,7 +64,7 @@ class TextTask:
         return {self.unit: sum(len(self.examples[i].ids) for i in rows), "labels": self.weight(rows)}
 
     def first_record(self) -> dict[str, float]:
-        """How many rows train."""
+        """The number of training rows, for the log's first record."""
         return {"rows": self.rows}
 
     def validate(self, progress: Progress, stage: str) -> Mapping[str, float]:

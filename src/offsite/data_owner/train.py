@@ -1,4 +1,4 @@
-"""Training an adapter: what a tuning hands to the training loop."""
+"""Trains an adapter with the training loop."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -53,7 +53,7 @@ def train(
         spec: how; what fits into memory has been found out.
         state: the folder of the resume points; training continues from the last one.
         log: the file that gets a JSON line for every step and validation.
-        progress: where the events go.
+        progress: called with the progress events.
         checkpoints: those that will be returned; None where there is no return.
         tensorboard: a folder to log to for TensorBoard as well.
 

@@ -1,4 +1,4 @@
-"""Tuning: take a verified bundle, train its adapter on one's own rows, and write the signed return."""
+"""Tuning: trains the adapter of a verified bundle on the data owner's rows, and writes the signed return."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +56,7 @@ def tune(
         tensorboard: a folder to log to for TensorBoard as well; it stays here, like the log.
         resume: continue an interrupted run bit for bit (on the same machine with as many threads); where there is
             none yet, start.
-        progress: where the events go.
+        progress: called with the progress events.
 
     Raises:
         UsageError: `out` is not empty, there are fewer steps than checkpoints, or losses to be reported and no

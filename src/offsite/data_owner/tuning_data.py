@@ -1,4 +1,4 @@
-"""Reading the rows of a tuning: text becomes tokens of the bundle's tokenizer, pictures are decoded."""
+"""Reads the data of a tuning: text becomes tokens of the bundle's tokenizer, pictures are decoded."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from offsite.protocol.artifacts import Bundle
 
 @dataclass(frozen=True)
 class TextData:
-    """Rows of text to train and to validate on, tokenised."""
+    """Tokenised rows of text for training and validation."""
 
     examples: tuple[Example, ...]
     held_out: tuple[Example, ...]  # may be empty
@@ -46,7 +46,7 @@ class TextData:
 
     @property
     def classes(self) -> None:
-        """None: text has no classes."""
+        """None, as text has no classes."""
         return None
 
 
@@ -65,7 +65,7 @@ def read_data(
         data: rows to train on.
         eval_data: rows to validate on, if there are any.
         spec: how long a row may be, and what happens to longer ones and to broken pictures.
-        progress: where the events go.
+        progress: called with the progress events.
         workers: who decodes pictures.
 
     Raises:

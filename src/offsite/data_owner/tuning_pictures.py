@@ -1,4 +1,6 @@
-"""The pictures of a tuning: read, split into training and validation, decoded once, and their classes checked."""
+"""Reads the pictures of a tuning, splits them into training and validation, decodes them once, and checks their
+classes.
+"""
 
 from dataclasses import dataclass
 
@@ -56,7 +58,7 @@ class Album:
         return self.tokens
 
     def labels(self, pictures: Pictures) -> torch.Tensor:
-        """The number of each picture's class, (N,)."""
+        """The class index of each picture, (N,)."""
         number = {name: index for index, name in enumerate(self.classes)}
         return torch.tensor([number[picture.label or ""] for picture in pictures.pictures])
 
@@ -76,7 +78,7 @@ def open_album(
         data: the pictures to train on, or all.
         eval_data: held-out ones.
         spec: what is held out, and whether broken ones are left out.
-        progress: where the events go.
+        progress: called with the progress events.
         workers: who decodes; None takes threads of this process.
 
     Raises:

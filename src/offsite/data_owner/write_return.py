@@ -1,4 +1,4 @@
-"""The return: trained tensors, their settings, a manifest and a signature; of the data only scores, if asked for."""
+"""Writes the return: trained tensors, settings, manifest and signature. Of the data it has only scores, on request."""
 
 from collections.abc import Mapping
 from pathlib import Path

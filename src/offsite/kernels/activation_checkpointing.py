@@ -17,7 +17,7 @@ class Checkpointed(Wrapped):
     """
 
     def forward(self, *arguments: Any, **settings: Any) -> Any:
-        """As the block's."""
+        """Run the block."""
         own = own_randomness()
         if own is None:
             return checkpoint(self.block, *arguments, use_reentrant=False, **settings)

@@ -1,4 +1,4 @@
-"""How a backend's attention gets into a model: through transformers' own interface; nothing is patched."""
+"""Gives a model a backend's attention through transformers' own attention interface; nothing is patched."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ def use_attention(
 
 
 def causal_rule_suffices(q_length: int, kv_length: int, **named: Any) -> bool:
-    """Whether the causal rule says all that a mask would, for rows that are padded at the right.
+    """Whether the causal rule alone gives the right mask, for rows that are padded at the right.
 
     What stands behind a row's last token is seen by no token of the row; what is computed there is read by nobody.
 

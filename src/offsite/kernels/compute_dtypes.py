@@ -1,4 +1,4 @@
-"""Which dtype a stage will compute in, as far as it is known before torch looks at the devices. Torch-free."""
+"""Predicts a stage's compute dtype before torch is imported. Torch-free."""
 
 from typing import Literal
 

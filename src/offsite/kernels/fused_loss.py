@@ -1,4 +1,4 @@
-"""The loss of a causal language model on labelled tokens alone: the head runs nowhere else, and never on all at once.
+"""The loss of a causal language model on labelled tokens: the head runs on these tokens alone, a slice at a time.
 
 With a vocabulary of 49,000 words the logits of a batch outweigh a small model many times over. So the body runs
 without its head; hidden states are picked where a label is; and head, softmax and gradient are computed in chunks

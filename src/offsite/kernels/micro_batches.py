@@ -84,7 +84,7 @@ def count_side_by_side(
     sample: Callable[[], object],
     only_one: str = "",
 ) -> Piece:
-    """How many micro-batches run side by side, and why.
+    """Decide how many micro-batches run side by side, and give the reason.
 
     Args:
         body: the network that they run through.

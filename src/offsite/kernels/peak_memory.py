@@ -1,4 +1,4 @@
-"""How much memory work takes: what the process holds at its peak, or what torch holds on a CUDA device."""
+"""Measures the peak memory of some work: of the process, or of torch on a CUDA device."""
 
 import re
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Preparing a model for training on a device: the backend replaces what it runs faster, and reports it."""
+"""Prepares a model for training on a device: the backend replaces modules by faster ones, and reports them."""
 
 from typing import TYPE_CHECKING
 
@@ -59,7 +59,7 @@ def prepare_adapters(model: nn.Module, device: torch.device) -> tuple[Piece, ...
 
 
 def backend_of(device: torch.device) -> Backend:
-    """The backend of a device."""
+    """Choose the backend of a device."""
     return "cpu" if device.type == "cpu" else "cuda" if device.type == "cuda" else "reference"
 
 

@@ -1,4 +1,4 @@
-"""The backend of plain torch: everything runs as its library wrote it. For devices without a backend of their own."""
+"""The backend of plain torch: every module runs as its library wrote it. For devices without their own backend."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Replacing a module by one that computes the same, faster or with less memory.
+"""Replaces a module by one that computes the same faster or with less memory.
 
 A module is not judged by its class: it is replaced only if on random numbers it computes what its replacement does.
 """
@@ -17,7 +17,7 @@ _PROBE = 7  # rows of random numbers that a module and its replacement must agre
 
 @dataclass(frozen=True)
 class Candidate:
-    """A module that might compute what another one does."""
+    """A module that might compute the same as another one."""
 
     piece: str  # its name in the report
     module: nn.Module
@@ -55,7 +55,9 @@ def replace_modules(
 
 @torch.no_grad()
 def agree(module: nn.Module, other: nn.Module, width: int | None = None) -> bool:
-    """Whether two modules compute the same of random numbers, (7, width); None is the width of the first's weight."""
+    """Whether two modules give the same output for random inputs (7, width); None takes the width of the first's
+    weight.
+    """
     weight = next(module.parameters(), torch.ones(64, 64))
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(_PROBE, width or weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
@@ -71,7 +73,9 @@ def agree(module: nn.Module, other: nn.Module, width: int | None = None) -> bool
 
 @torch.no_grad()
 def same_function(one: Callable[[torch.Tensor], torch.Tensor], other: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-    """Whether two activations are one in fp32: behind small weights or in bf16 another one would hardly be seen."""
+    """Whether two activation functions are the same; compared in fp32, as bf16 or small weights would hide a
+    difference.
+    """
     values = torch.linspace(-8, 8, 1025)
     try:
         return bool(torch.allclose(one(values), other(values), rtol=1e-5, atol=1e-6))

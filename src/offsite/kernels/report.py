@@ -1,4 +1,4 @@
-"""What the seam reports: which pieces of a model it replaced, and why or why not. Torch-free."""
+"""The report of the kernels: which pieces of a model were replaced, and why or why not. Torch-free."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -37,7 +37,7 @@ class Report:
     pieces: tuple[Piece, ...] = ()
 
     def with_pieces(self, *pieces: Piece) -> "Report":
-        """The report with more pieces; one of a name that is there takes its place."""
+        """A copy of the report with more pieces; a new piece replaces an old one of the same name."""
         names = {piece.name for piece in pieces}
         return replace(self, pieces=(*(piece for piece in self.pieces if piece.name not in names), *pieces))
 

@@ -1,4 +1,4 @@
-"""Where a network runs: device, compute dtype, threads and seeds."""
+"""Device, compute dtype, threads and seeds of a network."""
 
 import contextlib
 import os
@@ -48,7 +48,7 @@ def resolve_runtime(
 
 
 def worker_count(wanted: int | None, device: torch.device) -> int:
-    """How many processes decode pictures: what was given, else what pays beside a network on that device.
+    """The number of processes that decode pictures: the setting, or the best number for the device.
 
     On a CPU none does: what they would take from the network is what they save it (docs/images.md).
     """
@@ -96,7 +96,7 @@ def _resolve_device(name: str) -> torch.device:
 
 
 def bf16_support(device: torch.device) -> tuple[bool, str]:
-    """Whether a device multiplies bf16 faster than fp32, and why (not)."""
+    """Whether a device multiplies bf16 matrices faster than fp32, and the reason."""
     if device.type == "cuda":
         able = bool(torch.cuda.is_bf16_supported(including_emulation=False))
         return able, f"the device {'multiplies' if able else 'only emulates'} bf16"

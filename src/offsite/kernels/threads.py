@@ -1,4 +1,4 @@
-"""How many threads compute. Torch-free."""
+"""The number of CPU threads. Torch-free."""
 
 import os
 

@@ -34,7 +34,7 @@ class Work:
         return bool(self.block_steps) or self.pruner is not None
 
     @property
-    def maps(self) -> bool:
+    def adds_affine_layers(self) -> bool:
         """Whether an affine map is fitted after each kept block."""
         return any(step.declared for step in self.block_steps)
 

@@ -86,7 +86,7 @@ def plan_pack(
         architecture=model.family.model_type,
         work=_steps(sandwich, spec, work),
         base=_parts(model, sandwich, sandwich.middle, None),
-        bundle=_parts(model, sandwich, emulator, DTYPES[spec.dtype], keep if work.maps else 0),
+        bundle=_parts(model, sandwich, emulator, DTYPES[spec.dtype], keep if work.adds_affine_layers else 0),
         files=files,
         memory=tuple(Memory(compute, _weights(model, sandwich, spec, work, compute)) for compute in possible),
         disk=(Amount("bundle", total(files)), *_scratch(model, spec, keep, work)),
@@ -145,7 +145,7 @@ def _healed_bytes(model: BaseModel, spec: PackSpec, keep: int, work: Work) -> in
     family, block, item = model.family, model.block(0), ITEM_SIZE[DTYPES[spec.dtype]]
     if not work.block_by_block:
         return 0
-    if work.maps:
+    if work.adds_affine_layers:
         return keep * part("", affine_shapes(_hidden(model)).values(), item).bytes
     pruned = [f"{path}.weight" for path in family.linears] if work.pruner else []
     refitted = [family.output_of(refit)[0] for refit in work.revisited]

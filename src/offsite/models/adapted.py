@@ -1,4 +1,4 @@
-"""A model with what was tuned on it: a LoRA adapter, bottlenecks, or some tensors in place of its own."""
+"""Loads a model together with an adapter: LoRA, bottlenecks, or replaced tensors."""
 
 import re
 from typing import TYPE_CHECKING
@@ -44,7 +44,7 @@ def load_adapted(base: Source, adapter: Source, *, dtype: torch.dtype, device: t
         device: where it goes.
 
     Raises:
-        UsageError: a folder is no checkpoint or no adapter.
+        UsageError: a folder is not a checkpoint or no adapter.
         StorageError: weights are missing, truncated or malformed.
         IncompatibleError: the adapter is no plain LoRA, or its tensors are not exactly what its config makes on this
             model; every difference is listed.
@@ -99,7 +99,7 @@ def load_replaced(
 
     Raises:
         StorageError: weights are missing, truncated or malformed.
-        IncompatibleError: the file holds what is no tensor of the model, or has another shape; all are listed.
+        IncompatibleError: the file holds tensors that the model does not have, or has another shape; all are listed.
     """
     held = tensors_of(adapter, weights)
     model = load_model(base, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""A causal language model as backbone and head: what makes hidden states, and what makes logits of them."""
+"""Splits a causal language model into backbone (to hidden states) and head (to logits)."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

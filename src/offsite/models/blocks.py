@@ -1,4 +1,4 @@
-"""Blocks of a model: the one way to put something in a block's place."""
+"""The list of blocks of a model, and the one way to replace a block."""
 
 from typing import Any
 

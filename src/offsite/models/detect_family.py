@@ -1,4 +1,5 @@
-"""A family that is not in the table: the row to add, read from what transformers builds for its config.
+"""Derives the table entry of a family that is not in the table, from the modules that transformers builds for its
+config.
 
 The row is printed and not used: a bundle is verified by the table of the party that receives it, so a row that only
 the sender has would be refused there (docs/decisions/0008-unknown-families-are-refused.md).
@@ -25,7 +26,7 @@ _IDLE = {
 
 @dataclass(frozen=True)
 class Family:
-    """What can be told of a family without running it; `sizes` are of every tensor outside and in the first block."""
+    """What is known about a family without running it; `sizes` has every tensor outside and in the first block."""
 
     model_type: str
     class_name: str
@@ -47,7 +48,7 @@ class Family:
 
 
 def unknown_family(config: Mapping[str, Any]) -> IncompatibleError:
-    """The error for a model type without a row: it holds the row to add, or why none could be read."""
+    """The error for a model type that is not in the table: with the entry to add, or why it could not be derived."""
     what = f"models of type {str(config.get('model_type'))[:64]!r} are not supported"
     supported = f"supported: {', '.join(sorted(ARCHITECTURES))}"
     from offsite.models.library_calls import LIBRARY_ERRORS
@@ -153,7 +154,9 @@ def _linears(block: "nn.Module") -> tuple[list[str], bool]:
     found = {name: isinstance(module, Conv1D) for name, module in block.named_modules()
              if isinstance(module, nn.Linear | Conv1D)}  # fmt: skip
     if len(set(found.values())) != 1:
-        raise IncompatibleError("its blocks hold no linear maps, or some that store their weights the other way round")
+        raise IncompatibleError(
+            "its blocks hold no linear layers, or some that store their weights the other way round"
+        )
     return list(found), next(iter(found.values()))
 
 

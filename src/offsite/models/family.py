@@ -1,4 +1,4 @@
-"""What a model family is: where blocks, embeddings, head and linear maps are, and what may travel. Torch-free.
+"""What a model family is: where blocks, embeddings, head and linear layers are, and what may travel. Torch-free.
 
 A family is a row of `families.py`, never a branch elsewhere. Names are those of the tensors in files as transformers
 writes them today; `Architecture.name_of` maps the spellings of older published files to them. In modules a few have
@@ -34,12 +34,12 @@ class Experts:
 
     path: str  # of the experts in a block, in files
     module: str  # of the stacks in a block, in modules
-    maps: Mapping[str, str]  # linear maps of one expert, with their weights' sizes
+    maps: Mapping[str, str]  # linear layers of one expert, with their weights' sizes
     out: str  # the map that ends an expert
     stacks: Mapping[str, tuple[str, ...]]  # parameters of the module -> the maps that each holds
     chosen_key: str = "num_experts_per_tok"  # config key with the number of experts that a token goes through
     where: Rule = lambda config, index: True  # whether a block has experts
-    others: tuple[str, ...] = ()  # linear maps that end the MLP beside the experts, or in a block without
+    others: tuple[str, ...] = ()  # linear layers that end the MLP beside the experts, or in a block without
 
 
 @dataclass(frozen=True)
@@ -74,18 +74,20 @@ class Architecture:
     embeddings: Mapping[str, str]  # tensors before the blocks, with their sizes
     final: Mapping[str, str]  # tensors after the blocks beside the head, with their sizes
     head: str
-    linears: Mapping[str, str]  # paths in a block of its linear maps, with their weights' sizes
-    norms: Mapping[str, str]  # tensors of a block beside its linear maps, with their sizes
+    linears: Mapping[str, str]  # paths in a block of its linear layers, with their weights' sizes
+    norms: Mapping[str, str]  # tensors of a block beside its linear layers, with their sizes
     attention_out: str
-    mlp_out: str  # a linear map, or the module of the MLP where it has experts
+    mlp_out: str  # a linear layer, or the module of the MLP where it has experts
     count_keys: tuple[str, ...]  # config keys that hold the number of blocks, the one transformers reads first
     config_keys: frozenset[str]  # config keys that may travel
     head_size: str = "vocab_size hidden_size"
     tied_by_default: bool = False  # whether the head is the input embedding where the config does not say
-    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # condition ("": always) -> biased linear maps
+    biases: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # condition ("": always) -> biased linear layers
     only_if: Mapping[str, str] = field(default_factory=dict)  # tensor -> condition without which it is not there
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what conditions take where a config leaves a key out
-    transposed: bool = False  # linear maps store their weights (in, out): GPT-2's Conv1D
+    transposed: bool = False  # linear layers store their weights (in, out): GPT-2's Conv1D
     # Whether, or under which condition, a block's output is linear in what mlp_out gives: what refit solves for.
     linear_residual: bool | str = True
     linear_attention: bool | str | None = None  # the same of attention_out, the MLP's output held; None: as the MLP's
@@ -103,8 +105,10 @@ class Architecture:
     # Paths in a block of what there are several of, "*" for the number in their tensors' names -> config keys with it.
     numbered: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     experts: Experts | None = None
-    adapted: tuple[str, ...] = ()  # linear maps where LoRA may sit; (): all of them
-    bypassed: Mapping[str, str] = field(default_factory=dict)  # linear maps -> condition under which LoRA has no effect
+    adapted: tuple[str, ...] = ()  # linear layers where LoRA may sit; (): all of them
+    bypassed: Mapping[str, str] = field(
+        default_factory=dict
+    )  # linear layers -> condition under which LoRA has no effect
     vision: Vision | None = None
     module_blocks: str = ""  # path of the list of blocks in modules, if another
     mlp_scale: str | None = None  # tensor of a block by which what mlp_out gives is multiplied before it is added
@@ -112,7 +116,7 @@ class Architecture:
 
     @property
     def lora_linears(self) -> tuple[str, ...]:
-        """Paths in a block of the linear maps where LoRA may sit in some form of the family."""
+        """Paths in a block of the linear layers that LoRA may adapt, in any variant of the family."""
         return self.adapted or tuple(self.linears)
 
     def lora_linears_of(self, config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -124,7 +128,7 @@ class Architecture:
         )
 
     def is_bypassed(self, path: str, config: Mapping[str, Any]) -> bool:
-        """Whether the module around a linear map of a block takes its weight alone, on what enters that module."""
+        """Whether the module around a linear layer of a block takes its weight alone, on what enters that module."""
         return path in self.bypassed and self.holds(self.bypassed[path], config)
 
     def name_of(self, stored: str) -> str | None:
@@ -154,7 +158,7 @@ class Architecture:
         return self.in_block(int(match[1]), files.get(match[2], match[2])) if match else files.get(name, name)
 
     def module_of(self, name: str) -> str:
-        """The name in modules of a tensor or linear map, by its name in files."""
+        """The name in modules of a tensor or linear layer, by its name in files."""
         place = self.block_of(name)
         if place is None:
             return self.modules.get(name, name)
@@ -163,8 +167,8 @@ class Architecture:
             path = self.modules.get(f"{place[1]}.weight", f"{place[1]}.weight").removesuffix(".weight")
         return f"{self.block_module(place[0])}.{path}"
 
-    def map_of(self, target: str) -> tuple[int, str] | None:
-        """The block of a linear map and its path there in files, by its name in modules; None if none is named so."""
+    def linear_layer_of(self, target: str) -> tuple[int, str] | None:
+        """The block of a linear layer and its path there in files, by its name in modules; None if none is named so."""
         weight = self.name_of(f"{target}.weight")
         if weight is None or self.module_of(weight) != f"{target}.weight":
             return None
@@ -187,7 +191,9 @@ class Architecture:
         ]
 
     def is_linear(self, name: str) -> bool:
-        """Whether a tensor of a file or parameter of a module is the weight of a linear map, or a stack of them."""
+        """Whether a tensor of a file or parameter of a module is the weight of a linear layer, or a stack of such
+        weights.
+        """
         place = self.block_of((self.name_of(name) or name) if self.vision else name)
         if place is None:
             return False
@@ -356,13 +362,13 @@ class Architecture:
         return self._present(self.embeddings, config)
 
     def outer_tensors(self, config: Mapping[str, Any]) -> frozenset[str]:
-        """The names of all tensors outside the blocks; a tied head is none."""
+        """The names of all tensors outside the blocks, without a head that is tied to the embedding."""
         around = (*self.embedding_tensors(config), *self._present(self.final, config))
         return frozenset({*around, *(() if self.tied(config) or not self.head else (self.head,))})
 
     @property
     def head_module(self) -> str:
-        """The name in modules of the head, which files may name in another way."""
+        """The name of the head in the network's modules, which can differ from its name in files."""
         modules = {today: stored for stored, today in self.spellings.items()}
         return modules.get(self.head, self.head).removesuffix(".weight")
 
@@ -386,7 +392,7 @@ class Architecture:
         return self.norms.get(f"{path}.{kind}")
 
     def is_bias(self, name: str) -> bool:
-        """Whether a tensor is a bias of a block's linear map or norm, by its full name."""
+        """Whether a tensor is a bias of a block's linear layer or norm, by its full name."""
         place = self.block_of(name)
         return place is not None and place[1].endswith("bias") and self.sizes_of(name) is not None
 
@@ -408,7 +414,7 @@ class Architecture:
         return {key: config[key] for key in self.refused if config.get(key)}
 
     def output_of(self, part: RefitMap) -> tuple[str, str | None]:
-        """The path in a block of the linear map that ends its MLP or attention, and of the scale behind it."""
+        """The path in a block of the linear layer that ends its MLP or attention, and of the scale behind it."""
         return (self.mlp_out, self.mlp_scale) if part == "mlp" else (self.attention_out, self.attention_scale)
 
     def residual_is_linear(self, config: Mapping[str, Any], part: RefitMap = "mlp") -> bool:

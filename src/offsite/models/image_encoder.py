@@ -1,4 +1,4 @@
-"""A vision encoder as a network: pictures in, and out what a classifier's linear head reads."""
+"""A vision encoder as a network: from pictures to the features that a classifier's linear head reads."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class Encoder:
         return torch.cat([parts[name]() for name in self.vision.features], dim=1).float()
 
     def read_by(self, pooling: Pooling | None) -> torch.Tensor:
-        """Which of the numbers a head may use, (F,) of ones and zeros: a part that is not used has zeros for weights.
+        """A mask (F,) of the features that a head with this pooling may use: 1 if used, 0 if not.
 
         Raises:
             UsageError: the family's classifier cannot read that.
@@ -72,7 +72,7 @@ class Encoder:
 
 
 def encoder_of(model: "PreTrainedModel") -> Encoder:
-    """The encoder that `offsite.models.loading.load_model` loaded.
+    """Wrap the vision encoder that `offsite.models.loading.load_model` loaded.
 
     Raises:
         IncompatibleError: the model is none.
@@ -93,7 +93,7 @@ def sees_images(settings: Mapping[str, Any]) -> bool:
 
 
 def is_classifier(settings: Mapping[str, Any]) -> bool:
-    """Whether a model with this config is an image classifier, with a head of its own."""
+    """Whether this config is of an image classifier, i.e. has a head."""
     names = settings.get("architectures")
     return isinstance(names, list) and any(str(name).endswith(CLASSIFIERS) for name in names)
 

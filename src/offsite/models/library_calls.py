@@ -1,4 +1,4 @@
-"""Calls of transformers and PEFT: offline, silent, and with errors of ours. Torch-free until they are made."""
+"""Calls of transformers and PEFT: offline, silent, and with OffsiteErrors. Imports torch only when used."""
 
 import contextlib
 import warnings
@@ -17,7 +17,7 @@ LIBRARY_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, Impo
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the progress bars and remarks of transformers and PEFT in a block; the user's settings come back."""
+    """Silence the progress bars and messages of transformers and PEFT in this context; restore them after it."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -35,7 +35,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def incompatible(folder: Path) -> Iterator[None]:
-    """Turn whatever a library raises on a model folder into an IncompatibleError that names the folder."""
+    """Turn any exception of a library about a model folder into an IncompatibleError that names the folder."""
     try:
         yield
     except (OffsiteError, MemoryError):

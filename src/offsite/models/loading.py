@@ -1,4 +1,4 @@
-"""A model's files -> a runnable model: only from this disk, no foreign code, and every key accounted for."""
+"""Loads a model from local files only, without foreign code; every missing or unexpected key is an error."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +42,7 @@ def load_model(source: Source, *, dtype: torch.dtype, device: torch.device) -> "
         device: where it goes.
 
     Raises:
-        UsageError: the folder is no checkpoint.
+        UsageError: the folder is not a checkpoint.
         StorageError: the weights are missing, truncated or malformed.
         VerificationError: files that had to be read again changed since they were verified.
         IncompatibleError: the folder asks for foreign code, holds an adapter, or its tensors are not exactly the
@@ -150,7 +150,7 @@ class _Lazy:
 
 
 def loading_problems(info: Mapping[str, Any], family: Architecture | None) -> list[str]:
-    """What transformers left out or made up while it loaded a model, by its loading info."""
+    """List the keys that transformers ignored or initialised while it loaded a model, from its loading info."""
     problems = [f"missing tensor {name}" for name in sorted(info["missing_keys"])]
     problems += [
         f"unexpected tensor {name}" for name in sorted(info["unexpected_keys"]) if not family or family.name_of(name)

@@ -1,4 +1,4 @@
-"""Mixtures of experts where torch is: what runs them, and a module's parameters as the tensors of files.
+"""Mixtures of experts in torch: how they run, and how their parameters map to the tensors of files.
 
 transformers' own ways to run experts each fail somewhere: its loop indexes a stack once an expert, so that its gradient
 costs a whole stack an expert (ten times a step of full tuning with 64 experts); `grouped_mm` wants rows of 16 bytes;

@@ -1,5 +1,5 @@
-"""The files of a model: in a folder, or in the snapshot of one that was verified. What its settings may say is checked
-before any library reads them. Torch-free.
+"""The files of a model, in a folder or in a verified snapshot; settings are checked before a library reads them. Torch-
+free.
 """
 
 import contextlib
@@ -57,7 +57,8 @@ def tensors_of(source: Source, name: str) -> Mapping[str, StoredTensor]:
 
 @contextlib.contextmanager
 def as_folder(source: Source, weights: str | None = None) -> Iterator[Path]:
-    """The files beside the weights as a folder, which libraries ask for: of a snapshot a copy that is nobody else's.
+    """Give a model's files other than the weights as a folder, for libraries that need one; of a snapshot it is a new
+    copy.
 
     Args:
         source: a folder, which is given as it is, or a snapshot.
@@ -107,7 +108,7 @@ def check_settings(source: Source) -> None:
     if not has_file(source, CONFIG):
         tuned = any(folder.glob("*.safetensors"))  # a return, or a plug-in of the form adapter
         raise UsageError(
-            f"{folder} holds no config.json, so it is no checkpoint",
+            f"{folder} holds no config.json, so it is not a checkpoint",
             next_step="name a base, bundle or merged plug-in folder"
             + (f"; an adapter goes with its model: `offsite eval MODEL --adapter {folder}`" if tuned else ""),
         )
@@ -121,7 +122,7 @@ def check_settings(source: Source) -> None:
         problems.append(f"{ADAPTER_CONFIG} lies beside the checkpoint, and transformers would load that adapter too")
     if problems:
         raise IncompatibleError(
-            f"{folder} is no plain checkpoint",
+            f"{folder} is not a plain checkpoint",
             reasons=problems,
             next_step="take these out if you know where they come from; models that need their own code do not work",
         )

@@ -1,4 +1,4 @@
-"""What plans of both parties are made of: parts of a model, and amounts of bytes. Torch-free.
+"""The values that plans of both parties consist of: parts of a model, and sizes in bytes. Torch-free.
 
 It stands here because both parties and the command line may import it, and sizes of models are all that it is about.
 """
@@ -13,7 +13,7 @@ Compute = Literal["bf16", "fp32"]
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a model: its blocks (0 for what is no block), parameters and bytes as stored."""
+    """A part of a model: its blocks (0 if it is not made of blocks), its parameters, and their bytes as stored."""
 
     name: str
     blocks: int
@@ -23,7 +23,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Amount:
-    """Something that takes room: a file, or tensors in memory or on the disk."""
+    """Something that takes memory or disk space: a file, or tensors."""
 
     name: str
     bytes: int
@@ -55,16 +55,16 @@ class Measurement:
 
     @property
     def run_seconds(self) -> float:
-        """About how long the whole run takes, but for loading, validating and writing."""
+        """The estimated seconds of the whole run, without loading, validation and writing."""
         return self.seconds * self.times
 
 
 def part(name: str, shapes: Iterable[tuple[int, ...]], item: int, blocks: int = 0) -> Part:
-    """A part from its tensors' shapes and the bytes of a stored number."""
+    """Make a `Part` from the shapes of its tensors and the bytes of one stored value."""
     parameters = sum(math.prod(shape) for shape in shapes)
     return Part(name, blocks, parameters, parameters * item)
 
 
 def total(amounts: Iterable[Amount]) -> int:
-    """Bytes of all amounts together."""
+    """The sum of the bytes of all amounts."""
     return sum(amount.bytes for amount in amounts)

@@ -14,7 +14,7 @@ from offsite.models.family import Architecture, Vision
 
 @dataclass(frozen=True)
 class Form:
-    """What tells these models apart beside their sizes."""
+    """What distinguishes these models, other than their sizes."""
 
     heads: int  # as published
     separate: bool = False  # queries, keys and values by maps of their own, and a gated MLP with a norm inside

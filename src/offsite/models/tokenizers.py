@@ -1,4 +1,4 @@
-"""A model's files -> its tokenizer, its config, and how long a row it can read."""
+"""Loads a model's tokenizer and config, and finds the longest row that it can read."""
 
 from typing import TYPE_CHECKING, cast
 
@@ -40,7 +40,7 @@ def context_length(source: Source) -> int | None:
 
 
 def load_config(source: Source) -> "PretrainedConfig":
-    """The config of a model as transformers has it; of a declared one that of its family."""
+    """Load a model's config as transformers sees it; for a declared model, the config of its family."""
     from transformers import AutoConfig
 
     config, declared = unwrapped_config(source)

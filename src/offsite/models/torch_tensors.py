@@ -1,4 +1,4 @@
-"""Stored tensors as torch's."""
+"""Reads stored tensors as torch tensors."""
 
 import torch
 

@@ -175,7 +175,7 @@ def _bundle_returnable(signed: SignedFolder) -> Iterator[str]:
     yield from entries_differ({**manifest.tensors, **manifest.head}, checkpoint.tensors)
     permitted = family.lora_linears_of(_settings_of(signed)[0])
     for target, (inputs, outputs) in manifest.lora_targets.items():
-        place = family.map_of(target)
+        place = family.linear_layer_of(target)
         if place and place[1] not in permitted:
             yield f"LoRA target {target}: pairs there have no effect under this config"
         weight = checkpoint.tensors.get(f"{family.in_block(*place)}.weight") if place else None

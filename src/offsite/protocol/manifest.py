@@ -45,7 +45,7 @@ class FileEntry(_Part):
 
 
 class TensorEntry(_Part):
-    """What a tensor must be."""
+    """The shape and dtype that a tensor must have."""
 
     shape: Annotated[tuple[Size, ...], Field(max_length=8, strict=False)]
     dtype: Literal["F32", "BF16", "F16"]
@@ -129,17 +129,17 @@ class BundleManifest(_Document):
             raise ValueError(f"architecture {self.architecture[:64]!r} is not known to this version; update offsite")
         trained = frozenset(self.split.trained)
         for name in (*self.tensors, *self.lora_targets):
-            place = family.map_of(name) if name in self.lora_targets else family.block_of(name)
+            place = family.linear_layer_of(name) if name in self.lora_targets else family.block_of(name)
             if place is None or place[0] not in trained:
                 raise ValueError(f"{name} belongs to no trained block, so it may not come back")
         for name in self.head:
             if not family.head or name not in (family.head, f"{family.head.removesuffix('.weight')}.bias"):
                 raise ValueError(f"{name} is no part of the head of {self.architecture}, so it may not come back")
-        places = {name: family.map_of(name) for name in self.lora_targets}
+        places = {name: family.linear_layer_of(name) for name in self.lora_targets}
         strange = sorted(name for name, place in places.items() if place is None or place[1] not in family.lora_linears)
         if strange:
             raise ValueError(
-                f"LoRA targets that are no linear maps of {self.architecture} for it: {', '.join(strange[:4])}"
+                f"LoRA targets that are not linear layers of {self.architecture} for it: {', '.join(strange[:4])}"
             )
         return self
 
@@ -159,7 +159,7 @@ class BundleManifest(_Document):
 
 
 class BottleneckSettings(_Part):
-    """The bottlenecks of a return: behind attention and MLP of every trained block, all of one width."""
+    """The bottlenecks of a return: after attention and MLP of every trained block, all with the same width."""
 
     width: Annotated[int, Field(ge=1, le=65_536)]
 
@@ -172,7 +172,7 @@ class BottleneckSettings(_Part):
 
 
 class LoraSettings(_Part):
-    """The LoRA of a return: rank, scale numerator, and the linear maps it sits on by full path in the bundle."""
+    """The LoRA of a return: rank, scale numerator, and the linear layers it sits on by full path in the bundle."""
 
     rank: Annotated[int, Field(ge=1, le=65_536)]
     alpha: Annotated[float, Field(gt=0, lt=1e6)]

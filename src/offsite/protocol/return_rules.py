@@ -127,7 +127,7 @@ def classifier_inputs(bundle: BundleManifest) -> int | None:
     family = ARCHITECTURES[bundle.architecture]
     if family.vision is None:
         return None
-    places = ((family.map_of(name), shape) for name, shape in bundle.lora_targets.items())
+    places = ((family.linear_layer_of(name), shape) for name, shape in bundle.lora_targets.items())
     hidden = next((shape[1] for place, shape in places if place and place[1] == family.mlp_out), 0)
     return hidden * len(family.vision.features)
 

@@ -23,7 +23,7 @@ from offsite.storage.snapshot import Snapshot
 
 
 def file_entries(written: Iterable[Written]) -> tuple[FileEntry, ...]:
-    """Manifest entries of files just written, sorted by name."""
+    """Make manifest entries for files that were just written, sorted by name."""
     return tuple(
         FileEntry(name=file.name, size=file.size, sha256=file.sha256)
         for file in sorted(written, key=lambda file: file.name)

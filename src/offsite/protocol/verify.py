@@ -1,4 +1,4 @@
-"""Verifying what a stranger sent: hashes, signatures and safetensors headers, and nothing that runs a model.
+"""Verifies what another party sent: hashes, signatures and safetensors headers. Nothing runs a model.
 
 Verify, then parse, then load. Every rule is a function that lists what it found wrong; all rules run, so that one look
 shows every reason. Torch-free.

@@ -1,4 +1,4 @@
-"""One process at a time in a folder: two would each remove what the other is making. Torch-free."""
+"""A lock for a folder: two processes would remove each other's files. Torch-free."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def alone_in(folder: Path, work: str, next_step: str) -> Iterator[None]:
-    """Hold a folder, made if need be; the system lets go of it when this process ends, however it ends.
+    """Lock a folder while the context lasts; it is created if necessary. The lock ends when the process ends.
 
     Args:
         folder: nobody else may work in.

@@ -1,4 +1,4 @@
-"""The files of an artifact as they were when their hashes were compared: what is used is what was hashed. Torch-free.
+"""A snapshot of an artifact's files, so that the bytes that are used are the bytes that were hashed. Torch-free.
 
 Each file is opened once and read once, from its first byte to its last. In the same pass it is hashed, a safetensors
 header is parsed, tensors are looked through for NaN where that is asked for, and what is to be used is held in memory.
@@ -35,7 +35,7 @@ _ALIGNMENT = 64  # of a tensor's first byte, as torch aligns its own
 
 @dataclass(frozen=True, eq=False)
 class HeldTensor:
-    """A tensor whose bytes were read into memory of its own: `content` may be written to, and starts aligned."""
+    """A tensor whose bytes are in memory. `content` is writable and starts at an aligned address."""
 
     name: str
     dtype: str
@@ -66,7 +66,7 @@ class ReadFile:
     not_finite: list[str] = field(default_factory=list)  # names of tensors with NaN or infinity, where asked for
 
     def is_file(self, listed: Written) -> bool:
-        """Whether size and hash are those that are listed."""
+        """Whether size and hash are the listed ones."""
         return (self.size, self.sha256) == (listed.size, listed.sha256)
 
 
@@ -183,7 +183,8 @@ def _finite(content: memoryview, dtype: str) -> bool:
 
 
 class Snapshot:
-    """The files of a folder that were listed with their hashes, as they were when those were compared.
+    """The files of a folder with the hashes that were verified. A file that is not in memory is hashed again when it is
+    read.
 
     What is not held in memory is read when it is asked for, and compared with its hash again before it is given.
 
@@ -203,7 +204,7 @@ class Snapshot:
         return self._listed.keys()
 
     def read(self, name: str) -> bytes:
-        """The content of a file that holds no tensors.
+        """The content of a file that is not a safetensors file.
 
         Raises:
             FileNotFoundError: none of that name is listed.
@@ -230,7 +231,7 @@ class Snapshot:
         return file.tensors
 
     def take_tensors(self) -> dict[str, HeldTensor]:
-        """The tensors of the checkpoint, which are no longer held here: whoever took them decides when they go.
+        """Take the checkpoint's tensors out of the snapshot, which then no longer keeps them in memory.
 
         Raises:
             VerificationError: they had to be read again, and are no longer what is listed.

@@ -69,7 +69,7 @@ def all_weights_on_pictures(
         family: of the model.
         album: pictures to train and to validate on.
         spec: how the head starts, and how pictures become steps and micro-batches.
-        progress: where the events go.
+        progress: called with the progress events.
     """
     encoder = encoder_of(model)
     used = encoder.read_by(spec.images.pooling)

@@ -61,7 +61,7 @@ def full_fine_tuning(
         spec: how to train; settings of the adapter are ignored.
         eval_data: rows to validate on.
         resume: continue an interrupted run; where there is none yet, start.
-        progress: where the events go.
+        progress: called with the progress events.
 
     Raises:
         UsageError: `out` is not empty, or another run than this one was interrupted there.

@@ -17,7 +17,7 @@ Write = Callable[[Mapping[str, Any]], None]  # takes a record of the log
 
 
 def log_file(out: Path) -> Path:
-    """The JSONL log of the run that writes `out`: a file next to the result, never in it."""
+    """The path of a run's JSONL log: a file next to the result `out`, never in it."""
     out = out.resolve()  # "." has no name
     return out.with_name(f"{out.name}.log.jsonl")
 

@@ -98,7 +98,7 @@ def test_masks_and_frequencies_in_a_bin_file_are_left_out(base_of: MakeBase, tmp
 def test_an_adapter_beside_a_bin_file_is_refused(base_of: MakeBase, tmp_path: Path) -> None:
     source = as_bin(base_of(), tmp_path / "bin")
     (source / "adapter_config.json").write_text("{}")
-    with pytest.raises(IncompatibleError, match="no plain checkpoint"):
+    with pytest.raises(IncompatibleError, match="not a plain checkpoint"):
         import_model(source, tmp_path / "out")
 
 

@@ -88,7 +88,7 @@ def test_a_config_that_asks_timm_for_something_else_is_not_loaded(tmp_path: Path
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(IncompatibleError):
         architecture_of(config)
-    with pytest.raises(IncompatibleError, match="no plain checkpoint"):
+    with pytest.raises(IncompatibleError, match="not a plain checkpoint"):
         load_model(base, dtype=torch.float32, device=torch.device("cpu"))
     with pytest.raises(IncompatibleError):
         open_base(Base(base))

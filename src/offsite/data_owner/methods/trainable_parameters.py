@@ -1,4 +1,4 @@
-"""The check that exactly the parameters train that the manifest permits."""
+"""Checks that exactly the permitted parameters train."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""What `_kernels.c` computes, for tensors in bf16: attention, activations and norms, forwards and backwards.
+"""Python functions for the kernels in `_kernels.c`, on bf16 tensors: attention, activations and norms, both passes.
 
 Setup compiles that file where it can. Where it could not, or the CPU has none of what it needs, `attends` and
 `activates` are False; then nothing else here may be called, and whoever asked has another way, through torch. So it is
@@ -77,12 +77,12 @@ def level() -> tuple[int, str]:
 
 
 def attends(*tensors: torch.Tensor) -> bool:
-    """Whether attention of these, (B, heads, T, D) each, can run here."""
+    """Whether the compiled attention can run for tensors (B, heads, T, D) like these."""
     return level()[0] >= TILES and all(_fits(tensor) and tensor.stride(-1) == 1 for tensor in tensors)
 
 
 def activates(*tensors: torch.Tensor) -> bool:
-    """Whether activations and norms of these can run here."""
+    """Whether the compiled activations and norms can run for tensors like these."""
     return level()[0] >= VECTORS and all(_fits(tensor) and tensor.is_contiguous() for tensor in tensors)
 
 
@@ -161,7 +161,7 @@ def gelu_back(grad_output: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, of any shape."""
+    """Compute silu(gate) * up for tensors of any shape."""
     return _each("offsite_gated", gate, up)
 
 

@@ -1,4 +1,4 @@
-"""What this machine's CPU is good at, found out without torch."""
+"""Which instructions this CPU has, found out without torch."""
 
 import platform
 from pathlib import Path

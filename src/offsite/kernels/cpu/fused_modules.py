@@ -1,4 +1,4 @@
-"""Norms, activations and gated MLPs that keep less for the backward pass, and pass over memory less often.
+"""Norms, activations and gated MLPs that save less for the backward pass and read memory less often.
 
 Families write these as chains of small operations, each of which keeps what it was given: an RMS norm the hidden state
 twice in fp32, a gated MLP three tensors as wide as its inner size, GPT-2's GELU six. Here each is one function with its
@@ -117,7 +117,7 @@ class TanhGELU(nn.Module):
     """GELU by tanh, as in GPT-2; keeps x alone."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Any shape."""
+        """Apply the activation to a tensor of any shape."""
         after: torch.Tensor = _Activated.apply(hidden, _TANH_GELU)  # type: ignore[no-untyped-call]
         return after
 
@@ -145,7 +145,7 @@ class _Activated(torch.autograd.Function):
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)) (arXiv 2002.05202), its parts under the names that Llama gave them."""
+    """A gated MLP down(act(gate(x)) * up(x)) (arXiv 2002.05202); its layers have the names that Llama uses."""
 
     def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module, activation: _Gate) -> None:
         super().__init__()

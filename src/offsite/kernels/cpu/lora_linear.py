@@ -1,4 +1,4 @@
-"""LoRA pairs that run as one function with their linear layer: PEFT's own make three tensors as wide as its output.
+"""A LoRA layer that computes the adapter and its linear layer in one function, with less memory than PEFT's.
 
 The pair's product is added into the layer's output in place, forwards and backwards, and the scale is multiplied into
 the state of rank width between A and B. The result is PEFT's, rounded once where PEFT rounds three times.

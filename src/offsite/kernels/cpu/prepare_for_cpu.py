@@ -1,4 +1,4 @@
-"""The CPU's backend: what of a model it replaces before training, and what it keeps."""
+"""The backend of CPUs: which modules of a model it replaces before training."""
 
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ def prepare_for_cpu(model: "PreTrainedModel", dtype: torch.dtype) -> tuple[Piece
 
 
 def prepare_adapters_for_cpu(model: nn.Module) -> tuple[Piece, ...]:
-    """As `offsite.kernels.prepare_adapters`."""
+    """Replace adapter modules; see `offsite.kernels.prepare_adapters`."""
     return (replace_lora_layers(model),)
 
 

@@ -1,4 +1,4 @@
-"""Passes side by side: each in a thread of its own, which has its share of the CPU's threads.
+"""Runs micro-batches side by side: each in its own thread, with its share of the CPU's threads.
 
 Two threads that share every product wait for one another thousands of times a pass, and what does not split, or too
 small a product to split, keeps one of them idle. Two that have rows of their own meet once. Results are used in the
@@ -24,7 +24,7 @@ _CHANGED_BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that a long ro
 
 
 def count(body: nn.Module, dtype: torch.dtype, asked: int | None, sample: Callable[[], object]) -> tuple[int, str]:
-    """How many micro-batches run side by side, and why; see `offsite.kernels.count_side_by_side`."""
+    """Decide how many micro-batches run side by side, and why; see `offsite.kernels.count_side_by_side`."""
     wanted = asked or usual_lanes(torch.get_num_threads(), dtype.itemsize)
     if wanted == 1:
         return 1, "asked for" if asked else "more pay where several threads have matrix tiles and compute in bf16"

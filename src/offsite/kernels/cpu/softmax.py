@@ -1,4 +1,4 @@
-"""The softmax of the loss on a CPU: compiled in bf16, else by torch on slices that stay in the cache."""
+"""The softmax of the loss on a CPU: compiled for bf16, else torch's on slices that fit into the cache."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Dropout on a CPU that draws from a generator of its own thread, and takes a sixth of torch's time.
+"""Dropout on a CPU that uses a random generator per thread and is about six times faster than torch's.
 
 torch's draws from one generator for the whole process, so what passes side by side get would depend on which asks
 first; and its `bernoulli_` takes as long as 20 sums of the same size, on one thread.
@@ -34,7 +34,7 @@ class OwnRandomness(TorchFunctionMode):
 
     @property
     def state(self) -> torch.Tensor:
-        """What the generator's next numbers depend on."""
+        """The state of the random generator."""
         return self._generator.get_state()
 
     def draw(self) -> int:
@@ -95,7 +95,7 @@ def draw_keep_mask(numbers: torch.Tensor, dropped: int, generator: torch.Generat
 
 
 def mask_(numbers: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Make zeros of all that `keep_mask` does not keep, in place."""
+    """Set all values that `keep_mask` does not keep to zero, in place."""
     numbers.view(mask.dtype).bitwise_and_(mask)
     return numbers
 

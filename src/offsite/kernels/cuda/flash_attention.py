@@ -1,4 +1,4 @@
-"""torch's flash kernels for training: without a dense mask, which would rule them out, and without a look at the rows.
+"""torch's flash attention kernels for training, without a dense mask, which would disable them.
 
 A model that runs with this takes batches that are padded at the right alone, as the collation of rows makes them.
 Whether they are is not looked at: the host would wait for the device in every pass.

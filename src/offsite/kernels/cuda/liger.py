@@ -61,7 +61,9 @@ class LigerRMSNorm(nn.Module):
 
 
 class LigerGatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)) (arXiv 2002.05202) with one kernel between the products; parts keep their names."""
+    """A gated MLP down(act(gate(x)) * up(x)) (arXiv 2002.05202) with one kernel between the products; layers keep their
+    names.
+    """
 
     def __init__(
         self,

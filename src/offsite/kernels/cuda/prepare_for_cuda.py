@@ -1,4 +1,4 @@
-"""The backend of CUDA devices: what of a model it replaces before training, and what it keeps."""
+"""The backend of CUDA devices: which modules of a model it replaces before training."""
 
 from typing import TYPE_CHECKING
 

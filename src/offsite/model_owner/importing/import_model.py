@@ -98,7 +98,7 @@ def _convert(source: Path, folder: Path, dtype: str | None, progress: Progress, 
 
     if (source / ADAPTER_CONFIG).exists():
         raise IncompatibleError(
-            f"{source} is no plain checkpoint",
+            f"{source} is not a plain checkpoint",
             reasons=[f"{ADAPTER_CONFIG} lies beside the weights, and transformers would load that adapter too"],
             next_step="take it out if you know where it comes from",
         )

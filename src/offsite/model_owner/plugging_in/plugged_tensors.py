@@ -86,7 +86,7 @@ def to_base(name: str, model: BaseModel, parent: Issued, *, target: bool = False
 
     The block's index in the bundle is replaced by its index in the base.
     """
-    place = model.family.map_of(name) if target else model.family.block_of(name)
+    place = model.family.linear_layer_of(name) if target else model.family.block_of(name)
     if place is None:
         raise IncompatibleError(f"{name[:200]} belongs to no block")
     return model.family.in_block(parent.kept[place[0]], place[1])

@@ -1,4 +1,4 @@
-"""A map of the hidden state that stands behind a block, for the blocks that were dropped after it."""
+"""An affine layer on the hidden state after a block, which makes up for the blocks that were dropped after it."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class Affine(nn.Module):
-    """h + h W + b with W (H, H), inputs first, and b (H,); frozen."""
+    """Computes h + h W + b with W (H, H), inputs first, and b (H,); frozen."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Affine(nn.Module):
         return cls(torch.empty(hidden, hidden, device="meta"), torch.empty(hidden, device="meta"))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., H) -> (..., H)."""
+        """Apply the layer: (..., H) -> (..., H)."""
         return hidden + F.linear(hidden, self.weight.T, self.bias)
 
 

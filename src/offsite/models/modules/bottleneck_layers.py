@@ -1,4 +1,4 @@
-"""The bottleneck adapter of Houlsby et al. (arXiv 1902.00751, section 2.1), behind a linear map."""
+"""The bottleneck adapter of Houlsby et al. (arXiv 1902.00751, section 2.1), applied after a linear layer."""
 
 from collections.abc import Iterable
 
@@ -24,7 +24,7 @@ class Bottleneck(nn.Module):
 
 
 class WithBottleneck(nn.Module):
-    """A linear map and the bottleneck behind it, in the map's place."""
+    """A linear layer and the bottleneck behind it, in the layer's place."""
 
     def __init__(self, inner: nn.Module, bottleneck: Bottleneck) -> None:
         super().__init__()
@@ -38,11 +38,11 @@ class WithBottleneck(nn.Module):
 
 
 def insert_bottlenecks(model: nn.Module, places: Iterable[str], hidden: int, width: int) -> dict[str, nn.Parameter]:
-    """Put untrained bottlenecks behind linear maps of a model, in the dtype and on the device of each map.
+    """Put untrained bottlenecks after linear layers of a model, in the dtype and on the device of each layer.
 
     Args:
         model: changed in place.
-        places: full paths of the linear maps.
+        places: full paths of the linear layers.
         hidden: their outputs.
         width: of the bottlenecks.
 

@@ -1,4 +1,4 @@
-"""A bundle whose emulator declares kinds of its own -> a model: the family's, with those modules in its emulator."""
+"""Builds the model of a bundle whose emulator has declared module kinds: the family's model with these modules."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Linear maps that hold less than a matrix, and compute from what they hold. All are frozen.
+"""Linear layers that store less than a full matrix (quantised, factorised or sparse). All are frozen.
 
 Quantised weights are symmetric around zero with a scale for each group of inputs; int4 lies two to a byte, the even
 input in the low half, with 8 added so that it is not negative.
@@ -66,7 +66,7 @@ class FactoredLinear(nn.Module):
 
 
 def unpacked(mask: Tensor, values: Tensor, inputs: int) -> Tensor | None:
-    """A sparse matrix in full.
+    """Expand a sparse matrix to a dense one.
 
     Args:
         mask: where numbers stand, uint8 (outputs, inputs / 8 rounded up), the first input in the lowest bit.

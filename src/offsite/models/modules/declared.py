@@ -1,6 +1,6 @@
 """What an emulator may declare that its blocks are, where they are not the family's own. Torch-free.
 
-A bundle with such blocks is no checkpoint that transformers knows: its config has a model type of ours with the
+A bundle with such blocks is not a checkpoint that transformers knows: its config has a model type of ours with the
 family's config under one key, and its weights lie in a file of another name, so that nothing loads it by half.
 Names, shapes and dtypes of its tensors follow from the family's row and from what is declared here.
 """
@@ -15,7 +15,7 @@ from offsite.storage.safetensors_files import FLOATS
 
 MODEL_TYPE = "offsite"
 FEATURES = ("share", "quantise", "svd", "mlp-width", "sparse", "affine")
-AFFINE_WEIGHT, AFFINE_BIAS = "affine.weight", "affine.bias"  # of the map behind a block, by path in it
+AFFINE_WEIGHT, AFFINE_BIAS = "affine.weight", "affine.bias"  # of the affine layer after a block, by path in it
 
 Shapes = Mapping[str, tuple[int, ...]]  # by path in a block
 Expected = tuple[tuple[int, ...], tuple[str, ...]]  # a tensor's shape, and the dtypes that it may have
@@ -41,11 +41,11 @@ class Declared(BaseModel):
         if (self.bits is None) != (self.group is None):
             raise ValueError("bits and group go together")
         if sum(kind is not None for kind in (self.bits, self.svd_rank, self.sparse)) > 1:
-            raise ValueError("a linear map is quantised, factored or sparse, and never two of these")
+            raise ValueError("a linear layer is quantised, factored or sparse, and never two of these")
         if self.affine is False:
             raise ValueError("affine is true or null")
         if self.share is not None and self.affine:
-            raise ValueError("blocks that share weights have no affine maps behind them")
+            raise ValueError("blocks that share weights have no affine affine layers after them")
         for place, owner in enumerate(self.share or ()):
             if not 0 <= owner <= place or (self.share or ())[owner] != owner:
                 raise ValueError(f"block {place} of the emulator shares the weights of {owner}, which holds none")
@@ -84,7 +84,9 @@ class Declared(BaseModel):
         return found
 
     def tensors(self, family: Architecture, shapes: Shapes) -> dict[str, Expected]:
-        """Every tensor of an emulator block that holds weights, by path, from the shapes of a block of the family."""
+        """The shapes of every tensor of an emulator block that holds weights, by path, from the shapes of the family's
+        block.
+        """
         plain = self.narrowed(family, shapes)
         found: dict[str, Expected] = {path: (shape, FLOATS) for path, shape in plain.items()}
         if self.affine:
@@ -110,12 +112,12 @@ class Declared(BaseModel):
 
 
 def affine_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of the map behind a block, by path in it, from the hidden size."""
+    """The tensors of the affine layer after a block, by path in it, from the hidden size."""
     return {AFFINE_WEIGHT: (hidden, hidden), AFFINE_BIAS: (hidden,)}
 
 
 def mlp_inputs(family: Architecture) -> list[str]:
-    """The linear maps whose outputs are the neurons of the feed-forward part: those beside its output projection."""
+    """The linear layers whose outputs are the neurons of the feed-forward part: those beside its output projection."""
     parent = family.mlp_out.rpartition(".")[0]
     return [path for path in family.linears if path != family.mlp_out and path.rpartition(".")[0] == parent]
 
@@ -126,7 +128,7 @@ def wrapped(config: Mapping[str, Any], declared: Declared) -> dict[str, Any]:
 
 
 def unwrapped(config: Mapping[str, Any]) -> tuple[dict[str, Any], Declared | None]:
-    """A config's part that is the family's, and what the emulator declares; None where it is a plain config.
+    """Split a config into the family's part and the emulator's declaration; the latter is None for a plain config.
 
     Raises:
         ValueError: it is of our model type, and malformed.

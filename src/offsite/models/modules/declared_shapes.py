@@ -14,10 +14,10 @@ def bottleneck_places(family: Architecture, blocks: Iterable[int]) -> list[str]:
 
 
 def bottleneck_shapes(place: str, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of the bottleneck behind a linear map.
+    """The tensors of the bottleneck after a linear layer.
 
     Args:
-        place: full path of the linear map.
+        place: full path of the linear layer.
         hidden: its outputs.
         width: of the bottleneck.
     """
@@ -30,12 +30,12 @@ def bottleneck_shapes(place: str, hidden: int, width: int) -> dict[str, tuple[in
 
 
 def place_of_bottleneck(name: str) -> str | None:
-    """The linear map that a bottleneck's tensor stands behind; None for a tensor of anything else."""
+    """The linear layer that a bottleneck's tensor stands behind; None for a tensor of anything else."""
     match = _BOTTLENECK.fullmatch(name)
     return match[1] if match else None
 
 
 def widths_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """The width of each bottleneck, by its place, as the shapes of its biases say."""
+    """The width of each bottleneck, by its position, from the shapes of its biases."""
     ends = ".bottleneck.down.bias"
     return {name.removesuffix(ends): shape[0] for name, shape in shapes.items() if name.endswith(ends) and shape}

@@ -44,7 +44,7 @@ def write_digits(source: Path, out: Path) -> dict[str, int]:
 
     Args:
         source: from `digits_file`; a line has 64 values from 0 to 16, row after row, and the class.
-        out: new folder; it appears whole or not at all.
+        out: new folder; it appears complete or not at all.
 
     Returns:
         How many there are.

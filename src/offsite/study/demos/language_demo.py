@@ -59,7 +59,7 @@ def demo(
         progress: one event for each step, before it runs.
 
     Raises:
-        OffsiteError: a step failed; its own message is on standard error already.
+        OffsiteError: a step failed; its message was printed on standard error already.
     """
     chain = Chain(require_demo_folder(workdir), progress, _step_count(full), basis=code_digest())
     base = _obtain(chain, model)

@@ -63,7 +63,7 @@ def vision_demo(
     Raises:
         DataError: the pictures are none.
         UsageError: there are too few of them, or none were named and none are installed.
-        OffsiteError: a step failed; its own message is on standard error already.
+        OffsiteError: a step failed; its message was printed on standard error already.
     """
     if images is None:
         digits_file()  # refused before anything is downloaded
