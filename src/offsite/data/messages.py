@@ -20,7 +20,7 @@ ROLES = (
     "environment",
     "document",
 )
-_OTHER_NAMES = {  # what public data sets call these roles
+OTHER_NAMES = {  # what public data sets call these roles
     "human": "user",
     "prompter": "user",
     "gpt": "assistant",
@@ -113,7 +113,7 @@ def _parse_role(value: object, *, sharegpt: bool) -> str:
     role = str(value).strip().casefold()
     if sharegpt and role in _TOOL_RESULT:
         return "tool"
-    return _OTHER_NAMES.get(role, role)
+    return OTHER_NAMES.get(role, role)
 
 
 def _parse_content(content: object) -> tuple[object, tuple[Mapping[str, Any], ...]]:

@@ -15,7 +15,7 @@ from offsite.errors import DataError
 from offsite.extras import require
 
 EXPECTED = "JSONL, .json, .csv, .tsv, .parquet, .arrow, .txt, or a folder of such files"
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # stand behind the end that says what a file is
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # stand behind the end that says what a file is
 _GZIP, _BZ2, _XZ, _ZSTANDARD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
 _MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
     (codecs.BOM_UTF8, "utf-8"),
@@ -29,14 +29,14 @@ _MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
 def kind(path: Path) -> str:
     """The suffix that gives a file's format, in lower case; a suffix of compression, such as ".gz", is ignored."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    while suffixes and suffixes[-1] in _COMPRESSED:
+    while suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
 
 
 def is_compressed(path: Path) -> bool:
     """Whether a file's name says that it is compressed."""
-    return path.suffix.lower() in _COMPRESSED
+    return path.suffix.lower() in COMPRESSED
 
 
 def unreadable(path: Path, why: str) -> DataError:
