@@ -206,12 +206,10 @@ def test_pooling(tmp_path: Path, pooling: str, zeros: slice | None) -> None:
 
 def test_pooling_that_the_classifier_cannot_read(tmp_path: Path) -> None:
     parties = tiny_parties(tmp_path)
-    packed(tiny_vision_base(tmp_path / "base", "vit"), tmp_path / "bundle", parties)
+    bundle = packed(tiny_vision_base(tmp_path / "base", "vit"), tmp_path / "bundle", parties)
     pictures = tiny_pictures(tmp_path / "pictures", 2)
     with pytest.raises(UsageError, match="cannot read pooling 'mean'"):
-        offsite.tune(
-            tmp_path / "bundle", pictures, tmp_path / "return", tuning("lora", pooling="mean"), parties.data_owner
-        )
+        offsite.tune(bundle, pictures, tmp_path / "return", tuning("lora", pooling="mean"), parties.data_owner)
 
 
 def test_the_features_are_what_transformers_classifier_reads(tmp_path: Path) -> None:
