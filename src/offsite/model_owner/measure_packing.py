@@ -2,8 +2,11 @@
 
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from offsite.config import PackSpec
 from offsite.kernels.peak_memory import peak_memory
@@ -49,8 +52,12 @@ def measure_packing(plan: PackPlan, checked: Packing, spec: PackSpec, progress: 
     seconds: list[float] = []
 
     def run() -> None:
-        began = time.perf_counter()
-        _heal_one_block(model, sandwich, spec) if heals else _run_one_block(model, spec, runtime)
+        batches = calibration_batches(model, spec.calibration.source, spec.calibration.tokens)
+        began = time.perf_counter()  # the run makes batches once, and not for every block
+        if heals:
+            _heal_one_block(model, sandwich, spec, batches)
+        else:
+            _run_one_block(model, runtime, batches)
         seconds.append(time.perf_counter() - began)
 
     _, peak = peak_memory(run, runtime.device)
@@ -69,18 +76,17 @@ def measure_packing(plan: PackPlan, checked: Packing, spec: PackSpec, progress: 
     )
 
 
-def _heal_one_block(model: BaseModel, sandwich: Sandwich, spec: PackSpec) -> None:
+def _heal_one_block(model: BaseModel, sandwich: Sandwich, spec: PackSpec, batches: Sequence[Tensor]) -> None:
     """Heal block 0, as if the middle began there; if the settings drop blocks, block 1 is dropped."""
     dropped = spec.kept(sandwich.middle) < len(sandwich.middle)
     middle = (0, 1) if dropped else (0,)
     small = Sandwich(bottom=(), middle=middle, top=tuple(range(len(middle), model.blocks)))
     one = spec.changed({"keep": 1}) if spec.select.keep is not None else spec
     with tempfile.TemporaryDirectory(prefix="offsite-plan-") as folder:
-        block_by_block(model, small, (0,), one, Path(folder), silent)
+        block_by_block(model, small, (0,), one, Path(folder), silent, batches=batches)
 
 
-def _run_one_block(model: BaseModel, spec: PackSpec, runtime: Runtime) -> None:
-    batches = calibration_batches(model, spec.calibration.source, spec.calibration.tokens)
+def _run_one_block(model: BaseModel, runtime: Runtime, batches: Sequence[Tensor]) -> None:
     block = BlockRunner(model, runtime).load(0)
     hidden = [block.embed(ids.to(runtime.device)) for ids in batches]
     for position, ids in enumerate(batches):
