@@ -57,7 +57,7 @@ def _without_tiles() -> None:
     from offsite.kernels.cpu import tiled_attention
 
     _without_compiled_attention()
-    tiled_attention._TILE = tiled_attention._LONGEST
+    tiled_attention.TILE = tiled_attention._LONGEST
 
 
 def _odd_rows() -> None:

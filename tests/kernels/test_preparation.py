@@ -65,8 +65,8 @@ def test_why_nothing_compiled_runs_is_reported(tmp_path, monkeypatch):
     ],
 )
 def test_the_compute_dtype_is_reported_with_what_speaks_for_it(tmp_path, monkeypatch, tiles, dtype, reason):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr("offsite.kernels.runtime.has_matrix_tiles", lambda: tiles)
+    monkeypatch.setattr("offsite.kernels.runtime.has_bf16_vectors", lambda: False)
     report = prepare(loaded(tmp_path / "base", dtype=dtype), CPU, dtype)
     assert pieces_of(report)["bf16 as compute dtype"] == Piece(
         "bf16 as compute dtype", int(dtype == torch.bfloat16), reason

@@ -22,8 +22,8 @@ def test_auto_looks_at_what_the_processor_can_do(monkeypatch):
         (False, True, True, torch.float32),
         (False, False, False, torch.float32),
     ):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda able=tiles: able)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda able=vectors: able)
+        monkeypatch.setattr("offsite.kernels.runtime.has_matrix_tiles", lambda able=tiles: able)
+        monkeypatch.setattr("offsite.kernels.runtime.has_bf16_vectors", lambda able=vectors: able)
         monkeypatch.setattr("offsite.kernels.runtime.made_by_intel", lambda made=intel: made)
         assert resolve_runtime("cpu", "auto", threads=1).dtype is expected
 

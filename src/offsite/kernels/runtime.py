@@ -95,6 +95,16 @@ def _resolve_device(name: str) -> torch.device:
     return device
 
 
+def has_matrix_tiles() -> bool:
+    """Whether torch runs products in bf16 on this CPU's matrix tiles (AMX)."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def has_bf16_vectors() -> bool:
+    """Whether torch runs products in bf16 on this CPU's vectors (AVX-512 BF16)."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
 def bf16_support(device: torch.device) -> tuple[bool, str]:
     """Whether a device multiplies bf16 matrices faster than fp32, and the reason."""
     if device.type == "cuda":
@@ -104,9 +114,9 @@ def bf16_support(device: torch.device) -> tuple[bool, str]:
         return True, "the device multiplies bf16"
     if device.type != "cpu":
         return False, f"on {device.type} it was not measured"
-    if torch.cpu._is_amx_tile_supported():
+    if has_matrix_tiles():
         return True, "this CPU's matrix tiles (AMX) multiply bf16"
-    if not torch.cpu._is_avx512_bf16_supported():
+    if not has_bf16_vectors():
         return False, "this CPU emulates bf16, slower than fp32"
     if made_by_intel():
         return False, "the vectors of Intel's CPUs multiply bf16 slower than fp32, and there are no matrix tiles"

@@ -51,10 +51,12 @@ def test_it_computes_what_the_fused_one_does(tmp_path, kind, lengths, tile, dtyp
     use_tiled_attention(model)
     calls = []
     tiled = attention.tiled_attention
-    at_once = attention._at_once
-    monkeypatch.setattr(attention, "_at_once", lambda *inputs, **kind: calls.append(1) or at_once(*inputs, **kind))
+    at_once = attention.attention_at_once
+    monkeypatch.setattr(
+        attention, "attention_at_once", lambda *inputs, **kind: calls.append(1) or at_once(*inputs, **kind)
+    )
     if tile:
-        monkeypatch.setattr(attention, "_TILE", tile)
+        monkeypatch.setattr(attention, "TILE", tile)
         monkeypatch.setattr(
             attention, "tiled_attention", lambda *inputs, **kind: calls.append(1) or tiled(*inputs, **kind)
         )
@@ -112,11 +114,11 @@ def test_encoders_compute_and_learn_what_they_did(tmp_path, kind, tile, monkeypa
     through_interface = model._supports_attention_backend and model.config._attn_implementation == "sdpa"
     use_tiled_attention(model)
     calls = []
-    whole = {"_at_once": attention._at_once, "tiled_attention": attention.tiled_attention}
+    whole = {"attention_at_once": attention.attention_at_once, "tiled_attention": attention.tiled_attention}
     for name, run in whole.items():
         monkeypatch.setattr(attention, name, lambda *q, run=run, **kind: calls.append(kind) or run(*q, **kind))
     if tile:
-        monkeypatch.setattr(attention, "_TILE", tile)
+        monkeypatch.setattr(attention, "TILE", tile)
     ours = features_and_gradient()
     assert through_interface
     assert calls == [{"causal": False}] * 2  # once a block
@@ -138,7 +140,7 @@ def test_without_a_gradient_the_fused_one_runs(tmp_path, monkeypatch):
 def test_of_pictures_in_fp32_the_fused_one_runs(tmp_path, monkeypatch):
     model = load_model(tiny_vision_base(tmp_path / "b", "vit", blocks=1), dtype=torch.float32, device=CPU)
     use_tiled_attention(model)
-    for name in ("_at_once", "tiled_attention"):
+    for name in ("attention_at_once", "tiled_attention"):
         monkeypatch.delattr(attention, name)
     model(pixel_values=torch.randn(1, 3, 16, 16).requires_grad_()).last_hidden_state.sum().backward()
 
@@ -163,7 +165,9 @@ def random_inputs(length, dtype):
 @pytest.mark.parametrize("pieces", [2**20, 2**15], ids=["all rows at once", "few rows at once"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_tiles_are_the_whole(length, pieces, causal, monkeypatch):
-    monkeypatch.setattr(attention, "_PROBABILITIES", pieces)  # few: of 300 tokens that see all, queries are cut too
+    monkeypatch.setattr(
+        attention, "PROBABILITIES_AT_ONCE", pieces
+    )  # few: of 300 tokens that see all, queries are cut too
     inputs = random_inputs(length, torch.float32)
     expected = by_the_book(*inputs, 0.3, causal=causal)
     found = attention.tiled_attention(*inputs, 0.3, causal=causal)

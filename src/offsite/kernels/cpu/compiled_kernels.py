@@ -19,10 +19,10 @@ import torch
 
 from offsite.kernels.cpu.cpu_features import has_tiles
 
-_VERSION = 1  # of the functions' arguments; the library has the same
+VERSION = 1  # of the functions' arguments; the library has the same
 _SIDE = 32  # lengths are padded to multiples of it
 VECTORS, TILES = 1, 2  # what the library says that it can use
-_WORK = 2**17  # numbers, or attention probabilities; of fewer a second thread costs more than it does
+LEAST_WORK = 2**17  # numbers, or attention probabilities; of fewer a second thread costs more than it does
 
 
 class _Tensor(ctypes.Structure):
@@ -68,7 +68,7 @@ def level() -> tuple[int, str]:
     library = _library()
     if library is None:
         return 0, "they were not compiled when the package was installed"
-    found = int(library.offsite_kernels(_VERSION))
+    found = int(library.offsite_kernels(VERSION))
     if found == 0:
         return 0, "this CPU has no vectors for bf16 (AVX-512), or they are of another version of the package"
     if found == TILES and has_tiles():
@@ -243,7 +243,7 @@ def _run(name: str, given: list[Any], count: int, each: int) -> None:
     The interpreter's lock is released meanwhile.
     """
     function = getattr(_library(), name)
-    threads = max(1, min(torch.get_num_threads(), count, count * each // _WORK))
+    threads = max(1, min(torch.get_num_threads(), count, count * each // LEAST_WORK))
     cuts = [ctypes.c_int64(count * part // threads) for part in range(threads + 1)]
     others = [_pool(threads).submit(function, *given, *cuts[part : part + 2]) for part in range(1, threads)]
     failed = [function(*given, *cuts[:2]), *(other.result() for other in others)]

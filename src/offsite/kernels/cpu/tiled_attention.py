@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LONGEST = 448  # tokens of a row under a mask; of longer ones the fused one is as fast
-_TILE = 128  # queries of each head that run at once; of longer rows nothing that grows with T * T is kept
+TILE = 128  # queries of each head that run at once; of longer rows nothing that grows with T * T is kept
 _TILES = 4  # into which longer rows are cut: each has products of its own shapes, which oneDNN compiles and keeps
-_PROBABILITIES = 2**20  # of them at once: 2 MiB in bf16, 4 in fp32
+PROBABILITIES_AT_ONCE = 2**20  # of them at once: 2 MiB in bf16, 4 in fp32
 _EVEN = 16  # rows of probabilities are as many numbers long: products and softmaxes of odd ones take half as long again
 
 # some rows, a tile of their queries, the keys that it sees, its probabilities, and which of them dropout keeps
@@ -87,17 +87,17 @@ def _attend(
         settings = kernels.AttentionSettings(scale, causal, round(dropout * LEVELS), drawn_seed() if dropout else 0)
         compiled: torch.Tensor = _Compiled.apply(query, key, value, settings)  # type: ignore[no-untyped-call]
         return compiled, None
-    if ours and attention_mask is None and length > _TILE and value.shape[3] == query.shape[3]:
+    if ours and attention_mask is None and length > TILE and value.shape[3] == query.shape[3]:
         return tiled_attention(query, key, value, scale, dropout, causal=causal), None
     if ours and (dropout or length <= _LONGEST):
-        return _at_once(query, key, value, attention_mask, scale, dropout, causal=causal), None
+        return attention_at_once(query, key, value, attention_mask, scale, dropout, causal=causal), None
     attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
     return attended
 
 
-def _at_once(
+def attention_at_once(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -272,10 +272,10 @@ def _tile(length: int, kind: _Kind) -> int:
 
     Of longer rows as many as leave few tiles, while the probabilities of a head's tile fit the cache.
     """
-    if not kind.causal and length**2 <= _PROBABILITIES:
+    if not kind.causal and length**2 <= PROBABILITIES_AT_ONCE:
         return length
-    cut = -(-length // (_TILES * _TILE)) * _TILE  # a multiple of the tile, so at most as many as said
-    return min(length, max(_TILE, min(cut, _PROBABILITIES // length)))
+    cut = -(-length // (_TILES * TILE)) * TILE  # a multiple of the tile, so at most as many as said
+    return min(length, max(TILE, min(cut, PROBABILITIES_AT_ONCE // length)))
 
 
 def _pieces(
@@ -293,7 +293,7 @@ def _pieces(
     for begin in range(0, length, tile):
         end = min(length, begin + tile)
         here, seen = slice(begin * each, end * each), _even(end) if kind.causal else length
-        many = max(1, _PROBABILITIES // ((end - begin) * each * seen))
+        many = max(1, PROBABILITIES_AT_ONCE // ((end - begin) * each * seen))
         for first in range(0, len(queries), many):
             rows = slice(first, first + many)
             scores = queries[rows, here] @ keys[rows, :seen].transpose(1, 2)  # (P, tile R, seen)
