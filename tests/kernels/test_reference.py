@@ -34,7 +34,7 @@ def test_work_without_gradients_runs_in_order():
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("slopes", [False, True])
 def test_slices_for_a_cpus_cache_give_what_the_whole_gives(monkeypatch, cap, slopes):
-    monkeypatch.setattr(cpu_softmax, "SOFTMAX_ELEMENTS", 2 * 11)
+    monkeypatch.setattr(cpu_softmax, "SLICE_ELEMENTS", 2 * 11)
     logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(0))
     labels, found = torch.arange(7), []
     for softmax_ in (reference.softmax_, cpu_softmax.softmax_):

@@ -5,7 +5,7 @@ import torch
 from offsite.kernels import reference
 from offsite.kernels.cpu import compiled_kernels as compiled
 
-_SLICE_ELEMENTS = 2**19  # logits in fp32 that torch turns into probabilities at once: 2 MiB
+SLICE_ELEMENTS = 2**19  # logits in fp32 that torch turns into probabilities at once: 2 MiB
 
 
 def softmax_(
@@ -15,7 +15,7 @@ def softmax_(
     if cap is None and compiled.activates(logits) and nats.dtype == torch.float32:
         compiled.softmax_(logits, targets.contiguous(), nats, slopes=slopes)
         return
-    rows = max(1, _SLICE_ELEMENTS // logits.shape[1])
+    rows = max(1, SLICE_ELEMENTS // logits.shape[1])
     for begin in range(0, len(targets), rows):
         part = slice(begin, begin + rows)
         reference.softmax_(logits[part], targets[part], cap, nats[part], slopes=slopes)
