@@ -1,13 +1,13 @@
-"""Offsite-tuning between two parties: tune a model that you may not have on data that may not leave.
+"""Offsite-tuning between two parties: tune a model on private data, while neither party sends its model or its data.
 
-The stages of both parties are functions of this package, from one frozen artifact to the next:
+The stages of both parties are functions of this package; each takes an artifact and makes the next one:
 
-    import_model -> pack      the model's owner: base checkpoint -> signed bundle
-    verify_bundle -> tune     the data's owner: bundle -> signed return
-    intake -> plug_in         the model's owner: return -> base with the adapter
-    evaluate                  either party: a model's loss on rows
+    import_model -> pack      the model owner: base checkpoint -> signed bundle
+    verify_bundle -> tune     the data owner: bundle -> signed return
+    intake -> plug_in         the model owner: return -> base with the adapter
+    evaluate                  either party: a model's loss on rows of data
 
-Names are resolved when they are first used, so importing `offsite` imports neither torch nor transformers.
+Public names are imported when they are first used, so importing `offsite` imports neither torch nor transformers.
 Paper: Offsite-Tuning: Transfer Learning without Full Model, arXiv 2302.04870.
 """
 
@@ -112,7 +112,7 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported when it is first used."""
+    """Import a public name at its first use."""
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 
@@ -130,7 +130,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _taking_text(stage: Any) -> Any:
-    """The same function, which takes text too where it takes a path."""
+    """Wrap a stage function so that it also accepts a string for each parameter that is a path."""
     import functools
     import inspect
     import typing
@@ -153,5 +153,5 @@ def _taking_text(stage: Any) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names, for completion."""
+    """The public names, for tab completion."""
     return sorted(__all__)

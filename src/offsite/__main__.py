@@ -1,4 +1,4 @@
-"""`python -m offsite` is the command line."""
+"""Run the command line with `python -m offsite`."""
 
 import sys
 

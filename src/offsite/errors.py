@@ -1,11 +1,11 @@
-"""The errors that users see, and the exit code of each.
+"""The errors that users see, with the exit code of each.
 
     OffsiteError            1   the environment failed: disk full, unwritable folder, broken file
     ├── UsageError          2   a setting or an argument is wrong
     │   └── DataError       2   a row of a data set is wrong
-    ├── VerificationError   3   what the other party sent is not what it must be
-    ├── IncompatibleError   4   this model, base or return does not fit
-    └── PolicyError         5   well-formed, but the party's policy refuses it
+    ├── VerificationError   3   a received bundle, return or plug-in is not valid
+    ├── IncompatibleError   4   a model, base or return is not supported or does not fit
+    └── PolicyError         5   valid, but the party's policy refuses it
 
 Every error says what was wrong, lists every reason at once, and names the next step.
 """
@@ -14,12 +14,12 @@ from collections.abc import Sequence
 
 
 class OffsiteError(Exception):
-    """Something that a user can understand and act on; the command line prints it without a traceback.
+    """Base class of all errors that a user can act on; the command line prints them without a traceback.
 
     Args:
         what: one sentence that says what went wrong.
-        reasons: every mismatch found, each with what was found and what was expected.
-        next_step: what to do about it.
+        reasons: every mismatch, each with the found and the expected value.
+        next_step: what the user can do about it.
     """
 
     exit_code = 1
@@ -44,26 +44,26 @@ class UsageError(OffsiteError):
 
 
 class DataError(UsageError):
-    """A data set is empty, unreadable, or has a bad row; reasons name file, line and field."""
+    """A data set is empty, cannot be read, or has an invalid row; reasons name file, line and field."""
 
 
 class VerificationError(OffsiteError):
-    """A bundle or a return failed verification; reasons list every failure."""
+    """A bundle, return or plug-in failed verification; reasons list every failure."""
 
     exit_code = 3
 
 
 class IncompatibleError(OffsiteError):
-    """Two artifacts, or an artifact and this software, do not fit together."""
+    """Two artifacts do not fit together, or this software does not support a model or an artifact."""
 
     exit_code = 4
 
 
 class PolicyError(OffsiteError):
-    """The artifact is genuine, but the party's policy refuses what is asked."""
+    """The artifact is genuine, but the party's policy refuses the operation."""
 
     exit_code = 5
 
 
 class StorageError(OffsiteError):
-    """A file could not be read or written: no space, no permission, or truncated."""
+    """A file could not be read or written, for example for lack of space or permission, or because it is truncated."""

@@ -7,15 +7,15 @@ from offsite.errors import UsageError
 
 
 def require(module: str, extra: str, purpose: str) -> Any:
-    """Import a module of an optional extra.
+    """Import a module that belongs to an optional extra.
 
     Args:
-        module: what to import; a name from this code, never from data.
-        extra: the extra of this distribution that brings it.
-        purpose: what needs it, as the start of a sentence.
+        module: the module's name; always a constant in this code, never read from data.
+        extra: the extra of this distribution that installs the module.
+        purpose: the feature that needs the module, as the start of the error's sentence.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: the module is not installed.
     """
     try:
         return importlib.import_module(module)

@@ -16,11 +16,11 @@ class Event:
 
 
 class Progress(Protocol):
-    """Where a stage's events go: any function that takes an `Event`."""
+    """A callback for the events of a stage: any function that takes an `Event`."""
 
     def __call__(self, event: Event, /) -> None:
-        """Take one event."""
+        """Receive one event."""
 
 
 def silent(event: Event) -> None:
-    """The default: say nothing."""
+    """Ignore the event; this is the default callback."""

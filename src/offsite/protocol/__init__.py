@@ -1,1 +1,1 @@
-"""The wire: artifacts, manifests, signing, and the rules that verify what the other party sent. Torch-free."""
+"""The exchange format: artifacts, manifests, signatures, and the rules that verify received folders. Torch-free."""

@@ -1,6 +1,7 @@
-"""The frozen values that pass between stages. A Bundle, Return or PlugIn in hand has been verified, or sealed just now.
+"""The artifacts as frozen values. Every `Bundle`, `Return` or `PlugIn` object was verified, or sealed by this process.
 
-Their constructors refuse everybody but `offsite.protocol.verify` and `offsite.protocol.sealing`, which use `attest`.
+Their constructors raise TypeError for all callers except `offsite.protocol.verify` and `offsite.protocol.sealing`.
+These two modules construct them with `attest`.
 """
 
 from collections.abc import Hashable
@@ -16,10 +17,10 @@ _PROOF = object()  # who constructs an artifact holds it
 
 @dataclass(frozen=True)
 class Base:
-    """A base checkpoint folder: ordinary Hugging Face files, safetensors only."""
+    """The folder of a base checkpoint: ordinary Hugging Face files, with weights in safetensors only."""
 
     folder: Path
-    # fingerprints that were computed before, each by the key and the states of the files that it holds for
+    # fingerprints computed earlier; the key holds the state of the files, so that a changed file is hashed again
     fingerprints: dict[Hashable, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -28,10 +29,10 @@ class Base:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle; `digest` is the SHA-256 of its manifest's bytes and names it in the chain.
+    """A verified bundle. `digest` is the SHA-256 of its manifest's bytes; returns and plug-ins name the bundle by it.
 
     Raises:
-        TypeError: it is constructed by hand; `verify_bundle` and `pack` are where bundles come from.
+        TypeError: the constructor was called directly; use `verify_bundle` or `pack`.
     """
 
     folder: Path
@@ -46,10 +47,10 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Return:
-    """A verified return; `digest` is the SHA-256 of its manifest's bytes.
+    """A verified return. `digest` is the SHA-256 of its manifest's bytes.
 
     Raises:
-        TypeError: it is constructed by hand; `intake`, `verify_return` and `tune` are where returns come from.
+        TypeError: the constructor was called directly; use `intake`, `verify_return` or `tune`.
     """
 
     folder: Path
@@ -67,7 +68,7 @@ class PlugIn:
     """A verified plug-in: an adapter folder for the base, or a complete checkpoint.
 
     Raises:
-        TypeError: it is constructed by hand; `verify_plug_in` and `plug_in` are where plug-ins come from.
+        TypeError: the constructor was called directly; use `verify_plug_in` or `plug_in`.
     """
 
     folder: Path
@@ -81,7 +82,7 @@ class PlugIn:
 
 
 def files_of(artifact: Path | Base | Bundle | Return | PlugIn) -> Path | Snapshot:
-    """Where the files of an artifact are taken from: the ones that were verified, or a folder as it is."""
+    """The source of an artifact's files: the verified snapshot, or the plain folder for a `Path` or a `Base`."""
     if isinstance(artifact, Path):
         return artifact
     return artifact.folder if isinstance(artifact, Base) else artifact.files
@@ -99,13 +100,13 @@ def attest(folder: Path, manifest: ReturnManifest, digest: str, files: Snapshot)
 @overload
 def attest(folder: Path, manifest: PlugInManifest, digest: str, files: Snapshot) -> PlugIn: ...
 def attest(folder: Path, manifest: Manifest, digest: str, files: Snapshot) -> Bundle | Return | PlugIn:
-    """The artifact of a folder that was verified, or sealed, by the caller. For `verify` and `sealing` alone.
+    """Construct the artifact for a folder that the caller verified or sealed. Only `verify` and `sealing` call this.
 
     Args:
-        folder: where it lies.
-        manifest: what its `offsite.json` says.
+        folder: the artifact's folder.
+        manifest: the parsed content of its `offsite.json`.
         digest: SHA-256 of the manifest's bytes, in hex.
-        files: those that the manifest lists.
+        files: the files that the manifest lists.
     """
     if isinstance(manifest, BundleManifest):
         return Bundle(folder, manifest, digest, files, _PROOF)

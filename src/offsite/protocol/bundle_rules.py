@@ -1,4 +1,4 @@
-"""Rules for a bundle: an ordinary checkpoint of a known family, with what its manifest says and nothing that runs."""
+"""Rules for a bundle: a checkpoint of a known family that matches its manifest and contains nothing executable."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -75,7 +75,7 @@ def _bundle_config(signed: SignedFolder) -> Iterator[str]:
 
 
 def _bundle_positions(signed: SignedFolder) -> Iterator[str]:
-    """Positions that a model knows: no tensor need confirm how many, and some families compute tables of them."""
+    """Limit the number of positions: no tensor need confirm it, and some families compute a table of that length."""
     config = _settings_of(signed)[0]
     for key in ("max_position_embeddings", "n_positions", "n_ctx"):
         if type(config.get(key)) is int and config[key] > _MOST_POSITIONS:
@@ -124,7 +124,7 @@ def _bundle_weights(signed: SignedFolder) -> Iterator[str]:
 def _declared_tensors(
     declared: Declared, manifest: BundleManifest, family: Architecture, checkpoint: Checkpoint, settings: dict[str, Any]
 ) -> dict[str, Expected]:
-    """The emulator's tensors by full name: what is declared, in the sizes of the first trained block."""
+    """The shape and dtypes of each declared emulator tensor, by full name, from the first trained block's sizes."""
     first = manifest.split.trained[0]
     paths = family.block_tensors(settings, first)
     names = {path: family.in_block(first, path) for path in paths}
@@ -210,7 +210,7 @@ def _bundle_of(signed: SignedFolder) -> tuple[BundleManifest, Architecture]:
 
 
 def _settings_of(signed: SignedFolder) -> tuple[dict[str, Any], Declared | None]:
-    """The family's config and what the emulator declares; what is malformed is the finding of another rule."""
+    """The family's config and the emulator's declaration; ({}, None) if malformed, which another rule reports."""
     config = read_json(signed, CONFIG)
     try:
         return unwrapped(config if isinstance(config, dict) else {})

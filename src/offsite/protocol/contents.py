@@ -1,6 +1,6 @@
-"""Which files a bundle may hold, and what may stand in its JSON files. Packing writes by it, verifying refuses by it.
+"""The files that a bundle may hold, and the keys that its JSON files may hold. Both packing and verification use it.
 
-An allow-list, because transformers acts upon many keys: `auto_map` imports code, a hub name as attention
+It is an allow-list, because transformers acts upon many keys: `auto_map` imports code, a hub name as attention
 implementation downloads kernels, a tokenizer may name other files.
 """
 
@@ -46,7 +46,7 @@ BESIDE_A_MODEL = ("LICENSE", "LICENSE.txt")  # of a base, which a merged plug-in
 
 
 def checkpoint_file(number: int) -> str:
-    """The file of a return's earlier checkpoint, counted from 1; the last one is in the file of `WEIGHTS_OF`."""
+    """The file name for an earlier checkpoint of a return, counted from 1; `WEIGHTS_OF` names the last one's file."""
     return f"checkpoint-{number}.safetensors"
 
 
@@ -93,12 +93,12 @@ def allowed_in_bundle(name: str) -> bool:
 
 
 def allowed_in_plug_in(name: str) -> bool:
-    """Whether a plug-in may hold a file of this name: an adapter's, or those of a complete checkpoint."""
+    """Whether a plug-in may hold a file of this name: a file of an adapter or of a complete checkpoint."""
     return allowed_in_bundle(name) or name in (ADAPTER_CONFIG, *WEIGHTS_OF.values(), *BESIDE_A_MODEL)
 
 
 def cleaned(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON file of a bundle without the keys that may not travel; a processor's class under today's key and name."""
+    """The content of a JSON file with only the permitted keys; an old image processor class gets its present name."""
     older = content.get("feature_extractor_type") if name == PROCESSOR else None
     if isinstance(older, str):
         content = {"image_processor_type": older.replace("FeatureExtractor", "ImageProcessor"), **content}
@@ -128,7 +128,7 @@ def content_problems(name: str, content: object) -> list[str]:
 
 
 def processor_problems(content: Mapping[str, Any]) -> list[str]:
-    """What in the settings of an image processor is none of the few that are understood."""
+    """One sentence for each setting of an image processor whose value is not of the supported form."""
     numbers = (int, float)
     bad = [key for key in _SWITCHES if type(content.get(key, False)) not in (bool, type(None))]
     bad += [key for key in ("image_mean", "image_std") if not _numbers(content.get(key, [1.0]))]
@@ -151,7 +151,7 @@ def _numbers(value: object) -> bool:
 
 
 def _sides(value: object) -> bool:
-    """Whether a size is a side, or sides by name, that an image may sensibly be resized to."""
+    """Whether a `size` setting is one side, height and width, or the shortest edge, each from 1 to 4096 pixels."""
     named = value if isinstance(value, dict) else {"height": 1 if value is None else value}
     return set(named) in ({"height"}, {"height", "width"}, {"shortest_edge"}) and all(
         type(side) is int and 1 <= side <= _LARGEST_SIDE for side in named.values()
@@ -159,7 +159,7 @@ def _sides(value: object) -> bool:
 
 
 def tokenizer_digest(files: Iterable[FileEntry]) -> str:
-    """One SHA-256 for the tokenizer or image processor: over the names and digests of its files, in order of name."""
+    """One SHA-256 in hex for the tokenizer or image processor: over the names and digests of its files, by name."""
     digest = hashlib.sha256()
     for entry in sorted(files, key=lambda entry: entry.name):
         if entry.name in (PROCESSOR, *TOKENIZER_FILES):

@@ -1,4 +1,4 @@
-"""Rules for every artifact: who signed it, for whom, and that its files are exactly those that were signed."""
+"""Rules for every artifact: the signer is trusted, this party is the recipient, and the files are the signed ones."""
 
 import stat
 from collections.abc import Iterator, Mapping
@@ -65,7 +65,7 @@ def _digests(signed: SignedFolder) -> Iterator[str]:
             yield f"cannot read {entry.name}: {found.strerror}"
 
 
-# What mends a finding on the receiver's side; any other one is the sender's.
+# What the receiver can do about a finding; findings of all other rules are for the sender to correct.
 OWN_FAULT: Mapping[Rule, str] = {
     _trusted_signer: "compare the key's fingerprint with the sender over another channel, then "
     "`offsite trust add NAME FILE.pub`",

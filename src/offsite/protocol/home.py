@@ -1,4 +1,4 @@
-"""A party's home: its key, the keys it trusts, and where its ledger lies."""
+"""A party's home folder: its key, the keys that it trusts, and the path of its ledger."""
 
 import os
 import re
@@ -28,20 +28,20 @@ class Home:
 
     @classmethod
     def default(cls) -> "Home":
-        """`$OFFSITE_HOME`, else the folder where this platform keeps an application's data."""
+        """The home in `$OFFSITE_HOME`, else in this platform's folder for application data."""
         named = os.environ.get("OFFSITE_HOME")
         return cls(Path(named) if named else platformdirs.user_data_path("offsite", appauthor=False))
 
     @property
     def ledger(self) -> Path:
-        """The owner's SQLite file."""
+        """The path of the ledger, an SQLite file that the model owner writes."""
         return self.folder / "ledger.sqlite"
 
     def create_identity(self, name: str) -> Identity:
-        """Make this party's key pair; the private part is written with mode 0600 and never shown.
+        """Create this party's key pair; the private key is written with file mode 0600 and never shown.
 
         Raises:
-            UsageError: the name is no plain word, or the home has a key already.
+            UsageError: the name has characters other than letters, digits, ".-_", or the home has a key already.
             StorageError: the home cannot be written.
         """
         _check_name(name)
@@ -62,7 +62,7 @@ class Home:
         return identity
 
     def identity(self) -> Identity:
-        """This party.
+        """This party's name and key pair, read from the home.
 
         Raises:
             UsageError: the home has no key yet.
@@ -93,10 +93,10 @@ class Home:
         return Identity(name, key)
 
     def trust(self, name: str, key: PublicKey) -> None:
-        """Remember another party's key under a name of one's own.
+        """Store another party's key as trusted, under a name that this party chooses.
 
         Raises:
-            UsageError: the name is taken by another key, the key is known under another name, or it is one's own.
+            UsageError: the name belongs to another key, the key has another name, or it is this party's own key.
         """
         _check_name(name)
         if self._key.exists() and key == self.identity().public_key:
@@ -118,10 +118,10 @@ class Home:
         replace_file(self.folder / "trusted" / f"{name}.pub", key.openssh(name).encode())
 
     def distrust(self, name: str) -> None:
-        """Forget a party's key.
+        """Remove a party's key from the trusted keys.
 
         Raises:
-            UsageError: nobody of that name is trusted.
+            UsageError: no trusted key has that name.
         """
         if name not in self.trusted():
             raise UsageError(f"nobody called {name!r} is trusted", next_step="see `offsite trust list`")
@@ -129,14 +129,14 @@ class Home:
             (self.folder / "trusted" / f"{name}.pub").unlink()
 
     def trusted(self) -> Mapping[str, PublicKey]:
-        """The keys that this party trusts, by the names that it gave them."""
+        """All trusted keys, by the names that this party chose for them."""
         return {file.stem: _trusted_file(file) for file in sorted((self.folder / "trusted").glob("*.pub"))}
 
     def trusted_key(self, name: str) -> PublicKey:
-        """The key of a trusted party.
+        """The key of a trusted party, by name.
 
         Raises:
-            UsageError: nobody of that name is trusted.
+            UsageError: no trusted key has that name.
         """
         trusted = self.trusted()
         if name not in trusted:

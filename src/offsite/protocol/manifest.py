@@ -1,4 +1,4 @@
-"""What `offsite.json` says, for each kind of artifact: strict types that refuse what they do not know."""
+"""The schema of `offsite.json` for each kind of artifact: strict types that refuse unknown fields."""
 
 import itertools
 import operator
@@ -19,7 +19,7 @@ MANIFEST_BYTES = 16 * 2**20  # no manifest is larger
 _MOST_ENTRIES = 500_000  # of all lists and objects of a manifest together
 _MOST_KEYS = 64  # of an object that does not go by the names of tensors
 FORMAT: Final = 1
-SPREAD = "spread"  # required of who reads a bundle with trained blocks inside the emulator
+SPREAD = "spread"  # a reader of a bundle with trained blocks inside the emulator must support it
 # features that this version understands beyond the format itself
 KNOWN_REQUIREMENTS: frozenset[str] = frozenset((*FEATURES, SPREAD))
 
@@ -37,7 +37,7 @@ class _Part(BaseModel):
 
 
 class FileEntry(_Part):
-    """A file of the artifact: name in its folder, size in bytes, SHA-256."""
+    """One file of the artifact: its name in the folder, its size in bytes, and its SHA-256 in hex."""
 
     name: FileName
     size: Size
@@ -52,10 +52,10 @@ class TensorEntry(_Part):
 
 
 class Split(_Part):
-    """Blocks of the bundle: the trained first ones, the emulator, the trained last ones; and what trains in between.
+    """The numbers of blocks in each part of the bundle: trained first blocks, emulator, trained last blocks.
 
-    `emulator` counts what lies between bottom and top. It is frozen, but for the blocks that `spread` lists, by their
-    places in the bundle.
+    `emulator` counts all blocks between bottom and top. They are frozen, except the trained blocks that `spread` lists
+    by their indices in the bundle.
     """
 
     bottom: Annotated[int, Field(ge=0, le=10_000)]
@@ -74,17 +74,17 @@ class Split(_Part):
 
     @property
     def blocks(self) -> int:
-        """Blocks of the bundle in all."""
+        """The number of all blocks of the bundle."""
         return self.bottom + self.emulator + self.top
 
     @property
     def trained(self) -> tuple[int, ...]:
-        """Indices of the trained blocks, in the bundle's numbering."""
+        """The indices of the trained blocks in the bundle, in ascending order."""
         return (*range(self.bottom), *self.spread, *range(self.bottom + self.emulator, self.blocks))
 
     @property
     def features(self) -> tuple[str, ...]:
-        """What a reader must know to understand it."""
+        """The features that a reader must support for this split, as the manifest's `requires` lists them."""
         return (SPREAD,) if self.spread else ()
 
 
@@ -105,7 +105,7 @@ class _Document(_Part):
 
 
 class BundleManifest(_Document):
-    """A bundle: what the data owner gets, and what may come back. Which base blocks were kept is not in it."""
+    """The manifest of a bundle: its parts, and what a return may contain. It hides which base blocks were kept."""
 
     kind: Literal["bundle"]
     issued_at: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
@@ -120,7 +120,7 @@ class BundleManifest(_Document):
     max_width: Annotated[int, Field(ge=1, le=65_536)]
     tensors: Annotated[dict[TensorName, TensorEntry], Field(min_length=1)]
     lora_targets: dict[TensorName, Annotated[tuple[Size, Size], Field(strict=False)]]
-    head: dict[TensorName, TensorEntry] = {}  # what may come back of the head, beside what trains in the blocks
+    head: dict[TensorName, TensorEntry] = {}  # the head's tensors that a return may contain
 
     @model_validator(mode="after")
     def _consistent(self) -> "BundleManifest":
@@ -145,13 +145,13 @@ class BundleManifest(_Document):
 
     @property
     def hidden(self) -> int:
-        """The model's hidden size, as the tensors that may come back show it."""
+        """The model's hidden size, read from the shape of a returnable tensor."""
         family = ARCHITECTURES[self.architecture]
         weight = self.tensors[f"{family.in_block(self.split.trained[0], family.attention_out)}.weight"]
         return weight.shape[1 if family.transposed else 0]
 
     def own_tensors(self, method: Method) -> dict[str, TensorEntry]:
-        """The model's own tensors that come back of a tuning by this method; none where it trains others."""
+        """The model's own tensors in a return by this method; empty for methods that add tensors (LoRA, bottleneck)."""
         family = ARCHITECTURES[self.architecture]
         if method == "bitfit":
             return {name: entry for name, entry in self.tensors.items() if family.is_bias(name)}
@@ -164,7 +164,7 @@ class BottleneckSettings(_Part):
     width: Annotated[int, Field(ge=1, le=65_536)]
 
     def tensors(self, bundle: BundleManifest) -> dict[str, TensorEntry]:
-        """Every tensor of the bottlenecks that a bundle permits."""
+        """The tensors that a return with these bottlenecks must hold for a bundle, by name, with shape and dtype."""
         shapes: dict[str, tuple[int, ...]] = {}
         for place in bottleneck_places(ARCHITECTURES[bundle.architecture], bundle.split.trained):
             shapes |= bottleneck_shapes(place, bundle.hidden, self.width)
@@ -180,10 +180,10 @@ class LoraSettings(_Part):
 
 
 class ReturnManifest(_Document):
-    """A return: which bundle it answers, how it was tuned, and every tensor in it.
+    """The manifest of a return: the bundle that it answers, how it was tuned, and every tensor in it.
 
-    Nothing about the data, but for the held-out loss of each checkpoint where the data owner chose to tell it, and of
-    images: `classes` names what the classifier beside the adapter tells apart, in the order of its outputs.
+    It says nothing about the data, with two exceptions: `scores`, the held-out loss of each checkpoint, if the data
+    owner chose to report it; and `classes` for images, the class names in the order of the classifier's outputs.
     """
 
     kind: Literal["return"]
@@ -216,12 +216,12 @@ class ReturnManifest(_Document):
 
     @property
     def checkpoints(self) -> int:
-        """Checkpoints in all, the last one included."""
+        """The number of all checkpoints, the last one included."""
         return self.earlier_checkpoints + 1
 
 
 class PlugInManifest(_Document):
-    """A plug-in: the base with what came back, and the chain it came by."""
+    """The manifest of a plug-in: its form, its strength, and the digests of its base, bundle and return."""
 
     kind: Literal["plug-in"]
     form: Literal["adapter", "merged"]
@@ -240,7 +240,7 @@ class PlugInManifest(_Document):
 
 
 def _require_nothing(document: _Document) -> None:
-    """The features there are so far are those of bundles."""
+    """Raise ValueError if a return or plug-in requires a feature: all features known so far belong to bundles."""
     if document.requires:
         raise ValueError("requires what only a bundle can require")
 
@@ -250,7 +250,7 @@ _ANY: TypeAdapter[Manifest] = TypeAdapter(Annotated[Manifest, Field(discriminato
 
 
 class ManifestProblem(ValueError):  # noqa: N818  a finding that verify turns into an error
-    """An `offsite.json` that cannot be read; `reasons` lists why."""
+    """An `offsite.json` is malformed or not supported; `reasons` lists every problem."""
 
     def __init__(self, reasons: list[str]) -> None:
         super().__init__("; ".join(reasons))
@@ -258,10 +258,10 @@ class ManifestProblem(ValueError):  # noqa: N818  a finding that verify turns in
 
 
 def parse_manifest(raw: bytes) -> Manifest:
-    """The manifest in the bytes of an `offsite.json`.
+    """Parse the bytes of an `offsite.json`.
 
     Raises:
-        ManifestProblem: not JSON, of an unknown kind, format or requirement, or with unknown or malformed fields.
+        ManifestProblem: it is not JSON, has an unknown kind, format or requirement, or unknown or malformed fields.
     """
     if len(raw) > MANIFEST_BYTES:
         raise ManifestProblem([f"{MANIFEST} has {len(raw)} bytes, expected at most {MANIFEST_BYTES}"])
@@ -283,7 +283,7 @@ def parse_manifest(raw: bytes) -> Manifest:
 
 
 def _is_out_of_proportion(content: object) -> bool:
-    """Whether checking each entry would cost far more than a manifest is worth: each wrong one becomes a finding."""
+    """Whether the JSON has too many entries to validate: each wrong entry would become a reason in the error."""
     left, within = _MOST_ENTRIES, [(content, 0)]
     while within:
         one, depth = within.pop()
@@ -296,5 +296,5 @@ def _is_out_of_proportion(content: object) -> bool:
 
 
 def render_manifest(manifest: Manifest) -> bytes:
-    """The bytes of `offsite.json`; what is signed are these bytes, so no canonical form is needed."""
+    """Serialise a manifest as the bytes of `offsite.json`; these bytes are signed, so no canonical form is needed."""
     return manifest.model_dump_json(indent=1).encode() + b"\n"

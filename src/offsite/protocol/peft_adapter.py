@@ -1,7 +1,7 @@
-"""What a LoRA return and an adapter plug-in look like on disk: an ordinary PEFT folder. Torch-free.
+"""The files of a LoRA return and of an adapter plug-in: an ordinary PEFT folder. Torch-free.
 
-Both parties derive the same `adapter_config.json` from the same settings, so verifying it is comparing it: no key that
-PEFT might act on (an initialisation that changes base weights, a module to save, a path) can travel.
+Both parties derive the same `adapter_config.json` from the same settings, and verification compares the two. So no
+other key that PEFT acts on (an initialisation that changes base weights, a module to save, a path) is ever accepted.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from offsite.protocol.manifest import LoraSettings, TensorEntry
 
 
 def adapter_config(lora: LoraSettings, architecture: Architecture, *, head: bool = False) -> dict[str, object]:
-    """The content of `adapter_config.json` for PEFT: a plain LoRA on exactly these modules, and the head if tuned."""
+    """The content of PEFT's `adapter_config.json`: a plain LoRA on exactly these targets, and the head if tuned."""
     return {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION" if architecture.vision else "CAUSAL_LM",
@@ -32,16 +32,16 @@ def adapter_config(lora: LoraSettings, architecture: Architecture, *, head: bool
 
 
 def lora_pair(target: str) -> tuple[str, str]:
-    """The names in `adapter_model.safetensors` of the pair on one module: A (rank, in), then B (out, rank)."""
+    """The tensor names in `adapter_model.safetensors` for one target module: A (rank, in), then B (out, rank)."""
     return f"base_model.model.{target}.lora_A.weight", f"base_model.model.{target}.lora_B.weight"
 
 
 def adapter_tensors(lora: LoraSettings, shapes: Mapping[str, tuple[int, int]]) -> dict[str, TensorEntry]:
-    """Every tensor that the adapter must hold, and no other.
+    """All tensors that the adapter must hold, by name; it may hold no others.
 
     Args:
-        lora: rank and targets.
-        shapes: (in, out) features of every permitted target, as `BundleManifest.lora_targets` has them.
+        lora: the rank and the targets.
+        shapes: (in, out) features of every permitted target, as in `BundleManifest.lora_targets`.
     """
     expected = {}
     for target in sorted(lora.targets):

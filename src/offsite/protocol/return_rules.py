@@ -1,4 +1,4 @@
-"""Rules for a return: exactly the tensors that the bundle permits, finite, from the party that it was issued to."""
+"""Rules for a return: exactly the permitted tensors, finite values, signed by the recipient of the bundle."""
 
 import json
 from collections.abc import Iterator
@@ -92,7 +92,7 @@ def _return_own(signed: SignedFolder) -> Iterator[str]:
 
 
 def _return_head(signed: SignedFolder) -> Iterator[str]:
-    """What it must hold is for the rules of the methods."""
+    """Check that the bundle permits a tuned head; the rules for each method check the head's tensors."""
     if _return_of(signed).head and signed.parent is not None and not signed.parent.head:
         yield "the head was tuned, which the bundle does not permit"
 
@@ -104,7 +104,7 @@ def _return_bottleneck(signed: SignedFolder) -> Iterator[str]:
 
 
 def _return_classifier(signed: SignedFolder) -> Iterator[str]:
-    """A linear head with an output for each class, from an encoder, and from nothing else."""
+    """Check the classifier: a return for an image encoder has one with an output per class; other returns have none."""
     classes, parent = _return_of(signed).classes, signed.parent
     inputs = classifier_inputs(parent) if parent else None
     if parent is not None and (inputs is None) != (classes is None):
@@ -123,7 +123,7 @@ def _return_classifier(signed: SignedFolder) -> Iterator[str]:
 
 
 def classifier_inputs(bundle: BundleManifest) -> int | None:
-    """How many numbers of an image the classifier of a bundle reads; None of a language model."""
+    """The number of features that the classifier reads for one image; None if the bundle is a language model."""
     family = ARCHITECTURES[bundle.architecture]
     if family.vision is None:
         return None
@@ -160,7 +160,7 @@ def _head_of(manifest: ReturnManifest, parent: BundleManifest) -> dict[str, Tens
 
 
 def _returned_files(manifest: ReturnManifest) -> list[str]:
-    """The files that hold the tensors, the last checkpoint first; of the earlier ones those that are listed."""
+    """The names of the tensor files: the last checkpoint first, then the earlier ones that the manifest lists."""
     listed = {entry.name for entry in manifest.files}
     earlier = [checkpoint_file(number) for number in range(1, manifest.checkpoints)]
     return [WEIGHTS_OF[manifest.method], *(name for name in earlier if name in listed)]  # _return_files misses the rest
@@ -173,7 +173,7 @@ def _return_of(signed: SignedFolder) -> ReturnManifest:
 
 
 def beyond_policy(manifest: ReturnManifest, bundle: BundleManifest) -> list[str]:
-    """What a genuine return uses that its bundle does not permit."""
+    """One sentence for each thing in a genuine return (method, rank, width) that its bundle does not permit."""
     reasons = []
     if manifest.method not in bundle.methods:
         reasons.append(f"tuned by {manifest.method}, the bundle permits {', '.join(bundle.methods)}")

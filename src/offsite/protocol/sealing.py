@@ -1,4 +1,4 @@
-"""Sealing: the manifest and its signature, written last into a folder that is not yet visible."""
+"""Sealing: write the manifest and its signature as the last files, before the folder gets its final name."""
 
 import hashlib
 from collections.abc import Iterable
@@ -41,12 +41,12 @@ def seal(folder: Path, manifest: Manifest, identity: Identity, out: Path) -> Bun
 
     Args:
         folder: the staged folder, with all files that the manifest lists.
-        manifest: what the artifact is.
-        identity: who signs.
-        out: the folder that the staged one becomes.
+        manifest: the artifact's manifest.
+        identity: the party that signs.
+        out: the final path of the staged folder.
 
     Returns:
-        The artifact, which this party has made itself.
+        The artifact at `out`; it needs no verification, because this process has written it.
     """
     raw = render_manifest(manifest)
     parse_manifest(raw)  # what the other party would refuse must not leave the house

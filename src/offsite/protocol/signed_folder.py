@@ -1,4 +1,4 @@
-"""A signed folder that is being verified: what was read of its files, and how findings about it are worded."""
+"""A signed folder during verification: the content of its files, and the texts of common findings."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -23,7 +23,7 @@ CONFIG_BYTES = 16 * 2**20  # no JSON file of an artifact is larger; tokenizer.js
 
 @dataclass(frozen=True)
 class SignedFolder:
-    """A folder with its parsed manifest, before all rules have passed, and what was read of the listed files."""
+    """A folder that is not verified yet: its parsed manifest, and the listed files as they were read."""
 
     folder: Path
     home: Home
@@ -34,24 +34,24 @@ class SignedFolder:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest's bytes."""
+        """The SHA-256 of the manifest's bytes, in hex."""
         return hashlib.sha256(self.raw).hexdigest()
 
     @property
     def signer(self) -> str:
-        """The key that the manifest says has signed it."""
+        """The public key, in hex, that the manifest names as its signer."""
         return self.manifest.signer if isinstance(self.manifest, ReturnManifest) else self.manifest.issuer
 
     def names(self) -> Set[str]:
-        """Of the listed files that could be read."""
+        """The names of the listed files that could be read."""
         return {name for name, file in self.files.items() if isinstance(file, ReadFile)}
 
     def file(self, name: str) -> ReadFile:
-        """What was read of a file.
+        """The result of reading a file.
 
         Raises:
-            VerificationError: it is missing, not listed, or no regular file.
-            OSError: it could not be read.
+            VerificationError: the file is missing, not listed, or not a regular file.
+            OSError: the file could not be read.
         """
         found = self.files.get(name)
         if found is None or isinstance(found, FileNotFoundError):
@@ -64,8 +64,8 @@ class SignedFolder:
         """The content of a file that holds no tensors.
 
         Raises:
-            VerificationError: it is missing, no regular file, or larger than any such file.
-            OSError: it could not be read.
+            VerificationError: the file is missing, not a regular file, or too large to be kept in memory.
+            OSError: the file could not be read.
         """
         content = self.file(name).content
         if content is None:
@@ -75,12 +75,12 @@ class SignedFolder:
         return content
 
     def header(self, name: str) -> dict[str, TensorRange]:
-        """The tensors of a safetensors file.
+        """The tensors of a safetensors file, by name.
 
         Raises:
-            VerificationError: it is missing or no regular file.
+            VerificationError: the file is missing or not a regular file.
             StorageError: its header is malformed.
-            OSError: it could not be read.
+            OSError: the file could not be read.
         """
         file = self.file(name)
         if file.header is None:
@@ -92,7 +92,7 @@ Rule = Callable[[SignedFolder], Iterator[str]]
 
 
 def names_differ(what: str, found: Set[str], expected: Set[str]) -> Iterator[str]:
-    """Findings about names that are too many or missing; long lists are cut."""
+    """Yield a finding for unexpected names and one for missing names; each shows at most six names."""
     for label, names in (("unexpected", sorted(found - expected)), ("missing", sorted(expected - found))):
         if names:
             more = f" and {len(names) - 6} more" if len(names) > 6 else ""
@@ -102,7 +102,7 @@ def names_differ(what: str, found: Set[str], expected: Set[str]) -> Iterator[str
 def entries_differ(
     entries: Mapping[str, TensorEntry], held: Mapping[str, TensorRange], where: str = "the file"
 ) -> Iterator[str]:
-    """Findings about tensors whose shape or dtype in a file is not what the manifest says."""
+    """Yield a finding for each tensor whose shape or dtype in a file differs from the manifest's entry."""
     for name in sorted(set(entries) & set(held)):
         found = TensorEntry.model_construct(shape=held[name].shape, dtype=held[name].dtype)
         if (found.shape, found.dtype) != (entries[name].shape, entries[name].dtype):
@@ -110,7 +110,7 @@ def entries_differ(
 
 
 def manifest_tensors_differ(found: dict[str, TensorEntry], expected: dict[str, TensorEntry]) -> Iterator[str]:
-    """Findings about tensors that a manifest names and those that it may name."""
+    """Yield a finding for each difference between the tensors that a manifest names and the expected ones."""
     yield from names_differ("tensors", set(found), set(expected))
     for name in sorted(set(found) & set(expected)):
         if found[name] != expected[name]:
@@ -122,10 +122,10 @@ def _shown(entry: TensorEntry) -> str:
 
 
 def read_json(signed: SignedFolder, name: str) -> object:
-    """A JSON file of the folder.
+    """The parsed content of a JSON file of the folder.
 
     Raises:
-        VerificationError: it cannot be read, is too large, or is not JSON.
+        VerificationError: the file cannot be read, is too large, or is not JSON.
     """
     raw = signed.read(name)
     if len(raw) > CONFIG_BYTES:

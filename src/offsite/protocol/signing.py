@@ -1,7 +1,7 @@
 """Ed25519 keys and detached signatures over a file's exact bytes.
 
-What is signed is a line that names the kind of document, then the bytes: a signature of a bundle can never pass for
-one of a return. Public keys travel in OpenSSH's one-line format, so `ssh-keygen -lf` shows the same fingerprint.
+The signed message is a line with the kind of document, then the file's bytes. So a bundle's signature is never valid
+for a return. Public keys are exchanged in OpenSSH's one-line format, so `ssh-keygen -lf` shows the same fingerprint.
 """
 
 import base64
@@ -20,21 +20,21 @@ SIGNATURE_BYTES = 64
 
 @dataclass(frozen=True)
 class PublicKey:
-    """The public half of a party's key: 32 bytes, written as 64 hex digits in manifests."""
+    """A party's public key: 32 bytes, which manifests hold as 64 hex digits."""
 
     raw: bytes
 
     @classmethod
     def from_hex(cls, text: str) -> "PublicKey":
-        """The key that a manifest names."""
+        """Construct the key from its 64 hex digits, as they stand in a manifest."""
         return cls(bytes.fromhex(text))
 
     @classmethod
     def from_openssh(cls, line: str) -> "PublicKey":
-        """The key of an OpenSSH public key line.
+        """Construct the key from one line of an OpenSSH public key file.
 
         Raises:
-            UsageError: the line is no Ed25519 public key.
+            UsageError: the line is not an Ed25519 public key.
         """
         try:
             key = serialization.load_ssh_public_key(line.strip().encode())
@@ -46,11 +46,11 @@ class PublicKey:
 
     @property
     def hex(self) -> str:
-        """64 hex digits."""
+        """The key as 64 hex digits."""
         return self.raw.hex()
 
     def openssh(self, comment: str) -> str:
-        """One line in OpenSSH's format."""
+        """The key as one line in OpenSSH's format, with a newline at the end."""
         line = Ed25519PublicKey.from_public_bytes(self.raw).public_bytes(
             serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
         )
@@ -58,12 +58,12 @@ class PublicKey:
 
     @property
     def fingerprint(self) -> str:
-        """What two people compare over the telephone; the same as `ssh-keygen -lf` prints."""
+        """A short text for comparing the key with another person by telephone; `ssh-keygen -lf` prints the same."""
         blob = base64.b64decode(self.openssh("x").split()[1])
         return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
 
     def verifies(self, signature: bytes, kind: str, document: bytes) -> bool:
-        """Whether this key signed exactly these bytes as a document of this kind."""
+        """Whether the signature is valid: made with this key over exactly these bytes, for a document of this kind."""
         try:
             Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, _message(kind, document))
         except (InvalidSignature, ValueError):
@@ -76,14 +76,14 @@ _KEY_HINT = "a public key file has one line, 'ssh-ed25519 AAAA... name'; the oth
 
 @dataclass(frozen=True)
 class Identity:
-    """A party: its name and its private key, which never leaves its home."""
+    """A party's name and private key; the private key is never sent to anybody."""
 
     name: str
     private_key: Ed25519PrivateKey
 
     @property
     def public_key(self) -> PublicKey:
-        """The half that others may know."""
+        """The public key that belongs to the private key."""
         return PublicKey(self.private_key.public_key().public_bytes_raw())
 
     def sign(self, kind: str, document: bytes) -> bytes:
@@ -91,7 +91,7 @@ class Identity:
         return self.private_key.sign(_message(kind, document))
 
     def secret(self, purpose: str) -> bytes:
-        """32 bytes that only this party can derive, another for each purpose (HKDF-SHA256 of the private key)."""
+        """A secret of 32 bytes that only this party can derive, different for each purpose (HKDF-SHA256 of its key)."""
         kdf = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=b"offsite " + purpose.encode())
         return kdf.derive(self.private_key.private_bytes_raw())
 

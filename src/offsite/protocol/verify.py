@@ -1,7 +1,7 @@
 """Verifies what another party sent: hashes, signatures and safetensors headers. Nothing runs a model.
 
-Verify, then parse, then load. Every rule is a function that lists what it found wrong; all rules run, so that one look
-shows every reason. Torch-free.
+The order is: verify, then parse, then load. Every rule is a function that yields its findings; all rules run, so that
+one error lists every reason. Torch-free.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,8 +39,8 @@ def verify(path: Path, home: Home) -> Bundle | Return | PlugIn:
     """Verify an artifact of any kind.
 
     Raises:
-        UsageError: the folder is no artifact.
-        VerificationError: it fails; reasons list every failure.
+        UsageError: the folder is not an artifact.
+        VerificationError: verification fails; reasons list every failure.
     """
     manifest = read_unverified(path)
     if isinstance(manifest, BundleManifest):
@@ -51,17 +51,17 @@ def verify(path: Path, home: Home) -> Bundle | Return | PlugIn:
 
 
 def verify_bundle(path: Path, home: Home, *, hold: bool = False) -> Bundle:
-    """Verify a bundle that a trusted owner addressed to this party (or one that this party issued).
+    """Verify a bundle that a trusted model owner addressed to this party, or that this party issued itself.
 
     Args:
         path: the bundle's folder.
-        home: whose trusted keys count.
-        hold: keep the weights that were hashed in memory, as many bytes as the files have, for the tuning that follows;
-            else a tuning reads and hashes them again.
+        home: this party's home, with its key and the keys that it trusts.
+        hold: whether the hashed weights stay in memory for a tuning that follows; this takes as many bytes as the files
+            have. If not, the tuning reads and hashes them again.
 
     Raises:
-        UsageError: the folder is no bundle.
-        VerificationError: it fails; reasons list every failure.
+        UsageError: the folder is not a bundle.
+        VerificationError: verification fails; reasons list every failure.
     """
     signed = _open(path, home)
     if not isinstance(signed.manifest, BundleManifest):
@@ -71,19 +71,19 @@ def verify_bundle(path: Path, home: Home, *, hold: bool = False) -> Bundle:
 
 
 def verify_return(path: Path, home: Home, bundle: BundleManifest | None = None, *, hold: bool = False) -> Return:
-    """Verify a return that a trusted data owner addressed to this party (or one that this party made).
+    """Verify a return that a trusted data owner addressed to this party, or that this party made itself.
 
     Args:
         path: the return's folder.
-        home: whose trusted keys count.
-        bundle: the manifest of the bundle that it answers, from the ledger; without it, what that bundle permits
-            cannot be checked.
-        hold: keep the tensors that were hashed in memory, as many bytes as the files have, to use them.
+        home: this party's home, with its key and the keys that it trusts.
+        bundle: the manifest of the bundle that the return answers, from the ledger. Without it, the bundle's
+            permissions cannot be checked.
+        hold: whether the hashed tensors stay in memory for later use; this takes as many bytes as the files have.
 
     Raises:
-        UsageError: the folder is no return.
-        VerificationError: it fails; reasons list every failure.
-        PolicyError: it is genuine, but uses a method or rank that the bundle does not permit.
+        UsageError: the folder is not a return.
+        VerificationError: verification fails; reasons list every failure.
+        PolicyError: the return is genuine, but uses a method, rank or width that the bundle does not permit.
     """
     signed = _open(path, home)
     if not isinstance(signed.manifest, ReturnManifest):
@@ -100,11 +100,11 @@ def verify_return(path: Path, home: Home, bundle: BundleManifest | None = None, 
 
 
 def verify_plug_in(path: Path, home: Home) -> PlugIn:
-    """Verify that a plug-in is as this party, or one that it trusts, wrote it.
+    """Verify that a plug-in was written by this party or a trusted one, and has not changed since.
 
     Raises:
-        UsageError: the folder is no plug-in.
-        VerificationError: it fails; reasons list every failure.
+        UsageError: the folder is not a plug-in.
+        VerificationError: verification fails; reasons list every failure.
     """
     signed = _open(path, home)
     if not isinstance(signed.manifest, PlugInManifest):
@@ -120,11 +120,11 @@ def _plug_in_files(signed: SignedFolder) -> Iterator[str]:
 
 
 def read_unverified(path: Path) -> Manifest:
-    """The manifest of an artifact, to look at only: nothing has been verified.
+    """Parse the manifest of an artifact for display only: neither signature nor files are verified.
 
     Raises:
-        UsageError: the folder is no artifact.
-        VerificationError: its manifest cannot be read.
+        UsageError: the folder is not an artifact.
+        VerificationError: its manifest is malformed or not supported.
     """
     return _read_manifest(path)[0]
 
@@ -166,17 +166,20 @@ def _run(
     hold: bool = False,
     refusals: Sequence[str] = (),
 ) -> Snapshot:
-    """Run the rules of every artifact and those of one kind.
+    """Read the listed files, then run the rules for all artifacts and the rules for one kind.
 
     Args:
-        signed: the folder, of which nothing but the manifest was read.
-        rules: of its kind.
-        parent: the manifest of the bundle that it answers.
+        signed: the folder; only its manifest has been read.
+        rules: the rules for its kind.
+        parent: the manifest of the bundle that a return answers, if known.
         hold: whether the weights are kept in memory.
-        refusals: reasons of policy, which are listed with the findings if there are any.
+        refusals: reasons of policy; if a rule has findings, the error lists these reasons after them.
+
+    Returns:
+        The files as they were read and hashed.
 
     Raises:
-        VerificationError: a rule found something; reasons list every finding.
+        VerificationError: a rule has findings; reasons list all of them.
     """
     signer = _findings(signed, SIGNER_RULES)
     files = _read_files(signed, hold=hold and not signer)  # a stranger's files take up no memory
@@ -192,7 +195,7 @@ def _run(
 
 
 def _read_files(signed: SignedFolder, *, hold: bool) -> dict[str, ReadFile | OffsiteError | OSError]:
-    """Read each listed file once; what cannot be read stands there as the error."""
+    """Read each listed file once: its content by name, or the error if it cannot be read."""
     found: dict[str, ReadFile | OffsiteError | OSError] = {}
     room = SETTINGS_BYTES
     look_for_nan = isinstance(signed.manifest, ReturnManifest)
@@ -208,7 +211,7 @@ def _read_files(signed: SignedFolder, *, hold: bool) -> dict[str, ReadFile | Off
 
 
 def _findings(signed: SignedFolder, rules: Iterable[Rule]) -> list[tuple[str, str]]:
-    """What rules found, each with what the receiver can do about it."""
+    """Run the rules: pairs of a finding and the advice for the receiver."""
     found: list[tuple[str, str]] = []
     for rule in rules:
         mends = OWN_FAULT.get(rule)

@@ -1,1 +1,1 @@
-"""Files: atomic writes, locks, and safetensors by name and byte range. Torch-free."""
+"""Files: atomic writes, locks, and safetensors access by tensor name and byte range. Torch-free."""

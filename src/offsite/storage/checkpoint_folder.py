@@ -1,4 +1,4 @@
-"""A checkpoint: a folder with `model.safetensors`, or with shards and their index, opened and written. Torch-free."""
+"""Open and write a checkpoint: a folder with `model.safetensors`, or with shards and their index. Torch-free."""
 
 import json
 import re
@@ -30,37 +30,37 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors, opened: its tensors by the names in the files."""
+    """A folder of safetensors files: the position of every tensor, by its name in the files."""
 
     folder: Path
     tensors: Mapping[str, TensorRange]
 
     @property
     def size(self) -> int:
-        """Bytes of all tensors."""
+        """The number of bytes of all tensors together."""
         return sum(tensor.size for tensor in self.tensors.values())
 
 
 class FolderFiles(Protocol):
-    """The files of a folder of safetensors: on the disk, or as they were read from it before."""
+    """The files of a folder with safetensors: on the disk, or as an earlier read found them."""
 
     @property
     def folder(self) -> Path:
-        """Where they lie, for errors and for the ranges of tensors."""
+        """The folder's path, for errors and for the positions of tensors."""
 
     def names(self) -> Set[str]:
-        """Of all files."""
+        """The names of all files in the folder."""
 
     def read(self, name: str) -> bytes:
         """The content of a small file.
 
         Raises:
-            OSError: it cannot be read.
-            ValueError: it is larger than any small file.
+            OSError: the file cannot be read.
+            ValueError: the file is too large to be a JSON file of a checkpoint.
         """
 
     def header(self, name: str) -> dict[str, TensorRange]:
-        """The tensors of a safetensors file, as `read_header`."""
+        """The tensors of a safetensors file, by name; raises as `read_header`."""
 
 
 @dataclass(frozen=True)
@@ -82,17 +82,18 @@ class _OnDisk:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open a folder with `model.safetensors` or shards with an index; nothing but headers is read.
+    """Open a folder with `model.safetensors`, or with shards and an index; only headers are read.
 
     Raises:
-        StorageError: no weights, a missing, outside or truncated file, an index that disagrees with its files, or one
-            beside weights that it does not name, of which every reader would take others.
+        StorageError: there are no weights; a file is missing, truncated or outside the folder; the index disagrees
+            with its files; or there is an index and also a weights file that it does not name, so that readers could
+            load different weights.
     """
     return checkpoint_of(_OnDisk(folder))
 
 
 def checkpoint_of(files: FolderFiles) -> Checkpoint:
-    """The checkpoint that files make; raises as `open_checkpoint`."""
+    """The checkpoint in a folder's files; raises as `open_checkpoint`."""
     folder, names = files.folder, files.names()
     for weights, index in ((WEIGHTS, INDEX), (DECLARED_WEIGHTS, DECLARED_INDEX)):
         if index in names:
@@ -142,7 +143,7 @@ def _sharded(files: FolderFiles, name_of_index: str) -> Checkpoint:
 def write_checkpoint(
     folder: Path, tensors: Iterable[NewTensor], shard_bytes: int = SHARD_BYTES, weights: str = WEIGHTS
 ) -> list[Written]:
-    """Write `model.safetensors`, or shards and their index where one file would be over `shard_bytes`."""
+    """Write `model.safetensors`, or shards and an index if the tensors take more than `shard_bytes`."""
     shards = _shards(tensors, shard_bytes, weights)
     written = [write_safetensors(folder / name, shard) for name, shard in shards.items()]
     return written if len(shards) == 1 else [*written, write_stream(folder / f"{weights}.index.json", [_index(shards)])]
@@ -151,14 +152,14 @@ def write_checkpoint(
 def checkpoint_bytes(
     tensors: Iterable[NewTensor], shard_bytes: int = SHARD_BYTES, weights: str = WEIGHTS
 ) -> dict[str, int]:
-    """The files that `write_checkpoint` would write, by name, with their sizes in bytes."""
+    """The size in bytes of each file that `write_checkpoint` would write, by file name."""
     shards = _shards(tensors, shard_bytes, weights)
     sizes = {name: safetensors_bytes(shard) for name, shard in shards.items()}
     return sizes if len(shards) == 1 else {**sizes, f"{weights}.index.json": len(_index(shards))}
 
 
 def _shards(tensors: Iterable[NewTensor], shard_bytes: int, weights: str) -> dict[str, list[NewTensor]]:
-    """The tensors of each file, by the file's name."""
+    """Divide the tensors among files: file name -> its tensors."""
     shards: list[list[NewTensor]] = [[]]
     held = 0
     for tensor in tensors:

@@ -1,6 +1,6 @@
-"""Files and folders that appear whole or not at all.
+"""Write files and folders atomically: each appears complete, or not at all.
 
-Every write of the project goes through this file, so an interruption or a full disk leaves the old state or the new
+The whole project writes through this module, so an interruption or a full disk leaves either the old state or the new
 one. Torch-free.
 """
 
@@ -19,7 +19,7 @@ from offsite.errors import StorageError, UsageError
 
 @dataclass(frozen=True)
 class Written:
-    """A file as it was written: its name in its folder, size in bytes and SHA-256 in hex."""
+    """The record of a written file: its name in its folder, its size in bytes and its SHA-256 in hex."""
 
     name: str
     size: int
@@ -28,11 +28,11 @@ class Written:
 
 @contextlib.contextmanager
 def staged_folder(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out` that becomes `out` when the block ends without an exception.
+    """Yield a temporary folder beside `out`; it is renamed to `out` if the `with` block ends without an exception.
 
     Raises:
         UsageError: `out` exists and is not an empty folder.
-        StorageError: a folder or file cannot be written; `out` is then as it was.
+        StorageError: a folder or file cannot be written; `out` is unchanged.
     """
     require_free(out)
     out = out.resolve()  # "." has no name to derive the sibling's from
@@ -69,7 +69,7 @@ def require_free(out: Path) -> None:
 
 
 def write_stream(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> Written:
-    """Write a new file from chunks, flushed to the disk, and hash it on the way."""
+    """Write a new file from chunks, hash it at the same time, and flush it to the disk."""
     digest = hashlib.sha256()
     size = 0
     with path.open("xb") as file:
@@ -82,10 +82,10 @@ def write_stream(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -
 
 
 def replace_file(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write a file in one step: a reader sees the old content or the new, never a half.
+    """Write a file atomically: a reader sees the complete old content or the complete new content.
 
     Raises:
-        StorageError: the file cannot be written; the old one is as it was.
+        StorageError: the file cannot be written; the old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with storage_errors(path):
@@ -103,14 +103,14 @@ def replace_file(path: Path, content: bytes, mode: int = 0o644) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hex, by plain reads (a mapping would count against the process's memory)."""
+    """The SHA-256 of a file in hex, by plain reads (a memory map would count as the process's memory)."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into a StorageError that says what to do."""
+    """Turn an OSError inside the `with` block into a StorageError with a next step for the user."""
     try:
         yield
     except OSError as error:

@@ -17,12 +17,12 @@ def alone_in(folder: Path, work: str, next_step: str) -> Iterator[None]:
     """Lock a folder while the context lasts; it is created if necessary. The lock ends when the process ends.
 
     Args:
-        folder: nobody else may work in.
-        work: what another process would be at work with, for the error.
-        next_step: what to do then.
+        folder: the folder to lock; it is created if it does not exist.
+        work: the name of the work that another process would be doing there, for the error.
+        next_step: what the user can do if the folder is locked, for the error.
 
     Raises:
-        UsageError: another process holds it.
+        UsageError: another process holds the lock.
         StorageError: the folder cannot be written.
     """
     lock = FileLock(folder / LOCK)

@@ -1,6 +1,6 @@
-"""Opening files that may have come from a stranger: regular files alone, and no more bytes than expected. Torch-free.
+"""Open files that are not trusted: only regular files, and no more bytes than expected. Torch-free.
 
-What is asked of a file is asked of the open file, so that nobody can put another one in its place in between.
+All checks use the open file, not its path, so that nobody can replace the file between check and use.
 """
 
 import os
@@ -15,12 +15,12 @@ _FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 
 
 
 def open_regular(file: Path) -> BinaryIO:
-    """Open a file for reading, unbuffered.
+    """Open a regular file for reading, unbuffered.
 
     Raises:
-        VerificationError: it is a link, folder, pipe, socket or device.
-        FileNotFoundError: there is none.
-        OSError: it cannot be opened.
+        VerificationError: the path is a link, folder, pipe, socket or device.
+        FileNotFoundError: the file does not exist.
+        OSError: the file cannot be opened.
     """
     if not stat.S_ISREG(file.lstat().st_mode):  # an open device may act, and a socket cannot be opened
         raise _not_regular(file)
@@ -37,12 +37,12 @@ def open_regular(file: Path) -> BinaryIO:
 
 
 def read_bounded(file: Path, limit: int) -> bytes:
-    """The content of a regular file, or one byte more than `limit` of it, which shows that it is larger.
+    """The first `limit` + 1 bytes of a regular file, or all if it has fewer; so a longer result means a larger file.
 
     Raises:
-        VerificationError: it is a link, folder, pipe, socket or device.
-        FileNotFoundError: there is none.
-        OSError: it cannot be read.
+        VerificationError: the path is a link, folder, pipe, socket or device.
+        FileNotFoundError: the file does not exist.
+        OSError: the file cannot be read.
     """
     with open_regular(file) as stream:
         return read_up_to(stream, limit + 1)

@@ -1,6 +1,6 @@
-"""One safetensors file, read and written by tensor name and byte range, with plain reads and without torch.
+"""Read and write one safetensors file by tensor name and byte range, with plain reads and without torch.
 
-Files may come from a stranger: every header is checked before a byte of a tensor is used. Format:
+Files are not trusted: every header is checked before any byte of a tensor is used. Format:
 https://huggingface.co/docs/safetensors (8 bytes length, JSON header, tensors without holes).
 """
 
@@ -30,31 +30,31 @@ _MOST_REASONS = 100  # against one file
 
 
 class StoredTensor(Protocol):
-    """A tensor by its bytes: in a file, or read from one before."""
+    """A tensor as bytes, which lie in a file or were read into memory."""
 
     @property
     def name(self) -> str:
-        """Under which it is stored."""
+        """The tensor's name in its file."""
 
     @property
     def dtype(self) -> str:
-        """As safetensors calls it, such as "BF16"."""
+        """The dtype by its safetensors name, such as "BF16"."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its sizes."""
+        """The tensor's shape."""
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The number of bytes that the tensor takes."""
 
     def raw(self) -> Iterator[bytes | memoryview]:
-        """Its bytes, a few MiB at a time; every chunk but the last has `CHUNK_BYTES`."""
+        """Yield the tensor's bytes in chunks of `CHUNK_BYTES`; only the last chunk can be shorter."""
 
 
 @dataclass(frozen=True)
 class TensorRange:
-    """Where one tensor lies: file, first byte, and what it is."""
+    """The position of one tensor in a file (`start`: offset of its first byte), with its name, dtype and shape."""
 
     name: str
     dtype: str
@@ -64,14 +64,14 @@ class TensorRange:
 
     @property
     def size(self) -> int:
-        """Bytes in the file."""
+        """The number of bytes that the tensor takes in the file."""
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
     def raw(self) -> Iterator[bytes]:
-        """Its bytes, by plain reads.
+        """Yield the tensor's bytes in chunks of `CHUNK_BYTES`, by plain reads.
 
         Raises:
-            StorageError: the file ends early.
+            StorageError: the file ends before the end of the tensor.
         """
         left = self.size
         with self.file.open("rb") as stream:
@@ -89,7 +89,7 @@ class TensorRange:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to be written: `chunks` yields its bytes when its turn comes, so no more than one is in memory."""
+    """A tensor to write: the writer calls `chunks` for the bytes when it needs them, so one tensor is in memory."""
 
     name: str
     dtype: str
@@ -98,15 +98,15 @@ class NewTensor:
 
     @property
     def size(self) -> int:
-        """Bytes in the file."""
+        """The number of bytes that the tensor takes in the file."""
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
 
 def read_header(file: Path) -> dict[str, TensorRange]:
-    """The tensors of one safetensors file, by name, after checking that the header describes the file exactly.
+    """The tensors of one safetensors file, by name, after a check that its header describes the file exactly.
 
     Raises:
-        StorageError: the file is missing, truncated, or its header is malformed; reasons list all that is wrong.
+        StorageError: the file is missing or truncated, or its header is malformed; reasons list every problem.
     """
     try:
         with file.open("rb") as stream:
@@ -118,15 +118,15 @@ def read_header(file: Path) -> dict[str, TensorRange]:
 
 
 def read_header_bytes(file: Path, stream: BinaryIO, size: int) -> bytes:
-    """What stands before the tensors: eight bytes of length, and the JSON.
+    """Read the header of a safetensors file: eight bytes with the length of the JSON, then the JSON.
 
     Args:
-        file: its path, for errors.
-        stream: the file, open at its start.
-        size: bytes in the file.
+        file: the file's path, for errors.
+        stream: the file, opened, at its start.
+        size: the number of bytes in the file.
 
     Raises:
-        StorageError: the length cannot be that of a header in a file of this size.
+        StorageError: the header's length does not fit a file of this size, or is over the limit.
     """
     start = read_up_to(stream, 8)
     length = int.from_bytes(start, "little")
@@ -136,15 +136,15 @@ def read_header_bytes(file: Path, stream: BinaryIO, size: int) -> bytes:
 
 
 def parse_header(file: Path, raw: bytes, size: int) -> dict[str, TensorRange]:
-    """The tensors that a header describes, by name, after checking that it describes the file exactly.
+    """The tensors that a header describes, by name, after a check that it describes the file exactly.
 
     Args:
-        file: where the tensors lie.
-        raw: the JSON.
-        size: bytes in the file.
+        file: the file's path.
+        raw: the JSON of the header.
+        size: the number of bytes in the file.
 
     Raises:
-        StorageError: the header is malformed; reasons list all that is wrong.
+        StorageError: the header is malformed; reasons list every problem.
     """
     try:
         header = strict_json(raw)
@@ -204,10 +204,10 @@ def _entry_problem(entry: object) -> str | None:
 
 
 def read_chunks(tensor: StoredTensor, dtype: str | None = None) -> Iterator[bytes | memoryview]:
-    """The bytes of a tensor, a few MiB at a time, cast to `dtype` ("F32", "BF16", "F16") on the way.
+    """Yield the bytes of a tensor, a few MiB at a time; if `dtype` ("F32", "BF16", "F16") is given, cast to it.
 
     Raises:
-        StorageError: the file ends early.
+        StorageError: the file ends before the end of the tensor.
     """
     for chunk in tensor.raw():
         if dtype is None or dtype == tensor.dtype:
@@ -217,7 +217,7 @@ def read_chunks(tensor: StoredTensor, dtype: str | None = None) -> Iterator[byte
 
 
 def read_float32(tensor: StoredTensor) -> "npt.NDArray[np.float32]":
-    """A whole float tensor as float32, in its shape."""
+    """Read a whole float tensor as a float32 array of the same shape."""
     import numpy as np  # verifying a bundle does without
 
     parts = [to_float32(chunk, tensor.dtype) for chunk in read_chunks(tensor)]
@@ -226,7 +226,7 @@ def read_float32(tensor: StoredTensor) -> "npt.NDArray[np.float32]":
 
 
 def to_float32(content: bytes | memoryview, dtype: str) -> "npt.NDArray[np.float32]":
-    """Bytes of a float dtype as float32, exactly."""
+    """Convert the bytes of a float tensor with this dtype to a flat float32 array, without loss."""
     import numpy as np
 
     if dtype == "F32":
@@ -239,7 +239,7 @@ def to_float32(content: bytes | memoryview, dtype: str) -> "npt.NDArray[np.float
 
 
 def from_float32(values: "npt.NDArray[np.float32]", dtype: str) -> "npt.NDArray[Any]":
-    """Float32 rounded once, to nearest even, as torch does; bfloat16 comes as its 16 bits (uint16)."""
+    """Round a float32 array to `dtype`, to nearest even as torch does; bfloat16 values are returned as uint16 bits."""
     import numpy as np
 
     if dtype == "F32":
@@ -262,18 +262,18 @@ def finite(tensor: StoredTensor) -> bool:
 
 
 def copied(tensor: StoredTensor, *, name: str | None = None, dtype: str | None = None) -> NewTensor:
-    """A tensor of a checkpoint as one to be written, under another name or dtype if wanted."""
+    """A `NewTensor` that copies a stored tensor when written, under another name or float dtype if given."""
     kind = dtype if dtype and tensor.dtype in FLOATS else tensor.dtype
     return NewTensor(name or tensor.name, kind, tensor.shape, lambda: read_chunks(tensor, kind))
 
 
 def from_array(name: str, values: "npt.NDArray[np.float32]", dtype: str) -> NewTensor:
-    """A float32 array as a tensor to be written in `dtype`."""
+    """A `NewTensor` that writes a float32 array in `dtype`."""
     return NewTensor(name, dtype, values.shape, lambda: [from_float32(values, dtype).tobytes()])
 
 
 def write_safetensors(file: Path, tensors: Iterable[NewTensor]) -> Written:
-    """Write one new safetensors file, streaming tensor by tensor."""
+    """Write one new safetensors file, one tensor after the other."""
     ordered = _in_file_order(tensors)
 
     def chunks() -> Iterator[bytes | memoryview]:
@@ -296,7 +296,7 @@ def _in_file_order(tensors: Iterable[NewTensor]) -> list[NewTensor]:
 
 
 def _header(ordered: Iterable[NewTensor]) -> bytes:
-    """What stands before the tensors: the length of the JSON, and the JSON padded to a multiple of 8 bytes."""
+    """The header's bytes: the length of the JSON in 8 bytes, then the JSON, padded to a multiple of 8 bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in ordered:
@@ -309,7 +309,7 @@ def _header(ordered: Iterable[NewTensor]) -> bytes:
 
 
 def broken_file(file: Path, reasons: list[str]) -> StorageError:
-    """The error for a file, or a folder of them, that is no sound checkpoint, with all that is wrong."""
+    """The error for a file or folder that is not a valid checkpoint; `reasons` lists every problem."""
     return StorageError(
         f"{file} is not a sound safetensors checkpoint",
         reasons=reasons,

@@ -1,8 +1,8 @@
 """A snapshot of an artifact's files, so that the bytes that are used are the bytes that were hashed. Torch-free.
 
-Each file is opened once and read once, from its first byte to its last. In the same pass it is hashed, a safetensors
-header is parsed, tensors are looked through for NaN where that is asked for, and what is to be used is held in memory.
-Nothing of it is given to anybody before the hash of the whole file is known.
+Each file is opened once and read once, from its first byte to its last. During that read it is hashed, a safetensors
+header is parsed, tensors are searched for NaN if requested, and bytes for later use are kept in memory. No content is
+returned before the hash of the whole file is known.
 """
 
 import ctypes
@@ -44,18 +44,18 @@ class HeldTensor:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The number of bytes that the tensor takes."""
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
     def raw(self) -> Iterator[memoryview]:
-        """Its bytes, a few MiB at a time."""
+        """Yield the tensor's bytes, a few MiB at a time."""
         for start in range(0, self.size, CHUNK_BYTES):
             yield self.content[start : start + CHUNK_BYTES]
 
 
 @dataclass
 class ReadFile:
-    """What one pass over a file found; it is not said that this is what was expected."""
+    """The result of reading one file; size and hash are not yet compared with the expected ones."""
 
     size: int
     sha256: str | None = None  # None where it shrank or grew while it was read
@@ -71,21 +71,21 @@ class ReadFile:
 
 
 def holds_tensors(name: str) -> bool:
-    """Whether a file of that name is read as safetensors."""
+    """Whether a file with this name is read as safetensors."""
     return name.endswith(".safetensors")
 
 
 def read_file(file: Path, *, hold: bool, most: int = SETTINGS_BYTES, look_for_nan: bool = False) -> ReadFile:
-    """Read a file once, and hash it on the way.
+    """Read a file once, and hash it at the same time.
 
     Args:
-        file: where it lies.
+        file: the file's path.
         hold: whether its tensors are kept in memory.
-        most: bytes of a file without tensors up to which its content is kept in memory.
-        look_for_nan: whether float tensors are looked through for NaN and infinity.
+        most: the largest size in bytes at which the content of a file without tensors is kept in memory.
+        look_for_nan: whether float tensors are searched for NaN and infinity.
 
     Raises:
-        VerificationError: it is no regular file.
+        VerificationError: it is not a regular file.
         OSError: it cannot be read.
     """
     with open_regular(file) as stream:
@@ -111,7 +111,7 @@ _Consumer = Callable[[memoryview], object]
 
 
 def _read_header(file: Path, stream: BinaryIO, found: ReadFile, consume: Callable[[bytes], object]) -> int:
-    """Parse the header, or note what is wrong with it; returns how many bytes were consumed."""
+    """Parse the header, or record the problem with it; return the number of bytes passed to `consume`."""
     try:
         raw = read_header_bytes(file, stream, found.size)
     except StorageError as problem:  # with the length alone
@@ -127,7 +127,7 @@ def _read_header(file: Path, stream: BinaryIO, found: ReadFile, consume: Callabl
 
 
 def _read_tensors(stream: BinaryIO, found: ReadFile, consume: _Consumer, *, hold: bool, look_for_nan: bool) -> int:
-    """Read what stands behind the header, tensor by tensor, as a checked header says that they lie."""
+    """Read the bytes after the header, tensor by tensor in file order; return how many bytes were read."""
     if found.header is None:
         return _read_rest(stream, found.size, consume, lambda _: None)
     read = 0
@@ -163,7 +163,7 @@ def _read_rest(stream: BinaryIO, most: int, consume: _Consumer, keep: _Consumer)
 
 
 def _fill(stream: BinaryIO, part: memoryview) -> int:
-    """Read until `part` is full or the file ends; how many bytes there were."""
+    """Read until `part` is full or the file ends; return the number of bytes read."""
     filled = 0
     while filled < len(part) and (count := stream.readinto(part[filled:])):  # type: ignore[attr-defined]
         filled += count
@@ -186,12 +186,13 @@ class Snapshot:
     """The files of a folder with the hashes that were verified. A file that is not in memory is hashed again when it is
     read.
 
-    What is not held in memory is read when it is asked for, and compared with its hash again before it is given.
+    A file that is not in memory is read again when it is needed; its hash is compared again before its content is
+    returned.
 
     Args:
-        folder: where they lie.
+        folder: the folder's path.
         listed: every file with its size and hash.
-        held: what was read of them, and compared.
+        held: the files that were already read and compared with their hashes, by name.
     """
 
     def __init__(self, folder: Path, listed: Iterable[Written], held: Mapping[str, ReadFile] | None = None) -> None:
@@ -200,16 +201,16 @@ class Snapshot:
         self._held = {name: file for name, file in (held or {}).items() if name in self._listed}
 
     def names(self) -> Set[str]:
-        """Of all files that are listed."""
+        """The names of all listed files."""
         return self._listed.keys()
 
     def read(self, name: str) -> bytes:
         """The content of a file that is not a safetensors file.
 
         Raises:
-            FileNotFoundError: none of that name is listed.
-            VerificationError: it had to be read again, and is no longer what is listed.
-            StorageError: it cannot be read.
+            FileNotFoundError: no listed file has that name.
+            VerificationError: the file was read again, and has changed since it was hashed.
+            StorageError: the file cannot be read, or holds tensors.
         """
         file = self._of(name, hold=False)
         if file.content is None:
@@ -217,14 +218,14 @@ class Snapshot:
         return file.content
 
     def header(self, name: str) -> dict[str, TensorRange]:
-        """Where the tensors of a file lie; raises as `read`, and StorageError for a header that is malformed."""
+        """The position of each tensor in a file, by name; raises as `read`, and StorageError for a malformed header."""
         file = self._of(name, hold=False)
         if file.header is None:
             raise file.problem or StorageError(f"{self.folder / name} holds no tensors")
         return dict(file.header)
 
     def tensors(self, name: str) -> dict[str, HeldTensor]:
-        """The tensors of a file, from memory; they stay held. Raises as `header`."""
+        """The tensors of a file, in memory, by name; the snapshot keeps them too. Raises as `header`."""
         file = self._of(name, hold=True)
         if file.tensors is None:
             raise file.problem or StorageError(f"{self.folder / name} holds no tensors")
@@ -234,8 +235,8 @@ class Snapshot:
         """Take the checkpoint's tensors out of the snapshot, which then no longer keeps them in memory.
 
         Raises:
-            VerificationError: they had to be read again, and are no longer what is listed.
-            StorageError: they cannot be read, or make no checkpoint.
+            VerificationError: a file was read again, and has changed since it was hashed.
+            StorageError: a file cannot be read, or the files are not a valid checkpoint.
         """
         files = [name for name in sorted(self.names()) if holds_tensors(name)]
         taken = {name: tensor for file in files for name, tensor in self.tensors(file).items()}
@@ -245,7 +246,7 @@ class Snapshot:
         return taken
 
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint that the files make; raises as `offsite.storage.checkpoint_folder.open_checkpoint`."""
+        """The checkpoint in the listed files; raises as `offsite.storage.checkpoint_folder.open_checkpoint`."""
         return checkpoint_of(self)
 
     def _of(self, name: str, *, hold: bool) -> ReadFile:

@@ -1,4 +1,4 @@
-"""JSON as a stranger may send it: what two readers could understand in two ways is an error. Torch-free."""
+"""Parse JSON that is not trusted: content that two readers could understand differently is an error. Torch-free."""
 
 import json
 import math
@@ -8,9 +8,9 @@ _MOST_DIGITS = 40  # of an integer
 
 
 def strict_json(raw: bytes) -> Any:
-    """JSON in which a key that appears twice, or NaN, is an error (a second reader might take the other one).
+    """Parse JSON; ValueError for a key that appears twice (readers could take different values), NaN or infinity.
 
-    Nor may an integer be longer than any that is met: tokenizers write 10^30 for "no limit".
+    Integers with more than 40 digits are errors too; tokenizers write 10^30 for "no limit", which is accepted.
     """
 
     def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
