@@ -1,1 +1,1 @@
-"""The party that owns the data: it tunes a bundle at home and sends back the trained tensors, and nothing else."""
+"""The party that owns the data: it tunes a bundle on its own machine and sends back only the trained tensors."""

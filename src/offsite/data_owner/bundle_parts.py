@@ -1,4 +1,4 @@
-"""The parts of a bundle: embeddings, trained and frozen blocks, norm and head. Torch-free."""
+"""The parts of a bundle: embeddings, trained and frozen blocks, final norm and head. Torch-free."""
 
 from collections.abc import Mapping
 
@@ -9,11 +9,11 @@ from offsite.storage.safetensors_files import ITEM_SIZE, TensorRange
 
 
 def bundle_parts(manifest: BundleManifest, tensors: Mapping[str, TensorRange]) -> tuple[Part, ...]:
-    """The parts of a bundle, from the headers of its weights.
+    """The parts of a bundle with their sizes, computed from the headers of its weights.
 
     Args:
-        manifest: how it is split.
-        tensors: of its weights, by name.
+        manifest: the bundle's manifest, which says how the model is split.
+        tensors: the tensors in the bundle's weights, by name.
     """
     family, split = ARCHITECTURES[manifest.architecture], manifest.split
     inside = {"trained in between": len(split.spread)} if split.spread else {}

@@ -1,4 +1,4 @@
-"""The checks before a tuning begins, also used by `--plan`: whatever the run would refuse, without running it."""
+"""Checks before a tuning begins, also used by `--plan`: they find errors without running the tuning."""
 
 from pathlib import Path
 
@@ -27,25 +27,25 @@ def check_tuning(
     tensorboard: Path | None = None,
     resume: bool = False,
 ) -> Identity:
-    """Refuse a tuning that could not end in a return; the rows are not read, and nothing is written.
+    """Refuse a tuning that could not end in a return. No rows are read, and nothing is written.
 
     Args:
-        bundle: verified.
+        bundle: the verified bundle.
         out: the return's folder.
-        spec: what trains and how.
-        home: the data owner's.
+        spec: the settings of the tuning.
+        home: the data owner's home, with the key.
         eval_data: rows to validate on.
-        tensorboard: a folder to log to for TensorBoard as well.
-        resume: whether an interrupted run is to be continued.
+        tensorboard: a folder for an additional TensorBoard log.
+        resume: whether to continue an interrupted run.
 
     Returns:
         The data owner's identity, which will sign the return.
 
     Raises:
-        UsageError: `out` holds something, another tuning is at work there, or an interrupted one that was not to be
-            resumed; this home has no key, or another one than the bundle is addressed to; losses are to be reported and
-            there are no rows to measure them on; settings do not go together; or TensorBoard is not installed, or is to
-            log into the folder of the return.
+        UsageError: `out` is not empty; another tuning runs there; it has an interrupted run and `resume` is False; this
+            home has no key, or not the key that the bundle is addressed to; losses are to be reported but there are no
+            rows for them; settings contradict each other; or TensorBoard is not installed, or its folder is inside the
+            return's folder.
         IncompatibleError: the method has nothing to train in this model.
         PolicyError: the bundle does not permit the method, the rank, the width or the head.
     """
@@ -65,10 +65,10 @@ def check_tuning(
 
 
 def require_addressed(bundle: Bundle, identity: Identity) -> None:
-    """Refuse a bundle that was verified in another home, and whose return the owner would refuse.
+    """Refuse a bundle that was verified in another home, since the model's owner would refuse its return.
 
     Raises:
-        UsageError: this party is neither its recipient nor its issuer.
+        UsageError: this home's key is neither the bundle's recipient nor its issuer.
     """
     own, manifest = identity.public_key.hex, bundle.manifest
     if own not in (manifest.recipient, manifest.issuer):

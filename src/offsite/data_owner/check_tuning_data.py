@@ -1,4 +1,4 @@
-"""`tune --check`: the rows of a tuning, read as the run reads them and described. Nothing is trained or written."""
+"""`tune --check`: reads the rows as a tuning does and describes them. Nothing is trained or written."""
 
 from offsite.config import TuneSpec
 from offsite.data.check_data import PictureCheck, TextCheck, check_pictures, check_text
@@ -15,20 +15,20 @@ from offsite.protocol.artifacts import Bundle
 def check_tuning_data(
     bundle: Bundle, data: DataPaths, eval_data: DataPaths | None, spec: TuneSpec, progress: Progress
 ) -> dict[str, TextCheck | PictureCheck]:
-    """Read everything that a tuning would, and describe it.
+    """Read all rows that a tuning would read, and describe them.
 
     Args:
         bundle: verified; its tokenizer or image processor prepares the rows.
         data: rows to train on.
         eval_data: rows to validate on, if there are any.
-        spec: how rows are read.
-        progress: called with the progress events.
+        spec: settings that say how rows are read.
+        progress: receives the progress events.
 
     Returns:
-        What became of the rows, by "data" and "eval_data".
+        The descriptions, under the keys "data" and (if there are held-out rows) "eval_data".
 
     Raises:
-        DataError: rows are bad, or none is left.
+        DataError: rows are bad, or no row is left.
         IncompatibleError: the tokenizer or image processor does not fit the model.
     """
     progress(Event("reading the rows", 0))

@@ -1,8 +1,8 @@
-"""Features of the frozen first blocks, computed once: for the same row they are the same in every epoch.
+"""Caches the output of the frozen first blocks, which for the same row is the same in every epoch.
 
-If the data owner trains only the last blocks, most of a bundle's forward pass depends on the rows alone. Its result,
-the hidden states that enter the first trained block, is written to a file in the run's folder. A batch whose rows are
-all in the file skips the frozen blocks; any other batch (validation) runs as usual.
+If the data owner trains only the last blocks, most of a bundle's forward pass depends only on the rows. Its result, the
+hidden states that enter the first trained block, is written to a file in the run's folder. A batch whose rows are all
+in the file skips the frozen blocks; any other batch (validation) runs all blocks.
 """
 
 import contextlib
@@ -37,19 +37,19 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the loss of a lab
 
 @contextlib.contextmanager
 def cached_features(tuning: Tuning, spec: TuneSpec, folder: Path, progress: Progress) -> Iterator[Piece]:
-    """While this is open, the frozen blocks before the first trained one run once for each row.
+    """Context manager in which the frozen blocks before the first trained one run only once for each row.
 
-    Nothing is cached if each row runs only once, if the disk is too full, or if a later block needs more from the
-    earlier ones than the hidden state. The decision is saved with the run, so a resumed run is the same.
+    Nothing is cached if each row runs only once, if the disk is too full, or if a later block needs more than the
+    hidden state from earlier blocks. The decision is saved with the run, so a resumed run makes the same one.
 
     Args:
-        tuning: what will train; its frozen first blocks are wrapped, and unwrapped at the end.
+        tuning: the tuning; its frozen first blocks are wrapped, and unwrapped at the end.
         spec: the settings.
-        folder: of the run, where the file is written.
-        progress: called with the progress events.
+        folder: the run's folder, in which the file is written.
+        progress: receives the progress events.
 
     Yields:
-        For the report of the kernels: how many blocks do not run again, or why all of them do.
+        For the report of the kernels: the number of skipped blocks, or the reason why none is skipped.
 
     Raises:
         StorageError: a file cannot be written or read.
@@ -82,13 +82,13 @@ def cached_features(tuning: Tuning, spec: TuneSpec, folder: Path, progress: Prog
 
 
 def _frozen_before(tuning: Tuning) -> int:
-    """How many blocks are before the first trained one."""
+    """The number of blocks before the first trained block."""
     trained = {id(block) for block in tuning.trained}
     return next(i for i, block in enumerate(tuning.blocks.children()) if id(unwrapped_block(block)) in trained)
 
 
 def _nothing_to_cache(tuning: Tuning, spec: TuneSpec) -> str:
-    """Why a cache would gain nothing; empty if it may."""
+    """The reason why a cache cannot help; empty if it may help."""
     if not isinstance(tuning.task, TextTask):
         return "pictures are cropped anew in every epoch"
     if spec.memory.cache_features == "off":
@@ -107,7 +107,7 @@ def _text(tuning: Tuning) -> TextTask:
 
 
 class _Skipped(Wrapped):
-    """A frozen block that does not run if the states that enter the first trained block are known, but returns them."""
+    """A frozen block that is skipped if the states entering the first trained block are known; it returns those."""
 
     def __init__(self, block: nn.Module, features: FeatureFile) -> None:
         super().__init__(block)
@@ -115,7 +115,7 @@ class _Skipped(Wrapped):
         self._others: int | None = None  # values that the block returns after the hidden state; None if it is no tuple
 
     def forward(self, *arguments: Any, **settings: Any) -> Any:
-        """Return what has the form of the block's result."""
+        """Return the cached states in the form of the block's own result, or run the block if there are none."""
         states = self._features.states
         if states is not None:
             return states if self._others is None else (states, *(None for _ in range(self._others)))
@@ -132,7 +132,7 @@ class _Reached(Exception):  # noqa: N818  a signal that stops the forward pass
 
 @torch.no_grad()
 def _states_entering(tuning: Tuning, first: nn.Module, batch: Batch) -> Tensor:
-    """What enters the first trained block, (B, T, H)."""
+    """The hidden states that enter the first trained block, (B, T, H)."""
 
     def stop(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         raise _Reached(arguments[0])
@@ -150,9 +150,9 @@ def _states_entering(tuning: Tuning, first: nn.Module, batch: Batch) -> Tensor:
 
 
 def _why_not_cached(tuning: Tuning, first: nn.Module, features: FeatureFile, folder: Path, progress: Progress) -> str:
-    """Why features are not cached, as was decided when the run began; empty if they are.
+    """The reason why features are not cached, as decided when the run began; empty if they are cached.
 
-    Fills in the width and dtype of the features.
+    Also sets the width and dtype of `features`.
     """
     record = folder / "features.json"
     decided = _read_decision(record) if record.exists() else None
@@ -190,7 +190,7 @@ def _read_decision(record: Path) -> bool:
 
 @torch.no_grad()
 def _agree(tuning: Tuning, first: nn.Module, features: FeatureFile, rows: Sequence[int]) -> bool:
-    """Whether some rows have the same loss when the frozen blocks are skipped."""
+    """Whether some rows have the same loss with the frozen blocks skipped as with all blocks run."""
     for block in tuning.trained:
         block.eval()
     group = next(micro_batches(_text(tuning).examples, rows, TOKENS_AT_ONCE))

@@ -1,4 +1,4 @@
-"""The file of a feature cache: for each row of a tuning the hidden states that enter the first trained block."""
+"""The file of a feature cache: for each row of a tuning, the hidden states that enter the first trained block."""
 
 import contextlib
 import hashlib
@@ -24,10 +24,10 @@ TOKENS_AT_ONCE = 1024  # while states are computed; fixed, so that a file that i
 
 
 class FeatureFile:
-    """The hidden states of rows in a file, and those of the batch that runs now.
+    """The cached hidden states of all rows in a file, and those of the current batch in memory.
 
     Args:
-        examples: the rows; rows with the same ids are in the file once.
+        examples: the rows; rows with the same ids are stored once.
     """
 
     def __init__(self, examples: Sequence[Example]) -> None:
@@ -39,7 +39,7 @@ class FeatureFile:
 
     @property
     def states(self) -> Tensor | None:
-        """The hidden states of this thread's batch, (B, T, H); None if the frozen blocks have to run."""
+        """The hidden states of this thread's batch, (B, T, H); None if the frozen blocks must run."""
         return getattr(self._local, "states", None)
 
     @states.setter
@@ -48,7 +48,7 @@ class FeatureFile:
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """The size of the file in bytes."""
         return self.tokens * self._token_bytes
 
     @property
@@ -56,15 +56,15 @@ class FeatureFile:
         return self.width * self.dtype.itemsize
 
     def write(self, file: Path, compute: Callable[[Batch], Tensor], progress: Progress) -> None:
-        """Write the states of all rows, unless an interrupted run has done so.
+        """Write the states of all rows, unless an interrupted run has already written them.
 
         Args:
-            file: appears complete or not at all.
-            compute: the hidden states (B, T, H) of a batch.
-            progress: called with the progress events.
+            file: the file to write; it appears complete or not at all.
+            compute: a function that returns the hidden states (B, T, H) of a batch.
+            progress: receives the progress events.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: the file cannot be written.
         """
         if file.exists() and file.stat().st_size == self.size:
             return
@@ -89,7 +89,7 @@ class FeatureFile:
 
     @contextlib.contextmanager
     def open(self, path: Path) -> Iterator[None]:
-        """Open the file for reading while the context lasts."""
+        """Context manager in which states are read from the file."""
         with path.open("rb") as self._file:
             try:
                 yield
@@ -97,7 +97,7 @@ class FeatureFile:
                 self.states, self._file = None, None
 
     def load_batch(self, body: nn.Module, arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> None:
-        """A forward hook: before the backbone runs a batch, read its states if the file has all of its rows."""
+        """A forward pre-hook for the backbone: read the states of the batch if the file has all of its rows."""
         ids: Tensor = settings["input_ids"]  # (B, T)
         lengths: list[int] = settings["attention_mask"].sum(-1).tolist()
         rows = [row[:length] for row, length in zip(ids.cpu().numpy(), lengths, strict=True)]
@@ -110,7 +110,7 @@ class FeatureFile:
             self.states = states.to(ids.device)
 
     def _read(self, into: Tensor, offset: int) -> None:
-        """Plain reads: a mapped file would count as memory of the process."""
+        """Read states from the file into a tensor. A memory-mapped file would count as memory of the process."""
         assert self._file is not None
         buffer = into.view(torch.uint8).flatten().numpy().data  # the same memory
         try:
@@ -127,7 +127,7 @@ class FeatureFile:
 
 
 def _offsets(examples: Sequence[Example]) -> tuple[dict[bytes, int], int]:
-    """How many tokens are before each row in the file, by the key of its ids; and how many there are in all."""
+    """The position of each row in the file, in tokens, by the hash of its ids; and the number of tokens in the file."""
     offsets, tokens = {}, 0
     for group in _micro_batches(examples):
         for row in group:
@@ -137,7 +137,7 @@ def _offsets(examples: Sequence[Example]) -> tuple[dict[bytes, int], int]:
 
 
 def _micro_batches(examples: Sequence[Example]) -> Iterator[list[int]]:
-    """Rows that run together while the file is written, those with the same ids once; it depends on the rows alone."""
+    """The micro-batches for writing the file; rows with the same ids run once. They depend only on the rows."""
     different = {_key(example.ids[:-1]): i for i, example in enumerate(examples)}
     return micro_batches(examples, list(different.values()), TOKENS_AT_ONCE)
 
@@ -147,5 +147,5 @@ def _key(ids: npt.NDArray[np.int64]) -> bytes:
 
 
 def describe_bytes(size: int) -> str:
-    """Format a size in MiB or GiB."""
+    """A size as text, in MiB or GiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{math.ceil(size / 2**20)} MiB"

@@ -1,7 +1,7 @@
-"""Tuning on pictures: the classifier's head, and the loss of pictures under an encoder and this head.
+"""Tuning on pictures: the classifier's head, and the loss of pictures with an encoder and this head.
 
-The head is linear and trains together with the adapter. Started as a linear probe of the emulator it is good already
-and gets a lower learning rate; started at random it gets a higher one (paper, appendix: ten times).
+The head is linear and trains together with the adapter. If it starts as a linear probe of the emulator, it is already
+good and gets a lower learning rate; if it starts at random, it gets a higher one (paper, appendix: ten times).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,17 +25,17 @@ _HEAD_SPREAD = 0.01  # of the weights of a new head
 
 
 def new_head(encoder: Encoder, album: Album, used: torch.Tensor, spec: TuneSpec, progress: Progress) -> nn.Linear:
-    """A classifier's head in fp32; its weight is zero for features that it does not read.
+    """Make a classifier's head in fp32; its weight is zero for features that it must not read.
 
-    With head_start "probe" it is a linear probe of the frozen encoder, so that the first steps do not distort the
-    encoder's features (arXiv 2202.10054); with "random" it is drawn from torch's own generator.
+    With head_start "probe" it starts as a linear probe of the frozen encoder, so that the first steps do not distort
+    the encoder's features (arXiv 2202.10054). With "random" it is drawn from torch's global generator.
 
     Args:
-        encoder: that it reads.
+        encoder: the encoder whose features the head reads.
         album: pictures to fit the probe on, and their classes.
-        used: 1 for features that it reads, else 0; (F,).
-        spec: how it starts.
-        progress: called with the progress events.
+        used: 1 for features that the head reads, else 0; (F,).
+        spec: settings such as `head_start`.
+        progress: receives the progress events.
     """
     head = nn.Linear(encoder.inputs, len(album.classes))
     with torch.no_grad():
@@ -53,14 +53,14 @@ def new_head(encoder: Encoder, album: Album, used: torch.Tensor, spec: TuneSpec,
 
 
 def head_parameters(head: nn.Linear) -> dict[str, nn.Parameter]:
-    """The head's parameters by the names under which they are returned."""
+    """The head's parameters, by their names in the return."""
     own = dict(head.named_parameters())
     return {WEIGHT: own["weight"], BIAS: own["bias"]}
 
 
 @dataclass(frozen=True)
 class ImageTask:
-    """Pictures under an encoder and a head; a `TrainingTask`."""
+    """Training on pictures with an encoder and a head; a `TrainingTask`."""
 
     unit: ClassVar[str] = "images"
     term_weights: ClassVar[Mapping[str, float]] = {"loss": 1.0}
@@ -73,52 +73,55 @@ class ImageTask:
 
     @property
     def rows(self) -> int:
-        """How many pictures there are to train on."""
+        """The number of training pictures."""
         return len(self.album.train)
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return self.encoder.device
 
     def order(self, epoch: int) -> list[list[int]]:
-        """The pictures of every step of an epoch: shuffled."""
+        """The pictures of every step of an epoch, in random order."""
         order = np.random.default_rng([self.batching.seed, epoch]).permutation(self.rows).tolist()
         return [order[at : at + self.batching.rows] for at in range(0, len(order), self.batching.rows)]
 
     def micro_batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
-        """The pictures of a step, cut by their tokens."""
+        """The pictures of a step, cut into micro-batches by their number of tokens."""
         return ([rows[i] for i in places] for places in batches(len(rows), self._at_once))
 
     def prefetch(self, rows: Sequence[int], epoch: int) -> None:
-        """Let worker processes start to decode and crop the pictures of the next step."""
+        """Start to decode and crop pictures in worker processes, if there are any."""
         self.album.train.prefetch(rows, self._key(epoch))
 
     def loss(self, rows: Sequence[int], epoch: int) -> torch.Tensor:
-        """Nats summed over pictures that run at once, a scalar; crops depend on seed, epoch and row alone."""
+        """The loss in nats, summed over the pictures of a micro-batch; a scalar.
+
+        Random crops depend only on the seed, the epoch and the row.
+        """
         pixels = self.album.train.batch(rows, self._key(epoch))
         targets = self.album.labels(self.album.train)[list(rows)].to(self.device)
         return F.cross_entropy(self.head(self.encoder.features(pixels) * self.used), targets, reduction="sum")
 
     def loss_terms(self, rows: Sequence[int], epoch: int) -> dict[str, torch.Tensor]:
-        """The one term, `loss`."""
+        """The only term of the loss, under the name `loss`."""
         return {"loss": self.loss(rows, epoch)}
 
     def weight(self, rows: Sequence[int]) -> int:
-        """How many pictures these are: each has one label."""
+        """The number of pictures; each has one label."""
         return len(rows)
 
     def size(self, rows: Sequence[int]) -> dict[str, int]:
-        """The numbers of pictures and labels in some rows."""
+        """The numbers of pictures and of labels in these rows, for the log."""
         return {self.unit: len(rows), "labels": len(rows)}
 
     def first_record(self) -> dict[str, float]:
-        """How many pictures train."""
+        """The number of training pictures, for the first record of the log."""
         return {"rows": self.rows}
 
     @torch.no_grad()
     def validate(self, progress: Progress, stage: str) -> Mapping[str, float]:
-        """Loss per picture and accuracy of the held-out pictures; empty where there are none."""
+        """Loss per picture and accuracy on the held-out pictures; empty if there are none."""
         held_out = self.album.held_out
         if held_out is None:
             return {}

@@ -1,4 +1,4 @@
-"""`tune --plan measure`: two steps on the longest rows with the real model; the result is discarded."""
+"""`tune --plan measure`: runs two steps on the longest rows with the real model, and saves nothing."""
 
 import contextlib
 import tempfile
@@ -28,23 +28,23 @@ _NO_SAVING: dict[str, Any] = {"max_steps": _STEPS + 1, "save_every": 10**9, "eva
 
 
 class _Measured(Exception):  # noqa: N818  a signal, caught where it is raised for
-    """The steps are done; the run that they began goes no further, so that nothing of it is saved."""
+    """Raised to end the run after the measured steps, so that nothing is saved."""
 
 
 def measure_tuning(bundle: Bundle, plan: TunePlan, prepared: Prepared, progress: Progress) -> TunePlan:
-    """Load the model, train on a step of the longest rows, and add to a plan what that took.
+    """Load the model, train on a step of the longest rows, and add the measured memory and time to a plan.
 
-    Memory is what the process holds at its peak, optimiser moments among it; validation is not run. Files lie in a
-    temporary folder that is removed.
+    Memory is the peak of the process, including optimiser moments; validation is not run. Files are written to a
+    temporary folder, which is removed.
 
     Args:
-        bundle: verified.
-        plan: from `plan_tune`.
-        prepared: as well.
-        progress: called with the progress events.
+        bundle: the verified bundle.
+        plan: the plan, from `plan_tune`.
+        prepared: the second result of `plan_tune`.
+        progress: receives the progress events.
 
     Raises:
-        UsageError: this system does not say what a process holds, or the tuning does not fit into `memory`.
+        UsageError: this system does not report a process's memory, or the tuning does not fit into `memory`.
         IncompatibleError: the bundle does not load.
         OffsiteError: the training diverged.
     """
@@ -100,7 +100,7 @@ def measure_tuning(bundle: Bundle, plan: TunePlan, prepared: Prepared, progress:
 
 
 def _measured_spec(plan: TunePlan, prepared: Prepared) -> TuneSpec:
-    """The settings of the run, but for how long it is and what it saves."""
+    """The run's settings, except that the run is short and saves nothing."""
     settings = dict(_NO_SAVING)
     if plan.steps <= prepared.steps_of_epoch:  # each row runs once, so the run caches no features
         settings["cache_features"] = "off"
@@ -108,7 +108,7 @@ def _measured_spec(plan: TunePlan, prepared: Prepared) -> TuneSpec:
 
 
 def _longest_rows(tuning: Tuning, spec: TuneSpec) -> Tuning:
-    """A tuning on as many rows as a step has, and these the longest; pictures are all of one size."""
+    """The same tuning on only the longest rows, enough for one step; unchanged for pictures, which have one size."""
     if not isinstance(tuning.task, TextTask):
         return tuning
     longest = sorted(tuning.task.examples, key=lambda example: -len(example.ids))[: spec.length.batch_size]

@@ -1,9 +1,9 @@
-"""Fits a tuning into a memory budget by running some of its micro-batches before the first step.
+"""Fits a tuning into a memory budget by measuring its own micro-batches before the first step.
 
-The number of tokens at once doubles, from a part of the longest row on, as long as the measured peak of the process
-leaves room for twice as many; so the measurement itself keeps to the budget. If the longest row does not fit in every
-lane, there is one lane; if it still does not fit, blocks are recomputed in the backward pass; and if that does not fit
-either, the tuning is refused, and the error says how much memory it needs.
+Starting with a part of the longest row, the number of tokens at once is doubled while the measured peak of the process
+leaves room for twice as many; so the measurement itself keeps to the budget. If the longest row does not fit with
+several micro-batches side by side, they run one at a time. If it still does not fit, blocks are recomputed in the
+backward pass. If that does not fit either, the tuning is refused, and the error says how much memory it needs.
 """
 
 import itertools
@@ -36,7 +36,7 @@ _UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
 
 @dataclass(frozen=True)
 class Fit:
-    """What fits into the budget."""
+    """The settings that fit into the memory budget."""
 
     at_once: int  # most tokens of a micro-batch
     lanes: int  # micro-batches that run side by side
@@ -46,28 +46,27 @@ class Fit:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The settings that fit into memory, and their lines in the report of the kernels."""
+    """The final settings of a tuning, and what the report of the kernels says about them."""
 
     spec: TuneSpec
     pieces: tuple[Piece, ...]
 
 
 def within_memory(tuning: Tuning, spec: TuneSpec, runtime: Runtime, file: Path, progress: Progress) -> Fitted:
-    """Find the settings with the most tokens at once that fit into the memory budget, with recomputed blocks if
-    necessary.
+    """Find the settings with as many tokens at once as the memory permits; blocks are recomputed only if necessary.
 
     Args:
-        tuning: what will train; only whether its blocks are recomputed is changed.
-        spec: the memory budget, and the most tokens at once.
+        tuning: the tuning; nothing in it changes except whether its blocks are recomputed.
+        spec: settings with the memory budget and the maximum tokens at once.
         runtime: the device and dtype.
         file: the result is saved here, so that a resumed run has the same settings.
-        progress: called with the progress events.
+        progress: receives the progress events.
 
     Returns:
         The settings, and for the report of the kernels how micro-batches run and whether activations are recomputed.
 
     Raises:
-        UsageError: not even the longest row fits, or this system does not say what a process holds.
+        UsageError: not even the longest row fits, or this system does not report a process's memory.
         StorageError: `file` cannot be written or read.
     """
     _recompute(tuning, spec.memory.gradient_checkpointing)
@@ -90,7 +89,7 @@ def _recomputed(tuning: Tuning, reason: str) -> Piece:
 
 
 def side_by_side(tuning: Tuning, spec: TuneSpec, runtime: Runtime) -> Piece:
-    """Decide how many micro-batches of a tuning run side by side, and why."""
+    """How many micro-batches of a tuning run side by side (in threads), and the reason."""
     task = tuning.task
     body, only_one = (task.network.body, "") if isinstance(task, TextTask) else (tuning.blocks, "pictures gain nothing")
     only_one = "each would hold a gradient as large as the head" if spec.adapter.tune_head else only_one
@@ -105,7 +104,7 @@ def side_by_side(tuning: Tuning, spec: TuneSpec, runtime: Runtime) -> Piece:
 
 
 def _shared(spec: TuneSpec, lanes: int) -> TuneSpec:
-    """The settings of one lane, which gets its share of the tokens."""
+    """The settings for `lanes` micro-batches side by side, each with an equal share of the tokens."""
     return spec.changed({"micro_batch_tokens": max(1, spec.tokens_at_once // lanes), "lanes": lanes})
 
 
@@ -148,12 +147,15 @@ def _fit(tuning: Tuning, spec: TuneSpec, lanes: int, runtime: Runtime, progress:
 
 
 def _expected(before: int, peak: int, times: float) -> float:
-    """The peak of a trial that is so many times as large."""
+    """The expected peak in bytes of a trial that is `times` as large as the measured one."""
     return before + (peak - before) * times
 
 
 def run_trial(tuning: Tuning, trial: Trial, lanes: int) -> None:
-    """Run a trial forward and backward, each micro-batch in every lane; gradients and random states are not kept."""
+    """Run a trial forward and backward, with `lanes` copies of each micro-batch side by side.
+
+    Gradients are deleted and random states restored.
+    """
     for block in tuning.trained:
         block.train()
     working = tuning.weights.working.values()
@@ -173,7 +175,7 @@ def _parse(size: str) -> int:
 
 
 def _load_or_make(file: Path, make: Callable[[], Fit]) -> Fit:
-    """The fit that an interrupted run saved; if there is none, make and save it."""
+    """The fit that an interrupted run saved; if there is none, make one and save it."""
     if not file.exists():
         found = make()
         replace_file(file, json.dumps(vars(found)).encode())

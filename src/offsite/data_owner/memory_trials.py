@@ -1,4 +1,4 @@
-"""The trial steps that find out how many tokens fit into a memory budget: the largest micro-batches of a tuning."""
+"""Trials for a memory budget: the micro-batches of a tuning that need the most memory."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,12 +27,12 @@ class Trial:
 
 
 def memory_trials(task: TextTask | ImageTask, spec: TuneSpec, *, steps: int = STEPS) -> Iterator[Trial]:
-    """Trials of more and more tokens, each about twice the one before, up to what the settings permit.
+    """Trials with more and more tokens, each about twice the previous one, up to the limit in the settings.
 
     Args:
-        task: what will train.
-        spec: most tokens at once, rows in a step, and the seed of their order.
-        steps: of text, how many steps of the first epoch are searched for the fullest micro-batches.
+        task: the task to train.
+        spec: settings with the maximum tokens at once, the rows of a step, and the seed of their order.
+        steps: for text, the number of steps of the first epoch in which the fullest micro-batches are searched.
     """
     if isinstance(task, TextTask):
         yield from _text_trials(task, spec, steps)
@@ -46,7 +46,7 @@ def memory_trials(task: TextTask | ImageTask, spec: TuneSpec, *, steps: int = ST
 
 
 def _text_trials(task: TextTask, spec: TuneSpec, steps: int) -> Iterator[Trial]:
-    """First longer and longer ends of the longest row; then the fullest micro-batches of more and more tokens."""
+    """First, longer and longer ends of the longest row; then the fullest micro-batches with more and more tokens."""
     longest = max(range(task.rows), key=lambda i: len(task.examples[i].ids))
     width = len(task.examples[longest].ids)
     tokens = _LEAST_TOKENS
@@ -72,7 +72,7 @@ def _text_trials(task: TextTask, spec: TuneSpec, steps: int) -> Iterator[Trial]:
 
 
 def _padded(examples: Sequence[Example], group: Sequence[int]) -> int:
-    """Tokens of a micro-batch, padding included."""
+    """The number of tokens of a micro-batch, including padding."""
     return len(group) * max(len(examples[i].ids) for i in group)
 
 
@@ -84,7 +84,7 @@ def end_of_row(row: Example, tokens: int) -> Example:
 
 
 def describe_longest_row(task: TextTask | ImageTask) -> tuple[str, str]:
-    """What the longest row is, and what else helps, in words for an error about too little memory."""
+    """Two texts for an error about too little memory: the name of the longest row, and further advice."""
     if not isinstance(task, TextTask):
         return "one picture", ", or a bundle with fewer trained blocks"
     longest = max(len(example.ids) for example in task.examples)

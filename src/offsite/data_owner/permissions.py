@@ -1,4 +1,4 @@
-"""Checks whether the model's owner permits what a tuning with these settings would return. Torch-free."""
+"""Checks whether the model's owner would accept the return of a tuning with these settings. Torch-free."""
 
 from offsite.config import PermitSettings, TuneSpec, unpermitted
 from offsite.errors import IncompatibleError, PolicyError, UsageError
@@ -12,11 +12,11 @@ _NO_HEAD = (
 
 
 def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
-    """Refuse settings that cannot work, or whose return the owner would refuse.
+    """Refuse settings that cannot work, or whose return the model's owner would refuse.
 
     Raises:
-        UsageError: checkpoints or scores of pictures were asked for.
-        IncompatibleError: BitFit was asked for, and the trained blocks have no biases.
+        UsageError: checkpoints or scores were requested for pictures.
+        IncompatibleError: BitFit was requested, but the trained blocks have no biases.
         PolicyError: the method, the rank, the width or the head is not permitted.
     """
     if ARCHITECTURES[manifest.architecture].vision is not None and spec.not_for_images():
@@ -49,12 +49,12 @@ def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
 
 
 def resolve_defaults(spec: TuneSpec, architecture: str, item: int) -> TuneSpec:
-    """Fill in the default that depends on the bundle and the compute dtype: how many tokens run at once.
+    """Fill in the default that depends on the bundle and the compute dtype: the number of tokens at once.
 
     Args:
         spec: the settings.
-        architecture: of the bundle's model.
-        item: bytes of a number in the compute dtype.
+        architecture: the architecture of the bundle's model.
+        item: bytes per value in the compute dtype.
     """
     wide_text = item == 4 and ARCHITECTURES[architecture].vision is None
     at_once = spec.memory.micro_batch_tokens or (spec.tokens_at_once // 2 if wide_text else spec.tokens_at_once)
@@ -62,7 +62,7 @@ def resolve_defaults(spec: TuneSpec, architecture: str, item: int) -> TuneSpec:
 
 
 def require_something_to_report(spec: TuneSpec, eval_data: object) -> None:
-    """Refuse to report the losses of rows that are not there.
+    """Refuse to report held-out losses if there are no held-out rows.
 
     Raises:
         UsageError: scores are to be reported, and there are no held-out rows.

@@ -1,4 +1,4 @@
-"""The plan of a tuning: weights from headers, rows as the run reads them. No model is loaded, nothing is written."""
+"""The plan of a tuning: its steps, memory and files. Weights are sized from headers; no model is loaded or written."""
 
 import math
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TunePlan:
-    """What `tune` will do and hold."""
+    """The plan of a tuning: rows, steps, trained parameters, memory, and sizes of files."""
 
     architecture: str
     method: Method
@@ -50,13 +50,13 @@ class TunePlan:
 
     @property
     def disk_bytes(self) -> int:
-        """Room that is needed on the disk of the return's folder."""
+        """The bytes needed on the disk of the return's folder."""
         return total(self.disk)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was read and resolved to make a plan; measuring goes on from it."""
+    """The data and resolved settings behind a plan; `measure_tuning` uses them."""
 
     spec: TuneSpec
     runtime: "Runtime"
@@ -65,7 +65,7 @@ class Prepared:
 
     @property
     def steps_of_epoch(self) -> int:
-        """Optimiser steps in which every row runs once."""
+        """The number of optimiser steps in one epoch."""
         return math.ceil(self.data.rows / self.spec.length.batch_size)
 
 
@@ -81,27 +81,27 @@ def plan_tune(
     resume: bool = False,
     progress: Progress = silent,
 ) -> tuple[TunePlan, Prepared]:
-    """What tuning a verified bundle will do and hold; what `tune` refuses before it loads the model is refused.
+    """Plan the tuning of a verified bundle. It refuses all that `tune` would refuse before loading the model.
 
-    Rows are tokenised and pictures decoded as the run does, so that those are counted which will train. That loads
-    torch, and the device is the one that the run will take.
+    Rows are tokenised and pictures decoded as in the run, so the counts are those of the rows that will train. This
+    imports torch and selects the same device as the run.
 
     Args:
-        bundle: as for `tune`, like all the others.
+        bundle: the verified bundle.
         data: rows to train on.
         out: the return's folder.
-        spec: what trains and how.
-        home: the data owner's.
+        spec: the settings of the tuning.
+        home: the data owner's home, with the key.
         eval_data: rows to validate on.
-        tensorboard: a folder to log to for TensorBoard as well.
-        resume: whether an interrupted run is to be continued.
-        progress: called with the progress events.
+        tensorboard: a folder for an additional TensorBoard log.
+        resume: whether to continue an interrupted run.
+        progress: receives the progress events.
 
     Returns:
-        The plan, and what was read to make it.
+        The plan, and the data and settings that it was made from.
 
     Raises:
-        OffsiteError: as `check_tuning` and `read_data`, and where there are fewer steps than checkpoints.
+        OffsiteError: see `check_tuning` and `read_data`; also raised if there are fewer steps than checkpoints.
     """
     identity = check_tuning(bundle, out, spec, home, eval_data=eval_data, tensorboard=tensorboard, resume=resume)
     from offsite.data.picture_workers import PictureWorkers
@@ -157,7 +157,7 @@ def _weights(
     classifier: int,
     compute: Compute,
 ) -> tuple[Amount, ...]:
-    """Weights, gradients and moments, all of which are there from the first step on; moments are AdamW's two."""
+    """The memory for weights, gradients and AdamW's two moments. All of it is needed from the first step on."""
     item = ITEM_BYTES[compute]
     stored = sum(item * math.prod(t.shape) if t.dtype in FLOATS else t.size for t in tensors.values())
     amounts = [Amount(f"weights of the bundle in {compute}", stored)]
@@ -184,7 +184,7 @@ def _earlier_checkpoints(spec: TuneSpec, trained: int) -> tuple[Amount, ...]:
 def _features(
     manifest: BundleManifest, spec: TuneSpec, read: "TextData | Album", item: int, steps: int
 ) -> tuple[Amount, ...]:
-    """What enters the first trained block, kept on the disk where frozen blocks before it would run in every epoch."""
+    """The disk space of the feature cache; empty if the run will not cache features."""
     several_epochs = steps > math.ceil(read.rows / spec.length.batch_size)
     if spec.memory.cache_features == "off" or not manifest.split.trained[0] or not several_epochs or read.classes:
         return ()

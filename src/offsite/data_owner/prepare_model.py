@@ -1,4 +1,4 @@
-"""Prepares a bundle's model: load it, prepare it for its device, attach the adapter, and make the training task."""
+"""Prepares a bundle's model: loads it, prepares it for its device, attaches the adapter, and makes the task."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 def prepare_model(
     bundle: Bundle, data: TextData | Album, spec: TuneSpec, runtime: Runtime, progress: Progress
 ) -> Tuning:
-    """Load a bundle's model and attach what trains, with random numbers of torch's own generator.
+    """Load a bundle's model and attach the trainable parameters. Random numbers come from torch's global generator.
 
     Args:
-        bundle: verified.
-        data: the rows, as `read_data` gives them.
-        spec: what trains.
+        bundle: the verified bundle.
+        data: the rows, from `read_data`.
+        spec: the settings of the tuning.
         runtime: the device, and the dtype of frozen weights.
-        progress: called with the progress events.
+        progress: receives the progress events.
 
     Raises:
-        IncompatibleError: the bundle does not load, has nothing that the method trains, or other tensors than its
+        IncompatibleError: the bundle does not load, has nothing for the method to train, or has other tensors than its
             manifest says.
         StorageError: its weights cannot be read.
     """
@@ -80,10 +80,10 @@ def _prepare_pictures(
 def _attach(
     bundle: Bundle, model: "PreTrainedModel", spec: TuneSpec, runtime: Runtime
 ) -> tuple[dict[str, "nn.Parameter"], Report]:
-    """Prepare the model for its device and attach what trains.
+    """Prepare the model for its device and attach the trainable parameters.
 
     Returns:
-        What trains, by the names under which it is returned, and what the kernels replaced.
+        The trainable parameters, by their names in the return, and the report of the modules that the kernels replaced.
     """
     report = prepare(model, runtime.device, runtime.dtype)
     attached = METHODS[spec.adapter.method](model, bundle.manifest, spec)
@@ -91,7 +91,7 @@ def _attach(
 
 
 def _decayed(bundle: Bundle, spec: TuneSpec, names: Iterable[str]) -> frozenset[str]:
-    """Which trained parameters decay: matrices of linear layers and of the head, and no norm or bias."""
+    """The names of the trained parameters with weight decay: matrices of linear layers and of the head."""
     family = ARCHITECTURES[bundle.manifest.architecture]
     adds_layers = spec.adapter.method in ("lora", "bottleneck")  # linear layers, and nothing else
     return frozenset(

@@ -1,4 +1,4 @@
-"""Derives a return's tensors, files and manifest from the settings and the bundle's manifest. Torch-free."""
+"""The content of a return, from the settings and the bundle's manifest: tensors, files, manifest. Torch-free."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ _SCORE = 1 / 3  # as many digits as most losses have
 
 
 def lora_settings(manifest: BundleManifest, spec: TuneSpec) -> LoraSettings:
-    """The LoRA that a return under these settings declares: every permitted target, alpha twice the rank by default."""
+    """The LoRA settings that a return declares: every permitted target; alpha is twice the rank by default."""
     rank, alpha = spec.adapter.rank, spec.adapter.lora_alpha
     return LoraSettings(
         rank=rank, alpha=float(2 * rank if alpha is None else alpha), targets=tuple(sorted(manifest.lora_targets))
@@ -37,7 +37,7 @@ def lora_settings(manifest: BundleManifest, spec: TuneSpec) -> LoraSettings:
 
 
 def returned_tensors(manifest: BundleManifest, spec: TuneSpec) -> dict[str, TensorEntry]:
-    """The tensors that a return with these settings will hold, by name: what trains, but for a classifier."""
+    """The tensors of a return with these settings, by name: all trained tensors except an image classifier's."""
     method = spec.adapter.method
     if method == "bottleneck":
         return BottleneckSettings(width=spec.adapter.width).tensors(manifest)
@@ -51,13 +51,13 @@ def returned_tensors(manifest: BundleManifest, spec: TuneSpec) -> dict[str, Tens
 
 
 def classifier_shapes(manifest: BundleManifest, classes: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a returned image classifier's tensors, for this number of classes; empty for a language model."""
+    """The shapes of the returned classifier's tensors, by name; empty for a language model."""
     inputs = classifier_inputs(manifest)
     return {} if inputs is None else {"classifier.weight": (classes, inputs), "classifier.bias": (classes,)}
 
 
 def adapter_settings(manifest: BundleManifest, spec: TuneSpec) -> bytes:
-    """The `adapter_config.json` of a LoRA return."""
+    """The content of `adapter_config.json` in a LoRA return."""
     family = ARCHITECTURES[manifest.architecture]
     config = adapter_config(lora_settings(manifest, spec), family, head=spec.adapter.tune_head)
     return json.dumps(config, indent=1).encode() + b"\n"
@@ -72,15 +72,15 @@ def return_manifest(
     classes: tuple[str, ...] | None,
     scores: tuple[float, ...] | None,
 ) -> ReturnManifest:
-    """The manifest of a return of these files.
+    """The manifest of a return with these files.
 
     Args:
-        bundle: what it answers.
-        spec: how it was tuned.
+        bundle: the bundle that was tuned.
+        spec: the settings of the tuning.
         signer: the data owner's key, 64 hex digits.
-        files: its files.
-        classes: what its classifier tells apart; None where there is none.
-        scores: the held-out loss of each checkpoint, if they are told.
+        files: the return's files.
+        classes: the names of the classifier's classes; None if there is no classifier.
+        scores: the held-out loss of each checkpoint; None if losses are not reported.
     """
     method = spec.adapter.method
     return ReturnManifest(
@@ -103,13 +103,13 @@ def return_manifest(
 
 
 def return_sizes(bundle: Bundle, spec: TuneSpec, signer: str, classes: Sequence[str] | None) -> dict[str, int]:
-    """The size of every file of the return in bytes; with scores the manifest may differ by a few digits.
+    """The size of every file of the return in bytes. With scores, the manifest's size may differ by a few digits.
 
     Args:
-        bundle: what it answers.
-        spec: how it will be tuned.
+        bundle: the bundle that will be tuned.
+        spec: the settings of the tuning.
         signer: the data owner's key, 64 hex digits.
-        classes: what its classifier will tell apart; None where there is none.
+        classes: the names of the classifier's classes; None if there is no classifier.
     """
     shapes = {name: entry.shape for name, entry in sorted(returned_tensors(bundle.manifest, spec).items())}
     count = spec.points.checkpoints

@@ -1,7 +1,7 @@
-"""The checkpoints that a return holds: after which steps, and where the earlier ones are until the return is written.
+"""The checkpoints that a return holds: their steps, and the files of the earlier ones until the return is written.
 
-They are in the run's folder with the resume points, in the files that will be sent, so a resumed run has those that
-were saved before.
+These files are in the run's folder, next to the resume points and already in the format of the return, so a resumed run
+has the checkpoints that were saved before.
 """
 
 import json
@@ -22,12 +22,12 @@ from offsite.training.schedule import checkpoint_steps
 
 
 class Checkpoints:
-    """The checkpoints that a run saves for its return.
+    """The checkpoints of one run.
 
     Args:
         state: the run's folder.
-        spec: how many, and whether their losses are reported in the return.
-        steps: of the entire run.
+        spec: settings with the number of checkpoints, and whether the return reports their losses.
+        steps: number of steps of the entire run.
 
     Raises:
         UsageError: the run has fewer steps than checkpoints.
@@ -41,12 +41,12 @@ class Checkpoints:
 
     @property
     def earlier(self) -> list[Path]:
-        """The files of all checkpoints but the last, in their order."""
+        """The files of all checkpoints except the last one, in order."""
         return [self._folder / checkpoint_file(number) for number in list(self._numbers.values())[:-1]]
 
     @property
     def scores(self) -> tuple[float, ...] | None:
-        """The held-out loss of each checkpoint; None if the return has no losses."""
+        """The held-out loss of each checkpoint; None if the return does not report losses."""
         if not self._reports:
             return None
         found = self._read_scores()
@@ -57,14 +57,14 @@ class Checkpoints:
         return step in self._numbers
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Save the weights after a step, if there is a checkpoint; the last one is not saved, it is the return itself.
+        """Save the weights if this step has a checkpoint. The last one is not saved: it is the return itself.
 
         Args:
-            step: how many steps were done.
-            tensors: fp32, by the names under which they are returned.
+            step: number of finished steps.
+            tensors: fp32 tensors, by their names in the return.
 
         Raises:
-            StorageError: they cannot be written.
+            StorageError: the weights cannot be written.
         """
         number = self._numbers.get(step)
         if number is None or number == len(self._numbers):
@@ -75,11 +75,11 @@ class Checkpoints:
             write_safetensors(file, [to_new_tensor(name, tensors[name]) for name in sorted(tensors)])
 
     def score(self, step: int, loss: float) -> None:
-        """Save the held-out loss after a step, if it goes into the return.
+        """Save the held-out loss after a step, if the return reports it.
 
         Raises:
-            OffsiteError: it is not finite.
-            StorageError: it cannot be written.
+            OffsiteError: the loss is not finite.
+            StorageError: the loss cannot be written.
         """
         if self._reports and step in self._numbers:
             if not math.isfinite(loss):
@@ -91,13 +91,13 @@ class Checkpoints:
             replace_file(self._scores, json.dumps(scores).encode())
 
     def require_saved(self, done: int) -> None:
-        """Refuse to continue a run whose earlier checkpoints are missing.
+        """Refuse to continue a run if files of its earlier checkpoints are missing.
 
         Args:
-            done: how many steps were done.
+            done: number of finished steps.
 
         Raises:
-            StorageError: one of them is missing.
+            StorageError: a file is missing.
         """
         saved: Sequence[int] = [number for step, number in self._numbers.items() if step <= done]
         files = [self._folder / checkpoint_file(number) for number in saved if number < len(self._numbers)]

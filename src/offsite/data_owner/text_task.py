@@ -1,4 +1,4 @@
-"""Tuning on text: rows of tokens, and their loss under a language model."""
+"""Tuning on text: rows of tokens, and their loss with a language model."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from offsite.training.task import Batching
 
 @dataclass(frozen=True)
 class TextTask:
-    """Labelled tokens of text under a language model; a `TrainingTask`."""
+    """Training on labelled tokens with a language model; a `TrainingTask`."""
 
     unit: ClassVar[str] = "tokens"
     term_weights: ClassVar[Mapping[str, float]] = {"loss": 1.0}
@@ -28,7 +28,7 @@ class TextTask:
 
     @property
     def rows(self) -> int:
-        """How many rows there are to train on."""
+        """The number of training rows."""
         return len(self.examples)
 
     @property
@@ -37,38 +37,38 @@ class TextTask:
         return self.network.head.weight.device
 
     def order(self, epoch: int) -> list[list[int]]:
-        """The rows of every step of an epoch: shuffled, with rows of similar length in a step."""
+        """The rows of every step of an epoch, in random order, but with rows of similar length in one step."""
         return step_batches(self.examples, rows=self.batching.rows, seed=self.batching.seed, epoch=epoch)
 
     def micro_batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
-        """The rows of a step, cut by their tokens; a row longer than a micro-batch runs alone."""
+        """The rows of a step, cut into micro-batches by their tokens; a row longer than a micro-batch runs alone."""
         return micro_batches(self.examples, rows, self.batching.tokens)
 
     def prefetch(self, rows: Sequence[int], epoch: int) -> None:
-        """Do nothing: text needs no preparation."""
+        """Do nothing, since text needs no preparation."""
 
     def loss(self, rows: Sequence[int], epoch: int) -> torch.Tensor:
-        """Nats summed over the labelled tokens of rows that run at once; a scalar."""
+        """The loss in nats, summed over the labelled tokens of a micro-batch; a scalar."""
         return label_losses(self.network, collate([self.examples[i] for i in rows]))[0]
 
     def loss_terms(self, rows: Sequence[int], epoch: int) -> dict[str, torch.Tensor]:
-        """The only loss term, `loss`."""
+        """The only term of the loss, under the name `loss`."""
         return {"loss": self.loss(rows, epoch)}
 
     def weight(self, rows: Sequence[int]) -> int:
-        """The labelled tokens of rows."""
+        """The number of labelled tokens in these rows."""
         return sum(self.examples[i].labels for i in rows)
 
     def size(self, rows: Sequence[int]) -> dict[str, int]:
-        """Tokens and labelled tokens of rows."""
+        """The numbers of tokens and of labelled tokens in these rows, for the log."""
         return {self.unit: sum(len(self.examples[i].ids) for i in rows), "labels": self.weight(rows)}
 
     def first_record(self) -> dict[str, float]:
-        """The number of training rows, for the log's first record."""
+        """The number of training rows, for the first record of the log."""
         return {"rows": self.rows}
 
     def validate(self, progress: Progress, stage: str) -> Mapping[str, float]:
-        """Loss per labelled token and perplexity of the held-out rows; empty where there are none."""
+        """Loss per labelled token and perplexity on the held-out rows; empty if there are none."""
         if not self.held_out:
             return {}
         losses = row_losses(self.network, self.held_out, 2 * self.batching.tokens, progress, stage)

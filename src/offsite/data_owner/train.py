@@ -1,4 +1,4 @@
-"""Trains an adapter with the training loop."""
+"""Trains an adapter: passes a tuning's task, weights and settings to the training loop."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +26,7 @@ from offsite.training.tensorboard import tensorboard_log
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a training run works on."""
+    """A prepared tuning: the task, the blocks, the trained weights, and the report of the kernels."""
 
     task: TextTask | ImageTask
     blocks: nn.Module  # the list of all of them
@@ -49,18 +49,18 @@ def train(
     """Train to the last step, saving resume points and checkpoints; the weights are changed in place.
 
     Args:
-        tuning: what trains.
-        spec: how; what fits into memory has been found out.
+        tuning: the prepared tuning.
+        spec: the settings, already fitted into memory.
         state: the folder of the resume points; training continues from the last one.
-        log: the file that gets a JSON line for every step and validation.
-        progress: called with the progress events.
-        checkpoints: those that will be returned; None where there is no return.
-        tensorboard: a folder to log to for TensorBoard as well.
+        log: the file that receives a JSON line for every step and validation.
+        progress: receives the progress events.
+        checkpoints: the checkpoints of the return; None if no return is written.
+        tensorboard: a folder for an additional TensorBoard log.
 
     Raises:
         OffsiteError: the loss is no longer a finite number.
-        StorageError: a resume point, a checkpoint or the log cannot be written, or a checkpoint is gone.
-        KeyboardInterrupt: the user stopped it; a resume point was saved.
+        StorageError: a resume point, a checkpoint or the log cannot be written, or a checkpoint is missing.
+        KeyboardInterrupt: the user stopped the run; a resume point was saved.
     """
     settings = _loop_settings(spec, tuning.task.rows, checkpoints)
     hooks = Hooks()
@@ -84,7 +84,7 @@ def train(
 
 
 def _loop_settings(spec: TuneSpec, rows: int, checkpoints: Checkpoints | None) -> LoopSettings:
-    """The loop's settings; validation comes at the end, at every checkpoint, and every `eval_every` steps."""
+    """The loop's settings. Validation runs at the end, at every checkpoint, and every `eval_every` steps."""
     steps, every, optimizer = step_count(spec, rows), spec.points.eval_every, spec.optimizer
 
     def rate(step: int) -> float:

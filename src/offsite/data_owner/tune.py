@@ -1,4 +1,4 @@
-"""Tuning: trains the adapter of a verified bundle on the data owner's rows, and writes the signed return."""
+"""Tuning: train the adapter of a verified bundle on one's own rows, and write the signed return."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -42,34 +42,34 @@ def tune(
     resume: bool = False,
     progress: Progress = silent,
 ) -> Return:
-    """Train the bundle's adapter on rows that stay here, and write the return.
+    """Train the bundle's adapter on rows that stay on this machine, and write the return.
 
     Next to `out` are the log, `<out>.log.jsonl`, and until the return is complete the resume points, `<out>.run/`.
 
     Args:
-        bundle: what the model's owner sent, verified.
-        data: rows to train on, as `offsite.data.rows.read_rows` takes them.
+        bundle: the verified bundle from the model's owner.
+        data: rows to train on, as `offsite.data.rows.read_rows` reads them.
         out: the return's folder; it appears complete or not at all.
-        spec: what trains and how.
-        home: the data owner's.
-        eval_data: rows to validate on; needed where the return is to report the checkpoints' losses.
-        tensorboard: a folder to log to for TensorBoard as well; it stays here, like the log.
-        resume: continue an interrupted run bit for bit (on the same machine with as many threads); where there is
-            none yet, start.
-        progress: called with the progress events.
+        spec: the settings of the tuning.
+        home: the data owner's home, with the key.
+        eval_data: rows to validate on; required if the return reports the checkpoints' losses.
+        tensorboard: a folder for an additional TensorBoard log; it stays on this machine, like the log.
+        resume: continue an interrupted run bit for bit (on the same machine with the same number of threads); if there
+            is none, start a new run.
+        progress: receives the progress events.
 
     Raises:
-        UsageError: `out` is not empty, there are fewer steps than checkpoints, or losses to be reported and no
-            rows to measure them on, the tuning does not fit into `memory`, another one is at work there, an interrupted
-            run is there that cannot or was not to be resumed, a package that was asked for is not installed, or
-            TensorBoard's folder is where the return or its run will be.
+        UsageError: `out` is not empty; there are fewer steps than checkpoints; losses are to be reported but there are
+            no rows for them; the tuning does not fit into `memory`; another tuning runs there; it has an interrupted
+            run that cannot be resumed, or `resume` is False; a required package is not installed; or TensorBoard's
+            folder is inside the folder of the return or of its run.
         PolicyError: the bundle does not permit the method or the rank.
         DataError: rows are bad, too long, or missing.
-        IncompatibleError: the bundle does not load, has nothing that the method trains, other tensors than its
-            manifest says, or a tokenizer of more tokens than its model knows.
+        IncompatibleError: the bundle does not load, has nothing for the method to train, has other tensors than its
+            manifest says, or has a tokenizer with more tokens than its model knows.
         OffsiteError: the training diverged.
-        StorageError: something cannot be read or written.
-        KeyboardInterrupt: the user stopped it; a resume point was saved.
+        StorageError: a file cannot be read or written.
+        KeyboardInterrupt: the user stopped the run; a resume point was saved.
     """
     identity = check_tuning(bundle, out, spec, home, eval_data=eval_data, tensorboard=tensorboard, resume=resume)
     out = out.resolve()  # the return replaces an empty folder, which may be the current one
@@ -101,7 +101,7 @@ def tune(
 def _identity_of_run(
     bundle: Bundle, data: DataPaths, eval_data: DataPaths | None, spec: TuneSpec, runtime: Runtime
 ) -> dict[str, object]:
-    """What a run is, by name: it is resumed with exactly the same."""
+    """The identity of a run, by name: settings, bundle and data. A run is only resumed with the same identity."""
     settings = spec.flat(without=_FREE_SETTINGS)
     resolved = {"device": str(runtime.device), "compute": str(runtime.dtype)}
     reported = {"eval_data": data_digest(eval_data)} if eval_data and spec.points.report_scores else {}

@@ -1,4 +1,4 @@
-"""Reads the data of a tuning: text becomes tokens of the bundle's tokenizer, pictures are decoded."""
+"""Reads the rows of a tuning: text is tokenised by the bundle's tokenizer, pictures are decoded."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from offsite.protocol.artifacts import Bundle
 
 @dataclass(frozen=True)
 class TextData:
-    """Tokenised rows of text for training and validation."""
+    """Tokenised rows of text for training and for validation."""
 
     examples: tuple[Example, ...]
     held_out: tuple[Example, ...]  # may be empty
@@ -26,27 +26,27 @@ class TextData:
 
     @property
     def rows(self) -> int:
-        """How many rows there are to train on."""
+        """The number of training rows."""
         return len(self.examples)
 
     @property
     def held_out_rows(self) -> int:
-        """How many rows there are to validate on."""
+        """The number of held-out rows."""
         return len(self.held_out)
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of all rows to train on."""
+        """The tokens of all training rows together."""
         return sum(len(example.ids) for example in self.examples)
 
     @property
     def longest_row(self) -> int:
-        """Tokens of the longest row to train on."""
+        """The tokens of the longest training row."""
         return max(len(example.ids) for example in self.examples)
 
     @property
     def classes(self) -> None:
-        """None, as text has no classes."""
+        """Always None, since text has no classes."""
         return None
 
 
@@ -58,19 +58,19 @@ def read_data(
     progress: Progress,
     workers: PictureWorkers,
 ) -> TextData | Album:
-    """Read the rows that a bundle is to be tuned on, before its model is loaded.
+    """Read the rows of a tuning before the bundle's model is loaded.
 
     Args:
         bundle: verified; its tokenizer or image processor prepares the rows.
         data: rows to train on.
         eval_data: rows to validate on, if there are any.
-        spec: how long a row may be, and what happens to longer ones and to broken pictures.
-        progress: called with the progress events.
-        workers: who decodes pictures.
+        spec: settings such as the maximum length of a row, and what happens to longer rows and broken pictures.
+        progress: receives the progress events.
+        workers: the workers that decode pictures.
 
     Raises:
         DataError: rows are bad, too long, or missing.
-        UsageError: held-out pictures are asked for in two ways.
+        UsageError: held-out pictures are requested in two ways.
         IncompatibleError: the tokenizer or image processor does not fit the model.
     """
     if ARCHITECTURES[bundle.manifest.architecture].vision is not None:

@@ -1,6 +1,4 @@
-"""Reads the pictures of a tuning, splits them into training and validation, decodes them once, and checks their
-classes.
-"""
+"""The pictures of a tuning: read, split into training and validation, decoded once, with their classes checked."""
 
 from dataclasses import dataclass
 
@@ -34,31 +32,31 @@ class Album:
 
     @property
     def rows(self) -> int:
-        """How many pictures there are to train on."""
+        """The number of training pictures."""
         return len(self.train)
 
     @property
     def left_out(self) -> int:
-        """How many pictures to train on cannot be read."""
+        """The number of training pictures that cannot be read."""
         return len(self.train.skipped)
 
     @property
     def held_out_rows(self) -> int:
-        """How many pictures there are to validate on."""
+        """The number of held-out pictures; 0 if there are none."""
         return len(self.held_out) if self.held_out else 0
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of all pictures to train on."""
+        """The tokens of all training pictures together."""
         return self.tokens * self.rows
 
     @property
     def longest_row(self) -> int:
-        """Tokens of one picture."""
+        """The tokens of one picture; all pictures have the same number."""
         return self.tokens
 
     def labels(self, pictures: Pictures) -> torch.Tensor:
-        """The class index of each picture, (N,)."""
+        """The index of each picture's class, (N,)."""
         number = {name: index for index, name in enumerate(self.classes)}
         return torch.tensor([number[picture.label or ""] for picture in pictures.pictures])
 
@@ -71,19 +69,19 @@ def open_album(
     progress: Progress,
     workers: PictureWorkers | None = None,
 ) -> Album:
-    """Read and decode the pictures that a run is about.
+    """Read and decode the pictures of a run.
 
     Args:
-        bundle: the files of a model, whose image processor prepares them.
-        data: the pictures to train on, or all.
-        eval_data: held-out ones.
-        spec: what is held out, and whether broken ones are left out.
-        progress: called with the progress events.
-        workers: who decodes; None takes threads of this process.
+        bundle: the files of a model, whose image processor prepares the pictures.
+        data: the training pictures; held-out ones may be split off from these.
+        eval_data: the held-out pictures, if they are separate.
+        spec: settings such as the held-out share, and whether broken pictures are skipped.
+        progress: receives the progress events.
+        workers: the workers that decode; None uses threads of this process.
 
     Raises:
-        DataError: pictures or rows are bad, there are fewer than two classes, or held-out ones are of other classes.
-        UsageError: held-out pictures are asked for in two ways, or a share that is less than one.
+        DataError: pictures or rows are bad, there are fewer than two classes, or held-out pictures have other classes.
+        UsageError: held-out pictures are requested in two ways, or as a share of less than one picture.
         IncompatibleError: the bundle's image processor does not fit its model.
     """
     processor = load_processor(bundle)
@@ -100,7 +98,7 @@ def open_album(
 
 
 def _list_pictures(data: DataPaths, eval_data: DataPaths | None, spec: TuneSpec) -> tuple[list[Picture], list[Picture]]:
-    """The pictures to train on and those to validate on, before any is decoded."""
+    """The training pictures and the held-out pictures, before any is decoded."""
     columns = spec.rows.columns
     listed = read_pictures(data, part="train", columns=columns)
     if eval_data is None and spec.images.eval_share:
@@ -114,7 +112,7 @@ def _list_pictures(data: DataPaths, eval_data: DataPaths | None, spec: TuneSpec)
 
 
 def _class_names(train: Pictures, validation: Pictures | None) -> tuple[str, ...]:
-    """The names of the classes, sorted; each can be written into a return."""
+    """The sorted names of the classes, checked to be valid in a return."""
     classes = tuple(sorted({picture.label or "" for picture in train.pictures}))
     untrained = {picture.label or "" for picture in validation.pictures} - set(classes) if validation else set()
     if len(classes) < 2 or untrained:
@@ -135,7 +133,7 @@ def _class_names(train: Pictures, validation: Pictures | None) -> tuple[str, ...
 
 
 def _is_returnable(name: str) -> bool:
-    """Whether the manifest of a return may hold this name of a class."""
+    """Whether a return's manifest may contain this class name."""
     try:
         TypeAdapter(ClassName).validate_python(name)
     except ValidationError:

@@ -1,4 +1,4 @@
-"""Writes the return: trained tensors, settings, manifest and signature. Of the data it has only scores, on request."""
+"""Writes the return: trained tensors, settings, manifest, signature. Of the data only scores, if requested."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,18 +31,18 @@ def write_return(
     """Write and sign a return.
 
     Args:
-        bundle: what it answers.
-        tensors: the trained fp32 tensors by the names under which they are returned, a classifier among them.
-        spec: how they were tuned.
+        bundle: the bundle that was tuned.
+        tensors: the trained fp32 tensors, by their names in the return, including those of a classifier.
+        spec: the settings of the tuning.
         out: the return's folder; it appears complete or not at all.
-        identity: the bundle's recipient, who signs.
-        checkpoints: the earlier ones, and the scores that are reported of them.
-        classes: what the classifier among the tensors tells apart; None where there is none.
+        identity: the identity of the bundle's recipient, who signs.
+        checkpoints: the earlier checkpoints, and the scores that the return reports.
+        classes: the names of the classifier's classes; None if there is no classifier.
 
     Raises:
         OffsiteError: a tensor holds NaN or infinity; nothing is signed.
-        UsageError: `out` holds something.
-        StorageError: it cannot be written; `out` is then as it was.
+        UsageError: `out` is not empty.
+        StorageError: the return cannot be written; `out` is then unchanged.
     """
     head = {name: tensor for name, tensor in tensors.items() if name in (WEIGHT, BIAS)} if classes else {}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in head}

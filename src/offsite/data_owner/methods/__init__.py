@@ -1,4 +1,4 @@
-"""What trains, one method a file."""
+"""The tuning methods, one file each: each attaches the parameters that it trains."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING

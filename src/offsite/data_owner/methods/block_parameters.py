@@ -1,4 +1,4 @@
-"""Full tuning trains all tensors of the trained blocks, BitFit only their biases (arXiv 2106.10199)."""
+"""Methods that train the blocks' own tensors: full tuning trains all, BitFit only the biases (arXiv 2106.10199)."""
 
 from typing import TYPE_CHECKING
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -> dict[str, nn.Parameter]:
-    """Make exactly the manifest's tensors for the method trainable; everything else stays frozen.
+    """Make exactly the tensors trainable that the manifest lists for the method; all others stay frozen.
 
-    BitFit trains every bias, also those of norms, and no other tensor of one dimension.
+    BitFit trains every bias, including those of norms, and no other one-dimensional tensor.
 
     Returns:
-        The trainable parameters by their names in the model; `offsite.models.mixture.in_files` gives them the
+        The trainable parameters by their names in the model; `offsite.models.mixture.in_files` converts them to the
         names and shapes of the return.
 
     Raises:
-        IncompatibleError: the model does not have exactly these tensors in these shapes.
+        IncompatibleError: the model does not have exactly these tensors with these shapes.
     """
     family, expected = ARCHITECTURES[manifest.architecture], manifest.own_tensors(spec.adapter.method)
     for name, parameter in model.named_parameters():

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -> dict[str, nn.Parameter]:
-    """Insert bottlenecks into the trained blocks, before the residual is added; at first they change no output.
+    """Insert bottlenecks into the trained blocks, before the residual is added. At first they do not change the output.
 
     Returns:
-        The trainable parameters by the names under which they are returned.
+        The trainable parameters by their names in the return.
 
     Raises:
         IncompatibleError: the model's bottlenecks are not exactly those that the manifest permits.

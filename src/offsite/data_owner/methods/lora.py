@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -> dict[str, nn.Parameter]:
-    """Add LoRA pairs to exactly the manifest's targets, initialised by PEFT (A Kaiming uniform, B zero).
+    """Add LoRA pairs to exactly the manifest's target layers, initialised by PEFT (A Kaiming uniform, B zero).
 
     Returns:
-        The trainable parameters by the names under which they are returned.
+        The trainable parameters by their names in the return.
 
     Raises:
         IncompatibleError: the model's pairs are not exactly those that the manifest permits.

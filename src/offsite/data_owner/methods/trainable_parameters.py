@@ -1,4 +1,4 @@
-"""Checks that exactly the permitted parameters train."""
+"""Checks that the trainable parameters are exactly those that the manifest permits."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from offsite.protocol.manifest import TensorEntry
 
 
 def require_exactly(trainable: Mapping[str, torch.Tensor], expected: Mapping[str, TensorEntry]) -> None:
-    """Compare names and shapes of the trainable parameters with what the manifest permits.
+    """Compare names and shapes of the trainable parameters with those that the manifest permits.
 
     Raises:
         IncompatibleError: they differ; every difference is listed.

@@ -1,4 +1,4 @@
-"""The output head: all of it trains, together with the method, if the owner permits it."""
+"""Training of the output head: all of it trains, together with the method, if the model's owner permits it."""
 
 from typing import TYPE_CHECKING
 
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 
 def attach_head(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -> dict[str, nn.Parameter]:
-    """Make the head trainable if the settings say so. Call it after the method was attached, which freezes the head.
+    """Make the head trainable if the settings say so. Call this after attaching the method, which freezes the head.
 
     Returns:
-        Its parameters: with LoRA by the names under which they are returned, else by their names in the model.
+        The head's parameters; empty if it does not train. With LoRA the keys are their names in the return, otherwise
+        their names in the model.
 
     Raises:
         IncompatibleError: the model's head is not exactly what the manifest permits.
