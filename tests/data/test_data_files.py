@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -224,3 +225,12 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
     for i in (2, 0, 1):
         lines(tmp_path / f"train-0000{i}-of-00003.jsonl", str(i))
     assert [file.name[:11] for file in files_of(tmp_path)] == ["train-00000", "train-00001", "train-00002"]
+
+
+def test_a_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="there is no file or folder tatsu-lab/alpaca") as caught:
+        texts(Path("tatsu-lab/alpaca"))
+    assert "hf download --repo-type dataset tatsu-lab/alpaca --local-dir alpaca" in caught.value.next_step
+    with pytest.raises(DataError, match="cannot read the data set"):
+        texts(Path("tatsu-lab/alpaca.json"))

@@ -120,7 +120,7 @@ def _plain(folder, records):
         ({"messages": [{"role": "assistant", "tool_calls": ["x"]}]}, "holds a call without a function's name"),
         ({"messages": TURNS, "tools": "x"}, "field 'tools' is str, expected a list of tools"),
         ({"chosen": "a", "rejected": "b"}, "preferences ('chosen' and 'rejected'); --chosen takes the chosen answers"),
-        ({"instruction": "a", "output": ""}, "field 'output' is empty"),
+        ({"instruction": "", "output": "b"}, "field 'instruction' is empty"),
         ({"instruction": "a", "output": "b", "history": ["c"]}, "field 'history' is a list of 1, expected pairs"),
         ({"messages": [TURNS[0], {"role": "assistant", "content": ""}]}, "field 'messages[1].content' is empty"),
         ({"messages": [TURNS[0]]}, "no assistant turn"),
@@ -612,3 +612,20 @@ def with_features(columns, **names):
     features |= {name: {"names": classes, "_type": "ClassLabel"} for name, classes in names.items()}
     table = pyarrow.table(columns)
     return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def test_an_empty_list_of_messages_is_no_conversation():
+    assert parse_row({"messages": [], "prompt": "p", "completion": "c"}, 1) == Row(1, "p", "c")
+
+
+@pytest.mark.parametrize("kind", ["text", "input_text", "output_text"])
+def test_parts_of_text_by_their_types(kind):
+    row = parse_row(
+        {"messages": [{"role": "assistant", "content": [{"type": kind, "text": "Hello", "index": None}]}]}, 1
+    )
+    assert row.turns[0].message == {"role": "assistant", "content": [{"type": "text", "text": "Hello"}]}
+
+
+def test_an_answer_that_is_reasoning_alone():
+    row = parse_row({"messages": [{"role": "assistant", "content": "", "reasoning_content": "hm"}]}, 1)
+    assert row.turns[0].message == {"role": "assistant", "content": "", "reasoning_content": "hm"}

@@ -143,3 +143,17 @@ def test_zstandard_needs_pyarrow(tmp_path, monkeypatch):
 )
 def test_the_end_of_a_name(tmp_path, name, expected):
     assert kind(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.txt", "rows.csv", "rows.arrow"])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "run `git lfs pull`"),
+        (b"\n<!DOCTYPE html>\n<html><body>404</body></html>", "it is a web page"),
+    ],
+)
+def test_what_stands_in_the_place_of_a_file(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=says):
+        read_rows(tmp_path / name)

@@ -4,6 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from chat_templates import CHATML
 from offsite.data.batches import collate
 from offsite.data.row import Row
 from offsite.data.rows import read_rows
@@ -216,3 +217,28 @@ def test_long_choices_are_listed_cut_or_skipped(tmp_path, tokenizer):
     assert encode_choices(read_rows(file), tokenizer, source=file, max_length=30, long_rows="skip") == []
     (cut,) = encode_choices(read_rows(file), tokenizer, source=file, max_length=30, long_rows="truncate")
     assert [len(example.ids) for example in cut.examples][1] == 30
+
+
+def test_an_instruction_without_an_output_is_left_out(tmp_path, tokenizer):
+    lines = [{"instruction": "Add.", "input": "1 1", "output": output} for output in ("2", "")]
+    found = encoded(tmp_path, tokenizer, *lines, max_length=600)
+    assert ([example.line for example in found.examples], found.skipped) == ([1], 1)
+    with pytest.raises(DataError, match=r"no row of .* is left"):
+        encoded(tmp_path, tokenizer, lines[1], max_length=600)
+
+
+def test_an_instruction_is_a_conversation_where_there_is_a_template(tmp_path):
+    tokenizer = tokenizer_in(tmp_path)
+    line = {"instruction": "Add.", "input": "1 1", "output": "2"}
+    (plain,) = encoded(tmp_path, tokenizer, line, max_length=600).examples
+    assert tokenizer.decode(plain.ids).startswith("<s>Below is an instruction that describes a task, paired with")
+    assert tokenizer.decode(plain.ids[plain.labelled]) == "2</s>"
+    tokenizer.chat_template = CHATML
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    (chat,) = encoded(tmp_path, tokenizer, line, max_length=600).examples
+    asked = [{"role": "user", "content": "Add.\n1 1"}, {"role": "assistant", "content": "2"}]
+    assert chat.ids.tolist() == tokenizer.apply_chat_template(asked)["input_ids"]
+    assert tokenizer.decode(chat.ids[chat.labelled]) == "2<|im_end|>"
+    (row,) = read_rows(write(tmp_path, line))
+    asked_ids = tokenizer.apply_chat_template(asked[:1], add_generation_prompt=True)["input_ids"]
+    assert encode_prompt(row, tokenizer) == asked_ids

@@ -26,6 +26,7 @@ TEST = ("test", "testing", "eval", "evaluation")
 _NOT_ROWS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # what describes a data set
 _STATE, _SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk writes
 _SHARD = re.compile(r"(^|[-_.])(part|shard|chunk)?[-_.]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{16,})?$", re.IGNORECASE)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w-]*")
 _PATTERN = re.compile(r"[*?\[]")
 
 
@@ -53,6 +54,11 @@ def files_of(path: Path, part: Part = "train") -> list[Path]:
         if not found:
             raise unreadable(path, "no file has such a name")
         return found
+    if not path.exists() and _HUB_NAME.fullmatch(str(path)):
+        raise DataError(
+            f"there is no file or folder {path}; data sets of the Hugging Face hub are not downloaded here",
+            next_step=f"hf download --repo-type dataset {path} --local-dir {path.name}, then name that folder",
+        )
     return [path]
 
 

@@ -38,9 +38,13 @@ def dropped_words(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] | No
 def survives(turn: Turn, text: str) -> bool:
     """Whether the text contains at least one word of a turn; True for a turn without words."""
     pieces = [*(piece for _, piece in _pieces(turn)), *_called(turn)]
-    words = {word for piece in pieces for word in _WORD.findall(piece)}
+    words = [found[0] for piece in pieces if (found := _WORD.search(piece))]  # most often the first will do
+    if not words:
+        return True
     lowered = text.casefold()
-    return not words or any(word.casefold() in lowered for word in words)
+    if any(word.casefold() in lowered for word in words):
+        return True
+    return any(word.casefold() in lowered for piece in pieces for word in _WORD.findall(piece))
 
 
 def _pieces(turn: Turn) -> Iterator[tuple[str, str]]:

@@ -34,6 +34,7 @@ OTHER_NAMES = {  # what public data sets call these roles
 _TOOL_CALL, _TOOL_RESULT = "function_call", ("observation", "function_response", "tool_response")  # of ShareGPT
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value", "text", "parts")
 _TRAINED_KEYS = ("weight", "train", "loss")  # 0 or false: a turn that is not to be learnt
+_TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts that are text
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -95,7 +96,10 @@ def _parse_message(message: object, where: str) -> Turn | str:
     if role not in ROLES:
         return f"field '{where}.{role_key}' is {str(fields[role_key])[:40]!r}, expected {', '.join(ROLES)}"
     text, parts = _parse_content(content)
-    problem = text_problem(f"{where}.{content_key or 'content'}", text, empty=role != "assistant" or bool(calls))
+    thinks = any(fields.get(key) for key in REASONING_KEYS)
+    problem = text_problem(
+        f"{where}.{content_key or 'content'}", text, empty=role != "assistant" or bool(calls) or thinks
+    )
     if problem:
         return problem
     skipped = {*_ROLE_KEYS, *_CONTENT_KEYS, *_TRAINED_KEYS, "tool_calls", "function_call"}
@@ -128,9 +132,9 @@ def _parse_content(content: object) -> tuple[object, tuple[Mapping[str, Any], ..
             parts.append({"type": "text", "text": part})
             continue
         filled = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
-        if filled.get("type", "text") != "text" or not isinstance(filled.get("text"), str):
+        if filled.get("type", "text") not in _TEXT_PARTS or not isinstance(filled.get("text"), str):
             return part, ()
-        parts.append({"type": "text", **filled})
+        parts.append({**filled, "type": "text"})
     return "".join(part["text"] for part in parts), tuple(parts)
 
 

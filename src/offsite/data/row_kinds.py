@@ -69,7 +69,7 @@ def parse_row(fields: Fields, number: int, form: RowForm | None = None) -> Row |
         own.pop("text", None)
     # columns that are named decide alone, as long as they make a row; others complete them
     for known in ([named] if named else []) + [{**own, **named}]:
-        filled = {name: value for name, value in known.items() if value is not None}
+        filled = {name: value for name, value in known.items() if value is not None and value != []}
         for candidate in (filled, known):  # nulls of a table are no fields, but an error says that they are there
             if (parse := _kind(candidate, form)) is not None:
                 return parse(candidate, number)
@@ -212,7 +212,7 @@ def _instruction(fields: Fields, number: int) -> Row | str:
     output = _as_text(next(fields[name] for name in _OUTPUTS if name in fields))
     given = _as_text(next((fields[name] for name in _INPUTS if name in fields), ""))
     instruction = _as_text(fields["instruction"])
-    checked = {"instruction": (instruction, False), "input": (given, True), "output": (output, False)}
+    checked = {"instruction": (instruction, False), "input": (given, True), "output": (output, True)}
     problems = [found for name, (value, empty) in checked.items() if (found := text_problem(name, value, empty=empty))]
     history = fields.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from offsite.data.messages import without_nulls
-from offsite.data.text_files import is_compressed, read_bytes, unreadable
+from offsite.data.text_files import is_compressed, read_bytes, require_content, unreadable
 from offsite.extras import require
 
 _TOGETHER = 1024  # rows that are read at once
@@ -76,6 +76,8 @@ def _batches(path: Path, wanted: Container[str] | None) -> Iterator[tuple[Sequen
     arrow = require("pyarrow", "data", "reading Parquet and Arrow tables")
     source = arrow.BufferReader(read_bytes(path)) if is_compressed(path) else path.open("rb")
     with source as file:
+        require_content(path, file.read(200))
+        file.seek(0)
         if path.name.lower().removesuffix(path.suffix.lower() if is_compressed(path) else "").endswith(".parquet"):
             opened = require("pyarrow.parquet", "data", "reading Parquet").ParquetFile(file)
             schema = opened.schema_arrow

@@ -17,6 +17,7 @@ from offsite.extras import require
 EXPECTED = "JSONL, .json, .csv, .tsv, .parquet, .arrow, .txt, or a folder of such files"
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # stand behind the end that says what a file is
 _GZIP, _BZ2, _XZ, _ZSTANDARD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -53,6 +54,7 @@ def read_bytes(path: Path) -> bytes:
     """
     try:
         content = path.read_bytes()
+        require_content(path, content)
         if content.startswith(_GZIP):
             return gzip.decompress(content)
         if content.startswith(_BZ2):
@@ -66,6 +68,18 @@ def read_bytes(path: Path) -> bytes:
     except (EOFError, ValueError, lzma.LZMAError) as error:
         raise unreadable(path, f"its compressed content is damaged: {str(error)[:100]}") from None
     return content
+
+
+def require_content(path: Path, content: bytes) -> None:
+    """Refuse what stands in the place of a file that was not downloaded; the first bytes are enough.
+
+    Raises:
+        DataError: it is a pointer of Git LFS, or a web page.
+    """
+    if content.startswith(_LFS_POINTER):
+        raise unreadable(path, "it is a Git LFS pointer, the file was not downloaded: run `git lfs pull` in its folder")
+    if content[:200].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise unreadable(path, "it is a web page: download the file itself")
 
 
 def _from_zstandard(content: bytes) -> bytes:

@@ -56,11 +56,13 @@ def encode(
             no row is left.
         IncompatibleError: the tokenizer does not show which token a label begins with.
     """
-    examples, long, skipped, cut = [], [], 0, 0
+    examples, long, cut = [], [], 0
     dropped: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     name, lengths = name_of(source), []
-    for draft in _drafts(rows, tokenizer, name, max_length):
+    answered = [row for row in rows if row.prompt is None or row.completion]  # public sets have some empty outputs
+    skipped = len(rows) - len(answered)
+    for draft in _drafts(answered, tokenizer, name, max_length):
         if conversation := draft.conversation:
             dropped.update(conversation.dropped)
             notes.update(conversation.notes)
