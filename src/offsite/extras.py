@@ -1,4 +1,4 @@
-"""Optional packages: imported when they are used; an error names the extra to install."""
+"""Import optional packages where they are used; if one is missing, the error names the extra to install."""
 
 import importlib
 from typing import Any

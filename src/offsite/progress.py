@@ -1,4 +1,4 @@
-"""Progress events: long work calls a callback, so that stages know nothing of terminals."""
+"""Progress reports of long stages: events to a callback, so that stages do not depend on a terminal."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Event:
-    """The progress of a stage: `done` of `total` steps, with values to show (loss, tokens per second, ...)."""
+    """The progress of a stage: `done` of `total` steps, and `facts` to display (loss, tokens per second, ...)."""
 
     stage: str
     done: int

@@ -1,4 +1,4 @@
-"""Loads a model together with an adapter: LoRA, bottlenecks, or replaced tensors."""
+"""Load a model together with a tuning result: a LoRA adapter, bottlenecks, or new values for some of its tensors."""
 
 import re
 from typing import TYPE_CHECKING
@@ -34,20 +34,20 @@ ADAPTED = re.compile(r"\.(lora_[AB]|modules_to_save)\.")  # in names of paramete
 
 
 def load_adapted(base: Source, adapter: Source, *, dtype: torch.dtype, device: torch.device) -> "PeftModel":
-    """Load a model with a LoRA adapter beside it, and a head in place of its own if one is there; eval mode, frozen.
+    """Load a model with a LoRA adapter, and with the adapter folder's output head if it holds one; eval mode, frozen.
 
     Args:
         base: a plain checkpoint.
-        adapter: an ordinary PEFT folder, with no module but the head saved whole:
-            adapter_config.json and adapter_model.safetensors.
-        dtype: of the base's weights and of the adapter's, so that no activation is cast between them.
-        device: where it goes.
+        adapter: an ordinary PEFT folder with adapter_config.json and adapter_model.safetensors; the head is the only
+            module that it may save as a whole.
+        dtype: the dtype of the base's and the adapter's weights; it is one, so that no activation is cast between them.
+        device: the device of the loaded model.
 
     Raises:
-        UsageError: a folder is not a checkpoint or no adapter.
+        UsageError: a folder is not a checkpoint or not an adapter.
         StorageError: weights are missing, truncated or malformed.
-        IncompatibleError: the adapter is no plain LoRA, or its tensors are not exactly what its config makes on this
-            model; every difference is listed.
+        IncompatibleError: the adapter is not a plain LoRA, or its tensors are not exactly those that its config gives
+            for this model; every difference is listed.
     """
     from peft import PeftModel
 
@@ -81,25 +81,25 @@ def load_adapted(base: Source, adapter: Source, *, dtype: torch.dtype, device: t
 
 
 def saved_as(parameter: str) -> str:
-    """The name in PEFT's files of a parameter of PEFT's."""
+    """The name that PEFT's files have for a parameter, by its name in PEFT's model."""
     return parameter.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
 
 
 def load_replaced(
     base: Source, adapter: Source, weights: str, *, dtype: torch.dtype, device: torch.device
 ) -> "PreTrainedModel":
-    """Load a model with some of its tensors taken from another file, in eval mode and frozen.
+    """Load a model, with some of its tensors replaced by those in another file, in eval mode and frozen.
 
     Args:
         base: a plain checkpoint.
-        adapter: where they are, such as a full return.
-        weights: the name of a safetensors file with tensors of that model by the names of files.
-        dtype: of all weights.
-        device: where it goes.
+        adapter: the folder with the other file, such as a return by the method "full".
+        weights: the name of that safetensors file; its tensors have the names of the checkpoint's files.
+        dtype: the dtype of all weights.
+        device: the device of the loaded model.
 
     Raises:
         StorageError: weights are missing, truncated or malformed.
-        IncompatibleError: the file holds tensors that the model does not have, or has another shape; all are listed.
+        IncompatibleError: the file holds tensors that the model does not have, or with other shapes; all are listed.
     """
     held = tensors_of(adapter, weights)
     model = load_model(base, dtype=dtype, device=device)
@@ -131,15 +131,15 @@ def load_bottlenecked(
 
     Args:
         base: a plain checkpoint.
-        adapter: where they are.
-        weights: the name of a safetensors file with the tensors of whole bottlenecks, all of one width.
-        dtype: of all weights.
-        device: where it goes.
+        adapter: the folder with the bottlenecks.
+        weights: the name of a safetensors file with all tensors of each bottleneck; they all have one width.
+        dtype: the dtype of all weights.
+        device: the device of the loaded model.
 
     Raises:
         StorageError: weights are missing, truncated or malformed.
-        IncompatibleError: the tensors are not exactly those of bottlenecks behind attention and MLP of blocks that the
-            model has; every difference is listed.
+        IncompatibleError: the tensors are not exactly those of bottlenecks after attention and MLP in blocks of this
+            model; every difference is listed.
     """
     held = {name: tensor.shape for name, tensor in tensors_of(adapter, weights).items()}
     model = load_model(base, dtype=dtype, device=device)
@@ -172,7 +172,7 @@ def load_bottlenecked(
 
 
 def _own_head(base: Source) -> list[str]:
-    """The module of a model's head, if it is no tied embedding: what an adapter may hold whole."""
+    """The modules that an adapter may save as a whole: the head, or nothing if the head is a tied embedding."""
     settings = model_settings(base)
     family = ARCHITECTURES.get(str(settings.get("model_type")))
     return [family.head_module] if family is not None and family.head_tensors(settings) else []

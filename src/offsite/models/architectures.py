@@ -1,4 +1,4 @@
-"""The model families that can be packed and tuned, by the model type that their configs name. Torch-free."""
+"""The model families that can be packed and tuned, by the `model_type` in their configs. Torch-free."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,10 +17,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """The row of a config's model type.
+    """The family with a config's model type.
 
     Raises:
-        IncompatibleError: no row has that type, or a setting makes blocks something that the row does not describe.
+        IncompatibleError: no family has that type, or the config has a setting with which the family's description of
+            the blocks would be wrong.
     """
     family = ARCHITECTURES.get(str(config.get("model_type")))
     if family is None:

@@ -1,4 +1,4 @@
-"""Splits a causal language model into backbone (to hidden states) and head (to logits)."""
+"""Split a causal language model into backbone (tokens to hidden states) and head (hidden states to logits)."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Network:
-    """A causal language model taken apart: what makes hidden states, and what makes logits of them."""
+    """The parts of a causal language model: `body` computes hidden states, `head` computes logits from them."""
 
     body: nn.Module
     head: nn.Linear
@@ -24,10 +24,10 @@ class Network:
 
 
 def split_backbone_and_head(model: "PreTrainedModel") -> Network:
-    """Body and head of a model in eval mode, after checking on a few tokens that together they are the model.
+    """Split a model in eval mode into body and head, after a check on a few tokens that they give the model's logits.
 
     Raises:
-        IncompatibleError: logits are neither head(body(ids)) nor what the family's row makes of them.
+        IncompatibleError: the logits are not head(body(ids)), also not with the logit cap of the model's family.
     """
     body, head = model.base_model, model.get_output_embeddings()
     family = ARCHITECTURES.get(model.config.model_type)
@@ -49,11 +49,11 @@ def split_backbone_and_head(model: "PreTrainedModel") -> Network:
 
 
 def hidden_states(body: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What the backbone makes of ids and mask, (B, T) each: the hidden states before the head, (B, T, H)."""
+    """Run the backbone on ids and mask, both (B, T); return the hidden states before the head, (B, T, H)."""
     hidden: torch.Tensor = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     return hidden
 
 
 def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """Logits, any shape, as cap * tanh(logits / cap) (Gemma 2, arXiv 2408.00118, section 2); None leaves them."""
+    """cap * tanh(logits / cap) for logits of any shape (Gemma 2, arXiv 2408.00118, section 2); None: no change."""
     return logits if cap is None else torch.tanh(logits / cap) * cap

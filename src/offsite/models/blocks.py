@@ -1,4 +1,4 @@
-"""The list of blocks of a model, and the one way to replace a block."""
+"""The base class of modules that replace a block of a model."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from torch import nn
 
 
 class Wrapped(nn.Module):
-    """A block in the place of which another module runs."""
+    """Base class of a module that runs in place of a block; it keeps that block as `block`."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
 
     def __getattr__(self, name: str) -> Any:
-        """What the model around asks its blocks for, such as the kind of attention."""
+        """Look up missing attributes in the block, since models read attributes of their blocks (kind of attention)."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -21,7 +21,7 @@ class Wrapped(nn.Module):
 
 
 def unwrapped_block(block: nn.Module) -> nn.Module:
-    """The block itself, out of everything that it is wrapped in."""
+    """The original block, without any `Wrapped` modules around it."""
     while isinstance(block, Wrapped):
         block = block.block
     return block

@@ -1,8 +1,7 @@
-"""Derives the table entry of a family that is not in the table, from the modules that transformers builds for its
-config.
+"""For a model family that is not in the table: derive its row from the model that transformers builds for a config.
 
-The row is printed and not used: a bundle is verified by the table of the party that receives it, so a row that only
-the sender has would be refused there (docs/decisions/0008-unknown-families-are-refused.md).
+The row is printed, not used. The receiving party verifies a bundle by its own table, so it would refuse a bundle of a
+family that only the sender has (docs/decisions/0008-unknown-families-are-refused.md).
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ _IDLE = {
 
 @dataclass(frozen=True)
 class Family:
-    """What is known about a family without running it; `sizes` has every tensor outside and in the first block."""
+    """The facts about a family that need no run; `sizes` has every tensor outside the blocks and in the first block."""
 
     model_type: str
     class_name: str
@@ -48,7 +47,7 @@ class Family:
 
 
 def unknown_family(config: Mapping[str, Any]) -> IncompatibleError:
-    """The error for a model type that is not in the table: with the entry to add, or why it could not be derived."""
+    """The error for an unknown model type: it contains the row to add, or the reason why none could be derived."""
     what = f"models of type {str(config.get('model_type'))[:64]!r} are not supported"
     supported = f"supported: {', '.join(sorted(ARCHITECTURES))}"
     from offsite.models.library_calls import LIBRARY_ERRORS
@@ -70,10 +69,10 @@ def unknown_family(config: Mapping[str, Any]) -> IncompatibleError:
 
 
 def detect(config: Mapping[str, Any]) -> Family:
-    """Where things are in the model that transformers makes of a config; no weights are read or made.
+    """Find the parts of the model that transformers builds for a config; no weights are read or allocated.
 
     Raises:
-        IncompatibleError: transformers has no such model, or its blocks are not one list of equals.
+        IncompatibleError: transformers has no such model, or its blocks are not one list of blocks of the same shape.
     """
     model = _empty(config)
     whole = model.config.to_dict()
@@ -168,7 +167,7 @@ def _name_of(model: "PreTrainedModel", module: "nn.Module") -> str:
 
 
 def _outputs(linears: Sequence[str], paths: Mapping[str, Sequence[int]], transposed: bool) -> tuple[str, str]:
-    """The last maps to the hidden size, in attention and beside it: by what usual names look like, so check them."""
+    """The last linear layers of attention and MLP with H outputs; guessed from usual names, so the user must check."""
     inputs = {name: paths[f"{name}.weight"][0 if transposed else 1] for name in linears}
     outputs = {name: paths[f"{name}.weight"][1 if transposed else 0] for name in linears}
     hidden = inputs[linears[0]] if "attn" in linears[0] or "attention" in linears[0] else outputs[linears[-1]]
@@ -181,7 +180,7 @@ def _outputs(linears: Sequence[str], paths: Mapping[str, Sequence[int]], transpo
 
 
 def _sizes(shape: Sequence[int], config: Mapping[str, Any]) -> str:
-    """Sizes by the config keys of that value, where one alone has it; else free."""
+    """The shape as text: per size the only config key with that value, or "any" if there is not exactly one."""
     names = []
     for size in shape:
         keys = [key for key, value in config.items() if type(value) is int and value == size and size > 1]
@@ -190,7 +189,7 @@ def _sizes(shape: Sequence[int], config: Mapping[str, Any]) -> str:
 
 
 def render(family: Family) -> str:
-    """The row of the table as Python, to be pasted into offsite/models/families.py."""
+    """The family's row as Python source, to paste into offsite/models/families.py."""
 
     def table(names: Sequence[str], suffix: str = "") -> str:
         return "{" + ", ".join(f'"{name}": "{family.sizes[name + suffix]}"' for name in names) + "}"

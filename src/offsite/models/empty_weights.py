@@ -1,4 +1,4 @@
-"""Models without weights, for weights that are there already: no memory for parameters, and no random numbers."""
+"""Build models without allocating or initialising weights, for callers that assign existing weights afterwards."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from transformers.initialization import no_init_weights
 
 @contextlib.contextmanager
 def without_weights(*, buffers: bool = True) -> Iterator[None]:
-    """While this holds, what transformers makes of a config has its parameters on the meta device, and nothing tied.
+    """Inside the `with` block, transformers builds models with all parameters on the meta device and no tied weights.
 
-    Without the second switch transformers draws every parameter all the same: two thirds of the time.
+    It also turns off random initialisation, which otherwise takes two thirds of the time even on the meta device.
 
     Args:
-        buffers: compute these, since no file has them; False leaves them on the meta device as well.
+        buffers: whether buffers are computed, since no file holds them; False leaves them on the meta device too.
     """
     with init_empty_weights(include_buffers=not buffers), no_init_weights():
         yield

@@ -1,4 +1,4 @@
-"""The table of model families. `docs/models.md` is made from it, and the tests cover every row. Torch-free.
+"""The table of language model families. `docs/models.md` is made from it; the tests cover every row. Torch-free.
 
 How to add one: docs/models.md.
 """
@@ -58,7 +58,7 @@ def _norm(name: str, size: str = "hidden_size") -> dict[str, str]:
 
 
 def _every(period_key: str, period: int) -> Rule:
-    """Sliding windows, and full attention in every so many blocks."""
+    """A rule for the attention type: full attention in every n-th block (n from the config), else sliding windows."""
 
     def rule(config: Mapping[str, Any], index: int) -> str:
         every = config.get(period_key, period)
@@ -74,18 +74,18 @@ def _every(period_key: str, period: int) -> Rule:
 
 
 def _late_windows(config: Mapping[str, Any], index: int) -> str:
-    """Sliding windows from a block on, where they are switched on."""
+    """The attention type: sliding windows from block `max_window_layers` on if switched on, else full attention."""
     windows = config.get("use_sliding_window", False) and config.get("sliding_window", 4096) is not None
     return "sliding_attention" if windows and index >= config.get("max_window_layers", 28) else "full_attention"
 
 
 def _rotates(config: Mapping[str, Any], index: int) -> int:
-    """Rotary positions in all blocks but every so many."""
+    """1 if the block uses rotary positions, 0 for every n-th block (n = `no_rope_layer_interval`)."""
     return int((index + 1) % int(config.get("no_rope_layer_interval", 4)) != 0)
 
 
 def _windows_without_rotation(config: Mapping[str, Any], index: int) -> str:
-    """Sliding windows, where they are switched on, in the blocks without rotary positions."""
+    """The attention type: sliding windows, if switched on, in blocks without rotary positions; else full attention."""
     windows = config.get("use_sliding_window", False) and config.get("sliding_window") is not None
     listed = config.get("no_rope_layers")
     rotates = _rotates(config, index) if listed is None else listed[index]
@@ -93,26 +93,26 @@ def _windows_without_rotation(config: Mapping[str, Any], index: int) -> str:
 
 
 def _early_windows(config: Mapping[str, Any], index: int) -> str:
-    """Sliding windows in every other block up to a block, where they are switched on."""
+    """The attention type: sliding windows, if switched on, in even blocks before `max_window_layers`."""
     windows = config.get("use_sliding_window", False) and index < config.get("max_window_layers", 28)
     return "sliding_attention" if windows and index % 2 == 0 else "full_attention"
 
 
 def _before_windows(config: Mapping[str, Any]) -> int:
-    """How many blocks come before the first with a sliding window."""
+    """The number of blocks before the first one with a sliding window."""
     kinds = config["layer_types"]
     return next((index for index, kind in enumerate(kinds) if kind == "sliding_attention"), len(kinds))
 
 
 def _up_to_windows(config: Mapping[str, Any]) -> int:
-    """How many blocks there are up to the last with a sliding window."""
+    """The number of blocks up to and including the last one with a sliding window; 0 without any."""
     return max(
         (index + 1 for index, kind in enumerate(config["layer_types"]) if kind == "sliding_attention"), default=0
     )
 
 
 def _has_experts(config: Mapping[str, Any], index: int) -> bool:
-    """Experts in every so many blocks, but for those that are listed as dense."""
+    """Whether a block has experts: every n-th block (n = `decoder_sparse_step`), except those in `mlp_only_layers`."""
     dense, step = config.get("mlp_only_layers"), config.get("decoder_sparse_step", 1)
     dense = [] if dense is None else dense
     if not isinstance(dense, list) or len(dense) > 4096 or type(step) is not int or step < 1:
@@ -129,7 +129,7 @@ def _is_dense(config: Mapping[str, Any], index: int) -> bool:
 
 
 def _llama_like(model_type: str, class_name: str, keys: frozenset[str], **columns: Any) -> Architecture:
-    """A family with Llama's names; `columns` are those that differ."""
+    """A family with Llama's tensor names; `columns` are the fields that differ from Llama's."""
     usual: dict[str, Any] = {
         "embeddings": _EMBEDDING,
         "final": {"model.norm.weight": "hidden_size"},
@@ -185,7 +185,7 @@ _MIXTURE_KEYS = _words("hidden_act num_experts_per_tok")
 def _qwen_mixture(
     model_type: str, class_name: str, keys: frozenset[str], shared: dict[str, str], **columns: Any
 ) -> Architecture:
-    """A family with Qwen's mixture of experts, which some blocks may not have; `shared` is of the expert for all."""
+    """A family with Qwen's mixture of experts in some blocks; `shared`: layers of the expert that all tokens use."""
     counts = columns.pop("counts")
     return _llama_like(
         model_type,

@@ -1,8 +1,8 @@
-"""What a model family is: where blocks, embeddings, head and linear layers are, and what may travel. Torch-free.
+"""The description of a model family: names of blocks, embeddings, head and linear layers; exchanged keys. Torch-free.
 
-A family is a row of `families.py`, never a branch elsewhere. Names are those of the tensors in files as transformers
-writes them today; `Architecture.name_of` maps the spellings of older published files to them. In modules a few have
-other names, and experts are stacked: `Architecture.stacked` is that map.
+A family is a row of `families.py`; no other code depends on the family. Tensor names are those in files that
+transformers writes today; `Architecture.name_of` maps names in older published files to them. Some parameters of torch
+modules have other names (`Architecture.module_of`), and experts are stacked there (`Architecture.stacked`).
 """
 
 import math
@@ -27,9 +27,9 @@ _MOST = 1024  # experts, or heads with norms of their own: a config from a stran
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts: in files a matrix for every map of every expert, in modules stacks of them.
+    """A mixture of experts: files hold one matrix per linear layer and expert, torch modules hold stacks of them.
 
-    A stack has shape (experts, outputs, inputs); where it holds several maps, their outputs follow one another.
+    A stack has shape (experts, outputs, inputs); if it holds several layers, their outputs are concatenated.
     """
 
     path: str  # of the experts in a block, in files
@@ -44,7 +44,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Vision:
-    """What a family of vision encoders has beside its blocks, and the classifier that transformers makes of it."""
+    """The fields that only vision encoders have, and the matching image classifier in transformers."""
 
     class_name: str  # the classifier's
     prefix: str  # path of the encoder in the classifier
@@ -61,11 +61,12 @@ class Vision:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family of decoder language models, or of vision encoders, which have no head of their own.
+    """One family of decoder language models, or of vision encoders (which have no head).
 
-    Sizes are products of numbers and config keys ("3*n_embd"); a factor that the config leaves out is free. Conditions
-    are words that must all hold: "key", "!key", "key=2" or "key!=other"; " or " separates alternatives. Of a mixture of
-    experts, sizes may name "experts", their number, and conditions "has_experts", which is true of a block or not.
+    Sizes are products of numbers and config keys ("3*n_embd"); if the config lacks a key, any size is accepted.
+    Conditions are words that must all hold: "key", "!key", "key=2" or "key!=other"; " or " separates alternatives. For
+    a mixture of experts, sizes can use "experts" (the number of experts), and conditions can use "has_experts" (whether
+    the block has experts).
     """
 
     model_type: str
@@ -116,11 +117,11 @@ class Architecture:
 
     @property
     def lora_linears(self) -> tuple[str, ...]:
-        """Paths in a block of the linear layers that LoRA may adapt, in any variant of the family."""
+        """The paths in a block of all linear layers that can be LoRA targets under some config of the family."""
         return self.adapted or tuple(self.linears)
 
     def lora_linears_of(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """Those of `lora_linears` where it may sit under a config; every block has them."""
+        """The paths in a block of the linear layers that can be LoRA targets under a config; equal for all blocks."""
         return tuple(
             path
             for path in self.lora_linears
@@ -128,13 +129,14 @@ class Architecture:
         )
 
     def is_bypassed(self, path: str, config: Mapping[str, Any]) -> bool:
-        """Whether the module around a linear layer of a block takes its weight alone, on what enters that module."""
+        """Whether the parent module uses a linear layer's weight without calling the layer, so LoRA has no effect."""
         return path in self.bypassed and self.holds(self.bypassed[path], config)
 
     def name_of(self, stored: str) -> str | None:
-        """Today's name of a tensor as stored in a file, with or without the body's prefix; None for a mere buffer.
+        """The name that current files have for a tensor; None for a buffer, which is not a weight.
 
-        A module's name of a tensor becomes that of files; a stack of experts, which no single name has, keeps its own.
+        `stored` is a name from an older or current file, with or without the prefix of the body, or the name of a
+        module's parameter. A stack of experts has no single name in files and keeps its own.
         """
         if self.vision is not None:
             return self._name_in_encoder(stored, self.vision)
@@ -149,7 +151,7 @@ class Architecture:
         return None if _BUFFERS.fullmatch(name) else name
 
     def _name_in_encoder(self, stored: str, vision: Vision) -> str | None:
-        """A tensor's name in files of the encoder alone; None for what is no part of it."""
+        """A tensor's name in files that hold only the encoder; None for tensors that do not belong to the encoder."""
         name = stored.removeprefix(f"{vision.prefix}.")
         if name.startswith(vision.stays) or name.endswith(_PLACES):
             return None
@@ -158,7 +160,7 @@ class Architecture:
         return self.in_block(int(match[1]), files.get(match[2], match[2])) if match else files.get(name, name)
 
     def module_of(self, name: str) -> str:
-        """The name in modules of a tensor or linear layer, by its name in files."""
+        """The name that a tensor or linear layer has in the torch model, by its name in files."""
         place = self.block_of(name)
         if place is None:
             return self.modules.get(name, name)
@@ -168,16 +170,16 @@ class Architecture:
         return f"{self.block_module(place[0])}.{path}"
 
     def linear_layer_of(self, target: str) -> tuple[int, str] | None:
-        """The block of a linear layer and its path there in files, by its name in modules; None if none is named so."""
+        """(block index, path in files) for a linear layer's name in the torch model; None if there is no such layer."""
         weight = self.name_of(f"{target}.weight")
         if weight is None or self.module_of(weight) != f"{target}.weight":
             return None
         return self.block_of(weight.removesuffix(".weight"))
 
     def stacked(self, name: str, count: int) -> list[tuple[str, ...]] | None:
-        """The names in files of what a module's parameter stacks: the maps of each of `count` experts, in order.
+        """For a parameter that stacks experts: the names in files of each expert's matrices, for `count` experts.
 
-        None for a parameter that stacks nothing.
+        Returns None for any other parameter.
         """
         place, experts = self.block_of(name), self.experts
         if place is None or experts is None:
@@ -191,9 +193,7 @@ class Architecture:
         ]
 
     def is_linear(self, name: str) -> bool:
-        """Whether a tensor of a file or parameter of a module is the weight of a linear layer, or a stack of such
-        weights.
-        """
+        """Whether a tensor or parameter name is that of a linear layer's weight in a block, or of a stack of them."""
         place = self.block_of((self.name_of(name) or name) if self.vision else name)
         if place is None:
             return False
@@ -202,23 +202,23 @@ class Architecture:
         return stack or (kind == "weight" and path in {**self.linears, **self._expert_maps})
 
     def block_of(self, name: str) -> tuple[int, str] | None:
-        """The index of the block that a tensor or module belongs to, and its path in the block."""
+        """(block index, path in the block) for the full name of a tensor or module; None if outside the blocks."""
         match = re.fullmatch(rf"{re.escape(self.blocks)}\.(0|[1-9]\d{{0,4}})\.(.+)", name)
         return (int(match[1]), match[2]) if match else None
 
     def block_module(self, index: int) -> str:
-        """The path of a block in modules."""
+        """The path of a block in the torch model."""
         return f"{self.module_blocks or self.blocks}.{index}"
 
     def in_block(self, index: int, path: str) -> str:
-        """The full name of a tensor or module of a block."""
+        """The full name in files for a path in a block."""
         return f"{self.blocks}.{index}.{path}"
 
     def block_count(self, config: Mapping[str, Any]) -> int:
-        """The number of blocks that a config names.
+        """The number of blocks in a config.
 
         Raises:
-            IncompatibleError: the config names none, or two of its spellings disagree.
+            IncompatibleError: the config has no such number, or two of its keys for it disagree.
         """
         count = _agreed(config, self.count_keys)
         if count is None:
@@ -231,10 +231,10 @@ class Architecture:
         return count
 
     def number_of(self, path: str, config: Mapping[str, Any]) -> int:
-        """How many a block has of what is numbered at `path`: experts, or norms of heads.
+        """The number of numbered modules at `path` in a block: experts, or norms of attention heads.
 
         Raises:
-            IncompatibleError: the config names no number that may be, or two of its spellings disagree.
+            IncompatibleError: the config has no valid number, or two of its keys for it disagree.
         """
         keys = self.numbered[path]
         count = _agreed(config, keys, self.defaults.get(keys[0]))
@@ -248,10 +248,10 @@ class Architecture:
         return count
 
     def subset(self, config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-        """A config for the blocks of `kept` alone, in that order; lists that a config leaves to be derived are made.
+        """The config for a model with only the blocks `kept`, in that order; per-block lists are always written out.
 
         Raises:
-            IncompatibleError: a list has not one entry per block, or its rule cannot read the config.
+            IncompatibleError: a list does not have one entry per block, or a list cannot be derived from the config.
         """
         count = self.block_count(config)
         lists = {key: self._per_block(key, config, count) for key in self.per_block}
@@ -265,11 +265,11 @@ class Architecture:
         return cut | self.settled_by(cut) | {key: rule(cut) for key, rule in self.implied.items() if key in config}
 
     def settled_by(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The config keys that follow from the others, with their values."""
+        """The config keys whose values are computed from other keys, with these values."""
         return {key: rule(config) for key, rule in self.follows.items()}
 
     def strays(self, config: Mapping[str, Any]) -> list[str]:
-        """What in a config is none of the values that may be, or does not follow from the rest."""
+        """One sentence for each config value that is not permitted, or differs from the one computed from the rest."""
         problems = [
             f"config has {key} = {str(config.get(key))[:60]!r}, expected one of {', '.join(sorted(values))}"
             for key, values in self.among.items()
@@ -296,7 +296,7 @@ class Architecture:
         return bool(config.get("tie_word_embeddings", self.tied_by_default))
 
     def holds(self, condition: str, config: Mapping[str, Any]) -> bool:
-        """Whether a condition of the table holds under a config."""
+        """Whether a condition (see the class) holds for a config."""
         return any(all(self._word(word, config) for word in either.split()) for either in condition.split(" or "))
 
     def _word(self, word: str, config: Mapping[str, Any]) -> bool:
@@ -312,11 +312,11 @@ class Architecture:
         return [name for name in names if name not in self.only_if or self.holds(self.only_if[name], config)]
 
     def block_tensors(self, config: Mapping[str, Any], index: int) -> frozenset[str]:
-        """The paths in a block of all its tensors: exactly these. Only blocks with and without experts differ.
+        """The paths of exactly the tensors that a block has; they depend on the index only by whether it has experts.
 
         Raises:
-            IncompatibleError: the config does not say how many experts or heads there are, where experts are, or how
-                many of them a token goes through.
+            IncompatibleError: the config does not say how many experts or heads there are, which blocks have experts,
+                or how many experts process a token.
         """
         config = self._with_experts(config, index)
         biased = {path for condition, paths in self.biases.items() if self.holds(condition, config) for path in paths}
@@ -333,7 +333,7 @@ class Architecture:
         return [f"{path}.{n}{rest}" for n in range(self.number_of(path, config))] if star else [name]
 
     def pattern_of(self, path: str) -> str:
-        """A path in a block with "*" for the number of an expert or head, as the table has it."""
+        """A path in a block with "*" in place of the index of an expert or head, as in the table."""
         for several in self.numbered:
             match = re.fullmatch(rf"{re.escape(several)}\.(?:0|[1-9]\d{{0,3}})(\..+)", path)
             if match:
@@ -358,29 +358,29 @@ class Architecture:
         return {**config, "experts": count, "has_experts": self.experts.where(config, index)}
 
     def embedding_tensors(self, config: Mapping[str, Any]) -> list[str]:
-        """The names of the tensors before the blocks."""
+        """The names of the tensors before the blocks under a config."""
         return self._present(self.embeddings, config)
 
     def outer_tensors(self, config: Mapping[str, Any]) -> frozenset[str]:
-        """The names of all tensors outside the blocks, without a head that is tied to the embedding."""
+        """The names of all tensors outside the blocks; a tied head has no tensor of its own."""
         around = (*self.embedding_tensors(config), *self._present(self.final, config))
         return frozenset({*around, *(() if self.tied(config) or not self.head else (self.head,))})
 
     @property
     def head_module(self) -> str:
-        """The name of the head in the network's modules, which can differ from its name in files."""
+        """The name of the head in the torch model, which can differ from its name in files."""
         modules = {today: stored for stored, today in self.spellings.items()}
         return modules.get(self.head, self.head).removesuffix(".weight")
 
     def head_tensors(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """The names of the tensors of a head of the model's own; none where it is tied, and of encoders."""
+        """The names of the head's own tensors; empty if the head is tied to the embedding, and for encoders."""
         if not self.head or self.tied(config):
             return ()
         bias = f"{self.head.removesuffix('.weight')}.bias"
         return (self.head, *(name for name in self._present(self.final, config) if name == bias))
 
     def sizes_of(self, name: str) -> str | None:
-        """The sizes of a tensor by its full name, or None if no tensor of the family has that name."""
+        """The sizes of a tensor as the table has them, by full name; None if the family has no such tensor."""
         place = self.block_of(name)
         if place is None:
             return {**self.embeddings, **self.final, self.head: self.head_size}.get(name)
@@ -392,12 +392,12 @@ class Architecture:
         return self.norms.get(f"{path}.{kind}")
 
     def is_bias(self, name: str) -> bool:
-        """Whether a tensor is a bias of a block's linear layer or norm, by its full name."""
+        """Whether a full name is that of a bias of a linear layer or norm in a block."""
         place = self.block_of(name)
         return place is not None and place[1].endswith("bias") and self.sizes_of(name) is not None
 
     def shape_problem(self, name: str, shape: Sequence[int], config: Mapping[str, Any]) -> str | None:
-        """What is wrong with a tensor's shape by the sizes that the config names; a size that it leaves out is free."""
+        """A sentence if a tensor's shape contradicts the config, else None; sizes that the config lacks are free."""
         sizes, place = self.sizes_of(name), self.block_of(name)
         if sizes is None:
             return None
@@ -410,15 +410,15 @@ class Architecture:
         return f"{name[:120]!r} has shape {list(shape)}, the config makes it [{shown}]"
 
     def set_switches(self, config: Mapping[str, Any]) -> dict[str, object]:
-        """The refused switches that a config turns on; transformers takes anything that is true for on."""
+        """The refused settings that are on in a config, with their values; any true value means on."""
         return {key: config[key] for key in self.refused if config.get(key)}
 
     def output_of(self, part: RefitMap) -> tuple[str, str | None]:
-        """The path in a block of the linear layer that ends its MLP or attention, and of the scale behind it."""
+        """The paths in a block of the last linear layer of MLP or attention, and of the scale after it (or None)."""
         return (self.mlp_out, self.mlp_scale) if part == "mlp" else (self.attention_out, self.attention_scale)
 
     def residual_is_linear(self, config: Mapping[str, Any], part: RefitMap = "mlp") -> bool:
-        """Whether a block's output is linear in what mlp_out or attention_out gives, so that refit can solve for it."""
+        """Whether a block's output is linear in the output of mlp_out (or attention_out), as refitting needs it."""
         linear = self.linear_residual
         if part == "attention" and self.linear_attention is not None:
             linear = self.linear_attention
@@ -426,7 +426,7 @@ class Architecture:
 
 
 def _agreed(config: Mapping[str, Any], keys: Sequence[str], usual: int | None = None) -> int | None:
-    """The positive number that a config has under one of these keys or more, else the usual one; None if it is none."""
+    """The positive integer under these keys, or `usual` without any; None if values disagree or are invalid."""
     found = [config[key] for key in keys if key in config] or [usual]
     return found[0] if all(type(n) is int and n == found[0] and n > 0 for n in found) else None
 
@@ -437,7 +437,7 @@ def _size(product: str, config: Mapping[str, Any]) -> int | None:
 
 
 def config_problems(config: Mapping[str, Any], family: Architecture) -> list[str]:
-    """What in a config may not travel: unknown keys (code, paths, hub kernels) and values that are no plain setting."""
+    """One sentence for each config key or value that may not be exchanged: unknown keys, values that are not plain."""
     problems = [f"config key {key!r} is not permitted" for key in sorted(set(config) - family.config_keys)]
     problems += [
         f"config key {key!r} holds {str(config[key])[:60]!r}, which is no plain setting"

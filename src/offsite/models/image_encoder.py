@@ -1,4 +1,4 @@
-"""A vision encoder as a network: from pictures to the features that a classifier's linear head reads."""
+"""A vision encoder as a network: from images to the features that a classifier's linear head reads."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ CLASSIFIERS = "ForImageClassification"  # how the classes of transformers end
 
 @dataclass(frozen=True)
 class Encoder:
-    """An encoder, and what of its output a head reads."""
+    """A vision encoder, and the rule for the part of its output that a classifier's head reads."""
 
     body: nn.Module
     vision: Vision
@@ -32,16 +32,16 @@ class Encoder:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of the encoder's parameters."""
         return next(self.body.parameters()).device
 
     @property
     def inputs(self) -> int:
-        """Numbers that the head reads of a picture."""
+        """The number of values F that the head reads for one image."""
         return self.hidden * len(self.vision.features)
 
     def features(self, pixels: "Floats") -> torch.Tensor:
-        """Pictures (B, 3, Y, X) -> what the head reads of them, (B, F) in fp32."""
+        """Run the encoder on images (B, 3, Y, X); return the features that the head reads, (B, F) in fp32."""
         dtype = next(self.body.parameters()).dtype
         output = self.body(pixel_values=torch.from_numpy(pixels).to(self.device, dtype))
         tokens = output.last_hidden_state  # (B, T, H)
@@ -53,10 +53,10 @@ class Encoder:
         return torch.cat([parts[name]() for name in self.vision.features], dim=1).float()
 
     def read_by(self, pooling: Pooling | None) -> torch.Tensor:
-        """A mask (F,) of the features that a head with this pooling may use: 1 if used, 0 if not.
+        """The mask (F,) of the features that a head uses with this pooling: 1 for used, 0 for weights that stay zero.
 
         Raises:
-            UsageError: the family's classifier cannot read that.
+            UsageError: the classifier of this family does not have this pooling.
         """
         wanted = (
             {"class", "mean"} if pooling == "both" else set(self.vision.features if pooling is None else (pooling,))
@@ -72,10 +72,10 @@ class Encoder:
 
 
 def encoder_of(model: "PreTrainedModel") -> Encoder:
-    """Wrap the vision encoder that `offsite.models.loading.load_model` loaded.
+    """The `Encoder` for a model that `offsite.models.loading.load_model` loaded.
 
     Raises:
-        IncompatibleError: the model is none.
+        IncompatibleError: the model is not an image encoder.
     """
     family = ARCHITECTURES.get(model.config.model_type)
     if family is None or family.vision is None:
@@ -93,11 +93,11 @@ def sees_images(settings: Mapping[str, Any]) -> bool:
 
 
 def is_classifier(settings: Mapping[str, Any]) -> bool:
-    """Whether this config is of an image classifier, i.e. has a head."""
+    """Whether a model with this config is an image classifier, with its own head."""
     names = settings.get("architectures")
     return isinstance(names, list) and any(str(name).endswith(CLASSIFIERS) for name in names)
 
 
 def batches(count: int, size: int) -> Sequence[range]:
-    """Rows in order, so many at once."""
+    """Divide the row indices 0 to `count` - 1, in order, into ranges of `size` (the last can be shorter)."""
     return [range(at, min(at + size, count)) for at in range(0, count, size)]

@@ -1,4 +1,4 @@
-"""Calls of transformers and PEFT: offline, silent, and with OffsiteErrors. Imports torch only when used."""
+"""Call transformers and PEFT offline, without their output, and with offsite's errors. Imports no torch itself."""
 
 import contextlib
 import warnings
@@ -17,7 +17,7 @@ LIBRARY_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, Impo
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the progress bars and messages of transformers and PEFT in this context; restore them after it."""
+    """Silence progress bars and warnings of transformers and PEFT in the `with` block; then restore the settings."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -35,7 +35,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def incompatible(folder: Path) -> Iterator[None]:
-    """Turn any exception of a library about a model folder into an IncompatibleError that names the folder."""
+    """Turn any exception of a library in the `with` block into an IncompatibleError that names the model folder."""
     try:
         yield
     except (OffsiteError, MemoryError):
@@ -49,11 +49,11 @@ def incompatible(folder: Path) -> Iterator[None]:
 
 
 def require_library(family: Architecture | None, folder: Path) -> None:
-    """Import the optional package that the models of a family are made by, where there is one.
+    """Import the optional package that builds the models of a family, if the family needs one.
 
     Raises:
-        UsageError: it is not installed.
-        IncompatibleError: it cannot be imported.
+        UsageError: the package is not installed.
+        IncompatibleError: the package is installed but cannot be imported.
     """
     if family is not None and family.vision is not None and family.vision.extra:
         with incompatible(folder):  # torchvision beside another torch fails otherwise than by being absent

@@ -1,4 +1,4 @@
-"""Loads a model from local files only, without foreign code; every missing or unexpected key is an error."""
+"""Load a runnable model from its files: offline, without foreign code, and with a check of every tensor name."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,17 +36,17 @@ def load_model(source: Source, *, dtype: torch.dtype, device: torch.device) -> "
     """Load a causal language model, or a vision encoder without any head, in eval mode and frozen.
 
     Args:
-        source: a plain checkpoint: the folder of a base, bundle or merged plug-in, or the files of one as they were
-            verified, whose tensors are then no longer held there.
-        dtype: of all its weights.
-        device: where it goes.
+        source: a plain checkpoint: the folder of a base, bundle or merged plug-in, or a snapshot of its verified
+            files. Loading removes the tensors from the snapshot's memory.
+        dtype: the dtype of all weights.
+        device: the device of the loaded model.
 
     Raises:
         UsageError: the folder is not a checkpoint.
         StorageError: the weights are missing, truncated or malformed.
-        VerificationError: files that had to be read again changed since they were verified.
+        VerificationError: a file was read again, and has changed since it was verified.
         IncompatibleError: the folder asks for foreign code, holds an adapter, or its tensors are not exactly the
-            model's; every missing, unexpected and mismatched key is listed.
+            model's; every missing, unexpected and mismatched tensor is listed.
     """
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -63,7 +63,7 @@ def load_classifier(source: Source, *, dtype: torch.dtype, device: torch.device)
 
 
 def encoder_keywords(family: Architecture, config: "PretrainedConfig") -> dict[str, Any]:
-    """With what transformers builds the encoder alone, beside what its config says."""
+    """The keyword arguments with which transformers builds only the encoder, except those that are config keys."""
     keywords = family.vision.keywords if family.vision else {}
     return {key: value for key, value in keywords.items() if not hasattr(config, key)}
 
@@ -114,7 +114,7 @@ def _from_folder(
 def _from_snapshot(
     auto: Any, snapshot: Snapshot, keywords: Mapping[str, Any], how: Mapping[str, Any]
 ) -> tuple["PreTrainedModel", Mapping[str, Any]]:
-    """As from a folder, but from the tensors that were verified; each leaves the snapshot's memory once it is used."""
+    """Load a model from a snapshot's verified tensors; each tensor's memory in the snapshot is freed after its use."""
     from transformers import GenerationConfig
 
     with as_folder(snapshot) as folder, quiet(), incompatible(snapshot.folder):
@@ -137,7 +137,7 @@ def _from_snapshot(
 
 
 class _Lazy:
-    """A tensor that transformers takes as it takes one of a file: by `lazy[...]`, once, when its turn has come."""
+    """A tensor that transformers loads by `lazy[...]` when it needs it, as from a file; this works only once."""
 
     def __init__(self, tensor: HeldTensor) -> None:
         self._tensor: HeldTensor | None = tensor
@@ -150,7 +150,7 @@ class _Lazy:
 
 
 def loading_problems(info: Mapping[str, Any], family: Architecture | None) -> list[str]:
-    """List the keys that transformers ignored or initialised while it loaded a model, from its loading info."""
+    """One sentence for each missing, unexpected or mismatched tensor in transformers' loading info."""
     problems = [f"missing tensor {name}" for name in sorted(info["missing_keys"])]
     problems += [
         f"unexpected tensor {name}" for name in sorted(info["unexpected_keys"]) if not family or family.name_of(name)
@@ -162,7 +162,7 @@ def loading_problems(info: Mapping[str, Any], family: Architecture | None) -> li
 def _load_declared(
     source: Source, config: dict[str, Any], declared: Declared, *, dtype: torch.dtype, device: torch.device
 ) -> "PreTrainedModel":
-    """A bundle whose emulator has modules that transformers does not know."""
+    """Load a bundle whose emulator declares modules that transformers does not have."""
     from transformers import AutoConfig
 
     from offsite.models.modules.build_declared import build
@@ -187,7 +187,7 @@ def _load_declared(
 
 
 def attention_of(config: "PretrainedConfig") -> str:
-    """SDPA, or the plain one where the family has no other, as under a cap on attention's logits."""
+    """The attention implementation: "sdpa", or "eager" if the model class lacks SDPA or caps attention logits."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
     family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) or MODEL_MAPPING.get(type(config), None)

@@ -1,10 +1,10 @@
-"""Mixtures of experts in torch: how they run, and how their parameters map to the tensors of files.
+"""Mixtures of experts in torch: the forward pass of the experts, and parameters under the tensor names of files.
 
-transformers' own ways to run experts each fail somewhere: its loop indexes a stack once an expert, so that its gradient
-costs a whole stack an expert (ten times a step of full tuning with 64 experts); `grouped_mm` wants rows of 16 bytes;
-`batched_mm` copies an expert for every token. The loop of this file takes the stacks apart once; its output is that of
-transformers' loop bit for bit, and the same at every run. Registered through transformers' own interface, nothing is
-patched.
+Each of transformers' implementations has a problem. Its loop indexes the stack once per expert, so the gradient costs a
+whole stack per expert (full tuning with 64 experts: ten times the time per step); `grouped_mm` needs rows of 16 bytes;
+`batched_mm` copies an expert for every token. The loop in this file unbinds the stacks once. Its output equals that of
+transformers' loop bit for bit and is the same in every run. It is registered through transformers' own interface;
+nothing is patched.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _NAME = "offsite_experts"
 
 
 def experts_implementation() -> str:
-    """The name by which transformers finds this file's way to run experts; models without any take it and ignore it."""
+    """Register this file's loop with transformers and return its name; models without experts ignore that setting."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(_NAME, _run)
@@ -44,7 +44,7 @@ def _run(
 
 
 def in_files(family: "Architecture", parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A model's parameters by the names of tensors in files; stacked experts come apart as views, nothing is copied."""
+    """A model's parameters under their tensor names in files; stacked experts are split into views, without copies."""
     found: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
         stack = family.stacked(name, len(parameter) if parameter.dim() == 3 else 0)

@@ -1,5 +1,6 @@
-"""The files of a model, in a folder or in a verified snapshot; settings are checked before a library reads them. Torch-
-free.
+"""Read the files of a model from a folder or from a snapshot of verified files. Torch-free.
+
+Settings are checked before any library reads them.
 """
 
 import contextlib
@@ -26,47 +27,48 @@ _FOREIGN_KEYS = frozenset({"auto_map", "custom_pipelines", "transformers_weights
 
 
 def folder_of(source: Source) -> Path:
-    """The folder that the files are from, to name it."""
+    """The folder of the files, for error messages."""
     return source.folder if isinstance(source, Snapshot) else source
 
 
 def has_file(source: Source, name: str) -> bool:
-    """Whether there is a file of that name."""
+    """Whether the source has a file with this name."""
     return name in source.names() if isinstance(source, Snapshot) else (source / name).exists()
 
 
 def read_bytes(source: Source, name: str) -> bytes:
-    """The content of a file beside the weights.
+    """The content of a file that holds no weights.
 
     Raises:
-        OSError: it cannot be read, or there is none.
-        VerificationError: it changed since it was verified.
+        OSError: the file cannot be read or does not exist.
+        VerificationError: the file has changed since it was verified.
     """
     return source.read(name) if isinstance(source, Snapshot) else (source / name).read_bytes()
 
 
 def tensors_of(source: Source, name: str) -> Mapping[str, StoredTensor]:
-    """The tensors of a safetensors file by name.
+    """The tensors of a safetensors file, by name.
 
     Raises:
-        StorageError: it is missing, truncated or malformed.
-        VerificationError: it changed since it was verified.
+        StorageError: the file is missing, truncated or malformed.
+        VerificationError: the file has changed since it was verified.
     """
     return source.tensors(name) if isinstance(source, Snapshot) else read_header(source / name)
 
 
 @contextlib.contextmanager
 def as_folder(source: Source, weights: str | None = None) -> Iterator[Path]:
-    """Give a model's files other than the weights as a folder, for libraries that need one; of a snapshot it is a new
-    copy.
+    """Yield a folder for libraries that need one: the source's own folder, or a private copy of a snapshot's files.
+
+    The copy is temporary and has no weights, except the file `weights`.
 
     Args:
-        source: a folder, which is given as it is, or a snapshot.
-        weights: a safetensors file that is to be in the copy as well.
+        source: a folder or a snapshot.
+        weights: the name of a safetensors file that the copy must also contain.
 
     Raises:
         StorageError: the copy cannot be written.
-        VerificationError: a file changed since it was verified.
+        VerificationError: a file has changed since it was verified.
     """
     if not isinstance(source, Snapshot):
         yield source
@@ -85,11 +87,11 @@ def as_folder(source: Source, weights: str | None = None) -> Iterator[Path]:
 
 
 def model_settings(source: Source) -> dict[str, Any]:
-    """The config of a model that may be loaded.
+    """The content of a model's config.json, after `check_settings`.
 
     Raises:
-        UsageError: there is none.
-        StorageError: it cannot be read.
+        UsageError: there is no config.json.
+        StorageError: a settings file cannot be read.
         IncompatibleError: the folder asks for foreign code, or holds an adapter.
     """
     check_settings(source)
@@ -97,12 +99,12 @@ def model_settings(source: Source) -> dict[str, Any]:
 
 
 def check_settings(source: Source) -> None:
-    """Refuse what would run foreign code, reach outside the folder, or silently load something else.
+    """Refuse a model whose settings would run foreign code or read files outside the folder, or that holds an adapter.
 
     Raises:
-        UsageError: there is no config.
-        StorageError: a file cannot be read.
-        IncompatibleError: a setting says so, or an adapter lies there; all are listed.
+        UsageError: there is no config.json.
+        StorageError: a settings file cannot be read.
+        IncompatibleError: a setting is refused, or there is an adapter_config.json; all problems are listed.
     """
     folder = folder_of(source)
     if not has_file(source, CONFIG):
@@ -129,10 +131,10 @@ def check_settings(source: Source) -> None:
 
 
 def read_settings(source: Source, name: str) -> dict[str, Any]:
-    """A file that is one JSON object.
+    """Read a file that holds one JSON object.
 
     Raises:
-        StorageError: it cannot be read, or is no JSON object.
+        StorageError: the file cannot be read, or is not a JSON object.
     """
     file = folder_of(source) / name
     try:
@@ -145,11 +147,11 @@ def read_settings(source: Source, name: str) -> dict[str, Any]:
 
 
 def foreign_settings(settings: object, path: str = "") -> list[str]:
-    """What in settings runs foreign code, or reads other files than the folder's.
+    """A description of each setting that would run foreign code or read files outside the folder.
 
     Args:
         settings: a JSON value.
-        path: where it stands in its file, with a dot behind it.
+        path: the keys that lead to it in its file, each followed by a dot.
     """
     found = []
     if isinstance(settings, dict):
@@ -166,11 +168,11 @@ def foreign_settings(settings: object, path: str = "") -> list[str]:
 
 
 def unwrapped_config(source: Source) -> tuple[dict[str, Any], Declared | None]:
-    """The config of a model's family, and what its emulator declares.
+    """The config of a model as its family has it, and the declaration of its emulator (None for a plain model).
 
     Raises:
-        StorageError: it cannot be read.
-        IncompatibleError: what it declares is malformed.
+        StorageError: config.json cannot be read.
+        IncompatibleError: the declaration is malformed.
     """
     try:
         return unwrapped(read_settings(source, CONFIG))

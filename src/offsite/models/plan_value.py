@@ -1,6 +1,6 @@
-"""The values that plans of both parties consist of: parts of a model, and sizes in bytes. Torch-free.
+"""The values in the plans of both parties: parts of a model, and amounts of bytes. Torch-free.
 
-It stands here because both parties and the command line may import it, and sizes of models are all that it is about.
+They are in this package because they describe sizes of models, and both parties and the command line can import it.
 """
 
 import math
@@ -13,7 +13,7 @@ Compute = Literal["bf16", "fp32"]
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a model: its blocks (0 if it is not made of blocks), its parameters, and their bytes as stored."""
+    """A part of a model: its number of blocks (0 outside the blocks), of parameters, and of bytes in the files."""
 
     name: str
     blocks: int
@@ -23,7 +23,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Amount:
-    """Something that takes memory or disk space: a file, or tensors."""
+    """The size of a file, or of tensors in memory or on the disk."""
 
     name: str
     bytes: int
@@ -31,20 +31,20 @@ class Amount:
 
 @dataclass(frozen=True)
 class Memory:
-    """What the weights take in memory under a compute dtype; activations and libraries come on top of it."""
+    """The memory that the weights take for a compute dtype; activations and libraries need more in addition."""
 
     compute: Compute
     amounts: tuple[Amount, ...]
 
     @property
     def bytes(self) -> int:
-        """Of all amounts together."""
+        """The number of bytes of all amounts together."""
         return total(self.amounts)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured on this machine, by running a small part of the stage."""
+    """Memory and time measured on this machine, by running a small part of the stage."""
 
     what: str  # that ran
     device: str
@@ -55,16 +55,16 @@ class Measurement:
 
     @property
     def run_seconds(self) -> float:
-        """The estimated seconds of the whole run, without loading, validation and writing."""
+        """Estimated seconds for the whole run, without loading, validating and writing."""
         return self.seconds * self.times
 
 
 def part(name: str, shapes: Iterable[tuple[int, ...]], item: int, blocks: int = 0) -> Part:
-    """Make a `Part` from the shapes of its tensors and the bytes of one stored value."""
+    """Construct a `Part` from its tensors' shapes and the bytes of one stored value (`item`)."""
     parameters = sum(math.prod(shape) for shape in shapes)
     return Part(name, blocks, parameters, parameters * item)
 
 
 def total(amounts: Iterable[Amount]) -> int:
-    """The sum of the bytes of all amounts."""
+    """The number of bytes of all amounts together."""
     return sum(amount.bytes for amount in amounts)

@@ -1,7 +1,7 @@
-"""The row of timm's EVA and plain vision transformers, inside transformers' wrapper. Torch-free.
+"""The family of timm's EVA and plain vision transformers, inside transformers' wrapper for timm. Torch-free.
 
-A config of the wrapper names a function of timm and its arguments, so a stranger's config must name nothing else than
-these few: `architecture` is one of FORMS, and `model_args` is exactly what the other sizes make it
+The wrapper's config names a function of timm and its arguments, so a config that is not trusted is limited to these
+few: `architecture` is one of FORMS, and `model_args` is exactly the value computed from the other sizes
 (docs/decisions/0020-timm.md).
 """
 
@@ -14,7 +14,7 @@ from offsite.models.family import Architecture, Vision
 
 @dataclass(frozen=True)
 class Form:
-    """What distinguishes these models, other than their sizes."""
+    """The differences between these models other than their sizes."""
 
     heads: int  # as published
     separate: bool = False  # queries, keys and values by maps of their own, and a gated MLP with a norm inside
@@ -42,7 +42,7 @@ FORMS: Mapping[str, Form] = {
 
 
 def model_args(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What timm's function is given; None where a size is no positive number."""
+    """The arguments for timm's function; None if a size in the config is not a positive integer."""
     keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "image_size", "patch_size", "intermediate_size")
     sizes = [config.get(key) for key in keys]
     if any(type(size) is not int or size < 1 for size in sizes):

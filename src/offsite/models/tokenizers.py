@@ -1,4 +1,4 @@
-"""Loads a model's tokenizer and config, and finds the longest row that it can read."""
+"""Load a model's tokenizer, its config, and its context length from its files."""
 
 from typing import TYPE_CHECKING, cast
 
@@ -14,7 +14,7 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a model.
 
     Raises:
-        IncompatibleError: there is none, it asks for foreign code, or it has no end token.
+        IncompatibleError: there is no tokenizer, it asks for foreign code, or it has no end token.
     """
     from transformers import AutoTokenizer
 
@@ -31,7 +31,7 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
 
 
 def context_length(source: Source) -> int | None:
-    """Positions that a model has, by its config; None where it does not say."""
+    """The model's number of positions (longest row in tokens), from its config; None if the config has none."""
     check_settings(source)
     with quiet(), incompatible(folder_of(source)):
         config = load_config(source)
@@ -40,7 +40,7 @@ def context_length(source: Source) -> int | None:
 
 
 def load_config(source: Source) -> "PretrainedConfig":
-    """Load a model's config as transformers sees it; for a declared model, the config of its family."""
+    """Load a model's config as a transformers object; if the emulator declares modules, the config of its family."""
     from transformers import AutoConfig
 
     config, declared = unwrapped_config(source)

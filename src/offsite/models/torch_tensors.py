@@ -1,4 +1,4 @@
-"""Reads stored tensors as torch tensors."""
+"""Read stored tensors as torch tensors."""
 
 import torch
 
@@ -12,12 +12,13 @@ TORCH_DTYPES = {
 
 
 def read_tensor(tensor: StoredTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A stored tensor in the CPU's memory, cast to `dtype` if given.
+    """Read a stored tensor into CPU memory, cast to `dtype` if given.
 
-    A tensor that is held in memory is not copied unless it is cast: who changes what is returned changes what is held.
+    A tensor that is already in memory is copied only if it is cast. Without a cast, the result shares its memory, so
+    writing to one changes the other.
 
     Raises:
-        StorageError: the file ends early.
+        StorageError: the file ends before the end of the tensor.
     """
     content = tensor.content if isinstance(tensor, HeldTensor) else _content(tensor)
     kind = TORCH_DTYPES[tensor.dtype]

@@ -1,6 +1,7 @@
-"""The rows of vision encoders; a bundle of one is the encoder without any head. Torch-free.
+"""The families of vision encoders; a bundle holds the encoder without any head. Torch-free.
 
-Files of most keep the names that these models had when they were published; modules have others, which `modules` maps.
+Files of most families use the tensor names from the models' first publication. The torch modules have other names; the
+field `modules` maps between them.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ def _norm(name: str) -> dict[str, str]:
 
 
 def _both(paths: Mapping[str, str]) -> dict[str, str]:
-    """Weight and bias of maps that files and modules name differently."""
+    """The names in files -> in the torch model, for weight and bias of linear layers that are named differently."""
     return {f"{path}.{kind}": f"{module}.{kind}" for path, module in paths.items() for kind in ("weight", "bias")}
 
 
@@ -46,7 +47,7 @@ _POOLER = ("pooler.", "classifier.", "cls_classifier.", "distillation_classifier
 
 
 def _vit_like(model_type: str, class_name: str, vision: Vision, **columns: Any) -> Architecture:
-    """A family with ViT's names; `columns` are those that differ."""
+    """A family with ViT's tensor names; `columns` are the fields that differ from ViT's."""
     usual: dict[str, Any] = {
         "embeddings": _CLASS | _POSITIONS | _PATCHES,
         "final": _norm("layernorm"),
@@ -109,7 +110,7 @@ _DINOV2_KEYS = _KEYS | _DROPOUTS | _words("qkv_bias mlp_ratio layerscale_value d
 
 
 def _tower(model_type: str, class_name: str, vision: Vision, **columns: Any) -> Architecture:
-    """The image tower of a model of images and texts."""
+    """The family of an image tower from a model for images and texts, such as CLIP."""
     return Architecture(
         model_type=model_type,
         class_name=class_name,

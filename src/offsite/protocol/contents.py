@@ -107,7 +107,7 @@ def cleaned(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def content_problems(name: str, content: object) -> list[str]:
-    """List what is not allowed in a JSON file of a bundle."""
+    """Every reason why a bundle may not hold this JSON file with this content; an empty list if there is none."""
     if not isinstance(content, dict):
         return [f"{name} is not a JSON object"]
     allowed = ALLOWED_KEYS[name]

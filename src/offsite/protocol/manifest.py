@@ -159,7 +159,7 @@ class BundleManifest(_Document):
 
 
 class BottleneckSettings(_Part):
-    """The bottlenecks of a return: after attention and MLP of every trained block, all with the same width."""
+    """The bottlenecks of a return, of one width: one after attention and one after MLP of each trained block."""
 
     width: Annotated[int, Field(ge=1, le=65_536)]
 
@@ -172,7 +172,7 @@ class BottleneckSettings(_Part):
 
 
 class LoraSettings(_Part):
-    """The LoRA of a return: rank, scale numerator, and the linear layers it sits on by full path in the bundle."""
+    """The LoRA of a return: rank, alpha (scale = alpha / rank), and its target linear layers by full module path."""
 
     rank: Annotated[int, Field(ge=1, le=65_536)]
     alpha: Annotated[float, Field(gt=0, lt=1e6)]

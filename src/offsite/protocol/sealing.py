@@ -23,7 +23,7 @@ from offsite.storage.snapshot import Snapshot
 
 
 def file_entries(written: Iterable[Written]) -> tuple[FileEntry, ...]:
-    """Make manifest entries for files that were just written, sorted by name."""
+    """The manifest entries for written files, sorted by name."""
     return tuple(
         FileEntry(name=file.name, size=file.size, sha256=file.sha256)
         for file in sorted(written, key=lambda file: file.name)

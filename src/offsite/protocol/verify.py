@@ -1,4 +1,4 @@
-"""Verifies what another party sent: hashes, signatures and safetensors headers. Nothing runs a model.
+"""Verify a received folder: hashes, signatures and safetensors headers. No model is loaded or run.
 
 The order is: verify, then parse, then load. Every rule is a function that yields its findings; all rules run, so that
 one error lists every reason. Torch-free.

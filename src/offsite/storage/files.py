@@ -54,7 +54,7 @@ def staged_folder(out: Path) -> Iterator[Path]:
 
 
 def require_free(out: Path) -> None:
-    """Refuse an output folder that is not empty, before any work is done.
+    """Raise an error if an output folder is not free; called before any work is done.
 
     Raises:
         UsageError: `out` exists and is not an empty folder.

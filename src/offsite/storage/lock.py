@@ -1,4 +1,4 @@
-"""A lock for a folder: two processes would remove each other's files. Torch-free."""
+"""A lock for one process at a time in a folder: two would remove each other's files. Torch-free."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def alone_in(folder: Path, work: str, next_step: str) -> Iterator[None]:
-    """Lock a folder while the context lasts; it is created if necessary. The lock ends when the process ends.
+    """Lock a folder during the `with` block; the system releases the lock when this process ends, even by a crash.
 
     Args:
         folder: the folder to lock; it is created if it does not exist.

@@ -49,7 +49,7 @@ def read_bounded(file: Path, limit: int) -> bytes:
 
 
 def read_up_to(stream: BinaryIO, count: int) -> bytes:
-    """Read `count` bytes, or all that is left if there are fewer."""
+    """The next `count` bytes of a stream, or all remaining bytes if there are fewer."""
     content = bytearray()
     while len(content) < count and (chunk := stream.read(min(count - len(content), 2**20))):
         content += chunk

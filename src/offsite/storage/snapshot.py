@@ -1,4 +1,4 @@
-"""A snapshot of an artifact's files, so that the bytes that are used are the bytes that were hashed. Torch-free.
+"""The files of an artifact with the content that was hashed: only hashed bytes are ever used. Torch-free.
 
 Each file is opened once and read once, from its first byte to its last. During that read it is hashed, a safetensors
 header is parsed, tensors are searched for NaN if requested, and bytes for later use are kept in memory. No content is
@@ -35,7 +35,7 @@ _ALIGNMENT = 64  # of a tensor's first byte, as torch aligns its own
 
 @dataclass(frozen=True, eq=False)
 class HeldTensor:
-    """A tensor whose bytes are in memory. `content` is writable and starts at an aligned address."""
+    """A tensor whose bytes are in their own memory: `content` is writable and starts at a multiple of 64 bytes."""
 
     name: str
     dtype: str
@@ -66,7 +66,7 @@ class ReadFile:
     not_finite: list[str] = field(default_factory=list)  # names of tensors with NaN or infinity, where asked for
 
     def is_file(self, listed: Written) -> bool:
-        """Whether size and hash are the listed ones."""
+        """Whether size and hash equal those in the list entry."""
         return (self.size, self.sha256) == (listed.size, listed.sha256)
 
 
@@ -183,8 +183,7 @@ def _finite(content: memoryview, dtype: str) -> bool:
 
 
 class Snapshot:
-    """The files of a folder with the hashes that were verified. A file that is not in memory is hashed again when it is
-    read.
+    """The listed files of a folder, with exactly the content that their hashes were computed from.
 
     A file that is not in memory is read again when it is needed; its hash is compared again before its content is
     returned.
@@ -205,7 +204,7 @@ class Snapshot:
         return self._listed.keys()
 
     def read(self, name: str) -> bytes:
-        """The content of a file that is not a safetensors file.
+        """The content of a file that holds no tensors.
 
         Raises:
             FileNotFoundError: no listed file has that name.
@@ -232,7 +231,7 @@ class Snapshot:
         return file.tensors
 
     def take_tensors(self) -> dict[str, HeldTensor]:
-        """Take the checkpoint's tensors out of the snapshot, which then no longer keeps them in memory.
+        """The tensors of the checkpoint, by name; the snapshot no longer keeps them, so the caller can free the memory.
 
         Raises:
             VerificationError: a file was read again, and has changed since it was hashed.

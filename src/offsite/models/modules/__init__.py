@@ -1,1 +1,1 @@
-"""The closed list of module kinds that a manifest may declare: built by this code, never by what stands in data."""
+"""The fixed list of module kinds that a config may declare; this code builds them, data never names code to run."""

@@ -1,4 +1,4 @@
-"""An affine layer on the hidden state after a block, which makes up for the blocks that were dropped after it."""
+"""An affine map of the hidden state after a block, which replaces the blocks that were dropped after it."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class Affine(nn.Module):
-    """Computes h + h W + b with W (H, H), inputs first, and b (H,); frozen."""
+    """The frozen map h -> h + h W + b, with W (H, H) stored as (inputs, outputs), and b (H,)."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -17,19 +17,19 @@ class Affine(nn.Module):
 
     @classmethod
     def empty(cls, hidden: int) -> "Affine":
-        """A map without numbers, to be given some."""
+        """Construct a map on the meta device, whose weight and bias are assigned later."""
         return cls(torch.empty(hidden, hidden, device="meta"), torch.empty(hidden, device="meta"))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Apply the layer: (..., H) -> (..., H)."""
+        """Apply the map: (..., H) -> (..., H)."""
         return hidden + F.linear(hidden, self.weight.T, self.bias)
 
 
 def stand_behind(block: nn.Module, affine: Affine) -> None:
-    """Have a map stand behind a block, as its submodule `affine`.
+    """Apply a map to the output of a block, by a forward hook; the map becomes the block's submodule `affine`.
 
     Args:
-        block: of any family; whatever it gives beside the hidden state stays as it is.
+        block: a block of any family, changed in place; its outputs other than the hidden state do not change.
         affine: the map.
     """
     block.register_module("affine", affine)

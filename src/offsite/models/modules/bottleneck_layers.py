@@ -1,4 +1,4 @@
-"""The bottleneck adapter of Houlsby et al. (arXiv 1902.00751, section 2.1), applied after a linear layer."""
+"""The bottleneck adapter of Houlsby et al. (arXiv 1902.00751, section 2.1), placed after a linear layer."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class Bottleneck(nn.Module):
-    """x + W_up gelu(W_down x + b_down) + b_up; with W_up and b_up zero, as it starts, the identity."""
+    """x + W_up gelu(W_down x + b_down) + b_up. W_up and b_up start as zero, so at first it is the identity."""
 
     def __init__(self, hidden: int, width: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -18,13 +18,13 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, H)
-        """Add what the bottleneck makes of its input to it."""
+        """Apply the bottleneck with its residual connection: (B, T, H) -> (B, T, H)."""
         made: torch.Tensor = self.up(F.gelu(self.down(x)))
         return x + made
 
 
 class WithBottleneck(nn.Module):
-    """A linear layer and the bottleneck behind it, in the layer's place."""
+    """A linear layer followed by a bottleneck; this module replaces the linear layer."""
 
     def __init__(self, inner: nn.Module, bottleneck: Bottleneck) -> None:
         super().__init__()
@@ -32,22 +32,22 @@ class WithBottleneck(nn.Module):
         self.bottleneck = bottleneck
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The map, then the bottleneck."""
+        """Apply the linear layer, then the bottleneck: (B, T, inputs) -> (B, T, H)."""
         made: torch.Tensor = self.bottleneck(self.inner(x))
         return made
 
 
 def insert_bottlenecks(model: nn.Module, places: Iterable[str], hidden: int, width: int) -> dict[str, nn.Parameter]:
-    """Put untrained bottlenecks after linear layers of a model, in the dtype and on the device of each layer.
+    """Insert untrained bottlenecks after linear layers of a model, in the dtype and on the device of each layer.
 
     Args:
-        model: changed in place.
-        places: full paths of the linear layers.
-        hidden: their outputs.
-        width: of the bottlenecks.
+        model: the model, changed in place.
+        places: the full paths of the linear layers.
+        hidden: the number of outputs of these layers.
+        width: the width of the bottlenecks.
 
     Returns:
-        The new parameters by name.
+        The new parameters, by name.
     """
     made: dict[str, nn.Parameter] = {}
     for place in places:

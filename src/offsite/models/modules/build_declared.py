@@ -1,4 +1,4 @@
-"""Builds the model of a bundle whose emulator has declared module kinds: the family's model with these modules."""
+"""Build the model for a bundle whose emulator declares modules: the family's model with those modules in it."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 def build(
     config: Mapping[str, Any], declared: Declared, tensors: dict[str, Tensor], attention: str
 ) -> tuple["PreTrainedModel", list[str]]:
-    """Make the model of a bundle.
+    """Build the model for a bundle.
 
     Args:
-        config: the family's, for all blocks.
-        declared: what the emulator's blocks are.
-        tensors: by their names in the file, in the dtype to compute in; integers as they are. They are taken out.
-        attention: transformers' name of the attention.
+        config: the family's config for all blocks of the bundle.
+        declared: the declaration of the emulator's modules.
+        tensors: all tensors by their names in the file, floats in the compute dtype; used entries are removed.
+        attention: transformers' name for the attention implementation.
 
     Returns:
-        The model, and what is missing, left over or of another shape.
+        The model, and one sentence for each tensor that is missing, unexpected or of a wrong shape.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -68,7 +68,7 @@ def build(
 
 
 def _taken(family: Architecture, place: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one block, by path, taken out of all."""
+    """Remove the tensors of one block from `tensors` and return them, by path in the block."""
     start = family.in_block(place, "")
     return {name.removeprefix(start): tensors.pop(name) for name in sorted(tensors) if name.startswith(start)}
 
@@ -76,7 +76,7 @@ def _taken(family: Architecture, place: int, tensors: dict[str, Tensor]) -> dict
 def _unpack(
     block: nn.Module, family: Architecture, declared: Declared, weights: dict[str, Tensor], start: str
 ) -> list[str]:
-    """Put full matrices in the place of sparse ones; masks that do not fit their numbers are listed."""
+    """Replace sparse matrices in `weights` by full ones; return a problem for each mask that does not fit."""
     problems = []
     for path in family.linears if declared.sparse is not None else ():
         if f"{path}.mask" not in weights or f"{path}.values" not in weights:
@@ -91,7 +91,7 @@ def _unpack(
 
 
 def _make_room(block: nn.Module, family: Architecture, declared: Declared, weights: dict[str, Tensor]) -> None:
-    """Give a block modules for the weights that it gets; weights that a new module holds are taken out."""
+    """Replace linear layers of a block by modules for the stored form; remove weights that those modules then hold."""
     for path in family.linears:
         parent, _, name = path.rpartition(".")
         owner, bias = block.get_submodule(parent), weights.get(f"{path}.bias")
@@ -120,7 +120,7 @@ def _inputs(linear: Any, family: Architecture, declared: Declared, path: str) ->
 
 
 def _assign(block: nn.Module, weights: Mapping[str, Tensor], start: str) -> list[str]:
-    """Set the parameters of a block that are still without numbers; what differs is listed."""
+    """Assign the weights to the parameters of a block; return a problem for each unexpected tensor."""
     problems = []
     own = dict(block.named_parameters())
     for path, value in weights.items():

@@ -1,7 +1,7 @@
-"""Linear layers that store less than a full matrix (quantised, factorised or sparse). All are frozen.
+"""Frozen linear layers that store their weight in a compressed form.
 
-Quantised weights are symmetric around zero with a scale for each group of inputs; int4 lies two to a byte, the even
-input in the low half, with 8 added so that it is not negative.
+Quantised weights are symmetric around zero, with one scale for each group of inputs. Two int4 values share a byte: the
+even input is in the low half, and 8 is added so that values are not negative.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 class QuantisedLinear(nn.Module):
-    """y = x W^T + b with W in 8 or 4 bits; W is made for a product and is gone after it, forwards and backwards."""
+    """y = x W^T + b with W stored in 8 or 4 bits; W is decoded for each forward and backward product, then freed."""
 
     quantised: Tensor  # (outputs, inputs) int8, or (outputs, inputs / 2) uint8
     scales: Tensor  # (outputs, groups)
@@ -25,7 +25,7 @@ class QuantisedLinear(nn.Module):
         self._inputs, self._group = inputs, group
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """The matrix that is stood for, (outputs, inputs)."""
+        """The decoded weight matrix, (outputs, inputs)."""
         codes = self.quantised
         if codes.dtype == torch.uint8:
             codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)[:, : self._inputs].to(torch.int8) - 8
@@ -39,7 +39,7 @@ class QuantisedLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T that makes W anew for the gradient, where autograd would keep every matrix until then."""
+    """x W^T, with W decoded again in the backward pass; autograd would keep every decoded matrix until then."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, linear: QuantisedLinear) -> Tensor:
@@ -52,7 +52,7 @@ class _Product(torch.autograd.Function):
 
 
 class FactoredLinear(nn.Module):
-    """y = U D x + b: a matrix of low rank as its two factors, D (rank, inputs) and U (outputs, rank)."""
+    """y = U D x + b: a low-rank matrix stored as two factors, D (rank, inputs) and U (outputs, rank)."""
 
     def __init__(self, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -66,15 +66,16 @@ class FactoredLinear(nn.Module):
 
 
 def unpacked(mask: Tensor, values: Tensor, inputs: int) -> Tensor | None:
-    """Expand a sparse matrix to a dense one.
+    """Convert a sparse matrix to a full one.
 
     Args:
-        mask: where numbers stand, uint8 (outputs, inputs / 8 rounded up), the first input in the lowest bit.
-        values: the numbers, (count,), row after row.
-        inputs: columns of the matrix.
+        mask: the positions of the stored values as bits, uint8 (outputs, inputs / 8 rounded up), first input in the
+            lowest bit.
+        values: the stored values, (count,), row after row.
+        inputs: the number of columns of the matrix.
 
     Returns:
-        (outputs, inputs) in the dtype of the values; None where the mask has another number of places.
+        The matrix (outputs, inputs) in the dtype of the values; None if the mask does not have `count` positions.
     """
     bits = mask[..., None] >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
     places = bits.flatten(1)[:, :inputs].bool()

@@ -1,8 +1,8 @@
-"""What an emulator may declare that its blocks are, where they are not the family's own. Torch-free.
+"""The declaration of an emulator whose blocks differ from the family's own blocks. Torch-free.
 
-A bundle with such blocks is not a checkpoint that transformers knows: its config has a model type of ours with the
-family's config under one key, and its weights lie in a file of another name, so that nothing loads it by half.
-Names, shapes and dtypes of its tensors follow from the family's row and from what is declared here.
+transformers cannot load such a bundle: its config has the model type "offsite" with the family's config under one key,
+and its weights file has another name, so that no library loads it partially. Names, shapes and dtypes of its tensors
+follow from the family and from this declaration.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ Expected = tuple[tuple[int, ...], tuple[str, ...]]  # a tensor's shape, and the 
 
 
 class Declared(BaseModel):
-    """The kinds of modules in an emulator; what is None is as in the family."""
+    """The kinds of modules in an emulator; a field that is None means: as in the family."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -57,20 +57,20 @@ class Declared(BaseModel):
 
     @property
     def features(self) -> tuple[str, ...]:
-        """What a reader must understand, as the manifest's `requires` lists it."""
+        """The features that a reader must support, as the manifest's `requires` lists them."""
         kinds = (self.share, self.bits, self.svd_rank, self.mlp_width, self.sparse, self.affine)
         return tuple(name for name, kind in zip(FEATURES, kinds, strict=True) if kind is not None)
 
     def holds_weights(self, place: int) -> bool:
-        """Whether a block of the emulator (from 0) has weights in the file, and does not share another's."""
+        """Whether a block of the emulator (counted from 0) has its own weights in the file and shares no other's."""
         return self.share is None or self.share[place] == place
 
     def rank(self, inputs: int, outputs: int) -> int:
-        """The rank of a factored map."""
+        """The rank of a factored linear layer with these inputs and outputs."""
         return max(1, round((self.svd_rank or 0) * min(inputs, outputs)))
 
     def narrowed(self, family: Architecture, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        """The shapes of a block's tensors once its feed-forward part has its declared width."""
+        """The shapes of a block's tensors with the declared MLP width, from the shapes in the family."""
         found = dict(shapes)
         if self.mlp_width is None:
             return found
@@ -84,9 +84,7 @@ class Declared(BaseModel):
         return found
 
     def tensors(self, family: Architecture, shapes: Shapes) -> dict[str, Expected]:
-        """The shapes of every tensor of an emulator block that holds weights, by path, from the shapes of the family's
-        block.
-        """
+        """Shape and dtypes of each tensor in an emulator block, by path; `shapes` are those of the family's block."""
         plain = self.narrowed(family, shapes)
         found: dict[str, Expected] = {path: (shape, FLOATS) for path, shape in plain.items()}
         if self.affine:
@@ -112,26 +110,26 @@ class Declared(BaseModel):
 
 
 def affine_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of the affine layer after a block, by path in it, from the hidden size."""
+    """The shapes of the tensors of the affine map after a block, by path in the block, from the hidden size."""
     return {AFFINE_WEIGHT: (hidden, hidden), AFFINE_BIAS: (hidden,)}
 
 
 def mlp_inputs(family: Architecture) -> list[str]:
-    """The linear layers whose outputs are the neurons of the feed-forward part: those beside its output projection."""
+    """The paths in a block of the linear layers whose outputs are the MLP's neurons: all except its output layer."""
     parent = family.mlp_out.rpartition(".")[0]
     return [path for path in family.linears if path != family.mlp_out and path.rpartition(".")[0] == parent]
 
 
 def wrapped(config: Mapping[str, Any], declared: Declared) -> dict[str, Any]:
-    """The config of a bundle whose emulator declares kinds of its own."""
+    """The content of config.json for a bundle whose emulator declares modules."""
     return {"model_type": MODEL_TYPE, "base": dict(config), "emulator": declared.model_dump(mode="json")}
 
 
 def unwrapped(config: Mapping[str, Any]) -> tuple[dict[str, Any], Declared | None]:
-    """Split a config into the family's part and the emulator's declaration; the latter is None for a plain config.
+    """Split a config into the family's config and the emulator's declaration (None for a plain config).
 
     Raises:
-        ValueError: it is of our model type, and malformed.
+        ValueError: the config has the model type "offsite" and is malformed.
     """
     if config.get("model_type") != MODEL_TYPE:
         return dict(config), None

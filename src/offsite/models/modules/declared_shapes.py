@@ -1,4 +1,4 @@
-"""The tensors of declared module kinds: names and shapes, as both parties derive them. Torch-free."""
+"""Names and shapes of the bottlenecks' tensors, as both parties compute them. Torch-free."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -9,17 +9,17 @@ _BOTTLENECK = re.compile(r"(.+)\.bottleneck\.(?:down|up)\.(?:weight|bias)")
 
 
 def bottleneck_places(family: Architecture, blocks: Iterable[int]) -> list[str]:
-    """The modules behind which a bottleneck stands: what ends attention and MLP (all of a mixture), by full path."""
+    """The full paths of the modules before bottlenecks: last layer of attention and MLP (or the whole mixture)."""
     return [family.in_block(index, path) for index in blocks for path in (family.attention_out, family.mlp_out)]
 
 
 def bottleneck_shapes(place: str, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of the bottleneck after a linear layer.
+    """The shapes of the tensors of the bottleneck after a linear layer, by full name.
 
     Args:
-        place: full path of the linear layer.
-        hidden: its outputs.
-        width: of the bottleneck.
+        place: the full path of the linear layer.
+        hidden: the number of outputs of that layer.
+        width: the width of the bottleneck.
     """
     return {
         f"{place}.bottleneck.down.weight": (width, hidden),
@@ -30,12 +30,12 @@ def bottleneck_shapes(place: str, hidden: int, width: int) -> dict[str, tuple[in
 
 
 def place_of_bottleneck(name: str) -> str | None:
-    """The linear layer that a bottleneck's tensor stands behind; None for a tensor of anything else."""
+    """The full path of the layer before a bottleneck, from a tensor's name; None for tensors of other modules."""
     match = _BOTTLENECK.fullmatch(name)
     return match[1] if match else None
 
 
 def widths_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """The width of each bottleneck, by its position, from the shapes of its biases."""
+    """The width of each bottleneck, from the shapes of its biases, by the full path of the linear layer before it."""
     ends = ".bottleneck.down.bias"
     return {name.removesuffix(ends): shape[0] for name, shape in shapes.items() if name.endswith(ends) and shape}
