@@ -27,7 +27,7 @@ def test_a_path_may_be_text(tmp_path: Path) -> None:
     bundle = tiny_bundle(tiny_base(tmp_path / "base"), tmp_path / "bundle", parties)
     assert offsite.verify_bundle(str(bundle.folder), parties.data_owner) == bundle  # type: ignore[arg-type]
     assert offsite.Base("base") == offsite.Base(Path("base"))  # type: ignore[arg-type]
-    with pytest.raises(offsite.UsageError, match="no checkpoint"):
+    with pytest.raises(offsite.UsageError, match="not a checkpoint"):
         offsite.evaluate("a", str(tiny_rows(tmp_path / "rows.jsonl")), offsite.EvalSpec())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="missing"):
         offsite.verify_bundle(bundle.folder)  # type: ignore[call-arg]

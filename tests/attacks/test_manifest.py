@@ -120,7 +120,7 @@ BUNDLE: dict[str, tuple[Callable[[Json], None], str]] = {
     ),
     "LoRA on a norm": (
         setting("lora_targets", "model.layers.0.input_layernorm", value=[32, 32]),
-        "LoRA targets that are no linear maps of llama",
+        "LoRA targets that are not linear layers of llama",
     ),
     "LoRA on a whole block": (
         setting("lora_targets", "model.layers.0", value=[32, 32]),

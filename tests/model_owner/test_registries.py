@@ -17,9 +17,17 @@ from offsite.model_owner.select.selection_protocol import Selector
 
 # What the methods of a folder share.
 SHARED = {
-    select: {"selection", "select_blocks"},
-    heal: {"healing", "heal_steps", "block_problem", "block_by_block", "middle_states", "output_projection", "ridge"},
-    compress: {"pruner", "prune_layers", "stored_form", "declare", "zeros"},
+    select: {"selection_protocol", "select_blocks"},
+    heal: {
+        "healing_protocol",
+        "heal_steps",
+        "block_step_protocol",
+        "block_by_block",
+        "middle_states",
+        "output_projection",
+        "ridge",
+    },
+    compress: {"pruner_protocol", "prune_layers", "stored_form_protocol", "declare_emulator", "zero_smallest"},
 }
 
 
