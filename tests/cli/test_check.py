@@ -195,6 +195,12 @@ def test_an_option_that_is_given_twice_is_refused(tune, tmp_path, capsys, words)
     assert not Path("a").exists()
 
 
+@pytest.mark.parametrize("other", ["--plan", "--resume"])
+def test_a_check_goes_with_no_other_thing_to_do(tune, tmp_path, capsys, other):
+    assert tune("--data", lines(tmp_path / "rows.jsonl", TEXT), "--out", tmp_path / "return", "--check", other) == 2
+    assert "--check was given with" in capsys.readouterr().err
+
+
 def test_a_run_without_a_folder_for_its_return(tune, tmp_path, capsys):
     assert tune("--data", lines(tmp_path / "rows.jsonl", TEXT)) == 2
     assert "--out return/" in capsys.readouterr().err

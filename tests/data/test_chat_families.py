@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken
 
 from chat_templates import FAMILIES
 from offsite.data.chat import END_ADDED
@@ -303,3 +304,17 @@ def test_words_that_look_like_a_heading_are_not_learnt():
         assert learnt[0] == "no<|im_end|>"
         assert learnt[1].endswith("dog<|im_end|>")
         assert len(learnt) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_that_take_in_the_spaces_behind_them_are_not_learnt(kind):
+    """As Phi 3's do."""
+    template, special = FAMILIES["phi3"]
+    tokenizer = tokenizer_of(kind, template=template)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken(token, rstrip=True, special=True) for token in special]}
+    )
+    for answer in ("fox", "  fox"):
+        ids, learnt, _ = read(tokenizer, [user("who?"), assistant(answer), user("so?"), assistant(answer)])
+        assert [words.replace(" ", "") for words in learnt] == ["fox<|end|>", "fox<|end|>"]
+        assert "<|assistant|>" in tokenizer.decode(ids)

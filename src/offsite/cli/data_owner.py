@@ -51,6 +51,10 @@ def tune(
 
     spec, measured = flags.settings(TuneSpec, config, flag_values), flags.measures(plan)
     eval_data = eval_data or None
+    if check and (plan or resume):
+        raise UsageError(
+            "--check was given with --plan or --resume", next_step="give one of them; --check trains nothing"
+        )
     if out is None and not check:
         raise UsageError("the return has no folder to go to", next_step="name a new one: --out return/")
     from offsite.data_owner.permissions import require_permitted, require_something_to_report

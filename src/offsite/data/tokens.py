@@ -6,7 +6,7 @@ template, with the loss on the assistant's answers. A long text is cut into bloc
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -209,24 +209,23 @@ def _encoded(
 ) -> Iterator[_Draft]:
     texts = [said.text for _, said in written]
     borders = [[place for span in said.labelled for place in span] for _, said in written]
+    added = frozenset(tokenizer.added_tokens_decoder)
     for (row, said), encoding in zip(written, encode_whole(texts, tokenizer, borders), strict=True):
         if row.document:
             yield from _blocks(row, encode_ids(row.completion, tokenizer), tokenizer, max_length)
         elif row.turns and (row.prompt is None or tokenizer.chat_template):
-            yield _conversation_draft(row, said, encoding, tokenizer)
+            yield _conversation_draft(row, said, encoding, added, tokenizer.eos_token_id)
         else:
-            at = encoding.tokens_of(*said.labelled[0]).start
+            at = encoding.tokens_of(*said.labelled[0], added).start
             yield _Draft(row, row.line, *_with_ends(encoding.ids[:at], encoding.ids[at:], tokenizer))
 
 
-def _conversation_draft(
-    row: Row, said: Conversation, encoding: Encoding, tokenizer: "PreTrainedTokenizerBase"
-) -> _Draft:
+def _conversation_draft(row: Row, said: Conversation, encoding: Encoding, added: Container[int], eos: int) -> _Draft:
     """The tokens of `apply_chat_template`, plus EOS if the template writes no end-of-turn token."""
-    places = sorted({place for span in said.labelled for place in encoding.tokens_of(*span)})
+    places = sorted({place for span in said.labelled for place in encoding.tokens_of(*span, added)})
     ids = encoding.ids
     if said.lacks_end:
-        ids, places = [*ids, tokenizer.eos_token_id], [*places, len(ids)]
+        ids, places = [*ids, eos], [*places, len(ids)]
     return _Draft(row, row.line, [], ids, [place for place in places if place > 0], said)  # nothing predicts the first
 
 

@@ -5,7 +5,7 @@ Mistral, Phi 3) put a prefix mark before every piece, and words can merge across
 and the tokens at the borders of labels are found by the tokenizer's offsets.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,10 +28,19 @@ class Encoding:
     begins: npt.NDArray[np.int64]  # (T,) character of the text at which each token begins
     ends: npt.NDArray[np.int64]  # (T,) and the one behind its last
 
-    def tokens_of(self, begin: int, end: int) -> range:
-        """Positions of the tokens with a character in text[begin:end]; a token across a border is included."""
+    def tokens_of(self, begin: int, end: int, added: Container[int] = ()) -> range:
+        """Positions of the tokens with a character in text[begin:end]; one across a border counts as inside.
+
+        Args:
+            begin: first character.
+            end: the one behind the last.
+            added: ids of tokens that are what they are in any text. Such a token before `begin` stays outside, though
+                it may take the spaces behind it in.
+        """
         # a prefix mark before the text has no character of its own
         first = int(np.searchsorted(self.ends, begin, side="right")) if begin else 0
+        while first < len(self.ids) and self.begins[first] < begin and self.ids[first] in added:
+            first += 1
         last = int(np.searchsorted(self.begins, end, side="left"))
         return range(first, max(first, last))
 
