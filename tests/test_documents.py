@@ -1,6 +1,5 @@
 """Documents name files, headings and commands that exist, and quote the defaults that the specs have."""
 
-import importlib.util
 import re
 import subprocess
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from doc_scripts import load_script
 from offsite.cli.setting_flags import flag_of, shown
 from offsite.config import TABLES, PackSpec, Setting, TuneSpec
 
@@ -160,9 +160,5 @@ def test_the_readme_fits_on_a_few_screens() -> None:
 
 @pytest.fixture(scope="module")
 def renderer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("render_readme", ROOT / "docs" / "render_readme.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module: ModuleType = load_script("render_readme")
     return module

@@ -1,28 +1,20 @@
 """docs/models.md is what the code's own table renders, and its worked example works."""
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from doc_scripts import DOCS, load_script
 from offsite.models import families
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.family import Architecture
 
-DOCS = Path(__file__).parents[1] / "docs"
-
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("render_models", DOCS / "render_models.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("render_models")
 
 
 def test_the_document_is_what_the_table_renders(script: Any) -> None:

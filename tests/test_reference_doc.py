@@ -1,25 +1,15 @@
 """docs/reference.md is what the specs render, and holds every setting of every verb."""
 
-import importlib.util
-from pathlib import Path
-from typing import Any
-
 import pytest
 
+from doc_scripts import DOCS, load_script
 from offsite.cli.setting_flags import flag_of
 from offsite.config import TABLES
-
-DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.fixture(scope="module")
 def rendered() -> str:
-    spec = importlib.util.spec_from_file_location("render_reference", DOCS / "render_reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    text: str = module.render()
+    text: str = load_script("render_reference").render()
     return text
 
 

@@ -21,17 +21,9 @@ from offsite.models.timm_family import TIMM
 from offsite.protocol.artifacts import Bundle
 from offsite.storage.checkpoint_folder import open_checkpoint
 from offsite.storage.safetensors_files import read_float32
-from tiny import FAMILIES, TEXT, MakeBase, Parties
+from tiny import FAMILIES, MakeBase, Parties
 
 SHARE = 0.5
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "calibration.txt"
-    words = " ".join(TEXT).split()
-    file.write_text("\n\n".join(" ".join(words[i % 40 :] + words[: i % 7]) for i in range(120)))
-    return file
 
 
 def problem(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:

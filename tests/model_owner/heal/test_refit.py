@@ -26,19 +26,11 @@ from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base
 from offsite.storage.checkpoint_folder import open_checkpoint, write_checkpoint
 from offsite.storage.safetensors_files import copied, read_float32
-from tiny import FAMILIES, KINDS, TEXT, Family, each_form, tiny_base, tiny_parties
+from tiny import FAMILIES, KINDS, Family, each_form, tiny_base, tiny_parties
 
 CPU = torch.device("cpu")
 BLOCKS = 8
 KEPT = (1, 3, 6)  # what uniform selection keeps of the middle 1..6
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "calibration.txt"
-    words = " ".join(TEXT).split()
-    file.write_text("\n\n".join(" ".join(words[i % 40 :] + words[: i % 7]) for i in range(120)))
-    return file
 
 
 def pack_refitted(base: Path, tmp_path: Path, text: Path, tokens: int, **settings: object) -> Path:
