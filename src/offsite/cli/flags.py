@@ -82,7 +82,7 @@ class Command(TyperCommand):
     """A command that records where it could be resumed, and whose --plan may have no value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the words of the command line, after the value of --plan was put beside it."""
+        """Parse the command line, after --plan without a value was given its default mode."""
         words = with_plan_mode(args)
         self._require_once(ctx, words)
         return super().parse_args(ctx, words)

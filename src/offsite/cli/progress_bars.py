@@ -1,4 +1,4 @@
-"""Progress bars; imported only where there is a terminal to draw them on."""
+"""Progress bars; imported only if there is a terminal."""
 
 import contextlib
 from collections.abc import Iterator

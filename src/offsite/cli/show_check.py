@@ -1,4 +1,4 @@
-"""How a check of data is shown: figures, and three rows with what is learnt marked; or JSON."""
+"""Prints the check of a data set: figures, and three rows with the labelled parts marked; or JSON."""
 
 import dataclasses
 import os

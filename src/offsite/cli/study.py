@@ -95,7 +95,8 @@ def full_fine_tuning(
     config: flags.ConfigFlag = None,
     as_json: flags.JsonFlag = False,
 ) -> None:
-    """Tune every weight of a base: what a study compares plug-ins with. No party of the protocol could do it.
+    """Tune every weight of a base. A study compares plug-ins with the result; no party of the protocol could compute
+    it.
 
     Settings come from table [tune] of --config.
 

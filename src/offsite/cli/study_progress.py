@@ -1,4 +1,4 @@
-"""The live table of a study; imported only where there is a terminal to draw it on."""
+"""The live table of a running study; imported only if there is a terminal."""
 
 import contextlib
 import time

@@ -1,4 +1,4 @@
-"""What a person or a script sees: results on standard output; progress, hints and errors on standard error.
+"""Output for people and scripts: results on standard output; progress, hints and errors on standard error.
 
 Text from an artifact may come from a stranger, so control characters are shown as escapes, never sent to the terminal.
 """
@@ -66,7 +66,7 @@ def show_error(error: OffsiteError, *, as_json: bool) -> None:
 
 
 def show_usage_error(error: typer.TyperException, *, as_json: bool) -> None:
-    """A flag or an argument that the parser refuses."""
+    """Print the error of a flag or argument that the parser refused."""
     if type(error).__name__ == "NoArgsIsHelpError":  # the help is on the screen already
         return
     context = getattr(error, "ctx", None)

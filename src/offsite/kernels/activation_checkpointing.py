@@ -1,4 +1,4 @@
-"""Gradient checkpointing (arXiv 1604.06174): a block keeps its input alone, and runs again in the backward pass."""
+"""Gradient checkpointing (arXiv 1604.06174): a block stores only its input, and runs again in the backward pass."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

@@ -1,4 +1,4 @@
-"""A base model of which all weights train: what full fine-tuning gives to the training loop."""
+"""Makes all weights of a base trainable, as the input of the training loop for full fine-tuning."""
 
 from typing import TYPE_CHECKING
 

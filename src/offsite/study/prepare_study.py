@@ -1,4 +1,4 @@
-"""What a study needs before its first stage: two parties, a base, rows; and that every setting fits the base."""
+"""Prepares a study before its first stage: parties, base, rows, and the check that every setting fits the base."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ _MARK = "stages"  # what every study's folder has
 
 
 def prepare(recipe: Recipe, out: Path, say: Callable[[str], None]) -> tuple[Workspace, dict[str, Rows]]:
-    """Make the folder of a study ready, and refuse what could not work before anything runs.
+    """Prepare the folder of a study, and refuse everything that could not work before anything runs.
 
     Args:
         recipe: from `load_recipe`.
@@ -76,7 +76,7 @@ def _base(recipe: Recipe, say: Callable[[str], None]) -> Path:
 
 
 def require_recipe_fits_base(recipe: Recipe, base: Path) -> None:
-    """Refuse a base that is not the recipe's, and settings that it cannot be packed with.
+    """Refuse a base that the recipe does not describe, and settings with which it cannot be packed.
 
     Raises:
         IncompatibleError: another family, or another number of blocks.
@@ -130,7 +130,7 @@ def _require_pictures(model: BaseModel, spec: PackSpec) -> None:
 
 
 def introduce(out: Path) -> None:
-    """Two homes, each with a key of its own that the other trusts; those of an earlier run stay."""
+    """Create both parties' homes with keys that trust each other; those of an earlier run stay."""
     homes = {party: Home(out / party / "home") for party in (OWNER, TUNER)}
     for party, home in homes.items():
         if not (home.folder / "key.pem").exists():
@@ -157,7 +157,7 @@ def _base_digest(base: Path, out: Path, say: Callable[[str], None]) -> str:
 
 
 def write_rows(table: DataTable, folder: Path) -> Rows:
-    """The rows that the study uses, in the data owner's folder.
+    """Write the rows that the study uses to the data owner's folder.
 
     Raises:
         DataError: rows are bad, or are not multiple choice where the score needs it; files are named by source.

@@ -24,7 +24,7 @@ S = TypeVar("S", bound=Spec)
 
 
 class DataTable(Spec):
-    """A data set: what the data owner tunes on, and the held-out rows that everything is scored on."""
+    """A data set: rows that the data owner tunes on, and held-out rows that every model is scored on."""
 
     name: _Name
     train: Annotated[Path, Field(description="rows to tune on, relative to --data-root or to the recipe")]
@@ -42,7 +42,7 @@ class DataTable(Spec):
 
 
 class RecipeTables(Spec):
-    """The file as it is written; the settings of a stage are checked by that stage's own spec."""
+    """The tables of a recipe file as written; the settings of a stage are checked by that stage's spec."""
 
     title: Annotated[str, Field(min_length=1, max_length=200)]
     about: str = ""
@@ -76,17 +76,17 @@ class Method:
     """One way to tune, and the full fine-tuning that it is compared with."""
 
     name: str
-    spec: TuneSpec  # the seed is the cell's
+    spec: TuneSpec  # its seed is set for each grid point
     full: TuneSpec
 
     def on(self, table: DataTable) -> "Method":
-        """The same with what a data set has of its own."""
+        """A copy with the settings that this data set adds."""
         return replace(self, spec=self.spec.changed(table.tune), full=self.full.changed(table.tune))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe; every path in it stands on its own."""
+    """A checked recipe; every path in it is resolved."""
 
     file: Path
     title: str

@@ -1,4 +1,4 @@
-"""Settings of the C library's allocator and of oneDNN's caches, for tensors that come and go with every step."""
+"""Settings of the C allocator and of oneDNN's caches, for tensors that are allocated anew in every step."""
 
 import contextlib
 import ctypes
@@ -15,7 +15,7 @@ _CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "48", "LRU_CACHE_CAPACITY": "1"}
 
 
 def bound_caches(environment: MutableMapping[str, str]) -> None:
-    """Bound the caches of compiled products, unless the environment already says how large they are."""
+    """Limit the size of oneDNN's caches, unless the environment already sets it."""
     for cache, capacity in _CACHES.items():
         environment.setdefault(cache, capacity)
 
@@ -44,7 +44,7 @@ def keep_freed_memory() -> bool:
 
 
 def report() -> Piece:
-    """Whether freed memory is kept, and why not."""
+    """Whether the allocator keeps freed memory, and the reason if not."""
     kept = keep_freed_memory()
     return Piece(
         "freed memory kept", int(kept), "glibc keeps it for the next step" if kept else "this C library cannot"

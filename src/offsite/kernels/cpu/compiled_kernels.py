@@ -59,7 +59,7 @@ def _library() -> ctypes.CDLL | None:
 
 @cache
 def level() -> tuple[int, str]:
-    """What the library can use here (0, `VECTORS` or `TILES`), and why.
+    """The instruction level that the kernels can use here (0, `VECTORS` or `TILES`), and the reason.
 
     It asks the system for the tiles, so this comes before all else.
     """
@@ -156,7 +156,7 @@ def gelu(given: torch.Tensor) -> torch.Tensor:
 
 
 def gelu_back(grad_output: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-    """Its gradient, times the gradient of the output."""
+    """The gradient of the tanh GELU's input, from the gradient of its output."""
     return _each("offsite_gelu_back", grad_output.contiguous(), given)
 
 

@@ -38,7 +38,7 @@ class OwnRandomness(TorchFunctionMode):
         return self._generator.get_state()
 
     def draw(self) -> int:
-        """A seed, the next one at each call."""
+        """Draw the next seed."""
         return int(torch.randint(2**62, (), generator=self._generator))
 
     def __enter__(self) -> Self:

@@ -98,7 +98,7 @@ def make_task(source: Path, train_rows: int = TRAIN_ROWS, test_rows: int = TEST_
 
 
 def write_task(task: Task, train: Path, test: Path) -> None:
-    """Write both sides as JSONL with rows {prompt, completion}.
+    """Write the training and the test rows as JSONL with {prompt, completion}.
 
     Raises:
         StorageError: a file cannot be written.

@@ -94,7 +94,7 @@ def _obtain(chain: Chain, model: Path | None) -> Path:
 
 
 def introduce(chain: Chain) -> None:
-    """Both parties make their keys, exchange the public ones and trust each other."""
+    """Let both parties make their keys, exchange the public ones and trust each other."""
     for party, other in ((OWNER, TUNER), (TUNER, OWNER)):
         public = chain.folder(party, f"{party}.pub")
         chain.step(f"keys of {party}", f"{party} makes its keys", partial(_keygen, chain, party, public), [public], {})
@@ -235,12 +235,12 @@ def _step_count(full: bool) -> int:
 
 
 def newest(path: Path) -> int:
-    """When a file or anything in a folder last changed, in nanoseconds."""
+    """The time of the last change of a file, or of anything in a folder, in nanoseconds."""
     return max((part.stat().st_mtime_ns for part in (path, *(path.iterdir() if path.is_dir() else ()))), default=0)
 
 
 def code_digest() -> str:
-    """Our own code and defaults: after a change of them, an earlier run's figures are another program's."""
+    """A digest of this code: after a change of code or defaults, the results of an earlier run are not used."""
     package = Path(__file__).parents[2]
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*")):

@@ -1,4 +1,4 @@
-"""The pictures of a study in the data owner's folder: a list for each part, and what a picture's bytes were."""
+"""Writes the picture lists of a study into the data owner's folder, and computes the digest of the pictures."""
 
 import csv
 import hashlib
@@ -48,7 +48,7 @@ def list_pictures_for_study(table: DataTable, folder: Path) -> Rows:
 
 
 def picture_table(files: Sequence[Path], labels: Sequence[str | None]) -> bytes:
-    """A CSV file of pictures, with their classes where they have any."""
+    """Make a CSV file of pictures' paths, with their classes if they have any."""
     classes = any(label is not None for label in labels)
     text = io.StringIO(newline="")
     writer = csv.writer(text)

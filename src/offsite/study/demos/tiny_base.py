@@ -1,4 +1,4 @@
-"""A tiny random base of any family, made in a moment without a network: what a study is tried on before it is run."""
+"""Makes a tiny random base of any family, without a network, to check a recipe before it runs."""
 
 import json
 from collections.abc import Mapping

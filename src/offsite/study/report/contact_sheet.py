@@ -1,4 +1,4 @@
-"""A dozen test pictures with their classes and what two models took them for, as a PNG file drawn by Pillow.
+"""Draws a dozen test pictures with their classes and two models' predictions, as a PNG file, with Pillow.
 
 Right and wrong differ in shape and in colour (Okabe and Ito's), for the colour-blind too.
 """
@@ -31,14 +31,14 @@ _FONT = 16
 
 @dataclass(frozen=True)
 class PredictedPicture:
-    """A picture, its class, and the classes that models took it for."""
+    """A picture, and the class that each model predicted for it."""
 
     picture: Picture
     predictions: tuple[str, ...]
 
 
 def sheets(points: Sequence[GridPoint], folder: Path) -> list[Plot]:
-    """A sheet for each data set of pictures: of its first cell that has scores of zero-shot and plug-in.
+    """Draw a sheet for each data set of pictures: of its first grid point with scores of zero-shot and plug-in.
 
     Args:
         cells: of the study.
@@ -63,7 +63,7 @@ def sheets(points: Sequence[GridPoint], folder: Path) -> list[Plot]:
 
 
 def read_predictions(test: Path, scores: Sequence[Path]) -> list[PredictedPicture]:
-    """Some of the test pictures, spread evenly, with what each file of row scores says of them.
+    """Choose some of the test pictures, spread evenly, and read each model's prediction from its file of row scores.
 
     Raises:
         DataError: the pictures are gone.

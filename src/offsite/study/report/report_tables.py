@@ -1,4 +1,4 @@
-"""The tables of a report: results in rows and columns of text, for Markdown and HTML alike."""
+"""The tables of a report as rows and columns of text, for Markdown and HTML."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Group:
-    """The cells of a study that differ in their seed alone."""
+    """The grid points that differ in their seed only."""
 
     dataset: str
     compress: str
@@ -47,7 +47,7 @@ class Group:
         return self.dataset, self.compress, self.placement, self.tune
 
     def values(self, of: Callable[[GridPointResult], float | None]) -> list[float]:
-        """A number of each cell that has it."""
+        """A value of each grid point that has it."""
         return [value for point in self.points if (value := of(point)) is not None]
 
     def mean(self, of: Callable[[GridPointResult], float | None]) -> float | None:
@@ -57,7 +57,7 @@ class Group:
 
 
 def groups(results: Results) -> list[Group]:
-    """Cells by everything but the seed, in the study's order."""
+    """Group the grid points by everything but the seed, in the study's order."""
     found: dict[tuple[str, str, str, str], list[GridPointResult]] = {}
     for point in results.cells:
         found.setdefault((point.dataset, point.compress, point.placement or "", point.tune), []).append(point)
@@ -94,7 +94,7 @@ def failures(results: Results) -> list[str]:
 
 
 def score_of(row: str) -> Callable[[GridPointResult], float | None]:
-    """A function from a cell to the metric score of one of its rows."""
+    """Make a function that returns the main score of this row for a grid point."""
     return lambda point: point.scores[row].primary.value if row in point.scores else None
 
 
@@ -230,5 +230,5 @@ def _seeds(grouped: Sequence[Group]) -> int:
 
 
 def curve_file(point: GridPointResult, folder: Path) -> Path | None:
-    """Where the log of a cell's tuning lies."""
+    """The path of the log of a grid point's tuning, or None."""
     return folder / point.log if point.log else None

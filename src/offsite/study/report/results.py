@@ -1,4 +1,4 @@
-"""What a study found: figures of every cell, from the records of its stages and the scores of single rows.
+"""The results of a study: figures of every grid point, from the records of its stages and the scores of single rows.
 
 The primary score is the held-out loss in nats per labelled token, or of pictures the accuracy. Intervals are 95 % over
 test rows; differences and shares are taken over the same drawn rows for every model (`offsite.evaluation.intervals`).
@@ -30,7 +30,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "numpy")
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, with its interval where there is one."""
+    """A value, with its confidence interval if there is one."""
 
     value: float
     low: float | None = None
@@ -39,7 +39,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class RowResult:
-    """How one model of a cell scored."""
+    """The scores of one model of a grid point."""
 
     primary: Figure  # the loss, or of pictures the accuracy: what models are compared by
     loss: Figure  # nats per labelled token, or per picture
@@ -55,7 +55,7 @@ class RowResult:
 
 @dataclass(frozen=True)
 class Spent:
-    """What one stage took, as the operating system measured it."""
+    """The time and peak memory of one stage, as the operating system measured them."""
 
     stage: str
     party: str
@@ -65,7 +65,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class GridPointResult:
-    """The figures of a cell; what is not known (yet, or since it failed) is None or left out."""
+    """The figures of a grid point; a figure that is not known yet, or because a stage failed, is None or left out."""
 
     dataset: str
     score: str
@@ -89,7 +89,7 @@ class GridPointResult:
 
 @dataclass(frozen=True)
 class Results:
-    """A whole study."""
+    """The results of a whole study; the fields are the keys of results.json."""
 
     title: str
     about: str
@@ -104,7 +104,7 @@ def collect(recipe: Recipe, points: Sequence[GridPoint], folder: Path) -> Result
     """The results of what has been run so far."""
     cache: dict[str, RowScores] = {}
     found = [_point_result(point, folder, cache) for point in points]
-    base, metric = Path(recipe.base).name, points[0].metric  # a study has one base, so all its cells have one measure
+    base, metric = Path(recipe.base).name, points[0].metric  # one base, so one metric for all points
     return Results(recipe.title, recipe.about, base, metric, list(recipe.rows), _environment(), found)
 
 
