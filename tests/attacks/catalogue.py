@@ -112,17 +112,17 @@ def unlisted_adapter_that_transformers_would_load(lab: Lab) -> None:
     (lab.bundle / ADAPTER_CONFIG).write_text("{}")
 
 
-@attack("_listing", "bundle", "'chat_templates' is no plain file")
+@attack("_listing", "bundle", "'chat_templates' is not a plain file")
 def sub_folder(lab: Lab) -> None:
     (lab.bundle / "chat_templates").mkdir()
 
 
-@attack("_listing", "bundle", "'notes.txt' is no plain file")
+@attack("_listing", "bundle", "'notes.txt' is not a plain file")
 def symlink_beside_the_files(lab: Lab) -> None:
     (lab.bundle / "notes.txt").symlink_to("/etc/passwd")
 
 
-@attack("_listing", "bundle", "'merges.txt' is no plain file")
+@attack("_listing", "bundle", "'merges.txt' is not a plain file")
 def listed_file_is_a_link_out_of_the_folder(lab: Lab) -> None:
     (lab.bundle / "merges.txt").write_text("#version: 0.2\n")
     lab.sign_bundle()

@@ -55,8 +55,8 @@ HEADERS: dict[str, tuple[object, bytes, str]] = {
     "product that overflows": ({"a": F32 | {"shape": [2**33, 2**33]}}, b"\0" * 4, "its shape and dtype need"),
     "three offsets": ({"a": F32 | {"data_offsets": [0, 2, 4]}}, b"\0" * 4, "data_offsets is malformed"),
     "one offset": ({"a": F32 | {"data_offsets": [4]}}, b"\0" * 4, "data_offsets needs two numbers"),
-    "metadata is no object": ({"__metadata__": [], "a": F32}, b"\0" * 4, "no object of strings"),
-    "metadata of numbers": ({"__metadata__": {"rows": 12}, "a": F32}, b"\0" * 4, "no object of strings"),
+    "metadata is no object": ({"__metadata__": [], "a": F32}, b"\0" * 4, "not an object of strings"),
+    "metadata of numbers": ({"__metadata__": {"rows": 12}, "a": F32}, b"\0" * 4, "not an object of strings"),
 }
 
 
@@ -261,13 +261,13 @@ NAMES = [
 def test_no_plain_file(lab: Lab, target: str, name: str, how: str) -> None:
     """A link would be read from elsewhere, a pipe never ends: neither is opened."""
     spoiled(lab.folder / target / name, how)
-    refused(lab, target, f"{name!r} is no plain file")
+    refused(lab, target, f"{name!r} is not a plain file")
 
 
 @pytest.mark.parametrize("how", ["pipe", "link"])
 def test_manifest_is_no_plain_file(lab: Lab, how: str) -> None:
     spoiled(lab.bundle / MANIFEST, how)
-    with pytest.raises(OffsiteError, match="no plain file"):
+    with pytest.raises(OffsiteError, match="not a plain file"):
         verify(lab.bundle, lab.parties.data_owner)
 
 
@@ -333,7 +333,7 @@ def test_what_the_receiver_can_mend_is_not_blamed_on_the_sender(lab: Lab, tmp_pa
 
 def test_no_artifact(lab: Lab, tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing", lab.bundle / "config.json"):
-        with pytest.raises(UsageError, match="is no bundle, return or plug-in"):
+        with pytest.raises(UsageError, match="is not a bundle, return or plug-in"):
             verify(path, lab.parties.owner)
 
 

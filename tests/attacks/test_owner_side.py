@@ -131,7 +131,7 @@ def test_refused_return_is_not_plugged_in(lab: Lab) -> None:
 def test_manifest_that_is_no_plain_file_is_refused_and_entered(lab: Lab, how: str) -> None:
     """A pipe would be read for ever."""
     spoiled(lab.lora / MANIFEST, how)
-    with pytest.raises(VerificationError, match="no plain file"):
+    with pytest.raises(VerificationError, match="not a plain file"):
         plugged(lab, lab.lora)
     with sqlite3.connect(lab.parties.owner.ledger) as db:
         assert db.execute("SELECT digest, state FROM returns").fetchall() == [("", "refused")]

@@ -84,7 +84,7 @@ def test_what_is_no_model_is_a_usage_error(base: Path, tmp_path: Path, capsys: p
     assert main(["eval", str(folder), "--data", str(rows)]) == 2
     assert f"`offsite eval MODEL --adapter {folder}`" in capsys.readouterr().err
     assert main(["eval", str(base), "--data", str(rows), "--adapter", str(tmp_path)]) == 2
-    assert "is no LoRA adapter" in capsys.readouterr().err
+    assert "not a LoRA adapter" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("verb", "extra"), [("eval", "lm-eval"), ("tune", "tensorboard")])

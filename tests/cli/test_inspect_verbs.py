@@ -113,7 +113,7 @@ def test_inspect_for_a_person(tmp_path: Path, base: Path, parties: Parties, caps
 
 @pytest.mark.parametrize("verb", ["inspect", "verify"])
 def test_what_is_no_artifact(verb: str, tmp_path: Path, run: Run) -> None:
-    assert "is no bundle, return or plug-in" in run(verb, tmp_path, code=2)["error"]["what"]
+    assert "is not a bundle, return or plug-in" in run(verb, tmp_path, code=2)["error"]["what"]
 
 
 def test_the_return_is_announced_exactly(tmp_path: Path, base: Path, parties: Parties) -> None:

@@ -49,7 +49,7 @@ def test_keygen_overwrites_nothing_else(name: str | None, tmp_path: Path, capsys
         assert main(["keygen", "--home", str(home), "--out", str(home / "key.pem")]) == 2
         assert (home / "key.pem").read_bytes() == key
     assert main(["keygen", "--home", str(home), *naming, "--out", str(rows)]) == 2
-    assert "holds something else than a public key" in capsys.readouterr().err
+    assert "is not a public key" in capsys.readouterr().err
     assert rows.read_text() == '{"text": "precious"}'
     assert (home / "key.pem").exists() == (name is None)
 

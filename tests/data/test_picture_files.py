@@ -107,7 +107,7 @@ def test_what_is_no_data_set(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no picture"):
         read_pictures(tmp_path / "empty")
-    with pytest.raises(DataError, match="no data set of pictures"):
+    with pytest.raises(DataError, match="not a data set of pictures"):
         read_pictures(tmp_path / "none")
 
 

@@ -155,7 +155,7 @@ def test_an_adapter_that_does_more_than_lora_is_refused(base, tmp_path, changes,
 
 
 def test_an_adapter_folder_without_a_config_is_none(base, tmp_path):
-    with pytest.raises(UsageError, match="no LoRA adapter"):
+    with pytest.raises(UsageError, match="not a LoRA adapter"):
         load_adapted(base, tmp_path, dtype=torch.float32, device=CPU)
 
 

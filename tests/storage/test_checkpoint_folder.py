@@ -52,5 +52,5 @@ def test_one_file_needs_no_index(tmp_path: Path) -> None:
 def test_missing_weights_and_folder(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="found: nothing"):
         open_checkpoint(tmp_path)
-    with pytest.raises(StorageError, match="is no folder"):
+    with pytest.raises(StorageError, match="is not a folder"):
         open_checkpoint(tmp_path / "nothing")

@@ -32,7 +32,7 @@ def make(file: Path, kind: str) -> None:
 def test_no_regular_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.chdir(tmp_path)  # a socket's path is short
     make(Path("file"), kind)
-    with pytest.raises(VerificationError, match="'file' is no plain file"):
+    with pytest.raises(VerificationError, match="'file' is not a plain file"):
         read_bounded(Path("file"), 10)
 
 
@@ -50,7 +50,7 @@ def test_what_takes_the_place_of_a_file_as_it_is_opened(
         return opened(path, flags)
 
     monkeypatch.setattr(os, "open", swapped)
-    with pytest.raises(VerificationError, match="'file' is no plain file"):
+    with pytest.raises(VerificationError, match="'file' is not a plain file"):
         open_regular(file)
 
 

@@ -153,9 +153,9 @@ def _require_fitting(model: Path, tasks: Sequence[str], samples: int, probe: Pat
     if images and (tasks or samples):
         raise UsageError(f"{model} sees images and writes nothing", next_step="leave --tasks and --samples out")
     if probe is not None and not images:
-        raise UsageError(f"{model} is no image model, so there is nothing to probe", next_step="leave --probe out")
+        raise UsageError(f"{model} is not an image model, so there is nothing to probe", next_step="leave --probe out")
     if skip_bad and not images:
-        raise UsageError(f"{model} is no image model, so no picture is bad", next_step="leave --skip-bad out")
+        raise UsageError(f"{model} is not an image model, so no picture is bad", next_step="leave --skip-bad out")
 
 
 def with_intervals(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def _inspected(path: Path, home: "Home") -> dict[str, Any]:
     """What an artifact is, and whether it verifies in this home.
 
     Raises:
-        UsageError: the folder is no artifact.
+        UsageError: the folder is not an artifact.
         VerificationError: its manifest cannot be read.
     """
     from offsite.errors import OffsiteError

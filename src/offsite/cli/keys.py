@@ -55,7 +55,7 @@ def _require_writable(out: Path, home: "Home") -> None:
     own = out.resolve().parent == home.folder.resolve() and out.suffix != ".pub"
     if own or ((out.exists() or out.is_symlink()) and not _holds_key(out)):
         raise UsageError(
-            f"{out} is the home's own" if own else f"{out} holds something else than a public key",
+            f"{out} is the home's own" if own else f"{out} is not a public key",
             next_step="name another file with --out; nothing was written",
         )
 

@@ -81,7 +81,7 @@ def study(
         error = OffsiteError(
             f"{failed} of {len(points)} cells failed",
             reasons=_failures(results),
-            next_step="mend what failed and run the same command again: what is done is not repeated",
+            next_step="correct what failed and run the same command again: what is done is not repeated",
         )
         _end(error, as_json=as_json)
 
@@ -204,7 +204,7 @@ def _check(recipe: "Recipe", *, as_json: bool) -> None:
         error = OffsiteError(
             f"{len(tried.failures)} scores of the recipe {recipe.file} cannot be had",
             reasons=tried.failures,
-            next_step="mend the recipe; nothing was kept",
+            next_step="correct the recipe; nothing was kept",
         )
         _end(error, as_json=as_json)
     for line in tried.missing:

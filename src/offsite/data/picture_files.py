@@ -69,7 +69,7 @@ def decode(picture: Picture) -> Pixels:
 
 
 def _bad(picture: Picture, why: str) -> DataError:
-    return DataError(f"{picture.name} is no picture that can be read", reasons=[why])
+    return DataError(f"{picture.name} is not a readable picture", reasons=[why])
 
 
 def _eight_bit(opened: "Image") -> "Image":
@@ -159,7 +159,7 @@ def load_processor(source: Source) -> Processor:
         raise IncompatibleError(
             f"the image processor of {named} does not make what the model takes",
             reasons=problems,
-            next_step="mend preprocessor_config.json: one height and width (or a shortest edge, then a crop)",
+            next_step="correct preprocessor_config.json: one height and width (or a shortest edge, then a crop)",
         )
     return Processor(loaded, (made[1], made[2]))
 

@@ -73,7 +73,7 @@ def read_pictures(
         elif kind(path) in RECORDS:
             found += _in_tables([path], labelled, columns or {})
         else:
-            raise DataError(f"{path} is no data set of pictures", next_step=f"name {KINDS}")
+            raise DataError(f"{path} is not a data set of pictures", next_step=f"name {KINDS}")
     if not found:
         raise DataError(
             f"the data set {name_of(data)} holds no picture", next_step=f"name {KINDS}; pictures are PNG, JPEG, WebP"

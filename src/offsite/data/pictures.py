@@ -51,7 +51,7 @@ class Pictures:
             raise DataError(
                 f"{counted(problems, 'picture')} cannot be read",
                 reasons=first(problems),
-                next_step="mend or remove them, or leave them out with --skip-bad"
+                next_step="correct or remove them, or leave them out with --skip-bad"
                 if self.pictures
                 else f"name pictures that can be read: {', '.join(FORMATS)}",
             )

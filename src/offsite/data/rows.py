@@ -40,7 +40,7 @@ def read_rows(data: DataPaths, form: RowForm | None = None, part: Part = "train"
         raise DataError(
             f"{counted(problems, 'bad row')} in {name_of(data)}",
             reasons=_listed(problems, every=not rows),
-            next_step=f"mend these rows, or name the columns with --columns; a row is {_EXAMPLE}",
+            next_step=f"correct these rows, or name the columns with --columns; a row is {_EXAMPLE}",
         )
     if not rows:
         raise DataError(

@@ -190,7 +190,7 @@ def _refused(problems: Sequence[str], source: str) -> DataError:
     return DataError(
         f"{counted(problems, 'conversation')} of {source} cannot be used with this model's chat template",
         reasons=first(problems),
-        next_step=f'mend these rows: {hint}leave turns out, or write {{"prompt", "completion"}}',
+        next_step=f'correct these rows: {hint}leave turns out, or write {{"prompt", "completion"}}',
     )
 
 

@@ -184,7 +184,7 @@ def _read_decision(record: Path) -> bool:
     raise StorageError(
         f"cannot read {record}",
         reasons=[problem],
-        next_step=f"remove the run and start anew: rm -r {record.parent}",
+        next_step=f"remove the run and start again: rm -r {record.parent}",
     )
 
 

@@ -186,7 +186,7 @@ def _load_or_make(file: Path, make: Callable[[], Fit]) -> Fit:
         raise StorageError(
             f"cannot read {file}",
             reasons=[str(error)],
-            next_step=f"remove the run and start anew: rm -r {file.parent}",
+            next_step=f"remove the run and start again: rm -r {file.parent}",
         ) from None
 
 

@@ -106,7 +106,7 @@ class Checkpoints:
             raise StorageError(
                 f"the run in {self._folder} has lost checkpoints that it had saved",
                 reasons=[f"{name} is missing" for name in missing],
-                next_step=f"put them back, or remove the run and start anew: rm -r {self._folder}",
+                next_step=f"put them back, or remove the run and start again: rm -r {self._folder}",
             )
 
     def _read_scores(self) -> dict[str, float]:
@@ -118,5 +118,5 @@ class Checkpoints:
             raise StorageError(
                 f"cannot read {self._scores}",
                 reasons=[str(error)],
-                next_step=f"remove the run and start anew: rm -r {self._folder}",
+                next_step=f"remove the run and start again: rm -r {self._folder}",
             ) from None

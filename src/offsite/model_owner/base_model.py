@@ -66,7 +66,7 @@ def open_base(base: Base) -> BaseModel:
                 raise IncompatibleError(
                     f"the weights in {base.folder} hold {name} under two spellings",
                     reasons=[f"{tensors[name].name} and {tensor.name}"],
-                    next_step="import the model afresh from where it was published",
+                    next_step="import the model again from where it was published",
                 )
             tensors[name] = tensor
     if family.tied(config) and family.head in tensors:
@@ -143,7 +143,7 @@ def family_of(config: Mapping[str, Any]) -> Architecture:
     return architecture_of(config)
 
 
-_IMPORT_AGAIN = "import the model afresh with `offsite import MODEL --out base/`"
+_IMPORT_AGAIN = "import the model again with `offsite import MODEL --out base/`"
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _read_config(file: Path) -> dict[str, Any]:
         config = strict_json(file.read_bytes())
     except FileNotFoundError:
         raise StorageError(
-            f"{file.parent} holds no {CONFIG}, so it is no base folder",
+            f"{file.parent} holds no {CONFIG}, so it is not a base folder",
             next_step="make one with `offsite import MODEL --out base/`",
         ) from None
     except (OSError, ValueError) as error:

@@ -38,7 +38,9 @@ def settings_files(
     problems = config_problems(config, model.family)
     if problems:
         raise IncompatibleError(
-            "the base's config holds what may not travel", reasons=problems, next_step=f"mend {CONFIG} in the base"
+            "the base's config has content that may not travel",
+            reasons=problems,
+            next_step=f"correct {CONFIG} in the base",
         )
     files = {CONFIG: _json(wrapped(config, declared) if declared else config)}
     others = _input_files(model)
@@ -77,7 +79,7 @@ def _cleaned_file(source: Path) -> dict[str, Any]:
         content = strict_json(source.read_bytes())
     except ValueError as error:
         raise StorageError(
-            f"{source} is not JSON", reasons=[str(error)], next_step="mend the file in the base"
+            f"{source} is not JSON", reasons=[str(error)], next_step="correct the file in the base"
         ) from None
     kept = cleaned(source.name, content) if isinstance(content, dict) else content
     if source.name == PROCESSOR and isinstance(kept, dict) and not kept.get("image_processor_type"):
@@ -85,7 +87,7 @@ def _cleaned_file(source: Path) -> dict[str, Any]:
     problems = content_problems(source.name, kept)
     if problems:
         raise IncompatibleError(
-            f"{source} holds what may not travel", reasons=problems, next_step="mend the file in the base"
+            f"{source} has content that may not travel", reasons=problems, next_step="correct the file in the base"
         )
     return dict(kept)
 

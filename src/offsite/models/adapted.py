@@ -181,7 +181,7 @@ def _own_head(base: Source) -> list[str]:
 def _check_adapter(adapter: Source, saved: list[str]) -> None:
     if not has_file(adapter, ADAPTER_CONFIG):
         raise UsageError(
-            f"{folder_of(adapter)} holds no {ADAPTER_CONFIG}, so it is no LoRA adapter",
+            f"{folder_of(adapter)} holds no {ADAPTER_CONFIG}, so it is not a LoRA adapter",
             next_step="name a return of a LoRA tuning or a plug-in of the form adapter",
         )
     config = read_settings(adapter, ADAPTER_CONFIG)

@@ -40,8 +40,8 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     strays = family.strays(config)
     if strays:
         raise IncompatibleError(
-            f"this {family.model_type} model is none that is supported",
+            f"this {family.model_type} model is not supported",
             reasons=strays,
-            next_step="import the model afresh with `offsite import MODEL --out base/`",
+            next_step="import the model again with `offsite import MODEL --out base/`",
         )
     return family

@@ -66,7 +66,7 @@ def _every(period_key: str, period: int) -> Rule:
             raise IncompatibleError(
                 "the config does not say which blocks have sliding windows",
                 reasons=[f"{period_key} = {str(every)[:60]}, expected a number from 1 on"],
-                next_step="mend config.json in the base folder",
+                next_step="correct config.json in the base folder",
             )
         return "sliding_attention" if (index + 1) % every else "full_attention"
 
@@ -119,7 +119,7 @@ def _has_experts(config: Mapping[str, Any], index: int) -> bool:
         raise IncompatibleError(
             "the config does not say which blocks have experts",
             reasons=[f"mlp_only_layers = {str(dense)[:60]}, expected a list; decoder_sparse_step = {str(step)[:60]}"],
-            next_step="mend config.json in the base folder",
+            next_step="correct config.json in the base folder",
         )
     return index not in dense and (index + 1) % step == 0
 

@@ -226,7 +226,7 @@ class Architecture:
             raise IncompatibleError(
                 "the config does not say how many blocks the model has",
                 reasons=[f"found {found or 'none'}, expected one number under {' or '.join(self.count_keys)}"],
-                next_step="mend config.json in the base folder",
+                next_step="correct config.json in the base folder",
             )
         return count
 
@@ -243,7 +243,7 @@ class Architecture:
             raise IncompatibleError(
                 f"the config does not say how many {path} a block has",
                 reasons=[f"{path}: found {found}, expected one number from 1 to {_MOST} under {' or '.join(keys)}"],
-                next_step="mend config.json in the base folder",
+                next_step="correct config.json in the base folder",
             )
         return count
 
@@ -287,7 +287,7 @@ class Architecture:
         if not isinstance(entries, list) or len(entries) != count:
             raise IncompatibleError(
                 f"the config's {key} has not one entry for each of the {count} blocks",
-                next_step="mend config.json in the base folder",
+                next_step="correct config.json in the base folder",
             )
         return entries
 
@@ -353,7 +353,7 @@ class Architecture:
             raise IncompatibleError(
                 "the config does not say how many experts a token goes through",
                 reasons=[f"{self.experts.chosen_key} = {str(chosen)[:60]}, expected one number from 1 to {count}"],
-                next_step="mend config.json in the base folder",
+                next_step="correct config.json in the base folder",
             )
         return {**config, "experts": count, "has_experts": self.experts.where(config, index)}
 

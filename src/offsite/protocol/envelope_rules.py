@@ -46,7 +46,7 @@ def _listing(signed: SignedFolder) -> Iterator[str]:
     for path in sorted(signed.folder.iterdir()):
         found.add(path.name)
         if not stat.S_ISREG(path.lstat().st_mode):
-            yield f"{path.name!r} is no plain file"
+            yield f"{path.name!r} is not a plain file"
         elif path.name not in listed:
             yield f"{path.name!r} is not listed in {MANIFEST}"
     for name in sorted(listed - found):

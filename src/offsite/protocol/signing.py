@@ -39,7 +39,7 @@ class PublicKey:
         try:
             key = serialization.load_ssh_public_key(line.strip().encode())
         except (ValueError, UnsupportedAlgorithm) as error:
-            raise UsageError("this is no public key", reasons=[str(error)], next_step=_KEY_HINT) from None
+            raise UsageError("this is not a public key", reasons=[str(error)], next_step=_KEY_HINT) from None
         if not isinstance(key, Ed25519PublicKey) or not line.lstrip().startswith("ssh-ed25519"):  # no security key's
             raise UsageError("this public key is not an Ed25519 key", next_step=_KEY_HINT)
         return cls(key.public_bytes_raw())

@@ -135,7 +135,7 @@ def _read_manifest(path: Path) -> tuple[Manifest, bytes]:
         return parse_manifest(raw), raw
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
-            f"{path} is no bundle, return or plug-in",
+            f"{path} is not a bundle, return or plug-in",
             reasons=[_why_not(path)],
             next_step="name the folder that was received, whole",
         ) from None

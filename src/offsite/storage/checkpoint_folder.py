@@ -108,7 +108,7 @@ def checkpoint_of(files: FolderFiles) -> Checkpoint:
         f"{folder} holds no {WEIGHTS} and no {INDEX}",
         reasons=[f"found: {', '.join(sorted(names)[:12]) or 'nothing'}"]
         if folder.is_dir()
-        else [f"{folder} is no folder"],
+        else [f"{folder} is not a folder"],
         next_step="turn other formats into a base folder with `offsite import MODEL --out base/`",
     )
 

@@ -57,4 +57,4 @@ def read_up_to(stream: BinaryIO, count: int) -> bytes:
 
 
 def _not_regular(file: Path) -> VerificationError:
-    return VerificationError(f"{file.name!r} is no plain file")
+    return VerificationError(f"{file.name!r} is not a plain file")

@@ -164,7 +164,7 @@ def _check_header(file: Path, header: dict[str, Any], *, data_start: int, data_s
             raise broken_file(file, reasons)
         if name == "__metadata__":
             if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
-                reasons.append("__metadata__ is no object of strings")
+                reasons.append("__metadata__ is not an object of strings")
             continue
         problem = _entry_problem(entry)
         if problem:
@@ -235,7 +235,7 @@ def to_float32(content: bytes | memoryview, dtype: str) -> "npt.NDArray[np.float
         return np.frombuffer(content, "<f2").astype(np.float32)
     if dtype == "BF16":
         return (np.frombuffer(content, "<u2").astype(np.uint32) << 16).view(np.float32)
-    raise TypeError(f"{dtype} is no float dtype of a weight")
+    raise TypeError(f"{dtype} is not a float dtype of a weight")
 
 
 def from_float32(values: "npt.NDArray[np.float32]", dtype: str) -> "npt.NDArray[Any]":
@@ -251,7 +251,7 @@ def from_float32(values: "npt.NDArray[np.float32]", dtype: str) -> "npt.NDArray[
         bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
         rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
         return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).astype("<u2", copy=False)
-    raise TypeError(f"{dtype} is no float dtype of a weight")
+    raise TypeError(f"{dtype} is not a float dtype of a weight")
 
 
 def finite(tensor: StoredTensor) -> bool:

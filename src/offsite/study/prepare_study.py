@@ -103,7 +103,7 @@ def require_recipe_fits_base(recipe: Recipe, base: Path) -> None:
         ]
     if reasons:
         raise UsageError(
-            f"the recipe does not fit the base {base}", reasons=reasons, next_step="mend the recipe; nothing was run"
+            f"the recipe does not fit the base {base}", reasons=reasons, next_step="correct the recipe; nothing was run"
         )
 
 
@@ -207,7 +207,7 @@ def _records(table: DataTable, part: str, source: Path, most: int | None) -> lis
             if problems
             else f"{source} is empty",
             reasons=first(problems),
-            next_step="mend the file or the [[data]] table; docs/data.md shows every kind of row",
+            next_step="correct the file or the [[data]] table; docs/data.md shows every kind of row",
         )
     count = len(picked)
     return [picked[i * count // most] for i in range(most)] if most is not None and most < count else picked

@@ -132,7 +132,7 @@ def load_recipe(file: Path, *, data_root: Path | None = None, base: Path | None 
         raise UsageError(
             f"the recipe {file} is not TOML",
             reasons=[str(error)],
-            next_step="mend it there; docs/study.md shows how a recipe is written",
+            next_step="correct it there; docs/study.md shows how a recipe is written",
         ) from None
     try:
         tables = RecipeTables.model_validate(content)
@@ -335,10 +335,10 @@ def _not_permitted(recipe: Recipe) -> Iterator[str]:
     for pack in recipe.compressors:
         for tune in recipe.methods:
             for one in unpermitted(tune.spec, pack.spec.permits):
-                mend = f"put {tune.spec.adapter.method!r} into" if one.setting == "methods" else "change"
+                action = f"put {tune.spec.adapter.method!r} into" if one.setting == "methods" else "change"
                 yield (
                     f"[[tune]] {tune.name!r}.{one.key}: [[pack]] {pack.name!r} permits {one.permitted}; "
-                    f"{mend} its `{one.setting}`"
+                    f"{action} its `{one.setting}`"
                 )
 
 
@@ -346,5 +346,5 @@ def _wrong(file: Path, problems: Sequence[str]) -> UsageError:
     return UsageError(
         f"the recipe {file} is wrong",
         reasons=list(dict.fromkeys(problems)),
-        next_step="mend the recipe; docs/study.md says what each table holds. Nothing was run",
+        next_step="correct the recipe; docs/study.md says what each table holds. Nothing was run",
     )

@@ -71,7 +71,7 @@ class RunState:
             raise UsageError(
                 f"the run in {self.folder} is another one, so it cannot be resumed",
                 reasons=different,
-                next_step=f"give the same settings, model and data, or remove it to start anew: rm -r {self.folder}",
+                next_step=f"give the same settings, model and data, or remove it to start again: rm -r {self.folder}",
             )
 
     def _remove_files(self) -> None:
@@ -119,7 +119,7 @@ class RunState:
         if type(step) is not int or name != f"state-{step}.safetensors" or not isinstance(groups, list):
             raise StorageError(
                 f"{self._record} is damaged, or of an earlier version",
-                next_step=f"remove the run and start anew: rm -r {self.folder}",
+                next_step=f"remove the run and start again: rm -r {self.folder}",
             )
         held = read_header(self.folder / name)
         return ResumePoint(step, {key: read_tensor(tensor) for key, tensor in held.items()}, groups)
@@ -142,7 +142,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise StorageError(
             f"cannot read {file}",
             reasons=[str(error)],
-            next_step=f"remove the run and start anew: rm -r {file.parent}",
+            next_step=f"remove the run and start again: rm -r {file.parent}",
         ) from None
     return content if isinstance(content, dict) else {}
 

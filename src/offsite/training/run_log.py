@@ -46,7 +46,7 @@ def require_resume_asked(folder: Path, *, resume: bool, restartable: bool = Fals
     if interrupted and not resume:
         raise UsageError(
             f"an interrupted run is in {folder}",
-            next_step=f"continue it with --resume, or remove it to start anew: rm -r {folder}",
+            next_step=f"continue it with --resume, or remove it to start again: rm -r {folder}",
         )
     return interrupted
 

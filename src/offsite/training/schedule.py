@@ -26,7 +26,7 @@ def checkpoint_steps(spec: TuneSpec, steps: int) -> tuple[int, ...]:
     """
     if spec.points.checkpoints > steps:
         raise UsageError(
-            f"{spec.points.checkpoints} checkpoints were asked for, of a run of {steps} steps",
+            f"{spec.points.checkpoints} checkpoints were asked for, but the run has {steps} steps",
             next_step="ask for fewer with --checkpoints, or tune for longer",
         )
     return tuple(

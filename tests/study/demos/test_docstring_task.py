@@ -141,7 +141,7 @@ def test_too_few_functions(modules: int, tmp_path: Path) -> None:
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         make_task(tmp_path / "nothing")
 
 

@@ -99,7 +99,9 @@ def _convert(source: Path, folder: Path, dtype: str | None, progress: Progress, 
     if (source / ADAPTER_CONFIG).exists():
         raise IncompatibleError(
             f"{source} is not a plain checkpoint",
-            reasons=[f"{ADAPTER_CONFIG} lies beside the weights, and transformers would load that adapter too"],
+            reasons=[
+                f"{ADAPTER_CONFIG} is in the same folder as the weights, and transformers would load that adapter too"
+            ],
             next_step="take it out if you know where it comes from",
         )
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}

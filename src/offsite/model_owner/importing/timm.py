@@ -117,6 +117,6 @@ def _processor(published: Any, side: int) -> dict[str, Any]:
         raise IncompatibleError(
             "the preprocessing that this model was published with is not supported",
             reasons=problems,
-            next_step="mend pretrained_cfg in its config.json",
+            next_step="correct pretrained_cfg in its config.json",
         )
     return settings

@@ -43,7 +43,7 @@ def copy_tower(source: Path, folder: Path, family: Architecture, dtype: str | No
     if family.vision is None or not isinstance(config, dict):
         raise IncompatibleError(
             f"{source / CONFIG} has no vision_config, so the image tower is not described",
-            next_step="import the model afresh from where it was published",
+            next_step="import the model again from where it was published",
         )
     start = f"{family.vision.prefix}."
     tensors = [

@@ -68,7 +68,7 @@ def write_digits(source: Path, out: Path) -> dict[str, int]:
         raise DataError(
             f"{source} does not hold the digits",
             reasons=[f"found lines of {table.shape[1]} numbers, expected {_SIDE**2} from 0 to {_GREATEST} and a class"],
-            next_step="install scikit-learn anew, or name pictures of your own with --images",
+            next_step="reinstall scikit-learn, or name pictures of your own with --images",
         )
     ink = (values * 255 // _GREATEST).astype(np.uint8).reshape(-1, _SIDE, _SIDE)
     with staged_folder(out) as folder:

@@ -76,7 +76,7 @@ def make_task(source: Path, train_rows: int = TRAIN_ROWS, test_rows: int = TEST_
         DataError: the folder cannot be read or has too few documented functions for a split.
     """
     if not source.is_dir():
-        raise DataError(f"{source} is no folder", next_step="name a folder of Python code with --data")
+        raise DataError(f"{source} is not a folder", next_step="name a folder of Python code with --data")
     functions = sorted(set(_functions(source)), key=lambda function: function.rank)
     held_out = _test_modules(_unique(functions))
     train = _unique(function for function in functions if function.module not in held_out)
@@ -185,7 +185,7 @@ def _common_folder(files: list[Path], source: Path) -> Path:
 def _parse(file: Path) -> ast.Module:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's escapes are not ours to mend
+            warnings.simplefilter("ignore")  # other people's escapes are not ours to correct
             return ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, RecursionError, OSError):
         return ast.Module([], [])  # templates and broken samples lie in real code bases
