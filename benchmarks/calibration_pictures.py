@@ -57,7 +57,7 @@ def _compare(wanted: argparse.Namespace, scratch: Path) -> None:
 
 def _lists(own: Path, count: int, scratch: Path) -> tuple[Path, Path]:
     """Pictures to heal on, without classes, and other ones to fit the probe on."""
-    from offsite.data.picture_sets import read_pictures
+    from offsite.data.pictures.picture_sets import read_pictures
 
     listed = read_pictures(own.resolve())
     order = np.random.default_rng(0).permutation(len(listed)).tolist()
@@ -68,7 +68,7 @@ def _lists(own: Path, count: int, scratch: Path) -> tuple[Path, Path]:
 
 
 def _list(folder: Path, count: int, file: Path) -> Path:
-    from offsite.data.picture_sets import read_pictures
+    from offsite.data.pictures.picture_sets import read_pictures
 
     listed = read_pictures(folder.resolve())
     return _write([listed[i] for i in np.random.default_rng(1).permutation(len(listed)).tolist()[:count]], file)
@@ -83,9 +83,9 @@ def _leaving(folder: Path, data: Path, block: Any) -> Any:
     """The hidden state that leaves a block, over all pictures, (N * T, H)."""
     import torch
 
-    from offsite.data.picture_files import load_processor
-    from offsite.data.picture_sets import read_pictures
-    from offsite.data.pictures import Pictures
+    from offsite.data.pictures.picture_files import load_processor
+    from offsite.data.pictures.picture_sets import read_pictures
+    from offsite.data.pictures.prepared_pictures import Pictures
     from offsite.models.architectures import ARCHITECTURES
     from offsite.models.loading import load_model
 

@@ -50,7 +50,7 @@ def main() -> None:
 
 def encoded(base: Path, rows: Path) -> "tuple[Example, ...]":
     """Rows as tuning encodes them."""
-    from offsite.data.rows import read_rows
+    from offsite.data.read_rows import read_rows
     from offsite.data.tokens import encode
     from offsite.models.tokenizers import load_tokenizer
 

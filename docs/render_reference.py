@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from offsite.cli.setting_flags import flag_of, shown
 from offsite.config import TABLES, Setting, Spec
-from offsite.config.compressors import HEALING_STEPS, PRUNERS, SELECTION_RULES
+from offsite.config.emulator_methods import HEALING_STEPS, PRUNERS, SELECTION_RULES
 
 HERE = Path(__file__).parent
 

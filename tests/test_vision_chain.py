@@ -13,9 +13,9 @@ from transformers import AutoModel, AutoModelForImageClassification, pipeline
 import offsite
 from artifacts import full_return, packed
 from offsite import Base, EvalSpec, PackSpec, PlugInSpec, TuneSpec
-from offsite.data.picture_files import load_processor
-from offsite.data.picture_sets import read_pictures
-from offsite.data.pictures import Pictures
+from offsite.data.pictures.picture_files import load_processor
+from offsite.data.pictures.picture_sets import read_pictures
+from offsite.data.pictures.prepared_pictures import Pictures
 from offsite.errors import UsageError
 from offsite.evaluation.image_scores import evaluate_images
 from offsite.models.architectures import ARCHITECTURES

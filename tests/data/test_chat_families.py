@@ -6,8 +6,8 @@ import pytest
 from tokenizers import AddedToken
 
 from chat_templates import FAMILIES
-from offsite.data.chat import END_ADDED
-from offsite.data.messages import parse_messages
+from offsite.data.conversations.label_answers import END_ADDED
+from offsite.data.conversations.parse_messages import parse_messages
 from offsite.data.row import Row
 from offsite.data.tokens import encode
 from offsite.errors import DataError

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from offsite.config import EvalSpec, TuneSpec
-from offsite.config.choices import COLUMN_NAMES
+from offsite.config.setting_types import COLUMN_NAMES
+from offsite.data.conversations.parse_messages import OTHER_NAMES, REASONING_KEYS, ROLES
 from offsite.data.data_files import TEST, TRAINING, VALIDATION
-from offsite.data.messages import OTHER_NAMES, REASONING_KEYS, ROLES
-from offsite.data.record_files import RECORDS
+from offsite.data.parse_row import FIELDS, parse_row
+from offsite.data.read_records import RECORDS
 from offsite.data.row import Row, RowForm
-from offsite.data.row_kinds import FIELDS, parse_row
 from offsite.data.text_files import COMPRESSED
 
 DOC = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from offsite.data.data_files import data_digest, files_of, part_name
-from offsite.data.rows import read_rows
+from offsite.data.read_rows import read_rows
 from offsite.errors import DataError
 
 

@@ -9,7 +9,7 @@ import lzma
 import pytest
 
 from offsite import extras
-from offsite.data.rows import read_rows
+from offsite.data.read_rows import read_rows
 from offsite.data.text_files import kind
 from offsite.errors import DataError, UsageError
 

@@ -6,8 +6,8 @@ import pytest
 
 from chat_templates import CHATML
 from offsite.data.batches import collate
+from offsite.data.read_rows import read_rows
 from offsite.data.row import Row
-from offsite.data.rows import read_rows
 from offsite.data.tokens import encode, encode_choices, encode_prompt
 from offsite.errors import DataError
 from offsite.models.tokenizers import load_tokenizer

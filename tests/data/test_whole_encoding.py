@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from offsite.data.parse_row import parse_row
 from offsite.data.row import Row
-from offsite.data.row_kinds import parse_row
 from offsite.data.tokens import encode, encode_choices, encode_prompt
 from offsite.errors import IncompatibleError
 from tokenizer_kinds import KINDS, SLOW, tokenizer_of

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from artifacts import packed
 from offsite.config import TuneSpec
-from offsite.data.picture_files import load_processor
+from offsite.data.pictures.picture_files import load_processor
 from offsite.data_owner import memory_budget
 from offsite.data_owner.image_task import ImageTask
 from offsite.data_owner.tune import tune

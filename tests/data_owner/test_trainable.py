@@ -5,11 +5,11 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from offsite.config import TuneSpec
+from offsite.data_owner.check_permissions import require_permitted
 from offsite.data_owner.methods import METHODS
-from offsite.data_owner.permissions import require_permitted
 from offsite.errors import IncompatibleError
 from offsite.models.architectures import ARCHITECTURES
-from offsite.models.library_calls import quiet
+from offsite.models.hugging_face_calls import quiet
 from offsite.models.loading import load_model
 from offsite.models.mixture import in_files
 from tiny import EVERY_KIND, KINDS, tiny_base, tiny_bundle, tiny_parties

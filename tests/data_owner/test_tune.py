@@ -457,7 +457,7 @@ def test_norms_and_biases_do_not_decay(house, tmp_path):
 def test_a_bundle_that_keeps_every_block_tunes_as_the_base_would(tmp_path):
     """LoRA as trained here, against PEFT and torch alone on the same rows."""
     from offsite.data.batches import collate
-    from offsite.data.rows import read_rows
+    from offsite.data.read_rows import read_rows
     from offsite.data.tokens import encode
     from offsite.data_owner.methods.lora import attach
     from offsite.models.tokenizers import load_tokenizer

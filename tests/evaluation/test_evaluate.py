@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from offsite.config import EvalSpec
+from offsite.data.read_rows import read_rows
 from offsite.data.row import Row
-from offsite.data.rows import read_rows
 from offsite.data.tokens import encode, encode_prompt
 from offsite.errors import DataError, IncompatibleError
 from offsite.evaluation.evaluate import evaluate, generate

@@ -17,7 +17,7 @@ from offsite.model_owner.pack import pack
 from offsite.model_owner.plan import PackPlan, plan_pack
 from offsite.model_owner.plugging_in.plan_plug_in import plan_plug_in
 from offsite.model_owner.plugging_in.plug_in import plug_in
-from offsite.models.plan_value import Amount
+from offsite.models.plan_amounts import Amount
 from offsite.progress import silent
 from offsite.protocol.artifacts import Base
 from offsite.protocol.home import Home

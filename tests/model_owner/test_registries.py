@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from offsite.config.compressors import HEALING_STEPS, PRUNERS, SELECTION_RULES, STORED_FORMS, HealingStep, Pruner
+from offsite.config.emulator_methods import HEALING_STEPS, PRUNERS, SELECTION_RULES, STORED_FORMS, HealingStep, Pruner
 from offsite.model_owner import compress, heal, select
 from offsite.model_owner.compress.pruner_protocol import CalibratedPruner, StoredPruner
 from offsite.model_owner.compress.stored_form_protocol import BlockReshaping, MatrixEncoding

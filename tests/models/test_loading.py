@@ -9,7 +9,7 @@ import torch
 
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.models.adapted import load_adapted, load_bottlenecked, load_replaced
-from offsite.models.library_calls import quiet
+from offsite.models.hugging_face_calls import quiet
 from offsite.models.loading import load_model
 from offsite.models.modules.declared_shapes import bottleneck_shapes
 from offsite.models.tokenizers import context_length, load_tokenizer

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from offsite.config import EvalSpec, TuneSpec
 from offsite.data.batches import collate
-from offsite.data.rows import read_rows
+from offsite.data.read_rows import read_rows
 from offsite.data.tokens import encode
 from offsite.evaluation.image_scores import evaluate_images
 from offsite.model_owner.base_model import open_base

@@ -57,7 +57,7 @@ def tune(
         )
     if out is None and not check:
         raise UsageError("the return has no folder to go to", next_step="name a new one: --out return/")
-    from offsite.data_owner.permissions import require_permitted, require_something_to_report
+    from offsite.data_owner.check_permissions import require_permitted, require_something_to_report
     from offsite.progress import Event
     from offsite.protocol.verify import verify_bundle
 

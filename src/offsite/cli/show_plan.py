@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from offsite.data_owner.plan import TunePlan
     from offsite.model_owner.plan import PackPlan
     from offsite.model_owner.plugging_in.plan_plug_in import PlugInPlan
-    from offsite.models.plan_value import Amount, Measurement, Part
+    from offsite.models.plan_amounts import Amount, Measurement, Part
 
     Plan = PackPlan | PlugInPlan | TunePlan
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from offsite.config.choices import Dtype
+from offsite.config.setting_types import Dtype
 from offsite.config.spec import FILE_ONLY, Spec
 
 

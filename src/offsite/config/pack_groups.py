@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from offsite.config.choices import Method, split_numbers, split_parts, split_steps
-from offsite.config.compressors import HealingName, PrunerName, SelectionName
+from offsite.config.emulator_methods import HealingName, PrunerName, SelectionName
+from offsite.config.setting_types import Method, split_numbers, split_parts, split_steps
 from offsite.config.spec import FILE_ONLY, Settings
 
 RefitMap = Literal["mlp", "attention"]

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from offsite.config.choices import Dtype
-from offsite.config.compressors import (
+from offsite.config.emulator_methods import (
     HEALING_STEPS,
     PRUNERS,
     SELECTION_RULES,
@@ -26,6 +25,7 @@ from offsite.config.pack_groups import (
     SplitSettings,
 )
 from offsite.config.runtime_settings import RuntimeSettings
+from offsite.config.setting_types import Dtype
 from offsite.config.spec import FILE_ONLY, Spec, rule
 
 USUAL_PRUNE = 0.5  # share of zeros in an emulator that drops no block

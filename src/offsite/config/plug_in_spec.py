@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
-from offsite.config.choices import split_parts
+from offsite.config.setting_types import split_parts
 from offsite.config.spec import Spec, rule
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)

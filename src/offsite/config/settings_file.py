@@ -11,9 +11,9 @@ from offsite.config.eval_spec import EvalSpec
 from offsite.config.import_spec import ImportSpec
 from offsite.config.pack_spec import PackSpec
 from offsite.config.plug_in_spec import PlugInSpec
-from offsite.config.problems import describe_validation
 from offsite.config.spec import S, Spec
 from offsite.config.tune_spec import TuneSpec
+from offsite.config.validation_messages import describe_validation
 from offsite.errors import UsageError
 
 # The tables that a TOML file may hold, one for each verb with settings.

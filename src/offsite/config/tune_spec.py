@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from offsite.config.choices import Chosen, Columns, LongRows, Method, Workers
 from offsite.config.runtime_settings import RuntimeSettings
+from offsite.config.setting_types import Chosen, Columns, LongRows, Method, Workers
 from offsite.config.spec import FILE_ONLY, Settings, Spec, rule
 
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from offsite.data.data_files import DataPaths, Part, name_of
 from offsite.data.examples import Example, require_known
-from offsite.data.picture_files import decode
-from offsite.data.pictures import Pictures
+from offsite.data.pictures.picture_files import decode
+from offsite.data.pictures.prepared_pictures import Pictures
+from offsite.data.read_rows import read_rows
 from offsite.data.row import RowForm
-from offsite.data.rows import read_rows
 from offsite.data.tokens import LongRows, encode, encode_choices
 from offsite.models.model_folder import Source
 

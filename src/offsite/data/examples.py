@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offsite.data.data_files import DataPaths, name_of
-from offsite.data.rows import counted, first
+from offsite.data.read_rows import counted, first
 from offsite.errors import IncompatibleError
 from offsite.models.model_folder import Source, folder_of, model_settings
 from offsite.models.modules.declared import unwrapped

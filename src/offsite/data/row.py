@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from offsite.data.messages import Turn, words_of
+from offsite.data.conversations.parse_messages import Turn, words_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from offsite.data.chat import Conversation, read_conversation
-from offsite.data.chat_template import ChatTemplate, ConversationError, require_template
+from offsite.data.conversations.chat_template import ChatTemplate, ConversationError, require_template
+from offsite.data.conversations.label_answers import Conversation, read_conversation
 from offsite.data.data_files import DataPaths, name_of
 from offsite.data.examples import Choices, Encoded, Example
+from offsite.data.read_rows import counted, first
 from offsite.data.row import Row
-from offsite.data.rows import counted, first
 from offsite.data.whole_encoding import Encoding, encode_ids, encode_whole
 from offsite.errors import DataError
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from offsite.models.architectures import ARCHITECTURES
-from offsite.models.plan_value import Part, part
+from offsite.models.plan_amounts import Part, part
 from offsite.protocol.manifest import BundleManifest
 from offsite.storage.safetensors_files import ITEM_SIZE, TensorRange
 

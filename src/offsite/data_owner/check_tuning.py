@@ -4,7 +4,7 @@ from pathlib import Path
 
 from offsite.config import TuneSpec
 from offsite.data.data_files import DataPaths
-from offsite.data_owner.permissions import require_permitted, require_something_to_report
+from offsite.data_owner.check_permissions import require_permitted, require_something_to_report
 from offsite.errors import UsageError
 from offsite.protocol.artifacts import Bundle
 from offsite.protocol.home import Home

@@ -3,7 +3,7 @@
 from offsite.config import TuneSpec
 from offsite.data.check_data import PictureCheck, TextCheck, check_pictures, check_text
 from offsite.data.data_files import DataPaths, Part
-from offsite.data.picture_workers import PictureWorkers
+from offsite.data.pictures.picture_workers import PictureWorkers
 from offsite.data.row import RowForm
 from offsite.data_owner.tuning_pictures import open_album
 from offsite.models.architectures import ARCHITECTURES

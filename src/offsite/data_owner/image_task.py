@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from offsite.config import TuneSpec
-from offsite.data.picture_sizes import at_once
+from offsite.data.pictures.picture_sizes import at_once
 from offsite.data_owner.tuning_pictures import Album
 from offsite.evaluation.image_scores import fit_probe, probe_features
 from offsite.models.image_encoder import BIAS, WEIGHT, Encoder, batches

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offsite.config import TuneSpec
-from offsite.data.picture_workers import PictureWorkers
+from offsite.data.pictures.picture_workers import PictureWorkers
 from offsite.data_owner.feature_cache import cached_features
 from offsite.data_owner.memory_budget import within_memory
 from offsite.data_owner.plan import Prepared, TunePlan
@@ -18,7 +18,7 @@ from offsite.data_owner.train import Tuning, train
 from offsite.data_owner.tuning_data import TextData, read_data
 from offsite.kernels.peak_memory import peak_memory
 from offsite.kernels.runtime import seeded, worker_count
-from offsite.models.plan_value import Measurement
+from offsite.models.plan_amounts import Measurement
 from offsite.progress import Event, Progress
 from offsite.protocol.artifacts import Bundle
 from offsite.training.resume_points import RunState

@@ -6,7 +6,7 @@ from functools import partial
 
 from offsite.config import TuneSpec
 from offsite.data.examples import Example
-from offsite.data.picture_sizes import at_once
+from offsite.data.pictures.picture_sizes import at_once
 from offsite.data_owner.image_task import ImageTask
 from offsite.data_owner.text_task import TextTask
 from offsite.training.task import Batching

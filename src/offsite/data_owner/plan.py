@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from offsite.config import Method, TuneSpec
 from offsite.data.data_files import DataPaths
 from offsite.data_owner.bundle_parts import bundle_parts
+from offsite.data_owner.check_permissions import resolve_defaults
 from offsite.data_owner.check_tuning import check_tuning
-from offsite.data_owner.permissions import resolve_defaults
 from offsite.data_owner.return_manifest import classifier_shapes, return_sizes, returned_tensors
 from offsite.kernels.compute_dtypes import ITEM_BYTES
-from offsite.models.plan_value import Amount, Compute, Measurement, Memory, Part, total
+from offsite.models.plan_amounts import Amount, Compute, Measurement, Memory, Part, total
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Bundle
 from offsite.protocol.home import Home
@@ -104,7 +104,7 @@ def plan_tune(
         OffsiteError: see `check_tuning` and `read_data`; also raised if there are fewer steps than checkpoints.
     """
     identity = check_tuning(bundle, out, spec, home, eval_data=eval_data, tensorboard=tensorboard, resume=resume)
-    from offsite.data.picture_workers import PictureWorkers
+    from offsite.data.pictures.picture_workers import PictureWorkers
     from offsite.data_owner.tuning_data import read_data
     from offsite.kernels.runtime import resolve_runtime, worker_count
 

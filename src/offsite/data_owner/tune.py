@@ -5,12 +5,12 @@ from pathlib import Path
 
 from offsite.config import TuneSpec
 from offsite.data.data_files import DataPaths, data_digest
-from offsite.data.picture_sets import pictures_digest, read_pictures
-from offsite.data.picture_workers import PictureWorkers
+from offsite.data.pictures.picture_sets import pictures_digest, read_pictures
+from offsite.data.pictures.picture_workers import PictureWorkers
+from offsite.data_owner.check_permissions import resolve_defaults
 from offsite.data_owner.check_tuning import AT_WORK, check_tuning
 from offsite.data_owner.feature_cache import cached_features
 from offsite.data_owner.memory_budget import within_memory
-from offsite.data_owner.permissions import resolve_defaults
 from offsite.data_owner.prepare_model import prepare_model
 from offsite.data_owner.returned_checkpoints import Checkpoints
 from offsite.data_owner.train import train
@@ -48,7 +48,7 @@ def tune(
 
     Args:
         bundle: the verified bundle from the model's owner.
-        data: rows to train on, as `offsite.data.rows.read_rows` reads them.
+        data: rows to train on, as `offsite.data.read_rows.read_rows` reads them.
         out: the return's folder; it appears complete or not at all.
         spec: the settings of the tuning.
         home: the data owner's home, with the key.

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from offsite.config import TuneSpec
 from offsite.data.data_files import DataPaths, Part, name_of
 from offsite.data.examples import Encoded, Example, require_known
-from offsite.data.picture_workers import PictureWorkers
+from offsite.data.pictures.picture_workers import PictureWorkers
+from offsite.data.read_rows import read_rows
 from offsite.data.row import RowForm
-from offsite.data.rows import read_rows
 from offsite.data.tokens import encode
 from offsite.data_owner.tuning_pictures import Album, open_album
 from offsite.models.architectures import ARCHITECTURES

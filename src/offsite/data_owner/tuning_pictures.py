@@ -7,11 +7,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from offsite.config import TuneSpec
 from offsite.data.data_files import DataPaths, paths_of
-from offsite.data.picture_files import Picture, load_processor
-from offsite.data.picture_sets import held_out_part, read_pictures, split_by_seed
-from offsite.data.picture_sizes import seen_picture
-from offsite.data.picture_workers import PictureWorkers
-from offsite.data.pictures import Pictures
+from offsite.data.pictures.picture_files import Picture, load_processor
+from offsite.data.pictures.picture_sets import held_out_part, read_pictures, split_by_seed
+from offsite.data.pictures.picture_sizes import seen_picture
+from offsite.data.pictures.picture_workers import PictureWorkers
+from offsite.data.pictures.prepared_pictures import Pictures
 from offsite.errors import DataError, UsageError
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.model_folder import Source, read_settings

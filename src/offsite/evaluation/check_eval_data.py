@@ -5,9 +5,9 @@ from pathlib import Path
 from offsite.config import EvalSpec
 from offsite.data.check_data import PictureCheck, TextCheck, check_pictures, check_text
 from offsite.data.data_files import DataPaths
-from offsite.data.picture_files import load_processor
-from offsite.data.picture_sets import read_pictures
-from offsite.data.pictures import Pictures
+from offsite.data.pictures.picture_files import load_processor
+from offsite.data.pictures.picture_sets import read_pictures
+from offsite.data.pictures.prepared_pictures import Pictures
 from offsite.data.row import RowForm
 from offsite.models.image_encoder import sees_images
 from offsite.models.model_folder import model_settings

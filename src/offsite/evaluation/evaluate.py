@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from offsite.config import EvalSpec
 from offsite.data.data_files import DataPaths
 from offsite.data.examples import require_known
+from offsite.data.read_rows import read_rows
 from offsite.data.row import Row, RowForm
-from offsite.data.rows import read_rows
 from offsite.data.tokens import encode, encode_choices, encode_prompt
 from offsite.evaluation.intervals import Interval, interval
 from offsite.evaluation.multiple_choice import ChoiceScore, score_choices
@@ -80,7 +80,7 @@ def evaluate(
     Args:
         model: a base, a bundle or a merged plug-in. If it was verified, the verified files are scored; if it is a
             folder, the files in it.
-        data: rows, as `offsite.data.rows.read_rows` reads them.
+        data: rows, as `offsite.data.read_rows.read_rows` reads them.
         spec: lengths, device, compute dtype.
         adapter: the adapter that was tuned on that model: a return, or a plug-in in the form of an adapter.
         samples: number of answers to generate greedily, for the first prompts in the data.

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from offsite.config import EvalSpec
 from offsite.data.data_files import DataPaths
-from offsite.data.picture_files import Floats, Picture, load_processor
-from offsite.data.picture_sets import read_pictures
-from offsite.data.picture_workers import PictureWorkers
-from offsite.data.pictures import Pictures
-from offsite.data.rows import counted
+from offsite.data.pictures.picture_files import Floats, Picture, load_processor
+from offsite.data.pictures.picture_sets import read_pictures
+from offsite.data.pictures.picture_workers import PictureWorkers
+from offsite.data.pictures.prepared_pictures import Pictures
+from offsite.data.read_rows import counted
 from offsite.errors import DataError, IncompatibleError, UsageError
 from offsite.evaluation.evaluate import load_tuned
 from offsite.evaluation.intervals import Interval, interval
@@ -79,8 +79,8 @@ def evaluate_images(
 
     Args:
         model: a classifier (a merged plug-in), or an encoder (a base, a bundle).
-        data: pictures, as `offsite.data.picture_sets.read_pictures` reads them. If the folder has parts, its held-out
-            part is used.
+        data: pictures, as `read_pictures` of `offsite.data.pictures.picture_sets` reads them. If the folder has parts,
+            its held-out part is used.
         spec: device, compute dtype, and how many pictures run at once.
         adapter: the return that was tuned on that bundle, with its classifier.
         probe: for an encoder alone, pictures to fit a linear probe on. If the folder has parts, its training part is

@@ -17,7 +17,7 @@ from offsite.errors import UsageError
 from offsite.evaluation.evaluate import load_tuned
 from offsite.extras import require
 from offsite.kernels.runtime import resolve_runtime
-from offsite.models.library_calls import LIBRARY_ERRORS, quiet
+from offsite.models.hugging_face_calls import LIBRARY_ERRORS, quiet
 from offsite.models.tokenizers import context_length, load_tokenizer
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Base, Bundle, PlugIn, Return, files_of

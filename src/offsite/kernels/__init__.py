@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from offsite.kernels.micro_batches import count_side_by_side as count_side_by_side
     from offsite.kernels.micro_batches import forward_runner as forward_runner
     from offsite.kernels.micro_batches import micro_batch_runner as micro_batch_runner
-    from offsite.kernels.preparation import backend_of as backend_of
-    from offsite.kernels.preparation import prepare as prepare
-    from offsite.kernels.preparation import prepare_adapters as prepare_adapters
+    from offsite.kernels.prepare_on_backend import backend_of as backend_of
+    from offsite.kernels.prepare_on_backend import prepare as prepare
+    from offsite.kernels.prepare_on_backend import prepare_adapters as prepare_adapters
     from offsite.kernels.report import Piece as Piece
     from offsite.kernels.report import Report as Report
 
@@ -31,7 +31,7 @@ _NAMES = {
         "forward_runner",
         "micro_batch_runner",
     ),
-    "preparation": ("backend_of", "prepare", "prepare_adapters"),
+    "prepare_on_backend": ("backend_of", "prepare", "prepare_adapters"),
     "report": ("Piece", "Report"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

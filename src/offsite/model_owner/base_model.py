@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from offsite.data.rows import first
+from offsite.data.read_rows import first
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.models.architectures import ARCHITECTURES, Architecture, architecture_of
 from offsite.protocol.artifacts import Base

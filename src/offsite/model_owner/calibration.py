@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offsite.data.picture_files import load_processor
-from offsite.data.picture_sets import read_pictures
-from offsite.data.picture_sizes import picture_count, seen_picture, spread
-from offsite.data.pictures import Pictures
+from offsite.data.pictures.picture_files import load_processor
+from offsite.data.pictures.picture_sets import read_pictures
+from offsite.data.pictures.picture_sizes import picture_count, seen_picture, spread
+from offsite.data.pictures.prepared_pictures import Pictures
 from offsite.errors import DataError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.calibration_pictures import crops

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from offsite.data.picture_files import Picture, Pixels, augmented, decode
+from offsite.data.pictures.picture_files import Picture, Pixels, augmented, decode
 from offsite.errors import UsageError
 
 PHOTOS = (

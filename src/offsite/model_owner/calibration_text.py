@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from offsite.config import PackSpec
-from offsite.data.picture_sets import read_pictures
-from offsite.data.record_files import RECORDS
-from offsite.data.rows import read_rows
+from offsite.data.pictures.picture_sets import read_pictures
+from offsite.data.read_records import RECORDS
+from offsite.data.read_rows import read_rows
 from offsite.data.text_files import kind, read_text
 from offsite.errors import UsageError
 from offsite.model_owner.base_model import BaseModel

@@ -61,7 +61,7 @@ def check_packing(
     if runs_network(sandwich, spec):
         require_calibration(model, spec, distills=bool(work_of(sandwich.middle, spec).later_steps))
         if model.family.vision is not None and model.family.vision.extra:
-            from offsite.models.library_calls import require_library
+            from offsite.models.hugging_face_calls import require_library
 
             require_library(model.family, model.folder)
     return Packing(model, sandwich, identity, key)

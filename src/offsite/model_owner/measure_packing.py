@@ -19,7 +19,7 @@ from offsite.model_owner.emulator_work import work_of
 from offsite.model_owner.heal.block_by_block import block_by_block
 from offsite.model_owner.plan import PackPlan
 from offsite.model_owner.sandwich import Sandwich
-from offsite.models.plan_value import Measurement
+from offsite.models.plan_amounts import Measurement
 from offsite.progress import Event, Progress, silent
 
 

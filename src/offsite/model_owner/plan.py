@@ -20,7 +20,7 @@ from offsite.model_owner.pack import Parties, bundle_manifest
 from offsite.model_owner.sandwich import Sandwich
 from offsite.model_owner.select.select_blocks import select_blocks
 from offsite.models.modules.declared import affine_shapes
-from offsite.models.plan_value import Amount, Compute, Measurement, Memory, Part, part, total
+from offsite.models.plan_amounts import Amount, Compute, Measurement, Memory, Part, part, total
 from offsite.progress import silent
 from offsite.protocol.artifacts import Base
 from offsite.protocol.home import Home

@@ -7,7 +7,7 @@ import torch
 
 from offsite.errors import IncompatibleError, UsageError
 from offsite.models.architectures import ARCHITECTURES, architecture_of
-from offsite.models.library_calls import incompatible, quiet
+from offsite.models.hugging_face_calls import incompatible, quiet
 from offsite.models.loading import load_model
 from offsite.models.mixture import in_files
 from offsite.models.model_folder import (

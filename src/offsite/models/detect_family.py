@@ -50,7 +50,7 @@ def unknown_family(config: Mapping[str, Any]) -> IncompatibleError:
     """The error for an unknown model type: it contains the row to add, or the reason why none could be derived."""
     what = f"models of type {str(config.get('model_type'))[:64]!r} are not supported"
     supported = f"supported: {', '.join(sorted(ARCHITECTURES))}"
-    from offsite.models.library_calls import LIBRARY_ERRORS
+    from offsite.models.hugging_face_calls import LIBRARY_ERRORS
 
     try:
         row = render(detect(config))
@@ -125,7 +125,7 @@ def _empty(config: Mapping[str, Any]) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from offsite.models.empty_weights import without_weights
-    from offsite.models.library_calls import LIBRARY_ERRORS, quiet
+    from offsite.models.hugging_face_calls import LIBRARY_ERRORS, quiet
 
     settings = {key: value for key, value in config.items() if key != "auto_map"}
     try:

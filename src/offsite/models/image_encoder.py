@@ -14,7 +14,7 @@ from offsite.models.family import Vision
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from offsite.data.picture_files import Floats
+    from offsite.data.pictures.picture_files import Floats
 
 Pooling = Literal["class", "mean", "both"]
 WEIGHT, BIAS = "classifier.weight", "classifier.bias"  # the head's tensors in every classifier of the table

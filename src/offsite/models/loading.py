@@ -8,7 +8,7 @@ import torch
 
 from offsite.errors import IncompatibleError
 from offsite.models.architectures import ARCHITECTURES, Architecture
-from offsite.models.library_calls import OFFLINE, incompatible, quiet, require_library
+from offsite.models.hugging_face_calls import OFFLINE, incompatible, quiet, require_library
 from offsite.models.mixture import experts_implementation
 from offsite.models.model_folder import (
     Source,

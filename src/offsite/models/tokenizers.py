@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, cast
 
 from offsite.errors import IncompatibleError
-from offsite.models.library_calls import OFFLINE, incompatible, quiet
+from offsite.models.hugging_face_calls import OFFLINE, incompatible, quiet
 from offsite.models.model_folder import Source, as_folder, check_settings, folder_of, unwrapped_config
 
 if TYPE_CHECKING:

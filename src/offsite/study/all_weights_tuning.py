@@ -6,7 +6,7 @@ from torch import nn
 
 from offsite.config import TuneSpec
 from offsite.data.examples import Example
-from offsite.data.picture_files import Floats
+from offsite.data.pictures.picture_files import Floats
 from offsite.data_owner.image_task import ImageTask, head_parameters, new_head
 from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning

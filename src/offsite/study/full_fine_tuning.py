@@ -13,9 +13,9 @@ import torch
 from offsite.config import TuneSpec
 from offsite.data.data_files import Part, data_digest
 from offsite.data.examples import Example
-from offsite.data.picture_workers import PictureWorkers
+from offsite.data.pictures.picture_workers import PictureWorkers
+from offsite.data.read_rows import read_rows
 from offsite.data.row import RowForm
-from offsite.data.rows import read_rows
 from offsite.data.tokens import encode
 from offsite.data_owner.image_task import ImageTask, head_parameters
 from offsite.data_owner.memory_budget import within_memory
@@ -25,7 +25,7 @@ from offsite.kernels import keep_activations
 from offsite.kernels.runtime import resolve_runtime, seeded, worker_count
 from offsite.model_owner.base_model import BaseModel, open_base
 from offsite.model_owner.plugging_in.image_classifier import classifier_config
-from offsite.models.library_calls import quiet
+from offsite.models.hugging_face_calls import quiet
 from offsite.models.loading import load_model
 from offsite.models.tokenizers import context_length, load_tokenizer
 from offsite.progress import Event, Progress, silent

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from artifacts import hidden_states, packed
-from offsite.config.compressors import PRUNERS
+from offsite.config.emulator_methods import PRUNERS
 from offsite.errors import IncompatibleError
 from offsite.model_owner.block_runner import LoadedBlock
 from offsite.model_owner.compress.prune_layers import prune_layers

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from artifacts import edit_weights, packed
-from offsite.data.picture_files import load_processor
-from offsite.data.picture_sets import read_pictures
-from offsite.data.pictures import Pictures
+from offsite.data.pictures.picture_files import load_processor
+from offsite.data.pictures.picture_sets import read_pictures
+from offsite.data.pictures.prepared_pictures import Pictures
 from offsite.errors import UsageError
 from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import open_base

@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 from artifacts import packed
 from offsite.config import ImportSpec
-from offsite.data.picture_files import load_processor
+from offsite.data.pictures.picture_files import load_processor
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.importing.import_model import import_model

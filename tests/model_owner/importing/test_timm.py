@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from offsite.data.picture_files import load_processor
+from offsite.data.pictures.picture_files import load_processor
 from offsite.errors import IncompatibleError, UsageError
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.importing.import_model import import_model

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from offsite.data.picture_files import load_processor
+from offsite.data.pictures.picture_files import load_processor
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import open_base
 from offsite.models.architectures import ARCHITECTURES

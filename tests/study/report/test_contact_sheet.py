@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from offsite.data.picture_files import Picture
+from offsite.data.pictures.picture_files import Picture
 from offsite.errors import DataError
 from offsite.study.report.contact_sheet import _RIGHT, _WRONG, PredictedPicture, draw_sheet, read_predictions
 from tiny import tiny_pictures

@@ -8,7 +8,7 @@ from offsite.config import TuneSpec
 from offsite.data_owner.methods.trainable_parameters import require_exactly
 from offsite.data_owner.return_manifest import lora_settings
 from offsite.models.architectures import ARCHITECTURES
-from offsite.models.library_calls import quiet
+from offsite.models.hugging_face_calls import quiet
 from offsite.protocol.manifest import BundleManifest
 from offsite.protocol.peft_adapter import adapter_tensors
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from offsite.kernels.replacement import agree
+from offsite.kernels.replace_modules import agree
 from offsite.kernels.report import ABSENT, LORA, Piece
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from offsite.kernels.replacement import Candidate, replace_modules, same_function
+from offsite.kernels.replace_modules import Candidate, replace_modules, same_function
 from offsite.kernels.report import MLPS, NORMS, Piece
 
 _FUNCTIONS = "liger_kernel.transformers.functional"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from offsite.config import ImportSpec
-from offsite.data.rows import first
+from offsite.data.read_rows import first
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.model_owner.base_model import family_of, open_base
 from offsite.model_owner.bundle_tensors import DTYPES
@@ -79,7 +79,7 @@ def _copy_folder(source: Path, folder: Path, spec: ImportSpec, progress: Progres
 def _import_by_transformers(
     source: Path, folder: Path, dtype: str | None, progress: Progress, gguf: str | None = None
 ) -> None:
-    from offsite.models.library_calls import quiet
+    from offsite.models.hugging_face_calls import quiet
 
     with quiet():
         _convert(source, folder, dtype, progress, gguf)
@@ -93,7 +93,7 @@ def _convert(source: Path, folder: Path, dtype: str | None, progress: Progress, 
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    from offsite.models.library_calls import LIBRARY_ERRORS
+    from offsite.models.hugging_face_calls import LIBRARY_ERRORS
     from offsite.models.loading import loading_problems
 
     if (source / ADAPTER_CONFIG).exists():

@@ -86,7 +86,7 @@ def processor_class(folder: Path) -> str:
     Raises:
         IncompatibleError: transformers finds no class, or one whose output the model cannot use.
     """
-    from offsite.data.picture_files import load_processor
+    from offsite.data.pictures.picture_files import load_processor
 
     name: str = load_processor(folder).settings.to_dict()["image_processor_type"]
     return name

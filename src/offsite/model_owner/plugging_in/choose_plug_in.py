@@ -16,8 +16,8 @@ import torch
 
 from offsite.config import EvalSpec, PlugInSpec
 from offsite.data.examples import Example
+from offsite.data.read_rows import read_rows
 from offsite.data.row import RowForm
-from offsite.data.rows import read_rows
 from offsite.data.tokens import encode
 from offsite.errors import PolicyError, UsageError
 from offsite.evaluation.evaluate import load_tuned
@@ -80,7 +80,7 @@ def choose(
     Args:
         base: the owner's full model.
         returned: the verified return, from `intake`.
-        data: the owner's held-out rows, in a format that `offsite.data.rows.read_rows` reads.
+        data: the owner's held-out rows, in a format that `offsite.data.read_rows.read_rows` reads.
         spec: form, checkpoint and strength; a checkpoint or strength that is set is not varied.
         measured: sequence lengths, device and compute dtype, as for `evaluate`.
         home: the model owner's home folder, with its keys and its ledger.

@@ -9,7 +9,7 @@ from offsite.model_owner.intake import check_return
 from offsite.model_owner.plugging_in.check_plug_in import Form, check_plug_in, chosen_by, form_of, strength_of
 from offsite.model_owner.plugging_in.plug_in_contents import plug_in_contents, plug_in_manifest
 from offsite.model_owner.plugging_in.plugged_tensors import changed_tensors
-from offsite.models.plan_value import Amount, total
+from offsite.models.plan_amounts import Amount, total
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Base
 from offsite.protocol.home import Home

@@ -6,8 +6,8 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from offsite.data.picture_files import Picture
-from offsite.data.picture_sets import read_pictures
+from offsite.data.pictures.picture_files import Picture
+from offsite.data.pictures.picture_sets import read_pictures
 from offsite.errors import StorageError
 from offsite.storage.files import replace_file
 from offsite.study.recipe import DataTable

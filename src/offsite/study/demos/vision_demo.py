@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from offsite.data.picture_files import Picture
-from offsite.data.picture_sets import held_out_part, read_pictures
+from offsite.data.pictures.picture_files import Picture
+from offsite.data.pictures.picture_sets import held_out_part, read_pictures
 from offsite.errors import UsageError
 from offsite.progress import Progress, silent
 from offsite.storage.files import replace_file

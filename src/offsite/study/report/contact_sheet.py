@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offsite.data.picture_files import Picture, decode
-from offsite.data.picture_sets import read_pictures
+from offsite.data.pictures.picture_files import Picture, decode
+from offsite.data.pictures.picture_sets import read_pictures
 from offsite.evaluation.row_scores import RowScores, read_row_scores, require_same_rows
 from offsite.extras import require
 from offsite.storage.files import replace_file

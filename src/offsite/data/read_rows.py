@@ -1,13 +1,13 @@
-"""Data sets -> rows. docs/data.md shows an example of every kind; `offsite.data.row_kinds` parses the fields."""
+"""Data sets -> rows. docs/data.md shows an example of every kind; `offsite.data.parse_row` parses the fields."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from offsite.data.data_files import DataPaths, Part, files_of, name_of, paths_of
-from offsite.data.record_files import read_records
+from offsite.data.parse_row import FIELDS, parse_row
+from offsite.data.read_records import read_records
 from offsite.data.row import Row, RowForm
-from offsite.data.row_kinds import FIELDS, parse_row
 from offsite.data.text_files import EXPECTED, kind, read_text
 from offsite.errors import DataError
 

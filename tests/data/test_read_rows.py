@@ -7,11 +7,11 @@ import re
 import pytest
 
 from offsite import extras
+from offsite.data.conversations.parse_messages import Turn
 from offsite.data.data_files import data_digest
-from offsite.data.messages import Turn
+from offsite.data.parse_row import choice_completion, parse_row, question_prompt
+from offsite.data.read_rows import read_rows
 from offsite.data.row import Row, RowForm
-from offsite.data.row_kinds import choice_completion, parse_row, question_prompt
-from offsite.data.rows import read_rows
 from offsite.errors import DataError, UsageError
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, «you»\n"}]

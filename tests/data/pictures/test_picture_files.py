@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from offsite.data import picture_files, pictures
-from offsite.data.picture_files import Picture, augmented, decode, load_processor
-from offsite.data.picture_sets import held_out_part, read_pictures, split_by_seed
-from offsite.data.pictures import Pictures
+from offsite.data.pictures import picture_files, prepared_pictures
+from offsite.data.pictures.picture_files import Picture, augmented, decode, load_processor
+from offsite.data.pictures.picture_sets import held_out_part, read_pictures, split_by_seed
+from offsite.data.pictures.prepared_pictures import Pictures
 from offsite.errors import DataError, IncompatibleError, UsageError
 from tiny import tiny_pictures, tiny_vision_base
 
@@ -212,7 +212,7 @@ def test_pictures_that_do_not_fit_into_memory_are_decoded_anew(tmp_path: Path, m
     processor = load_processor(tiny_vision_base(tmp_path / "base", blocks=1))
     listed = read_pictures(tiny_pictures(tmp_path / "set", 2))
     whole = Pictures(listed, processor).batch(range(6))
-    monkeypatch.setattr(pictures, "CACHE_BYTES", 3000)
+    monkeypatch.setattr(prepared_pictures, "CACHE_BYTES", 3000)
     assert (Pictures(listed, processor).batch(range(6)) == whole).all()
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from offsite.data.messages import Turn
+from offsite.data.conversations.parse_messages import Turn
 from offsite.errors import DataError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from offsite.data.messages import REASONING_KEYS, Turn
+from offsite.data.conversations.parse_messages import REASONING_KEYS, Turn
 
 _TELLING = 4  # letters of a description that does not stand in a text by chance
 _WORD = re.compile(r"\w+")

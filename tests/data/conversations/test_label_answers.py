@@ -5,10 +5,10 @@ import pytest
 
 from chat_templates import CHATML, LLAMA2, MARKED
 from offsite.data.batches import collate
-from offsite.data.chat import END_ADDED, LAST_ANSWER_ALONE
-from offsite.data.messages import Turn
+from offsite.data.conversations.label_answers import END_ADDED, LAST_ANSWER_ALONE
+from offsite.data.conversations.parse_messages import Turn
+from offsite.data.read_rows import read_rows
 from offsite.data.row import Row
-from offsite.data.rows import read_rows
 from offsite.data.tokens import encode
 from offsite.errors import DataError
 from offsite.models.tokenizers import load_tokenizer

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from offsite.data.answer_spans import AnswerFinder
-from offsite.data.chat_template import ChatTemplate, ConversationError, Message, Span
-from offsite.data.dropped_words import dropped_words, survives
-from offsite.data.messages import Turn
+from offsite.data.conversations.answer_spans import AnswerFinder
+from offsite.data.conversations.chat_template import ChatTemplate, ConversationError, Message, Span
+from offsite.data.conversations.dropped_words import dropped_words, survives
+from offsite.data.conversations.parse_messages import Turn
 
 LAST_ANSWER_ALONE = "conversations learnt by their last answer alone"
 END_ADDED = "answers given an end token that the template lacks"

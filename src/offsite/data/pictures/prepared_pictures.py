@@ -5,10 +5,10 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from offsite.data.picture_files import FORMATS, Floats, Picture, Pixels, Processor, augmented
-from offsite.data.picture_sizes import CACHE_BYTES
-from offsite.data.picture_workers import PictureWorkers
-from offsite.data.rows import counted, first
+from offsite.data.pictures.picture_files import FORMATS, Floats, Picture, Pixels, Processor, augmented
+from offsite.data.pictures.picture_sizes import CACHE_BYTES
+from offsite.data.pictures.picture_workers import PictureWorkers
+from offsite.data.read_rows import counted, first
 from offsite.errors import DataError
 
 

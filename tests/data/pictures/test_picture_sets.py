@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from offsite.data.picture_sets import held_out_part, read_pictures
+from offsite.data.pictures.picture_sets import held_out_part, read_pictures
 from offsite.errors import DataError
 from tiny import tiny_pictures
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from offsite.data.chat_template import ChatTemplate, ConversationError, Message, Span
-from offsite.data.dropped_words import survives
-from offsite.data.messages import Turn
+from offsite.data.conversations.chat_template import ChatTemplate, ConversationError, Message, Span
+from offsite.data.conversations.dropped_words import survives
+from offsite.data.conversations.parse_messages import Turn
 
 _OTHER_WORDS = "Zq7xOtherWords"  # stand in an assistant's place to see what the template writes around it
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from offsite.data.picture_files import Picture
+from offsite.data.pictures.picture_files import Picture
 from offsite.errors import IncompatibleError
 from offsite.models.family import Architecture
 from offsite.models.model_folder import Source, folder_of, read_bytes

@@ -21,11 +21,11 @@ from typing import Any, BinaryIO, Self, TypeVar
 
 import numpy as np
 
-from offsite.data.picture_files import Picture, Pixels, look
+from offsite.data.pictures.picture_files import Picture, Pixels, look
 from offsite.errors import DataError, OffsiteError
 
 _THREADS = 4  # where no processes were asked for: Pillow and NumPy let other threads work
-_MODULE = "offsite.data.picture_workers"
+_MODULE = "offsite.data.pictures.picture_workers"
 _FEW = "lower the setting workers; 0 decodes in the process that tunes"
 
 A = TypeVar("A")
@@ -78,10 +78,10 @@ class PictureWorkers:
             yield waiting.popleft().result()
 
     def look(self, picture: Picture, crop: tuple[int, int] | None = None, key: Sequence[int] = ()) -> Pixels:
-        """Like `offsite.data.picture_files.look`, but in the worker process of the calling thread if there are workers.
+        """Like `picture_files.look`, but in the worker process of the calling thread if there are workers.
 
         Raises:
-            DataError: see `offsite.data.picture_files.look`.
+            DataError: see `offsite.data.pictures.picture_files.look`.
             OffsiteError: the worker process ended, or the pool was closed.
         """
         if not self.count:

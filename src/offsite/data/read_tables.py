@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from offsite.data.messages import without_nulls
+from offsite.data.conversations.parse_messages import without_nulls
 from offsite.data.text_files import is_compressed, read_bytes, require_content, unreadable
 from offsite.extras import require
 

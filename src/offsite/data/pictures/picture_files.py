@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from offsite.errors import DataError, IncompatibleError
 from offsite.extras import require
-from offsite.models.library_calls import LIBRARY_ERRORS, quiet
+from offsite.models.hugging_face_calls import LIBRARY_ERRORS, quiet
 from offsite.models.model_folder import Source, as_folder, folder_of, model_settings
 
 if TYPE_CHECKING:

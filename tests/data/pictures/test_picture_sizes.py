@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from offsite.data.picture_files import Picture
-from offsite.data.picture_sizes import spread
+from offsite.data.pictures.picture_files import Picture
+from offsite.data.pictures.picture_sizes import spread
 
 
 @pytest.mark.parametrize(("listed", "count"), [(199, 100), (200, 100), (7, 3), (3, 7)])

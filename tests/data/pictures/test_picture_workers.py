@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offsite.data import pictures
-from offsite.data.picture_files import Picture, load_processor
-from offsite.data.picture_sets import read_pictures
-from offsite.data.picture_workers import PictureWorkers
-from offsite.data.pictures import Pictures
+from offsite.data.pictures import prepared_pictures
+from offsite.data.pictures.picture_files import Picture, load_processor
+from offsite.data.pictures.picture_sets import read_pictures
+from offsite.data.pictures.picture_workers import PictureWorkers
+from offsite.data.pictures.prepared_pictures import Pictures
 from offsite.errors import DataError, OffsiteError
 from tiny import tiny_pictures, tiny_vision_base
 
@@ -24,7 +24,7 @@ def test_any_number_of_processes_makes_the_same(tmp_path: Path, monkeypatch: pyt
     processor = load_processor(tiny_vision_base(tmp_path / "base", blocks=1))
     listed = read_pictures(tiny_pictures(tmp_path / "set", 2))
     listed[0] = Picture("bytes", Path(str(listed[0].source)).read_bytes(), listed[0].label)
-    monkeypatch.setattr(pictures, "CACHE_BYTES", 3000)  # some are kept, others decoded anew
+    monkeypatch.setattr(prepared_pictures, "CACHE_BYTES", 3000)  # some are kept, others decoded anew
     made = []
     for count in (0, 1, 2):
         with PictureWorkers(count) as workers:

@@ -11,9 +11,16 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from offsite.data.messages import Turn, kind_of, parse_messages, parse_tools, parsed_json, text_problem
+from offsite.data.conversations.parse_messages import (
+    Turn,
+    kind_of,
+    parse_messages,
+    parse_tools,
+    parsed_json,
+    text_problem,
+)
+from offsite.data.read_tables import ClassNumber
 from offsite.data.row import Row, RowForm
-from offsite.data.tables import ClassNumber
 
 Fields = Mapping[str, Any]
 
