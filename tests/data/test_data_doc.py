@@ -10,8 +10,8 @@ from offsite.config import EvalSpec, TuneSpec
 from offsite.config.setting_types import COLUMN_NAMES
 from offsite.data.conversations.parse_messages import OTHER_NAMES, REASONING_KEYS, ROLES
 from offsite.data.data_files import TEST, TRAINING, VALIDATION
+from offsite.data.file_formats import RECORDS
 from offsite.data.parse_row import FIELDS, parse_row
-from offsite.data.read_records import RECORDS
 from offsite.data.row import Row, RowForm
 from offsite.data.text_files import COMPRESSED
 

@@ -16,10 +16,10 @@ from torch import nn
 from offsite.errors import OffsiteError
 from offsite.progress import Event, Progress, silent
 from offsite.training.loop import train
+from offsite.training.loop_settings import Hooks, LoopSettings, RunNames
 from offsite.training.master_weights import MasterWeights
 from offsite.training.resume_points import RunState
 from offsite.training.schedule import learning_rate
-from offsite.training.settings import Hooks, LoopSettings, RunNames
 
 STEPS = 6
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from offsite.data.read_records import RECORDS, parse_line
+from offsite.data.file_formats import RECORDS, parse_line
 from offsite.data.text_files import kind, read_bytes, unreadable
 from offsite.errors import DataError
 from offsite.storage.files import sha256_of

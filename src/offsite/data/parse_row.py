@@ -19,7 +19,7 @@ from offsite.data.conversations.parse_messages import (
     parsed_json,
     text_problem,
 )
-from offsite.data.read_tables import ClassNumber
+from offsite.data.parquet_and_arrow import ClassNumber
 from offsite.data.row import Row, RowForm
 
 Fields = Mapping[str, Any]

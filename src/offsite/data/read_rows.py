@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from offsite.data.data_files import DataPaths, Part, files_of, name_of, paths_of
+from offsite.data.file_formats import read_records
 from offsite.data.parse_row import FIELDS, parse_row
-from offsite.data.read_records import read_records
 from offsite.data.row import Row, RowForm
 from offsite.data.text_files import EXPECTED, kind, read_text
 from offsite.errors import DataError

@@ -15,11 +15,11 @@ from offsite.data_owner.text_task import TextTask
 from offsite.kernels import Report
 from offsite.progress import Progress
 from offsite.training import loop
+from offsite.training.loop_settings import Hooks, LoopSettings
 from offsite.training.master_weights import MasterWeights
 from offsite.training.resume_points import RunState
 from offsite.training.run_log import run_log
 from offsite.training.schedule import learning_rate, step_count
-from offsite.training.settings import Hooks, LoopSettings
 from offsite.training.task import Batching
 from offsite.training.tensorboard import tensorboard_log
 

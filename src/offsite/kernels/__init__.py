@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from offsite.kernels.prepare_on_backend import backend_of as backend_of
     from offsite.kernels.prepare_on_backend import prepare as prepare
     from offsite.kernels.prepare_on_backend import prepare_adapters as prepare_adapters
-    from offsite.kernels.report import Piece as Piece
-    from offsite.kernels.report import Report as Report
+    from offsite.kernels.replacement_report import Piece as Piece
+    from offsite.kernels.replacement_report import Report as Report
 
 _NAMES = {
     "activation_checkpointing": ("checkpoint_activations", "keep_activations"),
@@ -32,7 +32,7 @@ _NAMES = {
         "micro_batch_runner",
     ),
     "prepare_on_backend": ("backend_of", "prepare", "prepare_adapters"),
-    "report": ("Piece", "Report"),
+    "replacement_report": ("Piece", "Report"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offsite.kernels.report import ATTENTION, Piece
+from offsite.kernels.replacement_report import ATTENTION, Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

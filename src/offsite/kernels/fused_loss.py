@@ -55,7 +55,7 @@ def _softmax(
     if logits.device.type == "cpu":
         from offsite.kernels.cpu.softmax import softmax_
     else:
-        from offsite.kernels.reference import softmax_
+        from offsite.kernels.reference_backend import softmax_
     softmax_(logits, targets, cap, nats, slopes=slopes)
 
 

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
-from offsite.kernels.report import Piece
+from offsite.kernels.replacement_report import Piece
 
 G = TypeVar("G")
 R = TypeVar("R")

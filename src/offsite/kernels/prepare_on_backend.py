@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from offsite.kernels.report import ABSENT, LORA, Backend, Piece, Report
+from offsite.kernels.replacement_report import ABSENT, LORA, Backend, Piece, Report
 from offsite.kernels.runtime import bf16_support
 
 if TYPE_CHECKING:

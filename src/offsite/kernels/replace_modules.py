@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from offsite.kernels.report import ABSENT, Piece
+from offsite.kernels.replacement_report import ABSENT, Piece
 
 _PROBE = 7  # rows of random numbers that a module and its replacement must agree on
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from offsite.config import PackSpec
+from offsite.data.file_formats import RECORDS
 from offsite.data.pictures.picture_sets import read_pictures
-from offsite.data.read_records import RECORDS
 from offsite.data.read_rows import read_rows
 from offsite.data.text_files import kind, read_text
 from offsite.errors import UsageError

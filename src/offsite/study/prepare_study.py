@@ -8,8 +8,8 @@ from typing import Any
 
 from offsite.config import PackSpec
 from offsite.data.data_files import Part, data_digest, files_of
+from offsite.data.file_formats import read_records
 from offsite.data.parse_row import parse_row
-from offsite.data.read_records import read_records
 from offsite.data.read_rows import counted, first, read_rows
 from offsite.data.text_files import kind
 from offsite.errors import DataError, IncompatibleError, OffsiteError, UsageError

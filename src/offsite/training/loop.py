@@ -13,12 +13,12 @@ from torch import nn
 from offsite.errors import OffsiteError
 from offsite.kernels import MicroBatchRunner, micro_batch_runner
 from offsite.progress import Event, Progress, silent
+from offsite.training.loop_settings import Hooks, LoopSettings
 from offsite.training.master_weights import MasterWeights
 from offsite.training.optimizer import load_optimizer_state, make_optimizer, optimizer_state
 from offsite.training.resume_points import ResumePoint, RunState
 from offsite.training.run_log import Write, stop_requests
 from offsite.training.schedule import rows_of_steps
-from offsite.training.settings import Hooks, LoopSettings
 from offsite.training.speed_meter import SpeedMeter
 from offsite.training.task import TrainingTask
 

@@ -12,7 +12,7 @@ from artifacts import hidden_states, packed
 from offsite.config.emulator_methods import PRUNERS
 from offsite.errors import IncompatibleError
 from offsite.model_owner.block_runner import LoadedBlock
-from offsite.model_owner.compress.prune_layers import prune_layers
+from offsite.model_owner.compress.calibrated_pruning import prune_layers
 from offsite.model_owner.compress.pruner_protocol import pruning
 from offsite.model_owner.compress.sparsegpt import COLUMNS, DAMPING, prune_matrices
 from offsite.model_owner.heal.block_step_protocol import BlockProblem

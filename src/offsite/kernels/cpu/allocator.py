@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import MutableMapping
 
-from offsite.kernels.report import Piece
+from offsite.kernels.replacement_report import Piece
 
 # Products of each shape that oneDNN keeps compiled, and torch's bridge to it (ideep) in a cache of its own. By default
 # each keeps a thousand: rows of many lengths would fill hundreds of megabytes. One pass needs thirty to fifty, and with

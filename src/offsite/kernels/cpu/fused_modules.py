@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from offsite.kernels.cpu import compiled_kernels as kernels
 from offsite.kernels.replace_modules import Candidate, replace_modules, same_function
-from offsite.kernels.report import MLPS, NORMS, Piece
+from offsite.kernels.replacement_report import MLPS, NORMS, Piece
 
 _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 _STEEPNESS = 1.702

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from offsite.kernels.replace_modules import agree
-from offsite.kernels.report import ABSENT, LORA, Piece
+from offsite.kernels.replacement_report import ABSENT, LORA, Piece
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear

@@ -10,7 +10,7 @@ from offsite.kernels.cpu import compiled_kernels as compiled
 from offsite.kernels.cpu.fused_modules import fuse
 from offsite.kernels.cpu.lora_linear import replace_lora_layers
 from offsite.kernels.cpu.tiled_attention import use_tiled_attention
-from offsite.kernels.report import Piece
+from offsite.kernels.replacement_report import Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,7 @@ SLICE_ELEMENTS = 2**19  # logits in fp32 that torch turns into probabilities at 
 def softmax_(
     logits: torch.Tensor, targets: torch.Tensor, cap: float | None, nats: torch.Tensor, *, slopes: bool
 ) -> None:
-    """As `offsite.kernels.reference.softmax_`."""
+    """As `offsite.kernels.reference_backend.softmax_`."""
     if cap is None and compiled.activates(logits) and nats.dtype == torch.float32:
         compiled.softmax_(logits, targets.contiguous(), nats, slopes=slopes)
         return

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from offsite.kernels.attention_interface import causal_rule_suffices, is_padded_at_right, use_attention
 from offsite.kernels.cpu import compiled_kernels as kernels
 from offsite.kernels.cpu.thread_dropout import LEVELS, draw_keep_mask, drawn_seed, mask_, masked
-from offsite.kernels.report import Piece
+from offsite.kernels.replacement_report import Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

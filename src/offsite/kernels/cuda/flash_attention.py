@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offsite.kernels.attention_interface import causal_rule_suffices, use_attention
-from offsite.kernels.report import Piece
+from offsite.kernels.replacement_report import Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from offsite.kernels.replace_modules import Candidate, replace_modules, same_function
-from offsite.kernels.report import MLPS, NORMS, Piece
+from offsite.kernels.replacement_report import MLPS, NORMS, Piece
 
 _FUNCTIONS = "liger_kernel.transformers.functional"
 _GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}

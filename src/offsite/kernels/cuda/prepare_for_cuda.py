@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from offsite.kernels.cuda.flash_attention import use_flash_attention
 from offsite.kernels.cuda.liger import use_liger
-from offsite.kernels.report import Piece
+from offsite.kernels.replacement_report import Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,8 +14,8 @@ from offsite.config import PackSpec
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.compress.pruner_protocol import prune_stored
+from offsite.model_owner.compress.smallest_weights import Array
 from offsite.model_owner.compress.stored_form_protocol import BlockReshaping, MatrixEncoding, form_of
-from offsite.model_owner.compress.zero_smallest import Array
 from offsite.models.family import Architecture
 from offsite.models.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT, Declared
 from offsite.storage.safetensors_files import NewTensor, TensorRange, copied, from_float32, read_float32

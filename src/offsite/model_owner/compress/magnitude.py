@@ -3,7 +3,7 @@
 It needs the weights alone, so it runs when they are stored, after healing and after MLPs are made narrower.
 """
 
-from offsite.model_owner.compress.zero_smallest import Array, without_smallest
+from offsite.model_owner.compress.smallest_weights import Array, without_smallest
 
 
 def prune_stored(weight: Array, share: float) -> Array:

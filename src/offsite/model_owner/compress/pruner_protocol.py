@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from offsite.config import Pruner
-from offsite.model_owner.compress.zero_smallest import Array, without_smallest
+from offsite.model_owner.compress.smallest_weights import Array, without_smallest
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from offsite.config import PackSpec
 from offsite.model_owner.base_model import BaseModel
-from offsite.model_owner.compress.zero_smallest import Array, where_kept
+from offsite.model_owner.compress.smallest_weights import Array, where_kept
 from offsite.models.modules.declared import Declared
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from offsite.config import PackSpec, StoredForm
 from offsite.model_owner.base_model import BaseModel
-from offsite.model_owner.compress.zero_smallest import Array
+from offsite.model_owner.compress.smallest_weights import Array
 from offsite.models.family import Architecture
 from offsite.models.modules.declared import Declared
 

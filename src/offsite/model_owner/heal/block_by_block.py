@@ -19,7 +19,7 @@ from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner, LoadedBlock
 from offsite.model_owner.bundle_tensors import DTYPES
 from offsite.model_owner.calibration import calibration_batches
-from offsite.model_owner.compress.prune_layers import prune_layers, prune_output
+from offsite.model_owner.compress.calibrated_pruning import prune_layers, prune_output
 from offsite.model_owner.compress.pruner_protocol import pruning
 from offsite.model_owner.emulator_work import Work, work_of
 from offsite.model_owner.heal.block_step_protocol import BlockProblem, block_step

@@ -29,11 +29,11 @@ from offsite.models.mixture import in_files
 from offsite.progress import Progress
 from offsite.storage.safetensors_files import TensorRange, read_header, write_safetensors
 from offsite.training.loop import train
+from offsite.training.loop_settings import LoopSettings, RunNames
 from offsite.training.master_weights import MasterWeights
 from offsite.training.resume_points import RunState, to_new_tensor
 from offsite.training.run_log import run_log
 from offsite.training.schedule import learning_rate
-from offsite.training.settings import LoopSettings, RunNames
 
 HIDDEN_WEIGHT = 30.0  # weight of the hidden states' term, as in the paper's code
 WARMUP = 0.05  # fraction of the steps

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offsite.data.read_tables import read_table
+from offsite.data.parquet_and_arrow import read_table
 from offsite.data.text_files import kind, read_text, read_utf8, unreadable
 from offsite.storage.strict_json import strict_json
 
