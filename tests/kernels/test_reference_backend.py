@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from offsite.kernels import labelled_cross_entropy, reference
+from offsite.kernels import labelled_cross_entropy, reference_backend
 from offsite.kernels.cpu import softmax as cpu_softmax
 
 
@@ -18,7 +18,7 @@ def test_micro_batches_run_one_after_the_other_and_their_gradients_add_up():
         ran.append(factor)
         return (weight * factor).sum() + factor
 
-    with reference.micro_batch_runner() as run:
+    with reference_backend.micro_batch_runner() as run:
         for number, loss in enumerate(run(loss_of, [1.0, 2.0, 4.0])):
             assert ran == [1.0, 2.0, 4.0][: number + 1]  # no later one has run
             assert loss == ran[-1]
@@ -26,7 +26,7 @@ def test_micro_batches_run_one_after_the_other_and_their_gradients_add_up():
 
 
 def test_work_without_gradients_runs_in_order():
-    with reference.forward_runner() as run:
+    with reference_backend.forward_runner() as run:
         assert run.count == 1
         assert list(run(lambda number: 2 * number, [3, 1, 2])) == [6, 2, 4]
 
@@ -37,7 +37,7 @@ def test_slices_for_a_cpus_cache_give_what_the_whole_gives(monkeypatch, cap, slo
     monkeypatch.setattr(cpu_softmax, "SLICE_ELEMENTS", 2 * 11)
     logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(0))
     labels, found = torch.arange(7), []
-    for softmax_ in (reference.softmax_, cpu_softmax.softmax_):
+    for softmax_ in (reference_backend.softmax_, cpu_softmax.softmax_):
         written, nats = logits.clone(), torch.empty(7)
         softmax_(written, labels, cap, nats, slopes=slopes)
         found.append((written, nats))

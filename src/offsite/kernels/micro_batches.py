@@ -60,9 +60,9 @@ def micro_batch_runner(
         from offsite.kernels.cpu import side_by_side
 
         return side_by_side.micro_batch_runner(list(parameters), count)
-    from offsite.kernels import reference
+    from offsite.kernels import reference_backend
 
-    return reference.micro_batch_runner()
+    return reference_backend.micro_batch_runner()
 
 
 def forward_runner(body: nn.Module) -> AbstractContextManager[ForwardRunner]:
@@ -71,9 +71,9 @@ def forward_runner(body: nn.Module) -> AbstractContextManager[ForwardRunner]:
         from offsite.kernels.cpu import side_by_side
 
         return side_by_side.forward_runner(body)
-    from offsite.kernels import reference
+    from offsite.kernels import reference_backend
 
-    return reference.forward_runner()
+    return reference_backend.forward_runner()
 
 
 def count_side_by_side(

@@ -2,7 +2,7 @@
 
 import torch
 
-from offsite.kernels import reference
+from offsite.kernels import reference_backend
 from offsite.kernels.cpu import compiled_kernels as compiled
 
 SLICE_ELEMENTS = 2**19  # logits in fp32 that torch turns into probabilities at once: 2 MiB
@@ -18,4 +18,4 @@ def softmax_(
     rows = max(1, SLICE_ELEMENTS // logits.shape[1])
     for begin in range(0, len(targets), rows):
         part = slice(begin, begin + rows)
-        reference.softmax_(logits[part], targets[part], cap, nats[part], slopes=slopes)
+        reference_backend.softmax_(logits[part], targets[part], cap, nats[part], slopes=slopes)
