@@ -9,6 +9,7 @@ import pytest
 from artifacts import lora_return, packed
 from offsite.config import PackSpec
 from offsite.errors import OffsiteError, StorageError
+from offsite.model_owner.carry_map import CarryMap
 from offsite.model_owner.ledger import Ledger
 from offsite.protocol.manifest import PlugInManifest
 from offsite.protocol.sealing import seal
@@ -62,7 +63,7 @@ def test_bundle_packed_twice_within_a_second(
 ) -> None:
     bundle = packed(base_of(), tmp_path / "bundle", parties, keep=1)
     ledger = Ledger(parties.owner.ledger)
-    ledger.record_issue(bundle, "hospital", (0, 1, 4), PackSpec())
+    ledger.record_issue(bundle, "hospital", CarryMap.of((0, 1, 4)), PackSpec())
     issued = ledger.issued(bundle.digest)
     assert issued is not None
     assert issued.kept == (0, 1, 4)
@@ -121,3 +122,29 @@ def test_a_ledger_from_before_strengths_and_checkpoints(base_of: MakeBase, parti
     with sqlite3.connect(parties.owner.ledger) as db:
         assert db.execute("SELECT strength, checkpoint FROM plug_ins").fetchall() == [(1.0, 1)]
     db.close()
+
+
+def test_ledger_without_maps_gains_the_column(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
+    bundle = packed(base_of(), tmp_path / "bundle", parties, keep=1)
+    ledger = Ledger(parties.owner.ledger)
+    with sqlite3.connect(ledger.path) as db:
+        db.execute("ALTER TABLE bundles DROP COLUMN carry")
+    db.close()
+    issued = ledger.issued(bundle.digest)
+    assert issued is not None
+    assert (issued.carry, issued.kept) == (None, (0, 1, 4))
+
+
+def test_a_map_of_another_bundle_is_refused(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
+    first = packed(base_of(), tmp_path / "first", parties, keep=1)
+    second = packed(base_of(), tmp_path / "second", parties, keep=2)
+    ledger = Ledger(parties.owner.ledger)
+    with sqlite3.connect(ledger.path) as db:
+        db.execute(
+            "UPDATE bundles SET carry = (SELECT carry FROM bundles WHERE digest = ?) WHERE digest = ?",
+            (first.digest, second.digest),
+        )
+    db.close()
+    with pytest.raises(StorageError, match="restore the ledger from a backup") as caught:
+        ledger.issued(second.digest)
+    assert caught.value.reasons == (f"its map is the one of bundle {first.digest[:12]}",)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from offsite.config import PackSpec
 from offsite.errors import PolicyError, StorageError
+from offsite.model_owner.carry_map import CarryMap, parse_carry_map, render_carry_map
 from offsite.protocol.artifacts import Bundle, PlugIn, Return
 from offsite.protocol.manifest import MANIFEST, BundleManifest, parse_manifest, render_manifest
 
@@ -24,7 +25,8 @@ CREATE TABLE IF NOT EXISTS bundles (
     kept TEXT NOT NULL,       -- JSON: which base blocks the bundle holds, in order; known to nobody else
     settings TEXT NOT NULL,   -- JSON: the PackSpec
     manifest BLOB NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('issued', 'returned', 'plugged in'))
+    state TEXT NOT NULL CHECK (state IN ('issued', 'returned', 'plugged in')),
+    carry TEXT                -- JSON: the CarryMap; known to nobody else
 );
 CREATE TABLE IF NOT EXISTS returns (
     id INTEGER PRIMARY KEY,
@@ -45,18 +47,25 @@ CREATE TABLE IF NOT EXISTS plug_ins (
     checkpoint INTEGER NOT NULL DEFAULT 1
 );
 """
-# Columns of plug_ins that older ledgers lack.
-_ADDED = {"strength": "REAL NOT NULL DEFAULT 1", "checkpoint": "INTEGER NOT NULL DEFAULT 1"}
+# Columns that older ledgers lack, by table.
+_ADDED = {
+    "plug_ins": {"strength": "REAL NOT NULL DEFAULT 1", "checkpoint": "INTEGER NOT NULL DEFAULT 1"},
+    "bundles": {"carry": "TEXT"},
+}
 
 
 @dataclass(frozen=True)
 class Issued:
-    """The ledger's record of a bundle; `kept` are the base indices of its blocks, in order."""
+    """The ledger's record of a bundle; `kept` are the base indices of its blocks, in order.
+
+    `carry` is None for a bundle that an earlier version recorded.
+    """
 
     digest: str
     manifest: BundleManifest
     kept: tuple[int, ...]
     state: str
+    carry: CarryMap | None = None
 
 
 @dataclass(frozen=True)
@@ -65,31 +74,35 @@ class Ledger:
 
     path: Path
 
-    def record_issue(self, bundle: Bundle, recipient_name: str, kept: Sequence[int], spec: PackSpec) -> None:
+    def record_issue(self, bundle: Bundle, recipient_name: str, carry: CarryMap, spec: PackSpec) -> None:
         """Record a bundle; called before the bundle's folder appears at its final path."""
         with self._open() as db:
             db.execute(
                 # a bundle packed twice within one second is identical and has the same digest
-                "INSERT INTO bundles VALUES (?, ?, ?, ?, ?, ?, ?, 'issued') ON CONFLICT (digest) DO NOTHING",
+                "INSERT INTO bundles (digest, issued_at, recipient_name, base, kept, settings, manifest, state, carry)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, 'issued', ?) ON CONFLICT (digest) DO NOTHING",
                 (
                     bundle.digest,
                     bundle.manifest.issued_at,
                     recipient_name,
                     bundle.manifest.base,
-                    json.dumps(list(kept)),
+                    json.dumps([block.base for block in carry.blocks]),
                     json.dumps(spec.flat()),
                     render_manifest(bundle.manifest),
+                    render_carry_map(carry, bundle.digest),
                 ),
             )
 
     def issued(self, digest: str) -> Issued | None:
         """The record of the bundle with this digest; None if this home never issued it."""
         with self._open() as db:
-            found = db.execute("SELECT manifest, kept, state FROM bundles WHERE digest = ?", (digest,)).fetchone()
+            row = db.execute("SELECT manifest, kept, state, carry FROM bundles WHERE digest = ?", (digest,))
+            found = row.fetchone()
         if found is None:
             return None
         try:
             manifest, kept = parse_manifest(found[0]), tuple(json.loads(found[1]))
+            carry = None if found[3] is None else parse_carry_map(found[3], digest)
         except ValueError as problem:
             raise StorageError(
                 f"the ledger {self.path} holds a bundle that this version cannot read",
@@ -98,7 +111,7 @@ class Ledger:
             ) from None
         if not isinstance(manifest, BundleManifest):
             raise StorageError(f"the ledger {self.path} holds another kind of document as a bundle")
-        return Issued(digest, manifest, kept, found[2])
+        return Issued(digest, manifest, kept, found[2], carry)
 
     def record_intake(self, digest: str, bundle: str | None, reasons: Sequence[str] = ()) -> None:
         """Record a received return: refused if `reasons` are given, else accepted."""
@@ -175,9 +188,10 @@ class Ledger:
             try:
                 with db:  # one transaction: all of it, or nothing
                     db.executescript(_SCHEMA)
-                    there = {column[1] for column in db.execute("PRAGMA table_info(plug_ins)")}
-                    for name in _ADDED.keys() - there:
-                        db.execute(f"ALTER TABLE plug_ins ADD COLUMN {name} {_ADDED[name]}")
+                    for table, added in _ADDED.items():
+                        there = {column[1] for column in db.execute(f"PRAGMA table_info({table})")}
+                        for name in added.keys() - there:
+                            db.execute(f"ALTER TABLE {table} ADD COLUMN {name} {added[name]}")
                     yield db
             finally:
                 db.close()

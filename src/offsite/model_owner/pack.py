@@ -20,6 +20,7 @@ from offsite.model_owner.bundle_tensors import (
     returnable,
     returnable_head,
 )
+from offsite.model_owner.carry_map import CarryMap
 from offsite.model_owner.check_packing import check_packing
 from offsite.model_owner.compress.declare_emulator import declared_of
 from offsite.model_owner.heal.heal_steps import fill_places, heal
@@ -94,7 +95,7 @@ def pack(
         parties = Parties(identity.public_key.hex, checked.recipient.hex, base_code)
         manifest = bundle_manifest(model, kept, numbers, spec, file_entries(written), parties, declared)
         bundle = seal(folder, manifest, identity, out)
-        Ledger(home.ledger).record_issue(bundle, recipient, kept, spec)
+        Ledger(home.ledger).record_issue(bundle, recipient, CarryMap.of(kept), spec)
     return bundle
 
 

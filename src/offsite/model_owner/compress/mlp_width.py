@@ -10,6 +10,7 @@ import numpy.typing as npt
 from offsite.config import PackSpec
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.carry_map import KeptFeatures, Narrowed
 from offsite.models.family import Architecture
 from offsite.models.modules.declared import Declared, mlp_inputs
 
@@ -42,6 +43,13 @@ def reshape(family: Architecture, read: Callable[[str], Array], declared: Declar
         return choose_neurons(family, read, declared.mlp_width or 0)
 
     return lambda path, values: narrow(family, path, values, kept())
+
+
+def kept_features(family: Architecture, read: Callable[[str], Array], declared: Declared) -> Narrowed:
+    """The neurons that stay: inputs of the MLP's output layer, and outputs of its other layers."""
+    neurons = tuple(choose_neurons(family, read, declared.mlp_width or 0).tolist())
+    outputs = dict.fromkeys(mlp_inputs(family), KeptFeatures(outputs=neurons))
+    return {**outputs, family.mlp_out: KeptFeatures(inputs=neurons)}
 
 
 def choose_neurons(family: Architecture, read: Callable[[str], Array], width: int) -> npt.NDArray[np.intp]:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from offsite.config import PackSpec, StoredForm
 from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.carry_map import Narrowed
 from offsite.model_owner.compress.smallest_weights import Array
 from offsite.models.family import Architecture
 from offsite.models.modules.declared import Declared
@@ -52,6 +53,12 @@ class BlockReshaping(DeclaringForm, Protocol):
             family: the model's row of the architecture table.
             read: returns a tensor of the block, given its path.
             declared: the declaration of the emulator's modules.
+        """
+
+    def kept_features(self, family: Architecture, read: Callable[[str], Array], declared: Declared) -> Narrowed:
+        """The inputs and outputs that the layers of the smaller block keep, for the same arguments as `reshape`.
+
+        The owner's map needs them to carry an adapter on such a layer to the base's shape.
         """
 
 

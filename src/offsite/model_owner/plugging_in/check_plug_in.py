@@ -9,6 +9,7 @@ from offsite.errors import IncompatibleError, UsageError
 from offsite.model_owner.base_model import BaseModel, fingerprint, open_base
 from offsite.model_owner.intake import issued_bundle
 from offsite.model_owner.ledger import Issued, Ledger, plugged_in_before
+from offsite.model_owner.plugging_in.carry import carry_of, require_fitting_map
 from offsite.model_owner.plugging_in.plugged_tensors import Chosen
 from offsite.progress import Event, Progress
 from offsite.protocol.artifacts import Base, Return
@@ -37,7 +38,8 @@ def check_plug_in(
     Raises:
         VerificationError: this home never issued the bundle.
         PolicyError: the return was plugged in before.
-        IncompatibleError: the base is not the one that the bundle was packed from.
+        IncompatibleError: the base is not the one that the bundle was packed from, or the ledger's map does not lead
+            from the bundle to it.
         UsageError: the return's method does not support the requested form, or the return has no such checkpoint.
     """
     parent = issued_bundle(returned, home)
@@ -54,6 +56,7 @@ def check_plug_in(
             reasons=["its fingerprint differs from the ledger's"],
             next_step="name the folder that `offsite pack` was given for this bundle",
         )
+    require_fitting_map(carry_of(parent), model, parent.manifest)
     return model, parent
 
 

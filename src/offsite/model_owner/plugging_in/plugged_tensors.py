@@ -8,7 +8,9 @@ import numpy.typing as npt
 
 from offsite.errors import IncompatibleError, VerificationError
 from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.carry_map import ALL, CarryMap, KeptFeatures
 from offsite.model_owner.ledger import Issued
+from offsite.model_owner.plugging_in.carry import Spread, carry_axis, carry_matrix, carry_of, layer_shape
 from offsite.protocol.artifacts import Return
 from offsite.protocol.contents import WEIGHTS_OF, checkpoint_file
 from offsite.protocol.manifest import LoraSettings
@@ -51,6 +53,11 @@ class Chosen:
         manifest = self.returned.manifest
         return head_names(self.parent.manifest, manifest.method) if manifest.head else {}
 
+    @property
+    def carry(self) -> CarryMap:
+        """The map from the bundle's shapes to the base's."""
+        return carry_of(self.parent)
+
 
 def adapter_tensors(model: BaseModel, chosen: Chosen) -> list[NewTensor]:
     """The tensors of a plug-in in the form of an adapter.
@@ -66,7 +73,9 @@ def adapter_tensors(model: BaseModel, chosen: Chosen) -> list[NewTensor]:
         return renamed
     for target in lora.targets:
         (a, b), (new_a, new_b) = lora_pair(target), lora_pair(to_base(target, model, parent, target=True))
-        renamed += [copied(held[a], name=new_a), _scaled(held[b], new_b, chosen.strength)]
+        kept, (outputs, inputs) = _carried_layer(model, chosen, target)
+        renamed.append(_scaled(held[a], new_a, np.float32(1), Spread(kept.inputs, inputs, axis=1)))  # (r, inputs)
+        renamed.append(_scaled(held[b], new_b, chosen.strength, Spread(kept.outputs, outputs, axis=0)))  # (outputs, r)
     for returned, name in chosen.head.items():
         head = _changed(model.tensors[name], _difference(held[returned], name, parent), chosen.strength, dtype="F32")
         renamed.append(replace(head, name=returned))
@@ -89,17 +98,30 @@ def to_base(name: str, model: BaseModel, parent: Issued, *, target: bool = False
     place = model.family.linear_layer_of(name) if target else model.family.block_of(name)
     if place is None:
         raise IncompatibleError(f"{name[:200]} belongs to no block")
-    return model.family.in_block(parent.kept[place[0]], place[1])
+    return model.family.in_block(carry_of(parent).blocks[place[0]].base, place[1])
 
 
-def _scaled(tensor: StoredTensor, name: str, factor: np.float32) -> NewTensor:
-    """A returned tensor under another name, multiplied by `factor` in float32; factor 1 keeps every bit."""
-    if factor == 1:
+def _carried_layer(model: BaseModel, chosen: Chosen, target: str) -> tuple[KeptFeatures, tuple[int, int]]:
+    """The features that the bundle's layer kept, and the base layer's (outputs, inputs), of a LoRA target."""
+    place = model.family.linear_layer_of(target)
+    if place is None:
+        raise IncompatibleError(f"{target[:200]} belongs to no block")
+    block, path = place
+    return chosen.carry.features(block, path), layer_shape(model, chosen.carry.blocks[block].base, path)
+
+
+def _scaled(tensor: StoredTensor, name: str, factor: np.float32, spread: Spread | None = None) -> NewTensor:
+    """A returned tensor under another name, spread to the base's shape and multiplied by `factor` in float32.
+
+    Without any of this, every bit is kept.
+    """
+    spread = spread or Spread(None, 0, axis=0)
+    if factor == 1 and spread.kept is None:
         return copied(tensor, name=name)
 
     def chunks() -> list[bytes]:
         with np.errstate(over="ignore"):  # checked below
-            values = read_float32(tensor) * factor
+            values = spread.of(read_float32(tensor) * factor)
         if not np.isfinite(values).all():
             raise VerificationError(
                 "the return does not fit into F32 at this strength",
@@ -108,7 +130,7 @@ def _scaled(tensor: StoredTensor, name: str, factor: np.float32) -> NewTensor:
             )
         return [from_float32(values, "F32").tobytes()]
 
-    return NewTensor(name, "F32", tensor.shape, chunks)
+    return NewTensor(name, "F32", spread.shape(tensor.shape), chunks)
 
 
 def _changed(tensor: TensorRange, change: Change, strength: np.float32, dtype: str | None = None) -> NewTensor:
@@ -141,7 +163,8 @@ def _lora_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
     def change_of(target: str) -> Change:
         def change(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
             a, b = (read_float32(held[name]) for name in lora_pair(target))  # (r, in), (out, r)
-            delta = np.float32(lora.alpha / lora.rank) * (b @ a)  # (out, in)
+            kept, shape = _carried_layer(model, chosen, target)
+            delta = carry_matrix(np.float32(lora.alpha / lora.rank) * (b @ a), kept, shape)  # (out, in)
             return delta.T if model.family.transposed else delta
 
         return change
@@ -153,7 +176,22 @@ def _lora_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
 
 def _own_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
     held = {name: tensor for name, tensor in chosen.tensors.items() if name not in chosen.head}
-    return {to_base(name, model, chosen.parent): _difference(held[name], name, chosen.parent) for name in held}
+    return {to_base(name, model, chosen.parent): _own_change(held[name], name, model, chosen) for name in held}
+
+
+def _own_change(returned: StoredTensor, name: str, model: BaseModel, chosen: Chosen) -> Change:
+    """The change of a block's own tensor: counted from the ledger's shipped values where the block was compressed."""
+    shipped = chosen.carry.shipped.get(name)
+    if shipped is None:
+        return _difference(returned, name, chosen.parent)
+    dtype, place = chosen.parent.manifest.tensors[name].dtype, model.family.block_of(name)
+    kept = chosen.carry.features(place[0], place[1].rpartition(".")[0]) if place else ALL
+
+    def change(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        difference = read_float32(returned) - to_float32(shipped, dtype).reshape(returned.shape)
+        return carry_axis(difference, kept.outputs, len(values), 0)
+
+    return change
 
 
 def _difference(returned: StoredTensor, name: str, parent: Issued) -> Change:
