@@ -189,7 +189,6 @@ def _announcing(promised: str, progress: "Progress") -> "Progress":
 def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
     """What the return will contain, in words: every file, and the tensors by block."""
     from offsite.data_owner.return_manifest import returned_tensors
-    from offsite.models.architectures import ARCHITECTURES
     from offsite.protocol.contents import ADAPTER_CONFIG, CLASSIFIER, WEIGHTS_OF, checkpoint_file
     from offsite.protocol.manifest import MANIFEST, SIGNATURE
 
@@ -199,7 +198,7 @@ def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
     files = [WEIGHTS_OF[spec.adapter.method], *earlier, MANIFEST, SIGNATURE]
     if spec.adapter.method == "lora":
         files = [ADAPTER_CONFIG, *files]
-        family = ARCHITECTURES[manifest.architecture]
+        family = manifest.family
         linears = sorted({place[1] for name in manifest.lora_targets if (place := family.linear_layer_of(name))})
         what = f"LoRA pairs of rank {spec.adapter.rank} on {', '.join(linears)}"
     elif spec.adapter.method == "bottleneck":
@@ -208,7 +207,7 @@ def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
         what = "their biases" if spec.adapter.method == "bitfit" else "their own weights"
     if spec.adapter.tune_head:
         what += ", and the model's output head"
-    vision = ARCHITECTURES[manifest.architecture].vision is not None
+    vision = manifest.family.vision is not None
     if vision:
         files = sorted([*files, CLASSIFIER])
     also = ", and a classifier with the NAMES OF YOUR CLASSES" if vision else ""

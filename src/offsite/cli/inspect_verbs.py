@@ -171,9 +171,7 @@ def _bundle(manifest: "BundleManifest", digest: str, home: "Home") -> dict[str, 
 
 def _by_linear_map(manifest: "BundleManifest") -> dict[str, list[int]]:
     """Where LoRA may sit: the paths in a block of its linear layers, each with the blocks of the bundle."""
-    from offsite.models.architectures import ARCHITECTURES
-
-    family = ARCHITECTURES[manifest.architecture]
+    family = manifest.family
     blocks: dict[str, list[int]] = {}
     for index, path in sorted(place for name in manifest.lora_targets if (place := family.linear_layer_of(name))):
         blocks.setdefault(path, []).append(index)

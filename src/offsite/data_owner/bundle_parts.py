@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from offsite.models.architectures import ARCHITECTURES
 from offsite.models.plan_amounts import Part, part
 from offsite.protocol.manifest import BundleManifest
 from offsite.storage.safetensors_files import ITEM_SIZE, TensorRange
@@ -15,7 +14,7 @@ def bundle_parts(manifest: BundleManifest, tensors: Mapping[str, TensorRange]) -
         manifest: the bundle's manifest, which says how the model is split.
         tensors: the tensors in the bundle's weights, by name.
     """
-    family, split = ARCHITECTURES[manifest.architecture], manifest.split
+    family, split = manifest.family, manifest.split
     inside = {"trained in between": len(split.spread)} if split.spread else {}
     blocks = {"bottom": split.bottom, "emulator": split.emulator - len(split.spread), **inside, "top": split.top}
     held: dict[str, list[TensorRange]] = {name: [] for name in ("embeddings", *blocks, "final norm", "head")}

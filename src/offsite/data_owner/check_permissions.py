@@ -2,7 +2,7 @@
 
 from offsite.config import PermitSettings, TuneSpec, unpermitted
 from offsite.errors import IncompatibleError, PolicyError, UsageError
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.architectures import Architecture
 from offsite.protocol.manifest import BundleManifest
 
 _NO_HEAD = (
@@ -19,7 +19,7 @@ def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
         IncompatibleError: BitFit was requested, but the trained blocks have no biases.
         PolicyError: the method, the rank, the width or the head is not permitted.
     """
-    if ARCHITECTURES[manifest.architecture].vision is not None and spec.not_for_images():
+    if manifest.family.vision is not None and spec.not_for_images():
         raise UsageError(
             "a return of pictures holds one checkpoint and no scores",
             reasons=["its classifier would have to be in every checkpoint"],
@@ -48,15 +48,15 @@ def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
         )
 
 
-def resolve_defaults(spec: TuneSpec, architecture: str, item: int) -> TuneSpec:
+def resolve_defaults(spec: TuneSpec, family: Architecture, item: int) -> TuneSpec:
     """Fill in the default that depends on the bundle and the compute dtype: the number of tokens at once.
 
     Args:
         spec: the settings.
-        architecture: the architecture of the bundle's model.
+        family: the family of the bundle's model.
         item: bytes per value in the compute dtype.
     """
-    wide_text = item == 4 and ARCHITECTURES[architecture].vision is None
+    wide_text = item == 4 and family.vision is None
     at_once = spec.memory.micro_batch_tokens or (spec.tokens_at_once // 2 if wide_text else spec.tokens_at_once)
     return spec.changed({"micro_batch_tokens": at_once})
 

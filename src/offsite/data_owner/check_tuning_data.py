@@ -6,7 +6,6 @@ from offsite.data.data_files import DataPaths, Part
 from offsite.data.pictures.picture_workers import PictureWorkers
 from offsite.data.row import RowForm
 from offsite.data_owner.tuning_pictures import open_album
-from offsite.models.architectures import ARCHITECTURES
 from offsite.models.tokenizers import context_length, load_tokenizer
 from offsite.progress import Event, Progress
 from offsite.protocol.artifacts import Bundle
@@ -32,7 +31,7 @@ def check_tuning_data(
         IncompatibleError: the tokenizer or image processor does not fit the model.
     """
     progress(Event("reading the rows", 0))
-    if ARCHITECTURES[bundle.manifest.architecture].vision is not None:
+    if bundle.manifest.family.vision is not None:
         album = open_album(bundle.files, data, eval_data, spec, progress, PictureWorkers())
         found: dict[str, TextCheck | PictureCheck] = {"data": check_pictures(data, album.train)}
         if album.held_out is not None:

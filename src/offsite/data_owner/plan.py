@@ -110,7 +110,7 @@ def plan_tune(
 
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     item = runtime.dtype.itemsize
-    spec = resolve_defaults(spec, bundle.manifest.architecture, item)
+    spec = resolve_defaults(spec, bundle.manifest.family, item)
     progress(Event("reading the rows", 0))
     with PictureWorkers(worker_count(spec.images.workers, runtime.device)) as workers:
         read = read_data(bundle, data, eval_data, spec, progress, workers)

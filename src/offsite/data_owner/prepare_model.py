@@ -13,7 +13,6 @@ from offsite.data_owner.tuning_data import TextData
 from offsite.data_owner.tuning_pictures import Album
 from offsite.kernels import Report, prepare, prepare_adapters
 from offsite.kernels.runtime import Runtime
-from offsite.models.architectures import ARCHITECTURES
 from offsite.models.backbone import split_backbone_and_head
 from offsite.models.image_encoder import BIAS, WEIGHT, encoder_of
 from offsite.models.loading import load_model
@@ -92,7 +91,7 @@ def _attach(
 
 def _decayed(bundle: Bundle, spec: TuneSpec, names: Iterable[str]) -> frozenset[str]:
     """The names of the trained parameters with weight decay: matrices of linear layers and of the head."""
-    family = ARCHITECTURES[bundle.manifest.architecture]
+    family = bundle.manifest.family
     adds_layers = spec.adapter.method in ("lora", "bottleneck")  # linear layers, and nothing else
     return frozenset(
         name
@@ -111,7 +110,7 @@ def _tuning(
     weights: MasterWeights,
     kernels: Report,
 ) -> Tuning:
-    family = ARCHITECTURES[bundle.manifest.architecture]
+    family = bundle.manifest.family
     blocks = model.get_submodule(family.module_blocks or family.blocks)
     classifier = {name: master for name, master in weights.masters.items() if name in (WEIGHT, BIAS)}
     adapter = {name: master for name, master in weights.masters.items() if name not in classifier}

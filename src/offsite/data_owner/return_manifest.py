@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 
 from offsite.config import TuneSpec
-from offsite.models.architectures import ARCHITECTURES
 from offsite.protocol.artifacts import Bundle
 from offsite.protocol.contents import ADAPTER_CONFIG, CLASSIFIER, WEIGHTS_OF, checkpoint_file
 from offsite.protocol.manifest import (
@@ -58,7 +57,7 @@ def classifier_shapes(manifest: BundleManifest, classes: int) -> dict[str, tuple
 
 def adapter_settings(manifest: BundleManifest, spec: TuneSpec) -> bytes:
     """The content of `adapter_config.json` in a LoRA return."""
-    family = ARCHITECTURES[manifest.architecture]
+    family = manifest.family
     config = adapter_config(lora_settings(manifest, spec), family, head=spec.adapter.tune_head)
     return json.dumps(config, indent=1).encode() + b"\n"
 

@@ -17,7 +17,6 @@ from offsite.data_owner.train import train
 from offsite.data_owner.tuning_data import read_data
 from offsite.data_owner.write_return import write_return
 from offsite.kernels.runtime import Runtime, resolve_runtime, seeded, worker_count
-from offsite.models.architectures import ARCHITECTURES
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Bundle, Return
 from offsite.protocol.home import Home
@@ -74,7 +73,7 @@ def tune(
     identity = check_tuning(bundle, out, spec, home, eval_data=eval_data, tensorboard=tensorboard, resume=resume)
     out = out.resolve()  # the return replaces an empty folder, which may be the current one
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
-    spec = resolve_defaults(spec, bundle.manifest.architecture, runtime.dtype.itemsize)
+    spec = resolve_defaults(spec, bundle.manifest.family, runtime.dtype.itemsize)
     with PictureWorkers(worker_count(spec.images.workers, runtime.device)) as workers:
         progress(Event("reading the rows", 0))
         rows = read_data(bundle, data, eval_data, spec, progress, workers)
@@ -105,7 +104,7 @@ def _identity_of_run(
     settings = spec.flat(without=_FREE_SETTINGS)
     resolved = {"device": str(runtime.device), "compute": str(runtime.dtype)}
     reported = {"eval_data": data_digest(eval_data)} if eval_data and spec.points.report_scores else {}
-    if ARCHITECTURES[bundle.manifest.architecture].vision is None:
+    if bundle.manifest.family.vision is None:
         digest = data_digest(data)
     else:  # a table of pictures names files that may have become others
         digest = pictures_digest(read_pictures(data, part="train", columns=spec.rows.columns))

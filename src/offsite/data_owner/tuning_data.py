@@ -10,7 +10,6 @@ from offsite.data.read_rows import read_rows
 from offsite.data.row import RowForm
 from offsite.data.tokens import encode
 from offsite.data_owner.tuning_pictures import Album, open_album
-from offsite.models.architectures import ARCHITECTURES
 from offsite.models.tokenizers import context_length, load_tokenizer
 from offsite.progress import Event, Progress
 from offsite.protocol.artifacts import Bundle
@@ -73,7 +72,7 @@ def read_data(
         UsageError: held-out pictures are requested in two ways.
         IncompatibleError: the tokenizer or image processor does not fit the model.
     """
-    if ARCHITECTURES[bundle.manifest.architecture].vision is not None:
+    if bundle.manifest.family.vision is not None:
         return open_album(bundle.files, data, eval_data, spec, progress, workers)
     train = _encode(bundle, data, spec, progress, "train")
     held_out = _encode(bundle, eval_data, spec, progress, "held out").examples if eval_data is not None else ()

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from offsite.errors import VerificationError
-from offsite.models.architectures import ARCHITECTURES, Architecture, config_problems
+from offsite.models.architectures import Architecture, config_problems
 from offsite.models.modules.declared import Declared, Expected, unwrapped
 from offsite.protocol.contents import (
     ALLOWED_KEYS,
@@ -206,7 +206,7 @@ BUNDLE_RULES: tuple[Rule, ...] = (
 def _bundle_of(signed: SignedFolder) -> tuple[BundleManifest, Architecture]:
     if not isinstance(signed.manifest, BundleManifest):
         raise TypeError("a rule for bundles was run on something else")
-    return signed.manifest, ARCHITECTURES[signed.manifest.architecture]
+    return signed.manifest, signed.manifest.family
 
 
 def _settings_of(signed: SignedFolder) -> tuple[dict[str, Any], Declared | None]:

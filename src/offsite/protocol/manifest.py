@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from offsite.config import Method, describe_validation
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.architectures import ARCHITECTURES, Architecture
 from offsite.models.modules.declared import FEATURES
 from offsite.models.modules.declared_shapes import bottleneck_places, bottleneck_shapes
 from offsite.storage.strict_json import strict_json
@@ -144,15 +144,20 @@ class BundleManifest(_Document):
         return self
 
     @property
+    def family(self) -> Architecture:
+        """The family of the bundle's model."""
+        return ARCHITECTURES[self.architecture]
+
+    @property
     def hidden(self) -> int:
         """The model's hidden size, read from the shape of a returnable tensor."""
-        family = ARCHITECTURES[self.architecture]
+        family = self.family
         weight = self.tensors[f"{family.in_block(self.split.trained[0], family.attention_out)}.weight"]
         return weight.shape[1 if family.transposed else 0]
 
     def own_tensors(self, method: Method) -> dict[str, TensorEntry]:
         """The model's own tensors in a return by this method; empty for methods that add tensors (LoRA, bottleneck)."""
-        family = ARCHITECTURES[self.architecture]
+        family = self.family
         if method == "bitfit":
             return {name: entry for name, entry in self.tensors.items() if family.is_bias(name)}
         return dict(self.tensors) if method == "full" else {}
@@ -166,7 +171,7 @@ class BottleneckSettings(_Part):
     def tensors(self, bundle: BundleManifest) -> dict[str, TensorEntry]:
         """The tensors that a return with these bottlenecks must hold for a bundle, by name, with shape and dtype."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for place in bottleneck_places(ARCHITECTURES[bundle.architecture], bundle.split.trained):
+        for place in bottleneck_places(bundle.family, bundle.split.trained):
             shapes |= bottleneck_shapes(place, bundle.hidden, self.width)
         return {name: TensorEntry(shape=shape, dtype="F32") for name, shape in shapes.items()}
 

@@ -5,7 +5,7 @@ return and plug-in stay ordinary PEFT folders; with the methods "full" and "bitf
 """
 
 from offsite.config import Method
-from offsite.models.architectures import ARCHITECTURES, Architecture
+from offsite.models.architectures import Architecture
 from offsite.protocol.manifest import BundleManifest, TensorEntry
 
 
@@ -16,7 +16,7 @@ def returned_name(name: str, family: Architecture, method: Method) -> str:
 
 def head_names(bundle: BundleManifest, method: Method) -> dict[str, str]:
     """A mapping for the returnable head tensors: name in a return by this method -> name in the bundle."""
-    family = ARCHITECTURES[bundle.architecture]
+    family = bundle.family
     return {returned_name(name, family, method): name for name in bundle.head}
 
 

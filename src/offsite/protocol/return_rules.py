@@ -61,7 +61,7 @@ def _return_lora(signed: SignedFolder) -> Iterator[str]:
         yield "a LoRA target is named twice"
     strange = sorted(set(lora.targets) - set(parent.lora_targets)) if parent else []
     yield from (f"LoRA sits on {name}, which the bundle does not permit" for name in strange)
-    families = [ARCHITECTURES[parent.architecture]] if parent else ARCHITECTURES.values()
+    families = [parent.family] if parent else ARCHITECTURES.values()
     if parent is None:  # shapes are the bundle's to say
         names = {name for target in lora.targets for name in lora_pair(target)}
         heads = {
@@ -124,7 +124,7 @@ def _return_classifier(signed: SignedFolder) -> Iterator[str]:
 
 def classifier_inputs(bundle: BundleManifest) -> int | None:
     """The number of features that the classifier reads for one image; None if the bundle is a language model."""
-    family = ARCHITECTURES[bundle.architecture]
+    family = bundle.family
     if family.vision is None:
         return None
     places = ((family.linear_layer_of(name), shape) for name, shape in bundle.lora_targets.items())

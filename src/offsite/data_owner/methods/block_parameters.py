@@ -6,7 +6,6 @@ from torch import nn
 
 from offsite.config import TuneSpec
 from offsite.data_owner.methods.trainable_parameters import require_exactly
-from offsite.models.architectures import ARCHITECTURES
 from offsite.models.mixture import in_files
 from offsite.protocol.manifest import BundleManifest
 
@@ -26,7 +25,7 @@ def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -
     Raises:
         IncompatibleError: the model does not have exactly these tensors with these shapes.
     """
-    family, expected = ARCHITECTURES[manifest.architecture], manifest.own_tensors(spec.adapter.method)
+    family, expected = manifest.family, manifest.own_tensors(spec.adapter.method)
     for name, parameter in model.named_parameters():
         if in_files(family, {name: parameter}).keys() <= expected.keys():
             parameter.requires_grad_(True)

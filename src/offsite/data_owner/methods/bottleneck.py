@@ -6,7 +6,6 @@ from torch import nn
 
 from offsite.config import TuneSpec
 from offsite.data_owner.methods.trainable_parameters import require_exactly
-from offsite.models.architectures import ARCHITECTURES
 from offsite.models.modules.bottleneck_layers import insert_bottlenecks
 from offsite.models.modules.declared_shapes import bottleneck_places
 from offsite.protocol.manifest import BottleneckSettings, BundleManifest
@@ -24,7 +23,7 @@ def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -
     Raises:
         IncompatibleError: the model's bottlenecks are not exactly those that the manifest permits.
     """
-    places = bottleneck_places(ARCHITECTURES[manifest.architecture], manifest.split.trained)
+    places = bottleneck_places(manifest.family, manifest.split.trained)
     insert_bottlenecks(model, places, manifest.hidden, spec.adapter.width)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     require_exactly(trainable, BottleneckSettings(width=spec.adapter.width).tensors(manifest))

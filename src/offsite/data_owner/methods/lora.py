@@ -7,7 +7,6 @@ from torch import nn
 from offsite.config import TuneSpec
 from offsite.data_owner.methods.trainable_parameters import require_exactly
 from offsite.data_owner.return_manifest import lora_settings
-from offsite.models.architectures import ARCHITECTURES
 from offsite.models.hugging_face_calls import quiet
 from offsite.protocol.manifest import BundleManifest
 from offsite.protocol.peft_adapter import adapter_tensors
@@ -34,7 +33,7 @@ def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -
         lora_dropout=spec.adapter.lora_dropout,
         # A list of full paths: of a pattern PEFT uses only the last words if the model has experts.
         target_modules=list(lora.targets),
-        fan_in_fan_out=ARCHITECTURES[manifest.architecture].transposed,
+        fan_in_fan_out=manifest.family.transposed,
         bias="none",
     )
     with quiet():

@@ -6,7 +6,6 @@ from torch import nn
 
 from offsite.config import TuneSpec
 from offsite.data_owner.methods.trainable_parameters import require_exactly
-from offsite.models.architectures import ARCHITECTURES
 from offsite.models.mixture import in_files
 from offsite.protocol.manifest import BundleManifest
 from offsite.protocol.output_head import returned_head, returned_name
@@ -27,7 +26,7 @@ def attach_head(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSp
     """
     if not spec.adapter.tune_head:
         return {}
-    family, head = ARCHITECTURES[manifest.architecture], model.get_output_embeddings().requires_grad_(True)
+    family, head = manifest.family, model.get_output_embeddings().requires_grad_(True)
     parameters = {f"{family.head_module}.{kind}": parameter for kind, parameter in head.named_parameters()}
     renamed = {returned_name(name, family, spec.adapter.method): parameter for name, parameter in parameters.items()}
     in_return = renamed if spec.adapter.method == "lora" else in_files(family, parameters)
