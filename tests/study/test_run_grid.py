@@ -79,6 +79,9 @@ def test_figures_are_what_they_say(study: Study) -> None:
     gain = loss["plug_in"] - loss["zero_shot"]
     assert point.gain_recovered.value == pytest.approx(gain / (loss["full"] - loss["zero_shot"]))
     assert point.bound_recovered.value == pytest.approx(gain / (loss["adapter_on_base"] - loss["zero_shot"]))
+    assert point.own_gain is not None
+    own = loss["emulator"] - loss["zero_shot"]
+    assert point.own_gain.value == pytest.approx(own / (loss["full"] - loss["zero_shot"]))
     assert point.plug_in_gap.value == pytest.approx(loss["plug_in"] - loss["emulator"])
     rows = {row: read_row_scores(stage.out) for row, stage in study.played.points[0].rows.items()}
     ends = paired_interval(rows["plug_in"].nats, rows["zero_shot"].nats, rows["plug_in"].tokens)
@@ -164,6 +167,7 @@ def test_without_full_fine_tuning_the_rest_is_there(tmp_path: Path) -> None:
     (point,) = collect(played.recipe, played.points, tmp_path / "out").cells
     assert set(ROWS) - set(point.scores) == {"full"} == set(point.errors)
     assert point.gain_recovered is None
+    assert point.own_gain is None
     assert point.bound_recovered is not None
 
 

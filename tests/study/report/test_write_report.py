@@ -26,7 +26,8 @@ def point(folder: Path, **changes: Any) -> GridPointResult:
     }  # fmt: skip
     made = GridPointResult(
         dataset="sums", score="loss", compress="drop | 8", placement="2-8-2", tune="LoRA", method="lora", seed=0,
-        scores=scores, gain_recovered=Figure(0.5, 0.4, 0.6), bound_recovered=Figure(0.625), plug_in_gap=Figure(-1.5),
+        scores=scores, gain_recovered=Figure(0.5, 0.4, 0.6), bound_recovered=Figure(0.625),
+        own_gain=Figure(0.25), plug_in_gap=Figure(-1.5),
         bundle_bytes=100 * 2**20, return_bytes=2**20, seconds={"model-owner": 3.0, "data-owner": 61.0},
         peak_bytes={"data-owner": 2**30}, spent=[], errors={}, log="log.jsonl",
     )  # fmt: skip
@@ -43,7 +44,7 @@ def test_tables_say_what_was_found(tmp_path: Path) -> None:
         ("sums", "drop | 8", "2-8-2", "LoRA", "3.000 ± 0.100", "6.000 ± 0.100", "2.000 ± 0.100", "2.200 ± 0.100",
          "4.000 ± 0.100", "2.500 ± 0.100"),
     )  # fmt: skip
-    assert recovered.lines[0][4:] == ("-0.500 [-0.600, -0.400]", "50 [40, 60]", "62", "-1.500", "100.0")
+    assert recovered.lines[0][4:] == ("-0.500 [-0.600, -0.400]", "50 [40, 60]", "25", "62", "-1.500", "100.0")
     assert costs.lines[0][4:] == ("100.0", "1.0", "3", "61", "", "1,024.0")
 
 
@@ -112,7 +113,8 @@ def test_without_matplotlib_the_rest_is_written(tmp_path: Path, monkeypatch: pyt
 
 def test_a_cell_that_failed_altogether_is_reported(tmp_path: Path) -> None:
     nothing = point(tmp_path, scores={}, placement=None, bundle_bytes=None, return_bytes=None, gain_recovered=None,
-                   bound_recovered=None, plug_in_gap=None, errors={"plug_in": "no"}, log=None)  # fmt: skip
+                   bound_recovered=None, own_gain=None, plug_in_gap=None, errors={"plug_in": "no"},
+                   log=None)  # fmt: skip
     write_report(results(nothing), tmp_path)
     assert failures(results(nothing)) == ["sums, drop | 8, ?, LoRA, seed 0: plug-in: no"]
     assert tables(results(nothing))[0].lines[0][-1] == "failed"

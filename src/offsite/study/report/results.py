@@ -77,6 +77,7 @@ class GridPointResult:
     scores: Mapping[str, RowResult]
     gain_recovered: Figure | None  # (plug_in - zero_shot) / (full - zero_shot), of primary scores
     bound_recovered: Figure | None  # the same with adapter_on_base in place of full
+    own_gain: Figure | None  # (emulator - zero_shot) / (full - zero_shot): what the data owner has without the owner
     plug_in_gap: Figure | None  # plug_in - emulator: if better, the data owner does not have what the owner gets
     bundle_bytes: int | None
     return_bytes: int | None
@@ -146,8 +147,9 @@ def _point_result(point: GridPoint, folder: Path, cache: dict[str, RowScores]) -
         method=point.method.spec.adapter.method,
         seed=point.seed,
         scores=scores,
-        gain_recovered=_share(rows, "full", point.metric),
-        bound_recovered=_share(rows, "adapter_on_base", point.metric),
+        gain_recovered=_share_of_gain(rows, "plug_in", "full", point.metric),
+        bound_recovered=_share_of_gain(rows, "plug_in", "adapter_on_base", point.metric),
+        own_gain=_share_of_gain(rows, "emulator", "full", point.metric),
         plug_in_gap=_difference(rows.get("plug_in"), rows.get("emulator"), point.metric),
         bundle_bytes=pack["result"]["bytes"] if pack.get("done") else None,
         return_bytes=tune["result"]["bytes"] if tune.get("done") else None,
@@ -200,11 +202,11 @@ def _difference(one: RowScores | None, other: RowScores | None, metric: MetricNa
     return None if one is None or other is None else _figure(*difference(one, other, metric))
 
 
-def _share(rows: Mapping[str, RowScores], whole: str, metric: MetricName) -> Figure | None:
-    """The share of a gain over zero-shot that the plug-in has; None where that gain is none."""
-    if not {"zero_shot", whole, "plug_in"} <= rows.keys():
+def _share_of_gain(rows: Mapping[str, RowScores], part: str, whole: str, metric: MetricName) -> Figure | None:
+    """The gain of the model `part` over zero-shot, as a share of that of `whole`; None if `whole` gains nothing."""
+    if not {"zero_shot", whole, part} <= rows.keys():
         return None
-    zero, best, reached = rows["zero_shot"], rows[whole], rows["plug_in"]
+    zero, best, reached = rows["zero_shot"], rows[whole], rows[part]
     require_same_rows((zero, best, reached))
     least, most, there = (one.mean(metric) for one in (zero, best, reached))
     if not METRICS[metric].is_gain(most, least):
