@@ -1,6 +1,6 @@
-"""The seam for speed: what makes a model fast on a device. Nothing outside imports below this package.
+"""The public functions that make a model fast on a device; code outside `kernels/` imports only from here.
 
-Names are resolved when they are first used, so that a caller who needs no torch loads none.
+Names are imported when they are first used, so that a caller who needs no torch does not load it.
 """
 
 import importlib
@@ -38,14 +38,18 @@ _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported when it is first used."""
+    """Import a public name when it is first used.
+
+    Raises:
+        AttributeError: the package has no such name.
+    """
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    globals()[name] = value  # the next look-up does not come here
+    globals()[name] = value  # the next look-up finds it without this function
     return value
 
 
 def __dir__() -> list[str]:
-    """The public names, for completion."""
+    """The public names, for completion in an interactive shell."""
     return sorted(_MODULE_OF)

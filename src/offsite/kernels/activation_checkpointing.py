@@ -11,13 +11,14 @@ from offsite.models.blocks import Wrapped
 
 
 class Checkpointed(Wrapped):
-    """A block that is run again where its gradient is wanted; random numbers (dropout) are the same both times.
+    """A block whose activations are computed again in the backward pass, with the same random numbers (dropout).
 
-    transformers' own switch works on modules in training mode alone, which would put dropout into frozen blocks.
+    The switch of transformers itself works only on modules in training mode, which would put dropout into frozen
+    blocks.
     """
 
     def forward(self, *arguments: Any, **settings: Any) -> Any:
-        """Run the block."""
+        """Run the block without storing its activations; arguments and result are those of the block."""
         own = own_randomness()
         if own is None:
             return checkpoint(self.block, *arguments, use_reentrant=False, **settings)
@@ -30,14 +31,18 @@ class Checkpointed(Wrapped):
 
 
 def checkpoint_activations(blocks: nn.Module) -> None:
-    """Have every block of a list recomputed, after all that trains was attached; again changes nothing."""
+    """Wrap every block of a list, in place, so that its activations are computed again in the backward pass.
+
+    Call it after everything that trains has been attached to the blocks. A block that is already wrapped stays as it
+    is.
+    """
     for name, block in list(blocks.named_children()):
         if not isinstance(block, Checkpointed):
             blocks.register_module(name, Checkpointed(block))
 
 
 def keep_activations(blocks: nn.Module) -> None:
-    """Undo `checkpoint_activations`."""
+    """Undo `checkpoint_activations`: unwrap the blocks in place, so that they store their activations again."""
     for name, block in list(blocks.named_children()):
         if isinstance(block, Checkpointed):
             blocks.register_module(name, block.block)

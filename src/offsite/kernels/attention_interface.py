@@ -1,4 +1,4 @@
-"""Gives a model a backend's attention through transformers' own attention interface; nothing is patched."""
+"""Registers the attention of a backend through transformers' own attention interface; no library code is patched."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 def use_attention(
     model: "PreTrainedModel", name: str, attend: Callable[..., Any], mask: Callable[..., Any], reason: str
 ) -> Piece:
-    """Let a model that runs SDPA run another attention.
+    """Replace the attention of a model that runs torch's SDPA (scaled dot-product attention) by another one.
 
     Args:
-        model: its config gets the attention's name.
-        name: under which the attention is registered.
-        attend: the attention, as transformers calls it.
-        mask: makes its mask, as transformers calls it.
-        reason: why it is used, for the report.
+        model: the model; its config gets the name of the attention.
+        name: the name under which the attention is registered in transformers.
+        attend: the attention, with the arguments that transformers passes to an attention function.
+        mask: makes the mask for it, with the arguments that transformers passes to a mask function.
+        reason: why this attention is used, for the report.
+
+    Returns:
+        The entry for the report; its count is 0, with the reason, if the model keeps its own attention.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
@@ -30,7 +33,7 @@ def use_attention(
     if implementation != "sdpa":
         return Piece(ATTENTION, 0, f"the model runs {implementation} attention, not SDPA")
     if not getattr(model, "_supports_attention_backend", False):
-        # Falcon, for one, would take another attention under this one's mask
+        # Falcon, for example, would run another attention with the mask that is made for this one
         return Piece(ATTENTION, 0, "the model's own code chooses its attention by name")
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, mask)
@@ -39,24 +42,28 @@ def use_attention(
 
 
 def causal_rule_suffices(q_length: int, kv_length: int, **named: Any) -> bool:
-    """Whether the causal rule alone gives the right mask, for rows that are padded at the right.
+    """Whether the causal rule alone gives the right mask, for sequences that are padded at the right.
 
-    What stands behind a row's last token is seen by no token of the row; what is computed there is read by nobody.
+    All padding comes after the tokens, so under the causal rule no token attends to padding. Outputs at padded
+    positions are wrong, but nothing reads them.
 
     Args:
-        q_length: queries of a row.
-        kv_length: its keys.
-        **named: what transformers gives its mask functions besides.
+        q_length: the number of queries of a sequence.
+        kv_length: the number of keys of a sequence.
+        **named: the other arguments that transformers passes to its mask functions.
     """
     from transformers.masking_utils import causal_mask_function
 
     causal = named.get("mask_function", causal_mask_function) is causal_mask_function
     if named.get("allow_is_causal_skip") is True and q_length <= (named.get("local_size") or 0):
-        causal = True  # the window, or chunk, is no shorter than the rows
+        causal = True  # the window (or chunk) is at least as long as the sequences
     whole = q_length == kv_length and not named.get("q_offset") and not named.get("kv_offset")
     return causal and whole and bool(named.get("allow_is_causal_skip", True))
 
 
 def is_padded_at_right(attention_mask: torch.Tensor | None) -> bool:
-    """Whether no row of a mask (B, T), 1 where a token is, has a token behind its padding. On a device this waits."""
+    """Whether every sequence of an attention mask (B, T), 1 at tokens and 0 at padding, has its padding at the right.
+
+    None means no padding. For a mask on an accelerator the CPU has to wait for the result.
+    """
     return attention_mask is None or bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())

@@ -1,20 +1,21 @@
-"""Predicts a stage's compute dtype before torch is imported. Torch-free."""
+"""Predicts which compute dtype a stage will use, before torch is imported. Torch-free."""
 
 from typing import Literal
 
 from offsite.kernels.cpu.cpu_features import multiplies_bf16
 
-ITEM_BYTES = {"bf16": 2, "fp32": 4}
+ITEM_BYTES = {"bf16": 2, "fp32": 4}  # bytes of one number
 
 
 def possible_compute_dtypes(
     compute: Literal["auto", "bf16", "fp32"], device: str
 ) -> tuple[Literal["bf16", "fp32"], ...]:
-    """The dtypes that `runtime` may choose: one where that is known, else both.
+    """The compute dtypes that `resolve_runtime` may choose: one dtype if the choice is certain, otherwise both.
 
     Args:
-        compute: the setting; "auto" depends on the device.
-        device: the setting; which one "auto" takes, and what a CUDA device can do, torch alone knows.
+        compute: the setting `compute`; "auto" depends on the device.
+        device: the setting `device`. Only torch can say which device "auto" means and whether a CUDA device multiplies
+            bf16.
     """
     if compute != "auto":
         return (compute,)

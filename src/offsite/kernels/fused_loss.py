@@ -1,8 +1,8 @@
-"""The loss of a causal language model on labelled tokens: the head runs on these tokens alone, a slice at a time.
+"""The loss of a causal language model: its head runs only on the tokens that have a label, a chunk of them at a time.
 
-With a vocabulary of 49,000 words the logits of a batch outweigh a small model many times over. So the body runs
-without its head; hidden states are picked where a label is; and head, softmax and gradient are computed in chunks
-that are gone before the next one. Where the head is frozen, as it is in every adapter, its own gradient is never made.
+With a vocabulary of 49,000 words, the logits of a batch need far more memory than a small model. So the backbone runs
+without the head, the hidden states at labelled tokens are picked out, and head, softmax and gradient are computed in
+chunks; the logits of one chunk are overwritten by the next. If the head is frozen, its gradient is never computed.
 """
 
 from typing import Any
@@ -21,18 +21,19 @@ def labelled_cross_entropy(
     *,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy through a head, in chunks; products in the weight's dtype, softmax in fp32.
+    """Compute the cross-entropy after a head, in chunks; matrix products in the dtype of the weight, softmax in fp32.
 
     Args:
-        hidden: states before the head, (L, H), in the weight's dtype.
-        weight: of the head, (V, H); gets a gradient if it asks for one.
+        hidden: hidden states before the head, (L, H), in the dtype of `weight`.
+        weight: the weight of the head, (V, H); gets a gradient if it requires one.
         targets: token ids, (L,).
-        bias: of the head, (V,), or None; gets a gradient if it asks for one.
-        cap: logits become cap * tanh(logits / cap), as in Gemma 2 (arXiv 2408.00118, section 2).
-        chunk_elements: most logits that exist at once.
+        bias: the bias of the head, (V,), or None; gets a gradient if it requires one.
+        cap: if given, logits become cap * tanh(logits / cap), as in Gemma 2 (arXiv 2408.00118, section 2).
+        chunk_elements: the largest number of logits that exist at once.
 
     Returns:
-        The sum of nats (a scalar with a gradient in `hidden`) and each label's nats, (L,), both fp32.
+        The sum of the labels' losses (a scalar with a gradient with respect to `hidden`), and the loss of each label,
+        (L,); both in nats and fp32.
     """
     rows = max(1, chunk_elements // weight.shape[0])
     total, nats = _LabelledCrossEntropy.apply(hidden, weight, bias, targets, cap, rows)  # type: ignore[no-untyped-call]
@@ -42,6 +43,7 @@ def labelled_cross_entropy(
 def _logits(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, buffer: torch.Tensor
 ) -> torch.Tensor:
+    """Compute the logits (C, V) of a chunk of hidden states (C, H) in the first rows of `buffer`."""
     logits = buffer[: len(hidden)]  # (C, V)
     if bias is None:
         return torch.mm(hidden, weight.T, out=logits)
@@ -51,7 +53,7 @@ def _logits(
 def _softmax(
     logits: torch.Tensor, targets: torch.Tensor, cap: float | None, nats: torch.Tensor, *, slopes: bool
 ) -> None:
-    """Write the labels' nats and, if asked, turn the logits (C, V) into d nats / d logits."""
+    """Write each label's loss to `nats`; with `slopes`, also replace the logits (C, V) by the losses' gradient."""
     if logits.device.type == "cpu":
         from offsite.kernels.cpu.softmax import softmax_
     else:
@@ -60,7 +62,7 @@ def _softmax(
 
 
 class _LabelledCrossEntropy(torch.autograd.Function):
-    """Computes the gradients in the forward pass, while a chunk's probabilities are at hand."""
+    """Autograd function that computes the gradients in its forward pass, where it has each chunk's probabilities."""
 
     @staticmethod
     def forward(
@@ -78,7 +80,7 @@ class _LabelledCrossEntropy(torch.autograd.Function):
         of_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         of_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
         slopes = any(part is not None for part in (gradient, of_weight, of_bias))
-        # one buffer for all chunks: pieces of this size that come and go are what a heap gets its holes from
+        # one buffer for all chunks: allocating and freeing tensors of this size would fragment the heap
         buffer = weight.new_empty(min(rows, len(targets)), weight.shape[0])
         for begin in range(0, len(targets), rows):
             part = slice(begin, begin + rows)

@@ -1,4 +1,4 @@
-"""How micro-batches run: one after the other, or side by side where the device's backend says that it pays."""
+"""Runs micro-batches one after the other, or several at the same time if that is faster on the device's backend."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -16,45 +16,46 @@ _NAME = "micro-batches side by side"
 
 
 class MicroBatchRunner(Protocol):
-    """Runs the micro-batches of an optimiser step forwards and backwards."""
+    """Runs the forward and backward passes of the micro-batches of one optimiser step."""
 
     def __call__(self, loss_of: Callable[[G], torch.Tensor], groups: Sequence[G]) -> Iterator[float]:
         """Run every micro-batch.
 
         Args:
-            loss_of: the loss of a micro-batch, a scalar with a gradient; it may be called from several threads at once.
+            loss_of: computes the loss of a micro-batch, a scalar with a gradient; several threads may call it at once.
             groups: the micro-batches, in any form that `loss_of` takes.
 
         Yields:
-            The loss of each micro-batch, in the order of the groups. Once it is yielded, that micro-batch's gradients
-            have been added to `.grad` of the parameters, and those of no later one.
+            The loss of each micro-batch, in the order of the groups. When it is yielded, the gradients of that
+            micro-batch
+            have been added to `.grad` of the parameters, and those of later micro-batches have not.
         """
         ...
 
 
 class ForwardRunner(Protocol):
-    """Runs work without gradients over micro-batches."""
+    """Runs a function without gradients over micro-batches."""
 
     @property
     def count(self) -> int:
-        """How many run at the same time."""
+        """The number of micro-batches that run at the same time."""
         ...
 
     def __call__(self, work: Callable[[G], R], groups: Sequence[G]) -> Iterator[R]:
-        """What `work` returns for each micro-batch, in the order of the groups; it may run in several threads."""
+        """Call `work` on each micro-batch, possibly in several threads; yields the results in the order of `groups`."""
         ...
 
 
 def micro_batch_runner(
     parameters: Iterable[nn.Parameter], device: torch.device, count: int = 1
 ) -> AbstractContextManager[MicroBatchRunner]:
-    """A runner of micro-batches, for as long as the context is open.
+    """Make a runner of training passes, as a context manager.
 
     Args:
-        parameters: those that get gradients.
-        device: where they are.
-        count: how many micro-batches run at the same time, as `count_side_by_side` says; only on a CPU more than one.
-            The gradients are the same for every count.
+        parameters: the parameters that get gradients.
+        device: the device of the parameters.
+        count: how many micro-batches run at the same time, from `count_side_by_side`; more than one only on a CPU. The
+            gradients are the same for every count.
     """
     if device.type == "cpu":
         from offsite.kernels.cpu import side_by_side
@@ -66,7 +67,7 @@ def micro_batch_runner(
 
 
 def forward_runner(body: nn.Module) -> AbstractContextManager[ForwardRunner]:
-    """A runner of passes without gradients through a network, for as long as the context is open."""
+    """Make a runner of passes without gradients through the network `body`, as a context manager."""
     if next(body.parameters()).device.type == "cpu":
         from offsite.kernels.cpu import side_by_side
 
@@ -84,14 +85,18 @@ def count_side_by_side(
     sample: Callable[[], object],
     only_one: str = "",
 ) -> Piece:
-    """Decide how many micro-batches run side by side, and give the reason.
+    """Decide how many micro-batches run side by side.
 
     Args:
         body: the network that they run through.
         dtype: the compute dtype.
-        asked: how many the settings ask for; None is what usually pays.
-        sample: a forward pass in training mode, to find out whether it draws random numbers of the whole process.
-        only_one: a reason of the caller's why there can be no more than one; empty if there is none.
+        asked: the number in the settings; None means the number that is usually fastest.
+        sample: runs a forward pass in training mode, to find out whether it uses the random generator of the whole
+            process.
+        only_one: the caller's reason why only one can run; empty if there is none.
+
+    Returns:
+        An entry for the report: the number of micro-batches, and the reason.
     """
     device = next(body.parameters()).device
     if device.type != "cpu":

@@ -1,4 +1,4 @@
-"""Measures the peak memory of some work: of the process, or of torch on a CUDA device."""
+"""Measures the peak memory of a function: of the process, or on a CUDA device of torch."""
 
 import re
 from collections.abc import Callable
@@ -13,13 +13,14 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> tuple[int, int]:
-    """Run work, and measure.
+    """Run `work` and measure the memory in use before and at the peak.
 
     Returns:
-        Bytes that were held before, and at the peak of the work.
+        Bytes in use before the call, and at the peak during the call. On a CUDA device the first counts tensors, the
+        second all memory that torch has reserved.
 
     Raises:
-        UsageError: this system does not say what a process holds.
+        UsageError: this system cannot report the memory of a process.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -32,14 +33,15 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> tuple[int, 
             next_step="in the place of --memory use --gradient-checkpointing, or a lower micro_batch_tokens in "
             "--config; in the place of `--plan measure` use --plan",
         )
-    release_freed_memory(device)  # or the work would be charged what was freed before it
-    _RESET.write_text("5")  # the peak starts anew from here
+    release_freed_memory(device)  # otherwise memory that was freed before would count as memory of this work
+    _RESET.write_text("5")  # resets the kernel's record of the peak
     before = _kilobytes("VmRSS")
     work()
     return before, _kilobytes("VmHWM")
 
 
 def _kilobytes(key: str) -> int:
+    """The entry `key` of /proc/self/status, in bytes (the file counts in kB)."""
     found = re.search(rf"^{key}:\s+(\d+)", _STATUS.read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1]) * 1024

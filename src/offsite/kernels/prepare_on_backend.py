@@ -1,4 +1,4 @@
-"""Prepares a model for training on a device: the backend replaces modules by faster ones, and reports them."""
+"""Prepares a model for training on a device: the device's backend replaces modules by faster ones and reports which."""
 
 from typing import TYPE_CHECKING
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 def prepare(model: "PreTrainedModel", device: torch.device, dtype: torch.dtype) -> Report:
     """Replace parts of a model by others that compute the same, faster or with less memory.
 
-    Call it once, before anything is attached to the model and before it is wrapped. Parameters keep their names. On a
-    CUDA device the model takes rows that are padded at the right alone from here on.
+    Call it once, before anything is attached to the model and before its blocks are wrapped. Parameters keep their
+    names. On a CUDA device the prepared model takes only sequences that are padded at the right.
 
     Args:
-        model: changed in place.
-        device: where it is.
+        model: the model, changed in place.
+        device: the device that the model is on.
         dtype: the compute dtype.
 
     Returns:
-        What was replaced, and of everything else why not.
+        The backend, and for each kind of module how many were replaced and why no more.
     """
     pieces: tuple[Piece, ...] = ()
     if device.type == "cpu":
@@ -41,14 +41,14 @@ def prepare(model: "PreTrainedModel", device: torch.device, dtype: torch.dtype) 
 
 
 def prepare_adapters(model: nn.Module, device: torch.device) -> tuple[Piece, ...]:
-    """Replace what a method attached to a prepared model; parameters keep their names.
+    """Replace modules that a tuning method attached to a prepared model; parameters keep their names.
 
     Args:
-        model: changed in place.
-        device: where it is.
+        model: the model, changed in place.
+        device: the device that the model is on.
 
     Returns:
-        What was replaced and why not, for `Report.with_pieces`.
+        Entries for `Report.with_pieces`: how many modules were replaced, and why no more.
     """
     if device.type != "cpu":
         has_lora = any(".lora_A." in name for name, _ in model.named_parameters())
@@ -59,11 +59,12 @@ def prepare_adapters(model: nn.Module, device: torch.device) -> tuple[Piece, ...
 
 
 def backend_of(device: torch.device) -> Backend:
-    """Choose the backend of a device."""
+    """The backend that runs models on a device."""
     return "cpu" if device.type == "cpu" else "cuda" if device.type == "cuda" else "reference"
 
 
 def _compute_dtype(device: torch.device, dtype: torch.dtype) -> Piece:
+    """The report's entry on the compute dtype."""
     fast, reason = bf16_support(device)
     is_bf16 = dtype == torch.bfloat16
     asked = "" if is_bf16 == fast else f"{'bf16' if is_bf16 else 'fp32'} was asked for; "

@@ -1,4 +1,4 @@
-"""The backend of plain torch: every module runs as its library wrote it. For devices without their own backend."""
+"""The backend in plain torch, for devices without a backend of their own: every module runs as its library wrote it."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -14,27 +14,27 @@ R = TypeVar("R")
 
 @contextlib.contextmanager
 def micro_batch_runner() -> Iterator["_Backward"]:
-    """Runs micro-batches one after the other; see `offsite.kernels.micro_batch_runner`."""
+    """Context manager: runs micro-batches one after the other; see `offsite.kernels.micro_batch_runner`."""
     yield _Backward()
 
 
 @contextlib.contextmanager
 def forward_runner() -> Iterator["_Forward"]:
-    """Runs work without gradients, one micro-batch after the other."""
+    """Context manager: runs a function without gradients on one micro-batch after the other."""
     yield _Forward()
 
 
 def softmax_(
     logits: torch.Tensor, targets: torch.Tensor, cap: float | None, nats: torch.Tensor, *, slopes: bool
 ) -> None:
-    """Write each label's nats and, if asked, turn the logits into d nats / d logits in place.
+    """Write each label's loss to `nats`; with `slopes`, also replace the logits in place by the losses' gradient.
 
     Args:
-        logits: (L, V); beside them this takes as many numbers again, in the dtype of `nats`.
+        logits: (L, V). The function allocates one or two more tensors of this size, in the dtype of `nats`.
         targets: the labels, (L,).
-        cap: logits become cap * tanh(logits / cap); None where they do not.
-        nats: (L,), fp32 or wider; what is written.
-        slopes: whether the logits become their gradient.
+        cap: if given, logits become cap * tanh(logits / cap).
+        nats: the output, (L,), the loss of each label in nats; fp32 or float64.
+        slopes: whether the logits are replaced by their gradient.
     """
     labels = targets[:, None]  # (L, 1)
     bounded = capped(logits, cap)  # (L, V)
@@ -50,14 +50,18 @@ def softmax_(
 
 
 class _Backward:
+    """Runs the forward and backward pass of one micro-batch after the other (a `MicroBatchRunner`)."""
+
     def __call__(self, loss_of: Callable[[G], torch.Tensor], groups: Sequence[G]) -> Iterator[float]:
         for group in groups:
             loss = loss_of(group)
             loss.backward()  # type: ignore[no-untyped-call]
-            yield float(loss.detach())  # behind the backward pass: on a device this waits for it
+            yield float(loss.detach())  # after the backward pass, since on an accelerator this waits for the device
 
 
 class _Forward:
+    """Runs a function on one micro-batch after the other (a `ForwardRunner`)."""
+
     count = 1
 
     def __call__(self, work: Callable[[G], R], groups: Sequence[G]) -> Iterator[R]:

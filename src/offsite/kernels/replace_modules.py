@@ -1,6 +1,6 @@
-"""Replaces a module by one that computes the same faster or with less memory.
+"""Replaces modules by others that compute the same, faster or with less memory.
 
-A module is not judged by its class: it is replaced only if on random numbers it computes what its replacement does.
+A module is replaced only if it and its replacement give the same output for random inputs; its class does not matter.
 """
 
 from collections import Counter
@@ -12,36 +12,36 @@ from torch import nn
 
 from offsite.kernels.replacement_report import ABSENT, Piece
 
-_PROBE = 7  # rows of random numbers that a module and its replacement must agree on
+_PROBE = 7  # random input vectors on which a module and its replacement must give the same output
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A module that might compute the same as another one."""
+    """A possible replacement of a module, which still has to prove that it computes the same."""
 
-    piece: str  # its name in the report
+    piece: str  # name of the kind of module in the report
     module: nn.Module
 
 
 def replace_modules(
     model: nn.Module, candidates_of: Callable[[nn.Module], Iterable[Candidate]], pieces: Sequence[str]
 ) -> tuple[Piece, ...]:
-    """Replace every module of a model that agrees with one of its candidates.
+    """Replace every module of a model that gives the same output as one of its candidates.
 
     Args:
-        model: changed in place.
-        candidates_of: what might compute the same as a module, by the names of its parts; empty for most modules.
-        pieces: the names that candidates have, in the order of the report.
+        model: the model, changed in place.
+        candidates_of: the possible replacements of a module, found by the names of its parts; none for most modules.
+        pieces: the names that candidates have in the report, in the order of the report.
 
     Returns:
-        For each name how many were replaced, and why no more were.
+        One entry for each name: how many modules were replaced, and why no more.
     """
     replaced: Counter[str] = Counter()
     differ: Counter[str] = Counter()
     last = ""
     for path, module in list(model.named_modules()):
         if last and path.startswith(f"{last}."):
-            continue  # a part of what was replaced
+            continue  # it is inside a module that was replaced
         candidates = list(candidates_of(module))
         same = next((candidate for candidate in candidates if agree(module, candidate.module)), None)
         if same is not None:
@@ -55,15 +55,16 @@ def replace_modules(
 
 @torch.no_grad()
 def agree(module: nn.Module, other: nn.Module, width: int | None = None) -> bool:
-    """Whether two modules give the same output for random inputs (7, width); None takes the width of the first's
-    weight.
+    """Whether two modules give the same output for random inputs of shape (7, width).
+
+    By default the width is the last dimension of the first module's weight.
     """
     weight = next(module.parameters(), torch.ones(64, 64))
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(_PROBE, width or weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
     try:
         expected, found = module(probe), other(probe)
-    except (TypeError, ValueError, RuntimeError):  # it takes other arguments, so it is something else
+    except (TypeError, ValueError, RuntimeError):  # it takes other arguments, so it computes something else
         return False
     if not isinstance(expected, torch.Tensor) or expected.shape != found.shape:
         return False
@@ -73,17 +74,19 @@ def agree(module: nn.Module, other: nn.Module, width: int | None = None) -> bool
 
 @torch.no_grad()
 def same_function(one: Callable[[torch.Tensor], torch.Tensor], other: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-    """Whether two activation functions are the same; compared in fp32, as bf16 or small weights would hide a
-    difference.
+    """Whether two activation functions are the same.
+
+    They are compared in fp32, since rounding to bf16 could hide a small difference.
     """
     values = torch.linspace(-8, 8, 1025)
     try:
         return bool(torch.allclose(one(values), other(values), rtol=1e-5, atol=1e-6))
-    except (TypeError, ValueError, RuntimeError):  # it takes other arguments, or weights of its own from elsewhere
+    except (TypeError, ValueError, RuntimeError):  # it takes other arguments, or has weights on another device
         return False
 
 
 def _reason(replaced: int, differ: int) -> str:
+    """The reason for the report: `replaced` modules agreed with a candidate, and `differ` modules did not."""
     if replaced and differ:
         return f"same results on random numbers; {differ} others of this form compute something else"
     if replaced:

@@ -1,4 +1,4 @@
-"""The report of the kernels: which pieces of a model were replaced, and why or why not. Torch-free."""
+"""The report of the kernels: which parts of a model were replaced, and why or why not. Torch-free."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,16 +11,16 @@ MLPS = "gated MLPs"
 ATTENTION = "attention"
 LORA = "LoRA layers"
 
-ABSENT = "the model has none of a known form"  # a reason for which nobody has to do anything
+ABSENT = "the model has none of a known form"  # this reason is not printed, since nothing can be done about it
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One thing that a backend may replace or choose.
+    """An entry of the report: one kind of module that a backend may replace, or one choice that it makes.
 
     Attributes:
-        name: of the thing, such as "RMS norms".
-        count: how many were replaced, or how many run at once; 0 where nothing was replaced.
+        name: the kind of module or the choice, such as "RMS norms".
+        count: how many modules were replaced, or how many micro-batches run at once; 0 if nothing was replaced.
         reason: why, or why not.
     """
 
@@ -31,21 +31,23 @@ class Piece:
 
 @dataclass(frozen=True)
 class Report:
-    """The backend of a model, and what became of each piece."""
+    """The backend of a model, and its entries on everything that it may replace or choose."""
 
     backend: Backend
     pieces: tuple[Piece, ...] = ()
 
     def with_pieces(self, *pieces: Piece) -> "Report":
-        """A copy of the report with more pieces; a new piece replaces an old one of the same name."""
+        """A copy of the report with more entries; a new entry replaces an old one of the same name."""
         names = {piece.name for piece in pieces}
         return replace(self, pieces=(*(piece for piece in self.pieces if piece.name not in names), *pieces))
 
     def in_words(self) -> str:
-        """The backend, and what it did not replace and why not; a piece that the model does not have is left out."""
+        """One line: the backend, and each kind of module that the model has but the backend did not replace, with the
+        reason.
+        """
         left = [f"{piece.name} ({piece.reason})" for piece in self.pieces if not piece.count and piece.reason != ABSENT]
         return f"kernels: {self.backend}" + (f"; not in use: {', '.join(left)}" if left else "; all in use")
 
     def as_dict(self) -> dict[str, object]:
-        """For a log or `--json`."""
+        """The report as a dictionary of plain values, for a log or `--json`."""
         return {"backend": self.backend, "pieces": [vars(piece) for piece in self.pieces]}

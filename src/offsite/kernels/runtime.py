@@ -1,4 +1,4 @@
-"""Device, compute dtype, threads and seeds of a network."""
+"""Chooses device, compute dtype, number of threads and random seed for a stage that runs a network."""
 
 import contextlib
 import os
@@ -13,12 +13,12 @@ from offsite.kernels.cpu import allocator
 from offsite.kernels.cpu.cpu_features import made_by_intel
 from offsite.kernels.threads import available_cores, usual_threads
 
-_MOST_WORKERS = 8  # that are started unasked
+_MOST_WORKERS = 8  # the largest number that is started by default
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A device and the dtype that frozen weights and activations have on it."""
+    """A device, and the dtype of the frozen weights and activations on it."""
 
     device: torch.device
     dtype: torch.dtype
@@ -27,16 +27,16 @@ class Runtime:
 def resolve_runtime(
     device: str = "auto", compute: Literal["auto", "bf16", "fp32"] = "auto", threads: int | None = None
 ) -> Runtime:
-    """Resolve where and in what to compute, and set the number of CPU threads.
+    """Choose the device and the compute dtype from the settings, and set the number of CPU threads.
 
     Args:
-        device: "auto" is the first CUDA device, else XPU, else the CPU; MPS only when asked for.
-        compute: "auto" is bf16 where the hardware multiplies it faster than fp32, else fp32. It looks at what the
-            hardware is and never at a stopwatch, so the same machine always decides alike.
-        threads: None is $OMP_NUM_THREADS, else every core that this process may use.
+        device: "auto" is the first CUDA device, else XPU, else the CPU; MPS is used only if the setting names it.
+        compute: "auto" is bf16 if the hardware multiplies bf16 matrices faster than fp32, else fp32. This depends on
+            the kind of hardware and never on a measurement, so the same machine always makes the same choice.
+        threads: the number of CPU threads; None means $OMP_NUM_THREADS, else every core that this process may use.
 
     Raises:
-        UsageError: the device that was asked for is not there.
+        UsageError: this machine does not have the device in the settings.
     """
     torch.set_num_threads(threads or usual_threads())
     resolved = _resolve_device(device)
@@ -48,9 +48,10 @@ def resolve_runtime(
 
 
 def worker_count(wanted: int | None, device: torch.device) -> int:
-    """The number of processes that decode pictures: the setting, or the best number for the device.
+    """The number of processes that decode pictures: the setting, or if it is None the best number for the device.
 
-    On a CPU none does: what they would take from the network is what they save it (docs/images.md).
+    On a CPU the best number is 0: workers would take as much CPU time from the network as they save it
+    (docs/images.md).
     """
     if wanted is not None:
         return wanted
@@ -59,7 +60,7 @@ def worker_count(wanted: int | None, device: torch.device) -> int:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Run a block under a seed; the caller's random state is as before afterwards."""
+    """Context manager: runs the body of the `with` statement under a seed, then restores the caller's random state."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -67,7 +68,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def release_freed_memory(device: torch.device) -> None:
-    """Return freed memory that an allocator keeps to the system, so that a measurement counts what is needed alone."""
+    """Return freed memory that the device's allocator keeps to the system, so that a measurement does not count it."""
     if device.type == "cpu":
         allocator.release_freed_memory()
     elif device.type == "cuda":
@@ -75,6 +76,11 @@ def release_freed_memory(device: torch.device) -> None:
 
 
 def _resolve_device(name: str) -> torch.device:
+    """The device of the setting `device`.
+
+    Raises:
+        UsageError: this machine does not have it.
+    """
     there = {
         "cuda": torch.cuda.is_available(),
         "xpu": hasattr(torch, "xpu") and torch.xpu.is_available(),

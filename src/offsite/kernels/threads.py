@@ -1,19 +1,20 @@
-"""The number of CPU threads. Torch-free."""
+"""Chooses the number of CPU threads. Torch-free."""
 
 import os
 
 
 def available_cores() -> int:
-    """Cores that this process may use: a container's share, not the machine's count."""
+    """The number of cores that this process may use (its CPU affinity), which may be fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def usual_threads() -> int:
-    """Threads that compute unless a setting says otherwise: $OMP_NUM_THREADS, else every core of this process.
+    """The default number of threads: $OMP_NUM_THREADS, or if it is not set every core that this process may use.
 
-    Of a list (one number for each level of nesting) the first counts; what is no number above 0 does not.
+    If the variable is a list (one number for each level of nesting), the first number counts. A value that is not a
+    positive integer is ignored.
     """
     said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return (int(said) if said.isascii() and said.isdecimal() else 0) or available_cores()

@@ -1,13 +1,13 @@
 /* Attention and activations for CPUs whose tiles multiply bf16 (Intel AMX), of one thread.
 
-   A library without Python in it: compiled.py loads it, and says what each function takes. Where the compiler, the
+   A library without Python in it: compiled_kernels.py loads it, and says what each function takes. Where the compiler, the
    system or the processor has none of this, `offsite_kernels` says so and nothing else may be called.
 
    Attention keeps the probabilities of no query (Dao et al., arXiv 2205.14135, algorithms 1 and 4). Everything about them is
    computed the other way up, keys in rows and queries in columns: then a sum over keys is a sum of vectors, what
    belongs to a query is a vector itself, and what leaves one product can enter the next as either factor. */
 
-enum { VERSION = 1 }; /* of the functions' arguments; compiled.py has the same */
+enum { VERSION = 1 }; /* of the functions' arguments; compiled_kernels.py has the same */
 
 #include <stddef.h>
 #include <stdint.h>

@@ -8,25 +8,26 @@ from collections.abc import MutableMapping
 
 from offsite.kernels.replacement_report import Piece
 
-# Products of each shape that oneDNN keeps compiled, and torch's bridge to it (ideep) in a cache of its own. By default
-# each keeps a thousand: rows of many lengths would fill hundreds of megabytes. One pass needs thirty to fifty, and with
-# fewer compiles them anew in every block; ideep's are the same ones again, which only kept makes them larger.
+# oneDNN compiles a kernel for each shape of matrix product and caches it; torch's bridge to it (ideep) caches the same
+# kernels once more. By default each cache holds a thousand: sequences of many lengths would fill hundreds of megabytes.
+# One pass needs thirty to fifty; with a smaller cache it compiles them anew in every block. A second copy has no use.
 _CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "48", "LRU_CACHE_CAPACITY": "1"}
 
 
 def bound_caches(environment: MutableMapping[str, str]) -> None:
-    """Limit the size of oneDNN's caches, unless the environment already sets it."""
+    """Limit the size of oneDNN's caches by variables in `environment`, unless they are already set."""
     for cache, capacity in _CACHES.items():
         environment.setdefault(cache, capacity)
 
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Have glibc keep freed memory for the next step, where it would return it and fault every page in anew.
+    """Make glibc keep freed memory for the next step, where it would normally return it to the system.
 
-    Activations and logits come and go in pieces of many megabytes: without this a step of a small model spends a third
-    of its time on page faults. It costs holes between the pieces, about a third more at the peak (docs/memory.md), and
-    nothing is returned unless `release_freed_memory` is called.
+    Memory that is returned causes a page fault for every page when it is allocated again. Activations and logits are
+    tensors of many megabytes, allocated and freed in every step: without this setting, a step of a small model spends a
+    third of its time on page faults. The price is a fragmented heap, about a third more memory at the peak
+    (docs/memory.md), and nothing is returned to the system unless `release_freed_memory` is called.
 
     Returns:
         Whether this C library has the setting.
@@ -38,13 +39,13 @@ def keep_freed_memory() -> bool:
         m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # malloc.h
         library.mallopt(m_mmap_threshold, 2**30)
         library.mallopt(m_trim_threshold, 2**31 - 1)
-        library.mallopt(m_arena_max, 1)  # else each thread would keep what it freed to itself
+        library.mallopt(m_arena_max, 1)  # otherwise only the thread that freed memory could use it again
         return True
     return False
 
 
 def report() -> Piece:
-    """Whether the allocator keeps freed memory, and the reason if not."""
+    """The report's entry on whether the allocator keeps freed memory, and the reason if not."""
     kept = keep_freed_memory()
     return Piece(
         "freed memory kept", int(kept), "glibc keeps it for the next step" if kept else "this C library cannot"
@@ -52,7 +53,7 @@ def report() -> Piece:
 
 
 def release_freed_memory() -> None:
-    """Return to the system what glibc's heap keeps of freed memory, so that what a process holds is what it needs."""
+    """Return all freed memory in glibc's heap to the system, so that the process holds only the memory that it uses."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
             ctypes.CDLL(None).malloc_trim(0)

@@ -1,8 +1,8 @@
-"""Python functions for the kernels in `_kernels.c`, on bf16 tensors: attention, activations and norms, both passes.
+"""Python functions for the kernels in `_kernels.c`: attention, activations, norms and softmax on bf16 tensors.
 
-Setup compiles that file where it can. Where it could not, or the CPU has none of what it needs, `attends` and
-`activates` are False; then nothing else here may be called, and whoever asked has another way, through torch. So it is
-with OFFSITE_KERNELS=0 in the environment.
+The build of the package compiles that file if it can. `attends` and `activates` are False if it could not, if the CPU
+lacks the instructions, or if the environment sets OFFSITE_KERNELS=0. Then the other functions here must not be called,
+and the callers use torch instead.
 """
 
 import ctypes
@@ -19,20 +19,20 @@ import torch
 
 from offsite.kernels.cpu.cpu_features import has_tiles
 
-VERSION = 1  # of the functions' arguments; the library has the same
-_SIDE = 32  # lengths are padded to multiples of it
-VECTORS, TILES = 1, 2  # what the library says that it can use
-LEAST_WORK = 2**17  # numbers, or attention probabilities; of fewer a second thread costs more than it does
+VERSION = 1  # version of the functions' arguments; must be equal in the library
+_SIDE = 32  # sequence lengths are padded to multiples of this number
+VECTORS, TILES = 1, 2  # instruction levels that the library reports
+LEAST_WORK = 2**17  # least numbers (or attention probabilities) per thread; with fewer another thread costs more time
 
 
 class _Tensor(ctypes.Structure):
-    """`tensor` of the library."""
+    """The C struct `tensor` of the library: a pointer, and strides."""
 
     _fields_ = [("first", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("row", "head", "token"))]
 
 
 class _Attention(ctypes.Structure):
-    """`attention` of the library."""
+    """The C struct `attention` of the library: the tensors and settings of one call."""
 
     _fields_ = [
         *(
@@ -49,7 +49,7 @@ class _Attention(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """What setup compiled, if it is there."""
+    """The compiled library; None if the build did not make it."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_kernels{suffix}")
         if path.exists():
@@ -61,7 +61,7 @@ def _library() -> ctypes.CDLL | None:
 def level() -> tuple[int, str]:
     """The instruction level that the kernels can use here (0, `VECTORS` or `TILES`), and the reason.
 
-    It asks the system for the tiles, so this comes before all else.
+    This function asks the operating system for permission to use the matrix tiles, so it must run before any kernel.
     """
     if os.environ.get("OFFSITE_KERNELS") == "0":
         return 0, "switched off by OFFSITE_KERNELS=0"
@@ -77,12 +77,12 @@ def level() -> tuple[int, str]:
 
 
 def attends(*tensors: torch.Tensor) -> bool:
-    """Whether the compiled attention can run for tensors (B, heads, T, D) like these."""
+    """Whether the compiled attention can run for these tensors (B, heads, T, D)."""
     return level()[0] >= TILES and all(_fits(tensor) and tensor.stride(-1) == 1 for tensor in tensors)
 
 
 def activates(*tensors: torch.Tensor) -> bool:
-    """Whether the compiled activations and norms can run for tensors like these."""
+    """Whether the compiled activations, norms and softmax can run for these tensors."""
     return level()[0] >= VECTORS and all(_fits(tensor) and tensor.is_contiguous() for tensor in tensors)
 
 
@@ -92,13 +92,14 @@ def _fits(tensor: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """What decides the attention probabilities, beside query and key.
+    """Settings of an attention besides its query, key and value.
 
     Attributes:
-        scale: of the scores.
-        causal: whether a query sees no key after its own.
-        dropped: how many of 65,536 attention probabilities are zero; the others are scaled up for them.
-        seed: what decides which; 62 bits.
+        scale: the factor of the scores.
+        causal: whether a query sees no later keys.
+        dropped: how many of 65,536 attention probabilities dropout sets to zero; the others are scaled up to
+            compensate.
+        seed: the seed of dropout, at most 62 bits.
     """
 
     scale: float
@@ -110,19 +111,19 @@ class AttentionSettings:
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settings: AttentionSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention, and what `attend_back` needs to recompute its probabilities.
+    """Compute attention, and the logarithms from which `attend_back` computes the probabilities again.
 
     Args:
         query: (B, heads, T, D).
-        key: (B, key-value heads, T, D), of which each serves as many heads.
-        value: as `key`.
-        settings: what else decides them.
+        key: (B, key-value heads, T, D); each key-value head serves the same number of query heads.
+        value: same shape as `key`.
+        settings: scale, causal rule and dropout.
 
     Returns:
-        The output (B, T, heads, D), and logarithms (B, heads, T padded) in fp32.
+        The output (B, T, heads, D), and the logarithms (B, heads, T padded to a multiple of 32) in fp32.
 
     Raises:
-        MemoryError: there is no room for a few heads' rows.
+        MemoryError: not enough memory for the buffers of a few heads.
     """
     batch, heads, length, width = query.shape
     output = query.new_empty(batch, length, heads, width)
@@ -138,10 +139,20 @@ def attend_back(
     logarithms: torch.Tensor,
     settings: AttentionSettings,
 ) -> list[torch.Tensor]:
-    """Gradients of query, key and value; `grad_output` is that of the output, all else as in `attend`.
+    """Compute the gradients of query, key and value.
+
+    Args:
+        grad_output: the gradient of the output, (B, T, heads, D).
+        attended: query, key and value, as given to `attend`.
+        output: the output of `attend`.
+        logarithms: the logarithms of `attend`.
+        settings: the settings given to `attend`.
 
     Returns:
-        In the shapes of what they are of; in memory a token's heads follow one another, as in the output.
+        The gradients of query, key and value, in the shapes of these; in memory, the heads of a token are contiguous.
+
+    Raises:
+        MemoryError: not enough memory for the buffers of a few heads.
     """
     grad_output = grad_output if grad_output.stride(-1) == 1 else grad_output.contiguous()
     gradients = [part.new_empty(part.transpose(1, 2).shape).transpose(1, 2) for part in attended]
@@ -151,7 +162,7 @@ def attend_back(
 
 
 def gelu(given: torch.Tensor) -> torch.Tensor:
-    """GELU by tanh, of any shape."""
+    """Compute GELU in its tanh form, for a tensor of any shape."""
     return _each("offsite_gelu", given)
 
 
@@ -166,13 +177,17 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def gated_back(grad_output: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of both, times the gradient of the output."""
+    """Compute the gradients of `gate` and `up` from the gradient of the output of `gated`."""
     of_up = torch.empty_like(up)
     return _each("offsite_gated_back", of_up, grad_output.contiguous(), gate, up), of_up
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """x / rms(x), rounded, times the weight, and the (...) scales in fp32 that `rms_norm_back` needs; (..., H)."""
+    """Compute x / rms(x) * weight for hidden states (..., H); x / rms(x) is rounded to bf16 before the product.
+
+    Returns:
+        The normed states (..., H), and the scales 1 / rms(x) (...) in fp32, which `rms_norm_back` needs.
+    """
     normed, width = torch.empty_like(hidden), hidden.shape[-1]
     scales = hidden.new_empty(hidden.shape[:-1], dtype=torch.float32)
     pointers = [_at(normed), _at(scales), _at(hidden), _at(weight)]
@@ -183,7 +198,7 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tupl
 def rms_norm_back(
     grad_output: torch.Tensor, scales: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    """Gradient of the hidden state."""
+    """Compute the gradient of the hidden states of `rms_norm` from the gradient of its output."""
     grad_output, gradient, width = grad_output.contiguous(), torch.empty_like(hidden), hidden.shape[-1]
     pointers = [_at(part) for part in (gradient, grad_output, scales, hidden, weight)]
     _run("offsite_normed_back", [*pointers, ctypes.c_int64(width)], scales.numel(), each=width)
@@ -191,10 +206,16 @@ def rms_norm_back(
 
 
 def softmax_(logits: torch.Tensor, labels: torch.Tensor, nats: torch.Tensor, *, slopes: bool) -> None:
-    """Write each label's nats, (L,) in fp32, and if asked turn the logits, (L, V), into d nats / d logits.
+    """Write each label's loss in nats to `nats`; with `slopes`, also replace the logits by the gradient of the losses.
+
+    Args:
+        logits: (L, V), bf16.
+        labels: (L,), int64.
+        nats: the output, (L,), fp32.
+        slopes: whether the logits are replaced by their gradient.
 
     Raises:
-        IndexError: a label, of (L,) in int64, is no place in V.
+        IndexError: a label is not between 0 and V - 1.
     """
     width = logits.shape[1]
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < width:
@@ -204,7 +225,7 @@ def softmax_(logits: torch.Tensor, labels: torch.Tensor, nats: torch.Tensor, *, 
 
 
 def _each(name: str, *given: torch.Tensor) -> torch.Tensor:
-    """A function of numbers that have nothing to do with one another."""
+    """Call an elementwise function of the library; the result has the shape of the last tensor."""
     result = torch.empty_like(given[-1])
     _run(name, [_at(result), *map(_at, given)], result.numel(), each=1)
     return result
@@ -213,7 +234,7 @@ def _each(name: str, *given: torch.Tensor) -> torch.Tensor:
 def _attention(
     name: str, tensors: Sequence[torch.Tensor], logarithms: torch.Tensor, settings: AttentionSettings
 ) -> None:
-    """A function of the library that takes an `_Attention`, whose first fields are these tensors, (B, heads, T, D)."""
+    """Call a function of the library that takes an `_Attention`, whose first fields are `tensors` (B, heads, T, D)."""
     (batch, heads, length, width), groups = tensors[0].shape, tensors[1].shape[1]
     arguments = _Attention(
         *map(_tensor, tensors),
@@ -228,19 +249,23 @@ def _attention(
 
 
 def _tensor(given: torch.Tensor) -> _Tensor:
-    """(B, heads, T, D)."""
+    """The struct for a tensor (B, heads, T, D)."""
     row, head, token, _ = given.stride()
     return _Tensor(given.data_ptr(), row, head, token)
 
 
 def _at(given: torch.Tensor) -> ctypes.c_void_p:
+    """The address of a tensor's data."""
     return ctypes.c_void_p(given.data_ptr())
 
 
 def _run(name: str, given: list[Any], count: int, each: int) -> None:
-    """A function of the library for so many things of so many numbers, cut for as many threads as torch has here.
+    """Call a function of the library on `count` items of `each` numbers, split over as many threads as torch uses here.
 
-    The interpreter's lock is released meanwhile.
+    The calls release Python's global interpreter lock.
+
+    Raises:
+        MemoryError: a function of attention could not allocate its buffers.
     """
     function = getattr(_library(), name)
     threads = max(1, min(torch.get_num_threads(), count, count * each // LEAST_WORK))
@@ -253,4 +278,5 @@ def _run(name: str, given: list[Any], count: int, each: int) -> None:
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
+    """A pool with one thread fewer than `threads`: the thread that calls the library is the last one."""
     return ThreadPoolExecutor(threads - 1, "kernels")

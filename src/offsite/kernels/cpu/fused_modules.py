@@ -1,9 +1,9 @@
-"""Norms, activations and gated MLPs that save less for the backward pass and read memory less often.
+"""RMS norms, activations and gated MLPs that store less for the backward pass and read memory less often.
 
-Families write these as chains of small operations, each of which keeps what it was given: an RMS norm the hidden state
-twice in fp32, a gated MLP three tensors as wide as its inner size, GPT-2's GELU six. Here each is one function with its
-own gradient, compiled in bf16 where there are kernels for it. Parameters keep their names, so adapters and returns do
-not notice.
+transformers writes these as chains of small operations, each of which stores its input: an RMS norm stores the hidden
+state twice in fp32, a gated MLP three tensors of its inner width, the GELU of GPT-2 six. Here each is one autograd
+function with its own gradient; in bf16 it runs compiled kernels if there are any. Parameters keep their names, so
+adapters and returns are not affected.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,17 +23,19 @@ _GELUS = "GELU activations"  # name in the report
 
 
 def _gelu(given: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh form."""
     return kernels.gelu(given) if kernels.activates(given) else F.gelu(given, approximate="tanh")
 
 
 def _gelu_back(grad_output: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """The gradient of the input of `_gelu`."""
     if kernels.activates(given):
         return kernels.gelu_back(grad_output, given)
     slope: torch.Tensor = torch.ops.aten.gelu_backward(grad_output, given, approximate="tanh")
     return slope
 
 
-# (value of the activation, its derivative times grad_output)
+# an activation: (its function, the gradient of its input from (grad_output, input))
 _Gate = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
 _SILU: _Gate = (F.silu, torch.ops.aten.silu_backward)
 _TANH_GELU: _Gate = (_gelu, _gelu_back)
@@ -45,12 +47,16 @@ _GATES = (_SILU, _TANH_GELU)
 
 
 def fuse(model: nn.Module) -> tuple[Piece, ...]:
-    """Replace what can be replaced in a model, before anything is attached to it; how many modules of each kind."""
+    """Replace norms, gated MLPs and GELUs of a model in place, before anything is attached to it.
+
+    Returns:
+        One entry of the report for each of the three kinds.
+    """
     return replace_modules(model, _candidates, (NORMS, MLPS, _GELUS))
 
 
 def _candidates(module: nn.Module) -> Iterator[Candidate]:
-    """What might compute the same, by the names of a module's parts."""
+    """Yields the modules that might compute the same as `module`, by the names of its parts."""
     children, own = dict(module.named_children()), dict(module.named_parameters(recurse=False))
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if set(children) == set(_GATED) and not own:
@@ -66,20 +72,20 @@ def _candidates(module: nn.Module) -> Iterator[Candidate]:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (offset + weight) (arXiv 1910.07467); the offset is 1 in Gemma, else 0."""
+    """x / rms(x) * (offset + weight) (arXiv 1910.07467); the offset is 1 in Gemma, otherwise 0."""
 
     def __init__(self, weight: nn.Parameter, epsilon: float, offset: float = 0.0) -> None:
         super().__init__()
         self.weight, self._epsilon, self._offset = weight, epsilon, offset
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., H) -> (..., H); the sums are in fp32, as in the families' own."""
+        """(..., H) -> (..., H); sums are in fp32, as in the modules of transformers."""
         normed: torch.Tensor = _RMSNorm.apply(hidden, self.weight, self._epsilon, self._offset)  # type: ignore[no-untyped-call]
         return normed
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps the hidden state as it came, and one number a token."""
+    """Autograd function of `RMSNorm`; stores the hidden state in its own dtype, and one number per token."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> torch.Tensor:
@@ -94,7 +100,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, scale)
         ctx.offset = offset
         wide.mul_(scale)
-        if offset:  # such families round once, after the weight
+        if offset:  # families with an offset round once, after the product with the weight
             return wide.mul_(weight.to(wide.dtype) + offset).to(hidden.dtype)
         return wide.to(hidden.dtype).mul_(weight)
 
@@ -109,12 +115,12 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             for_weight = (grad_output * normed).flatten(0, -2).sum(0).to(weight.dtype)
         slope = grad_output * (weight.to(scale.dtype) + ctx.offset)
-        along = (slope * normed).mean(-1, keepdim=True)  # (..., 1) what a longer x would change alone
+        along = (slope * normed).mean(-1, keepdim=True)  # (..., 1), the part in the direction of x, which has no effect
         return slope.sub_(normed.mul_(along)).mul_(scale).to(hidden.dtype), for_weight, None, None
 
 
 class TanhGELU(nn.Module):
-    """GELU by tanh, as in GPT-2; keeps x alone."""
+    """GELU in its tanh form, as in GPT-2; stores only its input."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the activation to a tensor of any shape."""
@@ -123,15 +129,17 @@ class TanhGELU(nn.Module):
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x) (arXiv 1606.08415, section 2), as in CLIP; keeps x alone."""
+    """x * sigmoid(1.702 x) (arXiv 1606.08415, section 2), as in CLIP; stores only its input."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Any shape."""
+        """Apply the activation to a tensor of any shape."""
         after: torch.Tensor = _Activated.apply(hidden, _QUICK_GELU)  # type: ignore[no-untyped-call]
         return after
 
 
 class _Activated(torch.autograd.Function):
+    """Autograd function of an activation; stores only its input."""
+
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, activation: _Gate) -> torch.Tensor:
         ctx.save_for_backward(hidden)
@@ -145,7 +153,7 @@ class _Activated(torch.autograd.Function):
 
 
 class GatedMLP(nn.Module):
-    """A gated MLP down(act(gate(x)) * up(x)) (arXiv 2002.05202); its layers have the names that Llama uses."""
+    """A gated MLP down(act(gate(x)) * up(x)) (arXiv 2002.05202); its linear layers have the names of Llama's."""
 
     def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module, activation: _Gate) -> None:
         super().__init__()
@@ -159,7 +167,7 @@ class GatedMLP(nn.Module):
 
 
 class _Gated(torch.autograd.Function):
-    """act(gate) * up; keeps the two and makes act(gate) again."""
+    """Autograd function of act(gate) * up; stores only `gate` and `up`, and computes act(gate) again."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: _Gate) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """A LoRA layer that computes the adapter and its linear layer in one function, with less memory than PEFT's.
 
-The pair's product is added into the layer's output in place, forwards and backwards, and the scale is multiplied into
-the state of rank width between A and B. The result is PEFT's, rounded once where PEFT rounds three times.
+The product of the LoRA matrices A and B is added to the layer's output in place, in both passes. The scale is applied
+to the narrow state between A and B, whose width is the rank. Results equal PEFT's, but are rounded once where PEFT
+rounds three times.
 """
 
 from collections import Counter
@@ -17,11 +18,17 @@ from offsite.kernels.replacement_report import ABSENT, LORA, Piece
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear
 
-_ADAPTER = "default"  # the name under which PEFT attaches
+_ADAPTER = "default"  # the name that PEFT gives an adapter
 
 
 def replace_lora_layers(model: nn.Module) -> Piece:
-    """Replace PEFT's layers by fused ones that hold the same parameters, where they are plain LoRA without dropout."""
+    """Replace PEFT's LoRA layers in a model by fused layers with the same parameters.
+
+    Only plain LoRA without dropout is replaced.
+
+    Returns:
+        The entry for the report: how many layers were replaced, and why the others were not.
+    """
     from peft.tuners.lora import Linear
 
     layers = {path: layer for path, layer in model.named_modules() if type(layer) is Linear}
@@ -38,12 +45,13 @@ def replace_lora_layers(model: nn.Module) -> Piece:
 
 
 def _fused(layer: "Linear") -> "FusedLoraLinear":
+    """The fused layer that holds the parameters of a LoRA layer of PEFT."""
     parts = layer.base_layer, layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
     return FusedLoraLinear(*parts, layer.scaling[_ADAPTER], transposed=layer.fan_in_fan_out)
 
 
 def _why_not(layer: "Linear") -> str:
-    """Why PEFT's layer stays; empty where it can be replaced."""
+    """The reason why a LoRA layer of PEFT cannot be replaced; empty if it can."""
     base, into = layer.base_layer, layer.lora_A[_ADAPTER]
     if layer.lora_variant:
         return "a variant of LoRA"
@@ -57,7 +65,7 @@ def _why_not(layer: "Linear") -> str:
 
 
 class FusedLoraLinear(nn.Module):
-    """W x + b + scale * B A x (arXiv 2106.09685, section 4.1) with W and b frozen."""
+    """A linear layer with LoRA, W x + b + scale * B A x (arXiv 2106.09685, section 4.1), with W and b frozen."""
 
     def __init__(
         self, base_layer: nn.Module, lora_a: nn.Module, lora_b: nn.Module, scale: float, *, transposed: bool
@@ -77,7 +85,7 @@ class FusedLoraLinear(nn.Module):
 
 
 class _FusedLora(torch.autograd.Function):
-    """Keeps its input and the state of rank width between A and B."""
+    """Autograd function of `FusedLoraLinear`; stores its input and the narrow state between A and B."""
 
     @staticmethod
     def forward(

@@ -17,16 +17,20 @@ if TYPE_CHECKING:
 
 
 def prepare_for_cpu(model: "PreTrainedModel", dtype: torch.dtype) -> tuple[Piece, ...]:
-    """As `offsite.kernels.prepare`."""
+    """Replace modules of a model on a CPU in place by faster ones that compute the same; returns the report's entries.
+
+    Arguments as for `offsite.kernels.prepare`.
+    """
     return (*fuse(model), use_tiled_attention(model), _compiled(dtype), allocator.report())
 
 
 def prepare_adapters_for_cpu(model: nn.Module) -> tuple[Piece, ...]:
-    """Replace adapter modules; see `offsite.kernels.prepare_adapters`."""
+    """Replace adapter modules in place by faster ones that compute the same; returns the report's entries."""
     return (replace_lora_layers(model),)
 
 
 def _compiled(dtype: torch.dtype) -> Piece:
+    """The report's entry on the compiled kernels."""
     level, reason = compiled.level()
     if level and dtype != torch.bfloat16:
         level, reason = 0, "they compute in bf16 alone"

@@ -1,8 +1,8 @@
-"""Runs micro-batches side by side: each in its own thread, with its share of the CPU's threads.
+"""Runs micro-batches side by side: each in its own thread, with an equal share of torch's CPU threads.
 
-Two threads that share every product wait for one another thousands of times a pass, and what does not split, or too
-small a product to split, keeps one of them idle. Two that have rows of their own meet once. Results are used in the
-order of the work, so they are the same whichever was done first.
+Threads that share every matrix product wait for one another thousands of times per pass, and all but one are idle in
+operations that cannot be split or are too small. Threads with their own micro-batches wait only at the end of a step.
+Results are used in the order of the micro-batches, so they do not depend on which one finishes first.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from offsite.kernels.cpu.thread_dropout import OwnRandomness
 G = TypeVar("G")
 R = TypeVar("R")
 
-_CHANGED_BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that a long row changes for all other passes
+_CHANGED_BY_LENGTH = ("dynamic", "longrope")  # kinds of rotary embeddings that a long sequence changes for all passes
 
 
 def count(body: nn.Module, dtype: torch.dtype, asked: int | None, sample: Callable[[], object]) -> tuple[int, str]:
-    """Decide how many micro-batches run side by side, and why; see `offsite.kernels.count_side_by_side`."""
+    """Decide how many micro-batches run side by side, and give the reason; see `offsite.kernels.count_side_by_side`."""
     wanted = asked or usual_lanes(torch.get_num_threads(), dtype.itemsize)
     if wanted == 1:
         return 1, "asked for" if asked else "more pay where several threads have matrix tiles and compute in bf16"
@@ -36,14 +36,17 @@ def count(body: nn.Module, dtype: torch.dtype, asked: int | None, sample: Callab
 
 
 def independent(body: nn.Module) -> bool:
-    """Whether no pass through a network changes it for the others."""
+    """Whether passes through a network do not change it, so that they can run at the same time."""
     kinds = (str(getattr(module, "rope_type", "")) for module in body.modules())
     return not any(word in kind for kind in kinds for word in _CHANGED_BY_LENGTH)
 
 
 @torch.no_grad()
 def _draws(sample: Callable[[], object]) -> bool:
-    """Whether a pass draws random numbers of the process and not of its micro-batch; they are put back."""
+    """Whether a pass uses the random generator of the process instead of its micro-batch's own.
+
+    The state of the process's generator is restored.
+    """
     before = torch.get_rng_state()
     with OwnRandomness(0):
         sample()
@@ -54,21 +57,24 @@ def _draws(sample: Callable[[], object]) -> bool:
 
 @contextlib.contextmanager
 def micro_batch_runner(parameters: Sequence[nn.Parameter], count: int) -> Iterator["_Backward"]:
-    """Runs micro-batches, so many side by side; see `offsite.kernels.micro_batch_runner`."""
+    """Context manager: runs `count` micro-batches side by side; see `offsite.kernels.micro_batch_runner`."""
     with Lanes(count) as lanes:
         yield _Backward(parameters, lanes)
 
 
 @contextlib.contextmanager
 def forward_runner(body: nn.Module) -> Iterator["Lanes"]:
-    """Runs work without gradients, as many micro-batches side by side as usually pays."""
+    """Context manager: runs a function without gradients on several micro-batches side by side, if that is faster."""
     several = usual_lanes(torch.get_num_threads(), next(body.parameters()).dtype.itemsize)
     with Lanes(several if independent(body) else 1) as lanes:
         yield lanes
 
 
 class _Backward:
-    """Each micro-batch has random numbers of its own, so the gradients do not depend on how many run at once."""
+    """Runs forward and backward passes side by side (a `MicroBatchRunner`).
+
+    Each micro-batch has its own random numbers, so the gradients do not depend on how many run at once.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], lanes: "Lanes") -> None:
         self._parameters, self._lanes = parameters, lanes
@@ -86,21 +92,22 @@ class _Backward:
         for loss, gradients in self._lanes.run_seeded(alone if self._lanes.count == 1 else beside_others, groups):
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 _accumulate(parameter, gradient)
-            del gradients  # before the next ones are there
+            del gradients  # free them before the next ones exist
             yield loss
 
 
 def _accumulate(parameter: nn.Parameter, gradient: torch.Tensor | None) -> None:
+    """Add a gradient to `.grad` of a parameter; None means that the loss does not depend on the parameter."""
     if gradient is None:
         return
     if parameter.grad is None:
-        parameter.grad = gradient.clone()  # two parameters may have been given one tensor
+        parameter.grad = gradient.clone()  # autograd may return one tensor for two parameters
     else:
         parameter.grad += gradient
 
 
 class Lanes:
-    """So many threads, for as long as this is open."""
+    """Context manager: `count` threads (lanes) that each use an equal share of torch's threads."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -116,12 +123,13 @@ class Lanes:
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(self._threads)  # a lane's number became that of threads to come
+            torch.set_num_threads(self._threads)  # a lane's call also set the number for threads started later
 
     def __call__(self, work: Callable[[G], R], groups: Sequence[G]) -> Iterator[R]:
-        """What `work` makes of each, in order; what would leave lanes empty runs afterwards on all threads.
+        """Call `work` on each group; yields the results in the order of the groups.
 
-        No more is kept than there are lanes: a result is to be used up before the next is asked for.
+        Groups that are too few to fill all lanes run at the end, one after the other, with all of torch's threads. At
+        most `count` results exist at once, so the caller must use each result before it asks for the next.
         """
         side_by_side = len(groups) - len(groups) % self.count if self._pool is not None else 0
         waiting: deque[Future[R]] = deque()
@@ -136,9 +144,9 @@ class Lanes:
             yield work(group)
 
     def run_seeded(self, work: Callable[[G], R], groups: Sequence[G]) -> Iterator[R]:
-        """As a call; each has random numbers of its own, under a seed that torch's generator gives it here.
+        """Call `work` on each group with random numbers of its own; yields the results in the order of the groups.
 
-        Which lane is faster changes none of them.
+        The seeds come from torch's generator before any work starts, so they do not depend on which lane is faster.
         """
 
         def alone(one: tuple[G, int]) -> R:
@@ -150,13 +158,13 @@ class Lanes:
 
 
 def usual_lanes(threads: int, item: int) -> int:
-    """How many micro-batches of text a tuning runs side by side unless told.
+    """The number of micro-batches of text that a tuning runs side by side by default.
 
-    Two where products are so cheap that what threads wait for in a shared one counts, in bf16 on matrix tiles: a third
-    or more faster. Elsewhere they gain next to nothing and hold a tenth more (benchmarks/NOTES.md).
+    It is 2 in bf16 on matrix tiles, where products are so fast that waiting of threads matters: a third or more faster.
+    Elsewhere two lanes gain almost nothing and need a tenth more memory (benchmarks/NOTES.md).
 
     Args:
-        threads: of the tuning.
-        item: bytes of a number in the arithmetic.
+        threads: the number of torch's threads in the tuning.
+        item: bytes of one number in the compute dtype.
     """
     return min(2, threads) if item == 2 and has_tiles() else 1

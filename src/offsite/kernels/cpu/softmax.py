@@ -1,17 +1,20 @@
-"""The softmax of the loss on a CPU: compiled for bf16, else torch's on slices that fit into the cache."""
+"""The softmax of the loss on a CPU: a compiled kernel for bf16, otherwise torch on slices that fit into the cache."""
 
 import torch
 
 from offsite.kernels import reference_backend
 from offsite.kernels.cpu import compiled_kernels as compiled
 
-SLICE_ELEMENTS = 2**19  # logits in fp32 that torch turns into probabilities at once: 2 MiB
+SLICE_ELEMENTS = 2**19  # the number of logits of a slice: 2 MiB in fp32
 
 
 def softmax_(
     logits: torch.Tensor, targets: torch.Tensor, cap: float | None, nats: torch.Tensor, *, slopes: bool
 ) -> None:
-    """As `offsite.kernels.reference_backend.softmax_`."""
+    """Write each label's loss to `nats`; with `slopes`, also replace the logits in place by the losses' gradient.
+
+    Arguments as for `offsite.kernels.reference_backend.softmax_`.
+    """
     if cap is None and compiled.activates(logits) and nats.dtype == torch.float32:
         compiled.softmax_(logits, targets.contiguous(), nats, slopes=slopes)
         return

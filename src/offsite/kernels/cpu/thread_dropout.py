@@ -1,7 +1,7 @@
 """Dropout on a CPU that uses a random generator per thread and is about six times faster than torch's.
 
-torch's draws from one generator for the whole process, so what passes side by side get would depend on which asks
-first; and its `bernoulli_` takes as long as 20 sums of the same size, on one thread.
+torch's dropout uses one generator for the whole process, so for passes that run side by side its random numbers depend
+on which pass asks first. Its `bernoulli_` also runs on one thread and takes as long as 20 sums of the same size.
 """
 
 import threading
@@ -11,17 +11,19 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-LEVELS = 2**16  # random numbers that are compared have 16 bits
-_PATTERNS = {2: torch.int16, 4: torch.int32}  # integers as wide as a number
+LEVELS = 2**16  # probabilities are multiples of 1 / LEVELS, since random numbers of 16 bits are compared
+_PATTERNS = {2: torch.int16, 4: torch.int32}  # integer dtypes, by the bytes of the float dtype that they mask
 
 _here = threading.local()
 
 
 class OwnRandomness(TorchFunctionMode):
-    """Within, what this thread computes drops numbers by a generator of its own; other threads are left alone.
+    """Context manager: in its body, dropout in this thread uses its own random generator.
+
+    Other threads are not affected.
 
     Args:
-        state: of the generator, as another's `state` was; or a seed.
+        state: a seed, or the `state` of another `OwnRandomness`.
     """
 
     def __init__(self, state: torch.Tensor | int) -> None:
@@ -34,11 +36,11 @@ class OwnRandomness(TorchFunctionMode):
 
     @property
     def state(self) -> torch.Tensor:
-        """The state of the random generator."""
+        """The current state of the random generator."""
         return self._generator.get_state()
 
     def draw(self) -> int:
-        """Draw the next seed."""
+        """Draw the next seed from the generator."""
         return int(torch.randint(2**62, (), generator=self._generator))
 
     def __enter__(self) -> Self:
@@ -54,7 +56,7 @@ class OwnRandomness(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Dropout of this file in the place of torch's."""
+        """Replace calls of torch's dropout by the dropout of this file; all other functions run as they are."""
         if func is F.dropout:
             return self._dropout(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -62,6 +64,7 @@ class OwnRandomness(TorchFunctionMode):
     def _dropout(
         self, given: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> torch.Tensor:
+        """Dropout with the arguments of torch's; cases that this file does not support go to torch."""
         dropped = round(p * LEVELS)
         known = given.device.type == "cpu" and given.is_floating_point() and given.element_size() in _PATTERNS
         if inplace or not training or not known or not 0 < dropped < LEVELS:
@@ -71,22 +74,25 @@ class OwnRandomness(TorchFunctionMode):
 
 
 def own_randomness() -> OwnRandomness | None:
-    """What this thread is within, the innermost."""
+    """The innermost `OwnRandomness` that is active in this thread; None if there is none."""
     own: OwnRandomness | None = getattr(_here, "own", None)
     return own
 
 
 def drawn_seed() -> int:
-    """A seed of what this thread is within, else of torch's own generator."""
+    """Draw a seed from the active `OwnRandomness` of this thread, or if there is none from torch's generator."""
     own = own_randomness()
     return own.draw() if own is not None else int(torch.randint(2**62, ()))
 
 
 def draw_keep_mask(numbers: torch.Tensor, dropped: int, generator: torch.Generator) -> torch.Tensor:
-    """Which of so many numbers stay: of 65,536 all but `dropped`. As integers of all bits or none, for `mask_`.
+    """Draw at random which entries of `numbers` dropout keeps; each is dropped with probability `dropped` / 65,536.
 
-    64 random bits at a time, and a comparison into integers: torch's into booleans, and products with those, are five
-    times slower.
+    64 random bits are drawn at a time and compared as 16-bit integers: torch's comparisons into booleans, and products
+    with booleans, are five times slower.
+
+    Returns:
+        A mask of integers as wide as the numbers: all bits set where an entry is kept, otherwise 0. For `mask_`.
     """
     words = torch.empty(-(-numbers.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
     drawn = words.view(torch.int16)[: numbers.numel()].view(numbers.shape)
@@ -95,17 +101,19 @@ def draw_keep_mask(numbers: torch.Tensor, dropped: int, generator: torch.Generat
 
 
 def mask_(numbers: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Set all values that `keep_mask` does not keep to zero, in place."""
+    """Set all entries that a mask of `draw_keep_mask` does not keep to zero, in place."""
     numbers.view(mask.dtype).bitwise_and_(mask)
     return numbers
 
 
 def masked(numbers: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """As `mask_`, of a copy."""
+    """A copy of `numbers` in which all entries that the mask does not keep are zero."""
     return (numbers.view(mask.dtype) & mask).view(numbers.dtype)
 
 
 class _Dropped(torch.autograd.Function):
+    """Autograd function of dropout."""
+
     @staticmethod
     def forward(ctx: Any, given: torch.Tensor, dropped: int, generator: torch.Generator) -> torch.Tensor:
         ctx.scale = LEVELS / (LEVELS - dropped)

@@ -1,11 +1,12 @@
-"""Attention that is fast to train on a CPU, and of long rows keeps nothing that grows with the square of T.
+"""Attention that is fast to train on a CPU, and for long sequences stores nothing that grows with T * T.
 
-With AMX it is a compiled kernel (`compiled_kernels.py`). Without, or under a mask, it is made of torch's products:
-torch's fused attention on CPUs is slow backwards in bf16, for short rows and pictures most of all, and has no
-dropout: with it, every probability goes through fp32 in memory and is kept. Here queries run a tile at a time, up to
-the last key that they may see, and without the causal rule all at once for a few heads; probabilities stay in the CPU's
-cache and are computed again in the backward pass (Dao et al., arXiv 2205.14135, section 3). Under the causal rule
-and without dropout torch's forward pass is the faster one, and is taken.
+On matrix tiles (AMX) in bf16 without a mask it runs a compiled kernel (`compiled_kernels.py`). Otherwise it consists of
+torch's matrix products. torch's own fused attention on CPUs has a slow backward pass in bf16, most of all for short
+sequences and for pictures, and with dropout torch stores every probability in fp32.
+
+Here the queries run a tile at a time, up to the last key that they may see; without the causal rule all queries of a
+few heads run at once. Probabilities stay in the CPU's cache and are computed again in the backward pass (Dao et al.,
+arXiv 2205.14135, section 3). Under the causal rule without dropout, torch's forward pass is faster and is used.
 """
 
 from collections.abc import Iterator
@@ -24,18 +25,19 @@ from offsite.kernels.replacement_report import Piece
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LONGEST = 448  # tokens of a row under a mask; of longer ones the fused one is as fast
-TILE = 128  # queries of each head that run at once; of longer rows nothing that grows with T * T is kept
-_TILES = 4  # into which longer rows are cut: each has products of its own shapes, which oneDNN compiles and keeps
-PROBABILITIES_AT_ONCE = 2**20  # of them at once: 2 MiB in bf16, 4 in fp32
-_EVEN = 16  # rows of probabilities are as many numbers long: products and softmaxes of odd ones take half as long again
+_LONGEST = 448  # tokens; for longer sequences under a mask torch's fused attention is as fast
+TILE = 128  # queries of a head in the smallest tile; sequences that are not longer store their probabilities
+_TILES = 4  # most tiles of a sequence, if they fit the cache: oneDNN compiles and caches products for each tile's shape
+PROBABILITIES_AT_ONCE = 2**20  # the most probabilities of a piece: 2 MiB in bf16, 4 MiB in fp32
+_EVEN = 16  # under the causal rule a tile sees a multiple of it of keys: other lengths take half as long again
 
-# some rows, a tile of their queries, the keys that it sees, its probabilities, and which of them dropout keeps
+# slice of sequences and key-value heads, slice of their queries, slice of the keys that these queries see,
+# probabilities, and the mask of those that dropout keeps (None without dropout)
 _Piece = tuple[slice, slice, slice, torch.Tensor, torch.Tensor | None]
 
 
 def use_tiled_attention(model: "PreTrainedModel") -> Piece:
-    """Let a model on a CPU train with the attention of this file."""
+    """Replace the attention of a model on a CPU by the attention of this file; returns the entry for the report."""
     tiles = kernels.level()[0] >= kernels.TILES and model.dtype == torch.bfloat16
     reason = "a compiled kernel for matrix tiles" if tiles else "torch's products, in tiles that stay in the cache"
     return use_attention(model, "offsite_tiled", _attend, _mask, reason)
@@ -49,7 +51,7 @@ def _mask(
     attention_mask: torch.Tensor | None = None,  # (B, T), 1 where a token is
     **named: Any,
 ) -> torch.Tensor | None:
-    """None where the causal rule says it all, as it does for rows padded at the right; else what SDPA would get."""
+    """The mask for `_attend`: None if the causal rule suffices (sequences padded at the right), else SDPA's mask."""
     from transformers.masking_utils import sdpa_mask
 
     if not positional and causal_rule_suffices(q_length, kv_length, **named) and is_padded_at_right(attention_mask):
@@ -65,12 +67,13 @@ def _attend(
     query: torch.Tensor,  # (B, heads, T, D)
     key: torch.Tensor,  # (B, key-value heads, S, D)
     value: torch.Tensor,  # (B, key-value heads, S, D)
-    attention_mask: torch.Tensor | None,  # (B or 1, 1 or heads, T, S), bool, or to be added
+    attention_mask: torch.Tensor | None,  # (B or 1, 1 or heads, T, S), boolean, or added to the scores
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
+    """The attention that transformers calls; it runs the fastest of the functions below, or torch's SDPA."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     length = query.shape[2]
@@ -78,9 +81,9 @@ def _attend(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     trains = torch.is_grad_enabled() and query.requires_grad
     ours = (
-        (trains or dropout)  # torch's dropout is slow, and draws for all threads
+        (trains or dropout)  # torch's dropout is slow, and uses one random generator for all threads
         and key.shape[2] == length
-        and (causal or dropout or query.dtype == torch.bfloat16)  # of pictures in fp32 torch's is the faster
+        and (causal or dropout or query.dtype == torch.bfloat16)  # for pictures in fp32 torch's attention is faster
         and all(kwargs.get(name) is None for name in ("softcap", "position_bias", "cache", "s_aux"))
     )
     if ours and attention_mask is None and kernels.attends(query, key, value) and value.shape == key.shape:
@@ -107,10 +110,14 @@ def attention_at_once(
     *,
     causal: bool,
 ) -> torch.Tensor:
-    """Plain products, (B, T, heads, D): of few probabilities, making them again costs more than keeping them."""
+    """Attention by plain products that stores its probabilities, for short sequences; (B, T, heads, D).
+
+    If there are few probabilities, storing them costs less than computing them again. Arguments as for
+    `tiled_attention`; `mask` is boolean, or is added to the scores.
+    """
     batch, heads, length, width = query.shape
     groups = key.shape[1]
-    # heads that use one a key-value head are rows of one product: nothing is repeated
+    # query heads that use the same key-value head are rows of one product, so keys and values are not repeated
     rows = (query * scale).reshape(batch, groups, heads // groups * length, width)
     scores = rows @ key.transpose(2, 3)  # (B, G, heads/G * T, T)
     if mask is not None or causal:
@@ -123,7 +130,7 @@ def attention_at_once(
 
 
 def _additive(mask: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
-    """The mask as what is added to the scores; None is the causal one."""
+    """Convert a mask to one that is added to the scores; None means the causal mask."""
     length = scores.shape[-1]
     if mask is None:
         mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
@@ -134,6 +141,8 @@ def _additive(mask: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
 
 
 class _Compiled(torch.autograd.Function):
+    """Autograd function of the compiled attention."""
+
     @staticmethod
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, settings: kernels.AttentionSettings
@@ -158,18 +167,18 @@ def tiled_attention(
     *,
     causal: bool = True,
 ) -> torch.Tensor:
-    """Attention in which every probability is computed twice and never kept.
+    """Attention that never stores its probabilities: they are computed again in the backward pass.
 
     Args:
         query: (B, heads, T, D).
-        key: (B, key-value heads, T, D), of which each serves as many heads.
-        value: as `key`.
-        scale: of the scores.
-        dropout: probability, to a 65,536th, that an attention probability is zero.
-        causal: whether a query sees no key after its own.
+        key: (B, key-value heads, T, D); each key-value head serves the same number of query heads.
+        value: same shape as `key`.
+        scale: the factor of the scores.
+        dropout: the probability that an attention probability is zero, rounded to a multiple of 1 / 65,536.
+        causal: whether a query sees no later keys.
 
     Returns:
-        (B, T, heads, D).
+        The output (B, T, heads, D).
     """
     seed = drawn_seed() if dropout else None
     attended: torch.Tensor = _Tiled.apply(  # type: ignore[no-untyped-call]
@@ -180,7 +189,13 @@ def tiled_attention(
 
 @dataclass(frozen=True)
 class _Kind:
-    """What else decides the probabilities: how many of 65,536 are dropped, under which seed, and what queries see."""
+    """Dropout and causal rule of an attention.
+
+    Attributes:
+        dropped: how many of 65,536 attention probabilities dropout sets to zero.
+        seed: the seed of dropout; None without dropout.
+        causal: whether a query sees no later keys.
+    """
 
     dropped: int
     seed: int | None
@@ -188,7 +203,10 @@ class _Kind:
 
 
 class _Tiled(torch.autograd.Function):
-    """Heads that use the same keys are rows of one product: nothing is repeated."""
+    """Autograd function of `tiled_attention`.
+
+    Query heads that use the same key-value head are rows of one matrix product, so keys and values are never repeated.
+    """
 
     @staticmethod
     def forward(
@@ -249,12 +267,15 @@ class _Tiled(torch.autograd.Function):
         of_query = of_queries.mul_(scale).view(batch, groups, length, each, width).transpose(2, 3)
         of_pairs = (
             part.to(keys.dtype).view(batch, groups, -1, width)[:, :, :length] for part in (of_keys, of_values)
-        )  # queries were scaled when they met the keys
+        )  # no scale for the keys: the queries in the product are already scaled
         return of_query.reshape(batch, groups * each, length, width), *of_pairs, None, None
 
 
 def _together(kept: torch.Tensor, kind: _Kind) -> torch.Tensor:
-    """(B, G, T, D) -> (B G, T, D); causally with zeros behind T, which no query sees, to an even length."""
+    """Merge batch and heads of keys or values: (B, G, T, D) -> (B G, T, D).
+
+    Under the causal rule T is padded with zeros to a multiple of 16; no query sees the padding.
+    """
     batch, groups, length, width = kept.shape
     if not kind.causal:
         return kept.reshape(batch * groups, length, width)
@@ -264,17 +285,19 @@ def _together(kept: torch.Tensor, kind: _Kind) -> torch.Tensor:
 
 
 def _even(length: int) -> int:
+    """Round a length up to a multiple of 16."""
     return -(-length // _EVEN) * _EVEN
 
 
 def _tile(length: int, kind: _Kind) -> int:
-    """Queries that run at once: all of them where none of their probabilities would be in vain and one row's are few.
+    """The number of queries of a head that run at once.
 
-    Of longer rows as many as leave few tiles, while the probabilities of a head's tile fit the cache.
+    All queries run at once if there is no causal rule and the probabilities of one head are few. Otherwise a head is
+    cut into few tiles, whose probabilities still fit into the CPU's cache.
     """
     if not kind.causal and length**2 <= PROBABILITIES_AT_ONCE:
         return length
-    cut = -(-length // (_TILES * TILE)) * TILE  # a multiple of the tile, so at most as many as said
+    cut = -(-length // (_TILES * TILE)) * TILE  # rounded up to a multiple of TILE, so at most _TILES tiles
     return min(length, max(TILE, min(cut, PROBABILITIES_AT_ONCE // length)))
 
 
@@ -284,7 +307,10 @@ def _pieces(
     each: int,  # R
     kind: _Kind,
 ) -> Iterator[_Piece]:
-    """Every piece of the attention; the same arguments give the same, dropout included."""
+    """Yields the attention in pieces: each holds the probabilities of one tile of queries for some of the heads.
+
+    The same arguments give the same pieces, and the same dropout.
+    """
     length = queries.shape[1] // each
     generator = None if kind.seed is None else torch.Generator().manual_seed(kind.seed)
     tile = _tile(length, kind)

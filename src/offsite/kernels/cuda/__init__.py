@@ -1,1 +1,1 @@
-"""Kernels for CUDA devices, all of them kept by others: torch's flash attention, and liger-kernel where installed."""
+"""The backend of CUDA devices: kernels of other projects (torch's flash attention, and liger-kernel if installed)."""

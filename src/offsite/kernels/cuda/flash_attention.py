@@ -1,7 +1,7 @@
-"""torch's flash attention kernels for training, without a dense mask, which would disable them.
+"""Trains with torch's flash attention kernels, by leaving out the dense mask that would disable them.
 
-A model that runs with this takes batches that are padded at the right alone, as the collation of rows makes them.
-Whether they are is not looked at: the host would wait for the device in every pass.
+A model with this attention takes only batches whose sequences are padded at the right, as the collation makes them.
+Nothing checks this: in every pass the CPU would have to wait for the device.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 def use_flash_attention(model: "PreTrainedModel") -> Piece:
-    """Let a model run SDPA by the causal rule alone where rows are padded at the right."""
+    """Let a model run SDPA with the causal rule instead of a dense mask; its batches must be padded at the right.
+
+    Returns:
+        The entry for the report.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     reason = "SDPA by the causal rule, without a dense mask: its flash kernels"
@@ -32,12 +36,15 @@ def mask_of_right_padded_rows(
     attention_mask: torch.Tensor | None = None,  # (B, T), 1 where a token is
     **named: Any,
 ) -> torch.Tensor | None:
-    """None where the causal rule suffices, without a look at the rows' padding; else the mask that SDPA would get."""
+    """The mask for SDPA: None if the causal rule suffices, without a check of the padding; otherwise the usual mask.
+
+    Arguments as transformers passes them to a mask function.
+    """
     from transformers.masking_utils import sdpa_mask
 
     if not positional and causal_rule_suffices(q_length, kv_length, **named):
         return None
-    never_skip = {"allow_is_causal_skip": False}  # to know whether it may, it would look at the rows
+    never_skip = {"allow_is_causal_skip": False}  # to decide whether to skip, it would read the mask on the device
     mask: torch.Tensor | None = sdpa_mask(
         batch_size, q_length, kv_length, *positional, attention_mask=attention_mask, **named | never_skip
     )

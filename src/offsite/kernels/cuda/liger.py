@@ -1,4 +1,4 @@
-"""RMS norms and gated MLPs by liger-kernel (arXiv 2410.10989), where it is installed and computes the same."""
+"""RMS norms and gated MLPs of liger-kernel (arXiv 2410.10989), if it is installed and they compute the same."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -18,7 +18,13 @@ _tanh_gelu = partial(F.gelu, approximate="tanh")
 
 
 def use_liger(model: nn.Module) -> tuple[Piece, ...]:
-    """Replace norms and MLPs that liger-kernel has a kernel for, each only where both agree on random numbers."""
+    """Replace RMS norms and gated MLPs of a model in place by kernels of liger-kernel.
+
+    Each is replaced only if both give the same output for random inputs.
+
+    Returns:
+        One entry of the report for norms, and one for MLPs.
+    """
     try:
         functions = importlib.import_module(_FUNCTIONS)
     except ImportError:
@@ -28,6 +34,7 @@ def use_liger(model: nn.Module) -> tuple[Piece, ...]:
 
 
 def _candidates(functions: Any, module: nn.Module) -> Iterator[Candidate]:
+    """Yields the modules of liger-kernel that might compute the same as `module`, by the names of its parts."""
     children, own = dict(module.named_children()), dict(module.named_parameters(recurse=False))
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if children.keys() == _GATED and not own:
@@ -41,7 +48,7 @@ def _candidates(functions: Any, module: nn.Module) -> Iterator[Candidate]:
 
 
 class LigerRMSNorm(nn.Module):
-    """x / rms(x) * (offset + weight) (arXiv 1910.07467) by one kernel; its weight keeps its name."""
+    """x / rms(x) * (offset + weight) (arXiv 1910.07467) as one kernel of liger-kernel; its weight keeps its name."""
 
     def __init__(
         self,
@@ -61,8 +68,9 @@ class LigerRMSNorm(nn.Module):
 
 
 class LigerGatedMLP(nn.Module):
-    """A gated MLP down(act(gate(x)) * up(x)) (arXiv 2002.05202) with one kernel between the products; layers keep their
-    names.
+    """A gated MLP down(act(gate(x)) * up(x)) (arXiv 2002.05202) with one kernel for act(gate(x)) * up(x).
+
+    Its linear layers keep their names.
     """
 
     def __init__(
