@@ -1,1 +1,1 @@
-"""Training: the loop, master weights, schedule, resume points and the log."""
+"""The training of a network: the loop, master weights, schedule, resume points and the log."""

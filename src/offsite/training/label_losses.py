@@ -8,11 +8,12 @@ from offsite.models.backbone import Network, hidden_states
 
 
 def label_losses(network: Network, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a batch forward and compute its loss.
+    """Run a batch through the network and compute the loss of its labelled tokens.
 
     Returns:
-        The loss in nats, summed over the labelled tokens, a scalar with a gradient; and the loss of each labelled
-        token, (L,), fp32, without gradient.
+        The loss in nats, summed over the L labelled tokens, a scalar with a gradient; and the loss of each labelled
+        token
+        in nats, (L,), fp32, without gradient.
     """
     device = network.head.weight.device
     ids = torch.from_numpy(batch.ids).to(device)

@@ -1,7 +1,7 @@
-"""The training loop. A run that is interrupted and resumed gives the same bytes as a run without an interruption.
+"""The training loop, used for tuning, distillation and full fine-tuning.
 
-Tuning, distillation and full fine-tuning are tasks of this one loop. A step runs its micro-batches forward and
-backward, adds their gradients in fp32, clips them, and updates the master weights.
+One step runs its micro-batches forward and backward, adds their gradients in fp32, clips them, and updates the master
+weights. A run that is interrupted and resumed produces exactly the same bytes as a run without an interruption.
 """
 
 import math
@@ -22,7 +22,7 @@ from offsite.training.schedule import rows_of_steps
 from offsite.training.speed_meter import SpeedMeter
 from offsite.training.task import TrainingTask
 
-_WEIGHT, _OPTIMIZER, _RANDOM = "weight.", "optimizer.", "random."  # what a tensor of a resume point is of
+_WEIGHT, _OPTIMIZER, _RANDOM = "weight.", "optimizer.", "random."  # prefixes of tensor names in a resume point
 
 
 def train(
@@ -36,20 +36,21 @@ def train(
     progress: Progress = silent,
     hooks: Hooks | None = None,
 ) -> None:
-    """Train to the last step, saving resume points; the weights are changed in place.
+    """Train to the last step, and save resume points on the way; the weights are changed in place.
 
     Args:
-        task: the rows, and how their loss is computed.
+        task: the rows of the data set, and the function that computes their loss.
         weights: the parameters that train.
-        settings: steps, learning rates, and what happens between steps.
-        state: the folder of the resume points; training continues from the last one.
-        modules: modules in training mode during a step and in eval mode during a validation; only these have dropout.
+        settings: the number of steps, learning rates, and when to validate and save.
+        state: the resume points of this run; training continues from the last one.
+        modules: modules that are in training mode during a step and in eval mode during a validation, and so the only
+            ones with dropout.
         log: receives a record for every step, validation and start.
         progress: receives the progress events.
         hooks: functions to call at a start, after a step and after a validation.
 
     Raises:
-        OffsiteError: the loss is no longer a finite number.
+        OffsiteError: the loss or its gradient is no longer a finite number.
         StorageError: a resume point or the log cannot be written, or the resume point is damaged.
         KeyboardInterrupt: the user stopped the run; a resume point was saved.
     """
@@ -59,7 +60,7 @@ def train(
     hooks.on_start(done)
     rows_of = rows_of_steps(task.order)
     speed = SpeedMeter()
-    between_steps = True  # whether the weights are those after `done` steps, so that they may be saved
+    between_steps = True  # whether the weights are exactly those after `done` steps, so that they may be saved
 
     def validate_if_due() -> None:
         if settings.validates_after(done):
@@ -72,7 +73,7 @@ def train(
     runner = micro_batch_runner(weights.working.values(), task.device, settings.side_by_side)
     with stop_requests() as stopping, runner as run:
         log({"event": names.resume if done else names.start, "step": done, "steps": steps, **task.first_record()})
-        validate_if_due()  # an interruption may have come between the step and its validation
+        validate_if_due()  # the run may have been interrupted between a step and its validation
         try:
             while done < steps:
                 between_steps = False
@@ -85,7 +86,7 @@ def train(
                 facts = _step(task, weights, optimizer, run, settings, *rows_of(done), rate)
                 done += 1
                 hooks.on_step(done)
-                between_steps = True  # only now: a resume point of this step says that its hook has run
+                between_steps = True  # only now, since a resume point of this step means that its hook has run
                 speed.add(facts[task.unit])
                 log({"event": names.step, "step": done, **facts, f"{task.unit}_per_s": speed.per_second})
                 if done % settings.save_every == 0 or done == steps or stopping():
@@ -101,6 +102,7 @@ def train(
 
 
 def _validate(task: TrainingTask, modules: Sequence[nn.Module], progress: Progress, step: int) -> Mapping[str, float]:
+    """Put `modules` into eval mode and validate the task; returns its metrics by name."""
     for module in modules:
         module.eval()
     return task.validate(progress, f"validating step {step}")
@@ -116,9 +118,10 @@ def _step(
     rows: Sequence[int],
     rate: float,
 ) -> dict[str, float]:
-    """Run one optimiser step and return its record for the log.
+    """Run one optimiser step on rows of the data set, and return its record for the log.
 
-    The loss is the sum over all rows of the step, divided by their weight; it does not depend on the micro-batches.
+    The loss is summed over all rows of the step and divided by `task.weight(rows)`, so it does not depend on how the
+    rows are cut into micro-batches.
     """
     weight = task.weight(rows)
     sums = _accumulate(task, weights, run, epoch, rows, weight)
@@ -142,8 +145,8 @@ def _step(
 def _accumulate(
     task: TrainingTask, weights: MasterWeights, run: MicroBatchRunner, epoch: int, rows: Sequence[int], weight: int
 ) -> dict[str, float]:
-    """Add the gradients of all micro-batches of a step to the master weights; returns the sum of each loss term."""
-    terms_of: dict[int, Mapping[str, torch.Tensor]] = {}  # of micro-batches that have run, by their number
+    """Add the gradients of all micro-batches of a step to the master weights; returns the sums of the loss terms."""
+    terms_of: dict[int, Mapping[str, torch.Tensor]] = {}  # loss terms of the micro-batches that have run, by number
 
     def loss_of(numbered: tuple[int, Sequence[int]]) -> torch.Tensor:
         number, group = numbered
@@ -162,6 +165,7 @@ def _accumulate(
 def _save(
     task: TrainingTask, weights: MasterWeights, optimizer: torch.optim.Optimizer, state: RunState, step: int
 ) -> None:
+    """Save a resume point with the master weights, the optimiser's state and the random states."""
     held, groups = optimizer_state(weights, optimizer)
     tensors = {f"{_WEIGHT}{name}": master for name, master in weights.masters.items()}
     tensors |= {f"{_OPTIMIZER}{name}": tensor for name, tensor in held.items()}
@@ -172,7 +176,7 @@ def _save(
 
 
 def _resume(task: TrainingTask, weights: MasterWeights, optimizer: torch.optim.Optimizer, state: RunState) -> int:
-    """Restore the last resume point. Returns the number of steps already done; 0 if there is no resume point."""
+    """Restore the last resume point; returns the number of steps already done, or 0 if there is no resume point."""
     point = state.load()
     if point is None:
         return 0
@@ -190,7 +194,7 @@ def _resume(task: TrainingTask, weights: MasterWeights, optimizer: torch.optim.O
 
 
 def _reported(task: TrainingTask, facts: Mapping[str, float], speed: SpeedMeter, left: int) -> dict[str, float | str]:
-    """The figures of a step that the progress shows: loss, learning rate, speed and time left."""
+    """The figures of a step that a progress event shows: loss terms, learning rate, speed and time left."""
     seconds = round(speed.seconds_left(left))
     return {
         **{name: facts[name] for name in (*task.term_weights, "lr")},

@@ -1,4 +1,4 @@
-"""Settings of the training loop, for any task."""
+"""The settings of the training loop, for every kind of task."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,11 +7,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunNames:
-    """The words for a run in error messages, progress events and the log."""
+    """The names of a run in error messages, progress events and the log."""
 
     noun: str = "tuning"
-    stage: str = "tuning"  # in the progress
-    start: str = "start"  # events in the log
+    stage: str = "tuning"  # name of the stage in progress events
+    start: str = "start"  # this and the next three: names of events in the log
     resume: str = "resume"
     step: str = "step"
     validation: str = "validation"
@@ -20,26 +20,26 @@ class RunNames:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """The length of training, the learning rates, and what happens between steps."""
+    """The number of steps, the learning rates, and when a run is validated and saved."""
 
     steps: int  # optimiser steps in all
-    learning_rate: Callable[[int], float]  # of a step, from 0
+    learning_rate: Callable[[int], float]  # from the number of a step (from 0) to its learning rate
     weight_decay: float
     max_grad_norm: float
     save_every: int  # steps between resume points
-    validates_after: Callable[[int], bool]  # whether there is a validation after so many steps
+    validates_after: Callable[[int], bool]  # whether the run is validated after this number of steps
     side_by_side: int = 1  # micro-batches that run side by side
     names: RunNames = field(default_factory=RunNames)
 
 
 def _nothing(*_: Any) -> None:
-    """The default hook; does nothing."""
+    """The default hook, which does nothing."""
 
 
 @dataclass(frozen=True)
 class Hooks:
     """Functions that the loop calls at a start, after a step and after a validation."""
 
-    on_start: Callable[[int], None] = _nothing  # with the number of steps that were done before
-    on_step: Callable[[int], None] = _nothing  # before a resume point of this step can be written
-    on_validation: Callable[[int, Mapping[str, float]], None] = _nothing  # with the step and its figures
+    on_start: Callable[[int], None] = _nothing  # takes the number of steps done before this start
+    on_step: Callable[[int], None] = _nothing  # takes the number of steps done; runs before the resume point is written
+    on_validation: Callable[[int, Mapping[str, float]], None] = _nothing  # takes the number of steps done, the metrics

@@ -1,8 +1,8 @@
-"""Trained weights in two precisions: fp32 masters that the optimiser updates, and working copies for the network.
+"""Trained weights in two precisions: fp32 master weights for the optimiser, and working copies for the network.
 
-With bf16 the network's own parameters are the working copies, cast once for each step. Autocast would cast them at
-each use, and would also cast every fp32 activation. Gradients of micro-batches are summed in fp32 (Micikevicius et
-al., arXiv 1710.03740, section 3.1).
+In bf16 the network's own parameters are the working copies, cast once per step. torch's autocast would cast them at
+each use, and would also cast every fp32 activation. Gradients of micro-batches are summed in fp32 (Micikevicius et al.,
+arXiv 1710.03740, section 3.1).
 """
 
 from collections.abc import Collection, Mapping
@@ -12,13 +12,13 @@ from torch import nn
 
 
 class MasterWeights:
-    """The parameters that train, by their names in the return.
+    """The parameters that train, keyed by their names in the return, each with its fp32 master weight.
 
     Args:
-        working: the network's own parameters.
-        decayed: names of the parameters with weight decay; usually matrices, never norms or biases.
-        rate_factors: factors of the learning rate, by name; names that are not in it have the factor 1.
-        fixed: masks of entries that must not change (such as zeros of a pruned matrix), by name.
+        working: the network's own parameters, by name.
+        decayed: the names of the parameters with weight decay; usually matrices, never norms or biases.
+        rate_factors: factors of the learning rate, by name; a name without an entry has the factor 1.
+        fixed: boolean masks of entries that must not change (such as zeros of a pruned matrix), by name.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class MasterWeights:
         self._fixed = dict(fixed or {})
 
     def collect_gradients(self) -> None:
-        """Add the gradients of the working parameters to those of the masters, then clear the working ones."""
+        """Add the gradients of the working parameters to those of the master weights, then clear the former."""
         for name, parameter in self.working.items():
             master = self.masters[name]
             if master is parameter or parameter.grad is None:
@@ -51,10 +51,10 @@ class MasterWeights:
             parameter.grad = None
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Set the gradients of fixed entries to zero, then scale all gradients to a total norm of at most `max_norm`.
+        """Scale all gradients to a total norm of at most `max_norm`; gradients of fixed entries become zero first.
 
         Returns:
-            The norm before scaling.
+            The norm before the scaling.
         """
         for name, mask in self._fixed.items():
             gradient = self.masters[name].grad
@@ -64,7 +64,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Copy the masters to the network's working parameters."""
+        """Copy the master weights to the network's working parameters."""
         pairs = [(self.working[name], master) for name, master in self.masters.items()]
         apart = [(working, master) for working, master in pairs if working is not master]
         if apart:

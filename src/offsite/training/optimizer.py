@@ -1,4 +1,4 @@
-"""AdamW on master weights, and its state as named tensors and plain settings."""
+"""AdamW on master weights, and its state as named tensors and plain settings, for a resume point."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,9 +9,13 @@ from offsite.training.master_weights import MasterWeights
 
 
 def make_optimizer(weights: MasterWeights, weight_decay: float) -> torch.optim.AdamW:
-    """Make AdamW with one parameter group for each combination of weight decay and learning rate factor.
+    """Make AdamW, with one parameter group for each combination of weight decay and learning rate factor.
 
-    Each group has its factor under "rate_factor"; the caller sets "lr" before every step.
+    Each group holds its factor under the key "rate_factor"; the caller sets "lr" before every step.
+
+    Args:
+        weights: the parameters that train.
+        weight_decay: the weight decay of the names in `weights.decayed`; all others have none.
     """
     groups: list[dict[str, Any]] = [
         {
@@ -33,11 +37,12 @@ def make_optimizer(weights: MasterWeights, weight_decay: float) -> torch.optim.A
 def optimizer_state(
     weights: MasterWeights, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """The content of `optimizer.state_dict()`, for a resume point.
+    """The content of `optimizer.state_dict()` with names instead of indices, for a resume point.
 
     Returns:
-        The tensors, each with the key "<key>.<weight's name>"; and the settings of the groups, in which "params" lists
-        weight names.
+        The tensors, keyed "<AdamW's key>.<name of the weight>"; and the settings of the parameter groups, in which
+        "params"
+        lists names of weights.
     """
     state = optimizer.state_dict()
     names = _names(weights, optimizer)
@@ -56,9 +61,9 @@ def load_optimizer_state(
 
     Args:
         weights: the weights that the optimiser updates.
-        optimizer: a new optimiser with the same groups.
-        tensors: the saved tensors, with keys "<key>.<weight's name>".
-        groups: the saved settings of the groups.
+        optimizer: a new optimiser with the same parameter groups.
+        tensors: the saved tensors, keyed "<AdamW's key>.<name of the weight>".
+        groups: the saved settings of the parameter groups.
     """
     index_of = {name: index for index, name in _names(weights, optimizer).items()}
     held: dict[int, dict[str, torch.Tensor]] = {}

@@ -1,8 +1,9 @@
 """Resume points of a long run: safetensors and JSON in a folder next to the result, never a pickle.
 
-`<out>.run/` holds `run.json` (the run's settings and data), `state.json` (the number of finished steps, the settings of
-the optimiser's groups, and the name of the tensor file) and the tensor file: fp32 weights, the optimiser's state and
-random states. The folder stays on this machine and is removed after the result is written.
+The folder `<out>.run/` of a run that writes `<out>` holds `run.json` (the run's settings and data), `state.json` (the
+number of finished steps, the settings of the optimiser's groups, and the name of the tensor file) and the tensor file
+(fp32 weights, the optimiser's state and random states). The folder never leaves this machine, and is removed after the
+result is written.
 """
 
 import contextlib
@@ -28,22 +29,22 @@ _NAMES = {torch.float32: "F32", torch.uint8: "U8"}
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The state of a run between two steps, from which it can continue."""
+    """The state of a run between two steps, from which the run can continue."""
 
-    step: int  # steps that were done
+    step: int  # the number of steps that are done
     tensors: Mapping[str, torch.Tensor]
-    groups: Sequence[Mapping[str, Any]] = ()  # settings of the optimiser's groups, as JSON has them
+    groups: Sequence[Mapping[str, Any]] = ()  # settings of the optimiser's parameter groups, as JSON values
 
 
 class RunState:
-    """The resume points of one run.
+    """The folder with the resume points of one run.
 
     Args:
-        folder: from `offsite.training.run_log.run_folder`.
+        folder: the folder, from `offsite.training.run_log.run_folder`.
         identity: settings, model and data of the run, by name. A run is only resumed with exactly the same identity.
-        resume: continue the run in the folder. If False and there is one, this is an error.
-        restartable: whether a run without a resume point may be replaced by a new one; False for a run that keeps
-            its work in other files.
+        resume: whether to continue the run in the folder. If False, a run in the folder is an error.
+        restartable: whether a run without a resume point may be replaced by a new one; False for a run that also keeps
+            work in other files.
 
     Raises:
         UsageError: the folder holds a run, and `resume` is False or its identity differs.
@@ -61,6 +62,11 @@ class RunState:
         replace_file(folder / "run.json", json.dumps(described, indent=1).encode())
 
     def _require_same(self, identity: Mapping[str, Any]) -> None:
+        """Refuse to resume a run whose settings, model or data are not those of `identity`.
+
+        Raises:
+            UsageError: they differ; the error lists each difference.
+        """
         saved = _read_json(self.folder / "run.json")
         different = [
             f"{name}: {_shorten(saved.get(name))} in the interrupted run, {_shorten(identity.get(name))} now"
@@ -75,25 +81,26 @@ class RunState:
             )
 
     def _remove_files(self) -> None:
+        """Remove all files of the folder except its lock."""
         with storage_errors(self.folder):
             for file in self.folder.iterdir():
                 if file.is_file() and file.name != LOCK:  # held by this process
                     file.unlink()
 
     def save(self, point: ResumePoint) -> None:
-        """Write a resume point. The previous one is kept until this one is complete.
+        """Write a resume point. The previous one is removed only after the new one is complete.
 
-        If the folder already has a resume point of this step, it is kept as it is.
+        If the folder already holds a resume point of the same step, nothing is written.
 
         Raises:
-            StorageError: the point cannot be written; the previous one is still valid.
+            StorageError: the resume point cannot be written; the previous one is still valid.
         """
         file = self.folder / f"state-{point.step}.safetensors"
         record = json.dumps({"step": point.step, "file": file.name, "groups": [*point.groups]}).encode()
         temporary = self.folder / "state.tmp"
         with storage_errors(file):
             if file.exists() and self._record.exists() and self._record.read_bytes() == record:
-                return  # complete already, and nothing that a second interruption may cut off
+                return  # already complete; writing it again could be interrupted
             temporary.unlink(missing_ok=True)
             try:
                 write_safetensors(temporary, [to_new_tensor(name, tensor) for name, tensor in point.tensors.items()])
@@ -101,13 +108,13 @@ class RunState:
             finally:
                 temporary.unlink(missing_ok=True)
         replace_file(self._record, record)
-        with contextlib.suppress(OSError):  # old points only take room
+        with contextlib.suppress(OSError):  # old resume points do no harm, they only need space
             for old in self.folder.glob("state-*.safetensors"):
                 if old != file:
                     old.unlink()
 
     def load(self) -> ResumePoint | None:
-        """The last resume point; None if none was saved yet.
+        """Read the last resume point; None if none was saved yet.
 
         Raises:
             StorageError: the resume point is damaged.
@@ -125,7 +132,7 @@ class RunState:
         return ResumePoint(step, {key: read_tensor(tensor) for key, tensor in held.items()}, groups)
 
     def remove(self) -> None:
-        """Remove the run's folder. An error is ignored, since the result is already written."""
+        """Remove the folder of the run. Errors are ignored, since the result is already written."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -136,6 +143,7 @@ def to_new_tensor(name: str, tensor: torch.Tensor) -> NewTensor:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    """The content of a JSON file; an empty dictionary if the file holds something other than an object."""
     try:
         content = strict_json(file.read_bytes())
     except (OSError, ValueError) as error:
@@ -148,5 +156,6 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _shorten(value: object) -> str:
+    """A setting's value for an error message; if it is longer than 40 characters, its first 12."""
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."

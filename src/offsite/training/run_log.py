@@ -1,4 +1,4 @@
-"""The log of a long run, and how a run stops when it is interrupted: after the current step."""
+"""The log of a long run, and the signals that stop a run after its current step."""
 
 import contextlib
 import json
@@ -17,27 +17,27 @@ Write = Callable[[Mapping[str, Any]], None]  # takes a record of the log
 
 
 def log_file(out: Path) -> Path:
-    """The path of a run's JSONL log: a file next to the result `out`, never in it."""
+    """The path of the JSONL log of a run: a file next to the run's result `out`, never inside it."""
     out = out.resolve()  # "." has no name
     return out.with_name(f"{out.name}.log.jsonl")
 
 
 def run_folder(out: Path) -> Path:
-    """The folder of the resume points of the run that writes `out`."""
+    """The path of the folder with the resume points of the run whose result is `out`."""
     out = out.resolve()  # "." has no name
     return out.with_name(f"{out.name}.run")
 
 
 def require_resume_asked(folder: Path, *, resume: bool, restartable: bool = False) -> bool:
-    """Refuse to start a run in a folder that holds an interrupted run; no file is changed.
+    """Refuse to start a new run in a folder that holds an interrupted run. Changes no file.
 
     Args:
-        folder: from `run_folder`.
-        resume: whether to continue the interrupted run.
+        folder: the folder, from `run_folder`.
+        resume: whether the user wants to continue the interrupted run.
         restartable: whether an interrupted run without a resume point may be replaced by a new one.
 
     Returns:
-        Whether there is a run to continue.
+        Whether there is an interrupted run to continue.
 
     Raises:
         UsageError: there is an interrupted run, and `resume` is False.
@@ -53,7 +53,14 @@ def require_resume_asked(folder: Path, *, resume: bool, restartable: bool = Fals
 
 @contextlib.contextmanager
 def run_log(file: Path) -> Iterator[Write]:
-    """Open the log to append records. Each is written out before the call returns, so a crash does not lose it."""
+    """Context manager: opens the log `file` to append records.
+
+    Yields:
+        A function that appends a record. The record is in the file when the call returns, so a crash does not lose it.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
     with storage_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         stream = file.open("a", encoding="utf-8")
@@ -68,7 +75,7 @@ def run_log(file: Path) -> Iterator[Write]:
 
 
 def last_record(file: Path, event: str) -> Mapping[str, Any] | None:
-    """The last record of an event in a log; None if the log has no such record or cannot be read."""
+    """The last record in a log whose event is `event`; None if there is no such record or the log cannot be read."""
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -82,14 +89,17 @@ def last_record(file: Path, event: str) -> Mapping[str, Any] | None:
 
 
 class Terminated(KeyboardInterrupt):
-    """Raised on SIGTERM. Unlike Ctrl-C in a terminal, it reaches only this process, not the processes it started."""
+    """Raised on SIGTERM.
+
+    Unlike Ctrl-C in a terminal, SIGTERM reaches only this process, not the processes that it started.
+    """
 
 
 @contextlib.contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """Make SIGTERM, which `kill`, containers and batch systems send, interrupt the `with` block as Ctrl-C does.
+    """Context manager: SIGTERM interrupts the body of the `with` statement as Ctrl-C does.
 
-    If a handler for SIGTERM is already installed, it is kept.
+    `kill`, containers and batch systems send SIGTERM. If a handler for SIGTERM is already installed, it stays.
 
     Raises:
         Terminated: SIGTERM arrived.
@@ -111,7 +121,9 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Delay the first Ctrl-C or SIGTERM until the current step ends; a second one interrupts at once.
+    """Context manager: the first Ctrl-C or SIGTERM sets a flag, so that the caller can stop after the current step.
+
+    A second signal interrupts at once.
 
     Yields:
         A function that returns whether the user has asked to stop.

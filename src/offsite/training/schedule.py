@@ -1,4 +1,4 @@
-"""The number of steps of a run, the rows of each step, and the learning rate of each step."""
+"""The schedule of a run: its number of steps, and the rows and the learning rate of each step."""
 
 import functools
 import math
@@ -8,18 +8,25 @@ from typing import Literal
 from offsite.config import TuneSpec
 from offsite.errors import UsageError
 
-_ROUNDING = 1e-9  # of steps: 0.07 * 100 is a bit more than 7
+_ROUNDING = 1e-9  # in steps; in floating point 0.07 * 100 is slightly more than 7
 
 
 def step_count(spec: TuneSpec, rows: int) -> int:
-    """The number of optimiser steps: `max_steps` if set, else `epochs` passes over the rows, rounded up."""
+    """The number of optimiser steps of a tuning with `rows` training rows.
+
+    It is the setting `max_steps`, or if that is not set `epochs` passes over the rows, rounded up.
+    """
     return spec.length.max_steps or max(
         1, math.ceil(spec.length.epochs * math.ceil(rows / spec.length.batch_size) - _ROUNDING)
     )
 
 
 def checkpoint_steps(spec: TuneSpec, steps: int) -> tuple[int, ...]:
-    """The steps after which checkpoints are saved: evenly spaced over the run; the last one is the last step.
+    """The numbers of done steps after which a tuning saves checkpoints: evenly spaced, the last one at the end.
+
+    Args:
+        spec: the settings of the tuning.
+        steps: the number of steps of the run.
 
     Raises:
         UsageError: the run has fewer steps than checkpoints.
@@ -35,12 +42,15 @@ def checkpoint_steps(spec: TuneSpec, steps: int) -> tuple[int, ...]:
 
 
 def rows_of_steps(order: Callable[[int], Sequence[Sequence[int]]]) -> Callable[[int], tuple[int, Sequence[int]]]:
-    """A function from a step (from 0) to its epoch and its rows. The result does not depend on earlier calls.
+    """Make a function that takes the number of a step (from 0) and returns its epoch and its rows.
+
+    The result for a step does not depend on earlier calls.
 
     Args:
-        order: from an epoch (from 0) to the rows of each of its steps; all epochs have the same number of steps.
+        order: takes an epoch (from 0) and returns the rows of each of its steps; all epochs have the same number of
+            steps.
     """
-    cached = functools.lru_cache(maxsize=2)(order)  # two: the rows of the next step may be of the next epoch
+    cached = functools.lru_cache(maxsize=2)(order)  # 2, since the next step may belong to the next epoch
     per_epoch = len(cached(0))
     return lambda step: (step // per_epoch, cached(step // per_epoch)[step % per_epoch])
 
@@ -48,14 +58,14 @@ def rows_of_steps(order: Callable[[int], Sequence[Sequence[int]]]) -> Callable[[
 def learning_rate(
     step: int, steps: int, *, peak: float, warmup: float, schedule: Literal["cosine", "linear", "constant"] = "cosine"
 ) -> float:
-    """The learning rate of one step: linear warm-up to the peak, then cosine or linear decay to 0, or constant.
+    """The learning rate of one step: linear warm-up to the peak, then cosine or linear decay to 0, or a constant rate.
 
     Args:
-        step: the step, from 0.
-        steps: number of steps of the entire run.
-        peak: the rate after warm-up.
-        warmup: share of the steps that warm up, 0 to 1.
-        schedule: the form of the decay after warm-up.
+        step: the number of the step, from 0.
+        steps: the number of steps of the entire run.
+        peak: the rate after the warm-up.
+        warmup: the share of the steps that warm up, 0 to 1.
+        schedule: the form of the rate after the warm-up.
     """
     warming = round(warmup * steps)
     if step < warming:

@@ -1,4 +1,7 @@
-"""The interface between the training loop and a task. The loop knows nothing of text, pictures or hidden states."""
+"""The interface between the training loop and a task, such as tuning on text or on pictures.
+
+The loop itself does not know what a row of the data set holds.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,32 +15,32 @@ from offsite.progress import Progress
 
 @dataclass(frozen=True)
 class Batching:
-    """How rows are grouped into optimiser steps and micro-batches."""
+    """How the rows of a data set are grouped into optimiser steps and micro-batches."""
 
-    rows: int  # in an optimiser step
-    tokens: int  # most padded tokens (of pictures: patches) in a micro-batch
-    seed: int  # of the order of the rows, and of how pictures are cropped
+    rows: int  # number of rows of an optimiser step
+    tokens: int  # largest number of tokens (padding included) or patches of pictures in a micro-batch
+    seed: int  # seed of the order of the rows and of the random crops of pictures
 
     @classmethod
     def of(cls, spec: TuneSpec) -> "Batching":
-        """The grouping that the settings of a tuning give."""
+        """The grouping from the settings of a tuning."""
         return cls(spec.length.batch_size, spec.tokens_at_once, spec.seed)
 
 
 class TrainingTask(Protocol):
-    """Numbered rows (from 0), and how their loss is computed.
+    """A training data set whose rows are numbered from 0, and the functions that compute their loss.
 
-    `loss_terms` may be called from several threads at once; all other methods are called from one thread.
+    The loop may call `loss_terms` from several threads at once, and all other methods from one thread.
     """
 
     @property
     def unit(self) -> str:
-        """The unit for speed, such as "tokens"; it is a key of the result of `size`."""
+        """The unit of the speed, such as "tokens"; it is one of the keys in the result of `size`."""
         ...
 
     @property
     def term_weights(self) -> Mapping[str, float]:
-        """The factor of each term of the loss in the sum that is minimised, by the term's name."""
+        """For each term of the loss, by name, its factor in the sum that training minimises."""
         ...
 
     @property
@@ -46,11 +49,14 @@ class TrainingTask(Protocol):
         ...
 
     def order(self, epoch: int) -> Sequence[Sequence[int]]:
-        """The rows of every step of an epoch. They depend only on the epoch (from 0), so a resumed run has the same."""
+        """The row numbers of every step of an epoch (from 0).
+
+        They depend only on the epoch, so a resumed run has the same rows.
+        """
         ...
 
     def micro_batches(self, rows: Sequence[int]) -> Iterable[Sequence[int]]:
-        """The rows of a step, cut into micro-batches."""
+        """Cut the rows of a step into micro-batches."""
         ...
 
     def prefetch(self, rows: Sequence[int], epoch: int) -> None:
@@ -58,21 +64,29 @@ class TrainingTask(Protocol):
         ...
 
     def loss_terms(self, rows: Sequence[int], epoch: int) -> Mapping[str, torch.Tensor]:
-        """The terms of a micro-batch's loss, by name: scalars with a gradient, summed over all that `weight` counts."""
+        """Compute the terms of a micro-batch's loss, by name: scalars with a gradient, summed over the micro-batch.
+
+        The sum runs over the things that `weight` counts.
+        """
         ...
 
     def weight(self, rows: Sequence[int]) -> int:
-        """The divisor of a step's summed loss: its number of labelled tokens, pictures or batches."""
+        """The divisor of the summed loss of a step: the number of labelled tokens, pictures or batches in its rows."""
         ...
 
     def size(self, rows: Sequence[int]) -> Mapping[str, int]:
-        """The counts of a step's rows for the log, by unit."""
+        """The number of units, such as tokens, in the rows of a step, for the log, by the name of the unit."""
         ...
 
     def first_record(self) -> Mapping[str, float]:
-        """Figures for the first line of the log."""
+        """Figures about the data, by name, for the first record of the log."""
         ...
 
     def validate(self, progress: Progress, stage: str) -> Mapping[str, float]:
-        """Metrics of the held-out rows, by name; empty if there are no held-out rows."""
+        """Compute the metrics of the held-out rows, by name; empty if there are no held-out rows.
+
+        Args:
+            progress: receives the progress events.
+            stage: the name of the stage in these events.
+        """
         ...

@@ -1,4 +1,4 @@
-"""The log of a tuning run as TensorBoard scalars, written from the same records as the JSONL log."""
+"""Writes the log of a tuning as TensorBoard scalars, from the same records as the JSONL log."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -10,12 +10,12 @@ from offsite.extras import require
 from offsite.storage.files import storage_errors
 from offsite.training.run_log import Write, run_folder
 
-_TAGS = {"step": "train", "validation": "validation"}  # by event; other events have no scalars
-_NO_SCALARS = ("event", "step", "time")
+_TAGS = {"step": "train", "validation": "validation"}  # tags of the scalars by event; other events have none
+_NO_SCALARS = ("event", "step", "time")  # fields of a record that are not scalars
 
 
 def require_tensorboard() -> Any:
-    """The class from tensorboard that writes event files.
+    """Import the class that writes TensorBoard's event files.
 
     Raises:
         UsageError: tensorboard is not installed.
@@ -24,10 +24,14 @@ def require_tensorboard() -> Any:
 
 
 def require_outside(folder: Path, out: Path) -> None:
-    """Refuse a TensorBoard folder inside the return's folder or inside the folder of its resume points.
+    """Refuse a TensorBoard folder that is inside the folder of the return or of its resume points.
+
+    Args:
+        folder: the TensorBoard folder.
+        out: the folder of the return.
 
     Raises:
-        UsageError: the folder is inside one of these.
+        UsageError: the TensorBoard folder is inside one of these.
     """
     if any(folder.resolve().is_relative_to(taken) for taken in (out.resolve(), run_folder(out))):
         raise UsageError(
@@ -38,15 +42,16 @@ def require_outside(folder: Path, out: Path) -> None:
 
 @contextlib.contextmanager
 def tensorboard_log(folder: Path | None) -> Iterator[Write]:
-    """Write log records to a folder that TensorBoard reads.
+    """Context manager: writes log records to a folder that TensorBoard reads.
 
-    A resumed run continues the same curves: points that an interrupted run wrote after its resume point are hidden.
+    A resumed run continues the same curves: points that the interrupted run wrote after its last resume point are
+    hidden.
 
     Args:
-        folder: created if it does not exist; with None nothing is written.
+        folder: the TensorBoard folder, created if it does not exist; with None nothing is written.
 
     Yields:
-        A function that takes the records of the JSONL log. The first record holds the step at which the run starts.
+        A function that takes the records of the JSONL log. The first record must hold the step at which the run starts.
 
     Raises:
         UsageError: tensorboard is not installed.
