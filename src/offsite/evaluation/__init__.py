@@ -1,1 +1,1 @@
-"""Evaluation: loss, multiple choice, pictures, lm-eval, and intervals."""
+"""Scores of a model: loss, multiple choice, pictures and lm-evaluation-harness, with confidence intervals."""

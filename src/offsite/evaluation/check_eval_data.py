@@ -1,4 +1,7 @@
-"""`eval --check`: reads the rows as an evaluation does and describes them. No model is loaded."""
+"""`offsite eval --check`: reads the held-out rows or pictures as an evaluation does, and describes them.
+
+No model is loaded, only its tokenizer or image processor.
+"""
 
 from pathlib import Path
 
@@ -15,7 +18,12 @@ from offsite.models.tokenizers import context_length, load_tokenizer
 
 
 def check_eval_data(model: Path, data: DataPaths, spec: EvalSpec) -> TextCheck | PictureCheck:
-    """Read all rows that an evaluation would read, and describe them.
+    """Read all rows or pictures that an evaluation would read, and describe them.
+
+    Args:
+        model: the folder of the model.
+        data: the data set.
+        spec: the settings of the evaluation.
 
     Raises:
         DataError: rows are bad, or no row is left.

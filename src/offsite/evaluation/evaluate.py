@@ -1,6 +1,6 @@
 """Scores a language model on held-out rows: loss, accuracy on multiple-choice rows, and generated answers.
 
-Every figure comes with a 95 % confidence interval over rows (`offsite.evaluation.intervals`).
+Every metric comes with a 95 % confidence interval over the rows (`offsite.evaluation.intervals`).
 """
 
 import time
@@ -39,7 +39,7 @@ ANSWER_TOKENS = 64  # length limit of a generated answer
 
 @dataclass(frozen=True)
 class Sample:
-    """A model's answer to a prompt from the data set, and the data set's own answer as reference."""
+    """A prompt from the data set, the model's answer to it, and the data set's own answer as reference."""
 
     prompt: str
     reference: str
@@ -48,19 +48,21 @@ class Sample:
 
 @dataclass(frozen=True)
 class Score:
-    """Held-out loss in nats per labelled token, other metrics, and the size of the data set."""
+    """The result of `evaluate`: loss in nats per labelled token, other metrics, and the size of the data set."""
 
     loss: float
     perplexity: float
-    completion_loss: float | None  # of rows with a prompt only; None where all are plain text
-    accuracy: float | None  # of multiple-choice rows, by log-likelihood; None where there are none
-    accuracy_norm: float | None  # the same, by log-likelihood per character
-    tokens: int  # labelled ones
+    completion_loss: float | None  # loss on the rows that are not plain text; None if there are none
+    accuracy: float | None  # on multiple-choice rows, by log-likelihood; None if there are none
+    accuracy_norm: float | None  # on multiple-choice rows, by log-likelihood per character; None if there are none
+    tokens: int  # labelled tokens
     rows: int
-    skipped: int
-    seconds: float
-    tokens_per_s: float  # of all tokens that ran for the loss
-    intervals: Mapping[str, Interval]  # of the figures above, by name; none from fewer than two rows
+    skipped: int  # rows left out: too long, or without a label
+    seconds: float  # duration of the passes for the loss
+    tokens_per_s: float  # all tokens, with and without a label, per second of these passes
+    intervals: Mapping[
+        str, Interval
+    ]  # intervals of the metrics above, by name; a metric of fewer than two rows has none
     samples: tuple[Sample, ...] = ()
     row_losses: tuple[RowLoss, ...] = field(default=(), repr=False)
     choice_scores: tuple[ChoiceScore, ...] = field(default=(), repr=False)
@@ -75,19 +77,19 @@ def evaluate(
     samples: int = 0,
     progress: Progress = silent,
 ) -> Score:
-    """Score a model on rows. Only labelled tokens count, as in tuning.
+    """Score a language model on held-out rows. Only labelled tokens count for the loss, as in tuning.
 
     Args:
         model: a base, a bundle or a merged plug-in. If it was verified, the verified files are scored; if it is a
             folder, the files in it.
-        data: rows, as `offsite.data.read_rows.read_rows` reads them.
-        spec: lengths, device, compute dtype.
-        adapter: the adapter that was tuned on that model: a return, or a plug-in in the form of an adapter.
-        samples: number of answers to generate greedily, for the first prompts in the data.
+        data: the data set, as `offsite.data.read_rows.read_rows` reads it.
+        spec: the settings of the evaluation: lengths, device, compute dtype.
+        adapter: the adapter that was tuned on that model: a return, or a plug-in saved as an adapter.
+        samples: the number of answers to generate greedily, for the first prompts in the data.
         progress: receives the progress events.
 
     Raises:
-        DataError: the data set is empty, or has bad or overlong rows.
+        DataError: the data set is empty, or has bad or too long rows.
         UsageError: a folder is not a checkpoint or not an adapter.
         VerificationError: an artifact was read again and had changed since it was verified.
         StorageError: a file is missing or broken.
@@ -128,7 +130,13 @@ def evaluate(
 def _compute_figures(
     losses: Sequence[RowLoss], completions: Sequence[RowLoss], choices: Sequence[ChoiceScore]
 ) -> dict[str, Any]:
-    """Compute every metric by name, and the intervals."""
+    """Compute every metric and its interval, as the fields of a `Score`.
+
+    Args:
+        losses: the losses of all rows.
+        completions: the losses of the rows that are not plain text.
+        choices: the scores of the multiple-choice rows.
+    """
     found: dict[str, float | None] = {}
     intervals: dict[str, Interval] = {}
     ratios: dict[str, tuple[list[float], list[float]]] = {
@@ -151,8 +159,8 @@ def load_tuned(model: Source, adapter: Source | None, runtime: Runtime) -> "PreT
     """Load a model and, if there is one, its adapter: LoRA matrices, bottlenecks, or trained tensors.
 
     Args:
-        model: a checkpoint folder.
-        adapter: a return, or a plug-in in the form of an adapter.
+        model: a checkpoint folder, or verified files of one.
+        adapter: a return, or a plug-in saved as an adapter; None for the model alone.
         runtime: dtype and device.
     """
     if adapter is None:
@@ -172,14 +180,18 @@ def _generate_answers(
     longest: int,
     progress: Progress,
 ) -> list[Sample]:
+    """Generate the model's answer to the prompt of each row.
+
+    A row with an empty prompt is left out if the tokenizer has no BOS token, since the model would have no input.
+    """
     samples = []
     for done, row in enumerate(rows, start=1):
         prompt = row.prompt or ""
         ids = encode_prompt(row, tokenizer)
         if not ids:
-            continue  # neither a prompt nor a beginning token: nothing to answer to
+            continue  # neither a prompt nor a BOS token, so there is no input
         limit = longest - min(ANSWER_TOKENS, longest // 2)
-        if len(ids) > limit:  # the beginning token and the end of the prompt matter most
+        if len(ids) > limit:  # the BOS token and the end of the prompt matter most
             ids = [ids[0], *ids[len(ids) - limit + 1 :]]
         answer = generate(model, ids, tokenizer.eos_token_id, min(ANSWER_TOKENS, longest - len(ids)))
         samples.append(Sample(prompt, row.completion, tokenizer.decode(answer, skip_special_tokens=True)))
@@ -189,10 +201,13 @@ def _generate_answers(
 
 @torch.no_grad()
 def generate(model: "PreTrainedModel", prompt: Sequence[int], eos: int, limit: int) -> list[int]:
-    """Generate greedily up to EOS or `limit` tokens, with a KV cache.
+    """Generate tokens greedily after `prompt`, until `eos` or at most `limit` tokens, with a KV cache.
 
     This does not use transformers' `generate`, since a checkpoint's generation_config.json may set sampling, penalties
-    or other stopping rules.
+    or other rules for the end.
+
+    Returns:
+        The ids of the generated tokens, without EOS.
     """
     body, head = model.base_model, model.get_output_embeddings()
     ids = torch.tensor([list(prompt)], device=head.weight.device)  # (1, T)

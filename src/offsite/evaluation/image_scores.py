@@ -1,4 +1,4 @@
-"""Held-out accuracy and loss of an image model, each with a 95 % confidence interval over pictures.
+"""Held-out accuracy and loss of an image model, each with a 95 % confidence interval over the pictures.
 
 A classifier is scored directly; a bundle is scored with the return that was tuned on it. An encoder alone has no
 classes, so a linear probe is scored: logistic regression on its frozen features, fitted on labelled pictures.
@@ -33,10 +33,10 @@ from offsite.protocol.contents import CLASSIFIER
 from offsite.protocol.manifest import ReturnManifest
 from offsite.protocol.verify import read_unverified
 
-# penalties on the probe's squared weights, per picture; the first is used where there are too few to choose by
+# penalties on the probe's squared weights; the first is used if there are too few pictures for cross-validation
 _PENALTIES = (0.1, 0.03, 0.01, 0.003, 0.3)
-_FOLDS = 3  # of the cross-validation that chooses the penalty
-_PROBE_STEPS = 100
+_FOLDS = 3  # folds of the cross-validation that chooses the penalty
+_PROBE_STEPS = 100  # most iterations of L-BFGS
 
 Logits = Callable[[Floats], torch.Tensor]  # pixels (B, 3, Y, X) -> (B, C) in fp32
 
@@ -45,15 +45,15 @@ Logits = Callable[[Floats], torch.Tensor]  # pixels (B, 3, Y, X) -> (B, C) in fp
 class PictureScore:
     """The loss and the predicted class of one picture."""
 
-    line: int  # its number in the data set, from 1
-    nats: float
-    right: bool
-    predicted: str  # class
+    line: int  # number of the picture in the data set, from 1
+    nats: float  # loss
+    right: bool  # whether the predicted class is right
+    predicted: str  # name of the predicted class
 
 
 @dataclass(frozen=True)
 class ImageScore:
-    """Accuracy, loss in nats per picture, and the size of the data set."""
+    """The result of `evaluate_images`: accuracy, loss in nats per picture, and the size of the data set."""
 
     accuracy: float
     loss: float
@@ -79,10 +79,10 @@ def evaluate_images(
 
     Args:
         model: a classifier (a merged plug-in), or an encoder (a base, a bundle).
-        data: pictures, as `read_pictures` of `offsite.data.pictures.picture_sets` reads them. If the folder has parts,
-            its held-out part is used.
-        spec: device, compute dtype, and how many pictures run at once.
-        adapter: the return that was tuned on that bundle, with its classifier.
+        data: pictures, as `read_pictures` of `offsite.data.pictures.picture_sets` reads them. If the folder has parts
+            (splits), its held-out part is used.
+        spec: the settings of the evaluation: device, compute dtype, and how many pictures run at once.
+        adapter: for a bundle, the return that was tuned on it, with its classifier.
         probe: for an encoder alone, pictures to fit a linear probe on. If the folder has parts, its training part is
             used.
         progress: receives the progress events.
@@ -108,6 +108,7 @@ def _evaluate(
     workers: PictureWorkers,
     progress: Progress,
 ) -> ImageScore:
+    """Score an image model; arguments as for `evaluate_images`, with the runtime and open worker processes."""
     if adapter is not None and probe is not None:
         raise UsageError("an adapter and a probe were both given", next_step="give one of --adapter and --probe")
     source = files_of(model)
@@ -159,6 +160,11 @@ def _evaluate(
 
 
 def _class_indices(pictures: list[Picture], classes: tuple[str, ...]) -> torch.Tensor:
+    """The index of each picture's class in `classes`, (N,).
+
+    Raises:
+        DataError: a picture has a class that is not in `classes`.
+    """
     place = {name: index for index, name in enumerate(classes)}
     unknown = sorted({picture.label or "" for picture in pictures} - set(place))
     if unknown:
@@ -174,7 +180,7 @@ def _class_indices(pictures: list[Picture], classes: tuple[str, ...]) -> torch.T
 def _score(
     logits: Logits, pictures: Pictures, labels: torch.Tensor, size: int, progress: Progress
 ) -> tuple[list[float], list[int]]:
-    """The loss of each picture in nats, and the index of its predicted class."""
+    """Compute the loss of each picture in nats and the index of its predicted class; `size` pictures run at once."""
     nats: list[float] = []
     predicted: list[int] = []
     right = 0
@@ -189,6 +195,7 @@ def _score(
 
 
 def _logits_of_classifier(source: Source, runtime: Runtime) -> tuple[Logits, tuple[str, ...]]:
+    """Load a classifier; returns the function from pixels to its logits, and the names of its classes."""
     loaded = load_classifier(source, dtype=runtime.dtype, device=runtime.device)
     names = tuple(str(loaded.config.id2label[index]) for index in range(loaded.config.num_labels))
 
@@ -200,6 +207,7 @@ def _logits_of_classifier(source: Source, runtime: Runtime) -> tuple[Logits, tup
 
 
 def _logits_of_return(model: Source, returned: Path | Return, runtime: Runtime) -> tuple[Logits, tuple[str, ...]]:
+    """Load an encoder with a return; returns the function from pixels to logits, and the names of the classes."""
     manifest = returned.manifest if isinstance(returned, Return) else read_unverified(returned)
     source = files_of(returned)
     classes = manifest.classes if isinstance(manifest, ReturnManifest) else None
@@ -223,6 +231,7 @@ def _logits_of_return(model: Source, returned: Path | Return, runtime: Runtime) 
 def _logits_of_probe(
     encoder: Encoder, pictures: Pictures, size: int, progress: Progress
 ) -> tuple[Logits, tuple[str, ...]]:
+    """Fit a linear probe on an encoder; returns the function from pixels to logits, and the names of the classes."""
     classes = tuple(sorted({picture.label or "" for picture in pictures.pictures}))
     if len(classes) < 2:
         raise DataError(
@@ -237,7 +246,7 @@ def _logits_of_probe(
 
 @torch.no_grad()
 def probe_features(encoder: Encoder, pictures: Pictures, size: int, progress: Progress) -> torch.Tensor:
-    """Compute the features that a head reads for each picture, (N, F); `size` pictures run at once."""
+    """Compute the encoder's features for each picture, (N, F), which the probe reads; `size` pictures run at once."""
     made = []
     for rows, pixels in pictures.in_order(size):
         made.append(encoder.features(pixels))
@@ -251,13 +260,14 @@ def fit_probe(
     """Fit a linear probe: logistic regression with an L2 penalty, started at zero. It uses no random numbers.
 
     The penalty applies to the weights of standardised features; the returned weights are for the features as they are.
-    Few pictures need a strong penalty and many a weak one, so it is chosen by cross-validation on the same pictures.
+    Few pictures need a strong penalty and many pictures a weak one, so cross-validation on the same pictures chooses
+    it.
 
     Args:
         features: (N, F), fp32.
-        labels: index of each picture's class, (N,).
-        classes: number of classes.
-        penalty: factor of the sum of squared weights, per picture; None chooses it.
+        labels: the index of each picture's class, (N,).
+        classes: the number C of classes.
+        penalty: the factor of the sum of squared weights in the mean loss; with None cross-validation chooses it.
 
     Returns:
         Weight (C, F) and bias (C,).
@@ -268,7 +278,7 @@ def fit_probe(
 
 
 def _choose_penalty(features: torch.Tensor, labels: torch.Tensor, classes: int) -> float:
-    """Choose the penalty with the lowest loss in cross-validation."""
+    """Choose the penalty with the lowest loss in cross-validation; arguments as for `fit_probe`."""
     count = len(labels)
     if count < 2 * _FOLDS:
         return _PENALTIES[0]
@@ -289,6 +299,7 @@ def _choose_penalty(features: torch.Tensor, labels: torch.Tensor, classes: int) 
 def _fit_logistic_regression(
     features: torch.Tensor, labels: torch.Tensor, classes: int, penalty: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit weight (C, F) and bias (C,) with a fixed penalty; arguments as for `fit_probe`."""
     mean, spread = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
     standard = (features - mean) / spread
     weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)

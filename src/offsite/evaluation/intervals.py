@@ -1,7 +1,7 @@
 """Confidence intervals by resampling rows: percentile bootstrap of ratios of sums (Efron and Tibshirani, 1993, ch. 13).
 
-Every metric is a ratio of sums over rows: nats over labelled tokens, or right answers over questions. Whole rows are
-drawn with replacement, since the tokens within a row are not independent of each other.
+Every metric is a ratio of sums over the rows of a data set: nats over labelled tokens, or right answers over questions.
+Whole rows are drawn with replacement, since the tokens within a row are not independent of each other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 RESAMPLES = 1000
 LEVEL = 0.95
-PLACES_AT_ONCE = 2**22  # row indices drawn at a time: 32 MiB
+PLACES_AT_ONCE = 2**22  # number of row indices that are drawn at a time: 32 MiB
 
 Floats = npt.NDArray[np.float64]
 
@@ -37,10 +37,11 @@ def interval(
 
     Args:
         parts: the numerator's term for each row, (N,): nats, or 1 for a right answer and 0 for a wrong one.
-        sizes: the denominator's term for each row, (N,), positive: labelled tokens; None means 1 each, so a mean.
-        resamples: number of resampled data sets.
-        level: share of the resampled ratios inside the interval; equal shares lie below and above it.
-        seed: seed of the random draws.
+        sizes: the denominator's term for each row, (N,), positive, such as its labelled tokens; None means 1 each, so
+            the metric is a mean.
+        resamples: the number of resampled data sets.
+        level: the share of the resampled ratios inside the interval; equal shares lie below and above it.
+        seed: the seed of the random draws.
 
     Returns:
         The interval, or None if there are fewer than two rows, since one row does not show how much rows vary.
@@ -58,19 +59,19 @@ def paired_interval(
     level: float = LEVEL,
     seed: int = 0,
 ) -> Interval | None:
-    """Compute the interval of the difference between two models' ratios on the same rows.
+    """Compute the interval of the difference between two models' metrics on the same rows.
 
     Both models use the same resampled rows, so the difficulty of a row, which both share, cancels. The interval is much
     narrower than if the two models were resampled separately.
 
     Args:
-        parts: the first model's numerators, as in `interval`, (N,).
-        other_parts: the second model's numerators, for the same rows in the same order, (N,).
-        sizes: the denominators, as in `interval`, (N,).
-        other_sizes: the second model's denominators if they differ (another tokenizer), (N,); None takes `sizes`.
-        resamples: number of resampled data sets.
-        level: share of the resampled differences inside the interval.
-        seed: seed of the random draws.
+        parts: the first model's numerators, (N,), as for `interval`.
+        other_parts: the second model's numerators, (N,), for the same rows in the same order.
+        sizes: the denominators, (N,), as for `interval`.
+        other_sizes: the second model's denominators if they differ (another tokenizer), (N,); None means `sizes`.
+        resamples: the number of resampled data sets.
+        level: the share of the resampled differences inside the interval.
+        seed: the seed of the random draws.
 
     Returns:
         The interval, or None if there are fewer than two rows.
@@ -91,17 +92,18 @@ def share_interval(
     level: float = LEVEL,
     seed: int = 0,
 ) -> Interval | None:
-    """Compute the interval of (reached - zero) / (whole - zero), three ratios of sums over the same resampled rows.
+    """Compute the interval of (reached - zero) / (whole - zero): one model's metric on a scale given by two others.
 
-    For example, the share of full fine-tuning's gain (`whole`) over zero-shot (`zero`) that a plug-in (`reached`) has.
+    All three are computed on the same rows. For example, the share of full fine-tuning's gain (`whole`) over zero-shot
+    (`zero`) that a plug-in (`reached`) has.
 
     Args:
         zero: numerators and denominators for each row, (N,) each, of the model that counts as 0.
         whole: numerators and denominators of the model that counts as 1.
         reached: numerators and denominators of the model whose share is computed.
-        resamples: number of resampled data sets.
-        level: share of the resampled values inside the interval.
-        seed: seed of the random draws.
+        resamples: the number of resampled data sets.
+        level: the share of the resampled values inside the interval.
+        seed: the seed of the random draws.
 
     Returns:
         The interval; None if there are fewer than two rows, or if `whole - zero` changes its sign among the resamples,
@@ -118,6 +120,7 @@ def share_interval(
 
 
 def _table(parts: Sequence[float], sizes: Sequence[float] | None) -> Floats:
+    """Numerators and denominators of a metric as one array, (2, N); `sizes` None means denominators of 1."""
     numerators = np.asarray(parts, dtype=np.float64)
     denominators = np.ones_like(numerators) if sizes is None else np.asarray(sizes, dtype=np.float64)
     if numerators.shape != denominators.shape:
@@ -126,7 +129,7 @@ def _table(parts: Sequence[float], sizes: Sequence[float] | None) -> Floats:
 
 
 def _resampled(tables: Sequence[Floats], resamples: int, seed: int) -> Floats | None:
-    """For each draw, the ratio of the first table, minus the ratio of the second table if there is one, (B,).
+    """The metric of each resampled data set, (resamples,); for two tables the first metric minus the second.
 
     None if there are fewer than two rows.
     """
@@ -138,6 +141,11 @@ def _resampled(tables: Sequence[Floats], resamples: int, seed: int) -> Floats | 
 
 
 def _rows(tables: Sequence[Floats]) -> int:
+    """The number of rows N of all tables (2, N).
+
+    Raises:
+        ValueError: the tables have different numbers of rows.
+    """
     rows = int(tables[0].shape[1])
     if any(table.shape[1] != rows for table in tables):
         raise ValueError(f"paired rows: {' and '.join(str(table.shape[1]) for table in tables)}")
@@ -145,7 +153,7 @@ def _rows(tables: Sequence[Floats]) -> int:
 
 
 def _draws(tables: Sequence[Floats], resamples: int, seed: int) -> Iterator[Floats]:
-    """Yield the ratio of every table for several draws at once, (tables, b)."""
+    """Yields the metric of every table for several resampled data sets at once, (tables, resampled data sets)."""
     generator = np.random.default_rng(seed)
     rows = tables[0].shape[1]
     at_once = max(1, PLACES_AT_ONCE // rows)
@@ -159,6 +167,7 @@ def _draws(tables: Sequence[Floats], resamples: int, seed: int) -> Iterator[Floa
 
 
 def _percentiles(ratios: Floats | None, level: float) -> Interval | None:
+    """The interval that contains the share `level` of the values; None if there are no values."""
     if ratios is None:
         return None
     low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])

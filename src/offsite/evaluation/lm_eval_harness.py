@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a base, a bundle, a plug-in or an adapter (the extra `lm-eval`).
+"""Runs tasks of lm-evaluation-harness on a base, a bundle, a plug-in or an adapter (needs the extra `lm-eval`).
 
 The model is loaded as in `evaluate` and passed to the harness as an object. There is one difference from running the
 harness alone: every request starts with exactly one BOS token if the tokenizer has one, as in tuning and `evaluate`.
@@ -32,7 +32,7 @@ _RESAMPLES = 1000  # bootstrap resamples of the harness, for metrics whose stand
 
 @dataclass(frozen=True)
 class TaskScore:
-    """The harness's result for one task: every metric with its standard error, under the harness's names."""
+    """The harness's result for one task: every metric and its standard error, under the harness's names."""
 
     task: str
     rows: int
@@ -48,18 +48,18 @@ def run_tasks(
     tasks_path: Path | None = None,
     progress: Progress = silent,
 ) -> list[TaskScore]:
-    """Run tasks of lm-evaluation-harness.
+    """Run tasks of lm-evaluation-harness, and return their metrics.
 
-    This code downloads nothing. The harness reads a task's rows from where the task's file says.
+    This code downloads nothing. The harness reads the rows of a task from the place that the task's file names.
 
     Args:
         model: a base, a bundle or a merged plug-in, or the folder of one.
         tasks: names or patterns of tasks, groups or tags.
-        spec: device, dtype, and `max_rows` for each task. micro_batch_tokens / max_length requests run at once; a
-            request is cut only where it exceeds the model's context.
-        adapter: the adapter that was tuned on that model: a return, or a plug-in in the form of an adapter.
+        spec: the settings of the evaluation: device, dtype, and `max_rows` for each task. As many requests run at once
+            as micro_batch_tokens / max_length; a request is cut only if it is longer than the model's context.
+        adapter: the adapter that was tuned on that model: a return, or a plug-in saved as an adapter.
         tasks_path: a folder with additional task files; they may run Python code, so use only files that you trust.
-        progress: called with the progress events.
+        progress: receives the progress events.
 
     Raises:
         UsageError: the harness is not installed, or a task is unknown or does not run.
@@ -83,7 +83,10 @@ def harness_results(
     tasks_path: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Run tasks and return the harness's own result, including samples; arguments as in `run_tasks`."""
+    """Run tasks of lm-evaluation-harness, and return the harness's own result dictionary, including samples.
+
+    Arguments as for `run_tasks`.
+    """
     lm_eval = require("lm_eval", _EXTRA, _PURPOSE)
     wrapper = require("lm_eval.models.huggingface", _EXTRA, _PURPOSE).HFLM
     manager = _open_task_index(tasks, tasks_path)
@@ -115,7 +118,11 @@ def harness_results(
 
 
 def _open_task_index(tasks: Sequence[str], tasks_path: Path | None) -> Any:
-    """Open the harness's index of tasks, and check that each of `tasks` matches something in it."""
+    """Open the harness's index of tasks, and check that each of `tasks` matches something in it.
+
+    Raises:
+        UsageError: a task is unknown, or there is no folder `tasks_path`.
+    """
     if tasks_path is not None and not tasks_path.is_dir():
         raise UsageError(f"there is no folder {tasks_path}", next_step="name the folder of your task files")
     kind = require("lm_eval.tasks", _EXTRA, _PURPOSE).TaskManager
@@ -131,7 +138,7 @@ def _open_task_index(tasks: Sequence[str], tasks_path: Path | None) -> Any:
 
 
 class _task_errors:  # noqa: N801
-    """Turn exceptions of the harness and its libraries into a UsageError."""
+    """Context manager: turns exceptions of the harness and its libraries into a UsageError."""
 
     def __init__(self, tasks: Sequence[str]) -> None:
         self._tasks = tasks
@@ -154,7 +161,7 @@ class _task_errors:  # noqa: N801
 
 
 def _prepend_bos(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """Make the tokenizer add its BOS token (if it has one) at the start, and nothing else."""
+    """Change the tokenizer so that it adds its BOS token (if it has one) at the start, and nothing else; returns it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or tokenizer.bos_token_id is None:
         return tokenizer
@@ -168,6 +175,6 @@ def _prepend_bos(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBa
 
 
 def _metrics(found: Mapping[str, Any]) -> dict[str, float]:
-    """The numeric metrics of a task. "acc,none" becomes "acc"; the name of any other filter is kept."""
+    """The numeric metrics of a task. "acc,none" becomes "acc"; the name of any other filter is not removed."""
     named = {name.removesuffix(",none"): value for name, value in found.items() if name != "sample_len"}
     return {name: float(value) for name, value in named.items() if isinstance(value, int | float)}

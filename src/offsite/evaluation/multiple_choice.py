@@ -1,9 +1,10 @@
 """Multiple choice by likelihood: the model's answer is the choice with the highest likelihood after the question.
 
-Both rules come from lm-evaluation-harness (0.4.13, `ConfigurableTask.process_results`) and give the same results.
-`acc` takes the choice with the highest summed log-likelihood. `acc_norm` first divides this sum by the choice's length
-in characters, as the choice is written in the data, without the space that joins it to the prompt (the harness's paper
-says bytes, but its code counts characters, see its issue 3278). If choices are equal, the first one is taken.
+The two metrics come from lm-evaluation-harness (0.4.13, `ConfigurableTask.process_results`) and give the same results.
+For `acc` the model's answer is the choice with the highest summed log-likelihood. For `acc_norm` each sum is first
+divided by the choice's length in characters, as the choice is written in the data, without the space that joins it to
+the prompt (the harness's paper says bytes, but its code counts characters, see its issue 3278). Of equal choices the
+first one is the answer.
 """
 
 from collections.abc import Sequence
@@ -17,21 +18,21 @@ from offsite.progress import Progress, silent
 
 @dataclass(frozen=True)
 class ChoiceScore:
-    """The log-likelihoods of one question's choices, in nats, and the index of the right one."""
+    """The log-likelihoods of one question's choices, in nats, and the index of the right choice."""
 
-    line: int
+    line: int  # line of the question in its file, from 1
     log_likelihoods: tuple[float, ...]
-    lengths: tuple[int, ...]  # characters of each choice
-    answer: int
+    lengths: tuple[int, ...]  # number of characters of each choice
+    answer: int  # index of the right choice
 
     @property
     def right(self) -> bool:
-        """Whether the right choice has the highest log-likelihood."""
+        """Whether the right choice has the highest log-likelihood (metric `acc`)."""
         return _likeliest(self.log_likelihoods) == self.answer
 
     @property
     def right_by_length(self) -> bool:
-        """Whether the right choice has the highest log-likelihood per character."""
+        """Whether the right choice has the highest log-likelihood per character (metric `acc_norm`)."""
         by_length = [total / size for total, size in zip(self.log_likelihoods, self.lengths, strict=True)]
         return _likeliest(by_length) == self.answer
 
@@ -39,13 +40,13 @@ class ChoiceScore:
 def score_choices(
     network: Network, questions: Sequence[Choices], budget: int, progress: Progress = silent
 ) -> list[ChoiceScore]:
-    """Score every choice of every question.
+    """Compute the log-likelihood of every choice of every question.
 
     Args:
         network: backbone and head, in eval mode.
-        questions: from `encode_choices`.
-        budget: padded tokens that run at the same time.
-        progress: called with the progress events.
+        questions: the questions, from `encode_choices`.
+        budget: the largest number of tokens (padding included) that run at the same time.
+        progress: receives the progress events.
     """
     examples = [example for question in questions for example in question.examples]
     nats = iter(row_losses(network, examples, budget, progress, "scoring choices"))
@@ -58,4 +59,5 @@ def score_choices(
 
 
 def _likeliest(scores: Sequence[float]) -> int:
+    """The index of the highest score; of equal scores the first."""
     return max(range(len(scores)), key=scores.__getitem__)

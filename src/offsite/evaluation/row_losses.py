@@ -1,4 +1,4 @@
-"""The loss of every row; validation and all scores of a model are computed from it."""
+"""Computes the loss of every row of a data set; validation and all scores of a language model use it."""
 
 import math
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ from offsite.training.label_losses import label_losses
 
 @dataclass(frozen=True)
 class RowLoss:
-    """The loss of one row: nats summed over its labelled tokens, and the number of these tokens."""
+    """The loss of one row of a data set: nats summed over its labelled tokens, and the number of these tokens."""
 
-    line: int
+    line: int  # line of the row in its file, or number of the block of a long text; from 1
     nats: float
-    tokens: int
+    tokens: int  # number of labelled tokens
 
 
 def perplexity(loss: float) -> float:
-    """Compute exp(loss), or infinity if that overflows."""
+    """Compute the perplexity exp(loss); infinity if that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
@@ -36,9 +36,10 @@ def row_losses(
     Args:
         network: backbone and head, in eval mode.
         examples: the examples to score.
-        budget: padded tokens that run at the same time, over all micro-batches side by side.
-        progress: called with the progress events.
-        stage: the name of these events.
+        budget: the largest number of tokens (padding included) that run at the same time, over all micro-batches side
+            by side.
+        progress: receives the progress events.
+        stage: the name of the stage in these events.
     """
     found: dict[int, RowLoss] = {}
     nats_so_far, tokens_so_far = 0.0, 0

@@ -1,8 +1,8 @@
 """Files with the score of every row, so that two models can be compared row by row without running them again.
 
-A JSON line for each row ({"line", "nats", "tokens"}), then one for each multiple-choice question ({"line", "right",
-"right_by_length"}) or picture ({"line", "right", "told"}, where "told" is the predicted class). `line` is the row's
-line in the data set, or the picture's number in it. The file contains no text or pixels of a row.
+Such a file has a JSON line for each row ({"line", "nats", "tokens"}), then one for each multiple-choice question
+({"line", "right", "right_by_length"}) or picture ({"line", "right", "told"}, where "told" is the predicted class).
+`line` is the row's line in the data set, or the picture's number in it. The file contains no text or pixels of a row.
 """
 
 import json
@@ -24,14 +24,14 @@ MetricName = Literal["loss", "accuracy"]  # nats per labelled token, or the shar
 
 @dataclass(frozen=True)
 class RowScores:
-    """A model's score on each row of a data set, in the order of the data set."""
+    """One model's score on each row of a data set, in the order of the data set."""
 
     lines: tuple[int, ...]
     nats: tuple[float, ...]
     tokens: tuple[float, ...]  # labelled tokens
-    right: tuple[float, ...]  # 1 or 0 for each question or picture; empty where there are none
-    right_by_length: tuple[float, ...]  # the same for questions, by likelihood per character
-    predictions: tuple[str, ...] = ()  # for pictures: the predicted class of each
+    right: tuple[float, ...]  # 1 (right) or 0 (wrong) for each question or picture; empty if there are none
+    right_by_length: tuple[float, ...]  # 1 or 0 for each question, by likelihood per character
+    predictions: tuple[str, ...] = ()  # the predicted class of each picture
 
     @property
     def loss(self) -> float:
@@ -43,13 +43,13 @@ class RowScores:
         return (self.nats, self.tokens) if metric == "loss" else (self.right, (1.0,) * len(self.right))
 
     def mean(self, metric: MetricName) -> float:
-        """The metric's value over all rows."""
+        """The value of a metric over all rows."""
         parts, sizes = self.parts(metric)
         return sum(parts) / sum(sizes)
 
 
 def write_row_scores(file: Path, score: "Score") -> None:
-    """Write the score of every row.
+    """Write the score of every row of a data set, and of every multiple-choice question.
 
     Raises:
         StorageError: the file cannot be written.
@@ -62,7 +62,7 @@ def write_row_scores(file: Path, score: "Score") -> None:
 
 
 def write_picture_scores(file: Path, score: "ImageScore") -> None:
-    """Write the score of every picture; a picture counts as one token.
+    """Write the score of every picture; for the loss, a picture counts as one token.
 
     Raises:
         StorageError: the file cannot be written.
@@ -73,6 +73,7 @@ def write_picture_scores(file: Path, score: "ImageScore") -> None:
 
 
 def _write(file: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Write JSON lines to a file, replacing it in one step."""
     replace_file(file, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
@@ -103,7 +104,9 @@ def read_row_scores(file: Path) -> RowScores:
 
 
 def difference(one: RowScores, other: RowScores, metric: MetricName = "loss") -> tuple[float, Interval | None]:
-    """Compute the difference of two models' loss or accuracy, and its interval over the same resampled rows.
+    """Compute the difference of two models' loss or accuracy (the first minus the second), and its interval.
+
+    The interval is None if there are fewer than two rows.
 
     Raises:
         ValueError: the models were not scored on the same rows.
@@ -115,7 +118,7 @@ def difference(one: RowScores, other: RowScores, metric: MetricName = "loss") ->
 
 
 def require_same_rows(scores: Sequence[RowScores]) -> None:
-    """Refuse to compare scores on different rows.
+    """Refuse to compare scores of models on different rows.
 
     Raises:
         ValueError: the rows differ.
