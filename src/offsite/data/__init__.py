@@ -1,1 +1,1 @@
-"""Rows and pictures: reading, chat templates, tokens and labels, batches."""
+"""Reads rows of text and pictures, and turns them into tokens with labels, pixels, and batches."""

@@ -1,6 +1,7 @@
-"""Examples -> batches: rows of similar length run together, padded at the right.
+"""Examples -> batches: examples of similar length run together, padded at the right.
 
-Padding is found from the lengths of the rows, never by a token id, since many models pad with their EOS token.
+The padding is known from the lengths of the examples, never from a token id, since many models pad with their EOS
+token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,15 +12,22 @@ import numpy.typing as npt
 
 from offsite.data.examples import Example
 
-_SORTED_STEPS = 32  # steps whose rows are sorted by length together
-_PASS = 128  # padded tokens that take as long as what a pass costs beside them: 70 to 430 were measured
+_SORTED_STEPS = 32  # number of steps whose examples are sorted by length together
+_PASS = 128  # fixed cost of a pass, in tokens that take as long: 70 to 430 were measured
 
 
 def step_batches(examples: Sequence[Example], *, rows: int, seed: int, epoch: int) -> list[list[int]]:
-    """The rows of every optimiser step of one epoch. They depend only on the arguments, so a resumed run has the same.
+    """Group the examples into the optimiser steps of one epoch; each step is a list of indices into `examples`.
 
-    Rows are shuffled. Within each group of 32 steps they are sorted by length and cut into steps, and then the order of
-    all steps is shuffled: there is little padding, and lengths show no trend over an epoch.
+    The steps depend only on the arguments, so a resumed run has the same. Examples are shuffled. Within each group of
+    32 steps they are sorted by length and cut into steps, and then the order of all steps is shuffled: so there is
+    little padding, and lengths show no trend over an epoch.
+
+    Args:
+        examples: all examples.
+        rows: the number of examples of a step.
+        seed: the seed of the shuffling.
+        epoch: the number of the epoch; with the seed it decides the order.
     """
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(len(examples))
@@ -31,18 +39,23 @@ def step_batches(examples: Sequence[Example], *, rows: int, seed: int, epoch: in
 
 
 def micro_batches(examples: Sequence[Example], rows: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Cut the rows of a step into micro-batches of rows with similar lengths, at the least total cost.
+    """Cut the examples of a step into micro-batches of similar lengths, at the least total cost.
 
-    A micro-batch costs its padded tokens plus a constant for each pass (`_PASS`). A larger one costs up to half of this
-    constant more, so among cuts with equal padding the most even one is chosen: it needs the least memory at once.
+    A micro-batch costs its tokens (padding included) plus a constant for each pass (`_PASS`). A large micro-batch costs
+    up to half of this constant more, so among cuts with equal padding the most even one is chosen: it needs the least
+    memory at once.
 
     Args:
         examples: all examples.
-        rows: indices into `examples`, the rows to cut.
-        budget: maximum padded tokens of a micro-batch; a longer row runs alone.
+        rows: indices into `examples`, the examples to cut.
+        budget: the largest number of tokens (padding included) of a micro-batch; a longer example runs alone.
+
+    Yields:
+        The indices of the examples of each micro-batch, the shortest examples first.
     """
     order = sorted(rows, key=lambda i: (len(examples[i].ids), i))
-    costs, begins = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=np.int64)  # of the first so many rows
+    # costs[n]: least cost of the first n examples; begins[n]: where the last micro-batch of that cut begins
+    costs, begins = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=np.int64)
     for end in range(1, len(order) + 1):
         width = len(examples[order[end - 1]].ids)
         begin = np.arange(max(0, end - max(1, budget // width)), end)
@@ -58,17 +71,20 @@ def micro_batches(examples: Sequence[Example], rows: Sequence[int], budget: int)
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded inputs and the positions of the labels. The last token of a row is never an input, only a label."""
+    """Padded inputs for the network, and the positions of the labels.
+
+    The last token of an example is never an input, only a label.
+    """
 
     ids: npt.NDArray[np.int64]  # (B, T), padded at the right with 0
-    mask: npt.NDArray[np.int64]  # (B, T), 1 where a token is
-    places: npt.NDArray[np.int64]  # (L,) flat positions in B*T whose outputs predict a label
-    targets: npt.NDArray[np.int64]  # (L,) the labels
-    owners: npt.NDArray[np.int64]  # (L,) row in the batch of each label
+    mask: npt.NDArray[np.int64]  # (B, T), 1 for a token and 0 for padding
+    places: npt.NDArray[np.int64]  # (L,) positions in the flattened batch (B * T) whose outputs predict a label
+    targets: npt.NDArray[np.int64]  # (L,) token ids of the labels
+    owners: npt.NDArray[np.int64]  # (L,) for each label the index of its example in the batch
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pad examples to one rectangle, and list the positions and targets of their labels."""
+    """Pad examples to the same length, and list the positions and targets of their labels."""
     width = max(len(example.ids) for example in examples) - 1
     ids = np.zeros((len(examples), width), dtype=np.int64)
     mask = np.zeros_like(ids)
@@ -77,7 +93,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         length = len(example.ids) - 1
         ids[i, :length] = example.ids[:-1]
         mask[i, :length] = 1
-        places.append(i * width + example.labelled - 1)  # the token before predicts
+        places.append(i * width + example.labelled - 1)  # a label is predicted at the token before it
         targets.append(example.ids[example.labelled])
         owners.append(np.full(example.labels, i))
     return Batch(ids, mask, np.concatenate(places), np.concatenate(targets), np.concatenate(owners))

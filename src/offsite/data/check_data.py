@@ -1,4 +1,4 @@
-"""Describes a data set without training: counts, lengths, and three rows as the model reads them."""
+"""Describes a data set without training: counts, lengths, and three rows or pictures as the model reads them."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_SHOWN = 3  # rows
+_SHOWN = 3  # number of rows or pictures that are shown
 
 
 @dataclass(frozen=True)
 class ShownRow:
-    """An example row as the model reads it: its text in pieces, each with or without labels."""
+    """One row of the data set as the model reads it: its text in pieces, each with or without labels."""
 
     place: str  # file and line
     tokens: int
-    learnt: int  # tokens under a label
-    pieces: tuple[tuple[str, bool], ...]  # text, and whether it is learnt
+    learnt: int  # tokens that carry a label
+    pieces: tuple[tuple[str, bool], ...]  # each piece of text, and whether it carries labels
 
 
 @dataclass(frozen=True)
@@ -40,25 +40,25 @@ class TextCheck:
     """The description of a text data set after tokenisation with a model's tokenizer."""
 
     data: str
-    rows: int  # that were read
-    used: int  # examples; a long text is several
+    rows: int  # rows that were read
+    used: int  # examples that a run would use; a long text becomes several
     left_out: int  # rows that are too long, or without a label
     cut: int  # rows that lose tokens
-    too_long: int  # rows over `max_length`
-    max_length: int  # tokens
+    too_long: int  # rows longer than `max_length`
+    max_length: int  # in tokens
     tokens: int
-    learnt_tokens: int
-    lengths: Mapping[str, int]  # of rows in tokens, before any is cut
-    questions: int  # of multiple choice
-    dropped: Mapping[str, int]  # what the model's chat template does not write, by name
-    notes: Mapping[str, int]  # conversations that are labelled otherwise than answer by answer
-    refused: bool  # whether a run would refuse these rows, for their length
+    learnt_tokens: int  # tokens that carry a label
+    lengths: Mapping[str, int]  # shortest, median, longest ... row in tokens, before any is cut
+    questions: int  # multiple-choice rows
+    dropped: Mapping[str, int]  # number of turns that lost words in the chat template, by kind of words
+    notes: Mapping[str, int]  # number of conversations with unusual labels, by the reason
+    refused: bool  # whether a run would refuse this data set because rows are too long
     shown: tuple[ShownRow, ...]
 
 
 @dataclass(frozen=True)
 class ShownPicture:
-    """The name, class and size of an example picture."""
+    """The name, class and size of one picture of the data set."""
 
     name: str
     label: str
@@ -72,8 +72,8 @@ class PictureCheck:
 
     data: str
     pictures: int
-    left_out: int  # that cannot be read
-    classes: Mapping[str, int]  # pictures of each
+    left_out: int  # pictures that cannot be read
+    classes: Mapping[str, int]  # number of pictures of each class
     shown: tuple[ShownPicture, ...]
     refused: bool = False
 
@@ -91,12 +91,12 @@ def check_text(
     """Read and encode a text data set as a run does, and describe it.
 
     Args:
-        data: the data sets; several are joined.
+        data: the data sets; the rows of several are joined.
         tokenizer: the model's tokenizer.
         model: the model's folder, or its verified files.
-        form: settings that say what the fields mean.
+        form: the settings that say what the fields of the data set mean.
         part: for a data set with several parts, whether to read the training part or the held-out part.
-        max_length: maximum tokens of a row.
+        max_length: the largest number of tokens of a row.
         long_rows: what a run does with longer rows. Under "error" they are left out here, and `refused` is set.
 
     Raises:
@@ -134,7 +134,7 @@ def check_text(
 
 
 def check_pictures(data: DataPaths, pictures: Pictures) -> PictureCheck:
-    """Describe decoded pictures: their number, their classes and three examples."""
+    """Describe decoded pictures: their number, their classes and three of them."""
     shown = []
     for picture in _some(pictures.pictures):
         height, width, _ = decode(picture).shape
@@ -144,23 +144,25 @@ def check_pictures(data: DataPaths, pictures: Pictures) -> PictureCheck:
 
 
 def _some(items: Sequence[T]) -> list[T]:
-    """The first, the middle and the last item; all items if there are at most three."""
+    """The first, the middle and the last item of a list; all items if there are at most three."""
     places = sorted({0, len(items) // 2, len(items) - 1}) if len(items) > _SHOWN else range(len(items))
     return [items[place] for place in places]
 
 
 def _shown(example: Example, tokenizer: "PreTrainedTokenizerBase", source: str) -> ShownRow:
+    """The example as text, cut into pieces where labels begin and end; `source` is its data set if it has no file."""
     learnt = np.zeros(len(example.ids), dtype=bool)
     learnt[example.labelled] = True
     borders = [0, *(np.flatnonzero(learnt[1:] != learnt[:-1]) + 1).tolist(), len(learnt)]
     texts = [_text(example.ids[:border].tolist(), tokenizer) for border in borders]
     pieces = []
     for (begin, end), (before, until) in zip(pairwise(borders), pairwise(texts), strict=True):
-        # of the text so far, since a token alone may lose the space before it
+        # cut from the text up to here, since tokens that are decoded alone may lose the space before them
         text = until[len(before) :] if until.startswith(before) else _text(example.ids[begin:end].tolist(), tokenizer)
         pieces.append((text, bool(learnt[begin])))
     return ShownRow(f"{example.file or source}:{example.line}", len(example.ids), example.labels, tuple(pieces))
 
 
 def _text(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The text of token ids, with special tokens and without any clean-up."""
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""

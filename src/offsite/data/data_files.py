@@ -1,4 +1,4 @@
-"""The files of a data set: one file, a pattern, a folder of shards, a Hugging Face Hub snapshot or a saved DatasetDict.
+"""Finds the files of a data set: a file, a pattern, a folder of shards, a Hugging Face Hub snapshot or a DatasetDict.
 
 A folder may hold several parts (splits). As in Hugging Face datasets, the names of files and sub-folders say which part
 they belong to: `train-00000-of-00002.parquet`, `test.jsonl`, `validation/`. Tuning reads the training part, scoring
@@ -23,8 +23,8 @@ DataPaths = Path | Sequence[Path]  # one data set, or several whose rows are joi
 TRAINING = ("train", "training")
 VALIDATION = ("validation", "val", "valid", "dev")
 TEST = ("test", "testing", "eval", "evaluation")
-_NOT_ROWS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # what describes a data set
-_STATE, _SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk writes
+_NOT_ROWS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # descriptions of a data set
+_STATE, _SPLITS = "state.json", "dataset_dict.json"  # files that `save_to_disk` writes
 _SHARD = re.compile(r"(^|[-_.])(part|shard|chunk)?[-_.]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{16,})?$", re.IGNORECASE)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w-]*")
 _PATTERN = re.compile(r"[*?\[]")
@@ -42,6 +42,10 @@ def name_of(data: DataPaths) -> str:
 
 def files_of(path: Path, part: Part = "train") -> list[Path]:
     """The files that hold the rows of a data set, in order.
+
+    Args:
+        path: a file, a folder, or a path whose last part is a pattern such as `train-*.jsonl`.
+        part: for a folder with several parts, whether to return the training part or the held-out part.
 
     Raises:
         DataError: there are no such files, or it is not clear which files are meant.
@@ -63,7 +67,10 @@ def files_of(path: Path, part: Part = "train") -> list[Path]:
 
 
 def existing(path: Path) -> Path:
-    """The path as the disk spells it. A name with accents has two forms in Unicode that look alike; both are tried."""
+    """Find an existing file or folder with the name `path`, whatever the Unicode form of its accented letters.
+
+    An accented letter can be one or two characters in Unicode. If no form of the name exists, `path` is returned.
+    """
     if path.exists():
         return path
     forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
@@ -84,10 +91,16 @@ def data_digest(data: DataPaths) -> str:
 
 
 def _digested(path: Path) -> list[Path]:
+    """The files or the folder that the digest of one data set covers."""
     return files_of(path) if _PATTERN.search(path.name) and not path.exists() else [existing(path)]
 
 
 def _digest(path: Path) -> str:
+    """The SHA-256 digest of a file, or of the names and digests of a folder's files.
+
+    Raises:
+        DataError: the path is neither a file nor a folder.
+    """
     if path.is_file():
         return sha256_of(path)
     if not path.is_dir():
@@ -101,6 +114,11 @@ def _digest(path: Path) -> str:
 
 
 def _in_folder(folder: Path, part: Part) -> list[Path]:
+    """The files that hold the rows of one part of a folder.
+
+    Raises:
+        DataError: there are no such files, or it is not clear which files are meant.
+    """
     folder = _snapshot(folder)
     if (folder / _STATE).exists():
         return _saved_files(folder)
@@ -119,15 +137,15 @@ def _in_folder(folder: Path, part: Part) -> list[Path]:
 
 
 def _snapshot(folder: Path) -> Path:
-    """The snapshot folder of a data set in the cache of Hugging Face Hub; any other folder is returned unchanged."""
+    """The snapshot folder if `folder` is a data set in the cache of Hugging Face Hub; otherwise `folder` itself."""
     snapshots = sorted(folder.glob("snapshots/*/")) if (folder / "snapshots").is_dir() else []
     return snapshots[-1] if len(snapshots) == 1 else folder
 
 
 def parts_of(folder: Path) -> dict[str, list[Path]]:
-    """The parts (splits) of a folder, by name. Each is a list of files, or of folders that save_to_disk wrote.
+    """The parts (splits) of a folder, by name. Each is a list of files, or of folders that `save_to_disk` wrote.
 
-    Files whose names give no part have the key "".
+    Files whose names give no part are under the name "".
 
     Raises:
         DataError: the folder holds several data sets.
@@ -149,7 +167,10 @@ def parts_of(folder: Path) -> dict[str, list[Path]]:
 
 
 def _entry(folder: Path) -> list[Path]:
-    """The sources of rows in a sub-folder: itself if save_to_disk wrote it, its files, or those one level below."""
+    """The sources of rows in a sub-folder: its files, or if it has none the files one level below.
+
+    A sub-folder that `save_to_disk` wrote is itself the only source.
+    """
     if (folder / _STATE).exists():
         return [folder]
     return record_files(folder) or [
@@ -165,6 +186,7 @@ def record_files(folder: Path) -> list[Path]:
 
 
 def _visible(folder: Path) -> Iterator[Path]:
+    """The entries of a folder in order of their names, without those that begin with "." or "_"."""
     return (entry for entry in sorted(folder.iterdir()) if not entry.name.startswith((".", "_")))
 
 
@@ -181,14 +203,19 @@ def part_name(file: Path) -> str:
 
 
 def part_role(name: str) -> str:
-    """The role of a part: "train", "validation" or "test"; "" if its name gives none."""
+    """The role of a part (split): "train", "validation" or "test"; "" if its name gives no role."""
     word = re.split(r"[-_. ]+", unicodedata.normalize("NFC", name).casefold())[0]
     names = {"train": TRAINING, "validation": VALIDATION, "test": TEST}
     return next((role for role, known in names.items() if word in known), "")
 
 
 def choose_part(parts: Mapping[str, list[Path]], part: Part, folder: Path) -> list[Path]:
-    """The files of the requested part. If there is only one part, its files are returned whatever it is called.
+    """The files of the training part or the held-out part. If there is only one part, its files are returned.
+
+    Args:
+        parts: the files of each part, by name, from `parts_of`.
+        part: the requested part.
+        folder: the folder of the parts, for error messages.
 
     Raises:
         DataError: no part or several parts have the requested role.
@@ -214,7 +241,11 @@ def choose_part(parts: Mapping[str, list[Path]], part: Part, folder: Path) -> li
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """The Arrow files that `save_to_disk` of Hugging Face datasets wrote, as listed in state.json."""
+    """The Arrow files that `save_to_disk` of Hugging Face datasets wrote, as listed in state.json.
+
+    Raises:
+        DataError: state.json does not list the files, or the rows are picked by an index file.
+    """
     state = parse_line(read_bytes(folder / _STATE))
     listed = state.get("_data_files") if isinstance(state, dict) else None
     files = [entry.get("filename") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
@@ -226,10 +257,12 @@ def _saved_files(folder: Path) -> list[Path]:
 
 
 def _what_it_holds(folder: Path) -> str:
+    """The end of an error message: the names of a folder's entries; empty if it has none."""
     names = [entry.name for entry in _visible(folder)]
     return f", but {_some(names)}" if names else ""
 
 
 def _some(entries: "Sequence[object] | Mapping[Path, object]") -> str:
+    """The first five names, and the number of the others, for error messages."""
     names = [entry.name if isinstance(entry, Path) else str(entry) for entry in entries]
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,4 +1,4 @@
-"""Rows as token ids with labels; tuning and evaluation run these."""
+"""Rows of a data set as token ids with labels, as tuning and evaluation use them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,14 +16,17 @@ from offsite.models.modules.declared import unwrapped
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """The token ids of one row. Labels are on all ids after the first `given`, or only on those at `places`."""
+    """The token ids of one row of a data set, and which of them carry labels.
 
-    line: int
+    All ids after the first `given` carry labels; if `places` is set, only the ids at these positions do.
+    """
+
+    line: int  # line of the row in its file, or number of the block of a long text; from 1
     ids: npt.NDArray[np.int64]  # (T,)
-    given: int  # at least 1: nothing predicts the first token
-    places: npt.NDArray[np.int64] | None = None  # positions in `ids` of a conversation's labels, ascending
-    answers: bool = True  # whether it answers something: all but plain text
-    file: Path | None = None  # where it is from; `line` is of this file
+    given: int  # number of ids before the labels; at least 1, since nothing predicts the first token
+    places: npt.NDArray[np.int64] | None = None  # for a conversation: positions in `ids` of its labels, ascending
+    answers: bool = True  # False for plain text, True for all other rows
+    file: Path | None = None  # file of the row
 
     @property
     def labelled(self) -> npt.NDArray[np.int64]:
@@ -32,21 +35,24 @@ class Example:
 
     @property
     def labels(self) -> int:
-        """The number of labelled tokens."""
+        """The number of tokens that carry a label."""
         return len(self.ids) - self.given if self.places is None else len(self.places)
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The examples of a data set, and counts of rows left out, rows cut, and words that the chat template dropped."""
+    """The examples of a data set, with counts of rows that were left out or cut.
+
+    It also counts the turns that lost words in the chat template, and conversations with unusual labels.
+    """
 
     examples: tuple[Example, ...]
     skipped: int  # rows left out: too long, or without a label
     cut: int = 0  # rows that lost tokens
-    too_long: int = 0  # rows over the longest length, cut or left out
-    lengths: tuple[int, ...] = ()  # tokens of every row before any was cut
-    dropped: Mapping[str, int] = field(default_factory=dict)  # what the chat template did not write, by name
-    notes: Mapping[str, int] = field(default_factory=dict)  # conversations labelled otherwise than answer by answer
+    too_long: int = 0  # rows longer than the limit; they were cut or left out
+    lengths: tuple[int, ...] = ()  # number of tokens of every row before any was cut
+    dropped: Mapping[str, int] = field(default_factory=dict)  # number of turns that lost words, by kind of words
+    notes: Mapping[str, int] = field(default_factory=dict)  # number of conversations with unusual labels, by the reason
 
     def reports(self) -> list[str]:
         """Sentences for the user: words that the chat template dropped, and conversations with unusual labels."""
@@ -59,10 +65,10 @@ class Encoded:
 class Choices:
     """A multiple-choice row: one example for each choice, with labels only on the choice."""
 
-    line: int
+    line: int  # line of the row in its file, from 1
     examples: tuple[Example, ...]
     lengths: tuple[int, ...]  # characters of each choice, without the space that joins it to the prompt
-    answer: int
+    answer: int  # index of the right choice
 
 
 def require_known(examples: Iterable[Example], model: Source, source: DataPaths) -> None:

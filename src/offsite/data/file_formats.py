@@ -1,6 +1,7 @@
 """Files -> records: JSON lines, JSON lists, CSV, TSV, Parquet and Arrow tables.
 
-A record has its number in its file, and its fields; a record that cannot be read has an error text instead of fields.
+A record is one row of a file before its fields are interpreted: its number in the file and its fields. A record that
+cannot be read has an error text instead of fields.
 """
 
 import csv
@@ -14,34 +15,34 @@ from offsite.data.parquet_and_arrow import read_table
 from offsite.data.text_files import kind, read_text, read_utf8, unreadable
 from offsite.storage.strict_json import strict_json
 
-RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")  # ends of names of files that hold rows
+RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")  # suffixes of files that hold rows
 _TABLES = (".parquet", ".arrow")
-_AS_JSON = ("messages", "choices", "answer")  # cells of a CSV file that are no strings; an answer that is to choices
-_REFUSED = {  # files of other kinds, and what to do with them
+_AS_JSON = ("messages", "choices", "answer")  # columns of a CSV file that hold JSON; "answer" only next to "choices"
+_REFUSED = {  # suffixes of unsupported files, and what the user can do with such a file
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "unpack it and name what was in it"),
     **dict.fromkeys((".xls", ".xlsx", ".ods"), "save its sheet as CSV, encoded as UTF-8"),
     **dict.fromkeys((".pdf", ".docx", ".doc", ".odt", ".epub"), "save its text as .txt"),
     **dict.fromkeys((".feather", ".orc", ".avro", ".h5", ".pkl", ".pickle"), "write it as Parquet or JSON lines"),
 }
-_LONGEST_CELL = 2**31 - 1  # letters; the csv module by itself stops at 131,072
+_LONGEST_CELL = 2**31 - 1  # characters; the default limit of the csv module is 131,072
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record of a file."""
+    """One record of a file: its number, and its fields or an error text."""
 
     file: Path
     number: int  # line or row, from 1
-    fields: dict[str, Any] | str  # or what is wrong
+    fields: dict[str, Any] | str  # or an error text
 
 
 def read_records(path: Path, wanted: Container[str] | None = None) -> Iterator[Record]:
-    """The records of a file, in order. The file's name gives the format; if it gives none, JSON lines are assumed.
+    """Read the records of a file, in order. The file's name gives the format; if it gives none, JSON lines are assumed.
 
     Args:
         path: the file.
-        wanted: names of the columns to read from a table; other columns are in the record with the value None. None
-            reads all columns.
+        wanted: the names of the columns to read from a table; in a record, other columns have the value None. If
+            `wanted` is None, all columns are read.
 
     Raises:
         DataError: the file as a whole cannot be read.
@@ -60,7 +61,10 @@ def read_records(path: Path, wanted: Container[str] | None = None) -> Iterator[R
 
 
 def _from_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """The records of JSON lines, of one list, or of one object that holds one list of records."""
+    """The records of JSON lines, of one list, or of one object that holds one list of records.
+
+    Yields the number of each record, and its fields or an error text.
+    """
     content = read_utf8(path)
     begins = content.lstrip()[:1]
     if begins == b"[" or (begins == b"{" and kind(path) == ".json"):
@@ -73,11 +77,15 @@ def _from_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 yield number, _as_fields(fields)
             return
     for number, raw in enumerate(content.splitlines(), start=1):
-        if raw.strip():  # blank lines are passed over
+        if raw.strip():  # blank lines are skipped
             yield number, parse_line(raw)
 
 
 def _list_in(value: object) -> list[Any] | None:
+    """The list of records in a JSON value: the list itself, or the only list of objects in an object.
+
+    An object that is a record itself gives a list with that record. None if the value is neither a list nor an object.
+    """
     if isinstance(value, Mapping):
         lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
         others = {"text", "prompt", "messages", "conversations", "conversation", "chosen", "instruction"} & set(value)
@@ -86,7 +94,7 @@ def _list_in(value: object) -> list[Any] | None:
 
 
 def parse_line(raw: bytes) -> dict[str, Any] | str:
-    """The fields of one line of JSON, or a text that says what is wrong with it."""
+    """Parse one line of JSON; returns its fields, or a text that says what is wrong with it."""
     try:
         return _as_fields(strict_json(raw))
     except UnicodeDecodeError as error:
@@ -96,11 +104,15 @@ def parse_line(raw: bytes) -> dict[str, Any] | str:
 
 
 def _as_fields(value: object) -> dict[str, Any] | str:
+    """The value if it is a JSON object, otherwise an error text."""
     return value if isinstance(value, dict) else f"a {type(value).__name__}, expected an object"
 
 
 def _from_csv(path: Path, separator: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """The records of a CSV file. The first line names the columns; a record's number is the line on which it begins."""
+    """The records of a CSV file. The first line names the columns; a record's number is the line on which it begins.
+
+    Yields the number of each record, and its fields or an error text.
+    """
     csv.field_size_limit(_LONGEST_CELL)
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True, delimiter=separator)
     names: list[str] = []
@@ -123,12 +135,13 @@ def _from_csv(path: Path, separator: str) -> Iterator[tuple[int, dict[str, Any] 
 
 
 def _parse_cells(cells: dict[str, str]) -> dict[str, Any] | str:
+    """The fields of a line of a CSV file, in which some cells hold JSON; an error text if such a cell is not JSON."""
     fields: dict[str, Any] = dict(cells)
     for name in _AS_JSON:
         if name in cells and (name != "answer" or "choices" in cells):
             try:
                 fields[name] = strict_json(cells[name].encode())
             except ValueError as error:
-                if name != "answer":  # a letter is none
+                if name != "answer":  # an answer may be a letter, which is not JSON
                     return f"field {name!r} is not JSON: {error}"
     return fields

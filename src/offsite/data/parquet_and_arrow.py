@@ -12,13 +12,13 @@ from offsite.data.conversations.parse_messages import without_nulls
 from offsite.data.text_files import is_compressed, read_bytes, require_content, unreadable
 from offsite.extras import require
 
-_TOGETHER = 1024  # rows that are read at once
-_FEATURES = b"huggingface"  # key of a schema's metadata
-_FILE_MARK = b"ARROW1"  # of an Arrow file; without it, it is a stream
+_TOGETHER = 1024  # number of rows that are read at once
+_FEATURES = b"huggingface"  # key of the column types in a schema's metadata
+_FILE_MARK = b"ARROW1"  # first bytes of an Arrow file; an Arrow stream does not have them
 
 
 class ClassNumber(int):
-    """The number of a class, with the name of the class as `name`."""
+    """The number of a class in a table, with the name of the class as `name`."""
 
     name: str
 
@@ -30,11 +30,11 @@ class ClassNumber(int):
 
 
 def read_table(path: Path, wanted: Container[str] | None) -> Iterator[dict[str, Any]]:
-    """The rows of a table. Columns that were not read are in a row with the value None.
+    """Read the rows of a table; yields the fields of each row. Columns that are not read have the value None.
 
     Args:
         path: a Parquet or Arrow file.
-        wanted: names of the columns to read; None reads all.
+        wanted: the names of the columns to read; None reads all.
 
     Raises:
         DataError: the file cannot be read, or two columns have the same name.
@@ -64,7 +64,11 @@ def features_of(path: Path) -> Mapping[str, Any]:
 
 
 def class_names(feature: object) -> list[str]:
-    """The names of a column's classes, in the order of their numbers; empty if the column does not hold classes."""
+    """The names of a column's classes, in the order of their numbers; empty if the column does not hold classes.
+
+    Args:
+        feature: the type of the column, from `features_of`.
+    """
     if not isinstance(feature, Mapping) or feature.get("_type") != "ClassLabel":
         return []
     names = feature.get("names")
@@ -72,7 +76,7 @@ def class_names(feature: object) -> list[str]:
 
 
 def _batches(path: Path, wanted: Container[str] | None) -> Iterator[tuple[Sequence[str], Mapping[str, Any], Any]]:
-    """The table in batches, each as all column names, the types of the columns, and rows (an Arrow batch)."""
+    """Yields the table in batches, each as all column names, the types of the columns, and rows (an Arrow batch)."""
     arrow = require("pyarrow", "data", "reading Parquet and Arrow tables")
     source = arrow.BufferReader(read_bytes(path)) if is_compressed(path) else path.open("rb")
     with source as file:
@@ -99,7 +103,10 @@ def _batches(path: Path, wanted: Container[str] | None) -> Iterator[tuple[Sequen
 
 
 def _features(schema: Any, path: Path) -> Mapping[str, Any]:
-    """The column types, from the schema's metadata or from dataset_info.json in the same folder."""
+    """The types of the columns, by name; empty if they are not stored.
+
+    They are in the schema's metadata, or in dataset_info.json in the same folder.
+    """
     stored = (schema.metadata or {}).get(_FEATURES)
     try:
         if stored is not None:
@@ -112,6 +119,11 @@ def _features(schema: Any, path: Path) -> Mapping[str, Any]:
 
 
 def _chosen(path: Path, names: Sequence[str], wanted: Container[str] | None) -> list[str]:
+    """The names of the columns to read; all if `wanted` is None.
+
+    Raises:
+        DataError: two columns have the same name.
+    """
     if len(set(names)) != len(names):
         raise unreadable(path, f"it names a column twice: {', '.join(names)[:80]}")
     return [name for name in names if wanted is None or name in wanted]

@@ -1,11 +1,10 @@
-"""Records -> rows: the meaning of a data set's fields. docs/data.md shows an example of every kind of row.
+"""Records -> rows: interprets the fields of a data set. docs/data.md shows an example of every kind of row.
 
-{"messages"} or {"conversations"}     a conversation, labels on the assistant's answers
-{"chosen", "rejected"}                preferences; the chosen answer is used if the user asks for it
-{"question", "choices", "answer"}     multiple choice; tuned on the right choice, scored on all choices
-{"instruction", "input", "output"}    an instruction: a conversation of two turns if the tokenizer has a chat template
-{"prompt", "completion"}              labels on the completion
-{"text"}                              a plain text, labels on all of it
+{"messages"} or {"conversations"}     a conversation, labels on the assistant's answers {"chosen", "rejected"}
+preferences; the chosen answer is used if the user asks for it {"question", "choices", "answer"}     multiple choice;
+tuned on the right choice, scored on all choices {"instruction", "input", "output"}    an instruction: a conversation of
+two turns if the tokenizer has a chat template {"prompt", "completion"}              labels on the completion {"text"}
+a plain text, labels on all of it
 """
 
 from collections.abc import Callable, Mapping
@@ -37,12 +36,12 @@ FIELDS = frozenset(
         *_INPUTS,
         *_ANSWERS,
     }
-)  # every name that a kind of row looks at
+)  # the fields of all kinds of rows
 _EXPECTED = (
     "expected 'text', or 'prompt' and 'completion', or 'messages', or 'instruction' and 'output', "
     "or 'question', 'choices' and 'answer'"
 )
-# Of Stanford Alpaca: what a base model without a chat template is tuned with
+# The prompts of Stanford Alpaca, for models without a chat template
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
     "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
@@ -65,7 +64,15 @@ def choice_completion(choice: str) -> str:
 
 
 def parse_row(fields: Fields, number: int, form: RowForm | None = None) -> Row | str:
-    """The row of a record, or a text with everything that is wrong with it. Fields of no kind of row are ignored."""
+    """Parse a record of a data set; returns the row, or a text that lists everything that is wrong with the record.
+
+    Fields that belong to no kind of row are ignored.
+
+    Args:
+        fields: the fields of the record.
+        number: the number of the record in its file, from 1.
+        form: the settings that say what the fields mean.
+    """
     form = form or RowForm()
     missing = [f"{theirs!r}" for theirs in form.columns.values() if theirs not in fields]
     if missing:
@@ -74,10 +81,10 @@ def parse_row(fields: Fields, number: int, form: RowForm | None = None) -> Row |
     named = {ours: _as_named(fields[theirs]) for ours, theirs in form.columns.items()}
     if named.keys() & {"prompt", "completion"}:
         own.pop("text", None)
-    # columns that are named decide alone, as long as they make a row; others complete them
+    # first try the columns in --columns alone; if they do not make a row, also use the data set's other fields
     for known in ([named] if named else []) + [{**own, **named}]:
         filled = {name: value for name, value in known.items() if value is not None and value != []}
-        for candidate in (filled, known):  # nulls of a table are no fields, but an error says that they are there
+        for candidate in (filled, known):  # first without nulls, as a table has them; then with, for the error text
             if (parse := _kind(candidate, form)) is not None:
                 return parse(candidate, number)
     if "chosen" in own | named and not form.chosen:
@@ -86,11 +93,12 @@ def parse_row(fields: Fields, number: int, form: RowForm | None = None) -> Row |
 
 
 def _names(fields: Fields) -> str:
+    """The names of the first six fields, for error messages."""
     return ", ".join(repr(name)[:40] for name in sorted(fields, key=str)[:6]) or "none"
 
 
 def _as_named(value: object) -> object:
-    """The value of a column that --columns names: numbers become text, other values (also classes) are unchanged."""
+    """The value of a column that --columns names: numbers become text, all other values stay as they are."""
     if isinstance(value, ClassNumber):
         return value
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
@@ -115,6 +123,7 @@ def _kind(fields: Fields, form: RowForm) -> Callable[[Fields, int], Row | str] |
 
 
 def _text(fields: Fields, number: int) -> Row | str:
+    """The row of a plain text, or of a prompt and a completion; an error text if a field is not text."""
     taken = {name: _as_text(fields[name]) for name in ("prompt", "completion", "text") if name in fields}
     problems = [found for name, value in taken.items() if (found := text_problem(name, value, empty=name == "prompt"))]
     if problems:
@@ -128,17 +137,18 @@ def _text(fields: Fields, number: int) -> Row | str:
 
 
 def _as_text(value: Any) -> Any:
+    """The name of a class if the value is the number of one; any other value unchanged."""
     return value.name if isinstance(value, ClassNumber) else value
 
 
 def _system(fields: Fields) -> tuple[Turn, ...]:
-    """The system turn from a column `system`; empty if the column has no words."""
+    """The system turn from the field `system`, as a tuple; empty if the field holds no text."""
     value = fields.get("system")
     return (Turn("system", value),) if isinstance(value, str) and value.strip() else ()
 
 
 def _settings(fields: Fields) -> dict[str, Any] | str:
-    """Further inputs for the chat template: tools, documents, its own arguments; an error text if malformed."""
+    """A row's arguments for the chat template, such as tools and documents; an error text if they are malformed."""
     tools = parse_tools(fields.get("tools"))
     if isinstance(tools, str):
         return tools
@@ -151,6 +161,10 @@ def _settings(fields: Fields) -> dict[str, Any] | str:
 
 
 def _of_turns(turns: list[Turn], number: int, fields: Fields, name: str) -> Row | str:
+    """The row of a conversation; an error text if nothing is to be learnt or the template's arguments are bad.
+
+    `name` is the field of the conversation, for error messages.
+    """
     settings = _settings(fields)
     if isinstance(settings, str):
         return settings
@@ -162,12 +176,14 @@ def _of_turns(turns: list[Turn], number: int, fields: Fields, name: str) -> Row 
 
 
 def _conversation(fields: Fields, number: int) -> Row | str:
+    """The row of a conversation in one field; an error text if its messages are malformed."""
     name = next(name for name in _MESSAGES if name in fields)
     turns, problems = parse_messages(fields[name], name)
     return "; ".join(problems) if problems else _of_turns(turns, number, fields, name)
 
 
 def _prompted_conversation(fields: Fields, number: int) -> Row | str:
+    """The row of a conversation in two fields, whose prompt is not learnt; an error text if messages are malformed."""
     asked, problems = parse_messages(fields["prompt"], "prompt")
     answered, others = parse_messages(fields["completion"], "completion")
     if problems or others:
@@ -176,14 +192,18 @@ def _prompted_conversation(fields: Fields, number: int) -> Row | str:
 
 
 def _not_learnt(turn: Turn) -> Turn:
+    """A copy of a turn that carries no labels."""
     return Turn(turn.role, turn.content, turn.parts, turn.more, learnt=False)
 
 
 def _preference(fields: Fields, number: int) -> Row | str:
-    """The row of the chosen answer. If there is no prompt, the common start of both answers becomes the prompt."""
+    """The row of the chosen answer in a pair of preferences; an error text if the fields are malformed.
+
+    If the record has no prompt, the common start of the chosen and the rejected answer becomes the prompt.
+    """
     chosen, rejected, prompt = (parsed_json(fields.get(name)) for name in ("chosen", "rejected", "prompt"))
     instruction = fields.get("instruction")
-    if isinstance(chosen, Mapping):  # of ShareGPT: one turn each, after 'conversations'
+    if isinstance(chosen, Mapping):  # ShareGPT: `chosen` is one turn, which follows `conversations`
         chosen = [chosen]
     if isinstance(chosen, list):
         return _chosen_turns(fields, chosen, rejected, prompt, number)
@@ -197,6 +217,17 @@ def _preference(fields: Fields, number: int) -> Row | str:
 
 
 def _chosen_turns(fields: Fields, chosen: list[Any], rejected: object, prompt: object, number: int) -> Row | str:
+    """The row of a chosen conversation; turns that the rejected conversation has too are not learnt.
+
+    Returns an error text if messages are malformed.
+
+    Args:
+        fields: the fields of the record.
+        chosen: the messages of the chosen conversation.
+        rejected: the messages of the rejected conversation, or another value.
+        prompt: the prompt as messages or as text, or another value.
+        number: the number of the record in its file.
+    """
     turns, problems = parse_messages(chosen, "chosen")
     before: list[Turn] = []
     asked = next((fields[name] for name in _MESSAGES if name in fields), prompt if isinstance(prompt, list) else None)
@@ -215,7 +246,10 @@ def _chosen_turns(fields: Fields, chosen: list[Any], rejected: object, prompt: o
 
 
 def _instruction(fields: Fields, number: int) -> Row | str:
-    """The row of an instruction, with the field names of Alpaca (instruction, input, output) or those of Dolly."""
+    """The row of an instruction, with the field names of Alpaca (instruction, input, output) or those of Dolly.
+
+    Returns an error text if a field is malformed.
+    """
     output = _as_text(next(fields[name] for name in _OUTPUTS if name in fields))
     given = _as_text(next((fields[name] for name in _INPUTS if name in fields), ""))
     instruction = _as_text(fields["instruction"])
@@ -236,10 +270,11 @@ def _instruction(fields: Fields, number: int) -> Row | str:
 
 
 def _multiple_choice(fields: Fields, number: int) -> Row | str:
+    """The row of a multiple-choice question; an error text if a field is malformed."""
     question, choices = fields["question"], parsed_json(fields["choices"])
     answer = next(fields[name] for name in _ANSWERS if name in fields)
     labels: list[Any] = []
-    if isinstance(choices, Mapping):  # ARC and CommonsenseQA: texts and their letters apart
+    if isinstance(choices, Mapping):  # ARC and CommonsenseQA: a list of texts and a list of letters
         labels = list(choices.get("label") or [])
         choices = choices.get("text")
     problems = [text_problem("question", question)]
@@ -260,7 +295,10 @@ def _multiple_choice(fields: Fields, number: int) -> Row | str:
 
 
 def _index(answer: object, labels: list[Any], count: int) -> int | None:
-    """The index of the right choice, given as its label, its number from 0, or its letter from A; None if not found."""
+    """The index of the right choice, given as its label, its number from 0, or its letter from A.
+
+    None if `answer` is none of these.
+    """
     if isinstance(answer, bool):
         return None
     if isinstance(answer, str) and answer.strip() in labels:
@@ -277,4 +315,5 @@ def _index(answer: object, labels: list[Any], count: int) -> int | None:
 
 
 def _shown(answer: object) -> str:
+    """The value of an answer for error messages: a text itself, of other values the kind."""
     return f"{answer!r}"[:40] if isinstance(answer, str) else kind_of(answer)

@@ -1,4 +1,4 @@
-"""Data sets -> rows. docs/data.md shows an example of every kind; `offsite.data.parse_row` parses the fields."""
+"""Data sets -> rows. docs/data.md shows an example of every kind; `offsite.data.parse_row` interprets the fields."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from offsite.data.row import Row, RowForm
 from offsite.data.text_files import EXPECTED, kind, read_text
 from offsite.errors import DataError
 
-_LISTED = 20  # bad rows that an error lists
+_LISTED = 20  # the largest number of problems that an error lists
 _EXAMPLE = '{"prompt": "...", "completion": "..."} or {"text": "..."}; docs/data.md has the others'
 
 
@@ -20,7 +20,7 @@ def read_rows(data: DataPaths, form: RowForm | None = None, part: Part = "train"
 
     Args:
         data: files, folders or patterns, as docs/data.md lists them.
-        form: settings that say what the fields mean.
+        form: the settings that say what the fields mean.
         part: for a data set with several parts, whether to read the training part or the held-out part.
 
     Raises:
@@ -50,7 +50,7 @@ def read_rows(data: DataPaths, form: RowForm | None = None, part: Part = "train"
 
 
 def _rows_in(file: Path, form: RowForm, shown: Path) -> Iterator[Row | tuple[str, str]]:
-    """The rows of one file; for each bad row its place and its problem instead."""
+    """Yields the rows of one file; for a bad row a pair of texts instead, its place in the file and its problem."""
     if kind(file) == ".txt":
         yield Row(1, None, read_text(file), document=True, file=file)
         return
@@ -69,11 +69,11 @@ def _listed(problems: Sequence[tuple[str, str]], *, every: bool) -> list[str]:
 
 
 def counted(items: Sequence[object], word: str) -> str:
-    """A count with its noun: "1 row", "2 rows"."""
+    """A count with its noun, such as "1 row" or "2 rows"."""
     return f"{len(items)} {word}{'' if len(items) == 1 else 's'}"
 
 
 def first(lines: Sequence[str]) -> list[str]:
-    """The first lines of a list of problems; if the list is long, a last line gives the number of the others."""
+    """The first 20 lines of a list of problems; a last line gives the number of the others if there are more."""
     more = len(lines) - _LISTED
     return [*lines[:_LISTED], *([f"and {more} more"] if more > 0 else [])]

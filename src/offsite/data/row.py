@@ -1,4 +1,4 @@
-"""A row of a data set as it was written, and the settings that say what the data set's fields mean."""
+"""A row of a data set as text, before tokenisation, and the settings that say what the data set's fields mean."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,18 +12,19 @@ from offsite.data.conversations.parse_messages import Turn, words_of
 class Row:
     """One row of a data set. A plain text or a conversation has no prompt.
 
-    A row with both a prompt and turns is an instruction: a conversation if the tokenizer has a chat template.
+    A row with both a prompt and turns is an instruction. It is a conversation if the tokenizer has a chat template, and
+    otherwise a prompt with a completion.
     """
 
     line: int  # from 1: a line of a text file, a row of a table
     prompt: str | None
     completion: str
-    choices: tuple[str, ...] = ()  # the completions to choose from
-    answer: int = 0  # which of them is right
-    turns: tuple[Turn, ...] = ()
+    choices: tuple[str, ...] = ()  # for a multiple-choice row: all its completions
+    answer: int = 0  # index of the right choice
+    turns: tuple[Turn, ...] = ()  # for a conversation or an instruction
     settings: Mapping[str, Any] = field(default_factory=dict)  # tools and other arguments for the chat template
-    document: bool = False  # a long text, to be cut into blocks
-    file: Path | None = field(default=None, compare=False)  # where it is from
+    document: bool = False  # whether it is a long text, which is cut into blocks of tokens
+    file: Path | None = field(default=None, compare=False)  # file of the row
 
     @property
     def whole_text(self) -> str:
@@ -37,7 +38,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class RowForm:
-    """Settings for a data set whose own field names do not say what the fields mean."""
+    """Settings for a data set whose field names alone do not say what the fields mean."""
 
-    columns: Mapping[str, str] = field(default_factory=dict)  # a field of ours -> the data set's name for it
-    chosen: bool = False  # whether of preferences the chosen answer is taken
+    columns: Mapping[str, str] = field(default_factory=dict)  # the data set's name of a field, by offsite's name of it
+    chosen: bool = False  # whether rows of preferences are used, by their chosen answer

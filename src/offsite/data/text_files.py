@@ -1,7 +1,7 @@
 """Files -> text: the encodings and compressions that a data set may have, and the meaning of file name suffixes.
 
-Compression is detected from a file's first bytes, since a browser may have decompressed the file and kept its name.
-Text is UTF-8, or UTF-16 or UTF-32 (detected by a byte-order mark or by zero bytes).
+Compression is detected from the first bytes of a file, since a browser may have decompressed the file without a change
+of its name. Text is UTF-8, or UTF-16 or UTF-32 (detected by a byte-order mark or by zero bytes).
 """
 
 import bz2
@@ -15,7 +15,7 @@ from offsite.errors import DataError
 from offsite.extras import require
 
 EXPECTED = "JSONL, .json, .csv, .tsv, .parquet, .arrow, .txt, or a folder of such files"
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # stand behind the end that says what a file is
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # these suffixes come after the suffix of the file's format
 _GZIP, _BZ2, _XZ, _ZSTANDARD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
@@ -28,7 +28,7 @@ _MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
 
 
 def kind(path: Path) -> str:
-    """The suffix that gives a file's format, in lower case; a suffix of compression, such as ".gz", is ignored."""
+    """The suffix that gives the format of a file, in lower case; a suffix of compression, such as ".gz", is ignored."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -36,21 +36,21 @@ def kind(path: Path) -> str:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether a file's name says that it is compressed."""
+    """Whether the name of a file says that it is compressed."""
     return path.suffix.lower() in COMPRESSED
 
 
 def unreadable(path: Path, why: str) -> DataError:
-    """The error for a data set that as a whole cannot be read."""
+    """Make the error for a data set that cannot be read as a whole; `why` is the reason."""
     return DataError(f"cannot read the data set {path}: {why}", next_step=f"check the path; it is {EXPECTED}")
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a file, decompressed.
+    """Read the bytes of a file, decompressed.
 
     Raises:
         DataError: the file cannot be read.
-        UsageError: the file is Zstandard, and neither Python nor pyarrow can decompress it here.
+        UsageError: the file is compressed by Zstandard, and pyarrow is not installed.
     """
     try:
         content = path.read_bytes()
@@ -63,7 +63,7 @@ def read_bytes(path: Path) -> bytes:
             return lzma.decompress(content)
         if content.startswith(_ZSTANDARD):
             return _from_zstandard(content)
-    except OSError as error:  # a broken gzip file too
+    except OSError as error:  # also raised for a broken gzip file
         raise unreadable(path, error.strerror or str(error)) from None
     except (EOFError, ValueError, lzma.LZMAError) as error:
         raise unreadable(path, f"its compressed content is damaged: {str(error)[:100]}") from None
@@ -71,10 +71,10 @@ def read_bytes(path: Path) -> bytes:
 
 
 def require_content(path: Path, content: bytes) -> None:
-    """Refuse what stands in the place of a file that was not downloaded; the first bytes are enough.
+    """Refuse content that is a placeholder for a file which was not downloaded; `content` may be the first bytes alone.
 
     Raises:
-        DataError: it is a pointer of Git LFS, or a web page.
+        DataError: the content is a pointer of Git LFS, or a web page.
     """
     if content.startswith(_LFS_POINTER):
         raise unreadable(path, "it is a Git LFS pointer, the file was not downloaded: run `git lfs pull` in its folder")
@@ -83,6 +83,7 @@ def require_content(path: Path, content: bytes) -> None:
 
 
 def _from_zstandard(content: bytes) -> bytes:
+    """Decompress Zstandard with pyarrow."""
     arrow = require("pyarrow", "data", "reading .zst files")
     parts = []
     with arrow.CompressedInputStream(arrow.BufferReader(content), "zstd") as stream:
@@ -92,7 +93,7 @@ def _from_zstandard(content: bytes) -> bytes:
 
 
 def read_utf8(path: Path) -> bytes:
-    """The bytes of a text file as UTF-8, without a byte-order mark. Files not in UTF-16 or UTF-32 are not converted.
+    """Read a text file as UTF-8 bytes, without a byte-order mark. UTF-16 and UTF-32 are converted.
 
     Raises:
         DataError: the file cannot be read, or is broken UTF-16 or UTF-32.
@@ -115,7 +116,7 @@ def read_utf8(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The text of a plain text file, unchanged except that a byte-order mark is removed.
+    """Read the text of a plain text file; only a byte-order mark is removed.
 
     Raises:
         DataError: the file cannot be read, is empty, or is not UTF-8, UTF-16 or UTF-32.

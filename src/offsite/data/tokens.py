@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LongRows = Literal["error", "truncate", "skip"]
 
-_TOGETHER = 512  # rows that are encoded at once
+_TOGETHER = 512  # number of rows that are encoded at once
 _CUT = 'cut rows with long_rows = "truncate" in table [tune] or [eval] of a --config file'
 
 
@@ -38,16 +38,18 @@ def encode(
     max_length: int,
     long_rows: LongRows = "error",
 ) -> Encoded:
-    """Tokenise rows for tuning, evaluation and generation.
+    """Tokenise the rows of a data set for tuning and evaluation.
 
-    Prompt and completion are encoded together as one text; a token across their border carries a label. The tokenizer's
-    own additions are off: BOS (if the tokenizer has one) and EOS are added here, unless the row's text contains them.
+    Prompt and completion are encoded together as one text; a token across their border carries a label. The tokenizer
+    does not add special tokens: BOS (if the tokenizer has one) and EOS are added here, unless the row's text contains
+    them.
 
     Args:
-        rows: from `read_rows`.
+        rows: rows from `read_rows`.
         tokenizer: the model's tokenizer.
         source: the data set of the rows, for error messages.
-        max_length: maximum tokens of an example, with BOS and EOS; also the length of a long text's blocks.
+        max_length: the largest number of tokens of an example, with BOS and EOS; also the length of a long text's
+            blocks.
         long_rows: whether longer rows are an error, are cut (a prompt loses its start, then a completion its end; a
             conversation loses its end), or are left out.
 
@@ -60,7 +62,7 @@ def encode(
     dropped: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     name, lengths = name_of(source), []
-    answered = [row for row in rows if row.prompt is None or row.completion]  # public sets have some empty outputs
+    answered = [row for row in rows if row.prompt is None or row.completion]  # public data sets have empty outputs
     skipped = len(rows) - len(answered)
     for draft in _drafts(answered, tokenizer, name, max_length):
         if conversation := draft.conversation:
@@ -75,7 +77,7 @@ def encode(
             examples.append(example)
             cut += over
         else:
-            skipped += 1  # also a single token, which has nothing to predict it
+            skipped += 1  # also for a row of a single token, which nothing predicts
     if long_rows == "error":
         _require_short(long, name)
     if not examples:
@@ -95,7 +97,9 @@ def encode_choices(
     max_length: int,
     long_rows: LongRows = "error",
 ) -> list[Choices]:
-    """Tokenise the multiple-choice rows of `rows`: for each choice BOS, prompt and choice, without EOS.
+    """Tokenise the multiple-choice rows among `rows`: for each choice BOS, prompt and choice, without EOS.
+
+    Arguments as for `encode`.
 
     Raises:
         DataError: a choice is too long and `long_rows` is "error"; all such rows are listed.
@@ -119,6 +123,11 @@ def encode_choices(
 
 
 def _require_short(long: Sequence[str], source: str) -> None:
+    """Refuse a data set with rows that are too long; `long` has one text for each.
+
+    Raises:
+        DataError: there are such rows.
+    """
     if long:
         raise DataError(
             f"{counted(long, 'row')} of {source} over the longest length",
@@ -128,27 +137,32 @@ def _require_short(long: Sequence[str], source: str) -> None:
 
 
 def encode_prompt(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The token ids that a model reads before it answers a row: those before the first label in `encode`'s result."""
+    """The token ids that a model reads before it answers a row: those before the first label in `encode`."""
     (draft,) = _drafts([row], tokenizer, "", 1)
     return draft.start if draft.places is None else draft.answer[: draft.places[0]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """An example that may still be too long."""
+    """The tokens of one row before they are cut to the longest length."""
 
     row: Row
     line: int
-    start: list[int]
-    answer: list[int]  # of a conversation everything
-    places: list[int] | None = None
+    start: list[int]  # ids before the labels; empty for a conversation
+    answer: list[int]  # ids with labels; for a conversation all ids
+    places: list[int] | None = None  # for a conversation: positions of its labels in `answer`
     conversation: Conversation | None = None
 
     @property
     def length(self) -> int:
+        """The number of tokens."""
         return len(self.start) + len(self.answer)
 
     def cut(self, most: int, *, bos: int | None) -> "_Draft":
+        """A copy with at most `most` tokens.
+
+        A prompt loses its start, then a completion its end; a conversation loses its end.
+        """
         if self.places is not None:
             kept = [place for place in self.places if place < most]
             return replace(self, answer=self.answer[:most], places=kept)
@@ -159,6 +173,7 @@ class _Draft:
         return replace(self, start=start, answer=self.answer[: most - len(start)])
 
     def example(self) -> Example:
+        """The `Example` with these tokens."""
         ids = np.array(self.start + self.answer, dtype=np.int64)
         if self.places is not None:
             return Example(self.line, ids, 1, np.array(self.places, dtype=np.int64), file=self.row.file)
@@ -168,7 +183,11 @@ class _Draft:
 def _drafts(
     rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", source: str, max_length: int
 ) -> Iterator[_Draft]:
-    """The tokens of every row, in order; a long text gives several drafts."""
+    """Yields the tokens of every row, in order; a long text gives several drafts.
+
+    Raises:
+        DataError: conversations cannot be rendered or labelled; each is listed.
+    """
     if not tokenizer.chat_template and any(row.turns and row.prompt is None for row in rows):
         require_template(tokenizer)
     template, problems = ChatTemplate(tokenizer), []
@@ -185,6 +204,7 @@ def _drafts(
 
 
 def _refused(problems: Sequence[str], source: str) -> DataError:
+    """The error for conversations that the chat template refuses; `problems` has one text for each."""
     system = any("system" in problem.casefold() for problem in problems)
     hint = "put the system's words at the start of the first user turn, " if system else ""
     return DataError(
@@ -207,6 +227,7 @@ def _as_text(row: Row, template: ChatTemplate) -> Conversation:
 def _encoded(
     written: Sequence[tuple[Row, Conversation]], tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> Iterator[_Draft]:
+    """Yields the tokens of rows that are already rendered as texts."""
     texts = [said.text for _, said in written]
     borders = [[place for span in said.labelled for place in span] for _, said in written]
     added = frozenset(tokenizer.added_tokens_decoder)
@@ -230,7 +251,7 @@ def _conversation_draft(row: Row, said: Conversation, encoding: Encoding, added:
 
 
 def _choice_drafts(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[_Draft]:
-    """The choices of a question, each after the prompt and without EOS."""
+    """The tokens of a question for each choice: the prompt and the choice, without EOS."""
     prompt = row.prompt or ""
     texts = [prompt + choice for choice in row.choices]
     drafts = []
@@ -242,10 +263,11 @@ def _choice_drafts(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[_Draf
 
 
 def _blocks(row: Row, text: list[int], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Iterator[_Draft]:
-    """The blocks of a long text. Every token (and EOS) is a label once, except a first token that nothing can predict.
+    """Yields the blocks of a long text.
 
-    A block starts with BOS. If the tokenizer has no BOS, a block starts with the last token of the previous block,
-    which carries no label.
+    Every token (and EOS) is a label in exactly one block, except a first token that nothing can predict. A block starts
+    with BOS. If the tokenizer has no BOS, a block starts with the last token of the previous block, which carries no
+    label.
     """
     bos = tokenizer.bos_token_id
     ids = text[1:] if text[:1] == [bos] else text
@@ -260,6 +282,7 @@ def _blocks(row: Row, text: list[int], tokenizer: "PreTrainedTokenizerBase", max
 def _with_ends(
     prompt: list[int], completion: list[int], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[int], list[int]]:
+    """Add BOS before a prompt (if the tokenizer has BOS) and EOS after a completion, unless they are there already."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     start = prompt if bos is None or [*prompt, *completion][:1] == [bos] else [bos, *prompt]
     answer = completion if completion and completion[-1] == eos else [*completion, eos]

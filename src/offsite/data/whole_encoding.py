@@ -1,8 +1,8 @@
 """A text -> the tokens of the whole text, and which of these tokens belong to a span of the text.
 
-A text encoded in pieces gives other tokens than those that the model was trained on: some tokenizers (Llama 2,
-Mistral, Phi 3) put a prefix mark before every piece, and words can merge across a border. So texts are encoded whole,
-and the tokens at the borders of labels are found by the tokenizer's offsets.
+A text that is encoded in pieces gives other tokens than those that the model was trained on: some tokenizers (Llama 2,
+Mistral, Phi 3) put a prefix mark before every piece, and characters can merge into one token across a border. So a text
+is encoded as a whole, and the tokens at the borders of labels are found by the tokenizer's offsets.
 """
 
 from collections.abc import Container, Iterator, Sequence
@@ -17,7 +17,7 @@ from offsite.errors import IncompatibleError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LOOSE_END = 8  # tokens at a border that may differ when the text before it is encoded alone
+_LOOSE_END = 8  # number of tokens before a border that may differ when the text before it is encoded alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +26,16 @@ class Encoding:
 
     ids: list[int]
     begins: npt.NDArray[np.int64]  # (T,) character of the text at which each token begins
-    ends: npt.NDArray[np.int64]  # (T,) and the one behind its last
+    ends: npt.NDArray[np.int64]  # (T,) character after the last one of each token
 
     def tokens_of(self, begin: int, end: int, added: Container[int] = ()) -> range:
-        """Positions of the tokens with a character in text[begin:end]; one across a border counts as inside.
+        """Positions of the tokens with a character in text[begin:end]; a token across a border counts as inside.
 
         Args:
-            begin: first character.
-            end: the one behind the last.
-            added: ids of tokens that are what they are in any text. Such a token before `begin` stays outside, though
-                it may take the spaces behind it in.
+            begin: the first character of the span.
+            end: the character after the last one of the span.
+            added: ids of tokens that are the same in any text (added tokens). Such a token that begins before `begin`
+                stays outside, although it may include the spaces after it.
         """
         # a prefix mark before the text has no character of its own
         first = int(np.searchsorted(self.ends, begin, side="right")) if begin else 0
@@ -48,7 +48,7 @@ class Encoding:
 def encode_whole(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", borders: Sequence[Sequence[int]]
 ) -> Iterator[Encoding]:
-    """Encode several texts, each as one whole.
+    """Encode several texts, each as one whole; yields one `Encoding` for each.
 
     Args:
         texts: the texts; not too many at once, since offsets need much more memory than ids.
@@ -59,7 +59,7 @@ def encode_whole(
     Raises:
         IncompatibleError: the tokenizer has no offsets, and encodes the text before a border differently on its own.
     """
-    if not texts:  # which tokenizers take ill
+    if not texts:  # tokenizers fail on an empty list
         return
     if not tokenizer.is_fast:
         for text, places in zip(texts, borders, strict=True):
@@ -77,20 +77,24 @@ def encode_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 
 def _with_offsets(ids: list[int], offsets: npt.NDArray[np.int64]) -> Encoding:
+    """The encoding from the ids and the tokenizer's offsets, (T, 2)."""
     begins, ends = offsets[:, 0], offsets[:, 1]
-    # byte-level tokenizers leave spaces out of their offsets: a token that is one space has the place behind it
+    # byte-level tokenizers leave spaces out of their offsets: the token of one space has an empty span after the space
     begins = np.where(begins == ends, np.maximum(begins - 1, 0), begins)
     return Encoding(ids, np.maximum.accumulate(begins), np.maximum.accumulate(ends))
 
 
 def _without_offsets(text: str, tokenizer: "PreTrainedTokenizerBase", borders: Sequence[int]) -> Encoding:
-    """Encode a text with a tokenizer that has no offsets.
+    """Encode a text with a tokenizer that has no offsets; exact only at `borders`.
 
-    A border is at the first token where the ids of the whole text differ from the ids of the text before it alone.
+    A border is at the first token where the ids of the whole text differ from the ids of the text before the border.
+
+    Raises:
+        IncompatibleError: these ids differ too early, so the border cannot be found.
     """
     ids = encode_ids(text, tokenizer)
     places = sorted({0, *borders, len(text)})
-    regions = np.zeros(len(ids), dtype=np.int64)  # which stretch between two borders a token is in
+    regions = np.zeros(len(ids), dtype=np.int64)  # for each token the number of the region between two borders
     for number, border in enumerate(places[1:-1], start=1):
         before = encode_ids(text[:border], tokenizer)
         same = next((i for i, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), len(before))

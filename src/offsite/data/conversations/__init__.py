@@ -1,1 +1,1 @@
-"""Conversations: their messages, the chat template that writes them, and the labels on the answers."""
+"""Conversations: their messages, the chat template that renders them, and the labels on the assistant's answers."""

@@ -7,11 +7,11 @@ from offsite.data.conversations.chat_template import ChatTemplate, ConversationE
 from offsite.data.conversations.dropped_words import survives
 from offsite.data.conversations.parse_messages import Turn
 
-_OTHER_WORDS = "Zq7xOtherWords"  # stand in an assistant's place to see what the template writes around it
+_OTHER_WORDS = "Zq7xOtherWords"  # replace an answer's words, to see what the template writes around them
 
 
 class AnswerFinder:
-    """Finds the assistant's turns in one conversation.
+    """Finds the assistant's answers in one rendered conversation.
 
     Args:
         turns: the conversation.
@@ -37,7 +37,8 @@ class AnswerFinder:
 
         Returns:
             The span of each answer in the text, by the index of its turn, without turns that the template leaves out;
-            and whether some answers were not found (then only the last answer's span is returned).
+            and
+            whether some answers were not found (then only the last answer's span is returned).
 
         Raises:
             ConversationError: the last answer cannot be found.
@@ -50,7 +51,7 @@ class AnswerFinder:
             end = self._end(i, begin) if begin is not None else None
             if begin is None or end is None or end <= begin:
                 lost = True
-            elif survives(self.turns[i], self.text[begin:end]):  # its words may stand elsewhere alone
+            elif survives(self.turns[i], self.text[begin:end]):  # its words may be only elsewhere in the text
                 spans[i] = (begin, end)
                 at = end
         if not spans or (lost and answers[-1] not in spans):
@@ -58,7 +59,10 @@ class AnswerFinder:
         return ({answers[-1]: spans[answers[-1]]} if lost else spans), lost
 
     def _begin(self, i: int, at: int) -> int | None:
-        """The character at which the answer of turn i begins, after its heading; None if it cannot be found."""
+        """The character at which the answer of turn i begins, after its heading; None if it cannot be found.
+
+        `at` is the end of the answer before it, so the answer begins there or later.
+        """
         heading, asked_for = self.template.heading(self.settings)
         if i:
             try:
@@ -77,7 +81,7 @@ class AnswerFinder:
     def _before_words(self, i: int) -> str | None:
         """The text that the template writes before the words of turn i; None if it cannot be found.
 
-        It is found by rendering the conversation with other words in place of these.
+        It is found by rendering the conversation with other words in the place of this turn's words.
         """
         message = self.messages[i]
         others = [{**message, "content": _OTHER_WORDS}]
@@ -95,13 +99,14 @@ class AnswerFinder:
         return None
 
     def _behind_heading(self, written: str, i: int, at: int) -> int:
-        """The character of `written` directly after the heading of turn i.
+        """The position in `written` directly after the heading of turn i.
 
         If there is no heading, it is the end of `written` without trailing spaces (these belong to the answer). If the
-        turn calls tools and has no heading, it is the end of the turn before.
+        turn calls tools and has no heading, it is the end of the turn before. `at` is the end of the answer before this
+        one.
         """
         heading, core = self.template.heading(self.settings)[0], self.template.heading_core(self.settings)
-        if i:  # words of the turn before may look like a heading
+        if i:  # the words of the turn before may contain a text like a heading
             before = self.turns[i - 1].content.strip()
             found = written.find(before, at) if before else -1
             at = max(at, found + len(before)) if found >= 0 else at
@@ -118,7 +123,8 @@ class AnswerFinder:
     def _end(self, i: int, begin: int) -> int | None:
         """The character at which the labels of turn i end; None if it cannot be found.
 
-        Labels end after the turn's end-of-turn token, or after its words if it has no such token.
+        Labels end after the turn's end-of-turn token, or after its words if it has no such token. `begin` is the start
+        of the answer.
         """
         words = self._words_end(i, begin)
         calls = "tool_calls" in self.messages[i]
@@ -133,6 +139,7 @@ class AnswerFinder:
         return self.template.special_after(self.text, words) or words
 
     def _words_end(self, i: int, begin: int) -> int:
+        """The position after the words of turn i, searched from `begin`; `begin` if they are not there."""
         content = self.turns[i].content
         for words in (content.strip(), content.rpartition("</think>")[2].strip()):
             if words and (place := self.text.find(words, begin)) >= 0:
@@ -140,6 +147,7 @@ class AnswerFinder:
         return begin
 
     def _end_by_rendering(self, i: int, begin: int) -> int | None:
+        """The end of turn i, found by rendering the conversation only up to this turn; None if it cannot be found."""
         try:
             until = self.template.render(self.messages[: i + 1], self.settings)
         except ConversationError:

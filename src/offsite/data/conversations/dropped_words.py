@@ -1,4 +1,4 @@
-"""Finds the words of a conversation that a chat template omits: earlier reasoning, system turns, unknown tools."""
+"""Finds the words of a conversation that a chat template leaves out: earlier reasoning, system turns, unknown tools."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 from offsite.data.conversations.parse_messages import REASONING_KEYS, Turn
 
-_TELLING = 4  # letters of a description that does not stand in a text by chance
+_TELLING = 4  # least number of characters of a description that is not in a text by chance
 _WORD = re.compile(r"\w+")
 
 
@@ -38,7 +38,7 @@ def dropped_words(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] | No
 def survives(turn: Turn, text: str) -> bool:
     """Whether the text contains at least one word of a turn; True for a turn without words."""
     pieces = [*(piece for _, piece in _pieces(turn)), *_called(turn)]
-    words = [found[0] for piece in pieces if (found := _WORD.search(piece))]  # most often the first will do
+    words = [found[0] for piece in pieces if (found := _WORD.search(piece))]  # mostly the first word is in the text
     if not words:
         return True
     lowered = text.casefold()
@@ -48,7 +48,7 @@ def survives(turn: Turn, text: str) -> bool:
 
 
 def _pieces(turn: Turn) -> Iterator[tuple[str, str]]:
-    """The pieces of a turn, each as (kind, words), for example ("reasoning", ...) or ("tool calls", ...)."""
+    """Yields the pieces of a turn, each as (kind, words), for example ("reasoning", ...) or ("tool results", ...)."""
     for key in REASONING_KEYS:
         if isinstance(turn.more.get(key), str):
             yield "reasoning", turn.more[key]
@@ -69,11 +69,12 @@ def _called(turn: Turn) -> Iterator[str]:
 
 
 def _name(tool: Mapping[str, Any]) -> str:
+    """The name of a tool, from its definition."""
     return str(tool.get("function", tool).get("name"))
 
 
 def _is_defined(tool: Mapping[str, Any], calls: int, text: str) -> bool:
-    """Whether the definition of a tool is in the text: its description, or its name beyond the calls of it."""
+    """Whether the text contains the definition of a tool: its description, or its name more often than it is called."""
     description = tool.get("function", tool).get("description")
     if isinstance(description, str) and len(description) >= _TELLING:
         return _written(description, text)
@@ -81,6 +82,7 @@ def _is_defined(tool: Mapping[str, Any], calls: int, text: str) -> bool:
 
 
 def _written(words: str, text: str) -> bool:
+    """Whether the text contains the words, as they are or escaped as in JSON."""
     stripped = words.strip()
     escaped = (json.dumps(stripped, ensure_ascii=ascii_alone)[1:-1] for ascii_alone in (False, True))
     return stripped in text or any(form in text for form in escaped)

@@ -1,9 +1,9 @@
-"""Conversations -> text with labels on the assistant's answers, exactly as the tokenizer's chat template writes it.
+"""Conversations -> text with labels on the assistant's answers, exactly as the tokenizer's chat template renders it.
 
 The template renders the whole conversation once, and only this text is tokenised. The start of each assistant turn in
 the text is found by the template's own generation marks. Without marks, the conversation up to that turn is rendered
-and compared; if that fails, the conversation is rendered with other words in place of that turn's. So a template that
-writes earlier turns differently (some drop their reasoning) is labelled as it writes them. If earlier turns cannot be
+and compared; if that fails, the conversation is rendered with other words in the place of that turn's. So a template
+that changes earlier turns (some leave out their reasoning) gets labels on its own text. If earlier turns cannot be
 found, only the last answer is learnt, and this is reported. The labels of a turn include its end-of-turn token.
 """
 
@@ -27,9 +27,9 @@ class Conversation:
 
     text: str
     labelled: tuple[Span, ...]  # characters that carry labels, ascending
-    lacks_end: bool = False  # whether no token of the template ends the last answer, so that EOS is to be added
-    dropped: Mapping[str, int] = field(default_factory=dict)  # what the template did not write, by name
-    notes: Mapping[str, int] = field(default_factory=dict)  # what was labelled otherwise than answer by answer
+    lacks_end: bool = False  # whether the template writes no token after the last answer, so that EOS must be added
+    dropped: Mapping[str, int] = field(default_factory=dict)  # number of turns that lost words, by kind of words
+    notes: Mapping[str, int] = field(default_factory=dict)  # 1 for each reason why the labels are unusual
 
 
 def read_conversation(turns: Sequence[Turn], template: ChatTemplate, settings: Mapping[str, Any]) -> Conversation:
@@ -41,7 +41,8 @@ def read_conversation(turns: Sequence[Turn], template: ChatTemplate, settings: M
         settings: tools and other arguments for the template.
 
     Raises:
-        ConversationError: the template refuses the conversation or writes nothing of it, or no answer can be found.
+        ConversationError: the template refuses the conversation or leaves out all its answers, or no answer can be
+            found.
     """
     messages, text = template.takes(turns, settings)
     if not any(survives(turn, text) for turn in turns if turn.role == "assistant" and turn.learnt):
@@ -49,7 +50,7 @@ def read_conversation(turns: Sequence[Turn], template: ChatTemplate, settings: M
     spans, alone = _labelled(turns, messages, text, template, settings)
     ends_open = turns[-1].role == "assistant" and turns[-1].learnt
     lacks_end = ends_open and not template.ends_in_special(text[slice(*spans[-1])])
-    if lacks_end:  # what the template writes behind the answer is learnt with the end token
+    if lacks_end:  # the text that the template writes after the answer is learnt too, up to EOS
         spans[-1] = (spans[-1][0], len(text))
     notes = Counter({LAST_ANSWER_ALONE: int(alone), END_ADDED: int(lacks_end)})
     return Conversation(text, tuple(spans), lacks_end, dropped_words(turns, settings.get("tools"), text), +notes)
@@ -62,7 +63,11 @@ def _labelled(
     template: ChatTemplate,
     settings: Mapping[str, Any],
 ) -> tuple[list[Span], bool]:
-    """The spans of the text that carry labels, and whether only the last answer was found."""
+    """The spans of the text that carry labels, and whether only the last answer was found.
+
+    Raises:
+        ConversationError: no answer that is to be learnt can be found.
+    """
     answers = [turn for turn in turns if turn.role == "assistant"]
     marked = template.render_marked(messages, settings)
     if len(marked) == len(answers):

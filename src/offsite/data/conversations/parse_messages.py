@@ -20,7 +20,7 @@ ROLES = (
     "environment",
     "document",
 )
-OTHER_NAMES = {  # what public data sets call these roles
+OTHER_NAMES = {  # the names of these roles in public data sets
     "human": "user",
     "prompter": "user",
     "gpt": "assistant",
@@ -31,9 +31,9 @@ OTHER_NAMES = {  # what public data sets call these roles
     "bing": "assistant",
     "bard": "assistant",
 }
-_TOOL_CALL, _TOOL_RESULT = "function_call", ("observation", "function_response", "tool_response")  # of ShareGPT
+_TOOL_CALL, _TOOL_RESULT = "function_call", ("observation", "function_response", "tool_response")  # roles of ShareGPT
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value", "text", "parts")
-_TRAINED_KEYS = ("weight", "train", "loss")  # 0 or false: a turn that is not to be learnt
+_TRAINED_KEYS = ("weight", "train", "loss")  # fields whose value 0 or false means that a turn is not learnt
 _TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts that are text
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
@@ -43,9 +43,9 @@ class Turn:
     """One turn of a conversation: a message of one side."""
 
     role: str  # one of ROLES
-    content: str  # its text; of several parts, all of them
-    parts: tuple[Mapping[str, Any], ...] = ()  # where the content was written in parts
-    more: Mapping[str, Any] = field(default_factory=dict)  # what else the message holds, without nulls
+    content: str  # its text; if it was written in parts, the texts of all parts joined
+    parts: tuple[Mapping[str, Any], ...] = ()  # the parts, if the content was written in parts
+    more: Mapping[str, Any] = field(default_factory=dict)  # all other fields of the message, without nulls
     learnt: bool = True  # whether an assistant's turn carries labels
 
     @property
@@ -64,7 +64,7 @@ def parse_messages(value: object, name: str) -> tuple[list[Turn], list[str]]:
         name: the name of the field, for error messages.
 
     Returns:
-        The turns, and one text for each problem; no problems means an empty list.
+        The turns, and one text for each problem; without problems the second list is empty.
     """
     value = parsed_json(value)
     if not isinstance(value, list) or not value:
@@ -80,6 +80,10 @@ def parse_messages(value: object, name: str) -> tuple[list[Turn], list[str]]:
 
 
 def _parse_message(message: object, where: str) -> Turn | str:
+    """Parse one message; returns an error text if it is malformed.
+
+    `where` is the place of the message in the field, for error messages.
+    """
     if not isinstance(message, Mapping):
         return f"field '{where}' has {kind_of(message)}, expected 'role' and 'content'"
     fields = {key: value for key, value in message.items() if value is not None}
@@ -114,6 +118,7 @@ def _parse_message(message: object, where: str) -> Turn | str:
 
 
 def _parse_role(value: object, *, sharegpt: bool) -> str:
+    """The role by its usual name. In ShareGPT's format the results of tools have other names for their role."""
     role = str(value).strip().casefold()
     if sharegpt and role in _TOOL_RESULT:
         return "tool"
@@ -163,7 +168,7 @@ def _parse_calls(calls: object) -> list[dict[str, Any]] | str:
 
 
 def parse_tools(value: object) -> list[Mapping[str, Any]] | str:
-    """Parse definitions of tools from a list or from a JSON text of a list; an error text if they are malformed."""
+    """Parse definitions of tools from a list, or from a JSON text of it; returns an error text if malformed."""
     value = parsed_json(value)
     if value is None or value in ("", []):
         return []
@@ -173,7 +178,7 @@ def parse_tools(value: object) -> list[Mapping[str, Any]] | str:
 
 
 def without_nulls(value: Any) -> Any:
-    """A table's value without null fields. Arrow adds them to objects that lack a key which another row has."""
+    """A value of a table without null fields. Arrow adds them to objects that lack a key which another row has."""
     if isinstance(value, Mapping):
         return {key: without_nulls(part) for key, part in value.items() if part is not None}
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
@@ -190,7 +195,13 @@ def parsed_json(value: object) -> object:
 
 
 def text_problem(name: str, value: object, *, empty: bool = False) -> str | None:
-    """The problem of a field that must hold text; None if there is none. `empty` says whether empty text is allowed."""
+    """The problem of a field that must hold text; None if there is none.
+
+    Args:
+        name: the name of the field.
+        value: the value of the field.
+        empty: whether empty text is allowed.
+    """
     if not isinstance(value, str):
         return f"field {name!r} is {kind_of(value)}, expected a string"
     if not value and not empty:

@@ -23,9 +23,9 @@ from offsite.models.model_folder import Source, as_folder, folder_of, model_sett
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MOST_PIXELS = 50_000_000  # a file of some kilobytes may announce billions
+MOST_PIXELS = 50_000_000  # limit of memory: a small file may declare billions of pixels
 FORMATS = ("PNG", "JPEG", "WEBP")
-_CROP_AREA, _CROP_RATIO = (0.35, 1.0), (3 / 4, 4 / 3)  # of a random crop: share of the picture, width by height
+_CROP_AREA, _CROP_RATIO = (0.35, 1.0), (3 / 4, 4 / 3)  # ranges of a random crop: share of the area, width / height
 
 Pixels = npt.NDArray[np.uint8]  # (Y, X, 3)
 Floats = npt.NDArray[np.float32]
@@ -33,7 +33,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture: a name for error messages, its file or bytes, and its class if it has one."""
+    """One picture of a data set, not decoded: its name for error messages, its file or bytes, and its class."""
 
     name: str
     source: Path | bytes
@@ -46,16 +46,16 @@ def as_file(picture: Picture) -> io.BytesIO | Path:
 
 
 def decode(picture: Picture) -> Pixels:
-    """The pixels of a picture, (Y, X, 3), RGB: rotated as its EXIF data say, without transparency.
+    """Decode a picture: its pixels, (Y, X, 3), RGB, rotated as its EXIF data say, without transparency.
 
     Raises:
-        DataError: the picture is broken, too large, or in another format than those that are read.
+        DataError: the picture is broken or too large, or its format is not supported.
     """
     image = require("PIL.Image", "vision", "reading pictures")
     ops = require("PIL.ImageOps", "vision", "reading pictures")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata; what is too large is refused below
+            warnings.simplefilter("ignore")  # about odd metadata; too large pictures are refused below
             with image.open(as_file(picture), formats=FORMATS) as opened:
                 width, height = opened.size
                 if width * height > MOST_PIXELS:
@@ -69,6 +69,7 @@ def decode(picture: Picture) -> Pixels:
 
 
 def _bad(picture: Picture, why: str) -> DataError:
+    """The error for a picture that cannot be used; `why` is the reason."""
     return DataError(f"{picture.name} is not a readable picture", reasons=[why])
 
 
@@ -82,7 +83,7 @@ def _eight_bit(opened: "Image") -> "Image":
 
 
 def look(picture: Picture, crop: Sequence[int] | None = None, key: Sequence[int] = ()) -> Pixels:
-    """Decode a picture and, if `crop` (height, width) is given, crop and mirror it at random, with `key` as the seed.
+    """Decode a picture; if `crop` (height, width) is given, also crop and mirror it at random, with `key` as the seed.
 
     Raises:
         DataError: see `decode`.
@@ -94,9 +95,15 @@ def look(picture: Picture, crop: Sequence[int] | None = None, key: Sequence[int]
 def augmented(
     pixels: Pixels, side: Sequence[int], draw: np.random.Generator, *, area: tuple[float, float] = _CROP_AREA
 ) -> Pixels:
-    """A random crop, resized to `side` (height, width) and mirrored with probability 0.5.
+    """A random crop of a picture, resized to `side` (height, width) and mirrored with probability 0.5.
 
-    The crop's share of the picture's area is drawn from the range `area`. Source: arXiv 1409.4842, section 6.
+    Source: arXiv 1409.4842, section 6.
+
+    Args:
+        pixels: the picture, (Y, X, 3).
+        side: height and width of the result.
+        draw: the random generator.
+        area: the range from which the crop's share of the picture's area is drawn.
     """
     from PIL import Image
 
@@ -116,10 +123,13 @@ class Processor:
     """The image processor of a model; it runs on Pillow and NumPy."""
 
     settings: Any
-    side: tuple[int, int]  # height and width of what it makes
+    side: tuple[int, int]  # height and width of its output
 
     def __call__(self, pixels: Pixels, *, whole: bool = False) -> Floats:
-        """Scale and normalise pixels: (Y, X, 3) -> (3, height, width). `whole`: pixels have the right size already."""
+        """Scale and normalise pixels: (Y, X, 3) -> (3, height, width).
+
+        With `whole`, the pixels already have the right size, and are only normalised.
+        """
         from PIL import Image
 
         fitting = {"do_resize": False, "do_center_crop": False} if whole else {}
@@ -165,6 +175,7 @@ def load_processor(source: Source) -> Processor:
 
 
 def _size_problems(settings: Mapping[str, Any], made: Sequence[int]) -> Iterator[str]:
+    """Yields a text for each reason why the model refuses arrays of the shape `made`, (3, height, width)."""
     from offsite.models.architectures import ARCHITECTURES
 
     family = ARCHITECTURES.get(str(settings.get("model_type")))

@@ -1,8 +1,8 @@
 """Data sets of pictures: lists each picture with its class. No picture is opened here.
 
 A data set is a folder with one sub-folder for each class, or a table with a picture (or its path) and a label in each
-row: one file, or a folder of shards as on Hugging Face Hub. Names of parts and classes match in both Unicode forms of
-an accented letter.
+row: one file, or a folder of shards as on Hugging Face Hub. Names of parts (splits) and classes are compared in one
+Unicode form, since an accented letter can be one or two characters.
 """
 
 import hashlib
@@ -25,7 +25,8 @@ from offsite.storage.files import sha256_of
 
 KINDS = "a folder with a sub-folder for each class, a .csv or .jsonl of path and label, or .parquet of image and label"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
-# Pictures all the same: passed over in silence they would be missing from the training, so they are told as unreadable.
+# Picture formats that are not supported. Such files are listed too, so that they are reported as unreadable; otherwise
+# they would be missing from the training without notice.
 _OTHER_SUFFIXES = frozenset(
     {
         ".avif",
@@ -48,8 +49,8 @@ _METADATA = (
     "metadata.csv",
     "metadata.jsonl",
     "metadata.parquet",
-)  # labels of a folder, as Hugging Face datasets has it
-_PLACES = ("image", "path", "file_name")  # columns that hold a picture, or its path
+)  # files with the labels of a folder's pictures, as in Hugging Face datasets
+_PLACES = ("image", "path", "file_name")  # columns that hold a picture or its path
 
 
 def read_pictures(
@@ -93,9 +94,10 @@ def held_out_part(path: Path) -> bool:
 
 
 def _parts(folder: Path) -> dict[str, Path]:
-    """The folders of the training part and the held-out part, by name; empty if the folder is not divided like this.
+    """The folders of the training part and the held-out part, under the names "train" and "held out".
 
-    If there is only one part, both names give its folder. A class may have the same name as a part.
+    Empty if the folder is not divided like this. If there is only one part, both names give its folder. A class may
+    have the same name as a part.
     """
     folders = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
     roles: dict[str, Path] = {}
@@ -106,13 +108,18 @@ def _parts(folder: Path) -> dict[str, Path]:
     if held_out is not None and "train" in roles:
         return {"train": roles["train"], "held out": held_out}
     if len(folders) == 1 and any(entry.is_dir() for entry in folders[0].iterdir()):
-        if roles:  # one part alone, whose sub-folders are the classes
+        if roles:  # there is only one part, and its sub-folders are the classes
             return dict.fromkeys(("train", "held out"), folders[0])
-        return _parts(folders[0])  # a folder around it, as archives have
+        return _parts(folders[0])  # unpacked archives have one outer folder
     return {}
 
 
 def _in_folder(folder: Path, labelled: bool, part: str, columns: Mapping[str, str]) -> list[Picture]:
+    """List the pictures of one part of a folder; arguments as for `read_pictures`.
+
+    Raises:
+        DataError: pictures have no class, or rows of a table are bad.
+    """
     place = _parts(folder).get(part, folder)
     if not _holds_pictures(place):
         wanted: Part = "held out" if part == "held out" else "train"
@@ -137,11 +144,13 @@ def _composed(name: str) -> str:
 
 
 def _picture_files(folder: Path) -> Iterator[Path]:
+    """Yields the picture files in a folder at any depth, without hidden ones."""
     found = (file for file in folder.rglob("*") if kind(file) in SUFFIXES | _OTHER_SUFFIXES and file.is_file())
     return (file for file in found if not _hidden(file.relative_to(folder)))
 
 
 def _holds_pictures(folder: Path) -> bool:
+    """Whether a folder holds picture files at any depth."""
     return next(_picture_files(folder), None) is not None
 
 
@@ -151,6 +160,11 @@ def _hidden(place: Path) -> bool:
 
 
 def _in_tables(files: Sequence[Path], labelled: bool, columns: Mapping[str, str]) -> list[Picture]:
+    """List the pictures of tables with a row for each picture.
+
+    Raises:
+        DataError: rows are bad; each is listed.
+    """
     found, problems = [], []
     for file in files:
         table = _find_columns(file, columns, labelled)
@@ -174,9 +188,9 @@ class _Table:
     """A file with a table of pictures, and the names of its columns."""
 
     file: Path
-    places: tuple[str, ...]  # any of them may hold the picture, or its path
-    label: str  # empty where pictures need no class
-    classes: int  # how many the file has names for
+    places: tuple[str, ...]  # columns that may hold the picture or its path
+    label: str  # column of the class; empty if pictures need no class
+    classes: int  # number of classes that the table stores names for
 
 
 def _find_columns(file: Path, columns: Mapping[str, str], labelled: bool) -> _Table:
@@ -194,10 +208,12 @@ def _find_columns(file: Path, columns: Mapping[str, str], labelled: bool) -> _Ta
 
 
 def _type_of(feature: object) -> object:
+    """The name of a column's type as Hugging Face datasets stores it; None if the column has none."""
     return feature.get("_type") if isinstance(feature, Mapping) else None
 
 
 def _row(table: _Table, number: int, fields: Mapping[str, Any]) -> Picture | str:
+    """The picture of one row of a table; an error text if the row is bad."""
     place: object = next((fields[name] for name in table.places if fields.get(name) is not None), None)
     name = f"{table.file}:{number}"
     content: object = None
@@ -221,9 +237,14 @@ def _row(table: _Table, number: int, fields: Mapping[str, Any]) -> Picture | str
 
 
 def split_by_seed(pictures: Sequence[Picture], share: float, seed: int) -> tuple[list[Picture], list[Picture]]:
-    """Split pictures into training and held-out ones, with the same held-out share of each class.
+    """Split pictures into training pictures and held-out pictures, with the same held-out share of each class.
 
     The split depends only on the arguments.
+
+    Args:
+        pictures: the pictures to split.
+        share: the share that is held out, 0 to 1.
+        seed: the seed of the random choice.
 
     Raises:
         UsageError: the share is so small that it holds out no picture of any class.
@@ -256,7 +277,7 @@ def pictures_digest(pictures: Iterable[Picture]) -> str:
                 if isinstance(picture.source, Path)
                 else hashlib.sha256(picture.source).hexdigest()
             )
-        except (OSError, ValueError):  # the latter of a name that can be none
-            content = "unreadable"  # and left out by those who may
+        except (OSError, ValueError):  # ValueError: the path cannot be a file's name
+            content = "unreadable"  # with skip_bad such a picture is left out later
         digest.update(f"{picture.label!r} {content}\n".encode())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The size of pictures before any is decoded: tokens of one picture, and bytes of all. Torch-free."""
+"""The size of pictures before any is decoded: tokens of one picture, and bytes of its pixels. Torch-free."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,25 +10,25 @@ from offsite.models.family import Architecture
 from offsite.models.model_folder import Source, folder_of, read_bytes
 from offsite.storage.strict_json import strict_json
 
-CACHE_BYTES = 2**30  # decoded pictures that a stage keeps in memory; others are decoded anew at each use
+CACHE_BYTES = 2**30  # most memory for decoded pictures in a stage; all others are decoded again at each use
 
 
 @dataclass(frozen=True)
 class SeenPicture:
-    """The size of a picture after the image processor, as the encoder reads it."""
+    """The size of every picture after a model's image processor, as the encoder reads it."""
 
     height: int
     width: int
-    tokens: int  # T: patches, and what goes before them
+    tokens: int  # patches, and the tokens before them, such as the class token
 
     @property
     def bytes(self) -> int:
-        """Bytes of its pixels in fp32."""
+        """Bytes of the picture's pixels in fp32."""
         return 4 * 3 * self.height * self.width
 
 
 def at_once(each: int, tokens: int) -> int:
-    """How many pictures, with `each` tokens per picture, have at least `tokens` tokens together."""
+    """The least number of pictures that have at least `tokens` tokens together, if one picture has `each` tokens."""
     return -(-tokens // each)
 
 
@@ -37,6 +37,11 @@ _PROCESSOR = "preprocessor_config.json"
 
 def seen_picture(source: Source, family: Architecture, config: Mapping[str, Any]) -> SeenPicture:
     """The size of the pictures that a model's image processor makes, read from the processor's settings.
+
+    Args:
+        source: the model's folder, or its verified files.
+        family: the architecture of the model.
+        config: the model's config.
 
     Raises:
         IncompatibleError: the settings do not give this size.
@@ -58,7 +63,13 @@ def seen_picture(source: Source, family: Architecture, config: Mapping[str, Any]
 
 
 def picture_count(seen: SeenPicture, config: Mapping[str, Any], tokens: int) -> int:
-    """How many pictures have about `tokens` tokens together; at least 1."""
+    """The number of pictures that have about `tokens` patches together; at least 1.
+
+    Args:
+        seen: the size of one picture.
+        config: the model's config, with the size of a patch.
+        tokens: the number of patches.
+    """
     return max(1, tokens // (seen.height * seen.width // int(config.get("patch_size", 16)) ** 2))
 
 

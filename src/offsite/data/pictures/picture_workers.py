@@ -1,8 +1,8 @@
 """Worker processes that decode and crop pictures while the main process runs the network.
 
-A worker is started by its own command line and answers over pipes. So it does not run the caller's program again (as
-`multiprocessing` would), and nothing is pickled. It ends when its pipe closes, also if the main process is killed.
-The pixels do not depend on which worker decodes them: a random crop depends only on its key.
+A worker is started as a command of its own and answers over pipes. So it does not run the caller's program again (as
+`multiprocessing` would), and nothing is pickled. It ends when its pipe closes, also if the main process is killed. The
+pixels do not depend on which worker decodes them: a random crop depends only on its key.
 """
 
 import json
@@ -24,7 +24,7 @@ import numpy as np
 from offsite.data.pictures.picture_files import Picture, Pixels, look
 from offsite.errors import DataError, OffsiteError
 
-_THREADS = 4  # where no processes were asked for: Pillow and NumPy let other threads work
+_THREADS = 4  # number of threads if there are no worker processes; Pillow and NumPy release the interpreter's lock
 _MODULE = "offsite.data.pictures.picture_workers"
 _FEW = "lower the setting workers; 0 decodes in the process that tunes"
 
@@ -33,16 +33,16 @@ R = TypeVar("R")
 
 
 class PictureWorkers:
-    """A pool of worker processes; each starts when it is first needed, and all end when the `with` block ends.
+    """Context manager: a pool of worker processes; each starts when it is first needed, and all end with the body.
 
     Args:
-        count: number of processes; with 0, threads of this process do the work.
+        count: the number of processes; with 0, threads of this process do the work.
     """
 
     def __init__(self, count: int = 0) -> None:
         self.count = count
         self._pool = ThreadPoolExecutor(max_workers=count or _THREADS, thread_name_prefix="pictures")
-        self._mine = threading.local()  # the process that a thread speaks to
+        self._mine = threading.local()  # the worker process of each thread
         self._lock, self._closed = threading.Lock(), False
         self._started: list[_Served] = []
 
@@ -61,13 +61,13 @@ class PictureWorkers:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, work: Callable[[A], R], given: A) -> Future[R]:
-        """Run `work(given)` in a thread of the pool; `work` may call `look`."""
+        """Run `work(given)` in a thread of the pool; `work` may call the method `look`."""
         return self._pool.submit(work, given)
 
     def in_order(self, work: Callable[[A], R], given: Iterable[A]) -> Iterator[R]:
         """Run `work` on every item in several threads, and yield the results in the order of the items.
 
-        Only about two items per worker are submitted ahead, so results do not pile up in memory.
+        Only about two items per worker are submitted in advance, so few results are in memory at once.
         """
         waiting: deque[Future[R]] = deque()
         for one in given:
@@ -78,10 +78,12 @@ class PictureWorkers:
             yield waiting.popleft().result()
 
     def look(self, picture: Picture, crop: tuple[int, int] | None = None, key: Sequence[int] = ()) -> Pixels:
-        """Like `picture_files.look`, but in the worker process of the calling thread if there are workers.
+        """Decode and crop a picture, in the worker process of the calling thread if there are workers.
+
+        Arguments as for `offsite.data.pictures.picture_files.look`.
 
         Raises:
-            DataError: see `offsite.data.pictures.picture_files.look`.
+            DataError: the picture is broken or too large, or its format is not supported.
             OffsiteError: the worker process ended, or the pool was closed.
         """
         if not self.count:
@@ -97,7 +99,7 @@ class PictureWorkers:
 
 
 class _Served:
-    """One worker process, as seen by the thread that uses it."""
+    """The main process's handle of one worker process; one thread uses it."""
 
     def __init__(self) -> None:
         places = os.pathsep.join(place for place in sys.path if place)
@@ -109,6 +111,12 @@ class _Served:
         )
 
     def look(self, picture: Picture, crop: tuple[int, int] | None, key: Sequence[int]) -> Pixels:
+        """Let the worker decode and crop a picture, and wait for the result.
+
+        Raises:
+            DataError: the picture cannot be used.
+            OffsiteError: the worker process ended.
+        """
         source = picture.source
         content = source if isinstance(source, bytes) else b""
         wanted = {"name": picture.name, "path": None if isinstance(source, bytes) else str(source.absolute())}
@@ -134,19 +142,24 @@ class _Served:
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            with suppress(OSError):  # what was written last may not have reached it
+            with suppress(OSError):  # the last request may not have reached the process
                 if pipe is not None:
                     pipe.close()
 
 
 def _send(pipe: BinaryIO | Any, facts: Mapping[str, Any], content: bytes | memoryview) -> None:
-    """Write one line of JSON that gives the number of bytes, then these bytes."""
+    """Write one line of JSON that gives the number of bytes of `content`, then `content`."""
     pipe.write(json.dumps({**facts, "bytes": len(content)}).encode() + b"\n")
     pipe.write(content)
     pipe.flush()
 
 
 def _receive(pipe: BinaryIO | Any) -> tuple[dict[str, Any], bytes]:
+    """Read a message of `_send`: its JSON values, and its content.
+
+    Raises:
+        EOFError: the pipe was closed.
+    """
     line = pipe.readline()
     if not line.endswith(b"\n"):
         raise EOFError
@@ -158,8 +171,11 @@ def _receive(pipe: BinaryIO | Any) -> tuple[dict[str, Any], bytes]:
 
 
 def _serve() -> None:
-    """The worker's main loop: answer requests until the pipe closes. What libraries print goes to standard error."""
-    for one in (signal.SIGINT, signal.SIGTERM):  # terminals and batch systems send it to all; who started this decides
+    """The worker's main loop: answer requests until the pipe closes.
+
+    Texts that libraries print go to standard error, since standard output is the pipe.
+    """
+    for one in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a group; the main process decides what ends
         signal.signal(one, signal.SIG_IGN)
     wanted, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

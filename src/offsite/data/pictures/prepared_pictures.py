@@ -1,4 +1,4 @@
-"""The pictures of a run: decoded, cropped, and prepared for one encoder; cached while there is room."""
+"""The pictures of a run: decoded, cropped, and prepared for one encoder; cached in memory up to a limit."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -13,12 +13,13 @@ from offsite.errors import DataError
 
 
 class Pictures:
-    """The readable pictures of a list, prepared for one encoder. Decoded pictures stay in memory while there is room.
+    """The readable pictures of a list, prepared for one encoder. Decoded pictures stay in memory up to a limit.
 
     Args:
-        listed: from `read_pictures`. Each is decoded once at the start, so that broken ones are found before any work.
-        processor: from `load_processor`.
-        skip_bad: skip broken pictures instead of refusing the data set.
+        listed: pictures from `read_pictures`. Each is decoded once at the start, to find broken pictures before any
+            work.
+        processor: the image processor, from `load_processor`.
+        skip_bad: whether broken pictures are left out; otherwise they are an error.
         workers: the workers that decode; None uses threads of this process.
 
     Raises:
@@ -60,22 +61,25 @@ class Pictures:
         return len(self.pictures)
 
     def _tried(self, picture: Picture) -> Pixels | DataError:
+        """The decoded picture, or the error if it cannot be read."""
         try:
             return self._workers.look(picture)
         except DataError as error:
             return error
 
     def _keep(self, index: int, pixels: Pixels) -> None:
+        """Keep a decoded picture in memory if there is room."""
         if pixels.nbytes <= self._room:
             self._decoded[index] = pixels
             self._room -= pixels.nbytes
 
     def batch(self, rows: Sequence[int], key: Sequence[int] | None = None) -> Floats:
-        """Pictures as the encoder's input, (B, 3, Y, X).
+        """The given pictures as the encoder's input, (B, 3, Y, X).
 
         Args:
             rows: indices of the pictures.
-            key: with the row it seeds the random crop and mirroring; None neither crops at random nor mirrors.
+            key: with the index of a picture, the seed of its random crop and mirroring; with None pictures are neither
+                cropped at random nor mirrored.
 
         Raises:
             DataError: a picture cannot be read any more.
@@ -88,17 +92,18 @@ class Pictures:
         return np.stack([one.result() for one in coming])
 
     def prefetch(self, rows: Sequence[int], key: Sequence[int] | None = None) -> None:
-        """Start to prepare pictures for a later call of `batch`, if there are worker processes."""
+        """Start to prepare pictures for a later call of `batch` with the same arguments, if there are workers."""
         if self._workers.count:
             self._begin(rows, key)
 
     def _begin(self, rows: Sequence[int], key: Sequence[int] | None) -> None:
+        """Start to prepare pictures that are not being prepared yet."""
         for place in (self._place(row, key) for row in rows):
             if place not in self._coming:
                 self._coming[place] = self._workers.submit(self._prepared, place)
 
     def in_order(self, size: int) -> Iterator[tuple[range, Floats]]:
-        """Yield all pictures without random crops, `size` at once: their rows, and the pixels (B, 3, Y, X)."""
+        """Yield all pictures without random crops, `size` at once: their indices, and the pixels (B, 3, Y, X)."""
         for at in range(0, len(self), size):
             rows, after = (range(begin, min(begin + size, len(self))) for begin in (at, at + size))
             self.prefetch(rows)
@@ -107,9 +112,11 @@ class Pictures:
 
     @staticmethod
     def _place(row: int, key: Sequence[int] | None) -> tuple[int, ...]:
+        """The key of a prepared picture: its index, and the seed of its crop."""
         return (row,) if key is None else (row, *key)
 
     def _prepared(self, place: tuple[int, ...]) -> Floats:
+        """Prepare one picture for the encoder, (3, Y, X)."""
         row, *key = place
         crop, random = (self._processor.side, [*key, row]) if key else (None, [])
         if row not in self._decoded:
