@@ -95,15 +95,18 @@ def describe_base(folder: Path) -> dict[str, Any]:
     Raises:
         StorageError: it holds no sound checkpoint.
     """
+    from offsite.model_owner.importing.import_record import read_record
     from offsite.storage.checkpoint_folder import open_checkpoint
 
-    checkpoint = open_checkpoint(folder)
+    checkpoint, record = open_checkpoint(folder), read_record(folder)
     return {
         "kind": "base",
         "path": str(folder),
         "bytes": checkpoint.size,
         "tensors": len(checkpoint.tensors),
         "dtypes": sorted({tensor.dtype for tensor in checkpoint.tensors.values()}),
+        **({"imported": list(record.notes)} if record.notes else {}),
+        **({"left_out": dict(record.left_out)} if record.left_out else {}),
     }
 
 

@@ -10,12 +10,14 @@ from typing import Any
 from offsite.data.read_rows import first
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.models.architectures import ARCHITECTURES, Architecture, architecture_of
+from offsite.models.quantisation import display_name, method_in_settings, plain_config
 from offsite.protocol.artifacts import Base
 from offsite.protocol.contents import CONFIG
 from offsite.protocol.manifest import MANIFEST
 from offsite.protocol.signing import Identity
 from offsite.protocol.verify import read_unverified
 from offsite.storage.checkpoint_folder import open_checkpoint
+from offsite.storage.finite import has_non_finite
 from offsite.storage.safetensors_files import FLOATS, TensorRange, read_chunks
 from offsite.storage.strict_json import strict_json
 
@@ -56,7 +58,8 @@ def open_base(base: Base) -> BaseModel:
         UsageError: the folder is a bundle or a return.
     """
     _require_base(base.folder)
-    config = _read_config(base.folder / CONFIG)
+    found = _read_config(base.folder / CONFIG)
+    config = plain_config(found)  # tools leave settings of quantisation beside plain weights
     family = family_of(config)
     checkpoint = open_checkpoint(base.folder)
     tensors: dict[str, TensorRange] = {}
@@ -73,7 +76,7 @@ def open_base(base: Base) -> BaseModel:
         _require_copy(tensors.pop(family.head), tensors.get(_token_embedding(family)))
     states = _states_of(tensor.file for tensor in tensors.values())
     model = BaseModel(base.folder, config, family, tensors, family.block_count(config), states)
-    _check_tensors(model)
+    _check_tensors(model, method_in_settings(found))
     return model
 
 
@@ -161,7 +164,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _check_tensors(model: BaseModel) -> None:
+def _check_tensors(model: BaseModel, quantised: str | None) -> None:
     family, held = model.family, set(model.tensors)
     expected = family.outer_tensors(model.config) | {
         family.in_block(index, path)
@@ -177,6 +180,12 @@ def _check_tensors(model: BaseModel) -> None:
         for name, tensor in model.tensors.items()
         if tensor.dtype not in FLOATS
     ]
+    if reasons and quantised is not None:
+        raise IncompatibleError(
+            f"the weights in {model.folder} are quantised with {display_name(quantised)}, expected plain weights",
+            reasons=first(reasons),
+            next_step="turn them into plain weights: `offsite import MODEL --out base/`",
+        )
     if reasons:
         raise IncompatibleError(
             f"the weights in {model.folder} are not those of a {family.model_type} model of {model.blocks} blocks",
@@ -206,7 +215,7 @@ def require_unchanged(model: BaseModel) -> None:
         )
 
 
-def fingerprint(model: BaseModel, identity: Identity, base: Base | None = None) -> str:
+def fingerprint(model: BaseModel, identity: Identity, base: Base | None = None, bad: list[str] | None = None) -> str:
     """The fingerprint of a base in its bundles: HMAC-SHA256 over tensor names, dtypes, shapes and bytes.
 
     The key is the owner's secret, so nobody else can compute the fingerprint and confirm a guess of the base model.
@@ -216,19 +225,22 @@ def fingerprint(model: BaseModel, identity: Identity, base: Base | None = None) 
         model: the opened base.
         identity: the model owner's, which holds the secret.
         base: caches the fingerprint, so that the weights are not read again while their files are unchanged.
+        bad: receives the names of tensors that hold NaN or infinity; None: values are not looked at.
     """
     known = base.fingerprints if base is not None else {}
     key = (identity.public_key.hex, model.states)
     if key not in known:
-        known[key] = _fingerprint(model, identity)
+        known[key] = _fingerprint(model, identity, bad)
     return known[key]
 
 
-def _fingerprint(model: BaseModel, identity: Identity) -> str:
+def _fingerprint(model: BaseModel, identity: Identity, bad: list[str] | None) -> str:
     code = hmac.new(identity.secret("base fingerprint"), digestmod=hashlib.sha256)
     for name in sorted(model.tensors):
         tensor = model.tensors[name]
         code.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         for chunk in read_chunks(tensor):
             code.update(chunk)
+            if bad is not None and has_non_finite(chunk, tensor.dtype) and name not in bad:
+                bad.append(name)
     return code.hexdigest()

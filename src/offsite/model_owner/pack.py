@@ -9,6 +9,8 @@ from pathlib import Path
 
 from offsite.config import PackSpec
 from offsite.data.data_files import data_digest
+from offsite.data.read_rows import first
+from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel, fingerprint
 from offsite.model_owner.bundle_settings import settings_files
 from offsite.model_owner.bundle_tensors import (
@@ -25,6 +27,7 @@ from offsite.model_owner.check_packing import check_packing
 from offsite.model_owner.compress.declare_emulator import declared_of
 from offsite.model_owner.heal.heal_steps import fill_places, heal
 from offsite.model_owner.heal.healing_protocol import Healing
+from offsite.model_owner.importing.write_weights import require_finite
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.select.select_blocks import select_blocks
 from offsite.models.modules.declared import Declared
@@ -38,6 +41,7 @@ from offsite.protocol.manifest import FORMAT, BundleManifest, FileEntry, Split
 from offsite.protocol.sealing import file_entries, seal
 from offsite.storage.checkpoint_folder import DECLARED_WEIGHTS, WEIGHTS, write_checkpoint
 from offsite.storage.files import staged_folder, write_stream
+from offsite.storage.finite import FiniteWatch
 from offsite.training.run_log import log_file, run_folder
 
 # Settings that do not change the result, so a resumed run may change them.
@@ -71,7 +75,7 @@ def pack(
     Raises:
         UsageError: a setting does not fit the model, the recipient is unknown, `out` is not empty, or an interrupted
             run exists that cannot be resumed or that `resume` does not ask for.
-        IncompatibleError: the model cannot be split or healed with these settings.
+        IncompatibleError: the model cannot be split or healed with these settings, or weights hold NaN or infinity.
         DataError: the calibration text is unreadable or too short.
         OffsiteError: the distillation diverged.
         StorageError: a file cannot be read or written; `out` is unchanged.
@@ -79,7 +83,9 @@ def pack(
     """
     checked = check_packing(base, out, recipient, spec, home, resume=resume)
     model, sandwich, identity, dtype = checked.model, checked.sandwich, checked.identity, DTYPES[spec.dtype]
-    base_code = fingerprint(model, identity)
+    bad: list[str] = []
+    base_code = fingerprint(model, identity, bad=bad)
+    require_finite(bad, model.folder)
     with staged_folder(out) as folder, _scratch(out, folder, base_code, spec, resume=resume) as scratch:
         chosen = select_blocks(model, sandwich, spec, scratch, progress)
         emulator = fill_places(sandwich.middle, chosen, spec)
@@ -89,7 +95,10 @@ def pack(
         numbers = counts(sandwich, kept)
         declared = declared_of(model, numbers.bottom, emulator, spec)
         weights = DECLARED_WEIGHTS if declared else WEIGHTS
-        written = write_checkpoint(folder, bundle_tensors(model, kept, healed, dtype, numbers, spec), weights=weights)
+        watch = FiniteWatch()
+        tensors = watch.over(bundle_tensors(model, kept, healed, dtype, numbers, spec))
+        written = write_checkpoint(folder, tensors, weights=weights)
+        _require_finite_result(watch.found)
         settings = settings_files(model, kept, dtype, declared)
         written += [write_stream(folder / name, [content]) for name, content in settings.items()]
         parties = Parties(identity.public_key.hex, checked.recipient.hex, base_code)
@@ -97,6 +106,16 @@ def pack(
         bundle = seal(folder, manifest, identity, out)
         Ledger(home.ledger).record_issue(bundle, recipient, CarryMap.of(kept), spec)
     return bundle
+
+
+def _require_finite_result(bad: Sequence[str]) -> None:
+    """Raise an error if healing or compression of finite weights gave NaN or infinity; `bad`: names of tensors."""
+    if bad:
+        raise IncompatibleError(
+            "the bundle's weights hold NaN or infinity, though the base's are finite",
+            reasons=first([f"{name} holds values that are not finite" for name in bad]),
+            next_step="pack with other settings of healing or pruning, such as --heal none, or with --dtype fp32",
+        )
 
 
 @dataclass(frozen=True)

@@ -104,11 +104,21 @@ def _from_folder(
 ) -> tuple["PreTrainedModel", Mapping[str, Any]]:
     open_checkpoint(folder)  # transformers' own message for a truncated file names no file
     with quiet(), incompatible(folder):
-        attention = attention_of(load_config(folder))
+        config, others = _config_with(keywords, folder)
+        attention = attention_of(config)
         model, info = auto.from_pretrained(
-            folder, attn_implementation=attention, **how, **OFFLINE, **keywords, use_safetensors=True
+            folder, config=config, attn_implementation=attention, **how, **OFFLINE, **others, use_safetensors=True
         )
     return model, info
+
+
+def _config_with(keywords: Mapping[str, Any], source: Source) -> tuple["PretrainedConfig", dict[str, Any]]:
+    """The config of a model with those keyword arguments set in it that are its keys, and the other arguments."""
+    config = load_config(source)
+    known = {name for name in keywords if hasattr(config, name)}
+    for name in known:
+        setattr(config, name, keywords[name])
+    return config, {name: value for name, value in keywords.items() if name not in known}
 
 
 def _from_snapshot(
@@ -118,10 +128,7 @@ def _from_snapshot(
     from transformers import GenerationConfig
 
     with as_folder(snapshot) as folder, quiet(), incompatible(snapshot.folder):
-        config = load_config(snapshot)
-        known = {name for name in keywords if hasattr(config, name)}
-        for name in known:
-            setattr(config, name, keywords[name])
+        config, others = _config_with(keywords, snapshot)
         if has_file(snapshot, _GENERATION_CONFIG):
             how = {**how, "generation_config": GenerationConfig.from_pretrained(folder)}
         model_class = auto._model_mapping[type(config)]  # `auto.from_pretrained` looks it up too, for folders alone
@@ -131,7 +138,7 @@ def _from_snapshot(
             state_dict={name: _Lazy(tensor) for name, tensor in snapshot.take_tensors().items()},
             attn_implementation=attention_of(config),
             **how,
-            **{name: value for name, value in keywords.items() if name not in known},
+            **others,
         )
     return model, info
 

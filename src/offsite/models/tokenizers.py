@@ -40,11 +40,17 @@ def context_length(source: Source) -> int | None:
 
 
 def load_config(source: Source) -> "PretrainedConfig":
-    """Load a model's config as a transformers object; if the emulator declares modules, the config of its family."""
+    """Load a model's config as a transformers object; if the emulator declares modules, the config of its family.
+
+    Settings of quantisation are left out: weights are read as they are stored, and must be plain.
+    """
     from transformers import AutoConfig
 
     config, declared = unwrapped_config(source)
     if declared:
         return cast("PretrainedConfig", AutoConfig.for_model(**config))
     with as_folder(source) as folder:
-        return cast("PretrainedConfig", AutoConfig.from_pretrained(folder, **OFFLINE))
+        loaded = cast("PretrainedConfig", AutoConfig.from_pretrained(folder, **OFFLINE))
+    if hasattr(loaded, "quantization_config"):
+        del loaded.quantization_config
+    return loaded

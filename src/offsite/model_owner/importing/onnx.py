@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.extras import require
+from offsite.model_owner.importing.import_record import ImportRecord
+from offsite.model_owner.importing.write_weights import write_weights
 from offsite.protocol.contents import CONFIG, PROCESSOR
-from offsite.storage.checkpoint_folder import write_checkpoint
 from offsite.storage.files import write_stream
 from offsite.storage.safetensors_files import from_array
 
@@ -29,7 +30,7 @@ _BICUBIC = 3  # Pillow's number
 Arrays = dict[str, npt.NDArray[np.float32]]
 
 
-def import_onnx(source: Path, folder: Path, dtype: str, image_size: int | None) -> None:
+def import_onnx(source: Path, folder: Path, dtype: str, image_size: int | None) -> ImportRecord:
     """Write a base folder with the encoder of an ONNX file.
 
     Args:
@@ -53,7 +54,7 @@ def import_onnx(source: Path, folder: Path, dtype: str, image_size: int | None) 
             f"images of {side} pixels are not filled by patches of {patch}",
             next_step=f"give image_size a multiple of {patch}",
         )
-    write_checkpoint(folder, [from_array(name, array, dtype) for name, array in arrays.items()])
+    write_weights(folder, [from_array(name, array, dtype) for name, array in arrays.items()], source)
     config["dtype"] = {"BF16": "bfloat16", "F32": "float32"}[dtype]
     processor = {
         "image_processor_type": "ViTImageProcessor",
@@ -69,6 +70,7 @@ def import_onnx(source: Path, folder: Path, dtype: str, image_size: int | None) 
     }
     for name, content in ((CONFIG, config), (PROCESSOR, processor)):
         write_stream(folder / name, [json.dumps(content, indent=1).encode() + b"\n"])
+    return ImportRecord(("the DINOv2 encoder of an ONNX file",))
 
 
 def _weights(source: Path) -> Arrays:

@@ -6,13 +6,16 @@ based on Pillow.
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from offsite.errors import IncompatibleError
+from offsite.model_owner.importing.import_record import ImportRecord, count_by_part
+from offsite.model_owner.importing.write_weights import write_weights
 from offsite.models.timm_family import FORMS, TIMM
 from offsite.protocol.contents import CONFIG, PROCESSOR, processor_problems
-from offsite.storage.checkpoint_folder import INDEX, WEIGHTS, open_checkpoint, write_checkpoint
+from offsite.storage.checkpoint_folder import open_checkpoint
 from offsite.storage.files import write_stream
 from offsite.storage.safetensors_files import copied
 from offsite.storage.strict_json import strict_json
@@ -20,18 +23,12 @@ from offsite.storage.strict_json import strict_json
 _FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
-def is_timm(source: Path) -> bool:
-    """Whether a folder holds safetensors and a config as timm, or its wrapper in transformers, writes it."""
-    if not any((source / name).is_file() for name in (WEIGHTS, INDEX)) or not (source / CONFIG).is_file():
-        return False
-    try:
-        config = strict_json((source / CONFIG).read_bytes())
-    except ValueError:
-        return False  # the next reader reports the error
-    return isinstance(config, dict) and "pretrained_cfg" in config and "architecture" in config
+def is_timm(config: Mapping[str, Any]) -> bool:
+    """Whether a config is one that timm, or its wrapper in transformers, writes."""
+    return "pretrained_cfg" in config and "architecture" in config
 
 
-def copy_timm(source: Path, folder: Path, dtype: str | None) -> None:
+def copy_timm(source: Path, folder: Path, dtype: str | None) -> ImportRecord:
     """Write the encoder of a timm model as a base folder.
 
     Sizes come from the tensors' shapes, not from the config.
@@ -40,6 +37,9 @@ def copy_timm(source: Path, folder: Path, dtype: str | None) -> None:
         source: a folder with config and safetensors.
         folder: the folder that becomes the base.
         dtype: dtype of the written weights, "BF16" or "F32"; None keeps the source's dtype.
+
+    Returns:
+        The record of the import, with the tensors of heads and poolers that were left out.
 
     Raises:
         IncompatibleError: the model or its preprocessing is not supported.
@@ -53,7 +53,8 @@ def copy_timm(source: Path, folder: Path, dtype: str | None) -> None:
             reasons=[f"supported: {', '.join(sorted(FORMS))}"],
             next_step="use one of these",
         )
-    held = {TIMM.name_of(stored): tensor for stored, tensor in open_checkpoint(source).tensors.items()}
+    stored = open_checkpoint(source).tensors
+    held = {TIMM.name_of(name): tensor for name, tensor in stored.items()}
     tensors = [copied(tensor, name=today, dtype=dtype) for today, tensor in held.items() if today is not None]
     try:
         hidden, _, patch, _ = held["patch_embed.proj.weight"].shape
@@ -81,12 +82,14 @@ def copy_timm(source: Path, folder: Path, dtype: str | None) -> None:
     }
     config |= {**TIMM.settled, **TIMM.settled_by(config)}
     settings = _processor(published["pretrained_cfg"], config["image_size"])
-    write_checkpoint(folder, tensors)
+    write_weights(folder, tensors, source)
     for file, content in ((CONFIG, config), (PROCESSOR, settings)):
         write_stream(folder / file, [json.dumps(content, indent=1).encode() + b"\n"])
     for license_ in ("LICENSE", "LICENSE.txt"):
         if (source / license_).is_file():
             write_stream(folder / license_, [(source / license_).read_bytes()])
+    left_out = [name for name in stored if TIMM.name_of(name) is None]
+    return ImportRecord((f"the encoder of {name}",), count_by_part(left_out))
 
 
 def _processor(published: Any, side: int) -> dict[str, Any]:

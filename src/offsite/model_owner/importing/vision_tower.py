@@ -1,31 +1,28 @@
 """Importing the image tower of a model of images and texts, such as CLIP: its tensors and its part of the config."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from offsite.errors import IncompatibleError, StorageError
+from offsite.model_owner.importing.import_record import ImportRecord, count_by_part
+from offsite.model_owner.importing.write_weights import write_weights
 from offsite.models.architectures import ARCHITECTURES, Architecture
 from offsite.protocol.contents import CONFIG, PROCESSOR
-from offsite.storage.checkpoint_folder import INDEX, WEIGHTS, open_checkpoint, write_checkpoint
+from offsite.storage.checkpoint_folder import open_checkpoint
 from offsite.storage.files import write_stream
 from offsite.storage.safetensors_files import copied
 from offsite.storage.strict_json import strict_json
 
 
-def tower_in(source: Path) -> Architecture | None:
-    """The row of the architecture table for the image tower of the model in a folder; None if it has no such tower."""
-    if not any((source / name).is_file() for name in (WEIGHTS, INDEX)) or not (source / CONFIG).is_file():
-        return None
-    try:
-        config = strict_json((source / CONFIG).read_bytes())
-    except ValueError:
-        return None  # the next reader reports the error
-    kind = config.get("model_type") if isinstance(config, dict) else None
+def tower_in(config: Mapping[str, Any]) -> Architecture | None:
+    """The row of the architecture table for the image tower of a model; None if the model has no such tower."""
+    kind = config.get("model_type")
     return next((family for family in ARCHITECTURES.values() if family.vision and family.vision.tower_of == kind), None)
 
 
-def copy_tower(source: Path, folder: Path, family: Architecture, dtype: str | None) -> None:
+def copy_tower(source: Path, folder: Path, family: Architecture, dtype: str | None) -> ImportRecord:
     """Write the image tower of a model as a base folder.
 
     Args:
@@ -33,6 +30,9 @@ def copy_tower(source: Path, folder: Path, family: Architecture, dtype: str | No
         folder: the folder that becomes the base.
         family: the tower's row of the architecture table.
         dtype: dtype of the written weights, "BF16" or "F32"; None keeps the source's dtype.
+
+    Returns:
+        The record of the import, with the tensors of the other parts, which were left out.
 
     Raises:
         IncompatibleError: the config does not describe the tower.
@@ -46,12 +46,13 @@ def copy_tower(source: Path, folder: Path, family: Architecture, dtype: str | No
             next_step="import the model again from where it was published",
         )
     start = f"{family.vision.prefix}."
-    tensors = [
-        copied(tensor, name=name.removeprefix(start), dtype=dtype)
-        for name, tensor in open_checkpoint(source).tensors.items()
+    held = open_checkpoint(source).tensors
+    tensors = {
+        name: copied(tensor, name=name.removeprefix(start), dtype=dtype)
+        for name, tensor in held.items()
         if name.startswith(start) and family.name_of(name) is not None
-    ]
-    write_checkpoint(folder, tensors)
+    }
+    write_weights(folder, tensors.values(), source)
     stored = {"BF16": "bfloat16", "F32": "float32"}.get(dtype or "")
     kept = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
     kept |= {"model_type": family.model_type, "architectures": [family.class_name]}
@@ -62,6 +63,8 @@ def copy_tower(source: Path, folder: Path, family: Architecture, dtype: str | No
     for name in ("LICENSE", "LICENSE.txt"):
         if (source / name).is_file():
             write_stream(folder / name, [(source / name).read_bytes()])
+    left_out = count_by_part(name for name in held if name not in tensors)
+    return ImportRecord((f"the image tower of a model of type {whole['model_type']}",), left_out)
 
 
 def _processor(source: Path) -> Any:

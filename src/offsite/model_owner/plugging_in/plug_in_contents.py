@@ -13,6 +13,7 @@ from offsite.model_owner.base_model import BaseModel, by_todays_names
 from offsite.model_owner.plugging_in.check_plug_in import Form
 from offsite.model_owner.plugging_in.image_classifier import classifier_config, classifier_tensors
 from offsite.model_owner.plugging_in.plugged_tensors import Chosen, adapter_tensors, changed_tensors, to_base
+from offsite.models.quantisation import plain_config
 from offsite.protocol.contents import (
     ADAPTER_CONFIG,
     BESIDE_A_MODEL,
@@ -27,6 +28,7 @@ from offsite.protocol.peft_adapter import adapter_config
 from offsite.storage.checkpoint_folder import checkpoint_bytes, open_checkpoint, write_checkpoint
 from offsite.storage.files import Written, write_stream
 from offsite.storage.safetensors_files import NewTensor, TensorRange, copied, safetensors_bytes, write_safetensors
+from offsite.storage.strict_json import strict_json
 
 # Files other than weights that a merged plug-in copies from the base.
 _COMPANIONS = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *BESIDE_A_MODEL)
@@ -76,7 +78,7 @@ def plug_in_contents(model: BaseModel, chosen: Chosen, form: Form) -> Contents:
         parts = by_todays_names(model.family, stored)
         new = [changes.get(name) or copied(part) for name, part in parts.items()]
         tensors.append(_joined(stored, new) if changes.keys() & parts.keys() else copied(stored))
-    return Contents(None, tensors, _companions(model, _COMPANIONS))
+    return Contents(None, tensors, {**_companions(model, _COMPANIONS), CONFIG: _plain_config(model.folder)})
 
 
 def adapter_contents(model: BaseModel, chosen: Chosen) -> Contents:
@@ -118,6 +120,13 @@ def plug_in_manifest(
         issuer=issuer,
         files=files,
     )
+
+
+def _plain_config(folder: Path) -> bytes:
+    """The content of config.json without settings of quantisation, with which the plain weights would not load."""
+    content = (folder / CONFIG).read_bytes()
+    found = strict_json(content)
+    return content if plain_config(found) == found else json.dumps(plain_config(found), indent=1).encode() + b"\n"
 
 
 def _companions(model: BaseModel, names: Sequence[str]) -> dict[str, bytes]:

@@ -1,0 +1,45 @@
+"""Find NaN and infinity in tensors while they are written, so that no byte is read twice. Torch-free."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from offsite.storage.safetensors_files import NewTensor
+
+# For each float dtype: its size in bytes, and the bits that are all set in NaN and infinity and in no other value.
+_EXPONENTS = {
+    "F64": (8, 0x7FF0000000000000),
+    "F32": (4, 0x7F800000),
+    "F16": (2, 0x7C00),
+    "BF16": (2, 0x7F80),
+    "F8_E5M2": (1, 0x7C),
+    "F8_E4M3": (1, 0x7F),  # it has no infinity, and its NaN has all bits set
+}
+
+
+def has_non_finite(content: bytes | memoryview, dtype: str) -> bool:
+    """Whether the bytes of a tensor with this safetensors dtype hold NaN or infinity; False for integers."""
+    import numpy as np  # verifying a bundle does without
+
+    if dtype not in _EXPONENTS:
+        return False
+    size, mask = _EXPONENTS[dtype]
+    bits = np.frombuffer(content, f"<u{size}")
+    return bool((bits & bits.dtype.type(mask) == mask).any())
+
+
+@dataclass
+class FiniteWatch:
+    """The names of tensors in which NaN or infinity was seen while they were written."""
+
+    found: list[str] = field(default_factory=list)
+
+    def over(self, tensors: Iterable[NewTensor]) -> list[NewTensor]:
+        """The same tensors; when the writer takes their bytes, they are looked through."""
+        return [replace(tensor, chunks=partial(self._chunks, tensor)) for tensor in tensors]
+
+    def _chunks(self, tensor: NewTensor) -> Iterator[bytes | memoryview]:
+        for chunk in tensor.chunks():
+            if has_non_finite(chunk, tensor.dtype) and tensor.name not in self.found:
+                self.found.append(tensor.name)
+            yield chunk
