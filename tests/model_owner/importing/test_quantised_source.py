@@ -47,7 +47,11 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, torch.dtype]]] = {
 
 
 def quantised(
-    base: Path, out: Path, settings: dict[str, Any] | None, parts: dict[str, torch.dtype], key: str = "quantization_config"
+    base: Path,
+    out: Path,
+    settings: dict[str, Any] | None,
+    parts: dict[str, torch.dtype],
+    key: str = "quantization_config",
 ) -> Path:
     """A copy of a base in which one linear layer is stored in parts, as a quantised checkpoint has them."""
     copied_folder(base, out)
@@ -194,9 +198,7 @@ def test_stale_settings_are_left_out(base_of: MakeBase, tmp_path: Path, form: st
 
 
 @pytest.mark.parametrize("kind", ["gptq", "bitsandbytes", "fp8", "compressed-tensors"])
-def test_stale_settings_through_the_whole_chain(
-    base_of: MakeBase, tmp_path: Path, parties: Parties, kind: str
-) -> None:
+def test_stale_settings_through_the_whole_chain(base_of: MakeBase, tmp_path: Path, parties: Parties, kind: str) -> None:
     """The base is the publisher's folder itself; the bundle and the merged model load, and hold plain weights."""
     base = copied_folder(base_of(), tmp_path / "base")
     edit_json(base / "config.json", quantization_config={**GPTQ, "quant_method": kind, "load_in_4bit": True})
