@@ -1,4 +1,4 @@
-"""The parts of a bundle: embeddings, trained and frozen blocks, final norm and head. Torch-free."""
+"""Lists the parts of a bundle with their sizes: embeddings, trained and frozen blocks, final norm, head. Torch-free."""
 
 from collections.abc import Mapping
 

@@ -12,7 +12,11 @@ _NO_HEAD = (
 
 
 def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
-    """Refuse settings that cannot work, or whose return the model's owner would refuse.
+    """Refuse settings of a tuning that cannot work, or whose return the model's owner would refuse.
+
+    Args:
+        manifest: the bundle's manifest, with the permissions.
+        spec: the settings of the tuning.
 
     Raises:
         UsageError: checkpoints or scores were requested for pictures.
@@ -62,7 +66,11 @@ def resolve_defaults(spec: TuneSpec, family: Architecture, item: int) -> TuneSpe
 
 
 def require_something_to_report(spec: TuneSpec, eval_data: object) -> None:
-    """Refuse to report held-out losses if there are no held-out rows.
+    """Refuse settings that report held-out losses if there are no held-out rows.
+
+    Args:
+        spec: the settings of the tuning.
+        eval_data: the held-out rows; None if there are none.
 
     Raises:
         UsageError: scores are to be reported, and there are no held-out rows.

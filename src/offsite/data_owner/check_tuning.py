@@ -1,4 +1,4 @@
-"""Checks before a tuning begins, also used by `--plan`: they find errors without running the tuning."""
+"""Checks before a tuning begins, also used by `--plan`: they find errors before the model is loaded."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from offsite.storage.lock import LOCK, alone_in
 from offsite.training.run_log import require_resume_asked, run_folder
 from offsite.training.tensorboard import require_outside, require_tensorboard
 
-AT_WORK = ("tuning", "wait for it or stop it")  # what holds the run's folder, and what to do then
+AT_WORK = ("tuning", "wait for it or stop it")  # for the error if another process works in the run's folder
 
 
 def check_tuning(
@@ -34,7 +34,7 @@ def check_tuning(
         out: the return's folder.
         spec: the settings of the tuning.
         home: the data owner's home, with the key.
-        eval_data: rows to validate on.
+        eval_data: held-out rows.
         tensorboard: a folder for an additional TensorBoard log.
         resume: whether to continue an interrupted run.
 
@@ -44,7 +44,7 @@ def check_tuning(
     Raises:
         UsageError: `out` is not empty; another tuning runs there; it has an interrupted run and `resume` is False; this
             home has no key, or not the key that the bundle is addressed to; losses are to be reported but there are no
-            rows for them; settings contradict each other; or TensorBoard is not installed, or its folder is inside the
+            held-out rows; settings contradict each other; or TensorBoard is not installed, or its folder is inside the
             return's folder.
         IncompatibleError: the method has nothing to train in this model.
         PolicyError: the bundle does not permit the method, the rank, the width or the head.
@@ -58,14 +58,14 @@ def check_tuning(
     require_addressed(bundle, identity)
     require_permitted(bundle.manifest, spec)
     run = run_folder(out)
-    if (run / LOCK).exists():  # of a run that still works it is not true that it was interrupted
+    if (run / LOCK).exists():  # a run that is still working must not be reported as interrupted
         with alone_in(run, *AT_WORK):
             require_resume_asked(run, resume=resume, restartable=True)
     return identity
 
 
 def require_addressed(bundle: Bundle, identity: Identity) -> None:
-    """Refuse a bundle that was verified in another home, since the model's owner would refuse its return.
+    """Refuse a bundle that is addressed to another home, since the model's owner would refuse its return.
 
     Raises:
         UsageError: this home's key is neither the bundle's recipient nor its issuer.

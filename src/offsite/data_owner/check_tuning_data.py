@@ -1,4 +1,7 @@
-"""`tune --check`: reads the rows as a tuning does and describes them. Nothing is trained or written."""
+"""`offsite tune --check`: reads the rows or pictures as a tuning does and describes them.
+
+Nothing is trained or written.
+"""
 
 from offsite.config import TuneSpec
 from offsite.data.check_data import PictureCheck, TextCheck, check_pictures, check_text
@@ -14,13 +17,13 @@ from offsite.protocol.artifacts import Bundle
 def check_tuning_data(
     bundle: Bundle, data: DataPaths, eval_data: DataPaths | None, spec: TuneSpec, progress: Progress
 ) -> dict[str, TextCheck | PictureCheck]:
-    """Read all rows that a tuning would read, and describe them.
+    """Read all rows or pictures that a tuning would read, and describe them.
 
     Args:
-        bundle: verified; its tokenizer or image processor prepares the rows.
-        data: rows to train on.
-        eval_data: rows to validate on, if there are any.
-        spec: settings that say how rows are read.
+        bundle: the verified bundle; its tokenizer or image processor prepares the rows.
+        data: the training rows.
+        eval_data: the held-out rows; None if there are none.
+        spec: the settings of the tuning, which say how rows are read.
         progress: receives the progress events.
 
     Returns:
@@ -44,6 +47,7 @@ def check_tuning_data(
 
 
 def _check(bundle: Bundle, data: DataPaths, spec: TuneSpec, part: Part) -> TextCheck:
+    """Describe one text data set, encoded by the bundle's tokenizer."""
     return check_text(
         data,
         load_tokenizer(bundle.files),

@@ -1,8 +1,8 @@
 """Caches the output of the frozen first blocks, which for the same row is the same in every epoch.
 
-If the data owner trains only the last blocks, most of a bundle's forward pass depends only on the rows. Its result, the
-hidden states that enter the first trained block, is written to a file in the run's folder. A batch whose rows are all
-in the file skips the frozen blocks; any other batch (validation) runs all blocks.
+If the data owner trains only the last blocks, most of a bundle's forward pass depends only on the rows of the data set.
+Its result, the hidden states that enter the first trained block, is written to a file in the run's folder. A batch
+whose rows are all in the file skips the frozen blocks; any other batch (validation) runs all blocks.
 """
 
 import contextlib
@@ -30,26 +30,26 @@ from offsite.storage.strict_json import strict_json
 from offsite.training.label_losses import label_losses
 from offsite.training.schedule import step_count
 
-_NAME = "frozen blocks run once for all epochs"  # in the report of the kernels
-_OTHER_FILES = 28  # bytes that two resume points and the return take for each trained parameter
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the loss of a labelled token
+_NAME = "frozen blocks run once for all epochs"  # name in the report of the kernels
+_OTHER_FILES = 28  # disk space of two resume points and the return, in bytes for each trained parameter
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # accepted difference in the loss of a labelled token
 
 
 @contextlib.contextmanager
 def cached_features(tuning: Tuning, spec: TuneSpec, folder: Path, progress: Progress) -> Iterator[Piece]:
-    """Context manager in which the frozen blocks before the first trained one run only once for each row.
+    """Context manager: in its body, the frozen blocks before the first trained block run only once for each row.
 
     Nothing is cached if each row runs only once, if the disk is too full, or if a later block needs more than the
     hidden state from earlier blocks. The decision is saved with the run, so a resumed run makes the same one.
 
     Args:
         tuning: the tuning; its frozen first blocks are wrapped, and unwrapped at the end.
-        spec: the settings.
-        folder: the run's folder, in which the file is written.
+        spec: the settings of the tuning.
+        folder: the run's folder, in which the cache file is written.
         progress: receives the progress events.
 
     Yields:
-        For the report of the kernels: the number of skipped blocks, or the reason why none is skipped.
+        An entry for the report of the kernels: the number of skipped blocks, or the reason why none is skipped.
 
     Raises:
         StorageError: a file cannot be written or read.
@@ -101,18 +101,26 @@ def _nothing_to_cache(tuning: Tuning, spec: TuneSpec) -> str:
 
 
 def _text(tuning: Tuning) -> TextTask:
+    """The task of a tuning on text.
+
+    Raises:
+        TypeError: the tuning is on pictures.
+    """
     if not isinstance(tuning.task, TextTask):
         raise TypeError("features of something else than text were asked for")
     return tuning.task
 
 
 class _Skipped(Wrapped):
-    """A frozen block that is skipped if the states entering the first trained block are known; it returns those."""
+    """A frozen block that is skipped if the hidden states that enter the first trained block are cached.
+
+    It then returns these states.
+    """
 
     def __init__(self, block: nn.Module, features: FeatureFile) -> None:
         super().__init__(block)
         self._features = features
-        self._others: int | None = None  # values that the block returns after the hidden state; None if it is no tuple
+        self._others: int | None = None  # number of outputs after the hidden state; None if the output is no tuple
 
     def forward(self, *arguments: Any, **settings: Any) -> Any:
         """Return the cached states in the form of the block's own result, or run the block if there are none."""
@@ -125,6 +133,8 @@ class _Skipped(Wrapped):
 
 
 class _Reached(Exception):  # noqa: N818  a signal that stops the forward pass
+    """Raised to stop a forward pass at the first trained block; holds the hidden states that enter it."""
+
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.hidden = hidden
@@ -132,7 +142,11 @@ class _Reached(Exception):  # noqa: N818  a signal that stops the forward pass
 
 @torch.no_grad()
 def _states_entering(tuning: Tuning, first: nn.Module, batch: Batch) -> Tensor:
-    """The hidden states that enter the first trained block, (B, T, H)."""
+    """Run the frozen blocks; returns the hidden states that enter the first trained block, (B, T, H).
+
+    Raises:
+        IncompatibleError: the model does not call its blocks with the hidden state.
+    """
 
     def stop(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         raise _Reached(arguments[0])
@@ -174,6 +188,11 @@ def _why_not_cached(tuning: Tuning, first: nn.Module, features: FeatureFile, fol
 
 
 def _read_decision(record: Path) -> bool:
+    """Whether the run caches features, from the file in which this was saved when the run began.
+
+    Raises:
+        StorageError: the file is damaged.
+    """
     try:
         content = strict_json(record.read_bytes())
         if content in ({"cached": True}, {"cached": False}):
@@ -190,7 +209,10 @@ def _read_decision(record: Path) -> bool:
 
 @torch.no_grad()
 def _agree(tuning: Tuning, first: nn.Module, features: FeatureFile, rows: Sequence[int]) -> bool:
-    """Whether some rows have the same loss with the frozen blocks skipped as with all blocks run."""
+    """Whether some rows have the same loss with the frozen blocks skipped as with all blocks run.
+
+    Also sets the width and dtype of `features`.
+    """
     for block in tuning.trained:
         block.eval()
     group = next(micro_batches(_text(tuning).examples, rows, TOKENS_AT_ONCE))
@@ -200,9 +222,9 @@ def _agree(tuning: Tuning, first: nn.Module, features: FeatureFile, rows: Sequen
     features.width, features.dtype = states.shape[-1], states.dtype
     mask = torch.from_numpy(batch.mask).to(states.device, torch.bool)
     try:
-        features.states = states.masked_fill(~mask[..., None], 0)  # as they are read
+        features.states = states.masked_fill(~mask[..., None], 0)  # the file has no states of padding; it reads zeros
         found = label_losses(_text(tuning).network, batch)[1]
-    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):  # it needs what a block returns after it
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):  # it needs the blocks' other outputs
         return False
     finally:
         features.states = None

@@ -20,21 +20,21 @@ from offsite.errors import StorageError
 from offsite.progress import Event, Progress
 from offsite.storage.files import storage_errors, write_stream
 
-TOKENS_AT_ONCE = 1024  # while states are computed; fixed, so that a file that is written again is the same
+TOKENS_AT_ONCE = 1024  # size of the micro-batches that compute states; fixed, so that a rewritten file is the same
 
 
 class FeatureFile:
-    """The cached hidden states of all rows in a file, and those of the current batch in memory.
+    """The cached hidden states: those of all rows in a file, those of the current batch in memory.
 
     Args:
-        examples: the rows; rows with the same ids are stored once.
+        examples: the training rows; rows with the same ids are stored once.
     """
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self._local, self._lock = threading.local(), threading.Lock()  # micro-batches may run in several threads
         self._examples = examples
         self._offsets, self.tokens = _offsets(examples)
-        self.width, self.dtype = 0, torch.float32  # of a hidden state
+        self.width, self.dtype = 0, torch.float32  # width and dtype of a hidden state
         self._file: io.BufferedReader | None = None
 
     @property
@@ -53,6 +53,7 @@ class FeatureFile:
 
     @property
     def _token_bytes(self) -> int:
+        """The size of one token's hidden state in bytes."""
         return self.width * self.dtype.itemsize
 
     def write(self, file: Path, compute: Callable[[Batch], Tensor], progress: Progress) -> None:
@@ -60,7 +61,7 @@ class FeatureFile:
 
         Args:
             file: the file to write; it appears complete or not at all.
-            compute: a function that returns the hidden states (B, T, H) of a batch.
+            compute: takes a batch and returns its hidden states, (B, T, H).
             progress: receives the progress events.
 
         Raises:
@@ -78,6 +79,7 @@ class FeatureFile:
                 temporary.unlink(missing_ok=True)
 
     def _chunks(self, compute: Callable[[Batch], Tensor], progress: Progress) -> Iterator[memoryview]:
+        """Yields the bytes of each row's hidden states, in the order of the file."""
         examples, stage = self._examples, f"frozen blocks, once for all epochs ({describe_bytes(self.size)} on disk)"
         done = 0
         for group in _micro_batches(examples):
@@ -89,7 +91,7 @@ class FeatureFile:
 
     @contextlib.contextmanager
     def open(self, path: Path) -> Iterator[None]:
-        """Context manager in which states are read from the file."""
+        """Context manager: in its body, states are read from the file."""
         with path.open("rb") as self._file:
             try:
                 yield
@@ -97,7 +99,7 @@ class FeatureFile:
                 self.states, self._file = None, None
 
     def load_batch(self, body: nn.Module, arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> None:
-        """A forward pre-hook for the backbone: read the states of the batch if the file has all of its rows."""
+        """A forward pre-hook for the backbone: reads the states of the batch if the file has all its rows."""
         ids: Tensor = settings["input_ids"]  # (B, T)
         lengths: list[int] = settings["attention_mask"].sum(-1).tolist()
         rows = [row[:length] for row, length in zip(ids.cpu().numpy(), lengths, strict=True)]
@@ -110,7 +112,13 @@ class FeatureFile:
             self.states = states.to(ids.device)
 
     def _read(self, into: Tensor, offset: int) -> None:
-        """Read states from the file into a tensor. A memory-mapped file would count as memory of the process."""
+        """Read states from the file into a tensor; `offset` is the position of the first token.
+
+        The file is not memory-mapped, since its pages would count as memory of the process.
+
+        Raises:
+            StorageError: the file cannot be read or is too short.
+        """
         assert self._file is not None
         buffer = into.view(torch.uint8).flatten().numpy().data  # the same memory
         try:
@@ -127,7 +135,7 @@ class FeatureFile:
 
 
 def _offsets(examples: Sequence[Example]) -> tuple[dict[bytes, int], int]:
-    """The position of each row in the file, in tokens, by the hash of its ids; and the number of tokens in the file."""
+    """The position of each row in the file, counted in tokens, by the hash of its ids; and the number of all tokens."""
     offsets, tokens = {}, 0
     for group in _micro_batches(examples):
         for row in group:
@@ -137,12 +145,13 @@ def _offsets(examples: Sequence[Example]) -> tuple[dict[bytes, int], int]:
 
 
 def _micro_batches(examples: Sequence[Example]) -> Iterator[list[int]]:
-    """The micro-batches for writing the file; rows with the same ids run once. They depend only on the rows."""
+    """The micro-batches for writing the file, which depend only on the rows; rows with the same ids run once."""
     different = {_key(example.ids[:-1]): i for i, example in enumerate(examples)}
     return micro_batches(examples, list(different.values()), TOKENS_AT_ONCE)
 
 
 def _key(ids: npt.NDArray[np.int64]) -> bytes:
+    """The hash of a row's ids."""
     return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 

@@ -21,7 +21,7 @@ from offsite.models.image_encoder import BIAS, WEIGHT, Encoder, batches
 from offsite.progress import Event, Progress
 from offsite.training.task import Batching
 
-_HEAD_SPREAD = 0.01  # of the weights of a new head
+_HEAD_SPREAD = 0.01  # standard deviation of the weights of a random head
 
 
 def new_head(encoder: Encoder, album: Album, used: torch.Tensor, spec: TuneSpec, progress: Progress) -> nn.Linear:
@@ -32,9 +32,9 @@ def new_head(encoder: Encoder, album: Album, used: torch.Tensor, spec: TuneSpec,
 
     Args:
         encoder: the encoder whose features the head reads.
-        album: pictures to fit the probe on, and their classes.
-        used: 1 for features that the head reads, else 0; (F,).
-        spec: settings such as `head_start`.
+        album: the pictures that the probe is fitted on, and their classes.
+        used: a mask of the features, (F,): 1 for features that the head reads, otherwise 0.
+        spec: the settings of the tuning, such as `head_start`.
         progress: receives the progress events.
     """
     head = nn.Linear(encoder.inputs, len(album.classes))
@@ -60,13 +60,13 @@ def head_parameters(head: nn.Linear) -> dict[str, nn.Parameter]:
 
 @dataclass(frozen=True)
 class ImageTask:
-    """Training on pictures with an encoder and a head; a `TrainingTask`."""
+    """Training on pictures with an encoder and a classifier's head; a `TrainingTask`."""
 
     unit: ClassVar[str] = "images"
     term_weights: ClassVar[Mapping[str, float]] = {"loss": 1.0}
     encoder: Encoder
     head: nn.Linear
-    used: torch.Tensor  # (F,), 1 where the head reads
+    used: torch.Tensor  # (F,), 1 for features that the head reads, otherwise 0
     album: Album
     augment: bool
     batching: Batching
@@ -82,12 +82,12 @@ class ImageTask:
         return self.encoder.device
 
     def order(self, epoch: int) -> list[list[int]]:
-        """The pictures of every step of an epoch, in random order."""
+        """The training pictures (by index) of every step of an epoch, in random order."""
         order = np.random.default_rng([self.batching.seed, epoch]).permutation(self.rows).tolist()
         return [order[at : at + self.batching.rows] for at in range(0, len(order), self.batching.rows)]
 
     def micro_batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
-        """The pictures of a step, cut into micro-batches by their number of tokens."""
+        """Cut the pictures of a step into micro-batches by their number of tokens."""
         return ([rows[i] for i in places] for places in batches(len(rows), self._at_once))
 
     def prefetch(self, rows: Sequence[int], epoch: int) -> None:
@@ -95,24 +95,24 @@ class ImageTask:
         self.album.train.prefetch(rows, self._key(epoch))
 
     def loss(self, rows: Sequence[int], epoch: int) -> torch.Tensor:
-        """The loss in nats, summed over the pictures of a micro-batch; a scalar.
+        """Compute the loss in nats, summed over the pictures of a micro-batch; a scalar.
 
-        Random crops depend only on the seed, the epoch and the row.
+        Random crops depend only on the seed, the epoch and the picture.
         """
         pixels = self.album.train.batch(rows, self._key(epoch))
         targets = self.album.labels(self.album.train)[list(rows)].to(self.device)
         return F.cross_entropy(self.head(self.encoder.features(pixels) * self.used), targets, reduction="sum")
 
     def loss_terms(self, rows: Sequence[int], epoch: int) -> dict[str, torch.Tensor]:
-        """The only term of the loss, under the name `loss`."""
+        """Compute the only term of the loss, under the name `loss`."""
         return {"loss": self.loss(rows, epoch)}
 
     def weight(self, rows: Sequence[int]) -> int:
-        """The number of pictures; each has one label."""
+        """The number of pictures, since each has one label."""
         return len(rows)
 
     def size(self, rows: Sequence[int]) -> dict[str, int]:
-        """The numbers of pictures and of labels in these rows, for the log."""
+        """The number of pictures and of labels in a step, for the log."""
         return {self.unit: len(rows), "labels": len(rows)}
 
     def first_record(self) -> dict[str, float]:
@@ -121,7 +121,7 @@ class ImageTask:
 
     @torch.no_grad()
     def validate(self, progress: Progress, stage: str) -> Mapping[str, float]:
-        """Loss per picture and accuracy on the held-out pictures; empty if there are none."""
+        """Compute loss per picture and accuracy on the held-out pictures; empty if there are none."""
         held_out = self.album.held_out
         if held_out is None:
             return {}
@@ -135,7 +135,9 @@ class ImageTask:
 
     @property
     def _at_once(self) -> int:
+        """The number of pictures of a micro-batch."""
         return at_once(self.album.tokens, self.batching.tokens)
 
     def _key(self, epoch: int) -> list[int] | None:
+        """The seed of the random crops of an epoch; None if pictures are not cropped at random."""
         return [self.batching.seed, epoch] if self.augment else None

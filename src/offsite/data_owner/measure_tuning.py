@@ -1,4 +1,4 @@
-"""`tune --plan measure`: runs two steps on the longest rows with the real model, and saves nothing."""
+"""`offsite tune --plan measure`: trains two steps on the longest rows with the real model, and saves nothing."""
 
 import contextlib
 import tempfile
@@ -23,7 +23,7 @@ from offsite.progress import Event, Progress
 from offsite.protocol.artifacts import Bundle
 from offsite.training.resume_points import RunState
 
-_STEPS = 2  # the first also compiles products and fills caches; the second is timed
+_STEPS = 2  # the first step also compiles kernels and fills caches; the second step is timed
 _NO_SAVING: dict[str, Any] = {"max_steps": _STEPS + 1, "save_every": 10**9, "eval_every": None, "checkpoints": 1}
 
 
@@ -40,11 +40,12 @@ def measure_tuning(bundle: Bundle, plan: TunePlan, prepared: Prepared, progress:
     Args:
         bundle: the verified bundle.
         plan: the plan, from `plan_tune`.
-        prepared: the second result of `plan_tune`.
+        prepared: the data and settings of the plan, from `plan_tune`.
         progress: receives the progress events.
 
     Raises:
-        UsageError: this system does not report a process's memory, or the tuning does not fit into `memory`.
+        UsageError: this system does not report a process's memory, or the tuning does not fit into the setting
+            `memory`.
         IncompatibleError: the bundle does not load.
         OffsiteError: the training diverged.
     """
@@ -66,7 +67,7 @@ def measure_tuning(bundle: Bundle, plan: TunePlan, prepared: Prepared, progress:
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="offsite-plan-")))
         opened.enter_context(seeded(spec.seed, runtime.device))
         data = prepared.data
-        if not isinstance(data, TextData):  # those who decoded pictures for the plan have gone
+        if not isinstance(data, TextData):  # the workers that decoded pictures for the plan have ended
             workers = opened.enter_context(PictureWorkers(worker_count(spec.images.workers, runtime.device)))
             data = read_data(bundle, prepared.source, None, spec, progress, workers)
         _, loading = peak_memory(load, runtime.device)
@@ -100,7 +101,7 @@ def measure_tuning(bundle: Bundle, plan: TunePlan, prepared: Prepared, progress:
 
 
 def _measured_spec(plan: TunePlan, prepared: Prepared) -> TuneSpec:
-    """The run's settings, except that the run is short and saves nothing."""
+    """The settings of the run, except that it is short and saves nothing."""
     settings = dict(_NO_SAVING)
     if plan.steps <= prepared.steps_of_epoch:  # each row runs once, so the run caches no features
         settings["cache_features"] = "off"
@@ -108,7 +109,10 @@ def _measured_spec(plan: TunePlan, prepared: Prepared) -> TuneSpec:
 
 
 def _longest_rows(tuning: Tuning, spec: TuneSpec) -> Tuning:
-    """The same tuning on only the longest rows, enough for one step; unchanged for pictures, which have one size."""
+    """The same tuning on only the longest rows, enough for one step.
+
+    A tuning on pictures stays as it is, since all its pictures have the same size.
+    """
     if not isinstance(tuning.task, TextTask):
         return tuning
     longest = sorted(tuning.task.examples, key=lambda example: -len(example.ids))[: spec.length.batch_size]

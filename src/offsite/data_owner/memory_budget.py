@@ -1,8 +1,8 @@
 """Fits a tuning into a memory budget by measuring its own micro-batches before the first step.
 
 Starting with a part of the longest row, the number of tokens at once is doubled while the measured peak of the process
-leaves room for twice as many; so the measurement itself keeps to the budget. If the longest row does not fit with
-several micro-batches side by side, they run one at a time. If it still does not fit, blocks are recomputed in the
+leaves room for twice as many; so the measurement itself does not exceed the budget. If the longest row does not fit
+with several micro-batches side by side, they run one at a time. If it still does not fit, blocks are recomputed in the
 backward pass. If that does not fit either, the tuning is refused, and the error says how much memory it needs.
 """
 
@@ -30,23 +30,23 @@ from offsite.storage.files import replace_file
 from offsite.storage.strict_json import strict_json
 
 _SPARE = 0.05  # share of the budget that stays free, for fragmentation of the heap over many steps
-_SHAPES = 32 * 2**20  # bytes of compiled products of shapes that no trial had, and of fragmentation between them
+_SHAPES = 32 * 2**20  # bytes for compiled products of shapes that no trial had, and for fragmentation between them
 _UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The settings that fit into the memory budget."""
+    """The settings that fit into the memory budget, as saved for a resumed run."""
 
     at_once: int  # most tokens of a micro-batch
     lanes: int  # micro-batches that run side by side
     recompute: bool  # whether blocks are recomputed in the backward pass
-    bytes: int  # expected peak
+    bytes: int  # expected peak memory of the process
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """The final settings of a tuning, and what the report of the kernels says about them."""
+    """The final settings of a tuning, and the entries for the report of the kernels that explain them."""
 
     spec: TuneSpec
     pieces: tuple[Piece, ...]
@@ -56,8 +56,8 @@ def within_memory(tuning: Tuning, spec: TuneSpec, runtime: Runtime, file: Path, 
     """Find the settings with as many tokens at once as the memory permits; blocks are recomputed only if necessary.
 
     Args:
-        tuning: the tuning; nothing in it changes except whether its blocks are recomputed.
-        spec: settings with the memory budget and the maximum tokens at once.
+        tuning: the tuning; it is not changed, except that its blocks may be wrapped to be recomputed.
+        spec: the settings with the memory budget and the largest number of tokens at once.
         runtime: the device and dtype.
         file: the result is saved here, so that a resumed run has the same settings.
         progress: receives the progress events.
@@ -84,12 +84,13 @@ def within_memory(tuning: Tuning, spec: TuneSpec, runtime: Runtime, file: Path, 
 
 
 def _recomputed(tuning: Tuning, reason: str) -> Piece:
+    """The entry for the report of the kernels: how many blocks are recomputed in the backward pass, and why."""
     blocks = list(tuning.blocks.children())
     return Piece("recomputed activations", sum(isinstance(block, Checkpointed) for block in blocks), reason)
 
 
 def side_by_side(tuning: Tuning, spec: TuneSpec, runtime: Runtime) -> Piece:
-    """How many micro-batches of a tuning run side by side (in threads), and the reason."""
+    """Decide how many micro-batches of a tuning run side by side (in threads), and give the reason."""
     task = tuning.task
     body, only_one = (task.network.body, "") if isinstance(task, TextTask) else (tuning.blocks, "pictures gain nothing")
     only_one = "each would hold a gradient as large as the head" if spec.adapter.tune_head else only_one
@@ -109,10 +110,16 @@ def _shared(spec: TuneSpec, lanes: int) -> TuneSpec:
 
 
 def _recompute(tuning: Tuning, again: bool) -> None:
+    """Recompute the blocks in the backward pass if `again`, otherwise store their activations."""
     (checkpoint_activations if again else keep_activations)(tuning.blocks)
 
 
 def _fit(tuning: Tuning, spec: TuneSpec, lanes: int, runtime: Runtime, progress: Progress) -> Fit:
+    """Measure memory with more and more tokens, and return the largest settings that fit into the budget.
+
+    Raises:
+        UsageError: not even the longest row fits.
+    """
     budget = _parse(str(spec.memory.budget))
     trained = sum(master.numel() for master in tuning.weights.masters.values())
     later = trained * (8 if runtime.dtype == torch.float32 else 12) + _SHAPES  # AdamW's moments, and gradients in fp32
@@ -160,7 +167,7 @@ def run_trial(tuning: Tuning, trial: Trial, lanes: int) -> None:
         block.train()
     working = tuning.weights.working.values()
     with (
-        torch.random.fork_rng(devices=[]),  # dropout will draw as without the trial
+        torch.random.fork_rng(devices=[]),  # dropout in the run draws the same numbers as without the trial
         micro_batch_runner(working, tuning.task.device, lanes) as run,
     ):
         for group in trial.micro_batches:
@@ -170,12 +177,17 @@ def run_trial(tuning: Tuning, trial: Trial, lanes: int) -> None:
 
 
 def _parse(size: str) -> int:
+    """A size in bytes from a text such as "6GiB"."""
     number, unit = re.fullmatch(r"([\d.]+)([A-Za-z]+)", size).groups()  # type: ignore[union-attr]
     return int(float(number) * _UNITS[unit])
 
 
 def _load_or_make(file: Path, make: Callable[[], Fit]) -> Fit:
-    """The fit that an interrupted run saved; if there is none, make one and save it."""
+    """The fit that an interrupted run saved in `file`; if there is none, make one and save it.
+
+    Raises:
+        StorageError: the file cannot be written, or is damaged.
+    """
     if not file.exists():
         found = make()
         replace_file(file, json.dumps(vars(found)).encode())
@@ -191,4 +203,5 @@ def _load_or_make(file: Path, make: Callable[[], Fit]) -> Fit:
 
 
 def _shown(size: float) -> str:
+    """A size in bytes as text in MiB, in the form of the setting."""
     return f"{size / 2**20:.0f}MiB"

@@ -11,8 +11,8 @@ from offsite.data_owner.image_task import ImageTask
 from offsite.data_owner.text_task import TextTask
 from offsite.training.task import Batching
 
-STEPS = 1000  # of the first epoch
-_LEAST_TOKENS = 256  # at once; fewer cost speed and save next to nothing
+STEPS = 1000  # number of steps of the first epoch that are searched
+_LEAST_TOKENS = 256  # least number of tokens at once; fewer are slower and save almost no memory
 
 
 @dataclass(frozen=True)
@@ -20,24 +20,25 @@ class Trial:
     """Micro-batches that run one after the other while memory is measured."""
 
     task: TextTask | ImageTask
-    micro_batches: Sequence[Sequence[int]]  # rows of each
-    tokens: int  # of the one with most, padding included
+    micro_batches: Sequence[Sequence[int]]  # the rows of each micro-batch
+    tokens: int  # tokens of the largest micro-batch, padding included
     longest: int  # tokens of the longest row of the tuning
-    at_once: int  # most tokens of a micro-batch in the tuning, if this fits
+    at_once: int  # the limit of tokens of a micro-batch in the tuning, if this trial fits
 
 
 def memory_trials(task: TextTask | ImageTask, spec: TuneSpec, *, steps: int = STEPS) -> Iterator[Trial]:
-    """Trials with more and more tokens, each about twice the previous one, up to the limit in the settings.
+    """Yields trials with more and more tokens, each about twice the previous one, up to the limit in the settings.
 
     Args:
         task: the task to train.
-        spec: settings with the maximum tokens at once, the rows of a step, and the seed of their order.
+        spec: the settings of the tuning: the largest number of tokens at once, the rows of a step, the seed of their
+            order.
         steps: for text, the number of steps of the first epoch in which the fullest micro-batches are searched.
     """
     if isinstance(task, TextTask):
         yield from _text_trials(task, spec, steps)
         return
-    tokens = task.album.tokens  # every picture has as many
+    tokens = task.album.tokens  # the same for every picture
     most, count = min(at_once(tokens, spec.tokens_at_once), spec.length.batch_size, task.rows), 1
     while count < most:
         yield Trial(task, [range(count)], count * tokens, tokens, count * tokens)
@@ -46,7 +47,7 @@ def memory_trials(task: TextTask | ImageTask, spec: TuneSpec, *, steps: int = ST
 
 
 def _text_trials(task: TextTask, spec: TuneSpec, steps: int) -> Iterator[Trial]:
-    """First, longer and longer ends of the longest row; then the fullest micro-batches with more and more tokens."""
+    """Yields longer and longer ends of the longest row, then the fullest micro-batches with more and more tokens."""
     longest = max(range(task.rows), key=lambda i: len(task.examples[i].ids))
     width = len(task.examples[longest].ids)
     tokens = _LEAST_TOKENS
@@ -55,7 +56,7 @@ def _text_trials(task: TextTask, spec: TuneSpec, steps: int) -> Iterator[Trial]:
         tokens *= 2
     most = max(spec.tokens_at_once, width)
     first_steps = replace(task, batching=Batching.of(spec)).order(0)[:steps]
-    fullest: dict[tuple[tuple[int, ...], ...], int] = {}  # micro-batches, and the most tokens that give these
+    fullest: dict[tuple[tuple[int, ...], ...], int] = {}  # micro-batches -> the highest limit of tokens with these
     tokens = max(_LEAST_TOKENS, width)
     while True:
         batching = replace(task.batching, tokens=min(tokens, most))

@@ -1,4 +1,7 @@
-"""The plan of a tuning: its steps, memory and files. Weights are sized from headers; no model is loaded or written."""
+"""The plan of a tuning: its steps, memory and files.
+
+Sizes of weights are read from file headers; no model is loaded and nothing is written.
+"""
 
 import math
 from collections.abc import Mapping
@@ -35,17 +38,17 @@ class TunePlan:
     method: Method
     device: str
     compute: Compute
-    rows: int  # to train on
-    rows_left_out: int  # too long or without a label; of pictures, those that cannot be read
+    rows: int  # number of training rows
+    rows_left_out: int  # rows that are too long or without a label, or pictures that cannot be read
     held_out_rows: int
-    longest_row: int  # tokens, or patches of a picture
+    longest_row: int  # in tokens; for pictures, the tokens of one picture
     steps: int
     returned_tensors: int
     trained_parameters: int
     bundle: tuple[Part, ...]
-    memory: tuple[Memory, ...]  # weights while it trains
-    files: tuple[Amount, ...]  # of the return; exact, but for the digits of scores
-    disk: tuple[Amount, ...]
+    memory: tuple[Memory, ...]  # memory for weights, gradients and moments during training
+    files: tuple[Amount, ...]  # files of the return; sizes are exact, except for the digits of scores
+    disk: tuple[Amount, ...]  # everything that needs space on the disk of the return's folder
     measured: Measurement | None = None
 
     @property
@@ -56,12 +59,12 @@ class TunePlan:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The data and resolved settings behind a plan; `measure_tuning` uses them."""
+    """The data and resolved settings that a plan was made from; `measure_tuning` uses them."""
 
     spec: TuneSpec
     runtime: "Runtime"
     data: "TextData | Album"
-    source: DataPaths  # of the rows to train on
+    source: DataPaths  # paths of the training rows
 
     @property
     def steps_of_epoch(self) -> int:
@@ -88,11 +91,11 @@ def plan_tune(
 
     Args:
         bundle: the verified bundle.
-        data: rows to train on.
+        data: the training rows.
         out: the return's folder.
         spec: the settings of the tuning.
         home: the data owner's home, with the key.
-        eval_data: rows to validate on.
+        eval_data: held-out rows.
         tensorboard: a folder for an additional TensorBoard log.
         resume: whether to continue an interrupted run.
         progress: receives the progress events.
@@ -157,11 +160,20 @@ def _weights(
     classifier: int,
     compute: Compute,
 ) -> tuple[Amount, ...]:
-    """The memory for weights, gradients and AdamW's two moments. All of it is needed from the first step on."""
+    """The memory for weights, gradients and AdamW's two moments, all of which is needed from the first step on.
+
+    Args:
+        manifest: the bundle's manifest.
+        spec: the settings of the tuning.
+        tensors: the tensors in the bundle's weights, by name.
+        trained: the number of trained parameters, including those of a classifier.
+        classifier: the number of a classifier's parameters.
+        compute: the compute dtype.
+    """
     item = ITEM_BYTES[compute]
     stored = sum(item * math.prod(t.shape) if t.dtype in FLOATS else t.size for t in tensors.values())
     amounts = [Amount(f"weights of the bundle in {compute}", stored)]
-    if spec.adapter.method in ("lora", "bottleneck"):  # beside the bundle's own; the head is one of these
+    if spec.adapter.method in ("lora", "bottleneck"):  # new tensors; a trained head is part of the bundle's weights
         head = sum(math.prod(entry.shape) for entry in manifest.head.values()) if spec.adapter.tune_head else 0
         amounts.append(Amount(f"adapter in {compute}", item * (trained - classifier - head)))
     if classifier:
@@ -177,6 +189,7 @@ def _weights(
 
 
 def _earlier_checkpoints(spec: TuneSpec, trained: int) -> tuple[Amount, ...]:
+    """The disk space of all checkpoints except the last one, in the run's folder; empty if there is only one."""
     earlier = spec.points.checkpoints - 1
     return (Amount("earlier checkpoints, in the run's folder", 4 * trained * earlier),) if earlier else ()
 
@@ -192,4 +205,5 @@ def _features(
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The number of parameters in tensors of these shapes."""
     return sum(math.prod(shape) for shape in shapes.values())

@@ -40,8 +40,8 @@ def prepare_model(
         progress: receives the progress events.
 
     Raises:
-        IncompatibleError: the bundle does not load, has nothing for the method to train, or has other tensors than its
-            manifest says.
+        IncompatibleError: the bundle does not load, has nothing for the method to train, or does not have the tensors
+            that its manifest lists.
         StorageError: its weights cannot be read.
     """
     model = load_model(bundle.files, dtype=runtime.dtype, device=runtime.device)
@@ -51,6 +51,7 @@ def prepare_model(
 
 
 def _prepare_text(bundle: Bundle, model: "PreTrainedModel", data: TextData, spec: TuneSpec, runtime: Runtime) -> Tuning:
+    """Make the tuning on text: attach the trainable parameters, and make the task from the rows."""
     network = split_backbone_and_head(model)
     attached, kernels = _attach(bundle, model, spec, runtime)
     working = attached | attach_head(model, bundle.manifest, spec)
@@ -62,9 +63,12 @@ def _prepare_text(bundle: Bundle, model: "PreTrainedModel", data: TextData, spec
 def _prepare_pictures(
     bundle: Bundle, model: "PreTrainedModel", album: Album, spec: TuneSpec, runtime: Runtime, progress: Progress
 ) -> Tuning:
+    """Make the tuning on pictures: make the classifier's head, attach the trainable parameters, and make the task."""
     encoder = encoder_of(model)
     used = encoder.read_by(spec.images.pooling)
-    head = new_head(encoder, album, used, spec, progress)  # reads the encoder as it was sent, before LoRA is attached
+    head = new_head(
+        encoder, album, used, spec, progress
+    )  # before the method is attached, on the encoder as it was sent
     classifier = head_parameters(head)
     attached, kernels = _attach(bundle, model, spec, runtime)
     weights = MasterWeights(
@@ -79,10 +83,10 @@ def _prepare_pictures(
 def _attach(
     bundle: Bundle, model: "PreTrainedModel", spec: TuneSpec, runtime: Runtime
 ) -> tuple[dict[str, "nn.Parameter"], Report]:
-    """Prepare the model for its device and attach the trainable parameters.
+    """Prepare the model for its device and attach the method's trainable parameters.
 
     Returns:
-        The trainable parameters, by their names in the return, and the report of the modules that the kernels replaced.
+        The trainable parameters, by name, and the report of the kernels.
     """
     report = prepare(model, runtime.device, runtime.dtype)
     attached = METHODS[spec.adapter.method](model, bundle.manifest, spec)
@@ -92,7 +96,7 @@ def _attach(
 def _decayed(bundle: Bundle, spec: TuneSpec, names: Iterable[str]) -> frozenset[str]:
     """The names of the trained parameters with weight decay: matrices of linear layers and of the head."""
     family = bundle.manifest.family
-    adds_layers = spec.adapter.method in ("lora", "bottleneck")  # linear layers, and nothing else
+    adds_layers = spec.adapter.method in ("lora", "bottleneck")  # these methods add linear layers only
     return frozenset(
         name
         for name in names
@@ -110,6 +114,7 @@ def _tuning(
     weights: MasterWeights,
     kernels: Report,
 ) -> Tuning:
+    """Make the `Tuning` from its parts; trained tensors get their names and shapes in the return."""
     family = bundle.manifest.family
     blocks = model.get_submodule(family.module_blocks or family.blocks)
     classifier = {name: master for name, master in weights.masters.items() if name in (WEIGHT, BIAS)}

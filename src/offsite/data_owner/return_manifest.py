@@ -1,4 +1,7 @@
-"""The content of a return, from the settings and the bundle's manifest: tensors, files, manifest. Torch-free."""
+"""Computes the content of a return from the settings and the bundle's manifest: tensors, files, manifest.
+
+Torch-free, so that a plan can use it before any model is loaded.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,11 +27,11 @@ from offsite.protocol.return_rules import classifier_inputs
 from offsite.protocol.signing import SIGNATURE_BYTES
 from offsite.storage.safetensors_files import NewTensor, safetensors_bytes
 
-_SCORE = 1 / 3  # as many digits as most losses have
+_SCORE = 1 / 3  # a loss with as many digits as most, to predict the size of the manifest
 
 
 def lora_settings(manifest: BundleManifest, spec: TuneSpec) -> LoraSettings:
-    """The LoRA settings that a return declares: every permitted target; alpha is twice the rank by default."""
+    """The LoRA settings that a return declares: every permitted target layer; alpha is twice the rank by default."""
     rank, alpha = spec.adapter.rank, spec.adapter.lora_alpha
     return LoraSettings(
         rank=rank, alpha=float(2 * rank if alpha is None else alpha), targets=tuple(sorted(manifest.lora_targets))
@@ -50,7 +53,12 @@ def returned_tensors(manifest: BundleManifest, spec: TuneSpec) -> dict[str, Tens
 
 
 def classifier_shapes(manifest: BundleManifest, classes: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of the returned classifier's tensors, by name; empty for a language model."""
+    """The shapes of the returned classifier's tensors, by name; empty for a language model.
+
+    Args:
+        manifest: the bundle's manifest.
+        classes: the number of classes.
+    """
     inputs = classifier_inputs(manifest)
     return {} if inputs is None else {"classifier.weight": (classes, inputs), "classifier.bias": (classes,)}
 
@@ -71,7 +79,7 @@ def return_manifest(
     classes: tuple[str, ...] | None,
     scores: tuple[float, ...] | None,
 ) -> ReturnManifest:
-    """The manifest of a return with these files.
+    """Make the manifest of a return with these files.
 
     Args:
         bundle: the bundle that was tuned.
@@ -126,4 +134,5 @@ def return_sizes(bundle: Bundle, spec: TuneSpec, signer: str, classes: Sequence[
 
 
 def _fp32_file(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The size in bytes of a safetensors file with fp32 tensors of these shapes."""
     return safetensors_bytes([NewTensor(name, "F32", shape, lambda: ()) for name, shape in shapes.items()])

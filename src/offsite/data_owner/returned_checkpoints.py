@@ -26,8 +26,8 @@ class Checkpoints:
 
     Args:
         state: the run's folder.
-        spec: settings with the number of checkpoints, and whether the return reports their losses.
-        steps: number of steps of the entire run.
+        spec: the settings with the number of checkpoints, and whether the return reports their losses.
+        steps: the number of steps of the entire run.
 
     Raises:
         UsageError: the run has fewer steps than checkpoints.
@@ -53,14 +53,14 @@ class Checkpoints:
         return tuple(found[str(number)] for number in self._numbers.values())
 
     def is_due(self, step: int) -> bool:
-        """Whether there is a checkpoint after this step."""
+        """Whether there is a checkpoint after this number of finished steps."""
         return step in self._numbers
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Save the weights if this step has a checkpoint. The last one is not saved: it is the return itself.
+        """Save the weights if this step has a checkpoint. The last checkpoint is not saved: it is the return itself.
 
         Args:
-            step: number of finished steps.
+            step: the number of finished steps.
             tensors: fp32 tensors, by their names in the return.
 
         Raises:
@@ -71,11 +71,15 @@ class Checkpoints:
             return
         file = self._folder / checkpoint_file(number)
         with storage_errors(file):
-            file.unlink(missing_ok=True)  # of a run that was interrupted after this step
+            file.unlink(missing_ok=True)  # left by a run that was interrupted after this step
             write_safetensors(file, [to_new_tensor(name, tensors[name]) for name in sorted(tensors)])
 
     def score(self, step: int, loss: float) -> None:
-        """Save the held-out loss after a step, if the return reports it.
+        """Save the held-out loss after a step, if that step has a checkpoint and the return reports losses.
+
+        Args:
+            step: the number of finished steps.
+            loss: the held-out loss.
 
         Raises:
             OffsiteError: the loss is not finite.
@@ -94,7 +98,7 @@ class Checkpoints:
         """Refuse to continue a run if files of its earlier checkpoints are missing.
 
         Args:
-            done: number of finished steps.
+            done: the number of finished steps.
 
         Raises:
             StorageError: a file is missing.
@@ -110,6 +114,11 @@ class Checkpoints:
             )
 
     def _read_scores(self) -> dict[str, float]:
+        """The saved losses, by the number of the checkpoint as text; empty if none was saved.
+
+        Raises:
+            StorageError: the file is damaged.
+        """
         if not self._scores.exists():
             return {}
         try:

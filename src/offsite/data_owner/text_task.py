@@ -1,4 +1,4 @@
-"""Tuning on text: rows of tokens, and their loss with a language model."""
+"""Tuning on text: the tokenised rows, and their loss with a language model."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,22 +37,22 @@ class TextTask:
         return self.network.head.weight.device
 
     def order(self, epoch: int) -> list[list[int]]:
-        """The rows of every step of an epoch, in random order, but with rows of similar length in one step."""
+        """The rows (by index) of every step of an epoch, in random order, with rows of similar length in one step."""
         return step_batches(self.examples, rows=self.batching.rows, seed=self.batching.seed, epoch=epoch)
 
     def micro_batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
-        """The rows of a step, cut into micro-batches by their tokens; a row longer than a micro-batch runs alone."""
+        """Cut the rows of a step into micro-batches by their tokens; a row longer than a micro-batch runs alone."""
         return micro_batches(self.examples, rows, self.batching.tokens)
 
     def prefetch(self, rows: Sequence[int], epoch: int) -> None:
         """Do nothing, since text needs no preparation."""
 
     def loss(self, rows: Sequence[int], epoch: int) -> torch.Tensor:
-        """The loss in nats, summed over the labelled tokens of a micro-batch; a scalar."""
+        """Compute the loss in nats, summed over the labelled tokens of a micro-batch; a scalar."""
         return label_losses(self.network, collate([self.examples[i] for i in rows]))[0]
 
     def loss_terms(self, rows: Sequence[int], epoch: int) -> dict[str, torch.Tensor]:
-        """The only term of the loss, under the name `loss`."""
+        """Compute the only term of the loss, under the name `loss`."""
         return {"loss": self.loss(rows, epoch)}
 
     def weight(self, rows: Sequence[int]) -> int:
@@ -60,7 +60,7 @@ class TextTask:
         return sum(self.examples[i].labels for i in rows)
 
     def size(self, rows: Sequence[int]) -> dict[str, int]:
-        """The numbers of tokens and of labelled tokens in these rows, for the log."""
+        """The number of tokens and of labelled tokens in these rows, for the log."""
         return {self.unit: sum(len(self.examples[i].ids) for i in rows), "labels": self.weight(rows)}
 
     def first_record(self) -> dict[str, float]:
@@ -68,7 +68,7 @@ class TextTask:
         return {"rows": self.rows}
 
     def validate(self, progress: Progress, stage: str) -> Mapping[str, float]:
-        """Loss per labelled token and perplexity on the held-out rows; empty if there are none."""
+        """Compute loss per labelled token and perplexity on the held-out rows; empty if there are none."""
         if not self.held_out:
             return {}
         losses = row_losses(self.network, self.held_out, 2 * self.batching.tokens, progress, stage)

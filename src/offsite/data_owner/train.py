@@ -29,11 +29,11 @@ class Tuning:
     """A prepared tuning: the task, the blocks, the trained weights, and the report of the kernels."""
 
     task: TextTask | ImageTask
-    blocks: nn.Module  # the list of all of them
-    trained: Sequence[nn.Module]  # those that train: dropout runs in these and nowhere else
+    blocks: nn.Module  # the list of all blocks of the model
+    trained: Sequence[nn.Module]  # the trained blocks, the only ones with dropout
     weights: MasterWeights
-    returned: Mapping[str, torch.Tensor]  # the trained weights, by the names under which they are returned
-    kernels: Report = field(default_factory=lambda: Report("reference"))  # what was replaced in the network, and why
+    returned: Mapping[str, torch.Tensor]  # the trained weights, by their names in the return
+    kernels: Report = field(default_factory=lambda: Report("reference"))  # which modules were replaced, and why or not
 
 
 def train(
@@ -51,14 +51,14 @@ def train(
     Args:
         tuning: the prepared tuning.
         spec: the settings, already fitted into memory.
-        state: the folder of the resume points; training continues from the last one.
+        state: the resume points of this run; training continues from the last one.
         log: the file that receives a JSON line for every step and validation.
         progress: receives the progress events.
         checkpoints: the checkpoints of the return; None if no return is written.
         tensorboard: a folder for an additional TensorBoard log.
 
     Raises:
-        OffsiteError: the loss is no longer a finite number.
+        OffsiteError: the loss or its gradient is no longer a finite number.
         StorageError: a resume point, a checkpoint or the log cannot be written, or a checkpoint is missing.
         KeyboardInterrupt: the user stopped the run; a resume point was saved.
     """
@@ -84,7 +84,10 @@ def train(
 
 
 def _loop_settings(spec: TuneSpec, rows: int, checkpoints: Checkpoints | None) -> LoopSettings:
-    """The loop's settings. Validation runs at the end, at every checkpoint, and every `eval_every` steps."""
+    """The settings of the training loop.
+
+    Validation runs at the end, at every checkpoint, and every `eval_every` steps.
+    """
     steps, every, optimizer = step_count(spec, rows), spec.points.eval_every, spec.optimizer
 
     def rate(step: int) -> float:

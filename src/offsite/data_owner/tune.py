@@ -1,4 +1,4 @@
-"""Tuning: train the adapter of a verified bundle on one's own rows, and write the signed return."""
+"""Tuning: trains the adapter of a verified bundle on the data owner's rows, and writes the signed return."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from offsite.training.resume_points import RunState
 from offsite.training.run_log import log_file, run_folder
 from offsite.training.schedule import checkpoint_steps, step_count
 
-# Settings that do not change what comes out, so a resumed run may have others.
+# Settings that do not change the result, so a resumed run may have other values.
 _FREE_SETTINGS = frozenset({"save_every", "eval_every", "threads", "workers"})
 
 
@@ -47,25 +47,25 @@ def tune(
 
     Args:
         bundle: the verified bundle from the model's owner.
-        data: rows to train on, as `offsite.data.read_rows.read_rows` reads them.
+        data: the training rows, as `offsite.data.read_rows.read_rows` reads them.
         out: the return's folder; it appears complete or not at all.
         spec: the settings of the tuning.
         home: the data owner's home, with the key.
-        eval_data: rows to validate on; required if the return reports the checkpoints' losses.
+        eval_data: held-out rows; required if the return reports the checkpoints' losses.
         tensorboard: a folder for an additional TensorBoard log; it stays on this machine, like the log.
-        resume: continue an interrupted run bit for bit (on the same machine with the same number of threads); if there
-            is none, start a new run.
+        resume: whether to continue an interrupted run bit for bit (on the same machine with the same number of
+            threads); if there is none, a new run starts.
         progress: receives the progress events.
 
     Raises:
         UsageError: `out` is not empty; there are fewer steps than checkpoints; losses are to be reported but there are
-            no rows for them; the tuning does not fit into `memory`; another tuning runs there; it has an interrupted
-            run that cannot be resumed, or `resume` is False; a required package is not installed; or TensorBoard's
-            folder is inside the folder of the return or of its run.
+            no held-out rows; the tuning does not fit into the setting `memory`; another tuning runs there; it has an
+            interrupted run that cannot be resumed, or `resume` is False; a required package is not installed; or
+            TensorBoard's folder is inside the folder of the return or of its run.
         PolicyError: the bundle does not permit the method or the rank.
         DataError: rows are bad, too long, or missing.
-        IncompatibleError: the bundle does not load, has nothing for the method to train, has other tensors than its
-            manifest says, or has a tokenizer with more tokens than its model knows.
+        IncompatibleError: the bundle does not load, has nothing for the method to train, does not have the tensors that
+            its manifest lists, or has a tokenizer with more tokens than its model knows.
         OffsiteError: the training diverged.
         StorageError: a file cannot be read or written.
         KeyboardInterrupt: the user stopped the run; a resume point was saved.
@@ -78,7 +78,7 @@ def tune(
         progress(Event("reading the rows", 0))
         rows = read_data(bundle, data, eval_data, spec, progress, workers)
         steps = step_count(spec, rows.rows)
-        checkpoint_steps(spec, steps)  # refused before the run has a folder
+        checkpoint_steps(spec, steps)  # refuses too few steps before the run has a folder
         identity_of_run = _identity_of_run(bundle, data, eval_data, spec, runtime)
         with alone_in(run_folder(out), *AT_WORK), seeded(spec.seed, runtime.device):
             state = RunState(run_folder(out), identity_of_run, resume=resume, restartable=True)
@@ -100,12 +100,12 @@ def tune(
 def _identity_of_run(
     bundle: Bundle, data: DataPaths, eval_data: DataPaths | None, spec: TuneSpec, runtime: Runtime
 ) -> dict[str, object]:
-    """The identity of a run, by name: settings, bundle and data. A run is only resumed with the same identity."""
+    """Settings, bundle and data of a run, by name. A run is only resumed if all of these are the same."""
     settings = spec.flat(without=_FREE_SETTINGS)
     resolved = {"device": str(runtime.device), "compute": str(runtime.dtype)}
     reported = {"eval_data": data_digest(eval_data)} if eval_data and spec.points.report_scores else {}
     if bundle.manifest.family.vision is None:
         digest = data_digest(data)
-    else:  # a table of pictures names files that may have become others
+    else:  # the content of the picture files counts, since a table of pictures holds only their names
         digest = pictures_digest(read_pictures(data, part="train", columns=spec.rows.columns))
     return {**settings, **resolved, "bundle": bundle.digest, "data": digest, **reported}

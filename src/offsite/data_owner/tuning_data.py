@@ -1,4 +1,4 @@
-"""Reads the rows of a tuning: text is tokenised by the bundle's tokenizer, pictures are decoded."""
+"""Reads the data of a tuning: text is tokenised by the bundle's tokenizer, pictures are decoded."""
 
 from dataclasses import dataclass
 
@@ -17,11 +17,11 @@ from offsite.protocol.artifacts import Bundle
 
 @dataclass(frozen=True)
 class TextData:
-    """Tokenised rows of text for training and for validation."""
+    """The tokenised rows of a tuning on text, for training and for validation."""
 
     examples: tuple[Example, ...]
     held_out: tuple[Example, ...]  # may be empty
-    left_out: int  # rows to train on that are too long, or have no label
+    left_out: int  # training rows that are too long or have no label
 
     @property
     def rows(self) -> int:
@@ -35,12 +35,12 @@ class TextData:
 
     @property
     def total_tokens(self) -> int:
-        """The tokens of all training rows together."""
+        """The number of tokens of all training rows together."""
         return sum(len(example.ids) for example in self.examples)
 
     @property
     def longest_row(self) -> int:
-        """The tokens of the longest training row."""
+        """The number of tokens of the longest training row."""
         return max(len(example.ids) for example in self.examples)
 
     @property
@@ -57,13 +57,14 @@ def read_data(
     progress: Progress,
     workers: PictureWorkers,
 ) -> TextData | Album:
-    """Read the rows of a tuning before the bundle's model is loaded.
+    """Read the rows or pictures of a tuning, before the bundle's model is loaded.
 
     Args:
-        bundle: verified; its tokenizer or image processor prepares the rows.
-        data: rows to train on.
-        eval_data: rows to validate on, if there are any.
-        spec: settings such as the maximum length of a row, and what happens to longer rows and broken pictures.
+        bundle: the verified bundle; its tokenizer or image processor prepares the rows.
+        data: the training rows.
+        eval_data: the held-out rows; None if there are none.
+        spec: the settings of the tuning, such as the largest length of a row, and what happens to longer rows and
+            broken pictures.
         progress: receives the progress events.
         workers: the workers that decode pictures.
 
@@ -80,6 +81,7 @@ def read_data(
 
 
 def _encode(bundle: Bundle, data: DataPaths, spec: TuneSpec, progress: Progress, part: Part) -> Encoded:
+    """Read and tokenise one text data set, and report the rows that are left out."""
     longest = min(spec.rows.max_length, context_length(bundle.files) or spec.rows.max_length)
     tokenizer = load_tokenizer(bundle.files)
     rows = read_rows(data, RowForm(spec.rows.columns or {}, spec.rows.chosen), part)

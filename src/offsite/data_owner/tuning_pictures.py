@@ -23,12 +23,12 @@ from offsite.protocol.manifest import ClassName
 
 @dataclass(frozen=True)
 class Album:
-    """The pictures of a tuning run, decoded."""
+    """The decoded pictures of a tuning, for training and for validation."""
 
     train: Pictures
     held_out: Pictures | None
     classes: tuple[str, ...]  # names in the order of the head's outputs
-    tokens: int  # of one picture
+    tokens: int  # number of tokens of one picture
 
     @property
     def rows(self) -> int:
@@ -47,12 +47,12 @@ class Album:
 
     @property
     def total_tokens(self) -> int:
-        """The tokens of all training pictures together."""
+        """The number of tokens of all training pictures together."""
         return self.tokens * self.rows
 
     @property
     def longest_row(self) -> int:
-        """The tokens of one picture; all pictures have the same number."""
+        """The number of tokens of one picture, which is the same for all pictures."""
         return self.tokens
 
     def labels(self, pictures: Pictures) -> torch.Tensor:
@@ -69,13 +69,13 @@ def open_album(
     progress: Progress,
     workers: PictureWorkers | None = None,
 ) -> Album:
-    """Read and decode the pictures of a run.
+    """Read and decode the pictures of a tuning.
 
     Args:
         bundle: the files of a model, whose image processor prepares the pictures.
-        data: the training pictures; held-out ones may be split off from these.
-        eval_data: the held-out pictures, if they are separate.
-        spec: settings such as the held-out share, and whether broken pictures are skipped.
+        data: the training pictures; held-out pictures may be split off from these.
+        eval_data: the held-out pictures, if they are a separate data set; otherwise None.
+        spec: the settings of the tuning, such as the held-out share, and whether broken pictures are left out.
         progress: receives the progress events.
         workers: the workers that decode; None uses threads of this process.
 
@@ -98,7 +98,11 @@ def open_album(
 
 
 def _list_pictures(data: DataPaths, eval_data: DataPaths | None, spec: TuneSpec) -> tuple[list[Picture], list[Picture]]:
-    """The training pictures and the held-out pictures, before any is decoded."""
+    """The training pictures and the held-out pictures, before any is decoded.
+
+    Raises:
+        UsageError: held-out pictures are requested in two ways.
+    """
     columns = spec.rows.columns
     listed = read_pictures(data, part="train", columns=columns)
     if eval_data is None and spec.images.eval_share:
@@ -112,7 +116,11 @@ def _list_pictures(data: DataPaths, eval_data: DataPaths | None, spec: TuneSpec)
 
 
 def _class_names(train: Pictures, validation: Pictures | None) -> tuple[str, ...]:
-    """The sorted names of the classes, checked to be valid in a return."""
+    """The sorted names of the classes, checked to be valid in a return.
+
+    Raises:
+        DataError: there are fewer than two classes, held-out pictures have other classes, or a name is not valid.
+    """
     classes = tuple(sorted({picture.label or "" for picture in train.pictures}))
     untrained = {picture.label or "" for picture in validation.pictures} - set(classes) if validation else set()
     if len(classes) < 2 or untrained:
@@ -133,7 +141,7 @@ def _class_names(train: Pictures, validation: Pictures | None) -> tuple[str, ...
 
 
 def _is_returnable(name: str) -> bool:
-    """Whether a return's manifest may contain this class name."""
+    """Whether the manifest of a return may contain this class name."""
     try:
         TypeAdapter(ClassName).validate_python(name)
     except ValidationError:

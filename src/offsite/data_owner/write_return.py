@@ -1,4 +1,8 @@
-"""Writes the return: trained tensors, settings, manifest, signature. Of the data only scores, if requested."""
+"""Writes the return: trained tensors, settings, manifest, signature.
+
+Besides the trained tensors, the only facts about the data in it are names of classes and, if requested, held-out
+losses.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

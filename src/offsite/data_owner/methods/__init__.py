@@ -1,4 +1,4 @@
-"""The tuning methods, one file each: each attaches the parameters that it trains."""
+"""The tuning methods, one file each. Each has a function that attaches the parameters that it trains to a model."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING

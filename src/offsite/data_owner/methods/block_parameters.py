@@ -14,13 +14,19 @@ if TYPE_CHECKING:
 
 
 def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -> dict[str, nn.Parameter]:
-    """Make exactly the tensors trainable that the manifest lists for the method; all others stay frozen.
+    """Make exactly those tensors trainable that the manifest lists for the method; all others stay frozen.
 
     BitFit trains every bias, including those of norms, and no other one-dimensional tensor.
 
+    Args:
+        model: the bundle's model, changed in place.
+        manifest: the bundle's manifest.
+        spec: the settings of the tuning, with the method.
+
     Returns:
         The trainable parameters by their names in the model; `offsite.models.mixture.in_files` converts them to the
-        names and shapes of the return.
+        names
+        and shapes of the return.
 
     Raises:
         IncompatibleError: the model does not have exactly these tensors with these shapes.

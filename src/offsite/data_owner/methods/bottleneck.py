@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -> dict[str, nn.Parameter]:
     """Insert bottlenecks into the trained blocks, before the residual is added. At first they do not change the output.
 
+    Args:
+        model: the bundle's model, changed in place.
+        manifest: the bundle's manifest.
+        spec: the settings of the tuning, with the width of the bottlenecks.
+
     Returns:
         The trainable parameters by their names in the return.
 

@@ -16,13 +16,18 @@ if TYPE_CHECKING:
 
 
 def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -> dict[str, nn.Parameter]:
-    """Add LoRA pairs to exactly the manifest's target layers, initialised by PEFT (A Kaiming uniform, B zero).
+    """Add LoRA matrices to exactly the manifest's target layers, initialised by PEFT (A Kaiming uniform, B zero).
+
+    Args:
+        model: the bundle's model, changed in place.
+        manifest: the bundle's manifest.
+        spec: the settings of the tuning, with rank, alpha and dropout.
 
     Returns:
         The trainable parameters by their names in the return.
 
     Raises:
-        IncompatibleError: the model's pairs are not exactly those that the manifest permits.
+        IncompatibleError: the model's LoRA matrices are not exactly those that the manifest permits.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -31,7 +36,7 @@ def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=spec.adapter.lora_dropout,
-        # A list of full paths: of a pattern PEFT uses only the last words if the model has experts.
+        # A list of full paths: for a model with experts, PEFT would use only the last words of a pattern.
         target_modules=list(lora.targets),
         fan_in_fan_out=manifest.family.transposed,
         bias="none",

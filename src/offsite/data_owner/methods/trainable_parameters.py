@@ -9,7 +9,11 @@ from offsite.protocol.manifest import TensorEntry
 
 
 def require_exactly(trainable: Mapping[str, torch.Tensor], expected: Mapping[str, TensorEntry]) -> None:
-    """Compare names and shapes of the trainable parameters with those that the manifest permits.
+    """Refuse trainable parameters whose names or shapes are not exactly those that the manifest permits.
+
+    Args:
+        trainable: the trainable parameters, by their names in the return.
+        expected: the permitted tensors, by the same names.
 
     Raises:
         IncompatibleError: they differ; every difference is listed.

@@ -1,4 +1,4 @@
-"""Training of the output head: all of it trains, together with the method, if the model's owner permits it."""
+"""Training of the output head: the whole head trains, together with the method, if the model's owner permits it."""
 
 from typing import TYPE_CHECKING
 
@@ -15,14 +15,21 @@ if TYPE_CHECKING:
 
 
 def attach_head(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -> dict[str, nn.Parameter]:
-    """Make the head trainable if the settings say so. Call this after attaching the method, which freezes the head.
+    """Make the output head trainable if the settings say so.
+
+    Call this after attaching the method, which freezes the head.
+
+    Args:
+        model: the bundle's model, changed in place.
+        manifest: the bundle's manifest.
+        spec: the settings of the tuning.
 
     Returns:
-        The head's parameters; empty if it does not train. With LoRA the keys are their names in the return, otherwise
-        their names in the model.
+        The head's parameters; empty if the head does not train. With LoRA the keys are their names in the return,
+        otherwise their names in the model.
 
     Raises:
-        IncompatibleError: the model's head is not exactly what the manifest permits.
+        IncompatibleError: the model's head is not exactly the one that the manifest permits.
     """
     if not spec.adapter.tune_head:
         return {}
