@@ -160,7 +160,7 @@ def test_what_is_not_permitted_is_refused_before_any_work(tmp_path: Path, partie
     with pytest.raises(PolicyError) as refused:
         tune(bundle, rows, tmp_path / "return", spec_of(), parties.data_owner)
     assert "the bundle does not permit the head" in refused.value.reasons[0]
-    with pytest.raises(ValidationError, match="does not go with bottlenecks"):
+    with pytest.raises(ValidationError, match="cannot be used with bottlenecks"):
         spec_of(method="bottleneck")
     assert not (tmp_path / "return").exists()
     assert not run_folder(tmp_path / "return").exists()

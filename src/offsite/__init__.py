@@ -5,7 +5,7 @@ The stages of both parties are functions of this package; each takes an artifact
     import_model -> pack      the model owner: base checkpoint -> signed bundle
     verify_bundle -> tune     the data owner: bundle -> signed return
     intake -> plug_in         the model owner: return -> base with the adapter
-    evaluate                  either party: a model's loss on rows of data
+    evaluate                  either party: the loss of a model on a data set
 
 Public names are imported when they are first used, so importing `offsite` imports neither torch nor transformers.
 Paper: Offsite-Tuning: Transfer Learning without Full Model, arXiv 2302.04870.
@@ -82,7 +82,7 @@ __all__ = [
     "verify_return",
 ]
 
-# Where each public name lives; a test holds this against __all__ and against the block above.
+# The module of each public name; a test compares this with __all__ and with the imports above.
 _WHERE = {
     "offsite.config": ("EvalSpec", "ImportSpec", "PackSpec", "PlugInSpec", "TuneSpec", "load_spec"),
     "offsite.progress": ("Event", "Progress"),
@@ -125,7 +125,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     if not isinstance(value, type):
         value = _taking_text(value)
-    globals()[name] = value  # the next look-up does not come here
+    globals()[name] = value  # so that Python finds the name itself the next time
     return value
 
 

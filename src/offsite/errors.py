@@ -44,7 +44,7 @@ class UsageError(OffsiteError):
 
 
 class DataError(UsageError):
-    """A data set is empty, cannot be read, or has an invalid row; reasons name file, line and field."""
+    """A data set is empty, cannot be read, or has a wrong row; `reasons` name the row's file, line and field."""
 
 
 class VerificationError(OffsiteError):

@@ -7,7 +7,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Event:
-    """The progress of a stage: `done` of `total` steps, and `facts` to display (loss, tokens per second, ...)."""
+    """A report from a running stage: `done` of `total` steps (None if unknown), and `facts` to display, as the loss."""
 
     stage: str
     done: int

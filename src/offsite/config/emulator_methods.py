@@ -13,7 +13,10 @@ _OWNER = "offsite.model_owner"
 
 @dataclass(frozen=True)
 class SelectionRule:
-    """A rule that chooses the kept blocks of the middle; its file is a `select.selection_protocol.Selector`."""
+    """An entry for a rule that chooses which middle blocks the emulator keeps.
+
+    Its module implements the protocol `select.selection_protocol.Selector`.
+    """
 
     name: str  # the value of `select`
     summary: str
@@ -26,13 +29,16 @@ class SelectionRule:
 
 @dataclass(frozen=True)
 class HealingStep:
-    """Makes up for dropped or pruned weights; its file has the protocol of `heal.healing_protocol` for its `runs`."""
+    """An entry for a step that makes up for dropped blocks or pruned weights.
 
-    name: str  # a word of `heal`
+    The value of `runs` says which protocol in the folder `heal` its module implements.
+    """
+
+    name: str  # one of the names in `heal`
     summary: str
     module: str
-    # places: it chooses blocks for the places of the dropped ones; block: it changes one kept block after the other, in
-    # one pass over the base; after: it changes the complete emulator after that pass
+    # places: it puts a kept block in the place of each dropped block; block: it changes one kept block after the other,
+    # in one pass over the base; after: it changes the complete emulator after that pass
     runs: Literal["places", "block", "after"]
     fills_gap: bool = True  # it makes up for dropped blocks, which only one step may do
     heals_pruning: bool = False  # it is useful after a calibrated pruner too, where no block is dropped
@@ -47,7 +53,10 @@ class HealingStep:
 
 @dataclass(frozen=True)
 class Pruner:
-    """Chooses the weights that become zero: a `compress.pruner_protocol.StoredPruner` or `CalibratedPruner`."""
+    """An entry for a pruner: a method that chooses which weights of a matrix become zero.
+
+    Its module implements `StoredPruner` or, if `calibrated`, `CalibratedPruner` of `compress.pruner_protocol`.
+    """
 
     name: str  # the value of `prune_by`
     summary: str
@@ -59,7 +68,10 @@ class Pruner:
 
 @dataclass(frozen=True)
 class StoredForm:
-    """A way to store blocks; its file is a `DeclaringForm` of `compress.stored_form_protocol`."""
+    """An entry for a form in which blocks are stored, other than the model family's own form.
+
+    Its module implements `DeclaringForm` of `compress.stored_form_protocol`.
+    """
 
     name: str  # the setting that turns it on
     summary: str

@@ -68,7 +68,7 @@ class HealSettings(Settings):
 
 
 class DistillSettings(Settings):
-    """How healing by distillation trains."""
+    """Healing by distillation: its data, number of steps, learning rate and loss."""
 
     tokens: Annotated[int, Field(alias="distill_tokens", ge=256, description="calibration tokens to distill with")] = (
         262_144
@@ -130,7 +130,7 @@ class CompressSettings(Settings):
 
 
 class CalibrationSettings(Settings):
-    """The data that selecting, pruning and healing run on."""
+    """The calibration data, on which blocks are selected, pruned and healed."""
 
     source: Annotated[
         Path | None,

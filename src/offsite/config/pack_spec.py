@@ -1,4 +1,4 @@
-"""The settings of `offsite pack`, and the rules on which of them go together."""
+"""The settings of `offsite pack`, and the rules about combinations of these settings."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,7 +73,7 @@ class PackSpec(Spec):
 
     @rule
     def _healing_fits(self) -> None:
-        """`heal` names a step once, and one that fills the gap of dropped blocks; distill is last; affine is alone."""
+        """`heal` lists no step twice and at most one of refit, share and affine; distill is last; affine is alone."""
         steps = self.healing_steps
         if len(set(self.heal.steps)) != len(self.heal.steps):
             raise ValueError(f"heal names a step twice: {','.join(self.heal.steps)}")
@@ -91,20 +91,20 @@ class PackSpec(Spec):
 
     @rule
     def _pruner_fits_healing(self) -> None:
-        """A pruner that reads calibration data does not go with `heal` = share or affine."""
+        """A `prune_by` that reads calibration data cannot be combined with `heal` = share or affine."""
         for step in self.healing_steps:
             if self.pruned and self.pruner.calibrated and step.not_with_calibrated:
                 way = "set keep to the number of blocks that stay"
                 if self.compress.prune is not None:
                     way = f"choose prune_by = {' or '.join(row.name for row in PRUNERS.values() if not row.calibrated)}"
                 raise ValueError(
-                    f"heal = {step.name} does not go with prune_by = {self.pruner.name}, {step.not_with_calibrated}: "
+                    f"heal = {step.name} cannot run with prune_by = {self.pruner.name}, {step.not_with_calibrated}: "
                     f"{way}"
                 )
 
     @rule
     def _forms_fit(self) -> None:
-        """A matrix is stored in one form; `zeros` = left-out needs zeros, from `prune`."""
+        """At most one of `bits`, `svd_rank` and `zeros` = left-out; `zeros` = left-out needs `prune` above 0."""
         encodings = [form.name for form in self.stored_forms if form.encodes_matrices]
         if len(encodings) > 1:
             raise ValueError(f"{' and '.join(encodings)} are different ways to store a matrix: choose one")
@@ -113,7 +113,7 @@ class PackSpec(Spec):
 
     @rule
     def _something_is_dropped(self) -> None:
-        """`select`, and `heal` = share, need dropped blocks: `keep` says how many stay."""
+        """Any `select` but uniform, and `heal` = share, need dropped blocks: `keep` sets how many blocks stay."""
         fills = [step.name for step in self.healing_steps if step.runs == "places"]
         if self.select.keep is None and (self.select.by != "uniform" or fills):
             what = f"heal = {fills[0]}" if fills else f"select = {self.select.by}"
@@ -121,14 +121,14 @@ class PackSpec(Spec):
 
     @rule
     def _settings_of_one_method(self) -> None:
-        """`refit_maps` goes with `heal` = refit, `drop_from` with `select` = contiguous."""
+        """`refit_maps` has an effect only with `heal` = refit, `drop_from` only with `select` = contiguous."""
         if self.heal.refit_maps != ("mlp",) and not any(step.solves_outputs for step in self.healing_steps):
-            raise ValueError("refit_maps goes with heal = refit only")
+            raise ValueError("refit_maps has an effect only with heal = refit")
         if self.select.drop_from is not None and self.select.by != "contiguous":
-            raise ValueError("drop_from goes with select = contiguous only")
+            raise ValueError("drop_from has an effect only with select = contiguous")
 
     def not_for_spread(self) -> list[str]:
-        """Trained blocks between frozen ones go with no declared module kind, and not every `select` and `heal`."""
+        """Settings in use that exclude trained blocks between frozen ones: stored forms, some `select` and `heal`."""
         rule = self.selection_rule
         return [
             *([] if rule.for_spread else [f"select = {rule.name}"]),
@@ -137,7 +137,7 @@ class PackSpec(Spec):
         ]
 
     def not_for_images(self) -> list[str]:
-        """Image encoders go with no declared module kind, no `distill_ce`, and not with every `select` and `heal`."""
+        """Settings in use that exclude image encoders: stored forms, `distill_ce`, some `select` and `heal`."""
         rule = self.selection_rule
         return [
             *([] if rule.for_images else [f"select = {rule.name}"]),
@@ -148,7 +148,7 @@ class PackSpec(Spec):
         ]
 
     def trained(self, blocks: int) -> frozenset[int]:
-        """The indices of the blocks that train, for a base with `blocks` blocks.
+        """The indices of the blocks that the data owner trains, for a base with `blocks` blocks.
 
         By default the first 4 and the last 6 of 30 blocks train (docs/decisions/0009).
         """
@@ -160,28 +160,28 @@ class PackSpec(Spec):
 
     @property
     def declares(self) -> tuple[str, ...]:
-        """The names of the settings that make the bundle differ from a checkpoint of its family."""
+        """The healing steps and stored forms in use that make the bundle differ from a checkpoint of its family."""
         steps = [step.name for step in HEALING_STEPS.values() if step.declared and step in self.healing_steps]
         return (*steps, *(form.name for form in self.stored_forms))
 
     @property
     def selection_rule(self) -> SelectionRule:
-        """The rule that chooses the kept blocks."""
+        """The registry entry of the rule that chooses which middle blocks the emulator keeps."""
         return SELECTION_RULES[self.select.by]
 
     @property
     def healing_steps(self) -> tuple[HealingStep, ...]:
-        """The healing steps, in the order in which they run."""
+        """The registry entries of the healing steps, in the order in which `heal` lists them."""
         return tuple(HEALING_STEPS[name] for name in self.heal.steps)
 
     @property
     def pruner(self) -> Pruner:
-        """The pruner that chooses which weights become zero, if any do."""
+        """The registry entry of the pruner, which chooses the weights that become zero (none if `pruned` is 0)."""
         return PRUNERS[self.compress.prune_by]
 
     @property
     def stored_forms(self) -> tuple[StoredForm, ...]:
-        """The forms in which blocks are stored, other than the family's own form."""
+        """The registry entries of the stored forms in use; empty if blocks keep the family's own form."""
         usual = CompressSettings()
         return tuple(
             form for form in STORED_FORMS.values() if getattr(self.compress, form.name) != getattr(usual, form.name)
@@ -199,7 +199,7 @@ class PackSpec(Spec):
         """How many blocks of the middle the emulator keeps.
 
         Args:
-            middle: indices of the blocks that the emulator stands for.
+            middle: indices of the base's blocks that the emulator replaces.
         """
         return len(middle) if self.select.keep is None else self.select.keep
 

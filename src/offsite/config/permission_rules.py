@@ -1,4 +1,4 @@
-"""Checks whether the model's owner permits the settings of a tuning."""
+"""Checks whether the model owner permits the settings that a data owner chose for a tuning run."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from offsite.config.tune_spec import TuneSpec
 
 @dataclass(frozen=True)
 class Unpermitted:
-    """A setting of a tuning that the owner does not permit."""
+    """A setting of a tuning run that the model owner does not permit."""
 
     key: str  # the setting of `tune`
     requested: str
@@ -17,11 +17,11 @@ class Unpermitted:
 
 
 def unpermitted(spec: TuneSpec, permits: PermitSettings) -> list[Unpermitted]:
-    """List every setting of a tuning that the owner does not permit.
+    """List every setting of a tuning run that the model owner does not permit.
 
     Args:
-        spec: the settings of the tuning.
-        permits: what the owner permits.
+        spec: the settings of the tuning run.
+        permits: the methods and the largest sizes that the owner permits.
     """
     adapter, found = spec.adapter, []
     if adapter.method not in permits.methods:

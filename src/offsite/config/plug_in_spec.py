@@ -1,4 +1,4 @@
-"""The settings of `offsite plug-in`, and the rules on which of them go together."""
+"""The settings of `offsite plug-in`, and the rules about combinations of these settings."""
 
 from typing import Annotated, Literal
 
@@ -41,9 +41,9 @@ class PlugInSpec(Spec):
 
     @rule
     def _one_strength_or_several(self) -> None:
-        """`strength` is one value, `strengths` are several to choose from: give one or the other."""
+        """`strength` is a single value, `strengths` are values to choose from: set one of these two settings."""
         if self.strength is not None and self.strengths != STRENGTHS:
-            raise ValueError("strength (one value) and strengths (several to choose from) do not go together: give one")
+            raise ValueError("strength is a single value, strengths are values to choose from: set only one of the two")
 
     @rule
     def _some_strength(self) -> None:

@@ -8,7 +8,7 @@ from offsite.config.spec import FILE_ONLY, Settings
 
 
 class RuntimeSettings(Settings):
-    """Dtype, device and threads."""
+    """Compute dtype, device and number of CPU threads of a stage that runs a network."""
 
     compute: Annotated[
         Literal["auto", "bf16", "fp32"],

@@ -1,4 +1,4 @@
-"""Types of settings that several verbs share: choices, and lists that are written with commas on the command line."""
+"""Types of settings that several verbs share, and functions that split lists written with commas into their parts."""
 
 from typing import Annotated, Literal
 
@@ -11,14 +11,14 @@ Dtype = Literal["bf16", "fp32"]
 LongRows = Annotated[
     Literal["error", "truncate", "skip"], Field(description="what happens to rows over max_length"), FILE_ONLY
 ]
-COLUMN_NAMES = (  # fields of a row, or of a picture, that a data set may call otherwise
+COLUMN_NAMES = (  # our names of fields of a row or a picture, for which a data set may have other names
     *("text", "prompt", "completion", "messages", "instruction", "input", "output", "system", "history", "tools"),
     *("question", "choices", "answer", "chosen", "rejected", "image", "path", "label"),
 )
 
 
 def split_columns(value: object) -> object:
-    """Split "prompt=question,completion=answer" into names of fields and of columns."""
+    """Split "prompt=question,completion=answer" into {field: column}; return a value that is not text unchanged."""
     if not isinstance(value, str):
         return value
     pairs = [part.partition("=") for part in value.split(",") if part.strip()]
@@ -42,7 +42,7 @@ Columns = Annotated[
         examples=["prompt=question,completion=answer", "image=img,label=fine_label"],
     ),
 ]
-Chosen = Annotated[bool, Field(description="of rows with a chosen and a rejected answer, take the chosen one")]
+Chosen = Annotated[bool, Field(description="from rows with a chosen and a rejected answer, use the chosen answer")]
 Workers = Annotated[
     int | None,
     Field(ge=0, le=64, description="images: processes that decode and crop; left out: 0 on a CPU, else several"),
@@ -56,13 +56,13 @@ def split_parts(value: object) -> object:
 
 
 def split_steps(value: object) -> object:
-    """Split "refit,distill" into a list of its words; "none" gives an empty one."""
+    """Split "refit,distill" into a list of names of healing steps; "none" gives an empty tuple."""
     words = split_parts(value)
     return () if words in (["none"], []) else words
 
 
 def split_numbers(value: object) -> object:
-    """Split "0,14,29" into a list of integers; a part that is not a number stays text, for pydantic to refuse."""
+    """Split "0,14,29" into a list of integers; a part that is not a number stays a string, which pydantic refuses."""
     parts = split_parts(value)
     if not isinstance(value, str) or not isinstance(parts, list):
         return value

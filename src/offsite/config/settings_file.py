@@ -1,4 +1,7 @@
-"""Settings from a TOML file and from flags: one table a verb, flags over the file, the file over the defaults."""
+"""Build the spec of a verb from its table in a TOML file and from flags.
+
+A flag overrides the value in the file, and the file overrides the default.
+"""
 
 import tomllib
 from collections.abc import Mapping
@@ -27,11 +30,11 @@ TABLES: dict[str, type[Spec]] = {
 
 
 def load_spec(kind: type[S], settings: Mapping[str, Any], config: Path | None = None) -> S:
-    """The spec of one stage: these settings, over those of the TOML file, over the defaults.
+    """Build the spec of one stage. `settings` override the TOML file, which overrides the defaults.
 
     Args:
         kind: the spec to build.
-        settings: values by key; None: left to the file and the defaults.
+        settings: values by key; a value of None is ignored, so that the file or the default decides.
         config: a TOML file with one table per stage ([pack], [tune], ...).
 
     Raises:
@@ -53,7 +56,7 @@ def load_spec(kind: type[S], settings: Mapping[str, Any], config: Path | None = 
 
 
 def _require_one_way(kind: type[Spec], settings: Mapping[str, Any]) -> None:
-    """Refuse flags that say one thing in two ways."""
+    """Raise UsageError if two settings are given that exclude each other, such as `epochs` and `max_steps`."""
     for sides in kind.alternatives:
         both = [key for side in sides for key in side if key in settings]
         if sum(any(key in settings for key in side) for side in sides) > 1:
@@ -68,10 +71,10 @@ def _read_toml(config: Path) -> dict[str, dict[str, Any]]:
     unknown = sorted(name for name in tables if name not in TABLES or not isinstance(tables[name], dict))
     if unknown:
         raise UsageError(
-            f"{config} holds what is no table of settings: {', '.join(unknown)}",
+            f"{config} has entries that are not tables of settings: {', '.join(unknown)}",
             next_step=f"the tables are {', '.join(f'[{name}]' for name in TABLES)}",
         )
-    for name, table in tables.items():  # a typo in another stage's table must not pass in silence
+    for name, table in tables.items():  # a typing error in another stage's table must not go unnoticed
         stray = sorted(set(table) - TABLES[name].settings().keys())
         if stray:
             raise UsageError(

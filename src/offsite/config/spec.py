@@ -1,7 +1,8 @@
-"""The base class of every spec: frozen groups of settings, built from a flat mapping of keys to values.
+"""The base class of every spec (the settings of one verb), and its parts: groups, settings and rules.
 
-In code a setting is read from its group, such as `spec.optimizer.lr`. In TOML files, on the command line, in recipes
-and in Python's keyword arguments only its key is written, such as `lr`. A key is unique within a verb.
+A spec is built from a flat mapping of keys to values. In code a setting is read from its group, such as
+`spec.optimizer.lr`. In TOML files, on the command line, in recipes and in Python's keyword arguments only its key is
+written, such as `lr`. A key is unique within a verb.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ class Settings(BaseModel):
 
 
 class FileOnly:
-    """Marks a setting that can be set in a TOML file only: it has no flag."""
+    """A mark in a setting's annotation: the setting has no command-line flag, but can be set in TOML and in Python."""
 
 
 FILE_ONLY = FileOnly()
@@ -28,7 +29,7 @@ FILE_ONLY = FileOnly()
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a verb, and its place in the spec."""
+    """One setting of a verb (a command such as `tune`), and the attribute of the verb's spec that holds it."""
 
     key: str  # its name in a TOML file; the flag is the same with dashes
     group: str | None  # the attribute of the spec that holds it; None: the spec itself
@@ -41,12 +42,12 @@ class Setting:
         return not any(isinstance(mark, FileOnly) for mark in self.field.metadata)
 
     def of(self, spec: "Spec") -> Any:
-        """The setting's value in a spec."""
+        """The value of this setting in `spec`."""
         return getattr(spec if self.group is None else getattr(spec, self.group), self.name)
 
 
 class RulesError(ValueError):
-    """Some settings do not go together; `messages` has one message for each broken rule."""
+    """Settings contradict each other; `messages` has one message for each broken rule."""
 
     def __init__(self, messages: Sequence[str]) -> None:
         super().__init__("; ".join(messages))
@@ -57,7 +58,7 @@ Check = Callable[[Any], None]
 
 
 def rule(check: Check) -> Check:
-    """Mark a spec's method as a rule on which settings go together.
+    """Decorator: mark a spec's method as a rule about combinations of settings; every new spec is checked with it.
 
     Args:
         check: raises ValueError if the rule is broken. Its docstring states the rule for the reference page.
@@ -70,29 +71,29 @@ _IS_RULE = "is_rule_of_settings"
 
 
 class Spec(Settings):
-    """The settings of one verb, some in groups; built from keys and values without the groups' names."""
+    """The settings of one verb; base class of `TuneSpec` and others. Built from settings by key, without groups."""
 
     # Sets of keys that set the same thing in different ways: setting one of them replaces the others.
     alternatives: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ()
 
     @classmethod
     def settings(cls) -> Mapping[str, Setting]:
-        """Every setting by its key, in the order of the groups."""
+        """All settings of the spec, by key: first those outside of groups, then group by group."""
         return _settings(cls)
 
     @classmethod
     def keys_of(cls, *groups: str) -> frozenset[str]:
-        """The keys of the settings in these groups."""
+        """The keys of all settings in the groups with these names."""
         return frozenset(key for key, setting in _settings(cls).items() if setting.group in groups)
 
     @classmethod
     def rules(cls) -> tuple[Check, ...]:
-        """The rules on which settings go together, in the order of the class."""
+        """The methods with the decorator `rule`, in the order in which the class defines them."""
         return tuple(check for check in vars(cls).values() if _IS_RULE in getattr(check, "__dict__", {}))
 
     @classmethod
     def group_places(cls) -> frozenset[tuple[str]]:
-        """The names of the groups, as pydantic writes them at the start of a problem's location."""
+        """Each group's name in a tuple of one, because the location (`loc`) of a pydantic error starts like this."""
         return frozenset((name,) for name in _groups(cls))
 
     @model_validator(mode="after")
@@ -110,7 +111,7 @@ class Spec(Settings):
     @model_validator(mode="before")
     @classmethod
     def _sort_into_groups(cls, content: object) -> object:
-        """Put flat keys into their groups; a key of no group stays where it is, and pydantic refuses it."""
+        """Validator: put each flat key into its group; an unknown key stays at the top, and pydantic refuses it."""
         if not isinstance(content, Mapping):
             return content
         settings, groups = _settings(cls), _groups(cls)
@@ -119,7 +120,7 @@ class Spec(Settings):
             setting = settings.get(key)
             if setting is None and key in groups:
                 keys = ", ".join(one.key for one in settings.values() if one.group == key)
-                raise ValueError(f"{key!r} is a group and no setting: give its settings by their names, {keys}")
+                raise ValueError(f"{key!r} is a group, not a setting: give its settings by their names, {keys}")
             if setting is None or setting.group is None:
                 nested[key] = value
             else:
@@ -128,7 +129,10 @@ class Spec(Settings):
 
     @classmethod
     def overlaid(cls, below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-        """Merge two sets of settings. `above` wins, also over alternatives of its keys in `below`."""
+        """Merge two mappings of settings by key, in which `above` overrides `below`.
+
+        A key in `above` also removes its alternatives from `below`: the other ways to set the same thing.
+        """
         replaced = {
             key
             for sides in cls.alternatives
@@ -140,7 +144,7 @@ class Spec(Settings):
 
     @property
     def explicit_keys(self) -> frozenset[str]:
-        """Keys of the settings that were set explicitly, even to their default."""
+        """Keys of the settings that were set explicitly, even if the value equals the default."""
         return frozenset(
             setting.key
             for setting in _settings(type(self)).values()
@@ -148,11 +152,11 @@ class Spec(Settings):
         )
 
     def values(self) -> dict[str, Any]:
-        """Every setting's value by its key."""
+        """The values of all settings, by key."""
         return {key: setting.of(self) for key, setting in _settings(type(self)).items()}
 
     def flat(self, *, explicit_only: bool = False, without: Sequence[str] | frozenset[str] = ()) -> dict[str, Any]:
-        """The settings by key in JSON types, without groups, as the constructor and `changed` take them.
+        """The settings as one flat mapping of keys to values in JSON types; the constructor and `changed` accept it.
 
         Args:
             explicit_only: leave out the settings that were not set explicitly.
@@ -173,7 +177,7 @@ class Spec(Settings):
             settings: new values by key.
 
         Raises:
-            ValidationError: a value is wrong, or does not go together with the other settings.
+            ValidationError: a value is wrong, or contradicts another setting.
         """
         return type(self).model_validate(type(self).overlaid(self.flat(explicit_only=True), settings))
 
@@ -183,7 +187,7 @@ S = TypeVar("S", bound=Spec)
 
 @cache
 def _groups(kind: type[Spec]) -> dict[str, type[Settings]]:
-    """The groups of a spec by the names of their attributes."""
+    """The class of each group of a spec class, by the name of the attribute that holds the group."""
     return {
         name: field.annotation
         for name, field in kind.model_fields.items()

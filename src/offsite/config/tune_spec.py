@@ -1,4 +1,4 @@
-"""The settings of `offsite tune`, and the rules on which of them go together."""
+"""The settings of `offsite tune`, and the rules about combinations of these settings."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -172,15 +172,15 @@ class TuneSpec(Spec):
 
     @rule
     def _head_beside_no_bottlenecks(self) -> None:
-        """`tune_head` goes with `method` lora, full or bitfit, as a plug-in of bottlenecks holds no base tensors."""
+        """`tune_head` needs `method` lora, full or bitfit: a plug-in of bottlenecks holds no tensors of the base."""
         if self.adapter.tune_head and self.adapter.method == "bottleneck":
             raise ValueError(
-                "tune_head does not go with bottlenecks, whose plug-in holds no tensors of the base; "
+                "tune_head cannot be used with bottlenecks, whose plug-in holds no tensors of the base; "
                 "choose method lora, full or bitfit, or leave tune_head out"
             )
 
     def not_for_images(self) -> list[str]:
-        """Image models go with one of `checkpoints` and no `report_scores`: each would need its classifier."""
+        """Settings in use that exclude image models: `report_scores`, and more than one of `checkpoints`."""
         in_use = {"checkpoints": self.points.checkpoints > 1, "report_scores": self.points.report_scores}
         return [key for key, used in in_use.items() if used]
 
@@ -191,7 +191,7 @@ class TuneSpec(Spec):
 
     @property
     def tokens_at_once(self) -> int:
-        """`micro_batch_tokens`, or its default of 1024 (512 for text in fp32 is set elsewhere)."""
+        """`micro_batch_tokens`, or 1024 if not set; for text in fp32 the caller sets 512 before."""
         return self.memory.micro_batch_tokens or 1024
 
     @property

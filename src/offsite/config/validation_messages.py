@@ -11,18 +11,18 @@ from offsite.config.spec import RulesError, Spec
 class Problem:
     """One problem that a validation found."""
 
-    place: tuple[str, ...]  # the setting's key, and where in its value; empty: settings that do not go together
+    place: tuple[str, ...]  # the setting's key, and where in its value; empty if settings contradict each other
     what: str
-    unknown: bool = False  # there is no such setting
+    unknown: bool = False  # the key is not the name of a setting
 
     def __str__(self) -> str:
-        # keys may be a stranger's: no control characters to the terminal
+        # keys may come from the other party, so control characters must not reach the terminal
         where = ".".join(part if part.isprintable() else ascii(part) for part in self.place)
         return f"{where or 'settings'}: {self.what}"
 
 
 def problems_of(error: ValidationError, kind: type[Spec] | None = None) -> list[Problem]:
-    """List every problem of a validation.
+    """List every problem that a pydantic validation error reports.
 
     Args:
         error: pydantic's error.
@@ -41,7 +41,7 @@ def problems_of(error: ValidationError, kind: type[Spec] | None = None) -> list[
 
 
 def describe_validation(error: ValidationError, kind: type[Spec] | None = None) -> list[str]:
-    """Describe every problem of a validation in one line: where it is, what is wrong, what was found.
+    """Describe every problem of a pydantic validation error in one line: which key, the fault, and the value found.
 
     Args:
         error: pydantic's error.

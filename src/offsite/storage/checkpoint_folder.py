@@ -22,7 +22,8 @@ from offsite.storage.strict_json import strict_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DECLARED_WEIGHTS = "offsite-model.safetensors"  # of models that transformers does not know, and must not half load
+# for models with declared modules: transformers does not know those, and must not load a part of the weights
+DECLARED_WEIGHTS = "offsite-model.safetensors"
 DECLARED_INDEX = "offsite-model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
@@ -30,7 +31,7 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors files: the position of every tensor, by its name in the files."""
+    """An opened folder of safetensors files; `tensors` has the position of every tensor in them, by tensor name."""
 
     folder: Path
     tensors: Mapping[str, TensorRange]
@@ -42,7 +43,7 @@ class Checkpoint:
 
 
 class FolderFiles(Protocol):
-    """The files of a folder with safetensors: on the disk, or as an earlier read found them."""
+    """The files of a folder that holds a checkpoint: read from the disk on each call, or earlier into memory."""
 
     @property
     def folder(self) -> Path:
@@ -60,7 +61,7 @@ class FolderFiles(Protocol):
         """
 
     def header(self, name: str) -> dict[str, TensorRange]:
-        """The tensors of a safetensors file, by name; raises as `read_header`."""
+        """The position of each tensor in the safetensors file `name`, by tensor name; raises as `read_header`."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def checkpoint_of(files: FolderFiles) -> Checkpoint:
-    """The checkpoint in a folder's files; raises as `open_checkpoint`."""
+    """Open the checkpoint that these files make up; only headers are read. Raises as `open_checkpoint`."""
     folder, names = files.folder, files.names()
     for weights, index in ((WEIGHTS, INDEX), (DECLARED_WEIGHTS, DECLARED_INDEX)):
         if index in names:
@@ -143,7 +144,7 @@ def _sharded(files: FolderFiles, name_of_index: str) -> Checkpoint:
 def write_checkpoint(
     folder: Path, tensors: Iterable[NewTensor], shard_bytes: int = SHARD_BYTES, weights: str = WEIGHTS
 ) -> list[Written]:
-    """Write `model.safetensors`, or shards and an index if the tensors take more than `shard_bytes`."""
+    """Write the tensors to the file `weights`, or to shards with an index if they take more than `shard_bytes`."""
     shards = _shards(tensors, shard_bytes, weights)
     written = [write_safetensors(folder / name, shard) for name, shard in shards.items()]
     return written if len(shards) == 1 else [*written, write_stream(folder / f"{weights}.index.json", [_index(shards)])]
@@ -159,7 +160,7 @@ def checkpoint_bytes(
 
 
 def _shards(tensors: Iterable[NewTensor], shard_bytes: int, weights: str) -> dict[str, list[NewTensor]]:
-    """Divide the tensors among files: file name -> its tensors."""
+    """Divide the tensors among files of at most `shard_bytes`, or one tensor; returns the tensors by file name."""
     shards: list[list[NewTensor]] = [[]]
     held = 0
     for tensor in tensors:

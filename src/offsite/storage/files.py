@@ -28,14 +28,16 @@ class Written:
 
 @contextlib.contextmanager
 def staged_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `out`; it is renamed to `out` if the `with` block ends without an exception.
+    """Context manager: yield a temporary folder next to `out`, and rename it to `out` at the end of the body.
+
+    If the body of the `with` statement raises an exception, the temporary folder is removed instead.
 
     Raises:
         UsageError: `out` exists and is not an empty folder.
         StorageError: a folder or file cannot be written; `out` is unchanged.
     """
     require_free(out)
-    out = out.resolve()  # "." has no name to derive the sibling's from
+    out = out.resolve()  # the temporary folder's name is made from the name of `out`, and "." has none
     staging = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     with storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,7 @@ def staged_folder(out: Path) -> Iterator[Path]:
             if os.name == "nt" and out.exists():  # elsewhere renaming replaces an empty folder in one step
                 out.rmdir()
             staging.rename(out)
-            with contextlib.suppress(OSError):  # the folder stands by now
+            with contextlib.suppress(OSError):  # the folder is complete by now
                 _sync_folder(out.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -69,7 +71,7 @@ def require_free(out: Path) -> None:
 
 
 def write_stream(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> Written:
-    """Write a new file from chunks, hash it at the same time, and flush it to the disk."""
+    """Write the chunks to a new file, hash them at the same time, and flush the file to the disk."""
     digest = hashlib.sha256()
     size = 0
     with path.open("xb") as file:
@@ -103,14 +105,14 @@ def replace_file(path: Path, content: bytes, mode: int = 0o644) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file in hex, by plain reads (a memory map would count as the process's memory)."""
+    """The SHA-256 of a file in hex; the file is read, not memory-mapped, as a map would count as process memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError inside the `with` block into a StorageError with a next step for the user."""
+    """Context manager: turn an OSError in the body into a StorageError about `path`, with a next step for the user."""
     try:
         yield
     except OSError as error:

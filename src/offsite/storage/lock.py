@@ -1,4 +1,4 @@
-"""A lock for one process at a time in a folder: two would remove each other's files. Torch-free."""
+"""A lock that lets one process at a time work in a folder: two would remove each other's files. Torch-free."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,12 +14,14 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def alone_in(folder: Path, work: str, next_step: str) -> Iterator[None]:
-    """Lock a folder during the `with` block; the system releases the lock when this process ends, even by a crash.
+    """Context manager: lock a folder during the body of the `with` statement.
+
+    The operating system releases the lock when this process ends, even by a crash.
 
     Args:
         folder: the folder to lock; it is created if it does not exist.
-        work: the name of the work that another process would be doing there, for the error.
-        next_step: what the user can do if the folder is locked, for the error.
+        work: a noun for the work that a process does there, such as "study"; the error names it.
+        next_step: the advice to the user in the error, if another process holds the lock.
 
     Raises:
         UsageError: another process holds the lock.

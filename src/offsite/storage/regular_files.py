@@ -27,7 +27,7 @@ def open_regular(file: Path) -> BinaryIO:
     try:
         descriptor = os.open(file, _FLAGS)
     except OSError:
-        if file.is_symlink():  # since the look above
+        if file.is_symlink():  # it became a link after the check above
             raise _not_regular(file) from None
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -37,7 +37,7 @@ def open_regular(file: Path) -> BinaryIO:
 
 
 def read_bounded(file: Path, limit: int) -> bytes:
-    """The first `limit` + 1 bytes of a regular file, or all if it has fewer; so a longer result means a larger file.
+    """Read a regular file up to `limit` + 1 bytes; a result longer than `limit` means that the file is too large.
 
     Raises:
         VerificationError: the path is a link, folder, pipe, socket or device.

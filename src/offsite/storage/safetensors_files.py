@@ -26,11 +26,11 @@ FLOATS = ("F32", "BF16", "F16")
 CHUNK_BYTES = 8 * 2**20  # bytes copied at once; a multiple of every item size
 # the longest header that is read: 250,000 tensors; the reference implementation reads up to 100 MB
 HEADER_BYTES = 32 * 10**6
-_MOST_REASONS = 100  # against one file
+_MOST_REASONS = 100  # problems that are listed for one file
 
 
 class StoredTensor(Protocol):
-    """A tensor as bytes, which lie in a file or were read into memory."""
+    """A tensor whose bytes can be read chunk by chunk, from a file or from memory."""
 
     @property
     def name(self) -> str:
@@ -54,7 +54,7 @@ class StoredTensor(Protocol):
 
 @dataclass(frozen=True)
 class TensorRange:
-    """The position of one tensor in a file (`start`: offset of its first byte), with its name, dtype and shape."""
+    """One tensor in a file: its name, dtype and shape, and `start`, the offset in the file of its first byte."""
 
     name: str
     dtype: str
@@ -89,7 +89,7 @@ class TensorRange:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to write: the writer calls `chunks` for the bytes when it needs them, so one tensor is in memory."""
+    """A tensor to write. `chunks` is called for its bytes when they are written, so one tensor at a time is held."""
 
     name: str
     dtype: str
@@ -103,7 +103,7 @@ class NewTensor:
 
 
 def read_header(file: Path) -> dict[str, TensorRange]:
-    """The tensors of one safetensors file, by name, after a check that its header describes the file exactly.
+    """The position of each tensor in a safetensors file, by name, after a check that the header fits the file exactly.
 
     Raises:
         StorageError: the file is missing or truncated, or its header is malformed; reasons list every problem.
@@ -136,7 +136,7 @@ def read_header_bytes(file: Path, stream: BinaryIO, size: int) -> bytes:
 
 
 def parse_header(file: Path, raw: bytes, size: int) -> dict[str, TensorRange]:
-    """The tensors that a header describes, by name, after a check that it describes the file exactly.
+    """The position of each tensor that a header lists, by name, after a check that the header fits the file exactly.
 
     Args:
         file: the file's path.
@@ -217,8 +217,8 @@ def read_chunks(tensor: StoredTensor, dtype: str | None = None) -> Iterator[byte
 
 
 def read_float32(tensor: StoredTensor) -> "npt.NDArray[np.float32]":
-    """Read a whole float tensor as a float32 array of the same shape."""
-    import numpy as np  # verifying a bundle does without
+    """Read a whole tensor of any float dtype as a float32 array of the same shape."""
+    import numpy as np  # here, as verifying a bundle does not need it
 
     parts = [to_float32(chunk, tensor.dtype) for chunk in read_chunks(tensor)]
     flat = np.concatenate(parts) if parts else np.empty(0, np.float32)
@@ -226,7 +226,7 @@ def read_float32(tensor: StoredTensor) -> "npt.NDArray[np.float32]":
 
 
 def to_float32(content: bytes | memoryview, dtype: str) -> "npt.NDArray[np.float32]":
-    """Convert the bytes of a float tensor with this dtype to a flat float32 array, without loss."""
+    """Convert the bytes of a tensor in `dtype` ("F32", "F16" or "BF16") to a flat float32 array, without loss."""
     import numpy as np
 
     if dtype == "F32":
@@ -239,13 +239,13 @@ def to_float32(content: bytes | memoryview, dtype: str) -> "npt.NDArray[np.float
 
 
 def from_float32(values: "npt.NDArray[np.float32]", dtype: str) -> "npt.NDArray[Any]":
-    """Round a float32 array to `dtype`, to nearest even as torch does; bfloat16 values are returned as uint16 bits."""
+    """Round a float32 array to `dtype` (to nearest even, as torch does); "BF16" gives the bit patterns as uint16."""
     import numpy as np
 
     if dtype == "F32":
         return np.ascontiguousarray(values, "<f4")
     if dtype == "F16":
-        with np.errstate(over="ignore"):  # becomes infinity, as in torch; whoever minds looks at the result
+        with np.errstate(over="ignore"):  # too large values become infinity, as in torch; callers check for it
             return np.ascontiguousarray(values).astype("<f2")
     if dtype == "BF16":
         bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
@@ -262,18 +262,18 @@ def finite(tensor: StoredTensor) -> bool:
 
 
 def copied(tensor: StoredTensor, *, name: str | None = None, dtype: str | None = None) -> NewTensor:
-    """A `NewTensor` that copies a stored tensor when written, under another name or float dtype if given."""
+    """A `NewTensor` that copies a stored tensor; with `name` it is renamed, with `dtype` a float tensor is cast."""
     kind = dtype if dtype and tensor.dtype in FLOATS else tensor.dtype
     return NewTensor(name or tensor.name, kind, tensor.shape, lambda: read_chunks(tensor, kind))
 
 
 def from_array(name: str, values: "npt.NDArray[np.float32]", dtype: str) -> NewTensor:
-    """A `NewTensor` that writes a float32 array in `dtype`."""
+    """A `NewTensor` that writes a float32 array, rounded to `dtype`."""
     return NewTensor(name, dtype, values.shape, lambda: [from_float32(values, dtype).tobytes()])
 
 
 def write_safetensors(file: Path, tensors: Iterable[NewTensor]) -> Written:
-    """Write one new safetensors file, one tensor after the other."""
+    """Write a new safetensors file, one tensor after the other, so that one tensor at a time is in memory."""
     ordered = _in_file_order(tensors)
 
     def chunks() -> Iterator[bytes | memoryview]:
@@ -296,7 +296,7 @@ def _in_file_order(tensors: Iterable[NewTensor]) -> list[NewTensor]:
 
 
 def _header(ordered: Iterable[NewTensor]) -> bytes:
-    """The header's bytes: the length of the JSON in 8 bytes, then the JSON, padded to a multiple of 8 bytes."""
+    """The header of a safetensors file: 8 bytes with the JSON's length, then the JSON, padded to a multiple of 8."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in ordered:
@@ -309,7 +309,7 @@ def _header(ordered: Iterable[NewTensor]) -> bytes:
 
 
 def broken_file(file: Path, reasons: list[str]) -> StorageError:
-    """The error for a file or folder that is not a valid checkpoint; `reasons` lists every problem."""
+    """Make the error for a file or folder that is not a valid checkpoint; `reasons` lists every problem."""
     return StorageError(
         f"{file} is not a sound safetensors checkpoint",
         reasons=reasons,

@@ -1,7 +1,7 @@
-"""The files of an artifact with the content that was hashed: only hashed bytes are ever used. Torch-free.
+"""Reads the files of an artifact so that only bytes that were hashed and compared are ever used. Torch-free.
 
 Each file is opened once and read once, from its first byte to its last. During that read it is hashed, a safetensors
-header is parsed, tensors are searched for NaN if requested, and bytes for later use are kept in memory. No content is
+header is parsed, tensors are searched for NaN if requested, and bytes for later use stay in memory. No content is
 returned before the hash of the whole file is known.
 """
 
@@ -28,14 +28,14 @@ from offsite.storage.safetensors_files import (
     to_float32,
 )
 
-SETTINGS_BYTES = 256 * 2**20  # of all files but the weights together: the largest tokenizers have 40 MiB
-_READ_BYTES = 2**20  # read and hashed at once: it stays in the CPU's cache; a multiple of every item size
-_ALIGNMENT = 64  # of a tensor's first byte, as torch aligns its own
+SETTINGS_BYTES = 256 * 2**20  # limit for all files without tensors together; the largest tokenizers have 40 MiB
+_READ_BYTES = 2**20  # bytes read and hashed at once: they fit in the CPU's cache; a multiple of every item size
+_ALIGNMENT = 64  # a tensor's first byte has an address that is a multiple of this, as in torch
 
 
 @dataclass(frozen=True, eq=False)
 class HeldTensor:
-    """A tensor whose bytes are in their own memory: `content` is writable and starts at a multiple of 64 bytes."""
+    """A tensor in memory; `content` holds its bytes, is writable, and starts at an address that is a multiple of 64."""
 
     name: str
     dtype: str
@@ -58,20 +58,20 @@ class ReadFile:
     """The result of reading one file; size and hash are not yet compared with the expected ones."""
 
     size: int
-    sha256: str | None = None  # None where it shrank or grew while it was read
-    content: bytes | None = None  # of a file that holds no tensors
-    header: Mapping[str, TensorRange] | None = None  # of one that does
-    problem: StorageError | None = None  # with that header
-    tensors: dict[str, HeldTensor] | None = None  # where they are held
-    not_finite: list[str] = field(default_factory=list)  # names of tensors with NaN or infinity, where asked for
+    sha256: str | None = None  # in hex; None if the file shrank or grew while it was read
+    content: bytes | None = None  # None for a file of tensors, and for a file that is too large
+    header: Mapping[str, TensorRange] | None = None  # None for a file without tensors, and if it is malformed
+    problem: StorageError | None = None  # the fault in the header, if it is malformed
+    tensors: dict[str, HeldTensor] | None = None  # None if they are not held in memory
+    not_finite: list[str] = field(default_factory=list)  # names of tensors with NaN or infinity, if searched for
 
     def is_file(self, listed: Written) -> bool:
-        """Whether size and hash equal those in the list entry."""
+        """Whether the size and hash that were read equal those of the entry `listed`."""
         return (self.size, self.sha256) == (listed.size, listed.sha256)
 
 
 def holds_tensors(name: str) -> bool:
-    """Whether a file with this name is read as safetensors."""
+    """Whether a file with this name is read as a safetensors file; it ends in ".safetensors"."""
     return name.endswith(".safetensors")
 
 
@@ -80,8 +80,8 @@ def read_file(file: Path, *, hold: bool, most: int = SETTINGS_BYTES, look_for_na
 
     Args:
         file: the file's path.
-        hold: whether its tensors are kept in memory.
-        most: the largest size in bytes at which the content of a file without tensors is kept in memory.
+        hold: whether its tensors stay in memory.
+        most: the content of a file without tensors stays in memory if it has at most this number of bytes.
         look_for_nan: whether float tensors are searched for NaN and infinity.
 
     Raises:
@@ -111,7 +111,7 @@ _Consumer = Callable[[memoryview], object]
 
 
 def _read_header(file: Path, stream: BinaryIO, found: ReadFile, consume: Callable[[bytes], object]) -> int:
-    """Parse the header, or record the problem with it; return the number of bytes passed to `consume`."""
+    """Parse the header into `found`, or its fault if it is malformed; return the number of bytes given to `consume`."""
     try:
         raw = read_header_bytes(file, stream, found.size)
     except StorageError as problem:  # with the length alone
@@ -127,7 +127,7 @@ def _read_header(file: Path, stream: BinaryIO, found: ReadFile, consume: Callabl
 
 
 def _read_tensors(stream: BinaryIO, found: ReadFile, consume: _Consumer, *, hold: bool, look_for_nan: bool) -> int:
-    """Read the bytes after the header, tensor by tensor in file order; return how many bytes were read."""
+    """Read the bytes after the header into `found`, tensor by tensor in file order; return the number of bytes read."""
     if found.header is None:
         return _read_rest(stream, found.size, consume, lambda _: None)
     read = 0
@@ -177,13 +177,13 @@ def _aligned(size: int) -> memoryview:
 
 
 def _finite(content: memoryview, dtype: str) -> bool:
-    import numpy as np  # verifying a bundle does without
+    import numpy as np  # here, as verifying a bundle does not need it
 
     return bool(np.isfinite(to_float32(content, dtype)).all())
 
 
 class Snapshot:
-    """The listed files of a folder, with exactly the content that their hashes were computed from.
+    """The files that a manifest lists; every read returns exactly the bytes whose hash the manifest holds.
 
     A file that is not in memory is read again when it is needed; its hash is compared again before its content is
     returned.
@@ -217,21 +217,24 @@ class Snapshot:
         return file.content
 
     def header(self, name: str) -> dict[str, TensorRange]:
-        """The position of each tensor in a file, by name; raises as `read`, and StorageError for a malformed header."""
+        """The position of each tensor in the file `name`, by tensor name.
+
+        Raises as `read`, and StorageError if the file has no valid safetensors header.
+        """
         file = self._of(name, hold=False)
         if file.header is None:
             raise file.problem or StorageError(f"{self.folder / name} holds no tensors")
         return dict(file.header)
 
     def tensors(self, name: str) -> dict[str, HeldTensor]:
-        """The tensors of a file, in memory, by name; the snapshot keeps them too. Raises as `header`."""
+        """The tensors of the file `name`, read into memory, by tensor name; they stay in memory. Raises as `header`."""
         file = self._of(name, hold=True)
         if file.tensors is None:
             raise file.problem or StorageError(f"{self.folder / name} holds no tensors")
         return file.tensors
 
     def take_tensors(self) -> dict[str, HeldTensor]:
-        """The tensors of the checkpoint, by name; the snapshot no longer keeps them, so the caller can free the memory.
+        """The tensors of all files, by name; the snapshot drops its references, so that the caller can free the memory.
 
         Raises:
             VerificationError: a file was read again, and has changed since it was hashed.
@@ -239,13 +242,13 @@ class Snapshot:
         """
         files = [name for name in sorted(self.names()) if holds_tensors(name)]
         taken = {name: tensor for file in files for name, tensor in self.tensors(file).items()}
-        self.checkpoint()  # whose index knows each tensor's file
+        self.checkpoint()  # checks the index before the tensors are dropped
         for file in files:
             self._held[file].tensors = None
         return taken
 
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint in the listed files; raises as `offsite.storage.checkpoint_folder.open_checkpoint`."""
+        """Open the listed files as a checkpoint; raises as `offsite.storage.checkpoint_folder.open_checkpoint`."""
         return checkpoint_of(self)
 
     def _of(self, name: str, *, hold: bool) -> ReadFile:

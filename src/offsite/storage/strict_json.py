@@ -1,4 +1,4 @@
-"""Parse JSON that is not trusted: content that two readers could understand differently is an error. Torch-free."""
+"""Parse JSON that is not trusted: content that two parsers could understand differently is an error. Torch-free."""
 
 import json
 import math
@@ -8,9 +8,13 @@ _MOST_DIGITS = 40  # of an integer
 
 
 def strict_json(raw: bytes) -> Any:
-    """Parse JSON; ValueError for a key that appears twice (readers could take different values), NaN or infinity.
+    """Parse JSON from UTF-8 bytes, more strictly than `json.loads`.
 
-    Integers with more than 40 digits are errors too; tokenizers write 10^30 for "no limit", which is accepted.
+    Integers of up to 40 digits are accepted, because tokenizers write 10^30 for "no limit".
+
+    Raises:
+        ValueError: it is not JSON, is nested too deeply, holds NaN or infinity or an integer with more digits, or an
+            object has the same key twice.
     """
 
     def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
