@@ -214,7 +214,7 @@ def test_a_changed_spec_is_checked_and_keeps_what_was_given() -> None:
 
 
 def test_a_group_is_no_setting() -> None:
-    with pytest.raises(ValidationError, match=r"'adapter' is a group .* method, rank"):
+    with pytest.raises(ValidationError, match=r"'adapter' is a group, not a setting.* method, rank"):
         TuneSpec(adapter={"rank": 4})
 
 

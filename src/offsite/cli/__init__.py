@@ -1,7 +1,7 @@
-"""The command line: one file per party or concern, and the only place that catches errors and prints them.
+"""The command line, with one file for each group of commands; only this folder catches errors and prints.
 
 Results go to standard output, as tables or with --json as JSON; progress, hints and errors go to standard error.
-Everything heavy is imported inside the verbs, so that `offsite --help` answers at once.
+Modules that are slow to import are imported inside the commands, so that `offsite --help` answers at once.
 """
 
 import os
@@ -13,23 +13,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: the words after `offsite`; None takes those of the process.
+        arguments: the words after `offsite`; None takes the arguments of this process.
 
     Returns:
-        The exit code: 0, or that of the error (see `offsite.errors`), or 130 after Ctrl-C or SIGTERM.
+        The exit code: 0, the error's exit code (see `offsite.errors`), or 130 after Ctrl-C or SIGTERM.
     """
-    # Looking for plugins, pydantic would read the metadata of every installed package at each start; we use none.
+    # To find plugins, pydantic would read the metadata of every installed package at each start; we use no plugins.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        from offsite.cli.app import run  # in here, since Ctrl-C may come while it is imported
+        from offsite.cli.app import run  # inside `try`, since Ctrl-C may come during the import
 
         return run(words)
     except KeyboardInterrupt:
         from offsite.cli import terminal
 
         return terminal.show_interruption(terminal.START_OVER, as_json="--json" in words)
-    except OSError as error:  # a stream's, mostly: of files the stages make StorageErrors
+    except OSError as error:  # mostly of standard output or error, as the stages turn errors of files into StorageError
         from offsite.cli import terminal
 
         return terminal.show_system_error(error, as_json="--json" in words)

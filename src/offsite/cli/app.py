@@ -1,4 +1,4 @@
-"""The command-line application: its commands, grouped by party, and the exit code of the one that ran."""
+"""Builds the command-line application from its commands, runs one command, and returns its exit code."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -20,18 +20,18 @@ from offsite.cli import (
 from offsite.errors import OffsiteError
 from offsite.training.run_log import terminated_as_interrupted
 
-_PLAYERS = {  # they start every stage as a process of its own
+_PLAYERS = {  # advice after an interruption, for the commands that play both parties
     "demo": "run the same command again: finished steps are not repeated",
     "study": "run the same command again: finished stages are not repeated",
 }
 
 
 def build(words: Sequence[str] | None = None) -> typer.Typer:
-    """The application, with its commands grouped by the party that uses them.
+    """Build the application; its help lists the commands grouped by the party that uses them.
 
     Args:
-        words: of the command line; settings become flags for the verbs among them alone, since the specs take longer to
-            load than the help of `offsite` may take. None: for all verbs.
+        words: the words of the command line. Only commands that are among them get flags for their settings, because
+            importing the specs takes longer than `offsite --help` may take. None: all commands get them.
     """
     app = typer.Typer(
         name="offsite",
@@ -58,7 +58,7 @@ def build(words: Sequence[str] | None = None) -> typer.Typer:
     ):
         command, epilog = _with_settings(name, verb, words)
         app.command(name, rich_help_panel=panel, cls=flags.Command, epilog=epilog)(command)
-    app.command("full-fine-tuning", hidden=True, epilog=flags.EXIT_CODES)(study.full_fine_tuning)  # of a study alone
+    app.command("full-fine-tuning", hidden=True, epilog=flags.EXIT_CODES)(study.full_fine_tuning)  # only studies use it
     app.add_typer(keys.trust_commands(), name="trust", rich_help_panel=flags.BOTH)
     return app
 
@@ -66,7 +66,7 @@ def build(words: Sequence[str] | None = None) -> typer.Typer:
 def _with_settings(
     name: str, verb: Callable[..., None], words: Sequence[str] | None
 ) -> tuple[Callable[..., None], str]:
-    """A command's function with the flags of its settings, and what stands below its help."""
+    """Add flags for a command's settings to its function; returns the new function, and the text below its help."""
     if "flag_values" not in inspect.signature(verb).parameters:
         return verb, flags.EXIT_CODES
     if words is not None and name not in words:
@@ -79,7 +79,7 @@ def _with_settings(
 
 
 def run(words: Sequence[str]) -> int:
-    """Run one command, and show its error if it has one; returns the exit code."""
+    """Run one command, and print the error if it fails; returns the exit code."""
     this = flags.Run()
     try:
         with terminated_as_interrupted():

@@ -40,8 +40,8 @@ def tune(
 ) -> None:
     """Verify a bundle, train its adapter on your data, and make a signed return.
 
-    The data stay here: a return holds tensors and settings, and what it will hold is listed before anything trains.
-    The log of the run, OUT.log.jsonl beside the return, has every step's loss and stays here too.
+    The data stay here: a return holds tensors and settings, and its contents are listed before anything trains.
+    The log of the run, OUT.log.jsonl next to the return, has every step's loss and stays here too.
 
     Example:
       offsite tune bundle/ --data train.jsonl --eval-data test.jsonl --out return/
@@ -104,7 +104,7 @@ def tune(
 
 
 def _facts(log: Path, *, as_json: bool) -> dict[str, Any]:
-    """How a tuning went, by its log; as JSON also what its kernels replaced, and why not more."""
+    """The last losses in the log of a tuning run; for JSON also a report on the kernels that were used."""
     from offsite.training.run_log import last_record
 
     kernels = last_record(log, "kernels")
@@ -148,7 +148,7 @@ def _plan(
 
 
 def _show(returned: "Return", home: "Home", tuning: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print what the return is, and how the tuning went, which the return does not tell."""
+    """Print the description of a return, and the results of the tuning run, which the return does not contain."""
     terminal.show({**inspect_verbs.describe(returned, home), "tuning": tuning}, as_json=as_json)
     if "log" in tuning:
         terminal.say(f"the log {tuning['log']} stays with you: it is no part of the return")
@@ -156,14 +156,17 @@ def _show(returned: "Return", home: "Home", tuning: Mapping[str, Any], *, as_jso
 
 
 def _finished_return(out: Path, bundle: "Bundle", spec: "TuneSpec", home: "Home") -> "Return | None":
-    """What `out` holds if the run would make it: a return of this home to this bundle, with the tensors asked for."""
+    """The return in `out` if this run has already made it; None if `out` holds anything else or nothing.
+
+    It must be signed by this home for this bundle, with the method, checkpoints and tensors that `spec` gives.
+    """
     from offsite.data_owner.return_manifest import returned_tensors
     from offsite.errors import OffsiteError
     from offsite.protocol.verify import verify_return
 
     try:
         returned = verify_return(out, home, bundle.manifest)
-    except OffsiteError:  # nothing, or something that tuning will say is in the way
+    except OffsiteError:  # `out` holds nothing, or something else, which the tuning stage will report
         return None
     made = returned.manifest
     found = (made.bundle, made.signer, made.method, made.checkpoints, made.tensors)
@@ -173,7 +176,10 @@ def _finished_return(out: Path, bundle: "Bundle", spec: "TuneSpec", home: "Home"
 
 
 def _announcing(promised: str, progress: "Progress") -> "Progress":
-    """Say what the return will hold once bundle, rows and folders are found good, and before anything trains."""
+    """Make a progress callback that prints `promised` after all checks and before anything trains.
+
+    All other events go to `progress`.
+    """
 
     def advance(event: "Event") -> None:
         if event.stage == "loading the model":
@@ -187,7 +193,7 @@ def _announcing(promised: str, progress: "Progress") -> "Progress":
 
 
 def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
-    """What the return will contain, in words: every file, and the tensors by block."""
+    """A sentence that lists everything that the return will contain: all files, and tensors by block."""
     from offsite.data_owner.return_manifest import returned_tensors
     from offsite.protocol.contents import ADAPTER_CONFIG, CLASSIFIER, WEIGHTS_OF, checkpoint_file
     from offsite.protocol.manifest import MANIFEST, SIGNATURE

@@ -69,10 +69,15 @@ def demo(
 
 
 def _require_fitting(*, vision: bool, images: Path | None, others: Mapping[str, object]) -> None:
-    """Refuse flags that do not go together.
+    """Check that no flag is given that belongs to the other demo.
+
+    Args:
+        vision: whether the vision demo runs.
+        images: the value of --images.
+        others: the flags of the language demo with their values; None: the flag was left out.
 
     Raises:
-        UsageError: pictures without --vision, or flags of the demo of language.
+        UsageError: --images without --vision, or flags of the language demo with --vision.
     """
     from offsite.errors import UsageError
 
@@ -80,7 +85,7 @@ def _require_fitting(*, vision: bool, images: Path | None, others: Mapping[str, 
         raise UsageError("--images is for the demo on pictures", next_step="add --vision, or leave --images out")
     given = [name for name, value in others.items() if value is not None]
     if vision and given:
-        raise UsageError(f"{', '.join(given)} and --vision do not go together", next_step="leave one of them out")
+        raise UsageError(f"{', '.join(given)} cannot be used with --vision", next_step="leave one of them out")
 
 
 def _print_vision(result: "VisionDemo", workdir: Path, json_file: Path | None) -> None:
@@ -164,7 +169,7 @@ def _sample(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _verdict(losses: Mapping[str, float]) -> list[str]:
-    """What the table says, in words, also when it is not what one hopes for."""
+    """Sentences that compare the plug-in's loss with the others, also if the plug-in is not better."""
     words = []
     for other, meaning in (
         ("zero-shot", "what the model's owner gained without having seen the data"),

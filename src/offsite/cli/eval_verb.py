@@ -1,4 +1,4 @@
-"""The verb eval, which scores a model."""
+"""The command eval, which scores a model."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from offsite.cli.setting_flags import FlagValues
 if TYPE_CHECKING:
     from offsite.config import EvalSpec
 
-_ROW_BY_ROW = ("row_losses", "choice_scores", "pictures")  # what Python sees and no summary shows
+_ROW_BY_ROW = ("row_losses", "choice_scores", "pictures")  # fields with a value for each row, left out of the summary
 
 
 def eval_(
@@ -65,7 +65,7 @@ def eval_(
         _check(model, data, spec, as_json=as_json)
     result: dict[str, Any] = {"model": str(model), "adapter": str(adapter) if adapter else None}
     with terminal.showing_progress() as progress:
-        if names:  # first, since a task that is unknown or not installed is known at once
+        if names:  # first, since an unknown task gives an error at once
             from offsite.evaluation.lm_eval_harness import run_tasks
 
             scores = run_tasks(model, names, spec, adapter=adapter, tasks_path=tasks_path, progress=progress)
@@ -113,10 +113,16 @@ def _sees_images(model: Path) -> bool:
 def _require_used(
     data: list[Path] | None, tasks: Sequence[str], of_rows: Mapping[str, object], tasks_path: Path | None
 ) -> None:
-    """Refuse flags that nothing would be done with.
+    """Check that no flag is given that would have no effect.
+
+    Args:
+        data: the values of --data; None: left out.
+        tasks: the names in --tasks.
+        of_rows: the flags that need --data, with their values.
+        tasks_path: the value of --tasks-path, which needs --tasks.
 
     Raises:
-        UsageError: one is about rows and there are none, or about tasks.
+        UsageError: a flag needs --data or --tasks, which was left out.
     """
     from offsite.errors import UsageError
 
@@ -128,10 +134,10 @@ def _require_used(
 
 
 def _require_writable(file: Path, data: Sequence[Path]) -> None:
-    """Refuse a file for the scores of rows that could not be written, or would replace the rows.
+    """Check the file of --row-scores before any work: it must not be a folder or one of the data files.
 
     Raises:
-        UsageError: it is a folder, or the data.
+        UsageError: the file is a folder, or is one of `data`.
     """
     from offsite.errors import UsageError
 
@@ -142,10 +148,10 @@ def _require_writable(file: Path, data: Sequence[Path]) -> None:
 
 
 def _require_fitting(model: Path, tasks: Sequence[str], samples: int, probe: Path | None, *, skip_bad: bool) -> None:
-    """Refuse flags of the other kind of model.
+    """Check that the flags are for the kind of the model, which is a language model or an image model.
 
     Raises:
-        UsageError: a language model is to be probed or pictures left out, or an image model to write.
+        UsageError: --probe or --skip-bad for a language model, or --tasks or --samples for an image model.
     """
     from offsite.errors import UsageError
 
@@ -159,7 +165,7 @@ def _require_fitting(model: Path, tasks: Sequence[str], samples: int, probe: Pat
 
 
 def with_intervals(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures as a person reads them: each with its interval behind it."""
+    """The result for printing: a figure that has a confidence interval becomes text with the interval after it."""
     intervals = result.get("intervals", {})
     shown = {name: value for name, value in result.items() if name != "intervals"}
     for name, ends in intervals.items():

@@ -28,15 +28,15 @@ EXIT_CODES = (
 
 @dataclass
 class Run:
-    """What is known of the run of one command, for the case that it ends early."""
+    """The state of one run of a command, for the message if it is interrupted or fails."""
 
     verb: str = ""
     home: Path | None = None
-    resumable: Path | None = None  # where its resume points would lie
+    resumable: Path | None = None  # the folder of its resume points; None if it has none
 
 
 def run_of(context: typer.Context) -> Run:
-    """The state that `main` gave to the parser."""
+    """The state of this run, which `offsite.cli.app.run` passed to the parser."""
     run: Run = context.find_root().obj
     return run
 
@@ -59,7 +59,7 @@ ConfigFlag = Annotated[
 JsonFlag = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
 CheckFlag = Annotated[
     bool,
-    typer.Option("--check", help="read all rows, show what becomes of them and three of them, and do nothing else"),
+    typer.Option("--check", help="read all rows, print a summary and three examples, and do nothing else"),
 ]
 DATA_OPTION = typer.Option(
     "--data", metavar="FILE", help="rows or pictures: a file, a folder or a 'pattern*'; several are joined"
@@ -79,19 +79,19 @@ VersionFlag = Annotated[
 
 
 class Command(TyperCommand):
-    """A command that records where it could be resumed, and whose --plan may have no value."""
+    """A typer command that records the folder of its resume points, and whose --plan may have no value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the command line, after --plan without a value was given its default mode."""
+        """Parse the command line; a --plan without a value gets its default mode before."""
         words = with_plan_mode(args)
         self._require_once(ctx, words)
         return super().parse_args(ctx, words)
 
     def _require_once(self, ctx: Any, words: list[str]) -> None:
-        """Refuse an option that was given twice, of which the parser would ignore the first in silence.
+        """Check that no option is given twice; the parser would ignore the first value without a message.
 
         Raises:
-            UsageError: one was.
+            UsageError: an option that takes one value is given twice.
         """
         found = self.make_parser(ctx).parse_args(args=list(words))[2]
         once = [option for option in found if isinstance(option, TyperOption) and not (option.multiple or option.count)]
@@ -101,14 +101,14 @@ class Command(TyperCommand):
             raise UsageError(f"{' and '.join(twice)} was given twice", next_step="give it once")
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command, after that note."""
+        """Record the folder of the command's resume points, then run the command."""
         if "resume" in ctx.params:
             run_of(ctx).resumable = run_folder(out) if (out := ctx.params["out"]) is not None else None
         return super().invoke(ctx)
 
 
 def with_plan_mode(words: Sequence[str]) -> list[str]:
-    """The words of a command line, with `--plan` and `--plan measure` as `--plan=headers` and `--plan=measure`."""
+    """Rewrite `--plan` as `--plan=headers` and `--plan measure` as `--plan=measure` in the words of a command line."""
     end = words.index("--") if "--" in words else len(words)
     found: list[str] = []
     for number, word in enumerate(words):
@@ -122,10 +122,10 @@ def with_plan_mode(words: Sequence[str]) -> list[str]:
 
 
 def measures(plan: str | None) -> bool:
-    """Whether a plan is to be measured.
+    """Whether the value of --plan asks for measurements; None: the flag was left out.
 
     Raises:
-        UsageError: there is no such plan.
+        UsageError: the value is unknown.
     """
     if plan not in (None, *PLAN_MODES):
         from offsite.errors import UsageError
@@ -138,7 +138,7 @@ def measures(plan: str | None) -> bool:
 
 
 def home_of(context: typer.Context, home: Path | None) -> "Home":
-    """The home of this party: the verb's --home, else the one before the verb, else the default."""
+    """The home of this party: from --home after the command, else from --home before it, else the default home."""
     from offsite.protocol.home import Home
 
     folder = home or run_of(context).home
@@ -146,7 +146,7 @@ def home_of(context: typer.Context, home: Path | None) -> "Home":
 
 
 def settings(kind: "type[S]", config: Path | None, flag_values: Mapping[str, object]) -> "S":
-    """Load the settings. A flag that was left out (None) does not override the TOML file or the default."""
+    """Build a spec from flags and a TOML file; a flag that was left out (None) does not override file or default."""
     from offsite.config import load_spec
 
     return load_spec(kind, flag_values, config)

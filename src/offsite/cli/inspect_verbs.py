@@ -1,4 +1,4 @@
-"""The verbs inspect and verify, and the description of an artifact that other verbs print too."""
+"""The commands inspect and verify, and the description of an artifact that other commands print too."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -52,7 +52,7 @@ def describe(artifact: "Bundle | Return | PlugIn", home: "Home") -> dict[str, An
 
 
 def _inspected(path: Path, home: "Home") -> dict[str, Any]:
-    """What an artifact is, and whether it verifies in this home.
+    """Describe an artifact, and say whether it verifies in this home and if not, why.
 
     Raises:
         UsageError: the folder is not an artifact.
@@ -90,10 +90,10 @@ def _facts(path: Path, manifest: "Manifest", digest: str, home: "Home") -> dict[
 
 
 def describe_base(folder: Path) -> dict[str, Any]:
-    """A base folder in words and numbers that JSON can hold.
+    """Describe a base folder as values that JSON can hold.
 
     Raises:
-        StorageError: it holds no sound checkpoint.
+        StorageError: the folder holds no valid checkpoint.
     """
     from offsite.model_owner.importing.import_record import read_record
     from offsite.storage.checkpoint_folder import open_checkpoint
@@ -111,12 +111,15 @@ def describe_base(folder: Path) -> dict[str, Any]:
 
 
 def told_by(log: Path, trained: str, judged: str) -> dict[str, Any]:
-    """The last step of a run by its log, and what was measured on held-out data behind it.
+    """The measures of a run's last training step, and of the validation after it, from the run's log.
 
     Args:
-        log: of the run; it stays with whoever ran it, and so does what is told here.
-        trained: the kind of record that a step leaves.
-        judged: the kind of record that held-out data leave.
+        log: the log of the run, a file that stays with the party that ran it.
+        trained: the name of the log's event for a training step.
+        judged: the name of the log's event for a validation on held-out data.
+
+    Returns:
+        The number of steps, the measures by name, and the log's path; {} if the log has no training step.
     """
     from offsite.training.run_log import last_record
 
@@ -173,7 +176,7 @@ def _bundle(manifest: "BundleManifest", digest: str, home: "Home") -> dict[str, 
 
 
 def _by_linear_map(manifest: "BundleManifest") -> dict[str, list[int]]:
-    """Where LoRA may sit: the paths in a block of its linear layers, each with the blocks of the bundle."""
+    """The linear layers that may get LoRA: for each path inside a block, the indices of the bundle's blocks."""
     family = manifest.family
     blocks: dict[str, list[int]] = {}
     for index, path in sorted(place for name in manifest.lora_targets if (place := family.linear_layer_of(name))):
@@ -216,7 +219,7 @@ def _plug_in(manifest: "PlugInManifest", digest: str, home: "Home") -> dict[str,
 
 
 def _party(key: str, home: "Home") -> dict[str, str | None]:
-    """A key's fingerprint, and the name by which this home knows it."""
+    """The fingerprint of a public key, and its name in this home; the name is None if the key is not trusted here."""
     from offsite.errors import OffsiteError
     from offsite.protocol.signing import PublicKey
 
@@ -224,13 +227,13 @@ def _party(key: str, home: "Home") -> dict[str, str | None]:
     try:
         own = home.identity()
         names[own.public_key.hex] = f"{own.name} (this home)"
-    except OffsiteError:  # a home without a key can still look at things
+    except OffsiteError:  # a home without a key can still inspect artifacts
         pass
     return {"name": names.get(key), "key": PublicKey.from_hex(key).fingerprint}
 
 
 def _verified(path: Path, home: "Home") -> "Bundle | Return | PlugIn":
-    """Verify an artifact; a return that is addressed to this party also against the bundle that it answers."""
+    """Verify an artifact; a return to this party is also checked against its bundle in the ledger."""
     from offsite.model_owner.intake import check_return
     from offsite.protocol.manifest import ReturnManifest
     from offsite.protocol.verify import read_unverified

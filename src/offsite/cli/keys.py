@@ -1,4 +1,4 @@
-"""The verbs for keys: keygen and trust."""
+"""The commands for keys: keygen and trust."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -49,7 +49,11 @@ def keygen(
 
 
 def _require_writable(out: Path, home: "Home") -> None:
-    """A public key may take the place of another, and of nothing else: `--out key.pem` would end the private one."""
+    """Check that `out` is a new file or an old public key, so that keygen never overwrites a private key or other file.
+
+    Raises:
+        UsageError: `out` is another file, or a file of the home.
+    """
     from offsite.errors import UsageError
 
     own = out.resolve().parent == home.folder.resolve() and out.suffix != ".pub"
@@ -71,7 +75,7 @@ def _holds_key(file: Path) -> bool:
 
 
 def trust_commands() -> typer.Typer:
-    """`offsite trust add|list|remove`."""
+    """Build the command group `offsite trust` with its commands add, list and remove."""
     app = typer.Typer(help="Trust another party's public key, list those trusted, or forget one.", no_args_is_help=True)
     for name, verb in (("add", add), ("list", list_), ("remove", remove)):
         app.command(name, cls=flags.Command, epilog=flags.EXIT_CODES)(verb)
@@ -124,7 +128,7 @@ def list_(context: typer.Context, home: flags.HomeFlag = None, as_json: flags.Js
 
 
 def remove(context: typer.Context, name: _Name, home: flags.HomeFlag = None, as_json: flags.JsonFlag = False) -> None:
-    """Forget a party's key: what it signed no longer verifies here.
+    """Forget a party's key: artifacts that it signed no longer verify here.
 
     Example:
       offsite trust remove hospital

@@ -1,4 +1,4 @@
-"""The verbs of the party that owns a model: import, pack, plug-in."""
+"""The commands of the party that owns a model: import, pack, plug-in."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

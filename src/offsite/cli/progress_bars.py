@@ -1,4 +1,4 @@
-"""Progress bars; imported only if there is a terminal."""
+"""Shows progress bars; imported only if standard error is a terminal, as rich takes long to import."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,16 +14,16 @@ from offsite.progress import Event, Progress
 
 
 class _Facts(ProgressColumn):
-    """Loss, speed, time left: the column that gives way on a narrow terminal, and never takes a second line."""
+    """The last column of a bar, with loss, speed and time left; it is cut off on a narrow terminal."""
 
     def render(self, task: Task) -> Text:
-        """The facts of the task's last event."""
+        """The text of the column: the facts of the last event, on one line."""
         return Text(task.fields["facts"], no_wrap=True, overflow="ellipsis")
 
 
 @contextlib.contextmanager
 def bars() -> Iterator[Progress]:
-    """Show a progress bar for each stage on standard error."""
+    """Context manager: yield a callback that shows a progress bar for each stage on standard error."""
 
     def whole() -> Column:
         return Column(no_wrap=True)
@@ -40,7 +40,7 @@ def bars() -> Iterator[Progress]:
 
         def advance(event: Event) -> None:
             if event.stage not in tasks:
-                for task in display.tasks:  # stages come one after another: what had no total is over now
+                for task in display.tasks:  # stages run one after another, so stages without a total have ended
                     if task.total is None:
                         display.update(task.id, total=1, completed=1)
                 tasks[event.stage] = display.add_task(event.stage, total=event.total, facts="")

@@ -1,4 +1,4 @@
-"""Makes command-line flags from a spec: help, type, choices and default of a flag come from the spec's field."""
+"""Makes a command-line flag from each setting of a spec: its help, type, choices and default."""
 
 import functools
 import inspect
@@ -14,17 +14,20 @@ if TYPE_CHECKING:
     from offsite.config import Setting, Spec
 
 PANEL = "Settings"
-FlagValues = Mapping[str, object]  # the settings that flags gave, by key; None: the flag was left out
+FlagValues = Mapping[str, object]  # the values of the flags for settings, by key; None: the flag was left out
 
-_WIDEST_CHOICES = 32  # letters of choices that fit beside the flags; more of them stand in the text
+_WIDEST_CHOICES = 32  # characters of choices that fit next to the flag; longer lists are in the help text
 
 
 def with_flags(verb: Callable[..., None], kind: "type[Spec] | None") -> Callable[..., None]:
-    """A command's function with a flag for each setting of its spec in place of its parameter `flag_values`.
+    """Replace the parameter `flag_values` of a command's function by a parameter (flag) for each setting of its spec.
 
     Args:
-        verb: the function of the command; its parameter `flag_values` takes the values of the flags by key.
-        kind: the spec of its settings; None: without flags, for a command whose name and text alone are read.
+        verb: the function of the command; its parameter `flag_values` gets the values of the flags by key.
+        kind: the spec class of its settings; None: no flags, for a command of which only name and help are needed.
+
+    Returns:
+        The function for typer, which calls `verb`.
     """
     settings = kind.settings() if kind else {}
     keys = {_parameter(key): key for key, setting in settings.items() if setting.has_flag}
@@ -46,7 +49,7 @@ def with_flags(verb: Callable[..., None], kind: "type[Spec] | None") -> Callable
 
 
 def further_settings(verb: str, kind: "type[Spec]") -> str:
-    """A sentence with the settings that have no flag and their defaults; empty where there are none."""
+    """A sentence that lists the settings without a flag and their defaults; empty if all have flags."""
     further = [
         f"{key} ({shown(setting.field.default)})" for key, setting in kind.settings().items() if not setting.has_flag
     ]
@@ -54,21 +57,21 @@ def further_settings(verb: str, kind: "type[Spec]") -> str:
 
 
 def shown(default: object) -> str:
-    """A default as help and documents show it."""
+    """The text for a default value in help texts and documents."""
     if isinstance(default, tuple):
         return ", ".join(str(part) for part in default)
     return "none" if default is None else str(default)
 
 
 def choices_of(annotation: Any) -> tuple[str, ...]:
-    """The words of a Literal, also inside a union or a tuple; empty where there is none."""
+    """The choices of a Literal type, also inside a union or a tuple; empty if the type has none."""
     if get_origin(annotation) is Literal:
         return tuple(str(choice) for choice in get_args(annotation))
     return next((found for part in get_args(annotation) if (found := choices_of(part))), ())
 
 
 def value_type(annotation: Any) -> type:
-    """The type of one value on the command line; a list is text with commas."""
+    """The type of a flag's value on the command line; it is str for a list, which is written with commas."""
     if get_origin(annotation) is Annotated:
         return value_type(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -79,17 +82,17 @@ def value_type(annotation: Any) -> type:
 
 
 def flag_of(setting: "Setting") -> str:
-    """The flag of a setting."""
+    """The flag of a setting, such as "--max-steps"."""
     return f"--{setting.key.replace('_', '-')}"
 
 
 def _parameter(key: str) -> str:
-    """The name of a function's parameter for a setting: `as` is a word of Python."""
+    """The parameter name for a setting: its key, with "_" added if the key is a Python keyword, such as `as`."""
     return f"{key}_" if iskeyword(key) else key
 
 
 def _annotation(setting: "Setting") -> Any:
-    """The type of a flag, and what typer shows of it."""
+    """The annotation from which typer makes the flag of a setting: its type, help and choices."""
     field, flag = setting.field, flag_of(setting)
     default = "" if field.default in (None, False) else f" [dim](default {shown(field.default)})[/]"
     choices = choices_of(field.annotation)

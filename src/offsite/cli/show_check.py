@@ -1,4 +1,4 @@
-"""Prints the check of a data set: figures, and three rows with the labelled parts marked; or JSON."""
+"""Prints the result of --check: figures of each data set, and three rows with the labelled parts marked; or JSON."""
 
 import dataclasses
 import os
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
     Checks = Mapping[str, TextCheck | PictureCheck]
 
-_MOST_LETTERS = 2000  # of a row that are shown: its beginning and its end
-_BEGIN, _END = "⟦", "⟧"  # around what is learnt, where there is no colour
+_MOST_LETTERS = 2000  # most characters of a row that are printed, from its beginning and its end
+_BEGIN, _END = "⟦", "⟧"  # around labelled text, if the output has no colour
 _CLASSES_SHOWN = 20
 
 
 def show_checks(checks: "Checks", *, as_json: bool) -> int:
-    """Print checks on standard output; returns the exit code: 2 where a run would refuse the rows."""
+    """Print the checks of data sets on standard output; returns the exit code, 2 if a run would refuse a data set."""
     if as_json:
         terminal.show({"kind": "check", **{name: _facts(check) for name, check in checks.items()}}, as_json=True)
     else:
@@ -81,7 +81,7 @@ def _counts(named: Mapping[str, int]) -> str:
 
 
 def _marked(row: "ShownRow") -> str:
-    """The text of a row with what is learnt marked: in colour on a terminal, else in brackets."""
+    """The text of a row of the data set, with labelled (learnt) parts in colour on a terminal, else in brackets."""
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     left = _MOST_LETTERS // max(1, len(row.pieces))
     text = ""

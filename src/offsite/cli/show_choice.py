@@ -1,4 +1,4 @@
-"""Prints which plug-in was chosen: a table of losses with a row per checkpoint and a column per strength, or JSON."""
+"""Formats the choice of a plug-in: losses by checkpoint (rows) and strength (columns) as text, or values for JSON."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -8,12 +8,12 @@ if TYPE_CHECKING:
 
 
 def facts(choice: "Choice") -> dict[str, Any]:
-    """A choice in numbers that JSON can hold."""
+    """The choice of a plug-in as values that JSON can hold."""
     return dataclasses.asdict(choice)
 
 
 def lines(choice: "Choice") -> list[str]:
-    """A choice as a person reads it; the best candidate is marked."""
+    """The choice of a plug-in as lines of text: a table of losses, in which the best candidate is marked."""
     strengths = sorted({candidate.strength for candidate in choice.candidates})
     losses = {(one.checkpoint, one.strength): one for one in choice.candidates}
     table = [["loss at strength", "0 (base)", *(f"{strength:g}" for strength in strengths)]]

@@ -1,4 +1,4 @@
-"""Prints a plan, as tables or as JSON."""
+"""Prints the plan of a stage (the result of --plan), as tables or as JSON."""
 
 import dataclasses
 import shutil
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
     Plan = PackPlan | PlugInPlan | TunePlan
 
-_SINGLE = (int, float, str)  # facts that stand in a line each
+_SINGLE = (int, float, str)  # types of the fields that are printed as a line each
 
 
 def show_plan(plan: "Plan", out: Path, *, as_json: bool) -> None:
     """Print a plan on standard output.
 
     Args:
-        plan: of any stage.
-        out: the folder that the stage would make; only the room on its disk is looked at.
-        as_json: as JSON, with every size in bytes and every time in seconds.
+        plan: the plan of any stage.
+        out: the folder that the stage would make; it is used only to find the free space on its disk.
+        as_json: print JSON, with every size in bytes and every time in seconds.
     """
     free = _free(out)
     if as_json:
@@ -73,7 +73,7 @@ def lines(plan: "Plan", free: int | None) -> list[str]:
 
 
 def size(count: int) -> str:
-    """Format a number of bytes, e.g. as MiB."""
+    """Format a number of bytes in GiB, MiB or KiB."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
         if count >= factor:
             return f"{count / factor:,.1f} {unit}"
@@ -119,7 +119,7 @@ def _amounts(title: str, amounts: "Sequence[Amount]") -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their longest cell; the first at the left, numbers and sizes at the right."""
+    """Format a table as lines of text; the first column is aligned left, all others right."""
     widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The verb study, which plays both parties on one machine for a grid of settings."""
+"""The command study, which plays both parties on one machine for a grid of settings, and full-fine-tuning."""
 
 import contextlib
 import io
@@ -35,12 +35,13 @@ def study(
     report_only: Annotated[bool, typer.Option("--report-only", help="run nothing; report what was run so far")] = False,
     as_json: flags.JsonFlag = False,
 ) -> None:
-    """Play both parties through pack, verify, tune and plug-in for every cell of a grid, and compare what comes out.
+    """Play both parties through pack, verify, tune and plug-in for every cell of a grid, and compare the models.
 
-    Of an image encoder the data sets are pictures, and models are compared by accuracy instead of loss.
+    For an image encoder the data sets are pictures, and models are compared by accuracy instead of loss.
 
-    Every stage runs as a process of its own and is kept under a digest of what determines it: an interrupted study
-    continues, and what did not change is not computed again. Results: results.json, report.md, report.html, plots/.
+    Every stage runs in its own process, and its result is kept under a digest of its inputs: an interrupted study
+    continues, and a stage with unchanged inputs does not run again. Results: results.json, report.md, report.html,
+    plots/.
 
     Example:
       offsite study recipes/small/table1.toml --data-root data/ --out runs/table1
@@ -71,7 +72,7 @@ def study(
                 with _showing_study_progress(points) as on_event:
                     runner = Runner(workspace, on_event, len(list_stages(points)))
                     failed = run_grid(points, runner, keep_models=loaded.keep_models)
-        finally:  # what is there is reported, however the run ended
+        finally:  # after a failure too, report the results so far
             results = _report(loaded, points, out)
     if as_json:
         _print_json(results)
@@ -95,8 +96,7 @@ def full_fine_tuning(
     config: flags.ConfigFlag = None,
     as_json: flags.JsonFlag = False,
 ) -> None:
-    """Tune every weight of a base. A study compares plug-ins with the result; no party of the protocol could compute
-    it.
+    """Tune every weight of a base, for a study that compares plug-ins with it; no party could compute it.
 
     Settings come from table [tune] of --config.
 
@@ -140,10 +140,10 @@ def _print(results: "Results", out: Path) -> None:
 
     from offsite.study.report.report_tables import tables
 
-    wide = None if sys.stdout.isatty() else 200  # a file has no edge
+    wide = None if sys.stdout.isatty() else 200  # a file has no width of its own
     console = Console(highlight=False, width=wide)
-    for one in tables(results)[:-1]:  # what it costs stands in the report
-        # words that are the same in every line say nothing here
+    for one in tables(results)[:-1]:  # the last table, of costs, is in the report only
+        # a column of settings that is the same in every line is left out
         columns = [
             i for i in range(len(one.head)) if i == 0 or i >= one.keys or len({line[i] for line in one.lines}) > 1
         ]
@@ -167,7 +167,7 @@ def _failures(results: "Results") -> list[str]:
 
 @contextlib.contextmanager
 def _showing_study_progress(points: "list[GridPoint]") -> "Iterator[OnStudyEvent]":
-    """Show where a study is: a live table on a terminal, elsewhere a line for each stage and score."""
+    """Context manager: yield a callback that shows a study's events, in a live table on a terminal, else as lines."""
     if not sys.stderr.isatty():
         yield _print_event
         return
@@ -212,7 +212,10 @@ def _check(recipe: "Recipe", *, as_json: bool) -> None:
 
 
 def _end(error: OffsiteError, *, as_json: bool) -> NoReturn:
-    """Fail after the result was shown: as JSON it tells of the failures, and a second document would break it."""
+    """End the command with this error after the result was printed.
+
+    With --json the error goes to standard error only, as standard output must hold a single JSON document.
+    """
     if not as_json:
         raise error
     terminal.say(str(error))
@@ -220,7 +223,15 @@ def _end(error: OffsiteError, *, as_json: bool) -> NoReturn:
 
 
 def run_in_this_process(words: "Words", log: Path) -> "Outcome":
-    """A command without a process of its own: for stages of a moment, which starting Python would outlast."""
+    """Run a command inside this process, for the stages of a check, which are shorter than starting Python.
+
+    Args:
+        words: the words after `offsite`.
+        log: the file for the command's messages.
+
+    Raises:
+        OffsiteError: the command failed; the error has its exit code.
+    """
     from offsite.cli import main
     from offsite.study.run_command import Outcome, failed
 

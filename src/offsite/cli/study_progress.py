@@ -1,4 +1,4 @@
-"""The live table of a running study; imported only if there is a terminal."""
+"""Shows a live table of a running study; imported only if standard error is a terminal."""
 
 import contextlib
 import time
@@ -17,13 +17,13 @@ from offsite.study.metric import METRICS, Metric
 from offsite.study.report.report_tables import LABELS
 from offsite.study.run_grid import OnStudyEvent, StudyEvent
 
-_SHOWN = 14  # cells at once
-_TAIL = 4096  # bytes of a log that are looked at
+_SHOWN = 14  # grid points that are shown at the same time
+_TAIL = 4096  # bytes read from the end of a log
 
 
 @dataclass
 class StudyTable:
-    """What a study has said so far, table anew a few times a second."""
+    """The events of a study so far; rich draws it as a table several times a second."""
 
     points: Sequence[GridPoint]
     scores: dict[tuple[int, str], str] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class StudyTable:
     since: float = field(default_factory=time.monotonic)
 
     def on_event(self, event: StudyEvent) -> None:
-        """Take in what happened."""
+        """Record an event of the study."""
         if event.kind == "stage":
             self.event, self.since = event, time.monotonic()
         elif event.kind == "score":
@@ -41,7 +41,7 @@ class StudyTable:
 
     @property
     def _metric(self) -> Metric:
-        """A study has one base, and so one measure."""
+        """The metric of all grid points; it is the same for all, as a study has one base."""
         return METRICS[self.points[0].metric if self.points else "loss"]
 
     def __rich__(self) -> RenderableType:
@@ -76,14 +76,14 @@ class StudyTable:
 
 @contextlib.contextmanager
 def study_table(points: Sequence[GridPoint]) -> Iterator[OnStudyEvent]:
-    """Draw on standard error until the block ends; the last state stays on the screen."""
+    """Context manager: draw the table on standard error, and yield the callback for events; the last state stays."""
     table = StudyTable(points)
     with Live(table, console=Console(stderr=True), refresh_per_second=4):
         yield table.on_event
 
 
 def _last_line(log: Path | None) -> str:
-    """What the running stage said last."""
+    """The last line of a stage's log; empty if there is none."""
     if log is None:
         return ""
     try:

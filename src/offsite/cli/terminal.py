@@ -1,6 +1,6 @@
-"""Output for people and scripts: results on standard output; progress, hints and errors on standard error.
+"""Prints for people and scripts: results to standard output; progress, hints and errors to standard error.
 
-Text from an artifact may come from a stranger, so control characters are shown as escapes, never sent to the terminal.
+Text in an artifact may be hostile, so control characters are printed as escapes and never reach the terminal.
 """
 
 import contextlib
@@ -50,18 +50,18 @@ def render_json(value: object) -> str:
 
 
 def say(text: str) -> None:
-    """A line on standard error."""
-    sys.stderr.write(printable(f"offsite: {text}\n"))  # typer.echo would go past the bars, and into one of them
+    """Print a line on standard error."""
+    sys.stderr.write(printable(f"offsite: {text}\n"))  # rich redirects it above the bars; typer.echo would break them
 
 
 def hint(text: str) -> None:
-    """What to do next: on standard error, and only where a person looks at it."""
+    """Print advice on the next step on standard error, if that is a terminal."""
     if sys.stderr.isatty():
         say(text)
 
 
 def show_error(error: OffsiteError, *, as_json: bool) -> None:
-    """An error in one screen: what, every reason, the next step."""
+    """Print an error: what was wrong, every reason, and the next step."""
     _failed(type(error).__name__, error.exit_code, error.what, error.reasons, error.next_step, as_json=as_json)
 
 
@@ -75,7 +75,7 @@ def show_usage_error(error: typer.TyperException, *, as_json: bool) -> None:
 
 
 def show_interruption(next_step: str, *, as_json: bool) -> int:
-    """That the command was stopped; returns the exit code."""
+    """Print that the command was interrupted, and the next step; returns the exit code."""
     what = "stopped; nothing half-written was left"
     say(f"{what}. {next_step[0].upper()}{next_step[1:]}")
     if as_json:
@@ -84,14 +84,14 @@ def show_interruption(next_step: str, *, as_json: bool) -> int:
 
 
 def show_system_error(error: OSError, *, as_json: bool) -> int:
-    """What the system refused: as a rule standard output that takes nothing more; returns the exit code."""
+    """Print an error of the operating system, mostly that standard output cannot be written; returns the exit code."""
     if error.filename is None:
         as_json = False
-        with contextlib.suppress(OSError):  # at its end Python would try once more to write what is left
+        with contextlib.suppress(OSError):  # else Python would try again at its end to write the remaining output
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
             os.close(nowhere)
-    if error.errno != errno.EPIPE:  # whoever read it has gone, as `head` does
+    if error.errno != errno.EPIPE:  # no message if the reading program has ended, such as `head`
         what = f"cannot use {error.filename or 'standard output'}: {error.strerror or error}"
         next_step = "check the disk and the path, then run the same command again"
         show_error(StorageError(what, next_step=next_step), as_json=as_json)
@@ -108,7 +108,7 @@ def _failed(
     if next_step:
         _mark("next: ", fg="cyan")
         typer.echo(printable(next_step), err=True)
-    if as_json:  # last, since standard output may take nothing more
+    if as_json:  # last, since writing to standard output may fail
         _show_failure(kind, exit_code, what, reasons, next_step)
 
 
@@ -118,7 +118,7 @@ def _show_failure(kind: str, exit_code: int, what: str, reasons: tuple[str, ...]
 
 
 def _mark(word: str, **style: Any) -> None:
-    """The start of a line on standard error, in colour where that is wanted (see no-color.org)."""
+    """Print the first word of a line on standard error, in colour unless $NO_COLOR is set (see no-color.org)."""
     typer.secho(word, err=True, nl=False, color=False if os.environ.get("NO_COLOR") else None, **style)
 
 
@@ -129,7 +129,8 @@ def printable(text: str) -> str:
 
 def _rows(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in result.items():
-        label = f"{prefix}{name}" if prefix else name.replace("_", " ")  # below the top, names may be a stranger's
+        # below the top level, names may come from the other party and stay unchanged
+        label = f"{prefix}{name}" if prefix else name.replace("_", " ")
         if isinstance(value, Mapping):
             yield from _rows(value, f"{label}.")
         elif isinstance(value, list | tuple):
@@ -139,7 +140,10 @@ def _rows(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def _list_rows(label: str, values: "list[Any] | tuple[Any, ...]") -> Iterator[tuple[str, str]]:
-    """Numbers and words in one line; sentences below each other, with the label before the first."""
+    """Yield (label, text) lines for a list: words and numbers in one line, sentences in a line each.
+
+    Only the first line has the label.
+    """
     most = len(values) if all(isinstance(value, int) for value in values) else _LIST_SHOWN
     for value in values[:most]:
         if isinstance(value, Mapping):
@@ -163,7 +167,7 @@ def _value(name: str, value: object) -> str:
 
 @contextlib.contextmanager
 def showing_progress() -> Iterator[Progress]:
-    """Show the events of a stage: bars on a terminal, elsewhere a line now and then."""
+    """Context manager: yield a progress callback that shows bars on a terminal, and otherwise prints lines."""
     if not sys.stderr.isatty():
         yield lines()
         return
@@ -174,8 +178,14 @@ def showing_progress() -> Iterator[Progress]:
 
 
 def lines(clock: Callable[[], float] = time.monotonic) -> Progress:
-    """Progress as plain lines: the first and last event of a stage, and each 10 % or 10 seconds between."""
-    printed: dict[str, tuple[float, int]] = {}  # by stage: when, and how many tenths were done
+    """Make a progress callback that prints plain lines.
+
+    It prints the first and last event of a stage, and between them a line for each 10 % or 10 seconds.
+
+    Args:
+        clock: returns the time in seconds.
+    """
+    printed: dict[str, tuple[float, int]] = {}  # by stage, the time of the last line and how many tenths were done
 
     def advance(event: Event) -> None:
         now = clock()
@@ -200,7 +210,7 @@ def _count(event: Event) -> str:
 
 
 def facts_in_words(event: Event) -> str:
-    """What an event says beside how far it is: loss 1.23  tokens/s 456."""
+    """The facts of an event as text, such as "loss 1.23  tokens/s 456"."""
     return "  ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in event.facts.items()
     )

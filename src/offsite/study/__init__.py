@@ -1,1 +1,1 @@
-"""Both parties on one machine: what the whole protocol gives, measured."""
+"""Studies and demos: they play both parties on one machine, run the whole protocol, and measure the results."""

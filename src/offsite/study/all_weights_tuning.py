@@ -1,4 +1,4 @@
-"""Makes all weights of a base trainable, as the input of the training loop for full fine-tuning."""
+"""Makes all weights of a base model trainable, and builds the input of the training loop for full fine-tuning."""
 
 from typing import TYPE_CHECKING
 
@@ -33,11 +33,11 @@ def all_weights_on_text(
     """Make every parameter of a language model trainable; dropout runs in all of its modules.
 
     Args:
-        model: as it was loaded; it is changed.
-        family: of the model.
-        examples: rows to train on.
-        held_out: rows to validate on; may be empty.
-        spec: how rows become steps and micro-batches.
+        model: the language model as it was loaded; it is changed.
+        family: the model's family.
+        examples: tokenised rows to train on.
+        held_out: tokenised rows to validate on; may be empty.
+        spec: settings of the run, which say how many rows make a step and a micro-batch.
     """
     network = split_backbone_and_head(model)
     report = prepare(model, model.device, model.dtype)
@@ -62,13 +62,13 @@ def all_weights_on_text(
 def all_weights_on_pictures(
     model: "PreTrainedModel", family: Architecture, album: Album, spec: TuneSpec, progress: Progress
 ) -> Tuning:
-    """Add a classifier's head to an encoder, and make every parameter trainable that the head depends on.
+    """Add a classifier head to an image encoder, and make every parameter trainable that the head depends on.
 
     Args:
         model: the encoder, as it was loaded; it is changed.
-        family: of the model.
+        family: the model's family.
         album: pictures to train and to validate on.
-        spec: how the head starts, and how pictures become steps and micro-batches.
+        spec: settings of the run, for the head's first values and the number of pictures in a step and a micro-batch.
         progress: called with the progress events.
     """
     encoder = encoder_of(model)
@@ -95,7 +95,10 @@ def all_weights_on_pictures(
 
 
 def _reached(encoder: Encoder, pixels: Floats) -> dict[str, nn.Parameter]:
-    """The parameters that the head's input depends on: not a mask token, and no norm that comes after that input."""
+    """The encoder's parameters that the head's input depends on, by name; found by a backward pass.
+
+    Others, such as a mask token or a norm after the head's input, get no gradient and are not returned.
+    """
     encoder.features(pixels).sum().backward()  # type: ignore[no-untyped-call]
     reached = {name: parameter for name, parameter in encoder.body.named_parameters() if parameter.grad is not None}
     encoder.body.zero_grad(set_to_none=True)

@@ -26,7 +26,7 @@ _COLOURS = {"red": (220, 40, 40), "blue": (40, 40, 220)}
 
 @dataclass(frozen=True)
 class CheckResult:
-    """How much a check ran, and what failed."""
+    """The result of `check`: how many grid points and stages it ran, and a message for each failure."""
 
     points: int
     stages: int
@@ -39,7 +39,7 @@ def check(recipe: Recipe, run: RunStage, on_event: OnStudyEvent) -> CheckResult:
 
     Args:
         recipe: from `load_recipe`; its base and files need not exist.
-        run: runs a command.
+        run: runs one `offsite` command.
         on_event: called with every event of the run.
 
     Raises:
@@ -72,7 +72,7 @@ def check(recipe: Recipe, run: RunStage, on_event: OnStudyEvent) -> CheckResult:
 
 
 def _architecture_and_blocks(recipe: Recipe) -> tuple[str, int | None]:
-    """Architecture and number of blocks: those of the base if it exists, else those that the recipe states."""
+    """The architecture and number of blocks for the tiny model; None blocks: as many as the base folder has."""
     if isinstance(recipe.base, str):
         return _PUBLISHED[recipe.base]
     folder = _base_folder(recipe)
@@ -91,7 +91,7 @@ def _base_folder(recipe: Recipe) -> Path | None:
 
 
 def _data(recipe: Recipe, folder: Path) -> tuple[DataTable, ...]:
-    """One synthetic data set for each kind of score in the recipe."""
+    """Write one synthetic data set of text for each kind of score in the recipe."""
     kinds = dict.fromkeys(table.score for table in recipe.data)
     return tuple(_synthetic_rows(kind, folder) for kind in kinds)
 
@@ -111,7 +111,7 @@ def _synthetic_rows(score: Any, folder: Path) -> DataTable:
 
 
 def _synthetic_pictures(folder: Path) -> DataTable:
-    """Write pictures of a single colour; the two colours are the classes."""
+    """Write a data set of pictures of a single colour; the two colours are the classes."""
     image = require("PIL.Image", "vision", "writing synthetic pictures")
     for part in ("train", "test"):
         for name, colour in _COLOURS.items():

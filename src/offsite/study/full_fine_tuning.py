@@ -52,20 +52,20 @@ def full_fine_tuning(
     resume: bool = False,
     progress: Progress = silent,
 ) -> Base:
-    """Train all of a base model on rows, and write the tuned model.
+    """Train all weights of a base model on a data set, and write the tuned model.
 
     Args:
         base: the model; it is only read.
-        data: rows to train on.
+        data: a data set of rows, or of pictures for an encoder, to train on.
         out: the tuned checkpoint's folder, in the compute dtype; it appears complete or not at all.
         spec: how to train; settings of the adapter are ignored.
-        eval_data: rows to validate on.
-        resume: continue an interrupted run; where there is none yet, start.
+        eval_data: a data set to validate on; None: no validation.
+        resume: continue an interrupted run, or start one if there is none.
         progress: called with the progress events.
 
     Raises:
-        UsageError: `out` is not empty, or another run than this one was interrupted there.
-        DataError: rows are bad, too long, or missing.
+        UsageError: `out` is not empty, or a run with other settings was interrupted there.
+        DataError: rows are wrong, too long, or missing.
         IncompatibleError: the base does not load.
         OffsiteError: the training diverged.
         StorageError: something cannot be read or written.
@@ -140,7 +140,7 @@ def _write_language_model(model: "PreTrainedModel", base: Base, out: Path) -> No
             model.set_attn_implementation("eager")  # so that the config does not name an attention of ours
             model.generation_config = (
                 GenerationConfig()
-            )  # scoring needs none, and transformers refuses to write unusual ones
+            )  # scoring needs no generation config, and transformers refuses to write unusual ones
             model.save_pretrained(folder)
         for name in TOKENIZER_FILES:
             if (base.folder / name).is_file():

@@ -14,7 +14,7 @@ from offsite.study.stages import Rows, Stage, Workspace, uncompressed_spec
 
 @dataclass(frozen=True)
 class GridPoint:
-    """One point of the grid: its settings, and the stages that its scores come from."""
+    """One combination of data set, compressor, method and seed in a study, with the stages that compute its scores."""
 
     dataset: DataTable
     data: Rows
@@ -24,11 +24,11 @@ class GridPoint:
     rows: Mapping[RowName, Stage]  # one scoring stage for each row of the result table, in the table's order
     pack: Stage
     tune: Stage
-    protocol: tuple[Stage, ...]  # what both parties did between base and plug-in
+    protocol: tuple[Stage, ...]  # the stages of both parties from packing to plugging in, in order
 
     @property
     def metric(self) -> MetricName:
-        """The metric by which its models are compared."""
+        """The metric by which the models of this grid point are compared."""
         return "accuracy" if self.data.pictures else "loss"
 
 
@@ -36,9 +36,9 @@ def expand_grid(recipe: Recipe, workspace: Workspace, rows: Mapping[str, Rows]) 
     """List every point of the grid, data set by data set. Nothing runs.
 
     Args:
-        recipe: says which data sets, compressors, methods and seeds there are.
+        recipe: lists the data sets, compressors, methods and seeds.
         workspace: the study's folder and base model.
-        rows: by name, the data sets in the data owner's folder.
+        rows: the files of each data set in the data owner's folder, by the data set's name.
     """
     model = open_base(Base(workspace.base))
 
@@ -89,7 +89,7 @@ def _grid_point(
 
 
 def _protocol(workspace: Workspace, pack: Stage, spec: TuneSpec, rows: Rows) -> tuple[Stage, ...]:
-    """Pack, verify, tune, verify, plug in."""
+    """The five stages of the protocol, in order: pack, verify the bundle, tune, verify the return, plug in."""
 
     def stages() -> Iterator[Stage]:
         yield pack

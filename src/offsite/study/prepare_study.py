@@ -28,21 +28,24 @@ from offsite.study.resumable_chain import OWNER, TUNER
 from offsite.study.run_command import run_command
 from offsite.study.stages import Rows, Workspace
 
-_MARK = "stages"  # what every study's folder has
+_MARK = "stages"  # the sub-folder by which the folder of a study is recognised
 
 
 def prepare(recipe: Recipe, out: Path, say: Callable[[str], None]) -> tuple[Workspace, dict[str, Rows]]:
-    """Prepare the folder of a study, and refuse everything that could not work before anything runs.
+    """Prepare the folder of a study, and check everything that can be checked before the first stage runs.
 
     Args:
         recipe: from `load_recipe`.
         out: the study's folder: new, or that of an earlier run.
-        say: told what takes a while.
+        say: called with a short text before each step that takes long.
+
+    Returns:
+        The workspace, and the files of each data set by its name.
 
     Raises:
         UsageError: files are missing, the folder holds other things, or a setting does not fit the base.
-        DataError: rows are bad.
-        IncompatibleError: the base is not what the recipe says, or cannot be cut as it says.
+        DataError: rows of a data set are wrong.
+        IncompatibleError: the base is not the one that the recipe describes, or cannot be split as the recipe says.
     """
     require_files(recipe)
     _require_study_folder(out)
@@ -76,11 +79,11 @@ def _base(recipe: Recipe, say: Callable[[str], None]) -> Path:
 
 
 def require_recipe_fits_base(recipe: Recipe, base: Path) -> None:
-    """Refuse a base that the recipe does not describe, and settings with which it cannot be packed.
+    """Check that the base is the one that the recipe describes, and that it can be packed with the recipe's settings.
 
     Raises:
-        IncompatibleError: another family, or another number of blocks.
-        UsageError: a setting does not fit; all are listed.
+        IncompatibleError: the base has another family or another number of blocks than the recipe says.
+        UsageError: a setting does not fit the base; all such settings are listed.
     """
     model = open_base(Base(base))
     reasons = []
@@ -118,10 +121,10 @@ def _problems_with_base(model: BaseModel, spec: PackSpec) -> Sequence[str]:
 
 
 def _require_pictures(model: BaseModel, spec: PackSpec) -> None:
-    """Refuse to look at pictures that there are none of.
+    """Check that calibration pictures exist if selecting or healing blocks needs them.
 
     Raises:
-        UsageError: the blocks are chosen or healed by pictures, the recipe names none, and none are installed.
+        UsageError: pictures are needed, the recipe names none, and none are installed.
     """
     middle = partition(model, spec).middle
     chooses = spec.selection_rule.runs_blocks and spec.kept(middle) < len(middle)
@@ -130,7 +133,7 @@ def _require_pictures(model: BaseModel, spec: PackSpec) -> None:
 
 
 def introduce(out: Path) -> None:
-    """Create both parties' homes with keys that trust each other; those of an earlier run stay."""
+    """Create a home with a key for each party, and make the parties trust each other's keys; existing keys are kept."""
     homes = {party: Home(out / party / "home") for party in (OWNER, TUNER)}
     for party, home in homes.items():
         if not (home.folder / "key.pem").exists():
@@ -140,7 +143,7 @@ def introduce(out: Path) -> None:
 
 
 def _base_digest(base: Path, out: Path, say: Callable[[str], None]) -> str:
-    """SHA-256 over the base's files; read once, as long as no file's size or time changes."""
+    """The SHA-256 over the base's files; stored in `out`, and computed again only if a file's size or time changed."""
     files = sorted(file for file in base.rglob("*") if file.is_file())
     seen = [[str(base.resolve())], *([file.name, (at := file.stat()).st_size, at.st_mtime_ns] for file in files)]
     known = out / "experimenter" / "base.json"
@@ -157,10 +160,15 @@ def _base_digest(base: Path, out: Path, say: Callable[[str], None]) -> str:
 
 
 def write_rows(table: DataTable, folder: Path) -> Rows:
-    """Write the rows that the study uses to the data owner's folder.
+    """Write the rows of a data set that the study uses as JSONL files; a plain text file is used where it is.
+
+    Args:
+        table: the data set, from the recipe.
+        folder: the folder for the data owner's data.
 
     Raises:
-        DataError: rows are bad, or are not multiple choice where the score needs it; files are named by source.
+        DataError: a row is wrong, or is not multiple choice although the score needs it, or the recipe limits the
+            number of rows of a plain text file.
     """
     parts = {"train": (table.train, table.max_train_rows), "test": (table.test, table.max_test_rows)}
     made = {}
@@ -176,7 +184,7 @@ def write_rows(table: DataTable, folder: Path) -> Rows:
             continue
         records = _records(table, part, source, most)
         content = "".join(json.dumps(fields, default=str) + "\n" for fields in records).encode()
-        digest = hashlib.sha256(content).hexdigest()[:8]  # another number of rows is another file
+        digest = hashlib.sha256(content).hexdigest()[:8]  # another number of rows gets another file name
         made[part] = folder / f"{table.name.replace('/', '-')}.{part}.{digest}.jsonl"
         if not made[part].exists():
             replace_file(made[part], content)

@@ -1,7 +1,7 @@
-"""A recipe: the grid of a study in a TOML file. docs/study.md shows how to write one.
+"""Reads a recipe: a TOML file that describes the grid of a study. docs/study.md shows how to write one.
 
-A [[pack]] table is a PackSpec with a name, a [[tune]] table a TuneSpec with a name: whatever setting a stage has, a
-recipe has, and nothing here lists them.
+A [[pack]] table has a name and any settings of PackSpec, a [[tune]] table a name and any settings of TuneSpec. The
+settings are not listed here, so a recipe can always use all of them.
 """
 
 import difflib
@@ -29,11 +29,11 @@ class DataTable(Spec):
     name: _Name
     train: Annotated[Path, Field(description="rows to tune on, relative to --data-root or to the recipe")]
     test: Annotated[Path, Field(description="rows to score on, relative to --data-root or to the recipe")]
-    max_train_rows: Annotated[int | None, Field(ge=1, description="use so many, spread evenly; None is all")] = None
-    max_test_rows: Annotated[int | None, Field(ge=1, description="use so many, spread evenly; None is all")] = None
+    max_train_rows: Annotated[int | None, Field(ge=1, description="rows to use, spread evenly; left out: all")] = None
+    max_test_rows: Annotated[int | None, Field(ge=1, description="rows to use, spread evenly; left out: all")] = None
     score: Annotated[
         Literal["loss", "accuracy", "accuracy_norm"],
-        Field(description="what the report shows beside the loss; of text the accuracies need multiple-choice rows"),
+        Field(description="score that is reported in addition to the loss; for text, accuracies need multiple choice"),
     ] = "loss"
     tune: Annotated[
         dict[str, Any],
@@ -64,10 +64,10 @@ class RecipeTables(Spec):
 
 @dataclass(frozen=True)
 class Compressor:
-    """One way to pack: a [[pack]] table, at one [[placement]] where there are any."""
+    """One way to pack a bundle: the settings of a [[pack]] table, and of one [[placement]] table if there are any."""
 
     name: str
-    placement: str  # "" where the recipe has no placements
+    placement: str  # the name of the [[placement]] table; "" if the recipe has none
     spec: PackSpec
 
 
@@ -80,7 +80,7 @@ class Method:
     full: TuneSpec
 
     def on(self, table: DataTable) -> "Method":
-        """A copy with the settings that this data set adds."""
+        """A copy with the additional settings that the recipe gives for the data set `table`."""
         return replace(self, spec=self.spec.changed(table.tune), full=self.full.changed(table.tune))
 
 
@@ -102,11 +102,11 @@ class Recipe:
     methods: tuple[Method, ...]
     plug_in: PlugInSpec
     eval: EvalSpec
-    missing: tuple[str, ...]  # files that it names and that are not there
+    missing: tuple[str, ...]  # a message for each file that the recipe names and that does not exist
 
     @property
     def grid_size(self) -> int:
-        """How many points the grid has."""
+        """The number of points of the grid: combinations of data set, compressor, method and seed."""
         return len(self.data) * len(self.compressors) * len(self.methods) * len(self.seeds)
 
 
@@ -115,8 +115,8 @@ def load_recipe(file: Path, *, data_root: Path | None = None, base: Path | None 
 
     Args:
         file: the TOML file.
-        data_root: where its data files are looked for first.
-        base: takes the place of the base that the recipe names.
+        data_root: the folder in which data files are looked for first; None: only the recipe's folder is used.
+        base: a base folder to use instead of the base that the recipe names.
 
     Raises:
         UsageError: the file cannot be read, or anything in it is wrong; every problem is listed.
@@ -168,14 +168,14 @@ def load_recipe(file: Path, *, data_root: Path | None = None, base: Path | None 
 
 
 def require_files(recipe: Recipe) -> None:
-    """Refuse a recipe whose files are not all there, before any work starts.
+    """Check, before any work starts, that all files that a recipe names exist.
 
     Raises:
-        UsageError: some are not; all are listed.
+        UsageError: files are missing; all of them are listed.
     """
     if recipe.missing:
         raise UsageError(
-            f"the recipe {recipe.file} names what is not there",
+            f"the recipe {recipe.file} names files that do not exist",
             reasons=recipe.missing,
             next_step="put the files there, or say where they are with --data-root and --base; "
             "--check tries the recipe without them",
@@ -196,18 +196,18 @@ def _missing(recipe: Recipe) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _SearchPaths:
-    """Where a recipe's relative paths may lie."""
+    """The folders in which a recipe's relative paths are looked for: first the data root, then the recipe's folder."""
 
     recipe: Path
     data_root: Path | None
 
     def find(self, path: Path) -> Path:
-        """The first place that has it; where none has, the first one, for the error to name."""
+        """The path in the first folder that contains it; if none does, in the first folder, for the error message."""
         roots = [root.resolve() for root in (self.data_root, self.recipe) if root is not None]
         return next((root / path for root in roots if (root / path).exists()), roots[0] / path)
 
     def paths(self, spec: Spec) -> dict[str, Path]:
-        """Every path of a spec, found."""
+        """All settings of a spec that are paths, by key, each replaced by the result of `find`."""
         return {name: self.find(value) for name, value in spec.values().items() if isinstance(value, Path)}
 
 
@@ -247,12 +247,12 @@ def _methods(tables: RecipeTables, places: _SearchPaths, problems: list[str]) ->
         yield Method(name, spec.changed(places.paths(spec)), full.changed(places.paths(full)))
 
 
-# Settings of TuneSpec that say what trains or what comes back: full fine-tuning has no use for them.
+# Settings of TuneSpec about the adapter and the return, which full fine-tuning does not have.
 _METHOD_SETTINGS = TuneSpec.keys_of("adapter") | {"checkpoints", "report_scores"}
 
 
 def _problems_of_data_settings(recipe: Recipe) -> Iterator[str]:
-    """What is wrong with the settings that data sets have of their own."""
+    """Yield a message for each wrong setting in the `tune` tables of the recipe's data sets."""
     for table in recipe.data:
         where = f"[[data]] {table.name!r}.tune"
         yield from (
@@ -277,7 +277,7 @@ def _named(where: str, table: Mapping[str, Any], index: int, problems: list[str]
 
 
 def _part(kind: type[Spec], shared: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of [shared] that a stage has; a seed and a method are never shared."""
+    """The settings in the recipe's [shared] table that are settings of this kind of spec."""
     return {name: value for name, value in shared.items() if name in kind.settings()}
 
 
@@ -287,7 +287,7 @@ def _unknown_shared(shared: Mapping[str, Any]) -> list[str]:
 
 
 def _spec(kind: type[S], where: str, settings: Mapping[str, Any], problems: list[str]) -> S:
-    """The settings of a stage; what is wrong goes to `problems`, and the defaults stand in."""
+    """Build the spec of a stage; if settings are wrong, append messages to `problems` and return the defaults."""
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
@@ -296,7 +296,7 @@ def _spec(kind: type[S], where: str, settings: Mapping[str, Any], problems: list
 
 
 def _problems(kind: type[Spec], error: ValidationError) -> list[str]:
-    """Every problem with the field's name and with what would work."""
+    """A message for each problem in a validation error, with the setting's name, description and default."""
     lines = []
     for problem in problems_of(error, kind):
         name = problem.place[0] if problem.place else ""

@@ -28,7 +28,7 @@ class Chain:
     workdir: Path
     progress: Progress
     total: int
-    basis: str = ""  # digest of what every step depends on
+    basis: str = ""  # digest of values that every step depends on
     results: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     _key: str = ""  # digest of this step and of all earlier ones
@@ -64,14 +64,15 @@ class Chain:
         """Run an `offsite` command of a party as the next step, and return its JSON result.
 
         Args:
-            name: of the step.
-            description: of the step, for the user.
-            verb: the command's words, after --home.
-            out: the folder or file that it writes.
-            stamp: what it depends on, in addition to its words and the earlier steps.
-            again: a flag to add if the step was started before.
-            leftovers: files of an interrupted try; they are removed if the step has changed since.
-            by: the party; None takes the one whose folder `out` is in, "" none.
+            name: the step's name, unique in the chain.
+            description: a description of the step for the user.
+            verb: the command's words, without `offsite` and --home.
+            out: the folder or file that the command writes.
+            stamp: values that the result depends on, in addition to the command's words and the earlier steps.
+            again: a flag that is added if the step was started before.
+            leftovers: files that an interrupted try leaves; they are removed if the step has changed since.
+            by: the party that runs the command; None: the party whose folder contains `out`, or the model owner if
+                there is no `out`; "": neither party, so the command gets no --home.
         """
         party = (OWNER if out is None or out.is_relative_to(self.folder(OWNER)) else TUNER) if by is None else by
         home: Words = ["--home", self.folder(party, "home")] if party else []
@@ -86,7 +87,7 @@ class Chain:
     def step(
         self, name: str, description: str, act: Callable[[], Any], outputs: Sequence[Path], stamp: Mapping[str, Any]
     ) -> Any:
-        """Run a function as the next step, and return its result."""
+        """Run the function `act` as the next step, and return its result; `outputs` are the paths that it writes."""
         return self._step(name, description, lambda _started: act(), outputs, stamp)
 
     def copy(self, name: str, source: Path, target: Path) -> None:
@@ -99,7 +100,7 @@ class Chain:
         self.step(name, f"{name}: a plain copy", act, [target], {"source": str(source)})
 
     def note(self, name: str, stamp: Mapping[str, Any], result: Any, seconds: float) -> None:
-        """Record a step that was done outside this chain."""
+        """Record the result of a step that was done outside this chain, so that later steps depend on it."""
         self._done += 1
         self._key = _digest(self._key, name, stamp)
         self.results[name], self.seconds[name] = result, seconds
@@ -165,7 +166,7 @@ def copy_artifact(source: Path, target: Path) -> None:
 
 
 def require_demo_folder(workdir: Path) -> Path:
-    """Return the work folder if it is empty, new, or has an earlier run of the demo.
+    """Return `workdir` if it is empty, new, or contains an earlier run of the demo.
 
     Raises:
         UsageError: it contains other files.

@@ -36,7 +36,7 @@ def run_command(words: Sequence[str | Path], doing: str, log: Path | None = None
 
     Args:
         words: the command's words after `offsite`.
-        doing: what stops when the command fails, for the error message, e.g. "the demo".
+        doing: the work that stops if the command fails, such as "the demo"; the error message names it.
         log: file for the command's progress and messages; None sends them to our standard error.
 
     Raises:
@@ -66,7 +66,7 @@ def run_command(words: Sequence[str | Path], doing: str, log: Path | None = None
 
 
 def settings_toml(tables: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Write a settings file for --config, one table for each stage. None is left out, as TOML has no such value."""
+    """Make the content of a settings file for --config, a table for each stage; settings that are None are left out."""
     lines: list[str] = []
     for table, settings in tables.items():
         present = {name: value for name, value in settings.items() if value is not None}
@@ -93,7 +93,10 @@ def _wait(process: "subprocess.Popen[bytes]") -> int | None:
 
 
 def stop(process: "subprocess.Popen[bytes]", *, signalled: bool) -> None:
-    """Let an interrupted command clean up. A terminal has sent it the signal already; otherwise it is sent now."""
+    """End a command after an interruption: wait until it has cleaned up, or kill it after `STOP_SECONDS`.
+
+    If `signalled`, the terminal has already sent it the interrupt; otherwise it is sent a termination signal now.
+    """
     if not signalled:
         process.terminate()
     try:
@@ -103,7 +106,7 @@ def stop(process: "subprocess.Popen[bytes]", *, signalled: bool) -> None:
 
 
 def failed(words: Sequence[str | Path], code: int, doing: str, stdout: bytes) -> OffsiteError:
-    """Build the error for a command that ended with this code: from the JSON it printed, if any."""
+    """Build the error for a command that ended with this exit code, from the JSON error that it printed, if any."""
     printed = _error_in(stdout)
     error = (
         OffsiteError(str(printed["what"]), reasons=printed.get("reasons") or (), next_step=printed.get("next_step"))

@@ -26,7 +26,7 @@ RunStage = Callable[[Words, Path], Outcome]  # takes the words after `offsite`, 
 
 @dataclass(frozen=True)
 class StudyEvent:
-    """Something that happened in a study: a stage began, a row of the grid was scored, or it failed."""
+    """An event of a running study: a stage began, or a result row of a grid point was scored or failed."""
 
     kind: Literal["stage", "score", "failure"]
     done: int  # number of stages that are done
@@ -40,7 +40,7 @@ class StudyEvent:
 
     @property
     def score_text(self) -> str:
-        """The name of the metric and the score, e.g. "loss 2.345"; empty where there is no score."""
+        """The name of the metric and the score, such as "loss 2.345"; empty if the event has no score."""
         metric = METRICS[self.metric]
         return "" if self.score is None else f"{metric.name} {metric.format(self.score)}"
 
@@ -49,13 +49,13 @@ OnStudyEvent = Callable[[StudyEvent], None]
 
 
 def run_in_own_process(words: Words, log: Path) -> Outcome:
-    """Run a stage in a process of its own, so that its time and peak memory are measured alone."""
+    """Run the command of a stage in its own process, so that its time and peak memory are measured alone."""
     return run_command(words, "the study", log)
 
 
 @dataclass
 class Runner:
-    """Runs stages, and records on disk which are done."""
+    """Runs the stages of a study, and records on disk which of them are done."""
 
     workspace: Workspace
     on_event: OnStudyEvent
@@ -66,7 +66,7 @@ class Runner:
 
     @property
     def done(self) -> int:
-        """How many stages are done or were not needed."""
+        """The number of stages that are done or were not needed."""
         return len(self._passed)
 
     def ensure_done(self, stage: Stage) -> Mapping[str, Any]:
@@ -128,7 +128,7 @@ def run_grid(points: Sequence[GridPoint], runner: Runner, *, keep_models: bool =
     """Run every point of the grid. A failure is reported and recorded, and the other points still run.
 
     Returns:
-        The number of points of which at least one row failed.
+        The number of grid points with at least one failed row.
     """
     failed = 0
     for index, point in enumerate(points):
@@ -156,12 +156,12 @@ def list_stages(points: Sequence[GridPoint]) -> dict[str, Stage]:
 
 
 def record_file(folder: Path, stage: Stage) -> Path:
-    """The path of a stage's record."""
+    """The path of the JSON file that records a stage."""
     return folder / "stages" / f"{stage.key}.json"
 
 
 def read_record(folder: Path, stage: Stage) -> dict[str, Any]:
-    """Read a stage's record: {} before it first ran, else `done` and `result`, or its `error`."""
+    """Read a stage's record: {} if it never ran, else a mapping with `done`, and with `result` or `error`."""
     try:
         record = json.loads(record_file(folder, stage).read_bytes())
     except (OSError, ValueError):
@@ -170,7 +170,7 @@ def read_record(folder: Path, stage: Stage) -> dict[str, Any]:
 
 
 def _require_finite(stage: Stage, outcome: Outcome) -> None:
-    """Refuse the score of a model that diverged: its loss is not a finite number, and null in JSON."""
+    """Raise an error for the score of a model that diverged; its loss is not finite, and null in the command's JSON."""
     if stage.name == "eval" and outcome.result.get("loss") is None:
         raise OffsiteError(
             f"{stage.description}: its loss on the test rows is not a finite number",

@@ -7,10 +7,10 @@ from offsite.storage.lock import alone_in
 
 
 def lock_study(folder: Path) -> AbstractContextManager[None]:
-    """Lock a study's folder while the context lasts.
+    """Context manager: lock a study's folder during the body of the `with` statement.
 
     Raises:
-        UsageError: another run holds it.
+        UsageError: another run holds the lock.
         StorageError: the folder cannot be written.
     """
     return alone_in(

@@ -18,10 +18,10 @@ from offsite.protocol.manifest import FORMAT
 from offsite.study.resumable_chain import OWNER, TUNER
 from offsite.study.run_command import Words
 
-EXPERIMENTER = "experimenter"  # does what neither party could: it has the files of both
+EXPERIMENTER = "experimenter"  # runs the stages that need the files of both parties, as neither party could
 PARTIES = (OWNER, TUNER, EXPERIMENTER)
 _STAGES = 1  # part of every key; raise it when the meaning of a stage changes between versions
-# Settings that say where blocks train and what may come back; all others of PackSpec say how the rest is compressed.
+# Settings about which blocks train and which returns are accepted; all others of PackSpec are about compression.
 _PLACEMENT = PackSpec.keys_of("split", "permits", "runtime") | {"dtype"}
 
 
@@ -43,7 +43,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set in the data owner's folder."""
+    """The training and test files of a data set, as a study uses them; `digest` identifies their content."""
 
     train: Path
     test: Path
@@ -92,7 +92,7 @@ class Workspace:
         return self._stage("plug-in", OWNER, "plug-ins", words, inputs, (returned,), settings=settings, large=True)
 
     def full_fine_tuning_stage(self, spec: TuneSpec, rows: Rows) -> Stage:
-        """The stage in which the experimenter tunes all weights of the base, which neither party could."""
+        """The stage in which the experimenter tunes all weights of the base; neither party alone could do this."""
         words: Words = ["full-fine-tuning", self.base, *self._tuning(spec, rows)]
         inputs = {"base": self.base_digest, "spec": settings_by_content(spec), "rows": rows.digest}
         settings = {"tune": spec}
@@ -107,7 +107,7 @@ class Workspace:
 
         Args:
             rows: the data set.
-            row: of the result table.
+            row: the name of the row of the result table that the score is for.
             model: the stage that wrote the model; None takes the base.
             adapter: the stage that wrote the adapter, if any.
         """
@@ -150,7 +150,7 @@ class Workspace:
 
 
 def command_words(stage: Stage, workspace: Workspace, config: Path) -> Words:
-    """Build the words of a stage's command; the stages that it needs are done."""
+    """Build the words of a stage's command; the stages that it needs must be done before."""
     home: Words = [] if stage.party == EXPERIMENTER else ["--home", workspace.folder / stage.party / "home"]
     words = _eval_words(stage) if stage.name == "eval" else [*stage.words]
     if stage.copies is not None:
@@ -161,7 +161,7 @@ def command_words(stage: Stage, workspace: Workspace, config: Path) -> Words:
 
 
 def _eval_words(stage: Stage) -> Words:
-    """The words of a scoring stage: a merged plug-in is scored as a model, another one as an adapter on the base."""
+    """The words of a scoring command: a merged plug-in is scored as a model, any other as an adapter on the base."""
     plug = next((one for one in stage.needs if one.name == "plug-in"), None)
     words = [*stage.words]
     if plug is not None and (plug.out / "config.json").exists():
@@ -170,13 +170,18 @@ def _eval_words(stage: Stage) -> Words:
 
 
 def uncompressed_spec(spec: PackSpec, middle: int) -> PackSpec:
-    """Settings under which the same blocks train and none of the base's `middle` blocks is dropped or changed."""
+    """Pack settings with the trained blocks of `spec` but without compression: all `middle` blocks stay unchanged.
+
+    Args:
+        spec: the pack settings of a compressor.
+        middle: the number of middle blocks of the base.
+    """
     placement = {key: value for key, value in spec.values().items() if key in _PLACEMENT}
     return PackSpec(**placement, keep=middle, heal=())
 
 
 def settings_by_content(spec: Spec) -> dict[str, Any]:
-    """The settings as they enter a stage's key: in place of a file's path, the digest of its content."""
+    """The settings of a spec by key, for the digest in a stage's key; a path is replaced by a digest of its content."""
     files = {key: data_digest(value) for key, value in spec.values().items() if isinstance(value, Path)}
     return spec.flat() | files
 

@@ -72,8 +72,8 @@ def _paths(file: Path) -> list[str]:
     ("given", "says"),
     [
         (["--images", "x"], "--images is for the demo on pictures"),
-        (["--vision", "--images", "x", "--data", "y"], "do not go together"),
-        (["--vision", "--images", "x", "--full"], "do not go together"),
+        (["--vision", "--images", "x", "--data", "y"], "cannot be used with --vision"),
+        (["--vision", "--images", "x", "--full"], "cannot be used with --vision"),
     ],
 )
 def test_flags_that_do_not_go_together(

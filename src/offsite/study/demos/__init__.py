@@ -1,1 +1,1 @@
-"""The two demos, and the models and data that they fetch or make."""
+"""The language demo and the vision demo, with the models and data sets that they download or make."""

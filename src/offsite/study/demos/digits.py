@@ -1,4 +1,4 @@
-"""Handwritten digits that come inside the wheel of scikit-learn: 1797 real ones of 8 x 8 pixels in 10 classes.
+"""Reads handwritten digits that come inside the wheel of scikit-learn: 1797 pictures of 8 x 8 pixels in 10 classes.
 
 They are the test set of "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak, UCI, 1998). The package is
 not imported; its file is read.
@@ -16,15 +16,15 @@ from offsite.extras import require
 from offsite.storage.files import staged_folder
 
 _FILE = Path("datasets", "data", "digits.csv.gz")
-_SIDE, _GREATEST = 8, 16  # pixels; the value of full ink
-_SHOWN = 96  # pixels to which a digit is enlarged, so that it looks smooth and not like tiles
+_SIDE, _GREATEST = 8, 16  # side length in pixels; the value of full ink
+_SHOWN = 96  # side length in pixels of an enlarged digit, which looks smooth and not like tiles
 
 
 def digits_file() -> Path:
-    """Where the digits are; they are not read.
+    """The path of the file of digits in the installed scikit-learn; the file is not read.
 
     Raises:
-        UsageError: scikit-learn is not installed, or is one without them.
+        UsageError: scikit-learn is not installed, or does not contain the file.
     """
     found = importlib.util.find_spec("sklearn")
     places = found.submodule_search_locations if found else None
@@ -47,10 +47,10 @@ def write_digits(source: Path, out: Path) -> dict[str, int]:
         out: new folder; it appears complete or not at all.
 
     Returns:
-        How many there are.
+        The number of digits, under the key "pictures".
 
     Raises:
-        DataError: the file holds something else.
+        DataError: the file does not hold the digits.
         StorageError: the folder cannot be written.
     """
     image = require("PIL.Image", "vision", "writing pictures")

@@ -1,7 +1,7 @@
-"""The demo's task: from a folder of Python code, a function's code to its docstring, split so that nothing leaks.
+"""Makes the task of the language demo from a folder of Python code: write the docstring for a function's code.
 
-A top-level module (a package with all that is in it, or a single file) goes to one side of the split as a whole. A test
-row whose code or whose docstring stands in the training rows too (copies between modules) is left out.
+No test row may be known from training. So all functions of a top-level module (a package or a single file) are either
+training rows or test rows, and a test row whose code or docstring is also in a training row is left out.
 """
 
 import ast
@@ -22,9 +22,9 @@ MARK = "\n\n# Docstring:\n"  # between the code and the answer
 TRAIN_ROWS = 800
 TEST_ROWS = 150
 LEAST_TRAIN, LEAST_TEST = 32, 8
-_TEST_SHARE = 1 / 8  # of the functions, by whole modules
-_CODE = (40, 1000)  # characters of a function's code; the most bounds the row's tokens
-_DOCSTRING = (10, 400)  # characters of the answer
+_TEST_SHARE = 1 / 8  # share of the functions that are test rows, approached by whole modules
+_CODE = (40, 1000)  # least and most characters of a function's code; the most limits the row's tokens
+_DOCSTRING = (10, 400)  # least and most characters of the answer
 _SKIPPED = frozenset(
     {
         "__pycache__", "__phello__", "build", "dist", "dist-packages", "ensurepip", "idlelib", "lib2to3",
@@ -35,7 +35,7 @@ _SKIPPED = frozenset(
 
 @dataclass(frozen=True)
 class Function:
-    """One function or method: the top-level module that it is of, its code without docstrings, its docstring."""
+    """One function or method: its top-level module, its code without docstrings, and its docstring."""
 
     module: str
     code: str
@@ -43,19 +43,19 @@ class Function:
 
     @property
     def rank(self) -> str:
-        """Its place in the shuffled order, the same on every machine."""
+        """A hash, by which functions are sorted into a shuffled order that is the same on every machine."""
         return hashlib.sha256(f"{self.module}\n{self.code}\n{self.docstring}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Task:
-    """Rows on both sides of the split, and how many modules they are of."""
+    """The functions to train on and the functions to test on; no module has functions in both."""
 
     train: tuple[Function, ...]
     test: tuple[Function, ...]
 
     def modules(self, side: tuple[Function, ...]) -> int:
-        """How many top-level modules one side is of."""
+        """The number of different top-level modules among the functions `side`, which are `train` or `test`."""
         return len({function.module for function in side})
 
 
@@ -69,8 +69,8 @@ def make_task(source: Path, train_rows: int = TRAIN_ROWS, test_rows: int = TEST_
 
     Args:
         source: a folder of Python files, read recursively; tests, hidden folders and environments are left out.
-        train_rows: most rows to train on.
-        test_rows: most rows to test on.
+        train_rows: the largest number of training rows.
+        test_rows: the largest number of test rows.
 
     Raises:
         DataError: the folder cannot be read or has too few documented functions for a split.
@@ -109,14 +109,15 @@ def write_task(task: Task, train: Path, test: Path) -> None:
 
 
 def _unique(functions: Iterable[Function]) -> list[Function]:
-    """One function for each code."""
+    """Leave out repeated functions, so that each code occurs once."""
     return list({function.code: function for function in functions}.values())
 
 
 def _test_modules(functions: Iterable[Function]) -> set[str]:
-    """The modules to test on: in an order that depends on their names, the small ones first, until they hold the share.
+    """Choose the modules to test on, until they hold an eighth of the functions.
 
-    Many small modules make a better test than one large one, which may be missing on the next machine besides.
+    Small modules are taken first, in the order of a hash of their names. Many small modules make a better test than one
+    large module, which may also be missing on another machine.
     """
     sizes = Counter(function.module for function in functions)
     wanted = _TEST_SHARE * sizes.total()
@@ -142,7 +143,7 @@ def _functions(source: Path) -> Iterator[Function]:
 
 
 def _documented(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Docstring and code of each function of one file that has both in the lengths wanted."""
+    """Yield (docstring, code) for each function of a file whose docstring and code have a permitted length."""
     found: list[tuple[str, _Def]] = []
     for node in ast.walk(tree):
         if not isinstance(node, _Def | ast.ClassDef):
@@ -153,11 +154,11 @@ def _documented(tree: ast.Module) -> Iterator[tuple[str, str]]:
         answer = docstring.strip().split("\n\n")[0].strip()
         if isinstance(node, _Def) and len(node.body) > 1 and _DOCSTRING[0] <= len(answer) <= _DOCSTRING[1]:
             found.append((answer, node))
-        # Gone from the code, also where the function is nested in another one whose code is a prompt.
+        # The docstring is removed from the code, also if the function is nested in another one.
         node.body = node.body[1:] or [ast.Pass()]
     for answer, node in found:
         try:
-            code = ast.unparse(ast.fix_missing_locations(node))  # as the parser prints it, so without comments
+            code = ast.unparse(ast.fix_missing_locations(node))  # printed from the syntax tree, so without comments
         except (ValueError, RecursionError):
             continue
         if _CODE[0] <= len(code) <= _CODE[1]:
@@ -175,7 +176,7 @@ def _python_files(folder: Path) -> Iterator[Path]:
 
 
 def _common_folder(files: list[Path], source: Path) -> Path:
-    """The deepest folder that holds every file: a repository with one package is split by what is in the package."""
+    """The deepest folder that holds every file, so that a single package is split by the modules inside it."""
     root = source
     while len(names := {file.relative_to(root).parts[0] for file in files}) == 1 and (root / min(names)).is_dir():
         root /= names.pop()
@@ -185,7 +186,7 @@ def _common_folder(files: list[Path], source: Path) -> Path:
 def _parse(file: Path) -> ast.Module:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's escapes are not ours to correct
+            warnings.simplefilter("ignore")  # about invalid escapes in other people's code
             return ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, RecursionError, OSError):
-        return ast.Module([], [])  # templates and broken samples lie in real code bases
+        return ast.Module([], [])  # real code bases contain templates and broken examples

@@ -1,7 +1,7 @@
-"""Both parties on one machine, as separate processes with separate homes and folders, through the whole protocol.
+"""The language demo: both parties run the whole protocol on one machine, each with its own home and folder.
 
-The demo runs the commands that the two parties would run, and copies folders where the wire would be. What is not a
-command is the experimenter's: the task's data and the table.
+The demo runs the commands of the two parties in separate processes, and copies folders instead of sending them. Two
+things are no command of a party: making the task's data, and scoring the models for the result table.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ ROWS = ("zero-shot", "emulator zero-shot", "full fine-tuning", "adapter on base"
 _SHOWN = ("loss", "perplexity", "tokens", "rows", "skipped")
 _SAMPLES = 3
 CALIBRATION_TOKENS = 32_768  # half of the default, for a demo of a few minutes
-Subjects = dict[str, tuple[Path, Path | None]]  # what is scored, by row: a model, and an adapter on it
+Subjects = dict[str, tuple[Path, Path | None]]  # by result row, the folders to score: a model, and an adapter on it
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo measured: a row for each model scored, seconds by step, bytes by artifact, a sample answer."""
+    """The results of a demo: a row for each scored model, seconds of each step, bytes of each artifact, an example."""
 
     rows: tuple[Mapping[str, Any], ...]
     seconds: Mapping[str, float]
@@ -48,14 +48,14 @@ def demo(
     full: bool = False,
     progress: Progress = silent,
 ) -> Demo:
-    """Run the protocol, or what is left of it after an interruption, and score every row of the result table.
+    """Run the protocol, or the remaining steps after an interruption, and score every model of the result table.
 
     Args:
         workdir: the folder of both parties; steps whose inputs are unchanged since an earlier run are not repeated.
         data: the data owner's Python code; None takes the interpreter's standard library.
         model: a base folder or GGUF file; None takes SmolLM2-135M-Instruct from its wheel.
         steps: optimiser steps of every tuning; None leaves the command's default.
-        full: also tune on the uncompressed model: the adapter, and every block.
+        full: also tune the uncompressed model twice: with the adapter alone, and with all blocks but one.
         progress: one event for each step, before it runs.
 
     Raises:
@@ -82,7 +82,7 @@ _SIZED = {"base": "import", "bundle": "pack", "return": "tune", "plug-in": "plug
 
 
 def _obtain(chain: Chain, model: Path | None) -> Path:
-    """A base folder: the owner's starting point."""
+    """Return the base folder: `model`, imported, or SmolLM2-135M-Instruct from the user's cache."""
     if model is None:
         base, seconds, size = cached_smollm2(lambda: chain.announce("download", "get SmolLM2-135M-Instruct"), chain.run)
         chain.note("import", {"source": str(base)}, {"bytes": size}, seconds)
@@ -105,7 +105,7 @@ def introduce(chain: Chain) -> None:
 
 
 def _keygen(chain: Chain, party: str, public: Path) -> Any:
-    """An identity is made once and kept: with a second key this would be another party."""
+    """Make a party's key if it has none, and write its public key; with a new key it would be another party."""
     home = chain.folder(party, "home")
     name = [] if (home / "key.pem").exists() else ["--name", party]
     return chain.run(["--home", home, "keygen", *name, "--out", public])
@@ -161,9 +161,9 @@ def _tune(chain: Chain, name: str, description: str, bundle: Path, out: Path, st
 
 
 def _bounds(chain: Chain, base: Path, steps: int | None) -> Subjects:
-    """What no emulator can beat: the same adapter tuned with the whole middle in place, and every block but one tuned.
+    """Make two upper bounds for the plug-in: the adapter tuned on the uncompressed base, and all blocks but one tuned.
 
-    Here, and only here, the whole model crosses the wire: a bundle that keeps the middle is the base model.
+    Only for these, the data owner gets the whole model: a bundle that keeps the whole middle is the base model.
     """
     split = chain.results["pack"]["split"]
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
@@ -177,7 +177,7 @@ def _bounds(chain: Chain, base: Path, steps: int | None) -> Subjects:
 def _bound(
     chain: Chain, base: Path, name: str, ends: tuple[int, int], count: int, steps: int | None, *method: str
 ) -> Path:
-    """Pack everything, tune and plug in; returns the plug-in."""
+    """Pack a bundle without compression, tune it and plug in; returns the folder of the plug-in."""
     bundle, returned, plugged = (chain.folder("bounds", name, part) for part in ("bundle", "return", "plugged"))
     pack: Words = ["pack", base, "--out", bundle, "--for", TUNER, "--bottom", str(ends[0]), "--top", str(ends[1])]
     pack += ["--keep", str(count - sum(ends)), "--heal", "none"]
@@ -200,7 +200,7 @@ def _subjects(chain: Chain, base: Path) -> Subjects:
 
 
 def _score(chain: Chain, base: Path, subjects: Subjects) -> dict[str, Any]:
-    """Score the test rows; only who plays both parties can do so with every model of the table."""
+    """Score each model on the test rows; neither party could score all of them. Returns the results by result row."""
     config = chain.write_config(long_rows="skip")
     scores: dict[str, Any] = {}
     for name, (model, adapter) in subjects.items():
@@ -213,7 +213,7 @@ def _score(chain: Chain, base: Path, subjects: Subjects) -> dict[str, Any]:
 
 
 def _sample(before: Sequence[Mapping[str, str]], after: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The first test row, unchosen: what the base answers, what the plug-in answers, what stood in the code."""
+    """The first test row as an example: prompt, true docstring, answers of base and plug-in; {} without answers."""
     if not before or not after:
         return {}
     first, second = before[0], after[0]
@@ -240,7 +240,7 @@ def newest(path: Path) -> int:
 
 
 def code_digest() -> str:
-    """A digest of this code: after a change of code or defaults, the results of an earlier run are not used."""
+    """A digest of this package's code; if code or defaults change, results of an earlier run are not used."""
     package = Path(__file__).parents[2]
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*")):

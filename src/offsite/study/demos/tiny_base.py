@@ -1,4 +1,4 @@
-"""Makes a tiny random base of any family, without a network, to check a recipe before it runs."""
+"""Makes a tiny base model with random weights for any family, offline, to check a recipe before it runs."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from offsite.protocol.artifacts import Base
 from offsite.storage.files import staged_folder
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-# Sizes by the keys of all families; a family takes those that it has. Head sizes fit what is computed from them.
+# Values for the size keys of all families; a family takes the keys that it has. The head sizes are consistent.
 _SIZES: Mapping[str, Any] = {
     "hidden_size": 32, "n_embd": 32, "intermediate_size": 48, "ffn_dim": 48, "word_embed_proj_dim": 32,
     "num_attention_heads": 4, "n_head": 4, "num_key_value_heads": 2, "num_kv_heads": 4, "head_dim": 8,
@@ -30,14 +30,14 @@ def tiny_base(folder: Path, architecture: str, blocks: int | None = None, *, lik
     """Make a base folder with random weights, hidden size 32, and a byte-level tokenizer or an image processor.
 
     Args:
-        folder: where it goes.
+        folder: the folder to write; it must not exist, or be empty.
         architecture: a model type of the table of families.
-        blocks: how many; None takes those of `like`, else 6.
-        like: a base folder whose switches (biases, windows, tied head, ...) it takes over, but not its sizes.
+        blocks: the number of blocks; None takes that of `like`, or 6.
+        like: a base folder from which switches are copied (biases, windows, tied head, ...), but not the sizes.
 
     Raises:
-        IncompatibleError: there is no such family, or none so small.
-        StorageError: it cannot be written.
+        IncompatibleError: the family is unknown, or transformers cannot make such a small model of it.
+        StorageError: the folder cannot be written.
     """
     family = ARCHITECTURES.get(architecture)
     if family is None:
@@ -55,7 +55,7 @@ def tiny_base(folder: Path, architecture: str, blocks: int | None = None, *, lik
         settings |= {key: size for key, size in {**_SIZES, **_SPREAD}.items() if key in family.config_keys}
         settings |= {family.count_keys[0]: count, **inputs}
         for key in (*family.per_block, *family.count_keys[1:]):
-            settings.pop(key, None)  # lists are derived anew for the blocks that there are
+            settings.pop(key, None)  # so that transformers derives lists for the new number of blocks
         settings |= {key: settings.get(key, next(iter(values))) for key, values in family.among.items()}
         settings |= {**family.settled, **family.settled_by(settings)} if family.follows else {}
         torch.manual_seed(0)
@@ -78,7 +78,7 @@ def _switches(taken: frozenset[str], like: Path | None) -> dict[str, Any]:
 
 
 def _processor(folder: Path) -> dict[str, int]:
-    """Save an image processor; returns what a config says of pictures."""
+    """Save an image processor into a folder; returns the model config's settings for the size of pictures."""
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
     require("PIL.Image", "vision", "reading pictures")
@@ -87,7 +87,7 @@ def _processor(folder: Path) -> dict[str, int]:
 
 
 def _tokenizer(folder: Path) -> dict[str, int]:
-    """Save a tokenizer of bytes; returns what a config says of it."""
+    """Save a byte-level tokenizer into a folder; returns the model config's settings for vocabulary and tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

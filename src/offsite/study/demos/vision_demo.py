@@ -1,7 +1,7 @@
-"""The demo on images: the same protocol and commands as the language demo, with an encoder and pictures.
+"""The vision demo: the same protocol and commands as the language demo, with an image encoder and pictures.
 
-Of the pictures a part is the data owner's to train on, a part is held out, and a third part, without its labels, is the
-model owner's own, by which it heals its emulator.
+The pictures are divided into three parts. The data owner trains on one, and one is held out for scoring. The third,
+without labels, belongs to the model owner, who heals the emulator with it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,21 +25,21 @@ from offsite.study.resumable_chain import OWNER, TUNER, Chain, require_demo_fold
 from offsite.study.run_command import Words, settings_toml
 
 ROWS = ("zero-shot", "emulator zero-shot", "emulator", "plug-in")
-SPLIT = {"bottom": 3, "top": 4}  # of 12 blocks; half of the numbers of the others are shipped
-TRAIN, TEST, OWN = 1000, 500, 256  # pictures at most: to train on, held out, and the model owner's
+SPLIT = {"bottom": 3, "top": 4}  # of 12 blocks; in the other 5, half of the weights are pruned
+TRAIN, TEST, OWN = 1000, 500, 256  # most pictures to train on, held out, and for the model owner
 EPOCHS, BATCH = 4, 32
 
 
 @dataclass(frozen=True)
 class VisionDemo:
-    """What the demo measured: a row for each model scored, seconds by step, bytes by artifact."""
+    """The results of a demo: a row for each scored model, seconds of each step, bytes of each artifact."""
 
     rows: tuple[Mapping[str, Any], ...]
     seconds: Mapping[str, float]
     bytes: Mapping[str, int]
     task: Mapping[str, int]
     settings: Mapping[str, Any]
-    predictions: str  # the file of the sheet with some held-out pictures, before and after
+    predictions: str  # the path of a PNG file with held-out pictures and predictions before and after tuning
 
 
 def vision_demo(
@@ -50,7 +50,7 @@ def vision_demo(
     steps: int | None = None,
     progress: Progress = silent,
 ) -> VisionDemo:
-    """Run the protocol on pictures, or what is left of it after an interruption, and score every row of the table.
+    """Run the protocol on pictures, or the remaining steps after an interruption, and score every model of the table.
 
     Args:
         workdir: the folder of both parties; steps whose inputs are unchanged since an earlier run are not repeated.
@@ -61,12 +61,12 @@ def vision_demo(
         progress: one event for each step, before it runs.
 
     Raises:
-        DataError: the pictures are none.
-        UsageError: there are too few of them, or none were named and none are installed.
+        DataError: there are no pictures.
+        UsageError: there are too few pictures, or `images` is None and scikit-learn is not installed.
         OffsiteError: a step failed; its message was printed on standard error already.
     """
     if images is None:
-        digits_file()  # refused before anything is downloaded
+        digits_file()  # raises the error before anything is downloaded
     chain = Chain(require_demo_folder(workdir), progress, 20 if images else 21, basis=code_digest())
     base = _obtain(chain, model)
     introduce(chain)
@@ -114,7 +114,10 @@ def _digits(chain: Chain, source: Path) -> Path:
 
 
 def _pictures(chain: Chain, images: Path) -> Mapping[str, int]:
-    """Three lists of files, which nobody shares: two with classes at the data owner, one without at the model's."""
+    """Write three lists without common pictures: training and test for the data owner, unlabelled for the model owner.
+
+    Returns the numbers of pictures in each list, and the number of classes.
+    """
     train, test = chain.folder(TUNER, "train.csv"), chain.folder(TUNER, "test.csv")
     own = chain.folder(OWNER, "pictures.csv")
     listed = read_pictures(images.resolve(), part="train")
@@ -164,7 +167,7 @@ def _protocol(chain: Chain, base: Path, steps: int | None, *, mirror: bool) -> N
     tune: Words = ["tune", received, "--data", chain.folder(TUNER, "train.csv"), "--out", returned, "--resume"]
     tune += ["--batch-size", str(BATCH)]
     tune += ["--epochs", str(EPOCHS)] if steps is None else ["--max-steps", str(steps)]
-    if not mirror:  # a mirrored digit is none, and a part of one may be another
+    if not mirror:  # a mirrored digit is no digit, and a cropped one may look like another
         settings = chain.folder(TUNER, "settings.toml")
         replace_file(settings, settings_toml({"tune": {"augment": False}}))
         tune += ["--config", settings]
@@ -178,7 +181,7 @@ def _protocol(chain: Chain, base: Path, steps: int | None, *, mirror: bool) -> N
 
 
 def _score(chain: Chain, base: Path) -> dict[str, Any]:
-    """Score the held-out pictures; only who plays both parties can do so with every model of the table."""
+    """Score each model on the held-out pictures; neither party could score all. Returns the results by result row."""
     bundle, train = chain.folder(TUNER, "bundle"), chain.folder(TUNER, "train.csv")
     subjects: dict[str, Words] = {
         "zero-shot": [base, "--probe", train],
@@ -205,7 +208,7 @@ def _scored(chain: Chain, name: str) -> Path:
 
 
 def _sheet(chain: Chain) -> Path:
-    """Some held-out pictures with what the base and the plug-in took them for."""
+    """Draw some held-out pictures with the classes that base and plug-in predict; returns the path of the image."""
     file, names = chain.folder("predictions.png"), ("zero-shot", "plug-in")
 
     def make() -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What a study writes: tables, plots, contact sheets and the report."""
+"""Collects the results of a study, and writes its tables, plots, contact sheets and report."""

@@ -31,21 +31,21 @@ _FONT = 16
 
 @dataclass(frozen=True)
 class PredictedPicture:
-    """A picture, and the class that each model predicted for it."""
+    """A test picture, and the class that each model predicted for it."""
 
     picture: Picture
     predictions: tuple[str, ...]
 
 
 def sheets(points: Sequence[GridPoint], folder: Path) -> list[Plot]:
-    """Draw a sheet for each data set of pictures: of its first grid point with scores of zero-shot and plug-in.
+    """Draw a contact sheet for each data set of pictures, from its first grid point with zero-shot and plug-in scores.
 
     Args:
-        cells: of the study.
-        folder: the study's; sheets go to its `plots/`.
+        points: the grid points of the study.
+        folder: the study's folder; sheets are written to its `plots/`.
 
     Raises:
-        DataError: a picture is gone or broken.
+        DataError: a picture does not exist any more, or is broken.
         StorageError: a sheet cannot be written.
     """
     made: dict[str, Plot] = {}
@@ -66,7 +66,7 @@ def read_predictions(test: Path, scores: Sequence[Path]) -> list[PredictedPictur
     """Choose some of the test pictures, spread evenly, and read each model's prediction from its file of row scores.
 
     Raises:
-        DataError: the pictures are gone.
+        DataError: there are no pictures any more.
         StorageError: a file of scores cannot be read.
         ValueError: the models were scored on different pictures.
     """
@@ -80,12 +80,12 @@ def read_predictions(test: Path, scores: Sequence[Path]) -> list[PredictedPictur
 
 
 def draw_sheet(file: Path, shown: Sequence[PredictedPicture], names: Sequence[str]) -> None:
-    """Draw pictures, a line with each one's class, and a line for each model.
+    """Draw pictures into a PNG file; below each stand its class, and a line for each model with the predicted class.
 
     Args:
         file: the PNG file.
-        shown: the pictures.
-        names: of the models, in the order of `PredictedPicture.predictions`.
+        shown: the pictures with the predictions.
+        names: the names of the models, in the order of `PredictedPicture.predictions`.
 
     Raises:
         UsageError: Pillow is not installed.
@@ -114,7 +114,7 @@ def draw_sheet(file: Path, shown: Sequence[PredictedPicture], names: Sequence[st
 
 
 def _thumbnail(image: Any, picture: Picture) -> Any:
-    """A picture in a square, whole; small ones keep their pixels."""
+    """Fit a whole picture into a square; a small picture is enlarged without smoothing."""
     found = image.fromarray(decode(picture))
     scale = _SIDE / max(found.size)
     size = tuple(max(1, round(scale * side)) for side in found.size)
@@ -137,7 +137,7 @@ def _mark(pen: "ImageDraw", at: tuple[int, int], *, right: bool) -> None:
 
 
 def _write(pen: "ImageDraw", font: Any, at: tuple[int, int], text: str, colour: str) -> None:
-    """Text that ends where its picture does."""
+    """Write a line of text, shortened to the width of the picture above it."""
     room = _SIDE - (at[0] - _GAP) % (_SIDE + _GAP)
     short = text
     while short and pen.textlength(short, font=font) > room:

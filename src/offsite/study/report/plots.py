@@ -26,7 +26,7 @@ COLOURS = {
 }
 _LINES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#8c8c8c")
 _DASHES = ("-", "--", ":", "-.")
-_PANELS = 24  # of one file
+_PANELS = 24  # most panels in one file
 _STYLE = {
     "font.size": 9.0,
     "axes.spines.top": False,
@@ -45,7 +45,7 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot: its file, a title, and what it shows in words."""
+    """An image in the report: its file, its title, and a description of its content."""
 
     file: Path
     title: str
@@ -53,20 +53,20 @@ class Plot:
 
 
 def require_matplotlib() -> Any:
-    """The package that draws.
+    """Import matplotlib.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: matplotlib is not installed.
     """
     return require("matplotlib", "study", "drawing the plots of a study")
 
 
 def draw(results: Results, folder: Path) -> list[Plot]:
-    """Draw every plot that there is something for.
+    """Draw every plot for which the results have data.
 
     Args:
-        results: of the study.
-        folder: the study's; plots go to its `plots/`.
+        results: the results of the study.
+        folder: the study's folder; plots are written to its `plots/`.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -110,7 +110,7 @@ def _figures(results: Results, folder: Path) -> list[tuple[str, str, str, "Figur
 
 
 def _panels(count: int, width: float, height: float, most: int = 3) -> "tuple[Figure, list[Axes]]":
-    """A figure of so many panels of that size in inches, and no empty ones."""
+    """Make a figure with `count` panels, at most `most` in a line; `width` and `height` of a panel are in inches."""
     from matplotlib.figure import Figure
 
     columns = min(most, count)
@@ -160,7 +160,7 @@ def _one_bars(axes: "Axes", group: Group, rows: Sequence[str], metric: Metric) -
 
 
 def _whiskers(group: Group, rows: Sequence[str]) -> Any:
-    """Below and above each bar: how far seeds lie apart, else the interval over test rows."""
+    """Lengths of the error bars below and above each bar: the range over seeds, else the interval over test rows."""
     ends = []
     for row in rows:
         values = group.values(score_of(row))
@@ -185,7 +185,10 @@ def _size(group: Group) -> float:
 
 
 def _frontier(grouped: Sequence[Group], metric: Metric) -> "Figure | None":
-    """A panel for each data set and tuning: the plug-in's and the emulator's score over the bundle's size."""
+    """Plot scores of plug-in and emulator against the bundle's size, with a panel for each data set and tuning.
+
+    Returns None if no panel would have two bundles.
+    """
     panels: dict[tuple[str, str], list[Group]] = {}
     for group in grouped:
         if _size(group) and group.mean(score_of("plug_in")) is not None:
@@ -206,7 +209,7 @@ def _one_frontier(axes: "Axes", found: Sequence[Group], metric: Metric) -> None:
         mean = group.mean(score_of(row))
         return None if mean is None else metric.scale * mean
 
-    for group in found:  # one bundle: what each side has of it
+    for group in found:  # a line between the two scores of one bundle
         one, other = height(group, "plug_in"), height(group, "emulator")
         if one is not None and other is not None:
             axes.plot([_size(group)] * 2, [one, other], color="#d0d0d0", linewidth=1, zorder=1)
@@ -227,7 +230,7 @@ def _one_frontier(axes: "Axes", found: Sequence[Group], metric: Metric) -> None:
 
 
 def _name_points(axes: "Axes", found: Sequence[tuple[Group, float]]) -> None:
-    """Each plug-in's name at its right; of neighbours of about one size, one above the other."""
+    """Write each plug-in's name to the right of its point, and move names up that would overlap."""
     short = names([group for group, _ in found])
     bottom, top = axes.get_ylim()
     left, right = axes.get_xlim()
@@ -283,7 +286,10 @@ def _one_curve(axes: "Axes", curve: Mapping[str, list[tuple[int, float]]], colou
 
 
 def read_curve(file: Path) -> dict[str, list[tuple[int, float]]]:
-    """Steps and losses of a tuning's log, by event; what a resumed run did again counts once, as it was last."""
+    """Read the (step, loss) pairs in the log of a tuning run, for the events "step" and "validation".
+
+    If a resumed run repeated a step, its last loss is returned.
+    """
     found: dict[str, dict[int, float]] = {"step": {}, "validation": {}}
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
@@ -298,7 +304,7 @@ def read_curve(file: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _running_mean(losses: Sequence[float]) -> list[float]:
-    """The mean of a tenth of the run around each step; shorter at the ends."""
+    """The mean of the losses in a window around each step, of a tenth of the run; the window is shorter at the ends."""
     half = max(1, len(losses) // 20)
     means = []
     for i in range(len(losses)):

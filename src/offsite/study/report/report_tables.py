@@ -22,7 +22,7 @@ _KEYS = ("data set", "compress", "placement", "tuning")
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a title and a line on how to read it; the first `keys` columns are words, the others numbers."""
+    """A table of the report; `note` says how to read it. The first `keys` columns hold words, the others numbers."""
 
     title: str
     note: str
@@ -33,7 +33,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Group:
-    """The grid points that differ in their seed only."""
+    """Grid points that differ only in their seed, with the settings that they have in common."""
 
     dataset: str
     compress: str
@@ -43,21 +43,21 @@ class Group:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The first columns of a table."""
+        """The cells of this group in the first columns of a table: data set, compressor, placement, tuning."""
         return self.dataset, self.compress, self.placement, self.tune
 
     def values(self, of: Callable[[GridPointResult], float | None]) -> list[float]:
-        """A value of each grid point that has it."""
+        """The results of the function `of` for the grid points (one for each seed), without None."""
         return [value for point in self.points if (value := of(point)) is not None]
 
     def mean(self, of: Callable[[GridPointResult], float | None]) -> float | None:
-        """The mean over seeds."""
+        """The mean over seeds of the function `of`; None if it is None for every grid point."""
         found = self.values(of)
         return statistics.fmean(found) if found else None
 
 
 def groups(results: Results) -> list[Group]:
-    """Group the grid points by everything but the seed, in the study's order."""
+    """Put grid points that differ only in their seed into one group; groups are in the study's order."""
     found: dict[tuple[str, str, str, str], list[GridPointResult]] = {}
     for point in results.cells:
         found.setdefault((point.dataset, point.compress, point.placement or "", point.tune), []).append(point)
@@ -65,7 +65,7 @@ def groups(results: Results) -> list[Group]:
 
 
 def names(grouped: Sequence[Group]) -> dict[tuple[str, ...], str]:
-    """A short name for each group, by all its words but the data set: what differs in this study, and no more."""
+    """A short name for each group, from the settings that differ in this study; keys are `words` without data set."""
     keys = list(dict.fromkeys(group.words[1:] for group in grouped))
     compress, placements, tunes = ({key[i] for key in keys} for i in range(3))
     apart = len({key[:2] for key in keys}) > len(compress)  # a compressor at several placements
@@ -76,7 +76,7 @@ def names(grouped: Sequence[Group]) -> dict[tuple[str, ...], str]:
 
 
 def tables(results: Results) -> list[Table]:
-    """Every table of a report that has something to show."""
+    """Make the tables of a report; a table without lines is left out."""
     grouped, metric = groups(results), METRICS[results.primary]
     beside = _picture_losses if results.primary == "accuracy" else _accuracies
     made = [_main_scores(results, grouped), _recovered(grouped, metric), beside(results, grouped), _costs(grouped)]
@@ -84,7 +84,7 @@ def tables(results: Results) -> list[Table]:
 
 
 def failures(results: Results) -> list[str]:
-    """What failed, a line each."""
+    """A line of text for each result row that failed, with its grid point and its error."""
     return [
         f"{point.dataset}, {point.compress}, {point.placement or '?'}, {point.tune}, seed {point.seed}: "
         f"{LABELS[row]}: {error}"
@@ -94,7 +94,7 @@ def failures(results: Results) -> list[str]:
 
 
 def score_of(row: str) -> Callable[[GridPointResult], float | None]:
-    """Make a function that returns the main score of this row for a grid point."""
+    """Make a function that returns a grid point's primary score in this result row, or None if it has no score."""
     return lambda point: point.scores[row].primary.value if row in point.scores else None
 
 
@@ -232,5 +232,5 @@ def _seeds(grouped: Sequence[Group]) -> int:
 
 
 def curve_file(point: GridPointResult, folder: Path) -> Path | None:
-    """The path of the log of a grid point's tuning, or None."""
+    """The path of the log of a grid point's tuning run; None if there is no log."""
     return folder / point.log if point.log else None

@@ -1,6 +1,6 @@
 """The results of a study: figures of every grid point, from the records of its stages and the scores of single rows.
 
-The primary score is the held-out loss in nats per labelled token, or of pictures the accuracy. Intervals are 95 % over
+The primary score is the held-out loss in nats per labelled token, or for pictures the accuracy. Intervals are 95 % over
 test rows; differences and shares are taken over the same drawn rows for every model (`offsite.evaluation.intervals`).
 """
 
@@ -41,7 +41,7 @@ class Figure:
 class RowResult:
     """The scores of one model of a grid point."""
 
-    primary: Figure  # the loss, or of pictures the accuracy: what models are compared by
+    primary: Figure  # the score by which models are compared: the loss, or for pictures the accuracy
     loss: Figure  # nats per labelled token, or per picture
     perplexity: float | None  # None where it overflows, and of pictures
     against_zero_shot: Figure | None  # primary score minus that of the untouched base, paired
@@ -65,7 +65,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class GridPointResult:
-    """The figures of a grid point; a figure that is not known yet, or because a stage failed, is None or left out."""
+    """The results of one grid point; a figure is None or left out if it is not computed yet or its stage failed."""
 
     dataset: str
     score: str
@@ -102,7 +102,13 @@ class Results:
 
 
 def collect(recipe: Recipe, points: Sequence[GridPoint], folder: Path) -> Results:
-    """The results of what has been run so far."""
+    """Collect the results of a study from the stages that have run so far.
+
+    Args:
+        recipe: the study's recipe.
+        points: the grid points of the study.
+        folder: the study's folder.
+    """
     cache: dict[str, RowScores] = {}
     found = [_point_result(point, folder, cache) for point in points]
     base, metric = Path(recipe.base).name, points[0].metric  # one base, so one metric for all points
@@ -189,7 +195,11 @@ def _share_right(right: Sequence[float]) -> float | None:
 
 
 def _stderr(right: Sequence[float]) -> float | None:
-    """Of a mean of zeros and ones, from its sample variance, as lm-evaluation-harness has it."""
+    """The standard error of the share of right answers, from the sample variance, as in lm-evaluation-harness.
+
+    Args:
+        right: 1 for each right answer, 0 for each wrong one; fewer than two answers give None.
+    """
     share = _share_right(right)
     return math.sqrt(share * (1 - share) / (len(right) - 1)) if share is not None and len(right) > 1 else None
 
@@ -203,7 +213,7 @@ def _difference(one: RowScores | None, other: RowScores | None, metric: MetricNa
 
 
 def _share_of_gain(rows: Mapping[str, RowScores], part: str, whole: str, metric: MetricName) -> Figure | None:
-    """The gain of the model `part` over zero-shot, as a share of that of `whole`; None if `whole` gains nothing."""
+    """The gain over zero-shot of the row `part` as a share of that of `whole`; None if a score or a gain is missing."""
     if not {"zero_shot", whole, part} <= rows.keys():
         return None
     zero, best, reached = rows["zero_shot"], rows[whole], rows[part]
@@ -216,7 +226,7 @@ def _share_of_gain(rows: Mapping[str, RowScores], part: str, whole: str, metric:
 
 
 def _placement(split: Mapping[str, Any]) -> str:
-    """As the paper writes it: bottom, emulator and top blocks; what trains inside the emulator is in brackets."""
+    """The split in the paper's notation: bottom, emulator and top blocks, with trained emulator blocks in brackets."""
     inside = range(split["bottom"], split["bottom"] + split["emulator"])
     runs = [(trains, len(list(run))) for trains, run in groupby(place in split.get("spread", ()) for place in inside)]
     middle = [f"({blocks})" if trains else str(blocks) for trains, blocks in runs]
@@ -232,7 +242,7 @@ def _peaks(spent: Sequence[Spent]) -> dict[str, int]:
 
 
 def _error(stage: Stage, folder: Path) -> str | None:
-    """What kept a row from being scored: its own error, or that of a stage before it."""
+    """The recorded error of a scoring stage, or of a stage that it needs; None if none of them failed."""
     for one in with_prerequisites(stage):
         if error := read_record(folder, one).get("error"):
             return str(error)

@@ -17,15 +17,15 @@ from offsite.study.report.results import Results
 
 
 def write_report(results: Results, folder: Path, sheets: Sequence[Plot] = ()) -> tuple[list[Path], str | None]:
-    """Write everything that there is to see of a study.
+    """Write the report of a study: results.json, report.md, report.html and the plots.
 
     Args:
         results: from `collect`.
-        folder: the study's.
-        sheets: of pictures with what models took them for.
+        folder: the study's folder.
+        sheets: contact sheets, which show test pictures with the classes that models predicted.
 
     Returns:
-        The files, and what to do about the plots where they could not be drawn.
+        The written files, and advice to the user if plots could not be drawn, else None.
 
     Raises:
         StorageError: a file cannot be written.
@@ -35,7 +35,7 @@ def write_report(results: Results, folder: Path, sheets: Sequence[Plot] = ()) ->
     advice = None
     try:
         plots = draw(results, folder)
-    except UsageError as error:  # everything else works without
+    except UsageError as error:  # the rest of the report needs no plots
         advice = f"no plots: {error.what}; {error.next_step}"
     plots += sheets
     made = tables(results)
@@ -47,7 +47,7 @@ def write_report(results: Results, folder: Path, sheets: Sequence[Plot] = ()) ->
 
 
 def strict(value: Any) -> Any:
-    """What JSON can hold: numbers that are infinite or none become null."""
+    """Copy a value for strict JSON: floats that are infinite or NaN become None, tuples become lists."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -65,7 +65,7 @@ def _facts(results: Results) -> str:
 
 
 def _tested(results: Results) -> str:
-    """How many rows and tokens the figures of each data set stand on."""
+    """A sentence for each data set with the number of test rows and labelled tokens that were scored."""
     found = {point.dataset: row for point in results.cells for row in point.scores.values()}
     if results.primary == "accuracy":
         return " ".join(f"{name}: {row.rows:,} test pictures." for name, row in found.items())
@@ -73,7 +73,7 @@ def _tested(results: Results) -> str:
 
 
 def markdown(results: Results, made: Sequence[Table], plots: Sequence[Plot], folder: Path) -> str:
-    """The report as Markdown; plots are linked."""
+    """The report as Markdown text; plots are links to files, relative to `folder`."""
     parts = [f"# {results.title}", results.about, _facts(results), _tested(results)]
     for table in made:
         rule = ["---"] * table.keys + ["---:"] * (len(table.head) - table.keys)
@@ -91,7 +91,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def page(results: Results, made: Sequence[Table], plots: Sequence[Plot]) -> str:
-    """The report as one HTML file without a reference to any other."""
+    """The report as the text of one HTML file that contains its plots and needs no other file."""
     body = [f"<h1>{html.escape(results.title)}</h1>"]
     body += [f"<p>{html.escape(text)}</p>" for text in (results.about,) if text]
     body += [f'<p class="facts">{html.escape(text)}</p>' for text in (_facts(results), _tested(results)) if text]
@@ -132,7 +132,7 @@ def _kind(column: int, table: Table) -> str:
 
 
 def _without_repeats(line: Sequence[str], above: Sequence[str] | None, table: Table) -> list[str]:
-    """A data set's name stands in its first line alone."""
+    """The cells of a table's line; the data set's name is empty if the line `above` has the same name."""
     return ["" if above is not None and line[0] == above[0] else line[0], *line[1:]] if table.keys else list(line)
 
 
