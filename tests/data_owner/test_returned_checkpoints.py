@@ -34,7 +34,7 @@ def stop_after(step):
 def test_steps_are_evenly_spaced_and_end_with_the_last():
     for wanted, steps, expected in ((1, 7, (7,)), (3, 7, (3, 5, 7)), (3, 3, (1, 2, 3)), (4, 100, (25, 50, 75, 100))):
         assert checkpoint_steps(TuneSpec(checkpoints=wanted), steps) == expected
-    with pytest.raises(UsageError, match="4 checkpoints were asked for, of a run of 3 steps"):
+    with pytest.raises(UsageError, match="4 checkpoints were asked for, but the run has 3 steps"):
         checkpoint_steps(TuneSpec(checkpoints=4), 3)
 
 
@@ -130,6 +130,6 @@ def test_what_cannot_be_returned_is_refused_before_any_work(house, tmp_path):
     bundle, out = house.bundles["llama"], tmp_path / "out"
     with pytest.raises(UsageError, match="--report-scores has no rows"):
         tune(bundle, tmp_path / "no-such-data", out, spec_of(report_scores=True), house.home)
-    with pytest.raises(UsageError, match="7 checkpoints were asked for, of a run of 6 steps"):
+    with pytest.raises(UsageError, match="7 checkpoints were asked for, but the run has 6 steps"):
         house.tune(out, checkpoints=7)
     assert list(tmp_path.iterdir()) == []

@@ -150,7 +150,10 @@ def _some(items: Sequence[T]) -> list[T]:
 
 
 def _shown(example: Example, tokenizer: "PreTrainedTokenizerBase", source: str) -> ShownRow:
-    """The example as text, cut into pieces where labels begin and end; `source` is its data set if it has no file."""
+    """The example as text, cut into pieces where labels begin and end.
+
+    `source` is the name of its data set, used if the example has no file.
+    """
     learnt = np.zeros(len(example.ids), dtype=bool)
     learnt[example.labelled] = True
     borders = [0, *(np.flatnonzero(learnt[1:] != learnt[:-1]) + 1).tolist(), len(learnt)]

@@ -1,10 +1,11 @@
 """Records -> rows: interprets the fields of a data set. docs/data.md shows an example of every kind of row.
 
-{"messages"} or {"conversations"}     a conversation, labels on the assistant's answers {"chosen", "rejected"}
-preferences; the chosen answer is used if the user asks for it {"question", "choices", "answer"}     multiple choice;
-tuned on the right choice, scored on all choices {"instruction", "input", "output"}    an instruction: a conversation of
-two turns if the tokenizer has a chat template {"prompt", "completion"}              labels on the completion {"text"}
-a plain text, labels on all of it
+{"messages"} or {"conversations"}     a conversation, labels on the assistant's answers
+{"chosen", "rejected"}                preferences; the chosen answer is used if the user asks for it
+{"question", "choices", "answer"}     multiple choice; tuned on the right choice, scored on all choices
+{"instruction", "input", "output"}    an instruction: a conversation of two turns if the tokenizer has a chat template
+{"prompt", "completion"}              labels on the completion
+{"text"}                              a plain text, labels on all of it
 """
 
 from collections.abc import Callable, Mapping
@@ -93,7 +94,7 @@ def parse_row(fields: Fields, number: int, form: RowForm | None = None) -> Row |
 
 
 def _names(fields: Fields) -> str:
-    """The names of the first six fields, for error messages."""
+    """The names of the first six fields in alphabetical order, for error messages."""
     return ", ".join(repr(name)[:40] for name in sorted(fields, key=str)[:6]) or "none"
 
 

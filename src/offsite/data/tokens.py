@@ -155,7 +155,7 @@ class _Draft:
 
     @property
     def length(self) -> int:
-        """The number of tokens."""
+        """The number of tokens of the draft."""
         return len(self.start) + len(self.answer)
 
     def cut(self, most: int, *, bos: int | None) -> "_Draft":
@@ -183,7 +183,7 @@ class _Draft:
 def _drafts(
     rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", source: str, max_length: int
 ) -> Iterator[_Draft]:
-    """Yields the tokens of every row, in order; a long text gives several drafts.
+    """Yields a draft (tokens that are not cut yet) for every row, in order; a long text gives several drafts.
 
     Raises:
         DataError: conversations cannot be rendered or labelled; each is listed.
@@ -227,7 +227,7 @@ def _as_text(row: Row, template: ChatTemplate) -> Conversation:
 def _encoded(
     written: Sequence[tuple[Row, Conversation]], tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> Iterator[_Draft]:
-    """Yields the tokens of rows that are already rendered as texts."""
+    """Yields a draft (tokens that are not cut yet) for every row, from rows that are already rendered as texts."""
     texts = [said.text for _, said in written]
     borders = [[place for span in said.labelled for place in span] for _, said in written]
     added = frozenset(tokenizer.added_tokens_decoder)

@@ -13,8 +13,8 @@ from offsite.models.blocks import Wrapped
 class Checkpointed(Wrapped):
     """A block whose activations are computed again in the backward pass, with the same random numbers (dropout).
 
-    The switch of transformers itself works only on modules in training mode, which would put dropout into frozen
-    blocks.
+    The gradient checkpointing of transformers itself works only on modules in training mode, which would put dropout
+    into frozen blocks.
     """
 
     def forward(self, *arguments: Any, **settings: Any) -> Any:

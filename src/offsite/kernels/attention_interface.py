@@ -21,10 +21,10 @@ def use_attention(
         name: the name under which the attention is registered in transformers.
         attend: the attention, with the arguments that transformers passes to an attention function.
         mask: makes the mask for it, with the arguments that transformers passes to a mask function.
-        reason: why this attention is used, for the report.
+        reason: why this attention is used, for the report of the kernels.
 
     Returns:
-        The entry for the report; its count is 0, with the reason, if the model keeps its own attention.
+        The entry for the report of the kernels; its count is 0, with the reason, if the model keeps its own attention.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface

@@ -27,8 +27,7 @@ class MicroBatchRunner(Protocol):
 
         Yields:
             The loss of each micro-batch, in the order of the groups. When it is yielded, the gradients of that
-            micro-batch
-            have been added to `.grad` of the parameters, and those of later micro-batches have not.
+            micro-batch have been added to `.grad` of the parameters, and those of later micro-batches have not.
         """
         ...
 
@@ -49,7 +48,7 @@ class ForwardRunner(Protocol):
 def micro_batch_runner(
     parameters: Iterable[nn.Parameter], device: torch.device, count: int = 1
 ) -> AbstractContextManager[MicroBatchRunner]:
-    """Make a runner of training passes, as a context manager.
+    """Make a `MicroBatchRunner` for training passes, as a context manager.
 
     Args:
         parameters: the parameters that get gradients.
@@ -67,7 +66,7 @@ def micro_batch_runner(
 
 
 def forward_runner(body: nn.Module) -> AbstractContextManager[ForwardRunner]:
-    """Make a runner of passes without gradients through the network `body`, as a context manager."""
+    """Make a `ForwardRunner` for passes without gradients through the network `body`, as a context manager."""
     if next(body.parameters()).device.type == "cpu":
         from offsite.kernels.cpu import side_by_side
 
@@ -96,7 +95,7 @@ def count_side_by_side(
         only_one: the caller's reason why only one can run; empty if there is none.
 
     Returns:
-        An entry for the report: the number of micro-batches, and the reason.
+        An entry for the report of the kernels: the number of micro-batches, and the reason.
     """
     device = next(body.parameters()).device
     if device.type != "cpu":

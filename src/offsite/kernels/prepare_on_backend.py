@@ -64,7 +64,7 @@ def backend_of(device: torch.device) -> Backend:
 
 
 def _compute_dtype(device: torch.device, dtype: torch.dtype) -> Piece:
-    """The report's entry on the compute dtype."""
+    """The entry for the report of the kernels: whether the compute dtype is bf16, and why."""
     fast, reason = bf16_support(device)
     is_bf16 = dtype == torch.bfloat16
     asked = "" if is_bf16 == fast else f"{'bf16' if is_bf16 else 'fp32'} was asked for; "

@@ -86,7 +86,9 @@ def same_function(one: Callable[[torch.Tensor], torch.Tensor], other: Callable[[
 
 
 def _reason(replaced: int, differ: int) -> str:
-    """The reason for the report: `replaced` modules agreed with a candidate, and `differ` modules did not."""
+    """The text for the report of the kernels about `replaced` modules, and `differ` modules that compute something
+    else.
+    """
     if replaced and differ:
         return f"same results on random numbers; {differ} others of this form compute something else"
     if replaced:

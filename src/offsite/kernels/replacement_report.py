@@ -42,8 +42,9 @@ class Report:
         return replace(self, pieces=(*(piece for piece in self.pieces if piece.name not in names), *pieces))
 
     def in_words(self) -> str:
-        """One line: the backend, and each kind of module that the model has but the backend did not replace, with the
-        reason.
+        """One line of text: the backend, and each kind of module that it did not replace, with the reason.
+
+        Kinds that the model does not have are left out.
         """
         left = [f"{piece.name} ({piece.reason})" for piece in self.pieces if not piece.count and piece.reason != ABSENT]
         return f"kernels: {self.backend}" + (f"; not in use: {', '.join(left)}" if left else "; all in use")

@@ -12,8 +12,7 @@ def label_losses(network: Network, batch: Batch) -> tuple[torch.Tensor, torch.Te
 
     Returns:
         The loss in nats, summed over the L labelled tokens, a scalar with a gradient; and the loss of each labelled
-        token
-        in nats, (L,), fp32, without gradient.
+        token in nats, (L,), fp32, without gradient.
     """
     device = network.head.weight.device
     ids = torch.from_numpy(batch.ids).to(device)

@@ -39,7 +39,7 @@ class MasterWeights:
         self._fixed = dict(fixed or {})
 
     def collect_gradients(self) -> None:
-        """Add the gradients of the working parameters to those of the master weights, then clear the former."""
+        """Add the gradients of the working parameters to those of the master weights, and clear them in the former."""
         for name, parameter in self.working.items():
             master = self.masters[name]
             if master is parameter or parameter.grad is None:
@@ -51,7 +51,9 @@ class MasterWeights:
             parameter.grad = None
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Scale all gradients to a total norm of at most `max_norm`; gradients of fixed entries become zero first.
+        """Scale all gradients to a total norm of at most `max_norm`.
+
+        Before that, the gradients of entries that must not change (`fixed`) are set to zero.
 
         Returns:
             The norm before the scaling.

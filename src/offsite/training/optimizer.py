@@ -41,8 +41,7 @@ def optimizer_state(
 
     Returns:
         The tensors, keyed "<AdamW's key>.<name of the weight>"; and the settings of the parameter groups, in which
-        "params"
-        lists names of weights.
+        "params" lists names of weights.
     """
     state = optimizer.state_dict()
     names = _names(weights, optimizer)

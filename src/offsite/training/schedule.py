@@ -22,7 +22,7 @@ def step_count(spec: TuneSpec, rows: int) -> int:
 
 
 def checkpoint_steps(spec: TuneSpec, steps: int) -> tuple[int, ...]:
-    """The numbers of done steps after which a tuning saves checkpoints: evenly spaced, the last one at the end.
+    """The numbers of finished steps after which a tuning saves checkpoints: evenly spaced, the last one at the end.
 
     Args:
         spec: the settings of the tuning.

@@ -64,9 +64,9 @@ class TrainingTask(Protocol):
         ...
 
     def loss_terms(self, rows: Sequence[int], epoch: int) -> Mapping[str, torch.Tensor]:
-        """Compute the terms of a micro-batch's loss, by name: scalars with a gradient, summed over the micro-batch.
+        """Compute the terms of a micro-batch's loss, by name: scalars with a gradient.
 
-        The sum runs over the things that `weight` counts.
+        Each is summed over the tokens, pictures or batches that `weight` counts.
         """
         ...
 

@@ -51,7 +51,7 @@ def test_every_family_computes_and_learns_as_with_pefts_layers(tmp_path, kind):
 def test_dropout_keeps_pefts_layers(tmp_path):
     model, _ = _attached(tmp_path, lora_dropout=0.1)
     piece = replace_lora_layers(model)
-    assert (piece.count, piece.reason) == (0, "dropout stands before the pairs")
+    assert (piece.count, piece.reason) == (0, "they use dropout")
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -37,8 +37,7 @@ class AnswerFinder:
 
         Returns:
             The span of each answer in the text, by the index of its turn, without turns that the template leaves out;
-            and
-            whether some answers were not found (then only the last answer's span is returned).
+            and whether some answers were not found (then only the last answer's span is returned).
 
         Raises:
             ConversationError: the last answer cannot be found.
@@ -59,9 +58,9 @@ class AnswerFinder:
         return ({answers[-1]: spans[answers[-1]]} if lost else spans), lost
 
     def _begin(self, i: int, at: int) -> int | None:
-        """The character at which the answer of turn i begins, after its heading; None if it cannot be found.
+        """The character at which the answer of turn i begins, after its heading (such as "<|assistant|>").
 
-        `at` is the end of the answer before it, so the answer begins there or later.
+        None if it cannot be found. `at` is the end of the answer before it, so the answer begins there or later.
         """
         heading, asked_for = self.template.heading(self.settings)
         if i:

@@ -42,7 +42,7 @@ def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 class ChatTemplate:
-    """The chat template of one tokenizer."""
+    """The chat template of one tokenizer: it renders conversations, and finds where answers begin and end."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.tokenizer = tokenizer
@@ -158,7 +158,7 @@ class ChatTemplate:
         return found
 
     def heading(self, settings: Mapping[str, Any]) -> tuple[str, bool]:
-        """The text before every answer, and whether it is the text that a generation prompt adds.
+        """The text before every answer, such as "<|assistant|>", and whether a generation prompt adds it.
 
         If the template has no generation prompt, it is the text that the template writes before an answer, without
         trailing spaces (these belong to the answer). The heading may be empty.

@@ -61,7 +61,7 @@ class Pictures:
         return len(self.pictures)
 
     def _tried(self, picture: Picture) -> Pixels | DataError:
-        """The decoded picture, or the error if it cannot be read."""
+        """Decode a picture; returns the error if it cannot be read."""
         try:
             return self._workers.look(picture)
         except DataError as error:

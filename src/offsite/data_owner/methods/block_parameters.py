@@ -25,8 +25,7 @@ def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -
 
     Returns:
         The trainable parameters by their names in the model; `offsite.models.mixture.in_files` converts them to the
-        names
-        and shapes of the return.
+        names and shapes of the return.
 
     Raises:
         IncompatibleError: the model does not have exactly these tensors with these shapes.

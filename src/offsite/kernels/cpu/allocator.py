@@ -15,7 +15,7 @@ _CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "48", "LRU_CACHE_CAPACITY": "1"}
 
 
 def bound_caches(environment: MutableMapping[str, str]) -> None:
-    """Limit the size of oneDNN's caches by variables in `environment`, unless they are already set."""
+    """Limit the size of oneDNN's caches through variables in `environment`, unless they are already set."""
     for cache, capacity in _CACHES.items():
         environment.setdefault(cache, capacity)
 
@@ -45,7 +45,7 @@ def keep_freed_memory() -> bool:
 
 
 def report() -> Piece:
-    """The report's entry on whether the allocator keeps freed memory, and the reason if not."""
+    """The entry for the report of the kernels: whether the allocator keeps freed memory, and the reason if not."""
     kept = keep_freed_memory()
     return Piece(
         "freed memory kept", int(kept), "glibc keeps it for the next step" if kept else "this C library cannot"

@@ -26,13 +26,13 @@ LEAST_WORK = 2**17  # least numbers (or attention probabilities) per thread; wit
 
 
 class _Tensor(ctypes.Structure):
-    """The C struct `tensor` of the library: a pointer, and strides."""
+    """The C struct `tensor` of the compiled library: a pointer, and strides."""
 
     _fields_ = [("first", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("row", "head", "token"))]
 
 
 class _Attention(ctypes.Structure):
-    """The C struct `attention` of the library: the tensors and settings of one call."""
+    """The C struct `attention` of the compiled library: the tensors and settings of one call."""
 
     _fields_ = [
         *(
@@ -225,7 +225,7 @@ def softmax_(logits: torch.Tensor, labels: torch.Tensor, nats: torch.Tensor, *, 
 
 
 def _each(name: str, *given: torch.Tensor) -> torch.Tensor:
-    """Call an elementwise function of the library; the result has the shape of the last tensor."""
+    """Call an elementwise function of the compiled library; the result has the shape of the last tensor."""
     result = torch.empty_like(given[-1])
     _run(name, [_at(result), *map(_at, given)], result.numel(), each=1)
     return result
@@ -234,7 +234,10 @@ def _each(name: str, *given: torch.Tensor) -> torch.Tensor:
 def _attention(
     name: str, tensors: Sequence[torch.Tensor], logarithms: torch.Tensor, settings: AttentionSettings
 ) -> None:
-    """Call a function of the library that takes an `_Attention`, whose first fields are `tensors` (B, heads, T, D)."""
+    """Call a function of the compiled library that takes an `_Attention`.
+
+    Its first fields are the structs of `tensors`, each (B, heads, T, D).
+    """
     (batch, heads, length, width), groups = tensors[0].shape, tensors[1].shape[1]
     arguments = _Attention(
         *map(_tensor, tensors),
@@ -249,18 +252,18 @@ def _attention(
 
 
 def _tensor(given: torch.Tensor) -> _Tensor:
-    """The struct for a tensor (B, heads, T, D)."""
+    """The C struct for a tensor (B, heads, T, D)."""
     row, head, token, _ = given.stride()
     return _Tensor(given.data_ptr(), row, head, token)
 
 
 def _at(given: torch.Tensor) -> ctypes.c_void_p:
-    """The address of a tensor's data."""
+    """The address of a tensor's data, for the compiled library."""
     return ctypes.c_void_p(given.data_ptr())
 
 
 def _run(name: str, given: list[Any], count: int, each: int) -> None:
-    """Call a function of the library on `count` items of `each` numbers, split over as many threads as torch uses here.
+    """Call a function of the compiled library on `count` items of `each` numbers, split over torch's number of threads.
 
     The calls release Python's global interpreter lock.
 
@@ -278,5 +281,5 @@ def _run(name: str, given: list[Any], count: int, each: int) -> None:
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """A pool with one thread fewer than `threads`: the thread that calls the library is the last one."""
+    """A pool of `threads` - 1 threads: the thread that calls the compiled library does the remaining part itself."""
     return ThreadPoolExecutor(threads - 1, "kernels")

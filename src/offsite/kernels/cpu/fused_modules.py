@@ -50,13 +50,13 @@ def fuse(model: nn.Module) -> tuple[Piece, ...]:
     """Replace norms, gated MLPs and GELUs of a model in place, before anything is attached to it.
 
     Returns:
-        One entry of the report for each of the three kinds.
+        One entry for the report of the kernels for each of the three kinds of modules.
     """
     return replace_modules(model, _candidates, (NORMS, MLPS, _GELUS))
 
 
 def _candidates(module: nn.Module) -> Iterator[Candidate]:
-    """Yields the modules that might compute the same as `module`, by the names of its parts."""
+    """Yields fused modules that might compute the same as `module`, judged by the names of its parts."""
     children, own = dict(module.named_children()), dict(module.named_parameters(recurse=False))
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if set(children) == set(_GATED) and not own:

@@ -27,7 +27,7 @@ def replace_lora_layers(model: nn.Module) -> Piece:
     Only plain LoRA without dropout is replaced.
 
     Returns:
-        The entry for the report: how many layers were replaced, and why the others were not.
+        The entry for the report of the kernels: how many layers were replaced, and why the others were not.
     """
     from peft.tuners.lora import Linear
 
@@ -56,11 +56,11 @@ def _why_not(layer: "Linear") -> str:
     if layer.lora_variant:
         return "a variant of LoRA"
     if not isinstance(layer.lora_dropout[_ADAPTER], nn.Identity):
-        return "dropout stands before the pairs"
+        return "they use dropout"
     if base.weight.requires_grad:
         return "the layer's own weights train"
     if {half.weight.dtype for half in (into, layer.lora_B[_ADAPTER])} != {base.weight.dtype}:
-        return "pairs in another dtype than the layer"
+        return "the LoRA matrices have another dtype than the layer"
     return "" if agree(layer, _fused(layer), into.in_features) else "the layer computes something else"
 
 

@@ -1,4 +1,4 @@
-"""The backend of CPUs: which modules of a model it replaces before training."""
+"""Replaces modules of a model that trains on a CPU by faster ones."""
 
 from typing import TYPE_CHECKING
 
@@ -17,20 +17,27 @@ if TYPE_CHECKING:
 
 
 def prepare_for_cpu(model: "PreTrainedModel", dtype: torch.dtype) -> tuple[Piece, ...]:
-    """Replace modules of a model on a CPU in place by faster ones that compute the same; returns the report's entries.
+    """Replace modules of a model on a CPU in place by faster ones that compute the same.
 
     Arguments as for `offsite.kernels.prepare`.
+
+    Returns:
+        The entries for the report of the kernels: for each kind of module how many were replaced, and why no more.
     """
     return (*fuse(model), use_tiled_attention(model), _compiled(dtype), allocator.report())
 
 
 def prepare_adapters_for_cpu(model: nn.Module) -> tuple[Piece, ...]:
-    """Replace adapter modules in place by faster ones that compute the same; returns the report's entries."""
+    """Replace adapter modules in place by faster ones that compute the same.
+
+    Returns:
+        The entries for the report of the kernels: how many modules were replaced, and why no more.
+    """
     return (replace_lora_layers(model),)
 
 
 def _compiled(dtype: torch.dtype) -> Piece:
-    """The report's entry on the compiled kernels."""
+    """The entry for the report of the kernels: whether the compiled kernels are used, and the reason."""
     level, reason = compiled.level()
     if level and dtype != torch.bfloat16:
         level, reason = 0, "they compute in bf16 alone"

@@ -19,7 +19,7 @@ def use_flash_attention(model: "PreTrainedModel") -> Piece:
     """Let a model run SDPA with the causal rule instead of a dense mask; its batches must be padded at the right.
 
     Returns:
-        The entry for the report.
+        The entry for the report of the kernels.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -23,7 +23,7 @@ def use_liger(model: nn.Module) -> tuple[Piece, ...]:
     Each is replaced only if both give the same output for random inputs.
 
     Returns:
-        One entry of the report for norms, and one for MLPs.
+        One entry for the report of the kernels for norms, and one for MLPs.
     """
     try:
         functions = importlib.import_module(_FUNCTIONS)
@@ -34,7 +34,7 @@ def use_liger(model: nn.Module) -> tuple[Piece, ...]:
 
 
 def _candidates(functions: Any, module: nn.Module) -> Iterator[Candidate]:
-    """Yields the modules of liger-kernel that might compute the same as `module`, by the names of its parts."""
+    """Yields modules of liger-kernel that might compute the same as `module`, judged by the names of its parts."""
     children, own = dict(module.named_children()), dict(module.named_parameters(recurse=False))
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if children.keys() == _GATED and not own:

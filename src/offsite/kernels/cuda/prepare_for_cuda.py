@@ -1,4 +1,4 @@
-"""The backend of CUDA devices: which modules of a model it replaces before training."""
+"""Replaces modules of a model that trains on a CUDA device by faster ones."""
 
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,6 @@ def prepare_for_cuda(model: "PreTrainedModel") -> tuple[Piece, ...]:
     """Replace modules of a model on a CUDA device in place by faster ones that compute the same.
 
     Returns:
-        The report's entries: for each kind of module how many were replaced, and why no more.
+        The entries for the report of the kernels: for each kind of module how many were replaced, and why no more.
     """
     return (*use_liger(model), use_flash_attention(model))
