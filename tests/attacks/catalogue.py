@@ -144,6 +144,22 @@ def unlisted_file_in_a_return(lab: Lab) -> None:
     (lab.lora / "README.md").write_text("rows: 12")
 
 
+@attack("_leftovers", "bundle", "'.DS_Store' is not listed")
+def file_with_the_name_of_one_that_is_left_behind(lab: Lab) -> None:
+    (lab.bundle / ".DS_Store").write_bytes(b"Bud1")
+
+
+@attack("_leftovers", "bundle", "'.git' is not listed")
+def hooks_in_a_folder_of_version_control(lab: Lab) -> None:
+    (lab.bundle / ".git" / "hooks").mkdir(parents=True)
+    (lab.bundle / ".git" / "hooks" / "post-checkout").write_text("#!/bin/sh\nrm -r ~\n")
+
+
+@attack("_leftovers", "lora", "'.ipynb_checkpoints' is not listed")
+def link_with_the_name_of_a_folder_that_is_left_behind(lab: Lab) -> None:
+    (lab.lora / ".ipynb_checkpoints").symlink_to("/etc")
+
+
 @attack("_digests", "bundle", "the bytes of tokenizer.json are not those that were signed")
 def a_byte_of_the_tokenizer_changed(lab: Lab) -> None:
     file = lab.bundle / "tokenizer.json"

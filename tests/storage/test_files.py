@@ -107,6 +107,64 @@ def make_dead_link(path: Path) -> None:
     path.symlink_to(path.parent / "nowhere")
 
 
+def advice(out: Path) -> str:
+    with pytest.raises(UsageError) as caught:
+        require_free(out)
+    return caught.value.next_step or ""
+
+
+def test_the_advice_fits_what_is_there(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make_file(out)
+    assert "move this file away" in advice(out)
+    assert "not inside a file" in advice(out / "in" / "it")
+    out.unlink()
+    out.symlink_to(tmp_path / "a target")
+    assert f"name --out '{tmp_path / 'a target'}'" in advice(out)
+    require_free(tmp_path / "a target")
+    out.unlink()
+    out.mkdir()
+    (out / ".DS_Store").write_text("x")
+    assert advice(out) == f"delete what a program left there: rm -r {out / '.DS_Store'}"
+    (out / "mine").write_text("x")
+    assert "move this one away" in advice(out)
+
+
+@pytest.mark.parametrize("length", [240, 241])
+def test_a_long_name(tmp_path: Path, length: int) -> None:
+    out = tmp_path / ("x" * length)
+    if length > 240:
+        assert "shorter name" in advice(out)
+        return
+    with staged_folder(out) as folder:
+        (folder / "x").write_text("x")
+    replace_file(out.with_name(f"{out.name}.log.jsonl"), b"x")  # what is written beside it
+    assert names(out) == {"x"}
+
+
+def test_an_empty_folder_stays_the_same_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody may stand in it, and it may have permissions of its own."""
+    (tmp_path / "here").mkdir(mode=0o750)
+    monkeypatch.chdir(tmp_path / "here")
+    before = Path().stat()
+    with staged_folder(Path()) as folder:
+        (folder / "x.json").write_text("x")
+        (folder / "y").mkdir()
+    assert names(Path()) == {"x.json", "y"}
+    assert (Path().stat().st_ino, Path().stat().st_mode) == (before.st_ino, before.st_mode)
+    assert names(tmp_path) == {"here"}
+
+
+def test_an_empty_folder_in_one_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another disk is mounted: the temporary folder is inside."""
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with staged_folder(tmp_path / "disk") as folder:
+        assert folder.parent == tmp_path / "disk"
+        (folder / "x").write_text("x")
+    assert names(tmp_path / "disk") == {"x"}
+
+
 @pytest.mark.parametrize("make", [make_file, make_full, make_link, make_dead_link])
 def test_what_is_there_is_not_overwritten(tmp_path: Path, make: Callable[[Path], None]) -> None:
     out = tmp_path / "out"

@@ -88,7 +88,7 @@ def run(words: Sequence[str]) -> int:
         terminal.show_error(error, as_json=_wants_json(words, this))
         return error.exit_code
     except typer.TyperException as error:  # a flag or argument that the parser refuses
-        terminal.show_usage_error(error, as_json=_wants_json(words, this))
+        terminal.show_usage_error(error, words, as_json=_wants_json(words, this))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = terminal.INTERRUPTED

@@ -137,14 +137,16 @@ def _require_writable(file: Path, data: Sequence[Path]) -> None:
     """Check the file of --row-scores before any work: it must not be a folder or one of the data files.
 
     Raises:
-        UsageError: the file is a folder, or is one of `data`.
+        UsageError: it is a folder, or the data, or in a model, an artifact or the data.
     """
     from offsite.errors import UsageError
+    from offsite.protocol.output_place import require_outside
 
     if file.is_dir():
         raise UsageError(f"{file} is a folder", next_step="name a file with --row-scores")
     if file.resolve() in [path.resolve() for path in data]:
         raise UsageError(f"{file} holds the rows themselves", next_step="name another file with --row-scores")
+    require_outside(file, data, flag="--row-scores")
 
 
 def _require_fitting(model: Path, tasks: Sequence[str], samples: int, probe: Path | None, *, skip_bad: bool) -> None:

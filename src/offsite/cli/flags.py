@@ -101,7 +101,14 @@ class Command(TyperCommand):
             raise UsageError(f"{' and '.join(twice)} was given twice", next_step="give it once")
 
     def invoke(self, ctx: Any) -> Any:
-        """Record the folder of the command's resume points, then run the command."""
+        """Record the folder of the resume points, then run the command, with paths as the disk spells them."""
+        from offsite.storage.unicode_names import existing
+
+        for name, value in ctx.params.items():
+            if isinstance(value, Path):
+                ctx.params[name] = existing(value)
+            elif isinstance(value, list) and value and isinstance(value[0], Path):
+                ctx.params[name] = [existing(path) for path in value]
         if "resume" in ctx.params:
             run_of(ctx).resumable = run_folder(out) if (out := ctx.params["out"]) is not None else None
         return super().invoke(ctx)

@@ -55,6 +55,7 @@ def _require_writable(out: Path, home: "Home") -> None:
         UsageError: `out` is another file, or a file of the home.
     """
     from offsite.errors import UsageError
+    from offsite.protocol.output_place import require_outside
 
     own = out.resolve().parent == home.folder.resolve() and out.suffix != ".pub"
     if own or ((out.exists() or out.is_symlink()) and not _holds_key(out)):
@@ -62,6 +63,7 @@ def _require_writable(out: Path, home: "Home") -> None:
             f"{out} is the home's own" if own else f"{out} is not a public key",
             next_step="name another file with --out; nothing was written",
         )
+    require_outside(out)
 
 
 def _holds_key(file: Path) -> bool:
@@ -100,14 +102,19 @@ def add(
 
 
 def _read_key(file: Path) -> "PublicKey":
+    from offsite.encodings import decode_text
     from offsite.errors import UsageError
     from offsite.protocol.signing import PublicKey
 
     try:
         with file.open("rb") as stream:
-            line = stream.read(_KEY_BYTES + 1).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the public key {file}", reasons=[str(error)]) from None
+            line = decode_text(stream.read(_KEY_BYTES + 1))
+    except (OSError, UnicodeError) as error:
+        raise UsageError(
+            f"cannot read the public key {file}",
+            reasons=[str(error)],
+            next_step="name the file that the other party made with `offsite keygen --name NAME --out FILE.pub`",
+        ) from None
     return PublicKey.from_openssh(line)
 
 

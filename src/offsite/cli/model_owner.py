@@ -159,10 +159,10 @@ def plug_in(
     from offsite.model_owner.intake import intake
     from offsite.model_owner.plugging_in.plug_in import plug_in as plug_in_stage
     from offsite.progress import Event
-    from offsite.storage.files import require_free
+    from offsite.protocol.output_place import require_place
 
     measured = flags.settings(EvalSpec, config, {}) if choose_on else EvalSpec()  # it scores as `offsite eval` does
-    require_free(out)  # before the work, and before the ledger's entry
+    require_place(out, base, returned, choose_on)  # before the work, and before the ledger's entry
     with terminal.showing_progress() as progress:
         progress(Event("verifying the return", 0))
         accepted = intake(returned, own)

@@ -8,9 +8,10 @@ import errno
 import json
 import math
 import os
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import typer
@@ -65,12 +66,20 @@ def show_error(error: OffsiteError, *, as_json: bool) -> None:
     _failed(type(error).__name__, error.exit_code, error.what, error.reasons, error.next_step, as_json=as_json)
 
 
-def show_usage_error(error: typer.TyperException, *, as_json: bool) -> None:
-    """Print the error of a flag or argument that the parser refused."""
+def show_usage_error(error: typer.TyperException, words: Sequence[str], *, as_json: bool) -> None:
+    """Print the error of a flag or argument that the parser refused.
+
+    Args:
+        error: the parser's error.
+        words: the command line; a file in it whose name begins with a dash looks like a flag.
+        as_json: whether the result is JSON.
+    """
     if type(error).__name__ == "NoArgsIsHelpError":  # the help is on the screen already
         return
     context = getattr(error, "ctx", None)
-    next_step = f"see `{context.command_path} --help`" if context is not None else None
+    next_step = f"see `{context.command_path} --help`" if context is not None else "see `offsite --help`"
+    if named := next((word for word in words if word.startswith("-") and os.path.lexists(word)), None):
+        next_step = f"write {shlex.quote(f'./{named}')} for the file or folder {named}"
     _failed("UsageError", error.exit_code, error.format_message(), (), next_step, as_json=as_json)
 
 

@@ -17,6 +17,7 @@ from offsite.config.plug_in_spec import PlugInSpec
 from offsite.config.spec import S, Spec
 from offsite.config.tune_spec import TuneSpec
 from offsite.config.validation_messages import describe_validation
+from offsite.encodings import decode_text
 from offsite.errors import UsageError
 
 # The tables that a TOML file may hold, one for each verb with settings.
@@ -65,9 +66,22 @@ def _require_one_way(kind: type[Spec], settings: Mapping[str, Any]) -> None:
 
 def _read_toml(config: Path) -> dict[str, dict[str, Any]]:
     try:
-        tables: dict[str, Any] = tomllib.loads(config.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"cannot read the settings file {config}", reasons=[str(error)]) from None
+        tables: dict[str, Any] = tomllib.loads(decode_text(config.read_bytes()))
+    except OSError as error:
+        raise UsageError(
+            f"cannot read the settings file {config}: {error.strerror or error}",
+            next_step="name a TOML file with --config, or leave --config out",
+        ) from None
+    except UnicodeError as error:
+        raise UsageError(
+            f"the settings file {config} is no text", reasons=[str(error)[:200]], next_step="save it as UTF-8"
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(
+            f"the settings file {config} is not TOML",
+            reasons=[str(error)],
+            next_step="correct it there; docs/reference.md has an example of every table",
+        ) from None
     unknown = sorted(name for name in tables if name not in TABLES or not isinstance(tables[name], dict))
     if unknown:
         raise UsageError(

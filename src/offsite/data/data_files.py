@@ -16,6 +16,8 @@ from offsite.data.file_formats import RECORDS, parse_line
 from offsite.data.text_files import kind, read_bytes, unreadable
 from offsite.errors import DataError
 from offsite.storage.files import sha256_of
+from offsite.storage.leftovers import is_leftover
+from offsite.storage.unicode_names import existing
 
 Part = Literal["train", "held out"]
 DataPaths = Path | Sequence[Path]  # one data set, or several whose rows are joined
@@ -66,21 +68,11 @@ def files_of(path: Path, part: Part = "train") -> list[Path]:
     return [path]
 
 
-def existing(path: Path) -> Path:
-    """Find an existing file or folder with the name `path`, whatever the Unicode form of its accented letters.
-
-    An accented letter can be one or two characters in Unicode. If no form of the name exists, `path` is returned.
-    """
-    if path.exists():
-        return path
-    forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
-    return next((other for other in forms if other.exists()), path)
-
-
 def data_digest(data: DataPaths) -> str:
     """The SHA-256 digest of one or several data sets.
 
-    It is the digest of the file itself; for a folder, of the names and digests of its files; for several files or
+    It is the digest of the file itself; for a folder, of the names and digests of its files, without what file
+    managers leave there; for several files or
     folders, of their digests.
 
     Raises:
@@ -109,6 +101,8 @@ def _digest(path: Path) -> str:
         )
     digest = hashlib.sha256()
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        if any(is_leftover(part) for part in file.relative_to(path).parts):
+            continue  # a file manager may write one at any time
         digest.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())
     return digest.hexdigest()
 

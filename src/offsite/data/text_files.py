@@ -5,12 +5,11 @@ of its name. Text is UTF-8, or UTF-16 or UTF-32 (detected by a byte-order mark o
 """
 
 import bz2
-import codecs
 import gzip
-import json
 import lzma
 from pathlib import Path
 
+from offsite.encodings import as_utf8
 from offsite.errors import DataError
 from offsite.extras import require
 
@@ -18,13 +17,6 @@ EXPECTED = "JSONL, .json, .csv, .tsv, .parquet, .arrow, .txt, or a folder of suc
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # these suffixes come after the suffix of the file's format
 _GZIP, _BZ2, _XZ, _ZSTANDARD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
 
 
 def kind(path: Path) -> str:
@@ -99,18 +91,11 @@ def read_utf8(path: Path) -> bytes:
         DataError: the file cannot be read, or is broken UTF-16 or UTF-32.
     """
     content = read_bytes(path)
-    encoding: str = json.detect_encoding(content[:4]) if content else "utf-8"
-    for mark, name in _MARKS:
-        if content.startswith(mark):
-            content, encoding = content[len(mark) :], name
-            break
-    if encoding.startswith("utf-8"):
-        return content
     try:
-        return content.decode(encoding).encode("utf-8")
-    except UnicodeError as error:
+        return as_utf8(content)
+    except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} is not the {encoding.upper()} that it begins as: {str(error)[:100]}",
+            f"{path} is not the {error.encoding.upper()} that it begins as: {str(error)[:100]}",
             next_step="save it as UTF-8",
         ) from None
 

@@ -3,22 +3,23 @@
 from pathlib import Path
 
 from offsite.config import TuneSpec
-from offsite.data.data_files import DataPaths
+from offsite.data.data_files import DataPaths, paths_of
 from offsite.data_owner.check_permissions import require_permitted, require_something_to_report
 from offsite.errors import UsageError
 from offsite.protocol.artifacts import Bundle
 from offsite.protocol.home import Home
+from offsite.protocol.output_place import require_outside, require_place
 from offsite.protocol.signing import Identity, PublicKey
-from offsite.storage.files import require_free
 from offsite.storage.lock import LOCK, alone_in
 from offsite.training.run_log import require_resume_asked, run_folder
-from offsite.training.tensorboard import require_outside, require_tensorboard
+from offsite.training.tensorboard import require_apart, require_tensorboard
 
 AT_WORK = ("tuning", "wait for it or stop it")  # for the error if another process works in the run's folder
 
 
 def check_tuning(
     bundle: Bundle,
+    data: DataPaths,
     out: Path,
     spec: TuneSpec,
     home: Home,
@@ -31,6 +32,7 @@ def check_tuning(
 
     Args:
         bundle: the verified bundle.
+        data: rows to train on.
         out: the return's folder.
         spec: the settings of the tuning.
         home: the data owner's home, with the key.
@@ -42,17 +44,18 @@ def check_tuning(
         The data owner's identity, which will sign the return.
 
     Raises:
-        UsageError: `out` is not empty; another tuning runs there; it has an interrupted run and `resume` is False; this
-            home has no key, or not the key that the bundle is addressed to; losses are to be reported but there are no
-            held-out rows; settings contradict each other; or TensorBoard is not installed, or its folder is inside the
-            return's folder.
+        UsageError: `out` is not free, or inside the data, a model or an artifact; another tuning runs there; it has an
+            interrupted run and `resume` is False; this home has no key, or not the key that the bundle is addressed to;
+            losses are to be reported but there are no rows for them; settings contradict each other; or TensorBoard is
+            not installed, or its folder is inside the return's folder.
         IncompatibleError: the method has nothing to train in this model.
         PolicyError: the bundle does not permit the method, the rank, the width or the head.
     """
-    require_free(out)
+    require_place(out, bundle.folder, paths_of(data), paths_of(eval_data) if eval_data is not None else None)
     require_something_to_report(spec, eval_data)
     if tensorboard is not None:
-        require_outside(tensorboard, out)
+        require_apart(tensorboard, out)
+        require_outside(tensorboard, bundle.folder, paths_of(data), flag="--tensorboard")
         require_tensorboard()
     identity = home.identity()
     require_addressed(bundle, identity)

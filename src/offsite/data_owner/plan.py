@@ -106,7 +106,7 @@ def plan_tune(
     Raises:
         OffsiteError: see `check_tuning` and `read_data`; also raised if there are fewer steps than checkpoints.
     """
-    identity = check_tuning(bundle, out, spec, home, eval_data=eval_data, tensorboard=tensorboard, resume=resume)
+    identity = check_tuning(bundle, data, out, spec, home, eval_data=eval_data, tensorboard=tensorboard, resume=resume)
     from offsite.data.pictures.picture_workers import PictureWorkers
     from offsite.data_owner.tuning_data import read_data
     from offsite.kernels.runtime import resolve_runtime, worker_count

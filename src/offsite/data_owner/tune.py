@@ -70,7 +70,7 @@ def tune(
         StorageError: a file cannot be read or written.
         KeyboardInterrupt: the user stopped the run; a resume point was saved.
     """
-    identity = check_tuning(bundle, out, spec, home, eval_data=eval_data, tensorboard=tensorboard, resume=resume)
+    identity = check_tuning(bundle, data, out, spec, home, eval_data=eval_data, tensorboard=tensorboard, resume=resume)
     out = out.resolve()  # the return replaces an empty folder, which may be the current one
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     spec = resolve_defaults(spec, bundle.manifest.family, runtime.dtype.itemsize)

@@ -16,8 +16,8 @@ from offsite.model_owner.partition import partition
 from offsite.model_owner.sandwich import Sandwich
 from offsite.protocol.artifacts import Base
 from offsite.protocol.home import Home
+from offsite.protocol.output_place import require_place
 from offsite.protocol.signing import Identity, PublicKey
-from offsite.storage.files import require_free
 from offsite.training.run_log import require_resume_asked, run_folder
 
 
@@ -45,14 +45,15 @@ def check_packing(
         resume: whether to continue an interrupted distillation or search.
 
     Raises:
-        UsageError: `out` is not empty, the home has no key, the recipient is unknown, a setting does not fit the model,
-            an interrupted run exists and `resume` is false, or a required package is not installed.
+        UsageError: `out` is not free, or inside a model or an artifact; the home has no key, the recipient is unknown,
+            a setting does not fit the model, an interrupted run exists and `resume` is false, or a required package is
+            not installed.
         IncompatibleError: the model cannot be split or healed with these settings, or one of its files holds settings
             that a bundle may not contain.
         DataError: the calibration text or pictures cannot be read.
         StorageError: a file of the base is missing or broken.
     """
-    require_free(out)
+    require_place(out, base.folder, spec.calibration.source)
     identity, key = home.identity(), home.trusted_key(recipient)
     model = open_base(base)
     sandwich = require_packable(model, spec)

@@ -1,7 +1,7 @@
 """Rules for every artifact: the signer is trusted, this party is the recipient, and the files are the signed ones."""
 
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from offsite.errors import VerificationError
 from offsite.protocol.manifest import (
@@ -11,8 +11,11 @@ from offsite.protocol.manifest import (
 )
 from offsite.protocol.signed_folder import Rule, SignedFolder
 from offsite.protocol.signing import SIGNATURE_BYTES, PublicKey
+from offsite.storage.leftovers import delete_command, is_leftover, unfinished
 from offsite.storage.regular_files import read_bounded
 from offsite.storage.snapshot import ReadFile
+
+_DELETED = 20  # files that a command to delete them names at once
 
 
 def _signature(signed: SignedFolder) -> Iterator[str]:
@@ -40,17 +43,46 @@ def _addressee(signed: SignedFolder) -> Iterator[str]:
     yield f"addressed to {found}, this party is {PublicKey.from_hex(own).fingerprint}"
 
 
+def _listed(signed: SignedFolder) -> set[str]:
+    return {entry.name for entry in signed.manifest.files} | {MANIFEST, SIGNATURE}
+
+
 def _listing(signed: SignedFolder) -> Iterator[str]:
-    listed = {entry.name for entry in signed.manifest.files} | {MANIFEST, SIGNATURE}
+    listed = _listed(signed)
     found = set()
     for path in sorted(signed.folder.iterdir()):
         found.add(path.name)
+        if is_leftover(path.name, listed):
+            continue  # a finding of the next rule
         if not stat.S_ISREG(path.lstat().st_mode):
             yield f"{path.name!r} is not a plain file"
         elif path.name not in listed:
             yield f"{path.name!r} is not listed in {MANIFEST}"
     for name in sorted(listed - found):
         yield f"{name} is missing"
+
+
+def _leftovers(signed: SignedFolder) -> Iterator[str]:
+    """Refuse files that nobody sent, such as .DS_Store: a signed folder holds the signed files and nothing else."""
+    listed = _listed(signed)
+    for path in sorted(signed.folder.iterdir()):
+        if is_leftover(path.name, listed):
+            by = "a transfer that has not ended" if unfinished(path.name, listed) else "a program on the way"
+            yield f"{path.name!r} is not listed in {MANIFEST}; by its name {by} left it"
+
+
+def _without_leftovers(signed: SignedFolder) -> str:
+    if halves := half_received(signed):
+        return f"wait until {', '.join(sorted(halves))} has arrived, or fetch the folder again; then verify it again"
+    listed = _listed(signed)
+    left = [path for path in sorted(signed.folder.iterdir()) if is_leftover(path.name, listed)]
+    return f"delete these files, which are no part of it, and verify again: {delete_command(left[:_DELETED])}"
+
+
+def half_received(signed: SignedFolder) -> set[str]:
+    """The listed files that are missing while a transfer's half of them is there."""
+    listed, found = _listed(signed), {path.name for path in signed.folder.iterdir()}
+    return {whole for name in found if (whole := unfinished(name, listed)) and whole not in found}
 
 
 def _digests(signed: SignedFolder) -> Iterator[str]:
@@ -66,11 +98,15 @@ def _digests(signed: SignedFolder) -> Iterator[str]:
 
 
 # What the receiver can do about a finding; findings of all other rules are for the sender to correct.
-OWN_FAULT: Mapping[Rule, str] = {
-    _trusted_signer: "compare the key's fingerprint with the sender over another channel, then "
-    "`offsite trust add NAME FILE.pub`",
-    _addressee: "name the right --home; if it is, send your present public key (`offsite keygen --out FILE.pub`) "
-    "and ask for one that is addressed to it",
+OWN_FAULT: Mapping[Rule, Callable[[SignedFolder], str]] = {
+    _trusted_signer: lambda _: (
+        "compare the key's fingerprint with the sender over another channel, then `offsite trust add NAME FILE.pub`"
+    ),
+    _addressee: lambda _: (
+        "name the right --home; if it is, send your present public key (`offsite keygen --out FILE.pub`) "
+        "and ask for one that is addressed to it"
+    ),
+    _leftovers: _without_leftovers,
 }
 SIGNER_RULES: tuple[Rule, ...] = (_signature, _trusted_signer, _addressee)
-FILE_RULES: tuple[Rule, ...] = (_listing, _digests)
+FILE_RULES: tuple[Rule, ...] = (_listing, _leftovers, _digests)

@@ -10,6 +10,7 @@ import platformdirs
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from offsite.encodings import decode_text
 from offsite.errors import OffsiteError, UsageError
 from offsite.protocol.signing import Identity, PublicKey
 from offsite.storage.files import replace_file, storage_errors
@@ -157,8 +158,8 @@ _KEY_LOST = "put it back from a backup; if it is lost, make a new key in a new h
 
 def _trusted_file(file: Path) -> PublicKey:
     try:
-        return PublicKey.from_openssh(file.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, UsageError) as error:
+        return PublicKey.from_openssh(decode_text(file.read_bytes()))
+    except (OSError, UnicodeError, UsageError) as error:
         reasons = error.reasons if isinstance(error, UsageError) else [str(error)]
         raise OffsiteError(
             f"the trusted key {file} cannot be read",

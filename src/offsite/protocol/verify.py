@@ -12,7 +12,7 @@ from offsite.errors import OffsiteError, PolicyError, StorageError, UsageError, 
 from offsite.protocol.artifacts import Bundle, PlugIn, Return, attest
 from offsite.protocol.bundle_rules import BUNDLE_RULES
 from offsite.protocol.contents import allowed_in_plug_in
-from offsite.protocol.envelope_rules import FILE_RULES, OWN_FAULT, SIGNER_RULES
+from offsite.protocol.envelope_rules import FILE_RULES, OWN_FAULT, SIGNER_RULES, half_received
 from offsite.protocol.home import Home
 from offsite.protocol.manifest import (
     MANIFEST,
@@ -187,7 +187,7 @@ def _run(
     found = signer + _findings(subject, (*FILE_RULES, *rules))
     if found:
         reasons = list(dict.fromkeys([*(reason for reason, _ in found), *refusals]))
-        advice = list(dict.fromkeys(mends for _, mends in found))
+        advice = list(dict.fromkeys(mends for _, mends in found if mends))
         own_fault = _DISTRUST not in advice and not refusals
         raise _failed(signed.folder, reasons, "; ".join(advice) if own_fault else _DISTRUST)
     listed = [Written(entry.name, entry.size, entry.sha256) for entry in signed.manifest.files]
@@ -214,9 +214,10 @@ def _findings(signed: SignedFolder, rules: Iterable[Rule]) -> list[tuple[str, st
     """Run the rules: pairs of a finding and the advice for the receiver."""
     found: list[tuple[str, str]] = []
     for rule in rules:
-        mends = OWN_FAULT.get(rule)
+        mends = None
         try:
             reasons = list(rule(signed))
+            mends = OWN_FAULT[rule](signed) if reasons and rule in OWN_FAULT else None
         except OffsiteError as error:  # a broken file is a finding like any other
             reasons = [*(error.reasons or [error.what])]
             mends = error.next_step if isinstance(error, UsageError) else None  # this home's own, as a missing key
@@ -224,7 +225,15 @@ def _findings(signed: SignedFolder, rules: Iterable[Rule]) -> list[tuple[str, st
             reasons = [f"cannot read {str(error.filename)!r}: {error.strerror}"]
             mends = None
         found += [(reason, mends or _DISTRUST) for reason in reasons]
-    return found
+    return _without_half_received(signed, found)
+
+
+def _without_half_received(signed: SignedFolder, found: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Of files that are still on their way it is no reason for distrust that they are missing."""
+    if not any(rule_advice != _DISTRUST for _, rule_advice in found) or not signed.folder.is_dir():
+        return found
+    missing = {f"{name} is missing" for name in half_received(signed)}
+    return [(reason, "" if reason in missing else mends) for reason, mends in found]
 
 
 def _failed(folder: Path, reasons: list[str], next_step: str = _DISTRUST) -> VerificationError:

@@ -9,12 +9,16 @@ import errno
 import hashlib
 import os
 import secrets
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from offsite.errors import StorageError, UsageError
+from offsite.storage.leftovers import delete_command, leftovers_in
+
+LONGEST_NAME = 240  # bytes of an output folder's name: disks take 255, and the log beside it has a longer one
 
 
 @dataclass(frozen=True)
@@ -28,46 +32,104 @@ class Written:
 
 @contextlib.contextmanager
 def staged_folder(out: Path) -> Iterator[Path]:
-    """Context manager: yield a temporary folder next to `out`, and rename it to `out` at the end of the body.
+    """Yield a temporary folder; it becomes `out` if the `with` block ends without an exception.
 
-    If the body of the `with` statement raises an exception, the temporary folder is removed instead.
+    An empty folder that is there already stays the same folder, with its permissions, and is filled: it may be the
+    current one, or where another disk is mounted. Weights are moved into it before config and signature, so that a
+    power cut between them leaves nothing that loads or verifies.
 
     Raises:
         UsageError: `out` exists and is not an empty folder.
         StorageError: a folder or file cannot be written; `out` is unchanged.
     """
     require_free(out)
-    out = out.resolve()  # the temporary folder's name is made from the name of `out`, and "." has none
-    staging = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    out = out.resolve()  # "." has no name to derive the sibling's from
     with storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
+        staging = (out if _is_place_of_its_own(out) else out.parent) / _temporary_name(out)
         staging.mkdir()
     try:
         with storage_errors(out):
             yield staging
             _sync_folder(staging)
-            if os.name == "nt" and out.exists():  # elsewhere renaming replaces an empty folder in one step
-                out.rmdir()
-            staging.rename(out)
-            with contextlib.suppress(OSError):  # the folder is complete by now
+            if out.exists():
+                _fill(out, staging)
+            else:
+                staging.rename(out)
+            with contextlib.suppress(OSError):  # the folder stands by now
                 _sync_folder(out.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def require_free(out: Path) -> None:
+def _is_place_of_its_own(out: Path) -> bool:
+    """Whether `out` exists on another disk than its parent, or in one where nothing can be written."""
+    if not out.exists():
+        return False
+    return out.stat().st_dev != out.parent.stat().st_dev or not os.access(out.parent, os.W_OK)
+
+
+def _fill(out: Path, staging: Path) -> None:
+    """Move the entries of the staged folder into an empty one; on an error take them out again."""
+    entries = sorted(staging.iterdir(), key=lambda path: (path.suffix in (".json", ".sig"), path.name))
+    if others := [path for path in out.iterdir() if path != staging]:
+        raise FileExistsError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(others[0]))
+    moved: list[Path] = []
+    try:
+        moved.extend(entry.rename(out / entry.name) for entry in entries)
+    except OSError:
+        for path in reversed(moved):
+            path.rename(staging / path.name)
+        raise
+    _sync_folder(out)
+
+
+def require_free(out: Path, flag: str = "--out") -> None:
     """Raise an error if an output folder is not free; called before any work is done.
 
+    Args:
+        out: the folder.
+        flag: the flag that names it, for the error's next step.
+
     Raises:
-        UsageError: `out` exists and is not an empty folder.
+        UsageError: `out` exists and is not an empty folder, is inside a file, or has a name that is too long.
     """
     with storage_errors(out):
-        taken = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
-    if taken:
+        problem = _taken(out, flag)
+    if problem:
+        raise UsageError(f"{out} exists and is not an empty folder", reasons=problem[:1], next_step=problem[1])
+    above = next((path for path in out.absolute().parents if path.exists()), None)
+    if above is not None and not above.is_dir():
         raise UsageError(
-            f"{out} exists and is not an empty folder",
-            next_step="name another folder with --out, or move this one away; nothing was overwritten",
+            f"{out} cannot be made: {above} is a file",
+            next_step=f"name a folder that is not inside a file with {flag}",
         )
+    if len(os.fsencode(out.resolve().name)) > LONGEST_NAME:
+        raise UsageError(
+            f"the name of {out} is too long",
+            reasons=[f"{len(os.fsencode(out.resolve().name))} bytes, at most {LONGEST_NAME}"],
+            next_step=f"name a folder with a shorter name with {flag}",
+        )
+
+
+def _taken(out: Path, flag: str) -> tuple[str, str] | None:
+    """Why an output folder is not free, and what to do about it."""
+    if out.is_symlink():
+        target = out.resolve()
+        free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+        where = f"{flag} {shlex.quote(str(target))}" if free else f"another folder with {flag}"
+        return f"it is a link to {target}", f"name {where}, or move the link away; nothing was overwritten"
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        return "it is a file", f"name another folder with {flag}, or move this file away; nothing was overwritten"
+    held = sorted(path.name for path in out.iterdir())
+    if not held:
+        return None
+    holds = f"it holds {', '.join(held[:3])}{f' and {len(held) - 3} more' if len(held) > 3 else ''}"
+    if len(held) == len(left := leftovers_in(out)):
+        return holds, f"delete what a program left there: {delete_command(left)}"
+    return holds, f"name another folder with {flag}, or move this one away; nothing was overwritten"
 
 
 def write_stream(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> Written:
@@ -89,7 +151,7 @@ def replace_file(path: Path, content: bytes, mode: int = 0o644) -> None:
     Raises:
         StorageError: the file cannot be written; the old file is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(_temporary_name(path))
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -130,7 +192,14 @@ _ADVICE = {
     errno.EACCES: "choose a folder that you may write to",
     errno.EPERM: "choose a folder that you may write to",
     errno.EROFS: "choose a folder on a disk that is not read-only",
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
+
+
+def _temporary_name(path: Path) -> str:
+    """A name beside `path` that no other process has; it starts like the path's, and is never too long for the disk."""
+    start = os.fsencode(path.name)[:200].decode("utf-8", "ignore")
+    return f".{start}.{secrets.token_hex(4)}.tmp"
 
 
 def _write(descriptor: int, content: bytes | bytearray | memoryview) -> None:

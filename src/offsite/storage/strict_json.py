@@ -1,5 +1,6 @@
 """Parse JSON that is not trusted: content that two parsers could understand differently is an error. Torch-free."""
 
+import codecs
 import json
 import math
 from typing import Any
@@ -37,6 +38,8 @@ def strict_json(raw: bytes) -> Any:
             raise ValueError(f"{digits[:20]} is out of range")
         return value
 
+    if raw.startswith(codecs.BOM_UTF8):
+        raise ValueError("it begins with a byte-order mark; save it as UTF-8 without one")
     try:
         return json.loads(
             raw.decode("utf-8"),

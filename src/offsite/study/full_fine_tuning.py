@@ -31,8 +31,9 @@ from offsite.models.tokenizers import context_length, load_tokenizer
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Base
 from offsite.protocol.contents import CONFIG, PROCESSOR, TOKENIZER_FILES
+from offsite.protocol.output_place import require_place
 from offsite.storage.checkpoint_folder import write_checkpoint
-from offsite.storage.files import require_free, staged_folder, write_stream
+from offsite.storage.files import staged_folder, write_stream
 from offsite.storage.safetensors_files import from_array
 from offsite.study.all_weights_tuning import all_weights_on_pictures, all_weights_on_text
 from offsite.training.resume_points import RunState
@@ -71,7 +72,7 @@ def full_fine_tuning(
         StorageError: something cannot be read or written.
         KeyboardInterrupt: the user stopped it; a resume point was saved.
     """
-    require_free(out)
+    require_place(out, base.folder, data, eval_data)
     base_model = open_base(base)
     family = base_model.family
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)

@@ -20,7 +20,9 @@ from offsite.model_owner.emulator_work import work_of
 from offsite.model_owner.partition import partition
 from offsite.protocol.artifacts import Base
 from offsite.protocol.home import Home
+from offsite.protocol.output_place import require_outside
 from offsite.storage.files import replace_file
+from offsite.storage.leftovers import is_leftover
 from offsite.study.demos.picture_data import list_pictures_for_study
 from offsite.study.demos.pretrained import IMAGE_SIZE, cached_encoder, cached_smollm2
 from offsite.study.recipe import SMOLLM2, VIT_S14, DataTable, Recipe, require_files
@@ -59,7 +61,8 @@ def prepare(recipe: Recipe, out: Path, say: Callable[[str], None]) -> tuple[Work
 
 
 def _require_study_folder(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()) and not (out / _MARK).is_dir():
+    require_outside(out)
+    if out.is_dir() and not all(is_leftover(path.name) for path in out.iterdir()) and not (out / _MARK).is_dir():
         raise UsageError(
             f"{out} contains files that are not of a study",
             reasons=[f"it has no folder {_MARK}/"],

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import Field, ValidationError
 
 from offsite.config import EvalSpec, PackSpec, PlugInSpec, Spec, TuneSpec, problems_of, unpermitted
+from offsite.encodings import decode_text
 from offsite.errors import UsageError
 
 RowName = Literal["zero_shot", "emulator_zero_shot", "full", "adapter_on_base", "emulator", "plug_in"]
@@ -122,13 +123,13 @@ def load_recipe(file: Path, *, data_root: Path | None = None, base: Path | None 
         UsageError: the file cannot be read, or anything in it is wrong; every problem is listed.
     """
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        content = tomllib.loads(decode_text(file.read_bytes()))
     except OSError as error:
         raise UsageError(
             f"cannot read the recipe {file}: {error.strerror}",
             next_step="name a TOML file; recipes/ has some, and docs/study.md shows how to write one",
         ) from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (UnicodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(
             f"the recipe {file} is not TOML",
             reasons=[str(error)],

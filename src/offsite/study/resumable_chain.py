@@ -14,7 +14,9 @@ from typing import Any
 
 from offsite.errors import UsageError
 from offsite.progress import Event, Progress
+from offsite.protocol.output_place import require_outside
 from offsite.storage.files import replace_file, staged_folder
+from offsite.storage.leftovers import is_leftover
 from offsite.study.run_command import Words, run_command, settings_toml
 
 STATE = "stages.json"
@@ -169,15 +171,20 @@ def require_demo_folder(workdir: Path) -> Path:
     """Return `workdir` if it is empty, new, or contains an earlier run of the demo.
 
     Raises:
-        UsageError: it contains other files.
+        UsageError: it contains other files, or is inside a model or an artifact.
     """
-    if workdir.is_dir() and any(workdir.iterdir()) and not (workdir / STATE).exists():
+    require_outside(workdir, flag="--workdir")
+    if workdir.is_dir() and _holds_something(workdir) and not (workdir / STATE).exists():
         raise UsageError(
             f"{workdir} contains files that are not of a demo",
             reasons=[f"it has no {STATE}"],
             next_step="name a new folder with --workdir; nothing was changed",
         )
     return workdir
+
+
+def _holds_something(folder: Path) -> bool:
+    return any(not is_leftover(path.name) for path in folder.iterdir())
 
 
 def _digest(before: str, name: str, stamp: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ def require_tensorboard() -> Any:
     return require("torch.utils.tensorboard", "tensorboard", "writing for TensorBoard").SummaryWriter
 
 
-def require_outside(folder: Path, out: Path) -> None:
+def require_apart(folder: Path, out: Path) -> None:
     """Refuse a TensorBoard folder that is inside the folder of the return or of its resume points.
 
     Args:

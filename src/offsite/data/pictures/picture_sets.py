@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from offsite.data.data_files import DataPaths, Part, existing, files_of, name_of, part_role, parts_of, paths_of
+from offsite.data.data_files import DataPaths, Part, files_of, name_of, part_role, parts_of, paths_of
 from offsite.data.file_formats import RECORDS, read_records
 from offsite.data.parquet_and_arrow import ClassNumber, class_names, features_of
 from offsite.data.pictures.picture_files import Picture
@@ -22,6 +22,7 @@ from offsite.data.read_rows import counted, first
 from offsite.data.text_files import kind
 from offsite.errors import DataError, UsageError
 from offsite.storage.files import sha256_of
+from offsite.storage.unicode_names import existing
 
 KINDS = "a folder with a sub-folder for each class, a .csv or .jsonl of path and label, or .parquet of image and label"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})

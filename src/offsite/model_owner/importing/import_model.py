@@ -22,8 +22,9 @@ from offsite.models.quantisation import display_name, plain_config
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Base
 from offsite.protocol.contents import CONFIG, GENERATION_CONFIG, PROCESSOR, TOKENIZER_FILES
+from offsite.protocol.output_place import require_place
 from offsite.storage.checkpoint_folder import INDEX, WEIGHTS, open_checkpoint
-from offsite.storage.files import require_free, staged_folder, write_stream
+from offsite.storage.files import staged_folder, write_stream
 from offsite.storage.safetensors_files import copied
 from offsite.storage.strict_json import strict_json
 
@@ -45,7 +46,7 @@ def import_model(source: Path, out: Path, spec: ImportSpec | None = None, progre
             lost, or weights hold NaN or infinity.
     """
     settings = spec or ImportSpec()
-    require_free(out)
+    require_place(out, source)
     located = locate_source(source)
     with staged_folder(out) as folder:
         progress(Event("reading the model", 0))

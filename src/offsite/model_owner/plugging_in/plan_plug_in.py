@@ -14,8 +14,8 @@ from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Base
 from offsite.protocol.home import Home
 from offsite.protocol.manifest import MANIFEST, SIGNATURE, FileEntry, render_manifest
+from offsite.protocol.output_place import require_place
 from offsite.protocol.signing import SIGNATURE_BYTES
-from offsite.storage.files import require_free
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def plan_plug_in(
         PolicyError: the return exceeds what the bundle permits, or was already plugged in.
         IncompatibleError: the base is not the one that the bundle was packed from.
     """
-    require_free(out)
+    require_place(out, base.folder, returned)
     progress(Event("verifying the return", 0))
     verified = check_return(returned, home, hold=True)
     model, parent = check_plug_in(verified, base, spec, home, progress)

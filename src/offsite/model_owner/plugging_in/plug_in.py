@@ -14,8 +14,9 @@ from offsite.model_owner.plugging_in.plug_in_contents import plug_in_contents, p
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Base, PlugIn, Return
 from offsite.protocol.home import Home
+from offsite.protocol.output_place import require_place
 from offsite.protocol.sealing import file_entries, seal
-from offsite.storage.files import require_free, staged_folder
+from offsite.storage.files import staged_folder
 
 
 def plug_in(
@@ -39,7 +40,7 @@ def plug_in(
         UsageError: this home did not take in the return, its method does not support the requested form, it has no such
             checkpoint, or `out` is not empty.
     """
-    require_free(out)
+    require_place(out, base.folder, returned.folder)
     model, parent = open_base_of(returned, base, spec, home, progress)
     form, chosen = form_of(returned, spec), chosen_by(returned, parent, spec)
     progress(Event("writing the plug-in", 0))

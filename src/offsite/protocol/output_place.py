@@ -1,0 +1,107 @@
+"""Checks the place of a result before any work: it is new, and inside nothing that it would change. Torch-free."""
+
+import shlex
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from offsite.errors import OffsiteError, UsageError
+from offsite.protocol.manifest import MANIFEST
+from offsite.protocol.verify import read_unverified
+from offsite.storage.checkpoint_folder import DECLARED_INDEX, DECLARED_WEIGHTS, INDEX, WEIGHTS
+from offsite.storage.files import require_free
+
+_WEIGHTS = (WEIGHTS, INDEX, DECLARED_WEIGHTS, DECLARED_INDEX)
+_ADAPTER_CONFIG, _RUN = "adapter_config.json", "run.json"
+_BESIDE = (".log.jsonl", ".run")  # what a run writes beside its result
+
+
+def require_place(out: Path, *inputs: Path | Sequence[Path] | None, flag: str = "--out") -> None:
+    """Refuse a result's folder that is not free, or that lies in a bundle, a model, a run or the data.
+
+    Args:
+        out: the folder of the result, which must not exist or be empty.
+        inputs: the folders and files that the command reads; None and patterns are permitted.
+        flag: the flag that names the place, for the error's next step.
+
+    Raises:
+        UsageError: it is one of the inputs, inside one of them, inside a signed folder, a model or an interrupted run,
+            or not free.
+    """
+    given = _paths(inputs)
+    if (same := next((path for path in given if _same(out, path)), None)) is not None:
+        raise UsageError(
+            f"{out} is {_called(same)} that the command reads, so it cannot take the result",
+            next_step=f"name a new folder: {flag} {shlex.quote(str(_new_beside(out)))}",
+        )
+    require_outside(out, *given, flag=flag)
+    require_free(out, flag=flag)
+
+
+def require_outside(out: Path, *inputs: Path | Sequence[Path] | None, flag: str = "--out") -> None:
+    """Refuse a file or folder inside a bundle, a model, a run or the data, where it would change what is there.
+
+    Args:
+        out: the file or folder that would be written.
+        inputs: the folders and files that the command reads; None and patterns are permitted.
+        flag: the flag that names the place, for the error's next step.
+
+    Raises:
+        UsageError: it is in one of them.
+    """
+    given = _paths(inputs)
+    around = [folder for folder in out.resolve().parents if kind_of_folder(folder)]
+    data = [folder for path in given if (folder := path.resolve()) in out.resolve().parents and path.is_dir()]
+    if outer := min({*around, *data}, key=lambda folder: len(folder.parts), default=None):
+        raise UsageError(
+            f"{out} is inside {_called(outer)} {outer}, which it would change",
+            next_step=f"name a place outside: {flag} {shlex.quote(str(_new_beside(outer, out.name)))}",
+        )
+    for pattern in given:
+        if not pattern.exists() and _would_match(pattern, out):
+            elsewhere = _new_beside(out.resolve().parent, out.name)
+            raise UsageError(
+                f"what is written at {out} would become a part of the data {pattern}",
+                next_step=f"name a place in another folder: {flag} {shlex.quote(str(elsewhere))}",
+            )
+
+
+def kind_of_folder(folder: Path) -> str | None:
+    """What a folder is: a bundle, return, plug-in, model, adapter or interrupted run; None for any other folder."""
+    if (folder / MANIFEST).is_file():
+        try:
+            return read_unverified(folder).kind
+        except OffsiteError:
+            return "signed folder"
+    if (folder / "config.json").is_file() and any((folder / name).is_file() for name in _WEIGHTS):
+        return "model"
+    if (folder / _ADAPTER_CONFIG).is_file():
+        return "adapter"
+    return "run" if folder.name.endswith(".run") and (folder / _RUN).is_file() else None
+
+
+def _called(path: Path) -> str:
+    kind = kind_of_folder(path)
+    return f"the {kind}" if kind else "the folder" if path.is_dir() else "the file"
+
+
+def _paths(inputs: Iterable[Path | Sequence[Path] | None]) -> list[Path]:
+    return [path for one in inputs if one is not None for path in ([one] if isinstance(one, Path) else one)]
+
+
+def _same(out: Path, other: Path) -> bool:
+    return other.exists() and out.resolve() == other.resolve()
+
+
+def _would_match(pattern: Path, out: Path) -> bool:
+    """Whether a pattern of data would match what is written at `out` or beside it."""
+    beside = [out.name, *(out.name + end for end in _BESIDE)]
+    return pattern.parent.resolve() == out.resolve().parent and any(fnmatch(name, pattern.name) for name in beside)
+
+
+def _new_beside(folder: Path, name: str | None = None) -> Path:
+    """A path beside a folder that does not exist, with this name or the folder's and a number."""
+    place = folder.resolve().parent
+    stem = name or f"{folder.resolve().name}-2"
+    tried = (place / (stem if number == 1 else f"{stem}-{number}") for number in range(1, 1000))
+    return next(path for path in tried if not path.exists() and not path.is_symlink())
