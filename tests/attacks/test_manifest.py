@@ -131,16 +131,25 @@ BUNDLE: dict[str, tuple[Callable[[Json], None], str]] = {
 RETURN: dict[str, tuple[Callable[[Json], None], str]] = {
     "unknown key": (setting("rows", value=12), "rows: Extra inputs are not permitted"),
     "loss told": (setting("lora", "loss", value=1.5), "lora.loss: Extra inputs"),
-    "requirement of a bundle": (setting("requires", value=["share"]), "requires what only a bundle can require"),
+    "requirement of a bundle": (
+        setting("requires", value=["share"]),
+        "requires features that only a bundle can require",
+    ),
     "unknown requirement": (setting("requires", value=["dp"]), "requires dp, which this version does not know"),
     "future format": (setting("format", value=7), "has format 7"),
-    "lora settings with a full tuning": (setting("method", value="full"), "lora settings go with method 'lora'"),
-    "a bottleneck beside a LoRA": (setting("bottleneck", value={"width": 4}), "bottleneck settings go with method"),
+    "lora settings with a full tuning": (
+        setting("method", value="full"),
+        "lora settings are required by method 'lora'",
+    ),
+    "a bottleneck beside a LoRA": (
+        setting("bottleneck", value={"width": 4}),
+        "bottleneck settings are required by method",
+    ),
     "a head beside bottlenecks": (
         lambda m: m.update(head=True, method="bottleneck", lora=None, bottleneck={"width": 4}),
-        "a head goes with the methods",
+        "a head is permitted only with the methods",
     ),
-    "lora tuning without settings": (setting("lora", value=None), "lora settings go with method 'lora'"),
+    "lora tuning without settings": (setting("lora", value=None), "lora settings are required by method 'lora'"),
     "no rank": (setting("lora", "rank", value=0), "lora.rank: Input should be greater"),
     "no scale": (setting("lora", "alpha", value=0.0), "lora.alpha: Input should be greater"),
     "endless scale": (setting("lora", "alpha", value=1e300), "lora.alpha: Input should be less"),

@@ -1,1 +1,1 @@
-"""The exchange format: artifacts, manifests, signatures, and the rules that verify received folders. Torch-free."""
+"""The format of exchanged folders: artifacts, manifests, signatures, and the rules that verify them. Torch-free."""

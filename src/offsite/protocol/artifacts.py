@@ -1,7 +1,7 @@
 """The artifacts as frozen values. Every `Bundle`, `Return` or `PlugIn` object was verified, or sealed by this process.
 
-Their constructors raise TypeError for all callers except `offsite.protocol.verify` and `offsite.protocol.sealing`.
-These two modules construct them with `attest`.
+Only `offsite.protocol.verify` and `offsite.protocol.sealing` construct them, with `attest`; for other callers their
+constructors raise TypeError.
 """
 
 from collections.abc import Hashable
@@ -12,7 +12,7 @@ from typing import overload
 from offsite.protocol.manifest import BundleManifest, Manifest, PlugInManifest, ReturnManifest
 from offsite.storage.snapshot import Snapshot
 
-_PROOF = object()  # who constructs an artifact holds it
+_PROOF = object()  # the constructors of artifacts require it, and only `attest` passes it
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Base:
     fingerprints: dict[Hashable, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.folder))  # may have come as text
+        object.__setattr__(self, "folder", Path(self.folder))  # callers may pass a string
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class PlugIn:
 
 
 def files_of(artifact: Path | Base | Bundle | Return | PlugIn) -> Path | Snapshot:
-    """The source of an artifact's files: the verified snapshot, or the plain folder for a `Path` or a `Base`."""
+    """Where to read an artifact's files: its verified snapshot, or the folder itself for a `Path` or a `Base`."""
     if isinstance(artifact, Path):
         return artifact
     return artifact.folder if isinstance(artifact, Base) else artifact.files

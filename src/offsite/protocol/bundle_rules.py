@@ -75,7 +75,7 @@ def _bundle_config(signed: SignedFolder) -> Iterator[str]:
 
 
 def _bundle_positions(signed: SignedFolder) -> Iterator[str]:
-    """Limit the number of positions: no tensor need confirm it, and some families compute a table of that length."""
+    """Limit the config's number of positions, as no tensor confirms it and some families allocate a table for it."""
     config = _settings_of(signed)[0]
     for key in ("max_position_embeddings", "n_positions", "n_ctx"):
         if type(config.get(key)) is int and config[key] > _MOST_POSITIONS:
@@ -97,12 +97,12 @@ def _bundle_weights(signed: SignedFolder) -> Iterator[str]:
     for block in range(manifest.split.blocks):
         if not declared or not 0 <= block - declared.first < declared.blocks:
             expected |= {family.in_block(block, path) for path in family.block_tensors(settings, block)}
-        if len(expected) > 2 * held + 1000:  # what is announced must not cost more than what was sent
+        if len(expected) > 2 * held + 1000:  # a small file with a hostile config must not cost much memory and time
             yield f"weights: {held} tensors, the config makes it over {len(expected)}"
             return
     ours = _declared_tensors(declared, manifest, family, checkpoint, settings) if declared else {}
     yield from names_differ("weights", set(checkpoint.tensors), expected | ours.keys())
-    alike: dict[str, TensorRange] = {}  # the first of each path in a block, whichever the expert
+    alike: dict[str, TensorRange] = {}  # the first tensor of each path in a block; all experts count as one path
     for name, tensor in checkpoint.tensors.items():
         if name in ours:
             shape, dtypes = ours[name]
@@ -124,12 +124,15 @@ def _bundle_weights(signed: SignedFolder) -> Iterator[str]:
 def _declared_tensors(
     declared: Declared, manifest: BundleManifest, family: Architecture, checkpoint: Checkpoint, settings: dict[str, Any]
 ) -> dict[str, Expected]:
-    """The shape and dtypes of each declared emulator tensor, by full name, from the first trained block's sizes."""
+    """The expected shape and dtypes of each tensor of declared emulator blocks, by full name.
+
+    They follow from the shapes in the first trained block; {} if those are missing or wrong, as other findings say.
+    """
     first = manifest.split.trained[0]
     paths = family.block_tensors(settings, first)
     names = {path: family.in_block(first, path) for path in paths}
     if not names.keys() <= {path for path, name in names.items() if name in checkpoint.tensors}:
-        return {}  # a finding of its own
+        return {}  # `_bundle_weights` reports the missing tensors
     shapes = {path: checkpoint.tensors[name].shape for path, name in names.items()}
     if family.experts or any(len(shapes.get(f"{path}.weight", ())) != 2 for path in family.linears):
         return {}
@@ -154,7 +157,7 @@ def _bundle_declared(signed: SignedFolder) -> Iterator[str]:
     if manifest.requires != features:
         yield f"the manifest requires {list(manifest.requires)}, {CONFIG} and split declare {list(features)}"
     if declared and manifest.split.spread:
-        yield f"{CONFIG} declares modules, which goes with no trained blocks inside the emulator"
+        yield f"{CONFIG} declares modules, which is not possible with trained blocks inside the emulator"
     if declared and (declared.first, declared.blocks) != (manifest.split.bottom, manifest.split.emulator):
         yield f"{CONFIG} declares {declared.blocks} blocks from {declared.first} on, which is not the split's emulator"
     if declared and family.experts:
@@ -210,7 +213,10 @@ def _bundle_of(signed: SignedFolder) -> tuple[BundleManifest, Architecture]:
 
 
 def _settings_of(signed: SignedFolder) -> tuple[dict[str, Any], Declared | None]:
-    """The family's config and the emulator's declaration; ({}, None) if malformed, which another rule reports."""
+    """The family's config, and the declared modules of the emulator, or None if it has none.
+
+    A malformed config gives ({}, None); `_bundle_declared` reports it.
+    """
     config = read_json(signed, CONFIG)
     try:
         return unwrapped(config if isinstance(config, dict) else {})

@@ -1,6 +1,6 @@
-"""The files that a bundle may hold, and the keys that its JSON files may hold. Both packing and verification use it.
+"""Lists the files that a bundle may hold, and the keys that its JSON files may hold, for packing and verification.
 
-It is an allow-list, because transformers acts upon many keys: `auto_map` imports code, a hub name as attention
+All other keys are refused, because transformers acts upon many keys: `auto_map` imports code, a hub name as attention
 implementation downloads kernels, a tokenizer may name other files.
 """
 
@@ -17,7 +17,7 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
-ADDED_TOKENS = "added_tokens.json"  # of slow tokenizers: tokens with their numbers
+ADDED_TOKENS = "added_tokens.json"  # a file of slow tokenizers: token -> token id
 TOKENIZER_FILES = (
     ADDED_TOKENS,
     "tokenizer.json",
@@ -28,10 +28,10 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-PROCESSOR = "preprocessor_config.json"  # how images become what a vision encoder is given
-RETURNED_WEIGHTS = "adapter.safetensors"  # the model's own tensors; a name that transformers and PEFT do not load
-BOTTLENECK_WEIGHTS = "bottleneck.safetensors"  # of bottlenecks, in a return and in a plug-in
-CLASSIFIER = "classifier.safetensors"  # the head that the data owner made; loaded by no library
+PROCESSOR = "preprocessor_config.json"  # settings of the image processor of a vision encoder
+RETURNED_WEIGHTS = "adapter.safetensors"  # tuned tensors of the model; a name that transformers and PEFT do not load
+BOTTLENECK_WEIGHTS = "bottleneck.safetensors"  # tensors of bottlenecks, in a return and in a plug-in
+CLASSIFIER = "classifier.safetensors"  # the classifier head of the data owner; a name that no library loads
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # PEFT's name
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
 WEIGHTS_OF: Mapping[Method, str] = {  # the file of a return's tensors, by method
@@ -42,11 +42,11 @@ WEIGHTS_OF: Mapping[Method, str] = {  # the file of a return's tensors, by metho
 }
 
 
-BESIDE_A_MODEL = ("LICENSE", "LICENSE.txt")  # of a base, which a merged plug-in takes over
+BESIDE_A_MODEL = ("LICENSE", "LICENSE.txt")  # files of a base that a merged plug-in copies
 
 
 def checkpoint_file(number: int) -> str:
-    """The file name for an earlier checkpoint of a return, counted from 1; `WEIGHTS_OF` names the last one's file."""
+    """The file name of checkpoint `number` (from 1) of a return, except of the last one, which `WEIGHTS_OF` names."""
     return f"checkpoint-{number}.safetensors"
 
 
@@ -58,7 +58,7 @@ _TOKENS = frozenset(
         "additional_special_tokens", "extra_special_tokens",
     }
 )  # fmt: skip
-ALLOWED_KEYS: Mapping[str, frozenset[str] | None] = {  # None: any, where they are tokens
+ALLOWED_KEYS: Mapping[str, frozenset[str] | None] = {  # by file name; None: any key, because the keys are tokens
     ADDED_TOKENS: None,
     PROCESSOR: frozenset(
         {
@@ -98,7 +98,10 @@ def allowed_in_plug_in(name: str) -> bool:
 
 
 def cleaned(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a JSON file with only the permitted keys; an old image processor class gets its present name."""
+    """Copy the content of the JSON file `name` with only the permitted keys.
+
+    The old name of an image processor class, in `feature_extractor_type`, is replaced by the present name.
+    """
     older = content.get("feature_extractor_type") if name == PROCESSOR else None
     if isinstance(older, str):
         content = {"image_processor_type": older.replace("FeatureExtractor", "ImageProcessor"), **content}
@@ -107,13 +110,13 @@ def cleaned(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def content_problems(name: str, content: object) -> list[str]:
-    """Every reason why a bundle may not hold this JSON file with this content; an empty list if there is none."""
+    """List every reason why a bundle may not hold the JSON file `name` with this parsed content; empty: it may."""
     if not isinstance(content, dict):
         return [f"{name} is not a JSON object"]
     allowed = ALLOWED_KEYS[name]
     if allowed is None:
         return [
-            f"{name}: token {token[:60]!r} has {str(number)[:60]!r}, which is no number of a token"
+            f"{name}: token {token[:60]!r} has {str(number)[:60]!r}, which is not a token id"
             for token, number in content.items()
             if type(number) is not int or not 0 <= number < _MOST_TOKENS
         ]
@@ -128,7 +131,7 @@ def content_problems(name: str, content: object) -> list[str]:
 
 
 def processor_problems(content: Mapping[str, Any]) -> list[str]:
-    """One sentence for each setting of an image processor whose value is not of the supported form."""
+    """A message for each setting of an image processor whose value has an unsupported form."""
     numbers = (int, float)
     bad = [key for key in _SWITCHES if type(content.get(key, False)) not in (bool, type(None))]
     bad += [key for key in ("image_mean", "image_std") if not _numbers(content.get(key, [1.0]))]
@@ -159,7 +162,11 @@ def _sides(value: object) -> bool:
 
 
 def tokenizer_digest(files: Iterable[FileEntry]) -> str:
-    """One SHA-256 in hex for the tokenizer or image processor: over the names and digests of its files, by name."""
+    """The SHA-256, in hex, over the names and digests of the files of the tokenizer or image processor.
+
+    Args:
+        files: the entries of a manifest; entries of other files are ignored.
+    """
     digest = hashlib.sha256()
     for entry in sorted(files, key=lambda entry: entry.name):
         if entry.name in (PROCESSOR, *TOKENIZER_FILES):

@@ -23,7 +23,7 @@ def _signature(signed: SignedFolder) -> Iterator[str]:
     try:
         signature = read_bounded(file, SIGNATURE_BYTES)
     except (VerificationError, FileNotFoundError):
-        signature = b""  # _listing says what is there
+        signature = b""  # `_listing` reports the missing or irregular file
     if not PublicKey.from_hex(signed.signer).verifies(signature, signed.manifest.kind, signed.raw):
         yield f"the signature in {SIGNATURE} is not the signer's over these bytes of {MANIFEST}"
 
@@ -88,7 +88,7 @@ def half_received(signed: SignedFolder) -> set[str]:
 def _digests(signed: SignedFolder) -> Iterator[str]:
     for entry in signed.manifest.files:
         found = signed.files.get(entry.name)
-        if isinstance(found, ReadFile):  # else _listing says what is there
+        if isinstance(found, ReadFile):  # else `_listing` reports the missing or irregular file
             if found.size != entry.size:
                 yield f"{entry.name} has {found.size} bytes, expected {entry.size}"
             elif found.sha256 != entry.sha256:
@@ -97,7 +97,7 @@ def _digests(signed: SignedFolder) -> Iterator[str]:
             yield f"cannot read {entry.name}: {found.strerror}"
 
 
-# What the receiver can do about a finding; findings of all other rules are for the sender to correct.
+# By rule, advice on findings that the receiver can correct; only the sender can correct findings of other rules.
 OWN_FAULT: Mapping[Rule, Callable[[SignedFolder], str]] = {
     _trusted_signer: lambda _: (
         "compare the key's fingerprint with the sender over another channel, then `offsite trust add NAME FILE.pub`"

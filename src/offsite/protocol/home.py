@@ -1,4 +1,4 @@
-"""A party's home folder: its key, the keys that it trusts, and the path of its ledger."""
+"""Reads and writes the home folder of a party, with its own key, the keys that it trusts, and its ledger."""
 
 import os
 import re
@@ -20,16 +20,16 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True)
 class Home:
-    """The folder of one party on this machine: `key.pem` (mode 0600), `name`, `trusted/NAME.pub`, `ledger.sqlite`."""
+    """A party's home folder. It holds `key.pem` (mode 0600), `name`, `trusted/NAME.pub` and `ledger.sqlite`."""
 
     folder: Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.folder))  # who calls from Python may have text
+        object.__setattr__(self, "folder", Path(self.folder))  # callers may pass a string
 
     @classmethod
     def default(cls) -> "Home":
-        """The home in `$OFFSITE_HOME`, else in this platform's folder for application data."""
+        """The home in the folder `$OFFSITE_HOME`, or if that is not set, in the platform's folder for user data."""
         named = os.environ.get("OFFSITE_HOME")
         return cls(Path(named) if named else platformdirs.user_data_path("offsite", appauthor=False))
 
@@ -42,7 +42,7 @@ class Home:
         """Create this party's key pair; the private key is written with file mode 0600 and never shown.
 
         Raises:
-            UsageError: the name has characters other than letters, digits, ".-_", or the home has a key already.
+            UsageError: the name is not a valid name for a party, or the home has a key already.
             StorageError: the home cannot be written.
         """
         _check_name(name)
@@ -97,7 +97,8 @@ class Home:
         """Store another party's key as trusted, under a name that this party chooses.
 
         Raises:
-            UsageError: the name belongs to another key, the key has another name, or it is this party's own key.
+            UsageError: the name is not valid, or is that of another trusted key; or the key is already trusted under
+                another name, or is this party's own key.
         """
         _check_name(name)
         if self._key.exists() and key == self.identity().public_key:
@@ -134,7 +135,7 @@ class Home:
         return {file.stem: _trusted_file(file) for file in sorted((self.folder / "trusted").glob("*.pub"))}
 
     def trusted_key(self, name: str) -> PublicKey:
-        """The key of a trusted party, by name.
+        """The key of the party that is trusted under this name.
 
         Raises:
             UsageError: no trusted key has that name.

@@ -16,10 +16,10 @@ from offsite.storage.strict_json import strict_json
 MANIFEST = "offsite.json"
 SIGNATURE = "offsite.json.sig"
 MANIFEST_BYTES = 16 * 2**20  # no manifest is larger
-_MOST_ENTRIES = 500_000  # of all lists and objects of a manifest together
-_MOST_KEYS = 64  # of an object that does not go by the names of tensors
+_MOST_ENTRIES = 500_000  # most entries of all lists and objects in a manifest together
+_MOST_KEYS = 64  # most keys of an object whose keys are fields, not names of tensors
 FORMAT: Final = 1
-SPREAD = "spread"  # a reader of a bundle with trained blocks inside the emulator must support it
+SPREAD = "spread"  # the feature of bundles with trained blocks inside the emulator; `requires` lists it
 # features that this version understands beyond the format itself
 KNOWN_REQUIREMENTS: frozenset[str] = frozenset((*FEATURES, SPREAD))
 
@@ -45,7 +45,7 @@ class FileEntry(_Part):
 
 
 class TensorEntry(_Part):
-    """The shape and dtype that a tensor must have."""
+    """The shape and dtype that a manifest gives for a tensor."""
 
     shape: Annotated[tuple[Size, ...], Field(max_length=8, strict=False)]
     dtype: Literal["F32", "BF16", "F16"]
@@ -65,7 +65,8 @@ class Split(_Part):
 
     @model_validator(mode="after")
     def _inside(self) -> "Split":
-        inner = range(self.bottom + 1, self.bottom + self.emulator - 1)  # its ends are frozen: else they were no ends
+        # the emulator's first and last block are frozen, as trained ones would count to bottom and top
+        inner = range(self.bottom + 1, self.bottom + self.emulator - 1)
         if any(place not in inner for place in self.spread):
             raise ValueError("spread lists blocks that are not inside the emulator")
         if any(after <= before for before, after in itertools.pairwise(self.spread)):
@@ -89,7 +90,7 @@ class Split(_Part):
 
 
 class _Document(_Part):
-    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]  # no Literal, for which true would pass
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]  # not Literal[1], which would accept true
     requires: Annotated[tuple[Feature, ...], Field(max_length=64, strict=False)]
     files: Annotated[tuple[FileEntry, ...], Field(max_length=10_000, strict=False)]
 
@@ -156,7 +157,7 @@ class BundleManifest(_Document):
         return weight.shape[1 if family.transposed else 0]
 
     def own_tensors(self, method: Method) -> dict[str, TensorEntry]:
-        """The model's own tensors in a return by this method; empty for methods that add tensors (LoRA, bottleneck)."""
+        """The tensors of the model that this method tunes and returns; empty if it adds tensors (LoRA, bottleneck)."""
         family = self.family
         if method == "bitfit":
             return {name: entry for name, entry in self.tensors.items() if family.is_bias(name)}
@@ -164,12 +165,12 @@ class BundleManifest(_Document):
 
 
 class BottleneckSettings(_Part):
-    """The bottlenecks of a return, of one width: one after attention and one after MLP of each trained block."""
+    """The width of the bottlenecks in a return; each trained block has one after attention and one after the MLP."""
 
     width: Annotated[int, Field(ge=1, le=65_536)]
 
     def tensors(self, bundle: BundleManifest) -> dict[str, TensorEntry]:
-        """The tensors that a return with these bottlenecks must hold for a bundle, by name, with shape and dtype."""
+        """The shape and dtype, by name, of the tensors that a return to `bundle` with these bottlenecks must hold."""
         shapes: dict[str, tuple[int, ...]] = {}
         for place in bottleneck_places(bundle.family, bundle.split.trained):
             shapes |= bottleneck_shapes(place, bundle.hidden, self.width)
@@ -177,7 +178,7 @@ class BottleneckSettings(_Part):
 
 
 class LoraSettings(_Part):
-    """The LoRA of a return: rank, alpha (scale = alpha / rank), and its target linear layers by full module path."""
+    """The LoRA settings of a return: rank, alpha (scale = alpha / rank), and the full module paths of its targets."""
 
     rank: Annotated[int, Field(ge=1, le=65_536)]
     alpha: Annotated[float, Field(gt=0, lt=1e6)]
@@ -185,7 +186,7 @@ class LoraSettings(_Part):
 
 
 class ReturnManifest(_Document):
-    """The manifest of a return: the bundle that it answers, how it was tuned, and every tensor in it.
+    """The manifest of a return: the digest of its bundle, how it was tuned, and every tensor in it.
 
     It says nothing about the data, with two exceptions: `scores`, the held-out loss of each checkpoint, if the data
     owner chose to report it; and `classes` for images, the class names in the order of the classifier's outputs.
@@ -198,8 +199,8 @@ class ReturnManifest(_Document):
     method: Method
     lora: LoraSettings | None
     bottleneck: BottleneckSettings | None = None
-    head: bool = False  # whether the model's head was tuned too, and is among the tensors
-    earlier_checkpoints: Annotated[int, Field(ge=0, lt=100)] = 0  # beside the last one, each with the same tensors
+    head: bool = False  # whether the model's head was tuned too, and `tensors` includes it
+    earlier_checkpoints: Annotated[int, Field(ge=0, lt=100)] = 0  # checkpoints before the last, with the same tensors
     scores: Annotated[tuple[Score, ...], Field(min_length=1, max_length=100, strict=False)] | None = None
     tensors: Annotated[dict[TensorName, TensorEntry], Field(min_length=1)]
     classes: Annotated[tuple[ClassName, ...], Field(min_length=2, max_length=100_000, strict=False)] | None = None
@@ -212,11 +213,11 @@ class ReturnManifest(_Document):
         if self.scores is not None and len(self.scores) != self.checkpoints:
             raise ValueError(f"{len(self.scores)} scores of {self.checkpoints} checkpoints")
         if (self.method == "lora") != (self.lora is not None):
-            raise ValueError("lora settings go with method 'lora' and with no other")
+            raise ValueError("lora settings are required by method 'lora', and permitted for no other")
         if (self.method == "bottleneck") != (self.bottleneck is not None):
-            raise ValueError("bottleneck settings go with method 'bottleneck' and with no other")
+            raise ValueError("bottleneck settings are required by method 'bottleneck', and permitted for no other")
         if self.head and self.method == "bottleneck":
-            raise ValueError("a head goes with the methods 'lora', 'full' and 'bitfit'")
+            raise ValueError("a head is permitted only with the methods 'lora', 'full' and 'bitfit'")
         return self
 
     @property
@@ -235,7 +236,7 @@ class PlugInManifest(_Document):
     bundle: Digest
     returned: Digest
     strength: Annotated[float, Field(ge=0, le=1.5)] = 1.0
-    checkpoint: Annotated[int, Field(ge=1, le=100)] = 1  # of the return's, in their order
+    checkpoint: Annotated[int, Field(ge=1, le=100)] = 1  # the number of the return's checkpoint, from 1
     issuer: Digest
 
     @model_validator(mode="after")
@@ -245,9 +246,9 @@ class PlugInManifest(_Document):
 
 
 def _require_nothing(document: _Document) -> None:
-    """Raise ValueError if a return or plug-in requires a feature: all features known so far belong to bundles."""
+    """Raise ValueError if a return or plug-in requires a feature, as all features known so far are of bundles."""
     if document.requires:
-        raise ValueError("requires what only a bundle can require")
+        raise ValueError("requires features that only a bundle can require")
 
 
 Manifest = BundleManifest | ReturnManifest | PlugInManifest
@@ -288,7 +289,7 @@ def parse_manifest(raw: bytes) -> Manifest:
 
 
 def _is_out_of_proportion(content: object) -> bool:
-    """Whether the JSON has too many entries to validate: each wrong entry would become a reason in the error."""
+    """Whether parsed JSON has too many entries to validate, as each wrong entry would become a reason in the error."""
     left, within = _MOST_ENTRIES, [(content, 0)]
     while within:
         one, depth = within.pop()
@@ -301,5 +302,5 @@ def _is_out_of_proportion(content: object) -> bool:
 
 
 def render_manifest(manifest: Manifest) -> bytes:
-    """Serialise a manifest as the bytes of `offsite.json`; these bytes are signed, so no canonical form is needed."""
+    """Make the bytes of `offsite.json` for a manifest; these bytes are signed, so no canonical form is needed."""
     return manifest.model_dump_json(indent=1).encode() + b"\n"

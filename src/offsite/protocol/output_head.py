@@ -1,4 +1,4 @@
-"""The tensors of a tuned output head in a return, and their names there. Torch-free.
+"""The tensors of a tuned output head in a return, and their names in it. Torch-free.
 
 A return contains the whole head. With LoRA, its tensors have the names that PEFT gives to `modules_to_save`, so that
 return and plug-in stay ordinary PEFT folders; with the methods "full" and "bitfit" they keep their own names.
@@ -10,18 +10,21 @@ from offsite.protocol.manifest import BundleManifest, TensorEntry
 
 
 def returned_name(name: str, family: Architecture, method: Method) -> str:
-    """The name that a head tensor has in a return by this method; `name` is its name in checkpoint files."""
+    """The name of a head tensor in a return that was tuned by `method`; `name` is its name in checkpoint files."""
     return f"base_model.model.{family.head_module}.{name.rpartition('.')[2]}" if method == "lora" else name
 
 
 def head_names(bundle: BundleManifest, method: Method) -> dict[str, str]:
-    """A mapping for the returnable head tensors: name in a return by this method -> name in the bundle."""
+    """For each head tensor that may be returned: its name in a return tuned by `method` -> its name in the bundle."""
     family = bundle.family
     return {returned_name(name, family, method): name for name in bundle.head}
 
 
 def returned_head(bundle: BundleManifest, method: Method) -> dict[str, TensorEntry]:
-    """All head tensors that a return by this method must hold; empty if the bundle does not permit tuning the head."""
+    """The shape and dtype, by name, of the head tensors that a return tuned by `method` must hold if its head is tuned.
+
+    Empty if the bundle does not permit tuning the head.
+    """
     return {
         returned: TensorEntry(shape=bundle.head[name].shape, dtype="F32")
         for returned, name in head_names(bundle, method).items()

@@ -1,4 +1,4 @@
-"""The files of a LoRA return and of an adapter plug-in: an ordinary PEFT folder. Torch-free.
+"""The config and tensors of a LoRA return and of an adapter plug-in, which are ordinary PEFT folders. Torch-free.
 
 Both parties derive the same `adapter_config.json` from the same settings, and verification compares the two. So no
 other key that PEFT acts on (an initialisation that changes base weights, a module to save, a path) is ever accepted.
@@ -11,7 +11,13 @@ from offsite.protocol.manifest import LoraSettings, TensorEntry
 
 
 def adapter_config(lora: LoraSettings, architecture: Architecture, *, head: bool = False) -> dict[str, object]:
-    """The content of PEFT's `adapter_config.json`: a plain LoRA on exactly these targets, and the head if tuned."""
+    """The content of PEFT's `adapter_config.json` for a plain LoRA on exactly the targets of `lora`.
+
+    Args:
+        lora: the settings in the return's manifest.
+        architecture: the family of the model.
+        head: whether the output head was tuned too; it is then listed in `modules_to_save`.
+    """
     return {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION" if architecture.vision else "CAUSAL_LM",
@@ -32,12 +38,12 @@ def adapter_config(lora: LoraSettings, architecture: Architecture, *, head: bool
 
 
 def lora_pair(target: str) -> tuple[str, str]:
-    """The tensor names in `adapter_model.safetensors` for one target module: A (rank, in), then B (out, rank)."""
+    """The names in `adapter_model.safetensors` of a target's two LoRA tensors: A (rank, in), then B (out, rank)."""
     return f"base_model.model.{target}.lora_A.weight", f"base_model.model.{target}.lora_B.weight"
 
 
 def adapter_tensors(lora: LoraSettings, shapes: Mapping[str, tuple[int, int]]) -> dict[str, TensorEntry]:
-    """All tensors that the adapter must hold, by name; it may hold no others.
+    """The shape and dtype, by name, of the LoRA tensors that an adapter must hold.
 
     Args:
         lora: the rank and the targets.

@@ -62,7 +62,7 @@ def _return_lora(signed: SignedFolder) -> Iterator[str]:
     strange = sorted(set(lora.targets) - set(parent.lora_targets)) if parent else []
     yield from (f"LoRA sits on {name}, which the bundle does not permit" for name in strange)
     families = [parent.family] if parent else ARCHITECTURES.values()
-    if parent is None:  # shapes are the bundle's to say
+    if parent is None:  # without the bundle the expected shapes are unknown
         names = {name for target in lora.targets for name in lora_pair(target)}
         heads = {
             returned_name(f"head.{kind}", family, "lora")
@@ -78,7 +78,7 @@ def _return_lora(signed: SignedFolder) -> Iterator[str]:
         )
     held = read_json(signed, ADAPTER_CONFIG)
     configs = [adapter_config(lora, family, head=manifest.head) for family in families]
-    # compared as text, in which 1 is not true
+    # compared as JSON text, because in Python 1 equals True
     if json.dumps(held, sort_keys=True) not in [json.dumps(config, sort_keys=True) for config in configs]:
         yield f"{ADAPTER_CONFIG} is not the one that these LoRA settings give"
 
@@ -92,7 +92,7 @@ def _return_own(signed: SignedFolder) -> Iterator[str]:
 
 
 def _return_head(signed: SignedFolder) -> Iterator[str]:
-    """Check that the bundle permits a tuned head; the rules for each method check the head's tensors."""
+    """Yield a finding if the head was tuned without permission; the rules for each method check the head's tensors."""
     if _return_of(signed).head and signed.parent is not None and not signed.parent.head:
         yield "the head was tuned, which the bundle does not permit"
 
@@ -104,7 +104,7 @@ def _return_bottleneck(signed: SignedFolder) -> Iterator[str]:
 
 
 def _return_classifier(signed: SignedFolder) -> Iterator[str]:
-    """Check the classifier: a return for an image encoder has one with an output per class; other returns have none."""
+    """Check that only a return for an image encoder has a classifier, with an output for each class, finite, in F32."""
     classes, parent = _return_of(signed).classes, signed.parent
     inputs = classifier_inputs(parent) if parent else None
     if parent is not None and (inputs is None) != (classes is None):
@@ -123,7 +123,7 @@ def _return_classifier(signed: SignedFolder) -> Iterator[str]:
 
 
 def classifier_inputs(bundle: BundleManifest) -> int | None:
-    """The number of features that the classifier reads for one image; None if the bundle is a language model."""
+    """The number of inputs of the classifier (features of one image); None if the bundle is of a language model."""
     family = bundle.family
     if family.vision is None:
         return None
@@ -160,10 +160,13 @@ def _head_of(manifest: ReturnManifest, parent: BundleManifest) -> dict[str, Tens
 
 
 def _returned_files(manifest: ReturnManifest) -> list[str]:
-    """The names of the tensor files: the last checkpoint first, then the earlier ones that the manifest lists."""
+    """The tensor files of a return: that of the last checkpoint, then those of earlier ones that the manifest lists."""
     listed = {entry.name for entry in manifest.files}
     earlier = [checkpoint_file(number) for number in range(1, manifest.checkpoints)]
-    return [WEIGHTS_OF[manifest.method], *(name for name in earlier if name in listed)]  # _return_files misses the rest
+    return [
+        WEIGHTS_OF[manifest.method],
+        *(name for name in earlier if name in listed),
+    ]  # `_return_files` reports the others
 
 
 def _return_of(signed: SignedFolder) -> ReturnManifest:
@@ -173,7 +176,7 @@ def _return_of(signed: SignedFolder) -> ReturnManifest:
 
 
 def beyond_policy(manifest: ReturnManifest, bundle: BundleManifest) -> list[str]:
-    """One sentence for each thing in a genuine return (method, rank, width) that its bundle does not permit."""
+    """A message for each setting of a genuine return (method, rank, width) that its bundle does not permit."""
     reasons = []
     if manifest.method not in bundle.methods:
         reasons.append(f"tuned by {manifest.method}, the bundle permits {', '.join(bundle.methods)}")

@@ -1,4 +1,4 @@
-"""Sealing: write the manifest and its signature as the last files, before the folder gets its final name."""
+"""Seals a new artifact: writes its manifest and signature as the last files, before the folder gets its final name."""
 
 import hashlib
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from offsite.storage.snapshot import Snapshot
 
 
 def file_entries(written: Iterable[Written]) -> tuple[FileEntry, ...]:
-    """The manifest entries for written files, sorted by name."""
+    """The manifest's entries for files that were written, sorted by file name."""
     return tuple(
         FileEntry(name=file.name, size=file.size, sha256=file.sha256)
         for file in sorted(written, key=lambda file: file.name)
@@ -49,7 +49,7 @@ def seal(folder: Path, manifest: Manifest, identity: Identity, out: Path) -> Bun
         The artifact at `out`; it needs no verification, because this process has written it.
     """
     raw = render_manifest(manifest)
-    parse_manifest(raw)  # what the other party would refuse must not leave the house
+    parse_manifest(raw)  # a manifest that the other party would refuse must not be sent
     write_stream(folder / MANIFEST, [raw])
     write_stream(folder / SIGNATURE, [identity.sign(manifest.kind, raw)])
     files = Snapshot(out, [Written(entry.name, entry.size, entry.sha256) for entry in manifest.files])

@@ -1,4 +1,4 @@
-"""A signed folder during verification: the content of its files, and the texts of common findings."""
+"""The folder that is being verified, as the rules of verification see it, and findings that several rules yield."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -23,14 +23,14 @@ CONFIG_BYTES = 16 * 2**20  # no JSON file of an artifact is larger; tokenizer.js
 
 @dataclass(frozen=True)
 class SignedFolder:
-    """A folder that is not verified yet: its parsed manifest, and the listed files as they were read."""
+    """A folder during verification: its parsed manifest, and the files that the manifest lists, as they were read."""
 
     folder: Path
     home: Home
     manifest: Manifest
     raw: bytes
     parent: BundleManifest | None = None
-    files: Mapping[str, ReadFile | OffsiteError | OSError] = field(default_factory=dict)  # or why it was not read
+    files: Mapping[str, ReadFile | OffsiteError | OSError] = field(default_factory=dict)  # an error: why it is not read
 
     @property
     def digest(self) -> str:
@@ -47,7 +47,7 @@ class SignedFolder:
         return {name for name, file in self.files.items() if isinstance(file, ReadFile)}
 
     def file(self, name: str) -> ReadFile:
-        """The result of reading a file.
+        """The size, hash and content of the file `name`, as they were read.
 
         Raises:
             VerificationError: the file is missing, not listed, or not a regular file.
@@ -70,12 +70,12 @@ class SignedFolder:
         content = self.file(name).content
         if content is None:
             raise VerificationError(
-                f"{name} is over what all files beside the weights may take, {SETTINGS_BYTES} bytes"
+                f"{name} is too large: all files other than the weights may take {SETTINGS_BYTES} bytes together"
             )
         return content
 
     def header(self, name: str) -> dict[str, TensorRange]:
-        """The tensors of a safetensors file, by name.
+        """The position of each tensor in the safetensors file `name`, by tensor name.
 
         Raises:
             VerificationError: the file is missing or not a regular file.
@@ -92,7 +92,13 @@ Rule = Callable[[SignedFolder], Iterator[str]]
 
 
 def names_differ(what: str, found: Set[str], expected: Set[str]) -> Iterator[str]:
-    """Yield a finding for unexpected names and one for missing names; each shows at most six names."""
+    """Yield a finding that lists unexpected names and one that lists missing names; each shows at most six names.
+
+    Args:
+        what: the start of the finding: a word for the things that have these names.
+        found: the names that are present.
+        expected: the names that must be present.
+    """
     for label, names in (("unexpected", sorted(found - expected)), ("missing", sorted(expected - found))):
         if names:
             more = f" and {len(names) - 6} more" if len(names) > 6 else ""
@@ -102,7 +108,13 @@ def names_differ(what: str, found: Set[str], expected: Set[str]) -> Iterator[str
 def entries_differ(
     entries: Mapping[str, TensorEntry], held: Mapping[str, TensorRange], where: str = "the file"
 ) -> Iterator[str]:
-    """Yield a finding for each tensor whose shape or dtype in a file differs from the manifest's entry."""
+    """Yield a finding for each tensor whose shape or dtype in a file differs from the manifest's entry.
+
+    Args:
+        entries: the manifest's entries, by tensor name.
+        held: the tensors in the file, by name; names without an entry are ignored.
+        where: the file, as the finding names it.
+    """
     for name in sorted(set(entries) & set(held)):
         found = TensorEntry.model_construct(shape=held[name].shape, dtype=held[name].dtype)
         if (found.shape, found.dtype) != (entries[name].shape, entries[name].dtype):
@@ -110,7 +122,7 @@ def entries_differ(
 
 
 def manifest_tensors_differ(found: dict[str, TensorEntry], expected: dict[str, TensorEntry]) -> Iterator[str]:
-    """Yield a finding for each difference between the tensors that a manifest names and the expected ones."""
+    """Yield findings for tensors in a manifest (`found`) that are unexpected, missing, or differ from `expected`."""
     yield from names_differ("tensors", set(found), set(expected))
     for name in sorted(set(found) & set(expected)):
         if found[name] != expected[name]:
@@ -122,7 +134,7 @@ def _shown(entry: TensorEntry) -> str:
 
 
 def read_json(signed: SignedFolder, name: str) -> object:
-    """The parsed content of a JSON file of the folder.
+    """Parse the JSON file `name` of the folder.
 
     Raises:
         VerificationError: the file cannot be read, is too large, or is not JSON.

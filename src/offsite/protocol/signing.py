@@ -26,7 +26,7 @@ class PublicKey:
 
     @classmethod
     def from_hex(cls, text: str) -> "PublicKey":
-        """Construct the key from its 64 hex digits, as they stand in a manifest."""
+        """Construct the key from its 64 hex digits, the form in which a manifest holds it."""
         return cls(bytes.fromhex(text))
 
     @classmethod
@@ -40,7 +40,9 @@ class PublicKey:
             key = serialization.load_ssh_public_key(line.strip().encode())
         except (ValueError, UnsupportedAlgorithm) as error:
             raise UsageError("this is not a public key", reasons=[str(error)], next_step=_KEY_HINT) from None
-        if not isinstance(key, Ed25519PublicKey) or not line.lstrip().startswith("ssh-ed25519"):  # no security key's
+        if not isinstance(key, Ed25519PublicKey) or not line.lstrip().startswith(
+            "ssh-ed25519"
+        ):  # excludes security keys
             raise UsageError("this public key is not an Ed25519 key", next_step=_KEY_HINT)
         return cls(key.public_bytes_raw())
 
@@ -58,12 +60,12 @@ class PublicKey:
 
     @property
     def fingerprint(self) -> str:
-        """A short text for comparing the key with another person by telephone; `ssh-keygen -lf` prints the same."""
+        """A short text that identifies the key, to be compared by telephone; `ssh-keygen -lf` prints the same text."""
         blob = base64.b64decode(self.openssh("x").split()[1])
         return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
 
     def verifies(self, signature: bytes, kind: str, document: bytes) -> bool:
-        """Whether the signature is valid: made with this key over exactly these bytes, for a document of this kind."""
+        """Whether `signature` was made with this key over exactly the bytes `document`, as a document of this kind."""
         try:
             Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, _message(kind, document))
         except (InvalidSignature, ValueError):
@@ -87,11 +89,11 @@ class Identity:
         return PublicKey(self.private_key.public_key().public_bytes_raw())
 
     def sign(self, kind: str, document: bytes) -> bytes:
-        """A detached signature, 64 bytes, over a document of this kind."""
+        """Sign the bytes of a document of this kind, such as "bundle"; returns a detached signature of 64 bytes."""
         return self.private_key.sign(_message(kind, document))
 
     def secret(self, purpose: str) -> bytes:
-        """A secret of 32 bytes that only this party can derive, different for each purpose (HKDF-SHA256 of its key)."""
+        """A secret of 32 bytes that only this party can derive (HKDF-SHA256 of its private key), one per purpose."""
         kdf = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=b"offsite " + purpose.encode())
         return kdf.derive(self.private_key.private_bytes_raw())
 

@@ -30,13 +30,17 @@ from offsite.storage.files import Written
 from offsite.storage.regular_files import read_bounded
 from offsite.storage.snapshot import SETTINGS_BYTES, ReadFile, Snapshot, read_file
 
-_SHOWN = 40  # reasons that are listed; who sends more is not worth more of the screen
-_LONGEST = 500  # characters of one
+_SHOWN = 40  # most reasons that are listed, as a hostile folder can cause very many
+_LONGEST = 500  # most characters of a reason
 _DISTRUST = "do not use it; ask the sender for it again, and compare key fingerprints by another channel"
 
 
 def verify(path: Path, home: Home) -> Bundle | Return | PlugIn:
-    """Verify an artifact of any kind.
+    """Verify a bundle, a return (without the permissions of its bundle) or a plug-in.
+
+    Args:
+        path: the artifact's folder.
+        home: this party's home, with its key and the keys that it trusts.
 
     Raises:
         UsageError: the folder is not an artifact.
@@ -92,7 +96,7 @@ def verify_return(path: Path, home: Home, bundle: BundleManifest | None = None, 
     files = _run(signed, RETURN_RULES, parent=bundle, hold=hold, refusals=policy)
     if policy:
         raise PolicyError(
-            "the return goes beyond what the bundle permits",
+            "the return uses settings that the bundle does not permit",
             reasons=policy,
             next_step="ask for a return within it, or issue another bundle that permits more",
         )
@@ -130,7 +134,7 @@ def read_unverified(path: Path) -> Manifest:
 
 
 def _read_manifest(path: Path) -> tuple[Manifest, bytes]:
-    try:  # read once: what is parsed are the bytes whose signature is checked
+    try:  # read once, so that the parsed bytes are those whose signature is checked
         raw = read_bounded(path / MANIFEST, MANIFEST_BYTES)
         return parse_manifest(raw), raw
     except (FileNotFoundError, NotADirectoryError):
@@ -166,14 +170,15 @@ def _run(
     hold: bool = False,
     refusals: Sequence[str] = (),
 ) -> Snapshot:
-    """Read the listed files, then run the rules for all artifacts and the rules for one kind.
+    """Read the listed files, then run the rules for all artifacts and the given rules for this kind of artifact.
 
     Args:
         signed: the folder; only its manifest has been read.
-        rules: the rules for its kind.
+        rules: the rules for this kind of artifact.
         parent: the manifest of the bundle that a return answers, if known.
-        hold: whether the weights are kept in memory.
-        refusals: reasons of policy; if a rule has findings, the error lists these reasons after them.
+        hold: whether the weights stay in memory.
+        refusals: reasons for which the party's policy refuses the artifact; if a rule has findings, the error lists
+            these reasons after them.
 
     Returns:
         The files as they were read and hashed.
@@ -182,7 +187,7 @@ def _run(
         VerificationError: a rule has findings; reasons list all of them.
     """
     signer = _findings(signed, SIGNER_RULES)
-    files = _read_files(signed, hold=hold and not signer)  # a stranger's files take up no memory
+    files = _read_files(signed, hold=hold and not signer)  # files of an untrusted signer are not held in memory
     subject = replace(signed, parent=parent, files=files)
     found = signer + _findings(subject, (*FILE_RULES, *rules))
     if found:
@@ -195,7 +200,7 @@ def _run(
 
 
 def _read_files(signed: SignedFolder, *, hold: bool) -> dict[str, ReadFile | OffsiteError | OSError]:
-    """Read each listed file once: its content by name, or the error if it cannot be read."""
+    """Read each listed file once; returns by file name the content that was read, or the error if it was not."""
     found: dict[str, ReadFile | OffsiteError | OSError] = {}
     room = SETTINGS_BYTES
     look_for_nan = isinstance(signed.manifest, ReturnManifest)
@@ -211,7 +216,7 @@ def _read_files(signed: SignedFolder, *, hold: bool) -> dict[str, ReadFile | Off
 
 
 def _findings(signed: SignedFolder, rules: Iterable[Rule]) -> list[tuple[str, str]]:
-    """Run the rules: pairs of a finding and the advice for the receiver."""
+    """Run the rules; returns (finding, advice to the receiver) for each finding."""
     found: list[tuple[str, str]] = []
     for rule in rules:
         mends = None
@@ -220,7 +225,8 @@ def _findings(signed: SignedFolder, rules: Iterable[Rule]) -> list[tuple[str, st
             mends = OWN_FAULT[rule](signed) if reasons and rule in OWN_FAULT else None
         except OffsiteError as error:  # a broken file is a finding like any other
             reasons = [*(error.reasons or [error.what])]
-            mends = error.next_step if isinstance(error, UsageError) else None  # this home's own, as a missing key
+            # a UsageError is about this party's home, such as a missing key, and has its own advice
+            mends = error.next_step if isinstance(error, UsageError) else None
         except OSError as error:
             reasons = [f"cannot read {str(error.filename)!r}: {error.strerror}"]
             mends = None

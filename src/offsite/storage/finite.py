@@ -1,4 +1,4 @@
-"""Find NaN and infinity in tensors while they are written, so that no byte is read twice. Torch-free."""
+"""Finds NaN and infinity in tensors while they are written, so that no byte is read twice. Torch-free."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ _EXPONENTS = {
 
 def has_non_finite(content: bytes | memoryview, dtype: str) -> bool:
     """Whether the bytes of a tensor with this safetensors dtype hold NaN or infinity; False for integers."""
-    import numpy as np  # verifying a bundle does without
+    import numpy as np  # here, as verifying a bundle does not need it
 
     if dtype not in _EXPONENTS:
         return False
@@ -30,12 +30,12 @@ def has_non_finite(content: bytes | memoryview, dtype: str) -> bool:
 
 @dataclass
 class FiniteWatch:
-    """The names of tensors in which NaN or infinity was seen while they were written."""
+    """Records in `found` the names of tensors in which it sees NaN or infinity while they are written."""
 
     found: list[str] = field(default_factory=list)
 
     def over(self, tensors: Iterable[NewTensor]) -> list[NewTensor]:
-        """The same tensors; when the writer takes their bytes, they are looked through."""
+        """Return tensors with the same bytes, which are searched for NaN and infinity when they are written."""
         return [replace(tensor, chunks=partial(self._chunks, tensor)) for tensor in tensors]
 
     def _chunks(self, tensor: NewTensor) -> Iterator[bytes | memoryview]:
