@@ -136,7 +136,7 @@ def test_a_report_shows_per_cent_and_pictures(study: Study, capsys: pytest.Captu
     for words in ("## Held-out accuracy", "higher is better", "against zero-shot, points", "9 test pictures"):
         assert words in text
     assert "labelled token" not in text
-    assert "above 0 where the data owner does not have" in text
+    assert "above 0 if the plug-in is better" in text
     assert [table.title for table in tables(study.results)][2] == "Held-out loss"
     found = json.loads((out / "results.json").read_text())
     assert found["primary"] == "accuracy"
