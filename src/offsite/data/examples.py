@@ -30,7 +30,7 @@ class Example:
 
     @property
     def labelled(self) -> npt.NDArray[np.int64]:
-        """Positions in `ids` that carry a label, (L,)."""
+        """The positions in `ids` of the tokens that carry a label, (L,)."""
         return np.arange(self.given, len(self.ids)) if self.places is None else self.places
 
     @property

@@ -173,7 +173,7 @@ class _Draft:
         return replace(self, start=start, answer=self.answer[: most - len(start)])
 
     def example(self) -> Example:
-        """The `Example` with these tokens."""
+        """The draft as an `Example`."""
         ids = np.array(self.start + self.answer, dtype=np.int64)
         if self.places is not None:
             return Example(self.line, ids, 1, np.array(self.places, dtype=np.int64), file=self.row.file)

@@ -183,7 +183,7 @@ def _parse(size: str) -> int:
 
 
 def _load_or_make(file: Path, make: Callable[[], Fit]) -> Fit:
-    """The fit that an interrupted run saved in `file`; if there is none, make one and save it.
+    """Load the settings that an interrupted run saved in `file`; if there is no file, make them and save them.
 
     Raises:
         StorageError: the file cannot be written, or is damaged.

@@ -23,12 +23,12 @@ _GELUS = "GELU activations"  # name in the report
 
 
 def _gelu(given: torch.Tensor) -> torch.Tensor:
-    """GELU in its tanh form."""
+    """Compute GELU in its tanh form, by a compiled kernel if possible."""
     return kernels.gelu(given) if kernels.activates(given) else F.gelu(given, approximate="tanh")
 
 
 def _gelu_back(grad_output: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-    """The gradient of the input of `_gelu`."""
+    """Compute the gradient of the input of `_gelu` from the gradient of its output."""
     if kernels.activates(given):
         return kernels.gelu_back(grad_output, given)
     slope: torch.Tensor = torch.ops.aten.gelu_backward(grad_output, given, approximate="tanh")
@@ -79,7 +79,7 @@ class RMSNorm(nn.Module):
         self.weight, self._epsilon, self._offset = weight, epsilon, offset
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., H) -> (..., H); sums are in fp32, as in the modules of transformers."""
+        """Normalise hidden states, (..., H) -> (..., H); sums are in fp32, as in the modules of transformers."""
         normed: torch.Tensor = _RMSNorm.apply(hidden, self.weight, self._epsilon, self._offset)  # type: ignore[no-untyped-call]
         return normed
 
@@ -160,7 +160,7 @@ class GatedMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj, self._activation = gate, up, down, activation
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., H) -> (..., H)."""
+        """Run the MLP on hidden states, (..., H) -> (..., H)."""
         gated = _Gated.apply(self.gate_proj(hidden), self.up_proj(hidden), self._activation)  # type: ignore[no-untyped-call]
         after: torch.Tensor = self.down_proj(gated)
         return after

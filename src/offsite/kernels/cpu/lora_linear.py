@@ -75,7 +75,7 @@ class FusedLoraLinear(nn.Module):
         self._scale, self._transposed = scale, transposed
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out)."""
+        """Run the linear layer with LoRA, (..., in) -> (..., out)."""
         weight = self.base_layer.weight.T if self._transposed else self.base_layer.weight  # (out, in)
         flat = hidden.flatten(0, -2)  # (N, in)
         after: torch.Tensor = _FusedLora.apply(  # type: ignore[no-untyped-call]

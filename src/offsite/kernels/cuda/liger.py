@@ -63,7 +63,7 @@ class LigerRMSNorm(nn.Module):
         self._run = partial(function, eps=epsilon, offset=offset, casting_mode=casting, in_place=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., H) -> (..., H)."""
+        """Normalise hidden states, (..., H) -> (..., H)."""
         return self._run(hidden, self.weight)
 
 
@@ -84,6 +84,6 @@ class LigerGatedMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj, self._product = gate, up, down, product
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., H) -> (..., H)."""
+        """Run the MLP on hidden states, (..., H) -> (..., H)."""
         after: torch.Tensor = self.down_proj(self._product(self.gate_proj(hidden), self.up_proj(hidden)))
         return after
