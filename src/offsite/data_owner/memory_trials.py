@@ -47,7 +47,7 @@ def memory_trials(task: TextTask | ImageTask, spec: TuneSpec, *, steps: int = ST
 
 
 def _text_trials(task: TextTask, spec: TuneSpec, steps: int) -> Iterator[Trial]:
-    """Yields longer and longer ends of the longest row, then the fullest micro-batches with more and more tokens."""
+    """Yields trials of longer and longer ends of the longest row, then of the fullest micro-batches of each size."""
     longest = max(range(task.rows), key=lambda i: len(task.examples[i].ids))
     width = len(task.examples[longest].ids)
     tokens = _LEAST_TOKENS

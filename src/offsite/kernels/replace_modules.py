@@ -86,8 +86,11 @@ def same_function(one: Callable[[torch.Tensor], torch.Tensor], other: Callable[[
 
 
 def _reason(replaced: int, differ: int) -> str:
-    """The text for the report of the kernels about `replaced` modules, and `differ` modules that compute something
-    else.
+    """The reason for the report of the kernels.
+
+    Args:
+        replaced: the number of modules that were replaced.
+        differ: the number of modules that compute something else than their candidates.
     """
     if replaced and differ:
         return f"same results on random numbers; {differ} others of this form compute something else"

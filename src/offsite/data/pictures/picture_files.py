@@ -86,7 +86,7 @@ def look(picture: Picture, crop: Sequence[int] | None = None, key: Sequence[int]
     """Decode a picture; if `crop` (height, width) is given, also crop and mirror it at random, with `key` as the seed.
 
     Raises:
-        DataError: see `decode`.
+        DataError: the picture is broken or too large, or its format is not supported.
     """
     pixels = decode(picture)
     return pixels if crop is None else augmented(pixels, crop, np.random.default_rng(list(key)))

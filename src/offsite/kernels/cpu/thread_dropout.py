@@ -112,7 +112,7 @@ def masked(numbers: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 class _Dropped(torch.autograd.Function):
-    """Autograd function of dropout with the given random generator; stores only the mask of the entries that it keeps."""
+    """Autograd function of dropout with the given random generator; stores only the mask of kept entries."""
 
     @staticmethod
     def forward(ctx: Any, given: torch.Tensor, dropped: int, generator: torch.Generator) -> torch.Tensor:
