@@ -135,7 +135,7 @@ def test_every_quoted_default_is_the_one_in_force(name: str, setting: str, defau
 
 def test_the_defaults_in_words_are_those_in_force() -> None:
     """What help and documents say of settings that are left out."""
-    trained = PackSpec().trained(30)
+    trained = PackSpec().verbatim(30)
     assert trained == {*range(4), *range(24, 30)}
     assert PackSpec().pruned == 0.5
     assert PackSpec(keep=8).pruned == 0

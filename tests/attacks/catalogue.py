@@ -18,6 +18,7 @@ from offsite.protocol.contents import (
     ADAPTER_WEIGHTS,
     BOTTLENECK_WEIGHTS,
     CLASSIFIER,
+    CONFIG,
     PROCESSOR,
     RETURNED_WEIGHTS,
     checkpoint_file,
@@ -424,6 +425,41 @@ def map_behind_a_block_of_another_shape(lab: Lab) -> None:
     sign_again(lab.folder / "declared-bundle", lab.owner)
 
 
+@attack("_bundle_declared", "every-bundle", "the manifest requires ['quantise', 'mlp-width']")
+def adapted_blocks_that_an_older_version_would_take_for_frozen(lab: Lab) -> None:
+    sign_again(lab.folder / "every-bundle", lab.owner, requires=["quantise", "mlp-width"])
+
+
+def edit_emulator(lab: Lab, **changes: Any) -> None:
+    folder = lab.folder / "every-bundle"
+    edit_json(folder / CONFIG, emulator=json.loads((folder / CONFIG).read_text())["emulator"] | changes)
+    sign_again(folder, lab.owner)
+
+
+def family_shapes(lab: Lab) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = json.loads((lab.folder / "every-bundle" / CONFIG).read_text())["emulator"]["shapes"]
+    return found
+
+
+@attack("_bundle_family_shapes", "every-bundle", "mlp.up_proj.weight' has shape [64, 32], the config makes it [48, 32]")
+def family_shape_that_the_config_contradicts(lab: Lab) -> None:
+    edit_emulator(lab, shapes=family_shapes(lab) | {"mlp.up_proj.weight": [64, 32]})
+
+
+@attack("_bundle_returnable", "every-bundle", "mlp.up_proj: the weight's shape is (24, 32), expected (48, 32)")
+def lora_target_of_the_bases_shape_on_a_narrow_layer(lab: Lab) -> None:
+    targets = manifest_of(lab.folder / "every-bundle")["lora_targets"]
+    targets["model.layers.0.mlp.up_proj"] = [32, 48]
+    sign_again(lab.folder / "every-bundle", lab.owner, lora_targets=targets)
+
+
+@attack("_bundle_returnable", "every-gpt2-bundle", "tensors that may come back: missing")
+def bias_of_an_adapted_block_not_permitted_back(lab: Lab) -> None:
+    tensors = manifest_of(lab.folder / "every-gpt2-bundle")["tensors"]
+    del tensors["transformer.h.1.mlp.c_fc.bias"]
+    sign_again(lab.folder / "every-gpt2-bundle", lab.owner, tensors=tensors)
+
+
 @attack("_bundle_returnable", "gpt2-bundle", "the weight's shape is")
 def lora_target_the_wrong_way_round(lab: Lab) -> None:
     targets = manifest_of(lab.folder / "gpt2-bundle")["lora_targets"]
@@ -564,6 +600,24 @@ def tokenizer_digest_of_another_tokenizer(lab: Lab) -> None:
 
 
 # --- returns ---
+
+
+@attack("_return_lora", "every-lora", "transformer.h.1.mlp.c_fc.lora_B.weight")
+def adapter_of_the_bases_shape_on_a_narrow_layer(lab: Lab) -> None:
+    name = "base_model.model.transformer.h.1.mlp.c_fc.lora_B.weight"
+    wide = np.zeros((128, 4), np.float32)
+    edit_weights(lab.folder / "every-lora" / ADAPTER_WEIGHTS, lambda weights: weights.update({name: wide}))
+    tensors = manifest_of(lab.folder / "every-lora")["tensors"] | {name: {"shape": [128, 4], "dtype": "F32"}}
+    sign_again(lab.folder / "every-lora", lab.data_owner, tensors=tensors)
+
+
+@attack("_return_own", "every-bitfit", "transformer.h.1.mlp.c_fc.bias")
+def bias_of_the_bases_length_on_a_narrow_layer(lab: Lab) -> None:
+    name = "transformer.h.1.mlp.c_fc.bias"
+    wide = np.zeros(128, np.float32)
+    edit_weights(lab.folder / "every-bitfit" / RETURNED_WEIGHTS, lambda weights: weights.update({name: wide}))
+    tensors = manifest_of(lab.folder / "every-bitfit")["tensors"] | {name: {"shape": [128], "dtype": "F32"}}
+    sign_again(lab.folder / "every-bitfit", lab.data_owner, tensors=tensors)
 
 
 @attack("_return_files", "lora", "files: unexpected 'trainer_state.json'")

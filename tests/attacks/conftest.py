@@ -28,6 +28,13 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     packed(base, folder / "declared-bundle", parties, keep=1, svd_rank=0.5, heal="affine", calibration_tokens=256)
     deep, middle = tiny_base(folder / "deep", "llama", 5), {"bottom": None, "top": None, "train": (0, 2, 4), "keep": 2}
     packed(deep, folder / "spread-bundle", parties, **middle)
+    every = {"bottom": None, "top": None, "placement": "every", "keep": None}
+    packed(base, folder / "every-bundle", parties, **every, mlp_width=0.5, bits=8)
+    narrow = packed(
+        tiny_base(folder / "biased", "gpt2", 3), folder / "every-gpt2-bundle", parties, **every, mlp_width=0.5
+    )
+    lora_return(narrow, folder / "every-lora", parties.data_owner)
+    full_return(narrow, folder / "every-bitfit", parties.data_owner, method="bitfit")
     encoder = packed(tiny_vision_base(folder / "encoder", "dinov2", 3), folder / "encoder-bundle", parties)
     packed(tiny_vision_base(folder / "timm", "timm, eva", 3), folder / "timm-bundle", parties)
     full_return(encoder, folder / "encoder-full", parties.data_owner, classes=("cat", "dog"))

@@ -75,5 +75,6 @@ class Lab:
         if target.endswith("bundle"):
             return verify_bundle(self.folder / target, self.parties.data_owner)
         bundles = {"bitfit": "gpt2-bundle", "encoder-full": "encoder-bundle"}
+        bundles |= dict.fromkeys(("every-lora", "every-bitfit"), "every-gpt2-bundle")
         parent = self.parent("head-bundle" if target.startswith("head-") else bundles.get(target, "bundle"))
         return verify_return(self.folder / target, self.parties.owner, parent)

@@ -100,7 +100,20 @@ BUNDLE: dict[str, tuple[Callable[[Json], None], str]] = {
     "endless rank": (setting("max_rank", value=10**9), "max_rank: Input should be less"),
     "negative split": (setting("split", "bottom", value=-1), "split.bottom: Input should be greater"),
     "endless split": (setting("split", "emulator", value=10**9), "split.emulator: Input should be less"),
-    "nothing comes back": (setting("tensors", value={}), "tensors: Dictionary should have at least 1"),
+    "nothing comes back": (setting("tensors", value={}), "tensors and lora_targets list nothing"),
+    "whole blocks of compressed ones": (
+        setting("split", "adapted", value=[1]),
+        "of which only biases may come back, and no whole block",
+    ),
+    "an adapted block that is as in the base": (
+        setting("split", "adapted", value=[0]),
+        "adapted lists blocks that are not compressed blocks of the emulator",
+    ),
+    "an adapted block that is not there": (
+        setting("split", "adapted", value=[9]),
+        "adapted lists blocks that are not compressed blocks of the emulator",
+    ),
+    "an adapted block twice": (setting("split", "adapted", value=[1, 1]), "adapted is not in ascending order"),
     "tensor name with a slash": (setting("tensors", "a/b", value=ENTRY), "should match pattern"),
     "tensor of ints": (setting("tensors", T, value=ENTRY | {"dtype": "I32"}), "Input should be 'F32', 'BF16' or 'F16'"),
     "nine dimensions": (setting("tensors", T, value=ENTRY | {"shape": [1] * 9}), "at most 8 items"),
@@ -247,7 +260,8 @@ def test_terminal_codes_are_not_passed_on(lab: Lab) -> None:
 
 def test_only_features_that_this_version_can_build_are_known() -> None:
     assert (
-        frozenset({"share", "quantise", "svd", "mlp-width", "sparse", "affine", "spread"}) == module.KNOWN_REQUIREMENTS
+        frozenset({"share", "quantise", "svd", "mlp-width", "sparse", "affine", "spread", "adapted"})
+        == module.KNOWN_REQUIREMENTS
     )
 
 

@@ -85,7 +85,8 @@ def _literal(annotation: Any) -> tuple[str, ...]:
         (
             "pack",
             {
-                "out", "for", "bottom", "top", "train", "keep", "select", "drop-from", "search-minutes", "heal",
+                "out", "for", "placement", "bottom", "top", "train", "keep", "select", "drop-from", "search-minutes",
+                "heal",
                 "distill-tokens", "distill-epochs", "distill-steps", "distill-lr", "distill-ce",
                 "prune", "prune-by", "zeros", "bits",
                 "group", "svd-rank", "mlp-width", "calibration", "permit-head",

@@ -50,7 +50,7 @@ def test_ends_follow_the_depth_unless_given(
     blocks: int, bottom: int | None, top: int | None, ends: tuple[int, int]
 ) -> None:
     trained = {*range(ends[0]), *range(blocks - ends[1], blocks)}
-    assert PackSpec(bottom=bottom, top=top).trained(blocks) == trained
+    assert PackSpec(bottom=bottom, top=top).verbatim(blocks) == trained
 
 
 def test_given_over_file_over_default(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from artifacts import lora_return, packed
 from offsite.config import PackSpec
 from offsite.errors import OffsiteError, StorageError
+from offsite.model_owner.base_shares import BaseShares
 from offsite.model_owner.carry_map import CarryMap
 from offsite.model_owner.ledger import Ledger
 from offsite.protocol.manifest import PlugInManifest
@@ -63,7 +64,7 @@ def test_bundle_packed_twice_within_a_second(
 ) -> None:
     bundle = packed(base_of(), tmp_path / "bundle", parties, keep=1)
     ledger = Ledger(parties.owner.ledger)
-    ledger.record_issue(bundle, "hospital", CarryMap.of((0, 1, 4)), PackSpec())
+    ledger.record_issue(bundle, "hospital", CarryMap.of((0, 1, 4)), BaseShares(3, 2, 1), PackSpec())
     issued = ledger.issued(bundle.digest)
     assert issued is not None
     assert issued.kept == (0, 1, 4)
@@ -129,10 +130,11 @@ def test_ledger_without_maps_gains_the_column(base_of: MakeBase, parties: Partie
     ledger = Ledger(parties.owner.ledger)
     with sqlite3.connect(ledger.path) as db:
         db.execute("ALTER TABLE bundles DROP COLUMN carry")
+        db.execute("ALTER TABLE bundles DROP COLUMN shares")
     db.close()
     issued = ledger.issued(bundle.digest)
     assert issued is not None
-    assert (issued.carry, issued.kept) == (None, (0, 1, 4))
+    assert (issued.carry, issued.shares, issued.kept) == (None, None, (0, 1, 4))
 
 
 def test_a_map_of_another_bundle_is_refused(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:

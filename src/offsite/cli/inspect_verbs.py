@@ -168,11 +168,23 @@ def _bundle(manifest: "BundleManifest", digest: str, home: "Home") -> dict[str, 
             "max_width": manifest.max_width,
             "head": bool(manifest.head),
             "blocks": list(split.trained),
+            "blocks_verbatim": list(split.verbatim),
             "tensors": len(manifest.tensors),
             "numbers": numbers_in(manifest.tensors.values()),
             "lora_targets": _by_linear_map(manifest),
         },
+        **_shares(digest, home),
     }
+
+
+def _shares(digest: str, home: "Home") -> dict[str, Any]:
+    """How much of the base a bundle gives away; only the home that issued it knows."""
+    from offsite.model_owner.ledger import Ledger
+
+    issued = Ledger(home.ledger).issued(digest) if home.ledger.exists() else None
+    if issued is None or issued.shares is None:
+        return {}
+    return {"base_parameters": {name: round(share, 4) for name, share in issued.shares.fractions.items()}}
 
 
 def _by_linear_map(manifest: "BundleManifest") -> dict[str, list[int]]:

@@ -10,21 +10,41 @@ from offsite.config.setting_types import Method, split_numbers, split_parts, spl
 from offsite.config.spec import FILE_ONLY, Settings
 
 RefitMap = Literal["mlp", "attention"]
+Placement = Literal["sandwich", "top", "list", "every"]
 
 
 class SplitSettings(Settings):
-    """Which blocks the data owner trains."""
+    """Which blocks the data owner trains, and which of them go out as they are in the base."""
 
+    placement: Annotated[
+        Placement | None,
+        Field(
+            description="which blocks carry trained weights: the first and last ones (sandwich), the last ones (top), "
+            "those of train (list), or every block, all of them compressed; left out: sandwich, or list with train"
+        ),
+    ] = None
     bottom: Annotated[
-        int | None, Field(ge=0, description="first blocks that the data owner trains; left out: 2 of 15, at least 2")
+        int | None,
+        Field(
+            ge=0,
+            description="first blocks that go out as they are and train; left out: 2 of 15, at least 2; "
+            "0 with placement top or every",
+        ),
     ] = None
     top: Annotated[
-        int | None, Field(ge=0, description="last blocks that the data owner trains; left out: 1 of 5, at least 2")
+        int | None,
+        Field(
+            ge=0,
+            description="last blocks that go out as they are and train; left out: 1 of 5, at least 2; "
+            "0 with placement every",
+        ),
     ] = None
     train: Annotated[
         Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None,
         BeforeValidator(split_numbers),
-        Field(description="the blocks that train, such as 0,1,14,28,29, instead of bottom and top"),
+        Field(
+            description="the blocks that go out as they are and train, such as 0,1,14,28,29, instead of bottom and top"
+        ),
     ] = None
 
 

@@ -21,6 +21,7 @@ from offsite.config.pack_groups import (
     DistillSettings,
     HealSettings,
     PermitSettings,
+    Placement,
     SelectSettings,
     SplitSettings,
 )
@@ -58,8 +59,9 @@ class PackSpec(Spec):
 
     @rule
     def _something_trains(self) -> None:
-        """`bottom` and `top` are not both 0: something must train."""
-        if self.split.bottom == self.split.top == 0:
+        """`bottom` and `top` are not both 0, unless every block carries an adapter: something must train."""
+        bottom = 0 if self.placement == "top" else self.split.bottom
+        if bottom == self.split.top == 0 and not self.adapts_emulator:
             raise ValueError("bottom and top are both 0: nothing would train")
 
     @rule
@@ -70,6 +72,27 @@ class PackSpec(Spec):
             raise ValueError("train lists the blocks that train, bottom and top count them: give one or the other")
         if train is not None and len(set(train)) < len(train):
             raise ValueError("train names a block twice")
+
+    @rule
+    def _placement_fits(self) -> None:
+        """`placement` = list needs `train`; `train` goes with list and every alone, and `bottom` not with top."""
+        if self.placement == "list" and self.split.train is None:
+            raise ValueError("placement = list needs train: the blocks that go out as they are and train")
+        if self.placement in ("sandwich", "top") and self.split.train is not None:
+            raise ValueError(f"placement = {self.placement} does not go with train: choose list, or every")
+        if self.placement == "list" and (self.split.bottom is not None or self.split.top is not None):
+            raise ValueError("placement = list goes with train, not with bottom and top")
+        if self.placement == "top" and self.split.bottom:
+            raise ValueError("placement = top trains no first blocks: leave bottom out, or choose sandwich")
+
+    @rule
+    def _no_whole_block_comes_back(self) -> None:
+        """`methods` without full where `placement` = every: a whole compressed block cannot become the base's."""
+        if self.adapts_emulator and "full" in self.permits.methods and "methods" in self.explicit_keys:
+            raise ValueError(
+                "methods = full does not go with placement = every: whole blocks that were tuned compressed cannot be "
+                "carried to the base; permit lora, bottleneck or bitfit"
+            )
 
     @rule
     def _healing_fits(self) -> None:
@@ -147,15 +170,28 @@ class PackSpec(Spec):
             *(["methods = bottleneck"] if set(self.permits.methods) == {"bottleneck"} else []),
         ]
 
-    def trained(self, blocks: int) -> frozenset[int]:
-        """The indices of the blocks that the data owner trains, for a base with `blocks` blocks.
+    @property
+    def placement(self) -> Placement:
+        """Which blocks carry trained weights."""
+        return self.split.placement or ("sandwich" if self.split.train is None else "list")
 
-        By default the first 4 and the last 6 of 30 blocks train (docs/decisions/0009).
+    @property
+    def adapts_emulator(self) -> bool:
+        """Whether adapters may sit on the emulator's compressed blocks too."""
+        return self.placement == "every"
+
+    def verbatim(self, blocks: int) -> frozenset[int]:
+        """The indices of the blocks that go out as they are and train, for a base with `blocks` blocks.
+
+        By default these are the first 4 and the last 6 of 30 blocks (docs/decisions/0009). With placement every they
+        are none, unless the settings name some.
         """
         if self.split.train is not None:
             return frozenset(self.split.train)
-        bottom = max(2, round(2 * blocks / 15)) if self.split.bottom is None else self.split.bottom
-        top = max(2, round(blocks / 5)) if self.split.top is None else self.split.top
+        usual_bottom = max(2, round(2 * blocks / 15)) if self.placement == "sandwich" else 0
+        usual_top = 0 if self.adapts_emulator else max(2, round(blocks / 5))
+        bottom = usual_bottom if self.split.bottom is None else self.split.bottom
+        top = usual_top if self.split.top is None else self.split.top
         return frozenset((*range(min(bottom, blocks)), *range(max(blocks - top, 0), blocks)))
 
     @property

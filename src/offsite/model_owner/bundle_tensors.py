@@ -9,7 +9,7 @@ from offsite.errors import UsageError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.compress.declare_emulator import block_tensors, declared_of
 from offsite.model_owner.sandwich import Sandwich
-from offsite.models.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT
+from offsite.models.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT, Declared
 from offsite.protocol.manifest import Split, TensorEntry
 from offsite.storage.safetensors_files import NewTensor, TensorRange, copied
 
@@ -47,7 +47,7 @@ def bundle_tensors(
         block = model.block(base_index)
         held = {path: healed.get(family.in_block(base_index, path), tensor) for path, tensor in block.items()}
         place = index - numbers.bottom
-        if index in numbers.trained:
+        if index in numbers.verbatim:
             stored = [copied(tensor, name=path, dtype=dtype) for path, tensor in held.items()]
         else:
             behind = {path: family.in_block(base_index, path) for path in (AFFINE_WEIGHT, AFFINE_BIAS)}
@@ -77,28 +77,58 @@ def subset_config(model: BaseModel, kept: Sequence[int]) -> dict[str, Any]:
     return model.family.subset(model.config, kept)
 
 
-def counts(sandwich: Sandwich, kept: Sequence[int]) -> Split:
+def counts(sandwich: Sandwich, kept: Sequence[int], spec: PackSpec) -> Split:
     """The split as the manifest states it: numbers of blocks and positions in the bundle.
 
-    It contains no block index of the base.
+    It contains no block index of the base. Of blocks that share weights, only the one at its own place in the base
+    carries an adapter.
 
     Args:
         sandwich: the split of the base into bottom, middle and top.
         kept: base indices of the bundle's blocks, in order.
+        spec: the settings of the placement.
     """
     frozen = [place for place, index in enumerate(kept) if index in sandwich.middle]
     first, last = frozen[0], frozen[-1]
     inside = [place for place in range(first, last) if kept[place] in sandwich.spread]
-    return Split(bottom=first, emulator=last + 1 - first, top=len(kept) - last - 1, spread=tuple(inside))
+    adapted = [place for place in frozen if _holds_weights(place, kept, sandwich)] if spec.adapts_emulator else []
+    return Split(
+        bottom=first,
+        emulator=last + 1 - first,
+        top=len(kept) - last - 1,
+        spread=tuple(inside),
+        adapted=tuple(adapted),
+    )
 
 
-def returnable(model: BaseModel, kept: Sequence[int], numbers: Split, dtype: str) -> dict[str, TensorEntry]:
-    """The tensors that a return may contain: all tensors of the trained blocks, keyed by name in the bundle."""
+def _holds_weights(place: int, kept: Sequence[int], sandwich: Sandwich) -> bool:
+    """Whether a block of the emulator shares no weights, or is the one at its own place among those that do."""
+    own_place = kept[place] - sandwich.middle[0] + len(sandwich.bottom)
+    return kept.count(kept[place]) == 1 or place == own_place
+
+
+def returnable(
+    model: BaseModel, kept: Sequence[int], numbers: Split, dtype: str, declared: Declared | None
+) -> dict[str, TensorEntry]:
+    """The tensors of blocks that a return may contain, keyed by name in the bundle, with the bundle's shapes.
+
+    They are all tensors of the trained blocks; only their biases if adapters sit on compressed blocks.
+    """
+    family = model.family
     return {
-        model.family.in_block(index, path): TensorEntry.model_validate({"shape": tensor.shape, "dtype": dtype})
+        family.in_block(index, path): TensorEntry.model_validate({"shape": shape, "dtype": dtype})
         for index in numbers.trained
-        for path, tensor in model.block(kept[index]).items()
+        for path, shape in _block_shapes(model, kept, numbers, declared, index).items()
+        if not numbers.adapted or family.is_bias(family.in_block(index, path))
     }
+
+
+def _block_shapes(
+    model: BaseModel, kept: Sequence[int], numbers: Split, declared: Declared | None, index: int
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of one block of the bundle, by path in it, before any is encoded."""
+    shapes = {path: tensor.shape for path, tensor in model.block(kept[index]).items()}
+    return declared.narrowed(model.family, shapes) if declared and index in numbers.adapted else shapes
 
 
 def returnable_head(model: BaseModel, spec: PackSpec) -> dict[str, TensorEntry]:
@@ -113,7 +143,8 @@ def returnable_head(model: BaseModel, spec: PackSpec) -> dict[str, TensorEntry]:
 def permitted_methods(model: BaseModel, spec: PackSpec) -> tuple[Method, ...]:
     """The permitted methods that can train this model.
 
-    BitFit needs blocks with biases. Bottleneck adapters need a language model.
+    BitFit needs blocks with biases. Bottleneck adapters need a language model. Whole blocks can come back only if none
+    of them is compressed.
 
     Raises:
         UsageError: no permitted method can train this model.
@@ -121,6 +152,7 @@ def permitted_methods(model: BaseModel, spec: PackSpec) -> tuple[Method, ...]:
     biased = any(model.family.is_bias(model.family.in_block(0, path)) for path in model.block(0))
     without = {"bitfit"} if not biased else set()
     without |= {"bottleneck"} if model.family.vision is not None else set()
+    without |= {"full"} if spec.adapts_emulator else set()
     methods = tuple(method for method in spec.permits.methods if method not in without)
     if not methods:
         raise UsageError(
@@ -130,13 +162,15 @@ def permitted_methods(model: BaseModel, spec: PackSpec) -> tuple[Method, ...]:
     return methods
 
 
-def lora_targets(model: BaseModel, kept: Sequence[int], numbers: Split) -> dict[str, tuple[int, int]]:
+def lora_targets(
+    model: BaseModel, kept: Sequence[int], numbers: Split, declared: Declared | None
+) -> dict[str, tuple[int, int]]:
     """The linear layers that LoRA may adapt, keyed by module name in the bundle, with their (inputs, outputs)."""
     targets = {}
     for index in numbers.trained:
-        block = model.block(kept[index])
+        shapes = _block_shapes(model, kept, numbers, declared, index)
         for path in model.family.lora_linears_of(model.config):
-            rows, columns = block[f"{path}.weight"].shape
+            rows, columns = shapes[f"{path}.weight"]
             targets[model.family.module_of(model.family.in_block(index, path))] = (
                 (rows, columns) if model.family.transposed else (columns, rows)
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from offsite.config import PackSpec
 from offsite.errors import PolicyError, StorageError
+from offsite.model_owner.base_shares import BaseShares
 from offsite.model_owner.carry_map import CarryMap, parse_carry_map, render_carry_map
 from offsite.protocol.artifacts import Bundle, PlugIn, Return
 from offsite.protocol.manifest import MANIFEST, BundleManifest, parse_manifest, render_manifest
@@ -26,7 +27,8 @@ CREATE TABLE IF NOT EXISTS bundles (
     settings TEXT NOT NULL,   -- JSON: the PackSpec
     manifest BLOB NOT NULL,
     state TEXT NOT NULL CHECK (state IN ('issued', 'returned', 'plugged in')),
-    carry TEXT                -- JSON: the CarryMap; known to nobody else
+    carry TEXT,               -- JSON: the CarryMap; known to nobody else
+    shares TEXT               -- JSON: the BaseShares
 );
 CREATE TABLE IF NOT EXISTS returns (
     id INTEGER PRIMARY KEY,
@@ -50,7 +52,7 @@ CREATE TABLE IF NOT EXISTS plug_ins (
 # Columns that older ledgers lack, by table.
 _ADDED = {
     "plug_ins": {"strength": "REAL NOT NULL DEFAULT 1", "checkpoint": "INTEGER NOT NULL DEFAULT 1"},
-    "bundles": {"carry": "TEXT"},
+    "bundles": {"carry": "TEXT", "shares": "TEXT"},
 }
 
 
@@ -58,7 +60,7 @@ _ADDED = {
 class Issued:
     """The ledger's record of a bundle; `kept` are the base indices of its blocks, in order.
 
-    `carry` is None for a bundle that an earlier version recorded.
+    `carry` and `shares` are None for a bundle that an earlier version recorded.
     """
 
     digest: str
@@ -66,6 +68,7 @@ class Issued:
     kept: tuple[int, ...]
     state: str
     carry: CarryMap | None = None
+    shares: BaseShares | None = None
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,15 @@ class Ledger:
 
     path: Path
 
-    def record_issue(self, bundle: Bundle, recipient_name: str, carry: CarryMap, spec: PackSpec) -> None:
+    def record_issue(
+        self, bundle: Bundle, recipient_name: str, carry: CarryMap, shares: BaseShares, spec: PackSpec
+    ) -> None:
         """Record a bundle; called before the bundle's folder appears at its final path."""
         with self._open() as db:
             db.execute(
                 # a bundle packed twice within one second is identical and has the same digest
-                "INSERT INTO bundles (digest, issued_at, recipient_name, base, kept, settings, manifest, state, carry)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, 'issued', ?) ON CONFLICT (digest) DO NOTHING",
+                "INSERT INTO bundles (digest, issued_at, recipient_name, base, kept, settings, manifest, state, carry,"
+                " shares) VALUES (?, ?, ?, ?, ?, ?, ?, 'issued', ?, ?) ON CONFLICT (digest) DO NOTHING",
                 (
                     bundle.digest,
                     bundle.manifest.issued_at,
@@ -90,19 +95,21 @@ class Ledger:
                     json.dumps(spec.flat()),
                     render_manifest(bundle.manifest),
                     render_carry_map(carry, bundle.digest),
+                    shares.to_json(),
                 ),
             )
 
     def issued(self, digest: str) -> Issued | None:
         """The record of the bundle with this digest; None if this home never issued it."""
         with self._open() as db:
-            row = db.execute("SELECT manifest, kept, state, carry FROM bundles WHERE digest = ?", (digest,))
+            row = db.execute("SELECT manifest, kept, state, carry, shares FROM bundles WHERE digest = ?", (digest,))
             found = row.fetchone()
         if found is None:
             return None
         try:
             manifest, kept = parse_manifest(found[0]), tuple(json.loads(found[1]))
             carry = None if found[3] is None else parse_carry_map(found[3], digest)
+            shares = None if found[4] is None else BaseShares.from_json(found[4])
         except ValueError as problem:
             raise StorageError(
                 f"the ledger {self.path} holds a bundle that this version cannot read",
@@ -111,7 +118,7 @@ class Ledger:
             ) from None
         if not isinstance(manifest, BundleManifest):
             raise StorageError(f"the ledger {self.path} holds another kind of document as a bundle")
-        return Issued(digest, manifest, kept, found[2], carry)
+        return Issued(digest, manifest, kept, found[2], carry, shares)
 
     def record_intake(self, digest: str, bundle: str | None, reasons: Sequence[str] = ()) -> None:
         """Record a received return: refused if `reasons` are given, else accepted."""

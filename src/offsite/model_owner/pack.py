@@ -12,6 +12,7 @@ from offsite.data.data_files import data_digest
 from offsite.data.read_rows import first
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel, fingerprint
+from offsite.model_owner.base_shares import base_shares
 from offsite.model_owner.bundle_settings import settings_files
 from offsite.model_owner.bundle_tensors import (
     DTYPES,
@@ -22,13 +23,13 @@ from offsite.model_owner.bundle_tensors import (
     returnable,
     returnable_head,
 )
-from offsite.model_owner.carry_map import CarryMap
 from offsite.model_owner.check_packing import check_packing
 from offsite.model_owner.compress.declare_emulator import declared_of
 from offsite.model_owner.heal.heal_steps import fill_places, heal
 from offsite.model_owner.heal.healing_protocol import Healing
 from offsite.model_owner.importing.write_weights import require_finite
 from offsite.model_owner.ledger import Ledger
+from offsite.model_owner.make_carry_map import make_carry_map
 from offsite.model_owner.select.select_blocks import select_blocks
 from offsite.models.modules.declared import Declared
 from offsite.progress import Event, Progress, silent
@@ -92,7 +93,7 @@ def pack(
         healed = heal(Healing(model, sandwich, emulator, spec, scratch, log_file(out), progress))
         kept = sandwich.kept(emulator)
         progress(Event("writing the bundle", 0))
-        numbers = counts(sandwich, kept)
+        numbers = counts(sandwich, kept, spec)
         declared = declared_of(model, numbers.bottom, emulator, spec)
         weights = DECLARED_WEIGHTS if declared else WEIGHTS
         watch = FiniteWatch()
@@ -103,8 +104,10 @@ def pack(
         written += [write_stream(folder / name, [content]) for name, content in settings.items()]
         parties = Parties(identity.public_key.hex, checked.recipient.hex, base_code)
         manifest = bundle_manifest(model, kept, numbers, spec, file_entries(written), parties, declared)
+        carry = make_carry_map(model, kept, healed, declared, spec, manifest, folder)
         bundle = seal(folder, manifest, identity, out)
-        Ledger(home.ledger).record_issue(bundle, recipient, CarryMap.of(kept), spec)
+        shares = base_shares(model, kept, numbers, healed.keys(), declared, spec)
+        Ledger(home.ledger).record_issue(bundle, recipient, carry, shares, spec)
     return bundle
 
 
@@ -154,8 +157,8 @@ def bundle_manifest(
         methods=permitted_methods(model, spec),
         max_rank=spec.permits.max_rank,
         max_width=spec.permits.max_width,
-        tensors=returnable(model, kept, numbers, DTYPES[spec.dtype]),
-        lora_targets=lora_targets(model, kept, numbers),
+        tensors=returnable(model, kept, numbers, DTYPES[spec.dtype], declared),
+        lora_targets=lora_targets(model, kept, numbers, declared),
         head=returnable_head(model, spec),
         files=files,
     )

@@ -21,9 +21,9 @@ def partition(model: BaseModel, spec: PackSpec) -> Sandwich:
         UsageError: the settings permit tuning the head, and the model has no head of its own.
         IncompatibleError: the family does not support the healing or pruning in the settings.
     """
-    trained = spec.trained(model.blocks)
-    _require_room(model.blocks, trained, spec)
-    sandwich = Sandwich.of(trained, model.blocks)
+    verbatim = spec.verbatim(model.blocks)
+    _require_room(model.blocks, verbatim, spec)
+    sandwich = Sandwich.of(verbatim, model.blocks)
     middle = sandwich.middle
     work = work_of(middle, spec)
     _require_gap(middle, spec, work)

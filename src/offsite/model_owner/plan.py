@@ -159,7 +159,7 @@ def _bundle_files(checked: Packing, kept: Sequence[int], spec: PackSpec) -> tupl
     The manifest's size is exact too: all values of unknown content, such as hashes, have a fixed length.
     """
     model, dtype = checked.model, DTYPES[spec.dtype]
-    numbers = counts(checked.sandwich, kept)
+    numbers = counts(checked.sandwich, kept, spec)
     emulator = kept[numbers.bottom : numbers.bottom + numbers.emulator]
     declared = declared_of(model, numbers.bottom, emulator, spec)
     weights = DECLARED_WEIGHTS if declared else WEIGHTS

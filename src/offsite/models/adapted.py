@@ -23,6 +23,7 @@ from offsite.models.model_folder import (
 )
 from offsite.models.modules.bottleneck_layers import insert_bottlenecks
 from offsite.models.modules.declared_shapes import bottleneck_places, bottleneck_shapes, widths_of
+from offsite.models.modules.lora_on_compressed import permit_compressed_layers
 from offsite.models.torch_tensors import read_tensor
 
 if TYPE_CHECKING:
@@ -49,14 +50,21 @@ def load_adapted(base: Source, adapter: Source, *, dtype: torch.dtype, device: t
         IncompatibleError: the adapter is not a plain LoRA, or its tensors are not exactly those that its config gives
             for this model; every difference is listed.
     """
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
     _check_adapter(adapter, _own_head(base))
     held = {name: tensor.shape for name, tensor in tensors_of(adapter, ADAPTER_WEIGHTS).items()}
     model = load_model(base, dtype=dtype, device=device)
     with as_folder(adapter, ADAPTER_WEIGHTS) as folder, quiet(), incompatible(folder_of(adapter)):
+        config = LoraConfig.from_pretrained(str(folder))
+        permit_compressed_layers(config)
         adapted = PeftModel.from_pretrained(
-            model, str(folder), is_trainable=False, autocast_adapter_dtype=False, torch_device=str(device)
+            model,
+            str(folder),
+            is_trainable=False,
+            config=config,
+            autocast_adapter_dtype=False,
+            torch_device=str(device),
         )
     expected = {
         saved_as(name): tuple(parameter.shape) for name, parameter in adapted.named_parameters() if ADAPTED.search(name)

@@ -126,15 +126,10 @@ def _declared_tensors(
 ) -> dict[str, Expected]:
     """The expected shape and dtypes of each tensor of declared emulator blocks, by full name.
 
-    They follow from the shapes in the first trained block; {} if those are missing or wrong, as other findings say.
+    They follow from the shapes of the family's blocks; {} if those are missing or wrong, as other findings say.
     """
-    first = manifest.split.trained[0]
-    paths = family.block_tensors(settings, first)
-    names = {path: family.in_block(first, path) for path in paths}
-    if not names.keys() <= {path for path, name in names.items() if name in checkpoint.tensors}:
-        return {}  # `_bundle_weights` reports the missing tensors
-    shapes = {path: checkpoint.tensors[name].shape for path, name in names.items()}
-    if family.experts or any(len(shapes.get(f"{path}.weight", ())) != 2 for path in family.linears):
+    shapes = _family_shapes(declared, manifest, family, checkpoint, settings)
+    if not shapes:
         return {}
     each = declared.tensors(family, shapes)
     return {
@@ -143,6 +138,48 @@ def _declared_tensors(
         if declared.holds_weights(place)
         for path, expected in each.items()
     }
+
+
+def _family_shapes(
+    declared: Declared, manifest: BundleManifest, family: Architecture, checkpoint: Checkpoint, settings: dict[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of a block in the family, by path in it: those of the first block that is as in the base, if any.
+
+    Else they are the declared ones. The result is empty where another rule has a finding.
+    """
+    verbatim = manifest.split.verbatim
+    paths = family.block_tensors(settings, verbatim[0] if verbatim else declared.first)
+    if verbatim:
+        names = {path: family.in_block(verbatim[0], path) for path in paths}
+        shapes = {path: checkpoint.tensors[name].shape for path, name in names.items() if name in checkpoint.tensors}
+    else:
+        shapes = dict(declared.shapes or {})
+    if (
+        paths != shapes.keys()
+        or family.experts
+        or any(len(shapes.get(f"{path}.weight", ())) != 2 for path in family.linears)
+    ):
+        return {}
+    return shapes
+
+
+def _bundle_family_shapes(signed: SignedFolder) -> Iterator[str]:
+    """Check the declared shapes of the family's blocks, from which those of the emulator's tensors follow."""
+    manifest, family = _bundle_of(signed)
+    settings, declared = _settings_of(signed)
+    if declared is None:
+        return
+    if (declared.shapes is None) != bool(manifest.split.verbatim):
+        only = "which only a bundle without a block of the family has" if declared.shapes else "and no block has them"
+        yield f"{CONFIG} declares {'' if declared.shapes else 'no '}shapes of the family's blocks, {only}"
+    if declared.shapes is None:
+        return
+    paths = family.block_tensors(settings, declared.first)
+    yield from names_differ("shapes of the family's blocks", set(declared.shapes), set(paths))
+    for path, shape in declared.shapes.items():
+        problem = family.shape_problem(family.in_block(0, path), shape, settings) if path in paths else None
+        if problem:
+            yield f"{CONFIG}: {problem}"
 
 
 def _bundle_declared(signed: SignedFolder) -> Iterator[str]:
@@ -172,20 +209,30 @@ def _bundle_returnable(signed: SignedFolder) -> Iterator[str]:
     checkpoint = _open_listed(signed)
     blocks = frozenset(manifest.split.trained)
     trained = {n for n in checkpoint.tensors if (p := family.block_of(n)) and p[0] in blocks}
+    if manifest.split.adapted:
+        trained = {name for name in trained if family.is_bias(name)}
     yield from names_differ("tensors that may come back", set(manifest.tensors), trained)
     head = set(family.head_tensors(_settings_of(signed)[0])) if manifest.head else set()
     yield from names_differ("the head that may come back", set(manifest.head), head)
     yield from entries_differ({**manifest.tensors, **manifest.head}, checkpoint.tensors)
-    permitted = family.lora_linears_of(_settings_of(signed)[0])
+    settings, declared = _settings_of(signed)
+    permitted = family.lora_linears_of(settings)
+    emulated: dict[str, tuple[int, ...]] = {}  # of a block of the emulator, also where the weight is stored otherwise
+    if declared and (shapes := _family_shapes(declared, manifest, family, checkpoint, settings)):
+        emulated = declared.narrowed(family, shapes)
     for target, (inputs, outputs) in manifest.lora_targets.items():
         place = family.linear_layer_of(target)
         if place and place[1] not in permitted:
             yield f"LoRA target {target}: pairs there have no effect under this config"
         weight = checkpoint.tensors.get(f"{family.in_block(*place)}.weight") if place else None
+        found = weight.shape if weight else None
+        if place and declared and place[0] in manifest.split.adapted:
+            at = place[0] - declared.first
+            holds = 0 <= at < declared.blocks and declared.holds_weights(at)
+            found = emulated.get(f"{place[1]}.weight") if holds else None
         shape = (inputs, outputs) if family.transposed else (outputs, inputs)
-        if weight is None or weight.shape != shape:
-            found = weight.shape if weight else "no such weight"
-            yield f"LoRA target {target}: the weight's shape is {found}, expected {shape}"
+        if found != shape:
+            yield f"LoRA target {target}: the weight's shape is {found or 'no such weight'}, expected {shape}"
 
 
 def _bundle_tokenizer(signed: SignedFolder) -> Iterator[str]:
@@ -200,6 +247,7 @@ BUNDLE_RULES: tuple[Rule, ...] = (
     _bundle_config,
     _bundle_positions,
     _bundle_declared,
+    _bundle_family_shapes,
     _bundle_weights,
     _bundle_returnable,
     _bundle_tokenizer,

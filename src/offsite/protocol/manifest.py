@@ -20,8 +20,9 @@ _MOST_ENTRIES = 500_000  # most entries of all lists and objects in a manifest t
 _MOST_KEYS = 64  # most keys of an object whose keys are fields, not names of tensors
 FORMAT: Final = 1
 SPREAD = "spread"  # the feature of bundles with trained blocks inside the emulator; `requires` lists it
+ADAPTED = "adapted"  # the feature of bundles with adapters on compressed blocks; `requires` lists it
 # features that this version understands beyond the format itself
-KNOWN_REQUIREMENTS: frozenset[str] = frozenset((*FEATURES, SPREAD))
+KNOWN_REQUIREMENTS: frozenset[str] = frozenset((*FEATURES, SPREAD, ADAPTED))
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 TensorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
@@ -54,14 +55,16 @@ class TensorEntry(_Part):
 class Split(_Part):
     """The numbers of blocks in each part of the bundle: trained first blocks, emulator, trained last blocks.
 
-    `emulator` counts all blocks between bottom and top. They are frozen, except the trained blocks that `spread` lists
-    by their indices in the bundle.
+    `emulator` counts all blocks between bottom and top. They are compressed and frozen, with two exceptions, listed by
+    their indices in the bundle: `spread` are blocks as in the base, which train like bottom and top; `adapted` are
+    compressed blocks on which an adapter may sit.
     """
 
     bottom: Annotated[int, Field(ge=0, le=10_000)]
     emulator: Annotated[int, Field(ge=0, le=10_000)]
     top: Annotated[int, Field(ge=0, le=10_000)]
     spread: Annotated[tuple[int, ...], Field(max_length=10_000, strict=False, exclude_if=operator.not_)] = ()
+    adapted: Annotated[tuple[int, ...], Field(max_length=10_000, strict=False, exclude_if=operator.not_)] = ()
 
     @model_validator(mode="after")
     def _inside(self) -> "Split":
@@ -71,6 +74,10 @@ class Split(_Part):
             raise ValueError("spread lists blocks that are not inside the emulator")
         if any(after <= before for before, after in itertools.pairwise(self.spread)):
             raise ValueError("spread is not in ascending order")
+        if not set(self.adapted) <= set(range(self.bottom, self.bottom + self.emulator)) - set(self.spread):
+            raise ValueError("adapted lists blocks that are not compressed blocks of the emulator")
+        if any(after <= before for before, after in itertools.pairwise(self.adapted)):
+            raise ValueError("adapted is not in ascending order")
         return self
 
     @property
@@ -79,14 +86,19 @@ class Split(_Part):
         return self.bottom + self.emulator + self.top
 
     @property
-    def trained(self) -> tuple[int, ...]:
-        """The indices of the trained blocks in the bundle, in ascending order."""
+    def verbatim(self) -> tuple[int, ...]:
+        """The indices of the blocks that are as in the base, in ascending order; all of them train."""
         return (*range(self.bottom), *self.spread, *range(self.bottom + self.emulator, self.blocks))
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """The indices of the blocks that carry trained weights, in ascending order."""
+        return tuple(sorted((*self.verbatim, *self.adapted)))
 
     @property
     def features(self) -> tuple[str, ...]:
         """The features that a reader must support for this split, as the manifest's `requires` lists them."""
-        return (SPREAD,) if self.spread else ()
+        return (*((SPREAD,) if self.spread else ()), *((ADAPTED,) if self.adapted else ()))
 
 
 class _Document(_Part):
@@ -106,7 +118,11 @@ class _Document(_Part):
 
 
 class BundleManifest(_Document):
-    """The manifest of a bundle: its parts, and what a return may contain. It hides which base blocks were kept."""
+    """The manifest of a bundle: its parts, and what a return may contain. It hides which base blocks were kept.
+
+    Shapes are the bundle's. If adapters may sit on compressed blocks, `tensors` holds the biases of the trained blocks
+    alone, since no whole block may come back.
+    """
 
     kind: Literal["bundle"]
     issued_at: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
@@ -119,7 +135,7 @@ class BundleManifest(_Document):
     methods: Annotated[tuple[Method, ...], Field(min_length=1, strict=False)]
     max_rank: Annotated[int, Field(ge=1, le=65_536)]
     max_width: Annotated[int, Field(ge=1, le=65_536)]
-    tensors: Annotated[dict[TensorName, TensorEntry], Field(min_length=1)]
+    tensors: dict[TensorName, TensorEntry]
     lora_targets: dict[TensorName, Annotated[tuple[Size, Size], Field(strict=False)]]
     head: dict[TensorName, TensorEntry] = {}  # the head's tensors that a return may contain
 
@@ -129,6 +145,12 @@ class BundleManifest(_Document):
         if family is None:
             raise ValueError(f"architecture {self.architecture[:64]!r} is not known to this version; update offsite")
         trained = frozenset(self.split.trained)
+        if not self.tensors and not (self.split.adapted and self.lora_targets):
+            raise ValueError("tensors and lora_targets list nothing that may come back")
+        if self.split.adapted and ("full" in self.methods or not all(map(family.is_bias, self.tensors))):
+            raise ValueError(
+                "adapters sit on compressed blocks, of which only biases may come back, and no whole block"
+            )
         for name in (*self.tensors, *self.lora_targets):
             place = family.linear_layer_of(name) if name in self.lora_targets else family.block_of(name)
             if place is None or place[0] not in trained:
@@ -151,17 +173,19 @@ class BundleManifest(_Document):
 
     @property
     def hidden(self) -> int:
-        """The model's hidden size, read from the shape of a returnable tensor."""
+        """The model's hidden size: the number of outputs of attention's output projection."""
         family = self.family
-        weight = self.tensors[f"{family.in_block(self.split.trained[0], family.attention_out)}.weight"]
-        return weight.shape[1 if family.transposed else 0]
+        place = family.in_block(self.split.trained[0], family.attention_out)
+        if weight := self.tensors.get(f"{place}.weight"):
+            return weight.shape[1 if family.transposed else 0]
+        return self.lora_targets[family.module_of(place)][1]
 
     def own_tensors(self, method: Method) -> dict[str, TensorEntry]:
         """The tensors of the model that this method tunes and returns; empty if it adds tensors (LoRA, bottleneck)."""
         family = self.family
         if method == "bitfit":
             return {name: entry for name, entry in self.tensors.items() if family.is_bias(name)}
-        return dict(self.tensors) if method == "full" else {}
+        return dict(self.tensors) if method == "full" and not self.split.adapted else {}
 
 
 class BottleneckSettings(_Part):

@@ -8,6 +8,7 @@ from offsite.config import TuneSpec
 from offsite.data_owner.methods.trainable_parameters import require_exactly
 from offsite.data_owner.return_manifest import lora_settings
 from offsite.models.hugging_face_calls import quiet
+from offsite.models.modules.lora_on_compressed import permit_compressed_layers
 from offsite.protocol.manifest import BundleManifest
 from offsite.protocol.peft_adapter import adapter_tensors
 
@@ -41,6 +42,7 @@ def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -
         fan_in_fan_out=manifest.family.transposed,
         bias="none",
     )
+    permit_compressed_layers(config)
     with quiet():
         inject_adapter_in_model(config, model)
     trainable = {
@@ -48,5 +50,7 @@ def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+    for parameter in trainable.values():  # PEFT leaves those on compressed layers in fp32 on the CPU
+        parameter.data = parameter.data.to(model.device, model.dtype)
     require_exactly(trainable, adapter_tensors(lora, manifest.lora_targets))
     return trainable

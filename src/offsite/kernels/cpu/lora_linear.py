@@ -55,6 +55,8 @@ def _why_not(layer: "Linear") -> str:
     base, into = layer.base_layer, layer.lora_A[_ADAPTER]
     if layer.lora_variant:
         return "a variant of LoRA"
+    if not isinstance(getattr(base, "weight", None), nn.Parameter):
+        return "the layer's weight is stored in a compressed form"
     if not isinstance(layer.lora_dropout[_ADAPTER], nn.Identity):
         return "they use dropout"
     if base.weight.requires_grad:

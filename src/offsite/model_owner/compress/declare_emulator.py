@@ -36,10 +36,16 @@ def declared_of(model: BaseModel, bottom: int, slots: Sequence[int], spec: PackS
     fields: dict[str, Any] = {}
     for form in spec.stored_forms:
         fields |= form_of(form).declare(model, spec)
-    if len(set(slots)) < len(slots):  # for each place, the first place of the same block, which holds the weights
-        fields["share"] = tuple(slots.index(index) for index in slots)
+    if len(set(slots)) < len(slots):  # for each place, the place of the same block that holds the weights
+        # the block's own place where it carries an adapter: see docs/decisions/0030-placement-every.md
+        holders = (index - bottom if spec.adapts_emulator else slots.index(index) for index in slots)
+        fields["share"] = tuple(holders)
     fields |= {step.name: True for step in spec.healing_steps if step.declared and step.runs != "places"}
-    return Declared.model_validate({"first": bottom, "blocks": len(slots), **fields}) if fields else None
+    if not fields:
+        return None
+    if not spec.verbatim(model.blocks):
+        fields["shapes"] = {path: tensor.shape for path, tensor in model.block(slots[0]).items()}
+    return Declared.model_validate({"first": bottom, "blocks": len(slots), **fields})
 
 
 def require_declarable(model: BaseModel, spec: PackSpec) -> None:

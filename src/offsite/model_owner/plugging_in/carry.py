@@ -64,8 +64,20 @@ def layer_shape(model: BaseModel, block: int, path: str) -> tuple[int, int]:
 
 
 def carry_of(issued: Issued) -> CarryMap:
-    """The map of a bundle; for a bundle that an earlier version recorded, its kept blocks alone."""
-    return CarryMap.of(issued.kept) if issued.carry is None else issued.carry
+    """The map of a bundle; for a bundle that an earlier version recorded, its kept blocks alone.
+
+    Raises:
+        IncompatibleError: adapters sit on compressed blocks, and the ledger has no map.
+    """
+    if issued.carry is not None:
+        return issued.carry
+    if issued.manifest.split.adapted:
+        raise IncompatibleError(
+            "the ledger has no map for this bundle",
+            reasons=["its adapters sit on compressed blocks, and only the map says where in the base they belong"],
+            next_step="restore the ledger of the home that packed the bundle from a backup, or issue another bundle",
+        )
+    return CarryMap.of(issued.kept)
 
 
 def require_fitting_map(carry: CarryMap, model: BaseModel, manifest: BundleManifest) -> None:

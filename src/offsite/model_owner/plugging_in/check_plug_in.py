@@ -45,6 +45,7 @@ def check_plug_in(
     parent = issued_bundle(returned, home)
     form_of(returned, spec)
     chosen_by(returned, parent, spec)
+    carry = carry_of(parent)
     before = Ledger(home.ledger).plugged_in(returned)
     if before and not spec.again:
         raise plugged_in_before(before)
@@ -56,7 +57,7 @@ def check_plug_in(
             reasons=["its fingerprint differs from the ledger's"],
             next_step="name the folder that `offsite pack` was given for this bundle",
         )
-    require_fitting_map(carry_of(parent), model, parent.manifest)
+    require_fitting_map(carry, model, parent.manifest)
     return model, parent
 
 

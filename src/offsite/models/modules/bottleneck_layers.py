@@ -1,6 +1,7 @@
 """The bottleneck adapter of Houlsby et al. (arXiv 1902.00751, section 2.1), placed after a linear layer."""
 
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import nn
@@ -53,7 +54,9 @@ def insert_bottlenecks(model: nn.Module, places: Iterable[str], hidden: int, wid
     for place in places:
         parent, _, name = place.rpartition(".")
         inner = model.get_submodule(place)
-        weight = next(inner.parameters())
+        # a quantised layer has floats in its buffers alone
+        floats = (one for one in chain(inner.parameters(), inner.buffers()) if one.is_floating_point())
+        weight = next(floats)
         bottleneck = Bottleneck(hidden, width, dtype=weight.dtype, device=weight.device)
         setattr(model.get_submodule(parent), name, WithBottleneck(inner, bottleneck))
         made |= {f"{place}.bottleneck.{path}": parameter for path, parameter in bottleneck.named_parameters()}

@@ -48,9 +48,11 @@ def build(
     owned: dict[int, dict[str, Tensor]] = {}
     for at, place in enumerate(emulator):
         owner = declared.share[at] if declared.share else at
-        weights = dict(
-            owned.setdefault(owner, _taken(family, place, tensors))
-        )  # one tensor in all places that share it
+        if owner not in owned:
+            owned[owner] = _taken(family, declared.first + owner, tensors)
+        # one tensor in all places that share it, except biases, which may train in the place that holds them
+        copies = at != owner
+        weights = {path: one.clone() if copies and path.endswith("bias") else one for path, one in owned[owner].items()}
         problems += _unpack(blocks[place], family, declared, weights, family.in_block(place, ""))
         _make_room(blocks[place], family, declared, weights)
         if declared.affine:
@@ -106,6 +108,8 @@ def _make_room(block: nn.Module, family: Architecture, declared: Declared, weigh
             linear.weight = nn.Parameter(weights[f"{path}.weight"], requires_grad=False)
             if family.transposed:
                 linear.nf = linear.weight.shape[1]  # what Conv1D makes its output's shape of
+            else:
+                linear.out_features, linear.in_features = linear.weight.shape  # what PEFT makes a pair's shapes of
             continue
         else:
             continue

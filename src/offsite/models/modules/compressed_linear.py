@@ -22,14 +22,15 @@ class QuantisedLinear(nn.Module):
         self.register_buffer("quantised", quantised)
         self.register_buffer("scales", scales)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._inputs, self._group = inputs, group
+        self.in_features, self.out_features = inputs, len(quantised)
+        self._group = group
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """The decoded weight matrix, (outputs, inputs)."""
         codes = self.quantised
         if codes.dtype == torch.uint8:
-            codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)[:, : self._inputs].to(torch.int8) - 8
-        scales = self.scales.to(dtype).repeat_interleave(self._group, dim=1)[:, : self._inputs]
+            codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)[:, : self.in_features].to(torch.int8) - 8
+        scales = self.scales.to(dtype).repeat_interleave(self._group, dim=1)[:, : self.in_features]
         return codes.to(dtype) * scales
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -58,6 +59,7 @@ class FactoredLinear(nn.Module):
         super().__init__()
         self.down = nn.Parameter(down, requires_grad=False)
         self.up = nn.Parameter(up, requires_grad=False)
+        self.in_features, self.out_features = down.shape[1], up.shape[0]
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, hidden: Tensor) -> Tensor:

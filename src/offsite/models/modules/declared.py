@@ -17,8 +17,13 @@ MODEL_TYPE = "offsite"
 FEATURES = ("share", "quantise", "svd", "mlp-width", "sparse", "affine")
 AFFINE_WEIGHT, AFFINE_BIAS = "affine.weight", "affine.bias"  # of the affine layer after a block, by path in it
 
+_Shape = Annotated[tuple[Annotated[int, Field(ge=1, lt=2**32)], ...], Field(max_length=2, strict=False)]
 Shapes = Mapping[str, tuple[int, ...]]  # by path in a block
 Expected = tuple[tuple[int, ...], tuple[str, ...]]  # a tensor's shape, and the dtypes that it may have
+
+
+def _is_none(value: object) -> bool:
+    return value is None
 
 
 class Declared(BaseModel):
@@ -35,6 +40,8 @@ class Declared(BaseModel):
     mlp_width: Annotated[int, Field(ge=1, le=2**20)] | None = None
     sparse: Annotated[float, Field(gt=0, lt=1)] | None = None  # share of every matrix that is zero and not stored
     affine: bool | None = None  # true: a map of the hidden state behind every block
+    # the shapes of a block's tensors in the family, by path in the block; only if no block of the bundle has them
+    shapes: Annotated[dict[str, _Shape] | None, Field(min_length=1, max_length=4096, exclude_if=_is_none)] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "Declared":
@@ -47,7 +54,7 @@ class Declared(BaseModel):
         if self.share is not None and self.affine:
             raise ValueError("blocks that share weights have no affine affine layers after them")
         for place, owner in enumerate(self.share or ()):
-            if not 0 <= owner <= place or (self.share or ())[owner] != owner:
+            if not 0 <= owner < len(self.share or ()) or (self.share or ())[owner] != owner:
                 raise ValueError(f"block {place} of the emulator shares the weights of {owner}, which holds none")
         if self.share is not None and len(self.share) != self.blocks:
             raise ValueError(f"{len(self.share)} entries for {self.blocks} blocks of the emulator")

@@ -1,0 +1,86 @@
+"""How much of the base a bundle gives away: parameters that go out as they are, changed, or not at all. Torch-free."""
+
+import json
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Self
+
+from offsite.config import PackSpec
+from offsite.model_owner.base_model import BaseModel
+from offsite.models.modules.declared import Declared
+from offsite.protocol.manifest import Split
+
+
+@dataclass(frozen=True)
+class BaseShares:
+    """The base's parameters, counted by whole tensors.
+
+    A tensor is `verbatim` if all its values go out, rounded to the bundle's dtype at most; `compressed` if any of them
+    is changed, left out or stored with fewer bits; `not_sent` if the bundle has nothing of it.
+    """
+
+    verbatim: int
+    compressed: int
+    not_sent: int
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """Each count as a fraction of all the base's parameters, by its name."""
+        total = self.verbatim + self.compressed + self.not_sent
+        return {name: count / total for name, count in asdict(self).items()}
+
+    def to_json(self) -> str:
+        """The counts as JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read the counts from JSON; ValueError if it is malformed."""
+        try:
+            return cls(**json.loads(text))
+        except TypeError as problem:
+            raise ValueError(f"its shares are malformed: {problem}") from None
+
+
+def base_shares(
+    model: BaseModel,
+    kept: Sequence[int],
+    numbers: Split,
+    healed: Collection[str],
+    declared: Declared | None,
+    spec: PackSpec,
+) -> BaseShares:
+    """Count the base's parameters by how they go out.
+
+    Args:
+        model: the opened base.
+        kept: base indices of the bundle's blocks, in order.
+        numbers: the bundle's split.
+        healed: names in the base of the tensors that healing or pruning replaced.
+        declared: the declaration of the emulator's modules; None if they are the family's own.
+        spec: the settings of pruning and of stored forms.
+    """
+    family, verbatim_blocks = model.family, {kept[index] for index in numbers.verbatim}
+    encoded = (
+        {f"{path}.weight" for path in family.linears} if any(f.encodes_matrices for f in spec.stored_forms) else ()
+    )
+    counts = dict.fromkeys(("verbatim", "compressed", "not_sent"), 0)
+    narrowed = {}
+    if declared is not None:
+        narrowed = {
+            index: declared.narrowed(family, {path: one.shape for path, one in model.block(index).items()})
+            for index in set(kept) - verbatim_blocks
+        }
+    for name, tensor in model.tensors.items():
+        place = family.block_of(name)
+        if place is None or place[0] in verbatim_blocks:
+            kind = "verbatim"
+        elif place[0] not in kept:
+            kind = "not_sent"
+        else:
+            narrower = bool(narrowed) and narrowed[place[0]][place[1]] != tensor.shape
+            changed = name in healed or place[1] in encoded or bool(spec.pruned and family.is_linear(name))
+            kind = "compressed" if narrower or changed else "verbatim"
+        counts[kind] += math.prod(tensor.shape)
+    return BaseShares(**counts)

@@ -1,0 +1,59 @@
+"""Makes the map that carries a return of a new bundle to the base: kept blocks, kept features, shipped biases."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from offsite.config import PackSpec
+from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.carry_map import CarryMap, Narrowed
+from offsite.model_owner.compress.smallest_weights import Array
+from offsite.model_owner.compress.stored_form_protocol import BlockReshaping, form_of
+from offsite.models.modules.declared import Declared
+from offsite.protocol.manifest import BundleManifest
+from offsite.storage.checkpoint_folder import open_checkpoint
+from offsite.storage.safetensors_files import TensorRange, read_chunks, read_float32
+
+
+def make_carry_map(
+    model: BaseModel,
+    kept: Sequence[int],
+    healed: Mapping[str, TensorRange],
+    declared: Declared | None,
+    spec: PackSpec,
+    manifest: BundleManifest,
+    folder: Path,
+) -> CarryMap:
+    """Make the map of a bundle whose files were just written.
+
+    Args:
+        model: the opened base.
+        kept: base indices of the bundle's blocks, in order.
+        healed: tensors that replaced the base's before blocks were made narrower; keys are tensor names in the base.
+        declared: the declaration of the emulator's modules; None if they are the family's own.
+        spec: the settings of packing.
+        manifest: the bundle's manifest.
+        folder: the folder with the bundle's weights.
+    """
+    adapted = manifest.split.adapted
+    narrowed = {index: _narrowed(model, kept[index], healed, declared, spec) for index in adapted} if declared else {}
+    whole = {
+        name for name in manifest.tensors if (place := model.family.block_of(name)) is not None and place[0] in adapted
+    }
+    written = open_checkpoint(folder).tensors if whole else {}
+    shipped = {name: b"".join(read_chunks(written[name])) for name in sorted(whole)}
+    return CarryMap.of(kept, {index: layers for index, layers in narrowed.items() if layers}, shipped)
+
+
+def _narrowed(
+    model: BaseModel, block: int, healed: Mapping[str, TensorRange], declared: Declared, spec: PackSpec
+) -> Narrowed:
+    """The layers of a base block that the emulator has narrower, with the features that they keep."""
+    tensors = model.block(block)
+
+    def read(path: str) -> Array:
+        return read_float32(healed.get(model.family.in_block(block, path), tensors[path]))
+
+    forms = [form for form in map(form_of, spec.stored_forms) if isinstance(form, BlockReshaping)]
+    return {
+        path: features for form in forms for path, features in form.kept_features(model.family, read, declared).items()
+    }
