@@ -1,6 +1,6 @@
-"""Decodes text files that a person wrote: UTF-8, or UTF-16 or UTF-32, which a byte-order mark or zero bytes show.
+"""Decodes text files that a person wrote, in UTF-8, UTF-16 or UTF-32; a byte-order mark or zero bytes show which.
 
-Editors and shells of Windows write such files: Notepad marks UTF-8, `>` of PowerShell writes UTF-16.
+Programs of Windows write all of them: Notepad adds a byte-order mark to UTF-8, and `>` of PowerShell writes UTF-16.
 """
 
 import codecs
@@ -16,10 +16,12 @@ _MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
 
 
 def as_utf8(content: bytes) -> bytes:
-    """The content of a text file as UTF-8, without a byte-order mark. Other encodings than UTF-16 and 32 are unchanged.
+    """Convert the content of a text file from UTF-16 or UTF-32 to UTF-8, and remove the byte-order mark.
+
+    Content in any other encoding is returned unchanged.
 
     Raises:
-        UnicodeError: it begins as UTF-16 or UTF-32, and is not that.
+        UnicodeError: the content begins as UTF-16 or UTF-32, but the rest is not valid.
     """
     encoding: str = json.detect_encoding(content[:4]) if content else "utf-8"
     for mark, name in _MARKS:
@@ -30,9 +32,9 @@ def as_utf8(content: bytes) -> bytes:
 
 
 def decode_text(content: bytes) -> str:
-    """The text of a file in UTF-8, UTF-16 or UTF-32, without a byte-order mark.
+    """Decode the content of a text file in UTF-8, UTF-16 or UTF-32, and remove the byte-order mark.
 
     Raises:
-        UnicodeError: it is in another encoding, or broken.
+        UnicodeError: the content is in another encoding, or not valid.
     """
     return as_utf8(content).decode("utf-8")

@@ -137,7 +137,7 @@ def _require_writable(file: Path, data: Sequence[Path]) -> None:
     """Check the file of --row-scores before any work: it must not be a folder or one of the data files.
 
     Raises:
-        UsageError: it is a folder, or the data, or in a model, an artifact or the data.
+        UsageError: the file is a folder, is one of `data`, or is inside a model, an artifact or the data.
     """
     from offsite.errors import UsageError
     from offsite.protocol.output_place import require_outside

@@ -101,7 +101,10 @@ class Command(TyperCommand):
             raise UsageError(f"{' and '.join(twice)} was given twice", next_step="give it once")
 
     def invoke(self, ctx: Any) -> Any:
-        """Record the folder of the resume points, then run the command, with paths as the disk spells them."""
+        """Record the folder of the resume points, then run the command.
+
+        Paths of existing files are passed in the Unicode form in which the disk stores their names.
+        """
         from offsite.storage.unicode_names import existing
 
         for name, value in ctx.params.items():

@@ -1,1 +1,1 @@
-"""Model families: the table, detection, loading, and the module kinds that a bundle may declare."""
+"""Model families: the table of supported ones, detection, loading, and the module kinds that a bundle may declare."""

@@ -35,13 +35,13 @@ ADAPTED = re.compile(r"\.(lora_[AB]|modules_to_save)\.")  # in names of paramete
 
 
 def load_adapted(base: Source, adapter: Source, *, dtype: torch.dtype, device: torch.device) -> "PeftModel":
-    """Load a model with a LoRA adapter, and with the adapter folder's output head if it holds one; eval mode, frozen.
+    """Load a frozen model in eval mode with a LoRA adapter, and with the output head in the adapter's folder, if any.
 
     Args:
         base: a plain checkpoint.
         adapter: an ordinary PEFT folder with adapter_config.json and adapter_model.safetensors; the head is the only
             module that it may save as a whole.
-        dtype: the dtype of the base's and the adapter's weights; it is one, so that no activation is cast between them.
+        dtype: the dtype of all weights, of base and adapter, so that no activation is cast between them.
         device: the device of the loaded model.
 
     Raises:
@@ -89,7 +89,7 @@ def load_adapted(base: Source, adapter: Source, *, dtype: torch.dtype, device: t
 
 
 def saved_as(parameter: str) -> str:
-    """The name that PEFT's files have for a parameter, by its name in PEFT's model."""
+    """The name of a parameter in PEFT's files, from its name in PEFT's model."""
     return parameter.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
 
 

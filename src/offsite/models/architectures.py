@@ -1,4 +1,4 @@
-"""The model families that can be packed and tuned, by the `model_type` in their configs. Torch-free."""
+"""The table of all model families that can be packed and tuned; its keys are values of `model_type`. Torch-free."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """The family with a config's model type.
+    """The row of the table of families for a config, found by the config's `model_type`.
 
     Raises:
         IncompatibleError: no family has that type, or the config has a setting with which the family's description of

@@ -1,4 +1,4 @@
-"""Split a causal language model into backbone (tokens to hidden states) and head (hidden states to logits)."""
+"""Splits a causal language model into backbone (tokens to hidden states) and head (hidden states to logits)."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Network:
-    """The parts of a causal language model: `body` computes hidden states, `head` computes logits from them."""
+    """A causal language model in two parts: `body` computes hidden states from tokens, `head` logits from these."""
 
     body: nn.Module
     head: nn.Linear
@@ -27,7 +27,7 @@ def split_backbone_and_head(model: "PreTrainedModel") -> Network:
     """Split a model in eval mode into body and head, after a check on a few tokens that they give the model's logits.
 
     Raises:
-        IncompatibleError: the logits are not head(body(ids)), also not with the logit cap of the model's family.
+        IncompatibleError: the logits are not head(body(ids)), with the logit cap of the model's family if it has one.
     """
     body, head = model.base_model, model.get_output_embeddings()
     family = ARCHITECTURES.get(model.config.model_type)
@@ -37,7 +37,7 @@ def split_backbone_and_head(model: "PreTrainedModel") -> Network:
     with torch.no_grad():
         whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         parts = capped(F.linear(hidden_states(body, ids, mask), head.weight, head.bias), cap).float()
-    # The same sums in the same order: more than a rounding step apart means another formula.
+    # Both compute the same sums in the same order, so a difference above a rounding step means another formula.
     step = torch.finfo(head.weight.dtype).eps
     if not torch.allclose(whole, parts, rtol=2 * step, atol=step * float(whole.abs().max())):
         raise IncompatibleError(

@@ -1,4 +1,4 @@
-"""The base class of modules that replace a block of a model."""
+"""The base class of modules that replace a transformer block of a model."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from torch import nn
 
 
 class Wrapped(nn.Module):
-    """Base class of a module that runs in place of a block; it keeps that block as `block`."""
+    """Base class of modules that run in place of a transformer block; the original is its submodule `block`."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
 
     def __getattr__(self, name: str) -> Any:
-        """Look up missing attributes in the block, since models read attributes of their blocks (kind of attention)."""
+        """Look up a missing attribute in the block, since models read attributes of blocks, such as attention types."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -21,7 +21,7 @@ class Wrapped(nn.Module):
 
 
 def unwrapped_block(block: nn.Module) -> nn.Module:
-    """The original block, without any `Wrapped` modules around it."""
+    """The original transformer block, without any `Wrapped` modules around it."""
     while isinstance(block, Wrapped):
         block = block.block
     return block

@@ -1,4 +1,4 @@
-"""For a model family that is not in the table: derive its row from the model that transformers builds for a config.
+"""Derives the row of a model family that is not in the table, from the model that transformers builds for a config.
 
 The row is printed, not used. The receiving party verifies a bundle by its own table, so it would refuse a bundle of a
 family that only the sender has (docs/decisions/0008-unknown-families-are-refused.md).
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-# What every config of transformers has and no model computes with.
+# Keys that every config of transformers has and that no model computes with.
 _IDLE = {
     "transformers_version", "architectures", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
     "is_encoder_decoder", "id2label", "label2id", "problem_type", "output_attentions", "auto_map",
@@ -25,7 +25,10 @@ _IDLE = {
 
 @dataclass(frozen=True)
 class Family:
-    """The facts about a family that need no run; `sizes` has every tensor outside the blocks and in the first block."""
+    """The facts about a family that can be found without running a model.
+
+    `sizes` has the sizes of every tensor outside the blocks and in the first block, by name.
+    """
 
     model_type: str
     class_name: str
@@ -47,7 +50,7 @@ class Family:
 
 
 def unknown_family(config: Mapping[str, Any]) -> IncompatibleError:
-    """The error for an unknown model type: it contains the row to add, or the reason why none could be derived."""
+    """The error for an unknown model type, with the row to add to the table, or the reason why none can be derived."""
     what = f"models of type {str(config.get('model_type'))[:64]!r} are not supported"
     supported = f"supported: {', '.join(sorted(ARCHITECTURES))}"
     from offsite.models.hugging_face_calls import LIBRARY_ERRORS
@@ -58,7 +61,7 @@ def unknown_family(config: Mapping[str, Any]) -> IncompatibleError:
         return IncompatibleError(
             what, reasons=[supported, error.what, *error.reasons], next_step="use a model of a supported type"
         )
-    except LIBRARY_ERRORS as error:  # a model that is put together in some other way
+    except LIBRARY_ERRORS as error:  # a model with an unusual structure
         reason = f"its parts could not be told: {type(error).__name__}: {str(error).strip()[:200]}"
         return IncompatibleError(what, reasons=[supported, reason], next_step="use a model of a supported type")
     return IncompatibleError(
@@ -97,7 +100,7 @@ def detect(config: Mapping[str, Any]) -> Family:
     order = list(model.state_dict())
     start = min(index for index, name in enumerate(order) if name.startswith(f"{path}."))
     embedding = _name_of(model, model.get_input_embeddings())
-    # modules stand in the order of the computation but for what follows the embedding out of place
+    # modules are listed in the order of the computation, except that the embedding may be listed later
     before = [name for name in outer if name != head and (order.index(name) < start or name == embedding)]
     attention_out, mlp_out = _outputs(linears, paths, transposed)
     return Family(
@@ -167,7 +170,7 @@ def _name_of(model: "PreTrainedModel", module: "nn.Module") -> str:
 
 
 def _outputs(linears: Sequence[str], paths: Mapping[str, Sequence[int]], transposed: bool) -> tuple[str, str]:
-    """The last linear layers of attention and MLP with H outputs; guessed from usual names, so the user must check."""
+    """The paths of the last linear layers of attention and MLP, which have H outputs; guessed from usual names."""
     inputs = {name: paths[f"{name}.weight"][0 if transposed else 1] for name in linears}
     outputs = {name: paths[f"{name}.weight"][1 if transposed else 0] for name in linears}
     hidden = inputs[linears[0]] if "attn" in linears[0] or "attention" in linears[0] else outputs[linears[-1]]
@@ -180,7 +183,7 @@ def _outputs(linears: Sequence[str], paths: Mapping[str, Sequence[int]], transpo
 
 
 def _sizes(shape: Sequence[int], config: Mapping[str, Any]) -> str:
-    """The shape as text: per size the only config key with that value, or "any" if there is not exactly one."""
+    """The shape as text, such as "vocab_size any": for each size the only config key with that value, or "any"."""
     names = []
     for size in shape:
         keys = [key for key, value in config.items() if type(value) is int and value == size and size > 1]
@@ -189,7 +192,7 @@ def _sizes(shape: Sequence[int], config: Mapping[str, Any]) -> str:
 
 
 def render(family: Family) -> str:
-    """The family's row as Python source, to paste into offsite/models/families.py."""
+    """Write the family's row as Python source, which a user can paste into offsite/models/families.py."""
 
     def table(names: Sequence[str], suffix: str = "") -> str:
         return "{" + ", ".join(f'"{name}": "{family.sizes[name + suffix]}"' for name in names) + "}"

@@ -1,4 +1,4 @@
-"""Build models without allocating or initialising weights, for callers that assign existing weights afterwards."""
+"""Builds models without allocating or initialising weights, for callers that assign existing weights afterwards."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from transformers.initialization import no_init_weights
 
 @contextlib.contextmanager
 def without_weights(*, buffers: bool = True) -> Iterator[None]:
-    """Inside the `with` block, transformers builds models with all parameters on the meta device and no tied weights.
+    """Context manager: in its body, transformers builds models with all parameters on the meta device and none tied.
 
     It also turns off random initialisation, which otherwise takes two thirds of the time even on the meta device.
 

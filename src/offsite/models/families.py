@@ -1,6 +1,6 @@
-"""The table of language model families. `docs/models.md` is made from it; the tests cover every row. Torch-free.
+"""The table of language model families, one row for each. docs/models.md is generated from it. Torch-free.
 
-How to add one: docs/models.md.
+The tests cover every row. docs/models.md says how to add a row.
 """
 
 from collections.abc import Mapping
@@ -58,7 +58,10 @@ def _norm(name: str, size: str = "hidden_size") -> dict[str, str]:
 
 
 def _every(period_key: str, period: int) -> Rule:
-    """A rule for the attention type: full attention in every n-th block (n from the config), else sliding windows."""
+    """Make a rule for a block's attention type: full attention in every n-th block, sliding windows in the others.
+
+    n is the value of `period_key` in the config, or `period`.
+    """
 
     def rule(config: Mapping[str, Any], index: int) -> str:
         every = config.get(period_key, period)
@@ -74,18 +77,18 @@ def _every(period_key: str, period: int) -> Rule:
 
 
 def _late_windows(config: Mapping[str, Any], index: int) -> str:
-    """The attention type: sliding windows from block `max_window_layers` on if switched on, else full attention."""
+    """A block's attention type: sliding windows, if switched on, from block `max_window_layers` on, else full."""
     windows = config.get("use_sliding_window", False) and config.get("sliding_window", 4096) is not None
     return "sliding_attention" if windows and index >= config.get("max_window_layers", 28) else "full_attention"
 
 
 def _rotates(config: Mapping[str, Any], index: int) -> int:
-    """1 if the block uses rotary positions, 0 for every n-th block (n = `no_rope_layer_interval`)."""
+    """Whether a block uses rotary positions, as 1 or 0: all blocks except every n-th (n = `no_rope_layer_interval`)."""
     return int((index + 1) % int(config.get("no_rope_layer_interval", 4)) != 0)
 
 
 def _windows_without_rotation(config: Mapping[str, Any], index: int) -> str:
-    """The attention type: sliding windows, if switched on, in blocks without rotary positions; else full attention."""
+    """A block's attention type: sliding windows, if switched on, in blocks without rotary positions, else full."""
     windows = config.get("use_sliding_window", False) and config.get("sliding_window") is not None
     listed = config.get("no_rope_layers")
     rotates = _rotates(config, index) if listed is None else listed[index]
@@ -93,7 +96,7 @@ def _windows_without_rotation(config: Mapping[str, Any], index: int) -> str:
 
 
 def _early_windows(config: Mapping[str, Any], index: int) -> str:
-    """The attention type: sliding windows, if switched on, in even blocks before `max_window_layers`."""
+    """A block's attention type: sliding windows, if switched on, in even blocks before `max_window_layers`."""
     windows = config.get("use_sliding_window", False) and index < config.get("max_window_layers", 28)
     return "sliding_attention" if windows and index % 2 == 0 else "full_attention"
 
@@ -129,7 +132,7 @@ def _is_dense(config: Mapping[str, Any], index: int) -> bool:
 
 
 def _llama_like(model_type: str, class_name: str, keys: frozenset[str], **columns: Any) -> Architecture:
-    """A family with Llama's tensor names; `columns` are the fields that differ from Llama's."""
+    """The row of a family with Llama's tensor names; `columns` are the fields that differ from Llama's row."""
     usual: dict[str, Any] = {
         "embeddings": _EMBEDDING,
         "final": {"model.norm.weight": "hidden_size"},
@@ -174,7 +177,7 @@ _SHARED_EXPERT = {
 }
 _MIXTURE: dict[str, Any] = {
     "mlp_out": "mlp",
-    "linear_residual": False,  # what a token gets is the sum of the experts that were chosen for it
+    "linear_residual": False,  # the MLP's output for a token is the sum of the experts that were chosen for it
     "linear_attention": True,
     # PEFT takes other targets of such a family for the experts of all blocks: docs/decisions/0010.
     "adapted": (*_ATTENTION, *_ATTENTION_OUT),
@@ -185,7 +188,7 @@ _MIXTURE_KEYS = _words("hidden_act num_experts_per_tok")
 def _qwen_mixture(
     model_type: str, class_name: str, keys: frozenset[str], shared: dict[str, str], **columns: Any
 ) -> Architecture:
-    """A family with Qwen's mixture of experts in some blocks; `shared`: layers of the expert that all tokens use."""
+    """The row of a family with Qwen's mixture of experts; `shared`: linear layers of the expert that all tokens use."""
     counts = columns.pop("counts")
     return _llama_like(
         model_type,
@@ -283,7 +286,7 @@ FAMILIES = (
         "Qwen3MoeForCausalLM",
         _words("attention_bias"),
         {},
-        counts=("num_local_experts", "num_experts"),  # today's spelling, and that of published files
+        counts=("num_local_experts", "num_experts"),  # today's key, and the key in published files
         norms=_TWO_NORMS | _HEAD_NORMS | {"mlp.gate.weight": "experts hidden_size"},
         biases={"attention_bias": (*_ATTENTION, *_ATTENTION_OUT)},
         defaults={"num_local_experts": 128},

@@ -1,4 +1,4 @@
-"""The description of a model family: names of blocks, embeddings, head and linear layers; exchanged keys. Torch-free.
+"""The description of a model family: its blocks, embeddings, head, linear layers and permitted config keys. Torch-free.
 
 A family is a row of `families.py`; no other code depends on the family. Tensor names are those in files that
 transformers writes today; `Architecture.name_of` maps names in older published files to them. Some parameters of torch
@@ -14,15 +14,15 @@ from typing import Any
 from offsite.config import RefitMap
 from offsite.errors import IncompatibleError
 
-Rule = Callable[[Mapping[str, Any], int], Any]  # (config, index of a block) -> what transformers derives for it
+Rule = Callable[[Mapping[str, Any], int], Any]  # (config, index of a block) -> the value that transformers derives
 
-# Masks and frequencies that files of many families held until 2023: computed, and no weights.
+# Masks and frequencies that files of many families held until 2023; they are computed, and are not weights.
 _BUFFERS = re.compile(
     r".+\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)"
     r"|(attn|attention|self_attention|self_attn)\.(bias|masked_bias|embed_positions))"
 )
-_PLACES = ".relative_position_index"  # the same of encoders: where in a table each pair of patches looks
-_MOST = 1024  # experts, or heads with norms of their own: a config from a stranger may not announce more
+_PLACES = ".relative_position_index"  # a computed buffer of encoders: the place of each pair of patches in a table
+_MOST = 1024  # most experts, or heads with their own norms, that a config (which may be hostile) can have
 
 
 @dataclass(frozen=True)
@@ -32,31 +32,31 @@ class Experts:
     A stack has shape (experts, outputs, inputs); if it holds several layers, their outputs are concatenated.
     """
 
-    path: str  # of the experts in a block, in files
-    module: str  # of the stacks in a block, in modules
+    path: str  # path of the experts in a block, in files
+    module: str  # path of the stacks in a block, in torch modules
     maps: Mapping[str, str]  # linear layers of one expert, with their weights' sizes
-    out: str  # the map that ends an expert
-    stacks: Mapping[str, tuple[str, ...]]  # parameters of the module -> the maps that each holds
-    chosen_key: str = "num_experts_per_tok"  # config key with the number of experts that a token goes through
+    out: str  # the last linear layer of an expert
+    stacks: Mapping[str, tuple[str, ...]]  # parameters of the module -> the linear layers that each holds
+    chosen_key: str = "num_experts_per_tok"  # config key with the number of experts that process a token
     where: Rule = lambda config, index: True  # whether a block has experts
-    others: tuple[str, ...] = ()  # linear layers that end the MLP beside the experts, or in a block without
+    others: tuple[str, ...] = ()  # last linear layers of an MLP next to the experts, or in a block without experts
 
 
 @dataclass(frozen=True)
 class Vision:
     """The fields that only vision encoders have, and the matching image classifier in transformers."""
 
-    class_name: str  # the classifier's
+    class_name: str  # class of the classifier
     prefix: str  # path of the encoder in the classifier
-    features: tuple[str, ...]  # what its linear head reads, side by side: "class", "mean" (of patches) or "pooled"
+    features: tuple[str, ...]  # the inputs of its linear head, concatenated: "class", "mean" (of patches) or "pooled"
     before: tuple[str, ...] = ("1",)  # tokens before the patches: numbers and config keys, added up
     stays: tuple[str, ...] = ()  # starts of names of tensors that are no part of the encoder: heads, poolers, buffers
-    keywords: Mapping[str, Any] = field(default_factory=dict)  # with which transformers builds the encoder alone
-    tower_of: str = ""  # model type of a larger model that this is the image tower of, and the classifier's
+    keywords: Mapping[str, Any] = field(default_factory=dict)  # arguments for transformers to build the encoder alone
+    tower_of: str = ""  # model type of the larger model, and of its classifier, if the encoder is its image tower
     any_size: bool = False  # whether it fits its position embeddings to the image by itself
     head: str = "classifier"  # path of its linear head in the classifier
-    label_list: str = ""  # config key of the classifier with the names of classes in a list, if it has them so
-    extra: str = ""  # the optional package that it is made by, and the extra that brings it
+    label_list: str = ""  # config key of the classifier with the list of class names, if it has such a key
+    extra: str = ""  # the optional package that builds the model, which is also the name of the extra
 
 
 @dataclass(frozen=True)
@@ -73,47 +73,51 @@ class Architecture:
     class_name: str
     blocks: str  # path of the list of blocks
     embeddings: Mapping[str, str]  # tensors before the blocks, with their sizes
-    final: Mapping[str, str]  # tensors after the blocks beside the head, with their sizes
+    final: Mapping[str, str]  # tensors after the blocks except the head, with their sizes
     head: str
     linears: Mapping[str, str]  # paths in a block of its linear layers, with their weights' sizes
-    norms: Mapping[str, str]  # tensors of a block beside its linear layers, with their sizes
+    norms: Mapping[str, str]  # all other tensors of a block, with their sizes
     attention_out: str
-    mlp_out: str  # a linear layer, or the module of the MLP where it has experts
-    count_keys: tuple[str, ...]  # config keys that hold the number of blocks, the one transformers reads first
-    config_keys: frozenset[str]  # config keys that may travel
+    mlp_out: str  # the last linear layer of the MLP, or the MLP's module if it has experts
+    count_keys: tuple[str, ...]  # config keys that hold the number of blocks; the first is the one transformers reads
+    config_keys: frozenset[str]  # config keys that a bundle may hold
     head_size: str = "vocab_size hidden_size"
-    tied_by_default: bool = False  # whether the head is the input embedding where the config does not say
+    tied_by_default: bool = False  # whether the head is the input embedding if the config does not say so
     biases: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # condition ("": always) -> biased linear layers
-    only_if: Mapping[str, str] = field(default_factory=dict)  # tensor -> condition without which it is not there
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # what conditions take where a config leaves a key out
+    only_if: Mapping[str, str] = field(default_factory=dict)  # tensor -> condition under which it exists
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # values for conditions if a config lacks a key
     transposed: bool = False  # linear layers store their weights (in, out): GPT-2's Conv1D
-    # Whether, or under which condition, a block's output is linear in what mlp_out gives: what refit solves for.
+    # Whether, or under which condition, a block's output is linear in the output of mlp_out, which refit solves for.
     linear_residual: bool | str = True
-    linear_attention: bool | str | None = None  # the same of attention_out, the MLP's output held; None: as the MLP's
+    # The same for attention_out, with the MLP's output fixed; None: as for mlp_out.
+    linear_attention: bool | str | None = None
     per_block: Mapping[str, Rule] = field(default_factory=dict)  # config keys with an entry per block, and its rule
     listed: Mapping[str, Rule] = field(default_factory=dict)  # config keys that list the blocks for which a rule holds
-    settled: Mapping[str, Any] = field(default_factory=dict)  # what else the rules read -> its value once all is listed
-    # Config keys from which lists are derived, and which tell the base's depth -> their value in a cut config.
+    # Other config keys that the rules read -> their values in a config that lists every block.
+    settled: Mapping[str, Any] = field(default_factory=dict)
+    # Config keys from which lists are derived and which reveal the base's depth -> their value in a bundle's config.
     implied: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
     among: Mapping[str, Collection[str]] = field(default_factory=dict)  # config keys that have one of these values
-    follows: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)  # keys the others settle
+    # Config keys whose values are computed from other keys.
+    follows: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)  # switches that must be off, and why
     logit_cap: str | None = None  # config key c: logits are c * tanh(logits / c)
     spellings: Mapping[str, str] = field(default_factory=dict)  # older names of tensors -> today's
-    modules: Mapping[str, str] = field(default_factory=dict)  # paths of tensors in a block -> in modules, if another
-    # Paths in a block of what there are several of, "*" for the number in their tensors' names -> config keys with it.
+    modules: Mapping[str, str] = field(default_factory=dict)  # paths of tensors in files -> in modules, if different
+    # Paths in a block of numbered modules (experts, heads), in whose tensors' names "*" replaces the number -> config
+    # keys with the count.
     numbered: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     experts: Experts | None = None
-    adapted: tuple[str, ...] = ()  # linear layers where LoRA may sit; (): all of them
+    adapted: tuple[str, ...] = ()  # linear layers that LoRA may adapt; (): all of them
     bypassed: Mapping[str, str] = field(
         default_factory=dict
     )  # linear layers -> condition under which LoRA has no effect
     vision: Vision | None = None
-    module_blocks: str = ""  # path of the list of blocks in modules, if another
-    mlp_scale: str | None = None  # tensor of a block by which what mlp_out gives is multiplied before it is added
-    attention_scale: str | None = None  # the same of attention_out
+    module_blocks: str = ""  # path of the list of blocks in torch modules, if different
+    mlp_scale: str | None = None  # tensor of a block by which the output of mlp_out is multiplied before it is added
+    attention_scale: str | None = None  # the same for attention_out
 
     @property
     def lora_linears(self) -> tuple[str, ...]:
@@ -121,7 +125,7 @@ class Architecture:
         return self.adapted or tuple(self.linears)
 
     def lora_linears_of(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """The paths in a block of the linear layers that can be LoRA targets under a config; equal for all blocks."""
+        """The paths in a block of the linear layers that can be LoRA targets under a config, for any block."""
         return tuple(
             path
             for path in self.lora_linears
@@ -133,10 +137,10 @@ class Architecture:
         return path in self.bypassed and self.holds(self.bypassed[path], config)
 
     def name_of(self, stored: str) -> str | None:
-        """The name that current files have for a tensor; None for a buffer, which is not a weight.
+        """The name of a tensor in files of today's transformers; None for a buffer, which is not a weight.
 
         `stored` is a name from an older or current file, with or without the prefix of the body, or the name of a
-        module's parameter. A stack of experts has no single name in files and keeps its own.
+        parameter in the torch model. A stack of experts has no single name in files and keeps its parameter's name.
         """
         if self.vision is not None:
             return self._name_in_encoder(stored, self.vision)
@@ -160,12 +164,12 @@ class Architecture:
         return self.in_block(int(match[1]), files.get(match[2], match[2])) if match else files.get(name, name)
 
     def module_of(self, name: str) -> str:
-        """The name that a tensor or linear layer has in the torch model, by its name in files."""
+        """The name of a tensor or linear layer in the torch model, from its name in files."""
         place = self.block_of(name)
         if place is None:
             return self.modules.get(name, name)
         path = self.modules.get(place[1])
-        if path is None:  # no tensor, or one whose name is the same
+        if path is None:  # the name of a linear layer, or a tensor with the same name
             path = self.modules.get(f"{place[1]}.weight", f"{place[1]}.weight").removesuffix(".weight")
         return f"{self.block_module(place[0])}.{path}"
 
@@ -177,7 +181,7 @@ class Architecture:
         return self.block_of(weight.removesuffix(".weight"))
 
     def stacked(self, name: str, count: int) -> list[tuple[str, ...]] | None:
-        """For a parameter that stacks experts: the names in files of each expert's matrices, for `count` experts.
+        """The names in files of each expert's matrices, for a parameter that is a stack of `count` experts.
 
         Returns None for any other parameter.
         """
@@ -207,15 +211,15 @@ class Architecture:
         return (int(match[1]), match[2]) if match else None
 
     def block_module(self, index: int) -> str:
-        """The path of a block in the torch model."""
+        """The path of the block with this index in the torch model."""
         return f"{self.module_blocks or self.blocks}.{index}"
 
     def in_block(self, index: int, path: str) -> str:
-        """The full name in files for a path in a block."""
+        """The full name in files of the tensor or module at `path` in the block with this index."""
         return f"{self.blocks}.{index}.{path}"
 
     def block_count(self, config: Mapping[str, Any]) -> int:
-        """The number of blocks in a config.
+        """The number of blocks of a model, from its config.
 
         Raises:
             IncompatibleError: the config has no such number, or two of its keys for it disagree.
@@ -265,11 +269,11 @@ class Architecture:
         return cut | self.settled_by(cut) | {key: rule(cut) for key, rule in self.implied.items() if key in config}
 
     def settled_by(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The config keys whose values are computed from other keys, with these values."""
+        """The config keys whose values are computed from other keys of the config, with the computed values."""
         return {key: rule(config) for key, rule in self.follows.items()}
 
     def strays(self, config: Mapping[str, Any]) -> list[str]:
-        """One sentence for each config value that is not permitted, or differs from the one computed from the rest."""
+        """A message for each config value that is not permitted, or differs from the value computed from other keys."""
         problems = [
             f"config has {key} = {str(config.get(key))[:60]!r}, expected one of {', '.join(sorted(values))}"
             for key, values in self.among.items()
@@ -312,7 +316,7 @@ class Architecture:
         return [name for name in names if name not in self.only_if or self.holds(self.only_if[name], config)]
 
     def block_tensors(self, config: Mapping[str, Any], index: int) -> frozenset[str]:
-        """The paths of exactly the tensors that a block has; they depend on the index only by whether it has experts.
+        """The paths of all tensors in the block with this index; blocks differ only in whether they have experts.
 
         Raises:
             IncompatibleError: the config does not say how many experts or heads there are, which blocks have experts,
@@ -333,7 +337,7 @@ class Architecture:
         return [f"{path}.{n}{rest}" for n in range(self.number_of(path, config))] if star else [name]
 
     def pattern_of(self, path: str) -> str:
-        """A path in a block with "*" in place of the index of an expert or head, as in the table."""
+        """The path in a block with "*" in place of the index of an expert or head, the form that the table uses."""
         for several in self.numbered:
             match = re.fullmatch(rf"{re.escape(several)}\.(?:0|[1-9]\d{{0,3}})(\..+)", path)
             if match:
@@ -358,7 +362,7 @@ class Architecture:
         return {**config, "experts": count, "has_experts": self.experts.where(config, index)}
 
     def embedding_tensors(self, config: Mapping[str, Any]) -> list[str]:
-        """The names of the tensors before the blocks under a config."""
+        """The names of the tensors before the blocks that a model with this config has."""
         return self._present(self.embeddings, config)
 
     def outer_tensors(self, config: Mapping[str, Any]) -> frozenset[str]:
@@ -380,7 +384,11 @@ class Architecture:
         return (self.head, *(name for name in self._present(self.final, config) if name == bias))
 
     def sizes_of(self, name: str) -> str | None:
-        """The sizes of a tensor as the table has them, by full name; None if the family has no such tensor."""
+        """The sizes of a tensor as in the table, such as "vocab_size hidden_size"; None if there is no such tensor.
+
+        Args:
+            name: the full name of the tensor in files.
+        """
         place = self.block_of(name)
         if place is None:
             return {**self.embeddings, **self.final, self.head: self.head_size}.get(name)
@@ -397,7 +405,7 @@ class Architecture:
         return place is not None and place[1].endswith("bias") and self.sizes_of(name) is not None
 
     def shape_problem(self, name: str, shape: Sequence[int], config: Mapping[str, Any]) -> str | None:
-        """A sentence if a tensor's shape contradicts the config, else None; sizes that the config lacks are free."""
+        """A message if a tensor's shape contradicts the config, else None; a size whose key is missing can be any."""
         sizes, place = self.sizes_of(name), self.block_of(name)
         if sizes is None:
             return None
@@ -414,11 +422,11 @@ class Architecture:
         return {key: config[key] for key in self.refused if config.get(key)}
 
     def output_of(self, part: RefitMap) -> tuple[str, str | None]:
-        """The paths in a block of the last linear layer of MLP or attention, and of the scale after it (or None)."""
+        """The path in a block of the last linear layer of MLP or attention, and that of the scale after it or None."""
         return (self.mlp_out, self.mlp_scale) if part == "mlp" else (self.attention_out, self.attention_scale)
 
     def residual_is_linear(self, config: Mapping[str, Any], part: RefitMap = "mlp") -> bool:
-        """Whether a block's output is linear in the output of mlp_out (or attention_out), as refitting needs it."""
+        """Whether a block's output is linear in the output of mlp_out (or attention_out), which refitting needs."""
         linear = self.linear_residual
         if part == "attention" and self.linear_attention is not None:
             linear = self.linear_attention
@@ -437,7 +445,7 @@ def _size(product: str, config: Mapping[str, Any]) -> int | None:
 
 
 def config_problems(config: Mapping[str, Any], family: Architecture) -> list[str]:
-    """One sentence for each config key or value that may not be exchanged: unknown keys, values that are not plain."""
+    """A message for each config key or value that a bundle may not hold: unknown keys, values that are not plain."""
     problems = [f"config key {key!r} is not permitted" for key in sorted(set(config) - family.config_keys)]
     problems += [
         f"config key {key!r} holds {str(config[key])[:60]!r}, which is no plain setting"

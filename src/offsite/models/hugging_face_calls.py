@@ -1,4 +1,7 @@
-"""Call transformers and PEFT offline, without their output, and with offsite's errors. Imports no torch itself."""
+"""Context managers and arguments to call transformers and PEFT offline, without their output, with offsite's errors.
+
+The module itself imports no torch.
+"""
 
 import contextlib
 import warnings
@@ -11,13 +14,13 @@ from offsite.extras import require
 from offsite.models.architectures import Architecture
 
 OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-# What transformers and PEFT raise for a config or weights that they cannot make a model of.
+# Exceptions that transformers and PEFT raise for a config or weights that they cannot make a model of.
 LIBRARY_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, IndexError)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence progress bars and warnings of transformers and PEFT in the `with` block; then restore the settings."""
+    """Context manager: silence progress bars and warnings of transformers and PEFT in its body."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -35,12 +38,12 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def incompatible(folder: Path) -> Iterator[None]:
-    """Turn any exception of a library in the `with` block into an IncompatibleError that names the model folder."""
+    """Context manager: turn any exception of a library in its body into an IncompatibleError that names `folder`."""
     try:
         yield
     except (OffsiteError, MemoryError):
         raise
-    except Exception as error:  # a config may be a stranger's, and what a library raises on one has no end
+    except Exception as error:  # for a hostile config, a library may raise any exception
         raise IncompatibleError(
             f"transformers cannot load {folder}",
             reasons=[f"{type(error).__name__}: {str(error).strip()[:500]}"],
@@ -56,5 +59,5 @@ def require_library(family: Architecture | None, folder: Path) -> None:
         IncompatibleError: the package is installed but cannot be imported.
     """
     if family is not None and family.vision is not None and family.vision.extra:
-        with incompatible(folder):  # torchvision beside another torch fails otherwise than by being absent
+        with incompatible(folder):  # torchvision for another torch is installed, but fails to import
             require(family.vision.extra, family.vision.extra, f"a model of type {family.model_type}")

@@ -1,4 +1,4 @@
-"""A vision encoder as a network: from images to the features that a classifier's linear head reads."""
+"""Runs a vision encoder: from images to the features that a classifier's linear head reads."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 Pooling = Literal["class", "mean", "both"]
 WEIGHT, BIAS = "classifier.weight", "classifier.bias"  # the head's tensors in every classifier of the table
-CLASSIFIERS = "ForImageClassification"  # how the classes of transformers end
+CLASSIFIERS = "ForImageClassification"  # the end of the names of transformers' classifier classes
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A vision encoder, and the rule for the part of its output that a classifier's head reads."""
+    """A vision encoder, with the rule (`vision.features`) for the features that a classifier's head reads from it."""
 
     body: nn.Module
     vision: Vision
@@ -99,5 +99,5 @@ def is_classifier(settings: Mapping[str, Any]) -> bool:
 
 
 def batches(count: int, size: int) -> Sequence[range]:
-    """Divide the row indices 0 to `count` - 1, in order, into ranges of `size` (the last can be shorter)."""
+    """Divide the indices 0 to `count` - 1, in order, into ranges of `size` indices (the last can be shorter)."""
     return [range(at, min(at + size, count)) for at in range(0, count, size)]

@@ -1,4 +1,4 @@
-"""Load a runnable model from its files: offline, without foreign code, and with a check of every tensor name."""
+"""Loads a model from its files, ready to run: offline, without foreign code, and with a check of every tensor name."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +63,7 @@ def load_classifier(source: Source, *, dtype: torch.dtype, device: torch.device)
 
 
 def encoder_keywords(family: Architecture, config: "PretrainedConfig") -> dict[str, Any]:
-    """The keyword arguments with which transformers builds only the encoder, except those that are config keys."""
+    """The keyword arguments, other than config keys, with which transformers builds an encoder without its head."""
     keywords = family.vision.keywords if family.vision else {}
     return {key: value for key, value in keywords.items() if not hasattr(config, key)}
 
@@ -80,7 +80,7 @@ def _load(
         "dtype": dtype,
         "experts_implementation": experts_implementation(),
         "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # so that they are listed instead of the first one raised
+        "ignore_mismatched_sizes": True,  # so that all mismatches are listed; else the first one is raised
     }
     if isinstance(source, Snapshot):
         model, info = _from_snapshot(auto, source, keywords, how)
@@ -94,7 +94,7 @@ def _load(
             next_step="fetch the checkpoint again; if it came from the other party, ask for it again",
         )
     if getattr(model.config, "output_router_logits", False):
-        model.config.output_router_logits = False  # a loss of its own, of which nothing here makes use
+        model.config.output_router_logits = False  # turns off an additional loss of the router, which is not used here
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return loaded
 
@@ -113,7 +113,7 @@ def _from_folder(
 
 
 def _config_with(keywords: Mapping[str, Any], source: Source) -> tuple["PretrainedConfig", dict[str, Any]]:
-    """The config of a model with those keyword arguments set in it that are its keys, and the other arguments."""
+    """Load a model's config and set those keyword arguments that are its keys; returns it and the other arguments."""
     config = load_config(source)
     known = {name for name in keywords if hasattr(config, name)}
     for name in known:
@@ -131,7 +131,7 @@ def _from_snapshot(
         config, others = _config_with(keywords, snapshot)
         if has_file(snapshot, _GENERATION_CONFIG):
             how = {**how, "generation_config": GenerationConfig.from_pretrained(folder)}
-        model_class = auto._model_mapping[type(config)]  # `auto.from_pretrained` looks it up too, for folders alone
+        model_class = auto._model_mapping[type(config)]  # as `auto.from_pretrained` does, which needs a folder
         model, info = model_class.from_pretrained(
             None,
             config=config,
@@ -144,7 +144,7 @@ def _from_snapshot(
 
 
 class _Lazy:
-    """A tensor that transformers loads by `lazy[...]` when it needs it, as from a file; this works only once."""
+    """A stand-in for a tensor in a state dict; transformers reads the tensor by `lazy[...]`, which works once."""
 
     def __init__(self, tensor: HeldTensor) -> None:
         self._tensor: HeldTensor | None = tensor
@@ -157,11 +157,11 @@ class _Lazy:
 
 
 def loading_problems(info: Mapping[str, Any], family: Architecture | None) -> list[str]:
-    """One sentence for each missing, unexpected or mismatched tensor in transformers' loading info."""
+    """A message for each missing, unexpected or mismatched tensor in transformers' loading info."""
     problems = [f"missing tensor {name}" for name in sorted(info["missing_keys"])]
     problems += [
         f"unexpected tensor {name}" for name in sorted(info["unexpected_keys"]) if not family or family.name_of(name)
-    ]  # beside masks and frequencies in older files
+    ]  # masks and frequencies in older files are not reported
     problems += [f"mismatched tensor {_mismatch(entry)}" for entry in sorted(info["mismatched_keys"], key=str)]
     return problems + [str(message) for message in info.get("error_msgs") or ()]
 
@@ -178,7 +178,7 @@ def _load_declared(
     held |= source.take_tensors() if isinstance(source, Snapshot) else open_checkpoint(source).tensors
     tensors = {}
     for name in list(held):
-        tensor = held.pop(name)  # so that no more than one is there twice
+        tensor = held.pop(name)  # so that at most one tensor is in memory twice
         tensors[name] = read_tensor(tensor, dtype if tensor.dtype in FLOATS else None)
     with quiet(), incompatible(folder_of(source)):
         attention = attention_of(AutoConfig.for_model(**config))
@@ -194,7 +194,7 @@ def _load_declared(
 
 
 def attention_of(config: "PretrainedConfig") -> str:
-    """The attention implementation: "sdpa", or "eager" if the model class lacks SDPA or caps attention logits."""
+    """The attention implementation for a model: "sdpa", or "eager" if its class lacks SDPA or caps attention logits."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
     family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) or MODEL_MAPPING.get(type(config), None)

@@ -1,10 +1,10 @@
 """Mixtures of experts in torch: the forward pass of the experts, and parameters under the tensor names of files.
 
-Each of transformers' implementations has a problem. Its loop indexes the stack once per expert, so the gradient costs a
-whole stack per expert (full tuning with 64 experts: ten times the time per step); `grouped_mm` needs rows of 16 bytes;
-`batched_mm` copies an expert for every token. The loop in this file unbinds the stacks once. Its output equals that of
-transformers' loop bit for bit and is the same in every run. It is registered through transformers' own interface;
-nothing is patched.
+Transformers has three implementations, each with a problem. Its loop indexes the stack once per expert, so the gradient
+costs a whole stack per expert (full tuning with 64 experts: ten times the time per step); `grouped_mm` needs rows of 16
+bytes; `batched_mm` copies an expert for every token. The loop in this file unbinds the stacks once. Its output equals
+that of transformers' loop bit for bit and is the same in every run. It is registered through transformers' own
+interface; nothing is patched.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _NAME = "offsite_experts"
 
 
 def experts_implementation() -> str:
-    """Register this file's loop with transformers and return its name; models without experts ignore that setting."""
+    """Register this file's loop over experts with transformers, and return its name for `experts_implementation`."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(_NAME, _run)
@@ -51,6 +51,6 @@ def in_files(family: "Architecture", parameters: Mapping[str, torch.Tensor]) -> 
         if stack is None:
             found[family.name_of(name) or name] = parameter
             continue
-        for expert, names in zip(parameter.detach(), stack, strict=True):  # (outputs of its maps, inputs)
+        for expert, names in zip(parameter.detach(), stack, strict=True):  # (outputs of its linear layers, inputs)
             found |= zip(names, expert.chunk(len(names)), strict=True)
     return found

@@ -1,4 +1,4 @@
-"""Read the files of a model from a folder or from a snapshot of verified files. Torch-free.
+"""Reads the files of a model from a folder or from a snapshot of verified files. Torch-free.
 
 Settings are checked before any library reads them.
 """
@@ -27,7 +27,7 @@ _FOREIGN_KEYS = frozenset({"auto_map", "custom_pipelines", "transformers_weights
 
 
 def folder_of(source: Source) -> Path:
-    """The folder of the files, for error messages."""
+    """The folder of a model's files, for error messages."""
     return source.folder if isinstance(source, Snapshot) else source
 
 
@@ -47,7 +47,7 @@ def read_bytes(source: Source, name: str) -> bytes:
 
 
 def tensors_of(source: Source, name: str) -> Mapping[str, StoredTensor]:
-    """The tensors of a safetensors file, by name.
+    """The tensors of the safetensors file `name`, by tensor name; those of a snapshot are read into memory.
 
     Raises:
         StorageError: the file is missing, truncated or malformed.
@@ -58,7 +58,7 @@ def tensors_of(source: Source, name: str) -> Mapping[str, StoredTensor]:
 
 @contextlib.contextmanager
 def as_folder(source: Source, weights: str | None = None) -> Iterator[Path]:
-    """Yield a folder for libraries that need one: the source's own folder, or a private copy of a snapshot's files.
+    """Context manager: yield a folder for libraries that need one: the source's, or a private copy of a snapshot.
 
     The copy is temporary and has no weights, except the file `weights`.
 
@@ -73,7 +73,7 @@ def as_folder(source: Source, weights: str | None = None) -> Iterator[Path]:
     if not isinstance(source, Snapshot):
         yield source
         return
-    folder = Path(tempfile.mkdtemp(prefix="offsite-"))  # of mode 0700
+    folder = Path(tempfile.mkdtemp(prefix="offsite-"))  # only this user can read it (mode 0700)
     try:
         with storage_errors(folder):
             for name in source.names():
@@ -99,7 +99,7 @@ def model_settings(source: Source) -> dict[str, Any]:
 
 
 def check_settings(source: Source) -> None:
-    """Refuse a model whose settings would run foreign code or read files outside the folder, or that holds an adapter.
+    """Check that no setting of a model would run foreign code or read other files, and that it holds no adapter.
 
     Raises:
         UsageError: there is no config.json.
@@ -112,7 +112,7 @@ def check_settings(source: Source) -> None:
         raise UsageError(
             f"{folder} holds no config.json, so it is not a checkpoint",
             next_step="name a base, bundle or merged plug-in folder"
-            + (f"; an adapter goes with its model: `offsite eval MODEL --adapter {folder}`" if tuned else ""),
+            + (f"; an adapter is used with its model: `offsite eval MODEL --adapter {folder}`" if tuned else ""),
         )
     settings = read_settings(source, CONFIG)
     family = ARCHITECTURES.get(str(settings.get("model_type")))
@@ -131,7 +131,7 @@ def check_settings(source: Source) -> None:
 
 
 def read_settings(source: Source, name: str) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+    """Read the file `name`, which holds one JSON object.
 
     Raises:
         StorageError: the file cannot be read, or is not a JSON object.
@@ -147,11 +147,11 @@ def read_settings(source: Source, name: str) -> dict[str, Any]:
 
 
 def foreign_settings(settings: object, path: str = "") -> list[str]:
-    """A description of each setting that would run foreign code or read files outside the folder.
+    """List each setting that would run foreign code or read files outside the folder, with the reason.
 
     Args:
-        settings: a JSON value.
-        path: the keys that lead to it in its file, each followed by a dot.
+        settings: the parsed content of a settings file, or a part of it.
+        path: the keys that lead to this part in the file, each followed by a dot.
     """
     found = []
     if isinstance(settings, dict):
@@ -168,7 +168,7 @@ def foreign_settings(settings: object, path: str = "") -> list[str]:
 
 
 def unwrapped_config(source: Source) -> tuple[dict[str, Any], Declared | None]:
-    """The config of a model as its family has it, and the declaration of its emulator (None for a plain model).
+    """The config of a model in the form of its family, and the declared modules of its emulator (None: none).
 
     Raises:
         StorageError: config.json cannot be read.

@@ -1,6 +1,6 @@
-"""The values in the plans of both parties: parts of a model, and amounts of bytes. Torch-free.
+"""The values that plans consist of: parts of a model, and amounts of bytes. Torch-free.
 
-They are in this package because they describe sizes of models, and both parties and the command line can import it.
+They are in `models`, because they describe sizes of models, and because both parties and the command line import it.
 """
 
 import math
@@ -23,7 +23,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Amount:
-    """The size of a file, or of tensors in memory or on the disk."""
+    """A name and a number of bytes: the size of a file, or of tensors in memory or on the disk."""
 
     name: str
     bytes: int
@@ -31,7 +31,7 @@ class Amount:
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory that the weights take for a compute dtype; activations and libraries need more in addition."""
+    """The memory that the weights take in one compute dtype; activations and libraries take memory in addition."""
 
     compute: Compute
     amounts: tuple[Amount, ...]
@@ -46,12 +46,12 @@ class Memory:
 class Measurement:
     """Memory and time measured on this machine, by running a small part of the stage."""
 
-    what: str  # that ran
+    what: str  # the part of the stage that ran
     device: str
     compute: Compute
-    peak_bytes: int  # of the process, or of what torch holds on a CUDA device
-    seconds: float  # that it took
-    times: float  # how often the whole run does that, about
+    peak_bytes: int  # peak memory of the process, or of torch on a CUDA device
+    seconds: float  # duration of that part
+    times: float  # about how often the whole run repeats that part
 
     @property
     def run_seconds(self) -> float:

@@ -1,15 +1,15 @@
-"""Recognise quantised checkpoints by their settings and by their tensors. Torch-free.
+"""Recognises quantised checkpoints by their settings and by their tensors. Torch-free.
 
-Settings alone prove nothing: tools that dequantise or merge a model often leave `quantization_config` behind. So a
-checkpoint is quantised if its tensors are, and settings beside plain tensors are left out.
+Settings alone prove nothing: tools that dequantise or merge a model often leave `quantization_config` behind. So only a
+checkpoint with quantised tensors counts as quantised; if the tensors are plain, such settings are left out.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-KEYS = ("quantization_config", "compression_config", "quantization")  # the second one of old compressed-tensors; MLX's
-# Files in which older tools keep the settings.
+KEYS = ("quantization_config", "compression_config", "quantization")  # 2nd: old compressed-tensors; 3rd: MLX
+# Files in which older tools store the settings.
 FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quant_strategy.json")
 _NAMES = {
     "gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "fbgemm_fp8": "FBGEMM FP8",
@@ -38,12 +38,12 @@ _SMALL_FLOATS = re.compile(r"F[468]_|F4|F6|F8")
 
 
 def display_name(method: str) -> str:
-    """The name by which a method of quantisation is known; `method` is its key in configs."""
+    """The usual name of a quantisation method, such as "GPTQ"; `method` is its key in configs."""
     return _NAMES.get(method, method)
 
 
 def method_in_settings(config: Mapping[str, Any]) -> str | None:
-    """The key of the quantisation method that a config names, in itself or in the part for the language model."""
+    """The key of the quantisation method that a config, or a part of it, names; None if it names none."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in KEYS:
             settings = part.get(key)
@@ -64,7 +64,11 @@ def _method(settings: Mapping[str, Any], key: str) -> str:
 
 
 def method_of_tensors(tensors: Iterable[tuple[str, str]]) -> str | None:
-    """The key of the method by which tensors, as pairs of name and safetensors dtype, are quantised; None if plain."""
+    """The key of the method by which tensors are quantised; None if they are plain.
+
+    Args:
+        tensors: pairs of a tensor's name and its safetensors dtype.
+    """
     tensors = list(tensors)
     for pattern, method in _SIGNS:
         if any(pattern.search(name) for name, _ in tensors):
@@ -78,7 +82,7 @@ def method_of_tensors(tensors: Iterable[tuple[str, str]]) -> str | None:
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without settings of quantisation, in itself and in its parts."""
+    """Copy a config without the settings of quantisation in it and in its parts."""
     return {
         key: plain_config(value) if isinstance(value, dict) else value
         for key, value in config.items()

@@ -1,7 +1,7 @@
 """The family of timm's EVA and plain vision transformers, inside transformers' wrapper for timm. Torch-free.
 
-The wrapper's config names a function of timm and its arguments, so a config that is not trusted is limited to these
-few: `architecture` is one of FORMS, and `model_args` is exactly the value computed from the other sizes
+The wrapper's config names a function of timm and its arguments, so a config from the other party is limited:
+`architecture` is a key of FORMS, and `model_args` is exactly the value computed from the other sizes
 (docs/decisions/0020-timm.md).
 """
 
@@ -14,13 +14,13 @@ from offsite.models.family import Architecture, Vision
 
 @dataclass(frozen=True)
 class Form:
-    """The differences between these models other than their sizes."""
+    """The form of one of these models: all its differences from the others, except its sizes."""
 
-    heads: int  # as published
-    separate: bool = False  # queries, keys and values by maps of their own, and a gated MLP with a norm inside
+    heads: int  # number of attention heads of the published model
+    separate: bool = False  # linear layers for each of queries, keys and values, and a gated MLP with a norm inside
     gates: int = 1  # 2: gate and value of a gated MLP in one matrix
-    whole_bias: bool = False  # one bias for queries, keys and values; else none for keys
-    pooled_norm: bool = True  # the last norm follows the mean of patches; else the class token is read, behind it
+    whole_bias: bool = False  # one bias for queries, keys and values; else keys have no bias
+    pooled_norm: bool = True  # the last norm follows the mean of patches; else the class token is read after it
 
 
 FORMS: Mapping[str, Form] = {
@@ -48,7 +48,7 @@ def model_args(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if any(type(size) is not int or size < 1 for size in sizes):
         return None
     depth, hidden, heads, side, patch, inner = (int(size) for size in sizes if size)
-    # timm takes the whole part of a product, which must not fall below for a rounding
+    # timm truncates the product of ratio and hidden size, so rounding must not make it smaller than the size
     ratio = (inner + 0.5) / hidden
     return {
         "depth": depth, "embed_dim": hidden, "num_heads": heads, "mlp_ratio": ratio, "img_size": side,

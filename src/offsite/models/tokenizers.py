@@ -1,4 +1,4 @@
-"""Load a model's tokenizer, its config, and its context length from its files."""
+"""Loads a model's tokenizer, its config, and its context length from its files."""
 
 from typing import TYPE_CHECKING, cast
 
@@ -31,7 +31,7 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
 
 
 def context_length(source: Source) -> int | None:
-    """The model's number of positions (longest row in tokens), from its config; None if the config has none."""
+    """The model's number of positions, which limits a row in tokens; None if its config does not give the number."""
     check_settings(source)
     with quiet(), incompatible(folder_of(source)):
         config = load_config(source)
@@ -40,7 +40,7 @@ def context_length(source: Source) -> int | None:
 
 
 def load_config(source: Source) -> "PretrainedConfig":
-    """Load a model's config as a transformers object; if the emulator declares modules, the config of its family.
+    """Load a model's config as a transformers object; for an emulator with declared modules, that of its family.
 
     Settings of quantisation are left out: weights are read as they are stored, and must be plain.
     """

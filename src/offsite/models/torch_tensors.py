@@ -1,4 +1,4 @@
-"""Read stored tensors as torch tensors."""
+"""Reads stored tensors as torch tensors."""
 
 import torch
 
@@ -14,8 +14,8 @@ TORCH_DTYPES = {
 def read_tensor(tensor: StoredTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Read a stored tensor into CPU memory, cast to `dtype` if given.
 
-    A tensor that is already in memory is copied only if it is cast. Without a cast, the result shares its memory, so
-    writing to one changes the other.
+    A `HeldTensor` is already in memory and is copied only if it is cast. Without a cast, the result shares its memory,
+    so writing to one changes the other.
 
     Raises:
         StorageError: the file ends before the end of the tensor.

@@ -1,4 +1,4 @@
-"""The families of vision encoders; a bundle holds the encoder without any head. Torch-free.
+"""The table of the families of vision encoders, one row for each; their bundles hold no head. Torch-free.
 
 Files of most families use the tensor names from the models' first publication. The torch modules have other names; the
 field `modules` maps between them.
@@ -19,7 +19,7 @@ def _norm(name: str) -> dict[str, str]:
 
 
 def _both(paths: Mapping[str, str]) -> dict[str, str]:
-    """The names in files -> in the torch model, for weight and bias of linear layers that are named differently."""
+    """The tensor names of linear layers, in files -> in the torch model; `paths` maps the layers' paths likewise."""
     return {f"{path}.{kind}": f"{module}.{kind}" for path, module in paths.items() for kind in ("weight", "bias")}
 
 
@@ -47,7 +47,7 @@ _POOLER = ("pooler.", "classifier.", "cls_classifier.", "distillation_classifier
 
 
 def _vit_like(model_type: str, class_name: str, vision: Vision, **columns: Any) -> Architecture:
-    """A family with ViT's tensor names; `columns` are the fields that differ from ViT's."""
+    """The row of a family with ViT's tensor names; `columns` are the fields that differ from ViT's row."""
     usual: dict[str, Any] = {
         "embeddings": _CLASS | _POSITIONS | _PATCHES,
         "final": _norm("layernorm"),
@@ -110,7 +110,7 @@ _DINOV2_KEYS = _KEYS | _DROPOUTS | _words("qkv_bias mlp_ratio layerscale_value d
 
 
 def _tower(model_type: str, class_name: str, vision: Vision, **columns: Any) -> Architecture:
-    """The family of an image tower from a model for images and texts, such as CLIP."""
+    """The row of an image tower, which is the vision encoder of a model for images and texts, such as CLIP."""
     return Architecture(
         model_type=model_type,
         class_name=class_name,
@@ -160,7 +160,7 @@ VISION_FAMILIES = (
     _vit_like(
         "beit",
         "BeitModel",
-        # the pooler's norm is a part of what the head reads, so it travels
+        # the head reads the pooler's output, so a bundle holds the pooler's norm
         Vision("BeitForImageClassification", "beit", ("pooled",), stays=("classifier.", "lm_head.", "decode_head.")),
         embeddings=_CLASS
         | {"embeddings.mask_token": "1 1 hidden_size"}

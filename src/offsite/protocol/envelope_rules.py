@@ -53,7 +53,7 @@ def _listing(signed: SignedFolder) -> Iterator[str]:
     for path in sorted(signed.folder.iterdir()):
         found.add(path.name)
         if is_leftover(path.name, listed):
-            continue  # a finding of the next rule
+            continue  # `_leftovers` reports it
         if not stat.S_ISREG(path.lstat().st_mode):
             yield f"{path.name!r} is not a plain file"
         elif path.name not in listed:
@@ -63,7 +63,7 @@ def _listing(signed: SignedFolder) -> Iterator[str]:
 
 
 def _leftovers(signed: SignedFolder) -> Iterator[str]:
-    """Refuse files that nobody sent, such as .DS_Store: a signed folder holds the signed files and nothing else."""
+    """Yield a finding for each leftover file, such as .DS_Store: a signed folder holds only the signed files."""
     listed = _listed(signed)
     for path in sorted(signed.folder.iterdir()):
         if is_leftover(path.name, listed):
@@ -80,7 +80,7 @@ def _without_leftovers(signed: SignedFolder) -> str:
 
 
 def half_received(signed: SignedFolder) -> set[str]:
-    """The listed files that are missing while a transfer's half of them is there."""
+    """The names of listed files that are missing, and of which a partly transferred copy exists."""
     listed, found = _listed(signed), {path.name for path in signed.folder.iterdir()}
     return {whole for name in found if (whole := unfinished(name, listed)) and whole not in found}
 

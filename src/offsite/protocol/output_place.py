@@ -1,4 +1,4 @@
-"""Checks the place of a result before any work: it is new, and inside nothing that it would change. Torch-free."""
+"""Checks the path of a result before any work: it is new, and not inside a folder that it would change. Torch-free."""
 
 import shlex
 from collections.abc import Iterable, Sequence
@@ -13,20 +13,20 @@ from offsite.storage.files import require_free
 
 _WEIGHTS = (WEIGHTS, INDEX, DECLARED_WEIGHTS, DECLARED_INDEX)
 _ADAPTER_CONFIG, _RUN = "adapter_config.json", "run.json"
-_BESIDE = (".log.jsonl", ".run")  # what a run writes beside its result
+_BESIDE = (".log.jsonl", ".run")  # ends of the paths that a run writes next to its result
 
 
 def require_place(out: Path, *inputs: Path | Sequence[Path] | None, flag: str = "--out") -> None:
-    """Refuse a result's folder that is not free, or that lies in a bundle, a model, a run or the data.
+    """Check that a result's folder is free, and not inside a bundle, a model, a run or the data.
 
     Args:
         out: the folder of the result, which must not exist or be empty.
         inputs: the folders and files that the command reads; None and patterns are permitted.
-        flag: the flag that names the place, for the error's next step.
+        flag: the flag for this folder, which the error's next step names.
 
     Raises:
-        UsageError: it is one of the inputs, inside one of them, inside a signed folder, a model or an interrupted run,
-            or not free.
+        UsageError: the folder is not free, is one of the inputs or inside one, or is inside a signed folder, a model
+            or an interrupted run.
     """
     given = _paths(inputs)
     if (same := next((path for path in given if _same(out, path)), None)) is not None:
@@ -39,15 +39,15 @@ def require_place(out: Path, *inputs: Path | Sequence[Path] | None, flag: str = 
 
 
 def require_outside(out: Path, *inputs: Path | Sequence[Path] | None, flag: str = "--out") -> None:
-    """Refuse a file or folder inside a bundle, a model, a run or the data, where it would change what is there.
+    """Check that a file or folder is not inside a bundle, a model, a run or the data, which it would change.
 
     Args:
         out: the file or folder that would be written.
         inputs: the folders and files that the command reads; None and patterns are permitted.
-        flag: the flag that names the place, for the error's next step.
+        flag: the flag for this path, which the error's next step names.
 
     Raises:
-        UsageError: it is in one of them.
+        UsageError: the path is inside one of them.
     """
     given = _paths(inputs)
     around = [folder for folder in out.resolve().parents if kind_of_folder(folder)]
@@ -67,7 +67,7 @@ def require_outside(out: Path, *inputs: Path | Sequence[Path] | None, flag: str 
 
 
 def kind_of_folder(folder: Path) -> str | None:
-    """What a folder is: a bundle, return, plug-in, model, adapter or interrupted run; None for any other folder."""
+    """The kind of a folder, such as "bundle", "model", "adapter" or "run" (an interrupted one); None if unknown."""
     if (folder / MANIFEST).is_file():
         try:
             return read_unverified(folder).kind
@@ -94,13 +94,13 @@ def _same(out: Path, other: Path) -> bool:
 
 
 def _would_match(pattern: Path, out: Path) -> bool:
-    """Whether a pattern of data would match what is written at `out` or beside it."""
+    """Whether the pattern of a --data would match `out`, or a log or run folder next to it."""
     beside = [out.name, *(out.name + end for end in _BESIDE)]
     return pattern.parent.resolve() == out.resolve().parent and any(fnmatch(name, pattern.name) for name in beside)
 
 
 def _new_beside(folder: Path, name: str | None = None) -> Path:
-    """A path beside a folder that does not exist, with this name or the folder's and a number."""
+    """A path next to a folder that does not exist yet: with `name` or the folder's name, and a number if needed."""
     place = folder.resolve().parent
     stem = name or f"{folder.resolve().name}-2"
     tried = (place / (stem if number == 1 else f"{stem}-{number}") for number in range(1, 1000))

@@ -235,7 +235,10 @@ def _findings(signed: SignedFolder, rules: Iterable[Rule]) -> list[tuple[str, st
 
 
 def _without_half_received(signed: SignedFolder, found: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Of files that are still on their way it is no reason for distrust that they are missing."""
+    """Remove the advice to distrust the sender from findings about missing files that are still being transferred.
+
+    If all advice is to distrust the sender, the findings are returned unchanged.
+    """
     if not any(rule_advice != _DISTRUST for _, rule_advice in found) or not signed.folder.is_dir():
         return found
     missing = {f"{name} is missing" for name in half_received(signed)}

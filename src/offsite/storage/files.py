@@ -63,14 +63,14 @@ def staged_folder(out: Path) -> Iterator[Path]:
 
 
 def _is_place_of_its_own(out: Path) -> bool:
-    """Whether `out` exists on another disk than its parent, or in one where nothing can be written."""
+    """Whether the folder `out` exists and is on another disk than its parent, or its parent cannot be written."""
     if not out.exists():
         return False
     return out.stat().st_dev != out.parent.stat().st_dev or not os.access(out.parent, os.W_OK)
 
 
 def _fill(out: Path, staging: Path) -> None:
-    """Move the entries of the staged folder into an empty one; on an error take them out again."""
+    """Move the entries of the folder `staging` into the empty folder `out`; if one fails, move all of them back."""
     entries = sorted(staging.iterdir(), key=lambda path: (path.suffix in (".json", ".sig"), path.name))
     if others := [path for path in out.iterdir() if path != staging]:
         raise FileExistsError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(others[0]))
@@ -113,7 +113,7 @@ def require_free(out: Path, flag: str = "--out") -> None:
 
 
 def _taken(out: Path, flag: str) -> tuple[str, str] | None:
-    """Why an output folder is not free, and what to do about it."""
+    """The reason why an output folder is not free, and the next step for the user; None if it is free."""
     if out.is_symlink():
         target = out.resolve()
         free = not target.exists() or (target.is_dir() and not any(target.iterdir()))

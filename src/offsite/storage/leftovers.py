@@ -1,4 +1,4 @@
-"""Files that file managers, editors, version control and transfers leave in folders, recognised by their names.
+"""Recognises, by their names, files that file managers, editors, version control and transfers leave in folders.
 
 Such files are no part of a bundle or of a data set, and nobody put them there on purpose.
 """
@@ -20,7 +20,7 @@ _NAMES = (
     # desktops of Linux, file systems, network storage
     ".directory", ".Trash-*", ".hidden", ".goutputstream-*", ".fuse_hidden*", ".nfs*", "lost+found", "@eaDir",
     ".@__thumb", "#recycle", ".~lock.*#",
-    # services that keep folders in step
+    # services that synchronise folders
     ".stfolder", ".stversions", ".stignore", ".syncthing.*", "~syncthing~*", ".dropbox", ".dropbox.attr",
     ".dropbox.cache", ".owncloudsync.log*", ".sync_*.db*", "._sync_*.db*", ".tmp.driveupload", ".tmp.drivedownload",
     # version control, hubs, notebooks, editors
@@ -38,7 +38,7 @@ _UNFINISHED = (
     "*.opdownload",
 )
 _PATTERN = re.compile("|".join(fnmatch.translate(name.casefold()) for name in (*_NAMES, *_UNFINISHED)))
-_RSYNC = re.compile(r"\.(?P<whole>.+)\.[A-Za-z0-9]{6}")  # what rsync names a file while it comes in
+_RSYNC = re.compile(r"\.(?P<whole>.+)\.[A-Za-z0-9]{6}")  # the name that rsync gives to a file during the transfer
 _PLAIN = re.compile(r"[\w .,:;@+=~$#()\[\]{}&%!^-]+")
 
 
@@ -47,7 +47,7 @@ def is_leftover(name: str, listed: Iterable[str] = ()) -> bool:
 
     Args:
         name: the name, without its folder.
-        listed: names of files that belong into the folder; a half transferred copy of one is a leftover too.
+        listed: names of files that belong to the folder; a partly transferred copy of one is a leftover too.
     """
     if name in listed or not (_PLAIN.fullmatch(name) or name == "Icon\r"):
         return False
@@ -55,14 +55,14 @@ def is_leftover(name: str, listed: Iterable[str] = ()) -> bool:
 
 
 def unfinished(name: str, listed: Iterable[str]) -> str | None:
-    """The listed file of which a file of this name is the half transferred copy; None if there is none."""
+    """The name in `listed` of the file that `name` is a partly transferred copy of; None if there is no such file."""
     rsync = _RSYNC.fullmatch(name)
     stems = [name[: -len(end) + 1] for end in _UNFINISHED if name.casefold().endswith(end[1:])]
     return next((stem for stem in [*stems, *([rsync["whole"]] if rsync else [])] if stem in listed), None)
 
 
 def leftovers_in(folder: Path) -> list[Path]:
-    """The files and folders directly in a folder that were left there, by name; empty if the folder cannot be read."""
+    """The leftovers directly in a folder, sorted by name; empty if the folder cannot be read."""
     try:
         return sorted(path for path in folder.iterdir() if is_leftover(path.name))
     except OSError:
@@ -70,13 +70,13 @@ def leftovers_in(folder: Path) -> list[Path]:
 
 
 def delete_command(paths: Iterable[Path]) -> str:
-    """The command that deletes these files and folders, as one types it into a shell."""
+    """The shell command that deletes these files and folders, with quoted names."""
     named = list(paths)
     end = ["--"] if any(str(path).startswith("-") for path in named) else []
     return " ".join(["rm", "-r", *end, *map(_word, named)])
 
 
 def _word(path: Path) -> str:
-    if "\r" in str(path):  # of the one name with a control character, which is shown by its escape
+    if "\r" in str(path):  # only "Icon\r" has a control character, which is written as an escape
         return "$'" + str(path).replace("\\", "\\\\").replace("'", "\\'").replace("\r", "\\r") + "'"
     return shlex.quote(str(path))

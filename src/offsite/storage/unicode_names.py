@@ -1,7 +1,7 @@
-"""Finds files whose names are typed in one form of Unicode and stored in the other.
+"""Finds files whose names were typed in one form of Unicode and are stored in the other.
 
-A letter with an accent is one character (NFC) or a letter and an accent (NFD); both look alike. A folder from a Mac's
-archive has the second form, a keyboard types the first.
+A letter with an accent is one character (NFC) or a letter and an accent (NFD); both look the same. Keyboards type the
+first form, and folders that were packed on a Mac have the second.
 """
 
 import unicodedata
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def existing(path: Path) -> Path:
-    """The path as the disk spells it; the same path if nothing has that name in either form."""
+    """The path in the form of Unicode in which the disk stores it; unchanged if nothing exists in either form."""
     if _exists(path):
         return path
     found = Path(path.anchor)

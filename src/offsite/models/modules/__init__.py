@@ -1,1 +1,1 @@
-"""The fixed list of module kinds that a config may declare; this code builds them, data never names code to run."""
+"""The module kinds that a bundle's config may declare: a fixed list, so that a bundle never names code to run."""

@@ -1,4 +1,4 @@
-"""An affine map of the hidden state after a block, which replaces the blocks that were dropped after it."""
+"""An affine layer on the hidden state after a transformer block, which replaces the blocks that were dropped there."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class Affine(nn.Module):
-    """The frozen map h -> h + h W + b, with W (H, H) stored as (inputs, outputs), and b (H,)."""
+    """The frozen affine layer h -> h + h W + b, with W (H, H) stored as (inputs, outputs), and b (H,)."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -17,23 +17,24 @@ class Affine(nn.Module):
 
     @classmethod
     def empty(cls, hidden: int) -> "Affine":
-        """Construct a map on the meta device, whose weight and bias are assigned later."""
+        """Construct a layer on the meta device, whose weight and bias are assigned later."""
         return cls(torch.empty(hidden, hidden, device="meta"), torch.empty(hidden, device="meta"))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Apply the map: (..., H) -> (..., H)."""
+        """Apply the layer to hidden states: (..., H) -> (..., H)."""
         return hidden + F.linear(hidden, self.weight.T, self.bias)
 
 
 def stand_behind(block: nn.Module, affine: Affine) -> None:
-    """Apply a map to the output of a block, by a forward hook; the map becomes the block's submodule `affine`.
+    """Apply an affine layer to the output of a block, by a forward hook; the layer becomes the submodule `affine`.
 
     Args:
-        block: a block of any family, changed in place; its outputs other than the hidden state do not change.
-        affine: the map.
+        block: a transformer block of any family, changed in place; its outputs other than the hidden state stay the
+            same.
+        affine: the layer.
     """
     block.register_module("affine", affine)
-    # no module around the block: models ask their blocks for attributes, and tensors keep their names
+    # a hook, not a module around the block: models read attributes of their blocks, and tensors keep their names
     block.register_forward_hook(_mapped)
 
 

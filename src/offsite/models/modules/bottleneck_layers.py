@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class Bottleneck(nn.Module):
-    """x + W_up gelu(W_down x + b_down) + b_up. W_up and b_up start as zero, so at first it is the identity."""
+    """A bottleneck, x + W_up gelu(W_down x + b_down) + b_up; W_up and b_up start as 0, so it starts as the identity."""
 
     def __init__(self, hidden: int, width: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()

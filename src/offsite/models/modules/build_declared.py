@@ -1,4 +1,4 @@
-"""Build the model for a bundle whose emulator declares modules: the family's model with those modules in it."""
+"""Builds the model of a bundle whose emulator declares modules: the family's model with those modules in it."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def build(
     config: Mapping[str, Any], declared: Declared, tensors: dict[str, Tensor], attention: str
 ) -> tuple["PreTrainedModel", list[str]]:
-    """Build the model for a bundle.
+    """Build the model of a bundle whose emulator declares modules.
 
     Args:
         config: the family's config for all blocks of the bundle.
@@ -29,7 +29,7 @@ def build(
         attention: transformers' name for the attention implementation.
 
     Returns:
-        The model, and one sentence for each tensor that is missing, unexpected or of a wrong shape.
+        The model, and a message for each tensor that is missing, unexpected or of a wrong shape.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -78,11 +78,11 @@ def _taken(family: Architecture, place: int, tensors: dict[str, Tensor]) -> dict
 def _unpack(
     block: nn.Module, family: Architecture, declared: Declared, weights: dict[str, Tensor], start: str
 ) -> list[str]:
-    """Replace sparse matrices in `weights` by full ones; return a problem for each mask that does not fit."""
+    """Replace sparse matrices in `weights` by full ones; returns a message for each mask that does not fit."""
     problems = []
     for path in family.linears if declared.sparse is not None else ():
         if f"{path}.mask" not in weights or f"{path}.values" not in weights:
-            continue  # which the caller reports as missing
+            continue  # the caller reports the missing tensor
         mask, values = weights.pop(f"{path}.mask"), weights.pop(f"{path}.values")
         full = unpacked(mask, values, _inputs(block.get_submodule(path), family, declared, path))
         if full is None:
@@ -93,7 +93,11 @@ def _unpack(
 
 
 def _make_room(block: nn.Module, family: Architecture, declared: Declared, weights: dict[str, Tensor]) -> None:
-    """Replace linear layers of a block by modules for the stored form; remove weights that those modules then hold."""
+    """Adapt the linear layers of a block to the stored form of their weights.
+
+    Layers with quantised or factored weights are replaced by other modules, and these weights are removed from
+    `weights`; other layers get their weight.
+    """
     for path in family.linears:
         parent, _, name = path.rpartition(".")
         owner, bias = block.get_submodule(parent), weights.get(f"{path}.bias")
@@ -107,9 +111,9 @@ def _make_room(block: nn.Module, family: Architecture, declared: Declared, weigh
             linear: Any = block.get_submodule(path)
             linear.weight = nn.Parameter(weights[f"{path}.weight"], requires_grad=False)
             if family.transposed:
-                linear.nf = linear.weight.shape[1]  # what Conv1D makes its output's shape of
+                linear.nf = linear.weight.shape[1]  # from which Conv1D computes the shape of its output
             else:
-                linear.out_features, linear.in_features = linear.weight.shape  # what PEFT makes a pair's shapes of
+                linear.out_features, linear.in_features = linear.weight.shape  # for PEFT
             continue
         else:
             continue
@@ -124,7 +128,7 @@ def _inputs(linear: Any, family: Architecture, declared: Declared, path: str) ->
 
 
 def _assign(block: nn.Module, weights: Mapping[str, Tensor], start: str) -> list[str]:
-    """Assign the weights to the parameters of a block; return a problem for each unexpected tensor."""
+    """Assign the weights to the parameters of a block; returns a message for each unexpected tensor."""
     problems = []
     own = dict(block.named_parameters())
     for path, value in weights.items():

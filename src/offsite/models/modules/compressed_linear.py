@@ -1,4 +1,4 @@
-"""Frozen linear layers that store their weight in a compressed form.
+"""Frozen linear layers that store their weight in a compressed form (quantised or factored), and sparse matrices.
 
 Quantised weights are symmetric around zero, with one scale for each group of inputs. Two int4 values share a byte: the
 even input is in the low half, and 8 is added so that values are not negative.
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 class QuantisedLinear(nn.Module):
-    """y = x W^T + b with W stored in 8 or 4 bits; W is decoded for each forward and backward product, then freed."""
+    """A linear layer y = x W^T + b with W in 8 or 4 bits; each forward and backward pass decodes W, then frees it."""
 
     quantised: Tensor  # (outputs, inputs) int8, or (outputs, inputs / 2) uint8
     scales: Tensor  # (outputs, groups)
@@ -34,13 +34,13 @@ class QuantisedLinear(nn.Module):
         return codes.to(dtype) * scales
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., inputs) -> (..., outputs)."""
+        """Apply the layer: (..., inputs) -> (..., outputs)."""
         product: Tensor = _Product.apply(hidden, self)  # type: ignore[no-untyped-call]
         return product if self.bias is None else product + self.bias
 
 
 class _Product(torch.autograd.Function):
-    """x W^T, with W decoded again in the backward pass; autograd would keep every decoded matrix until then."""
+    """The product x W^T; the backward pass decodes W again, as autograd would store every decoded W until then."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, linear: QuantisedLinear) -> Tensor:
@@ -53,7 +53,7 @@ class _Product(torch.autograd.Function):
 
 
 class FactoredLinear(nn.Module):
-    """y = U D x + b: a low-rank matrix stored as two factors, D (rank, inputs) and U (outputs, rank)."""
+    """A linear layer y = U D x + b, with a low-rank matrix as two factors D (rank, inputs) and U (outputs, rank)."""
 
     def __init__(self, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -63,12 +63,12 @@ class FactoredLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., inputs) -> (..., outputs)."""
+        """Apply the layer: (..., inputs) -> (..., outputs)."""
         return F.linear(F.linear(hidden, self.down), self.up, self.bias)
 
 
 def unpacked(mask: Tensor, values: Tensor, inputs: int) -> Tensor | None:
-    """Convert a sparse matrix to a full one.
+    """Convert a matrix that is stored as a mask and its nonzero values to a full matrix.
 
     Args:
         mask: the positions of the stored values as bits, uint8 (outputs, inputs / 8 rounded up), first input in the

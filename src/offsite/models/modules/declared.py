@@ -1,4 +1,4 @@
-"""The declaration of an emulator whose blocks differ from the family's own blocks. Torch-free.
+"""The part of a bundle's config that declares the modules of an emulator, if they differ from the family's. Torch-free.
 
 transformers cannot load such a bundle: its config has the model type "offsite" with the family's config under one key,
 and its weights file has another name, so that no library loads it partially. Names, shapes and dtypes of its tensors
@@ -15,7 +15,7 @@ from offsite.storage.safetensors_files import FLOATS
 
 MODEL_TYPE = "offsite"
 FEATURES = ("share", "quantise", "svd", "mlp-width", "sparse", "affine")
-AFFINE_WEIGHT, AFFINE_BIAS = "affine.weight", "affine.bias"  # of the affine layer after a block, by path in it
+AFFINE_WEIGHT, AFFINE_BIAS = "affine.weight", "affine.bias"  # paths in a block of the affine layer after it
 
 _Shape = Annotated[tuple[Annotated[int, Field(ge=1, lt=2**32)], ...], Field(max_length=2, strict=False)]
 Shapes = Mapping[str, tuple[int, ...]]  # by path in a block
@@ -27,11 +27,11 @@ def _is_none(value: object) -> bool:
 
 
 class Declared(BaseModel):
-    """The kinds of modules in an emulator; a field that is None means: as in the family."""
+    """The declared kinds of modules in an emulator; None in a field means that this is as in the family's model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    first: Annotated[int, Field(ge=0, le=10_000)]  # block of the bundle
+    first: Annotated[int, Field(ge=0, le=10_000)]  # index in the bundle of the emulator's first block
     blocks: Annotated[int, Field(ge=1, le=10_000)]
     share: Annotated[tuple[int, ...], Field(min_length=1, max_length=10_000, strict=False)] | None = None
     bits: Literal[8, 4] | None = None
@@ -39,20 +39,20 @@ class Declared(BaseModel):
     svd_rank: Annotated[float, Field(gt=0, le=1)] | None = None
     mlp_width: Annotated[int, Field(ge=1, le=2**20)] | None = None
     sparse: Annotated[float, Field(gt=0, lt=1)] | None = None  # share of every matrix that is zero and not stored
-    affine: bool | None = None  # true: a map of the hidden state behind every block
+    affine: bool | None = None  # true: an affine layer after every block
     # the shapes of a block's tensors in the family, by path in the block; only if no block of the bundle has them
     shapes: Annotated[dict[str, _Shape] | None, Field(min_length=1, max_length=4096, exclude_if=_is_none)] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "Declared":
         if (self.bits is None) != (self.group is None):
-            raise ValueError("bits and group go together")
+            raise ValueError("bits and group must both be set, or neither")
         if sum(kind is not None for kind in (self.bits, self.svd_rank, self.sparse)) > 1:
             raise ValueError("a linear layer is quantised, factored or sparse, and never two of these")
         if self.affine is False:
             raise ValueError("affine is true or null")
         if self.share is not None and self.affine:
-            raise ValueError("blocks that share weights have no affine affine layers after them")
+            raise ValueError("blocks that share weights have no affine layers after them")
         for place, owner in enumerate(self.share or ()):
             if not 0 <= owner < len(self.share or ()) or (self.share or ())[owner] != owner:
                 raise ValueError(f"block {place} of the emulator shares the weights of {owner}, which holds none")
@@ -69,15 +69,20 @@ class Declared(BaseModel):
         return tuple(name for name, kind in zip(FEATURES, kinds, strict=True) if kind is not None)
 
     def holds_weights(self, place: int) -> bool:
-        """Whether a block of the emulator (counted from 0) has its own weights in the file and shares no other's."""
+        """Whether block `place` of the emulator (from 0) has its own weights in the file, and uses no other block's."""
         return self.share is None or self.share[place] == place
 
     def rank(self, inputs: int, outputs: int) -> int:
-        """The rank of a factored linear layer with these inputs and outputs."""
+        """The rank of a factored linear layer with these numbers of inputs and outputs."""
         return max(1, round((self.svd_rank or 0) * min(inputs, outputs)))
 
     def narrowed(self, family: Architecture, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        """The shapes of a block's tensors with the declared MLP width, from the shapes in the family."""
+        """The shapes of a block's tensors with the declared MLP width, by path in the block.
+
+        Args:
+            family: the family of the model.
+            shapes: the shapes of the tensors in a block of the family, by path in the block.
+        """
         found = dict(shapes)
         if self.mlp_width is None:
             return found
@@ -91,7 +96,12 @@ class Declared(BaseModel):
         return found
 
     def tensors(self, family: Architecture, shapes: Shapes) -> dict[str, Expected]:
-        """Shape and dtypes of each tensor in an emulator block, by path; `shapes` are those of the family's block."""
+        """The shape and the permitted dtypes of each tensor in an emulator block, by path in the block.
+
+        Args:
+            family: the family of the model.
+            shapes: the shapes of the tensors in a block of the family, by path in the block.
+        """
         plain = self.narrowed(family, shapes)
         found: dict[str, Expected] = {path: (shape, FLOATS) for path, shape in plain.items()}
         if self.affine:
@@ -117,7 +127,7 @@ class Declared(BaseModel):
 
 
 def affine_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors of the affine map after a block, by path in the block, from the hidden size."""
+    """The shapes of the tensors of an affine layer after a block with hidden size `hidden`, by path in the block."""
     return {AFFINE_WEIGHT: (hidden, hidden), AFFINE_BIAS: (hidden,)}
 
 
@@ -133,7 +143,7 @@ def wrapped(config: Mapping[str, Any], declared: Declared) -> dict[str, Any]:
 
 
 def unwrapped(config: Mapping[str, Any]) -> tuple[dict[str, Any], Declared | None]:
-    """Split a config into the family's config and the emulator's declaration (None for a plain config).
+    """Split a config into the family's config and the declared modules of the emulator (None for a plain config).
 
     Raises:
         ValueError: the config has the model type "offsite" and is malformed.

@@ -1,4 +1,4 @@
-"""Names and shapes of the bottlenecks' tensors, as both parties compute them. Torch-free."""
+"""Computes the names and shapes of the tensors of bottlenecks, for both parties. Torch-free."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,10 @@ _BOTTLENECK = re.compile(r"(.+)\.bottleneck\.(?:down|up)\.(?:weight|bias)")
 
 
 def bottleneck_places(family: Architecture, blocks: Iterable[int]) -> list[str]:
-    """The full paths of the modules before bottlenecks: last layer of attention and MLP (or the whole mixture)."""
+    """The full paths of the modules that get a bottleneck after them, in the blocks with these indices.
+
+    They are the last linear layer of attention, and that of the MLP or the whole mixture of experts.
+    """
     return [family.in_block(index, path) for index in blocks for path in (family.attention_out, family.mlp_out)]
 
 
@@ -36,6 +39,10 @@ def place_of_bottleneck(name: str) -> str | None:
 
 
 def widths_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """The width of each bottleneck, from the shapes of its biases, by the full path of the linear layer before it."""
+    """The width of each bottleneck, by the full path of the linear layer before it.
+
+    Args:
+        shapes: the shapes of the bottlenecks' tensors, by full name.
+    """
     ends = ".bottleneck.down.bias"
     return {name.removesuffix(ends): shape[0] for name, shape in shapes.items() if name.endswith(ends) and shape}
