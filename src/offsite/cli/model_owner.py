@@ -121,7 +121,8 @@ def plug_in(
 ) -> None:
     """Check a return against the ledger and put it into the base model.
 
-    As an adapter, the result is an ordinary PEFT folder for the base; merged, it is a complete checkpoint.
+    As an adapter, the result is an ordinary PEFT folder for the base; merged, it is a complete checkpoint. With --whole
+    it is the multi-modal checkpoint that the base was imported from, with its language model replaced.
     With --choose-on, every checkpoint of the return is scored at every strength on rows of your own, and the best wins.
 
     Example:
@@ -179,5 +180,8 @@ def plug_in(
             typer.echo(line)
     shown = inspect_verbs.describe(plugged, own)
     terminal.show({**shown, "choice": choice.facts(chosen)} if chosen and as_json else shown, as_json=as_json)
+    if spec.whole is not None:
+        terminal.hint(f"next: load it with transformers, as the checkpoint in {spec.whole}")
+        return
     scored = f"{base} --adapter {out}" if plugged.manifest.form == "adapter" else f"{out}"
     terminal.hint(f"next: offsite eval {scored} --data test.jsonl")

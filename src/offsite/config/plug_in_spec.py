@@ -1,5 +1,6 @@
 """The settings of `offsite plug-in`, and the rules about combinations of these settings."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -35,6 +36,13 @@ class PlugInSpec(Spec):
     checkpoint: Annotated[
         int | None, Field(ge=1, description="which checkpoint of the return, from 1; left out: the last")
     ] = None
+    whole: Annotated[
+        Path | None,
+        Field(
+            description="folder of the multi-modal checkpoint that the base was imported from; write all of it, with "
+            "its language model replaced"
+        ),
+    ] = None
     again: Annotated[bool, Field(description="permit a return that was plugged in before")] = False
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -44,6 +52,12 @@ class PlugInSpec(Spec):
         """`strength` is a single value, `strengths` are values to choose from: set one of these two settings."""
         if self.strength is not None and self.strengths != STRENGTHS:
             raise ValueError("strength is a single value, strengths are values to choose from: set only one of the two")
+
+    @rule
+    def _whole_is_merged(self) -> None:
+        """`whole` writes a complete checkpoint, so it does not go with `as` adapter."""
+        if self.whole is not None and self.as_ == "adapter":
+            raise ValueError("whole writes a complete checkpoint, as = adapter does not: give one")
 
     @rule
     def _some_strength(self) -> None:

@@ -43,6 +43,8 @@ WEIGHTS_OF: Mapping[Method, str] = {  # the file of a return's tensors, by metho
 
 
 BESIDE_A_MODEL = ("LICENSE", "LICENSE.txt")  # files of a base that a merged plug-in copies
+# Of multi-modal models, whose plug-in is the whole checkpoint.
+OF_PROCESSORS = ("processor_config.json", "video_preprocessor_config.json", "chat_template.json")
 
 
 def checkpoint_file(number: int) -> str:
@@ -94,7 +96,12 @@ def allowed_in_bundle(name: str) -> bool:
 
 def allowed_in_plug_in(name: str) -> bool:
     """Whether a plug-in may hold a file of this name: a file of an adapter or of a complete checkpoint."""
-    return allowed_in_bundle(name) or name in (ADAPTER_CONFIG, *WEIGHTS_OF.values(), *BESIDE_A_MODEL)
+    return allowed_in_bundle(name) or name in (
+        ADAPTER_CONFIG,
+        *WEIGHTS_OF.values(),
+        *OF_PROCESSORS,
+        *BESIDE_A_MODEL,
+    )
 
 
 def cleaned(name: str, content: Mapping[str, Any]) -> dict[str, Any]:

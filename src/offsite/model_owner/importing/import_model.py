@@ -15,6 +15,7 @@ from offsite.model_owner.importing.import_record import ImportRecord
 from offsite.model_owner.importing.locate_source import locate_source
 from offsite.model_owner.importing.onnx import import_onnx
 from offsite.model_owner.importing.quantised_source import method_of, require_dequantisable, stale_settings
+from offsite.model_owner.importing.text_tower import copy_text_tower, is_multimodal
 from offsite.model_owner.importing.timm import copy_timm, is_timm
 from offsite.model_owner.importing.vision_tower import copy_tower, tower_in
 from offsite.model_owner.importing.write_weights import write_weights
@@ -77,6 +78,8 @@ def _import_folder(source: Path, folder: Path, spec: ImportSpec) -> ImportRecord
         record = copy_tower(source, folder, tower, dtype)
     elif is_timm(config):
         record = copy_timm(source, folder, dtype)
+    elif is_multimodal(config):
+        record = copy_text_tower(source, folder, dtype)
     else:
         record = _copy_folder(source, folder, plain_config(config), spec)
     notes = (*record.notes, *([stale] if stale else []))

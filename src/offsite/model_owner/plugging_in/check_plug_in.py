@@ -75,16 +75,18 @@ def form_of(verified: Return, spec: PlugInSpec) -> Form:
                 next_step="plug it in with --as merged",
             )
         return "merged"
-    if method == "bottleneck" and spec.as_ == "merged":
+    if method == "bottleneck" and (spec.as_ == "merged" or spec.whole is not None):
         raise UsageError(
             "a bottleneck stands beside the base's weights and cannot be merged into them",
-            next_step="plug it in with --as adapter",
+            next_step="plug it in with --as adapter" + (", and without --whole" if spec.whole else ""),
         )
     if method in ("full", "bitfit") and spec.as_ == "adapter":
         raise UsageError(
             f"a {method} return holds the model's own tensors, which no adapter folder can carry",
             next_step="plug it in with --as merged",
         )
+    if spec.whole is not None:
+        return "merged"
     return spec.as_ or ("adapter" if method in ("lora", "bottleneck") else "merged")
 
 

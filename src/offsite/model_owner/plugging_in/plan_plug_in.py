@@ -66,7 +66,7 @@ def plan_plug_in(
     verified = check_return(returned, home, hold=True)
     model, parent = check_plug_in(verified, base, spec, home, progress)
     form, chosen = form_of(verified, spec), chosen_by(verified, parent, spec)
-    sizes = plug_in_contents(model, chosen, form).sizes
+    sizes = plug_in_contents(model, chosen, form, spec.whole).sizes
     entries = tuple(FileEntry(name=name, size=size, sha256="0" * 64) for name, size in sorted(sizes.items()))
     issuer = home.identity().public_key.hex
     manifest = plug_in_manifest(model, chosen, form, strength_of(spec), issuer, entries)

@@ -47,7 +47,7 @@ def plug_in(
     # the ledger's record is made before the folder appears, and deleted if it does not appear
     with ExitStack() as entry, staged_folder(out) as folder:
         with refusals_recorded(returned, home):
-            written = plug_in_contents(model, chosen, form).write(folder)
+            written = plug_in_contents(model, chosen, form, spec.whole).write(folder)
         require_unchanged(model)
         manifest = plug_in_manifest(
             model, chosen, form, strength_of(spec), home.identity().public_key.hex, file_entries(written)

@@ -13,6 +13,7 @@ from offsite.model_owner.base_model import BaseModel, by_todays_names
 from offsite.model_owner.plugging_in.check_plug_in import Form
 from offsite.model_owner.plugging_in.image_classifier import classifier_config, classifier_tensors
 from offsite.model_owner.plugging_in.plugged_tensors import Chosen, adapter_tensors, changed_tensors, to_base
+from offsite.model_owner.plugging_in.whole_checkpoint import whole_files, whole_tensors
 from offsite.models.quantisation import plain_config
 from offsite.protocol.contents import (
     ADAPTER_CONFIG,
@@ -64,11 +65,13 @@ class Contents:
         return weights | {name: len(content) for name, content in self.others.items()}
 
 
-def plug_in_contents(model: BaseModel, chosen: Chosen, form: Form) -> Contents:
-    """The content of a plug-in in the given form."""
+def plug_in_contents(model: BaseModel, chosen: Chosen, form: Form, whole: Path | None = None) -> Contents:
+    """The content of a plug-in in the given form; `whole` is the multi-modal checkpoint to write, if any."""
     if form == "adapter":
         return adapter_contents(model, chosen)
     changes = changed_tensors(model, chosen)
+    if whole is not None:
+        return Contents(None, whole_tensors(model, changes, whole), whole_files(whole))
     if model.family.vision is not None:
         tensors = classifier_tensors(model, model.family.vision, changes, chosen.returned)
         config = classifier_config(model, model.family.vision, chosen.returned.manifest.classes or ())

@@ -1,0 +1,180 @@
+"""Importing the language model of a multi-modal checkpoint: its tensors, its config and the tokenizer's files.
+
+The base computes what the whole model computes on texts without pictures or sound. The record of the import holds the
+place of every tensor in the source, so that `offsite plug-in --whole` can write the whole checkpoint back.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offsite.errors import IncompatibleError, StorageError
+from offsite.model_owner.base_model import family_of
+from offsite.model_owner.importing.import_record import ImportRecord, Place, count_by_part
+from offsite.model_owner.importing.write_weights import write_weights
+from offsite.models.architectures import ARCHITECTURES, Architecture
+from offsite.models.hugging_face_calls import LIBRARY_ERRORS, OFFLINE, quiet
+from offsite.models.quantisation import plain_config
+from offsite.protocol.contents import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
+from offsite.storage.checkpoint_folder import open_checkpoint
+from offsite.storage.files import write_stream
+from offsite.storage.safetensors_files import FLOATS, TensorRange, copied
+from offsite.storage.strict_json import strict_json
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_PARTS = ("text_config", "llm_config", "language_config", "vision_config", "audio_config", "thinker_config")
+# Language models that compute on texts alone what an ordinary family computes.
+_SAME_ON_TEXTS = {
+    "qwen2_vl_text": "qwen2",  # rotary positions in three axes, which are equal in a text
+    "qwen2_5_vl_text": "qwen2",
+    "qwen2_5_omni_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "mllama_text_model": "llama",  # its cross-attention layers are skipped without pictures
+}
+_AXES = ("mrope_section", "mrope_interleaved")
+# Names of the language model's tensors in files of several years; the group is the name within the body or the head.
+_HEAD = re.compile(r"(?:thinker\.)?(?:(?:model\.)?(?:language_model|text_model)\.)?lm_head\.(.+)")
+_BODIES = (
+    re.compile(r"(?:thinker\.)?(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(.+)"),
+    re.compile(r"(?:thinker\.)?model\.((?:layers|embed_tokens|norm)\..+)"),
+)
+_TEMPLATE, _OLD_TEMPLATE = "chat_template.jinja", "chat_template.json"  # the latter of processors, until 2025
+
+
+def is_multimodal(config: Mapping[str, Any]) -> bool:
+    """Whether a config is that of a model with parts for texts and for pictures or sound."""
+    nested = any(isinstance(config.get(key), dict) for key in _PARTS)
+    return nested and str(config.get("model_type")) not in ARCHITECTURES
+
+
+def copy_text_tower(source: Path, folder: Path, dtype: str | None) -> ImportRecord:
+    """Write the language model of a multi-modal model as a base folder.
+
+    Args:
+        source: a folder with config, safetensors and the tokenizer's files.
+        folder: the folder that becomes the base.
+        dtype: dtype of the written weights, "BF16" or "F32"; None keeps the source's dtype.
+
+    Returns:
+        The record of the import, with the place of every tensor in the source.
+
+    Raises:
+        IncompatibleError: transformers does not know the model, or its language model is not supported.
+        StorageError: the files are damaged.
+    """
+    with quiet():
+        whole = _whole_config(source)
+        text = whole.get_text_config(decoder=True)
+        config = _text_config(source, whole, text)
+        family = family_of(config)
+        places = {}
+        for stored in open_checkpoint(source).tensors.values():
+            place = _place_of(stored, family, text)
+            if place is not None:
+                places[place[0]] = place[1]
+    tensors = [copied(tensor, name=name, dtype=dtype) for name, tensor in places.items()]
+    if family.head in places and not config.get("tie_word_embeddings"):
+        config["tie_word_embeddings"] = False
+    write_weights(folder, tensors, source)
+    if dtype:
+        config["dtype"] = {"BF16": "bfloat16", "F32": "float32"}[dtype]
+    write_stream(folder / CONFIG, [json.dumps(config, indent=1).encode() + b"\n"])
+    _copy_texts_files(source, folder)
+    used = {tensor.name: tensor for tensor in places.values()}
+    whole_shapes = open_checkpoint(source).tensors
+    return ImportRecord(
+        notes=(f"the language model of a multi-modal model of type {whole.model_type}",),
+        left_out=count_by_part(name for name in whole_shapes if name not in used),
+        tower_of=str(whole.model_type),
+        tensors={
+            name: Place(t.name, t.shape[0] if t.shape != whole_shapes[t.name].shape else None)
+            for name, t in places.items()
+        },
+    )
+
+
+def _whole_config(source: Path) -> "PretrainedConfig":
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source, **OFFLINE)
+    except LIBRARY_ERRORS as error:
+        raise IncompatibleError(
+            f"transformers does not know the multi-modal model in {source}",
+            reasons=[f"{type(error).__name__}: {str(error).strip()[:300]}"],
+            next_step="fetch the version of the model that transformers loads without code of its own (many publishers "
+            "call it -hf)",
+        ) from None
+    return config
+
+
+def _text_config(source: Path, whole: "PretrainedConfig", text: "PretrainedConfig") -> dict[str, Any]:
+    """The content of the base's config.json."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    found, kind = text.to_dict(), str(text.model_type)
+    if kind in _SAME_ON_TEXTS:
+        kind = _SAME_ON_TEXTS[kind]
+        rotary = {k: v for k, v in (found.get("rope_parameters") or {}).items() if k not in _AXES}
+        known = AutoConfig.for_model(kind).to_dict().keys()
+        found = {key: value for key, value in found.items() if key in known} | {"rope_parameters": rotary}
+        crossing = getattr(text, "cross_attention_layers", None) or ()
+        found["num_hidden_layers"] = text.num_hidden_layers - len(crossing)
+        found.pop("model_type", None)
+        text = AutoConfig.for_model(kind, **found)
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise IncompatibleError(
+            f"the language model in {source} is not one that transformers runs alone",
+            reasons=[f"it is the part of type {kind!r} of a model of type {whole.model_type!r}"],
+            next_step="use a multi-modal model with a language model of a supported type: docs/models.md lists them",
+        )
+    text.dtype = text.dtype or whole.dtype
+    text.tie_word_embeddings = bool(getattr(whole, "tie_word_embeddings", False) or text.tie_word_embeddings)
+    config: dict[str, Any] = json.loads(text.to_json_string())
+    config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING[type(text)].__name__]
+    config["tie_word_embeddings"] = text.tie_word_embeddings
+    return plain_config(config)
+
+
+def _place_of(stored: TensorRange, family: Architecture, text: "PretrainedConfig") -> tuple[str, TensorRange] | None:
+    """The name in the base and the stored bytes of a tensor of the language model; None for any other tensor."""
+    head = _HEAD.fullmatch(stored.name)
+    if head:
+        return f"{family.head.rpartition('.')[0]}.{head[1]}", stored
+    match = next((found for pattern in _BODIES if (found := pattern.fullmatch(stored.name))), None)
+    if match is None:
+        return None
+    name = family.name_of(match[1])
+    place = family.block_of(name) if name else None
+    crossing = sorted(getattr(text, "cross_attention_layers", None) or ())
+    if name is None or (place is not None and place[0] in crossing):
+        return None
+    if place is not None and crossing:
+        name = family.in_block(place[0] - sum(layer < place[0] for layer in crossing), place[1])
+    rows = int(getattr(text, "vocab_size", None) or 0)
+    extra = crossing and name in family.embeddings and len(stored.shape) == 2
+    if extra and stored.shape[0] > rows > 0 and stored.dtype in FLOATS:
+        stored = replace(stored, shape=(rows, *stored.shape[1:]))  # Mllama's image tokens have rows behind the words'
+    return name, stored
+
+
+def _copy_texts_files(source: Path, folder: Path) -> None:
+    for name in (GENERATION_CONFIG, *TOKENIZER_FILES, "LICENSE", "LICENSE.txt"):
+        if (source / name).is_file():
+            write_stream(folder / name, [(source / name).read_bytes()])
+    old = source / _OLD_TEMPLATE
+    if not old.is_file() or (folder / _TEMPLATE).exists():
+        return
+    try:
+        template = strict_json(old.read_bytes())["chat_template"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"{old} holds no chat template", reasons=[str(error)], next_step="fetch the file again, or delete it"
+        ) from None
+    write_stream(folder / _TEMPLATE, [str(template).encode()])
