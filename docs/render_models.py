@@ -1,6 +1,7 @@
 """Writes docs/models.md from the table of families and the tests' kinds, so that it cannot drift: `make docs`."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -26,10 +27,10 @@ by that table. A model of another type is refused with the row that it would nee
 TESTED = """
 For every family, in every form listed below, tiny random models go through the tests: with all blocks kept the
 bundle is the base bit for bit; with blocks dropped its logits are those of a truncated model; generation with a
-cache equals that without; block by block equals transformers' hidden states; refit, where the table has it, is the
-ridge solution; both methods go through pack, verify, tune and plug-in; the adapter, the merged checkpoint and the
-data owner's own view agree; an untouched return gives the base back bit for bit. These models are tiny and random:
-they show that the right thing is computed, not that tuning on an emulator pays.
+cache equals that without; block by block equals transformers' hidden states; refit is the ridge solution; `pack` with
+its defaults makes a bundle; both methods go through pack, verify, tune and plug-in; the adapter, the merged checkpoint
+and the data owner's own view agree; an untouched return gives the base back bit for bit. These models are tiny and
+random: they show that the right thing is computed, not that tuning on an emulator pays.
 
 """
 
@@ -90,8 +91,8 @@ a merged plug-in keeps what the base has ([why](decisions/0010-experts-in-files-
 - The loss is the cross-entropy of the labels alone: the routers' balancing loss (`output_router_logits`,
   `router_aux_loss_coef`) is off and does not travel. Mixtral's `router_jitter_noise` travels; it is at work in trained
   blocks while they train.
-- Refit of the MLP is refused: what leaves it is a sum over chosen experts and not one linear layer. Attention's
-  projection alone can be solved (`refit_maps = "attention"` in a `--config` file). `--select influence` works.
+- Refit solves the last layer of one expert after the other, each on the tokens that go to it; the expert that all
+  tokens use comes first. Calibrated pruners see the same tokens; an expert to which none go loses its smallest weights.
 - Experts run in a loop of ours ([models/mixture.py](../src/offsite/models/mixture.py)), in fp32 and bf16: the outputs
   are those of transformers' loop bit for bit, and the same at every run (tested on CPUs).
 
@@ -136,9 +137,9 @@ STEPS = """
 
 1. Paste the row into `FAMILIES`, and compare it with the family's file in transformers. What the printed row cannot
    know: which config key switches a tensor off (above, `use_bias`: printed rows say "always"), whether anything but
-   an addition follows `mlp_out` (then `linear_residual` stays False, or becomes the condition under which nothing
-   does), which switch makes a block depend on its place (`refused`), a cap on the logits (`logit_cap`), and older
-   names in files (`spellings`).
+   additions and norms follows `mlp_out` (then `linear_residual` stays False, and refit follows the gradient) and which
+   norms do (`mlp_norms`, `attention_norms`), which switch makes a block depend on its place (`refused`), a cap on the
+   logits (`logit_cap`), and older names in files (`spellings`).
 2. A config list with an entry per block needs its rule in `per_block`: what transformers derives where a config
    leaves it out.
 3. Take keys out of `config_keys` that the network does not compute with: what stands there travels to the other
@@ -189,12 +190,23 @@ def _encoder(family: Architecture) -> str:
 
 
 def _refit(family: Architecture) -> str:
-    if isinstance(family.linear_residual, bool):
-        mixture = ' and `--keep` or `--prune-by magnitude`, or with `--keep` and `refit_maps = "attention"`'
-        other = mixture if family.experts else ", or with `--keep` and `--heal affine`"
-        some = f", of attention where the config has `{family.linear_attention}`" if family.linear_attention else ""
-        return f"yes{some}" if family.linear_residual else f"no: pack with `--heal none`{other}"
-    return f"where the config has `{family.linear_residual}`"
+    """How refit finds the MLP's output layer, and that of attention where it does so in another way."""
+    mlp = _refit_way(family.linear_residual, family.mlp_norms, experts=family.experts is not None)
+    known = family.linear_residual if family.linear_attention is None else family.linear_attention
+    attention = _refit_way(known, family.attention_norms, experts=False)
+    return mlp if attention == mlp else f"{mlp}; attention {attention}"
+
+
+def _refit_way(known: bool, norms: Mapping[str, str], *, experts: bool) -> str:
+    if not known:
+        return "by gradient"
+    if experts:
+        return "expert by expert"
+    conditions = list(dict.fromkeys(norms.values()))
+    if conditions == [""]:
+        return "in front of the norm"
+    switched = [f", in front of the norm where the config has `{condition}`" for condition in conditions]
+    return f"in closed form{''.join(switched)}"
 
 
 def _details(family: Architecture) -> str:

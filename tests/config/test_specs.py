@@ -42,6 +42,12 @@ def test_defaults() -> None:
         (24, None, None, (3, 5)),
         (12, None, None, (2, 2)),
         (6, None, None, (2, 2)),
+        (5, None, None, (2, 2)),
+        (4, None, None, (1, 2)),
+        (3, None, None, (1, 1)),
+        (2, None, None, (0, 1)),
+        (4, 3, None, (3, 0)),
+        (4, None, 1, (2, 1)),
         (30, 0, None, (0, 6)),
         (30, 2, 0, (2, 0)),
     ],
@@ -103,7 +109,7 @@ def test_a_change_takes_the_place_of_what_was_said_in_another_way() -> None:
         ("[packing]\nbottom = 3\n", "packing"),
         ("bottom = 3\n", "bottom"),
         ("pack = 3\n", "pack"),
-        ("[pack\n", "cannot read"),
+        ("[pack\n", "is not TOML"),
         ("[pack]\nbottom = 'x'\n", "bottom"),
         ("[pack]\nbottom = -1\n", "bottom"),
         ("[pack]\nkeep = 0\n", "keep"),
@@ -220,11 +226,30 @@ def test_a_group_is_no_setting() -> None:
 
 def test_every_broken_rule_is_listed() -> None:
     with pytest.raises(UsageError) as caught:
-        load_spec(PackSpec, {"select": "random", "bits": 4, "svd_rank": 0.5})
+        load_spec(PackSpec, {"drop_from": 3, "bits": 4, "svd_rank": 0.5})
     assert caught.value.reasons == (
         "settings: bits and svd_rank are different ways to store a matrix: choose one",
-        "settings: select = random needs dropped blocks: set keep to the number of blocks that stay",
+        "settings: drop_from goes with select = contiguous only",
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept", "pruned"),
+    [
+        ({}, 20, 0.5),
+        ({"keep": 5}, 5, 0.0),
+        ({"select": "influence"}, 6, 0.0),
+        ({"heal": "share"}, 6, 0.0),
+        ({"heal": "affine", "prune": 0.25}, 6, 0.25),
+        ({"heal": "refit,distill"}, 20, 0.5),
+        ({"select": "contiguous", "drop_from": 14}, 10, 0.0),
+        ({"bits": 4}, 20, 0.0),
+        ({"keep": 8, "zeros": "left-out"}, 8, 0.5),
+    ],
+)
+def test_what_another_setting_needs_is_the_default(settings: dict[str, Any], kept: int, pruned: float) -> None:
+    spec = load_spec(PackSpec, settings)
+    assert (spec.kept(range(4, 24)), spec.pruned) == (kept, pruned)
 
 
 @pytest.mark.parametrize("kind", TABLES.values())

@@ -353,7 +353,7 @@ def test_base_with_a_broken_file(
         ({"keep": None, "bits": 4, "heal": "refit,distill"}, "refit,distill"),
         ({"keep": None, "svd_rank": 0.5, "heal": "refit"}, "refit"),
         ({"keep": None, "prune": 0.5, "prune_by": "magnitude", "heal": "distill"}, "distill"),
-        ({"keep": None, "prune": 0, "heal": "affine"}, "affine"),
+        ({"keep": 3, "prune": 0, "heal": "affine"}, "affine"),
         ({"keep": 3, "heal": "share"}, "share"),
     ],
 )

@@ -25,9 +25,19 @@ SHARED = {
         "block_by_block",
         "middle_states",
         "output_projection",
+        "output_layers",
+        "expert_outputs",
+        "gradient_refit",
+        "held_norm",
         "ridge",
     },
-    compress: {"pruner_protocol", "prune_layers", "stored_form_protocol", "declare_emulator", "zero_smallest"},
+    compress: {
+        "pruner_protocol",
+        "calibrated_pruning",
+        "stored_form_protocol",
+        "declare_emulator",
+        "smallest_weights",
+    },
 }
 
 

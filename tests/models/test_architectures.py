@@ -61,7 +61,8 @@ def test_what_a_row_takes_for_granted_is_transformers_default(family: str) -> No
     conditions = [
         *family.biases,
         *family.only_if.values(),
-        *(one for one in (family.linear_residual, family.linear_attention) if isinstance(one, str)),
+        *family.mlp_norms.values(),
+        *family.attention_norms.values(),
     ]
     for key in {word for condition in conditions for word in re.findall(r"[A-Za-z_]+", str(condition))} - {
         "or",

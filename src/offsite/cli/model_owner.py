@@ -9,7 +9,7 @@ from offsite.cli import flags, inspect_verbs, terminal
 from offsite.cli import show_choice as choice
 from offsite.cli.setting_flags import FlagValues
 from offsite.cli.show_plan import show_plan
-from offsite.training.run_log import log_file
+from offsite.training.run_log import last_record, log_file
 
 if TYPE_CHECKING:
     from offsite.config import PackSpec
@@ -62,9 +62,10 @@ def pack(
     """Make a signed bundle for one data owner: the blocks to train, and an emulator in place of the rest.
 
     By default the emulator is the middle of the model with half of its weights pruned, which gives the best plug-in.
-    With --keep it has a few of the middle blocks, which makes tuning fastest. The bundle is an ordinary Hugging Face
+    With --keep it has a few of the middle blocks, which makes tuning fastest. Defaults follow the model's family; a
+    line of the output says how the emulator was made. The bundle is an ordinary Hugging Face
     checkpoint, unless the emulator shares, quantises, factorises or narrows its blocks, leaves zeros out or has affine
-    layers after them. The bundle is recorded in the home's ledger. A distillation logs to OUT.log.jsonl, next to it.
+    layers after them. The bundle is recorded in the home's ledger. The log is OUT.log.jsonl, next to it.
 
     Example:
       offsite pack base/ --out bundle/ --for hospital --bottom 4 --top 6
@@ -80,11 +81,13 @@ def pack(
         planned = _plan_pack(Base(base), out, recipient, spec, own, resume=resume, measured=measured)
         show_plan(planned, out, as_json=as_json)
         return
+    from offsite.model_owner.pack import PACKING
     from offsite.model_owner.pack import pack as pack_stage
 
     with terminal.showing_progress() as progress:
         bundle = pack_stage(Base(base), out, recipient, spec, own, progress, resume=resume)
-    shown = inspect_verbs.describe(bundle, own)
+    made = last_record(log_file(out), PACKING) or {}
+    shown = {**inspect_verbs.describe(bundle, own), "emulator": made.get("emulator")}
     if "distill" in spec.heal.steps:
         shown["distillation"] = inspect_verbs.told_by(log_file(out), "distill step", "distill held out")
     terminal.show(shown, as_json=as_json)
@@ -102,7 +105,7 @@ def _plan_pack(
     from offsite.model_owner.measure_packing import measure_packing
 
     with terminal.showing_progress() as progress:
-        return measure_packing(plan, checked, spec, progress)
+        return measure_packing(plan, checked, progress)
 
 
 def plug_in(

@@ -25,6 +25,7 @@ class SelectionRule:
     resumable: bool = False  # it takes long, and saves resume points
     for_images: bool = True  # it works for image encoders
     for_spread: bool = True  # it works with trained blocks between frozen ones
+    instead: str = "uniform"  # the rule to take where this one does not work
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ _SELECTION_RULES = (
         runs_blocks=True,
         for_images=False,
         for_spread=False,
+        instead="influence",
     ),
     SelectionRule(
         "contiguous", "all but one run of consecutive blocks", f"{_OWNER}.select.contiguous", for_spread=False
@@ -107,6 +109,7 @@ _SELECTION_RULES = (
         resumable=True,
         for_images=False,
         for_spread=False,
+        instead="influence",
     ),
     SelectionRule("random", "blocks drawn by the seed, as a control", f"{_OWNER}.select.random_choice"),
 )

@@ -27,16 +27,16 @@ class SplitSettings(Settings):
         int | None,
         Field(
             ge=0,
-            description="first blocks that go out as they are and train; left out: 2 of 15, at least 2; "
-            "0 with placement top or every",
+            description="first blocks that go out as they are and train; left out: 2 of 15, at least 2, fewer in a "
+            "small base; 0 with placement top or every",
         ),
     ] = None
     top: Annotated[
         int | None,
         Field(
             ge=0,
-            description="last blocks that go out as they are and train; left out: 1 of 5, at least 2; "
-            "0 with placement every",
+            description="last blocks that go out as they are and train; left out: 1 of 5, at least 2, fewer in a small "
+            "base; 0 with placement every",
         ),
     ] = None
     train: Annotated[
@@ -53,7 +53,11 @@ class SelectSettings(Settings):
 
     keep: Annotated[
         int | None,
-        Field(ge=1, description="blocks of the middle that the emulator keeps; left out: all, each pruned to half"),
+        Field(
+            ge=1,
+            description="blocks of the middle that the emulator keeps; left out: all, each pruned to half, or 4 of 13 "
+            "if select or heal needs dropped blocks",
+        ),
     ] = None
     by: Annotated[
         SelectionName,
@@ -123,12 +127,16 @@ class CompressSettings(Settings):
         Field(
             ge=0,
             lt=1,
-            description="share of each emulator matrix set to zero; left out: 0.5 without other compression, else 0",
+            description="share of each emulator matrix set to zero; left out: 0.5 without other compression or with "
+            "zeros = left-out, else 0",
         ),
     ] = None
     prune_by: Annotated[
         PrunerName,
-        Field(description="which weights become zero: the smallest, or chosen with calibration data"),
+        Field(
+            description="which weights become zero: the smallest, or chosen with calibration data; left out: "
+            "sparsegpt, or magnitude where heal needs it"
+        ),
     ] = "sparsegpt"
     zeros: Annotated[
         Literal["stored", "left-out"],

@@ -1,6 +1,6 @@
 """The settings of `offsite pack`, and the rules about combinations of these settings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -135,14 +135,6 @@ class PackSpec(Spec):
             raise ValueError("zeros = left-out needs prune above 0")
 
     @rule
-    def _something_is_dropped(self) -> None:
-        """Any `select` but uniform, and `heal` = share, need dropped blocks: `keep` sets how many blocks stay."""
-        fills = [step.name for step in self.healing_steps if step.runs == "places"]
-        if self.select.keep is None and (self.select.by != "uniform" or fills):
-            what = f"heal = {fills[0]}" if fills else f"select = {self.select.by}"
-            raise ValueError(f"{what} needs dropped blocks: set keep to the number of blocks that stay")
-
-    @rule
     def _settings_of_one_method(self) -> None:
         """`refit_maps` has an effect only with `heal` = refit, `drop_from` only with `select` = contiguous."""
         if self.heal.refit_maps != ("mlp",) and not any(step.solves_outputs for step in self.healing_steps):
@@ -170,6 +162,22 @@ class PackSpec(Spec):
             *(["methods = bottleneck"] if set(self.permits.methods) == {"bottleneck"} else []),
         ]
 
+    def nearest(self, fits: Callable[[SelectionRule | HealingStep], bool], *, left_out: Sequence[str] = ()) -> str:
+        """The nearest settings that work, as the next step of an error: flags to change and flags to leave out.
+
+        Args:
+            fits: whether a rule or step works.
+            left_out: settings that do not, beside those of rules and steps.
+        """
+        rule, steps = self.selection_rule, [step.name for step in self.healing_steps if fits(step)]
+        flags = [] if fits(rule) else [f"--select {rule.instead}"]
+        if len(steps) < len(self.healing_steps):
+            flags.append(f"--heal {','.join(steps) or 'refit'}")
+        keys = type(self).settings()
+        without = " and ".join(f"--{key.replace('_', '-')}" if keys[key].has_flag else key for key in left_out)
+        parts = [f"with {' '.join(flags)}"] if flags else []
+        return f"pack {' and '.join([*parts, *([f'without {without}'] if without else [])])}"
+
     @property
     def placement(self) -> Placement:
         """Which blocks carry trained weights."""
@@ -183,15 +191,21 @@ class PackSpec(Spec):
     def verbatim(self, blocks: int) -> frozenset[int]:
         """The indices of the blocks that go out as they are and train, for a base with `blocks` blocks.
 
-        By default these are the first 4 and the last 6 of 30 blocks (docs/decisions/0009). With placement every they
-        are none, unless the settings name some.
+        By default these are the first 4 and the last 6 of 30 blocks (docs/decisions/0009). In a small base they are
+        fewer, so that the emulator has the blocks that it is to keep, or one. With placement every they are none,
+        unless the settings name some.
         """
         if self.split.train is not None:
             return frozenset(self.split.train)
         usual_bottom = max(2, round(2 * blocks / 15)) if self.placement == "sandwich" else 0
         usual_top = 0 if self.adapts_emulator else max(2, round(blocks / 5))
-        bottom = usual_bottom if self.split.bottom is None else self.split.bottom
-        top = usual_top if self.split.top is None else self.split.top
+        bottom, top = self.split.bottom, self.split.top
+        room = max(0, blocks - (self.select.keep or 1) - (bottom or 0) - (top or 0))  # blocks left for the defaults
+        if bottom is None:
+            bottom = min(usual_bottom, room if top is not None else room // 2)
+            room -= bottom
+        if top is None:
+            top = min(usual_top, room)
         return frozenset((*range(min(bottom, blocks)), *range(max(blocks - top, 0), blocks)))
 
     @property
@@ -212,8 +226,14 @@ class PackSpec(Spec):
 
     @property
     def pruner(self) -> Pruner:
-        """The registry entry of the pruner, which chooses the weights that become zero (none if `pruned` is 0)."""
-        return PRUNERS[self.compress.prune_by]
+        """The registry entry of the pruner, which chooses the weights that become zero (none if `pruned` is 0).
+
+        Where `prune_by` is not set, it is one that goes with the healing steps.
+        """
+        usual = PRUNERS[self.compress.prune_by]
+        if "prune_by" in self.explicit_keys or not any(step.not_with_calibrated for step in self.healing_steps):
+            return usual
+        return next(row for row in PRUNERS.values() if not row.calibrated)
 
     @property
     def stored_forms(self) -> tuple[StoredForm, ...]:
@@ -228,16 +248,29 @@ class PackSpec(Spec):
         """The share of each emulator matrix that is set to zero."""
         if self.compress.prune is not None:
             return self.compress.prune
-        compressed = self.select.keep is not None or any(form.lossy for form in self.stored_forms)
-        return 0.0 if compressed else USUAL_PRUNE
+        compressed = self.drops or any(form.lossy for form in self.stored_forms)
+        return USUAL_PRUNE if not compressed or self.compress.zeros == "left-out" else 0.0
+
+    @property
+    def drops(self) -> bool:
+        """Whether blocks of the middle are dropped: `keep` is set, or another setting needs dropped blocks."""
+        needs = self.select.by != "uniform" or any(
+            step.fills_gap and not step.heals_pruning for step in self.healing_steps
+        )
+        return self.select.keep is not None or needs
 
     def kept(self, middle: Sequence[int]) -> int:
         """How many blocks of the middle the emulator keeps.
 
+        Where `keep` is not set and another setting needs dropped blocks: 4 of 13, and those before `drop_from`.
+
         Args:
             middle: indices of the base's blocks that the emulator replaces.
         """
-        return len(middle) if self.select.keep is None else self.select.keep
+        if self.select.keep is not None or not self.drops:
+            return len(middle) if self.select.keep is None else self.select.keep
+        before = 0 if self.select.drop_from is None or not middle else self.select.drop_from - middle[0]
+        return min(max(1, round(4 * len(middle) / 13), before), len(middle))
 
     @property
     def resumable(self) -> bool:

@@ -55,11 +55,15 @@ class LoadedBlock:
 
         `ids`, token ids (B, T) or pixels (B, 3, Y, X), serve to compute masks and position embeddings.
         """
+        with torch.no_grad():
+            return self.differentiable(ids, hidden)
+
+    def differentiable(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Run the block as a call does, with gradients if the caller's mode has them."""
         call = self._reach(ids)
-        with torch.no_grad(), self._autocast():
+        with self._autocast():
             output = self.module(hidden, *call.arguments, **call.settings)
-        after: Tensor = output[0] if isinstance(output, tuple) else output
-        return after.float()
+        return _state(output).float()
 
     def _reach(self, ids: Tensor) -> _ReachedBlock:
         def stop(_: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
@@ -292,14 +296,31 @@ def captured_inputs(block: LoadedBlock, paths: Sequence[str]) -> Iterator[dict[s
     """
     seen: dict[str, Tensor] = {}
 
-    def keep(path: str, _: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def keep(path: str, arguments: tuple[Any, ...]) -> None:
         seen[path] = arguments[0]
 
-    handles = [
-        block.module.get_submodule(path).register_forward_pre_hook(functools.partial(keep, path)) for path in paths
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            stack.enter_context(_observed(block, path, functools.partial(keep, path)))
         yield seen
+
+
+@contextlib.contextmanager
+def captured_routing(block: LoadedBlock, path: str) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    """Record what enters the experts of a mixture while a block runs.
+
+    `path` is the path of the experts' stacks in the module. The yielded list gets one entry for each call: hidden
+    states (N, H), indices of the chosen experts (N, K), and their weights (N, K).
+    """
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    with _observed(block, path, lambda arguments: seen.append((arguments[0], arguments[1], arguments[2]))):
+        yield seen
+
+
+@contextlib.contextmanager
+def _observed(block: LoadedBlock, path: str, observe: Callable[[tuple[Any, ...]], None]) -> Iterator[None]:
+    handle = block.module.get_submodule(path).register_forward_pre_hook(lambda _, arguments: observe(arguments))
+    try:
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()

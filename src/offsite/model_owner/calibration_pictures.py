@@ -61,6 +61,14 @@ def photos() -> list[Picture]:
     return [Picture(name, folder / name, None) for name in PHOTOS]
 
 
+def has_photos() -> bool:
+    """Whether scikit-image's photos are installed."""
+    try:
+        return bool(photos())
+    except UsageError:
+        return False
+
+
 def crops(count: int, side: tuple[int, int]) -> Iterator[Pixels]:
     """`count` random crops, each (height, width, 3), taken from the photos in turn.
 

@@ -12,6 +12,7 @@ from offsite.data.read_rows import read_rows
 from offsite.data.text_files import kind, read_text
 from offsite.errors import UsageError
 from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.calibration_pictures import photos
 
 _LONGEST = 512  # tokens in a sequence, BOS included
 
@@ -45,11 +46,14 @@ def require_calibration(model: BaseModel, spec: PackSpec, *, distills: bool) -> 
 
     Raises:
         DataError: text or pictures cannot be read.
-        UsageError: a number of tokens is less than one sequence.
+        UsageError: a number of tokens is less than one sequence; or no pictures were named and scikit-image's are not
+            installed.
     """
     if model.family.vision is not None:
         if spec.calibration.source is not None:
             read_pictures(spec.calibration.source, labelled=False)
+        else:
+            photos()
         return
     if spec.calibration.source is not None:
         read_calibration_text(spec.calibration.source)

@@ -13,6 +13,7 @@ from offsite.model_owner.bundle_tensors import DTYPES, permitted_methods
 from offsite.model_owner.calibration_text import require_calibration
 from offsite.model_owner.emulator_work import work_of
 from offsite.model_owner.partition import partition
+from offsite.model_owner.resolve_defaults import resolve_defaults
 from offsite.model_owner.sandwich import Sandwich
 from offsite.protocol.artifacts import Base
 from offsite.protocol.home import Home
@@ -26,6 +27,7 @@ class Packing:
     """A packing that passed all checks, with everything that was opened for them."""
 
     model: BaseModel
+    spec: PackSpec  # the settings, with the defaults that depend on the base
     sandwich: Sandwich  # the split into bottom, middle and top
     identity: Identity  # the signing key
     recipient: PublicKey  # key of the party that may tune the bundle
@@ -56,6 +58,7 @@ def check_packing(
     require_place(out, base.folder, spec.calibration.source)
     identity, key = home.identity(), home.trusted_key(recipient)
     model = open_base(base)
+    spec = resolve_defaults(model, spec)
     sandwich = require_packable(model, spec)
     if spec.resumable:
         require_resume_asked(run_folder(out), resume=resume)
@@ -65,7 +68,7 @@ def check_packing(
             from offsite.models.hugging_face_calls import require_library
 
             require_library(model.family, model.folder)
-    return Packing(model, sandwich, identity, key)
+    return Packing(model, spec, sandwich, identity, key)
 
 
 def require_packable(model: BaseModel, spec: PackSpec) -> Sandwich:

@@ -23,7 +23,7 @@ from offsite.models.plan_amounts import Measurement
 from offsite.progress import Event, Progress, silent
 
 
-def measure_packing(plan: PackPlan, checked: Packing, spec: PackSpec, progress: Progress) -> PackPlan:
+def measure_packing(plan: PackPlan, checked: Packing, progress: Progress) -> PackPlan:
     """Add a measurement of time and memory to a plan.
 
     Heals one block of the base; if the settings heal no blocks, runs the calibration data through one block.
@@ -32,7 +32,6 @@ def measure_packing(plan: PackPlan, checked: Packing, spec: PackSpec, progress: 
     Args:
         plan: the plan, from `plan_pack`.
         checked: the checked packing, from `plan_pack`.
-        spec: the settings.
         progress: receives the progress events.
 
     Returns:
@@ -45,7 +44,7 @@ def measure_packing(plan: PackPlan, checked: Packing, spec: PackSpec, progress: 
     """
     if not plan.work:
         return plan
-    model, sandwich = checked.model, checked.sandwich
+    model, sandwich, spec = checked.model, checked.sandwich, checked.spec
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     heals = work_of(sandwich.middle, spec).block_by_block
     progress(Event("measuring", 0))
@@ -81,7 +80,7 @@ def _heal_one_block(model: BaseModel, sandwich: Sandwich, spec: PackSpec, batche
     dropped = spec.kept(sandwich.middle) < len(sandwich.middle)
     middle = (0, 1) if dropped else (0,)
     small = Sandwich(bottom=(), middle=middle, top=tuple(range(len(middle), model.blocks)))
-    one = spec.changed({"keep": 1}) if spec.select.keep is not None else spec
+    one = spec.changed({"keep": 1}) if spec.drops else spec
     with tempfile.TemporaryDirectory(prefix="offsite-plan-") as folder:
         block_by_block(model, small, (0,), one, Path(folder), silent, batches=batches)
 

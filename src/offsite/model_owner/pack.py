@@ -25,6 +25,7 @@ from offsite.model_owner.bundle_tensors import (
 )
 from offsite.model_owner.check_packing import check_packing
 from offsite.model_owner.compress.declare_emulator import declared_of
+from offsite.model_owner.describe_emulator import describe_emulator
 from offsite.model_owner.heal.heal_steps import fill_places, heal
 from offsite.model_owner.heal.healing_protocol import Healing
 from offsite.model_owner.importing.write_weights import require_finite
@@ -43,8 +44,9 @@ from offsite.protocol.sealing import file_entries, seal
 from offsite.storage.checkpoint_folder import DECLARED_WEIGHTS, WEIGHTS, write_checkpoint
 from offsite.storage.files import staged_folder, write_stream
 from offsite.storage.finite import FiniteWatch
-from offsite.training.run_log import log_file, run_folder
+from offsite.training.run_log import log_file, run_folder, run_log
 
+PACKING = "pack"  # the event of the log that says how the emulator is made
 # Settings that do not change the result, so a resumed run may change them.
 _FREE_SETTINGS = frozenset({"threads", "search_minutes"})
 
@@ -61,8 +63,8 @@ def pack(
 ) -> Bundle:
     """Make a signed bundle of a base model for one trusted recipient, and record it in the ledger.
 
-    During distillation or search, resume points are in `<out>.run/`; distillation writes its loss to `<out>.log.jsonl`.
-    Neither is part of the bundle.
+    During distillation or search, resume points are in `<out>.run/`. The log `<out>.log.jsonl` says how the emulator is
+    made, and gets the loss of distillation. Neither is part of the bundle.
 
     Args:
         base: the owner's full model; it is only read.
@@ -83,11 +85,14 @@ def pack(
         KeyboardInterrupt: the user interrupted the run.
     """
     checked = check_packing(base, out, recipient, spec, home, resume=resume)
-    model, sandwich, identity, dtype = checked.model, checked.sandwich, checked.identity, DTYPES[spec.dtype]
+    model, sandwich, identity, spec = checked.model, checked.sandwich, checked.identity, checked.spec
+    dtype = DTYPES[spec.dtype]
     bad: list[str] = []
     base_code = fingerprint(model, identity, bad=bad)
     require_finite(bad, model.folder)
     with staged_folder(out) as folder, _scratch(out, folder, base_code, spec, resume=resume) as scratch:
+        with run_log(log_file(out)) as write:
+            write({"event": PACKING, "emulator": describe_emulator(model, sandwich, spec)})
         chosen = select_blocks(model, sandwich, spec, scratch, progress)
         emulator = fill_places(sandwich.middle, chosen, spec)
         healed = heal(Healing(model, sandwich, emulator, spec, scratch, log_file(out), progress))

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from offsite.config import PackSpec
-from offsite.errors import IncompatibleError, UsageError
+from offsite.errors import UsageError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.compress.declare_emulator import require_declarable
 from offsite.model_owner.emulator_work import Work, work_of
@@ -19,7 +19,7 @@ def partition(model: BaseModel, spec: PackSpec) -> Sandwich:
     Raises:
         UsageError: bottom, keep and top, or train and keep, do not fit the number of blocks.
         UsageError: the settings permit tuning the head, and the model has no head of its own.
-        IncompatibleError: the family does not support the healing or pruning in the settings.
+        IncompatibleError: the family's blocks cannot be stored in a form that the settings ask for.
     """
     verbatim = spec.verbatim(model.blocks)
     _require_room(model.blocks, verbatim, spec)
@@ -27,13 +27,6 @@ def partition(model: BaseModel, spec: PackSpec) -> Sandwich:
     middle = sandwich.middle
     work = work_of(middle, spec)
     _require_gap(middle, spec, work)
-    _require_linear_residual(model, work)
-    if work.pruner is not None and model.family.experts:
-        raise IncompatibleError(
-            f"prune_by = {work.pruner.name} cannot prune this {model.family.model_type} model",
-            reasons=["which expert a token goes to changes with what is pruned"],
-            next_step="pack with --prune-by magnitude and --heal none, or drop blocks with --keep",
-        )
     if spec.permits.permit_head and not model.family.head_tensors(model.config):
         raise UsageError(
             "--permit-head has no head to permit",
@@ -68,6 +61,12 @@ def _require_room(blocks: int, trained: Collection[int], spec: PackSpec) -> None
             next_step=f"choose among 0 to {blocks - 1}",
         )
     middle = [index for index in range(blocks) if index not in trained]
+    if not trained and not spec.adapts_emulator:
+        raise UsageError(
+            "nothing would train: the emulator keeps every block",
+            reasons=[f"the base has {blocks} {'block' if blocks == 1 else 'blocks'}"],
+            next_step="choose a base of at least two blocks" if blocks == 1 else f"choose --keep below {blocks}",
+        )
     if not 1 <= spec.kept(middle) <= len(middle):
         raise UsageError(
             f"cannot keep {spec.kept(middle) or 'any'} blocks of a middle of {len(middle)}",
@@ -75,35 +74,6 @@ def _require_room(blocks: int, trained: Collection[int], spec: PackSpec) -> None
             next_step=f"choose --keep between 1 and {len(middle)}"
             if middle
             else "choose a smaller --bottom or --top, or a shorter --train",
-        )
-
-
-def _require_linear_residual(model: BaseModel, work: Work) -> None:
-    """Raise an error if refit would solve for a layer in whose output the block's output is not linear.
-
-    Raises:
-        IncompatibleError: the family's blocks are not linear in that output.
-    """
-    family = model.family
-    if "mlp" in work.solves and not family.residual_is_linear(model.config):
-        why = "its MLP is a mixture of experts" if family.experts else "a norm follows the MLP in its blocks"
-        other = "" if family.experts or family.vision else "; or, with --keep, --heal affine"
-        if family.experts:
-            other = '; or with refit_maps = "attention" in a --config file'
-            if work.pruner is not None:
-                other += "; and drop blocks with --keep, or take --heal none with --prune-by magnitude"
-        raise IncompatibleError(
-            f"refit needs a residual that is linear in the MLP's output, which this {family.model_type} model does "
-            "not have",
-            reasons=[why],
-            next_step=f"pack with --heal none or --heal distill{other}",
-        )
-    if "attention" in work.solves and not family.residual_is_linear(model.config, "attention"):
-        solvable = family.residual_is_linear(model.config)
-        raise IncompatibleError(
-            f"refit_maps names attention, in whose output this {family.model_type} model's residual is not linear",
-            reasons=["a norm follows the attention in its blocks"],
-            next_step='pack with refit_maps = "mlp"' if solvable else "pack with --heal none or --heal distill",
         )
 
 
@@ -135,8 +105,8 @@ def _require_for_spread(spec: PackSpec) -> None:
         raise UsageError(
             "settings that go with no trained blocks between frozen ones",
             reasons=reasons,
-            next_step="select by uniform, influence or random, heal by refit or none, prune with zeros stored; "
-            "or let train list first and last blocks alone",
+            next_step=spec.nearest(lambda row: row.for_spread, left_out=[form.name for form in spec.stored_forms])
+            + "; or let train list first and last blocks alone",
         )
 
 
@@ -151,5 +121,12 @@ def _require_for_images(spec: PackSpec) -> None:
         raise UsageError(
             "settings that are for language models alone, of an image encoder",
             reasons=reasons,
-            next_step="select by uniform, influence, contiguous or random, and heal by refit, distill or none",
+            next_step=spec.nearest(lambda row: row.for_images, left_out=_only_for_texts(spec)),
         )
+
+
+def _only_for_texts(spec: PackSpec) -> list[str]:
+    """The settings of stored forms, and others, that do not work for image encoders."""
+    bottlenecks = set(spec.permits.methods) == {"bottleneck"}
+    others = [*(["distill_ce"] if spec.distill.ce else []), *(["methods"] if bottlenecks else [])]
+    return [*(form.name for form in spec.stored_forms), *others]

@@ -14,6 +14,7 @@ from offsite.model_owner.bundle_settings import settings_files
 from offsite.model_owner.bundle_tensors import DTYPES, bundle_tensors, counts
 from offsite.model_owner.check_packing import Packing, check_packing, runs_network
 from offsite.model_owner.compress.declare_emulator import declared_of
+from offsite.model_owner.describe_emulator import describe_emulator, healing_name
 from offsite.model_owner.emulator_work import Work, work_of
 from offsite.model_owner.heal.heal_steps import fill_places
 from offsite.model_owner.pack import Parties, bundle_manifest
@@ -37,6 +38,7 @@ class PackPlan:
     """The work, memory, disk space and files of a packing."""
 
     architecture: str
+    emulator: str  # how the emulator is made, in one line
     work: tuple[str, ...]  # steps that run the base's network; empty if tensors are only copied
     base: tuple[Part, ...]
     bundle: tuple[Part, ...]
@@ -73,7 +75,7 @@ def plan_pack(
         OffsiteError: as for `check_packing`.
     """
     checked = check_packing(base, out, recipient, spec, home, resume=resume)
-    model, sandwich = checked.model, checked.sandwich
+    model, sandwich, spec = checked.model, checked.sandwich, checked.spec
     keep, work = spec.kept(sandwich.middle), work_of(sandwich.middle, spec)
     # a rule that runs the network has not chosen yet; the sizes do not depend on its choice
     known = spec.changed({"select": "uniform"}) if spec.selection_rule.runs_blocks else spec
@@ -84,7 +86,8 @@ def plan_pack(
     possible = possible_compute_dtypes(spec.runtime.compute, spec.runtime.device) if runs else ()
     plan = PackPlan(
         architecture=model.family.model_type,
-        work=_steps(sandwich, spec, work),
+        emulator=describe_emulator(model, sandwich, spec),
+        work=_steps(model, sandwich, spec, work),
         base=_parts(model, sandwich, sandwich.middle, None),
         bundle=_parts(model, sandwich, emulator, DTYPES[spec.dtype], keep if work.adds_affine_layers else 0),
         files=files,
@@ -94,12 +97,12 @@ def plan_pack(
     return plan, checked
 
 
-def _steps(sandwich: Sandwich, spec: PackSpec, work: Work) -> tuple[str, ...]:
+def _steps(model: BaseModel, sandwich: Sandwich, spec: PackSpec, work: Work) -> tuple[str, ...]:
     chooses = spec.selection_rule.runs_blocks and spec.kept(sandwich.middle) < len(sandwich.middle)
     return (
         *([f"select by {spec.select.by}"] if chooses else []),
         *([f"prune by {work.pruner.name}"] if work.pruner else []),
-        *(f"heal by {step.name}" for step in (*work.block_steps, *work.later_steps)),
+        *(f"heal by {healing_name(step, model, spec)}" for step in (*work.block_steps, *work.later_steps)),
     )
 
 
@@ -147,10 +150,12 @@ def _healed_bytes(model: BaseModel, spec: PackSpec, keep: int, work: Work) -> in
         return 0
     if work.adds_affine_layers:
         return keep * part("", affine_shapes(_hidden(model)).values(), item).bytes
-    pruned = [f"{path}.weight" for path in family.linears] if work.pruner else []
-    refitted = [family.output_of(refit)[0] for refit in work.revisited]
-    paths = {*pruned, *(f"{path}.{kind}" for path in refitted for kind in ("weight", "bias"))}
-    return keep * part("", [block[path].shape for path in paths if path in block], item).bytes
+    pruned = [path for path in block if family.is_linear(family.in_block(0, path))] if work.pruner else []
+    refitted = [path for refit in work.revisited for path in family.output_layers(refit)]
+    patterns = {*pruned, *(f"{path}.{kind}" for path in refitted for kind in ("weight", "bias"))}
+    return (
+        keep * part("", [one.shape for path, one in block.items() if family.pattern_of(path) in patterns], item).bytes
+    )
 
 
 def _bundle_files(checked: Packing, kept: Sequence[int], spec: PackSpec) -> tuple[Amount, ...]:

@@ -157,7 +157,8 @@ _EMBEDDER = {"use_bidirectional_attention": "it makes embeddings, and no text"}
 _GEMMA: dict[str, Any] = {
     "tied_by_default": True,
     "biases": {"attention_bias": (*_ATTENTION, *_ATTENTION_OUT)},
-    "linear_residual": False,  # a norm follows the MLP
+    "mlp_norms": {"post_feedforward_layernorm": ""},
+    "attention_norms": {"post_attention_layernorm": ""},
     "logit_cap": "final_logit_softcapping",
     "refused": _EMBEDDER,
 }
@@ -177,8 +178,6 @@ _SHARED_EXPERT = {
 }
 _MIXTURE: dict[str, Any] = {
     "mlp_out": "mlp",
-    "linear_residual": False,  # the MLP's output for a token is the sum of the experts that were chosen for it
-    "linear_attention": True,
     # PEFT takes other targets of such a family for the experts of all blocks: docs/decisions/0010.
     "adapted": (*_ATTENTION, *_ATTENTION_OUT),
 }
@@ -505,7 +504,8 @@ FAMILIES = (
             "layer_norm_elementwise_affine": True,
             "hidden_size": 768,
         },
-        linear_residual="do_layer_norm_before",  # else a norm follows the MLP, as in OPT-350m
+        mlp_norms={"final_layer_norm": "!do_layer_norm_before"},  # as in OPT-350m
+        attention_norms=dict.fromkeys(("self_attn_layer_norm", "final_layer_norm"), "!do_layer_norm_before"),
         attention_out="self_attn.out_proj",
         mlp_out="fc2",
         count_keys=("num_hidden_layers",),
@@ -537,7 +537,7 @@ FAMILIES = (
         },
         attention_out="self_attention.dense",
         mlp_out="mlp.dense_4h_to_h",
-        linear_attention="!apply_residual_connection_post_layernorm",  # else a norm follows the attention
+        attention_norms={"post_attention_layernorm": "apply_residual_connection_post_layernorm"},
         count_keys=("n_layer", "num_hidden_layers"),
         config_keys=_COMMON
         | _words(

@@ -9,11 +9,12 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from offsite.config import RefitMap
 from offsite.errors import IncompatibleError
 
+RefitWay = Literal["in closed form", "in front of the norm", "expert by expert", "by gradient"]
 Rule = Callable[[Mapping[str, Any], int], Any]  # (config, index of a block) -> the value that transformers derives
 
 # Masks and frequencies that files of many families held until 2023; they are computed, and are not weights.
@@ -89,10 +90,15 @@ class Architecture:
     only_if: Mapping[str, str] = field(default_factory=dict)  # tensor -> condition under which it exists
     defaults: Mapping[str, Any] = field(default_factory=dict)  # values for conditions if a config lacks a key
     transposed: bool = False  # linear layers store their weights (in, out): GPT-2's Conv1D
-    # Whether, or under which condition, a block's output is linear in the output of mlp_out, which refit solves for.
-    linear_residual: bool | str = True
+    # Whether a block's output is linear in the output of mlp_out, apart from the norms in mlp_norms. Refit solves for
+    # that output; where this is False, because it is not linear or not known, refit follows the gradient.
+    linear_residual: bool = True
     # The same for attention_out, with the MLP's output fixed; None: as for mlp_out.
-    linear_attention: bool | str | None = None
+    linear_attention: bool | None = None
+    # The norms that the output of mlp_out goes through in the block, alone or added to the residual, in order: paths of
+    # modules -> the condition under which the norm is there.
+    mlp_norms: Mapping[str, str] = field(default_factory=dict)
+    attention_norms: Mapping[str, str] = field(default_factory=dict)  # the same for attention_out
     per_block: Mapping[str, Rule] = field(default_factory=dict)  # config keys with an entry per block, and its rule
     listed: Mapping[str, Rule] = field(default_factory=dict)  # config keys that list the blocks for which a rule holds
     # Other config keys that the rules read -> their values in a config that lists every block.
@@ -425,12 +431,30 @@ class Architecture:
         """The path in a block of the last linear layer of MLP or attention, and that of the scale after it or None."""
         return (self.mlp_out, self.mlp_scale) if part == "mlp" else (self.attention_out, self.attention_scale)
 
-    def residual_is_linear(self, config: Mapping[str, Any], part: RefitMap = "mlp") -> bool:
-        """Whether a block's output is linear in the output of mlp_out (or attention_out), which refitting needs."""
-        linear = self.linear_residual
+    def output_layers(self, part: RefitMap) -> tuple[str, ...]:
+        """The paths in a block of the linear layers that end the MLP or attention, "*" for an expert's number.
+
+        A mixture has several: those of its experts, of an expert that all tokens use, and of blocks without experts.
+        """
+        if part == "attention" or self.experts is None:
+            return (self.output_of(part)[0],)
+        return (*self.experts.others, f"{self.experts.path}.*.{self.experts.out}")
+
+    def norms_after(self, part: RefitMap, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The norms that the output of MLP or attention goes through in a block, as paths of modules, in order."""
+        norms = self.mlp_norms if part == "mlp" else self.attention_norms
+        return tuple(path for path, condition in norms.items() if self.holds(condition, config))
+
+    def refit_way(self, part: RefitMap, config: Mapping[str, Any]) -> RefitWay:
+        """How refit finds the new output projection of MLP or attention."""
+        known = self.linear_residual
         if part == "attention" and self.linear_attention is not None:
-            linear = self.linear_attention
-        return linear if isinstance(linear, bool) else self.holds(linear, config)
+            known = self.linear_attention
+        if not known:
+            return "by gradient"
+        if part == "mlp" and self.experts is not None:
+            return "expert by expert"
+        return "in front of the norm" if self.norms_after(part, config) else "in closed form"
 
 
 def _agreed(config: Mapping[str, Any], keys: Sequence[str], usual: int | None = None) -> int | None:

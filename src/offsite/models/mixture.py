@@ -37,10 +37,40 @@ def _run(
     into, out_of, activation = experts.gate_up_proj.unbind(0), experts.down_proj.unbind(0), experts.act_fn
     for index in torch.unique(chosen).tolist():
         tokens, places = torch.where(chosen == index)  # a token chooses an expert once, so sums have one order
-        gate, up = F.linear(hidden[tokens], into[index]).chunk(2, dim=-1)  # (n, F) each
-        made = F.linear(activation(gate) * up, out_of[index]) * weights[tokens, places, None]  # (n, H)
+        inner = _inner(hidden[tokens], into[index], activation)  # (n, F)
+        made = F.linear(inner, out_of[index]) * weights[tokens, places, None]  # (n, H)
         output.index_add_(0, tokens, made.to(output.dtype))
     return output
+
+
+def _inner(hidden: torch.Tensor, into: torch.Tensor, activation: Any) -> torch.Tensor:
+    """The input of one expert's last layer: hidden (n, H) and the stacked gate and up (2F, H) -> (n, F)."""
+    gate, up = F.linear(hidden, into).chunk(2, dim=-1)  # (n, F) each
+    product: torch.Tensor = activation(gate) * up
+    return product
+
+
+def expert_inner(experts: Any, index: int, hidden: torch.Tensor) -> torch.Tensor:
+    """The input of the last layer of an expert: hidden (n, H) -> (n, F).
+
+    Args:
+        experts: the module with the stacks.
+        index: of the expert.
+        hidden: the inputs of the tokens that go through this expert.
+    """
+    return _inner(hidden, experts.gate_up_proj[index], experts.act_fn)
+
+
+def expert_matrices(family: "Architecture", experts: torch.nn.Module) -> list[dict[str, torch.Tensor]]:
+    """The matrices (outputs, inputs) of each expert, as views of the stacks, by the linear layer's name in files."""
+    row, parameters = family.experts, dict(experts.named_parameters())
+    if row is None:
+        return []
+    found: list[dict[str, torch.Tensor]] = [{} for _ in range(len(next(iter(parameters.values()))))]
+    for leaf, maps in row.stacks.items():
+        for matrices, stacked in zip(found, parameters[leaf].detach(), strict=True):
+            matrices |= zip(maps, stacked.chunk(len(maps)), strict=True)
+    return found
 
 
 def in_files(family: "Architecture", parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

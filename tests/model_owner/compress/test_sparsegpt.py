@@ -4,16 +4,17 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from artifacts import hidden_states, packed
 from offsite.config.emulator_methods import PRUNERS
-from offsite.errors import IncompatibleError
 from offsite.model_owner.block_runner import LoadedBlock
 from offsite.model_owner.compress.calibrated_pruning import prune_layers
 from offsite.model_owner.compress.pruner_protocol import pruning
+from offsite.model_owner.compress.smallest_weights import without_smallest
 from offsite.model_owner.compress.sparsegpt import COLUMNS, DAMPING, prune_matrices
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.models.architectures import ARCHITECTURES
@@ -21,7 +22,7 @@ from offsite.models.timm_family import TIMM
 from offsite.protocol.artifacts import Bundle
 from offsite.storage.checkpoint_folder import open_checkpoint
 from offsite.storage.safetensors_files import read_float32
-from tiny import FAMILIES, MakeBase, Parties
+from tiny import FAMILIES, KINDS, MakeBase, Parties, each_form, tiny_base
 
 SHARE = 0.5
 
@@ -149,10 +150,18 @@ def test_a_whole_middle_can_be_pruned(base_of: MakeBase, tmp_path: Path, parties
     assert zeros(bundle) == {name: int(SHARE * size) for name, size in pruned_sizes(bundle).items()}
 
 
-def test_mixtures_of_experts_are_refused(base_of: MakeBase, tmp_path: Path, parties: Parties) -> None:
-    with pytest.raises(IncompatibleError) as caught:
-        packed(base_of("mixtral", 5), tmp_path / "out", parties, keep=3, heal="none", prune=SHARE)
-    assert "--prune-by magnitude" in caught.value.next_step
+@pytest.mark.parametrize("kind", each_form([kind for kind in KINDS if "moe" in kind or kind == "mixtral"]))
+@pytest.mark.parametrize("heal", ["none", "refit"])
+def test_experts_lose_the_same_share_as_every_matrix(
+    tmp_path: Path, parties: Parties, text: Path, kind: str, heal: str
+) -> None:
+    base = tiny_base(tmp_path / "base", blocks=5, **KINDS[kind])
+    bundle = packed(
+        base, tmp_path / "out", parties, keep=3, heal=heal, prune=SHARE, calibration=text, calibration_tokens=8 * 64
+    )
+    found = zeros(bundle)
+    assert any("experts" in name for name in found)
+    assert found == {name: int(SHARE * size) for name, size in pruned_sizes(bundle).items()}
 
 
 class EvaAttention(nn.Module):
@@ -197,7 +206,7 @@ def eva_block() -> LoadedBlock:
 
 def pruned_layers(block: LoadedBlock, hidden: Tensor, config: dict[str, object]) -> Mapping[str, Tensor]:
     """All layers of a block but the one that ends the MLP."""
-    problem = BlockProblem(lambda _: block, TIMM, config, [hidden], [hidden], [hidden])
+    problem = BlockProblem(lambda _: block, TIMM, config, [hidden], [hidden], [hidden], ())
     sparsegpt = pruning(PRUNERS["sparsegpt"], SHARE)
     return prune_layers(problem, {}, sparsegpt, spared={TIMM.mlp_out})
 
@@ -212,7 +221,8 @@ def test_a_map_whose_weight_alone_is_taken_is_pruned_on_what_enters_the_module_a
     torch.testing.assert_close(found["attn.qkv.weight"], expected)
 
 
-def test_a_map_that_is_never_called_is_refused() -> None:
-    with pytest.raises(IncompatibleError) as caught:
-        pruned_layers(eva_block(), torch.randn(2, 5, 8), {"separate": False, "whole_bias": True})
-    assert list(caught.value.reasons) == ["attn.qkv is never called"]
+def test_a_map_that_is_never_called_loses_its_smallest_weights() -> None:
+    block = eva_block()
+    found = pruned_layers(block, torch.randn(2, 5, 8), {"separate": False, "whole_bias": True})
+    weight = block.module.attn.qkv.weight.detach().numpy()  # type: ignore[union-attr,operator]
+    np.testing.assert_array_equal(found["attn.qkv.weight"].numpy(), without_smallest(weight, SHARE))

@@ -11,10 +11,17 @@ from torch import Tensor, nn
 
 from artifacts import hidden_states, packed
 from offsite.config import PackSpec, load_spec
-from offsite.errors import IncompatibleError, UsageError
+from offsite.config.emulator_methods import PRUNERS
+from offsite.errors import UsageError
+from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import open_base
+from offsite.model_owner.block_runner import BlockRunner, captured_routing
 from offsite.model_owner.calibration import calibration_batches
+from offsite.model_owner.compress.calibrated_pruning import prune_layers
+from offsite.model_owner.compress.pruner_protocol import pruning
+from offsite.model_owner.compress.smallest_weights import where_kept
 from offsite.model_owner.compress.wanda import from_gram, prune_matrices, sum_inputs
+from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base, Bundle
@@ -184,13 +191,42 @@ def test_encoders_are_pruned_on_pictures(tmp_path: Path, parties: Parties, kind:
     assert found == share_of_outputs(bundle, 0.5)
 
 
-def test_mixtures_of_experts_are_refused(base_of: MakeBase, tmp_path: Path, parties: Parties) -> None:
-    with pytest.raises(IncompatibleError, match="prune_by = wanda") as caught:
-        packed(base_of("mixtral", 5), tmp_path / "out", parties, keep=3, prune=0.5, **SETTINGS)
-    assert "--prune-by magnitude" in caught.value.next_step
+def test_experts_are_pruned_on_the_tokens_that_go_to_them(base_of: MakeBase, text: Path) -> None:
+    """Two of four experts get no token: they lose their smallest weights."""
+    model = open_base(Base(base_of("mixtral", 3, num_experts_per_tok=1)))
+    batches = calibration_batches(model, text, 16 * 64)
+    runner = BlockRunner(model, Runtime(CPU, torch.float32))
+    router = torch.from_numpy(read_float32(model.block(1)["block_sparse_moe.gate.weight"])).clone()
+    router[1], router[2:] = -router[0], 0
+    found = {"block_sparse_moe.gate.weight": router}
+    states = [runner.load(0)(ids, runner.load(0).embed(ids)) for ids in batches]
+    problem = BlockProblem(
+        lambda changed: runner.load(1, changed), model.family, model.config, batches, states, states, model.block(1)
+    )
+    pruned = prune_layers(problem, found, pruning(PRUNERS["wanda"], 0.5), spared=())
+    block = problem.load(found)
+    rows: list[list[torch.Tensor]] = [[], [], [], []]
+    for ids, state in zip(batches, states, strict=True):
+        with captured_routing(block, "mlp.experts") as seen:
+            block(ids, state)
+        for expert in range(4):
+            rows[expert].append(seen[0][0][(seen[0][1] == expert).any(1)])
+    weights = {path: read_float32(tensor) for path, tensor in model.block(1).items()}
+    for expert in range(4):
+        start = f"block_sparse_moe.experts.{expert}"
+        enters = torch.cat(rows[expert])
+        gate, up = (enters @ torch.from_numpy(weights[f"{start}.{path}.weight"]).T for path in ("w1", "w3"))
+        inner = torch.nn.functional.silu(gate) * up
+        for path, inputs in (("w1", enters), ("w3", enters), ("w2", inner)):
+            weight = weights[f"{start}.{path}.weight"]
+            norms = inputs.norm(dim=0).numpy() if len(inputs) else np.ones(weight.shape[1], np.float32)
+            kept = where_kept(weight * norms, 0.5, inputs_axis=1)
+            np.testing.assert_array_equal(pruned[f"{start}.{path}.weight"].numpy(), np.where(kept, weight, 0))
+    assert [bool(len(torch.cat(one))) for one in rows] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(("heal", "why"), [("share", "of a block differ"), ("affine", "its own pass")])
 def test_what_does_not_go_with_a_pass_on_calibration_data_is_no_setting(heal: str, why: str) -> None:
     with pytest.raises(UsageError, match=f"prune_by = wanda.*{why}.*choose prune_by = magnitude"):
         load_spec(PackSpec, {"keep": 2, "heal": heal, "prune": 0.5, "prune_by": "wanda"})
+    assert load_spec(PackSpec, {"keep": 2, "heal": heal, "prune": 0.5}).pruner.name == "magnitude"

@@ -16,12 +16,13 @@ from offsite.config import PackSpec, RefitMap
 from offsite.errors import DataError, IncompatibleError, UsageError
 from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import open_base
-from offsite.model_owner.block_runner import BlockRunner, LoadedBlock, captured_inputs
+from offsite.model_owner.block_runner import BlockRunner, LoadedBlock, captured_inputs, captured_routing
 from offsite.model_owner.calibration import calibration_batches
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.model_owner.heal.refit import solve_block
 from offsite.model_owner.heal.ridge import USUAL_RIDGE
 from offsite.models.architectures import ARCHITECTURES
+from offsite.models.family import RefitWay
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base
 from offsite.storage.checkpoint_folder import open_checkpoint, write_checkpoint
@@ -39,7 +40,12 @@ def pack_refitted(base: Path, tmp_path: Path, text: Path, tokens: int, **setting
 
 
 def linear_kinds() -> list[str]:
-    return [kind for kind, form in KINDS.items() if ARCHITECTURES[form["family"]].residual_is_linear(form)]
+    return kinds_refitted("in closed form", "mlp")
+
+
+def kinds_refitted(way: RefitWay, part: RefitMap) -> list[str]:
+    """The kinds whose row says that refit finds this part in this way."""
+    return [kind for kind, form in KINDS.items() if ARCHITECTURES[form["family"]].refit_way(part, form) == way]
 
 
 @pytest.mark.parametrize("kind", each_form(linear_kinds()))
@@ -114,28 +120,29 @@ class OneBlock:
         self.batches = calibration_batches(self.model, text, 8 * 64)  # one batch, so the ridge is the usual one
         runner = BlockRunner(self.model, Runtime(CPU, torch.float32))
         self.load = partial(runner.load, 1)
-        self.enters = self._run(runner.load(0), [runner.load(0).embed(ids) for ids in self.batches])
-        self.targets = self._run(runner.load(2), self._run(self.load(), self.enters))
+        self.enters = self.run(runner.load(0), [runner.load(0).embed(ids) for ids in self.batches])
+        self.targets = self.run(runner.load(2), self.run(self.load(), self.enters))
 
-    def _run(self, block: LoadedBlock, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def run(self, block: LoadedBlock, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [block(ids, state) for ids, state in zip(self.batches, hidden, strict=True)]
 
     def refitted(self, *maps: RefitMap) -> dict[str, torch.Tensor]:
-        problem = BlockProblem(self.load, self.model.family, self.model.config, self.batches, self.enters, self.targets)
-        return dict(solve_block(problem, {}, PackSpec(refit_maps=maps), None))
+        return dict(solve_block(self.problem(), {}, PackSpec(refit_maps=maps), None))
+
+    def problem(self, **changed: Any) -> BlockProblem:
+        """The problem of this block, with some of its fields changed."""
+        model = self.model
+        paths = model.block(1).keys()
+        problem = BlockProblem(self.load, model.family, model.config, self.batches, self.enters, self.targets, paths)
+        return replace(problem, **changed)
 
     def error(self, changed: dict[str, torch.Tensor]) -> float:
         """Of the block's output, each token by 1 / norm of its target."""
-        (after,), (target,) = self._run(self.load(changed), self.enters), self.targets
+        (after,), (target,) = self.run(self.load(changed), self.enters), self.targets
         return float(((after - target).square().sum(-1) / target.norm(dim=-1)).sum())
 
 
-def kinds_linear_in_attention() -> list[str]:
-    rows = {kind: ARCHITECTURES[form["family"]] for kind, form in KINDS.items()}
-    return [kind for kind, row in rows.items() if row.residual_is_linear(KINDS[kind], "attention")]
-
-
-@pytest.mark.parametrize("kind", each_form(kinds_linear_in_attention()))
+@pytest.mark.parametrize("kind", each_form(kinds_refitted("in closed form", "attention")))
 def test_attentions_projection_is_the_ridge_solution_with_the_mlps_output_held(
     kind: str, tmp_path: Path, text: Path
 ) -> None:
@@ -241,45 +248,55 @@ def renumbered(name: str, kept: tuple[int, ...]) -> str:
     return ARCHITECTURES["llama"].in_block(kept[place[0]], place[1]) if place else name
 
 
-NOT_LINEAR = {
-    "gemma2": "a norm follows the MLP",
-    "gemma3": "a norm follows the MLP",
-    "opt, projections, norms behind": "a norm follows the MLP",
-    "mixtral": "a mixture of experts",
-    "qwen2_moe": "a mixture of experts",
-    "qwen2_moe, dense blocks, windows": "a mixture of experts",
-    "qwen3_moe": "a mixture of experts",
-    "qwen3_moe tied, every second block dense": "a mixture of experts",
+BEHIND: list[tuple[str, dict[str, Any]]] = [
+    ("gemma2", {}),
+    ("gemma3", {}),
+    ("opt, projections, norms behind", {}),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}),
+]
+NORMS = {  # (family, part): the norms after it, in order
+    ("gemma2", "mlp"): ["post_feedforward_layernorm"],
+    ("gemma2", "attention"): ["post_attention_layernorm"],
+    ("gemma3_text", "mlp"): ["post_feedforward_layernorm"],
+    ("gemma3_text", "attention"): ["post_attention_layernorm"],
+    ("opt", "mlp"): ["final_layer_norm"],
+    ("opt", "attention"): ["self_attn_layer_norm", "final_layer_norm"],
+    ("bloom", "attention"): ["post_attention_layernorm"],
 }
 
 
-@pytest.mark.parametrize(("kind", "why"), NOT_LINEAR.items())
-def test_a_family_whose_residual_is_not_linear_is_refused(tmp_path: Path, text: Path, kind: str, why: str) -> None:
-    assert set(KINDS) == {*NOT_LINEAR, *linear_kinds()}
-    base = tiny_base(tmp_path / "base", blocks=BLOCKS, **KINDS[kind])
-    with pytest.raises(IncompatibleError, match=rf"linear in the MLP's output(.|\n)*{why}(.|\n)*--heal none") as caught:
-        pack_refitted(base, tmp_path, text, 8 * 64)
-    assert ('refit_maps = "attention"' in caught.value.next_step) is ("experts" in why)
-    assert not (tmp_path / "bundle").exists()
-
-
-NOT_LINEAR_IN_ATTENTION: list[tuple[str, dict[str, Any], str]] = [
-    ("gemma2", {}, "--heal none"),
-    ("gemma3", {}, "--heal none"),
-    ("opt, projections, norms behind", {}, "--heal none"),
-    ("bloom", {"apply_residual_connection_post_layernorm": True}, 'refit_maps = "mlp"'),
-]
-
-
-@pytest.mark.parametrize(("kind", "config", "instead"), NOT_LINEAR_IN_ATTENTION)
-def test_a_norm_behind_the_attention_is_refused(
-    tmp_path: Path, text: Path, kind: str, config: dict[str, Any], instead: str
+@pytest.mark.parametrize(("kind", "config"), BEHIND)
+@pytest.mark.parametrize("part", ["mlp", "attention"])
+def test_in_front_of_a_norm_the_ridge_solution_holds_its_statistics(
+    kind: str, config: dict[str, Any], part: RefitMap, tmp_path: Path, text: Path
 ) -> None:
-    base = tiny_base(tmp_path / "base", blocks=BLOCKS, **KINDS[kind], **config)
-    with pytest.raises(IncompatibleError, match="refit_maps names attention") as caught:
-        pack_refitted(base, tmp_path, text, 8 * 64, refit_maps="attention")
-    assert instead in caught.value.next_step
-    assert not (tmp_path / "bundle").exists()
+    one = OneBlock(tiny_base(tmp_path / "base", blocks=4, **KINDS[kind], **config), text)
+    family, block = one.model.family, one.load()
+    norms = NORMS.get((family.model_type, part), [])
+    path, _ = family.output_of(part)
+    with captured_inputs(block, [path, *norms]) as seen:
+        after = block(one.batches[0], one.enters[0]).flatten(0, 1)
+    linear, target = block.module.get_submodule(path), one.targets[0].flatten(0, 1)
+    features, gain = seen[path].flatten(0, -2).detach().double(), torch.ones(32, dtype=torch.float64)
+    if linear.bias is not None:
+        features = torch.cat([features, torch.ones(len(features), 1, dtype=torch.float64)], dim=1)
+    for norm in norms:
+        x, module = seen[norm].flatten(0, -2).double(), block.module.get_submodule(norm)
+        gemma = "gemma" in family.model_type
+        deviation = x.square().mean(-1, keepdim=True).sqrt() if gemma else x.std(-1, keepdim=True, correction=0)
+        features, gain = features / deviation, gain * (module.weight.double() + gemma)
+    root = target.norm(dim=1, keepdim=True).rsqrt().double()
+    left, right = features * root, (target - after).double() * root
+    penalty = USUAL_RIDGE * left.square().sum(0).mean()
+    stacked = torch.cat([left, penalty.sqrt() * torch.eye(left.shape[1], dtype=torch.float64)])
+    change = torch.linalg.lstsq(stacked, torch.cat([right, torch.zeros(left.shape[1], right.shape[1])])).solution / gain
+    found = one.refitted(part)
+    inputs = linear.weight.shape[1]
+    torch.testing.assert_close(
+        found[f"{path}.weight"], (linear.weight.double() + change[:inputs].T).float(), atol=1e-3, rtol=1e-2
+    )
+    assert change.abs().max() > 1e-3  # there was something to heal
+    assert one.error(found) < one.error({})
 
 
 def test_a_mixture_of_experts_is_refitted_by_its_attention(tmp_path: Path, text: Path) -> None:
@@ -339,12 +356,78 @@ def test_a_map_into_which_nothing_goes_stays_as_it_is(tmp_path: Path, text: Path
     assert np.array_equal(after, before)
 
 
-def test_a_mixture_is_told_all_that_the_default_has_to_be_given(tmp_path: Path, text: Path) -> None:
-    base = tiny_base(tmp_path / "base", "mixtral", 4)
-    with pytest.raises(IncompatibleError) as caught:
-        pack_refitted(base, tmp_path, text, 8 * 64, keep=None)
-    assert "--keep" in (caught.value.next_step or "")
-    assert "--prune-by magnitude" in (caught.value.next_step or "")
+@pytest.mark.parametrize("kind", each_form(kinds_refitted("expert by expert", "mlp")))
+def test_the_experts_are_ridge_solutions_one_after_the_other(kind: str, tmp_path: Path, text: Path) -> None:
+    one = OneBlock(tiny_base(tmp_path / "base", blocks=4, **KINDS[kind]), text)
+    family, found = one.model.family, one.refitted("mlp")
+    experts, block = family.experts, one.load()
+    assert experts is not None
+    if experts.module not in dict(block.module.named_modules()):
+        assert found.keys() == {f"{family.mlp_out}.down_proj.weight"}
+        assert one.error(found) < one.error({})
+        return
+    others = {name: value for name, value in found.items() if not name.startswith(experts.path)}
+    block = one.load(others)  # what all tokens use is solved before
+    with captured_routing(block, experts.module) as seen:
+        after = block(one.batches[0], one.enters[0]).flatten(0, 1)
+    ((hidden, chosen, weights),) = seen
+    target, module = one.targets[0].flatten(0, 1), block.module.get_submodule(experts.module)
+    error = (target - after).double()
+    for expert in range(4):
+        tokens, places = torch.where(chosen == expert)
+        gate, up = (hidden[tokens] @ module.gate_up_proj[expert].T).detach().chunk(2, dim=1)
+        features = (torch.nn.functional.silu(gate) * up * weights[tokens, places, None]).double()
+        root = target[tokens].norm(dim=1, keepdim=True).rsqrt().double()
+        left, right = features * root, error[tokens] * root
+        penalty = USUAL_RIDGE * left.square().sum(0).mean()
+        stacked = torch.cat([left, penalty.sqrt() * torch.eye(left.shape[1], dtype=torch.float64)])
+        change = torch.linalg.lstsq(stacked, torch.cat([right, torch.zeros(left.shape[1], 32)])).solution  # (F, H)
+        assert len(tokens)
+        assert change.abs().max() > 1e-3  # there was something to heal
+        expected = (module.down_proj[expert].detach().double() + change.T).float()
+        solved = found[f"{experts.path}.{expert}.{experts.out}.weight"]
+        torch.testing.assert_close(solved, expected, atol=2e-4, rtol=2e-3)
+        error[tokens] -= features @ change
+    assert one.error(found) < one.error(others) <= one.error({})
+
+
+def test_an_expert_that_all_tokens_use_is_solved_with_its_gate(tmp_path: Path, text: Path) -> None:
+    one = OneBlock(tiny_base(tmp_path / "base", "qwen2_moe", 4), text)
+    block, path = one.load(), "mlp.shared_expert.down_proj"
+    with captured_inputs(block, [path, "mlp.shared_expert_gate"]) as seen:
+        after = block(one.batches[0], one.enters[0]).flatten(0, 1)
+    gate = torch.sigmoid(block.module.get_submodule("mlp.shared_expert_gate")(seen["mlp.shared_expert_gate"])).detach()
+    target, features = one.targets[0].flatten(0, 1), (seen[path] * gate).detach().double()
+    root = target.norm(dim=1, keepdim=True).rsqrt().double()
+    left, right = features * root, (target - after).double() * root
+    penalty = USUAL_RIDGE * left.square().sum(0).mean()
+    stacked = torch.cat([left, penalty.sqrt() * torch.eye(left.shape[1], dtype=torch.float64)])
+    change = torch.linalg.lstsq(stacked, torch.cat([right, torch.zeros(left.shape[1], 32)])).solution
+    expected = block.module.get_submodule(path).weight.detach().double() + change.T
+    torch.testing.assert_close(one.refitted("mlp")[f"{path}.weight"], expected.float(), atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize("kind", each_form(KINDS))
+def test_a_block_that_gives_what_is_asked_of_it_stays_as_it_is(kind: str, tmp_path: Path, text: Path) -> None:
+    one = OneBlock(tiny_base(tmp_path / "base", blocks=4, **KINDS[kind]), text)
+    one.targets = one.run(one.load(), one.enters)
+    found, block = one.refitted("mlp", "attention"), one.model.block(1)
+    assert found
+    for path, value in found.items():
+        np.testing.assert_allclose(value.numpy(), read_float32(block[path]), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", each_form([kind for kind in KINDS if "moe" not in kind and kind != "mixtral"]))
+@pytest.mark.parametrize("part", ["mlp", "attention"])
+def test_the_gradient_leads_at_least_as_far_as_the_closed_form(
+    kind: str, part: RefitMap, tmp_path: Path, text: Path
+) -> None:
+    """Where nobody knows what follows the layer: the first step is the closed form if the block is linear in it."""
+    one = OneBlock(tiny_base(tmp_path / "base", blocks=4, **KINDS[kind]), text)
+    unknown = replace(one.model.family, linear_residual=False, linear_attention=None, mlp_norms={}, attention_norms={})
+    assert unknown.refit_way(part, one.model.config) == "by gradient"
+    found = dict(solve_block(one.problem(family=unknown), {}, PackSpec(refit_maps=(part,)), None))
+    assert one.error(found) <= one.error(one.refitted(part)) * 1.0001 < one.error({})
 
 
 def test_fewer_tokens_than_one_sequence_has(tmp_path: Path, text: Path) -> None:

@@ -2,15 +2,14 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from offsite.config import RefitMap
-from offsite.errors import IncompatibleError
 from offsite.model_owner.block_runner import captured_inputs
 from offsite.model_owner.compress.pruner_protocol import Pruning
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
-from offsite.model_owner.heal.output_projection import output_projection
-from offsite.models.family import Architecture
+from offsite.model_owner.heal.expert_outputs import routed_tokens
+from offsite.models.mixture import expert_inner, expert_matrices
 
 
 def prune_layers(
@@ -25,11 +24,10 @@ def prune_layers(
         pruning: the pruner, and the fraction of each matrix that becomes zero.
         spared: paths of layers that are pruned in another step.
 
+    A layer that the block does not call, but whose weight it reads, loses its smallest weights.
+
     Returns:
         The new matrices, keyed by their path in the block, in names and layout of checkpoint files.
-
-    Raises:
-        IncompatibleError: the block reads a layer's weight without calling the layer.
     """
     family, block = problem.family, problem.load(found)
     parameters = dict(block.module.named_parameters())
@@ -47,56 +45,19 @@ def prune_layers(
     for position, ids in enumerate(problem.batches):
         with captured_inputs(block, list(places)) as seen:
             block(ids, problem.enters[position])
-        _require_seen(pruning, family, places, seen)
         for readers in _readers(seen):
             of_batch = pruning.pruner.sum_inputs(seen[readers[0]].flatten(0, -2).float())
             sums[readers] = sums[readers] + of_batch if readers in sums else of_batch
     pruned: dict[str, Tensor] = {}
     for readers, total in sums.items():
         layers = [path for place in readers for path in places[place]]
-        pruned |= pruning.pruner.prune_matrices({path: weights[path] for path in layers}, total, pruning.share)
-    return {
+        pruned |= pruning.prune_matrices({path: weights[path] for path in layers}, total)
+    unseen = {path: weight for path, weight in weights.items() if path not in pruned}
+    pruned |= pruning.prune_matrices(unseen, None)
+    files = {
         f"{path}.weight": (weight.T if family.transposed else weight).contiguous() for path, weight in pruned.items()
     }
-
-
-def prune_output(
-    problem: BlockProblem, found: Mapping[str, Tensor], pruning: Pruning, part: RefitMap
-) -> Mapping[str, Tensor]:
-    """Prune the output projection of a block's MLP or attention, on its inputs in the block as changed so far.
-
-    Args:
-        problem: the block, with its inputs.
-        found: tensors of the block that earlier steps changed, keyed by their path in the block, as checkpoint files
-            name it.
-        pruning: the pruner, and the fraction of the matrix that becomes zero.
-        part: "mlp" or "attention".
-
-    Returns:
-        The new weight, and the bias if there is one; keys are paths in the block, as checkpoint files name them.
-    """
-    layer = output_projection(problem, found, part)
-    return layer.tensors(pruning.prune(layer.weight, layer.gram()), layer.bias)
-
-
-def _require_seen(
-    pruning: Pruning, family: Architecture, places: Mapping[str, Sequence[str]], seen: Mapping[str, Tensor]
-) -> None:
-    """Raise an error if a block uses a layer's weight without calling the layer.
-
-    The inputs of such a layer are not recorded, so it would stay unpruned.
-
-    Raises:
-        IncompatibleError: a layer was never called.
-    """
-    unseen = [path for place, paths in places.items() if place not in seen for path in paths]
-    if unseen:
-        raise IncompatibleError(
-            f"prune_by = {pruning.row.name} does not see what enters all linear layers of this {family.model_type} "
-            "model",
-            reasons=[f"{path} is never called" for path in unseen],
-            next_step="pack with --prune-by magnitude and --heal none, or drop blocks with --keep",
-        )
+    return files | _pruned_experts(problem, found, pruning, spared)
 
 
 def _readers(seen: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
@@ -105,3 +66,34 @@ def _readers(seen: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
     for path, inputs in seen.items():
         groups.setdefault(id(inputs), []).append(path)
     return [tuple(group) for group in groups.values()]
+
+
+def _pruned_experts(
+    problem: BlockProblem, found: Mapping[str, Tensor], pruning: Pruning, spared: Collection[str]
+) -> dict[str, Tensor]:
+    """The pruned matrices of a mixture's experts, each calibrated on the tokens that go to its expert."""
+    experts = problem.family.experts
+    routed = [] if experts is None else routed_tokens(problem, found, experts)
+    if experts is None or not routed:
+        return {}
+    module = problem.load(found).module.get_submodule(experts.module)
+    pruned: dict[str, Tensor] = {}
+    for number, matrices in enumerate(expert_matrices(problem.family, module)):
+        start = f"{experts.path}.{number}."
+        enters = [batch.hidden[batch.of(number)[0]].float() for batch in routed]  # (n, H) each
+        groups = {path: weight for path, weight in matrices.items() if path != experts.out}
+        pruned |= _pruned_group(start, groups, enters, pruning)
+        if f"{experts.path}.*.{experts.out}" not in spared:
+            with torch.no_grad():
+                inner = [expert_inner(module, number, tokens) for tokens in enters]  # (n, F) each
+            pruned |= _pruned_group(start, {experts.out: matrices[experts.out]}, inner, pruning)
+    return pruned
+
+
+def _pruned_group(
+    start: str, weights: Mapping[str, Tensor], inputs: Sequence[Tensor], pruning: Pruning
+) -> dict[str, Tensor]:
+    """Prune linear layers of an expert that have the same inputs, (n, I) for each batch; `start` begins their paths."""
+    seen = [pruning.pruner.sum_inputs(rows) for rows in inputs if len(rows)]
+    pruned = pruning.prune_matrices(weights, torch.stack(seen).sum(0) if seen else None)
+    return {f"{start}{path}.weight": weight.contiguous() for path, weight in pruned.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from offsite.config import PackSpec
+from offsite.config import HealingStep, PackSpec
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.compress.pruner_protocol import prune_stored
@@ -60,7 +60,10 @@ def require_declarable(model: BaseModel, spec: PackSpec) -> None:
         raise IncompatibleError(
             f"this {family.model_type} model's emulator cannot be compressed in this way",
             reasons=[f"{', '.join(asked)}: blocks of this family have other tensors in files than in modules"],
-            next_step="leave these settings out; dropping, distilling and pruning by magnitude work with every family",
+            next_step=spec.nearest(
+                lambda row: not (isinstance(row, HealingStep) and row.declared),
+                left_out=[form.name for form in spec.stored_forms],
+            ),
         )
     for form in spec.stored_forms:
         form_of(form).declare(model, spec)

@@ -56,7 +56,27 @@ class Pruning:
 
     def prune(self, weight: "Tensor", gram: "Tensor") -> "Tensor":
         """Prune one matrix (outputs, I), given the Gram matrix (I, I) of the layer's inputs."""
-        return self.pruner.prune_matrices({"": weight}, self.pruner.from_gram(gram), self.share)[""]
+        return self.prune_matrices({"": weight}, self.pruner.from_gram(gram))[""]
+
+    def prune_matrices(self, weights: Mapping[str, "Tensor"], sums: "Tensor | None") -> Mapping[str, "Tensor"]:
+        """Prune matrices (outputs, I) of linear layers that have the same inputs.
+
+        Where no calibration token reached the layers, such as an expert that no token goes to, nothing is known of
+        their inputs, and the smallest weights become zero.
+
+        Args:
+            weights: the matrices, keyed by the layers' paths.
+            sums: the statistics of the inputs, as the pruner sums them; None if the inputs are unknown.
+        """
+        if sums is not None and bool(sums.any()):
+            return self.pruner.prune_matrices(weights, sums, self.share)
+        axis = 1 if self.row.by_output else None
+        return {path: _without_smallest(weight, self.share, axis) for path, weight in weights.items()}
+
+
+def _without_smallest(weight: "Tensor", share: float, axis: int | None) -> "Tensor":
+    pruned = without_smallest(weight.detach().float().cpu().numpy(), share, axis)
+    return weight.new_tensor(pruned).float()
 
 
 def pruning(row: Pruner, share: float) -> Pruning:

@@ -19,10 +19,11 @@ from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner, LoadedBlock
 from offsite.model_owner.bundle_tensors import DTYPES
 from offsite.model_owner.calibration import calibration_batches
-from offsite.model_owner.compress.calibrated_pruning import prune_layers, prune_output
+from offsite.model_owner.compress.calibrated_pruning import prune_layers
 from offsite.model_owner.compress.pruner_protocol import pruning
 from offsite.model_owner.emulator_work import Work, work_of
 from offsite.model_owner.heal.block_step_protocol import BlockProblem, block_step
+from offsite.model_owner.heal.output_layers import change_outputs
 from offsite.model_owner.sandwich import Sandwich
 from offsite.models.family import Architecture
 from offsite.models.torch_tensors import read_tensor
@@ -85,7 +86,9 @@ def block_by_block(
         if kept in sandwich.spread:  # a trained block is shipped unchanged
             _advance(runner.load(kept), batches, own_states)
             continue
-        problem = BlockProblem(partial(runner.load, kept), family, model.config, batches, own_states, base_states)
+        problem = BlockProblem(
+            partial(runner.load, kept), family, model.config, batches, own_states, base_states, model.block(kept).keys()
+        )
         stored = _store(scratch / f"{kept}.safetensors", _solve(problem, steps, kept), DTYPES[spec.dtype])
         healed |= {family.in_block(kept, path): tensor for path, tensor in stored.items()}
         # the next blocks see the weights as shipped, with their rounding
@@ -142,12 +145,11 @@ def _steps(family: Architecture, work: Work, spec: PackSpec) -> list[_Step]:
         return [partial(step.solve_block, spec=spec, pruning=None) for step in healing]
     pruner = pruning(work.pruner, work.share)
     solved = {path for step in healing for path in step.solved_layers(family, spec)}
-    mlp_output = family.output_of("mlp")[0]
-    last = {mlp_output} - solved if work.pruner.mlp_output_last else set()
+    last = set(family.output_layers("mlp")) - solved if work.pruner.mlp_output_last else set()
     return [
         partial(prune_layers, pruning=pruner, spared=solved | last),
         *(partial(step.solve_block, spec=spec, pruning=pruner) for step in healing),
-        *([partial(prune_output, pruning=pruner, part="mlp")] if last else []),
+        *([partial(change_outputs, part="mlp", pruning=pruner, solves=False)] if last else []),
     ]
 
 

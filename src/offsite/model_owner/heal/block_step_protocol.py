@@ -1,6 +1,6 @@
 """The input of a healing step that works block by block, and the functions that its file defines."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol, cast, runtime_checkable
@@ -26,6 +26,7 @@ class BlockProblem:
     batches: Sequence[Tensor]  # token ids (B, T), or pixels of pictures (B, 3, Y, X)
     enters: Sequence[Tensor]  # the block's inputs in the emulator, (B, T, H) for each batch
     targets: Sequence[Tensor]  # the wanted outputs of the block, (B, T, H) for each batch
+    paths: Collection[str]  # of the block's tensors, as checkpoint files name them
 
 
 @runtime_checkable

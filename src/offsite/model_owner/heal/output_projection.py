@@ -1,5 +1,7 @@
-"""The output projection of a block's attention or MLP, and the least squares problem for its new weights."""
+"""A linear layer that ends a block's attention or MLP, and the least squares problem for its new weights."""
 
+import functools
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -7,8 +9,9 @@ import torch
 from torch import Tensor
 
 from offsite.config import RefitMap
-from offsite.model_owner.block_runner import captured_inputs
+from offsite.model_owner.block_runner import LoadedBlock, captured_inputs
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
+from offsite.model_owner.heal.held_norm import hold_norm
 from offsite.model_owner.heal.ridge import RidgeProblem
 
 
@@ -16,10 +19,12 @@ from offsite.model_owner.heal.ridge import RidgeProblem
 class OutputProjection:
     """A linear layer with F inputs and H outputs, and the problem of fitting it; tensors are in float64.
 
-    The block's output is linear in the layer's output, so the problem has a solution in closed form.
+    The block's output is linear in the layer's output, once the statistics of norms between them are held; so the
+    problem has a solution in closed form.
     """
 
     path: str  # path in the block, as checkpoint files name it
+    module: str  # path in the block's module
     transposed: bool  # whether checkpoint files store the weight as (F, H)
     weight: Tensor  # (H, F)
     bias: Tensor | None  # (H,)
@@ -53,33 +58,65 @@ class OutputProjection:
         return {name: value.detach().float().contiguous() for name, value in found.items()}
 
 
-def output_projection(problem: BlockProblem, found: Mapping[str, Tensor], part: RefitMap) -> OutputProjection:
-    """Run a block over all batches and set up the problem for one of its output projections.
+def output_projection(
+    problem: BlockProblem, found: Mapping[str, Tensor], part: RefitMap, layer: str
+) -> OutputProjection:
+    """Run a block over all batches and set up the problem for a linear layer that ends its MLP or attention.
 
     Args:
         problem: the block, with its inputs and targets.
         found: tensors of the block that earlier steps changed, keyed by their path in the block, as checkpoint files
             name it.
         part: "mlp" or "attention".
+        layer: the layer's path in the block, one of the family's `output_layers` of that part.
     """
     family, block = problem.family, problem.load(found)
     parameters, names = dict(block.module.named_parameters()), family.modules
-    name, scale = family.output_of(part)
-    path = names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+    _, scale = family.output_of(part)
+    norms = family.norms_after(part, problem.config)
+    path = names.get(f"{layer}.weight", f"{layer}.weight").removesuffix(".weight")
     weight, bias = parameters[f"{path}.weight"].double(), parameters.get(f"{path}.bias")
     factor = parameters.get(names.get(scale, scale)) if scale else None
     weight = weight.T if family.transposed else weight
     outputs, inputs = weight.shape
     ridge = RidgeProblem(inputs, outputs, len(problem.batches), weight.device, bias=bias is not None)
     for position, ids in enumerate(problem.batches):
-        with captured_inputs(block, [path]) as seen:
+        with captured_inputs(block, [path, *norms]) as seen:
             after = block(ids, problem.enters[position])
-        ridge.add(position, seen[path], after, problem.targets[position])
+        held = [hold_norm(block.module.get_submodule(norm), seen[norm]) for norm in norms]
+        factors = [norm.inverse for norm in held]  # (N, 1) each
+        if family.experts is not None and part == "mlp":  # a gate may multiply what an expert for all tokens gives
+            factors.append(_gate(block, path, ids, problem.enters[position], after))
+        of_token = functools.reduce(operator.mul, factors) if factors else None
+        ridge.add(position, seen[path], after, problem.targets[position], of_token)
+    gains = [norm.gain for norm in held] + ([] if factor is None else [factor])
     return OutputProjection(
-        path=name,
+        path=layer,
+        module=path,
         transposed=family.transposed,
         weight=weight,
         bias=None if bias is None else bias.double(),
-        scale=None if factor is None else factor.double(),
+        scale=functools.reduce(operator.mul, gains).double() if gains else None,
         problem=ridge,
     )
+
+
+def _gate(block: LoadedBlock, path: str, ids: Tensor, enters: Tensor, after: Tensor) -> Tensor:
+    """The factor of each token by which the block multiplies a layer's output, (N, 1).
+
+    It is measured: the layer's outputs are raised, and the block's output rises with them.
+
+    Args:
+        block: the block.
+        path: of the layer in the module.
+        ids: of the batch.
+        enters: the block's inputs, (B, T, H).
+        after: the block's outputs, (B, T, H).
+    """
+    step = float(after.abs().mean()) or 1.0
+    raised = block.module.get_submodule(path).register_forward_hook(lambda _, __, output: output + step)
+    try:
+        risen = block(ids, enters)
+    finally:
+        raised.remove()
+    return (risen - after).flatten(0, -2).mean(-1, keepdim=True) / step

@@ -1,10 +1,12 @@
-"""Refit: kept blocks are solved again in closed form, so that each also replaces the dropped blocks after it.
+"""Refit: kept blocks are solved again, so that each also replaces the dropped blocks after it.
 
 In every kept block, the output projection of the MLP, of the attention, or of both in turn, is fitted by ridge
 regression. The target is the base's hidden state before the next kept block; the penalty is on the change of the
 weights. While attention's projection is fitted, the MLP's output is held fixed. Compare ReplaceMe (arXiv 2505.02819),
 which solves for a linear map after the MLP, on the base's activations. If a block multiplies the projection's output by
-a learned scale, the problem is solved after that scale. Measurements are in docs/decisions/0004-refit.md.
+a learned scale, the problem is solved after that scale. A norm after the projection keeps the statistics that it has;
+the last layers of experts are solved one after the other; where a family's row does not say that the block's output is
+linear in the projection's, refit follows the gradient. Measurements are in docs/decisions/0004-refit.md.
 """
 
 from collections.abc import Mapping
@@ -14,13 +16,13 @@ from torch import Tensor
 from offsite.config import PackSpec
 from offsite.model_owner.compress.pruner_protocol import Pruning
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
-from offsite.model_owner.heal.output_projection import output_projection
+from offsite.model_owner.heal.output_layers import change_outputs
 from offsite.models.family import Architecture
 
 
 def solved_layers(family: Architecture, spec: PackSpec) -> tuple[str, ...]:
     """Paths in a block of the output projections that refit solves."""
-    return tuple(dict.fromkeys(family.output_of(part)[0] for part in spec.heal.refit_maps))
+    return tuple(dict.fromkeys(path for part in spec.heal.refit_maps for path in family.output_layers(part)))
 
 
 def solve_block(
@@ -41,9 +43,6 @@ def solve_block(
     solved: dict[str, Tensor] = {}
     parts = spec.heal.refit_maps
     for turn, part in enumerate(parts):
-        layer = output_projection(problem, {**found, **solved}, part)
-        weight, bias = layer.solve()
-        if pruning is not None and part not in parts[turn + 1 :]:
-            weight = pruning.prune(weight, layer.gram())
-        solved |= layer.tensors(weight, bias)
+        last = part not in parts[turn + 1 :]
+        solved |= change_outputs(problem, {**found, **solved}, part, pruning if last else None, solves=True)
     return solved

@@ -55,14 +55,24 @@ class RidgeProblem:
         columns = inputs + bias  # a bias is the weight of a last input that is always 1
         self._fitted, self._held_out = (_Moments.zeros(columns, outputs, device) for _ in range(2))
 
-    def add(self, position: int, inputs: Tensor, after: Tensor, target: Tensor) -> None:
-        """Add a batch: the layer's inputs (B, T, F), and the block's output and its target, both (B, T, H)."""
-        features = inputs.flatten(0, -2).float()  # (B * T, F)
+    def add(self, position: int, inputs: Tensor, after: Tensor, target: Tensor, factor: Tensor | None = None) -> None:
+        """Add a batch, or some tokens of it.
+
+        Args:
+            position: of the batch.
+            inputs: of the layer, (..., F).
+            after: the block's output, (..., H).
+            target: the wanted output of the block, (..., H).
+            factor: of the layer's output in the block, one number for each token, (..., 1); None: 1 for all.
+        """
+        features = inputs.flatten(0, -2).float()  # (N, F)
         if self._bias:
             features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
+        if factor is not None:
+            features = features * factor.flatten(0, -2)
         # a few tokens have a norm a thousand times larger; unweighted, only those would be fitted
         scale = target.flatten(0, -2).norm(dim=-1, keepdim=True).clamp_min(1e-6).reciprocal()  # (B * T, 1)
-        moments = self._held_out if position in _held_out(self._batches) else self._fitted
+        moments = self._held_out if position in held_out_positions(self._batches) else self._fitted
         moments.add(features, (target - after).flatten(0, -2), scale)
 
     def gram(self) -> Tensor:
@@ -76,11 +86,11 @@ class RidgeProblem:
         """
         fitted, judge, ridge = self._fitted, self._held_out, USUAL_RIDGE
         if judge.square:
-            ridge = min(RIDGES, key=lambda candidate: judge.error(_ridge_solution(fitted, candidate)))
-        return _ridge_solution(fitted.plus(judge), ridge)
+            ridge = min(RIDGES, key=lambda candidate: judge.error(_solution(fitted, candidate)))
+        return _solution(fitted.plus(judge), ridge)
 
 
-def _held_out(batches: int) -> range:
+def held_out_positions(batches: int) -> range:
     """Positions of the batches that choose the ridge: every eighth, or the last if there are fewer than eight.
 
     Empty if there is only one batch.
@@ -89,10 +99,21 @@ def _held_out(batches: int) -> range:
     return range(first, batches, HELD_OUT) if first else range(0)
 
 
-def _ridge_solution(moments: _Moments, ridge: float) -> Tensor:
-    system = moments.gram.double()
+def _solution(moments: _Moments, ridge: float) -> Tensor:
+    return ridge_solution(moments.gram, moments.cross, ridge)
+
+
+def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """The solution (F, H) in float64 of a ridge regression with these sums.
+
+    Args:
+        gram: the sum of x x^T over the inputs x, (F, F).
+        cross: the sum of x e^T over inputs and errors, (F, H).
+        ridge: times the mean of the Gram matrix's diagonal.
+    """
+    system = gram.double()
     mean = system.diagonal().mean()
     if mean == 0:  # all inputs of the layer are zero, so its outputs cannot change
-        return torch.zeros_like(moments.cross, dtype=torch.float64)
+        return torch.zeros_like(cross, dtype=torch.float64)
     system.diagonal().add_(ridge * mean)
-    return torch.cholesky_solve(moments.cross.double(), torch.linalg.cholesky(system))
+    return torch.cholesky_solve(cross.double(), torch.linalg.cholesky(system))

@@ -1,0 +1,32 @@
+"""One line on how an emulator is made: what the settings lead to, and how the family's row has it done. Torch-free."""
+
+from offsite.config import HealingStep, PackSpec
+from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.emulator_work import work_of
+from offsite.model_owner.resolve_defaults import lacks_pictures
+from offsite.model_owner.sandwich import Sandwich
+
+
+def describe_emulator(model: BaseModel, sandwich: Sandwich, spec: PackSpec) -> str:
+    """How many blocks the emulator keeps, what becomes zero, how it is healed and how it is stored."""
+    work, middle = work_of(sandwich.middle, spec), len(sandwich.middle)
+    kept = spec.kept(sandwich.middle)
+    blocks = f"{kept} of {middle} blocks by {spec.select.by}" if kept < middle else f"all {middle} blocks"
+    parts = [blocks]
+    if spec.pruned:
+        parts.append(f"{spec.pruned:.0%} of each matrix zero by {spec.pruner.name}")
+    parts += [form.name.replace("_", " ") + f" {getattr(spec.compress, form.name)}" for form in spec.stored_forms]
+    places = [step.name for step in spec.healing_steps if step.runs == "places" and kept < middle]
+    parts += places + [healing_name(step, model, spec) for step in work.steps if step.runs != "places"]
+    if not places and not work.steps:
+        want = " for want of pictures (--calibration FOLDER)" if lacks_pictures(model, spec) else ""
+        parts.append(f"not healed{want}")
+    return f"{model.family.model_type}: {', '.join(parts)}"
+
+
+def healing_name(step: HealingStep, model: BaseModel, spec: PackSpec) -> str:
+    """The name of a healing step, with the way that it takes in this family."""
+    if not step.solves_outputs:
+        return step.name
+    ways = [f"{part} {model.family.refit_way(part, model.config)}" for part in dict.fromkeys(spec.heal.refit_maps)]
+    return f"{step.name} of {' and '.join(ways)}"

@@ -1,0 +1,134 @@
+"""Refit by gradient: for blocks whose output is not linear in the layer's output, or where nobody knows.
+
+Each turn takes the step that would solve the least squares problem if the block's output rose with the layer's: the
+gradient of the squared error, multiplied by the inverse of the inputs' Gram matrix. Where that is true, the first step
+is the closed form. Its length is the one that is best if the block were linear along it. It is halved until the error
+falls on batches that the step has not seen, and the turns end where it does not.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from offsite.model_owner.block_runner import LoadedBlock
+from offsite.model_owner.heal.block_step_protocol import BlockProblem
+from offsite.model_owner.heal.output_projection import OutputProjection
+from offsite.model_owner.heal.ridge import USUAL_RIDGE, held_out_positions, ridge_solution
+
+TURNS = 4
+_HALVINGS = 4
+
+
+def follow_gradient(
+    problem: BlockProblem, found: Mapping[str, Tensor], layer: OutputProjection
+) -> tuple[Tensor, Tensor | None]:
+    """The new weight (H, F) and bias (H,) of a layer, with which the block's output comes closer to its targets.
+
+    Args:
+        problem: the block, with its inputs and targets.
+        found: tensors of the block that earlier steps changed, keyed by their path in the block, as checkpoint files
+            name it.
+        layer: the layer as it is.
+    """
+    judged = held_out_positions(len(problem.batches)) or range(len(problem.batches))
+    fitted = [position for position in range(len(problem.batches)) if position not in judged] or list(judged)
+    weight, bias = layer.weight, layer.bias
+
+    def load(weight: Tensor, bias: Tensor | None) -> LoadedBlock:
+        block = problem.load({**found, **layer.tensors(weight, bias)})
+        block.module.requires_grad_(False)
+        return block
+
+    def moved(length: float, direction: Tensor) -> tuple[Tensor, Tensor | None]:
+        change = length * direction  # (F, H), or with a bias (F + 1, H)
+        inputs = weight.shape[1]
+        return weight + change[:inputs].T, None if bias is None else bias + change[inputs]
+
+    block = load(weight, bias)
+    least = _error(problem, block, judged)
+    for _ in range(TURNS):
+        slope = _slope(problem, block, layer, fitted)
+        direction = ridge_solution(layer.problem.gram(), slope, USUAL_RIDGE)
+        length = _length(problem, block, load(*moved(1.0, direction)), fitted)
+        for _ in range(_HALVINGS):
+            candidate = moved(length, direction)
+            block = load(*candidate)
+            error = _error(problem, block, judged)
+            if error < least:
+                break
+            length /= 2
+        else:
+            return weight, bias
+        least, (weight, bias) = error, candidate
+    return weight, bias
+
+
+def _weights(target: Tensor) -> Tensor:
+    """The weight of each token in the error, as in the ridge regression: 1 / norm of its target."""
+    norms: Tensor = target.norm(dim=-1, keepdim=True)
+    return norms.clamp_min(1e-6).reciprocal()
+
+
+def _error(problem: BlockProblem, block: LoadedBlock, positions: Sequence[int]) -> float:
+    """The weighted squared error of the block's output on these batches."""
+    total = 0.0
+    for position in positions:
+        target = problem.targets[position]
+        error = target - block(problem.batches[position], problem.enters[position])
+        total += float((_weights(target) * error.square()).sum())
+    return total
+
+
+def _slope(problem: BlockProblem, block: LoadedBlock, layer: OutputProjection, positions: Sequence[int]) -> Tensor:
+    """Half the negative gradient of the error by the layer's weight and bias, (F, H) or (F + 1, H) in float32."""
+    slopes = []
+    for position in positions:
+        target = problem.targets[position]
+        with _output_as_leaf(block.module.get_submodule(layer.module)) as calls, torch.enable_grad():
+            after = block.differentiable(problem.batches[position], problem.enters[position])
+            error = (_weights(target) * (target - after).square()).sum()
+        inputs, output = calls[-1]
+        (gradient,) = torch.autograd.grad(error, output)
+        features = inputs.flatten(0, -2).float()  # (N, F)
+        if layer.bias is not None:
+            features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
+        slopes.append(features.T @ gradient.flatten(0, -2).float() / -2)
+    return torch.stack(slopes).sum(0)
+
+
+@contextlib.contextmanager
+def _output_as_leaf(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Cut the graph before a layer's output; the yielded list gets the inputs and the output of each of its calls."""
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def cut(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        leaf = output.detach().requires_grad_()
+        calls.append((arguments[0].detach(), leaf))
+        return leaf
+
+    handle = module.register_forward_hook(cut)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _length(problem: BlockProblem, before: LoadedBlock, after: LoadedBlock, positions: Sequence[int]) -> float:
+    """The best length of a step, if the block's output were linear along it.
+
+    Args:
+        problem: the block's inputs and targets.
+        before: the block before the step.
+        after: the block after a step of length 1.
+        positions: of the batches to measure on.
+    """
+    along, square = 0.0, 0.0
+    for position in positions:
+        ids, enters, target = problem.batches[position], problem.enters[position], problem.targets[position]
+        now = before(ids, enters)
+        rise, weights = after(ids, enters) - now, _weights(target)
+        along += float((weights * rise * (target - now)).sum())
+        square += float((weights * rise.square()).sum())
+    return along / square if square else 0.0
