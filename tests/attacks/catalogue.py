@@ -161,26 +161,26 @@ def link_with_the_name_of_a_folder_that_is_left_behind(lab: Lab) -> None:
     (lab.lora / ".ipynb_checkpoints").symlink_to("/etc")
 
 
-@attack("_digests", "bundle", "the bytes of tokenizer.json are not those that were signed")
+@attack("digests", "bundle", "the bytes of tokenizer.json are not those that were signed")
 def a_byte_of_the_tokenizer_changed(lab: Lab) -> None:
     file = lab.bundle / "tokenizer.json"
     file.write_bytes(file.read_bytes().replace(b"quick", b"quack").replace(b'"version"', b'"Version"', 1))
 
 
-@attack("_digests", "bundle", "the bytes of model.safetensors are not")
+@attack("digests", "bundle", "the bytes of model.safetensors are not")
 def a_byte_of_the_weights_changed(lab: Lab) -> None:
     raw = bytearray((lab.bundle / "model.safetensors").read_bytes())
     raw[-1] ^= 1
     (lab.bundle / "model.safetensors").write_bytes(raw)
 
 
-@attack("_digests", "bundle", "expected")
+@attack("digests", "bundle", "expected")
 def a_byte_added_to_the_tokenizer(lab: Lab) -> None:
     with (lab.bundle / "tokenizer.json").open("ab") as file:
         file.write(b" ")
 
 
-@attack("_digests", "lora", "the bytes of adapter_model.safetensors are not")
+@attack("digests", "lora", "the bytes of adapter_model.safetensors are not")
 def a_byte_of_the_adapter_changed(lab: Lab) -> None:
     raw = bytearray((lab.lora / ADAPTER_WEIGHTS).read_bytes())
     raw[-4] ^= 1  # the lowest bits of a float

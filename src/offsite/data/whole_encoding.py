@@ -102,7 +102,7 @@ def _without_offsets(text: str, tokenizer: "PreTrainedTokenizerBase", borders: S
             raise IncompatibleError(
                 "labels cannot be placed among this tokenizer's tokens",
                 reasons=["it has no offsets (it is a slow one), and encodes the text before a label differently alone"],
-                next_step="ask the model's owner for a fast tokenizer: a folder with tokenizer.json",
+                next_step="put a fast tokenizer, one with a tokenizer.json, into the model's folder",
             )
         regions[same:] = number
     limits = np.array([*places, len(text)], dtype=np.int64)

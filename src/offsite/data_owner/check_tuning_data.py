@@ -8,6 +8,7 @@ from offsite.data.check_data import PictureCheck, TextCheck, check_pictures, che
 from offsite.data.data_files import DataPaths, Part
 from offsite.data.pictures.picture_workers import PictureWorkers
 from offsite.data.row import RowForm
+from offsite.data_owner.sent_bundle import as_sent
 from offsite.data_owner.tuning_pictures import open_album
 from offsite.models.tokenizers import context_length, load_tokenizer
 from offsite.progress import Event, Progress
@@ -35,7 +36,8 @@ def check_tuning_data(
     """
     progress(Event("reading the rows", 0))
     if bundle.manifest.family.vision is not None:
-        album = open_album(bundle.files, data, eval_data, spec, progress, PictureWorkers())
+        with as_sent():
+            album = open_album(bundle.files, data, eval_data, spec, progress, PictureWorkers())
         found: dict[str, TextCheck | PictureCheck] = {"data": check_pictures(data, album.train)}
         if album.held_out is not None:
             found["eval_data"] = check_pictures(data if eval_data is None else eval_data, album.held_out)
@@ -48,12 +50,15 @@ def check_tuning_data(
 
 def _check(bundle: Bundle, data: DataPaths, spec: TuneSpec, part: Part) -> TextCheck:
     """Describe one text data set, encoded by the bundle's tokenizer."""
+    with as_sent():
+        tokenizer = load_tokenizer(bundle.files)
+        longest = min(spec.rows.max_length, context_length(bundle.files) or spec.rows.max_length)
     return check_text(
         data,
-        load_tokenizer(bundle.files),
+        tokenizer,
         bundle.files,
         form=RowForm(spec.rows.columns or {}, spec.rows.chosen),
         part=part,
-        max_length=min(spec.rows.max_length, context_length(bundle.files) or spec.rows.max_length),
+        max_length=longest,
         long_rows=spec.rows.long_rows,
     )

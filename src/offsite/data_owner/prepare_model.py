@@ -7,6 +7,7 @@ from offsite.config import TuneSpec
 from offsite.data_owner.image_task import ImageTask, head_parameters, new_head
 from offsite.data_owner.methods import METHODS
 from offsite.data_owner.methods.trained_head import attach_head
+from offsite.data_owner.sent_bundle import as_sent
 from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.data_owner.tuning_data import TextData
@@ -44,7 +45,8 @@ def prepare_model(
             that its manifest lists.
         StorageError: its weights cannot be read.
     """
-    model = load_model(bundle.files, dtype=runtime.dtype, device=runtime.device)
+    with as_sent():
+        model = load_model(bundle.files, dtype=runtime.dtype, device=runtime.device)
     if isinstance(data, Album):
         return _prepare_pictures(bundle, model, data, spec, runtime, progress)
     return _prepare_text(bundle, model, data, spec, runtime)
@@ -52,7 +54,8 @@ def prepare_model(
 
 def _prepare_text(bundle: Bundle, model: "PreTrainedModel", data: TextData, spec: TuneSpec, runtime: Runtime) -> Tuning:
     """Make the tuning on text: attach the trainable parameters, and make the task from the rows."""
-    network = split_backbone_and_head(model)
+    with as_sent():
+        network = split_backbone_and_head(model)
     attached, kernels = _attach(bundle, model, spec, runtime)
     working = attached | attach_head(model, bundle.manifest, spec)
     weights = MasterWeights(working, decayed=_decayed(bundle, spec, working))

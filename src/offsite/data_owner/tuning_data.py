@@ -9,6 +9,7 @@ from offsite.data.pictures.picture_workers import PictureWorkers
 from offsite.data.read_rows import read_rows
 from offsite.data.row import RowForm
 from offsite.data.tokens import encode
+from offsite.data_owner.sent_bundle import as_sent
 from offsite.data_owner.tuning_pictures import Album, open_album
 from offsite.models.tokenizers import context_length, load_tokenizer
 from offsite.progress import Event, Progress
@@ -74,7 +75,8 @@ def read_data(
         IncompatibleError: the tokenizer or image processor does not fit the model.
     """
     if bundle.manifest.family.vision is not None:
-        return open_album(bundle.files, data, eval_data, spec, progress, workers)
+        with as_sent():
+            return open_album(bundle.files, data, eval_data, spec, progress, workers)
     train = _encode(bundle, data, spec, progress, "train")
     held_out = _encode(bundle, eval_data, spec, progress, "held out").examples if eval_data is not None else ()
     return TextData(train.examples, held_out, train.skipped)
@@ -82,10 +84,12 @@ def read_data(
 
 def _encode(bundle: Bundle, data: DataPaths, spec: TuneSpec, progress: Progress, part: Part) -> Encoded:
     """Read and tokenise one text data set, and report the rows that are left out."""
-    longest = min(spec.rows.max_length, context_length(bundle.files) or spec.rows.max_length)
-    tokenizer = load_tokenizer(bundle.files)
+    with as_sent():
+        longest = min(spec.rows.max_length, context_length(bundle.files) or spec.rows.max_length)
+        tokenizer = load_tokenizer(bundle.files)
     rows = read_rows(data, RowForm(spec.rows.columns or {}, spec.rows.chosen), part)
-    encoded = encode(rows, tokenizer, source=data, max_length=longest, long_rows=spec.rows.long_rows)
+    with as_sent():
+        encoded = encode(rows, tokenizer, source=data, max_length=longest, long_rows=spec.rows.long_rows)
     require_known(encoded.examples, bundle.files, data)
     if encoded.skipped:
         what = f"rows of {name_of(data)} left out, too long or without a label"

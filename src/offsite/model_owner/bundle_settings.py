@@ -40,7 +40,7 @@ def settings_files(
         raise IncompatibleError(
             "the base's config has content that may not travel",
             reasons=problems,
-            next_step=f"correct {CONFIG} in the base",
+            next_step=f"correct {model.folder / CONFIG}",
         )
     files = {CONFIG: _json(wrapped(config, declared) if declared else config)}
     others = _input_files(model)

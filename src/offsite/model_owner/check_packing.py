@@ -11,6 +11,7 @@ from offsite.model_owner.base_model import BaseModel, open_base
 from offsite.model_owner.bundle_settings import settings_files
 from offsite.model_owner.bundle_tensors import DTYPES, permitted_methods
 from offsite.model_owner.calibration_text import require_calibration
+from offsite.model_owner.check_bundle import check_settings_of
 from offsite.model_owner.emulator_work import work_of
 from offsite.model_owner.partition import partition
 from offsite.model_owner.resolve_defaults import resolve_defaults
@@ -87,7 +88,8 @@ def require_packable(model: BaseModel, spec: PackSpec) -> Sandwich:
     """
     sandwich = partition(model, spec)
     permitted_methods(model, spec)
-    settings_files(model, range(model.blocks), DTYPES[spec.dtype])  # report forbidden settings before the long work
+    # forbidden settings, and a tokenizer that does not fit, are reported before the long work
+    check_settings_of(model, settings_files(model, range(model.blocks), DTYPES[spec.dtype]))
     return sandwich
 
 

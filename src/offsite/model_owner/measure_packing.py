@@ -13,7 +13,10 @@ from offsite.kernels.peak_memory import peak_memory
 from offsite.kernels.runtime import Runtime, resolve_runtime
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner
+from offsite.model_owner.bundle_settings import settings_files
+from offsite.model_owner.bundle_tensors import DTYPES
 from offsite.model_owner.calibration import calibration_batches
+from offsite.model_owner.check_bundle import open_settings
 from offsite.model_owner.check_packing import Packing
 from offsite.model_owner.emulator_work import work_of
 from offsite.model_owner.heal.block_by_block import block_by_block
@@ -42,9 +45,10 @@ def measure_packing(plan: PackPlan, checked: Packing, progress: Progress) -> Pac
         DataError: the calibration text is too short.
         IncompatibleError: activations of the base are not finite, so no solution exists.
     """
+    model, sandwich, spec = checked.model, checked.sandwich, checked.spec
+    open_settings(model, settings_files(model, range(model.blocks), DTYPES[spec.dtype]))
     if not plan.work:
         return plan
-    model, sandwich, spec = checked.model, checked.sandwich, checked.spec
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     heals = work_of(sandwich.middle, spec).block_by_block
     progress(Event("measuring", 0))

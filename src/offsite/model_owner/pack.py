@@ -23,6 +23,7 @@ from offsite.model_owner.bundle_tensors import (
     returnable,
     returnable_head,
 )
+from offsite.model_owner.check_bundle import open_bundle, open_settings
 from offsite.model_owner.check_packing import check_packing
 from offsite.model_owner.compress.declare_emulator import declared_of
 from offsite.model_owner.describe_emulator import describe_emulator
@@ -78,7 +79,8 @@ def pack(
     Raises:
         UsageError: a setting does not fit the model, the recipient is unknown, `out` is not empty, or an interrupted
             run exists that cannot be resumed or that `resume` does not ask for.
-        IncompatibleError: the model cannot be split or healed with these settings, or weights hold NaN or infinity.
+        IncompatibleError: the model cannot be split or healed with these settings, weights hold NaN or infinity, or
+            the bundle could not be tuned: its tokenizer or image processor does not fit, or its loss is not finite.
         DataError: the calibration text is unreadable or too short.
         OffsiteError: the distillation diverged.
         StorageError: a file cannot be read or written; `out` is unchanged.
@@ -88,6 +90,7 @@ def pack(
     model, sandwich, identity, spec = checked.model, checked.sandwich, checked.identity, checked.spec
     dtype = DTYPES[spec.dtype]
     bad: list[str] = []
+    open_settings(model, settings_files(model, range(model.blocks), dtype))
     base_code = fingerprint(model, identity, bad=bad)
     require_finite(bad, model.folder)
     with staged_folder(out) as folder, _scratch(out, folder, base_code, spec, resume=resume) as scratch:
@@ -110,6 +113,7 @@ def pack(
         parties = Parties(identity.public_key.hex, checked.recipient.hex, base_code)
         manifest = bundle_manifest(model, kept, numbers, spec, file_entries(written), parties, declared)
         carry = make_carry_map(model, kept, healed, declared, spec, manifest, folder)
+        open_bundle(model, folder, manifest, home, progress)
         bundle = seal(folder, manifest, identity, out)
         shares = base_shares(model, kept, numbers, healed.keys(), declared, spec)
         Ledger(home.ledger).record_issue(bundle, recipient, carry, shares, spec)

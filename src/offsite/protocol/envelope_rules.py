@@ -85,7 +85,8 @@ def half_received(signed: SignedFolder) -> set[str]:
     return {whole for name in found if (whole := unfinished(name, listed)) and whole not in found}
 
 
-def _digests(signed: SignedFolder) -> Iterator[str]:
+def digests(signed: SignedFolder) -> Iterator[str]:
+    """Refuse a file whose size or bytes are not those that the manifest lists, or that cannot be read."""
     for entry in signed.manifest.files:
         found = signed.files.get(entry.name)
         if isinstance(found, ReadFile):  # else `_listing` reports the missing or irregular file
@@ -109,4 +110,4 @@ OWN_FAULT: Mapping[Rule, Callable[[SignedFolder], str]] = {
     _leftovers: _without_leftovers,
 }
 SIGNER_RULES: tuple[Rule, ...] = (_signature, _trusted_signer, _addressee)
-FILE_RULES: tuple[Rule, ...] = (_listing, _leftovers, _digests)
+FILE_RULES: tuple[Rule, ...] = (_listing, _leftovers, digests)

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from offsite.errors import OffsiteError, PolicyError, StorageError, UsageError, VerificationError
+from offsite.errors import IncompatibleError, OffsiteError, PolicyError, StorageError, UsageError, VerificationError
 from offsite.protocol.artifacts import Bundle, PlugIn, Return, attest
 from offsite.protocol.bundle_rules import BUNDLE_RULES
 from offsite.protocol.contents import allowed_in_plug_in
-from offsite.protocol.envelope_rules import FILE_RULES, OWN_FAULT, SIGNER_RULES, half_received
+from offsite.protocol.envelope_rules import FILE_RULES, OWN_FAULT, SIGNER_RULES, digests, half_received
 from offsite.protocol.home import Home
 from offsite.protocol.manifest import (
     MANIFEST,
@@ -23,6 +23,7 @@ from offsite.protocol.manifest import (
     PlugInManifest,
     ReturnManifest,
     parse_manifest,
+    render_manifest,
 )
 from offsite.protocol.return_rules import RETURN_RULES, beyond_policy
 from offsite.protocol.signed_folder import Rule, SignedFolder
@@ -72,6 +73,27 @@ def verify_bundle(path: Path, home: Home, *, hold: bool = False) -> Bundle:
         raise _wrong_kind(signed, "bundle")
     files = _run(signed, BUNDLE_RULES, hold=hold)
     return attest(path, signed.manifest, signed.digest, files)
+
+
+def check_unsigned(folder: Path, manifest: BundleManifest, home: Home) -> None:
+    """Run on a bundle's files, before it is signed, the rules that its recipient will run on them.
+
+    Args:
+        folder: the folder with all files that the manifest lists.
+        manifest: the manifest that will be signed.
+        home: the home of the party that will sign.
+
+    Raises:
+        IncompatibleError: a rule has findings; reasons list all of them.
+    """
+    signed = SignedFolder(folder, home, manifest, render_manifest(manifest))
+    found = _findings(replace(signed, files=_read_files(signed, hold=False)), (digests, *BUNDLE_RULES))
+    if found:
+        raise IncompatibleError(
+            "its recipient would refuse it",
+            reasons=[reason for reason, _ in found[:_SHOWN]],
+            next_step="correct what is named in the base folder, or import the model again",
+        )
 
 
 def verify_return(path: Path, home: Home, bundle: BundleManifest | None = None, *, hold: bool = False) -> Return:

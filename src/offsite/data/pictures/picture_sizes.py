@@ -54,7 +54,7 @@ def seen_picture(source: Source, family: Architecture, config: Mapping[str, Any]
         raise IncompatibleError(
             f"{folder_of(source) / _PROCESSOR} does not say how large pictures become",
             reasons=[f"{type(error).__name__}: {str(error)[:200]}"],
-            next_step="name height and width there as size, or as crop_size with do_center_crop",
+            next_step=f"correct {_PROCESSOR}: name height and width as size, or as crop_size with do_center_crop",
         ) from None
     patch = int(config.get("patch_size", 16))
     before = family.vision.before if family.vision else ()

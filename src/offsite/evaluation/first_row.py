@@ -1,0 +1,158 @@
+"""Opens a model as a tuning does, and runs one row or one picture through it; with the code that tuning runs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from offsite.data.batches import collate
+from offsite.data.conversations.parse_messages import Turn
+from offsite.data.examples import Example, require_known
+from offsite.data.pictures.picture_files import Floats, load_processor
+from offsite.data.pictures.picture_sizes import seen_picture
+from offsite.data.row import Row
+from offsite.data.tokens import encode
+from offsite.errors import DataError, IncompatibleError
+from offsite.models.backbone import split_backbone_and_head
+from offsite.models.family import Architecture
+from offsite.models.hugging_face_calls import incompatible, quiet, require_library
+from offsite.models.image_encoder import encoder_of
+from offsite.models.loading import load_model
+from offsite.models.model_folder import Source, as_folder, folder_of, has_file
+from offsite.models.tokenizers import context_length, load_config, load_tokenizer
+from offsite.training.label_losses import label_losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
+_LONGEST = 64  # tokens of a row that is run
+_UNCUT = 2**20  # tokens: templates may write long introductions
+_ROWS = (  # numbered from 1; letters of several scripts, signs, spaces at borders
+    Row(1, "Question: What does a bundle hold?\nAnswer:", " The blocks to train, and what replaces the others."),
+    Row(2, None, "def add(left, right):\n    return left + right\n"),
+    Row(
+        3,
+        "Gr\u00fc\u00dfe aus M\u00fcnchen \u2014 \u65e5\u672c\u8a9e \U0001f642 ",
+        "\u4f60\u597d, \u043f\u0440\u0438\u0432\u0435\u0442!\n",
+    ),
+)
+_CONVERSATION = Row(
+    4, None, "", turns=(Turn("user", "What is the capital of France?"), Turn("assistant", "It is Paris."))
+)
+
+
+def open_inputs(source: Source, family: Architecture, config: Mapping[str, Any]) -> list[Example] | Floats:
+    """Load what prepares the rows or pictures of a model, and prepare some; no weights are read.
+
+    Args:
+        source: the model's folder, or a snapshot of its files.
+        family: the model's family.
+        config: the config of the family.
+
+    Returns:
+        The first rows as examples, or one picture, (1, 3, Y, X).
+
+    Raises:
+        UsageError: an optional package is not installed.
+        StorageError: a file cannot be read.
+        IncompatibleError: the tokenizer or the image processor does not load, or does not fit the model.
+    """
+    _load_configs(source)
+    if family.vision is not None:
+        require_library(family, folder_of(source))
+        pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+        seen_picture(source, family, config)
+        return load_processor(source)(pixels)[None]
+    tokenizer = load_tokenizer(source)
+    longest = min(_LONGEST, context_length(source) or _LONGEST)
+    examples = [example for row in _ROWS for example in _encoded(row, tokenizer, longest)]
+    if tokenizer.chat_template:
+        examples += _conversation(tokenizer, source)
+    require_known(examples, source, Path("text of the check"))
+    return [example for example in examples if len(example.ids) <= longest]
+
+
+def _load_configs(source: Source) -> None:
+    """Load the config and the generation settings.
+
+    Raises:
+        IncompatibleError: transformers refuses one of them.
+    """
+    from transformers import GenerationConfig
+
+    name, advice = _CONFIG, f"correct {_CONFIG} there"
+    try:
+        with quiet(), incompatible(folder_of(source)):
+            load_config(source)
+            if has_file(source, _GENERATION_CONFIG):
+                name, advice = _GENERATION_CONFIG, f"correct {_GENERATION_CONFIG} there, or take it out"
+                with as_folder(source) as folder:
+                    GenerationConfig.from_pretrained(folder).validate()
+    except IncompatibleError as error:
+        raise IncompatibleError(
+            f"transformers refuses {folder_of(source) / name}", reasons=error.reasons, next_step=advice
+        ) from error
+
+
+def _encoded(row: Row, tokenizer: "PreTrainedTokenizerBase", longest: int) -> Sequence[Example]:
+    return encode([row], tokenizer, source=Path("text of the check"), max_length=longest, long_rows="truncate").examples
+
+
+def _conversation(tokenizer: "PreTrainedTokenizerBase", source: Source) -> Sequence[Example]:
+    """A question and an answer through the chat template, which must write both.
+
+    Raises:
+        IncompatibleError: it does not.
+    """
+    try:
+        return _encoded(_CONVERSATION, tokenizer, _UNCUT)
+    except DataError as error:
+        raise IncompatibleError(
+            f"the chat template in {folder_of(source)} cannot write a question and its answer",
+            reasons=[reason.partition("'messages': ")[2] or reason for reason in error.reasons] or [error.what],
+            next_step="correct chat_template.jinja there (or chat_template in tokenizer_config.json), or take it out: "
+            "rows of prompt and completion do without",
+        ) from None
+
+
+@torch.no_grad()
+def first_loss(source: Source, family: Architecture, inputs: "list[Example] | Floats", dtype: torch.dtype) -> float:
+    """Load a model's weights and run what `open_inputs` prepared through it.
+
+    Args:
+        source: the model's folder, or a snapshot of its files.
+        family: the model's family.
+        inputs: from `open_inputs`.
+        dtype: the dtype of the loaded weights; weights of this dtype are mapped from their file.
+
+    Returns:
+        The loss in nats per labelled token, or for pictures the sum of the features; not finite where the model is
+        broken.
+
+    Raises:
+        StorageError: the weights cannot be read.
+        IncompatibleError: the model does not load, its head is not a linear one, or it does not take the input.
+    """
+    model = load_model(source, dtype=dtype, device=torch.device("cpu"))
+    with incompatible(folder_of(source)):
+        if family.vision is not None:
+            encoder = encoder_of(model)
+            features = encoder.features(np.asarray(inputs, dtype=np.float32))
+            if features.shape[1] != encoder.inputs:
+                raise IncompatibleError(f"the encoder has {features.shape[1]} features, expected {encoder.inputs}")
+            return float(features.double().sum())
+        examples = [example for example in inputs if isinstance(example, Example)]
+        if not _finite(model, examples):
+            return math.nan  # before the check of the head, which no such model passes
+        network = split_backbone_and_head(model)
+        batch = collate(examples)
+        return float(label_losses(network, batch)[1].double().mean())
+
+
+def _finite(model: torch.nn.Module, examples: Sequence[Example]) -> bool:
+    ids = torch.from_numpy(examples[0].ids)[None]
+    return bool(torch.isfinite(model(input_ids=ids, use_cache=False).logits).all())
