@@ -23,6 +23,8 @@ from offsite.models.loading import load_model
 from offsite.models.model_folder import model_settings
 from offsite.protocol.contents import CLASSIFIER, PROCESSOR
 from offsite.protocol.manifest import MANIFEST
+from offsite.storage.checkpoint_folder import open_checkpoint
+from offsite.storage.safetensors_files import read_float32, read_header
 from tiny import EVERY_VISION_KIND, VISION_KINDS, tiny_parties, tiny_pictures, tiny_vision_base
 
 CPU = torch.device("cpu")
@@ -111,6 +113,38 @@ def test_a_list_of_blocks(tmp_path: Path) -> None:
     )
     own = evaluate_images(bundle.folder, pictures, EXACT, adapter=returned.folder)
     assert evaluate_images(made.folder, pictures, EXACT).loss == pytest.approx(own.loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", EVERY_VISION_KIND)
+def test_adapters_on_compressed_blocks(tmp_path: Path, kind: str) -> None:
+    """Every block is pruned and carries a LoRA pair; the plug-in has the pair's product in every block of the base."""
+    parties = tiny_parties(tmp_path)
+    base = Base(tiny_vision_base(tmp_path / "base", kind, 3))
+    pictures = tiny_pictures(tmp_path / "pictures")
+    settings = {"placement": "every", "prune": 0.5, "prune_by": "magnitude", "heal": "none", "dtype": "fp32"}
+    spec = PackSpec.model_validate({**settings, "max_rank": 4})
+    bundle = offsite.pack(base, tmp_path / "bundle", "hospital", spec, parties.owner)
+    assert (bundle.manifest.split.verbatim, bundle.manifest.split.adapted) == ((), (0, 1, 2))
+    assert not {"full", "bottleneck"} & set(bundle.manifest.methods)
+    returned = offsite.tune(bundle, pictures, tmp_path / "return", tuning("lora"), parties.data_owner)
+    made = offsite.plug_in(
+        base, offsite.intake(returned.folder, parties.owner), tmp_path / "plugged", PlugInSpec(), parties.owner
+    )
+    own = evaluate_images(bundle.folder, pictures, EXACT, adapter=returned.folder)
+    assert own.loss < np.log(3)
+    family, lora = bundle.manifest.family, returned.manifest.lora
+    assert lora is not None
+    before, after = open_checkpoint(base.folder).tensors, open_checkpoint(made.folder).tensors
+    sent = read_header(returned.folder / "adapter_model.safetensors")
+    assert {place[0] for target in lora.targets if (place := family.linear_layer_of(target))} == {0, 1, 2}
+    for target in lora.targets:
+        place = family.linear_layer_of(target)
+        assert place is not None
+        name = f"{family.in_block(*place)}.weight"
+        a, b = (read_float32(sent[f"base_model.model.{target}.lora_{half}.weight"]) for half in "AB")
+        [merged] = [tensor for full, tensor in after.items() if full.endswith(f".{name}")]
+        change = read_float32(merged) - read_float32(before[name])
+        assert np.allclose(change, lora.alpha / lora.rank * (b @ a), atol=1e-6), name
 
 
 def test_a_pipeline_of_transformers_runs_the_plug_in(tmp_path: Path) -> None:

@@ -67,6 +67,25 @@ def test_the_bundle_has_the_planned_bytes(
     assert by_name(plan.disk)["bundle"] == sum(sizes(bundle.folder).values())
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("settings", [{"bits": 8}, {"keep": 2, "heal": "share"}, {"mlp_width": 0.5, "top": 1}])
+def test_adapters_on_compressed_blocks_are_planned(
+    base_of: MakeBase, tmp_path: Path, parties: Parties, plan_of: Plan, family: str, settings: dict[str, Any]
+) -> None:
+    base, every = base_of(family), PackSpec.model_validate({"placement": "every", **settings})
+    plan = plan_of(base, every)
+    bundle = pack(Base(base), tmp_path / "bundle", "hospital", every, parties.owner)
+    assert by_name(plan.files) == sizes(bundle.folder)
+    parts = {part.name: part.blocks for part in plan.bundle if part.blocks}
+    assert parts == ({"emulator": 5} if "top" not in settings else {"emulator": 4, "top": 1})
+    returned = lora_return(bundle, tmp_path / "return", parties.data_owner)
+    plugged = plan_plug_in(Base(base), returned.folder, tmp_path / "plugged", PlugInSpec(), parties.owner)
+    made = plug_in(
+        Base(base), intake(returned.folder, parties.owner), tmp_path / "plugged", PlugInSpec(), parties.owner
+    )
+    assert by_name(plugged.files) == sizes(made.folder)
+
+
 def test_blocks_that_train_in_between_are_planned(
     base_of: MakeBase, tmp_path: Path, parties: Parties, plan_of: Plan
 ) -> None:

@@ -62,7 +62,8 @@ def pack(
     """Make a signed bundle for one data owner: the blocks to train, and an emulator in place of the rest.
 
     By default the emulator is the middle of the model with half of its weights pruned, which gives the best plug-in.
-    With --keep it has a few of the middle blocks, which makes tuning fastest. Defaults follow the model's family; a
+    With --keep it has a few of the middle blocks, which makes tuning fastest. With --placement every, no block goes out
+    as it is in the base: all are compressed, and carry adapters all the same. Defaults follow the model's family; a
     line of the output says how the emulator was made. The bundle is an ordinary Hugging Face
     checkpoint, unless the emulator shares, quantises, factorises or narrows its blocks, leaves zeros out or has affine
     layers after them. The bundle is recorded in the home's ledger. The log is OUT.log.jsonl, next to it.
@@ -70,6 +71,7 @@ def pack(
     Example:
       offsite pack base/ --out bundle/ --for hospital --bottom 4 --top 6
       offsite pack base/ --out bundle/ --for hospital --keep 8 --heal refit,distill
+      offsite pack base/ --out bundle/ --for hospital --placement every --bits 4
     """
     from offsite.config import PackSpec
 

@@ -1,17 +1,21 @@
 """Returned values of narrower layers land in the kept rows and columns of the base, and nowhere else."""
 
 import dataclasses
+import sqlite3
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from artifacts import packed
+from artifacts import lora_return, packed
+from offsite.config import PlugInSpec
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.carry_map import CarryMap, KeptFeatures
+from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.plugging_in.carry import Spread, carry_axis, carry_matrix, carry_of, require_fitting_map
+from offsite.model_owner.plugging_in.plug_in import plug_in
 from offsite.protocol.artifacts import Base
 from tiny import MakeBase, Parties
 
@@ -59,3 +63,18 @@ def test_a_map_must_lead_from_the_bundle_to_the_base(base_of: MakeBase, parties:
         with pytest.raises(IncompatibleError, match="restore the ledger") as caught:
             require_fitting_map(wrong, model, bundle.manifest)
         assert any(reason in one for one in caught.value.reasons), caught.value.reasons
+
+
+def test_a_lost_map_is_an_error_where_it_is_needed(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
+    """A home whose ledger an earlier version wrote, or that was put together by hand, cannot guess the rows."""
+    base, every = base_of(blocks=3), {"bottom": None, "top": None, "keep": None, "placement": "every"}
+    bundle = packed(base, tmp_path / "bundle", parties, **every, mlp_width=0.5)
+    returned = lora_return(bundle, tmp_path / "return", parties.data_owner)
+    with sqlite3.connect(parties.owner.ledger) as db:
+        db.execute("UPDATE bundles SET carry = NULL")
+    db.close()
+    accepted = intake(returned.folder, parties.owner)
+    with pytest.raises(IncompatibleError, match="the ledger has no map for this bundle") as caught:
+        plug_in(Base(base), accepted, tmp_path / "plugged", PlugInSpec(), parties.owner)
+    assert "restore the ledger" in str(caught.value.next_step)
+    assert not (tmp_path / "plugged").exists()
