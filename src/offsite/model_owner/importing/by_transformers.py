@@ -89,7 +89,7 @@ def load_and_save(
         )
         if method == "bitsandbytes":
             model = model.dequantize()
-        if method is not None:  # else saving would undo the conversions of loading, and so quantise again
+        if method is not None or "gguf_file" in options:  # else saving undoes the conversions of quantised weights
             vars(model).pop("_weight_conversions", None)
         tokenizer = None if vision else AutoTokenizer.from_pretrained(source, **OFFLINE, **options)
     except _ERRORS as error:
