@@ -191,15 +191,15 @@ def _encoder(family: Architecture) -> str:
 
 def _refit(family: Architecture) -> str:
     """How refit finds the MLP's output layer, and that of attention where it does so in another way."""
-    mlp = _refit_way(family.linear_residual, family.mlp_norms, experts=family.experts is not None)
+    mlp = _refit_way(family.linear_residual, family.mlp_norms, experts=family.experts is not None, part="mlp")
     known = family.linear_residual if family.linear_attention is None else family.linear_attention
-    attention = _refit_way(known, family.attention_norms, experts=False)
+    attention = _refit_way(known, family.attention_norms, experts=False, part="attention")
     return mlp if attention == mlp else f"{mlp}; attention {attention}"
 
 
-def _refit_way(known: bool, norms: Mapping[str, str], *, experts: bool) -> str:
+def _refit_way(known: bool, norms: Mapping[str, str], *, experts: bool, part: str) -> str:
     if not known:
-        return "by gradient"
+        return "as measured" if part == "mlp" else "by gradient"
     if experts:
         return "expert by expert"
     conditions = list(dict.fromkeys(norms.values()))

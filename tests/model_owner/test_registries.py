@@ -29,6 +29,9 @@ SHARED = {
         "expert_outputs",
         "gradient_refit",
         "held_norm",
+        "held_solution",
+        "block_error",
+        "measured_response",
         "ridge",
     },
     compress: {

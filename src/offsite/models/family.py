@@ -14,7 +14,7 @@ from typing import Any, Literal
 from offsite.config import RefitMap
 from offsite.errors import IncompatibleError
 
-RefitWay = Literal["in closed form", "in front of the norm", "expert by expert", "by gradient"]
+RefitWay = Literal["in closed form", "in front of the norm", "expert by expert", "as measured", "by gradient"]
 Rule = Callable[[Mapping[str, Any], int], Any]  # (config, index of a block) -> the value that transformers derives
 
 # Masks and frequencies that files of many families held until 2023; they are computed, and are not weights.
@@ -91,7 +91,7 @@ class Architecture:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # values for conditions if a config lacks a key
     transposed: bool = False  # linear layers store their weights (in, out): GPT-2's Conv1D
     # Whether a block's output is linear in the output of mlp_out, apart from the norms in mlp_norms. Refit solves for
-    # that output; where this is False, because it is not linear or not known, refit follows the gradient.
+    # that output. False where it is not linear or not known: refit then measures the response of each block.
     linear_residual: bool = True
     # The same for attention_out, with the MLP's output fixed; None: as for mlp_out.
     linear_attention: bool | None = None
@@ -451,7 +451,7 @@ class Architecture:
         if part == "attention" and self.linear_attention is not None:
             known = self.linear_attention
         if not known:
-            return "by gradient"
+            return "as measured" if part == "mlp" else "by gradient"
         if part == "mlp" and self.experts is not None:
             return "expert by expert"
         return "in front of the norm" if self.norms_after(part, config) else "in closed form"

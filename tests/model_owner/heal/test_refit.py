@@ -1,7 +1,7 @@
 """Refit against an oracle that solves the same least squares from a whole transformers model's activations."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ from offsite.model_owner.base_model import open_base
 from offsite.model_owner.block_runner import BlockRunner, LoadedBlock, captured_inputs, captured_routing
 from offsite.model_owner.calibration import calibration_batches
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
+from offsite.model_owner.heal.held_solution import SHARES
+from offsite.model_owner.heal.measured_response import measure_response
 from offsite.model_owner.heal.refit import solve_block
 from offsite.model_owner.heal.ridge import USUAL_RIDGE
 from offsite.models.architectures import ARCHITECTURES
@@ -136,9 +138,9 @@ class OneBlock:
         problem = BlockProblem(self.load, model.family, model.config, self.batches, self.enters, self.targets, paths)
         return replace(problem, **changed)
 
-    def error(self, changed: dict[str, torch.Tensor]) -> float:
+    def error(self, changed: Mapping[str, torch.Tensor], load: Callable[..., LoadedBlock] | None = None) -> float:
         """Of the block's output, each token by 1 / norm of its target."""
-        (after,), (target,) = self.run(self.load(changed), self.enters), self.targets
+        (after,), (target,) = self.run((load or self.load)(changed), self.enters), self.targets
         return float(((after - target).square().sum(-1) / target.norm(dim=-1)).sum())
 
 
@@ -292,11 +294,17 @@ def test_in_front_of_a_norm_the_ridge_solution_holds_its_statistics(
     change = torch.linalg.lstsq(stacked, torch.cat([right, torch.zeros(left.shape[1], right.shape[1])])).solution / gain
     found = one.refitted(part)
     inputs = linear.weight.shape[1]
-    torch.testing.assert_close(
-        found[f"{path}.weight"], (linear.weight.double() + change[:inputs].T).float(), atol=1e-3, rtol=1e-2
-    )
     assert change.abs().max() > 1e-3  # there was something to heal
     assert one.error(found) < one.error({})
+
+    def moved(share: float) -> dict[str, torch.Tensor]:
+        weight = {f"{path}.weight": (linear.weight.double() + share * change[:inputs].T).float()}
+        bias = {} if linear.bias is None else {f"{path}.bias": (linear.bias.double() + share * change[inputs]).float()}
+        return {name: value.detach() for name, value in (weight | bias).items()}
+
+    shares = SHARES if norms else (1.0,)
+    best = min(shares, key=lambda share: one.error(moved(share)))
+    torch.testing.assert_close(found[f"{path}.weight"], moved(best)[f"{path}.weight"], atol=1e-3, rtol=1e-2)
 
 
 def test_a_mixture_of_experts_is_refitted_by_its_attention(tmp_path: Path, text: Path) -> None:
@@ -417,17 +425,67 @@ def test_a_block_that_gives_what_is_asked_of_it_stays_as_it_is(kind: str, tmp_pa
         np.testing.assert_allclose(value.numpy(), read_float32(block[path]), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", each_form([kind for kind in KINDS if "moe" not in kind and kind != "mixtral"]))
-@pytest.mark.parametrize("part", ["mlp", "attention"])
-def test_the_gradient_leads_at_least_as_far_as_the_closed_form(
-    kind: str, part: RefitMap, tmp_path: Path, text: Path
-) -> None:
-    """Where nobody knows what follows the layer: the first step is the closed form if the block is linear in it."""
+DENSE = [kind for kind in KINDS if "moe" not in kind and kind != "mixtral"]
+UNKNOWN: dict[str, Any] = {"linear_residual": False, "linear_attention": None, "mlp_norms": {}, "attention_norms": {}}
+
+
+@pytest.mark.parametrize("kind", each_form(DENSE))
+def test_what_no_row_says_is_measured(kind: str, tmp_path: Path, text: Path) -> None:
+    """The response of a block to the MLP's output, also through norms: the solution is that of the row."""
     one = OneBlock(tiny_base(tmp_path / "base", blocks=4, **KINDS[kind]), text)
-    unknown = replace(one.model.family, linear_residual=False, linear_attention=None, mlp_norms={}, attention_norms={})
-    assert unknown.refit_way(part, one.model.config) == "by gradient"
-    found = dict(solve_block(one.problem(family=unknown), {}, PackSpec(refit_maps=(part,)), None))
-    assert one.error(found) <= one.error(one.refitted(part)) * 1.0001 < one.error({})
+    unknown = replace(one.model.family, **UNKNOWN)
+    assert unknown.refit_way("mlp", one.model.config) == "as measured"
+    found = dict(solve_block(one.problem(family=unknown), {}, PackSpec(refit_maps="mlp"), None))
+    for path, value in one.refitted("mlp").items():
+        torch.testing.assert_close(found[path], value, atol=2e-3, rtol=2e-2)
+    assert one.error(found) < one.error({})
+
+
+class ScaledMlp(torch.nn.Module):
+    """An MLP whose output is multiplied by a number for each channel and one for all, as in Granite and with scales."""
+
+    def __init__(self, mlp: torch.nn.Module, *, square: bool = False) -> None:
+        super().__init__()
+        self.down_proj, self.mlp, self.square = mlp.down_proj, [mlp], square
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.mlp[0](hidden)
+        return made * made.abs() if self.square else 0.22 * made * torch.linspace(0.5, 1.5, made.shape[-1])
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_scales_are_measured_and_what_is_not_linear_follows_the_gradient(
+    square: bool, tmp_path: Path, text: Path
+) -> None:
+    one = OneBlock(tiny_base(tmp_path / "base", blocks=4), text)
+
+    def load(changed: Mapping[str, torch.Tensor]) -> LoadedBlock:
+        block = partial(one.load)(changed)
+        block.module.mlp = ScaledMlp(block.module.mlp, square=square)
+        return block
+
+    problem = one.problem(family=replace(one.model.family, **UNKNOWN), load=load)
+    response = measure_response(load({}), "mlp.down_proj", one.batches[0], one.enters[0])
+    assert response.known is not square
+    before = one.error({}, load)
+    found = dict(solve_block(problem, {}, PackSpec(refit_maps="mlp"), None))
+    assert one.error(found, load) < before
+    if not square:
+        scale = response.scale
+        assert scale is not None
+        torch.testing.assert_close(scale, 0.22 * torch.linspace(0.5, 1.5, 32), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", each_form(DENSE))
+def test_the_gradient_leads_at_least_as_far_as_the_closed_form(kind: str, tmp_path: Path, text: Path) -> None:
+    """Where nobody knows what follows attention: the first step is the closed form if the block is linear in it."""
+    one = OneBlock(tiny_base(tmp_path / "base", blocks=4, **KINDS[kind]), text)
+    unknown = replace(one.model.family, **UNKNOWN)
+    assert unknown.refit_way("attention", one.model.config) == "by gradient"
+    found = dict(solve_block(one.problem(family=unknown), {}, PackSpec(refit_maps=("attention",)), None))
+    assert one.error(found) < one.error({})
+    if one.model.family.refit_way("attention", one.model.config) == "in closed form":
+        assert one.error(found) <= one.error(one.refitted("attention")) * 1.01
 
 
 def test_fewer_tokens_than_one_sequence_has(tmp_path: Path, text: Path) -> None:

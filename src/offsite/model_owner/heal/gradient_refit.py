@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from offsite.model_owner.block_runner import LoadedBlock
+from offsite.model_owner.heal.block_error import block_error, judged_positions, token_weights
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.model_owner.heal.output_projection import OutputProjection
-from offsite.model_owner.heal.ridge import USUAL_RIDGE, held_out_positions, ridge_solution
+from offsite.model_owner.heal.ridge import USUAL_RIDGE, ridge_solution
 
 TURNS = 4
 _HALVINGS = 4
@@ -32,7 +33,7 @@ def follow_gradient(
             name it.
         layer: the layer as it is.
     """
-    judged = held_out_positions(len(problem.batches)) or range(len(problem.batches))
+    judged = judged_positions(problem)
     fitted = [position for position in range(len(problem.batches)) if position not in judged] or list(judged)
     weight, bias = layer.weight, layer.bias
 
@@ -47,7 +48,7 @@ def follow_gradient(
         return weight + change[:inputs].T, None if bias is None else bias + change[inputs]
 
     block = load(weight, bias)
-    least = _error(problem, block, judged)
+    least = block_error(problem, block, judged)
     for _ in range(TURNS):
         slope = _slope(problem, block, layer, fitted)
         direction = ridge_solution(layer.problem.gram(), slope, USUAL_RIDGE)
@@ -55,7 +56,7 @@ def follow_gradient(
         for _ in range(_HALVINGS):
             candidate = moved(length, direction)
             block = load(*candidate)
-            error = _error(problem, block, judged)
+            error = block_error(problem, block, judged)
             if error < least:
                 break
             length /= 2
@@ -65,22 +66,6 @@ def follow_gradient(
     return weight, bias
 
 
-def _weights(target: Tensor) -> Tensor:
-    """The weight of each token in the error, as in the ridge regression: 1 / norm of its target."""
-    norms: Tensor = target.norm(dim=-1, keepdim=True)
-    return norms.clamp_min(1e-6).reciprocal()
-
-
-def _error(problem: BlockProblem, block: LoadedBlock, positions: Sequence[int]) -> float:
-    """The weighted squared error of the block's output on these batches."""
-    total = 0.0
-    for position in positions:
-        target = problem.targets[position]
-        error = target - block(problem.batches[position], problem.enters[position])
-        total += float((_weights(target) * error.square()).sum())
-    return total
-
-
 def _slope(problem: BlockProblem, block: LoadedBlock, layer: OutputProjection, positions: Sequence[int]) -> Tensor:
     """Half the negative gradient of the error by the layer's weight and bias, (F, H) or (F + 1, H) in float32."""
     slopes = []
@@ -88,7 +73,7 @@ def _slope(problem: BlockProblem, block: LoadedBlock, layer: OutputProjection, p
         target = problem.targets[position]
         with _output_as_leaf(block.module.get_submodule(layer.module)) as calls, torch.enable_grad():
             after = block.differentiable(problem.batches[position], problem.enters[position])
-            error = (_weights(target) * (target - after).square()).sum()
+            error = (token_weights(target) * (target - after).square()).sum()
         inputs, output = calls[-1]
         (gradient,) = torch.autograd.grad(error, output)
         features = inputs.flatten(0, -2).float()  # (N, F)
@@ -128,7 +113,7 @@ def _length(problem: BlockProblem, before: LoadedBlock, after: LoadedBlock, posi
     for position in positions:
         ids, enters, target = problem.batches[position], problem.enters[position], problem.targets[position]
         now = before(ids, enters)
-        rise, weights = after(ids, enters) - now, _weights(target)
+        rise, weights = after(ids, enters) - now, token_weights(target)
         along += float((weights * rise * (target - now)).sum())
         square += float((weights * rise.square()).sum())
     return along / square if square else 0.0

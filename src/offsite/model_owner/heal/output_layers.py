@@ -9,6 +9,7 @@ from offsite.model_owner.compress.pruner_protocol import Pruning
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.model_owner.heal.expert_outputs import change_expert_outputs
 from offsite.model_owner.heal.gradient_refit import follow_gradient
+from offsite.model_owner.heal.held_solution import solve_in_front_of_norms
 from offsite.model_owner.heal.output_projection import output_projection
 
 
@@ -35,8 +36,10 @@ def change_outputs(
         elif f"{path}.weight" in problem.paths:
             layer = output_projection(problem, {**found, **changed}, part, path)
             weight, bias = layer.weight, layer.bias
-            if solves and family.refit_way(part, problem.config) == "by gradient":
+            if solves and not layer.linear:
                 weight, bias = follow_gradient(problem, {**found, **changed}, layer)
+            elif solves and layer.held:
+                weight, bias = solve_in_front_of_norms(problem, {**found, **changed}, layer)
             elif solves:
                 weight, bias = layer.solve()
             if pruning is not None:

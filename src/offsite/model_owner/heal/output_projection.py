@@ -12,6 +12,7 @@ from offsite.config import RefitMap
 from offsite.model_owner.block_runner import LoadedBlock, captured_inputs
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.model_owner.heal.held_norm import hold_norm
+from offsite.model_owner.heal.measured_response import Response, measure_response
 from offsite.model_owner.heal.ridge import RidgeProblem
 
 
@@ -30,6 +31,8 @@ class OutputProjection:
     bias: Tensor | None  # (H,)
     scale: Tensor | None  # (H,): factor of the layer's output in the block
     problem: RidgeProblem
+    linear: bool = True  # whether the problem's solution is that of the block; else only its Gram matrix is right
+    held: bool = False  # whether norms follow, whose statistics the problem holds
 
     def gram(self) -> Tensor:
         """The Gram matrix of the layer's inputs, (F, F) in float32.
@@ -41,10 +44,14 @@ class OutputProjection:
 
     def solve(self) -> tuple[Tensor, Tensor | None]:
         """New weight (H, F) and bias (H,) that bring the block's output closest to its targets (ridge regression)."""
+        return self.moved(self.problem.change())
+
+    def moved(self, change: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor | None]:
+        """Weight (H, F) and bias (H,) after a share of a solution of the problem, (F, H), or with a bias (F + 1, H)."""
         inputs = self.weight.shape[1]
-        change = self.problem.change()  # (F, H), or with a bias (F + 1, H)
         if self.scale is not None:  # outputs with a scale close to 0 do not change
             change = change * torch.where(self.scale.abs() > 1e-6 * self.scale.abs().max(), 1 / self.scale, 0.0)
+        change = share * change
         return self.weight + change[:inputs].T, None if self.bias is None else self.bias + change[inputs]
 
     def tensors(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
@@ -73,23 +80,27 @@ def output_projection(
     family, block = problem.family, problem.load(found)
     parameters, names = dict(block.module.named_parameters()), family.modules
     _, scale = family.output_of(part)
-    norms = family.norms_after(part, problem.config)
     path = names.get(f"{layer}.weight", f"{layer}.weight").removesuffix(".weight")
     weight, bias = parameters[f"{path}.weight"].double(), parameters.get(f"{path}.bias")
     factor = parameters.get(names.get(scale, scale)) if scale else None
     weight = weight.T if family.transposed else weight
     outputs, inputs = weight.shape
+    way = family.refit_way(part, problem.config)
+    response = Response(known=way != "by gradient", norms=family.norms_after(part, problem.config))
+    if way == "as measured":
+        response = measure_response(block, path, problem.batches[0], problem.enters[0])
     ridge = RidgeProblem(inputs, outputs, len(problem.batches), weight.device, bias=bias is not None)
     for position, ids in enumerate(problem.batches):
-        with captured_inputs(block, [path, *norms]) as seen:
+        with captured_inputs(block, [path, *response.norms]) as seen:
             after = block(ids, problem.enters[position])
-        held = [hold_norm(block.module.get_submodule(norm), seen[norm]) for norm in norms]
+        held = [hold_norm(block.module.get_submodule(norm), seen[norm]) for norm in response.norms]
         factors = [norm.inverse for norm in held]  # (N, 1) each
-        if family.experts is not None and part == "mlp":  # a gate may multiply what an expert for all tokens gives
-            factors.append(_gate(block, path, ids, problem.enters[position], after))
+        gated = family.experts is not None and part == "mlp"  # a gate may multiply an expert that all tokens use
+        if gated or response.scale is not None:
+            factors.append(_gate(block, path, ids, problem.enters[position], after, response.scale))
         of_token = functools.reduce(operator.mul, factors) if factors else None
         ridge.add(position, seen[path], after, problem.targets[position], of_token)
-    gains = [norm.gain for norm in held] + ([] if factor is None else [factor])
+    gains = [*(norm.gain for norm in held), *(one for one in (factor, response.scale) if one is not None)]
     return OutputProjection(
         path=layer,
         module=path,
@@ -98,10 +109,14 @@ def output_projection(
         bias=None if bias is None else bias.double(),
         scale=functools.reduce(operator.mul, gains).double() if gains else None,
         problem=ridge,
+        linear=response.known,
+        held=bool(response.norms),
     )
 
 
-def _gate(block: LoadedBlock, path: str, ids: Tensor, enters: Tensor, after: Tensor) -> Tensor:
+def _gate(
+    block: LoadedBlock, path: str, ids: Tensor, enters: Tensor, after: Tensor, scale: Tensor | None = None
+) -> Tensor:
     """The factor of each token by which the block multiplies a layer's output, (N, 1).
 
     It is measured: the layer's outputs are raised, and the block's output rises with them.
@@ -112,6 +127,7 @@ def _gate(block: LoadedBlock, path: str, ids: Tensor, enters: Tensor, after: Ten
         ids: of the batch.
         enters: the block's inputs, (B, T, H).
         after: the block's outputs, (B, T, H).
+        scale: the factor of each channel, (H,); None if there is none.
     """
     step = float(after.abs().mean()) or 1.0
     raised = block.module.get_submodule(path).register_forward_hook(lambda _, __, output: output + step)
@@ -119,4 +135,7 @@ def _gate(block: LoadedBlock, path: str, ids: Tensor, enters: Tensor, after: Ten
         risen = block(ids, enters)
     finally:
         raised.remove()
-    return (risen - after).flatten(0, -2).mean(-1, keepdim=True) / step
+    rise = (risen - after).flatten(0, -2) / step  # (N, H)
+    if scale is None:
+        return rise.mean(-1, keepdim=True)
+    return rise @ scale[:, None] / scale.square().sum().clamp_min(1e-12)

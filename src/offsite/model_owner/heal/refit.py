@@ -6,7 +6,8 @@ weights. While attention's projection is fitted, the MLP's output is held fixed.
 which solves for a linear map after the MLP, on the base's activations. If a block multiplies the projection's output by
 a learned scale, the problem is solved after that scale. A norm after the projection keeps the statistics that it has;
 the last layers of experts are solved one after the other; where a family's row does not say that the block's output is
-linear in the projection's, refit follows the gradient. Measurements are in docs/decisions/0004-refit.md.
+linear in the projection's, the response is measured, or refit follows the gradient. Measurements are in
+docs/decisions/0004-refit.md.
 """
 
 from collections.abc import Mapping

@@ -82,12 +82,23 @@ class RidgeProblem:
     def change(self) -> Tensor:
         """The change of the layer, (F, H), or (F + 1, H) with a bias, in float64.
 
-        Its ridge is the one with the smallest error on the held-out batches.
+        Its ridge is the one with the smallest error on the held-out batches; where none lowers that error, nothing
+        changes.
         """
+        return self.solutions()[1]
+
+    def solutions(self) -> tuple[Tensor, Tensor]:
+        """The change of the layer, solved without the held-out batches and on all of them; see `change`."""
         fitted, judge, ridge = self._fitted, self._held_out, USUAL_RIDGE
-        if judge.square:
-            ridge = min(RIDGES, key=lambda candidate: judge.error(_solution(fitted, candidate)))
-        return _solution(fitted.plus(judge), ridge)
+        whole = fitted.plus(judge)
+        if not judge.square:
+            return (_solution(whole, ridge),) * 2
+        trials = {candidate: _solution(fitted, candidate) for candidate in RIDGES}
+        errors = {candidate: judge.error(trial) for candidate, trial in trials.items()}
+        ridge = min(errors, key=errors.__getitem__)
+        if errors[ridge] >= judge.square:
+            return (torch.zeros_like(trials[ridge]),) * 2
+        return trials[ridge], _solution(whole, ridge)
 
 
 def held_out_positions(batches: int) -> range:

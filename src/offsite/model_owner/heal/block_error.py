@@ -1,0 +1,30 @@
+"""The error of a block's output against its targets, as the ridge regression weights it."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from offsite.model_owner.block_runner import LoadedBlock
+from offsite.model_owner.heal.block_step_protocol import BlockProblem
+from offsite.model_owner.heal.ridge import held_out_positions
+
+
+def token_weights(target: Tensor) -> Tensor:
+    """The weight of each token in the error, as in the ridge regression: 1 / norm of its target."""
+    norms: Tensor = target.norm(dim=-1, keepdim=True)
+    return norms.clamp_min(1e-6).reciprocal()
+
+
+def block_error(problem: BlockProblem, block: LoadedBlock, positions: Sequence[int]) -> float:
+    """The weighted squared error of the block's output on these batches."""
+    total = 0.0
+    for position in positions:
+        target = problem.targets[position]
+        error = target - block(problem.batches[position], problem.enters[position])
+        total += float((token_weights(target) * error.square()).sum())
+    return total
+
+
+def judged_positions(problem: BlockProblem) -> Sequence[int]:
+    """Positions of the batches that a solution is judged on: those that are held out, or all if none is."""
+    return held_out_positions(len(problem.batches)) or range(len(problem.batches))
