@@ -37,17 +37,10 @@ def _run(
     into, out_of, activation = experts.gate_up_proj.unbind(0), experts.down_proj.unbind(0), experts.act_fn
     for index in torch.unique(chosen).tolist():
         tokens, places = torch.where(chosen == index)  # a token chooses an expert once, so sums have one order
-        inner = _inner(hidden[tokens], into[index], activation)  # (n, F)
-        made = F.linear(inner, out_of[index]) * weights[tokens, places, None]  # (n, H)
+        gate, up = F.linear(hidden[tokens], into[index]).chunk(2, dim=-1)  # (n, F) each
+        made = F.linear(activation(gate) * up, out_of[index]) * weights[tokens, places, None]  # (n, H)
         output.index_add_(0, tokens, made.to(output.dtype))
     return output
-
-
-def _inner(hidden: torch.Tensor, into: torch.Tensor, activation: Any) -> torch.Tensor:
-    """The input of one expert's last layer: hidden (n, H) and the stacked gate and up (2F, H) -> (n, F)."""
-    gate, up = F.linear(hidden, into).chunk(2, dim=-1)  # (n, F) each
-    product: torch.Tensor = activation(gate) * up
-    return product
 
 
 def expert_inner(experts: Any, index: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -58,7 +51,12 @@ def expert_inner(experts: Any, index: int, hidden: torch.Tensor) -> torch.Tensor
         index: of the expert.
         hidden: the inputs of the tokens that go through this expert.
     """
-    return _inner(hidden, experts.gate_up_proj[index], experts.act_fn)
+    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    weight = getattr(experts, name)[index]
+    bias = getattr(experts, f"{name}_bias")[index] if experts.has_bias else None
+    into = F.linear(hidden, weight.T if experts.is_transposed else weight, bias)
+    inner: torch.Tensor = experts._apply_gate(into) if experts.has_gate else experts.act_fn(into)
+    return inner
 
 
 def expert_matrices(family: "Architecture", experts: torch.nn.Module) -> list[dict[str, torch.Tensor]]:

@@ -32,7 +32,8 @@ def change_outputs(
     family, changed = problem.family, dict[str, Tensor]()
     for path in family.output_layers(part):
         if "*" in path:
-            changed |= change_expert_outputs(problem, {**found, **changed}, pruning, solves=solves)
+            known = family.refit_way(part, problem.config) == "expert by expert"
+            changed |= change_expert_outputs(problem, {**found, **changed}, pruning, solves=solves and known)
         elif f"{path}.weight" in problem.paths:
             layer = output_projection(problem, {**found, **changed}, part, path)
             weight, bias = layer.weight, layer.bias
