@@ -7,7 +7,7 @@ BENCH := offsite-bench
 DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-vision check test test-all bench bench-long bench-race bench-pieces bench-images bench-images-long format docs clean
+.PHONY: help install demo demo-vision check test test-all bench bench-long bench-race bench-versions bench-pieces bench-images bench-images-long format docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -45,6 +45,10 @@ bench-long: $(STAMP) ## every shape and data set, and start-up; writes benchmark
 
 bench-race: $(STAMP) ## time to a held-out loss, emulators of several sizes against the full model; writes as bench-long does
 	$(BIN)/python -m benchmarks.time_to_loss --data-root $(DATA) --work $(BENCH)
+	$(BIN)/python -m benchmarks.render
+
+bench-versions: $(STAMP) ## speed and memory of this version against another checkout, taking turns (BEFORE=folder)
+	$(BIN)/python -m benchmarks.versions $(BEFORE) --data-root $(DATA) --work $(BENCH)-versions
 	$(BIN)/python -m benchmarks.render
 
 bench-pieces: $(STAMP) ## what each piece of the tuning's speed and memory is worth; writes as bench-long does

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.cells import BEST
 
-from benchmarks import ablation, images, startup, time_to_loss, tuning
+from benchmarks import ablation, images, startup, time_to_loss, tuning, versions
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
 NOTES = Path(__file__).parent / "NOTES.md"
@@ -21,7 +21,7 @@ def main() -> None:
     """Replace what stands between the marks of each result that is there."""
     pages: tuple[tuple[str, Any], ...] = (
         ("tuning", tuning), ("time_to_loss", time_to_loss), ("ablation", ablation), ("startup", startup),
-        ("images", images),
+        ("images", images), ("versions", versions),
     )  # fmt: skip
     for name, module in pages:
         for file in (module.RESULT, *sorted(module.RESULT.parent.glob(f"{name}-*.json"))):  # and of other machines
