@@ -116,12 +116,12 @@ def test_a_command_runs_with_the_home_of_its_party(tmp_path: Path, monkeypatch: 
     out = tmp_path / "model-owner" / "bundle"
     assert chain.command("pack", "", ["pack", "base", "--out", out], out) == {"x": 1}
     chain.command("tune", "", ["tune"], tmp_path / "data-owner" / "return")
-    chain.command("eval", "", ["eval"], by="")
+    chain.command("eval", "", ["eval"])
     owner, tuner = tmp_path / "model-owner" / "home", tmp_path / "data-owner" / "home"
     assert given == [
         ["--home", str(owner), "pack", "base", "--out", str(out), "--json"],
         ["--home", str(tuner), "tune", "--json"],
-        ["eval", "--json"],
+        ["--home", str(owner), "eval", "--json"],
     ]
 
 
@@ -134,14 +134,18 @@ def test_a_second_try_says_so_and_finds_what_the_first_one_left(
     def go(*verb: str) -> bool:
         left.mkdir(exist_ok=True)
         chain = Chain(tmp_path, lambda _: None, 1)
-        chain.command("tune", "", verb, out, again="--again", leftovers=[left], by="")
+        chain.command("tune", "", verb, out, again="--again", leftovers=[left])
         return left.exists()
 
     with pytest.raises(KeyboardInterrupt):
         go("tune")
     assert go("tune")
     assert not go("tune", "--lr", "1")  # another tuning must not resume the first one
-    assert given == [["tune", "--json"], ["tune", "--again", "--json"], ["tune", "--lr", "1", "--again", "--json"]]
+    assert [words[2:] for words in given] == [
+        ["tune", "--json"],
+        ["tune", "--again", "--json"],
+        ["tune", "--lr", "1", "--again", "--json"],
+    ]
 
 
 def test_a_failed_command_passes_its_exit_code_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,10 @@ from offsite.cli.setting_flags import FlagValues
 
 if TYPE_CHECKING:
     from offsite.config import EvalSpec
+    from offsite.protocol.artifacts import Bundle, PlugIn, Return
+    from offsite.protocol.home import Home
+
+    _Adapter = Return | PlugIn | Path | None
 
 _ROW_BY_ROW = ("row_losses", "choice_scores", "pictures")  # fields with a value for each row, left out of the summary
 
@@ -37,6 +41,7 @@ def eval_(
         Path | None, typer.Option(metavar="FILE", help="also write the score of every row or picture as JSON lines")
     ] = None,
     check: flags.CheckFlag = False,
+    home: flags.HomeFlag = None,
     config: flags.ConfigFlag = None,
     as_json: flags.JsonFlag = False,
 ) -> None:
@@ -44,7 +49,7 @@ def eval_(
 
     Prompts are not scored. Figures come with 95 % confidence intervals over rows. With --tasks, lm-evaluation-harness
     scores the same model on tasks of its own or of yours (extra 'lm-eval'). Of an image model: accuracy and loss on
-    pictures.
+    pictures. Bundles, returns and plug-ins are verified first, and an adapter must be for the model.
 
     Example:
       offsite eval base/ --adapter plugged/ --data test.jsonl
@@ -63,12 +68,13 @@ def eval_(
         _require_writable(row_scores, data)
     if check:
         _check(model, data, spec, as_json=as_json)
+    scored, tuned = _verify(model, adapter, flags.home_of(context, home))
     result: dict[str, Any] = {"model": str(model), "adapter": str(adapter) if adapter else None}
     with terminal.showing_progress() as progress:
         if names:  # first, since an unknown task gives an error at once
             from offsite.evaluation.lm_eval_harness import run_tasks
 
-            scores = run_tasks(model, names, spec, adapter=adapter, tasks_path=tasks_path, progress=progress)
+            scores = run_tasks(scored, names, spec, adapter=tuned, tasks_path=tasks_path, progress=progress)
             result["tasks"] = {score.task: {"rows": score.rows, **score.metrics} for score in scores}
         if data is not None:
             from dataclasses import asdict
@@ -77,7 +83,7 @@ def eval_(
                 from offsite.evaluation.image_scores import evaluate_images
                 from offsite.evaluation.row_scores import write_picture_scores
 
-                seen = evaluate_images(model, data, spec, adapter=adapter, probe=probe, progress=progress)
+                seen = evaluate_images(scored, data, spec, adapter=tuned, probe=probe, progress=progress)
                 if row_scores is not None:
                     write_picture_scores(row_scores, seen)
                 figures = asdict(seen)
@@ -85,7 +91,7 @@ def eval_(
                 from offsite.evaluation.evaluate import evaluate
                 from offsite.evaluation.row_scores import write_row_scores
 
-                score = evaluate(model, data, spec, adapter=adapter, samples=samples, progress=progress)
+                score = evaluate(scored, data, spec, adapter=tuned, samples=samples, progress=progress)
                 if row_scores is not None:
                     write_row_scores(row_scores, score)
                 figures = asdict(score)
@@ -101,6 +107,61 @@ def _check(model: Path, data: list[Path] | None, spec: "EvalSpec", *, as_json: b
     if data is None:
         raise UsageError("--check is about rows", next_step="give rows with --data")
     raise typer.Exit(show_checks({"data": check_eval_data(model, data, spec)}, as_json=as_json))
+
+
+def _verify(model: Path, adapter: Path | None, home: "Home") -> "tuple[Path | Bundle | PlugIn, _Adapter]":
+    """Verify the model and the adapter where they are signed; folders without a signature stay as they are.
+
+    Raises:
+        UsageError: the model is a return, or the adapter is a bundle; or this home has no key.
+        VerificationError: an artifact fails verification.
+        IncompatibleError: the plug-in was made for another base.
+    """
+    from offsite.errors import UsageError
+    from offsite.protocol.artifacts import Bundle, PlugIn, Return
+
+    scored, tuned = _artifact(model, home), _artifact(adapter, home) if adapter else None
+    if isinstance(scored, Return):
+        raise UsageError(
+            f"{model} is a return, which is no model by itself",
+            next_step=f"name its bundle too: `offsite eval BUNDLE --adapter {model}`",
+        )
+    if isinstance(tuned, Bundle):
+        raise UsageError(f"{adapter} is a bundle, not an adapter", next_step="name it as the model, without --adapter")
+    if isinstance(tuned, PlugIn) and isinstance(scored, Path):
+        _require_own_base(scored, tuned, home)
+    return scored, tuned
+
+
+def _artifact(folder: Path, home: "Home") -> "Path | Bundle | Return | PlugIn":
+    """Verify a signed folder; of an unsigned one, say that it is scored as it is."""
+    from offsite.protocol.manifest import MANIFEST
+    from offsite.protocol.verify import verify
+
+    if (folder / MANIFEST).exists():
+        return verify(folder, home, hold=True)
+    terminal.say(f"{folder} has no signature; it is scored as it is")
+    return folder
+
+
+def _require_own_base(base: Path, plug_in: "PlugIn", home: "Home") -> None:
+    """Check that a plug-in of this home's owner is for this base; nobody else can compute a base's fingerprint.
+
+    Raises:
+        IncompatibleError: the plug-in was made for another base.
+    """
+    from offsite.errors import IncompatibleError
+    from offsite.model_owner.base_model import fingerprint, open_base
+    from offsite.protocol.artifacts import Base
+
+    identity = home.identity()
+    if plug_in.manifest.issuer != identity.public_key.hex:
+        return
+    if fingerprint(open_base(Base(base)), identity) != plug_in.manifest.base:
+        raise IncompatibleError(
+            f"the plug-in {plug_in.folder} was made for another base than {base}",
+            next_step="name the base that `offsite plug-in` was given",
+        )
 
 
 def _sees_images(model: Path) -> bool:

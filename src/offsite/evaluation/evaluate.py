@@ -19,6 +19,7 @@ from offsite.data.read_rows import read_rows
 from offsite.data.row import Row, RowForm
 from offsite.data.tokens import encode, encode_choices, encode_prompt
 from offsite.evaluation.intervals import Interval, interval
+from offsite.evaluation.lineage import require_lineage
 from offsite.evaluation.multiple_choice import ChoiceScore, score_choices
 from offsite.evaluation.row_losses import RowLoss, perplexity, row_losses
 from offsite.kernels.runtime import Runtime, resolve_runtime
@@ -96,6 +97,7 @@ def evaluate(
         IncompatibleError: the folder is not a plain checkpoint, the adapter does not fit it, or the tokenizer gives
             token ids that the model does not have.
     """
+    require_lineage(model, adapter)
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     rows = read_rows(data, RowForm(spec.columns or {}, spec.chosen), "held out")[: spec.max_rows]
     source = files_of(model)

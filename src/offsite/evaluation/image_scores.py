@@ -22,6 +22,7 @@ from offsite.data.read_rows import counted
 from offsite.errors import DataError, IncompatibleError, UsageError
 from offsite.evaluation.evaluate import load_tuned
 from offsite.evaluation.intervals import Interval, interval
+from offsite.evaluation.lineage import require_lineage
 from offsite.kernels.runtime import Runtime, resolve_runtime, worker_count
 from offsite.models.image_encoder import BIAS, WEIGHT, Encoder, encoder_of, is_classifier
 from offsite.models.loading import load_classifier
@@ -71,7 +72,7 @@ def evaluate_images(
     data: DataPaths,
     spec: EvalSpec,
     *,
-    adapter: Path | Return | None = None,
+    adapter: Path | Return | PlugIn | None = None,
     probe: Path | None = None,
     progress: Progress = silent,
 ) -> ImageScore:
@@ -93,6 +94,12 @@ def evaluate_images(
         StorageError: a file is missing or broken.
         IncompatibleError: the folder is not a plain checkpoint, or the adapter does not fit it.
     """
+    require_lineage(model, adapter)
+    if isinstance(adapter, PlugIn):
+        raise IncompatibleError(
+            f"the plug-in {adapter.folder} is an adapter of a language model, and {files_of(model)} sees images",
+            next_step="name a return as the adapter, or a complete plug-in as the model",
+        )
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     with PictureWorkers(worker_count(spec.workers, runtime.device)) as workers:
         return _evaluate(model, data, spec, adapter, probe, runtime, workers, progress)

@@ -15,6 +15,7 @@ import torch
 from offsite.config import EvalSpec
 from offsite.errors import UsageError
 from offsite.evaluation.evaluate import load_tuned
+from offsite.evaluation.lineage import require_lineage
 from offsite.extras import require
 from offsite.kernels.runtime import resolve_runtime
 from offsite.models.hugging_face_calls import LIBRARY_ERRORS, quiet
@@ -90,6 +91,7 @@ def harness_results(
     lm_eval = require("lm_eval", _EXTRA, _PURPOSE)
     wrapper = require("lm_eval.models.huggingface", _EXTRA, _PURPOSE).HFLM
     manager = _open_task_index(tasks, tasks_path)
+    require_lineage(model, adapter)
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     source = files_of(model)
     tokenizer = load_tokenizer(source)

@@ -36,12 +36,13 @@ _LONGEST = 500  # most characters of a reason
 _DISTRUST = "do not use it; ask the sender for it again, and compare key fingerprints by another channel"
 
 
-def verify(path: Path, home: Home) -> Bundle | Return | PlugIn:
+def verify(path: Path, home: Home, *, hold: bool = False) -> Bundle | Return | PlugIn:
     """Verify a bundle, a return (without the permissions of its bundle) or a plug-in.
 
     Args:
         path: the artifact's folder.
         home: this party's home, with its key and the keys that it trusts.
+        hold: whether the hashed weights stay in memory for later use; this takes as many bytes as the files have.
 
     Raises:
         UsageError: the folder is not an artifact.
@@ -49,10 +50,10 @@ def verify(path: Path, home: Home) -> Bundle | Return | PlugIn:
     """
     manifest = read_unverified(path)
     if isinstance(manifest, BundleManifest):
-        return verify_bundle(path, home)
+        return verify_bundle(path, home, hold=hold)
     if isinstance(manifest, ReturnManifest):
-        return verify_return(path, home)
-    return verify_plug_in(path, home)
+        return verify_return(path, home, hold=hold)
+    return verify_plug_in(path, home, hold=hold)
 
 
 def verify_bundle(path: Path, home: Home, *, hold: bool = False) -> Bundle:
@@ -125,8 +126,13 @@ def verify_return(path: Path, home: Home, bundle: BundleManifest | None = None, 
     return attest(path, signed.manifest, signed.digest, files)
 
 
-def verify_plug_in(path: Path, home: Home) -> PlugIn:
+def verify_plug_in(path: Path, home: Home, *, hold: bool = False) -> PlugIn:
     """Verify that a plug-in was written by this party or a trusted one, and has not changed since.
+
+    Args:
+        path: the plug-in's folder.
+        home: this party's home, with its key and the keys that it trusts.
+        hold: whether the hashed weights stay in memory for later use; this takes as many bytes as the files have.
 
     Raises:
         UsageError: the folder is not a plug-in.
@@ -135,7 +141,7 @@ def verify_plug_in(path: Path, home: Home) -> PlugIn:
     signed = _open(path, home)
     if not isinstance(signed.manifest, PlugInManifest):
         raise _wrong_kind(signed, "plug-in")
-    files = _run(signed, (_plug_in_files,))
+    files = _run(signed, (_plug_in_files,), hold=hold)
     return attest(path, signed.manifest, signed.digest, files)
 
 

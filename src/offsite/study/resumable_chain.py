@@ -17,7 +17,7 @@ from offsite.progress import Event, Progress
 from offsite.protocol.output_place import require_outside
 from offsite.storage.files import replace_file, staged_folder
 from offsite.storage.leftovers import is_leftover
-from offsite.study.run_command import Words, run_command, settings_toml
+from offsite.study.run_command import run_command, settings_toml
 
 STATE = "stages.json"
 OWNER, TUNER = "model-owner", "data-owner"  # names of the parties, and of their folders
@@ -74,14 +74,13 @@ class Chain:
             again: a flag that is added if the step was started before.
             leftovers: files that an interrupted try leaves; they are removed if the step has changed since.
             by: the party that runs the command; None: the party whose folder contains `out`, or the model owner if
-                there is no `out`; "": neither party, so the command gets no --home.
+                there is no `out`.
         """
         party = (OWNER if out is None or out.is_relative_to(self.folder(OWNER)) else TUNER) if by is None else by
-        home: Words = ["--home", self.folder(party, "home")] if party else []
 
         def act(started: bool) -> Any:
             more = [again] if again and started else []
-            return self.run([*home, *verb, *more])
+            return self.run(["--home", self.folder(party, "home"), *verb, *more])
 
         key = {"verb": [str(word) for word in verb], **(stamp or {})}
         return self._step(name, description, act, [out] if out else [], key, leftovers)

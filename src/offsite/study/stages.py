@@ -151,7 +151,8 @@ class Workspace:
 
 def command_words(stage: Stage, workspace: Workspace, config: Path) -> Words:
     """Build the words of a stage's command; the stages that it needs must be done before."""
-    home: Words = [] if stage.party == EXPERIMENTER else ["--home", workspace.folder / stage.party / "home"]
+    party = OWNER if stage.party == EXPERIMENTER else stage.party  # the owner's home verifies what both parties made
+    home: Words = ["--home", workspace.folder / party / "home"]
     words = _eval_words(stage) if stage.name == "eval" else [*stage.words]
     if stage.copies is not None:
         return [*home, *words, stage.out]

@@ -208,7 +208,7 @@ def _score(chain: Chain, base: Path, subjects: Subjects) -> dict[str, Any]:
         verb += ["--adapter", adapter] if adapter else []
         verb += ["--samples", str(_SAMPLES)] if name in ("zero-shot", "plug-in") else []
         description, stamp = f"score the test rows: {name}", {"base": newest(base)}
-        scores[name] = chain.command(f"eval {name}", description, verb, stamp=stamp, by="")
+        scores[name] = chain.command(f"eval {name}", description, verb, stamp=stamp, by=OWNER)
     return scores
 
 

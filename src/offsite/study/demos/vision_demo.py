@@ -197,7 +197,7 @@ def _score(chain: Chain, base: Path) -> dict[str, Any]:
             ["eval", *words, "--data", chain.folder(TUNER, "test.csv"), "--row-scores", _scored(chain, name)],
             _scored(chain, name),
             stamp,
-            by="",
+            by=OWNER,
         )
         for name, words in subjects.items()
     }

@@ -1,0 +1,48 @@
+"""Which adapter belongs to which model, by what their signed manifests name. Torch-free."""
+
+from pathlib import Path
+
+from offsite.errors import IncompatibleError
+from offsite.protocol.artifacts import Base, Bundle, PlugIn, Return
+
+
+def require_lineage(model: Path | Base | Bundle | PlugIn, adapter: Path | Return | PlugIn | None) -> None:
+    """Check that an adapter was made for the model that it is scored on.
+
+    A return fits its bundle alone: the base may number its blocks otherwise, and an adapter on other blocks gives wrong
+    scores without an error. A folder without a signature names no parent, so nothing is known about it.
+
+    Args:
+        model: the model, verified if it is signed.
+        adapter: the adapter, verified if it is signed; None: the model is scored alone.
+
+    Raises:
+        IncompatibleError: the adapter was made for another model.
+    """
+    if isinstance(adapter, Return):
+        parent = adapter.manifest.bundle
+        if isinstance(model, Bundle) and model.digest == parent:
+            return
+        other = "another bundle" if isinstance(model, Bundle) else "no bundle"
+        raise IncompatibleError(
+            f"the return {adapter.folder} was tuned on the bundle {parent[:12]}, and {_folder(model)} is {other}",
+            reasons=["its tensors are for the blocks of that bundle, which are not those of the base"],
+            next_step="score it on its bundle; for the base, run "
+            f"`offsite plug-in BASE {adapter.folder} --out PLUGGED` and score the result",
+        )
+    if isinstance(adapter, PlugIn):
+        if adapter.manifest.form == "merged":
+            raise IncompatibleError(
+                f"the plug-in {adapter.folder} is a complete model, not an adapter",
+                next_step=f"score it alone: `offsite eval {adapter.folder} --data FILE`",
+            )
+        if isinstance(model, Bundle | PlugIn):
+            kind = "bundle" if isinstance(model, Bundle) else "complete model"
+            raise IncompatibleError(
+                f"the plug-in {adapter.folder} is an adapter for its base, and {model.folder} is a {kind}",
+                next_step="name the base's folder as the model",
+            )
+
+
+def _folder(model: Path | Base | Bundle | PlugIn) -> Path:
+    return model if isinstance(model, Path) else model.folder
