@@ -54,6 +54,22 @@ def made(method: str, bundle: Bundle, out: Path, parties: Parties, seed: int) ->
     )
 
 
+@pytest.mark.parametrize(("method", "form"), [("lora", "adapter"), ("lora", "merged"), ("bitfit", None)])
+def test_candidates_of_a_narrower_bundle_have_the_bases_shapes(tmp_path: Path, method: str, form: Any) -> None:
+    """Every block is narrower and carries an adapter, which is carried to the base before it is scored."""
+    parties, rows = tiny_parties(tmp_path), tiny_rows(tmp_path / "rows.jsonl", 6)
+    base = tiny_base(tmp_path / "base", "gpt2", 3)
+    every = {"bottom": None, "top": None, "keep": None, "placement": "every", "mlp_width": 0.5}
+    bundle = packed(base, tmp_path / "bundle", parties, **every)
+    folder = made(method, bundle, tmp_path / "return", parties, 1).folder
+    how: dict[str, Any] = {"as": form} if form else {}
+    [one] = chosen(base, folder, rows, parties, strength=0.5, **how).candidates
+    plug = plugged(base, folder, tmp_path / "plugged", parties, strength=0.5, **how)
+    model, adapter = (base, plug.folder) if form == "adapter" else (plug.folder, None)
+    measured = evaluate(model, rows, EvalSpec(compute="fp32", device="cpu", threads=1), adapter=adapter)
+    assert one.loss == pytest.approx(measured.loss, rel=1e-6)
+
+
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("family", "method", "form"),
