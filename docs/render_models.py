@@ -13,12 +13,27 @@ from tiny import KINDS, VISION_KINDS  # noqa: E402
 
 INTRODUCTION = """# Model families
 
-<!-- Made by docs/render_models.py from src/offsite/models/families.py; run `make docs` after a change there. -->
+<!-- Made by docs/render_models.py from src/offsite/models/families.py and docs/results/model-types.json; run
+`make docs` after a change there. -->
 
-A family is a row of the table in [families.py](../src/offsite/models/families.py), named by the `model_type` of its
-configs; image encoders are rows of [vision_families.py](../src/offsite/models/vision_families.py). Both parties verify
-by that table. A model of another type is refused with the row that it would need
-([why](decisions/0008-unknown-families-are-refused.md)).
+`offsite pack` takes any causal decoder of the installed transformers. There are two ways:
+
+| the model type | what happens |
+|---|---|
+| has a row in the table below (image encoders too) | both parties verify by that row |
+| has none | the family is read off the model, proved on your weights, and declared in the signed manifest |
+
+The rows are in [families.py](../src/offsite/models/families.py) and
+[vision_families.py](../src/offsite/models/vision_families.py). The proof runs before anything is written, and the data
+owner checks a declared family without torch ([how, and what that trusts](decisions/0008-declared-families.md)).
+
+What cannot be proved is refused, and the error says what differs. Both ways need a model that transformers itself can
+build: models with code of their own do not work. Both parties need a transformers that has the type.
+
+"""
+
+FAMILY_TABLE = """
+## Families with a row
 
 | model type | class in transformers | head tied | refit |
 |---|---|---|---|
@@ -96,10 +111,12 @@ a merged plug-in keeps what the base has ([why](decisions/0010-experts-in-files-
 - Experts run in a loop of ours ([models/mixture.py](../src/offsite/models/mixture.py)), in fp32 and bf16: the outputs
   are those of transformers' loop bit for bit, and the same at every run (tested on CPUs).
 
-## Adding a family
+## Adding a family's row
 
-Pack a model of it. The error prints the row, read from what transformers builds for the config. For StarCoder 2, after
-the first step below, it is
+Models of a type without a row work. A row adds what cannot be read off a model: older spellings in published files,
+stored forms of emulators (`--bits`, `--svd-rank`, `--mlp-width`), and an independent description of the family at both
+parties.
+For StarCoder 2 it would be
 
 ```python
 """
@@ -135,11 +152,10 @@ WORKED_EXAMPLE = """Architecture(
 STEPS = """
 ```
 
-1. Paste the row into `FAMILIES`, and compare it with the family's file in transformers. What the printed row cannot
-   know: which config key switches a tensor off (above, `use_bias`: printed rows say "always"), whether anything but
-   additions and norms follows `mlp_out` (then `linear_residual` stays False, and refit follows the gradient) and which
-   norms do (`mlp_norms`, `attention_norms`), which switch makes a block depend on its place (`refused`), a cap on the
-   logits (`logit_cap`), and older names in files (`spellings`).
+1. Write the row into `FAMILIES`, by the family's file in transformers: which config key switches a tensor off, whether
+   anything but additions and norms follows `mlp_out` (then `linear_residual` stays False, and refit follows the
+   gradient) and which norms do (`mlp_norms`, `attention_norms`), which switch makes a block depend on its place
+   (`refused`), a cap on the logits (`logit_cap`), and older names in files (`spellings`).
 2. A config list with an entry per block needs its rule in `per_block`: what transformers derives where a config
    leaves it out.
 3. Take keys out of `config_keys` that the network does not compute with: what stands there travels to the other
@@ -161,6 +177,7 @@ def render() -> str:
     return "".join(
         [
             INTRODUCTION,
+            FAMILY_TABLE,
             "\n".join(lines) + "\n",
             "\n## What was tested\n",
             TESTED,

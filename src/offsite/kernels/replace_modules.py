@@ -3,6 +3,7 @@
 A module is replaced only if it and its replacement give the same output for random inputs; its class does not matter.
 """
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -42,15 +43,29 @@ def replace_modules(
     for path, module in list(model.named_modules()):
         if last and path.startswith(f"{last}."):
             continue  # it is inside a module that was replaced
-        candidates = list(candidates_of(module))
+        candidates = [one for one in candidates_of(module) if _takes_as_much(one.module, module)]
         same = next((candidate for candidate in candidates if agree(module, candidate.module)), None)
         if same is not None:
+            _keep_settings(same.module, module)
             model.set_submodule(path, same.module.train(module.training))
             replaced[same.piece] += 1
             last = path
         elif candidates:
             differ[candidates[0].piece] += 1
     return tuple(Piece(name, replaced[name], _reason(replaced[name], differ[name])) for name in pieces)
+
+
+def _takes_as_much(candidate: nn.Module, module: nn.Module) -> bool:
+    """Whether a candidate takes as many inputs as a module: norms of state-space models take a gate too."""
+    inputs = [len(inspect.signature(one.forward).parameters) for one in (candidate, module)]
+    return inputs[0] >= inputs[1]
+
+
+def _keep_settings(new: nn.Module, old: nn.Module) -> None:
+    """Give a replacement the plain settings of the module that it replaces, since the code around it may read them."""
+    for name, value in vars(old).items():
+        if not name.startswith("_") and isinstance(value, bool | int | float | str) and not hasattr(new, name):
+            setattr(new, name, value)
 
 
 @torch.no_grad()

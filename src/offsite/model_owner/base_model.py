@@ -59,9 +59,9 @@ def open_base(base: Base) -> BaseModel:
     """
     _require_base(base.folder)
     found = _read_config(base.folder / CONFIG)
-    config = plain_config(found)  # tools leave settings of quantisation beside plain weights
-    family = family_of(config)
+    plain = plain_config(found)  # tools leave settings of quantisation beside plain weights
     checkpoint = open_checkpoint(base.folder)
+    family, config = _family_and_config(plain, checkpoint.tensors)
     tensors: dict[str, TensorRange] = {}
     for stored in checkpoint.tensors.values():
         for name, tensor in by_todays_names(family, stored).items():
@@ -133,17 +133,28 @@ def by_todays_names(family: Architecture, stored: TensorRange) -> dict[str, Tens
 
 
 def family_of(config: Mapping[str, Any]) -> Architecture:
-    """The row of the architecture table for a base's config.
+    """The family of a model: the table's row for its config, or a family that is read off the model.
 
     Raises:
-        IncompatibleError: the table has no such row (the error then shows a row to add), or the config turns on an
-            option that the row does not support.
+        IncompatibleError: the config turns on an option that the row does not support; or the table has no row, and
+            the parts of the model cannot be told.
     """
-    if str(config.get("model_type")) not in ARCHITECTURES:
-        from offsite.models.detect_family import unknown_family
+    return _family_and_config(config, ())[0]
 
-        raise unknown_family(config)
-    return architecture_of(config)
+
+def _family_and_config(config: Mapping[str, Any], stored: Iterable[str]) -> tuple[Architecture, Mapping[str, Any]]:
+    """The family of a model, and its config with the settings that its class derives, where no row derives them.
+
+    Args:
+        config: the content of config.json.
+        stored: the names of the tensors in the files.
+    """
+    if str(config.get("model_type")) in ARCHITECTURES:
+        return architecture_of(config), config
+    from offsite.models.derive_family import derive_family
+
+    derived = derive_family(config, list(stored))
+    return derived.family, derived.config
 
 
 _IMPORT_AGAIN = "import the model again with `offsite import MODEL --out base/`"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from offsite.errors import IncompatibleError
 from offsite.kernels import labelled_cross_entropy
@@ -24,6 +24,7 @@ from offsite.models.loading import attention_of, encoder_keywords
 from offsite.models.mixture import experts_implementation, in_files
 from offsite.models.modules.affine_map import Affine, stand_behind
 from offsite.models.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT
+from offsite.models.tokenizers import make_config
 from offsite.models.torch_tensors import read_tensor
 from offsite.storage.safetensors_files import TensorRange
 
@@ -253,7 +254,7 @@ class BlockRunner:
             self._model.family.vision is not None
         ):  # an encoder's config also has a list of its blocks, which is not used here
             settings = {key: value for key, value in settings.items() if key in self._model.family.config_keys}
-        config = AutoConfig.for_model(**settings)
+        config = make_config(settings)
         with without_weights():
             return (AutoModel if self._model.family.vision else AutoModelForCausalLM).from_config(
                 config,

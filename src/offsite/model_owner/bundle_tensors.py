@@ -120,6 +120,7 @@ def returnable(
         for index in numbers.trained
         for path, shape in _block_shapes(model, kept, numbers, declared, index).items()
         if not numbers.adapted or family.is_bias(family.in_block(index, path))
+        if path not in family.layout(kept[index]).buffers
     }
 
 
@@ -153,6 +154,9 @@ def permitted_methods(model: BaseModel, spec: PackSpec) -> tuple[Method, ...]:
     without = {"bitfit"} if not biased else set()
     without |= {"bottleneck"} if model.family.vision is not None else set()
     without |= {"full"} if spec.adapts_emulator else set()
+    if model.family.layouts:
+        without |= {"bottleneck"} if not all(one.outputs for one in model.family.layouts) else set()
+        without |= {"lora"} if not all(one.linears for one in model.family.layouts) else set()
     methods = tuple(method for method in spec.permits.methods if method not in without)
     if not methods:
         raise UsageError(
@@ -169,7 +173,7 @@ def lora_targets(
     targets = {}
     for index in numbers.trained:
         shapes = _block_shapes(model, kept, numbers, declared, index)
-        for path in model.family.lora_linears_of(model.config):
+        for path in model.family.lora_linears_of(model.config, kept[index]):
             rows, columns = shapes[f"{path}.weight"]
             targets[model.family.module_of(model.family.in_block(index, path))] = (
                 (rows, columns) if model.family.transposed else (columns, rows)

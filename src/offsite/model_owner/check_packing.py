@@ -59,6 +59,10 @@ def check_packing(
     require_place(out, base.folder, spec.calibration.source)
     identity, key = home.identity(), home.trusted_key(recipient)
     model = open_base(base)
+    if model.family.layouts:
+        from offsite.model_owner.prove_family import prove_family
+
+        model = prove_family(model)
     spec = resolve_defaults(model, spec)
     sandwich = require_packable(model, spec)
     if spec.resumable:

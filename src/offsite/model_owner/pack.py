@@ -33,6 +33,7 @@ from offsite.model_owner.importing.write_weights import require_finite
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.make_carry_map import make_carry_map
 from offsite.model_owner.select.select_blocks import select_blocks
+from offsite.models.declared_family import declare_family
 from offsite.models.modules.declared import Declared
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Base, Bundle
@@ -40,7 +41,7 @@ from offsite.protocol.contents import (
     tokenizer_digest,
 )
 from offsite.protocol.home import Home
-from offsite.protocol.manifest import FORMAT, BundleManifest, FileEntry, Split
+from offsite.protocol.manifest import FAMILY, FORMAT, BundleManifest, FileEntry, Split
 from offsite.protocol.sealing import file_entries, seal
 from offsite.storage.checkpoint_folder import DECLARED_WEIGHTS, WEIGHTS, write_checkpoint
 from offsite.storage.files import staged_folder, write_stream
@@ -152,10 +153,11 @@ def bundle_manifest(
 
     `kept` are the base indices of its blocks, `numbers` its split, `files` its files.
     """
+    row = declare_family(model.family, kept) if model.family.layouts else None
     return BundleManifest(
         kind="bundle",
         format=FORMAT,
-        requires=(*(declared.features if declared else ()), *numbers.features),
+        requires=(*(declared.features if declared else ()), *numbers.features, *((FAMILY,) if row else ())),
         issued_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         issuer=parties.issuer,
         recipient=parties.recipient,
@@ -169,6 +171,7 @@ def bundle_manifest(
         tensors=returnable(model, kept, numbers, DTYPES[spec.dtype], declared),
         lora_targets=lora_targets(model, kept, numbers, declared),
         head=returnable_head(model, spec),
+        declared_family=row,
         files=files,
     )
 

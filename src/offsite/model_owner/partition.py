@@ -27,6 +27,8 @@ def partition(model: BaseModel, spec: PackSpec) -> Sandwich:
     middle = sandwich.middle
     work = work_of(middle, spec)
     _require_gap(middle, spec, work)
+    if not model.family.runs_by_block:
+        _require_no_runs(model, middle, spec, work)
     if spec.permits.permit_head and not model.family.head_tensors(model.config):
         raise UsageError(
             "--permit-head has no head to permit",
@@ -45,6 +47,24 @@ def partition(model: BaseModel, spec: PackSpec) -> Sandwich:
         select_blocks(model, sandwich, spec, Path(), silent)
     require_declarable(model, spec)
     return sandwich
+
+
+def _require_no_runs(model: BaseModel, middle: Sequence[int], spec: PackSpec, work: Work) -> None:
+    """Raise an error if settings need blocks to run one by one, for a family that this was not proved of.
+
+    Raises:
+        IncompatibleError: such a setting is in force.
+    """
+    reasons = [f"heal = {', '.join(step.name for step in work.steps)}"] if work.steps else []
+    reasons += [f"prune_by = {work.pruner.name}"] if work.pruner is not None else []
+    if spec.selection_rule.runs_blocks and spec.kept(middle) < len(middle):
+        reasons.append(f"select = {spec.selection_rule.name}")
+    if reasons:
+        raise IncompatibleError(
+            f"the blocks of this {model.family.model_type} model cannot be run one by one",
+            reasons=[f"{reason}, which runs them so" for reason in reasons],
+            next_step="pack with --heal none, and with --keep or --prune-by magnitude",
+        )
 
 
 def _require_room(blocks: int, trained: Collection[int], spec: PackSpec) -> None:

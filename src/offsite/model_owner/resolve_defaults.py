@@ -8,14 +8,14 @@ from offsite.model_owner.calibration_pictures import has_photos
 def resolve_defaults(model: BaseModel, spec: PackSpec) -> PackSpec:
     """Replace settings that were left out and that cannot work here.
 
-    Without pictures to run an image encoder on, weights are pruned by magnitude and nothing is healed, where `prune_by`
-    and `heal` were left out.
+    Without pictures to run an image encoder on, and for a family whose blocks cannot be run one by one, weights are
+    pruned by magnitude and nothing is healed, where `prune_by` and `heal` were left out.
 
     Args:
         model: the opened base.
         spec: the settings.
     """
-    if not lacks_pictures(model, spec):
+    if not lacks_pictures(model, spec) and model.family.runs_by_block:
         return spec
     instead = {"heal": "none", "prune_by": "magnitude"}
     return spec.changed({key: value for key, value in instead.items() if key not in spec.explicit_keys})

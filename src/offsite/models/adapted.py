@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from offsite.errors import IncompatibleError, UsageError
-from offsite.models.architectures import ARCHITECTURES, architecture_of
+from offsite.models.family_of_source import family_of_source
 from offsite.models.hugging_face_calls import incompatible, quiet
 from offsite.models.loading import load_model
 from offsite.models.mixture import in_files
@@ -109,11 +109,9 @@ def load_replaced(
         StorageError: weights are missing, truncated or malformed.
         IncompatibleError: the file holds tensors that the model does not have, or with other shapes; all are listed.
     """
-    held = tensors_of(adapter, weights)
+    held, family = tensors_of(adapter, weights), family_of_source(base)
     model = load_model(base, dtype=dtype, device=device)
-    family = ARCHITECTURES.get(model.config.model_type)
-    own = dict(model.named_parameters())
-    own = in_files(family, own) if family else own
+    own = in_files(family, dict(model.named_parameters()))
     problems = [f"unexpected tensor {name}" for name in sorted(held.keys() - own.keys())]
     problems += [
         f"tensor {name}: found shape {list(held[name].shape)}, expected {list(own[name].shape)}"
@@ -150,8 +148,8 @@ def load_bottlenecked(
             model; every difference is listed.
     """
     held = {name: tensor.shape for name, tensor in tensors_of(adapter, weights).items()}
+    family = family_of_source(base)
     model = load_model(base, dtype=dtype, device=device)
-    family = architecture_of(model.config.to_dict())
     hidden, modules = model.config.hidden_size, {name for name, _ in model.named_modules()}
     widths = set(widths_of(held).values())
     blocks = {found[0] for name in held if (found := family.block_of(name))}
@@ -182,8 +180,8 @@ def load_bottlenecked(
 def _own_head(base: Source) -> list[str]:
     """The modules that an adapter may save as a whole: the head, or nothing if the head is a tied embedding."""
     settings = model_settings(base)
-    family = ARCHITECTURES.get(str(settings.get("model_type")))
-    return [family.head_module] if family is not None and family.head_tensors(settings) else []
+    family = family_of_source(base)
+    return [family.head_module] if family.head_tensors(settings) else []
 
 
 def _check_adapter(adapter: Source, saved: list[str]) -> None:

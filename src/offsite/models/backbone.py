@@ -1,6 +1,9 @@
 """Splits a causal language model into backbone (tokens to hidden states) and head (hidden states to logits)."""
 
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "logit_softcapping")  # config keys of caps, by their names
+
+
 @dataclass(frozen=True)
 class Network:
     """A causal language model in two parts: `body` computes hidden states from tokens, `head` logits from these."""
@@ -21,31 +27,101 @@ class Network:
     body: nn.Module
     head: nn.Linear
     cap: float | None = None  # logits are cap * tanh(logits / cap)
+    scale: float = 1.0  # by which logits are multiplied, before the cap
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V) from hidden states (..., H)."""
+        return capped(F.linear(hidden, self.head.weight, self.head.bias) * self.scale, self.cap)
+
+
+class UpToHead(nn.Module):
+    """A causal language model up to the input of its head, for models with more layers between blocks and head.
+
+    It may run in several threads at once.
+    """
+
+    def __init__(self, model: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._running = threading.local()
+        head.register_forward_pre_hook(self._leave)
+
+    def forward(self, **inputs: torch.Tensor) -> SimpleNamespace:
+        """Run the model; the result has the head's input, (B, T, H), as `last_hidden_state`."""
+        self._running.now = True
+        try:
+            self.model(**inputs)
+        except _ReachedHead as reached:
+            return SimpleNamespace(last_hidden_state=reached.hidden)
+        finally:
+            self._running.now = False
+        raise IncompatibleError(f"{type(self.model).__name__} does not call its head")
+
+    def _leave(self, _: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if getattr(self._running, "now", False):
+            raise _ReachedHead(arguments[0])
+
+
+class _ReachedHead(Exception):  # noqa: N818  a signal, caught where it is raised for
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
 
 
 def split_backbone_and_head(model: "PreTrainedModel") -> Network:
     """Split a model in eval mode into body and head, after a check on a few tokens that they give the model's logits.
 
+    The check tries the model's body, then all of the model up to the head; each with the logit cap of the family or of
+    the config, and with a scale of the logits.
+
     Raises:
-        IncompatibleError: the logits are not head(body(ids)), with the logit cap of the model's family if it has one.
+        IncompatibleError: none of them gives the model's logits.
     """
-    body, head = model.base_model, model.get_output_embeddings()
-    family = ARCHITECTURES.get(model.config.model_type)
-    cap = getattr(model.config, family.logit_cap) if family and family.logit_cap else None
+    head = model.get_output_embeddings()
     ids = torch.arange(8, device=head.weight.device).remainder(head.weight.shape[0])[None]
     mask = torch.ones_like(ids)
     with torch.no_grad():
         whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-        parts = capped(F.linear(hidden_states(body, ids, mask), head.weight, head.bias), cap).float()
-    # Both compute the same sums in the same order, so a difference above a rounding step means another formula.
-    step = torch.finfo(head.weight.dtype).eps
-    if not torch.allclose(whole, parts, rtol=2 * step, atol=step * float(whole.abs().max())):
-        raise IncompatibleError(
-            f"models of type {model.config.model_type!r} do more to their logits than a linear head",
-            reasons=[f"logits differ by up to {float((whole - parts).abs().max()):.3g}"],
-            next_step="use a family whose row in offsite/models/families.py says what becomes of its logits",
-        )
-    return Network(body, head, cap)
+    apart = float("inf")
+    for body in (model.base_model, UpToHead(model, head)):
+        if body is model:
+            continue
+        with torch.no_grad():
+            hidden = hidden_states(body, ids, mask)
+            if hidden.shape[-1] != head.weight.shape[1]:
+                continue
+            for network in _networks(model, body, head, hidden, whole):
+                apart = min(apart, _distance(network.logits(hidden).float(), whole, head.weight.dtype))
+                if not apart:
+                    return network
+    raise IncompatibleError(
+        f"models of type {model.config.model_type!r} do more to their logits than a linear head",
+        reasons=[f"logits differ by up to {apart:.3g}"],
+        next_step="use a model of another type; docs/models.md lists those that work",
+    )
+
+
+def _networks(
+    model: "PreTrainedModel", body: nn.Module, head: nn.Linear, hidden: torch.Tensor, whole: torch.Tensor
+) -> Iterator[Network]:
+    """The networks to try: with the family's cap, with that of the config, and with the scale that fits best."""
+    family = ARCHITECTURES.get(model.config.model_type)
+    if family is not None:
+        yield Network(body, head, getattr(model.config, family.logit_cap) if family.logit_cap else None)
+        return
+    found = [getattr(model.config, key, None) for key in _CAPS]
+    caps = [float(cap) for cap in found if isinstance(cap, int | float) and cap > 0]
+    for cap in (*caps, None):
+        yield Network(body, head, cap)
+    plain = F.linear(hidden, head.weight, head.bias).float()
+    yield Network(body, head, None, float((whole * plain).sum() / plain.square().sum()))
+
+
+def _distance(found: torch.Tensor, whole: torch.Tensor, dtype: torch.dtype) -> float:
+    """How far two results differ at most; 0 if by no more than a rounding step, as with the same sums in one order."""
+    step = torch.finfo(dtype).eps
+    alike = torch.allclose(whole, found, rtol=2 * step, atol=4 * step * float(whole.abs().max()))
+    return 0.0 if alike else float((whole - found).abs().max())
 
 
 def hidden_states(body: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from offsite.config import RefitMap
 from offsite.errors import IncompatibleError
+from offsite.models.layouts import Layout
 
 RefitWay = Literal["in closed form", "in front of the norm", "expert by expert", "as measured", "by gradient"]
 Rule = Callable[[Mapping[str, Any], int], Any]  # (config, index of a block) -> the value that transformers derives
@@ -124,19 +125,35 @@ class Architecture:
     module_blocks: str = ""  # path of the list of blocks in torch modules, if different
     mlp_scale: str | None = None  # tensor of a block by which the output of mlp_out is multiplied before it is added
     attention_scale: str | None = None  # the same for attention_out
+    # Of a family that is read off one model instead of a row: its kinds of blocks, and the kind of each block.
+    layouts: tuple[Layout, ...] = ()
+    layout_of: tuple[int, ...] = ()
+    stored_names: Mapping[str, str | None] = field(default_factory=dict)  # names in its files -> names here (or buffer)
+    runs_by_block: bool = True  # whether block by block equals the whole model: what calibration and healing rely on
+    cut: Callable[[Sequence[int]], Mapping[str, Any]] | None = None  # its config with only these blocks
 
     @property
     def lora_linears(self) -> tuple[str, ...]:
         """The paths in a block of all linear layers that can be LoRA targets under some config of the family."""
         return self.adapted or tuple(self.linears)
 
-    def lora_linears_of(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """The paths in a block of the linear layers that can be LoRA targets under a config, for any block."""
+    def lora_linears_of(self, config: Mapping[str, Any], index: int = 0) -> tuple[str, ...]:
+        """The paths in a block of its linear layers that can be LoRA targets under a config."""
+        if self.layouts:
+            return self.layout(index).linears
         return tuple(
             path
             for path in self.lora_linears
             if self.holds(self.only_if.get(f"{path}.weight", ""), config) and not self.is_bypassed(path, config)
         )
+
+    def layout(self, index: int) -> Layout:
+        """The kind of a block; one without tensors for a block that the family does not have."""
+        return self.layouts[self.layout_of[index]] if index < len(self.layout_of) else Layout({}, ())
+
+    def outputs_of(self, index: int) -> tuple[str, ...]:
+        """The paths in a block of the layers that end attention and MLP, after which bottlenecks sit."""
+        return self.layout(index).outputs if self.layouts else (self.attention_out, self.mlp_out)
 
     def is_bypassed(self, path: str, config: Mapping[str, Any]) -> bool:
         """Whether the parent module uses a linear layer's weight without calling the layer, so LoRA has no effect."""
@@ -148,6 +165,8 @@ class Architecture:
         `stored` is a name from an older or current file, with or without the prefix of the body, or the name of a
         parameter in the torch model. A stack of experts has no single name in files and keeps its parameter's name.
         """
+        if self.layouts:
+            return self.stored_names.get(stored, stored)
         if self.vision is not None:
             return self._name_in_encoder(stored, self.vision)
         name = self.spellings.get(stored, stored)
@@ -207,6 +226,9 @@ class Architecture:
         place = self.block_of((self.name_of(name) or name) if self.vision else name)
         if place is None:
             return False
+        if self.layouts:
+            shape = self.layout(place[0]).shape_of(place[1])
+            return shape is not None and len(shape) > 1 and not place[1].endswith("bias")
         path, _, kind = self.pattern_of(place[1]).rpartition(".")
         stack = self.experts is not None and path == self.experts.module and kind in self.experts.stacks
         return stack or (kind == "weight" and path in {**self.linears, **self._expert_maps})
@@ -230,6 +252,8 @@ class Architecture:
         Raises:
             IncompatibleError: the config has no such number, or two of its keys for it disagree.
         """
+        if self.layouts:
+            return len(self.layout_of)
         count = _agreed(config, self.count_keys)
         if count is None:
             found = {key: config[key] for key in self.count_keys if key in config}
@@ -263,6 +287,8 @@ class Architecture:
         Raises:
             IncompatibleError: a list does not have one entry per block, or a list cannot be derived from the config.
         """
+        if self.cut is not None:
+            return dict(self.cut(kept))
         count = self.block_count(config)
         lists = {key: self._per_block(key, config, count) for key in self.per_block}
         cut = {
@@ -328,6 +354,8 @@ class Architecture:
             IncompatibleError: the config does not say how many experts or heads there are, which blocks have experts,
                 or how many experts process a token.
         """
+        if self.layouts:
+            return self.layout(index).tensors()
         config = self._with_experts(config, index)
         biased = {path for condition, paths in self.biases.items() if self.holds(condition, config) for path in paths}
         names = {
@@ -398,6 +426,9 @@ class Architecture:
         place = self.block_of(name)
         if place is None:
             return {**self.embeddings, **self.final, self.head: self.head_size}.get(name)
+        if self.layouts:
+            shape = self.layout(place[0]).shape_of(place[1])
+            return None if shape is None else " ".join(map(str, shape))
         path, _, kind = self.pattern_of(place[1]).rpartition(".")
         maps = {**self.linears, **self._expert_maps}
         if path in maps:
@@ -408,6 +439,8 @@ class Architecture:
     def is_bias(self, name: str) -> bool:
         """Whether a full name is that of a bias of a linear layer or norm in a block."""
         place = self.block_of(name)
+        if self.layouts:
+            return place is not None and place[1].endswith(".bias") and place[1] not in self.layout(place[0]).buffers
         return place is not None and place[1].endswith("bias") and self.sizes_of(name) is not None
 
     def shape_problem(self, name: str, shape: Sequence[int], config: Mapping[str, Any]) -> str | None:
@@ -415,7 +448,7 @@ class Architecture:
         sizes, place = self.sizes_of(name), self.block_of(name)
         if sizes is None:
             return None
-        if place is not None and self.experts is not None:
+        if place is not None and self.experts is not None and not self.layouts:
             config = {**config, "experts": self.number_of(self.experts.path, config)}
         expected = [_size(product, config) for product in sizes.split()]
         if len(shape) == len(expected) and all(e in (None, s) for s, e in zip(shape, expected, strict=True)):

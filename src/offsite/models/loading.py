@@ -24,7 +24,7 @@ from offsite.models.tokenizers import load_config
 from offsite.models.torch_tensors import read_tensor
 from offsite.storage.checkpoint_folder import open_checkpoint
 from offsite.storage.safetensors_files import FLOATS, StoredTensor
-from offsite.storage.snapshot import HeldTensor, Snapshot
+from offsite.storage.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -135,7 +135,7 @@ def _from_snapshot(
         model, info = model_class.from_pretrained(
             None,
             config=config,
-            state_dict={name: _Lazy(tensor) for name, tensor in snapshot.take_tensors().items()},
+            state_dict={name: Lazy(tensor) for name, tensor in snapshot.take_tensors().items()},
             attn_implementation=attention_of(config),
             **how,
             **others,
@@ -143,11 +143,11 @@ def _from_snapshot(
     return model, info
 
 
-class _Lazy:
+class Lazy:
     """A stand-in for a tensor in a state dict; transformers reads the tensor by `lazy[...]`, which works once."""
 
-    def __init__(self, tensor: HeldTensor) -> None:
-        self._tensor: HeldTensor | None = tensor
+    def __init__(self, tensor: StoredTensor) -> None:
+        self._tensor: StoredTensor | None = tensor
 
     def __getitem__(self, _: object) -> torch.Tensor:
         tensor, self._tensor = self._tensor, None

@@ -28,19 +28,34 @@ def experts_implementation() -> str:
 
 
 def _run(
-    experts: Any,  # a module with stacks gate_up_proj (E, 2F, H) and down_proj (E, H, F)
+    experts: Any,  # a module with stacks gate_up_proj (E, 2F, H), or up_proj (E, F, H), and down_proj (E, H, F)
     hidden: torch.Tensor,  # (N, H)
     chosen: torch.Tensor,  # (N, K) indices of experts
     weights: torch.Tensor,  # (N, K)
 ) -> torch.Tensor:
     output = torch.zeros_like(hidden)
-    into, out_of, activation = experts.gate_up_proj.unbind(0), experts.down_proj.unbind(0), experts.act_fn
+    into, out_of = _layers(experts, "gate_up_proj" if experts.has_gate else "up_proj"), _layers(experts, "down_proj")
+    activation = experts._apply_gate if experts.has_gate else experts.act_fn
     for index in torch.unique(chosen).tolist():
+        if index >= len(out_of):
+            continue  # no expert, but a mark of tokens that go through none
         tokens, places = torch.where(chosen == index)  # a token chooses an expert once, so sums have one order
-        gate, up = F.linear(hidden[tokens], into[index]).chunk(2, dim=-1)  # (n, F) each
-        made = F.linear(activation(gate) * up, out_of[index]) * weights[tokens, places, None]  # (n, H)
+        inner = activation(F.linear(hidden[tokens], *into[index]))  # (n, F)
+        made = F.linear(inner, *out_of[index])
+        if getattr(experts, "has_post_expert_norm", False):
+            made = experts.post_expert_norm(made)
+        made = made * weights[tokens, places, None]  # (n, H)
         output.index_add_(0, tokens, made.to(output.dtype))
     return output
+
+
+def _layers(experts: Any, name: str) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The weight (outputs, inputs) and the bias of a linear layer of each expert."""
+    weights = getattr(experts, name)
+    if experts.is_transposed:
+        weights = weights.transpose(1, 2)
+    biases = getattr(experts, f"{name}_bias").unbind(0) if experts.has_bias else [None] * len(weights)
+    return list(zip(weights.unbind(0), biases, strict=True))
 
 
 def expert_inner(experts: Any, index: int, hidden: torch.Tensor) -> torch.Tensor:

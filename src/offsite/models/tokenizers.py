@@ -1,6 +1,8 @@
 """Loads a model's tokenizer, its config, and its context length from its files."""
 
-from typing import TYPE_CHECKING, cast
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 from offsite.errors import IncompatibleError
 from offsite.models.hugging_face_calls import OFFLINE, incompatible, quiet
@@ -8,6 +10,8 @@ from offsite.models.model_folder import Source, as_folder, check_settings, folde
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+_INFINITY = {"Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
@@ -48,9 +52,25 @@ def load_config(source: Source) -> "PretrainedConfig":
 
     config, declared = unwrapped_config(source)
     if declared:
-        return cast("PretrainedConfig", AutoConfig.for_model(**config))
+        return make_config(config)
     with as_folder(source) as folder:
         loaded = cast("PretrainedConfig", AutoConfig.from_pretrained(folder, **OFFLINE))
     if hasattr(loaded, "quantization_config"):
         del loaded.quantization_config
     return loaded
+
+
+def make_config(settings: Mapping[str, Any]) -> "PretrainedConfig":
+    """The transformers config with the settings of a config.json, read as transformers reads that file."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    made: PretrainedConfig = CONFIG_MAPPING[settings["model_type"]].from_dict(_with_infinity(dict(settings)))
+    return made
+
+
+def _with_infinity(value: Any) -> Any:
+    """A JSON value with the mark that transformers writes for infinity replaced by it."""
+    if isinstance(value, dict):
+        found = _INFINITY.get(str(value.get("__float__"))) if value.keys() == {"__float__"} else None
+        return {key: _with_infinity(one) for key, one in value.items()} if found is None else found
+    return [_with_infinity(one) for one in value] if isinstance(value, list) else value

@@ -5,6 +5,7 @@ from typing import Any
 
 from offsite.errors import VerificationError
 from offsite.models.architectures import Architecture, config_problems
+from offsite.models.declared_family import declared_config_problems
 from offsite.models.modules.declared import Declared, Expected, unwrapped
 from offsite.protocol.contents import (
     ALLOWED_KEYS,
@@ -55,7 +56,9 @@ def _bundle_config(signed: SignedFolder) -> Iterator[str]:
         found = f"{config.get('model_type')!r}, {config.get('architectures')!r}"
         yield f"{CONFIG} names the model {found[:120]}, expected {family.model_type!r}, {[family.class_name]!r}"
     counts = {key: config[key] for key in family.count_keys if key in config}
-    if not counts or any(type(count) is not int or count != manifest.split.blocks for count in counts.values()):
+    if (family.count_keys and not counts) or any(
+        type(count) is not int or count != manifest.split.blocks for count in counts.values()
+    ):
         yield f"{CONFIG} has block counts {str(counts)[:120]}, the split has {manifest.split.blocks}"
     for key in family.per_block:
         entries = config.get(key)
@@ -70,6 +73,8 @@ def _bundle_config(signed: SignedFolder) -> Iterator[str]:
         if config.get(key) != value:
             yield f"{CONFIG} has {key} = {str(config.get(key))[:60]!r}, by which blocks go by place, expected {value}"
     yield from (f"{CONFIG}: {stray}" for stray in family.strays(config))
+    if family.layouts:
+        yield from (f"{CONFIG} has {problem}" for problem in declared_config_problems(config, family))
     for key, value in family.set_switches(config).items():
         yield f"{CONFIG} has {key} = {str(value)[:60]!r}, under which blocks cannot be cut"
 
@@ -113,7 +118,7 @@ def _bundle_weights(signed: SignedFolder) -> Iterator[str]:
         problem = family.shape_problem(name, tensor.shape, settings)
         if problem:
             yield problem
-        place = family.block_of(name)
+        place = family.block_of(name) if not family.layouts else None
         twin = alike.setdefault(family.pattern_of(place[1]), tensor) if place else tensor
         if tensor.shape != twin.shape:
             yield f"{name[:120]!r} has shape {list(tensor.shape)}, others of its kind have {list(twin.shape)}"
@@ -190,15 +195,16 @@ def _bundle_declared(signed: SignedFolder) -> Iterator[str]:
     except ValueError as problem:
         yield f"{CONFIG}: {problem}"
         return
-    features = (*(declared.features if declared else ()), *manifest.split.features)
+    features = (*(declared.features if declared else ()), *manifest.features)
     if manifest.requires != features:
         yield f"the manifest requires {list(manifest.requires)}, {CONFIG} and split declare {list(features)}"
     if declared and manifest.split.spread:
         yield f"{CONFIG} declares modules, which is not possible with trained blocks inside the emulator"
     if declared and (declared.first, declared.blocks) != (manifest.split.bottom, manifest.split.emulator):
         yield f"{CONFIG} declares {declared.blocks} blocks from {declared.first} on, which is not the split's emulator"
-    if declared and family.experts:
-        yield f"{CONFIG} declares modules that a mixture of experts cannot have"
+    if declared and (family.experts or family.layouts):
+        kind = "a mixture of experts" if family.experts else "a declared family"
+        yield f"{CONFIG} declares modules that {kind} cannot have"
     ours = {entry.name.startswith("offsite-") for entry in manifest.files if is_weights(entry.name)}
     if ours != {declared is not None}:
         yield "the weights' file has the name of the other kind of model"
@@ -208,7 +214,11 @@ def _bundle_returnable(signed: SignedFolder) -> Iterator[str]:
     manifest, family = _bundle_of(signed)
     checkpoint = _open_listed(signed)
     blocks = frozenset(manifest.split.trained)
-    trained = {n for n in checkpoint.tensors if (p := family.block_of(n)) and p[0] in blocks}
+    trained = {
+        n
+        for n in checkpoint.tensors
+        if (p := family.block_of(n)) and p[0] in blocks and p[1] not in family.layout(p[0]).buffers
+    }
     if manifest.split.adapted:
         trained = {name for name in trained if family.is_bias(name)}
     yield from names_differ("tensors that may come back", set(manifest.tensors), trained)
@@ -216,13 +226,12 @@ def _bundle_returnable(signed: SignedFolder) -> Iterator[str]:
     yield from names_differ("the head that may come back", set(manifest.head), head)
     yield from entries_differ({**manifest.tensors, **manifest.head}, checkpoint.tensors)
     settings, declared = _settings_of(signed)
-    permitted = family.lora_linears_of(settings)
     emulated: dict[str, tuple[int, ...]] = {}  # of a block of the emulator, also where the weight is stored otherwise
     if declared and (shapes := _family_shapes(declared, manifest, family, checkpoint, settings)):
         emulated = declared.narrowed(family, shapes)
     for target, (inputs, outputs) in manifest.lora_targets.items():
         place = family.linear_layer_of(target)
-        if place and place[1] not in permitted:
+        if place and place[1] not in family.lora_linears_of(settings, place[0]):
             yield f"LoRA target {target}: pairs there have no effect under this config"
         weight = checkpoint.tensors.get(f"{family.in_block(*place)}.weight") if place else None
         found = weight.shape if weight else None

@@ -9,8 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from offsite.config import Method, describe_validation
 from offsite.models.architectures import ARCHITECTURES, Architecture
+from offsite.models.declared_family import DeclaredFamily, declared_architecture
 from offsite.models.modules.declared import FEATURES
 from offsite.models.modules.declared_shapes import bottleneck_places, bottleneck_shapes
+from offsite.models.transformers_types import causal_class
 from offsite.storage.strict_json import strict_json
 
 MANIFEST = "offsite.json"
@@ -19,10 +21,11 @@ MANIFEST_BYTES = 16 * 2**20  # no manifest is larger
 _MOST_ENTRIES = 500_000  # most entries of all lists and objects in a manifest together
 _MOST_KEYS = 64  # most keys of an object whose keys are fields, not names of tensors
 FORMAT: Final = 1
+FAMILY = "family"  # a reader must support a family that the manifest declares
 SPREAD = "spread"  # the feature of bundles with trained blocks inside the emulator; `requires` lists it
 ADAPTED = "adapted"  # the feature of bundles with adapters on compressed blocks; `requires` lists it
 # features that this version understands beyond the format itself
-KNOWN_REQUIREMENTS: frozenset[str] = frozenset((*FEATURES, SPREAD, ADAPTED))
+KNOWN_REQUIREMENTS: frozenset[str] = frozenset((*FEATURES, SPREAD, ADAPTED, FAMILY))
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 TensorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
@@ -138,12 +141,13 @@ class BundleManifest(_Document):
     tensors: dict[TensorName, TensorEntry]
     lora_targets: dict[TensorName, Annotated[tuple[Size, Size], Field(strict=False)]]
     head: dict[TensorName, TensorEntry] = {}  # the head's tensors that a return may contain
+    # the row of a family that the table does not have
+    declared_family: Annotated[DeclaredFamily | None, Field(exclude_if=lambda row: row is None)] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "BundleManifest":
-        family = ARCHITECTURES.get(self.architecture)
-        if family is None:
-            raise ValueError(f"architecture {self.architecture[:64]!r} is not known to this version; update offsite")
+        self._require_family()
+        family = self.family
         trained = frozenset(self.split.trained)
         if not self.tensors and not (self.split.adapted and self.lora_targets):
             raise ValueError("tensors and lora_targets list nothing that may come back")
@@ -169,13 +173,37 @@ class BundleManifest(_Document):
     @property
     def family(self) -> Architecture:
         """The family of the bundle's model."""
-        return ARCHITECTURES[self.architecture]
+        if self.declared_family is None:
+            return ARCHITECTURES[self.architecture]
+        return declared_architecture(self.declared_family, self.architecture)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The features that a reader must support beside those of the emulator, as `requires` lists them."""
+        return (*self.split.features, *((FAMILY,) if self.declared_family is not None else ()))
+
+    def _require_family(self) -> None:
+        """Raise ValueError if the table has no row of the type and none is declared, or if a declared one is wrong."""
+        row, kind = self.declared_family, self.architecture
+        if row is None:
+            if kind not in ARCHITECTURES:
+                raise ValueError(f"architecture {kind[:64]!r} is not known to this version; update offsite")
+            return
+        if kind in ARCHITECTURES:
+            raise ValueError(f"a family is declared for architecture {kind[:64]!r}, which has a row of its own")
+        if causal_class(kind) is None:
+            raise ValueError(
+                f"architecture {kind[:64]!r} is no causal language model of the installed transformers; update it"
+            )
+        if len(row.layout_of) != self.split.blocks:
+            raise ValueError(f"a family of {len(row.layout_of)} blocks is declared, the split has {self.split.blocks}")
 
     @property
     def hidden(self) -> int:
         """The model's hidden size: the number of outputs of attention's output projection."""
         family = self.family
-        place = family.in_block(self.split.trained[0], family.attention_out)
+        first = self.split.trained[0]
+        place = family.in_block(first, family.outputs_of(first)[0])
         if weight := self.tensors.get(f"{place}.weight"):
             return weight.shape[1 if family.transposed else 0]
         return self.lora_targets[family.module_of(place)][1]

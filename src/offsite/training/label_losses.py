@@ -20,4 +20,7 @@ def label_losses(network: Network, batch: Batch) -> tuple[torch.Tensor, torch.Te
     hidden = hidden_states(network.body, ids, mask)  # (B, T, H)
     picked = hidden.flatten(0, 1).index_select(0, torch.from_numpy(batch.places).to(device))  # (L, H)
     targets = torch.from_numpy(batch.targets).to(device)
-    return labelled_cross_entropy(picked, network.head.weight, targets, network.head.bias, network.cap)
+    bias: torch.Tensor | None = network.head.bias
+    if network.scale != 1:
+        picked, bias = picked * network.scale, None if bias is None else bias * network.scale
+    return labelled_cross_entropy(picked, network.head.weight, targets, bias, network.cap)

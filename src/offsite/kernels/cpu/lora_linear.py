@@ -76,6 +76,12 @@ class FusedLoraLinear(nn.Module):
         self.base_layer, self.lora_A, self.lora_B = base_layer, lora_a, lora_b
         self._scale, self._transposed = scale, transposed
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The frozen weight; some models ask for its device."""
+        found: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]
+        return found
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Run the linear layer with LoRA, (..., in) -> (..., out)."""
         weight = self.base_layer.weight.T if self._transposed else self.base_layer.weight  # (out, in)

@@ -56,10 +56,17 @@ def require_declarable(model: BaseModel, spec: PackSpec) -> None:
             does not fit.
     """
     family, asked = model.family, spec.declares
-    if asked and (family.experts or family.modules):
+    if asked and (family.experts or family.modules or family.layouts):
         raise IncompatibleError(
             f"this {family.model_type} model's emulator cannot be compressed in this way",
-            reasons=[f"{', '.join(asked)}: blocks of this family have other tensors in files than in modules"],
+            reasons=[
+                f"{', '.join(asked)}: "
+                + (
+                    "this works with the families of the table"
+                    if family.layouts
+                    else "blocks of this family have other tensors in files than in modules"
+                )
+            ],
             next_step=spec.nearest(
                 lambda row: not (isinstance(row, HealingStep) and row.declared),
                 left_out=[form.name for form in spec.stored_forms],

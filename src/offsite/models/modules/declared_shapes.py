@@ -13,7 +13,7 @@ def bottleneck_places(family: Architecture, blocks: Iterable[int]) -> list[str]:
 
     They are the last linear layer of attention, and that of the MLP or the whole mixture of experts.
     """
-    return [family.in_block(index, path) for index in blocks for path in (family.attention_out, family.mlp_out)]
+    return [family.in_block(index, path) for index in blocks for path in family.outputs_of(index)]
 
 
 def bottleneck_shapes(place: str, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
