@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from offsite.config import PackSpec
-from offsite.errors import UsageError
+from offsite.errors import IncompatibleError, UsageError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.compress.declare_emulator import require_declarable
 from offsite.model_owner.emulator_work import Work, work_of
