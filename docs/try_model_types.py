@@ -32,7 +32,7 @@ def try_types(names: list[str]) -> None:
     known = {name: one for name, one in found["types"].items() if name in causal_types()}
     for name in names:
         with tempfile.TemporaryDirectory(prefix="offsite-type-") as folder, contextlib.redirect_stderr(io.StringIO()):
-            outcome = try_type(name, Path(folder)).record()
+            outcome = try_type(name, Path(folder), ()).record()
         print(outcome["status"], name, outcome.get("why", ""), flush=True)
         known[name] = {key: value for key, value in outcome.items() if key != "model_type"}
         content = {"transformers": transformers.__version__, "types": dict(sorted(known.items()))}
