@@ -19,7 +19,7 @@ from tiny import timm_imports
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*.toml"))
 # Grids on another base than one that runs, or of compressors that recipes/small/compressors.toml has too.
 ALIKE = {"figure3", "figure4-layer-drop", "figure4-quantisation", "table1-gpt2-xl", "table2-bloom-7.1b"}
-ALIKE |= {"table2-opt-6.7b", "table3-eva", "table5-gpt2-xl", "gemma3"}
+ALIKE |= {"table2-opt-6.7b", "table3-eva", "table5-gpt2-xl", "gemma3", "pruners"}
 
 
 def name(file: Path) -> str:
