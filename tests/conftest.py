@@ -66,7 +66,9 @@ def _short_calibration_text() -> Iterator[None]:
     read = calibration.read_calibration_text
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            calibration, "read_calibration_text", lambda file: read(file) if file else read(None)[:CALIBRATION]
+            calibration,
+            "read_calibration_text",
+            lambda file, form=None: read(file, form) if file else read(None)[:CALIBRATION],
         )
         yield
 

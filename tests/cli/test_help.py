@@ -89,7 +89,7 @@ def _literal(annotation: Any) -> tuple[str, ...]:
                 "heal",
                 "distill-tokens", "distill-epochs", "distill-steps", "distill-lr", "distill-ce",
                 "prune", "prune-by", "zeros", "bits",
-                "group", "svd-rank", "mlp-width", "calibration", "permit-head",
+                "group", "svd-rank", "mlp-width", "calibration", "columns", "chosen", "permit-head",
                 "dtype", "resume", "plan", "config", "home", "json",
             },
         ),
@@ -104,8 +104,8 @@ def _literal(annotation: Any) -> tuple[str, ...]:
         (
             "plug-in",
             {
-                "out", "as", "choose-on", "checkpoint", "strength", "strengths", "again", "plan", "config", "home",
-                "json",
+                "out", "as", "choose-on", "checkpoint", "strength", "strengths", "whole", "again", "columns", "chosen",
+                "plan", "config", "home", "json",
             },
         ),
         (
@@ -134,8 +134,8 @@ def test_every_flag_that_a_message_names_is_there() -> None:
         own = {opt for param in command.params for opt in param.opts if opt.startswith("--")}
         return own.union(*(flags_of(inner) for inner in getattr(command, "commands", {}).values()))
 
-    of_hf = {"--repo-type", "--local-dir"}  # of the hub's own command, which an error tells to run
-    there = {"--help"} | of_hf | flags_of(typer.main.get_command(build()))
+    foreign = {"--repo-type", "--local-dir", "--merge", "--safe"}  # of other programs, which errors advise to run
+    there = {"--help"} | foreign | flags_of(typer.main.get_command(build()))
     wrong = [
         f"{file.name}:{node.lineno}: {flag}"
         for file in Path(offsite.__file__).parent.rglob("*.py")

@@ -40,3 +40,23 @@ def test_a_damaged_file_is_an_error(content: str, tmp_path: Path) -> None:
     (tmp_path / "rows").write_text(content)
     with pytest.raises(StorageError, match="cannot read the row scores"):
         read_row_scores(tmp_path / "rows")
+
+
+def test_of_several_data_sets_each_row_names_its_file(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base", blocks=2)
+    one, two = tiny_rows(tmp_path / "one.jsonl", 2), tiny_rows(tmp_path / "two.jsonl", 3)
+    asked = {"question": "Which?", "choices": ["this", "that"], "answer": 1}
+    two.write_text(two.read_text() + json.dumps(asked) + "\n")
+    file = tmp_path / "scores.jsonl"
+    words = ["eval", str(base), "--data", str(one), "--row-scores", str(file)]
+    assert main([*words, "--data", str(two)]) == 0
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    places = [(Path(line["file"]).name, line["line"]) for line in lines]
+    assert places == [*(("one.jsonl", n) for n in (1, 2)), *(("two.jsonl", n) for n in (1, 2, 3, 4)), ("two.jsonl", 4)]
+    both = read_row_scores(file)
+    assert both.files == ("one.jsonl", "one.jsonl", *["two.jsonl"] * 4)
+    other = RowScores(both.lines, both.nats, both.tokens, both.right, both.right_by_length, files=both.files[::-1])
+    with pytest.raises(ValueError, match="different rows"):
+        difference(both, other)
+    assert main(words) == 0
+    assert all("file" not in line for line in file.read_text().splitlines())  # of one file it is clear

@@ -1,9 +1,11 @@
 import json
+from pathlib import Path
 
 import pytest
 
+from offsite.config import PackSpec
 from offsite.errors import DataError
-from offsite.model_owner.calibration_text import read_calibration_text
+from offsite.model_owner.calibration_text import read_calibration_text, row_form
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "ROWS.JSONL"])
@@ -32,3 +34,10 @@ def test_bad_rows_are_listed_and_no_text_is_an_error(tmp_path):
     assert "rows.csv:2: fields 'txt'" in caught.value.reasons[0]
     with pytest.raises(DataError, match="cannot read"):
         read_calibration_text(tmp_path / "none.txt")
+
+
+def test_columns_of_calibration_rows_may_be_called_otherwise(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"q": "One? ", "a": "Two."}\n{"q": "Three? ", "a": "Four.", "label": false}\n')
+    spec = PackSpec(calibration=rows, columns="prompt=q,completion=a")
+    assert read_calibration_text(rows, row_form(spec)) == "One? Two."

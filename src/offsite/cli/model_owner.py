@@ -142,6 +142,12 @@ def plug_in(
             "--strengths are to choose from, and there are no rows to choose on",
             next_step="name rows of your own with --choose-on, or give one --strength",
         )
+    of_rows = [key for key in ("columns", "chosen") if flag_values[key] is not None]
+    if choose_on is None and of_rows:
+        raise UsageError(
+            f"{' and '.join(f'--{key}' for key in of_rows)} tell how rows to choose on are read, and there are none",
+            next_step="name rows of your own with --choose-on, or leave these out",
+        )
     if flags.measures(plan):
         raise UsageError(
             "plugging in runs no network, so there is nothing to measure",

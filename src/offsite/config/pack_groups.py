@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from offsite.config.emulator_methods import HealingName, PrunerName, SelectionName
-from offsite.config.setting_types import Method, split_numbers, split_parts, split_steps
+from offsite.config.setting_types import Chosen, Columns, Method, split_numbers, split_parts, split_steps
 from offsite.config.spec import FILE_ONLY, Settings
 
 RefitMap = Literal["mlp", "attention"]
@@ -167,6 +167,8 @@ class CalibrationSettings(Settings):
             description="text, rows or pictures to select and heal with; left out: the data in the package",
         ),
     ] = None
+    columns: Columns = None
+    chosen: Chosen = False
     tokens: Annotated[
         int,
         Field(alias="calibration_tokens", ge=256, description="calibration tokens to select and solve with"),

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
-from offsite.config.setting_types import split_parts
+from offsite.config.setting_types import Chosen, Columns, split_parts
 from offsite.config.spec import Spec, rule
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
@@ -43,6 +43,8 @@ class PlugInSpec(Spec):
             "its language model replaced"
         ),
     ] = None
+    columns: Columns = None
+    chosen: Chosen = False
     again: Annotated[bool, Field(description="permit a return that was plugged in before")] = False
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)

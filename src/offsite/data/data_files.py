@@ -10,9 +10,10 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from offsite.data.file_formats import RECORDS, parse_line
+from offsite.data.hub_configs import config_parts, default_config, named_config
 from offsite.data.text_files import kind, read_bytes, unreadable
 from offsite.errors import DataError
 from offsite.storage.files import sha256_of
@@ -55,6 +56,8 @@ def files_of(path: Path, part: Part = "train") -> list[Path]:
     path = existing(path)
     if path.is_dir():
         return _in_folder(path, part)
+    if (named := named_config(path)) is not None:
+        return _of_config(*named, part)
     if not path.exists() and _PATTERN.search(path.name):
         found = sorted(file for file in path.parent.glob(path.name) if file.is_file())
         if not found:
@@ -72,8 +75,7 @@ def data_digest(data: DataPaths) -> str:
     """The SHA-256 digest of one or several data sets.
 
     It is the digest of the file itself; for a folder, of the names and digests of its files, without what file
-    managers leave there; for several files or
-    folders, of their digests.
+    managers leave there; for several files or folders, of their digests.
 
     Raises:
         DataError: a data set is a pipe or a device, whose content would differ when it is read again.
@@ -84,6 +86,9 @@ def data_digest(data: DataPaths) -> str:
 
 def _digested(path: Path) -> list[Path]:
     """The files or the folder that the digest of one data set covers."""
+    if (named := named_config(path)) is not None:
+        parts = config_parts(*named)
+        return [parts] if isinstance(parts, Path) else [file for files in parts.values() for file in files]
     return files_of(path) if _PATTERN.search(path.name) and not path.exists() else [existing(path)]
 
 
@@ -116,18 +121,34 @@ def _in_folder(folder: Path, part: Part) -> list[Path]:
     folder = _snapshot(folder)
     if (folder / _STATE).exists():
         return _saved_files(folder)
+    if (config := default_config(folder)) is not None:
+        return _of_config(folder, config, part)
     parts = parts_of(folder)
     if not parts:
         raise unreadable(folder, f"the folder holds no file of rows{_what_it_holds(folder)}")
     chosen = choose_part(parts, part, folder)
     if (chosen[0] / _STATE).exists():
         return _saved_files(chosen[0])
-    if len({kind(file) for file in chosen}) > 1:
+    _require_one_kind(folder, chosen)
+    return chosen
+
+
+def _of_config(folder: Path, config: Mapping[str, Any], part: Part) -> list[Path]:
+    """The files of a config's requested part."""
+    parts = config_parts(folder, config)
+    if isinstance(parts, Path):
+        return _in_folder(parts, part) if parts != folder else choose_part(parts_of(folder), part, folder)
+    chosen = choose_part(parts, part, folder)
+    _require_one_kind(folder, chosen)
+    return chosen
+
+
+def _require_one_kind(folder: Path, files: Sequence[Path]) -> None:
+    if len({kind(file) for file in files}) > 1:
         raise unreadable(
             folder,
-            f"it holds files of several kinds: {_some(chosen)}; name one kind, as '{folder}/*{kind(chosen[0])}'",
+            f"it holds files of several kinds: {_some(files)}; name one kind, as '{folder}/*{kind(files[0])}'",
         )
-    return chosen
 
 
 def _snapshot(folder: Path) -> Path:

@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from offsite.data.conversations.parse_messages import (
@@ -28,10 +29,13 @@ _MESSAGES = ("messages", "conversations", "conversation")
 _OUTPUTS = ("output", "response")
 _INPUTS = ("input", "context")
 _ANSWERS = ("answer", "answerKey")
+_KTO = ("kto_tag", "label")  # beside an answer: whether it is a good one
+_UNWANTED = "rows left out because their label is false (answers that are not wanted)"
 FIELDS = frozenset(
     {
         *("text", "prompt", "completion", "question", "choices", "instruction", "system", "history", "tools"),
         *("chosen", "rejected", "chat_template_kwargs", "documents"),
+        *_KTO,
         *_MESSAGES,
         *_OUTPUTS,
         *_INPUTS,
@@ -87,10 +91,39 @@ def parse_row(fields: Fields, number: int, form: RowForm | None = None) -> Row |
         filled = {name: value for name, value in known.items() if value is not None and value != []}
         for candidate in (filled, known):  # first without nulls, as a table has them; then with, for the error text
             if (parse := _kind(candidate, form)) is not None:
-                return parse(candidate, number)
+                row = parse(candidate, number)
+                return _marked(row, own | named, form) if isinstance(row, Row) else row
     if "chosen" in own | named and not form.chosen:
         return "preferences ('chosen' and 'rejected'); --chosen takes the chosen answers"
     return f"fields {_names(fields)}; {_EXPECTED}"
+
+
+def with_our_names(fields: Fields, form: RowForm) -> dict[str, Any]:
+    """A record with the fields that --columns names under our names, so that it is read without --columns.
+
+    Fields that would mean something else under their own names are left out.
+    """
+    if not form.columns:
+        return dict(fields)
+    named = {ours: _as_named(fields[theirs]) for ours, theirs in form.columns.items()}
+    if _kind(named, form) is not None:
+        return named
+    return {name: value for name, value in fields.items() if name not in form.columns.values()} | named
+
+
+def _marked(row: Row, fields: Fields, form: RowForm) -> Row:
+    """The row, marked as left out if it shows an answer that is not wanted.
+
+    KTO's data sets mark good and bad answers by `label` or `kto_tag`. The `label` of a plain text or of a question with
+    choices is something else, and so is one that --columns names as another field.
+    """
+    if row.choices or (row.prompt is None and not row.turns):
+        return row
+    free = [name for name in _KTO if name not in form.columns.values()]
+    label = next((fields[name] for name in free if fields.get(name) is not None), None)
+    unwanted = label is False or (type(label) is int and label == 0)
+    unwanted = unwanted or (isinstance(label, str) and label.strip().lower() == "false")
+    return replace(row, left_out=_UNWANTED) if unwanted else row
 
 
 def _names(fields: Fields) -> str:

@@ -24,6 +24,7 @@ class Row:
     turns: tuple[Turn, ...] = ()  # for a conversation or an instruction
     settings: Mapping[str, Any] = field(default_factory=dict)  # tools and other arguments for the chat template
     document: bool = False  # whether it is a long text, which is cut into blocks of tokens
+    left_out: str = ""  # why the row is not used, although nothing is wrong with it
     file: Path | None = field(default=None, compare=False)  # file of the row
 
     @property

@@ -7,6 +7,7 @@ of its name. Text is UTF-8, or UTF-16 or UTF-32 (detected by a byte-order mark o
 import bz2
 import gzip
 import lzma
+import shlex
 from pathlib import Path
 
 from offsite.encodings import as_utf8
@@ -111,7 +112,8 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 at byte {error.start}",
-            next_step=f"convert it, from what it is: iconv -f windows-1252 -t utf-8 {path} > utf8-{path.name}",
+            next_step=f"convert it, from what it is: iconv -f windows-1252 -t utf-8 {shlex.quote(str(path))} > "
+            f"{shlex.quote(f'utf8-{path.name}')}",
         ) from None
     if not text.strip():
         raise DataError(f"the data set {path} is empty", next_step="write some text into it")

@@ -6,7 +6,7 @@ template, with the loss on the assistant's answers. A long text is cut into bloc
 """
 
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -62,7 +62,9 @@ def encode(
     dropped: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     name, lengths = name_of(source), []
-    answered = [row for row in rows if row.prompt is None or row.completion]  # public data sets have empty outputs
+    notes.update(row.left_out for row in rows if row.left_out)
+    used = [row for row in rows if not row.left_out]
+    answered = [row for row in used if row.prompt is None or row.completion]  # public data sets have empty outputs
     skipped = len(rows) - len(answered)
     for draft in _drafts(answered, tokenizer, name, max_length):
         if conversation := draft.conversation:
@@ -83,7 +85,7 @@ def encode(
     if not examples:
         raise DataError(
             f"no row of {name} is left",
-            reasons=[f"{len(rows)} rows read, {len(long)} over {max_length} tokens left out"],
+            reasons=[f"{len(rows)} rows read, {len(long)} over {max_length} tokens left out", *_counts(notes)],
             next_step=f"raise max_length, or {_CUT}",
         )
     return Encoded(tuple(examples), skipped, cut, len(long), tuple(lengths), dropped, notes)
@@ -106,7 +108,7 @@ def encode_choices(
     """
     found, long, name = [], [], name_of(source)
     for row in rows:
-        if not row.choices:
+        if not row.choices or row.left_out:
             continue
         drafts = _choice_drafts(row, tokenizer)
         longest = max(draft.length for draft in drafts)
@@ -120,6 +122,10 @@ def encode_choices(
     if long_rows == "error":
         _require_short(long, name)
     return found
+
+
+def _counts(notes: Mapping[str, int]) -> list[str]:
+    return [f"{name}: {count}" for name, count in sorted(notes.items())]
 
 
 def _require_short(long: Sequence[str], source: str) -> None:

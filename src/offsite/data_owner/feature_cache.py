@@ -26,6 +26,7 @@ from offsite.kernels import Piece
 from offsite.models.blocks import Wrapped, unwrapped_block
 from offsite.progress import Event, Progress
 from offsite.storage.files import replace_file, storage_errors
+from offsite.storage.leftovers import delete_command
 from offsite.storage.strict_json import strict_json
 from offsite.training.label_losses import label_losses
 from offsite.training.schedule import step_count
@@ -159,7 +160,8 @@ def _states_entering(tuning: Tuning, first: nn.Module, batch: Batch) -> Tensor:
     finally:
         handle.remove()
     raise IncompatibleError(
-        f"{type(_text(tuning).network.body).__name__} does not call its blocks with the hidden state"
+        f"{type(_text(tuning).network.body).__name__} does not call its blocks with the hidden state",
+        next_step="ask the model's owner for a bundle of a model of another type; docs/models.md lists tested ones",
     )
 
 
@@ -203,7 +205,7 @@ def _read_decision(record: Path) -> bool:
     raise StorageError(
         f"cannot read {record}",
         reasons=[problem],
-        next_step=f"remove the run and start again: rm -r {record.parent}",
+        next_step=f"remove the run and start again: {delete_command([record.parent])}",
     )
 
 

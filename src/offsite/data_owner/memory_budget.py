@@ -27,6 +27,7 @@ from offsite.kernels.peak_memory import peak_memory
 from offsite.kernels.runtime import Runtime
 from offsite.progress import Event, Progress
 from offsite.storage.files import replace_file
+from offsite.storage.leftovers import delete_command
 from offsite.storage.strict_json import strict_json
 
 _SPARE = 0.05  # share of the budget that stays free, for fragmentation of the heap over many steps
@@ -198,7 +199,7 @@ def _load_or_make(file: Path, make: Callable[[], Fit]) -> Fit:
         raise StorageError(
             f"cannot read {file}",
             reasons=[str(error)],
-            next_step=f"remove the run and start again: rm -r {file.parent}",
+            next_step=f"remove the run and start again: {delete_command([file.parent])}",
         ) from None
 
 

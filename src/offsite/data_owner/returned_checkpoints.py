@@ -15,6 +15,7 @@ from offsite.config import TuneSpec
 from offsite.errors import OffsiteError, StorageError
 from offsite.protocol.contents import checkpoint_file
 from offsite.storage.files import replace_file, storage_errors
+from offsite.storage.leftovers import delete_command
 from offsite.storage.safetensors_files import write_safetensors
 from offsite.storage.strict_json import strict_json
 from offsite.training.resume_points import RunState, to_new_tensor
@@ -110,7 +111,7 @@ class Checkpoints:
             raise StorageError(
                 f"the run in {self._folder} has lost checkpoints that it had saved",
                 reasons=[f"{name} is missing" for name in missing],
-                next_step=f"put them back, or remove the run and start again: rm -r {self._folder}",
+                next_step=f"put them back, or remove the run and start again: {delete_command([self._folder])}",
             )
 
     def _read_scores(self) -> dict[str, float]:
@@ -127,5 +128,5 @@ class Checkpoints:
             raise StorageError(
                 f"cannot read {self._scores}",
                 reasons=[str(error)],
-                next_step=f"remove the run and start again: rm -r {self._folder}",
+                next_step=f"remove the run and start again: {delete_command([self._folder])}",
             ) from None

@@ -135,7 +135,7 @@ def _class_names(train: Pictures, validation: Pictures | None) -> tuple[str, ...
         raise DataError(
             "names of classes that cannot be returned",
             reasons=refused,
-            next_step="at most 128 characters, and none that controls a terminal",
+            next_step="give the classes names of at most 128 characters, without ones that control a terminal",
         )
     return classes
 

@@ -113,7 +113,7 @@ def evaluate(
     losses = row_losses(network, examples, spec.micro_batch_tokens, progress)
     seconds = time.perf_counter() - started
     choices = score_choices(network, questions, spec.micro_batch_tokens, progress)
-    prompted = [row for row in rows if row.prompt is not None][:samples]
+    prompted = [row for row in rows if row.prompt is not None and not row.left_out][:samples]
     return Score(
         **_compute_figures(
             losses, [loss for loss, example in zip(losses, examples, strict=True) if example.answers], choices

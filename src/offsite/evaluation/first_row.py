@@ -143,7 +143,10 @@ def first_loss(source: Source, family: Architecture, inputs: "list[Example] | Fl
             encoder = encoder_of(model)
             features = encoder.features(np.asarray(inputs, dtype=np.float32))
             if features.shape[1] != encoder.inputs:
-                raise IncompatibleError(f"the encoder has {features.shape[1]} features, expected {encoder.inputs}")
+                raise IncompatibleError(
+                    f"the encoder in {folder_of(source)} has {features.shape[1]} features, expected {encoder.inputs}",
+                    next_step="choose a model of another type; docs/models.md lists those that are tested",
+                )
             return float(features.double().sum())
         examples = [example for example in inputs if isinstance(example, Example)]
         if not _finite(model, examples):

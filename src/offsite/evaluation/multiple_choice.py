@@ -9,6 +9,7 @@ first one is the answer.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from offsite.data.examples import Choices
 from offsite.evaluation.row_losses import row_losses
@@ -24,6 +25,7 @@ class ChoiceScore:
     log_likelihoods: tuple[float, ...]
     lengths: tuple[int, ...]  # number of characters of each choice
     answer: int  # index of the right choice
+    file: Path | None = None  # the file of the line
 
     @property
     def right(self) -> bool:
@@ -52,7 +54,11 @@ def score_choices(
     nats = iter(row_losses(network, examples, budget, progress, "scoring choices"))
     return [
         ChoiceScore(
-            question.line, tuple(-next(nats).nats for _ in question.examples), question.lengths, question.answer
+            question.line,
+            tuple(-next(nats).nats for _ in question.examples),
+            question.lengths,
+            question.answer,
+            question.examples[0].file,
         )
         for question in questions
     ]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,7 @@ class RowLoss:
     line: int  # line of the row in its file, or number of the block of a long text; from 1
     nats: float
     tokens: int  # number of labelled tokens
+    file: Path | None = None  # the file of the line
 
 
 def perplexity(loss: float) -> float:
@@ -55,7 +57,7 @@ def row_losses(
         groups = list(micro_batches(examples, range(len(examples)), max(1, budget // run.count)))
         for group, sums in zip(groups, run(nats_of, groups), strict=True):
             for i, total in zip(group, sums, strict=True):
-                found[i] = RowLoss(examples[i].line, total, examples[i].labels)
+                found[i] = RowLoss(examples[i].line, total, examples[i].labels, examples[i].file)
                 nats_so_far, tokens_so_far = nats_so_far + total, tokens_so_far + examples[i].labels
             progress(Event(stage, len(found), len(examples), {"loss": nats_so_far / tokens_so_far}))
     return [found[i] for i in range(len(examples))]

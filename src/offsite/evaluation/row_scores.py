@@ -2,7 +2,8 @@
 
 Such a file has a JSON line for each row ({"line", "nats", "tokens"}), then one for each multiple-choice question
 ({"line", "right", "right_by_length"}) or picture ({"line", "right", "told"}, where "told" is the predicted class).
-`line` is the row's line in the data set, or the picture's number in it. The file contains no text or pixels of a row.
+`line` is the row's line in its file, and `file` names that file if there are several; of a picture, `line` is its
+number. The scores contain no text or pixels of a row.
 """
 
 import json
@@ -18,6 +19,8 @@ from offsite.storage.files import replace_file
 if TYPE_CHECKING:
     from offsite.evaluation.evaluate import Score
     from offsite.evaluation.image_scores import ImageScore
+    from offsite.evaluation.multiple_choice import ChoiceScore
+    from offsite.evaluation.row_losses import RowLoss
 
 MetricName = Literal["loss", "accuracy"]  # nats per labelled token, or the share of right answers
 
@@ -32,6 +35,7 @@ class RowScores:
     right: tuple[float, ...]  # 1 (right) or 0 (wrong) for each question or picture; empty if there are none
     right_by_length: tuple[float, ...]  # 1 or 0 for each question, by likelihood per character
     predictions: tuple[str, ...] = ()  # the predicted class of each picture
+    files: tuple[str, ...] = ()  # the name of each row's file, if the rows are of several files
 
     @property
     def loss(self) -> float:
@@ -54,9 +58,14 @@ def write_row_scores(file: Path, score: "Score") -> None:
     Raises:
         StorageError: the file cannot be written.
     """
-    rows = [{"line": row.line, "nats": row.nats, "tokens": row.tokens} for row in score.row_losses]
+    several = len({row.file for row in score.row_losses} | {one.file for one in score.choice_scores}) > 1
+
+    def place(row: "RowLoss | ChoiceScore") -> dict[str, Any]:
+        return {"file": str(row.file), "line": row.line} if several and row.file else {"line": row.line}
+
+    rows = [{**place(row), "nats": row.nats, "tokens": row.tokens} for row in score.row_losses]
     questions = [
-        {"line": one.line, "right": one.right, "right_by_length": one.right_by_length} for one in score.choice_scores
+        {**place(one), "right": one.right, "right_by_length": one.right_by_length} for one in score.choice_scores
     ]
     _write(file, [*rows, *questions])
 
@@ -96,6 +105,7 @@ def read_row_scores(file: Path) -> RowScores:
             right=tuple(float(one["right"]) for one in questions),
             right_by_length=tuple(float(one["right_by_length"]) for one in questions if "told" not in one),
             predictions=tuple(str(one["told"]) for one in questions if "told" in one),
+            files=tuple(Path(str(row["file"])).name for row in rows if "file" in row),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(
@@ -123,5 +133,5 @@ def require_same_rows(scores: Sequence[RowScores]) -> None:
     Raises:
         ValueError: the rows differ.
     """
-    if any(score.lines != scores[0].lines for score in scores):
+    if any((score.files, score.lines) != (scores[0].files, scores[0].lines) for score in scores):
         raise ValueError("the models were scored on different rows, so they cannot be compared row by row")

@@ -28,6 +28,8 @@ from offsite.models.tokenizers import make_config
 from offsite.models.torch_tensors import read_tensor
 from offsite.storage.safetensors_files import TensorRange
 
+_OTHER_TYPE = "choose a model of another type; docs/models.md lists those that are tested"
+
 
 class _ReachedBlock(Exception):  # noqa: N818  a signal, caught where it is raised for
     def __init__(self, hidden: Tensor, arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
@@ -81,7 +83,9 @@ class LoadedBlock:
             return reached.with_traceback(None)  # the traceback would keep the callers' frames in memory
         finally:
             handle.remove()
-        raise IncompatibleError(f"{type(self.surrounding).__name__} does not call its blocks with the hidden state")
+        raise IncompatibleError(
+            f"{type(self.surrounding).__name__} does not call its blocks with the hidden state", next_step=_OTHER_TYPE
+        )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         device = next(self.module.parameters()).device.type
@@ -127,7 +131,7 @@ class LoadedStack:
             return left.with_traceback(None).hidden
         finally:
             handle.remove()
-        raise IncompatibleError(f"{type(self.whole).__name__} does not call its blocks in order")
+        raise IncompatibleError(f"{type(self.whole).__name__} does not call its blocks in order", next_step=_OTHER_TYPE)
 
     def to_the_end(self, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Run the emulator's blocks, the blocks after them and the head, on one batch.

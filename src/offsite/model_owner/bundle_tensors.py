@@ -161,7 +161,7 @@ def permitted_methods(model: BaseModel, spec: PackSpec) -> tuple[Method, ...]:
     if not methods:
         raise UsageError(
             f"BitFit trains biases, and the blocks of this {model.family.model_type} model have none",
-            next_step="permit another method",
+            next_step="permit another method: methods in table [pack] of a --config file",
         )
     return methods
 

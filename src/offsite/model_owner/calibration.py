@@ -16,6 +16,7 @@ from offsite.data.pictures.picture_files import load_processor
 from offsite.data.pictures.picture_sets import read_pictures
 from offsite.data.pictures.picture_sizes import picture_count, seen_picture, spread
 from offsite.data.pictures.prepared_pictures import Pictures
+from offsite.data.row import RowForm
 from offsite.errors import DataError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.calibration_pictures import crops
@@ -25,7 +26,7 @@ from offsite.models.tokenizers import load_tokenizer
 CALIBRATION_BATCH = 8  # sequences or pictures per batch
 
 
-def calibration_batches(model: BaseModel, file: Path | None, tokens: int) -> list[Tensor]:
+def calibration_batches(model: BaseModel, file: Path | None, tokens: int, form: RowForm | None = None) -> list[Tensor]:
     """The calibration data as model inputs, in batches.
 
     For a language model: token ids (B, T), each sequence starting with BOS if the tokenizer has one. For an image
@@ -36,9 +37,9 @@ def calibration_batches(model: BaseModel, file: Path | None, tokens: int) -> lis
         UsageError: `tokens` is less than one sequence; or no pictures were named and scikit-image's are not installed.
     """
     if model.family.vision is not None:
-        return _picture_batches(model, file, tokens)
+        return _picture_batches(model, file, tokens, form)
     tokenizer = load_tokenizer(model.folder)
-    ids = tokenizer(read_calibration_text(file), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(read_calibration_text(file, form), add_special_tokens=False, verbose=False)["input_ids"]
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     length = calibration_length(model.config)
     body = length - len(start)
@@ -62,11 +63,12 @@ def token_counts(model: BaseModel, batches: Sequence[Tensor]) -> list[int]:
     return [len(batch) * each for batch in batches]
 
 
-def _picture_batches(model: BaseModel, folder: Path | None, tokens: int) -> list[Tensor]:
+def _picture_batches(model: BaseModel, folder: Path | None, tokens: int, form: RowForm | None) -> list[Tensor]:
     processor = load_processor(model.folder)
     count = picture_count(seen_picture(model.folder, model.family, model.config), model.config, tokens)
     if folder is None:
         made = torch.from_numpy(np.stack([processor(one, whole=True) for one in crops(count, processor.side)]))
         return [made[at : at + CALIBRATION_BATCH] for at in range(0, count, CALIBRATION_BATCH)]
-    pictures = Pictures(spread(read_pictures(folder, labelled=False), count), processor, skip_bad=True)
+    listed = read_pictures(folder, labelled=False, columns=form.columns if form else None)
+    pictures = Pictures(spread(listed, count), processor, skip_bad=True)
     return [torch.from_numpy(pixels) for _, pixels in pictures.in_order(CALIBRATION_BATCH)]

@@ -9,6 +9,7 @@ from offsite.config import PackSpec
 from offsite.data.file_formats import RECORDS
 from offsite.data.pictures.picture_sets import read_pictures
 from offsite.data.read_rows import read_rows
+from offsite.data.row import RowForm
 from offsite.data.text_files import kind, read_text
 from offsite.errors import UsageError
 from offsite.model_owner.base_model import BaseModel
@@ -23,7 +24,12 @@ def calibration_length(config: Mapping[str, Any]) -> int:
     return min(_LONGEST, int(context))
 
 
-def read_calibration_text(file: Path | None) -> str:
+def row_form(spec: PackSpec) -> RowForm:
+    """What the fields of the calibration rows mean."""
+    return RowForm(spec.calibration.columns or {}, spec.calibration.chosen)
+
+
+def read_calibration_text(file: Path | None, form: RowForm | None = None) -> str:
     """The text of the owner's file or rows; the text that this package contains if `file` is None.
 
     Raises:
@@ -32,7 +38,7 @@ def read_calibration_text(file: Path | None) -> str:
     if file is None:
         return (resources.files("offsite.model_owner") / "calibration.txt").read_text(encoding="utf-8")
     if file.is_dir() or kind(file) in RECORDS:
-        return "\n\n".join(row.whole_text for row in read_rows(file))
+        return "\n\n".join(row.whole_text for row in read_rows(file, form) if not row.left_out)
     return read_text(file)
 
 
@@ -51,12 +57,12 @@ def require_calibration(model: BaseModel, spec: PackSpec, *, distills: bool) -> 
     """
     if model.family.vision is not None:
         if spec.calibration.source is not None:
-            read_pictures(spec.calibration.source, labelled=False)
+            read_pictures(spec.calibration.source, labelled=False, columns=spec.calibration.columns)
         else:
             photos()
         return
     if spec.calibration.source is not None:
-        read_calibration_text(spec.calibration.source)
+        read_calibration_text(spec.calibration.source, row_form(spec))
     for tokens in (spec.calibration.tokens, *([spec.distill.tokens] if distills else [])):
         require_whole_sequence(calibration_length(model.config), tokens)
 

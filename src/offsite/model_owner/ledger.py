@@ -117,7 +117,10 @@ class Ledger:
                 next_step="use the version of offsite that issued the bundle, or restore the ledger from a backup",
             ) from None
         if not isinstance(manifest, BundleManifest):
-            raise StorageError(f"the ledger {self.path} holds another kind of document as a bundle")
+            raise StorageError(
+                f"the ledger {self.path} holds another kind of document as a bundle",
+                next_step="restore the ledger from a backup",
+            )
         return Issued(digest, manifest, kept, found[2], carry, shares)
 
     def record_intake(self, digest: str, bundle: str | None, reasons: Sequence[str] = ()) -> None:

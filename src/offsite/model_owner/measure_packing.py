@@ -16,6 +16,7 @@ from offsite.model_owner.block_runner import BlockRunner
 from offsite.model_owner.bundle_settings import settings_files
 from offsite.model_owner.bundle_tensors import DTYPES
 from offsite.model_owner.calibration import calibration_batches
+from offsite.model_owner.calibration_text import row_form
 from offsite.model_owner.check_bundle import open_settings
 from offsite.model_owner.check_packing import Packing
 from offsite.model_owner.emulator_work import work_of
@@ -55,7 +56,7 @@ def measure_packing(plan: PackPlan, checked: Packing, progress: Progress) -> Pac
     seconds: list[float] = []
 
     def run() -> None:
-        batches = calibration_batches(model, spec.calibration.source, spec.calibration.tokens)
+        batches = calibration_batches(model, spec.calibration.source, spec.calibration.tokens, row_form(spec))
         began = time.perf_counter()  # the run makes batches once, and not for every block
         if heals:
             _heal_one_block(model, sandwich, spec, batches)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,8 @@ class Home:
             if os.name == "posix" and self._key.stat().st_mode & 0o077:
                 raise OffsiteError(
                     f"the private key {self._key} is readable by others",
-                    next_step=f"take the permission away with `chmod 600 {self._key}`; if others had access, "
-                    "make a new key in a new home and exchange it again",
+                    next_step=f"take the permission away with `chmod 600 {shlex.quote(str(self._key))}`; "
+                    "if others had access, make a new key in a new home and exchange it again",
                 )
             content = self._key.read_bytes()
             name = (self.folder / "name").read_text(encoding="utf-8", errors="replace").strip()
@@ -174,4 +175,5 @@ def _check_name(name: str) -> None:
         raise UsageError(
             f"{name[:64]!r} cannot be a party's name",
             reasons=["expected a letter or digit, then up to 63 letters, digits, dots, dashes or underscores"],
+            next_step="choose such a name",
         )

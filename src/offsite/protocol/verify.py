@@ -253,8 +253,8 @@ def _findings(signed: SignedFolder, rules: Iterable[Rule]) -> list[tuple[str, st
             mends = OWN_FAULT[rule](signed) if reasons and rule in OWN_FAULT else None
         except OffsiteError as error:  # a broken file is a finding like any other
             reasons = [*(error.reasons or [error.what])]
-            # a UsageError is about this party's home, such as a missing key, and has its own advice
-            mends = error.next_step if isinstance(error, UsageError) else None
+            of_this_home = type(error) in (UsageError, OffsiteError)  # such as a missing key
+            mends = error.next_step if of_this_home else None
         except OSError as error:
             reasons = [f"cannot read {str(error.filename)!r}: {error.strerror}"]
             mends = None

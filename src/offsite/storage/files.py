@@ -181,11 +181,11 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}",
             reasons=[f"failed at {error.filename}"] if error.filename else (),
-            next_step=_ADVICE.get(error.errno or 0, "check the path and the disk, then run the same command again")
-            + "; nothing half-written was left",
+            next_step=f"{_ADVICE.get(error.errno or 0, _CHECK)}; nothing half-written was left",
         ) from error
 
 
+_CHECK = "check the path and the disk, then run the same command again"
 _ADVICE = {
     errno.ENOSPC: "free some space on that disk or name another one, then run the same command again",
     errno.EDQUOT: "free some of your quota or name another disk, then run the same command again",

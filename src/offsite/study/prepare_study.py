@@ -9,8 +9,9 @@ from typing import Any
 from offsite.config import PackSpec
 from offsite.data.data_files import Part, data_digest, files_of
 from offsite.data.file_formats import read_records
-from offsite.data.parse_row import parse_row
+from offsite.data.parse_row import parse_row, with_our_names
 from offsite.data.read_rows import counted, first, read_rows
+from offsite.data.row import Row, RowForm
 from offsite.data.text_files import kind
 from offsite.errors import DataError, IncompatibleError, OffsiteError, UsageError
 from offsite.model_owner.base_model import BaseModel, open_base
@@ -200,18 +201,20 @@ def _has_records(source: Path) -> bool:
 
 def _records(table: DataTable, part: str, source: Path, most: int | None) -> list[dict[str, Any]]:
     picked, problems = [], []
+    form = RowForm(table.columns or {})
     wanted: Part = "train" if part == "train" else "held out"
     for record in (record for file in files_of(source, wanted) for record in read_records(file)):
         place = f"{record.file}:{record.number}"
         if isinstance(record.fields, str):
             problems.append(f"{place}: {record.fields}")
             continue
-        row = parse_row(record.fields, record.number)
+        row = parse_row(record.fields, record.number, form)
         if isinstance(row, str):
             problems.append(f"{place}: {row}")
         elif part == "test" and table.score != "loss" and not row.choices:
             problems.append(f"{place}: no multiple choice, which score = {table.score!r} needs")
-        picked.append(record.fields)
+        if isinstance(row, Row) and not row.left_out:
+            picked.append(with_our_names(record.fields, form))
     if problems or not picked:
         raise DataError(
             f"[[data]] {table.name!r}: {counted(problems, 'bad row')} in {source}"

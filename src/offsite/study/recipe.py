@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import Field, ValidationError
 
 from offsite.config import EvalSpec, PackSpec, PlugInSpec, Spec, TuneSpec, problems_of, unpermitted
+from offsite.config.setting_types import Columns
 from offsite.encodings import decode_text
 from offsite.errors import UsageError
 
@@ -32,6 +33,7 @@ class DataTable(Spec):
     test: Annotated[Path, Field(description="rows to score on, relative to --data-root or to the recipe")]
     max_train_rows: Annotated[int | None, Field(ge=1, description="rows to use, spread evenly; left out: all")] = None
     max_test_rows: Annotated[int | None, Field(ge=1, description="rows to use, spread evenly; left out: all")] = None
+    columns: Columns = None
     score: Annotated[
         Literal["loss", "accuracy", "accuracy_norm"],
         Field(description="score that is reported in addition to the loss; for text, accuracies need multiple choice"),

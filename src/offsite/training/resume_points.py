@@ -19,6 +19,7 @@ import torch
 from offsite.errors import StorageError, UsageError
 from offsite.models.torch_tensors import read_tensor
 from offsite.storage.files import replace_file, storage_errors
+from offsite.storage.leftovers import delete_command
 from offsite.storage.lock import LOCK
 from offsite.storage.safetensors_files import NewTensor, read_header, write_safetensors
 from offsite.storage.strict_json import strict_json
@@ -77,7 +78,8 @@ class RunState:
             raise UsageError(
                 f"the run in {self.folder} is another one, so it cannot be resumed",
                 reasons=different,
-                next_step=f"give the same settings, model and data, or remove it to start again: rm -r {self.folder}",
+                next_step="give the same settings, model and data, or remove it to start again: "
+                f"{delete_command([self.folder])}",
             )
 
     def _remove_files(self) -> None:
@@ -126,7 +128,7 @@ class RunState:
         if type(step) is not int or name != f"state-{step}.safetensors" or not isinstance(groups, list):
             raise StorageError(
                 f"{self._record} is damaged, or of an earlier version",
-                next_step=f"remove the run and start again: rm -r {self.folder}",
+                next_step=f"remove the run and start again: {delete_command([self.folder])}",
             )
         held = read_header(self.folder / name)
         return ResumePoint(step, {key: read_tensor(tensor) for key, tensor in held.items()}, groups)
@@ -150,7 +152,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise StorageError(
             f"cannot read {file}",
             reasons=[str(error)],
-            next_step=f"remove the run and start again: rm -r {file.parent}",
+            next_step=f"remove the run and start again: {delete_command([file.parent])}",
         ) from None
     return content if isinstance(content, dict) else {}
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from offsite.errors import UsageError
 from offsite.storage.files import storage_errors
+from offsite.storage.leftovers import delete_command
 
 Write = Callable[[Mapping[str, Any]], None]  # takes a record of the log
 
@@ -46,7 +47,7 @@ def require_resume_asked(folder: Path, *, resume: bool, restartable: bool = Fals
     if interrupted and not resume:
         raise UsageError(
             f"an interrupted run is in {folder}",
-            next_step=f"continue it with --resume, or remove it to start again: rm -r {folder}",
+            next_step=f"continue it with --resume, or remove it to start again: {delete_command([folder])}",
         )
     return interrupted
 

@@ -19,6 +19,7 @@ from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner, LoadedBlock
 from offsite.model_owner.bundle_tensors import DTYPES
 from offsite.model_owner.calibration import calibration_batches
+from offsite.model_owner.calibration_text import row_form
 from offsite.model_owner.compress.calibrated_pruning import prune_layers
 from offsite.model_owner.compress.pruner_protocol import pruning
 from offsite.model_owner.emulator_work import Work, work_of
@@ -68,7 +69,7 @@ def block_by_block(
     machine = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     runner = BlockRunner(model, machine)
     if batches is None:
-        batches = calibration_batches(model, spec.calibration.source, spec.calibration.tokens)
+        batches = calibration_batches(model, spec.calibration.source, spec.calibration.tokens, row_form(spec))
     batches = [ids.to(machine.device) for ids in batches]
     work = work_of(sandwich.middle, spec)
     stage, steps, end = _stage(work), _steps(family, work, spec), sandwich.middle[-1] + 1

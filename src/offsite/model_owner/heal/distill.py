@@ -22,6 +22,7 @@ from offsite.kernels.runtime import resolve_runtime, seeded
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner, LoadedStack
 from offsite.model_owner.calibration import calibration_batches
+from offsite.model_owner.calibration_text import row_form
 from offsite.model_owner.emulator_work import work_of
 from offsite.model_owner.heal.healing_protocol import Healing
 from offsite.model_owner.heal.middle_states import MiddleStates, middle_states
@@ -70,7 +71,7 @@ def heal_emulator(healing: Healing, healed: Mapping[str, TensorRange]) -> Mappin
     """
     model, sandwich, spec, scratch = healing.model, healing.sandwich, healing.spec, healing.scratch
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
-    batches = calibration_batches(model, spec.calibration.source, spec.distill.tokens)
+    batches = calibration_batches(model, spec.calibration.source, spec.distill.tokens, row_form(spec))
     states = middle_states(
         model, sandwich, batches, runtime, scratch / "states", healing.progress, "hidden states to distill from"
     )

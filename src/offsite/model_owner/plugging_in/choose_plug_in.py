@@ -98,6 +98,8 @@ def choose(
             reasons=[f"the base is an image encoder ({model.family.model_type})"],
             next_step="plug in with --strength, and compare what `offsite eval` says of each",
         )
+    if spec.explicit_keys & {"columns", "chosen"}:
+        measured = measured.changed({"columns": spec.columns, "chosen": spec.chosen})
     examples = _read(base, data, measured)
     where = resolve_runtime(measured.runtime.device, measured.runtime.compute, measured.runtime.threads)
     grid = _grid(returned, spec)

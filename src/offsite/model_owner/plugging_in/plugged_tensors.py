@@ -29,6 +29,8 @@ from offsite.storage.snapshot import HeldTensor
 
 Change = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
+_ANOTHER_RETURN = "ask the data owner for another return; nothing was written"
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -97,7 +99,7 @@ def to_base(name: str, model: BaseModel, parent: Issued, *, target: bool = False
     """
     place = model.family.linear_layer_of(name) if target else model.family.block_of(name)
     if place is None:
-        raise IncompatibleError(f"{name[:200]} belongs to no block")
+        raise IncompatibleError(f"{name[:200]} belongs to no block", next_step=_ANOTHER_RETURN)
     return model.family.in_block(carry_of(parent).blocks[place[0]].base, place[1])
 
 
@@ -105,7 +107,7 @@ def _carried_layer(model: BaseModel, chosen: Chosen, target: str) -> tuple[KeptF
     """The features that the bundle's layer kept, and the base layer's (outputs, inputs), of a LoRA target."""
     place = model.family.linear_layer_of(target)
     if place is None:
-        raise IncompatibleError(f"{target[:200]} belongs to no block")
+        raise IncompatibleError(f"{target[:200]} belongs to no block", next_step=_ANOTHER_RETURN)
     block, path = place
     return chosen.carry.features(block, path), layer_shape(model, chosen.carry.blocks[block].base, path)
 
@@ -126,7 +128,7 @@ def _scaled(tensor: StoredTensor, name: str, factor: np.float32, spread: Spread 
             raise VerificationError(
                 "the return does not fit into F32 at this strength",
                 reasons=[f"{tensor.name} times {factor} would hold infinity"],
-                next_step="refuse the return; nothing was written",
+                next_step="plug in with a lower --strength; nothing was written",
             )
         return [from_float32(values, "F32").tobytes()]
 
@@ -150,7 +152,7 @@ def _changed(tensor: TensorRange, change: Change, strength: np.float32, dtype: s
             raise VerificationError(
                 f"the return does not fit into {dtype}",
                 reasons=[f"{tensor.name} would hold NaN or infinity, though every returned number is finite"],
-                next_step="refuse the return; nothing was written",
+                next_step="plug in with a lower --strength, or ask for another return; nothing was written",
             )
         return [sums]
 
@@ -207,5 +209,5 @@ def _difference(returned: StoredTensor, name: str, parent: Issued) -> Change:
 
 def _lora_of(verified: Return) -> LoraSettings:
     if verified.manifest.lora is None:
-        raise IncompatibleError("this return holds no LoRA")
+        raise IncompatibleError("this return holds no LoRA", next_step="plug it in with --as merged")
     return verified.manifest.lora

@@ -7,6 +7,7 @@ import torch
 from offsite.kernels.runtime import resolve_runtime
 from offsite.model_owner.block_runner import BlockRunner
 from offsite.model_owner.calibration import calibration_batches
+from offsite.model_owner.calibration_text import row_form
 from offsite.model_owner.select.selection_protocol import Selection
 from offsite.progress import Event
 
@@ -35,7 +36,8 @@ def block_influence(selection: Selection) -> dict[int, float]:
     machine = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     runner = BlockRunner(model, machine)
     batches = [
-        ids.to(machine.device) for ids in calibration_batches(model, spec.calibration.source, spec.calibration.tokens)
+        ids.to(machine.device)
+        for ids in calibration_batches(model, spec.calibration.source, spec.calibration.tokens, row_form(spec))
     ]
     first = runner.load(0)
     hidden = [first.embed(ids) for ids in batches]

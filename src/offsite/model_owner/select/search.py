@@ -19,6 +19,7 @@ import torch
 from offsite.kernels.runtime import resolve_runtime
 from offsite.model_owner.block_runner import BlockRunner, LoadedStack
 from offsite.model_owner.calibration import calibration_batches
+from offsite.model_owner.calibration_text import row_form
 from offsite.model_owner.emulator_work import work_of
 from offsite.model_owner.heal.block_by_block import block_by_block
 from offsite.model_owner.heal.middle_states import MiddleStates, middle_states
@@ -113,7 +114,8 @@ def _judge(selection: Selection) -> Score:
     """
     model, sandwich, spec, scratch = selection.model, selection.sandwich, selection.spec, selection.scratch
     machine = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
-    batches = calibration_batches(model, spec.calibration.source, min(spec.calibration.tokens, _SEARCH_TOKENS))
+    tokens = min(spec.calibration.tokens, _SEARCH_TOKENS)
+    batches = calibration_batches(model, spec.calibration.source, tokens, row_form(spec))
     held_out = batches[_JUDGED - 1 :: _JUDGED] or batches[-1:]
     fitted = [ids for ids in batches if not any(ids is one for one in held_out)] or batches
     states = middle_states(

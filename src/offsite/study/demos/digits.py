@@ -57,7 +57,11 @@ def write_digits(source: Path, out: Path) -> dict[str, int]:
     try:
         table = np.loadtxt(io.BytesIO(gzip.decompress(source.read_bytes())), delimiter=",", dtype=np.int64, ndmin=2)
     except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"cannot read the digits in {source}", reasons=[str(error)[:200]]) from None
+        raise DataError(
+            f"cannot read the digits in {source}",
+            reasons=[str(error)[:200]],
+            next_step="reinstall scikit-learn, or name pictures of your own with --images",
+        ) from None
     values, classes = table[:, :-1], table[:, -1]  # (N, 64), (N,)
     if (
         values.shape[1] != _SIDE**2

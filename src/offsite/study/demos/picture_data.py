@@ -34,7 +34,7 @@ def list_pictures_for_study(table: DataTable, folder: Path) -> Rows:
         "test": (table.test, table.max_test_rows, "held out"),
     }
     for part, (source, most, wanted) in parts.items():
-        listed = _spread(read_pictures(source.resolve(), part=wanted), most)
+        listed = _spread(read_pictures(source.resolve(), part=wanted, columns=table.columns), most)
         digests.append(_digest(listed))
         made[part] = folder / f"{name}.{part}.{digests[-1][:8]}.csv"
         files = [
@@ -72,7 +72,10 @@ def _bytes_of(picture: Picture) -> bytes:
     try:
         return picture.source.read_bytes()
     except OSError as error:
-        raise StorageError(f"cannot read {picture.name}: {error.strerror or error}") from None
+        raise StorageError(
+            f"cannot read {picture.name}: {error.strerror or error}",
+            next_step="check the file and its disk, then run the same command again",
+        ) from None
 
 
 def _digest(pictures: Sequence[Picture]) -> str:

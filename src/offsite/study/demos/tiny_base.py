@@ -64,7 +64,9 @@ def tiny_base(folder: Path, architecture: str, blocks: int | None = None, *, lik
             auto.from_config(AutoConfig.for_model(architecture, **settings)).save_pretrained(staging)
         except (ValueError, TypeError, RuntimeError, KeyError, ImportError) as error:
             raise IncompatibleError(
-                f"transformers makes no tiny {architecture} model", reasons=[f"{type(error).__name__}: {error}"]
+                f"transformers makes no tiny {architecture} model",
+                reasons=[f"{type(error).__name__}: {error}"],
+                next_step="name a base of that type with --base, and leave --check out",
             ) from error
         open_base(Base(staging))
     return Base(folder)

@@ -1,0 +1,82 @@
+"""Every place in the package that makes an error for the user, with the text of its next step, read from the source."""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import offsite
+
+ROOT = Path(offsite.__file__).parent
+ERRORS = {
+    *("OffsiteError", "UsageError", "DataError", "VerificationError", "IncompatibleError", "PolicyError"),
+    "StorageError",
+}
+GAP = "\N{HORIZONTAL ELLIPSIS}"  # a part of a text that is known only when the error is made
+
+
+@dataclass(frozen=True)
+class Site:
+    """One error in the source."""
+
+    file: str  # path in the package
+    function: str
+    line: int
+    kind: str
+    what: str
+    steps: tuple[str, ...]  # every text that the next step may have; empty: it has none
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.function}: {self.what[:70]}"
+
+
+@cache
+def sites() -> tuple[Site, ...]:
+    """All of them, in the order of the files."""
+    found = []
+    for file in sorted(ROOT.rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        constants = {
+            target.id: node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        found += list(_in_node(tree, "", file.relative_to(ROOT).as_posix(), constants))
+    return tuple(found)
+
+
+def _in_node(node: ast.AST, function: str, file: str, constants: dict[str, ast.expr]) -> Iterator[Site]:
+    for child in ast.iter_child_nodes(node):
+        named = isinstance(child, ast.FunctionDef | ast.ClassDef)
+        inner = f"{function}.{child.name}".lstrip(".") if named else function  # type: ignore[attr-defined]
+        if isinstance(child, ast.Call) and isinstance(child.func, ast.Name) and child.func.id in ERRORS and child.args:
+            step = next((word.value for word in child.keywords if word.arg == "next_step"), None)
+            what = texts(child.args[0], constants)[0]
+            steps = tuple(texts(step, constants)) if step is not None else ()
+            yield Site(file, function, child.lineno, child.func.id, what, steps)
+        yield from _in_node(child, inner, file, constants)
+
+
+def texts(node: ast.expr, constants: dict[str, ast.expr]) -> list[str]:
+    """Every text that an expression may give, with GAP for what is not in the source."""
+    if isinstance(node, ast.Constant):
+        return [node.value] if isinstance(node.value, str) else [GAP]
+    if isinstance(node, ast.JoinedStr):
+        whole = [""]
+        for part in node.values:
+            inner = part.value if isinstance(part, ast.FormattedValue) else part
+            options = texts(inner, constants)
+            whole = [before + option for before in whole for option in options]
+        return whole
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return [a + b for a in texts(node.left, constants) for b in texts(node.right, constants)]
+    if isinstance(node, ast.IfExp):
+        return [*texts(node.body, constants), *texts(node.orelse, constants)]
+    if isinstance(node, ast.BoolOp):
+        return [text for value in node.values for text in texts(value, constants)]
+    if isinstance(node, ast.Name) and node.id in constants:
+        return texts(constants[node.id], {name: value for name, value in constants.items() if name != node.id})
+    return [GAP]
