@@ -146,8 +146,8 @@ def test_a_byte_order_mark_is_no_setting(tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot read the settings file"):
         load_spec(PackSpec, {}, tmp_path / "nothing.toml")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="cannot read the settings file"):
+    (tmp_path / "binary").write_bytes(b"\xff\xfea")  # UTF-16 by its mark, and half a letter
+    with pytest.raises(UsageError, match="is no text"):
         load_spec(PackSpec, {}, tmp_path / "binary")
 
 
