@@ -112,7 +112,7 @@ def _literal(annotation: Any) -> tuple[str, ...]:
             "eval",
             {
                 "adapter", "data", "probe", "skip-bad", "samples", "tasks", "tasks-path", "row-scores", "check",
-                "columns", "chosen", "config", "json",
+                "columns", "chosen", "config", "home", "json",
             },
         ),
         ("inspect", {"home", "json"}),

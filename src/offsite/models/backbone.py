@@ -55,7 +55,10 @@ class UpToHead(nn.Module):
             return SimpleNamespace(last_hidden_state=reached.hidden)
         finally:
             self._running.now = False
-        raise IncompatibleError(f"{type(self.model).__name__} does not call its head")
+        raise IncompatibleError(
+            f"{type(self.model).__name__} does not call its head",
+            next_step="choose a model of another type; docs/models.md lists those that are tested",
+        )
 
     def _leave(self, _: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         if getattr(self._running, "now", False):
