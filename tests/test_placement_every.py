@@ -15,8 +15,8 @@ from offsite.errors import UsageError
 from offsite.model_owner.carry_map import CarryMap
 from offsite.model_owner.ledger import Ledger
 from offsite.models.architectures import ARCHITECTURES
+from offsite.models.block_widths import neuron_layers
 from offsite.models.loading import load_model
-from offsite.models.modules.declared import mlp_inputs
 from offsite.protocol.contents import WEIGHTS_OF
 from offsite.storage.checkpoint_folder import WEIGHTS, open_checkpoint
 from offsite.storage.safetensors_files import read_float32, read_header
@@ -35,6 +35,8 @@ COMPRESSIONS: dict[str, tuple[dict[str, Any], set[int]]] = {
     "4 bits": ({"bits": 4}, {0, 1, 2, 3}),
     "low rank": ({"svd_rank": 0.5}, {0, 1, 2, 3}),
     "narrow MLPs": ({"mlp_width": 0.5}, {0, 1, 2, 3}),
+    "narrow heads and MLPs": ({"narrow": 0.55}, {0, 1, 2, 3}),
+    "narrow heads and MLPs, in 8 bits, refit": ({"narrow": 0.6, "bits": 8, "heal": "refit"}, {0, 1, 2, 3}),
     "narrow MLPs in 8 bits": ({"mlp_width": 0.5, "bits": 8}, {0, 1, 2, 3}),
     "narrow MLPs, pruned": ({"mlp_width": 0.5, "prune": 0.25, "prune_by": "magnitude", "heal": "none"}, {0, 1, 2, 3}),
     "fewer blocks, refit": ({"keep": 2}, {0, 3}),
@@ -46,7 +48,7 @@ COMPRESSIONS: dict[str, tuple[dict[str, Any], set[int]]] = {
     "verbatim ends": ({"bottom": 1, "top": 1, "mlp_width": 0.5}, {0, 1, 2, 3}),
     "verbatim blocks between": ({"train": (1,), "prune_by": "magnitude", "prune": 0.5, "heal": "none"}, {0, 1, 2, 3}),
 }
-USUAL = ("pruned by sparsegpt, refit", "8 bits", "low rank", "narrow MLPs", "shared blocks")
+USUAL = ("pruned by sparsegpt, refit", "8 bits", "low rank", "narrow MLPs", "narrow heads and MLPs", "shared blocks")
 
 
 def compressions(*usual: str) -> list[Any]:
@@ -141,7 +143,7 @@ def silence_neurons(base: Path) -> None:
         for name, values in tensors.items():
             place = family.block_of(family.name_of(name) or name)
             path, _, part = (place[1] if place else "").rpartition(".")
-            if path in mlp_inputs(family):
+            if path in neuron_layers(family, family.linears):
                 rows = values if part == "bias" or not family.transposed else values.T
                 rows[::2] = 0
             elif path == family.mlp_out and part == "weight":

@@ -406,6 +406,29 @@ def factor_of_another_rank_than_declared(lab: Lab) -> None:
     sign_again(lab.folder / "declared-bundle", lab.owner)
 
 
+def declare_more(lab: Lab, **fields: Any) -> None:
+    """Declare further kinds of modules in the declared bundle's config, and in its manifest."""
+    folder = lab.folder / "declared-bundle"
+    config = json.loads((folder / "config.json").read_text())
+    edit_json(folder / "config.json", emulator=config["emulator"] | fields)
+    sign_again(folder, lab.owner, requires=["svd", "affine", *fields])
+
+
+@attack("_bundle_weights", "declared-bundle", "heads go by 2")
+def heads_that_are_no_whole_key_value_heads(lab: Lab) -> None:
+    declare_more(lab, heads=[3])
+
+
+@attack("_bundle_weights", "declared-bundle", "has 8 heads and 48 neurons, of 4 and 48")
+def more_heads_than_the_family_has(lab: Lab) -> None:
+    declare_more(lab, heads=[8])
+
+
+@attack("_bundle_weights", "declared-bundle", "what is declared makes it F32 or BF16 or F16 [16, 47]")
+def fewer_neurons_than_the_weights_have(lab: Lab) -> None:
+    declare_more(lab, neurons=[47])
+
+
 @attack("_bundle_weights", "declared-bundle", "model.layers.1.self_attn.q_proj.up")
 def factor_left_out(lab: Lab) -> None:
     edit_weights(

@@ -260,7 +260,9 @@ def test_terminal_codes_are_not_passed_on(lab: Lab) -> None:
 
 def test_only_features_that_this_version_can_build_are_known() -> None:
     assert (
-        frozenset({"share", "quantise", "svd", "mlp-width", "sparse", "affine", "spread", "adapted"})
+        frozenset(
+            {"share", "quantise", "svd", "mlp-width", "sparse", "affine", "heads", "neurons", "spread", "adapted"}
+        )
         == module.KNOWN_REQUIREMENTS
     )
 

@@ -7,12 +7,21 @@ from typing import Any
 
 import pytest
 
-from offsite.config.emulator_methods import HEALING_STEPS, PRUNERS, SELECTION_RULES, STORED_FORMS, HealingStep, Pruner
-from offsite.model_owner import compress, heal, select
+from offsite.config.emulator_methods import (
+    HEALING_STEPS,
+    PRUNERS,
+    SELECTION_RULES,
+    STORED_FORMS,
+    UNIT_RULES,
+    HealingStep,
+    Pruner,
+)
+from offsite.model_owner import compress, heal, narrow, select
 from offsite.model_owner.compress.pruner_protocol import CalibratedPruner, StoredPruner
 from offsite.model_owner.compress.stored_form_protocol import BlockReshaping, MatrixEncoding
 from offsite.model_owner.heal.block_step_protocol import BlockStep
 from offsite.model_owner.heal.healing_protocol import EmulatorStep, PlacesStep
+from offsite.model_owner.narrow.unit_rule_protocol import UnitOrdering
 from offsite.model_owner.select.selection_protocol import Selector
 
 # What the methods of a folder share.
@@ -41,6 +50,7 @@ SHARED = {
         "declare_emulator",
         "smallest_weights",
     },
+    narrow: {"unit_rule_protocol", "even_widths", "kept_layers", "projection_inputs", "remove_units"},
 }
 
 
@@ -52,10 +62,18 @@ def protocol_of(row: Any) -> Any:
         return CalibratedPruner if row.calibrated else StoredPruner
     if row in SELECTION_RULES.values():
         return Selector
+    if row in UNIT_RULES.values():
+        return UnitOrdering
     return MatrixEncoding if row.encodes_matrices else BlockReshaping
 
 
-ROWS = [*SELECTION_RULES.values(), *HEALING_STEPS.values(), *PRUNERS.values(), *STORED_FORMS.values()]
+ROWS = [
+    *SELECTION_RULES.values(),
+    *HEALING_STEPS.values(),
+    *PRUNERS.values(),
+    *UNIT_RULES.values(),
+    *STORED_FORMS.values(),
+]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.module)

@@ -3,7 +3,7 @@
 Defaults were chosen by measurement on SmolLM2-135M-Instruct; docs/decisions/ says how.
 """
 
-from offsite.config.emulator_methods import HealingStep, Pruner, SelectionRule, StoredForm
+from offsite.config.emulator_methods import HealingStep, Pruner, SelectionRule, StoredForm, UnitRule
 from offsite.config.eval_spec import EvalSpec
 from offsite.config.import_spec import ImportSpec
 from offsite.config.pack_groups import PermitSettings, RefitMap
@@ -39,6 +39,7 @@ __all__ = [
     "Spec",
     "StoredForm",
     "TuneSpec",
+    "UnitRule",
     "Unpermitted",
     "describe_validation",
     "load_spec",

@@ -68,6 +68,15 @@ class Pruner:
 
 
 @dataclass(frozen=True)
+class UnitRule:
+    """Chooses the heads and neurons that a narrower block keeps; a `narrow.unit_rule_protocol.UnitOrdering`."""
+
+    name: str  # the value of `narrow_by`
+    summary: str
+    module: str
+
+
+@dataclass(frozen=True)
 class StoredForm:
     """An entry for a form in which blocks are stored, other than the model family's own form.
 
@@ -175,6 +184,11 @@ _PRUNERS = (
     ),
 )
 
+_UNIT_RULES = (
+    UnitRule("obs", "those whose loss the others can make up for least (ZipLM, SlimGPT)", f"{_OWNER}.narrow.obs"),
+    UnitRule("energy", "those that add most to the hidden state", f"{_OWNER}.narrow.energy"),
+)
+
 _STORED_FORMS = (
     StoredForm("bits", "weights in 8 or 4 bits", f"{_OWNER}.compress.quantise", encodes_matrices=True),
     StoredForm("svd_rank", "matrices as products of two factors", f"{_OWNER}.compress.low_rank", encodes_matrices=True),
@@ -193,6 +207,7 @@ _STORED_FORMS = (
 SELECTION_RULES = {entry.name: entry for entry in _SELECTION_RULES}
 HEALING_STEPS = {entry.name: entry for entry in _HEALING_STEPS}
 PRUNERS = {entry.name: entry for entry in _PRUNERS}
+UNIT_RULES = {entry.name: entry for entry in _UNIT_RULES}
 STORED_FORMS = {entry.name: entry for entry in _STORED_FORMS}
 
 # Types of settings that hold a name.
@@ -200,7 +215,9 @@ if TYPE_CHECKING:
     SelectionName: TypeAlias = str
     HealingName: TypeAlias = str
     PrunerName: TypeAlias = str
+    UnitRuleName: TypeAlias = str
 else:
     SelectionName = Literal[tuple(SELECTION_RULES)]
     HealingName = Literal[tuple(HEALING_STEPS)]
     PrunerName = Literal[tuple(PRUNERS)]
+    UnitRuleName = Literal[tuple(UNIT_RULES)]

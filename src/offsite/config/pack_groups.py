@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from offsite.config.emulator_methods import HealingName, PrunerName, SelectionName
+from offsite.config.emulator_methods import HealingName, PrunerName, SelectionName, UnitRuleName
 from offsite.config.setting_types import Chosen, Columns, Method, split_numbers, split_parts, split_steps
 from offsite.config.spec import FILE_ONLY, Settings
 
@@ -155,6 +155,37 @@ class CompressSettings(Settings):
     mlp_width: Annotated[
         float | None, Field(gt=0, le=1, description="share of the feed-forward neurons that the emulator keeps")
     ] = None
+
+
+class NarrowSettings(Settings):
+    """How the emulator's blocks are made narrower, which saves arithmetic."""
+
+    share: Annotated[
+        float | None,
+        Field(
+            alias="narrow",
+            gt=0,
+            le=1,
+            description="share of the arithmetic of a block's linear layers that stays: attention heads and MLP "
+            "neurons are removed",
+        ),
+    ] = None
+    heads: Annotated[
+        float | None,
+        Field(
+            alias="narrow_heads",
+            gt=0,
+            le=1,
+            description="share of the key-value heads that stay, with the heads that read them; instead of narrow",
+        ),
+    ] = None
+    neurons: Annotated[
+        float | None,
+        Field(alias="narrow_neurons", gt=0, le=1, description="share of the MLP neurons that stay; instead of narrow"),
+    ] = None
+    by: Annotated[
+        UnitRuleName, Field(alias="narrow_by", description="how the heads and neurons that stay are chosen")
+    ] = "obs"
 
 
 class CalibrationSettings(Settings):

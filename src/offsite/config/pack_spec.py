@@ -10,16 +10,19 @@ from offsite.config.emulator_methods import (
     PRUNERS,
     SELECTION_RULES,
     STORED_FORMS,
+    UNIT_RULES,
     HealingStep,
     Pruner,
     SelectionRule,
     StoredForm,
+    UnitRule,
 )
 from offsite.config.pack_groups import (
     CalibrationSettings,
     CompressSettings,
     DistillSettings,
     HealSettings,
+    NarrowSettings,
     PermitSettings,
     Placement,
     SelectSettings,
@@ -42,6 +45,7 @@ class PackSpec(Spec):
     alternatives = (
         (("train",), ("bottom", "top")),
         (("distill_epochs",), ("distill_steps",)),
+        (("narrow",), ("narrow_heads", "narrow_neurons")),
     )
 
     split: SplitSettings = SplitSettings()
@@ -49,6 +53,7 @@ class PackSpec(Spec):
     heal: HealSettings = HealSettings()
     distill: DistillSettings = DistillSettings()
     compress: CompressSettings = CompressSettings()
+    narrow: NarrowSettings = NarrowSettings()
     calibration: CalibrationSettings = CalibrationSettings()
     permits: PermitSettings = PermitSettings()
     runtime: RuntimeSettings = RuntimeSettings()
@@ -135,6 +140,17 @@ class PackSpec(Spec):
             raise ValueError("zeros = left-out needs prune above 0")
 
     @rule
+    def _narrowing_fits(self) -> None:
+        """`narrow` sets heads and neurons together; neither goes with `mlp_width` or `heal` = share."""
+        given = [name for name, share in self._narrowing.items() if share is not None]
+        if "narrow" in given and len(given) > 1:
+            raise ValueError(f"narrow sets the shares of heads and neurons: give it or {' and '.join(given[1:])}")
+        if given and self.compress.mlp_width is not None:
+            raise ValueError(f"{given[0]} and mlp_width are two ways to remove neurons: choose one")
+        if given and any(step.runs == "places" for step in self.healing_steps):
+            raise ValueError(f"{given[0]} does not go with heal = share: copies of a block would differ")
+
+    @rule
     def _settings_of_one_method(self) -> None:
         """`refit_maps` has an effect only with `heal` = refit, `drop_from` only with `select` = contiguous."""
         if self.heal.refit_maps != ("mlp",) and not any(step.solves_outputs for step in self.healing_steps):
@@ -149,6 +165,7 @@ class PackSpec(Spec):
             *([] if rule.for_spread else [f"select = {rule.name}"]),
             *(f"heal = {step.name}" for step in self.healing_steps if not step.for_spread),
             *(f"{form.name}: a declared module kind" for form in self.stored_forms),
+            *(["narrow: a declared module kind"] if self.narrows else []),
         ]
 
     def not_for_images(self) -> list[str]:
@@ -159,6 +176,7 @@ class PackSpec(Spec):
             *(f"heal = {step.name}" for step in self.healing_steps if not step.for_images),
             *(["distill_ce: the next token's cross-entropy"] if self.distill.ce else []),
             *(f"{form.name}: a declared module kind" for form in self.stored_forms),
+            *(["narrow: a declared module kind"] if self.narrows else []),
             *(["methods = bottleneck"] if set(self.permits.methods) == {"bottleneck"} else []),
         ]
 
@@ -212,7 +230,24 @@ class PackSpec(Spec):
     def declares(self) -> tuple[str, ...]:
         """The healing steps and stored forms in use that make the bundle differ from a checkpoint of its family."""
         steps = [step.name for step in HEALING_STEPS.values() if step.declared and step in self.healing_steps]
-        return (*steps, *(form.name for form in self.stored_forms))
+        narrowing = [name for name, share in self._narrowing.items() if share is not None and share < 1]
+        return (*steps, *(form.name for form in self.stored_forms), *narrowing)
+
+    @property
+    def _narrowing(self) -> dict[str, float | None]:
+        """The shares that stay of arithmetic, heads and neurons, by the name of the setting."""
+        settings = self.narrow
+        return {"narrow": settings.share, "narrow_heads": settings.heads, "narrow_neurons": settings.neurons}
+
+    @property
+    def narrows(self) -> bool:
+        """Whether heads or neurons are removed from the emulator's blocks."""
+        return any(share is not None and share < 1 for share in self._narrowing.values())
+
+    @property
+    def unit_rule(self) -> UnitRule:
+        """The rule that chooses the heads and neurons that stay."""
+        return UNIT_RULES[self.narrow.by]
 
     @property
     def selection_rule(self) -> SelectionRule:
@@ -248,7 +283,7 @@ class PackSpec(Spec):
         """The share of each emulator matrix that is set to zero."""
         if self.compress.prune is not None:
             return self.compress.prune
-        compressed = self.drops or any(form.lossy for form in self.stored_forms)
+        compressed = self.drops or self.narrows or any(form.lossy for form in self.stored_forms)
         return USUAL_PRUNE if not compressed or self.compress.zeros == "left-out" else 0.0
 
     @property

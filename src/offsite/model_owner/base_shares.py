@@ -8,6 +8,7 @@ from typing import Self
 
 from offsite.config import PackSpec
 from offsite.model_owner.base_model import BaseModel
+from offsite.model_owner.narrow.even_widths import block_shapes
 from offsite.models.modules.declared import Declared
 from offsite.protocol.manifest import Split
 
@@ -69,7 +70,9 @@ def base_shares(
     narrowed = {}
     if declared is not None:
         narrowed = {
-            index: declared.narrowed(family, {path: one.shape for path, one in model.block(index).items()})
+            index: declared.narrowed(
+                family, model.config, block_shapes(model, index), kept.index(index) - numbers.bottom
+            )
             for index in set(kept) - verbatim_blocks
         }
     for name, tensor in model.tensors.items():
@@ -79,7 +82,7 @@ def base_shares(
         elif place[0] not in kept:
             kind = "not_sent"
         else:
-            narrower = bool(narrowed) and narrowed[place[0]][place[1]] != tensor.shape
+            narrower = bool(narrowed) and narrowed[place[0]].get(place[1]) != tensor.shape
             changed = name in healed or place[1] in encoded or bool(spec.pruned and family.is_linear(name))
             kind = "compressed" if narrower or changed else "verbatim"
         counts[kind] += math.prod(tensor.shape)

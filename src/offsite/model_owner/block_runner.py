@@ -19,11 +19,13 @@ from offsite.kernels import labelled_cross_entropy
 from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.bundle_tensors import subset_config
+from offsite.models.block_widths import Shapes, is_norm_of_head, narrower_widths, widths_of
 from offsite.models.empty_weights import without_weights
 from offsite.models.loading import attention_of, encoder_keywords
 from offsite.models.mixture import experts_implementation, in_files
 from offsite.models.modules.affine_map import Affine, stand_behind
 from offsite.models.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT
+from offsite.models.modules.narrow_block import narrow_block
 from offsite.models.tokenizers import make_config
 from offsite.models.torch_tensors import read_tensor
 from offsite.storage.safetensors_files import TensorRange
@@ -186,7 +188,7 @@ class BlockRunner:
         """Load one block of the base.
 
         `replaced` holds new tensors for it, keyed by path in the block. If these include an affine map, it runs after
-        the block.
+        the block; if they are narrower, so is the block.
         """
         family = self._model.family
         surrounding = self._skeleton([index])
@@ -197,6 +199,7 @@ class BlockRunner:
             path = name.removeprefix(start)
             return changed[path].to(self._device) if path in changed else self._read(name)
 
+        self._narrow(index, block, {path: tuple(value.shape) for path, value in changed.items()})
         block.load_state_dict(self._weights(index, block, read, torch.float32), strict=True, assign=True)
         if AFFINE_WEIGHT in changed:
             stand_behind(block, Affine(read(start + AFFINE_WEIGHT), read(start + AFFINE_BIAS)))
@@ -229,7 +232,11 @@ class BlockRunner:
         parameters: dict[str, nn.Parameter] = {}
         for place, index in enumerate(indices):
             block = surrounding.get_submodule(family.block_module(place))
-            start = f"{family.block_module(index)}."
+            start, inside = f"{family.block_module(index)}.", family.in_block(index, "")
+            narrower = {
+                name.removeprefix(inside): one.shape for name, one in changed.items() if name.startswith(inside)
+            }
+            self._narrow(index, block, narrower)
             if not any(name.startswith(start) for name in parameters):
                 weights = self._weights(index, block, read, self._compute)
                 parameters |= {
@@ -237,8 +244,8 @@ class BlockRunner:
                 }
             held = {name.removeprefix(start): value for name, value in parameters.items() if name.startswith(start)}
             block.load_state_dict(held, strict=True, assign=True)
-            if start + AFFINE_WEIGHT in changed:
-                stand_behind(block, Affine(read(start + AFFINE_WEIGHT), read(start + AFFINE_BIAS)))
+            if inside + AFFINE_WEIGHT in changed:
+                stand_behind(block, Affine(read(inside + AFFINE_WEIGHT), read(inside + AFFINE_BIAS)))
         around = family.outer_tensors(model.config) if whole else family.embedding_tensors(model.config)
         for name in around:
             path, _, leaf = family.module_of(name).rpartition(".")
@@ -267,6 +274,15 @@ class BlockRunner:
                 **encoder_keywords(self._model.family, config),
             )
 
+    def _narrow(self, index: int, block: nn.Module, changed: Shapes) -> None:
+        """Give a block without values the widths of its changed tensors, given their shapes by path in the block."""
+        family, tensors = self._model.family, self._model.block(index)
+        shapes = {path: tensor.shape for path, tensor in tensors.items()}
+        if all(shapes.get(path, shape) == shape for path, shape in changed.items()):
+            return
+        base = widths_of(family, self._model.config, shapes)
+        narrow_block(block, family, shapes, base, narrower_widths(family, base, changed))
+
     def _weights(
         self, index: int, block: nn.Module, read: Callable[[str], Tensor], dtype: torch.dtype
     ) -> dict[str, Tensor]:
@@ -281,12 +297,13 @@ class BlockRunner:
             if family.stacked(start + path, 0) is not None
         }
         matrices = in_files(family, {start + path: stack for path, stack in stacks.items()})
-        weights = dict(stacks)
+        weights, own = dict(stacks), dict(block.named_parameters())
         for path in self._model.block(index):
+            name = family.modules.get(path, path)
             if start + path in matrices:
                 matrices[start + path].copy_(read(start + path))
-            else:
-                weights[family.modules.get(path, path)] = read(start + path)
+            elif name in own or not is_norm_of_head(path):  # a narrower block has fewer of these
+                weights[name] = read(start + path)
         return weights
 
     def _read(self, name: str) -> Tensor:

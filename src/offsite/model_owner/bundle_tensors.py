@@ -7,7 +7,7 @@ from typing import Any
 from offsite.config import Method, PackSpec
 from offsite.errors import UsageError
 from offsite.model_owner.base_model import BaseModel
-from offsite.model_owner.compress.declare_emulator import block_tensors, declared_of
+from offsite.model_owner.compress.declare_emulator import block_tensors
 from offsite.model_owner.sandwich import Sandwich
 from offsite.models.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT, Declared
 from offsite.protocol.manifest import Split, TensorEntry
@@ -23,6 +23,7 @@ def bundle_tensors(
     dtype: str,
     numbers: Split,
     spec: PackSpec,
+    declared: Declared | None,
 ) -> list[NewTensor]:
     """All tensors of the bundle, in the order of the forward pass's parts, with blocks renumbered from 0.
 
@@ -34,6 +35,7 @@ def bundle_tensors(
         dtype: the bundle's dtype of floats, "BF16" or "F32".
         numbers: the numbers of blocks in bottom, emulator and top.
         spec: the settings of pruning and of stored forms.
+        declared: the declaration of the emulator's modules; None if they are the family's own.
     """
     family = model.family
     tensors = [
@@ -41,8 +43,6 @@ def bundle_tensors(
         for name in (*family.embeddings, *family.final, family.head)
         if name in model.tensors
     ]
-    slots = kept[numbers.bottom : numbers.bottom + numbers.emulator]
-    declared = declared_of(model, numbers.bottom, slots, spec)
     for index, base_index in enumerate(kept):
         block = model.block(base_index)
         held = {path: healed.get(family.in_block(base_index, path), tensor) for path, tensor in block.items()}
@@ -53,7 +53,7 @@ def bundle_tensors(
             behind = {path: family.in_block(base_index, path) for path in (AFFINE_WEIGHT, AFFINE_BIAS)}
             held |= {path: healed[name] for path, name in behind.items() if name in healed}
             holds_weights = declared is None or declared.holds_weights(place)
-            stored = block_tensors(family, held, declared, spec, dtype) if holds_weights else []
+            stored = block_tensors(model, base_index, held, declared, place, spec, dtype) if holds_weights else []
         tensors += [replace(tensor, name=family.in_block(index, tensor.name)) for tensor in stored]
     return tensors
 
@@ -129,7 +129,9 @@ def _block_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors of one block of the bundle, by path in it, before any is encoded."""
     shapes = {path: tensor.shape for path, tensor in model.block(kept[index]).items()}
-    return declared.narrowed(model.family, shapes) if declared and index in numbers.adapted else shapes
+    if declared is None or index not in numbers.adapted:
+        return shapes
+    return declared.narrowed(model.family, model.config, shapes, index - numbers.bottom)
 
 
 def returnable_head(model: BaseModel, spec: PackSpec) -> dict[str, TensorEntry]:

@@ -17,6 +17,7 @@ class Work:
     pruner: Pruner | None  # the calibrated pruner; None if there is none
     share: float  # fraction of every matrix that the pruner sets to zero
     solves: tuple[RefitMap, ...]  # the output projections that refit solves, in this order
+    narrows: bool = False  # whether heads and neurons are removed from blocks
 
     @property
     def block_steps(self) -> tuple[HealingStep, ...]:
@@ -30,8 +31,8 @@ class Work:
 
     @property
     def block_by_block(self) -> bool:
-        """Whether blocks are changed one at a time, by a healing step or by a calibrated pruner."""
-        return bool(self.block_steps) or self.pruner is not None
+        """Whether blocks are changed one at a time: narrowed, healed, or pruned by a calibrated pruner."""
+        return bool(self.block_steps) or self.narrows or self.pruner is not None
 
     @property
     def adds_affine_layers(self) -> bool:
@@ -54,10 +55,12 @@ def work_of(middle: Sequence[int], spec: PackSpec) -> Work:
     """The healing and pruning that the settings require for a middle with these blocks."""
     pruner = spec.pruner if spec.pruner.calibrated and spec.pruned else None
     dropped = spec.kept(middle) < len(middle)
-    steps = tuple(step for step in spec.healing_steps if dropped or (pruner is not None and step.heals_pruning))
+    changed = pruner is not None or spec.narrows
+    steps = tuple(step for step in spec.healing_steps if dropped or (changed and step.heals_pruning))
     return Work(
         steps=steps,
         pruner=pruner,
         share=spec.pruned if pruner is not None else 0.0,
         solves=spec.heal.refit_maps if any(step.solves_outputs for step in steps) else (),
+        narrows=spec.narrows,
     )

@@ -1,6 +1,6 @@
 """Makes the map that carries a return of a new bundle to the base: kept blocks, kept features, shipped biases."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from offsite.config import PackSpec
@@ -8,16 +8,18 @@ from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.carry_map import CarryMap, Narrowed
 from offsite.model_owner.compress.smallest_weights import Array
 from offsite.model_owner.compress.stored_form_protocol import BlockReshaping, form_of
+from offsite.model_owner.heal.heal_steps import Healed
+from offsite.model_owner.narrow.kept_layers import kept_layers
 from offsite.models.modules.declared import Declared
 from offsite.protocol.manifest import BundleManifest
 from offsite.storage.checkpoint_folder import open_checkpoint
-from offsite.storage.safetensors_files import TensorRange, read_chunks, read_float32
+from offsite.storage.safetensors_files import read_chunks, read_float32
 
 
 def make_carry_map(
     model: BaseModel,
     kept: Sequence[int],
-    healed: Mapping[str, TensorRange],
+    healed: Healed,
     declared: Declared | None,
     spec: PackSpec,
     manifest: BundleManifest,
@@ -28,7 +30,7 @@ def make_carry_map(
     Args:
         model: the opened base.
         kept: base indices of the bundle's blocks, in order.
-        healed: tensors that replaced the base's before blocks were made narrower; keys are tensor names in the base.
+        healed: the tensors that replaced the base's, and the heads and neurons that narrower blocks keep.
         declared: the declaration of the emulator's modules; None if they are the family's own.
         spec: the settings of packing.
         manifest: the bundle's manifest.
@@ -44,14 +46,14 @@ def make_carry_map(
     return CarryMap.of(kept, {index: layers for index, layers in narrowed.items() if layers}, shipped)
 
 
-def _narrowed(
-    model: BaseModel, block: int, healed: Mapping[str, TensorRange], declared: Declared, spec: PackSpec
-) -> Narrowed:
+def _narrowed(model: BaseModel, block: int, healed: Healed, declared: Declared, spec: PackSpec) -> Narrowed:
     """The layers of a base block that the emulator has narrower, with the features that they keep."""
+    if block in healed.kept:
+        return kept_layers(model, block, healed.kept[block])
     tensors = model.block(block)
 
     def read(path: str) -> Array:
-        return read_float32(healed.get(model.family.in_block(block, path), tensors[path]))
+        return read_float32(healed.tensors.get(model.family.in_block(block, path), tensors[path]))
 
     forms = [form for form in map(form_of, spec.stored_forms) if isinstance(form, BlockReshaping)]
     return {

@@ -21,6 +21,7 @@ from offsite.model_owner.check_bundle import open_settings
 from offsite.model_owner.check_packing import Packing
 from offsite.model_owner.emulator_work import work_of
 from offsite.model_owner.heal.block_by_block import block_by_block
+from offsite.model_owner.narrow.even_widths import even_widths
 from offsite.model_owner.plan import PackPlan
 from offsite.model_owner.sandwich import Sandwich
 from offsite.models.plan_amounts import Measurement
@@ -87,7 +88,8 @@ def _heal_one_block(model: BaseModel, sandwich: Sandwich, spec: PackSpec, batche
     small = Sandwich(bottom=(), middle=middle, top=tuple(range(len(middle), model.blocks)))
     one = spec.changed({"keep": 1}) if spec.drops else spec
     with tempfile.TemporaryDirectory(prefix="offsite-plan-") as folder:
-        block_by_block(model, small, (0,), one, Path(folder), silent, batches=batches)
+        widths = even_widths(model, (0,), spec) if spec.narrows else None
+        block_by_block(model, small, (0,), one, Path(folder), silent, widths=widths, batches=batches)
 
 
 def _run_one_block(model: BaseModel, runtime: Runtime, batches: Sequence[Tensor]) -> None:

@@ -32,6 +32,7 @@ from offsite.model_owner.heal.healing_protocol import Healing
 from offsite.model_owner.importing.write_weights import require_finite
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.make_carry_map import make_carry_map
+from offsite.model_owner.narrow.even_widths import even_widths
 from offsite.model_owner.select.select_blocks import select_blocks
 from offsite.models.declared_family import declare_family
 from offsite.models.modules.declared import Declared
@@ -99,14 +100,15 @@ def pack(
             write({"event": PACKING, "emulator": describe_emulator(model, sandwich, spec)})
         chosen = select_blocks(model, sandwich, spec, scratch, progress)
         emulator = fill_places(sandwich.middle, chosen, spec)
-        healed = heal(Healing(model, sandwich, emulator, spec, scratch, log_file(out), progress))
+        widths = even_widths(model, emulator, spec) if spec.narrows else None
+        healed = heal(Healing(model, sandwich, emulator, widths, spec, scratch, log_file(out), progress))
         kept = sandwich.kept(emulator)
         progress(Event("writing the bundle", 0))
         numbers = counts(sandwich, kept, spec)
-        declared = declared_of(model, numbers.bottom, emulator, spec)
+        declared = declared_of(model, numbers.bottom, emulator, spec, widths)
         weights = DECLARED_WEIGHTS if declared else WEIGHTS
         watch = FiniteWatch()
-        tensors = watch.over(bundle_tensors(model, kept, healed, dtype, numbers, spec))
+        tensors = watch.over(bundle_tensors(model, kept, healed.tensors, dtype, numbers, spec, declared))
         written = write_checkpoint(folder, tensors, weights=weights)
         _require_finite_result(watch.found)
         settings = settings_files(model, kept, dtype, declared)
@@ -116,7 +118,7 @@ def pack(
         carry = make_carry_map(model, kept, healed, declared, spec, manifest, folder)
         open_bundle(model, folder, manifest, home, progress)
         bundle = seal(folder, manifest, identity, out)
-        shares = base_shares(model, kept, numbers, healed.keys(), declared, spec)
+        shares = base_shares(model, kept, numbers, healed.tensors.keys(), declared, spec)
         Ledger(home.ledger).record_issue(bundle, recipient, carry, shares, spec)
     return bundle
 

@@ -8,6 +8,7 @@ from offsite.errors import IncompatibleError, UsageError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.compress.declare_emulator import require_declarable
 from offsite.model_owner.emulator_work import Work, work_of
+from offsite.model_owner.narrow.even_widths import even_widths
 from offsite.model_owner.sandwich import Sandwich
 from offsite.model_owner.select.select_blocks import select_blocks
 from offsite.progress import silent
@@ -46,6 +47,8 @@ def partition(model: BaseModel, spec: PackSpec) -> Sandwich:
     if not spec.selection_rule.runs_blocks:  # raises an error if the rule's settings do not fit
         select_blocks(model, sandwich, spec, Path(), silent)
     require_declarable(model, spec)
+    if spec.narrows:
+        even_widths(model, middle, spec)  # raises an error if the blocks cannot get so narrow
     return sandwich
 
 
@@ -107,7 +110,9 @@ def _require_gap(middle: Sequence[int], spec: PackSpec, work: Work) -> None:
     if idle and "heal" in spec.explicit_keys:
         raise UsageError(
             f"--heal {','.join(idle)} would do nothing",
-            reasons=["no block is dropped, and no matrix pruned on calibration data; other losses are not healed"],
+            reasons=[
+                "no block is dropped or narrowed, and no matrix pruned on calibration data; other losses are not healed"
+            ],
             next_step="say with --keep how many blocks stay, or pack with --heal none",
         )
 

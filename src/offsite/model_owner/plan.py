@@ -17,6 +17,7 @@ from offsite.model_owner.compress.declare_emulator import declared_of
 from offsite.model_owner.describe_emulator import describe_emulator, healing_name
 from offsite.model_owner.emulator_work import Work, work_of
 from offsite.model_owner.heal.heal_steps import fill_places
+from offsite.model_owner.narrow.even_widths import even_widths
 from offsite.model_owner.pack import Parties, bundle_manifest
 from offsite.model_owner.sandwich import Sandwich
 from offsite.model_owner.select.select_blocks import select_blocks
@@ -101,6 +102,7 @@ def _steps(model: BaseModel, sandwich: Sandwich, spec: PackSpec, work: Work) -> 
     chooses = spec.selection_rule.runs_blocks and spec.kept(sandwich.middle) < len(sandwich.middle)
     return (
         *([f"select by {spec.select.by}"] if chooses else []),
+        *([f"narrow by {spec.narrow.by}"] if work.narrows else []),
         *([f"prune by {work.pruner.name}"] if work.pruner else []),
         *(f"heal by {healing_name(step, model, spec)}" for step in (*work.block_steps, *work.later_steps)),
     )
@@ -166,9 +168,10 @@ def _bundle_files(checked: Packing, kept: Sequence[int], spec: PackSpec) -> tupl
     model, dtype = checked.model, DTYPES[spec.dtype]
     numbers = counts(checked.sandwich, kept, spec)
     emulator = kept[numbers.bottom : numbers.bottom + numbers.emulator]
-    declared = declared_of(model, numbers.bottom, emulator, spec)
+    widths = even_widths(model, emulator, spec) if spec.narrows else None
+    declared = declared_of(model, numbers.bottom, emulator, spec, widths)
     weights = DECLARED_WEIGHTS if declared else WEIGHTS
-    sizes = checkpoint_bytes(bundle_tensors(model, kept, {}, dtype, numbers, spec), weights=weights)
+    sizes = checkpoint_bytes(bundle_tensors(model, kept, {}, dtype, numbers, spec, declared), weights=weights)
     sizes |= {name: len(content) for name, content in settings_files(model, kept, dtype, declared).items()}
     entries = tuple(FileEntry(name=name, size=size, sha256=_UNKNOWN) for name, size in sorted(sizes.items()))
     parties = Parties(checked.identity.public_key.hex, checked.recipient.hex, _UNKNOWN)

@@ -538,6 +538,7 @@ FAMILIES = (
         attention_out="self_attention.dense",
         mlp_out="mlp.dense_4h_to_h",
         attention_norms={"post_attention_layernorm": "apply_residual_connection_post_layernorm"},
+        head_positions="n_head or num_attention_heads",  # ALiBi
         count_keys=("n_layer", "num_hidden_layers"),
         config_keys=_COMMON
         | _words(
@@ -576,6 +577,7 @@ FAMILIES = (
             **dict.fromkeys(_norm("post_attention_layernorm"), "!parallel_attn"),
         },
         defaults={"parallel_attn": True},
+        head_positions="alibi",
         attention_out="self_attention.dense",
         mlp_out="mlp.dense_4h_to_h",
         count_keys=("num_hidden_layers",),

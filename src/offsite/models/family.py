@@ -123,6 +123,8 @@ class Architecture:
     )  # linear layers -> condition under which LoRA has no effect
     vision: Vision | None = None
     module_blocks: str = ""  # path of the list of blocks in torch modules, if different
+    heads_keys: tuple[str, ...] = ("num_attention_heads", "n_head")  # config keys that hold the number of heads
+    head_positions: str = ""  # condition under which heads have biases for positions, by their number; "": never
     mlp_scale: str | None = None  # tensor of a block by which the output of mlp_out is multiplied before it is added
     attention_scale: str | None = None  # the same for attention_out
     # Of a family that is read off one model instead of a row: its kinds of blocks, and the kind of each block.

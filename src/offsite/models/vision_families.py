@@ -209,6 +209,7 @@ VISION_FAMILIES = (
                 "shared_position_bias.relative_position_bias_table"
             ),
         },
+        head_positions="use_relative_position_bias or use_shared_relative_position_bias",
         mlp_scale="lambda_2",
         attention_scale="lambda_1",
     ),

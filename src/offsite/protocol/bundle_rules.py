@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from offsite.errors import VerificationError
+from offsite.errors import IncompatibleError, VerificationError
 from offsite.models.architectures import Architecture, config_problems
+from offsite.models.block_widths import obstacles
 from offsite.models.declared_family import declared_config_problems
 from offsite.models.modules.declared import Declared, Expected, unwrapped
 from offsite.protocol.contents import (
@@ -105,7 +106,11 @@ def _bundle_weights(signed: SignedFolder) -> Iterator[str]:
         if len(expected) > 2 * held + 1000:  # a small file with a hostile config must not cost much memory and time
             yield f"weights: {held} tensors, the config makes it over {len(expected)}"
             return
-    ours = _declared_tensors(declared, manifest, family, checkpoint, settings) if declared else {}
+    try:
+        ours = _declared_tensors(declared, manifest, family, checkpoint, settings) if declared else {}
+    except (ValueError, IncompatibleError) as misfit:
+        yield f"{CONFIG}: {misfit}"
+        return
     yield from names_differ("weights", set(checkpoint.tensors), expected | ours.keys())
     alike: dict[str, TensorRange] = {}  # the first tensor of each path in a block; all experts count as one path
     for name, tensor in checkpoint.tensors.items():
@@ -136,12 +141,11 @@ def _declared_tensors(
     shapes = _family_shapes(declared, manifest, family, checkpoint, settings)
     if not shapes:
         return {}
-    each = declared.tensors(family, shapes)
     return {
         family.in_block(declared.first + place, path): expected
         for place in range(min(declared.blocks, manifest.split.emulator))
         if declared.holds_weights(place)
-        for path, expected in each.items()
+        for path, expected in declared.tensors(family, settings, shapes, place).items()
     }
 
 
@@ -202,6 +206,9 @@ def _bundle_declared(signed: SignedFolder) -> Iterator[str]:
         yield f"{CONFIG} declares modules, which is not possible with trained blocks inside the emulator"
     if declared and (declared.first, declared.blocks) != (manifest.split.bottom, manifest.split.emulator):
         yield f"{CONFIG} declares {declared.blocks} blocks from {declared.first} on, which is not the split's emulator"
+    for part, why in obstacles(family, _settings_of(signed)[0], family.norms).items() if declared else ():
+        if getattr(declared, part) is not None:
+            yield f"{CONFIG} declares {part} for blocks from which none can be removed: {why}"
     if declared and (family.experts or family.layouts):
         kind = "a mixture of experts" if family.experts else "a declared family"
         yield f"{CONFIG} declares modules that {kind} cannot have"
@@ -226,9 +233,7 @@ def _bundle_returnable(signed: SignedFolder) -> Iterator[str]:
     yield from names_differ("the head that may come back", set(manifest.head), head)
     yield from entries_differ({**manifest.tensors, **manifest.head}, checkpoint.tensors)
     settings, declared = _settings_of(signed)
-    emulated: dict[str, tuple[int, ...]] = {}  # of a block of the emulator, also where the weight is stored otherwise
-    if declared and (shapes := _family_shapes(declared, manifest, family, checkpoint, settings)):
-        emulated = declared.narrowed(family, shapes)
+    emulated = _emulated_shapes(declared, manifest, family, checkpoint, settings) if declared else {}
     for target, (inputs, outputs) in manifest.lora_targets.items():
         place = family.linear_layer_of(target)
         if place and place[1] not in family.lora_linears_of(settings, place[0]):
@@ -236,12 +241,25 @@ def _bundle_returnable(signed: SignedFolder) -> Iterator[str]:
         weight = checkpoint.tensors.get(f"{family.in_block(*place)}.weight") if place else None
         found = weight.shape if weight else None
         if place and declared and place[0] in manifest.split.adapted:
-            at = place[0] - declared.first
-            holds = 0 <= at < declared.blocks and declared.holds_weights(at)
-            found = emulated.get(f"{place[1]}.weight") if holds else None
+            found = emulated.get(place[0], {}).get(f"{place[1]}.weight")
         shape = (inputs, outputs) if family.transposed else (outputs, inputs)
         if found != shape:
             yield f"LoRA target {target}: the weight's shape is {found or 'no such weight'}, expected {shape}"
+
+
+def _emulated_shapes(
+    declared: Declared, manifest: BundleManifest, family: Architecture, checkpoint: Checkpoint, settings: dict[str, Any]
+) -> dict[int, dict[str, tuple[int, ...]]]:
+    """The shapes of the emulator's blocks that hold weights, also where weights are stored in another form.
+
+    Keys are the block's index in the bundle, and paths in it; the result is empty where another rule has a finding.
+    """
+    shapes = _family_shapes(declared, manifest, family, checkpoint, settings)
+    places = [place for place in range(declared.blocks) if declared.holds_weights(place)] if shapes else []
+    try:
+        return {declared.first + place: declared.narrowed(family, settings, shapes, place) for place in places}
+    except (ValueError, IncompatibleError):
+        return {}
 
 
 def _bundle_tokenizer(signed: SignedFolder) -> Iterator[str]:

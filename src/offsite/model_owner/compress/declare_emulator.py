@@ -16,12 +16,16 @@ from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.compress.pruner_protocol import prune_stored
 from offsite.model_owner.compress.smallest_weights import Array
 from offsite.model_owner.compress.stored_form_protocol import BlockReshaping, MatrixEncoding, form_of
+from offsite.model_owner.narrow.even_widths import base_widths
+from offsite.models.block_widths import Widths
 from offsite.models.family import Architecture
 from offsite.models.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT, Declared
 from offsite.storage.safetensors_files import NewTensor, TensorRange, copied, from_float32, read_float32
 
 
-def declared_of(model: BaseModel, bottom: int, slots: Sequence[int], spec: PackSpec) -> Declared | None:
+def declared_of(
+    model: BaseModel, bottom: int, slots: Sequence[int], spec: PackSpec, widths: Sequence[Widths] | None
+) -> Declared | None:
     """The declaration in the bundle's config of modules that differ from the family's own; None if none differs.
 
     Args:
@@ -29,6 +33,7 @@ def declared_of(model: BaseModel, bottom: int, slots: Sequence[int], spec: PackS
         bottom: number of blocks before the emulator.
         slots: base indices of the emulator's blocks, in order; an index may occur several times.
         spec: the compression and healing settings.
+        widths: the widths of the emulator's blocks; None if they are those of the base.
 
     Raises:
         IncompatibleError: the family's blocks cannot be stored in a requested form.
@@ -36,6 +41,12 @@ def declared_of(model: BaseModel, bottom: int, slots: Sequence[int], spec: PackS
     fields: dict[str, Any] = {}
     for form in spec.stored_forms:
         fields |= form_of(form).declare(model, spec)
+    if widths is not None:
+        own = [base_widths(model, index) for index in slots]
+        if any(one.heads < whole.heads for one, whole in zip(widths, own, strict=True)):
+            fields["heads"] = tuple(one.heads for one in widths)
+        if any(one.neurons < whole.neurons for one, whole in zip(widths, own, strict=True)):
+            fields["neurons"] = tuple(one.neurons for one in widths)
     if len(set(slots)) < len(slots):  # for each place, the place of the same block that holds the weights
         # the block's own place where it carries an adapter: see docs/decisions/0030-placement-every.md
         holders = (index - bottom if spec.adapts_emulator else slots.index(index) for index in slots)
@@ -77,18 +88,27 @@ def require_declarable(model: BaseModel, spec: PackSpec) -> None:
 
 
 def block_tensors(
-    family: Architecture, tensors: Mapping[str, TensorRange], declared: Declared | None, spec: PackSpec, dtype: str
+    model: BaseModel,
+    index: int,
+    tensors: Mapping[str, TensorRange],
+    declared: Declared | None,
+    place: int,
+    spec: PackSpec,
+    dtype: str,
 ) -> list[NewTensor]:
     """The tensors that the bundle stores for one block of the emulator, named by their path in the block.
 
     Args:
-        family: the model's row of the architecture table.
+        model: the opened base.
+        index: the block's base index.
         tensors: the block's healed tensors, keyed by path in the block, with those of the affine map after it, if there
             is one.
         declared: the declaration of the emulator's modules; None if they are the family's own.
+        place: the block's place in the emulator, from 0.
         spec: the settings of pruning and of stored forms.
         dtype: the bundle's dtype of floats, "BF16" or "F32".
     """
+    family = model.family
     values = _values(family, tensors, declared, spec)
 
     def floats(path: str) -> list[bytes]:
@@ -111,7 +131,8 @@ def block_tensors(
         return [(from_float32(found, dtype) if found.dtype == np.float32 else found).tobytes()]
 
     plain = {*tensors, AFFINE_WEIGHT, AFFINE_BIAS}  # float tensors, unless a form stores them otherwise
-    expected = declared.tensors(family, {path: tensor.shape for path, tensor in tensors.items()})
+    shapes = {path: tensor.shape for path, tensor in model.block(index).items()}
+    expected = declared.tensors(family, model.config, shapes, place)
     return [
         NewTensor(
             path,

@@ -11,8 +11,9 @@ from offsite.config import PackSpec
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.carry_map import KeptFeatures, Narrowed
+from offsite.models.block_widths import neuron_layers
 from offsite.models.family import Architecture
-from offsite.models.modules.declared import Declared, mlp_inputs
+from offsite.models.modules.declared import Declared
 
 Array = npt.NDArray[np.float32]
 
@@ -25,7 +26,9 @@ def declare(model: BaseModel, spec: PackSpec) -> Mapping[str, Any]:
     """
     family, shapes = model.family, {path: tensor.shape for path, tensor in model.block(0).items()}
     inner = shapes[f"{family.mlp_out}.weight"][0 if family.transposed else 1]
-    outputs = {shapes[f"{path}.weight"][1 if family.transposed else 0] for path in mlp_inputs(family)}
+    outputs = {
+        shapes[f"{path}.weight"][1 if family.transposed else 0] for path in neuron_layers(family, family.linears)
+    }
     if outputs != {inner}:
         raise IncompatibleError(
             f"the feed-forward part of this {family.model_type} model cannot be narrowed",
@@ -48,7 +51,7 @@ def reshape(family: Architecture, read: Callable[[str], Array], declared: Declar
 def kept_features(family: Architecture, read: Callable[[str], Array], declared: Declared) -> Narrowed:
     """The neurons that stay: inputs of the MLP's output layer, and outputs of its other layers."""
     neurons = tuple(choose_neurons(family, read, declared.mlp_width or 0).tolist())
-    outputs = dict.fromkeys(mlp_inputs(family), KeptFeatures(outputs=neurons))
+    outputs = dict.fromkeys(neuron_layers(family, family.linears), KeptFeatures(outputs=neurons))
     return {**outputs, family.mlp_out: KeptFeatures(inputs=neurons)}
 
 
@@ -64,7 +67,7 @@ def choose_neurons(family: Architecture, read: Callable[[str], Array], width: in
         width: number of neurons that stay.
     """
     squares = np.square(read(f"{family.mlp_out}.weight"), dtype=np.float64).sum(1 if family.transposed else 0)
-    for path in mlp_inputs(family):
+    for path in neuron_layers(family, family.linears):
         squares = squares + np.square(read(f"{path}.weight"), dtype=np.float64).sum(0 if family.transposed else 1)
     return np.sort(np.argsort(-squares, kind="stable")[:width])
 
@@ -74,6 +77,6 @@ def narrow(family: Architecture, path: str, values: Array, kept: npt.NDArray[np.
     module, _, kind = path.rpartition(".")
     if module == family.mlp_out and kind == "weight":
         return values[kept] if family.transposed else values[:, kept]
-    if module in mlp_inputs(family):
+    if module in neuron_layers(family, family.linears):
         return values[kept] if kind == "bias" else values[:, kept] if family.transposed else values[kept]
     return values

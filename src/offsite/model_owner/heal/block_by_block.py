@@ -1,10 +1,12 @@
-"""Pruning and healing the kept blocks one after the other.
+"""Narrowing, pruning and healing the kept blocks one after the other.
 
 Each block is fitted on the outputs of the emulator's blocks before it. Its targets are the base's hidden states before
 the next kept block, so errors do not accumulate. One block's weights are in memory at a time.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,13 +27,29 @@ from offsite.model_owner.compress.pruner_protocol import pruning
 from offsite.model_owner.emulator_work import Work, work_of
 from offsite.model_owner.heal.block_step_protocol import BlockProblem, block_step
 from offsite.model_owner.heal.output_layers import change_outputs
+from offsite.model_owner.narrow.even_widths import base_widths
+from offsite.model_owner.narrow.remove_units import remove_units
 from offsite.model_owner.sandwich import Sandwich
+from offsite.models.block_widths import Kept, Widths
 from offsite.models.family import Architecture
 from offsite.models.torch_tensors import read_tensor
 from offsite.progress import Event, Progress
+from offsite.storage.files import replace_file
 from offsite.storage.safetensors_files import TensorRange, from_array, read_header, write_safetensors
 
+_KEPT = "kept.json"  # in the scratch folder: the heads and neurons that stay
 _Step = Callable[[BlockProblem, Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The result of the pass over the kept blocks."""
+
+    # the changed tensors, and those of affine maps after blocks; keys are tensor names in the base
+    tensors: Mapping[str, TensorRange]
+    kept: Mapping[int, Kept]  # base index of each narrowed block -> its heads and neurons that stay
+
+
 _Unsolvable: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch does not list it
 
 
@@ -43,9 +61,10 @@ def block_by_block(
     scratch: Path,
     progress: Progress,
     *,
+    widths: Sequence[Widths] | None = None,
     batches: Sequence[Tensor] | None = None,
-) -> Mapping[str, TensorRange]:
-    """Change every kept block by the healing steps and the calibrated pruner in the settings.
+) -> Solved:
+    """Change every kept block by the narrowing, the healing steps and the calibrated pruner in the settings.
 
     Args:
         model: the base; its blocks are loaded one at a time.
@@ -54,11 +73,11 @@ def block_by_block(
         spec: the settings of healing, pruning and calibration, and the bundle's dtype.
         scratch: a folder for the solved weights until the bundle is written.
         progress: receives the progress events.
+        widths: the widths that the kept blocks get, in their order; None if they keep theirs.
         batches: token ids (B, T) to fit on, instead of the calibration data of `spec`.
 
     Returns:
-        The changed tensors, and the tensors of affine maps after blocks; keys are tensor names in the base, and the
-        values are in files of `scratch`.
+        The changed tensors, whose values are in files of `scratch`, and what stays of narrowed blocks.
 
     Raises:
         DataError: the calibration text is unreadable or too short.
@@ -79,6 +98,8 @@ def block_by_block(
     own_states = list(base_states)  # from here on, hidden states of the emulator
     done = len(sandwich.bottom)
     healed: dict[str, TensorRange] = {}
+    stays: dict[int, Kept] = {}
+    wanted = dict(zip(sorted(emulator), widths, strict=True)) if widths is not None else {}
     for kept, following in pairwise((*sorted((*emulator, *sandwich.spread)), end)):
         while done < following:
             progress(Event(stage, done, end))
@@ -90,13 +111,41 @@ def block_by_block(
         problem = BlockProblem(
             partial(runner.load, kept), family, model.config, batches, own_states, base_states, model.block(kept).keys()
         )
-        stored = _store(scratch / f"{kept}.safetensors", _solve(problem, steps, kept), DTYPES[spec.dtype])
+        first = _narrowing(model, kept, wanted[kept], spec, stays) if kept in wanted else []
+        stored = _store(scratch / f"{kept}.safetensors", _solve(problem, [*first, *steps], kept), DTYPES[spec.dtype])
         healed |= {family.in_block(kept, path): tensor for path, tensor in stored.items()}
         # the next blocks see the weights as shipped, with their rounding
         shipped = {path: read_tensor(tensor, torch.float32) for path, tensor in stored.items()}
         _advance(runner.load(kept, shipped), batches, own_states)
     progress(Event(stage, end, end))
-    return healed
+    replace_file(scratch / _KEPT, json.dumps({index: asdict(one) for index, one in stays.items()}).encode())
+    return Solved(healed, stays)
+
+
+def read_solved(model: BaseModel, emulator: Sequence[int], scratch: Path) -> Solved:
+    """The result of an earlier run of the pass that was completed, from its files in `scratch`."""
+    family = model.family
+    tensors: dict[str, TensorRange] = {}
+    for index in sorted(set(emulator)):
+        held = read_header(scratch / f"{index}.safetensors")
+        tensors |= {family.in_block(index, path): tensor for path, tensor in held.items()}
+    kept = json.loads((scratch / _KEPT).read_bytes())
+    return Solved(
+        tensors, {int(index): Kept(tuple(one["units"]), tuple(one["neurons"])) for index, one in kept.items()}
+    )
+
+
+def _narrowing(
+    model: BaseModel, index: int, widths: Widths, spec: PackSpec, stays: MutableMapping[int, Kept]
+) -> list[_Step]:
+    """The step that makes a block narrower, and adds what stays to `stays`; none if the block keeps its widths."""
+    base = base_widths(model, index)
+
+    def narrow(problem: BlockProblem, _: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        found, stays[index] = remove_units(problem, spec.unit_rule, base, widths)
+        return found
+
+    return [narrow] if widths != base else []
 
 
 def _solve(problem: BlockProblem, steps: Sequence[_Step], block: int) -> dict[str, Tensor]:
@@ -159,6 +208,8 @@ def _stage(work: Work) -> str:
     healing = [step.name for step in work.block_steps]
     if healing:
         return f"healing by {', '.join(healing)}"
+    if work.narrows:
+        return "narrowing the blocks"
     return f"pruning by {work.pruner.name}" if work.pruner else "running the blocks"
 
 

@@ -2,12 +2,14 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from offsite.config import PackSpec
 from offsite.model_owner.emulator_work import work_of
 from offsite.model_owner.heal.healing_protocol import Healing, emulator_step, places_step
+from offsite.models.block_widths import Kept
 from offsite.storage.files import replace_file
-from offsite.storage.safetensors_files import TensorRange, read_header
+from offsite.storage.safetensors_files import TensorRange
 
 
 def fill_places(middle: Sequence[int], kept: Sequence[int], spec: PackSpec) -> tuple[int, ...]:
@@ -25,11 +27,18 @@ def fill_places(middle: Sequence[int], kept: Sequence[int], spec: PackSpec) -> t
     return filling[0].fill_places(middle, kept) if filling else tuple(kept)
 
 
-def heal(healing: Healing) -> Mapping[str, TensorRange]:
-    """Heal the emulator, and return the tensors that changed.
+@dataclass(frozen=True)
+class Healed:
+    """The emulator after healing."""
 
-    Keys are tensor names in the base; the tensors are in files of `scratch`. Results that an interrupted run completed
-    are reused.
+    tensors: Mapping[str, TensorRange]  # those that changed, by their name in the base; in files of `scratch`
+    kept: Mapping[int, Kept]  # base index of each narrowed block -> its heads and neurons that stay
+
+
+def heal(healing: Healing) -> Healed:
+    """Narrow, prune and heal the emulator.
+
+    Results that an interrupted run completed are reused.
 
     Raises:
         DataError: the calibration text is unreadable or too short.
@@ -38,23 +47,26 @@ def heal(healing: Healing) -> Mapping[str, TensorRange]:
         KeyboardInterrupt: the user interrupted the run.
     """
     work = work_of(healing.sandwich.middle, healing.spec)
-    healed = _solve(healing) if work.block_by_block else {}
+    healed = _solve(healing) if work.block_by_block else Healed({}, {})
+    tensors = healed.tensors
     for step in work.later_steps:
-        healed = emulator_step(step).heal_emulator(healing, healed)
-    return healed
+        tensors = emulator_step(step).heal_emulator(healing, tensors)
+    return Healed(tensors, healed.kept)
 
 
-def _solve(healing: Healing) -> Mapping[str, TensorRange]:
+def _solve(healing: Healing) -> Healed:
     """Run the block-by-block part of healing and pruning, or read its result if an earlier run completed it."""
-    folder, family = healing.scratch / "solved", healing.model.family
+    from offsite.model_owner.heal.block_by_block import block_by_block, read_solved
+
+    model, emulator, folder = healing.model, healing.emulator, healing.scratch / "solved"
     whole = folder / "whole"  # exists when the folder holds every solved block
     if whole.exists():
-        files = {index: read_header(folder / f"{index}.safetensors") for index in healing.emulator}
-        return {family.in_block(index, path): tensor for index, held in files.items() for path, tensor in held.items()}
-    from offsite.model_owner.heal.block_by_block import block_by_block
-
+        solved = read_solved(model, emulator, folder)
+        return Healed(solved.tensors, solved.kept)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    solved = block_by_block(healing.model, healing.sandwich, healing.emulator, healing.spec, folder, healing.progress)
+    solved = block_by_block(
+        model, healing.sandwich, emulator, healing.spec, folder, healing.progress, widths=healing.widths
+    )
     replace_file(whole, b"")
-    return solved
+    return Healed(solved.tensors, solved.kept)

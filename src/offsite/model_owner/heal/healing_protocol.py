@@ -12,6 +12,7 @@ from typing import Protocol, cast, runtime_checkable
 from offsite.config import HealingStep, PackSpec
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.sandwich import Sandwich
+from offsite.models.block_widths import Widths
 from offsite.progress import Progress
 from offsite.storage.safetensors_files import TensorRange
 
@@ -23,6 +24,7 @@ class Healing:
     model: BaseModel
     sandwich: Sandwich
     emulator: Sequence[int]  # base indices of its blocks, in order
+    widths: Sequence[Widths] | None  # of its blocks, if they are narrowed
     spec: PackSpec
     scratch: Path  # a folder for results; in long runs it survives an interruption
     log: Path  # the file for the loss of each step, one JSON object per line

@@ -16,7 +16,7 @@ HELD_OUT = 8  # one batch in this many is held out to choose the ridge
 
 
 @dataclass
-class _Moments:
+class Moments:
     """The sums of a weighted least squares problem with inputs (F,) and errors (H,), in float32 on the device."""
 
     gram: Tensor  # (F, F)
@@ -24,7 +24,8 @@ class _Moments:
     square: float = field(default=0.0)
 
     @classmethod
-    def zeros(cls, inputs: int, outputs: int, device: torch.device) -> "_Moments":
+    def zeros(cls, inputs: int, outputs: int, device: torch.device) -> "Moments":
+        """The sums over no rows."""
         return cls(torch.zeros(inputs, inputs, device=device), torch.zeros(inputs, outputs, device=device))
 
     def add(self, inputs: Tensor, errors: Tensor, weights: Tensor) -> None:
@@ -34,9 +35,9 @@ class _Moments:
         self.cross += weighted.T @ errors
         self.square += float((weights * errors.square()).sum())
 
-    def plus(self, other: "_Moments") -> "_Moments":
+    def plus(self, other: "Moments") -> "Moments":
         """The sums over the rows of both."""
-        return _Moments(self.gram + other.gram, self.cross + other.cross, self.square + other.square)
+        return Moments(self.gram + other.gram, self.cross + other.cross, self.square + other.square)
 
     def error(self, change: Tensor) -> float:
         """The weighted squared error that remains after `change` (F, H) is added to the layer."""
@@ -53,7 +54,7 @@ class RidgeProblem:
     def __init__(self, inputs: int, outputs: int, batches: int, device: torch.device, *, bias: bool) -> None:
         self._bias, self._batches = bias, batches
         columns = inputs + bias  # a bias is the weight of a last input that is always 1
-        self._fitted, self._held_out = (_Moments.zeros(columns, outputs, device) for _ in range(2))
+        self._fitted, self._held_out = (Moments.zeros(columns, outputs, device) for _ in range(2))
 
     def add(self, position: int, inputs: Tensor, after: Tensor, target: Tensor, factor: Tensor | None = None) -> None:
         """Add a batch, or some tokens of it.
@@ -89,16 +90,27 @@ class RidgeProblem:
 
     def solutions(self) -> tuple[Tensor, Tensor]:
         """The change of the layer, solved without the held-out batches and on all of them; see `change`."""
-        fitted, judge, ridge = self._fitted, self._held_out, USUAL_RIDGE
-        whole = fitted.plus(judge)
-        if not judge.square:
-            return (_solution(whole, ridge),) * 2
-        trials = {candidate: _solution(fitted, candidate) for candidate in RIDGES}
-        errors = {candidate: judge.error(trial) for candidate, trial in trials.items()}
-        ridge = min(errors, key=errors.__getitem__)
-        if errors[ridge] >= judge.square:
-            return (torch.zeros_like(trials[ridge]),) * 2
-        return trials[ridge], _solution(whole, ridge)
+        return judged_solutions(self._fitted, self._held_out)
+
+
+def judged_solutions(fitted: Moments, judge: Moments) -> tuple[Tensor, Tensor]:
+    """The changes (F, H), in float64, that solve a problem on `fitted` alone, and on `fitted` and `judge` together.
+
+    Their ridge is the one with the smallest error on `judge`; where none lowers that error, nothing changes.
+
+    Args:
+        fitted: the sums over the batches that are fitted while the ridge is chosen.
+        judge: the sums over the held-out batches; all zero if there are none, which gives the usual ridge.
+    """
+    ridge, whole = USUAL_RIDGE, fitted.plus(judge)
+    if not judge.square:
+        return (_solution(whole, ridge),) * 2
+    trials = {candidate: _solution(fitted, candidate) for candidate in RIDGES}
+    errors = {candidate: judge.error(trial) for candidate, trial in trials.items()}
+    ridge = min(errors, key=errors.__getitem__)
+    if errors[ridge] >= judge.square:
+        return (torch.zeros_like(trials[ridge]),) * 2
+    return trials[ridge], _solution(whole, ridge)
 
 
 def held_out_positions(batches: int) -> range:
@@ -110,7 +122,7 @@ def held_out_positions(batches: int) -> range:
     return range(first, batches, HELD_OUT) if first else range(0)
 
 
-def _solution(moments: _Moments, ridge: float) -> Tensor:
+def _solution(moments: Moments, ridge: float) -> Tensor:
     return ridge_solution(moments.gram, moments.cross, ridge)
 
 

@@ -23,6 +23,7 @@ from offsite.model_owner.calibration_text import row_form
 from offsite.model_owner.emulator_work import work_of
 from offsite.model_owner.heal.block_by_block import block_by_block
 from offsite.model_owner.heal.middle_states import MiddleStates, middle_states
+from offsite.model_owner.narrow.even_widths import even_widths
 from offsite.model_owner.select.contiguous import contiguous
 from offsite.model_owner.select.selection_protocol import Selection
 from offsite.model_owner.select.uniform import uniform
@@ -129,7 +130,12 @@ def _judge(selection: Selection) -> Score:
         folder = scratch / "candidate"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        healed = block_by_block(model, sandwich, blocks, spec, folder, silent, batches=fitted) if solves else {}
+        widths = even_widths(model, blocks, spec) if spec.narrows else None
+        healed = (
+            block_by_block(model, sandwich, blocks, spec, folder, silent, widths=widths, batches=fitted).tensors
+            if solves
+            else {}
+        )
         stack = runner.stack(blocks, sandwich.top, healed, whole=True)
         return fmean(_nats(stack, states, position) for position in range(len(held_out)))
 

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from offsite.models.architectures import architecture_of
+from offsite.models.block_widths import widths_of
 from offsite.models.empty_weights import without_weights
 from offsite.models.family import Architecture
 from offsite.models.mixture import experts_implementation
 from offsite.models.modules.affine_map import Affine, stand_behind
 from offsite.models.modules.compressed_linear import FactoredLinear, QuantisedLinear, unpacked
 from offsite.models.modules.declared import Declared
+from offsite.models.modules.narrow_block import narrow_block
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +55,10 @@ def build(
         # one tensor in all places that share it, except biases, which may train in the place that holds them
         copies = at != owner
         weights = {path: one.clone() if copies and path.endswith("bias") else one for path, one in owned[owner].items()}
+        if declared.narrows:
+            shapes = {path: tuple(value.shape) for path, value in blocks[place].named_parameters()}
+            base = widths_of(family, config, shapes)
+            narrow_block(blocks[place], family, shapes, base, declared.widths(base, at))
         problems += _unpack(blocks[place], family, declared, weights, family.in_block(place, ""))
         _make_room(blocks[place], family, declared, weights)
         if declared.affine:
@@ -84,7 +90,7 @@ def _unpack(
         if f"{path}.mask" not in weights or f"{path}.values" not in weights:
             continue  # the caller reports the missing tensor
         mask, values = weights.pop(f"{path}.mask"), weights.pop(f"{path}.values")
-        full = unpacked(mask, values, _inputs(block.get_submodule(path), family, declared, path))
+        full = unpacked(mask, values, _inputs(block.get_submodule(path), family))
         if full is None:
             problems.append(f"{start}{path}.mask does not have a place for each of the {len(values)} values")
         else:
@@ -103,37 +109,29 @@ def _make_room(block: nn.Module, family: Architecture, declared: Declared, weigh
         owner, bias = block.get_submodule(parent), weights.get(f"{path}.bias")
         if f"{path}.quantised" in weights and declared.group:
             codes, scales = weights.pop(f"{path}.quantised"), weights.pop(f"{path}.scales")
-            inputs = _inputs(block.get_submodule(path), family, declared, path)
+            inputs = _inputs(block.get_submodule(path), family)
             made: nn.Module = QuantisedLinear(codes, scales, bias, inputs, declared.group)
         elif f"{path}.down" in weights:
             made = FactoredLinear(weights.pop(f"{path}.down"), weights.pop(f"{path}.up"), bias)
-        elif f"{path}.weight" in weights:
-            linear: Any = block.get_submodule(path)
-            linear.weight = nn.Parameter(weights[f"{path}.weight"], requires_grad=False)
-            if family.transposed:
-                linear.nf = linear.weight.shape[1]  # from which Conv1D computes the shape of its output
-            else:
-                linear.out_features, linear.in_features = linear.weight.shape  # for PEFT
-            continue
         else:
             continue
         weights.pop(f"{path}.bias", None)
         setattr(owner, name, made)
 
 
-def _inputs(linear: Any, family: Architecture, declared: Declared, path: str) -> int:
-    if path == family.mlp_out and declared.mlp_width is not None:
-        return declared.mlp_width
+def _inputs(linear: Any, family: Architecture) -> int:
     return int(linear.weight.shape[0] if family.transposed else linear.weight.shape[1])
 
 
 def _assign(block: nn.Module, weights: Mapping[str, Tensor], start: str) -> list[str]:
-    """Assign the weights to the parameters of a block; returns a message for each unexpected tensor."""
+    """Assign the weights to the parameters of a block; return a problem for each that does not fit."""
     problems = []
     own = dict(block.named_parameters())
     for path, value in weights.items():
         if path not in own:
             problems.append(f"unexpected tensor {start}{path}")
+        elif own[path].shape != value.shape:
+            problems.append(f"{start}{path} has shape {list(value.shape)}, expected {list(own[path].shape)}")
         elif own[path].is_meta or own[path] is not value:
             parent, _, leaf = path.rpartition(".")
             setattr(block.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))

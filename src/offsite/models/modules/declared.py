@@ -10,15 +10,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from offsite.models.block_widths import Shapes, Widths, narrowed_shapes, widths_of
 from offsite.models.family import Architecture
 from offsite.storage.safetensors_files import FLOATS
 
 MODEL_TYPE = "offsite"
-FEATURES = ("share", "quantise", "svd", "mlp-width", "sparse", "affine")
+FEATURES = ("share", "quantise", "svd", "mlp-width", "sparse", "affine", "heads", "neurons")
 AFFINE_WEIGHT, AFFINE_BIAS = "affine.weight", "affine.bias"  # paths in a block of the affine layer after it
 
 _Shape = Annotated[tuple[Annotated[int, Field(ge=1, lt=2**32)], ...], Field(max_length=2, strict=False)]
-Shapes = Mapping[str, tuple[int, ...]]  # by path in a block
+Numbers = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=2**20)], ...], Field(min_length=1, max_length=10_000, strict=False)
+]
 Expected = tuple[tuple[int, ...], tuple[str, ...]]  # a tensor's shape, and the dtypes that it may have
 
 
@@ -42,6 +45,8 @@ class Declared(BaseModel):
     affine: bool | None = None  # true: an affine layer after every block
     # the shapes of a block's tensors in the family, by path in the block; only if no block of the bundle has them
     shapes: Annotated[dict[str, _Shape] | None, Field(min_length=1, max_length=4096, exclude_if=_is_none)] = None
+    heads: Numbers | None = None  # query heads of each block of the emulator
+    neurons: Numbers | None = None  # of the MLP of each block of the emulator
 
     @model_validator(mode="after")
     def _consistent(self) -> "Declared":
@@ -62,10 +67,23 @@ class Declared(BaseModel):
             raise ValueError("nothing is declared")
         return self
 
+    @model_validator(mode="after")
+    def _consistent_widths(self) -> "Declared":
+        for name, numbers in (("heads", self.heads), ("neurons", self.neurons)):
+            if numbers is not None and len(numbers) != self.blocks:
+                raise ValueError(f"{len(numbers)} entries in {name} for {self.blocks} blocks of the emulator")
+        if self.mlp_width is not None and self.neurons is not None:
+            raise ValueError("mlp_width and neurons are two ways to say the same")
+        if self.share is not None and (self.heads is not None or self.neurons is not None):
+            raise ValueError("blocks that share weights have no widths of their own")
+        return self
+
     @property
     def features(self) -> tuple[str, ...]:
         """The features that a reader must support, as the manifest's `requires` lists them."""
-        kinds = (self.share, self.bits, self.svd_rank, self.mlp_width, self.sparse, self.affine)
+        kinds = (
+            self.share, self.bits, self.svd_rank, self.mlp_width, self.sparse, self.affine, self.heads, self.neurons,
+        )  # fmt: skip
         return tuple(name for name, kind in zip(FEATURES, kinds, strict=True) if kind is not None)
 
     def holds_weights(self, place: int) -> bool:
@@ -76,33 +94,56 @@ class Declared(BaseModel):
         """The rank of a factored linear layer with these numbers of inputs and outputs."""
         return max(1, round((self.svd_rank or 0) * min(inputs, outputs)))
 
-    def narrowed(self, family: Architecture, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        """The shapes of a block's tensors with the declared MLP width, by path in the block.
+    @property
+    def narrows(self) -> bool:
+        """Whether blocks of the emulator have fewer heads or neurons than those of the family."""
+        return any(kind is not None for kind in (self.mlp_width, self.heads, self.neurons))
+
+    def widths(self, base: Widths, place: int) -> Widths:
+        """The widths of a block of the emulator (counted from 0).
 
         Args:
-            family: the family of the model.
-            shapes: the shapes of the tensors in a block of the family, by path in the block.
-        """
-        found = dict(shapes)
-        if self.mlp_width is None:
-            return found
-        for path in mlp_inputs(family):
-            rows, columns = shapes[f"{path}.weight"]
-            found[f"{path}.weight"] = (rows, self.mlp_width) if family.transposed else (self.mlp_width, columns)
-            if f"{path}.bias" in shapes:
-                found[f"{path}.bias"] = (self.mlp_width,)
-        rows, columns = shapes[f"{family.mlp_out}.weight"]
-        found[f"{family.mlp_out}.weight"] = (self.mlp_width, columns) if family.transposed else (rows, self.mlp_width)
-        return found
+            base: the widths of the family's own blocks.
+            place: the block.
 
-    def tensors(self, family: Architecture, shapes: Shapes) -> dict[str, Expected]:
-        """The shape and the permitted dtypes of each tensor in an emulator block, by path in the block.
+        Raises:
+            ValueError: the declared numbers are more than the family's blocks have, or not whole key-value heads.
+        """
+        heads = base.heads if self.heads is None else self.heads[place]
+        neurons = base.neurons if self.neurons is None else self.neurons[place]
+        neurons = neurons if self.mlp_width is None else self.mlp_width
+        if heads > base.heads or heads % base.unit_heads or neurons > base.neurons:
+            raise ValueError(
+                f"block {place} of the emulator has {heads} heads and {neurons} neurons, of {base.heads} and "
+                f"{base.neurons}; heads go by {base.unit_heads}"
+            )
+        return base.narrowed(heads // base.unit_heads, neurons)
+
+    def narrowed(
+        self, family: Architecture, config: Mapping[str, Any], shapes: Shapes, place: int
+    ) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors of a block of the emulator, by path, before any is encoded.
 
         Args:
-            family: the family of the model.
-            shapes: the shapes of the tensors in a block of the family, by path in the block.
+            family: the model's row of the architecture table.
+            config: the family's config.
+            shapes: the shapes of the tensors of the family's own block.
+            place: the block, counted from 0.
+
+        Raises:
+            ValueError: the declared widths do not fit the family's block.
+            IncompatibleError: the config does not say how many heads a block has.
         """
-        plain = self.narrowed(family, shapes)
+        if not self.narrows:
+            return dict(shapes)
+        base = widths_of(family, config, shapes)
+        return narrowed_shapes(family, shapes, base, self.widths(base, place))
+
+    def tensors(
+        self, family: Architecture, config: Mapping[str, Any], shapes: Shapes, place: int
+    ) -> dict[str, Expected]:
+        """Shape and dtypes of each tensor in a block of the emulator, by path; arguments and errors as `narrowed`."""
+        plain = self.narrowed(family, config, shapes, place)
         found: dict[str, Expected] = {path: (shape, FLOATS) for path, shape in plain.items()}
         if self.affine:
             hidden = shapes[f"{family.attention_out}.weight"][1 if family.transposed else 0]
@@ -129,12 +170,6 @@ class Declared(BaseModel):
 def affine_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors of an affine layer after a block with hidden size `hidden`, by path in the block."""
     return {AFFINE_WEIGHT: (hidden, hidden), AFFINE_BIAS: (hidden,)}
-
-
-def mlp_inputs(family: Architecture) -> list[str]:
-    """The paths in a block of the linear layers whose outputs are the MLP's neurons: all except its output layer."""
-    parent = family.mlp_out.rpartition(".")[0]
-    return [path for path in family.linears if path != family.mlp_out and path.rpartition(".")[0] == parent]
 
 
 def wrapped(config: Mapping[str, Any], declared: Declared) -> dict[str, Any]:

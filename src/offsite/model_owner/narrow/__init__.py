@@ -1,0 +1,1 @@
+"""Narrower blocks: which attention heads and MLP neurons stay; one way to choose them per file."""

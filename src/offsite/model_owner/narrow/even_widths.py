@@ -1,0 +1,95 @@
+"""The same widths for every block of the emulator, from a share of the arithmetic or shares of heads and neurons.
+
+The arithmetic of a block is that of its linear layers. Torch-free.
+"""
+
+import math
+from collections.abc import Sequence
+
+from offsite.config import PackSpec
+from offsite.errors import IncompatibleError, UsageError
+from offsite.model_owner.base_model import BaseModel
+from offsite.models.block_widths import Shapes, Widths, multiply_adds, narrowed_shapes, obstacles, widths_of
+
+
+def block_shapes(model: BaseModel, index: int) -> Shapes:
+    """The shapes of a block's tensors, keyed by path in the block."""
+    return {path: tensor.shape for path, tensor in model.block(index).items()}
+
+
+def base_widths(model: BaseModel, index: int) -> Widths:
+    """The widths of a block of the base.
+
+    Raises:
+        IncompatibleError: the config does not say how many heads the block has.
+    """
+    return widths_of(model.family, model.config, block_shapes(model, index))
+
+
+def even_widths(model: BaseModel, emulator: Sequence[int], spec: PackSpec) -> tuple[Widths, ...]:
+    """The widths of the emulator's blocks, in their order.
+
+    Args:
+        model: the opened base.
+        emulator: base indices of the emulator's blocks.
+        spec: the settings, which ask for narrower blocks.
+
+    Raises:
+        IncompatibleError: nothing can be removed from the family's blocks, or the config does not say how many heads
+            they have.
+        UsageError: blocks cannot get as narrow as the settings ask.
+    """
+    return tuple(_widths(model, index, spec) for index in emulator)
+
+
+def _widths(model: BaseModel, index: int, spec: PackSpec) -> Widths:
+    shapes, base = block_shapes(model, index), base_widths(model, index)
+    whole = obstacles(model.family, model.config, shapes)
+    if "heads" in whole and "neurons" in whole:
+        raise IncompatibleError(
+            f"the blocks of this {model.family.model_type} model cannot be made narrower",
+            reasons=[f"{part}: {why}" for part, why in whole.items()],
+            next_step="leave --narrow out; dropping blocks with --keep and pruning work with every family",
+        )
+    asked = {"heads": spec.narrow.heads, "neurons": spec.narrow.neurons}
+    for part, share in asked.items():
+        if share is not None and share < 1 and part in whole:
+            raise IncompatibleError(
+                f"the {part} of this {model.family.model_type} model cannot be removed",
+                reasons=[whole[part]],
+                next_step=f"leave --narrow-{part} out",
+            )
+    if spec.narrow.share is None:
+        units = max(1, round((asked["heads"] or 1) * base.units))
+        return base.narrowed(units, max(1, round((asked["neurons"] or 1) * base.neurons)))
+    return _for_share(model, shapes, base, frozenset(whole), spec.narrow.share)
+
+
+def _for_share(model: BaseModel, shapes: Shapes, base: Widths, whole: frozenset[str], share: float) -> Widths:
+    """The widths that use this share of a block's arithmetic, with the most alike shares of heads and neurons."""
+
+    def cost(units: int, neurons: int) -> int:
+        narrower = base.narrowed(units, neurons)
+        return multiply_adds(model.family, narrowed_shapes(model.family, shapes, base, narrower))
+
+    budget = share * cost(base.units, base.neurons)
+    found: list[tuple[tuple[bool, float], Widths]] = []
+    for units in [base.units] if "heads" in whole else range(1, base.units + 1):
+        least = base.neurons if "neurons" in whole else 1
+        of_one = cost(units, least) - cost(units, least - 1)
+        neurons = min(base.neurons, least + math.floor((budget - cost(units, least)) / of_one)) if of_one else least
+        if neurons >= least:
+            unused = budget - cost(units, neurons) >= of_one
+            uneven = abs(units / base.units - neurons / base.neurons)
+            found.append(((unused, uneven), base.narrowed(units, neurons)))
+    if not found:
+        least = cost(base.units if "heads" in whole else 1, base.neurons if "neurons" in whole else 1)
+        raise UsageError(
+            f"--narrow {share:g} is less than a block can be narrowed to",
+            reasons=[
+                f"with one neuron and one key-value head it still has {least / cost(base.units, base.neurons):.2f}",
+                *(f"{part} stay: {why}" for part, why in obstacles(model.family, model.config, shapes).items()),
+            ],
+            next_step="choose a larger share",
+        )
+    return min(found, key=lambda one: one[0])[1]

@@ -1,0 +1,53 @@
+"""Units are removed by second-order saliency: the error that is left after the other units made up for the loss.
+
+The optimal brain surgeon for structures, as in ZipLM (arXiv 2302.04089), SlimGPT (2412.18110) and OSSCAR (2403.12983).
+With H = X^T X + damping and w_u the columns of unit u, removing u costs tr(w_u [H^-1]_uu^-1 w_u^T). The others then
+change by -w_u [H^-1]_uu^-1 [H^-1]_u:, and H^-1 loses the rows and columns of u.
+"""
+
+import torch
+
+from offsite.model_owner.narrow.unit_rule_protocol import UnitProblem
+
+DAMPING = 0.01  # times the mean of the Gram matrix's diagonal
+_STEPS = 128  # at least so many removals, each followed by an update of the others
+
+
+def order_units(problem: UnitProblem, stay: int) -> list[int]:
+    """The units that are removed, in that order, until `stay` units are left.
+
+    Where there are many units, the next few are removed together, and jointly made up for.
+    """
+    units, size = problem.units, problem.size
+    system = problem.gram.clone()
+    system.diagonal().add_(DAMPING * system.diagonal().mean().clamp_min(1e-30))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))  # (F, F)
+    left = problem.weight.T.clone()  # (F, H): the columns, with what they make up for
+    order: list[int] = []
+    removed = torch.zeros(units, dtype=torch.bool, device=left.device)
+    while len(order) < units - stay:
+        cost = _costs(inverse, left, size)
+        cost[removed] = torch.inf
+        together = cost.argsort(stable=True)[: min(max(1, units // _STEPS), units - stay - len(order))]
+        rows = (together[:, None] * size + torch.arange(size, device=left.device)).flatten()
+        solved = torch.linalg.solve(inverse[rows][:, rows], torch.cat([left[rows], inverse[rows]], dim=1))
+        change = inverse[:, rows] @ solved  # (F, H + F)
+        left -= change[:, : left.shape[1]]
+        inverse -= change[:, left.shape[1] :]
+        inverse[rows], inverse[:, rows], left[rows] = 0, 0, 0
+        inverse[rows, rows] = 1  # so that the rows of removed units can be solved for
+        removed[together] = True
+        order += together.tolist()
+    return order
+
+
+def _costs(inverse: torch.Tensor, left: torch.Tensor, size: int) -> torch.Tensor:
+    """The error that removing each unit alone leaves, (units,)."""
+    if size == 1:
+        return left.square().sum(1) / inverse.diagonal()
+    units = len(left) // size
+    grams = inverse.reshape(units, size, units, size)
+    own = grams.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (units, size, size)
+    columns = left.reshape(units, size, -1)  # (units, size, H)
+    costs: torch.Tensor = (columns * torch.linalg.solve(own, columns)).sum(dim=(1, 2))
+    return costs

@@ -1,0 +1,89 @@
+"""Making one block narrower: attention heads first, then MLP neurons on what the narrower attention gives.
+
+The neurons and heads that stay keep their meaning, so an adapter of the narrower block fits the base: only the output
+projections change, to make up for what was removed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from offsite.config import RefitMap, UnitRule
+from offsite.model_owner.heal.block_step_protocol import BlockProblem
+from offsite.model_owner.narrow.projection_inputs import projection_inputs
+from offsite.model_owner.narrow.unit_rule_protocol import ordering
+from offsite.models.block_widths import Kept, Widths, narrowed_names, tensor_places
+from offsite.models.family import Architecture
+
+
+def remove_units(
+    problem: BlockProblem, rule: UnitRule, base: Widths, widths: Widths
+) -> tuple[Mapping[str, Tensor], Kept]:
+    """Remove heads and neurons from a block, and let those that stay make up for them.
+
+    Args:
+        problem: the block, with its inputs.
+        rule: how the units that stay are chosen.
+        base: the block's widths.
+        widths: the widths that it gets.
+
+    Returns:
+        The tensors that differ from the base's, in float32, keyed by their path in the narrower block; and what stays.
+    """
+    family, kept = problem.family, Kept.all_of(base)
+    in_files = {name: path for path, name in family.modules.items()}
+    whole = {in_files.get(name, name): value.detach() for name, value in problem.load({}).module.named_parameters()}
+    found: dict[str, Tensor] = {}
+    if widths.units < base.units:
+        units, projection = _choose(problem, found, rule, "attention", base.unit_heads * base.head_size, widths.units)
+        kept = replace(kept, units=units)
+        found |= narrowed_tensors(family, whole, base, kept) | projection
+    if widths.neurons < base.neurons:
+        neurons, projection = _choose(problem, found, rule, "mlp", 1, widths.neurons)
+        kept = replace(kept, neurons=neurons)
+        found = narrowed_tensors(family, whole, base, kept) | _of_layer(found, family.attention_out) | projection
+    return found, kept
+
+
+def narrowed_tensors(
+    family: Architecture, tensors: Mapping[str, Tensor], base: Widths, kept: Kept
+) -> dict[str, Tensor]:
+    """The rows and columns that stay of a block's tensors; tensors that stay whole are left out.
+
+    Args:
+        family: the model's row of the architecture table.
+        tensors: the base's tensors of the block, keyed by their path in it, as files store them.
+        base: the block's widths.
+        kept: the heads and neurons that stay.
+    """
+    found = {}
+    for name, path in narrowed_names(tensors, base, kept).items():
+        value, places = tensors[path], tensor_places(family, path, tensors[path].shape, base, kept)
+        for axis, stay in enumerate(places):
+            if stay is not None:
+                value = value.index_select(axis, torch.tensor(stay, device=value.device))
+        if name != path or value is not tensors[path]:
+            found[name] = value
+    return found
+
+
+def _choose(
+    problem: BlockProblem, found: Mapping[str, Tensor], rule: UnitRule, part: RefitMap, size: int, stay: int
+) -> tuple[tuple[int, ...], dict[str, Tensor]]:
+    """The units of a part that stay, and its output projection without the others, as the block's tensors."""
+    inputs, family = projection_inputs(problem, found, part), problem.family
+    removed = set(ordering(rule).order_units(inputs.problem(size), stay))
+    units = tuple(unit for unit in range(inputs.weight.shape[1] // size) if unit not in removed)
+    columns: Sequence[int] = [unit * size + one for unit in units for one in range(size)]
+    weight, bias = inputs.compensated(columns)
+    path = family.output_of(part)[0]
+    tensors = {f"{path}.weight": (weight.T if family.transposed else weight).float().contiguous()}
+    if bias is not None:
+        tensors[f"{path}.bias"] = bias.float()
+    return units, tensors
+
+
+def _of_layer(tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if name in (f"{path}.weight", f"{path}.bias")}

@@ -1,0 +1,286 @@
+"""Attention heads and MLP neurons of a block: how many it has, and which rows and columns of its tensors each owns.
+
+Heads are removed in units. A unit is a key-value head with all query heads that read it; in a block with one key-value
+head, it is one query head. Torch-free.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from offsite.errors import IncompatibleError
+from offsite.models.family import Architecture
+
+Shapes = Mapping[str, tuple[int, ...]]  # by path in a block
+Indices = tuple[int, ...]
+
+_QUERIES, _KEYS = "queries", "keys"  # keys: values too
+_STACKED = "stacked"  # all queries, then all keys, then all values
+_INTERLEAVED = "interleaved"  # for each key-value head: its queries, its key, its value
+# What the outputs of attention's linear layers are, by the last word of the layer's path; also of separate biases.
+_OUTPUTS = {
+    **dict.fromkeys(("q_proj", "query", "q_bias"), _QUERIES),
+    **dict.fromkeys(("k_proj", "v_proj", "key", "value", "v_bias"), _KEYS),
+    **dict.fromkeys(("qkv_proj", "c_attn", "qkv"), _STACKED),
+    "query_key_value": _INTERLEAVED,
+}
+_PER_HEAD = re.compile(r"(.+\.([qk])_layernorm\.norms)\.(\d+)(\..+)")  # a norm for each query or key head
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The widths of one block."""
+
+    hidden: int  # coordinates of the hidden state
+    heads: int  # query heads
+    groups: int  # key-value heads; heads / groups query heads read each
+    head_size: int  # coordinates of a head
+    neurons: int  # of the MLP; 0 if the block has experts
+    grouped: bool  # whether a unit is a key-value head with its query heads, else it is a query head
+
+    @property
+    def units(self) -> int:
+        """The number of units in which heads are removed."""
+        return self.groups if self.grouped else self.heads
+
+    @property
+    def unit_heads(self) -> int:
+        """The number of query heads in a unit."""
+        return self.heads // self.units
+
+    def narrowed(self, units: int, neurons: int) -> "Widths":
+        """The widths with so many units of heads and so many neurons."""
+        groups = units if self.grouped else self.groups
+        return replace(self, heads=units * self.unit_heads, groups=groups, neurons=neurons)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The units of heads and the neurons of a block that stay, by their ascending indices in the base."""
+
+    units: Indices
+    neurons: Indices
+
+    @classmethod
+    def all_of(cls, widths: Widths) -> "Kept":
+        """Everything in a block of these widths."""
+        return cls(tuple(range(widths.units)), tuple(range(widths.neurons)))
+
+
+def neuron_layers(family: Architecture, paths: Iterable[str]) -> list[str]:
+    """The linear layers among `paths` whose outputs are the MLP's neurons, before or after the gate."""
+    outer = {family.attention_out, family.mlp_out}
+    return [path for path in paths if path in family.linears and path not in outer and _outputs(path) is None]
+
+
+def widths_of(family: Architecture, config: Mapping[str, Any], shapes: Shapes) -> Widths:
+    """The widths of a block of the family's own form.
+
+    Args:
+        family: the model's row of the architecture table.
+        config: the family's config.
+        shapes: the shapes of the block's tensors.
+
+    Raises:
+        IncompatibleError: the config and the shapes do not say how many heads the block has.
+    """
+    heads = next((config[key] for key in family.heads_keys if type(config.get(key)) is int and config[key] > 0), 0)
+    outputs = {path: _outputs_inputs(family, shapes[f"{path}.weight"])[0] for path in _linears(family, shapes)}
+    hidden, inner = _outputs_inputs(family, shapes[f"{family.attention_out}.weight"])
+    size = inner // heads if heads else 0
+    groups = 0
+    for path, rows in outputs.items():
+        role = _outputs(path)
+        if role == _KEYS and size:
+            groups = rows // size
+        elif role in (_STACKED, _INTERLEAVED) and size:
+            groups = (rows // size - heads) // 2
+    if not groups or heads % groups or size * heads != inner:
+        raise IncompatibleError(
+            f"the attention heads of this {family.model_type} model cannot be counted",
+            reasons=[f"heads {heads}, key-value heads {groups}, inputs of {family.attention_out} {inner}"],
+            next_step="correct config.json in the base folder",
+        )
+    dense = f"{family.mlp_out}.weight"
+    neurons = _outputs_inputs(family, shapes[dense])[1] if dense in shapes else 0
+    return Widths(hidden, heads, groups, size, neurons, grouped=groups > 1)
+
+
+def narrower_widths(family: Architecture, base: Widths, shapes: Shapes) -> Widths:
+    """The widths of a block, given the shapes of those of its tensors that are narrower than the base's.
+
+    Args:
+        family: the model's row of the architecture table.
+        base: the widths of the family's own block.
+        shapes: the shapes of some of the block's tensors; a part without its output projection is whole.
+    """
+    units, neurons = base.units, base.neurons
+    ends = {path: shapes.get(f"{path}.weight") for path in (family.attention_out, family.mlp_out)}
+    if (shape := ends[family.attention_out]) is not None:
+        units = _outputs_inputs(family, shape)[1] // (base.unit_heads * base.head_size)
+    if (shape := ends[family.mlp_out]) is not None:
+        neurons = _outputs_inputs(family, shape)[1]
+    return base.narrowed(units, neurons)
+
+
+def obstacles(family: Architecture, config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, str]:
+    """Why heads ("heads") or neurons ("neurons") cannot be removed from the blocks; empty if both can.
+
+    Args:
+        family: the model's row of the architecture table.
+        config: the family's config.
+        paths: the paths of a block's tensors.
+    """
+    found = {}
+    if family.head_positions and family.holds(family.head_positions, config):
+        found["heads"] = "each head has its own bias for positions, by its number"
+    sizes = family.linears.get(family.mlp_out, "").split()
+    inner = sizes[0 if family.transposed else 1] if sizes else ""
+    if family.experts:
+        found["neurons"] = "its MLP is a mixture of experts"
+    elif any(family.norms.get(path) == inner for path in paths):
+        found["neurons"] = "a norm runs over the neurons"
+    return found
+
+
+def narrowed_shapes(family: Architecture, shapes: Shapes, base: Widths, widths: Widths) -> dict[str, tuple[int, ...]]:
+    """The shapes of a block's tensors with fewer heads and neurons.
+
+    Args:
+        family: the model's row of the architecture table.
+        shapes: the shapes of the family's own block.
+        base: the widths of the family's own block.
+        widths: the widths of the narrower block.
+    """
+    kept = Kept(tuple(range(widths.units)), tuple(range(widths.neurons)))  # which ones does not matter to a shape
+    found = {}
+    for path, shape in shapes.items():
+        name = _renamed(path, base, kept)
+        if name is not None:
+            places = tensor_places(family, path, shape, base, kept)
+            found[name] = tuple(
+                size if at is None else len(at) for size, at in zip(shape, (*places, None, None), strict=False)
+            )
+    return found
+
+
+def narrowed_names(paths: Iterable[str], base: Widths, kept: Kept) -> dict[str, str]:
+    """The paths of the tensors that a narrower block has -> their paths in the base's block."""
+    return {name: path for path in paths if (name := _renamed(path, base, kept)) is not None}
+
+
+def tensor_places(
+    family: Architecture, path: str, shape: Sequence[int], base: Widths, kept: Kept
+) -> tuple[Indices | None, ...]:
+    """The indices that stay on each axis of a block's tensor as files store it; None for an axis that stays whole.
+
+    Args:
+        family: the model's row of the architecture table.
+        path: the tensor's path in the block.
+        shape: its shape in the base.
+        base: the widths of the base's block.
+        kept: the units and neurons that stay.
+    """
+    module, _, kind = path.rpartition(".")
+    if kind not in ("weight", "bias") or module not in family.linears:
+        rows = _kept_outputs(family, path, shape[0], base, kept) if _outputs(path) else None
+        return (rows, *(None for _ in shape[1:]))
+    axis = 1 if family.transposed and kind == "weight" else 0  # of the outputs
+    outputs = _kept_outputs(family, module, shape[axis], base, kept)
+    if kind == "bias":
+        return (outputs,)
+    return (_kept_inputs(family, module, base, kept), outputs) if family.transposed else (
+        outputs, _kept_inputs(family, module, base, kept)
+    )  # fmt: skip
+
+
+def kept_rows_and_columns(
+    family: Architecture, linear: str, shape: Sequence[int], base: Widths, kept: Kept
+) -> tuple[Indices | None, Indices | None]:
+    """The outputs and the inputs of a linear layer that stay, by their indices in the base; None: all.
+
+    Args:
+        family: the model's row of the architecture table.
+        linear: the layer's path in the block.
+        shape: the shape of its weight in the base, as files store it.
+        base: the widths of the base's block.
+        kept: the units and neurons that stay.
+    """
+    places = tensor_places(family, f"{linear}.weight", shape, base, kept)
+    return (places[1], places[0]) if family.transposed else (places[0], places[1])
+
+
+def multiply_adds(family: Architecture, shapes: Shapes) -> int:
+    """The multiply-adds of a block's linear layers for one token: the sizes of their weights.
+
+    Of a mixture of experts, every expert counts, whether or not a token goes through it.
+    """
+    sizes = (shape for path, shape in shapes.items() if family.is_linear(family.in_block(0, path)))
+    return sum(rows * columns for rows, columns in sizes)
+
+
+def is_norm_of_head(path: str) -> bool:
+    """Whether a tensor of a block, given its path, is part of a norm of one head, which goes with the head."""
+    return _PER_HEAD.fullmatch(path) is not None
+
+
+def _linears(family: Architecture, shapes: Shapes) -> list[str]:
+    return [path for path in family.linears if f"{path}.weight" in shapes]
+
+
+def _outputs_inputs(family: Architecture, shape: Sequence[int]) -> tuple[int, int]:
+    return (shape[1], shape[0]) if family.transposed else (shape[0], shape[1])
+
+
+def _outputs(path: str) -> str | None:
+    return _OUTPUTS.get(path.rpartition(".")[2])
+
+
+def _kept_outputs(family: Architecture, path: str, rows: int, base: Widths, kept: Kept) -> Indices | None:
+    """The outputs of a layer that stay; None if all do."""
+    if path == family.mlp_out or path == family.attention_out:
+        return None
+    role = _outputs(path)
+    if role is None:
+        if not base.neurons or rows % base.neurons or len(kept.neurons) == base.neurons:
+            return None
+        return tuple(first + one for first in range(0, rows, base.neurons) for one in kept.neurons)
+    if len(kept.units) == base.units:
+        return None
+    size, width = base.head_size, base.unit_heads * base.head_size
+    queries = _spans(kept.units, width)
+    keys = _spans(kept.units, size) if base.grouped else tuple(range(size))
+    if role == _QUERIES:
+        return queries
+    if role == _KEYS:
+        return keys if base.grouped else None
+    if role == _INTERLEAVED and base.grouped:
+        return _spans(kept.units, width + 2 * size)
+    key, value = base.heads * size, (base.heads + base.groups) * size
+    return (*queries, *(key + one for one in keys), *(value + one for one in keys))
+
+
+def _kept_inputs(family: Architecture, path: str, base: Widths, kept: Kept) -> Indices | None:
+    """The inputs of a layer that stay; None if all do."""
+    if path == family.attention_out and len(kept.units) < base.units:
+        return _spans(kept.units, base.unit_heads * base.head_size)
+    if path == family.mlp_out and len(kept.neurons) < base.neurons:
+        return kept.neurons
+    return None
+
+
+def _spans(units: Iterable[int], size: int) -> Indices:
+    return tuple(index for unit in units for index in range(unit * size, (unit + 1) * size))
+
+
+def _renamed(path: str, base: Widths, kept: Kept) -> str | None:
+    """A tensor's path in the narrower block; None for the norm of a head that is removed."""
+    match = _PER_HEAD.fullmatch(path)
+    if match is None:
+        return path
+    norms, which, number, rest = match.groups()
+    if which == "k" and not base.grouped:
+        return path
+    stay = _spans(kept.units, base.unit_heads if which == "q" else 1)
+    return f"{norms}.{stay.index(int(number))}{rest}" if int(number) in stay else None
