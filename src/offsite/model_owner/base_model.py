@@ -59,7 +59,7 @@ def open_base(base: Base) -> BaseModel:
     """
     _require_base(base.folder)
     found = _read_config(base.folder / CONFIG)
-    plain = plain_config(found)  # tools leave settings of quantisation beside plain weights
+    plain = plain_config(found)  # some tools leave settings of quantisation in the config of plain weights
     checkpoint = open_checkpoint(base.folder)
     family, config = _family_and_config(plain, checkpoint.tensors)
     tensors: dict[str, TensorRange] = {}
@@ -115,10 +115,10 @@ def _require_copy(head: TensorRange, embedding: TensorRange | None) -> None:
 
 
 def by_todays_names(family: Architecture, stored: TensorRange) -> dict[str, TensorRange]:
-    """The tensors that a stored tensor stands for, keyed by the names that current transformers use.
+    """The tensors in a stored tensor, keyed by their names in files of today's transformers.
 
-    The result is empty for a buffer, holds one tensor in most cases, and holds every single matrix where a file stacks
-    those of all experts.
+    In most cases this is the tensor itself. It is nothing for a buffer, and every single matrix for a stored stack of
+    all experts.
     """
     name = family.name_of(stored.name)
     if name is None:
@@ -234,9 +234,9 @@ def fingerprint(model: BaseModel, identity: Identity, base: Base | None = None, 
 
     Args:
         model: the opened base.
-        identity: the model owner's, which holds the secret.
+        identity: the model owner's name and private key, from which the secret is derived.
         base: caches the fingerprint, so that the weights are not read again while their files are unchanged.
-        bad: receives the names of tensors that hold NaN or infinity; None: values are not looked at.
+        bad: a list to which the names of tensors with NaN or infinity are added; None: values are not checked.
     """
     known = base.fingerprints if base is not None else {}
     key = (identity.public_key.hex, model.states)

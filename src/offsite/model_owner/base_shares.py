@@ -1,4 +1,4 @@
-"""How much of the base a bundle gives away: parameters that go out as they are, changed, or not at all. Torch-free."""
+"""Counts how many of the base's parameters a bundle sends unchanged, compressed, or not at all. Torch-free."""
 
 import json
 import math
@@ -17,8 +17,8 @@ from offsite.protocol.manifest import Split
 class BaseShares:
     """The base's parameters, counted by whole tensors.
 
-    A tensor is `verbatim` if all its values go out, rounded to the bundle's dtype at most; `compressed` if any of them
-    is changed, left out or stored with fewer bits; `not_sent` if the bundle has nothing of it.
+    A tensor is `verbatim` if the bundle has all its values, at most rounded to the bundle's dtype; `compressed` if any
+    of them is changed, left out or stored with fewer bits; `not_sent` if the bundle has nothing of it.
     """
 
     verbatim: int
@@ -52,7 +52,7 @@ def base_shares(
     declared: Declared | None,
     spec: PackSpec,
 ) -> BaseShares:
-    """Count the base's parameters by how they go out.
+    """Count the base's parameters that a bundle sends verbatim, compressed, or not at all.
 
     Args:
         model: the opened base.

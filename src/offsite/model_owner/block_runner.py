@@ -33,7 +33,7 @@ from offsite.storage.safetensors_files import TensorRange
 _OTHER_TYPE = "choose a model of another type; docs/models.md lists those that are tested"
 
 
-class _ReachedBlock(Exception):  # noqa: N818  a signal, caught where it is raised for
+class _ReachedBlock(Exception):  # noqa: N818  not an error: stops a forward pass, and is caught by its caller
     def __init__(self, hidden: Tensor, arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
         super().__init__()
         self.hidden, self.arguments, self.settings = hidden, arguments, settings
@@ -52,13 +52,13 @@ class LoadedBlock:
     vision: bool = False
 
     def embed(self, ids: Tensor) -> Tensor:
-        """The input of the first block: ids (B, T), or pixels (B, 3, Y, X) -> hidden (B, T, H) in float32."""
+        """Compute the input of the first block: ids (B, T), or pixels (B, 3, Y, X) -> hidden (B, T, H) in float32."""
         return self._reach(ids).hidden.float()
 
     def __call__(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Run the block: hidden (B, T, H) -> hidden (B, T, H) in float32.
 
-        `ids`, token ids (B, T) or pixels (B, 3, Y, X), serve to compute masks and position embeddings.
+        Masks and position embeddings are computed from `ids`, token ids (B, T) or pixels (B, 3, Y, X).
         """
         with torch.no_grad():
             return self.differentiable(ids, hidden)
@@ -94,7 +94,7 @@ class LoadedBlock:
         return torch.autocast(device, self.compute, enabled=self.compute != torch.float32)
 
 
-class _LeftStack(Exception):  # noqa: N818  a signal, caught where it is raised for
+class _LeftStack(Exception):  # noqa: N818  not an error: stops a forward pass, and is caught by its caller
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.hidden = hidden
@@ -102,7 +102,7 @@ class _LeftStack(Exception):  # noqa: N818  a signal, caught where it is raised 
 
 @dataclass(frozen=True)
 class LoadedStack:
-    """Consecutive blocks of an emulator with their weights; a block that is used several times is loaded once."""
+    """The blocks of an emulator with their weights, in a model; a block that is used several times is loaded once."""
 
     parameters: Mapping[str, nn.Parameter]  # of the blocks; keys hold base index and path in the module
     whole: nn.Module
@@ -139,7 +139,7 @@ class LoadedStack:
         """Run the emulator's blocks, the blocks after them and the head, on one batch.
 
         The result is the hidden state after the emulator's blocks, (B, T, H), and the mean cross-entropy in nats per
-        token, without the first token of each sequence. The arguments are those of a call.
+        token, without the first token of each sequence. Arguments as for `__call__`.
         """
         seen: list[Tensor] = []
         handle = self.blocks[self.watched - 1].register_forward_hook(lambda _, __, output: seen.append(_state(output)))
@@ -217,8 +217,8 @@ class BlockRunner:
         Args:
             emulator: base indices of the emulator's blocks, in order.
             after: base indices of the blocks that run after the emulator, in order.
-            changed: tensors that replace the base's, and tensors of affine maps after blocks; keys are tensor names in
-                the base.
+            changed: tensors that replace the base's, and tensors of affine layers after blocks; keys are tensor names
+                in the base.
             whole: also load final norm and head, so that `to_the_end` can run.
         """
         family, model = self._model.family, self._model
@@ -259,7 +259,7 @@ class BlockRunner:
         return LoadedStack(parameters, surrounding.eval(), blocks, len(emulator), cap, family.vision is not None)
 
     def _skeleton(self, indices: Sequence[int]) -> Any:
-        """A model of these blocks whose tensors hold no values."""
+        """Build a model with only the blocks of these base indices, whose tensors hold no values yet."""
         settings = subset_config(self._model, indices)
         if (
             self._model.family.vision is not None
@@ -312,7 +312,7 @@ class BlockRunner:
 
 @contextlib.contextmanager
 def captured_inputs(block: LoadedBlock, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Record the inputs of some linear layers while a block runs.
+    """Context manager: record the inputs of some linear layers while a block runs in its body.
 
     `paths` are the layers' paths in the module. The yielded dict maps each path to the input of the layer's last call.
     """

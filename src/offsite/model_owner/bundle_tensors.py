@@ -25,12 +25,12 @@ def bundle_tensors(
     spec: PackSpec,
     declared: Declared | None,
 ) -> list[NewTensor]:
-    """All tensors of the bundle, in the order of the forward pass's parts, with blocks renumbered from 0.
+    """All tensors of the bundle, in the order of the forward pass, with blocks renumbered from 0.
 
     Args:
         model: the opened base.
         kept: base indices of the bundle's blocks, in order.
-        healed: tensors that replace the base's, and tensors of affine maps after blocks; keys are tensor names in the
+        healed: tensors that replace the base's, and tensors of affine layers after blocks; keys are tensor names in the
             base.
         dtype: the bundle's dtype of floats, "BF16" or "F32".
         numbers: the numbers of blocks in bottom, emulator and top.
@@ -78,10 +78,9 @@ def subset_config(model: BaseModel, kept: Sequence[int]) -> dict[str, Any]:
 
 
 def counts(sandwich: Sandwich, kept: Sequence[int], spec: PackSpec) -> Split:
-    """The split as the manifest states it: numbers of blocks and positions in the bundle.
+    """The split for the bundle's manifest: numbers of blocks, and indices of blocks in the bundle, not in the base.
 
-    It contains no block index of the base. Of blocks that share weights, only the one at its own place in the base
-    carries an adapter.
+    If several blocks share the weights of a base block, only the one at that block's own place gets an adapter.
 
     Args:
         sandwich: the split of the base into bottom, middle and top.
@@ -102,7 +101,7 @@ def counts(sandwich: Sandwich, kept: Sequence[int], spec: PackSpec) -> Split:
 
 
 def _holds_weights(place: int, kept: Sequence[int], sandwich: Sandwich) -> bool:
-    """Whether a block of the emulator shares no weights, or is the one at its own place among those that do."""
+    """Whether a block of the emulator shares no weights, or shares them and is at the place of the base's block."""
     own_place = kept[place] - sandwich.middle[0] + len(sandwich.bottom)
     return kept.count(kept[place]) == 1 or place == own_place
 
@@ -127,7 +126,7 @@ def returnable(
 def _block_shapes(
     model: BaseModel, kept: Sequence[int], numbers: Split, declared: Declared | None, index: int
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors of one block of the bundle, by path in it, before any is encoded."""
+    """The shapes of the tensors of one block of the bundle, by path in the block, before a stored form encodes them."""
     shapes = {path: tensor.shape for path, tensor in model.block(kept[index]).items()}
     if declared is None or index not in numbers.adapted:
         return shapes

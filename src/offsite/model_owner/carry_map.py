@@ -64,7 +64,7 @@ class CarryMap:
         Args:
             kept: base indices of the bundle's blocks, in order.
             narrowed: the narrower layers of the bundle's blocks, by the block's index in the bundle.
-            shipped: see the class.
+            shipped: the returnable tensors of compressed blocks, as the class describes them.
         """
         of_blocks = narrowed or {}
         return cls(tuple(CarriedBlock(base, of_blocks.get(at, {})) for at, base in enumerate(kept)), shipped or {})

@@ -36,7 +36,7 @@ class Work:
 
     @property
     def adds_affine_layers(self) -> bool:
-        """Whether an affine map is fitted after each kept block."""
+        """Whether an affine layer is fitted after each kept block."""
         return any(step.declared for step in self.block_steps)
 
     @property

@@ -136,7 +136,7 @@ class Ledger:
 
     @contextmanager
     def recording_plug_in(self, plug_in: PlugIn, *, again: bool) -> Iterator[None]:
-        """Record a plug-in, then run the body of the `with` block, which makes the plug-in's folder appear.
+        """Context manager: record a plug-in before the body, in which the plug-in's folder appears.
 
         If the body fails and the folder did not appear, the record is deleted. A process that is killed in the body
         leaves a record without a folder, never a folder without a record.

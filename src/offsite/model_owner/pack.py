@@ -180,7 +180,7 @@ def bundle_manifest(
 
 @contextlib.contextmanager
 def _scratch(out: Path, staging: Path, base: str, spec: PackSpec, *, resume: bool) -> Iterator[Path]:
-    """A folder for healed weights and intermediate results.
+    """Context manager: yield a folder for healed weights and intermediate results.
 
     It is deleted when the bundle is written. For settings with distillation or search it survives an interruption.
     """

@@ -74,7 +74,7 @@ def _require_room(blocks: int, trained: Collection[int], spec: PackSpec) -> None
     """Raise an error if the middle is empty, or has fewer blocks than the emulator is to keep.
 
     Raises:
-        UsageError: it has, or `trained` names blocks that the base does not have.
+        UsageError: the middle has too few blocks, or `trained` lists blocks that the base does not have.
     """
     beyond = sorted(index for index in trained if index >= blocks)
     if beyond:

@@ -146,7 +146,7 @@ def _scratch(model: BaseModel, spec: PackSpec, keep: int, work: Work) -> list[Am
 
 
 def _healed_bytes(model: BaseModel, spec: PackSpec, keep: int, work: Work) -> int:
-    """Bytes of the tensors that refit, pruning or affine maps change, in the bundle's dtype."""
+    """Bytes, in the bundle's dtype, of the tensors that refit or pruning change, and of affine layers."""
     family, block, item = model.family, model.block(0), ITEM_SIZE[DTYPES[spec.dtype]]
     if not work.block_by_block:
         return 0
@@ -185,7 +185,7 @@ def _parts(
 ) -> tuple[Part, ...]:
     """The parts of the model with their sizes.
 
-    `dtype` is the bundle's, or None for the dtypes of the base. `maps` is the number of affine maps in the middle.
+    `dtype` is the bundle's, or None for the dtypes of the base. `maps` is the number of affine layers in the middle.
     """
 
     def made(name: str, tensors: Sequence[TensorRange], blocks: int = 0, maps: int = 0) -> Part:

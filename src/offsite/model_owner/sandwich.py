@@ -1,4 +1,4 @@
-"""How a base model is split by block index: bottom, middle and top."""
+"""The split of a base model by block index into bottom, middle and top."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

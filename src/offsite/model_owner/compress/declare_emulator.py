@@ -160,7 +160,7 @@ def _values(
 
     def values(path: str) -> Array:
         found = read(path)
-        if path in (AFFINE_WEIGHT, AFFINE_BIAS):  # the affine map is not part of the block
+        if path in (AFFINE_WEIGHT, AFFINE_BIAS):  # the affine layer is not part of the block
             return found
         for reshape in shapers:
             found = reshape(path, found)

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class StoredPruner(Protocol):
-    """A file of this folder with a pruner that needs the weights alone and runs when they are stored."""
+    """Protocol: a module of this folder whose pruner needs only the weights, and runs when they are stored."""
 
     def prune_stored(self, weight: Array, share: float) -> Array:
-        """Set a fraction `share` of a matrix's weights to zero; the matrix has the layout of its file."""
+        """Set a fraction `share` of a matrix's weights to zero; `weight` has the layout of checkpoint files."""
 
 
 @runtime_checkable
 class CalibratedPruner(Protocol):
-    """A file of this folder with a pruner that needs the inputs of linear layers and runs on calibration data."""
+    """Protocol: a module of this folder whose pruner needs the inputs of linear layers, so it runs calibration data."""
 
     def sum_inputs(self, inputs: "Tensor") -> "Tensor":
         """The statistics that the pruner needs of a layer's inputs (N, I).

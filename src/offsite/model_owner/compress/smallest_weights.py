@@ -1,6 +1,6 @@
-"""Setting the smallest weights of a matrix to zero.
+"""Sets the smallest weights of a matrix to zero, for magnitude pruning and for the storing of pruned matrices.
 
-Magnitude pruning does this, and so does the storing of every pruned matrix. Torch-free.
+Torch-free.
 """
 
 import numpy as np

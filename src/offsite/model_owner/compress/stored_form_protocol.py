@@ -1,6 +1,6 @@
-"""The functions that a stored form's file defines.
+"""The functions that the module of a stored form defines. Torch-free.
 
-They declare the form in the bundle's config, and change a block's shapes or encode a matrix. Torch-free.
+They declare the form in the bundle's config, and change a block's shapes or encode a matrix.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from offsite.models.modules.declared import Declared
 
 @runtime_checkable
 class DeclaringForm(Protocol):
-    """A file of this folder with a stored form; it is also a `MatrixEncoding` or a `BlockReshaping`."""
+    """Protocol: a module of this folder with a stored form; it is also a `MatrixEncoding` or a `BlockReshaping`."""
 
     def declare(self, model: BaseModel, spec: PackSpec) -> Mapping[str, Any]:
         """The fields of `Declared` that describe this form.
@@ -31,7 +31,7 @@ class DeclaringForm(Protocol):
 
 @runtime_checkable
 class MatrixEncoding(DeclaringForm, Protocol):
-    """A form that stores the matrix of a linear layer as other tensors, such as codes and scales."""
+    """Protocol: a form that stores the matrix of a linear layer as other tensors, such as codes and scales."""
 
     def encode(self, weight: Array, declared: Declared) -> Mapping[str, npt.NDArray[Any]]:
         """The tensors that store a matrix (outputs, inputs), keyed by the last part of their names.
@@ -42,7 +42,7 @@ class MatrixEncoding(DeclaringForm, Protocol):
 
 @runtime_checkable
 class BlockReshaping(DeclaringForm, Protocol):
-    """A form that makes tensors of a block smaller, before they are pruned or encoded."""
+    """Protocol: a form that makes tensors of a block smaller, before they are pruned or encoded."""
 
     def reshape(
         self, family: Architecture, read: Callable[[str], Array], declared: Declared

@@ -31,7 +31,7 @@ class BlockProblem:
 
 @runtime_checkable
 class BlockStep(Protocol):
-    """A file of this folder with a healing step that changes one kept block at a time."""
+    """Protocol: a module of this folder with a healing step that changes one kept block at a time."""
 
     def solved_layers(self, family: Architecture, spec: PackSpec) -> tuple[str, ...]:
         """Paths in a block of the linear layers that the step solves; it also prunes them if there is a pruner."""

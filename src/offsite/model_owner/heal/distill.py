@@ -140,7 +140,7 @@ class _Distillation:
         return list(range(HELD_OUT - 1, len(self.states.batches), HELD_OUT))
 
     def order(self, epoch: int) -> list[list[int]]:
-        """The batches of each step of an epoch, shuffled by the seed."""
+        """For each step of an epoch, the positions of its batches, shuffled by the seed."""
         held_out = set(self.held_out)
         trained = [position for position in range(len(self.states.batches)) if position not in held_out]
         width = max(1, self.spec.distill.batch_tokens // self.states.tokens[0])
@@ -148,7 +148,7 @@ class _Distillation:
         return [trained[at : at + width] for at in range(0, len(trained), width)]
 
     def micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
-        """Micro-batches of one batch each."""
+        """Divide the batches of a step, whose positions are `rows`, into micro-batches of one batch each."""
         return [[position] for position in rows]
 
     def prefetch(self, rows: Sequence[int], epoch: int) -> None:
@@ -164,7 +164,7 @@ class _Distillation:
         return {"error": hidden_error(student, leaves), "ce": nats}
 
     def weight(self, rows: Sequence[int]) -> int:
-        """The number of batches: all batches have equal weight in the loss."""
+        """The number of batches in `rows`, because all batches have equal weight in the loss."""
         return len(rows)
 
     def size(self, rows: Sequence[int]) -> dict[str, int]:

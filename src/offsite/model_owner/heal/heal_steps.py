@@ -15,8 +15,8 @@ from offsite.storage.safetensors_files import TensorRange
 def fill_places(middle: Sequence[int], kept: Sequence[int], spec: PackSpec) -> tuple[int, ...]:
     """The base indices of the emulator's blocks, in order.
 
-    These are the kept blocks; with a step such as sharing, an emulator as long as the middle in which kept blocks
-    repeat.
+    These are the kept blocks. With a step such as sharing, the emulator is as long as the middle, and kept blocks
+    occur several times.
 
     Args:
         middle: base indices of the middle, in order.

@@ -19,7 +19,7 @@ from offsite.storage.safetensors_files import TensorRange
 
 @dataclass(frozen=True)
 class Healing:
-    """An emulator to heal: its blocks, the settings, and where to write."""
+    """An emulator to heal, with the settings, and the folder and the log to write to."""
 
     model: BaseModel
     sandwich: Sandwich
@@ -33,7 +33,7 @@ class Healing:
 
 @runtime_checkable
 class PlacesStep(Protocol):
-    """A file of this folder with a step that assigns a kept block to each block of the middle."""
+    """Protocol: a module of this folder with a step that puts a kept block at the place of each middle block."""
 
     def fill_places(self, middle: Sequence[int], kept: Sequence[int]) -> tuple[int, ...]:
         """For each block of the emulator, in order, the base index of the kept block whose weights it uses."""
@@ -41,7 +41,7 @@ class PlacesStep(Protocol):
 
 @runtime_checkable
 class EmulatorStep(Protocol):
-    """A file of this folder with a step that changes the whole emulator, after the block-by-block steps."""
+    """Protocol: a module of this folder with a step that changes the whole emulator, after the block-by-block steps."""
 
     def heal_emulator(self, healing: Healing, healed: Mapping[str, TensorRange]) -> Mapping[str, TensorRange]:
         """Change the emulator's tensors, starting from the results of the steps before.
@@ -63,10 +63,10 @@ class EmulatorStep(Protocol):
 
 
 def places_step(row: HealingStep) -> PlacesStep:
-    """Load the file of a step that assigns kept blocks to the middle's blocks."""
+    """Load the module of a step that puts kept blocks at the places of the middle's blocks."""
     return cast(PlacesStep, import_module(row.module))
 
 
 def emulator_step(row: HealingStep) -> EmulatorStep:
-    """Load the file of a step that changes the whole emulator; imports torch."""
+    """Load the module of a step that changes the whole emulator; imports torch."""
     return cast(EmulatorStep, import_module(row.module))

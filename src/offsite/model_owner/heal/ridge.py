@@ -29,7 +29,7 @@ class Moments:
         return cls(torch.zeros(inputs, inputs, device=device), torch.zeros(inputs, outputs, device=device))
 
     def add(self, inputs: Tensor, errors: Tensor, weights: Tensor) -> None:
-        """Add rows: inputs (N, F), errors (N, H) and weights (N, 1)."""
+        """Add N tokens: the layer's inputs (N, F), errors (N, H), and the weight of each token (N, 1)."""
         weighted = inputs * weights
         self.gram += weighted.T @ inputs
         self.cross += weighted.T @ errors

@@ -47,7 +47,9 @@ def import_by_transformers(source: Path, folder: Path, dtype: Dtype | None, meth
 def load_and_save(
     source: Path, folder: Path, dtype: Dtype | None, *, method: str | None = None, **options: Any
 ) -> "PreTrainedModel":
-    """Load a model with transformers, check that every tensor was used, and write it; raises as the function above.
+    """Load a model with transformers, check that every tensor was used, and write it as a base folder.
+
+    Raises as `import_by_transformers`.
 
     Args:
         source: the folder that holds the model.
@@ -115,17 +117,17 @@ def load_and_save(
 def require_used(
     model: "PreTrainedModel", family: "Architecture", names: Iterable[str], source: Path, known: Mapping[str, str]
 ) -> None:
-    """Raise an error if transformers left out tensors of the source without a word, by the list of the model's class.
+    """Raise an error if transformers ignored weights of the source, because the model's class tells it to do so.
 
     Args:
         model: the loaded model.
-        family: its family, which knows the buffers of older files.
+        family: its family, which knows the buffers of older files; these are not weights.
         names: the names of all tensors in the source.
         source: the source, for the error.
-        known: names that are left out for good reason.
+        known: names of tensors that may be left out, as keys.
 
     Raises:
-        IncompatibleError: tensors were left out; all are listed.
+        IncompatibleError: weights were ignored; all are listed.
     """
     patterns = [re.compile(pattern) for pattern in type(model)._keys_to_ignore_on_load_unexpected or ()]
     unused = [

@@ -14,10 +14,10 @@ _OTHER_LIBRARIES = {"tf_model.h5": "TensorFlow", "flax_model.msgpack": "Flax", "
 
 
 def require_content(path: Path) -> None:
-    """Raise an error if a file stands for another one: a Git LFS pointer, a web page, or nothing at all.
+    """Raise an error if a file was not downloaded: it is a Git LFS pointer, a web page, or empty.
 
     Raises:
-        StorageError: it does, or cannot be read.
+        StorageError: the file is one of these, or cannot be read.
     """
     try:
         with path.open("rb") as stream:

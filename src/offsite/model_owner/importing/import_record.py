@@ -1,6 +1,7 @@
-"""The record of an import, in the base folder: what was left out, and where a tower's tensors stood. Torch-free.
+"""The record of an import, in the base folder: parts that were left out, and names of tensors in the source.
 
-Only `offsite plug-in` with the source at hand, and `offsite import` for its report, read it. It never leaves the owner.
+`offsite import` reads it for its report, and `offsite plug-in` to find the tensors in the source. It is never sent to
+the other party. Torch-free.
 """
 
 import json
@@ -18,7 +19,7 @@ RECORD = "offsite-import.json"
 
 @dataclass(frozen=True)
 class Place:
-    """The name of a tensor in the source, and how many of its first rows the base has (None: all)."""
+    """The name of a tensor in the source, and how many of its first matrix rows the base has (None: all)."""
 
     name: str
     rows: int | None = None
@@ -26,15 +27,15 @@ class Place:
 
 @dataclass(frozen=True)
 class ImportRecord:
-    """How a base differs from the checkpoint that it was imported from."""
+    """The differences between a base and the checkpoint that it was imported from."""
 
     notes: tuple[str, ...] = ()  # one sentence each
     left_out: Mapping[str, int] = field(default_factory=dict)  # start of names in the source -> number of tensors
     tower_of: str | None = None  # model type of the multi-modal model that the base is the language model of
-    tensors: Mapping[str, Place] = field(default_factory=dict)  # of such a base: its tensor names -> places
+    tensors: Mapping[str, Place] = field(default_factory=dict)  # for such a base, its tensor names -> places
 
     def write(self, folder: Path) -> None:
-        """Write the record to a base folder; a record that says nothing is not written."""
+        """Write the record to a base folder, unless the record is empty."""
         if not (self.notes or self.left_out or self.tower_of):
             return
         content = {

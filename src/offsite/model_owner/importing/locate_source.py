@@ -1,6 +1,6 @@
-"""Find the model in what the user named: a file, a folder, or a folder in which one model lies. Torch-free.
+"""Finds the model at the path that the user gave: a file, a model's folder, or a folder that contains one. Torch-free.
 
-Everything that is not a model to import is refused by its name, with a step that leads to one.
+For any other path, the error says what the path is and what to do.
 """
 
 import re
@@ -30,7 +30,7 @@ _HUB_FOLDER = re.compile(r"models--(.+?)--(.+)")
 
 @dataclass(frozen=True)
 class Located:
-    """The model that was found."""
+    """The model that `locate_source` found."""
 
     path: Path  # a GGUF or ONNX file, or a folder with config.json and weights
     kind: Literal["gguf", "onnx", "folder"]
@@ -38,7 +38,7 @@ class Located:
 
 
 def locate_source(path: Path) -> Located:
-    """Find the model that a path stands for.
+    """Find the model at a path.
 
     Besides GGUF and ONNX files and folders with a config and weights, a folder may hold one GGUF or ONNX file, or be
     one model's folder in the hub's cache.
@@ -195,10 +195,10 @@ def _lone_file(folder: Path, names: list[str]) -> Path | None:
 
 
 def _whole_gguf(path: Path) -> Path:
-    """The path of a GGUF file that is not split.
+    """Return the path of a GGUF file after a check that it is the whole model.
 
     Raises:
-        UsageError: it is one part of several.
+        UsageError: the file is one part of a model that is split into several files.
     """
     match = _SPLIT.fullmatch(path.name)
     if match and int(match[3]) > 1:

@@ -1,4 +1,4 @@
-"""Folders that look like models and are not bases: adapters, artifacts of this project, pipelines. Torch-free."""
+"""Refuses folders that look like models but cannot be imported: adapters, own artifacts, pipelines. Torch-free."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".onnx", ".pt", ".pth")
 
 
 def refuse_other_folders(folder: Path, names: Sequence[str]) -> None:
-    """Raise an error that names what a folder is, if it is known and is not a checkpoint to import.
+    """Raise an error if a folder is of a known kind that cannot be imported; the error names the kind.
 
     Args:
         folder: the folder that the user named.
@@ -130,13 +130,13 @@ def _refuse_without_config(folder: Path, names: Sequence[str]) -> None:
 
 
 def _with_config(folder: Path) -> list[Path]:
-    """The folders directly inside that hold a config, in the order of the numbers in their names."""
+    """The sub-folders that hold a config, in the order of the numbers in their names."""
     found = [path for path in folder.iterdir() if path.is_dir() and (path / CONFIG).is_file()]
     return sorted(found, key=lambda path: (int("".join(filter(str.isdigit, path.name)) or 0), path.name))
 
 
 def _text_of(file: Path, key: str) -> str | None:
-    """A text in a JSON file, for an error; None if there is none."""
+    """The string under `key` in a JSON file, for an error message; None if there is no such string."""
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -36,7 +36,7 @@ def method_of(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def stale_settings(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """A sentence on the settings of quantisation beside plain weights; None if there are none."""
+    """A note for the user if settings name a quantisation and the weights are plain; None in all other cases."""
     files = [name for name in FILES if (folder / name).is_file()]
     method = method_in_settings(config)
     if method is None and not files:
@@ -75,7 +75,7 @@ def require_dequantisable(folder: Path, method: str, config: Mapping[str, Any]) 
 
 
 def dequantising(method: str) -> dict[str, Any]:
-    """The keyword arguments with which `from_pretrained` dequantises weights of a method while it loads them."""
+    """The arguments of `from_pretrained` with which it dequantises weights of this method while it loads them."""
     import transformers
 
     configs = {
@@ -90,7 +90,7 @@ def dequantising(method: str) -> dict[str, Any]:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, str]]:
-    """Name and safetensors dtype of every tensor in a folder."""
+    """Yield the name and safetensors dtype of every tensor in the files of a folder."""
     for name in _files(folder, INDEX, WEIGHTS):
         yield from _header(folder / name)
     if (folder / INDEX).is_file() or (folder / WEIGHTS).is_file():
@@ -106,7 +106,7 @@ def _files(folder: Path, index: str, whole: str) -> list[str]:
 
 
 def _header(file: Path) -> list[tuple[str, str]]:
-    """The tensors of a safetensors file by its header alone, with dtypes that no base may have."""
+    """The name and dtype of each tensor in a safetensors file, from its header; any dtype is accepted."""
     try:
         with file.open("rb") as stream:
             header = strict_json(read_header_bytes(file, stream, file.stat().st_size)[8:])
@@ -118,7 +118,7 @@ def _header(file: Path) -> list[tuple[str, str]]:
 
 
 def _pickled(file: Path) -> list[tuple[str, str]]:
-    """The tensors of a .bin file; no values are read, and no code runs."""
+    """The name and dtype of each tensor in a .bin file; no values are read, and no code runs."""
     import torch
 
     from offsite.models.torch_tensors import TORCH_DTYPES

@@ -11,7 +11,7 @@ from offsite.storage.safetensors_files import NewTensor
 
 
 def write_weights(folder: Path, tensors: Iterable[NewTensor], source: Path) -> None:
-    """Write tensors as the checkpoint of a base folder; their bytes are looked through on the way.
+    """Write tensors as the checkpoint of a base folder, and search them for NaN and infinity at the same time.
 
     Raises:
         IncompatibleError: tensors hold NaN or infinity; `source` is named in the error.
@@ -22,10 +22,10 @@ def write_weights(folder: Path, tensors: Iterable[NewTensor], source: Path) -> N
 
 
 def require_finite(bad: Sequence[str], source: Path) -> None:
-    """Raise an error if there are names of tensors that hold NaN or infinity.
+    """Raise an error if `bad` lists names of tensors, which hold NaN or infinity.
 
     Raises:
-        IncompatibleError: there are; all are listed.
+        IncompatibleError: the list is not empty; all names are listed.
     """
     if bad:
         raise IncompatibleError(

@@ -37,14 +37,14 @@ def carry_axis(values: Array, kept: tuple[int, ...] | None, size: int, axis: int
 
 @dataclass(frozen=True)
 class Spread:
-    """How one axis of a returned tensor becomes the base's; `kept` and `size` as for `carry_axis`."""
+    """The spreading of one axis of a returned tensor to the base's size; `kept` and `size` as for `carry_axis`."""
 
     kept: tuple[int, ...] | None
     size: int
     axis: int
 
     def of(self, values: Array) -> Array:
-        """Spread the values."""
+        """Spread the values along this axis."""
         return carry_axis(values, self.kept, self.size, self.axis)
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -81,10 +81,10 @@ def carry_of(issued: Issued) -> CarryMap:
 
 
 def require_fitting_map(carry: CarryMap, model: BaseModel, manifest: BundleManifest) -> None:
-    """Raise an error unless the map leads from every shape in the manifest to the base's.
+    """Raise an error unless the map gives the base's shape for every tensor that the manifest lists.
 
     Raises:
-        IncompatibleError: it does not; every difference is listed.
+        IncompatibleError: map, manifest and base disagree; every difference is listed.
     """
     problems = []
     if len(carry.blocks) != manifest.split.blocks:
@@ -103,7 +103,7 @@ def require_fitting_map(carry: CarryMap, model: BaseModel, manifest: BundleManif
 
 
 def _layer_problems(carry: CarryMap, model: BaseModel, block: int, path: str, listed: tuple[int, int]) -> list[str]:
-    """One sentence for each side of a layer where the map and the manifest's (inputs, outputs) disagree."""
+    """A message for each side (inputs, outputs) of a layer in which the map differs from `listed`, the manifest's."""
     base, kept = carry.blocks[block].base, carry.features(block, path)
     if not 0 <= base < model.blocks:
         return [f"block {block}: the base has no block {base}"]

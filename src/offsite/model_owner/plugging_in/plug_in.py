@@ -78,7 +78,7 @@ def open_base_of(
 
 @contextmanager
 def refusals_recorded(verified: Return, home: Home) -> Iterator[None]:
-    """Record the return as refused if the `with` block raises a VerificationError, and raise it again."""
+    """Context manager: if the body raises a VerificationError, record the return as refused, and raise it again."""
     try:
         yield
     except VerificationError as error:

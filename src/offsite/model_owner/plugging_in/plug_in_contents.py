@@ -85,7 +85,7 @@ def plug_in_contents(model: BaseModel, chosen: Chosen, form: Form, whole: Path |
 
 
 def adapter_contents(model: BaseModel, chosen: Chosen) -> Contents:
-    """The content of a plug-in in the form of an adapter of the base."""
+    """The content of a plug-in that is an adapter for the base."""
     manifest = chosen.returned.manifest
     others = {}
     if manifest.lora:
@@ -126,7 +126,7 @@ def plug_in_manifest(
 
 
 def _plain_config(folder: Path) -> bytes:
-    """The content of config.json without settings of quantisation, with which the plain weights would not load."""
+    """The content of config.json, without settings of quantisation, as plain weights would not load with them."""
     content = (folder / CONFIG).read_bytes()
     found = strict_json(content)
     return content if plain_config(found) == found else json.dumps(plain_config(found), indent=1).encode() + b"\n"

@@ -62,7 +62,7 @@ class Chosen:
 
 
 def adapter_tensors(model: BaseModel, chosen: Chosen) -> list[NewTensor]:
-    """The tensors of a plug-in in the form of an adapter.
+    """The tensors of a plug-in that is an adapter for the base.
 
     The strength multiplies LoRA's B matrices, the up-projections of bottleneck adapters, and the change of the head.
     """
@@ -115,7 +115,7 @@ def _carried_layer(model: BaseModel, chosen: Chosen, target: str) -> tuple[KeptF
 def _scaled(tensor: StoredTensor, name: str, factor: np.float32, spread: Spread | None = None) -> NewTensor:
     """A returned tensor under another name, spread to the base's shape and multiplied by `factor` in float32.
 
-    Without any of this, every bit is kept.
+    If neither changes the values, every bit stays the same.
     """
     spread = spread or Spread(None, 0, axis=0)
     if factor == 1 and spread.kept is None:
@@ -182,7 +182,7 @@ def _own_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
 
 
 def _own_change(returned: StoredTensor, name: str, model: BaseModel, chosen: Chosen) -> Change:
-    """The change of a block's own tensor: counted from the ledger's shipped values where the block was compressed."""
+    """The change of a tensor of a block; for a compressed block, from the values that the ledger says were sent."""
     shipped = chosen.carry.shipped.get(name)
     if shipped is None:
         return _difference(returned, name, chosen.parent)

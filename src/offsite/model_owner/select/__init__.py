@@ -1,1 +1,1 @@
-"""Which blocks of the middle the emulator keeps: one selection rule per file."""
+"""Chooses which blocks of the middle the emulator keeps; one selection rule per file."""

@@ -1,4 +1,4 @@
-"""Selection: which blocks of the middle the emulator keeps."""
+"""Selection: chooses which blocks of the middle the emulator keeps, by the rule in the settings."""
 
 from pathlib import Path
 

@@ -35,7 +35,7 @@ class Selection:
 
 @runtime_checkable
 class Selector(Protocol):
-    """A file of this folder with a selection rule."""
+    """Protocol: a module of this folder with a selection rule."""
 
     def select(self, selection: Selection) -> tuple[int, ...]:
         """The base indices of the kept blocks, in order.
@@ -48,5 +48,5 @@ class Selector(Protocol):
 
 
 def selector(row: SelectionRule) -> Selector:
-    """Load the file of a selection rule; this imports torch if the rule runs the network."""
+    """Load the module of a selection rule; this imports torch if the rule runs the network."""
     return cast(Selector, import_module(row.module))
