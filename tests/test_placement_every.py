@@ -259,12 +259,12 @@ def test_biases_that_healing_changed_count_from_what_was_sent(
     ("settings", "says"),
     [
         ({"placement": "list"}, "placement = list needs train"),
-        ({"placement": "top", "train": (3,)}, "does not go with train"),
-        ({"placement": "sandwich", "train": (3,)}, "does not go with train"),
+        ({"placement": "top", "train": (3,)}, "cannot be used with train"),
+        ({"placement": "sandwich", "train": (3,)}, "cannot be used with train"),
         ({"placement": "top", "bottom": 1}, "trains no first blocks"),
         ({"placement": "top", "top": 0}, "nothing would train"),
-        ({"placement": "list", "train": (1,), "top": 1}, "not with bottom and top"),
-        ({"placement": "every", "methods": ("lora", "full")}, "methods = full does not go with placement = every"),
+        ({"placement": "list", "train": (1,), "top": 1}, "cannot be used with bottom and top"),
+        ({"placement": "every", "methods": ("lora", "full")}, "methods = full cannot be used with placement = every"),
     ],
 )
 def test_settings_that_contradict_each_other(settings: dict[str, Any], says: str) -> None:

@@ -178,7 +178,7 @@ def _bundle(manifest: "BundleManifest", digest: str, home: "Home") -> dict[str, 
 
 
 def _shares(digest: str, home: "Home") -> dict[str, Any]:
-    """How much of the base a bundle gives away; only the home that issued it knows."""
+    """The fractions of the base's parameters that a bundle holds verbatim, compressed or not; {} if unknown here."""
     from offsite.model_owner.ledger import Ledger
 
     issued = Ledger(home.ledger).issued(digest) if home.ledger.exists() else None

@@ -25,7 +25,7 @@ class SelectionRule:
     resumable: bool = False  # it takes long, and saves resume points
     for_images: bool = True  # it works for image encoders
     for_spread: bool = True  # it works with trained blocks between frozen ones
-    instead: str = "uniform"  # the rule to take where this one does not work
+    instead: str = "uniform"  # the rule that an error recommends if this one does not work
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class HealingStep:
     # in one pass over the base; after: it changes the complete emulator after that pass
     runs: Literal["places", "block", "after"]
     fills_gap: bool = True  # it makes up for dropped blocks, which only one step may do
-    heals_pruning: bool = False  # it is useful after a calibrated pruner too, where no block is dropped
+    heals_pruning: bool = False  # it is useful after a calibrated pruner too, even if no block is dropped
     solves_outputs: bool = False  # it needs residuals that are linear in the outputs of the solved layers
     resumable: bool = False  # it takes long, and saves resume points
     declared: bool = False  # its blocks are declared module kinds, no longer the family's blocks

@@ -14,7 +14,7 @@ Placement = Literal["sandwich", "top", "list", "every"]
 
 
 class SplitSettings(Settings):
-    """Which blocks the data owner trains, and which of them go out as they are in the base."""
+    """Which blocks the data owner trains, and which of them the bundle holds uncompressed."""
 
     placement: Annotated[
         Placement | None,
@@ -27,7 +27,7 @@ class SplitSettings(Settings):
         int | None,
         Field(
             ge=0,
-            description="first blocks that go out as they are and train; left out: 2 of 15, at least 2, fewer in a "
+            description="first blocks that are sent uncompressed and train; left out: 2 of 15, at least 2, fewer in a "
             "small base; 0 with placement top or every",
         ),
     ] = None
@@ -35,15 +35,15 @@ class SplitSettings(Settings):
         int | None,
         Field(
             ge=0,
-            description="last blocks that go out as they are and train; left out: 1 of 5, at least 2, fewer in a small "
-            "base; 0 with placement every",
+            description="last blocks that are sent uncompressed and train; left out: 1 of 5, at least 2, fewer in a "
+            "small base; 0 with placement every",
         ),
     ] = None
     train: Annotated[
         Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None,
         BeforeValidator(split_numbers),
         Field(
-            description="the blocks that go out as they are and train, such as 0,1,14,28,29, instead of bottom and top"
+            description="blocks that are sent uncompressed and train, such as 0,1,14,28,29, instead of bottom and top"
         ),
     ] = None
 

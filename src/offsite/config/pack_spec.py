@@ -80,23 +80,23 @@ class PackSpec(Spec):
 
     @rule
     def _placement_fits(self) -> None:
-        """`placement` = list needs `train`; `train` goes with list and every alone, and `bottom` not with top."""
+        """`placement` = list needs `train`; sandwich and top exclude `train`; top excludes `bottom` above 0."""
         if self.placement == "list" and self.split.train is None:
-            raise ValueError("placement = list needs train: the blocks that go out as they are and train")
+            raise ValueError("placement = list needs train: the blocks that are sent uncompressed and train")
         if self.placement in ("sandwich", "top") and self.split.train is not None:
-            raise ValueError(f"placement = {self.placement} does not go with train: choose list, or every")
+            raise ValueError(f"placement = {self.placement} cannot be used with train: choose list, or every")
         if self.placement == "list" and (self.split.bottom is not None or self.split.top is not None):
-            raise ValueError("placement = list goes with train, not with bottom and top")
+            raise ValueError("placement = list cannot be used with bottom and top: train lists the blocks")
         if self.placement == "top" and self.split.bottom:
             raise ValueError("placement = top trains no first blocks: leave bottom out, or choose sandwich")
 
     @rule
     def _no_whole_block_comes_back(self) -> None:
-        """`methods` without full where `placement` = every: a whole compressed block cannot become the base's."""
+        """`placement` = every excludes full from `methods`: a tuned compressed block cannot be put into the base."""
         if self.adapts_emulator and "full" in self.permits.methods and "methods" in self.explicit_keys:
             raise ValueError(
-                "methods = full does not go with placement = every: whole blocks that were tuned compressed cannot be "
-                "carried to the base; permit lora, bottleneck or bitfit"
+                "methods = full cannot be used with placement = every: whole blocks that were tuned compressed cannot "
+                "be carried to the base; permit lora, bottleneck or bitfit"
             )
 
     @rule
@@ -181,11 +181,11 @@ class PackSpec(Spec):
         ]
 
     def nearest(self, fits: Callable[[SelectionRule | HealingStep], bool], *, left_out: Sequence[str] = ()) -> str:
-        """The nearest settings that work, as the next step of an error: flags to change and flags to leave out.
+        """A next step for an error about settings that do not work: the flags to change and the flags to leave out.
 
         Args:
-            fits: whether a rule or step works.
-            left_out: settings that do not, beside those of rules and steps.
+            fits: whether a selection rule or a healing step works.
+            left_out: keys of other settings that do not work.
         """
         rule, steps = self.selection_rule, [step.name for step in self.healing_steps if fits(step)]
         flags = [] if fits(rule) else [f"--select {rule.instead}"]
@@ -198,16 +198,16 @@ class PackSpec(Spec):
 
     @property
     def placement(self) -> Placement:
-        """Which blocks carry trained weights."""
+        """Which blocks get trained weights: the value of `placement`, or its default."""
         return self.split.placement or ("sandwich" if self.split.train is None else "list")
 
     @property
     def adapts_emulator(self) -> bool:
-        """Whether adapters may sit on the emulator's compressed blocks too."""
+        """Whether the data owner may also tune adapters on the emulator's compressed blocks."""
         return self.placement == "every"
 
     def verbatim(self, blocks: int) -> frozenset[int]:
-        """The indices of the blocks that go out as they are and train, for a base with `blocks` blocks.
+        """The indices of the blocks that are sent uncompressed and train, for a base with `blocks` blocks.
 
         By default these are the first 4 and the last 6 of 30 blocks (docs/decisions/0009). In a small base they are
         fewer, so that the emulator has the blocks that it is to keep, or one. With placement every they are none,
@@ -263,7 +263,7 @@ class PackSpec(Spec):
     def pruner(self) -> Pruner:
         """The registry entry of the pruner, which chooses the weights that become zero (none if `pruned` is 0).
 
-        Where `prune_by` is not set, it is one that goes with the healing steps.
+        If `prune_by` is not set, it is a pruner that can be combined with the healing steps.
         """
         usual = PRUNERS[self.compress.prune_by]
         if "prune_by" in self.explicit_keys or not any(step.not_with_calibrated for step in self.healing_steps):

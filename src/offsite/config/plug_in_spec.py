@@ -57,7 +57,7 @@ class PlugInSpec(Spec):
 
     @rule
     def _whole_is_merged(self) -> None:
-        """`whole` writes a complete checkpoint, so it does not go with `as` adapter."""
+        """`whole` writes a complete checkpoint, so it cannot be combined with `as` = adapter."""
         if self.whole is not None and self.as_ == "adapter":
             raise ValueError("whole writes a complete checkpoint, as = adapter does not: give one")
 

@@ -64,7 +64,7 @@ class LoadedBlock:
             return self.differentiable(ids, hidden)
 
     def differentiable(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Run the block as a call does, with gradients if the caller's mode has them."""
+        """Run the block as `__call__` does, but with gradients, unless the caller has turned them off."""
         call = self._reach(ids)
         with self._autocast():
             output = self.module(hidden, *call.arguments, **call.settings)
@@ -329,10 +329,10 @@ def captured_inputs(block: LoadedBlock, paths: Sequence[str]) -> Iterator[dict[s
 
 @contextlib.contextmanager
 def captured_routing(block: LoadedBlock, path: str) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-    """Record what enters the experts of a mixture while a block runs.
+    """Context manager: record the inputs of a mixture's experts while a block runs in its body.
 
     `path` is the path of the experts' stacks in the module. The yielded list gets one entry for each call: hidden
-    states (N, H), indices of the chosen experts (N, K), and their weights (N, K).
+    states (N, H), indices of the chosen experts (N, K), and the weight of each chosen expert's output (N, K).
     """
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     with _observed(block, path, lambda arguments: seen.append((arguments[0], arguments[1], arguments[2]))):

@@ -1,4 +1,4 @@
-"""One line on how an emulator is made: what the settings lead to, and how the family's row has it done. Torch-free."""
+"""Describes in one line how an emulator is made, by the settings and the model's family. Torch-free."""
 
 from offsite.config import HealingStep, PackSpec
 from offsite.model_owner.base_model import BaseModel
@@ -8,7 +8,7 @@ from offsite.model_owner.sandwich import Sandwich
 
 
 def describe_emulator(model: BaseModel, sandwich: Sandwich, spec: PackSpec) -> str:
-    """How many blocks the emulator keeps, what becomes zero, how it is healed and how it is stored."""
+    """One line of text: how many blocks the emulator keeps, and how they are pruned, stored and healed."""
     work, middle = work_of(sandwich.middle, spec), len(sandwich.middle)
     kept = spec.kept(sandwich.middle)
     blocks = f"{kept} of {middle} blocks by {spec.select.by}" if kept < middle else f"all {middle} blocks"
@@ -25,7 +25,7 @@ def describe_emulator(model: BaseModel, sandwich: Sandwich, spec: PackSpec) -> s
 
 
 def healing_name(step: HealingStep, model: BaseModel, spec: PackSpec) -> str:
-    """The name of a healing step, with the way that it takes in this family."""
+    """The name of a healing step; for refit also its method in this family, such as "refit of mlp in closed form"."""
     if not step.solves_outputs:
         return step.name
     ways = [f"{part} {model.family.refit_way(part, model.config)}" for part in dict.fromkeys(spec.heal.refit_maps)]

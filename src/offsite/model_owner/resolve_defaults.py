@@ -6,10 +6,10 @@ from offsite.model_owner.calibration_pictures import has_photos
 
 
 def resolve_defaults(model: BaseModel, spec: PackSpec) -> PackSpec:
-    """Replace settings that were left out and that cannot work here.
+    """Set defaults that work for this base, for settings that were left out.
 
-    Without pictures to run an image encoder on, and for a family whose blocks cannot be run one by one, weights are
-    pruned by magnitude and nothing is healed, where `prune_by` and `heal` were left out.
+    For an image encoder without calibration pictures, and for a family whose blocks cannot be run one by one,
+    `prune_by` becomes magnitude and `heal` none.
 
     Args:
         model: the opened base.
@@ -22,5 +22,5 @@ def resolve_defaults(model: BaseModel, spec: PackSpec) -> PackSpec:
 
 
 def lacks_pictures(model: BaseModel, spec: PackSpec) -> bool:
-    """Whether the base is an image encoder, and there are no pictures to run it on."""
+    """Whether the base is an image encoder, and there are no calibration pictures to run it on."""
     return model.family.vision is not None and spec.calibration.source is None and not has_photos()

@@ -467,7 +467,7 @@ class Architecture:
         return (self.mlp_out, self.mlp_scale) if part == "mlp" else (self.attention_out, self.attention_scale)
 
     def output_layers(self, part: RefitMap) -> tuple[str, ...]:
-        """The paths in a block of the linear layers that end the MLP or attention, "*" for an expert's number.
+        """The paths in a block of the last linear layers of MLP or attention, with "*" for the number of an expert.
 
         A mixture has several: those of its experts, of an expert that all tokens use, and of blocks without experts.
         """
@@ -476,12 +476,12 @@ class Architecture:
         return (*self.experts.others, f"{self.experts.path}.*.{self.experts.out}")
 
     def norms_after(self, part: RefitMap, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """The norms that the output of MLP or attention goes through in a block, as paths of modules, in order."""
+        """The norms that a block applies to the output of MLP or attention, as paths of modules, in order."""
         norms = self.mlp_norms if part == "mlp" else self.attention_norms
         return tuple(path for path, condition in norms.items() if self.holds(condition, config))
 
     def refit_way(self, part: RefitMap, config: Mapping[str, Any]) -> RefitWay:
-        """How refit finds the new output projection of MLP or attention."""
+        """The method by which refit finds the new output projection of MLP or attention in this family."""
         known = self.linear_residual
         if part == "attention" and self.linear_attention is not None:
             known = self.linear_attention

@@ -59,12 +59,12 @@ def _layers(experts: Any, name: str) -> list[tuple[torch.Tensor, torch.Tensor | 
 
 
 def expert_inner(experts: Any, index: int, hidden: torch.Tensor) -> torch.Tensor:
-    """The input of the last layer of an expert: hidden (n, H) -> (n, F).
+    """Compute the input of the last layer of an expert: hidden (n, H) -> (n, F).
 
     Args:
-        experts: the module with the stacks.
-        index: of the expert.
-        hidden: the inputs of the tokens that go through this expert.
+        experts: the module with the stacks of all experts.
+        index: the index of the expert.
+        hidden: the hidden states of the tokens that this expert processes.
     """
     name = "gate_up_proj" if experts.has_gate else "up_proj"
     weight = getattr(experts, name)[index]
@@ -75,7 +75,7 @@ def expert_inner(experts: Any, index: int, hidden: torch.Tensor) -> torch.Tensor
 
 
 def expert_matrices(family: "Architecture", experts: torch.nn.Module) -> list[dict[str, torch.Tensor]]:
-    """The matrices (outputs, inputs) of each expert, as views of the stacks, by the linear layer's name in files."""
+    """For each expert, its matrices (outputs, inputs) as views of the stacks, by the linear layer's name in files."""
     row, parameters = family.experts, dict(experts.named_parameters())
     if row is None:
         return []

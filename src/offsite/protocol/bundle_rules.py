@@ -152,9 +152,9 @@ def _declared_tensors(
 def _family_shapes(
     declared: Declared, manifest: BundleManifest, family: Architecture, checkpoint: Checkpoint, settings: dict[str, Any]
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of a block in the family, by path in it: those of the first block that is as in the base, if any.
+    """The shapes of a block's tensors in the family, by path in the block: those of the first uncompressed block.
 
-    Else they are the declared ones. The result is empty where another rule has a finding.
+    If the bundle has no such block, they are the declared ones. {} if they are missing or wrong, as other rules report.
     """
     verbatim = manifest.split.verbatim
     paths = family.block_tensors(settings, verbatim[0] if verbatim else declared.first)

@@ -59,8 +59,8 @@ class Split(_Part):
     """The numbers of blocks in each part of the bundle: trained first blocks, emulator, trained last blocks.
 
     `emulator` counts all blocks between bottom and top. They are compressed and frozen, with two exceptions, listed by
-    their indices in the bundle: `spread` are blocks as in the base, which train like bottom and top; `adapted` are
-    compressed blocks on which an adapter may sit.
+    their indices in the bundle: `spread` blocks are not compressed and train like bottom and top; `adapted` blocks are
+    compressed, and adapters on them may train.
     """
 
     bottom: Annotated[int, Field(ge=0, le=10_000)]
@@ -95,7 +95,7 @@ class Split(_Part):
 
     @property
     def trained(self) -> tuple[int, ...]:
-        """The indices of the blocks that carry trained weights, in ascending order."""
+        """The indices of the blocks that may get trained weights, in ascending order."""
         return tuple(sorted((*self.verbatim, *self.adapted)))
 
     @property
@@ -123,8 +123,8 @@ class _Document(_Part):
 class BundleManifest(_Document):
     """The manifest of a bundle: its parts, and what a return may contain. It hides which base blocks were kept.
 
-    Shapes are the bundle's. If adapters may sit on compressed blocks, `tensors` holds the biases of the trained blocks
-    alone, since no whole block may come back.
+    Shapes are the bundle's. If adapters on compressed blocks may train, `tensors` holds only the biases of the trained
+    blocks, since no whole block may be returned.
     """
 
     kind: Literal["bundle"]

@@ -1,8 +1,8 @@
-"""The last layers of a mixture's experts, changed one expert after the other.
+"""Changes the last linear layers of a mixture's experts, one expert after the other.
 
-A block's output is linear in what each expert gives, times the weight that the router gives the expert for a token. So
-each expert has a least squares problem on its own tokens, whose targets are what the other experts leave: the experts
-before it in their new form, those after it in their old one. Which experts a token goes to does not change.
+A block's output is linear in the output of each expert, which the router multiplies by a weight for each token. So each
+expert has a least squares problem on the tokens that it processes. Its target is the part of the block's target that
+the other experts do not give: those before it already changed, those after it unchanged. The router does not change.
 """
 
 from collections.abc import Mapping
@@ -21,20 +21,20 @@ from offsite.models.mixture import expert_inner, expert_matrices
 
 @dataclass(frozen=True)
 class RoutedTokens:
-    """What enters the experts of a block in one batch of N tokens, each of which goes to K experts."""
+    """The inputs of a block's experts for one batch of N tokens, each of which is processed by K experts."""
 
     hidden: Tensor  # (N, H)
     chosen: Tensor  # (N, K): indices of experts
-    weights: Tensor  # (N, K)
+    weights: Tensor  # (N, K): factors of these experts' outputs
 
     def of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """The tokens that go to an expert, (n,), and the weights of its outputs for them, (n, 1)."""
+        """The indices (n,) of the tokens that this expert processes, and the factors (n, 1) of its outputs for them."""
         tokens, places = torch.where(self.chosen == expert)
         return tokens, self.weights[tokens, places, None].float()
 
 
 def routed_tokens(problem: BlockProblem, found: Mapping[str, Tensor], experts: Experts) -> list[RoutedTokens]:
-    """What enters the experts of a block, for each batch; empty if the block has no experts."""
+    """Run a block and return the inputs of its experts, for each batch; empty if the block has no experts."""
     block = problem.load(found)
     if experts.module not in dict(block.module.named_modules()):
         return []
@@ -50,13 +50,13 @@ def routed_tokens(problem: BlockProblem, found: Mapping[str, Tensor], experts: E
 def change_expert_outputs(
     problem: BlockProblem, found: Mapping[str, Tensor], pruning: Pruning | None, *, solves: bool
 ) -> dict[str, Tensor]:
-    """Solve for the last layer of each expert in turn, prune it, or both.
+    """Change the last layer of each expert in turn: solve for it, prune it, or both.
 
     Args:
         problem: the block, with its inputs and targets.
         found: tensors of the block that earlier steps changed, keyed by their path in the block, as checkpoint files
             name it.
-        pruning: prunes each layer after it was solved; None if nothing is pruned.
+        pruning: the pruner, which prunes each layer after it was solved; None if nothing is pruned.
         solves: whether the layers are solved.
 
     Returns:

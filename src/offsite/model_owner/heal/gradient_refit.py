@@ -1,9 +1,9 @@
-"""Refit by gradient: for blocks whose output is not linear in the layer's output, or where nobody knows.
+"""Refit by gradient, for blocks whose output is not linear in the layer's output, or for which this is not known.
 
-Each turn takes the step that would solve the least squares problem if the block's output rose with the layer's: the
-gradient of the squared error, multiplied by the inverse of the inputs' Gram matrix. Where that is true, the first step
-is the closed form. Its length is the one that is best if the block were linear along it. It is halved until the error
-falls on batches that the step has not seen, and the turns end where it does not.
+Each turn makes a step: the gradient of the squared error, multiplied by the inverse of the inputs' Gram matrix. If a
+change of the layer's output changed the block's output by the same amount, the first step would be the solution in
+closed form. The length of a step is the best one for a block that is linear along the step. It is halved until the
+error falls on batches that the step was not computed from; if it never falls, the turns end.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ _HALVINGS = 4
 def follow_gradient(
     problem: BlockProblem, found: Mapping[str, Tensor], layer: OutputProjection
 ) -> tuple[Tensor, Tensor | None]:
-    """The new weight (H, F) and bias (H,) of a layer, with which the block's output comes closer to its targets.
+    """Find a new weight (H, F) and bias (H,) of a layer that bring the block's output closer to its targets.
 
     Args:
         problem: the block, with its inputs and targets.
         found: tensors of the block that earlier steps changed, keyed by their path in the block, as checkpoint files
             name it.
-        layer: the layer as it is.
+        layer: the layer with its present weight and bias.
     """
     judged = judged_positions(problem)
     fitted = [position for position in range(len(problem.batches)) if position not in judged] or list(judged)
@@ -67,7 +67,7 @@ def follow_gradient(
 
 
 def _slope(problem: BlockProblem, block: LoadedBlock, layer: OutputProjection, positions: Sequence[int]) -> Tensor:
-    """Half the negative gradient of the error by the layer's weight and bias, (F, H) or (F + 1, H) in float32."""
+    """Half the negative gradient of the error for the layer's weight and bias, (F, H) or (F + 1, H) in float32."""
     slopes = []
     for position in positions:
         target = problem.targets[position]
@@ -85,7 +85,10 @@ def _slope(problem: BlockProblem, block: LoadedBlock, layer: OutputProjection, p
 
 @contextlib.contextmanager
 def _output_as_leaf(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Cut the graph before a layer's output; the yielded list gets the inputs and the output of each of its calls."""
+    """Context manager: make a layer's output a leaf of the autograd graph.
+
+    The yielded list gets the inputs and the output of each call of the layer.
+    """
     calls: list[tuple[Tensor, Tensor]] = []
 
     def cut(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -101,13 +104,13 @@ def _output_as_leaf(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 def _length(problem: BlockProblem, before: LoadedBlock, after: LoadedBlock, positions: Sequence[int]) -> float:
-    """The best length of a step, if the block's output were linear along it.
+    """The length of a step that is best if the block's output is linear along the step.
 
     Args:
         problem: the block's inputs and targets.
         before: the block before the step.
         after: the block after a step of length 1.
-        positions: of the batches to measure on.
+        positions: positions of the batches to measure on.
     """
     along, square = 0.0, 0.0
     for position in positions:

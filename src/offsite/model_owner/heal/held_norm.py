@@ -1,7 +1,7 @@
-"""A norm whose statistics are held: linear in its input, so a layer in front of it can be solved in closed form.
+"""Treats a norm as linear by fixing its statistics, so that a layer before it can be solved in closed form.
 
-RMSNorm and LayerNorm give gain * (x - mean) / deviation + bias. While each token's mean and deviation are held at the
-values that they have, a change of x changes the output by gain / deviation times itself.
+RMSNorm and LayerNorm give gain * (x - mean) / deviation + bias. If each token's mean and deviation stay fixed at their
+present values, a change of x changes the output by the same change times gain / deviation.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 @dataclass(frozen=True)
 class HeldNorm:
-    """The response of a norm's output to its input; tensors are in float32."""
+    """A norm with fixed statistics for N tokens; tensors are in float32."""
 
     gain: Tensor  # (H,)
     inverse: Tensor  # (N, 1): 1 / deviation of each token
@@ -21,10 +21,10 @@ class HeldNorm:
 
 
 def hold_norm(norm: nn.Module, inputs: Tensor) -> HeldNorm:
-    """Hold the statistics of a norm for its inputs (..., H).
+    """Fix the statistics of a norm at their values for its inputs (..., H).
 
-    Nothing is assumed of the module but that it is an RMSNorm or a LayerNorm: whether its gain is its weight, or 1 plus
-    its weight as in Gemma, or fixed, shows in its outputs.
+    The module can be any RMSNorm or LayerNorm. Its gain can be its weight, 1 plus its weight as in Gemma, or 1; this is
+    found from its outputs.
     """
     rows = inputs.flatten(0, -2).float()  # (N, H)
     weight = dict(norm.named_parameters()).get("weight")

@@ -1,4 +1,4 @@
-"""The layers that end a block's MLP or attention, solved and pruned: one layer, or those of a mixture's experts."""
+"""Solves and prunes the last linear layers of a block's MLP or attention: one layer, or those of all experts."""
 
 from collections.abc import Mapping
 
@@ -16,14 +16,14 @@ from offsite.model_owner.heal.output_projection import output_projection
 def change_outputs(
     problem: BlockProblem, found: Mapping[str, Tensor], part: RefitMap, pruning: Pruning | None, *, solves: bool
 ) -> dict[str, Tensor]:
-    """Change the layers that end a block's MLP or attention, each with the ones before it already changed.
+    """Change the last layers of a block's MLP or attention, each with the layers before it already changed.
 
     Args:
         problem: the block, with its inputs and targets.
         found: tensors of the block that earlier steps changed, keyed by their path in the block, as checkpoint files
             name it.
         part: "mlp" or "attention".
-        pruning: prunes each layer after it was solved; None if nothing is pruned.
+        pruning: the pruner, which prunes each layer after it was solved; None if nothing is pruned.
         solves: whether the layers are solved, so that the block's output comes closest to its targets.
 
     Returns:

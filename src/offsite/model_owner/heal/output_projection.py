@@ -1,4 +1,4 @@
-"""A linear layer that ends a block's attention or MLP, and the least squares problem for its new weights."""
+"""The last linear layer of a block's attention or MLP, and the least squares problem for its new weights."""
 
 import functools
 import operator
@@ -20,7 +20,7 @@ from offsite.model_owner.heal.ridge import RidgeProblem
 class OutputProjection:
     """A linear layer with F inputs and H outputs, and the problem of fitting it; tensors are in float64.
 
-    The block's output is linear in the layer's output, once the statistics of norms between them are held; so the
+    The block's output is linear in the layer's output if the statistics of norms between them stay fixed, so the
     problem has a solution in closed form.
     """
 
@@ -68,7 +68,7 @@ class OutputProjection:
 def output_projection(
     problem: BlockProblem, found: Mapping[str, Tensor], part: RefitMap, layer: str
 ) -> OutputProjection:
-    """Run a block over all batches and set up the problem for a linear layer that ends its MLP or attention.
+    """Run a block over all batches, and set up the problem for the last linear layer of its MLP or attention.
 
     Args:
         problem: the block, with its inputs and targets.
@@ -117,14 +117,14 @@ def output_projection(
 def _gate(
     block: LoadedBlock, path: str, ids: Tensor, enters: Tensor, after: Tensor, scale: Tensor | None = None
 ) -> Tensor:
-    """The factor of each token by which the block multiplies a layer's output, (N, 1).
+    """The factor by which the block multiplies a layer's output for each token, (N, 1).
 
-    It is measured: the layer's outputs are raised, and the block's output rises with them.
+    It is measured: a constant is added to the layer's outputs, and the change of the block's output is divided by it.
 
     Args:
         block: the block.
-        path: of the layer in the module.
-        ids: of the batch.
+        path: the path of the layer in the module.
+        ids: the token ids or pixels of the batch.
         enters: the block's inputs, (B, T, H).
         after: the block's outputs, (B, T, H).
         scale: the factor of each channel, (H,); None if there is none.

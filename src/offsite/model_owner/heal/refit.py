@@ -4,10 +4,10 @@ In every kept block, the output projection of the MLP, of the attention, or of b
 regression. The target is the base's hidden state before the next kept block; the penalty is on the change of the
 weights. While attention's projection is fitted, the MLP's output is held fixed. Compare ReplaceMe (arXiv 2505.02819),
 which solves for a linear map after the MLP, on the base's activations. If a block multiplies the projection's output by
-a learned scale, the problem is solved after that scale. A norm after the projection keeps the statistics that it has;
-the last layers of experts are solved one after the other; where a family's row does not say that the block's output is
-linear in the projection's, the response is measured, or refit follows the gradient. Measurements are in
-docs/decisions/0004-refit.md.
+a learned scale, the problem is solved after that scale. The statistics of a norm after the projection are fixed at
+their present values; the last layers of experts are solved one after the other. If a family's row does not say that the
+block's output is linear in the projection's, the response is measured, or refit follows the gradient. Measurements are
+in docs/decisions/0004-refit.md.
 """
 
 from collections.abc import Mapping

@@ -47,7 +47,7 @@ _TEMPLATE, _OLD_TEMPLATE = "chat_template.jinja", "chat_template.json"  # the la
 
 
 def is_multimodal(config: Mapping[str, Any]) -> bool:
-    """Whether a config is that of a model with parts for texts and for pictures or sound."""
+    """Whether a config is that of a multi-modal model: with a part for texts, and one for pictures or sound."""
     nested = any(isinstance(config.get(key), dict) for key in _PARTS)
     return nested and str(config.get("model_type")) not in ARCHITECTURES
 

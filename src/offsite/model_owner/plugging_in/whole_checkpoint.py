@@ -1,6 +1,7 @@
-"""The plug-in of a language model that was taken out of a multi-modal checkpoint: the whole one, with it replaced.
+"""Makes the plug-in for a base from a multi-modal checkpoint: this checkpoint with its language model replaced.
 
-The base's import record says where each tensor stood. All other tensors and settings are the source's own. Torch-free.
+The base's import record gives the place of each tensor in the checkpoint. All other tensors and settings stay those of
+the checkpoint. Torch-free.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,7 @@ _FILES = (CONFIG, GENERATION_CONFIG, PROCESSOR, *OF_PROCESSORS, *TOKENIZER_FILES
 
 
 def whole_tensors(model: BaseModel, changes: Mapping[str, NewTensor], whole: Path) -> list[NewTensor]:
-    """The tensors of the multi-modal checkpoint, with those of its language model replaced that a return changes.
+    """The tensors of the multi-modal checkpoint; those that a return changes have their new values.
 
     Replaced tensors have the dtype of the checkpoint. Reads the language model's tensors once, to compare them with
     the base.
@@ -64,7 +65,7 @@ def whole_files(whole: Path) -> dict[str, bytes]:
 
 
 def _require_source(model: BaseModel, record: ImportRecord, held: Mapping[str, TensorRange], whole: Path) -> None:
-    """Raise an error if the base's tensors are not those of the checkpoint, in the base's dtype.
+    """Raise an error if the base's tensors differ from those of the checkpoint, compared in the base's dtype.
 
     Raises:
         IncompatibleError: tensors are missing or differ; all are listed.
@@ -93,7 +94,7 @@ def _same_bytes(stored: TensorRange, tensor: TensorRange) -> bool:
 
 
 def _bytes(chunks: Iterator[bytes | memoryview], size: int = 2**20) -> Iterator[bytes]:
-    """The same bytes in pieces of one size, whatever the sizes of the chunks; the last piece may be shorter."""
+    """Yield the bytes of the chunks in pieces of `size` bytes; the last piece may be shorter."""
     rest = b""
     for chunk in chunks:
         rest += bytes(chunk)
@@ -104,7 +105,7 @@ def _bytes(chunks: Iterator[bytes | memoryview], size: int = 2**20) -> Iterator[
 
 
 def _in_place(tensor: NewTensor, stored: TensorRange, place: Place) -> NewTensor:
-    """A changed tensor in the checkpoint's name and dtype, followed by the rows that the base lacks."""
+    """A changed tensor with the checkpoint's name and dtype, and at its end the matrix rows that the base lacks."""
 
     def chunks() -> Iterator[bytes | memoryview]:
         parts = tensor.chunks()
@@ -120,6 +121,6 @@ def _in_place(tensor: NewTensor, stored: TensorRange, place: Place) -> NewTensor
 
 
 def _behind(stored: TensorRange, rows: int) -> TensorRange:
-    """The rows of a stored tensor behind the first `rows`."""
+    """The part of a stored tensor after its first `rows` matrix rows."""
     front = replace(stored, shape=(rows, *stored.shape[1:]))
     return replace(stored, shape=(stored.shape[0] - rows, *stored.shape[1:]), start=stored.start + front.size)

@@ -1,4 +1,4 @@
-"""LoRA on linear layers that are stored in a compressed form, which PEFT does not know by itself."""
+"""Lets PEFT put LoRA on linear layers that are stored in a compressed form, which it does not know by itself."""
 
 from typing import TYPE_CHECKING
 
@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 
 
 def permit_compressed_layers(config: "LoraConfig") -> None:
-    """Let a LoRA config, changed in place, attach pairs to compressed layers: y = layer(x) + scale * B A x.
+    """Change a LoRA config so that compressed layers can get LoRA matrices too: y = layer(x) + scale * B A x.
 
-    Merging such a pair into its layer is impossible; nothing here merges.
+    The matrices cannot be merged into such a layer; no code of this project merges them.
     """
     from peft.tuners.lora import Linear
 
