@@ -103,6 +103,14 @@ class DistillSettings(Settings):
     steps: Annotated[
         int | None, Field(alias="distill_steps", ge=1, description="optimiser steps of the distillation")
     ] = None
+    minutes: Annotated[
+        float | None,
+        Field(
+            alias="heal_minutes",
+            gt=0,
+            description="about how long the distillation may take, instead of a number of passes or steps",
+        ),
+    ] = None
     batch_tokens: Annotated[
         int, Field(alias="distill_batch_tokens", ge=1, description="tokens of one step, at least one batch"), FILE_ONLY
     ] = 4096

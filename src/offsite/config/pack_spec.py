@@ -44,7 +44,7 @@ class PackSpec(Spec):
 
     alternatives = (
         (("train",), ("bottom", "top")),
-        (("distill_epochs",), ("distill_steps",)),
+        (("distill_epochs",), ("distill_steps",), ("heal_minutes",)),
         (("narrow",), ("narrow_heads", "narrow_neurons")),
     )
 
@@ -149,6 +149,14 @@ class PackSpec(Spec):
             raise ValueError(f"{given[0]} and mlp_width are two ways to remove neurons: choose one")
         if given and any(step.runs == "places" for step in self.healing_steps):
             raise ValueError(f"{given[0]} does not go with heal = share: copies of a block would differ")
+
+    @rule
+    def _distillation_has_one_length(self) -> None:
+        """`heal_minutes` goes with `heal` = distill, and with no `distill_steps`."""
+        if self.distill.minutes is not None and not any(step.resumable for step in self.healing_steps):
+            raise ValueError("heal_minutes goes with heal = distill, or refit,distill")
+        if self.distill.minutes is not None and self.distill.steps is not None:
+            raise ValueError("heal_minutes and distill_steps both set the length of the distillation: give one")
 
     @rule
     def _settings_of_one_method(self) -> None:

@@ -141,6 +141,35 @@ def test_resumed_is_bit_for_bit_the_same(
     assert not out.with_name("interrupted.run").exists()
 
 
+def test_a_time_budget_gives_as_many_steps_as_fit_and_a_resumed_run_has_as_many(
+    base_of: MakeBase, tmp_path: Path, parties: Parties
+) -> None:
+    base, out, minutes = base_of("llama", 6), tmp_path / "out", 0.1
+    settings = {"heal_minutes": minutes, "distill_steps": None}
+    before: list[Event] = []
+
+    def stop(event: Event) -> None:
+        before.append(event)
+        if event.stage == "distilling" and event.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(Base(base), out, "hospital", spec(**settings), parties.owner, stop)
+    measured = json.loads((tmp_path / "out.run" / "distill-steps.json").read_text())
+    assert 3 < measured["steps"] <= 60 * minutes / measured["seconds_per_step"]
+    after: list[Event] = []
+    pack(Base(base), out, "hospital", spec(**settings), parties.owner, after.append, resume=True)
+    totals = {event.total for event in (*before, *after) if event.stage == "distilling"}
+    assert totals == {measured["steps"]}
+    assert max(event.done for event in after if event.stage == "distilling") == before[-1].total
+
+
+@pytest.mark.parametrize("settings", [{"distill_steps": 5}, {"distill_steps": None, "heal": "refit"}])
+def test_a_time_budget_is_a_length_of_the_distillation(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="heal_minutes"):
+        spec(heal_minutes=1, **settings)
+
+
 def test_a_rate_that_is_far_too_high_is_told(base_of: MakeBase, tmp_path: Path, parties: Parties) -> None:
     with pytest.raises(OffsiteError, match=r"diverged(.|\n)*--distill-lr"):
         packs(base_of("llama", 5), tmp_path / "out", parties, distill_lr=1e30)

@@ -7,10 +7,13 @@ per token. The first token of a text is left out, because a few tokens have a no
 others. For an image encoder the data are pictures, and all tokens count. Bottom and top never train.
 """
 
+import json
 import math
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import ClassVar
 
@@ -28,6 +31,7 @@ from offsite.model_owner.heal.healing_protocol import Healing
 from offsite.model_owner.heal.middle_states import MiddleStates, middle_states
 from offsite.models.mixture import in_files
 from offsite.progress import Progress
+from offsite.storage.files import replace_file
 from offsite.storage.safetensors_files import TensorRange, read_header, write_safetensors
 from offsite.training.loop import train
 from offsite.training.loop_settings import LoopSettings, RunNames
@@ -69,6 +73,7 @@ def heal_emulator(healing: Healing, healed: Mapping[str, TensorRange]) -> Mappin
         OffsiteError: the loss is no longer a finite number.
         KeyboardInterrupt: the user interrupted the run; a resume point was saved.
     """
+    began = time.monotonic()
     model, sandwich, spec, scratch = healing.model, healing.sandwich, healing.spec, healing.scratch
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     batches = calibration_batches(model, spec.calibration.source, spec.distill.tokens, row_form(spec))
@@ -83,7 +88,8 @@ def heal_emulator(healing: Healing, healed: Mapping[str, TensorRange]) -> Mappin
     )
     with run_log(healing.log) as write, seeded(spec.seed, runtime.device):
         state = RunState(scratch / "distill", {}, resume=True)
-        train(task, weights, _loop_settings(task), state, log=write, progress=healing.progress)
+        steps = _step_count(task, weights, scratch / "distill-steps.json", began)
+        train(task, weights, _loop_settings(task, steps), state, log=write, progress=healing.progress)
     file = scratch / "distilled.safetensors"
     file.unlink(missing_ok=True)
     tensors = in_files(model.family, weights.masters)
@@ -185,9 +191,39 @@ class _Distillation:
         return {name: fmean(float(one[name]) for one in terms) for name in self.term_weights} if terms else {}
 
 
-def _loop_settings(task: _Distillation) -> LoopSettings:
+def _step_count(task: _Distillation, weights: MasterWeights, file: Path, began: float) -> int:
+    """The number of optimiser steps: that of the settings, or as many as fit into `heal_minutes`.
+
+    How many fit is measured once and written to `file`, so a resumed run has the same learning rates at every step.
+
+    Args:
+        task: the distillation.
+        weights: the weights that train; the measurement leaves them unchanged.
+        file: where a resumed run finds the number.
+        began: when the distillation began, on the monotonic clock; the hidden states of the base count as well.
+    """
     spec = task.spec
-    steps = spec.distill.steps or max(1, math.ceil(spec.distill.epochs * len(task.order(0))))
+    if spec.distill.minutes is None:
+        return spec.distill.steps or max(1, math.ceil(spec.distill.epochs * len(task.order(0))))
+    if file.exists():
+        return int(json.loads(file.read_bytes())["steps"])
+    seconds = 0.0
+    for _ in range(2):  # the first one also allocates memory
+        start = time.monotonic()
+        for position in task.order(0)[0]:
+            terms = task.loss_terms([position], 0)
+            torch.stack([task.term_weights[name] * term for name, term in terms.items()]).sum().backward()  # type: ignore[no-untyped-call]
+        seconds = time.monotonic() - start
+        for parameter in weights.working.values():
+            parameter.grad = None
+    left = 60 * spec.distill.minutes - (time.monotonic() - began)
+    steps = max(1, int(left / seconds))
+    replace_file(file, json.dumps({"steps": steps, "seconds_per_step": seconds}).encode())
+    return steps
+
+
+def _loop_settings(task: _Distillation, steps: int) -> LoopSettings:
+    spec = task.spec
     return LoopSettings(
         steps=steps,
         learning_rate=lambda step: learning_rate(step, steps, peak=spec.distill.lr, warmup=WARMUP),
