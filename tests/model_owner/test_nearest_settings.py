@@ -24,6 +24,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"svd_rank": 0.5},
     {"mlp_width": 0.5},
     {"zeros": "left-out"},
+    {"narrow": 0.5},
+    {"narrow_heads": 0.5, "narrow_neurons": 0.5, "heal": "affine"},
     {"select": "search", "heal": "affine", "bits": 8},
     {"methods": ["bottleneck"]},
     {"refit_maps": "attention,mlp"},

@@ -47,7 +47,8 @@ def test_every_family_is_packed_with_the_defaults(kind: str, tmp_path: Path, par
     assert verify_bundle(bundle.folder, parties.data_owner).digest == bundle.digest
     record = last_record(log_file(bundle.folder), PACKING)
     assert record is not None
-    made = f"all 2 blocks, 50% of each matrix zero by sparsegpt, refit of mlp {way(kind)}"
+    healed = "not healed" if kind in IN_FRONT else f"refit of mlp {way(kind)}"
+    made = f"all 2 blocks, 50% of each matrix zero by sparsegpt, {healed}"
     assert record["emulator"] == f"{bundle.manifest.architecture}: {made}"
 
 
@@ -132,6 +133,17 @@ def test_what_loses_nothing_is_the_base(kind: str, tmp_path: Path, parties: Part
     own, held = open_checkpoint(base).tensors, open_checkpoint(bundle.folder).tensors
     assert held.keys() <= own.keys()
     assert all((read_float32(tensor) == read_float32(own[name])).all() for name, tensor in held.items())
+
+
+@pytest.mark.parametrize("asked", [{"heal": "refit"}, {"refit_maps": "mlp"}])
+def test_refit_in_front_of_a_norm_runs_where_it_is_asked_for(
+    asked: dict[str, Any], tmp_path: Path, base_of: MakeBase, parties: Parties
+) -> None:
+    spec = PackSpec.model_validate({**QUICK, **asked})
+    bundle = pack(Base(base_of("gemma2", 6)), tmp_path / "out", "hospital", spec, parties.owner)
+    record = last_record(log_file(bundle.folder), PACKING)
+    assert record is not None
+    assert record["emulator"].endswith("refit of mlp in front of the norm")
 
 
 def test_the_line_is_in_the_output_the_json_and_the_plan(

@@ -238,8 +238,13 @@ class PackSpec(Spec):
     def declares(self) -> tuple[str, ...]:
         """The healing steps and stored forms in use that make the bundle differ from a checkpoint of its family."""
         steps = [step.name for step in HEALING_STEPS.values() if step.declared and step in self.healing_steps]
+        return (*steps, *self.declaring_settings)
+
+    @property
+    def declaring_settings(self) -> tuple[str, ...]:
+        """The settings, other than `heal`, that make the bundle differ from a checkpoint of its family."""
         narrowing = [name for name, share in self._narrowing.items() if share is not None and share < 1]
-        return (*steps, *(form.name for form in self.stored_forms), *narrowing)
+        return (*(form.name for form in self.stored_forms), *narrowing)
 
     @property
     def _narrowing(self) -> dict[str, float | None]:

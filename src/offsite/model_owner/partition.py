@@ -130,7 +130,7 @@ def _require_for_spread(spec: PackSpec) -> None:
         raise UsageError(
             "settings that go with no trained blocks between frozen ones",
             reasons=reasons,
-            next_step=spec.nearest(lambda row: row.for_spread, left_out=[form.name for form in spec.stored_forms])
+            next_step=spec.nearest(lambda row: row.for_spread, left_out=spec.declaring_settings)
             + "; or let train list first and last blocks alone",
         )
 
@@ -154,4 +154,4 @@ def _only_for_texts(spec: PackSpec) -> list[str]:
     """The settings of stored forms, and others, that do not work for image encoders."""
     bottlenecks = set(spec.permits.methods) == {"bottleneck"}
     others = [*(["distill_ce"] if spec.distill.ce else []), *(["methods"] if bottlenecks else [])]
-    return [*(form.name for form in spec.stored_forms), *others]
+    return [*spec.declaring_settings, *others]

@@ -80,7 +80,7 @@ def require_declarable(model: BaseModel, spec: PackSpec) -> None:
             ],
             next_step=spec.nearest(
                 lambda row: not (isinstance(row, HealingStep) and row.declared),
-                left_out=[form.name for form in spec.stored_forms],
+                left_out=spec.declaring_settings,
             ),
         )
     for form in spec.stored_forms:
