@@ -1,28 +1,41 @@
 """Loads a model's tokenizer, its config, and its context length from its files."""
 
+import importlib.util
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from offsite.errors import IncompatibleError
+from offsite.errors import IncompatibleError, UsageError
 from offsite.models.hugging_face_calls import OFFLINE, incompatible, quiet
-from offsite.models.model_folder import Source, as_folder, check_settings, folder_of, unwrapped_config
+from offsite.models.model_folder import (
+    Source,
+    as_folder,
+    check_settings,
+    folder_of,
+    has_file,
+    read_bytes,
+    unwrapped_config,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _INFINITY = {"Infinity": math.inf, "-Infinity": -math.inf}
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # a token in base64, and its rank
 
 
 def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a model.
 
     Raises:
+        UsageError: a package that reads the tokenizer's file is not installed.
         IncompatibleError: there is no tokenizer, it asks for foreign code, or it has no end token.
     """
     from transformers import AutoTokenizer
 
     check_settings(source)
+    require_tokenizer_package(source)
     with as_folder(source) as folder, quiet(), incompatible(folder_of(source)):
         more = {"config": load_config(source)} if unwrapped_config(source)[1] else {}
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **more, **OFFLINE)
@@ -32,6 +45,36 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
             next_step='name one as "eos_token" in its tokenizer_config.json',
         )
     return tokenizer
+
+
+def require_tokenizer_package(source: Source) -> None:
+    """Raise an error if a model has its tokenizer in tokenizer.model alone, and a package to read that is missing.
+
+    transformers reads such a file with sentencepiece; where that is missing it asks for tiktoken, whose files have the
+    same name and are text.
+
+    Raises:
+        UsageError: a package is not installed; the next step names it.
+    """
+    if has_file(source, "tokenizer.json") or not has_file(source, "tokenizer.model"):
+        return
+    ranks = _TIKTOKEN.match(read_bytes(source, "tokenizer.model"))
+    kind = "tiktoken" if ranks else "SentencePiece"
+    packages = {"tiktoken": "tiktoken"} if ranks else {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    missing = [package for module, package in packages.items() if not _is_installed(module)]
+    if missing:
+        raise UsageError(
+            f"{folder_of(source) / 'tokenizer.model'} is a tokenizer of {kind}, whose package is not installed",
+            reasons=[f"{package} is not installed" for package in missing],
+            next_step=f"pip install {' '.join(missing)}",
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
 
 
 def context_length(source: Source) -> int | None:

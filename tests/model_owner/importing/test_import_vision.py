@@ -16,6 +16,7 @@ from offsite.data.pictures.picture_files import load_processor
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.importing.import_model import import_model
+from offsite.model_owner.importing.import_record import read_record
 from offsite.protocol.artifacts import Base
 from offsite.protocol.contents import PROCESSOR
 from offsite.storage.checkpoint_folder import WEIGHTS
@@ -142,6 +143,27 @@ def test_an_encoder_out_of_an_onnx_file(tmp_path: Path) -> None:
     plain = import_model(tmp_path / "x.onnx", tmp_path / "plain", ImportSpec(dtype="bf16"))
     assert load_processor(plain.folder).side == (16, 16)
     assert {tensor.dtype for tensor in open_base(plain).tensors.values()} == {"BF16"}
+
+
+@pytest.mark.parametrize("operator", ["Mul", "Add", "Gemm"])
+def test_weights_of_the_encoder_that_have_no_place(tmp_path: Path, operator: str) -> None:
+    """Such as an adapter that was exported with the encoder."""
+    onnx = pytest.importorskip("onnx")
+    file = exported(dinov2(tmp_path / "source"), tmp_path / "x.onnx")
+    model = onnx.load(str(file))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((4, 4), np.float32), "onnx::more"))
+    node = onnx.helper.make_node(operator, ["x", "onnx::more"], ["z"], f"/backbone/encoder/{operator}")
+    model.graph.node.append(node)
+    onnx.save(model, str(file))
+    with pytest.raises(IncompatibleError, match="tensors that would be lost") as caught:
+        import_model(file, tmp_path / "base")
+    assert caught.value.reasons == (f"unused tensor onnx::more of the node /backbone/encoder/{operator}",)
+    assert not (tmp_path / "base").exists()
+
+
+def test_heads_are_counted(tmp_path: Path) -> None:
+    base = import_model(exported(dinov2(tmp_path / "source"), tmp_path / "x.onnx"), tmp_path / "base")
+    assert read_record(base.folder).left_out == {"decoder": 1}
 
 
 def test_sides_that_patches_do_not_fill(tmp_path: Path) -> None:

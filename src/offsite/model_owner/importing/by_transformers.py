@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from struct import error as StructError
@@ -12,9 +11,10 @@ from offsite.config import Dtype
 from offsite.data.read_rows import first
 from offsite.errors import IncompatibleError, StorageError
 from offsite.model_owner.base_model import family_of
-from offsite.model_owner.importing.quantised_source import dequantising
+from offsite.model_owner.importing.quantised_source import dequantising, tensors_in
 from offsite.model_owner.importing.write_weights import require_finite
 from offsite.models.hugging_face_calls import LIBRARY_ERRORS, OFFLINE, quiet
+from offsite.models.tokenizers import require_tokenizer_package
 from offsite.protocol.contents import CONFIG, PROCESSOR
 from offsite.storage.files import write_stream
 
@@ -90,9 +90,11 @@ def load_and_save(
             **(vision.keywords if vision else {}),
         )
         if method == "bitsandbytes":
-            model = model.dequantize()
+            model = model.dequantize(dtype=model.dtype)
         if method is not None or "gguf_file" in options:  # else saving undoes the conversions of quantised weights
             vars(model).pop("_weight_conversions", None)
+        if not vision and "gguf_file" not in options:
+            require_tokenizer_package(source)
         tokenizer = None if vision else AutoTokenizer.from_pretrained(source, **OFFLINE, **options)
     except _ERRORS as error:
         raise StorageError(
@@ -107,6 +109,8 @@ def load_and_save(
             reasons=first(problems),
             next_step="fetch the model again from where it was published",
         )
+    if "gguf_file" not in options:
+        _require_used(model, family, source)
     bad = [name for name, tensor in model.state_dict().items() if not bool(torch.isfinite(tensor).all())]
     require_finite(bad, file)
     _save(model, tokenizer, source, folder)
@@ -114,17 +118,8 @@ def load_and_save(
     return loaded
 
 
-def require_used(
-    model: "PreTrainedModel", family: "Architecture", names: Iterable[str], source: Path, known: Mapping[str, str]
-) -> None:
+def _require_used(model: "PreTrainedModel", family: "Architecture", source: Path) -> None:
     """Raise an error if transformers ignored weights of the source, because the model's class tells it to do so.
-
-    Args:
-        model: the loaded model.
-        family: its family, which knows the buffers of older files; these are not weights.
-        names: the names of all tensors in the source.
-        source: the source, for the error.
-        known: names of tensors that may be left out, as keys.
 
     Raises:
         IncompatibleError: weights were ignored; all are listed.
@@ -132,8 +127,8 @@ def require_used(
     patterns = [re.compile(pattern) for pattern in type(model)._keys_to_ignore_on_load_unexpected or ()]
     unused = [
         name
-        for name in names
-        if name not in known and family.name_of(name) is not None and any(one.search(name) for one in patterns)
+        for name, _ in tensors_in(source)
+        if family.name_of(name) is not None and any(one.search(name) for one in patterns)
     ]
     if unused:
         raise IncompatibleError(

@@ -8,6 +8,7 @@ class token and one for the patches. Heads after the encoder are not imported.
 import json
 import math
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import numpy.typing as npt
 
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.extras import require
-from offsite.model_owner.importing.import_record import ImportRecord
+from offsite.model_owner.importing.import_record import ImportRecord, count_by_part
 from offsite.model_owner.importing.write_weights import write_weights
 from offsite.protocol.contents import CONFIG, PROCESSOR
 from offsite.storage.files import write_stream
 from offsite.storage.safetensors_files import from_array
 
 _ENCODER = "backbone."
+_COMPUTING = ("MatMul", "Gemm", "Add", "Sub", "Mul", "Div", "Conv", "LayerNormalization")  # operators with weights
 _HEAD_WIDTH = 64  # width of an attention head in every published DINOv2
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's values, used to train DINOv2
 _BICUBIC = 3  # Pillow's number
@@ -45,7 +47,7 @@ def import_onnx(source: Path, folder: Path, dtype: str, image_size: int | None) 
         StorageError: the file is damaged.
         IncompatibleError: the file does not contain a DINOv2 encoder.
     """
-    arrays = _weights(source)
+    arrays, left_out = _weights(source)
     config = _config(arrays, source)
     patch, own = config["patch_size"], config["image_size"]
     side = image_size or min(own, 224 // patch * patch)
@@ -70,30 +72,40 @@ def import_onnx(source: Path, folder: Path, dtype: str, image_size: int | None) 
     }
     for name, content in ((CONFIG, config), (PROCESSOR, processor)):
         write_stream(folder / name, [json.dumps(content, indent=1).encode() + b"\n"])
-    return ImportRecord(("the DINOv2 encoder of an ONNX file",))
+    return ImportRecord(("the DINOv2 encoder of an ONNX file",), left_out)
 
 
-def _weights(source: Path) -> Arrays:
-    """The encoder's tensors, keyed by the names that transformers uses."""
+def _weights(source: Path) -> tuple[Arrays, dict[str, int]]:
+    """The encoder's tensors, keyed by the names that transformers uses; and how many each other part has.
+
+    Raises:
+        StorageError: the file cannot be read.
+        IncompatibleError: the encoder computes with constants that are none of its tensors.
+    """
     onnx = require("onnx", "onnx", "reading an ONNX file")
     try:
         graph = onnx.load(str(source), load_external_data=False).graph  # never another file than the one named
         stored = {tensor.name: tensor for tensor in graph.initializer}
         found: Arrays = {}
+        used: set[str] = set()  # initialisers that became tensors
         for name, tensor in stored.items():
             if name.startswith(_ENCODER):
                 found[name.removeprefix(_ENCODER)] = _array(onnx, tensor)
+                used.add(name)
         for node in graph.node:
             path = node.name.removeprefix("/" + _ENCODER.replace(".", "/")).removesuffix("/MatMul").replace("/", ".")
             if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in stored:
                 found[f"{path}.weight"] = np.ascontiguousarray(_array(onnx, stored[node.input[1]]).T)
-        positions = [
-            _array(onnx, stored[name])
+                used.add(node.input[1])
+        places = [
+            name
             for node in graph.node
             if node.name.startswith("/backbone/embeddings/") and node.op_type in ("Concat", "Reshape")
             for name in node.input
             if name in stored and stored[name].data_type == onnx.TensorProto.FLOAT
         ]
+        positions = [_array(onnx, stored[name]) for name in places]
+        _require_all_used(graph, stored, used, source)
     except OSError as error:
         raise StorageError(f"cannot read {source}: {error.strerror}", next_step="check the path") from error
     except Exception as error:  # protobuf's own error, which has no base class that could be named here
@@ -105,7 +117,29 @@ def _weights(source: Path) -> Arrays:
     if len(positions) == 2:  # the class token's is the shorter one
         positions.sort(key=lambda array: array.shape[1])
         found["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
-    return found
+    others = [name for name in stored if name not in used and name not in places]
+    return found, count_by_part(others)
+
+
+def _require_all_used(graph: Any, stored: Mapping[str, Any], used: Collection[str], source: Path) -> None:
+    """Raise an error if a node of the encoder computes with weights that were not taken; single numbers do not count.
+
+    Raises:
+        IncompatibleError: there are such weights; all are listed.
+    """
+    unused = {
+        name: node.name
+        for node in graph.node
+        if node.name.startswith("/backbone/") and node.op_type in _COMPUTING
+        for name in node.input
+        if name in stored and name not in used and math.prod(stored[name].dims) > 1
+    }
+    if unused:
+        raise IncompatibleError(
+            f"{source} has tensors that would be lost",
+            reasons=[f"unused tensor {name} of the node {node}" for name, node in sorted(unused.items())[:20]],
+            next_step="import the checkpoint that was exported, in safetensors or .bin",
+        )
 
 
 def _array(onnx: Any, tensor: Any) -> npt.NDArray[np.float32]:

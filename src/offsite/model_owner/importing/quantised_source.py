@@ -31,7 +31,7 @@ def method_of(folder: Path, config: Mapping[str, Any]) -> str | None:
     Raises:
         StorageError: a file is missing or damaged.
     """
-    found = method_of_tensors(_tensors(folder))
+    found = method_of_tensors(tensors_in(folder))
     return found and (method_in_settings(config) or found)
 
 
@@ -89,8 +89,8 @@ def dequantising(method: str) -> dict[str, Any]:
     return {"quantization_config": getattr(transformers, configs[method])(dequantize=True)}
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield the name and safetensors dtype of every tensor in the files of a folder."""
+def tensors_in(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield the name and safetensors dtype of every tensor in the files of a folder; no values are read."""
     for name in _files(folder, INDEX, WEIGHTS):
         yield from _header(folder / name)
     if (folder / INDEX).is_file() or (folder / WEIGHTS).is_file():
