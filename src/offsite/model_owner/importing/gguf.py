@@ -165,7 +165,8 @@ def _require_all_used(
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     kind = TENSOR_PROCESSORS.get(str(metadata["general.architecture"]), TensorProcessor)
-    used = get_gguf_hf_weights_map(model, kind(config=model.config.to_dict()))
+    body = (model.base_model_prefix, _Names(model.base_model))
+    used = get_gguf_hf_weights_map(_Names(model, (body,)), kind(config=model.config.to_dict()))
     unused = [
         name for name in names if name not in used and name.removesuffix(".weight") not in used and not _is_buffer(name)
     ]
@@ -175,6 +176,15 @@ def _require_all_used(
             reasons=first([f"unused tensor {name}" for name in unused]),
             next_step="import the safetensors that the file was made from",
         )
+
+
+class _Names:
+    """A model with its body as the one part: transformers' map of names would take seconds for every single module."""
+
+    def __init__(self, model: "PreTrainedModel", children: "Sequence[tuple[str, _Names]]" = ()) -> None:
+        self.config = model.config
+        self.state_dict = model.state_dict
+        self.named_children = lambda: children
 
 
 def _is_buffer(name: str) -> bool:
