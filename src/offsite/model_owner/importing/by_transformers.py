@@ -128,7 +128,9 @@ def _require_used(model: "PreTrainedModel", family: "Architecture", source: Path
     unused = [
         name
         for name, _ in tensors_in(source)
-        if family.name_of(name) is not None and any(one.search(name) for one in patterns)
+        if (today := family.name_of(name)) is not None
+        and family.sizes_of(today) is None
+        and any(one.search(name) for one in patterns)
     ]
     if unused:
         raise IncompatibleError(
