@@ -144,9 +144,9 @@ def test_code_that_the_config_names(base_of: MakeBase, tmp_path: Path) -> None:
 
 def test_family_that_is_not_supported(base_of: MakeBase, tmp_path: Path) -> None:
     source = copied_folder(base_of(), tmp_path / "source")
-    edit_json(source / "config.json", model_type="mamba")
+    edit_json(source / "config.json", model_type="t5")
     for folder in (source, as_bin(source, tmp_path / "bin")):
-        with pytest.raises(IncompatibleError, match="'mamba' are not supported"):
+        with pytest.raises(IncompatibleError, match="'t5' are not supported"):
             import_model(folder, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
