@@ -101,8 +101,11 @@ def _some_blocks(model: BaseModel) -> tuple[int, ...]:
     pairs = [(start, start + 1) for start in starts] if count > 2 else [(1,)]
     whole = [tuple(range(start, start + period)) for period in (3, 4, 6, 8) for start in starts[:1] if count > period]
     last: IncompatibleError | None = None
-    for dropped in (*pairs[:8], *whole, *((one,) for one in range(min(count, 4)))):
-        kept = tuple(index for index in range(count) if index not in dropped)
+    choices = [*pairs[:8], *whole, *((one,) for one in range(min(count, 4)))]
+    every = {dropped: tuple(index for index in range(count) if index not in dropped) for dropped in choices}
+    kinds = model.family.layout_of
+    by_kinds = sorted(every.values(), key=lambda kept: -len({kinds[index] for index in kept}))  # all kinds, if possible
+    for kept in by_kinds:
         try:
             if kept:
                 model.family.subset(model.config, kept)
@@ -190,7 +193,7 @@ def _skipped(network: "PreTrainedModel", model: BaseModel, dropped: Sequence[int
 
     def hand_on(_: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any], output: Any) -> Any:
         entering = arguments[0] if arguments else settings["hidden_states"]
-        return (entering, *output[1:]) if isinstance(output, tuple) else entering
+        return type(output)([entering, *output[1:]]) if isinstance(output, tuple | list) else entering
 
     blocks = [network.get_submodule(model.family.block_module(index)) for index in dropped]
     handles = [block.register_forward_hook(hand_on, with_kwargs=True) for block in blocks]
@@ -368,7 +371,7 @@ def _states_of(network: nn.Module, block: str, ids: Tensor) -> tuple[Tensor, Ten
 
     def keep(_: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any], output: Any) -> None:
         seen.append(arguments[0] if arguments else settings["hidden_states"])
-        seen.append(output[0] if isinstance(output, tuple) else output)
+        seen.append(output[0] if isinstance(output, tuple | list) else output)
 
     handle = network.get_submodule(block).register_forward_hook(keep, with_kwargs=True)
     try:
