@@ -14,6 +14,8 @@ from offsite import Base, EvalSpec, PackSpec, PlugInSpec, TuneSpec
 from offsite.config import Method
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import open_base
+from offsite.models.derive_family import derive_family
+from offsite.models.transformers_types import config_keys
 from tiny import Parties, tiny_parties, tiny_rows
 from tiny_types import tiny_type_base
 
@@ -43,6 +45,11 @@ def try_type(model_type: str, folder: Path, methods: tuple[Method, ...] = ("lora
         AssertionError: two views of the tuned model differ.
         OffsiteError: something else than packing was refused.
     """
+    if "text_config" in config_keys(model_type):
+        try:
+            derive_family({"model_type": model_type})
+        except IncompatibleError as error:
+            return Outcome(model_type, "refused", why=_short("; ".join(error.reasons)))
     try:
         base = tiny_type_base(folder / "base", model_type)
     except Exception as error:  # noqa: BLE001  what a library raises on a config has no end

@@ -91,6 +91,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mamba": {"intermediate_size": 64},
     "mamba2": {"num_heads": 8},
     "modernbert-decoder": {"local_attention": 8},
+    "roberta": {"max_position_embeddings": 80},  # which start after the number of the padding token
+    "roberta-prelayernorm": {"max_position_embeddings": 80},
+    "xlm-roberta": {"max_position_embeddings": 80},
+    "xlm-roberta-xl": {"max_position_embeddings": 80},
     "zaya": {"num_experts_per_tok": 1},
 }
 
