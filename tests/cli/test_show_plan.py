@@ -136,7 +136,7 @@ def test_the_json_of_a_pack(tmp_path: Path, base: Path, parties: Parties, run: R
     assert [memory["compute"] for memory in plan["memory"]] == ["bf16", "fp32"]  # the device is not known yet
     for memory in plan["memory"]:
         assert memory["bytes"] == sum(memory["weights"].values())
-    assert plan["work"] == ["heal by refit"]
+    assert plan["work"] == ["heal by refit of mlp in closed form"]
     assert plan["disk_bytes"] > sum(plan["files"].values())
     assert plan["disk_free_bytes"] > 0
 

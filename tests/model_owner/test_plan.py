@@ -121,7 +121,7 @@ def test_every_kind_of_encoder_can_be_planned(tmp_path: Path, parties: Parties, 
     plan = plan_of(base, settings)
     bundle = pack(Base(base), tmp_path / "bundle", "hospital", settings, parties.owner)
     assert by_name(plan.files) == sizes(bundle.folder)
-    assert plan.work == ("heal by refit",)
+    assert plan.work == ("heal by refit of mlp in closed form",)
 
 
 def test_parts_by_hand(base_of: MakeBase, plan_of: Plan) -> None:
@@ -143,10 +143,18 @@ def test_parts_by_hand(base_of: MakeBase, plan_of: Plan) -> None:
 @pytest.mark.parametrize(
     ("settings", "work", "healed"),
     [
-        ({}, ("heal by refit",), 2 * 2 * INNER * HIDDEN),
-        ({"refit_maps": "attention,mlp"}, ("heal by refit",), 2 * 2 * (32 + INNER) * HIDDEN),
+        ({}, ("heal by refit of mlp in closed form",), 2 * 2 * INNER * HIDDEN),
+        (
+            {"refit_maps": "attention,mlp"},
+            ("heal by refit of attention in closed form and mlp in closed form",),
+            2 * 2 * (32 + INNER) * HIDDEN,
+        ),
         ({"heal": "affine"}, ("heal by affine",), 2 * 2 * (HIDDEN**2 + HIDDEN)),
-        ({"keep": 3, "prune": 0.5}, ("prune by sparsegpt", "heal by refit"), 3 * 2 * (BLOCK - 2 * HIDDEN)),
+        (
+            {"keep": 3, "prune": 0.5},
+            ("prune by sparsegpt", "heal by refit of mlp in closed form"),
+            3 * 2 * (BLOCK - 2 * HIDDEN),
+        ),
         ({"heal": "none"}, (), None),
     ],
     ids=["refit", "both maps", "affine", "pruning", "none"],
@@ -240,7 +248,7 @@ def test_measuring_leaves_nothing(
     base, asked = Base(base_of("llama")), spec(calibration_tokens=512, **settings)
     before = sorted(tmp_path.rglob("*"))
     plan, checked = plan_pack(base, tmp_path / "bundle", "hospital", asked, parties.owner)
-    measured = measure_packing(plan, checked, asked, silent).measured
+    measured = measure_packing(plan, checked, silent).measured
     assert sorted(tmp_path.rglob("*")) == before
     assert measured is not None
     assert (measured.what, measured.times, measured.compute) == (what, times, "fp32")
@@ -251,7 +259,7 @@ def test_measuring_leaves_nothing(
 def test_where_no_network_runs_nothing_is_measured(base_of: MakeBase, tmp_path: Path, parties: Parties) -> None:
     asked = spec(heal="none")
     plan, checked = plan_pack(Base(base_of("llama")), tmp_path / "bundle", "hospital", asked, parties.owner)
-    assert measure_packing(plan, checked, asked, silent).measured is None
+    assert measure_packing(plan, checked, silent).measured is None
 
 
 @pytest.mark.parametrize("returns", [lora_return, full_return], ids=["lora", "full"])

@@ -57,7 +57,10 @@ def _widths(model: BaseModel, index: int, spec: PackSpec) -> Widths:
             raise IncompatibleError(
                 f"the {part} of this {model.family.model_type} model cannot be removed",
                 reasons=[whole[part]],
-                next_step=f"leave --narrow-{part} out",
+                next_step={
+                    "heads": "leave --narrow-heads out",
+                    "neurons": "leave --narrow-neurons out",
+                }[part],
             )
     if spec.narrow.share is None:
         units = max(1, round((asked["heads"] or 1) * base.units))
