@@ -12,7 +12,12 @@ import numpy.typing as npt
 import torch
 
 from offsite.config import Method, PackSpec
-from offsite.model_owner.pack import pack
+from offsite.model_owner.base_model import fingerprint
+from offsite.model_owner.bundle_settings import settings_files
+from offsite.model_owner.bundle_tensors import bundle_tensors, counts
+from offsite.model_owner.check_packing import check_packing
+from offsite.model_owner.pack import Parties as Keys
+from offsite.model_owner.pack import bundle_manifest, pack
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base, Bundle, Return
@@ -41,7 +46,7 @@ from offsite.protocol.peft_adapter import adapter_config, adapter_tensors
 from offsite.protocol.return_rules import classifier_inputs
 from offsite.protocol.sealing import file_entries, seal
 from offsite.protocol.signing import Identity
-from offsite.storage.checkpoint_folder import WEIGHTS, open_checkpoint
+from offsite.storage.checkpoint_folder import WEIGHTS, open_checkpoint, write_checkpoint
 from offsite.storage.files import staged_folder, write_stream
 from offsite.storage.safetensors_files import from_array, read_float32, read_header, write_safetensors
 from tiny import Parties
@@ -55,6 +60,21 @@ def packed(base: Path, out: Path, parties: Parties, **settings: Any) -> Bundle:
     blocks = count.get("num_hidden_layers", count.get("n_layer"))
     spec = {"bottom": 1, "top": 1, "keep": blocks - 2, "heal": "none", "dtype": "fp32", **settings}
     return pack(Base(base), out, "hospital", PackSpec.model_validate(spec), parties.owner)
+
+
+def packed_unopened(base: Path, out: Path, parties: Parties) -> Bundle:
+    """A bundle of all blocks as they are, which is not opened before it is signed: its library may be missing here."""
+    spec = PackSpec.model_validate({"bottom": 1, "top": 1, "keep": 1, "heal": "none", "dtype": "fp32"})
+    checked = check_packing(Base(base), out, "hospital", spec, parties.owner)
+    model, identity = checked.model, checked.identity
+    kept = checked.sandwich.kept(checked.sandwich.middle)
+    numbers = counts(checked.sandwich, kept, checked.spec)
+    with staged_folder(out) as folder:
+        written = write_checkpoint(folder, bundle_tensors(model, kept, {}, "F32", numbers, checked.spec, None))
+        written += [write_stream(folder / name, [b]) for name, b in settings_files(model, kept, "F32", None).items()]
+        keys = Keys(identity.public_key.hex, checked.recipient.hex, fingerprint(model, identity))
+        manifest = bundle_manifest(model, kept, numbers, checked.spec, file_entries(written), keys)
+        return seal(folder, manifest, identity, out)
 
 
 def lora_return(

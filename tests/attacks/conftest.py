@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from artifacts import bottleneck_return, full_return, lora_return, packed, with_earlier
+from artifacts import bottleneck_return, full_return, lora_return, packed, packed_unopened, with_earlier
 from attacks.lab import Lab
 from offsite.config import PlugInSpec
 from offsite.model_owner.intake import intake
@@ -36,7 +36,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lora_return(narrow, folder / "every-lora", parties.data_owner)
     full_return(narrow, folder / "every-bitfit", parties.data_owner, method="bitfit")
     encoder = packed(tiny_vision_base(folder / "encoder", "dinov2", 3), folder / "encoder-bundle", parties)
-    packed(tiny_vision_base(folder / "timm", "timm, eva", 3), folder / "timm-bundle", parties)
+    packed_unopened(tiny_vision_base(folder / "timm", "timm, eva", 3), folder / "timm-bundle", parties)
     full_return(encoder, folder / "encoder-full", parties.data_owner, classes=("cat", "dog"))
     bundle = packed(base, folder / "bundle", parties, keep=1, max_rank=8, max_width=8)
     lora_return(bundle, folder / "lora", parties.data_owner)

@@ -57,7 +57,7 @@ def test_verification_and_policy_together_are_a_failed_verification(lab: Lab) ->
 
 
 def test_wider_than_permitted(lab: Lab) -> None:
-    with pytest.raises(PolicyError, match="beyond what the bundle permits") as caught:
+    with pytest.raises(PolicyError, match="settings that the bundle does not permit") as caught:
         lab.check("width-9")
     assert caught.value.reasons == ("bottlenecks of width 9, the bundle permits up to 8",)
 
