@@ -1,13 +1,11 @@
-"""Verifying what a stranger sent runs in a process that cannot run a model: torch is not even imported."""
+"""Verifying what a stranger sent, and plugging it in, run no model: torch is not even imported."""
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from attacks.lab import Lab
-from offsite.protocol.home import Home
 
 CODE = """
 import sys
@@ -32,14 +30,12 @@ def test_verify(lab: Lab, target: str, home: str) -> None:
     run(CODE, lab.folder / target, lab.folder / f"{home}-home")
 
 
-PACK_AND_PLUG_IN = """
+PLUG_IN = """
 import sys
 from pathlib import Path
-from offsite import Base, Home, PackSpec, PlugInSpec, intake, pack, plug_in
+from offsite import Base, Home, PlugInSpec, intake, plug_in
 folder = Path(sys.argv[1])
 owner = Home(folder / "acme-home")
-spec = PackSpec(bottom=1, top=1, keep=1, heal="none", select="uniform")
-pack(Base(folder / "base"), folder / "again", "hospital", spec, owner)
 for form in ("adapter", "merged"):
     spec = PlugInSpec(as_=form, again=True)
     plug_in(Base(folder / "base"), intake(folder / "lora", owner), folder / form, spec, owner)
@@ -49,8 +45,6 @@ assert not heavy, heavy
 """
 
 
-def test_pack_and_plug_in_build_no_model(lab: Lab) -> None:
-    run(PACK_AND_PLUG_IN, lab.folder)
-    assert (lab.folder / "again" / "model.safetensors").is_file()
-    assert Home(lab.folder / "acme-home").ledger.is_file()
-    assert isinstance(lab.folder, Path)
+def test_plug_in_builds_no_model(lab: Lab) -> None:
+    run(PLUG_IN, lab.folder)
+    assert (lab.folder / "merged" / "model.safetensors").is_file()

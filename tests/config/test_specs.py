@@ -229,7 +229,7 @@ def test_every_broken_rule_is_listed() -> None:
         load_spec(PackSpec, {"drop_from": 3, "bits": 4, "svd_rank": 0.5})
     assert caught.value.reasons == (
         "settings: bits and svd_rank are different ways to store a matrix: choose one",
-        "settings: drop_from goes with select = contiguous only",
+        "settings: drop_from has an effect only with select = contiguous",
     )
 
 
