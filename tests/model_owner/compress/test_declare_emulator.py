@@ -220,7 +220,6 @@ def test_what_a_family_cannot_have_is_refused_before_any_work(
     [
         {"bits": 8, "svd_rank": 0.5},
         {"heal": "share,refit"},
-        {"heal": "share", "keep": 2, "prune": 0.5},
         {"heal": "distill,refit"},
         {"bits": 3},
     ],
