@@ -12,12 +12,13 @@ import numpy.typing as npt
 import torch
 
 from offsite.config import Method, PackSpec
-from offsite.model_owner.base_model import fingerprint
+from offsite.model_owner.base_model import fingerprint, open_base
 from offsite.model_owner.bundle_settings import settings_files
 from offsite.model_owner.bundle_tensors import bundle_tensors, counts
-from offsite.model_owner.check_packing import check_packing
+from offsite.model_owner.check_packing import require_packable
 from offsite.model_owner.pack import Parties as Keys
 from offsite.model_owner.pack import bundle_manifest, pack
+from offsite.model_owner.resolve_defaults import resolve_defaults
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base, Bundle, Return
@@ -65,15 +66,16 @@ def packed(base: Path, out: Path, parties: Parties, **settings: Any) -> Bundle:
 def packed_unopened(base: Path, out: Path, parties: Parties) -> Bundle:
     """A bundle of all blocks as they are, which is not opened before it is signed: its library may be missing here."""
     spec = PackSpec.model_validate({"bottom": 1, "top": 1, "keep": 1, "heal": "none", "dtype": "fp32"})
-    checked = check_packing(Base(base), out, "hospital", spec, parties.owner)
-    model, identity = checked.model, checked.identity
-    kept = checked.sandwich.kept(checked.sandwich.middle)
-    numbers = counts(checked.sandwich, kept, checked.spec)
+    model, owner = open_base(Base(base)), parties.owner
+    spec, identity = resolve_defaults(model, spec), owner.identity()
+    sandwich = require_packable(model, spec)
+    kept = sandwich.kept(sandwich.middle)
+    numbers = counts(sandwich, kept, spec)
     with staged_folder(out) as folder:
-        written = write_checkpoint(folder, bundle_tensors(model, kept, {}, "F32", numbers, checked.spec, None))
+        written = write_checkpoint(folder, bundle_tensors(model, kept, {}, "F32", numbers, spec, None))
         written += [write_stream(folder / name, [b]) for name, b in settings_files(model, kept, "F32", None).items()]
-        keys = Keys(identity.public_key.hex, checked.recipient.hex, fingerprint(model, identity))
-        manifest = bundle_manifest(model, kept, numbers, checked.spec, file_entries(written), keys)
+        keys = Keys(identity.public_key.hex, owner.trusted_key("hospital").hex, fingerprint(model, identity))
+        manifest = bundle_manifest(model, kept, numbers, spec, file_entries(written), keys)
         return seal(folder, manifest, identity, out)
 
 

@@ -86,7 +86,7 @@ def _literal(annotation: Any) -> tuple[str, ...]:
             "pack",
             {
                 "out", "for", "placement", "bottom", "top", "train", "keep", "select", "drop-from", "search-minutes",
-                "heal",
+                "heal", "heal-minutes",
                 "distill-tokens", "distill-epochs", "distill-steps", "distill-lr", "distill-ce",
                 "prune", "prune-by", "zeros", "bits",
                 "group", "svd-rank", "mlp-width", "narrow", "narrow-by", "narrow-heads", "narrow-neurons",

@@ -40,7 +40,8 @@ def applied(settings: dict[str, Any], next_step: str) -> dict[str, Any]:
     given, _, without = next_step.partition("without ")
     changed |= dict(re.findall(r"--(select|heal) ([\w,]+)", given))
     removed = {word.removeprefix("--").replace("-", "_") for word in without.split(";")[0].split(" and ") if word}
-    removed |= set(re.findall(r"leave (\w+) out", next_step))
+    if left_out := re.search(r"leave ([\w -]+) out", next_step):
+        removed |= {word.removeprefix("--").replace("-", "_") for word in left_out[1].split(" and ")}
     return {key: value for key, value in changed.items() if key not in removed}
 
 

@@ -308,7 +308,7 @@ def double(base: Path) -> None:
         ("llama", lambda b: edit_json(b / "config.json", num_hidden_layers=4), "unexpected model.layers.4"),
         ("llama", lambda b: edit_json(b / "config.json", num_hidden_layers=[4]), "how many blocks"),
         ("llama", lambda b: edit_json(b / "config.json", tie_word_embeddings=False), "missing lm_head.weight"),
-        ("llama", lambda b: edit_json(b / "config.json", model_type="mamba"), "'mamba' are not supported"),
+        ("llama", lambda b: edit_json(b / "config.json", model_type="t5"), "'t5' are not supported"),
         ("llama", lambda b: edit_json(b / "config.json", model_type=["llama"]), "are not supported"),
         ("llama", lambda b: edit_json(b / "config.json", hidden_act="/home/acme/act.py"), "may not travel"),
         ("gpt2", lambda b: edit_json(b / "config.json", num_hidden_layers=7), "how many blocks"),

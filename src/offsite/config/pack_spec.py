@@ -122,12 +122,10 @@ class PackSpec(Spec):
         """A `prune_by` that reads calibration data cannot be combined with `heal` = share or affine."""
         for step in self.healing_steps:
             if self.pruned and self.pruner.calibrated and step.not_with_calibrated:
-                way = "set keep to the number of blocks that stay"
-                if self.compress.prune is not None:
-                    way = f"choose prune_by = {' or '.join(row.name for row in PRUNERS.values() if not row.calibrated)}"
+                others = " or ".join(row.name for row in PRUNERS.values() if not row.calibrated)
                 raise ValueError(
                     f"heal = {step.name} cannot run with prune_by = {self.pruner.name}, {step.not_with_calibrated}: "
-                    f"{way}"
+                    f"choose prune_by = {others}"
                 )
 
     @rule

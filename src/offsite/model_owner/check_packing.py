@@ -67,12 +67,12 @@ def check_packing(
     sandwich = require_packable(model, spec)
     if spec.resumable:
         require_resume_asked(run_folder(out), resume=resume)
+    if model.family.vision is not None and model.family.vision.extra:
+        from offsite.models.hugging_face_calls import require_library
+
+        require_library(model.family, model.folder)
     if runs_network(sandwich, spec):
         require_calibration(model, spec, distills=bool(work_of(sandwich.middle, spec).later_steps))
-        if model.family.vision is not None and model.family.vision.extra:
-            from offsite.models.hugging_face_calls import require_library
-
-            require_library(model.family, model.folder)
     return Packing(model, spec, sandwich, identity, key)
 
 

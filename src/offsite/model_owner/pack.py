@@ -95,13 +95,17 @@ def pack(
     open_settings(model, settings_files(model, range(model.blocks), dtype))
     base_code = fingerprint(model, identity, bad=bad)
     require_finite(bad, model.folder)
-    with staged_folder(out) as folder, _scratch(out, folder, base_code, spec, resume=resume) as scratch:
-        with run_log(log_file(out)) as write:
+    with (
+        _log(out) as log,
+        staged_folder(out) as folder,
+        _scratch(out, folder, base_code, spec, resume=resume) as scratch,
+    ):
+        with run_log(log) as write:
             write({"event": PACKING, "emulator": describe_emulator(model, sandwich, spec)})
         chosen = select_blocks(model, sandwich, spec, scratch, progress)
         emulator = fill_places(sandwich.middle, chosen, spec)
         widths = even_widths(model, emulator, spec) if spec.narrows else None
-        healed = heal(Healing(model, sandwich, emulator, widths, spec, scratch, log_file(out), progress))
+        healed = heal(Healing(model, sandwich, emulator, widths, spec, scratch, log, progress))
         kept = sandwich.kept(emulator)
         progress(Event("writing the bundle", 0))
         numbers = counts(sandwich, kept, spec)
@@ -176,6 +180,19 @@ def bundle_manifest(
         declared_family=row,
         files=files,
     )
+
+
+@contextlib.contextmanager
+def _log(out: Path) -> Iterator[Path]:
+    """Context manager: yield the path of the log; a new log is deleted if packing fails and cannot be resumed."""
+    log = log_file(out)
+    new = not log.exists()
+    try:
+        yield log
+    except BaseException:
+        if new and not run_folder(out).exists():
+            log.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

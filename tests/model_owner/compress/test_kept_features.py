@@ -16,7 +16,7 @@ from tiny import MakeBase
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_kept_features_are_those_of_the_reshaped_tensors(base_of: MakeBase, family: str) -> None:
     model, spec = open_base(Base(base_of(family))), PackSpec(mlp_width=0.25)
-    declared = declared_of(model, 0, (0,), spec)
+    declared = declared_of(model, 0, (0,), spec, None)
     assert declared is not None
     block = {path: read_float32(tensor) for path, tensor in model.block(1).items()}
     form = form_of(spec.stored_forms[0])

@@ -17,7 +17,7 @@ from offsite.model_owner.compress.pruner_protocol import pruning
 from offsite.model_owner.compress.smallest_weights import without_smallest
 from offsite.model_owner.compress.sparsegpt import COLUMNS, DAMPING, prune_matrices
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.architectures import ARCHITECTURES, Architecture
 from offsite.models.timm_family import TIMM
 from offsite.protocol.artifacts import Bundle
 from offsite.storage.checkpoint_folder import open_checkpoint
@@ -112,8 +112,13 @@ def pruned_sizes(bundle: Bundle) -> dict[str, int]:
     return {
         name: math.prod(tensors[name].shape)
         for name, place in places.items()
-        if place and place[0] in emulator and place[1].removesuffix(".weight") in family.linears
+        if place and place[0] in emulator and _is_pruned(family, place[1])
     }
+
+
+def _is_pruned(family: Architecture, path: str) -> bool:
+    linear = path.removesuffix(".weight")
+    return linear in family.linears or (family.experts is not None and linear.startswith(f"{family.experts.path}."))
 
 
 def zeros(bundle: Bundle) -> dict[str, int]:

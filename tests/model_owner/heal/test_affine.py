@@ -126,8 +126,14 @@ def test_maps_do_not_depend_on_how_the_blocks_are_stored(
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"heal": "affine"}, "prune_by = sparsegpt.*set keep"),  # half of every matrix is the usual
-        ({"heal": "affine", "keep": 2, "prune": 0.5}, "prune_by = sparsegpt.*choose prune_by = magnitude"),
+        (
+            {"heal": "affine", "prune_by": "sparsegpt", "zeros": "left-out"},
+            "prune_by = sparsegpt.*choose prune_by = magnitude",
+        ),
+        (
+            {"heal": "affine", "keep": 2, "prune": 0.5, "prune_by": "sparsegpt"},
+            "prune_by = sparsegpt.*choose prune_by = magnitude",
+        ),
         ({"heal": "affine,refit", "keep": 2}, "heal's only step.*choose heal = affine"),
         ({"heal": "share,affine", "keep": 2}, "heal's only step.*choose heal = affine"),
         ({"heal": "affine,distill", "keep": 2}, "heal's only step.*or heal = refit,distill"),

@@ -345,11 +345,11 @@ def test_every_calibration_sequence_starts_with_one_bos(tmp_path: Path, text: Pa
 
 
 @pytest.mark.parametrize("settings", [{"keep": 2}, {"keep": 2, "heal": "affine"}, {"keep": None, "heal": "none"}])
-def test_weights_that_are_no_numbers_are_told_with_the_block(
+def test_an_overflow_in_a_block_is_reported_with_its_number(
     tmp_path: Path, text: Path, settings: dict[str, object]
 ) -> None:
     base = tiny_base(tmp_path / "base", blocks=5)
-    edit_weights(base / "model.safetensors", lambda held: held["model.layers.2.mlp.up_proj.weight"].fill(np.inf))
+    edit_weights(base / "model.safetensors", lambda held: held["model.layers.2.mlp.up_proj.weight"].fill(3e38))
     with pytest.raises(IncompatibleError, match=r"to solve for block [123]"):
         pack_refitted(base, tmp_path, text, 8 * 64, **settings)
     assert not (tmp_path / "bundle").exists()

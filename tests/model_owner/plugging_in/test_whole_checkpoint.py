@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from artifacts import bottleneck_return, full_return, lora_return, packed
 from model_owner.importing.test_text_tower import EACH, text_logits, whole_model
+from model_owner.test_check_bundle import TEMPLATE
 from model_owner.test_pack import plain
 from offsite.config import ImportSpec, PlugInSpec
 from offsite.errors import IncompatibleError, UsageError
@@ -48,7 +49,7 @@ def loaded(folder: Path) -> Any:
 def test_the_tower_is_replaced_and_nothing_else(tmp_path: Path, parties: Parties, form: str) -> None:
     source, model = whole_model(tmp_path / "whole", form)
     for name in WHOLE_FILES:
-        (source / name).write_text("{}" if name != "chat_template.json" else json.dumps({"chat_template": "x"}))
+        (source / name).write_text("{}" if name != "chat_template.json" else json.dumps({"chat_template": TEMPLATE}))
     base, accepted = tuned(source, tmp_path, parties)
     merged = plug_in(Base(base), accepted, tmp_path / "merged", PlugInSpec(as_="merged"), parties.owner).folder
     again = PlugInSpec(whole=source, again=True)

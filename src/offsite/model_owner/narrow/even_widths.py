@@ -49,7 +49,7 @@ def _widths(model: BaseModel, index: int, spec: PackSpec) -> Widths:
         raise IncompatibleError(
             f"the blocks of this {model.family.model_type} model cannot be made narrower",
             reasons=[f"{part}: {why}" for part, why in whole.items()],
-            next_step="leave --narrow out; dropping blocks with --keep and pruning work with every family",
+            next_step=f"leave {_flags(spec)} out; dropping blocks with --keep and pruning work with every family",
         )
     asked = {"heads": spec.narrow.heads, "neurons": spec.narrow.neurons}
     for part, share in asked.items():
@@ -66,6 +66,15 @@ def _widths(model: BaseModel, index: int, spec: PackSpec) -> Widths:
         units = max(1, round((asked["heads"] or 1) * base.units))
         return base.narrowed(units, max(1, round((asked["neurons"] or 1) * base.neurons)))
     return _for_share(model, shapes, base, frozenset(whole), spec.narrow.share)
+
+
+def _flags(spec: PackSpec) -> str:
+    given = {
+        "--narrow": spec.narrow.share,
+        "--narrow-heads": spec.narrow.heads,
+        "--narrow-neurons": spec.narrow.neurons,
+    }
+    return " and ".join(flag for flag, share in given.items() if share is not None)
 
 
 def _for_share(model: BaseModel, shapes: Shapes, base: Widths, whole: frozenset[str], share: float) -> Widths:
