@@ -487,7 +487,7 @@ def _tiny_timm_base(folder: Path, architecture: str, blocks: int, classifier: bo
         "hidden_size": 32, "num_hidden_layers": blocks, "num_attention_heads": 4, "intermediate_size": 48,
         "image_size": SIDE, "patch_size": 4, "dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
     }  # fmt: skip
-    config |= {**family.settled, **family.settled_by(config)}
+    config |= {**family.fixed_settings, **family.computed_settings(config)}
     paths = [
         family.in_block(index, path) for index in range(blocks) for path in sorted(family.block_tensors(config, index))
     ]

@@ -108,10 +108,10 @@ def _facts(log: Path, *, as_json: bool) -> dict[str, Any]:
     from offsite.training.run_log import last_record
 
     kernels = last_record(log, "kernels")
-    told = inspect_verbs.told_by(log, "step", "validation")
+    last = inspect_verbs.last_losses(log, "step", "validation")
     if kernels is None or not as_json:
-        return told
-    return {**told, "kernels": {name: kernels[name] for name in ("backend", "pieces")}}
+        return last
+    return {**last, "kernels": {name: kernels[name] for name in ("backend", "pieces")}}
 
 
 def _plan(
@@ -221,10 +221,10 @@ def promise(manifest: "BundleManifest", spec: "TuneSpec") -> str:
     size = f"{len(tensors)} tensors, {numbers:,} numbers, {4 * numbers / 2**20:.1f} MiB"
     if earlier:
         size = f"in each of {spec.points.checkpoints} checkpoints {size}"
-    told = "no losses"
+    losses = "no losses"
     if spec.points.report_scores:
-        told = f"but the held-out loss of {'each checkpoint' if earlier else 'what trained'}, as --report-scores asks"
+        losses = f"but the held-out loss of {'each checkpoint' if earlier else 'what trained'}, as --report-scores asks"
     return (
         f"the return will hold {', '.join(files)} and nothing else: for blocks {blocks} of the bundle, {what} "
-        f"({size}){also}; no paths, no {'other ' if vision else ''}names, no row counts, {told}"
+        f"({size}){also}; no paths, no {'other ' if vision else ''}names, no row counts, {losses}"
     )

@@ -110,7 +110,7 @@ def describe_base(folder: Path) -> dict[str, Any]:
     }
 
 
-def told_by(log: Path, trained: str, judged: str) -> dict[str, Any]:
+def last_losses(log: Path, trained: str, judged: str) -> dict[str, Any]:
     """The measures of a run's last training step, and of the validation after it, from the run's log.
 
     Args:
@@ -126,10 +126,10 @@ def told_by(log: Path, trained: str, judged: str) -> dict[str, Any]:
     step, held_out = last_record(log, trained), last_record(log, judged)
     if step is None:
         return {}
-    told = {"steps": step["step"], **{name: step[name] for name in _MEASURES if name in step}}
+    last = {"steps": step["step"], **{name: step[name] for name in _MEASURES if name in step}}
     if held_out is not None and held_out["step"] == step["step"]:
-        told |= {f"eval_{name}": held_out[name] for name in _MEASURES if name in held_out}
-    return {**told, "log": str(log)}
+        last |= {f"eval_{name}": held_out[name] for name in _MEASURES if name in held_out}
+    return {**last, "log": str(log)}
 
 
 _MEASURES = ("loss", "accuracy", "error", "ce")

@@ -91,7 +91,7 @@ def pack(
     made = last_record(log_file(out), PACKING) or {}
     shown = {**inspect_verbs.describe(bundle, own), "emulator": made.get("emulator")}
     if "distill" in spec.heal.steps:
-        shown["distillation"] = inspect_verbs.told_by(log_file(out), "distill step", "distill held out")
+        shown["distillation"] = inspect_verbs.last_losses(log_file(out), "distill step", "distill held out")
     terminal.show(shown, as_json=as_json)
     terminal.hint(f"next: send the folder {out} to {recipient}")
 

@@ -86,7 +86,7 @@ def _measurement(measured: "Measurement") -> list[str]:
     return [
         f"measured on this machine ({measured.device}, {measured.compute}): {measured.what}",
         f"peak memory of {held}: {size(measured.peak_bytes)}",
-        f"seconds: {measured.seconds:.2f}, so about {whole} for the run, beside loading, validating and writing",
+        f"seconds: {measured.seconds:.2f}, so about {whole} for the run, without loading, validating and writing",
     ]
 
 

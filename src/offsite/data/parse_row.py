@@ -29,7 +29,7 @@ _MESSAGES = ("messages", "conversations", "conversation")
 _OUTPUTS = ("output", "response")
 _INPUTS = ("input", "context")
 _ANSWERS = ("answer", "answerKey")
-_KTO = ("kto_tag", "label")  # beside an answer: whether it is a good one
+_KTO = ("kto_tag", "label")  # next to an answer: whether it is a good one
 _UNWANTED = "rows left out because their label is false (answers that are not wanted)"
 FIELDS = frozenset(
     {

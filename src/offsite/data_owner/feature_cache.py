@@ -91,7 +91,7 @@ def _frozen_before(tuning: Tuning) -> int:
 def _nothing_to_cache(tuning: Tuning, spec: TuneSpec) -> str:
     """The reason why a cache of the frozen blocks' output would not help; empty if it may help."""
     if not isinstance(tuning.task, TextTask):
-        return "pictures are cropped anew in every epoch"
+        return "pictures are cropped differently in every epoch"
     if spec.memory.cache_features == "off":
         return "switched off by cache_features"
     if not _frozen_before(tuning):

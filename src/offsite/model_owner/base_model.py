@@ -137,7 +137,7 @@ def family_of(config: Mapping[str, Any]) -> Architecture:
 
     Raises:
         IncompatibleError: the config turns on an option that the row does not support; or the table has no row, and
-            the parts of the model cannot be told.
+            the parts of the model cannot be identified.
     """
     return _family_and_config(config, ())[0]
 

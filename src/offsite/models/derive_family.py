@@ -48,7 +48,7 @@ def derive_family(config: Mapping[str, Any], stored: Collection[str] = ()) -> De
         stored: the names of the tensors in the base's files; empty: those that transformers' modules have.
 
     Raises:
-        IncompatibleError: transformers has no such causal language model, or its parts cannot be told.
+        IncompatibleError: transformers has no such causal language model, or its parts cannot be identified.
     """
     kind = str(config.get("model_type"))[:64]
     if causal_class(kind) is None:
@@ -73,7 +73,7 @@ def derive_family(config: Mapping[str, Any], stored: Collection[str] = ()) -> De
     except OffsiteError:
         raise
     except Exception as error:  # what a library raises on a config has no end
-        reason = f"its parts could not be told: {type(error).__name__}: {str(error).strip()[:200]}"
+        reason = f"its parts could not be identified: {type(error).__name__}: {str(error).strip()[:200]}"
         raise IncompatibleError(
             f"models of type {kind!r} are not supported", reasons=[reason], next_step=_NEXT
         ) from error

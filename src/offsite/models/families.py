@@ -201,7 +201,7 @@ def _qwen_mixture(
         only_if=dict.fromkeys((f"{path}.weight" for path in _GATED_MLP), "!has_experts")
         | dict.fromkeys((*(f"{path}.weight" for path in shared), "mlp.gate.weight"), "has_experts"),
         listed={"mlp_only_layers": _is_dense},
-        settled={"decoder_sparse_step": 1},
+        fixed_settings={"decoder_sparse_step": 1},
         numbered={"mlp.experts": counts},
         experts=Experts(
             path="mlp.experts",

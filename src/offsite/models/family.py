@@ -103,7 +103,7 @@ class Architecture:
     per_block: Mapping[str, Rule] = field(default_factory=dict)  # config keys with an entry per block, and its rule
     listed: Mapping[str, Rule] = field(default_factory=dict)  # config keys that list the blocks for which a rule holds
     # Other config keys that the rules read -> their values in a config that lists every block.
-    settled: Mapping[str, Any] = field(default_factory=dict)
+    fixed_settings: Mapping[str, Any] = field(default_factory=dict)
     # Config keys from which lists are derived and which reveal the base's depth -> their value in a bundle's config.
     implied: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
     among: Mapping[str, Collection[str]] = field(default_factory=dict)  # config keys that have one of these values
@@ -297,12 +297,13 @@ class Architecture:
             **config,
             **{key: [entries[index] for index in kept] for key, entries in lists.items()},
             **{key: [new for new, old in enumerate(kept) if rule(config, old)] for key, rule in self.listed.items()},
-            **self.settled,
+            **self.fixed_settings,
             **{key: len(kept) for key in self.count_keys if key in config or key == self.count_keys[0]},
         }
-        return cut | self.settled_by(cut) | {key: rule(cut) for key, rule in self.implied.items() if key in config}
+        implied = {key: rule(cut) for key, rule in self.implied.items() if key in config}
+        return cut | self.computed_settings(cut) | implied
 
-    def settled_by(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def computed_settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The config keys whose values are computed from other keys of the config, with the computed values."""
         return {key: rule(config) for key, rule in self.follows.items()}
 
@@ -315,7 +316,7 @@ class Architecture:
         ]
         return problems or [
             f"config has {key} = {str(config.get(key))[:120]!r}, the rest makes it {str(value)[:120]!r}"
-            for key, value in self.settled_by(config).items()
+            for key, value in self.computed_settings(config).items()
             if value is None or config.get(key) != value
         ]
 

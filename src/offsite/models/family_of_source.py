@@ -13,7 +13,7 @@ def family_of_source(source: Source) -> Architecture:
 
     Raises:
         StorageError: its files cannot be read.
-        IncompatibleError: the table has no row of its type, and the parts of the model cannot be told.
+        IncompatibleError: the table has no row of its type, and the parts of the model cannot be identified.
     """
     config, _ = unwrapped_config(source)
     if str(config.get("model_type")) in ARCHITECTURES:

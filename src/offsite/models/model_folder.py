@@ -121,7 +121,7 @@ def check_settings(source: Source) -> None:
         if has_file(source, name):
             problems += [f"{name} has {found}" for found in foreign_settings(read_settings(source, name))]
     if has_file(source, ADAPTER_CONFIG):
-        problems.append(f"{ADAPTER_CONFIG} lies beside the checkpoint, and transformers would load that adapter too")
+        problems.append(f"{ADAPTER_CONFIG} is in the checkpoint's folder, and transformers would load that adapter too")
     if problems:
         raise IncompatibleError(
             f"{folder} is not a plain checkpoint",

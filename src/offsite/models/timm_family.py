@@ -133,7 +133,7 @@ TIMM = Architecture(
         "num_attention_heads intermediate_size image_size patch_size positions separate gates whole_bias pooled_norm "
         "num_classes"
     ),
-    settled={"num_classes": 0},  # an encoder has none; transformers cannot read a config without the key
+    fixed_settings={"num_classes": 0},  # an encoder has none; transformers cannot read a config without the key
     among={"architecture": FORMS},
     follows={
         **{name: _form(name) for name in ("separate", "gates", "whole_bias", "pooled_norm")},

@@ -46,7 +46,7 @@ def tokenizer_problems(source: Source, config: Mapping[str, Any]) -> dict[str, l
 
 
 def read_token_files(source: Source) -> TokenFiles:
-    """Read the tokens from tokenizer.json or vocab.json, and the names from the files beside it."""
+    """Read the tokens from tokenizer.json or vocab.json, and the names from the other files of its folder."""
     read = TokenFiles()
     settings = _json(source, "tokenizer_config.json", read)
     for content in (_json(source, "special_tokens_map.json", read), settings):

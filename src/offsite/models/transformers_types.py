@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 _BASE = "PreTrainedConfig"
-# What a config of every type may hold, beside the keys that its class declares.
+# What a config of every type may hold, in addition to the keys that its class declares.
 _ALWAYS = frozenset({"architectures", "model_type", "dtype", "tie_word_embeddings", "use_cache"})
 # Declared by some class, and no setting of a decoder: other code, other files, other weights, or another model within.
 _NEVER = frozenset(

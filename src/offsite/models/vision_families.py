@@ -281,7 +281,7 @@ VISION_FAMILIES = (
             "embeddings.position_embedding.weight": "any hidden_size",
         },
         final=_norm("post_layernorm"),
-        settled={"vision_use_head": False},
+        fixed_settings={"vision_use_head": False},
         config_keys=_KEYS | _words("attention_dropout vision_use_head"),
     ),
 )

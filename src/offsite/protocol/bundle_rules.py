@@ -70,7 +70,7 @@ def _bundle_config(signed: SignedFolder) -> Iterator[str]:
         if not _lists_blocks(config.get(key), manifest.split.blocks):
             found = str(config.get(key))[:60]
             yield f"{CONFIG} has {key} = {found}, expected a list of some of {manifest.split.blocks} blocks, in order"
-    for key, value in family.settled.items():
+    for key, value in family.fixed_settings.items():
         if config.get(key) != value:
             yield f"{CONFIG} has {key} = {str(config.get(key))[:60]!r}, by which blocks go by place, expected {value}"
     yield from (f"{CONFIG}: {stray}" for stray in family.strays(config))

@@ -179,7 +179,7 @@ class BundleManifest(_Document):
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The features that a reader must support beside those of the emulator, as `requires` lists them."""
+        """The features that a reader must support in addition to those of the emulator, as `requires` lists them."""
         return (*self.split.features, *((FAMILY,) if self.declared_family is not None else ()))
 
     def _require_family(self) -> None:

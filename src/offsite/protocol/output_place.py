@@ -13,7 +13,7 @@ from offsite.storage.files import require_free
 
 _WEIGHTS = (WEIGHTS, INDEX, DECLARED_WEIGHTS, DECLARED_INDEX)
 _ADAPTER_CONFIG, _RUN = "adapter_config.json", "run.json"
-_BESIDE = (".log.jsonl", ".run")  # ends of the paths that a run writes next to its result
+_RUN_FILES = (".log.jsonl", ".run")  # ends of the paths that a run writes next to its result
 
 
 def require_place(out: Path, *inputs: Path | Sequence[Path] | None, flag: str = "--out") -> None:
@@ -95,8 +95,8 @@ def _same(out: Path, other: Path) -> bool:
 
 def _would_match(pattern: Path, out: Path) -> bool:
     """Whether the pattern of a --data would match `out`, or a log or run folder next to it."""
-    beside = [out.name, *(out.name + end for end in _BESIDE)]
-    return pattern.parent.resolve() == out.resolve().parent and any(fnmatch(name, pattern.name) for name in beside)
+    names = [out.name, *(out.name + end for end in _RUN_FILES)]
+    return pattern.parent.resolve() == out.resolve().parent and any(fnmatch(name, pattern.name) for name in names)
 
 
 def _new_beside(folder: Path, name: str | None = None) -> Path:

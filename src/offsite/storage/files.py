@@ -18,7 +18,7 @@ from pathlib import Path
 from offsite.errors import StorageError, UsageError
 from offsite.storage.leftovers import delete_command, leftovers_in
 
-LONGEST_NAME = 240  # bytes of an output folder's name: disks take 255, and the log beside it has a longer one
+LONGEST_NAME = 240  # bytes of an output folder's name: disks take 255, and the log next to it has a longer one
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,10 @@ def require_free(out: Path, flag: str = "--out") -> None:
         problem = _taken(out, flag)
     if problem:
         raise UsageError(f"{out} exists and is not an empty folder", reasons=problem[:1], next_step=problem[1])
-    above = next((path for path in out.absolute().parents if path.exists()), None)
-    if above is not None and not above.is_dir():
+    nearest = next((path for path in out.absolute().parents if path.exists()), None)
+    if nearest is not None and not nearest.is_dir():
         raise UsageError(
-            f"{out} cannot be made: {above} is a file",
+            f"{out} cannot be made: {nearest} is a file",
             next_step=f"name a folder that is not inside a file with {flag}",
         )
     if len(os.fsencode(out.resolve().name)) > LONGEST_NAME:
@@ -197,7 +197,7 @@ _ADVICE = {
 
 
 def _temporary_name(path: Path) -> str:
-    """A name beside `path` that no other process has; it starts like the path's, and is never too long for the disk."""
+    """A name in the folder of `path` that no other process has; it starts as the path's does, and fits every disk."""
     start = os.fsencode(path.name)[:200].decode("utf-8", "ignore")
     return f".{start}.{secrets.token_hex(4)}.tmp"
 

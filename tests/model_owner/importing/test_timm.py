@@ -143,7 +143,7 @@ def test_the_table_of_forms_is_timms(name: str) -> None:
     }  # fmt: skip
     assert model.blocks[0].attn.num_heads == FORMS[name].heads
     family = ARCHITECTURES["timm_wrapper"]
-    row_config = config | family.settled_by(config)
+    row_config = config | family.computed_settings(config)
     blocks = {
         family.in_block(index, path) for index in range(depth) for path in family.block_tensors(row_config, index)
     }

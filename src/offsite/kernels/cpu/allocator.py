@@ -1,4 +1,4 @@
-"""Settings of the C allocator and of oneDNN's caches, for tensors that are allocated anew in every step."""
+"""Settings of the C allocator and of oneDNN's caches, for tensors that are allocated in every step."""
 
 import contextlib
 import ctypes
@@ -10,7 +10,7 @@ from offsite.kernels.replacement_report import Piece
 
 # oneDNN compiles a kernel for each shape of matrix product and caches it; torch's bridge to it (ideep) caches the same
 # kernels once more. By default each cache holds a thousand: sequences of many lengths would fill hundreds of megabytes.
-# One pass needs thirty to fifty; with a smaller cache it compiles them anew in every block. A second copy has no use.
+# One pass needs thirty to fifty; with a smaller cache it compiles them again in every block. A second copy has no use.
 _CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "48", "LRU_CACHE_CAPACITY": "1"}
 
 

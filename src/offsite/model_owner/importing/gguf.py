@@ -80,7 +80,7 @@ def _require_model(metadata: Mapping[str, Any], source: Path) -> None:
         raise UsageError(
             f"{source} is a GGUF file of type {architecture if kind == 'model' else kind!r}, and no language model",
             reasons=["files called mmproj hold the part for pictures or sound of a multi-modal model"],
-            next_step="import the file with the language model that lies beside it",
+            next_step="import the file with the language model in the same folder",
         )
     if int(metadata.get("split.count", 1)) > 1:
         raise UsageError(

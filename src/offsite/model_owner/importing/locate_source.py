@@ -81,13 +81,13 @@ def _file(path: Path) -> Located:
         return Located(path, "onnx")
     if start in _OLD_GGML or suffix in _OTHERS or suffix in _ARCHIVES:
         raise _other_file(path, "GGML (the format before GGUF)" if start in _OLD_GGML else _OTHERS.get(suffix))
-    beside = (path.parent / CONFIG).is_file()
-    if path.name.endswith(_WEIGHT_FILES) or beside:
+    has_config = (path.parent / CONFIG).is_file()
+    if path.name.endswith(_WEIGHT_FILES) or has_config:
         raise UsageError(
-            f"{path} is one file of a model, expected its folder" if beside else f"{path} holds weights alone",
-            reasons=[] if beside else [f"there is no {CONFIG} beside it, which says what model the weights are of"],
+            f"{path} is one file of a model, expected its folder" if has_config else f"{path} holds weights alone",
+            reasons=[] if has_config else [f"its folder has no {CONFIG}, which says what model the weights are of"],
             next_step=f"name the folder: `offsite import {path.parent} --out base/`"
-            if beside
+            if has_config
             else f"put the file into a folder with the {CONFIG} and the tokenizer of its model, and name the folder",
         )
     raise UsageError(
@@ -115,7 +115,7 @@ def _other_file(path: Path, name: str | None) -> UsageError:
     return UsageError(
         f"{path} is a {name} file, which is not supported",
         reasons=["supported: .gguf and .onnx files, and folders with safetensors or pytorch_model.bin"],
-        next_step="fetch the model's safetensors, which most publishers offer beside it, and name their folder",
+        next_step="fetch the model's safetensors, which most publishers offer as well, and name their folder",
     )
 
 

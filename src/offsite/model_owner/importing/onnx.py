@@ -83,6 +83,8 @@ def _weights(source: Path) -> tuple[Arrays, dict[str, int]]:
         IncompatibleError: the encoder computes with constants that are none of its tensors.
     """
     onnx = require("onnx", "onnx", "reading an ONNX file")
+    from google.protobuf.message import DecodeError
+
     try:
         graph = onnx.load(str(source), load_external_data=False).graph  # never another file than the one named
         stored = {tensor.name: tensor for tensor in graph.initializer}
@@ -108,9 +110,7 @@ def _weights(source: Path) -> tuple[Arrays, dict[str, int]]:
         _require_all_used(graph, stored, used, source)
     except OSError as error:
         raise StorageError(f"cannot read {source}: {error.strerror}", next_step="check the path") from error
-    except Exception as error:  # protobuf's own error, which has no base class that could be named here
-        if type(error).__name__ != "DecodeError" and not isinstance(error, ValueError | TypeError):
-            raise
+    except (DecodeError, ValueError, TypeError) as error:
         raise StorageError(
             f"{source} is no ONNX file", reasons=[str(error)[:200]], next_step="fetch the file again"
         ) from error

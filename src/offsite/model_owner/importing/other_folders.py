@@ -102,7 +102,7 @@ def _refuse_without_config(folder: Path, names: Sequence[str]) -> None:
         raise UsageError(
             f"{folder} is in the format of its publisher's own code (params.json), and not in transformers' format",
             next_step="fetch the files that transformers loads (config.json and model.safetensors); publishers offer "
-            "them beside these",
+            "them in the same folder as these",
         )
     if any(name.endswith((".safetensors", ".bin")) for name in names):
         raise UsageError(

@@ -80,7 +80,7 @@ def copy_timm(source: Path, folder: Path, dtype: str | None) -> ImportRecord:
         "patch_size": patch,
         "dtype": {"BF16": "bfloat16", "F16": "float16"}.get(tensors[0].dtype, "float32"),
     }
-    config |= {**TIMM.settled, **TIMM.settled_by(config)}
+    config |= {**TIMM.fixed_settings, **TIMM.computed_settings(config)}
     settings = _processor(published["pretrained_cfg"], config["image_size"])
     write_weights(folder, tensors, source)
     for file, content in ((CONFIG, config), (PROCESSOR, settings)):

@@ -77,7 +77,7 @@ def form_of(verified: Return, spec: PlugInSpec) -> Form:
         return "merged"
     if method == "bottleneck" and (spec.as_ == "merged" or spec.whole is not None):
         raise UsageError(
-            "a bottleneck stands beside the base's weights and cannot be merged into them",
+            "a bottleneck is a module of its own and cannot be merged into the base's weights",
             next_step="plug it in with --as adapter" + (", and without --whole" if spec.whole else ""),
         )
     if method in ("full", "bitfit") and spec.as_ == "adapter":

@@ -46,7 +46,7 @@ def classifier_config(model: BaseModel, vision: Vision, names: Sequence[str]) ->
     It is the encoder's config; for the image tower of a larger model, that model's config with the encoder's inside.
     """
     encoder = {key: value for key, value in model.config.items() if key not in (*_OWN, "architectures")}
-    encoder |= model.family.settled
+    encoder |= model.family.fixed_settings
     whole: dict[str, Any] = encoder
     if vision.tower_of:
         whole = {"model_type": vision.tower_of, "vision_config": encoder}

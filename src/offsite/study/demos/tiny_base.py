@@ -57,7 +57,7 @@ def tiny_base(folder: Path, architecture: str, blocks: int | None = None, *, lik
         for key in (*family.per_block, *family.count_keys[1:]):
             settings.pop(key, None)  # so that transformers derives lists for the new number of blocks
         settings |= {key: settings.get(key, next(iter(values))) for key, values in family.among.items()}
-        settings |= {**family.settled, **family.settled_by(settings)} if family.follows else {}
+        settings |= {**family.fixed_settings, **family.computed_settings(settings)} if family.follows else {}
         torch.manual_seed(0)
         auto = AutoModelForCausalLM if family.vision is None else AutoModel
         try:

@@ -22,7 +22,7 @@ from offsite.study.run_grid import read_record
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
 
-NOTE = "Test pictures taken evenly over the set, not chosen. Blue disc: told right; orange square: told wrong."
+NOTE = "Test pictures taken evenly over the set, not chosen. Blue disc: classified correctly; orange square: wrongly."
 _COUNT, _COLUMNS = 12, 6
 _SIDE, _GAP, _LINE, _MARK = 176, 20, 24, 14  # pixels of a picture, between them, of a line of text, of a mark
 _TEXT, _QUIET, _RIGHT, _WRONG = "#1d1d1f", "#5c5f66", "#0072b2", "#d55e00"

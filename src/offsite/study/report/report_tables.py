@@ -78,8 +78,8 @@ def names(grouped: Sequence[Group]) -> dict[tuple[str, ...], str]:
 def tables(results: Results) -> list[Table]:
     """Make the tables of a report; a table without lines is left out."""
     grouped, metric = groups(results), METRICS[results.primary]
-    beside = _picture_losses if results.primary == "accuracy" else _accuracies
-    made = [_main_scores(results, grouped), _recovered(grouped, metric), beside(results, grouped), _costs(grouped)]
+    others = _picture_losses if results.primary == "accuracy" else _accuracies
+    made = [_main_scores(results, grouped), _recovered(grouped, metric), others(results, grouped), _costs(grouped)]
     return [table for table in made if table is not None and table.lines]
 
 
@@ -101,8 +101,8 @@ def score_of(row: str) -> Callable[[GridPointResult], float | None]:
 def _main_scores(results: Results, grouped: Sequence[Group]) -> Table:
     metric = METRICS[results.primary]
     if results.primary == "accuracy":
-        note = "Per cent of the test pictures told right; higher is better. Zero-shot rows are linear probes of frozen "
-        note += "features, fitted on the training pictures. Behind ±: the standard error over test pictures"
+        note = "Per cent of test pictures classified correctly; higher is better. Zero-shot rows are linear probes of "
+        note += "frozen features, fitted on the training pictures. Behind ±: the standard error over test pictures"
     else:
         note = "Nats per labelled token on the test rows; lower is better. Behind ±: half the width of the 95 % "
         note += "interval over test rows"
