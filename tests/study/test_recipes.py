@@ -17,9 +17,10 @@ from offsite.study.recipe import load_recipe
 from tiny import timm_imports
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*.toml"))
-# Grids on another base than one that runs, or of compressors that recipes/small/compressors.toml has too.
+# Grids on another base than one that runs, or of compressors and placements that one that runs has too.
 ALIKE = {"figure3", "figure4-layer-drop", "figure4-quantisation", "table1-gpt2-xl", "table2-bloom-7.1b"}
-ALIKE |= {"table2-opt-6.7b", "table3-eva", "table5-gpt2-xl", "gemma3", "pruners"}
+ALIKE |= {"table2-opt-6.7b", "table3-eva", "table5-gpt2-xl", "table5-opt-1.3b", "figure4-pruning"}
+ALIKE |= {"gemma3", "pruners", "frontier", "placement", "spread", "top"}
 
 
 def name(file: Path) -> str:
