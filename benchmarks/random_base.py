@@ -14,7 +14,7 @@ import torch
 
 def main() -> None:
     """Write the folder."""
-    from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, OPTConfig
 
     shapes = {
         "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
@@ -24,7 +24,9 @@ def main() -> None:
     }
     name, tokenizer, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(shapes[name], dtype=torch.bfloat16)
+    config, ends = shapes[name], AutoTokenizer.from_pretrained(tokenizer)
+    config.bos_token_id, config.eos_token_id = ends.bos_token_id, ends.eos_token_id
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     partial = folder.with_name(f".{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
