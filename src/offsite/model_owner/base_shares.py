@@ -15,10 +15,11 @@ from offsite.protocol.manifest import Split
 
 @dataclass(frozen=True)
 class BaseShares:
-    """The base's parameters, counted by whole tensors.
+    """How many of the base's parameters a bundle sends unchanged, compressed, or not at all.
 
-    A tensor is `verbatim` if the bundle has all its values, at most rounded to the bundle's dtype; `compressed` if any
-    of them is changed, left out or stored with fewer bits; `not_sent` if the bundle has nothing of it.
+    All parameters of a tensor count alike. A tensor is `verbatim` if the bundle has all its values, at most rounded to
+    the bundle's dtype; `compressed` if any of them is changed, left out or stored with fewer bits; `not_sent` if the
+    bundle has nothing of it.
     """
 
     verbatim: int
@@ -27,17 +28,21 @@ class BaseShares:
 
     @property
     def fractions(self) -> dict[str, float]:
-        """Each count as a fraction of all the base's parameters, by its name."""
+        """The three counts as fractions of the base's number of parameters, keyed by field name."""
         total = self.verbatim + self.compressed + self.not_sent
         return {name: count / total for name, count in asdict(self).items()}
 
     def to_json(self) -> str:
-        """The counts as JSON."""
+        """The three counts as a JSON object."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read the counts from JSON; ValueError if it is malformed."""
+        """Read the counts from the JSON of `to_json`.
+
+        Raises:
+            ValueError: the JSON is malformed.
+        """
         try:
             return cls(**json.loads(text))
         except TypeError as problem:
@@ -57,9 +62,9 @@ def base_shares(
     Args:
         model: the opened base.
         kept: base indices of the bundle's blocks, in order.
-        numbers: the bundle's split.
-        healed: names in the base of the tensors that healing or pruning replaced.
-        declared: the declaration of the emulator's modules; None if they are the family's own.
+        numbers: the numbers of blocks in the bundle's parts.
+        healed: names of the tensors that narrowing, healing or pruning changed; names as in the base's files.
+        declared: what the bundle's config declares of blocks that differ from the family's; None if none does.
         spec: the settings of pruning and of stored forms.
     """
     family, verbatim_blocks = model.family, {kept[index] for index in numbers.verbatim}

@@ -1,1 +1,1 @@
-"""Narrower blocks: which attention heads and MLP neurons stay; one way to choose them per file."""
+"""Makes blocks narrower: removes attention heads and MLP neurons; each rule that chooses them has its own file."""

@@ -1,16 +1,18 @@
-"""Units with the least energy are removed: the mean square of what a unit adds to the hidden state.
+"""Removal of units by energy: the units that add least to the hidden state, in mean square, are removed.
 
-This is the norm of a neuron's activation times the norm of its column, as in Wanda's structured forms (FLAP,
-arXiv 2312.11983), and the same for the heads of a key-value head. What the others could make up for does not count.
+A neuron's energy is the squared norm of its activations times that of its column in the output projection, as in
+structured forms of Wanda (FLAP, arXiv 2312.11983); the energy of heads is the same sum over their columns. Whether the
+remaining units could compensate for the loss is not considered.
 """
 
 from offsite.model_owner.narrow.unit_rule_protocol import UnitProblem
 
 
 def order_units(problem: UnitProblem, stay: int) -> list[int]:
-    """The units that are removed, those with the least energy first, until `stay` units are left.
+    """The indices of the units to remove, lowest energy first, so that `stay` units remain.
 
-    The energy of unit u is the trace of W_u G_uu W_u^T, with W_u (H, size) its columns and G the Gram matrix.
+    The energy of unit u is the trace of W_u G_uu W_u^T: W_u (H, size) holds the unit's columns of the output
+    projection, and G is the Gram matrix of the projection's inputs.
     """
     units, size = problem.units, problem.size
     grams = problem.gram.reshape(units, size, units, size)  # (units, size, units, size)

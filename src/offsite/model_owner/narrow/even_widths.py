@@ -1,6 +1,7 @@
-"""The same widths for every block of the emulator, from a share of the arithmetic or shares of heads and neurons.
+"""Computes how many attention heads and MLP neurons remain in each block of the emulator.
 
-The arithmetic of a block is that of its linear layers. Torch-free.
+The settings give the fraction of heads and of neurons that remains, or of the multiply-adds of a block's linear layers.
+It is the same for every block. Torch-free.
 """
 
 import math
@@ -13,12 +14,12 @@ from offsite.models.block_widths import Shapes, Widths, multiply_adds, narrowed_
 
 
 def block_shapes(model: BaseModel, index: int) -> Shapes:
-    """The shapes of a block's tensors, keyed by path in the block."""
+    """The shapes of the tensors of a base block, keyed by path in the block, such as "mlp.up_proj.weight"."""
     return {path: tensor.shape for path, tensor in model.block(index).items()}
 
 
 def base_widths(model: BaseModel, index: int) -> Widths:
-    """The widths of a block of the base.
+    """The numbers of attention heads and MLP neurons of the base's block with this index.
 
     Raises:
         IncompatibleError: the config does not say how many heads the block has.
@@ -27,12 +28,12 @@ def base_widths(model: BaseModel, index: int) -> Widths:
 
 
 def even_widths(model: BaseModel, emulator: Sequence[int], spec: PackSpec) -> tuple[Widths, ...]:
-    """The widths of the emulator's blocks, in their order.
+    """The numbers of heads and neurons that remain in each of the emulator's blocks, in the order of `emulator`.
 
     Args:
         model: the opened base.
         emulator: base indices of the emulator's blocks.
-        spec: the settings, which ask for narrower blocks.
+        spec: the settings of narrowing; at least one must be set.
 
     Raises:
         IncompatibleError: nothing can be removed from the family's blocks, or the config does not say how many heads
@@ -78,7 +79,17 @@ def _flags(spec: PackSpec) -> str:
 
 
 def _for_share(model: BaseModel, shapes: Shapes, base: Widths, whole: frozenset[str], share: float) -> Widths:
-    """The widths that use this share of a block's arithmetic, with the most alike shares of heads and neurons."""
+    """The widths whose cost is closest to a fraction of the block's multiply-adds, without being above it.
+
+    Among these, the fractions of heads and neurons that remain are the most similar.
+
+    Args:
+        model: the opened base.
+        shapes: the shapes of the block's tensors, keyed by path in the block.
+        base: the block's widths in the base.
+        whole: "heads" or "neurons", if none of these can be removed.
+        share: the fraction of multiply-adds that remains.
+    """
 
     def cost(units: int, neurons: int) -> int:
         narrower = base.narrowed(units, neurons)

@@ -1,4 +1,4 @@
-"""The inputs and outputs that each layer of a narrowed block keeps, for the map in the owner's ledger. Torch-free."""
+"""Lists the inputs and outputs that remain in each layer of a narrowed block, for its `CarryMap`. Torch-free."""
 
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.carry_map import KeptFeatures, Narrowed
@@ -7,12 +7,14 @@ from offsite.models.block_widths import Kept, kept_rows_and_columns
 
 
 def kept_layers(model: BaseModel, index: int, kept: Kept) -> Narrowed:
-    """The features that stay of a narrowed block's linear layers, keyed by path in the block; whole layers left out.
+    """The inputs and outputs that remain in each linear layer of a narrowed block, keyed by the layer's path in it.
+
+    Layers that lose none are left out.
 
     Args:
         model: the opened base.
-        index: the block's base index.
-        kept: the heads and neurons that stay.
+        index: the block's index in the base.
+        kept: the indices of the heads and neurons that remain.
     """
     base, tensors, found = base_widths(model, index), model.block(index), {}
     for path in model.family.linears:

@@ -1,8 +1,9 @@
-"""Units are removed by second-order saliency: the error that is left after the other units made up for the loss.
+"""Removal of units by second-order saliency: the output error that remains after the other units compensate.
 
 The optimal brain surgeon for structures, as in ZipLM (arXiv 2302.04089), SlimGPT (2412.18110) and OSSCAR (2403.12983).
-With H = X^T X + damping and w_u the columns of unit u, removing u costs tr(w_u [H^-1]_uu^-1 w_u^T). The others then
-change by -w_u [H^-1]_uu^-1 [H^-1]_u:, and H^-1 loses the rows and columns of u.
+X are the inputs of the output projection, H = X^T X + damping, and w_u the projection's columns for unit u. Removing u
+costs tr(w_u [H^-1]_uu^-1 w_u^T). All columns then change by -w_u [H^-1]_uu^-1 [H^-1]_u:, and the rows and columns of u
+are removed from H^-1.
 """
 
 import torch
@@ -14,9 +15,9 @@ _STEPS = 128  # at least so many removals, each followed by an update of the oth
 
 
 def order_units(problem: UnitProblem, stay: int) -> list[int]:
-    """The units that are removed, in that order, until `stay` units are left.
+    """The indices of the units to remove, in the order of removal, so that `stay` units remain.
 
-    Where there are many units, the next few are removed together, and jointly made up for.
+    If there are many units, several are removed in each step; the others then compensate for all of them together.
     """
     units, size = problem.units, problem.size
     system = problem.gram.clone()
@@ -42,7 +43,13 @@ def order_units(problem: UnitProblem, stay: int) -> list[int]:
 
 
 def _costs(inverse: torch.Tensor, left: torch.Tensor, size: int) -> torch.Tensor:
-    """The error that removing each unit alone leaves, (units,)."""
+    """The output error that remains if one unit is removed and the others compensate, for each unit, (units,).
+
+    Args:
+        inverse: the inverse of the damped Gram matrix, (F, F).
+        left: the current columns of the output projection, (F, H).
+        size: number of columns of each unit.
+    """
     if size == 1:
         return left.square().sum(1) / inverse.diagonal()
     units = len(left) // size

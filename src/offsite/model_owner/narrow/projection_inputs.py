@@ -1,7 +1,7 @@
-"""Statistics of the inputs of a block's output projection, and what the inputs that stay make up for.
+"""Input statistics of a block's output projection, and the new weights of its remaining columns after a removal.
 
-Each token counts by the inverse square of the norm of its hidden state, so that a few tokens with norms a thousand
-times larger do not decide alone which units stay.
+Each token is weighted by the inverse square of the norm of its hidden state. Otherwise a few tokens with norms a
+thousand times larger would alone decide which units remain.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,28 +19,31 @@ from offsite.model_owner.narrow.unit_rule_protocol import UnitProblem
 
 @dataclass(frozen=True)
 class ProjectionInputs:
-    """An output projection with F inputs and H outputs, and the Gram matrices of its inputs.
+    """An output projection with F inputs and H outputs, and the weighted Gram matrices of its inputs.
 
     With a bias, the Gram matrices have one more row and column, for an input that is always 1.
     """
 
     weight: Tensor  # (H, F), float64
     bias: Tensor | None  # (H,), float64
-    scale: Tensor | None  # (H,): the factor of the projection's output in the block
+    scale: Tensor | None  # (H,): the learned scale by which the block multiplies the projection's output
     fitted: Tensor  # (F, F) or (F + 1, F + 1), float32
     judge: Tensor  # the same over the held-out batches
 
     def problem(self, size: int) -> UnitProblem:
-        """The problem of choosing units of `size` inputs each."""
+        """The input of a rule that chooses which units to remove; each unit has `size` consecutive inputs."""
         inputs = self.weight.shape[1]
         gram = (self.fitted + self.judge)[:inputs, :inputs].double()
         weight = self.weight if self.scale is None else self.weight * self.scale.double()[:, None]
         return UnitProblem(gram, weight, size)
 
     def compensated(self, stay: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """The weight (H, len(stay)) and bias (H,) of the narrower projection, in float64.
+        """The weight (H, len(stay)) and bias (H,) of the projection without the other inputs, in float64.
 
-        The change of the columns that stay is the ridge regression of what the removed ones gave.
+        Ridge regression fits the change of the remaining columns to the lost output of the removed columns.
+
+        Args:
+            stay: indices of the inputs that remain.
         """
         inputs = self.weight.shape[1]
         kept = torch.tensor(stay, dtype=torch.long, device=self.weight.device)
@@ -56,18 +59,26 @@ class ProjectionInputs:
 
 
 def _moments(gram: Tensor, rows: Tensor, removed: Tensor, lost: Tensor) -> Moments:
+    """The sums of the least squares problem in which the inputs `rows` predict the output of the removed inputs.
+
+    Args:
+        gram: the weighted Gram matrix of all inputs.
+        rows: indices of the inputs that remain, and of the bias.
+        removed: indices of the removed inputs.
+        lost: the weights of the removed inputs, (removed, H).
+    """
     across = gram[rows][:, removed]
     square = float(((gram[removed][:, removed] @ lost) * lost).sum())
     return Moments(gram[rows][:, rows], across @ lost, square)
 
 
 def projection_inputs(problem: BlockProblem, found: Mapping[str, Tensor], part: RefitMap) -> ProjectionInputs:
-    """Run a block over all batches and sum up the inputs of one of its output projections.
+    """Run a block over all batches, and sum the Gram matrices of the inputs of one of its output projections.
 
     Args:
         problem: the block, with its inputs.
-        found: tensors of the block that were changed before, keyed by their path in the block.
-        part: "mlp" or "attention".
+        found: tensors of the block that earlier steps changed, keyed by their path in the block.
+        part: the part of the block that the projection ends, "mlp" or "attention".
     """
     family, block = problem.family, problem.load(found)
     parameters, names = dict(block.module.named_parameters()), family.modules

@@ -1,7 +1,7 @@
-"""Making one block narrower: attention heads first, then MLP neurons on what the narrower attention gives.
+"""Makes one block narrower: removes attention heads, then MLP neurons, whose inputs come from the narrower attention.
 
-The neurons and heads that stay keep their meaning, so an adapter of the narrower block fits the base: only the output
-projections change, to make up for what was removed.
+To compensate, only the output projections change. The other weights of the remaining heads and neurons are those of the
+base, so an adapter that was trained on the narrower block fits the base too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,16 +21,17 @@ from offsite.models.family import Architecture
 def remove_units(
     problem: BlockProblem, rule: UnitRule, base: Widths, widths: Widths
 ) -> tuple[Mapping[str, Tensor], Kept]:
-    """Remove heads and neurons from a block, and let those that stay make up for them.
+    """Remove heads and neurons from a block, and change its output projections to compensate for the loss.
 
     Args:
         problem: the block, with its inputs.
-        rule: how the units that stay are chosen.
-        base: the block's widths.
-        widths: the widths that it gets.
+        rule: the rule that chooses the heads and neurons to remove.
+        base: the block's numbers of heads and neurons in the base.
+        widths: these numbers after the removal.
 
     Returns:
-        The tensors that differ from the base's, in float32, keyed by their path in the narrower block; and what stays.
+        The tensors that differ from the base's, in float32, keyed by their path in the narrower block; and the indices
+        of the heads and neurons that remain.
     """
     family, kept = problem.family, Kept.all_of(base)
     in_files = {name: path for path, name in family.modules.items()}
@@ -50,13 +51,15 @@ def remove_units(
 def narrowed_tensors(
     family: Architecture, tensors: Mapping[str, Tensor], base: Widths, kept: Kept
 ) -> dict[str, Tensor]:
-    """The rows and columns that stay of a block's tensors; tensors that stay whole are left out.
+    """A block's tensors without the rows and columns of removed heads and neurons, keyed by path in the narrower block.
+
+    Tensors that lose nothing are left out.
 
     Args:
         family: the model's row of the architecture table.
-        tensors: the base's tensors of the block, keyed by their path in it, as files store them.
-        base: the block's widths.
-        kept: the heads and neurons that stay.
+        tensors: the block's tensors in the base, with the names and layout of checkpoint files.
+        base: the block's numbers of heads and neurons in the base.
+        kept: the indices of the heads and neurons that remain.
     """
     found = {}
     for name, path in narrowed_names(tensors, base, kept).items():
@@ -72,7 +75,19 @@ def narrowed_tensors(
 def _choose(
     problem: BlockProblem, found: Mapping[str, Tensor], rule: UnitRule, part: RefitMap, size: int, stay: int
 ) -> tuple[tuple[int, ...], dict[str, Tensor]]:
-    """The units of a part that stay, and its output projection without the others, as the block's tensors."""
+    """Choose the heads or neurons that remain, and compute the output projection without the others.
+
+    Args:
+        problem: the block, with its inputs.
+        found: tensors of the block that earlier steps changed, keyed by their path in the block.
+        rule: the rule that chooses the units to remove.
+        part: "attention" or "mlp".
+        size: number of the projection's inputs for each unit.
+        stay: number of units that remain.
+
+    Returns:
+        The indices of the remaining units, and the projection's weight and bias, keyed by their path in the block.
+    """
     inputs, family = projection_inputs(problem, found, part), problem.family
     removed = set(ordering(rule).order_units(inputs.problem(size), stay))
     units = tuple(unit for unit in range(inputs.weight.shape[1] // size) if unit not in removed)

@@ -1,7 +1,7 @@
-"""The problem of removing units from a block, and the function that the file of a rule defines.
+"""The input of a rule that removes units from a block, and the function that each rule's file must define.
 
-A unit is an MLP neuron, or the attention heads of a key-value head. All that a unit gives to the hidden state passes
-through its columns of one output projection.
+A unit is an MLP neuron, or a key-value head with its query heads (a single query head if the block has only one
+key-value head). It changes the hidden state only through its columns of one output projection.
 """
 
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class UnitProblem:
     """The output projection of a block's attention or MLP, with statistics of its inputs; tensors are in float64."""
 
-    gram: "Tensor"  # (F, F): the weighted sum of x x^T over the tokens
-    weight: "Tensor"  # (H, F), times the scale behind it in the block, if there is one
-    size: int  # inputs of each unit; those of a unit are consecutive
+    gram: "Tensor"  # (F, F): the weighted sum of x x^T over the tokens' inputs x
+    weight: "Tensor"  # (H, F), times the learned scale that follows it in the block, if there is one
+    size: int  # number of inputs of each unit; they are consecutive
 
     @property
     def units(self) -> int:
@@ -30,12 +30,12 @@ class UnitProblem:
 
 @runtime_checkable
 class UnitOrdering(Protocol):
-    """A file of this folder with a rule that says which units of a block matter least."""
+    """Protocol of rules that find the least important units of a block; each rule is a Python file of this folder."""
 
     def order_units(self, problem: UnitProblem, stay: int) -> list[int]:
-        """The units that are removed, in that order, until `stay` units are left."""
+        """The indices of the units to remove, in the order of removal, so that `stay` units remain."""
 
 
 def ordering(row: UnitRule) -> UnitOrdering:
-    """Load the file of a rule; imports torch."""
+    """Import the Python file of a rule, which imports torch."""
     return cast(UnitOrdering, import_module(row.module))
