@@ -156,7 +156,7 @@ class Work:
         folder = self.folder / f"{name}-{code_digest()[:12]}"
         if not folder.exists():
             for old in self.folder.glob(f"{name}-*"):
-                shutil.rmtree(old)
+                shutil.rmtree(old) if old.is_dir() else old.unlink()  # the log next to it
             owner, tuner = Home(self.folder / "owner"), Home(self.folder / "tuner")
             if not owner.folder.exists():
                 owner.create_identity("owner")
