@@ -1,1 +1,1 @@
-"""Import: convert checkpoints of other formats to a base folder; one format per file."""
+"""Importing: converts checkpoints of other formats to a base folder; each format has its own file."""

@@ -1,4 +1,4 @@
-"""Import through transformers: weights in .bin files, and quantised weights, which are dequantised while loaded."""
+"""Imports, with transformers, weights in .bin files and quantised weights, which are dequantised when loaded."""
 
 import json
 import re
@@ -31,9 +31,10 @@ def import_by_transformers(source: Path, folder: Path, dtype: Dtype | None, meth
 
     Args:
         source: a folder with a config and .bin files or quantised safetensors.
-        folder: the folder that becomes the base.
+        folder: an existing folder, which becomes the base folder.
         dtype: dtype of the written weights; None keeps the checkpoint's own.
-        method: key of the method by which the weights are quantised; None: they are plain, whatever the config says.
+        method: key of the quantisation method in configs, such as "fp8"; None if the weights are not quantised, even if
+            the config says so.
 
     Raises:
         StorageError: transformers cannot read the files, or the disk is full.
@@ -49,17 +50,19 @@ def load_and_save(
 ) -> "PreTrainedModel":
     """Load a model with transformers, check that every tensor was used, and write it as a base folder.
 
-    Raises as `import_by_transformers`.
-
     Args:
-        source: the folder that holds the model.
-        folder: the folder that becomes the base.
+        source: the folder with the model's files.
+        folder: an existing folder, which becomes the base folder.
         dtype: dtype of the written weights; None keeps the checkpoint's own.
-        method: key of the method by which the weights are quantised, or None.
+        method: key of the quantisation method in configs; None if the weights are not quantised, or are in a GGUF file.
         options: further arguments of `from_pretrained`, for model and tokenizer alike, such as `gguf_file`.
 
     Returns:
         The model, with the weights that were written.
+
+    Raises:
+        StorageError: as for `import_by_transformers`.
+        IncompatibleError: as for `import_by_transformers`.
     """
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -119,7 +122,7 @@ def load_and_save(
 
 
 def _require_used(model: "PreTrainedModel", family: "Architecture", source: Path) -> None:
-    """Raise an error if transformers ignored weights of the source, because the model's class tells it to do so.
+    """Raise an error if transformers skipped weights that the model's `_keys_to_ignore_on_load_unexpected` lists.
 
     Raises:
         IncompatibleError: weights were ignored; all are listed.
@@ -161,7 +164,7 @@ def _save(model: "PreTrainedModel", tokenizer: Any, source: Path, folder: Path) 
 
 
 def _drop_source_names(file: Path) -> None:
-    """Remove the model name that a GGUF file's publisher wrote; a base folder does not need it."""
+    """Remove `_model_name_or_path` from a config file, a name that a GGUF file's publisher chose."""
     config = json.loads(file.read_text(encoding="utf-8"))
     config.pop("_model_name_or_path", None)
     file.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

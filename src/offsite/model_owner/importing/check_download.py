@@ -1,4 +1,4 @@
-"""Check that a folder's weights were downloaded completely, before a library reads them. Torch-free."""
+"""Checks that the weights in a folder were downloaded completely, before a library reads them. Torch-free."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ _OTHER_LIBRARIES = {"tf_model.h5": "TensorFlow", "flax_model.msgpack": "Flax", "
 
 
 def require_content(path: Path) -> None:
-    """Raise an error if a file was not downloaded: it is a Git LFS pointer, a web page, or empty.
+    """Raise an error if a path is not the downloaded file: if it is a Git LFS pointer, a web page, or empty.
 
     Raises:
         StorageError: the file is one of these, or cannot be read.
@@ -42,8 +42,12 @@ def require_content(path: Path) -> None:
 def check_download(folder: Path, names: Sequence[str]) -> None:
     """Raise an error if a folder with a config has no weights, or not all of them.
 
+    Args:
+        folder: the model's folder.
+        names: the names of all files and folders in it.
+
     Raises:
-        StorageError: a file is a pointer or missing.
+        StorageError: a file is missing, or is a Git LFS pointer, a web page or empty.
         UsageError: the folder has no weights in a supported format.
         IncompatibleError: the weights are in the format of another library.
     """

@@ -1,4 +1,7 @@
-"""Importing a GGUF file: transformers dequantises it; what it would leave out is carried over or refused by name."""
+"""Imports a GGUF file with transformers, which dequantises it.
+
+Settings that transformers ignores are written to the config. A setting or tensor that would be lost is an error.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,13 +34,17 @@ def import_gguf(source: Path, folder: Path, dtype: Dtype) -> ImportRecord:
 
     Args:
         source: the file.
-        folder: the folder that becomes the base.
+        folder: an existing folder, which becomes the base folder.
         dtype: dtype of the written weights.
 
+    Returns:
+        An empty record, as nothing of the file is left out.
+
     Raises:
-        UsageError: the package gguf is not installed, or the file holds an adapter or a projector.
+        UsageError: the package gguf is not installed; or the file holds an adapter, a projector for images, or only one
+            part of a model.
         StorageError: the file is damaged.
-        IncompatibleError: the model is not supported, or a setting or tensor of the file has no place in it.
+        IncompatibleError: the model is not supported, or a setting or tensor of the file would be lost.
     """
     gguf = require("gguf", "gguf", "reading a GGUF file")
     reader = _reader(gguf, source)
@@ -63,7 +70,7 @@ def _reader(gguf: Any, source: Path) -> Any:
 
 
 def _require_model(metadata: Mapping[str, Any], source: Path) -> None:
-    """Raise an error if a file holds no whole language model.
+    """Raise an error unless a GGUF file's metadata describe a complete language model of a supported architecture.
 
     Raises:
         UsageError: it holds an adapter, a projector for pictures, or one part of a model.
@@ -98,7 +105,7 @@ def _require_model(metadata: Mapping[str, Any], source: Path) -> None:
 
 
 def _factors(gguf: Any, reader: Any) -> dict[str, Any]:
-    """The tensors of rotary factors, which are settings and no weights."""
+    """The file's tensors of rotary frequency factors, dequantised, keyed by name; they become settings, not weights."""
     return {
         tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type).reshape(-1)
         for tensor in reader.tensors
@@ -109,7 +116,13 @@ def _factors(gguf: Any, reader: Any) -> dict[str, Any]:
 def _config(
     source: Path, metadata: Mapping[str, Any], names: Sequence[str], factors: Mapping[str, Any]
 ) -> "PretrainedConfig":
-    """The config of a file's model, with all that its metadata say.
+    """The transformers config of a GGUF file's model, with every setting of its metadata.
+
+    Args:
+        source: the GGUF file.
+        metadata: its keys and values.
+        names: the names of its tensors.
+        factors: its tensors of rotary frequency factors, keyed by name.
 
     Raises:
         StorageError: transformers cannot read the file or does not know its architecture.
@@ -157,7 +170,7 @@ def _require_known(problems: Sequence[str], source: Path) -> None:
 def _require_all_used(
     model: "PreTrainedModel", metadata: Mapping[str, Any], names: Sequence[str], source: Path
 ) -> None:
-    """Raise an error if a tensor of the file is no part of the model.
+    """Raise an error if transformers did not load a tensor of the GGUF file into the model.
 
     Raises:
         IncompatibleError: there are such tensors; all are listed.
@@ -179,7 +192,10 @@ def _require_all_used(
 
 
 class _Names:
-    """A model with its body as the one part: transformers' map of names would take seconds for every single module."""
+    """Presents a model to `get_gguf_hf_weights_map` with its body as the only child module.
+
+    That function calls itself for each child, and would take seconds for each module of the real model.
+    """
 
     def __init__(self, model: "PreTrainedModel", children: "Sequence[tuple[str, _Names]]" = ()) -> None:
         self.config = model.config
@@ -188,5 +204,5 @@ class _Names:
 
 
 def _is_buffer(name: str) -> bool:
-    """Whether a tensor was carried into the config, or holds what a model computes by itself."""
+    """Whether a GGUF tensor is no weight: its values are in the config, or the model computes them itself."""
     return name in gguf_rotary.TENSORS or name.endswith(".attn_rot_embd.weight")

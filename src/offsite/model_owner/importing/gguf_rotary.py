@@ -1,7 +1,8 @@
-"""The rotary positions of a GGUF file: keys of its metadata and tensors of factors, as settings of a config.
+"""Converts the settings of rotary position embeddings in a GGUF file to those of a transformers config.
 
-llama.cpp divides the frequency of each pair of dimensions by the tensor `rope_freqs` (the scaling of Llama 3.1 and
-later), or by `rope_factors_long` and `rope_factors_short` (LongRoPE); transformers has parameters in their place.
+llama.cpp divides the frequency of each pair of dimensions by a factor. The factors are in the tensor `rope_freqs`
+(Llama 3.1 and later), or in `rope_factors_long` and `rope_factors_short` (LongRoPE). transformers has `rope_parameters`
+instead.
 """
 
 import math
@@ -27,16 +28,16 @@ Factors = npt.NDArray[np.float32]
 def carry_rotary(
     metadata: Mapping[str, Any], factors: Mapping[str, Factors], config: "PretrainedConfig", *, partial: bool
 ) -> list[str]:
-    """Write a file's rotary settings into the config.
+    """Write the rotary settings of a GGUF file into a config, which is changed in place.
 
     Args:
         metadata: the file's keys and values.
-        factors: the tensors of factors that the file has, by name.
-        config: the config that transformers made of the file.
-        partial: whether the family can rotate a part of each head alone.
+        factors: the file's tensors of frequency factors, keyed by name.
+        config: the config that transformers made from the file.
+        partial: whether models of the family can rotate only some dimensions of each head.
 
     Returns:
-        One sentence for each setting or tensor that the config has no place for.
+        An error message for each setting or tensor that the config cannot express.
     """
     prefix = f"{metadata['general.architecture']}."
     found = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(f"{prefix}rope.")}
@@ -63,7 +64,15 @@ def carry_rotary(
 def _width(
     found: Mapping[str, Any], metadata: Mapping[str, Any], config: Any, rotary: dict[str, Any], *, partial: bool
 ) -> list[str]:
-    """The number of dimensions of a head that are rotated."""
+    """Set how many dimensions of each head are rotated; return a list with an error message if the config cannot.
+
+    Args:
+        found: the file's keys for rotary positions, without the name of the architecture.
+        metadata: all keys and values of the file.
+        config: the config, whose `head_dim` may be set.
+        rotary: the new `rope_parameters`, changed in place.
+        partial: whether models of the family can rotate only some dimensions of each head.
+    """
     prefix = f"{metadata['general.architecture']}."
     if f"{prefix}attention.key_length" not in metadata and "head_dim" in config.to_dict():
         # llama.cpp's; transformers takes the rotated width, or the default of its class
@@ -81,6 +90,11 @@ def _width(
 def _scaling(
     found: Mapping[str, Any], factors: Mapping[str, Factors], config: Any, rotary: dict[str, Any]
 ) -> list[str]:
+    """Write the file's way of scaling rotary frequencies for long contexts into `rotary`, the new `rope_parameters`.
+
+    Returns:
+        An error message for each setting that transformers has no parameter for.
+    """
     kind = found.get("rope.scaling.type") or ("longrope" if LONG in factors else "linear")
     factor = float(found.get("rope.scaling.factor") or found.get("rope.scale_linear") or 1.0)
     context = int(config.max_position_embeddings)
@@ -117,7 +131,18 @@ def _scaling(
 def _long(
     kind: str, factors: Mapping[str, Factors], config: Any, rotary: dict[str, Any], before: int, attention: float
 ) -> list[str]:
-    """LongRoPE: one list of factors for texts within the original context, one for longer ones."""
+    """Write the settings of LongRoPE into `rotary`, and return error messages if the file's settings are not complete.
+
+    LongRoPE has one list of frequency factors for texts within the original context, and one for longer texts.
+
+    Args:
+        kind: the file's type of scaling.
+        factors: the file's tensors of factors, keyed by name.
+        config: the config, whose original context length may be set.
+        rotary: the new `rope_parameters`, changed in place.
+        before: the original context length in tokens.
+        attention: the file's factor of attention; 0 if it has none.
+    """
     missing = [name for name in (LONG, SHORT) if name not in factors]
     if missing or kind not in ("longrope", "linear", "none"):
         return [f"rope.scaling.type = {kind} without the tensor {name}" for name in missing or (LONG,)]
@@ -137,6 +162,7 @@ def _long(
 
 
 def _frequencies(factors: Factors, config: Any, rotary: dict[str, Any]) -> list[str]:
+    """Write Llama 3's scaling with these factors into `rotary`; return an error message if no parameters give them."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = int(head * rotary.get("partial_rotary_factor", 1.0))
     found = llama3_parameters(factors, rotary["rope_theta"], width)
@@ -147,15 +173,15 @@ def _frequencies(factors: Factors, config: Any, rotary: dict[str, Any]) -> list[
 
 
 def llama3_parameters(factors: Factors, theta: float, width: int) -> dict[str, float | int] | None:
-    """The parameters of Llama 3's scaling that give these factors; None if there are none.
+    """The `rope_parameters` of Llama 3's scaling that give these factors; None if no such parameters exist.
 
-    The factor of a wave of length w is 1 where w is short, f where it is long, and in between 1/f_i is linear in 1/w:
-    1/f_i = (1 - s)/f + s with s = (original/w - low)/(high - low). Only original/low and original/high matter, so low
-    is 1.
+    A pair of dimensions rotates with a wavelength of w tokens. Its factor f_i is 1 if w is short, and f if w is long.
+    In between, 1/f_i is linear in 1/w: 1/f_i = (1 - s)/f + s with s = (original/w - low)/(high - low). Only
+    original/low and original/high matter, so low is 1.
 
     Args:
-        factors: one for each pair of dimensions, the shortest wave first.
-        theta: the base of the frequencies.
+        factors: the frequency factor of each pair of dimensions, shortest wavelength first.
+        theta: the base of the rotary frequencies.
         width: the number of rotated dimensions of a head.
     """
     if len(factors) != width // 2:
@@ -175,7 +201,7 @@ def llama3_parameters(factors: Factors, theta: float, width: int) -> dict[str, f
 
 
 def _fits(factors: Factors, waves: npt.NDArray[np.float64]) -> list[tuple[int, float]]:
-    """Pairs of original context and factor of high frequencies that may give these factors, with 1 for low ones."""
+    """Candidates (original context, `high_freq_factor`) that may give these factors with a `low_freq_factor` of 1."""
     largest, high = float(factors.max()), _PUBLISHED[2]
     between = (factors > 1 + _CLOSE) & (factors < largest * (1 - _CLOSE))
     if not between.any():  # an original context between the last wave that stays and the first that is scaled
@@ -191,7 +217,15 @@ def _fits(factors: Factors, waves: npt.NDArray[np.float64]) -> list[tuple[int, f
 def llama3_factors(
     waves: npt.NDArray[np.float64], factor: float, original: int, low: float, high: float
 ) -> npt.NDArray[np.float64]:
-    """The factors of Llama 3's scaling for waves of these lengths."""
+    """The factors by which Llama 3's scaling divides rotary frequencies, one for each wavelength.
+
+    Args:
+        waves: the wavelengths in tokens.
+        factor: the factor of long wavelengths.
+        original: the original context length in tokens.
+        low: `low_freq_factor`.
+        high: `high_freq_factor`.
+    """
     smooth = np.clip((original / waves - low) / (high - low), 0.0, 1.0)
     result: npt.NDArray[np.float64] = 1.0 / ((1 - smooth) / factor + smooth)
     return result

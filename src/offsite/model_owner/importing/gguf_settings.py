@@ -1,7 +1,8 @@
-"""The settings in a GGUF file's metadata: each one is carried into the config, or the import is refused by its name.
+"""Writes the settings in a GGUF file's metadata to a transformers config; settings that it cannot express are errors.
 
-transformers reads some of the keys and drops the others without a word. A dropped key can mean another model: scaled
-rotary positions, caps, windows, norms with another epsilon. So every key of the model's architecture is looked up here.
+transformers reads some of the keys and ignores the others without an error. With an ignored key the model can compute
+something else: scaled rotary positions, logit caps, attention windows, norms with another epsilon. So every key of the
+model's architecture is checked here.
 Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and gguf-py's constants.
 """
 
@@ -65,12 +66,12 @@ _ALIBI = 8.0  # the largest bias of BLOOM and Falcon
 
 
 def carry_settings(metadata: Mapping[str, Any], config: "PretrainedConfig") -> list[str]:
-    """Carry the settings of a file's metadata into the config that transformers made of it.
+    """Write the settings of a GGUF file's metadata into the config that transformers made from it.
 
-    Rotary settings are carried by `gguf_rotary.carry_rotary`.
+    The config is changed in place. `gguf_rotary.carry_rotary` writes the rotary settings.
 
     Returns:
-        One sentence for each key that the config has no place for.
+        An error message for each key that the config cannot express.
     """
     prefix = f"{metadata['general.architecture']}."
     problems = []
@@ -86,7 +87,7 @@ def carry_settings(metadata: Mapping[str, Any], config: "PretrainedConfig") -> l
 
 
 def unequal_blocks(metadata: Mapping[str, Any]) -> list[str]:
-    """One sentence for each key with a list of values, one a block, that are not all the same."""
+    """An error message for each metadata key whose value is a list with different values for different blocks."""
     prefix = f"{metadata['general.architecture']}."
     return [
         f"{key} = {str(value)[:60]}: blocks with different values are not supported"
@@ -97,6 +98,10 @@ def unequal_blocks(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def _carry(name: str, value: Any, metadata: Mapping[str, Any], config: "PretrainedConfig") -> str | None:
+    """Write one setting into the config; return an error message if the config cannot express it, else None.
+
+    `name` is the metadata key without the name of the architecture.
+    """
     if isinstance(value, list) and name not in _LISTS:
         value = value[0] if value else None
     if name == "attention.head_count_kv" and config.model_type == "falcon" and value != 1:
@@ -115,7 +120,7 @@ def _carry(name: str, value: Any, metadata: Mapping[str, Any], config: "Pretrain
 
 
 def _set(name: str, value: Any, config: "PretrainedConfig") -> str | None:
-    """Set the config's key for a number, or say why that cannot be."""
+    """Set the config key that corresponds to a metadata key; return an error message if there is none, else None."""
     known = config.to_dict()
     keys = [key for key in _SAME.get(name, ()) if key in known or key in config.attribute_map]
     if not keys:
@@ -127,7 +132,7 @@ def _set(name: str, value: Any, config: "PretrainedConfig") -> str | None:
 
 
 def _implied(name: str, config: "PretrainedConfig") -> Any:
-    """The number that a model without such a key in its config has."""
+    """The value of a metadata key that a model implies if its config has no such key; None if nothing is implied."""
     implied = {
         "expert_count": 0,
         "expert_used_count": 0,
@@ -140,7 +145,10 @@ def _implied(name: str, config: "PretrainedConfig") -> Any:
 
 
 def _carry_pattern(value: Any, config: "PretrainedConfig") -> str | None:
-    """The blocks with sliding windows: a list of switches, or n where every n-th block has full attention."""
+    """Set which blocks have sliding windows; return an error message if the config has no such setting, else None.
+
+    `value` has a boolean for each block, or is a number n: every n-th block has full attention.
+    """
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return f"models of type {config.model_type} have no such setting"
@@ -152,7 +160,7 @@ def _carry_pattern(value: Any, config: "PretrainedConfig") -> str | None:
 
 
 def _carry_conventions(metadata: Mapping[str, Any], config: "PretrainedConfig") -> None:
-    """What llama.cpp knows of an architecture without a key for it."""
+    """Set config values that llama.cpp has in its code for an architecture, and not in a metadata key."""
     architecture = str(metadata["general.architecture"])
     if architecture in _LARGEST_GEMMAS:
         largest = config.num_hidden_layers == _LARGEST_GEMMAS[architecture]

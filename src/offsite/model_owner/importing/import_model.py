@@ -1,4 +1,4 @@
-"""Importing: convert a model in another format to a base folder with safetensors."""
+"""Imports a model: converts a model in another format to a base folder with safetensors."""
 
 import json
 from collections.abc import Mapping
@@ -35,10 +35,16 @@ _COMPANIONS = (GENERATION_CONFIG, PROCESSOR, *TOKENIZER_FILES, "LICENSE", "LICEN
 def import_model(source: Path, out: Path, spec: ImportSpec | None = None, progress: Progress = silent) -> Base:
     """Make a base folder from a model: a GGUF or ONNX file, or a folder with safetensors or .bin files.
 
-    From a model of images and texts only the image tower is imported, from an ONNX file the DINOv2 encoder, from a timm
-    model its encoder. Safetensors are copied tensor by tensor. GGUF and .bin files are loaded with transformers; for
-    .bin it uses torch's weights-only loader, which runs no code. Quantised weights are dequantised where transformers
-    can do that. The base's record (`read_record`) says what was left out.
+    Only one part of some models is imported: of a CLIP-like model the image tower, of a multi-modal language model the
+    language model, of an ONNX file the DINOv2 encoder, of a timm model the encoder. Safetensors are copied tensor by
+    tensor. GGUF and .bin files are loaded with transformers; for .bin it uses torch's weights-only loader, which runs
+    no code. Quantised weights are dequantised if transformers can do that. `read_record` returns what was left out.
+
+    Args:
+        source: the file or folder.
+        out: the new base folder.
+        spec: dtype and image size; None for the defaults.
+        progress: receives the progress events.
 
     Raises:
         UsageError: the source is none of these formats, or `out` is not empty.
@@ -64,6 +70,7 @@ def import_model(source: Path, out: Path, spec: ImportSpec | None = None, progre
 
 
 def _import_folder(source: Path, folder: Path, spec: ImportSpec) -> ImportRecord:
+    """Write a base folder from a folder with a config and weights, by the importer for its kind of model."""
     config = _read_config(source / CONFIG)
     method = method_of(source, config)
     stale = stale_settings(source, config) if method is None else None
@@ -97,6 +104,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _copy_folder(source: Path, folder: Path, config: Mapping[str, Any], spec: ImportSpec) -> ImportRecord:
+    """Copy weights, tokenizer and the given config of a folder whose safetensors already are those of a base."""
     open_base(Base(source))  # raises an error if a tensor is missing, unused or of another shape
     dtype = DTYPES[spec.dtype] if spec.dtype else None
     tensors = open_checkpoint(source).tensors.values()

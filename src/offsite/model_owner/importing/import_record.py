@@ -1,7 +1,7 @@
-"""The record of an import, in the base folder: parts that were left out, and names of tensors in the source.
+"""The record of an import, a JSON file in the base folder: the parts of the source that were left out.
 
-`offsite import` reads it for its report, and `offsite plug-in` to find the tensors in the source. It is never sent to
-the other party. Torch-free.
+For the language model of a multi-modal checkpoint it also has the name of each tensor in the source. `offsite import`
+reads it for its report, and `offsite plug-in --whole` to find the tensors. The data owner never gets it. Torch-free.
 """
 
 import json
@@ -19,23 +19,23 @@ RECORD = "offsite-import.json"
 
 @dataclass(frozen=True)
 class Place:
-    """The name of a tensor in the source, and how many of its first matrix rows the base has (None: all)."""
+    """Where a tensor of the base is in the source: its name there, and how many of its first rows the base has."""
 
     name: str
-    rows: int | None = None
+    rows: int | None = None  # None if the base has all rows
 
 
 @dataclass(frozen=True)
 class ImportRecord:
     """The differences between a base and the checkpoint that it was imported from."""
 
-    notes: tuple[str, ...] = ()  # one sentence each
+    notes: tuple[str, ...] = ()  # for the user, such as which part of the source was imported
     left_out: Mapping[str, int] = field(default_factory=dict)  # start of names in the source -> number of tensors
     tower_of: str | None = None  # model type of the multi-modal model that the base is the language model of
-    tensors: Mapping[str, Place] = field(default_factory=dict)  # for such a base, its tensor names -> places
+    tensors: Mapping[str, Place] = field(default_factory=dict)  # only for such a base: by tensor name in the base
 
     def write(self, folder: Path) -> None:
-        """Write the record to a base folder, unless the record is empty."""
+        """Write the record as a JSON file into a base folder; an empty record is not written."""
         if not (self.notes or self.left_out or self.tower_of):
             return
         content = {
@@ -48,7 +48,7 @@ class ImportRecord:
 
 
 def read_record(folder: Path) -> ImportRecord:
-    """The record in a base folder; an empty one if there is none.
+    """Read the record of the import in a base folder; without a file, an empty record.
 
     Raises:
         StorageError: the file is damaged.
@@ -69,12 +69,13 @@ def read_record(folder: Path) -> ImportRecord:
 
 
 def count_by_part(names: Iterable[str]) -> dict[str, int]:
-    """How many tensors each part of a model has; a part is named by the first words of its tensors' names."""
+    """The number of tensors in each part of a model; a part is the start of tensor names, such as "vision_model"."""
     parts = Counter(_part(name) for name in names)
     return dict(sorted(parts.items()))
 
 
 def _part(name: str) -> str:
+    """The first word of a tensor's name; the first two if the first is only a prefix, such as "model"."""
     words = name.split(".")
     start = words[:2] if words[0] in ("model", "language_model", "thinker", "base_model") else words[:1]
     return ".".join(start)

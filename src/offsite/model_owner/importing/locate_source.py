@@ -30,18 +30,18 @@ _HUB_FOLDER = re.compile(r"models--(.+?)--(.+)")
 
 @dataclass(frozen=True)
 class Located:
-    """The model that `locate_source` found."""
+    """The file or folder of the model that `locate_source` found."""
 
     path: Path  # a GGUF or ONNX file, or a folder with config.json and weights
     kind: Literal["gguf", "onnx", "folder"]
-    notes: tuple[str, ...] = ()  # how it was found, if the user named something around it
+    notes: tuple[str, ...] = ()  # messages for the user if `path` is not the path that the user named
 
 
 def locate_source(path: Path) -> Located:
-    """Find the model at a path.
+    """Find the model at a path that the user named.
 
-    Besides GGUF and ONNX files and folders with a config and weights, a folder may hold one GGUF or ONNX file, or be
-    one model's folder in the hub's cache.
+    The path can be a GGUF or ONNX file, a folder with a config and weights, a folder with one GGUF or ONNX file, or a
+    model's folder in the cache of the Hugging Face hub.
 
     Raises:
         UsageError: the path is not a model; the error says what it is, or that it does not exist.
@@ -140,10 +140,10 @@ def _in_folder(folder: Path) -> Located:
 
 
 def _in_hub_cache(folder: Path) -> Path | None:
-    """The snapshot in a model's folder of the hub's cache; None for any other folder.
+    """The snapshot to import from a model's folder in the cache of the Hugging Face hub; None for any other folder.
 
     Raises:
-        UsageError: the folder holds several models or snapshots, or none.
+        UsageError: the folder has several snapshots or none, or is the whole cache.
     """
     if (folder / "snapshots").is_dir():
         snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
@@ -171,10 +171,10 @@ def _in_hub_cache(folder: Path) -> Path | None:
 
 
 def _lone_file(folder: Path, names: list[str]) -> Path | None:
-    """The one GGUF or ONNX file in a folder without other weights; None if the folder is a checkpoint.
+    """The one GGUF or ONNX file in a folder without other weights; None for any other folder.
 
     Raises:
-        UsageError: the folder holds several.
+        UsageError: the folder has several GGUF files.
     """
     if WEIGHTS in names or INDEX in names or any(name.endswith((".safetensors", ".bin")) for name in names):
         return None
@@ -195,7 +195,7 @@ def _lone_file(folder: Path, names: list[str]) -> Path | None:
 
 
 def _whole_gguf(path: Path) -> Path:
-    """Return the path of a GGUF file after a check that it is the whole model.
+    """Check that a GGUF file is a complete model, and return its path.
 
     Raises:
         UsageError: the file is one part of a model that is split into several files.

@@ -1,7 +1,7 @@
-"""Importing a DINOv2 encoder from an ONNX file: its weights under transformers' names; the graph is never run.
+"""Imports a DINOv2 encoder from an ONNX file: its weights with transformers' names. The graph is never run.
 
-An export by torch keeps the names of most parameters. Two kinds lose theirs. The weight of a linear layer is stored
-transposed, and is found by the node that multiplies by it. The position embeddings are split into a constant for the
+torch's ONNX export keeps the names of most parameters, but not of two kinds. The weight of a linear layer is stored
+transposed, and is found by the MatMul node that uses it. The position embeddings are split into a constant for the
 class token and one for the patches. Heads after the encoder are not imported.
 """
 
@@ -33,14 +33,17 @@ Arrays = dict[str, npt.NDArray[np.float32]]
 
 
 def import_onnx(source: Path, folder: Path, dtype: str, image_size: int | None) -> ImportRecord:
-    """Write a base folder with the encoder of an ONNX file.
+    """Write a base folder with the DINOv2 encoder of an ONNX file.
 
     Args:
         source: the ONNX file.
-        folder: the folder for config, weights and the image processor's settings.
+        folder: an existing folder, which becomes the base folder.
         dtype: dtype of the written weights, "BF16" or "F32".
-        image_size: side of the model's input images in pixels; None means 224, or the model's own size if that is
-            smaller.
+        image_size: side of the input images in pixels; None means 224, rounded down to a multiple of the patch size, or
+            the size in the file if that is smaller.
+
+    Returns:
+        The record of the import, with the tensors that were left out.
 
     Raises:
         UsageError: the package onnx is not installed, or the side is not a multiple of the patch size.
@@ -76,11 +79,11 @@ def import_onnx(source: Path, folder: Path, dtype: str, image_size: int | None) 
 
 
 def _weights(source: Path) -> tuple[Arrays, dict[str, int]]:
-    """The encoder's tensors, keyed by the names that transformers uses; and how many each other part has.
+    """Read the encoder's tensors, keyed by their names in transformers, and count the tensors of every other part.
 
     Raises:
         StorageError: the file cannot be read.
-        IncompatibleError: the encoder computes with constants that are none of its tensors.
+        IncompatibleError: the encoder uses constants that are not among these tensors.
     """
     onnx = require("onnx", "onnx", "reading an ONNX file")
     from google.protobuf.message import DecodeError
@@ -122,7 +125,13 @@ def _weights(source: Path) -> tuple[Arrays, dict[str, int]]:
 
 
 def _require_all_used(graph: Any, stored: Mapping[str, Any], used: Collection[str], source: Path) -> None:
-    """Raise an error if a node of the encoder computes with weights that were not taken; single numbers do not count.
+    """Raise an error if a node of the encoder uses weights that are not imported; constants of one number do not count.
+
+    Args:
+        graph: the ONNX graph.
+        stored: its initializers, keyed by name.
+        used: the names of the imported initializers.
+        source: the ONNX file, for the error.
 
     Raises:
         IncompatibleError: there are such weights; all are listed.
@@ -149,7 +158,11 @@ def _array(onnx: Any, tensor: Any) -> npt.NDArray[np.float32]:
 
 
 def _config(arrays: Arrays, source: Path) -> dict[str, Any]:
-    """The encoder's config: sizes from the tensors' shapes, all else as in every published DINOv2."""
+    """The encoder's config for transformers: sizes from the tensors' shapes, other values as in all published DINOv2.
+
+    Raises:
+        IncompatibleError: tensors of a DINOv2 encoder are missing.
+    """
     patches = arrays.get("embeddings.patch_embeddings.projection.weight")
     positions = arrays.get("embeddings.position_embeddings")
     inner = arrays.get("encoder.layer.0.mlp.fc1.weight")

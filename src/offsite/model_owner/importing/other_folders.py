@@ -1,4 +1,4 @@
-"""Refuses folders that look like models but cannot be imported: adapters, own artifacts, pipelines. Torch-free."""
+"""Raises errors for folders that look like models but cannot be imported, such as adapters and bundles. Torch-free."""
 
 import json
 from collections.abc import Sequence
@@ -14,15 +14,18 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".onnx", ".pt", ".pth")
 
 
 def refuse_other_folders(folder: Path, names: Sequence[str]) -> None:
-    """Raise an error if a folder is of a known kind that cannot be imported; the error names the kind.
+    """Raise an error if a folder is of a known kind that cannot be imported, or has no config.
+
+    The error names the kind.
 
     Args:
         folder: the folder that the user named.
-        names: the names of everything in it.
+        names: the names of all files and folders in it.
 
     Raises:
-        UsageError: the folder is not one model; the error names the model's folder if there is one.
-        IncompatibleError: the folder is an adapter, an artifact of this project, or a model of another kind.
+        UsageError: the folder is not one model, or is a bundle, return or plug-in; the error names the folder to import
+            if there is one.
+        IncompatibleError: the folder is a PEFT adapter or a diffusers pipeline.
     """
     if MANIFEST in names:
         _refuse_artifact(folder)
@@ -45,6 +48,7 @@ def refuse_other_folders(folder: Path, names: Sequence[str]) -> None:
 
 
 def _refuse_artifact(folder: Path) -> None:
+    """Raise a UsageError for a bundle, a return or a plug-in that is an adapter; a merged plug-in can be imported."""
     manifest = read_unverified(folder)
     if manifest.kind == "plug-in" and manifest.form == "merged":
         return  # an ordinary checkpoint, which may be tuned again
@@ -62,6 +66,7 @@ def _refuse_artifact(folder: Path) -> None:
 
 
 def _refuse_adapter(folder: Path, names: Sequence[str]) -> None:
+    """Raise an IncompatibleError for a folder with the config of a PEFT adapter, with or without a model's weights."""
     whole = CONFIG in names and any(name.endswith(_WEIGHT_SUFFIXES) and "adapter" not in name for name in names)
     if whole:
         raise IncompatibleError(
@@ -83,6 +88,7 @@ def _refuse_adapter(folder: Path, names: Sequence[str]) -> None:
 
 
 def _refuse_without_config(folder: Path, names: Sequence[str]) -> None:
+    """Raise a UsageError that says what a folder without a config is; return if it has GGUF or ONNX files."""
     if "zero_to_fp32.py" in names or "latest" in names:
         raise UsageError(
             f"{folder} is a checkpoint of DeepSpeed, whose weights are in parts for each process",
@@ -130,7 +136,7 @@ def _refuse_without_config(folder: Path, names: Sequence[str]) -> None:
 
 
 def _with_config(folder: Path) -> list[Path]:
-    """The sub-folders that hold a config, in the order of the numbers in their names."""
+    """The sub-folders with a config.json, in the order of the numbers in their names, such as "checkpoint-500"."""
     found = [path for path in folder.iterdir() if path.is_dir() and (path / CONFIG).is_file()]
     return sorted(found, key=lambda path: (int("".join(filter(str.isdigit, path.name)) or 0), path.name))
 

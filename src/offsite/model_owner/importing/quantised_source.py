@@ -1,4 +1,4 @@
-"""Quantised checkpoints: which method a folder's weights use, and how transformers dequantises them while loading."""
+"""Finds the quantisation method of a folder's weights, and how transformers dequantises them when it loads them."""
 
 import importlib.util
 from collections.abc import Iterator, Mapping
@@ -24,9 +24,9 @@ _DEQUANTISED: Mapping[str, tuple[str, str] | None] = {
 
 
 def method_of(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The key of the method by which the weights in a folder are quantised; None if they are plain.
+    """The key of the method by which the weights in a folder are quantised, such as "fp8"; None if none are quantised.
 
-    Settings without quantised tensors do not count.
+    A quantisation config alone does not count: some tools leave it in the config of plain weights.
 
     Raises:
         StorageError: a file is missing or damaged.
@@ -36,7 +36,10 @@ def method_of(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def stale_settings(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """A note for the user if settings name a quantisation and the weights are plain; None in all other cases."""
+    """A message for the user that quantisation settings of plain weights are left out; None if there are no settings.
+
+    Call it only for a folder whose weights are not quantised.
+    """
     files = [name for name in FILES if (folder / name).is_file()]
     method = method_in_settings(config)
     if method is None and not files:
@@ -46,11 +49,16 @@ def stale_settings(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def require_dequantisable(folder: Path, method: str, config: Mapping[str, Any]) -> None:
-    """Raise an error if the weights in a folder cannot be dequantised here.
+    """Raise an error if transformers cannot dequantise the weights in a folder on this machine.
+
+    Args:
+        folder: the model's folder.
+        method: the key of the quantisation method, from `method_of`.
+        config: the content of the folder's config.json.
 
     Raises:
-        UsageError: a package for it is not installed.
-        IncompatibleError: transformers does not dequantise this method, or the config has no settings of it.
+        UsageError: a package that the method needs is not installed.
+        IncompatibleError: transformers does not dequantise this method, or the config has no quantisation settings.
     """
     name = "in an unknown way" if method == "unknown" else f"with {display_name(method)}"
     plain = "import the checkpoint that it was made from, whose weights are plain (hubs link it as the base model)"
@@ -75,7 +83,7 @@ def require_dequantisable(folder: Path, method: str, config: Mapping[str, Any]) 
 
 
 def dequantising(method: str) -> dict[str, Any]:
-    """The arguments of `from_pretrained` with which it dequantises weights of this method while it loads them."""
+    """The keyword arguments with which `from_pretrained` dequantises weights of this quantisation method."""
     import transformers
 
     configs = {
@@ -100,13 +108,14 @@ def tensors_in(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _files(folder: Path, index: str, whole: str) -> list[str]:
+    """The names of the weight files in a folder: those that an index file lists, else the single file `whole`."""
     if (folder / index).is_file():
         return sorted({str(name) for name in strict_json((folder / index).read_bytes())["weight_map"].values()})
     return [whole] if (folder / whole).is_file() else []
 
 
 def _header(file: Path) -> list[tuple[str, str]]:
-    """The name and dtype of each tensor in a safetensors file, from its header; any dtype is accepted."""
+    """The name and dtype of each tensor in a safetensors file, from its header; empty if the header is damaged."""
     try:
         with file.open("rb") as stream:
             header = strict_json(read_header_bytes(file, stream, file.stat().st_size)[8:])
@@ -118,7 +127,10 @@ def _header(file: Path) -> list[tuple[str, str]]:
 
 
 def _pickled(file: Path) -> list[tuple[str, str]]:
-    """The name and dtype of each tensor in a .bin file; no values are read, and no code runs."""
+    """The name and safetensors dtype of each tensor in a .bin file; empty if torch cannot open it.
+
+    No values are read, and no code of the file runs.
+    """
     import torch
 
     from offsite.models.torch_tensors import TORCH_DTYPES

@@ -1,7 +1,7 @@
-"""Importing the language model of a multi-modal checkpoint: its tensors, its config and the tokenizer's files.
+"""Imports the language model of a multi-modal checkpoint: its tensors, its config and the tokenizer's files.
 
-The base computes what the whole model computes on texts without pictures or sound. The record of the import holds the
-place of every tensor in the source, so that `offsite plug-in --whole` can write the whole checkpoint back.
+For texts without pictures or sound, the base computes the same as the multi-modal model. The import record has the name
+of every tensor in the source, so `offsite plug-in --whole` can write a tuned copy of the multi-modal checkpoint.
 """
 
 import json
@@ -47,7 +47,7 @@ _TEMPLATE, _OLD_TEMPLATE = "chat_template.jinja", "chat_template.json"  # the la
 
 
 def is_multimodal(config: Mapping[str, Any]) -> bool:
-    """Whether a config is that of a multi-modal model: with a part for texts, and one for pictures or sound."""
+    """Whether a config is multi-modal: it nests configs of parts, and its type has no row in the architecture table."""
     nested = any(isinstance(config.get(key), dict) for key in _PARTS)
     return nested and str(config.get("model_type")) not in ARCHITECTURES
 
@@ -57,11 +57,11 @@ def copy_text_tower(source: Path, folder: Path, dtype: str | None) -> ImportReco
 
     Args:
         source: a folder with config, safetensors and the tokenizer's files.
-        folder: the folder that becomes the base.
+        folder: an existing folder, which becomes the base folder.
         dtype: dtype of the written weights, "BF16" or "F32"; None keeps the source's dtype.
 
     Returns:
-        The record of the import, with the place of every tensor in the source.
+        The record of the import, with the name of every tensor in the source.
 
     Raises:
         IncompatibleError: transformers does not know the model, or its language model is not supported.
@@ -114,7 +114,16 @@ def _whole_config(source: Path) -> "PretrainedConfig":
 
 
 def _text_config(source: Path, whole: "PretrainedConfig", text: "PretrainedConfig") -> dict[str, Any]:
-    """The content of the base's config.json."""
+    """The content of the base's config.json.
+
+    Args:
+        source: the source's folder, for errors.
+        whole: the config of the multi-modal model.
+        text: the config of its language model.
+
+    Raises:
+        IncompatibleError: transformers has no causal language model of this type.
+    """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -143,7 +152,10 @@ def _text_config(source: Path, whole: "PretrainedConfig", text: "PretrainedConfi
 
 
 def _place_of(stored: TensorRange, family: Architecture, text: "PretrainedConfig") -> tuple[str, TensorRange] | None:
-    """The name in the base and the stored bytes of a tensor of the language model; None for any other tensor."""
+    """The name in the base of a tensor of the multi-modal model, and the part of it that the base has.
+
+    None if the tensor does not belong to the language model.
+    """
     head = _HEAD.fullmatch(stored.name)
     if head:
         return f"{family.head.rpartition('.')[0]}.{head[1]}", stored
@@ -165,6 +177,7 @@ def _place_of(stored: TensorRange, family: Architecture, text: "PretrainedConfig
 
 
 def _copy_texts_files(source: Path, folder: Path) -> None:
+    """Copy the tokenizer, the generation config, the licence and the chat template to the base folder."""
     for name in (GENERATION_CONFIG, *TOKENIZER_FILES, "LICENSE", "LICENSE.txt"):
         if (source / name).is_file():
             write_stream(folder / name, [(source / name).read_bytes()])

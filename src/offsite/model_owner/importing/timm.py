@@ -1,7 +1,7 @@
-"""Importing a model that timm published: weights, config and preprocessing.
+"""Imports the encoder of a model that timm published: weights, config and preprocessing.
 
-The weights are copied. The config is written out in full. The preprocessing becomes the settings of an image processor
-based on Pillow.
+The weights are copied. The new config lists all settings. The preprocessing becomes the settings of a Pillow image
+processor.
 """
 
 import json
@@ -24,7 +24,7 @@ _FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's
 
 
 def is_timm(config: Mapping[str, Any]) -> bool:
-    """Whether a config is one that timm, or its wrapper in transformers, writes."""
+    """Whether a config was written by timm, or by the timm wrapper in transformers."""
     return "pretrained_cfg" in config and "architecture" in config
 
 
@@ -35,7 +35,7 @@ def copy_timm(source: Path, folder: Path, dtype: str | None) -> ImportRecord:
 
     Args:
         source: a folder with config and safetensors.
-        folder: the folder that becomes the base.
+        folder: an existing folder, which becomes the base folder.
         dtype: dtype of the written weights, "BF16" or "F32"; None keeps the source's dtype.
 
     Returns:
@@ -93,7 +93,15 @@ def copy_timm(source: Path, folder: Path, dtype: str | None) -> ImportRecord:
 
 
 def _processor(published: Any, side: int) -> dict[str, Any]:
-    """The settings of a Pillow image processor for timm's evaluation preprocessing: resize, crop, normalise."""
+    """The settings of a Pillow image processor that resizes, crops and normalises as timm does for evaluation.
+
+    Args:
+        published: `pretrained_cfg` of the model's config.
+        side: the side of the input images in pixels.
+
+    Raises:
+        IncompatibleError: a setting is missing or has no counterpart in the image processor; all are listed.
+    """
     found = published if isinstance(published, dict) else {}
     share, mode, filter_ = found.get("crop_pct", 0.875), found.get("crop_mode", "center"), found.get("interpolation")
     problems = [f"crop_mode = {str(mode)[:40]!r}, expected 'center'"] if mode != "center" else []

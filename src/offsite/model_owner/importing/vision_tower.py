@@ -1,4 +1,4 @@
-"""Importing the image tower of a model of images and texts, such as CLIP: its tensors and its part of the config."""
+"""Imports the image tower of a model of images and texts, such as CLIP: its tensors and its part of the config."""
 
 import json
 from collections.abc import Mapping
@@ -17,17 +17,17 @@ from offsite.storage.strict_json import strict_json
 
 
 def tower_in(config: Mapping[str, Any]) -> Architecture | None:
-    """The row of the architecture table for the image tower of a model; None if the model has no such tower."""
+    """The architecture table's row for the image tower of a model with this config; None if there is none."""
     kind = config.get("model_type")
     return next((family for family in ARCHITECTURES.values() if family.vision and family.vision.tower_of == kind), None)
 
 
 def copy_tower(source: Path, folder: Path, family: Architecture, dtype: str | None) -> ImportRecord:
-    """Write the image tower of a model as a base folder.
+    """Write the image tower of a model of images and texts as a base folder.
 
     Args:
         source: a folder with config, safetensors and the image processor's settings.
-        folder: the folder that becomes the base.
+        folder: an existing folder, which becomes the base folder.
         family: the tower's row of the architecture table.
         dtype: dtype of the written weights, "BF16" or "F32"; None keeps the source's dtype.
 
@@ -70,7 +70,8 @@ def copy_tower(source: Path, folder: Path, family: Architecture, dtype: str | No
 def _processor(source: Path) -> Any:
     """The image processor's settings, with the name of its class.
 
-    Files may leave the name out, since transformers can derive it from the type of the whole model; it is added here.
+    The name is added if the file lacks it: transformers can derive it from the type of the whole model, but not from
+    that of the tower.
     """
     try:
         settings = strict_json((source / PROCESSOR).read_bytes())

@@ -1,4 +1,4 @@
-"""Write the weights of an imported base, and refuse NaN and infinity by tensor name. Torch-free."""
+"""Writes the weights of an imported base, and raises an error if tensors have NaN or infinity. Torch-free."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,10 +11,15 @@ from offsite.storage.safetensors_files import NewTensor
 
 
 def write_weights(folder: Path, tensors: Iterable[NewTensor], source: Path) -> None:
-    """Write tensors as the checkpoint of a base folder, and search them for NaN and infinity at the same time.
+    """Write tensors as safetensors files into a base folder, and check that all values are finite.
+
+    Args:
+        folder: the base folder.
+        tensors: the tensors, whose values are computed when they are written.
+        source: the imported file or folder, for the error.
 
     Raises:
-        IncompatibleError: tensors hold NaN or infinity; `source` is named in the error.
+        IncompatibleError: tensors have NaN or infinity; they are listed.
     """
     watch = FiniteWatch()
     write_checkpoint(folder, watch.over(tensors))
@@ -22,10 +27,14 @@ def write_weights(folder: Path, tensors: Iterable[NewTensor], source: Path) -> N
 
 
 def require_finite(bad: Sequence[str], source: Path) -> None:
-    """Raise an error if `bad` lists names of tensors, which hold NaN or infinity.
+    """Raise an error if the weights of a model have NaN or infinity.
+
+    Args:
+        bad: the names of the tensors that have such values.
+        source: the model's file or folder, for the error.
 
     Raises:
-        IncompatibleError: the list is not empty; all names are listed.
+        IncompatibleError: `bad` is not empty.
     """
     if bad:
         raise IncompatibleError(
