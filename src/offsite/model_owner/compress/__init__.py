@@ -1,1 +1,1 @@
-"""Compressing the emulator's blocks: one method per file."""
+"""Compresses the emulator's blocks; each method has its own file."""

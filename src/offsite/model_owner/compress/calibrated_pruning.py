@@ -1,4 +1,4 @@
-"""Pruning a block's linear layers using their inputs: the part that all calibrated pruners share."""
+"""Prunes a block's linear layers with a calibrated pruner, which needs statistics of each layer's inputs."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -17,17 +17,17 @@ def prune_layers(
 ) -> Mapping[str, Tensor]:
     """Prune the linear layers of a block; each is calibrated on its inputs in the unpruned block.
 
+    If the block uses a layer's weight without calling the layer, its inputs are unknown, and magnitude pruning is used.
+
     Args:
         problem: the block, with its inputs.
         found: tensors of the block that earlier steps changed, keyed by their path in the block, as checkpoint files
             name it.
         pruning: the pruner, and the fraction of each matrix that becomes zero.
-        spared: paths of layers that are pruned in another step.
-
-    A layer that the block does not call, but whose weight it reads, loses its smallest weights.
+        spared: paths in the block of the layers that another step prunes.
 
     Returns:
-        The new matrices, keyed by their path in the block, in names and layout of checkpoint files.
+        The new matrices, keyed by their path in the block, with the names and layout of checkpoint files.
     """
     family, block = problem.family, problem.load(found)
     parameters = dict(block.module.named_parameters())
@@ -61,7 +61,14 @@ def prune_layers(
 
 
 def _readers(seen: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
-    """The modules' paths, grouped so that the modules of a group have the same input tensor."""
+    """Group modules that have the same input tensor.
+
+    Args:
+        seen: the input of each module, keyed by the module's path.
+
+    Returns:
+        The paths of each group.
+    """
     groups: dict[int, list[str]] = {}
     for path, inputs in seen.items():
         groups.setdefault(id(inputs), []).append(path)
@@ -71,7 +78,11 @@ def _readers(seen: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
 def _pruned_experts(
     problem: BlockProblem, found: Mapping[str, Tensor], pruning: Pruning, spared: Collection[str]
 ) -> dict[str, Tensor]:
-    """The pruned matrices of a mixture's experts, each calibrated on the tokens that go to its expert."""
+    """Prune the experts of a mixture; each is calibrated on the tokens that the router sends to it.
+
+    Returns:
+        The new matrices, keyed by their path in the block; empty if the block has no experts.
+    """
     experts = problem.family.experts
     routed = [] if experts is None else routed_tokens(problem, found, experts)
     if experts is None or not routed:
@@ -93,7 +104,17 @@ def _pruned_experts(
 def _pruned_group(
     start: str, weights: Mapping[str, Tensor], inputs: Sequence[Tensor], pruning: Pruning
 ) -> dict[str, Tensor]:
-    """Prune linear layers of an expert that have the same inputs, (n, I) for each batch; `start` begins their paths."""
+    """Prune linear layers of an expert that have the same inputs.
+
+    Args:
+        start: the expert's path in the block, with a dot at its end.
+        weights: the matrices (outputs, I), keyed by the layer's path in the expert.
+        inputs: the inputs of the layers, (n, I) for each batch.
+        pruning: the pruner, and the fraction of each matrix that becomes zero.
+
+    Returns:
+        The new matrices, keyed by their path in the block.
+    """
     seen = [pruning.pruner.sum_inputs(rows) for rows in inputs if len(rows)]
     pruned = pruning.prune_matrices(weights, torch.stack(seen).sum(0) if seen else None)
     return {f"{start}{path}.weight": weight.contiguous() for path, weight in pruned.items()}

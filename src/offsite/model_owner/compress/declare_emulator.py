@@ -1,7 +1,7 @@
-"""Emulators with compressed or added modules: what their config declares, and the tensors stored for each block.
+"""Emulators with compressed or added modules: what the bundle's config declares of them, and which tensors it stores.
 
-The methods apply to the healed tensors in this order: narrower MLPs, pruning, then another stored form of each matrix.
-Each matrix is read, changed and written on its own, so only one is in memory. Torch-free.
+Healed tensors are compressed in this order: narrower MLPs, pruning, then encoding of each matrix (such as quantised or
+low-rank). Each matrix is read, changed and written on its own, so only one is in memory. Torch-free.
 """
 
 import functools
@@ -26,17 +26,17 @@ from offsite.storage.safetensors_files import NewTensor, TensorRange, copied, fr
 def declared_of(
     model: BaseModel, bottom: int, slots: Sequence[int], spec: PackSpec, widths: Sequence[Widths] | None
 ) -> Declared | None:
-    """The declaration in the bundle's config of modules that differ from the family's own; None if none differs.
+    """What the bundle's config declares of emulator blocks that differ from the family's; None if none differs.
 
     Args:
         model: the opened base.
         bottom: number of blocks before the emulator.
         slots: base indices of the emulator's blocks, in order; an index may occur several times.
         spec: the compression and healing settings.
-        widths: the widths of the emulator's blocks; None if they are those of the base.
+        widths: the numbers of heads and neurons of the emulator's blocks; None if they are those of the base.
 
     Raises:
-        IncompatibleError: the family's blocks cannot be stored in a requested form.
+        IncompatibleError: the family's blocks cannot be compressed as the settings ask.
     """
     fields: dict[str, Any] = {}
     for form in spec.stored_forms:
@@ -60,11 +60,11 @@ def declared_of(
 
 
 def require_declarable(model: BaseModel, spec: PackSpec) -> None:
-    """Raise an error if the settings ask for modules that the family's blocks cannot have.
+    """Raise an error if the settings ask for a compression, or an added layer, that the family's blocks cannot have.
 
     Raises:
-        IncompatibleError: tensors of the family's blocks have other names in files than in modules, or a requested form
-            does not fit.
+        IncompatibleError: the family has other tensors in checkpoint files than in torch modules, has no row in the
+            table, or its blocks cannot be compressed as the settings ask.
     """
     family, asked = model.family, spec.declares
     if asked and (family.experts or family.modules or family.layouts):
@@ -100,12 +100,12 @@ def block_tensors(
 
     Args:
         model: the opened base.
-        index: the block's base index.
-        tensors: the block's healed tensors, keyed by path in the block, with those of the affine map after it, if there
-            is one.
-        declared: the declaration of the emulator's modules; None if they are the family's own.
-        place: the block's place in the emulator, from 0.
-        spec: the settings of pruning and of stored forms.
+        index: the block's index in the base.
+        tensors: the block's tensors after healing, keyed by path in the block, and those of the affine layer after it,
+            if there is one.
+        declared: what the bundle's config declares of blocks that differ from the family's; None if none does.
+        place: the block's index in the emulator, from 0.
+        spec: the settings of pruning and of the other compressions.
         dtype: the bundle's dtype of floats, "BF16" or "F32".
     """
     family = model.family
@@ -147,9 +147,9 @@ def block_tensors(
 def _values(
     family: Architecture, tensors: Mapping[str, TensorRange], declared: Declared | None, spec: PackSpec
 ) -> Callable[[str], Array]:
-    """A function from a tensor's path in the block to its values, in float32.
+    """A function that reads a tensor of the block, given its path in the block, and returns its values in float32.
 
-    The values have the smaller shape of a narrower MLP and are pruned, if the settings ask for that.
+    It narrows the MLP's tensors and prunes linear layers, if the settings ask for that.
     """
 
     def read(path: str) -> Array:

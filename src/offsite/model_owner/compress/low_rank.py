@@ -14,12 +14,12 @@ Array = npt.NDArray[np.float32]
 
 
 def declare(model: BaseModel, spec: PackSpec) -> Mapping[str, Any]:
-    """The declared rank, as a fraction of the full rank."""
+    """The rank, as a fraction of the full rank, in the field of `Declared` for it."""
     return {"svd_rank": spec.compress.svd_rank}
 
 
 def encode(weight: Array, declared: Declared) -> Mapping[str, npt.NDArray[Any]]:
-    """The two factors of a matrix (outputs, inputs): `down` (rank, inputs) and `up` (outputs, rank)."""
+    """The factors of a matrix (outputs, inputs) for the declared rank: "down" (rank, inputs), "up" (outputs, rank)."""
     outputs, inputs = weight.shape
     down, up = factorise(weight, declared.rank(inputs, outputs))
     return {"down": down, "up": up}

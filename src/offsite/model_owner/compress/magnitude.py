@@ -1,6 +1,6 @@
 """Magnitude pruning: the smallest weights of each matrix become zero (Han et al., arXiv 1506.02626). Torch-free.
 
-It needs the weights alone, so it runs when they are stored, after healing and after MLPs are made narrower.
+It needs no calibration data, so it runs when the weights are stored, after healing and after MLPs are made narrower.
 """
 
 from offsite.model_owner.compress.smallest_weights import Array, without_smallest

@@ -1,4 +1,4 @@
-"""Narrower MLPs: the neurons with the largest weights stay (FedPFT, arXiv 2404.11536). Torch-free."""
+"""Narrower MLPs: only the neurons with the largest weights remain (FedPFT, arXiv 2404.11536). Torch-free."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ Array = npt.NDArray[np.float32]
 
 
 def declare(model: BaseModel, spec: PackSpec) -> Mapping[str, Any]:
-    """The declared number of neurons that stay in each MLP.
+    """The number of neurons that remain in each MLP, in the field of `Declared` for it.
 
     Raises:
         IncompatibleError: a linear layer of the MLP has several outputs for each neuron.
@@ -39,7 +39,13 @@ def declare(model: BaseModel, spec: PackSpec) -> Mapping[str, Any]:
 
 
 def reshape(family: Architecture, read: Callable[[str], Array], declared: Declared) -> Callable[[str, Array], Array]:
-    """A function from a tensor's path in the block and its values to its values in the narrower block."""
+    """A function that narrows a tensor, given its path in the block and its values in the base.
+
+    Args:
+        family: the model's row of the architecture table.
+        read: reads a tensor of the block, given its path in the block.
+        declared: the bundle's declaration, with the number of neurons that remain.
+    """
 
     @functools.cache
     def kept() -> npt.NDArray[np.intp]:
@@ -49,22 +55,25 @@ def reshape(family: Architecture, read: Callable[[str], Array], declared: Declar
 
 
 def kept_features(family: Architecture, read: Callable[[str], Array], declared: Declared) -> Narrowed:
-    """The neurons that stay: inputs of the MLP's output layer, and outputs of its other layers."""
+    """The remaining inputs and outputs of each narrowed layer, keyed by the layer's path; arguments as for `reshape`.
+
+    The remaining neurons are inputs of the MLP's output layer, and outputs of its other layers.
+    """
     neurons = tuple(choose_neurons(family, read, declared.mlp_width or 0).tolist())
     outputs = dict.fromkeys(neuron_layers(family, family.linears), KeptFeatures(outputs=neurons))
     return {**outputs, family.mlp_out: KeptFeatures(inputs=neurons)}
 
 
 def choose_neurons(family: Architecture, read: Callable[[str], Array], width: int) -> npt.NDArray[np.intp]:
-    """The indices of a block's MLP neurons that stay, in ascending order.
+    """The indices of the MLP neurons that remain in a block, in ascending order.
 
     They are those with the largest L2 norm of all their weights: their rows of the input layers and their column of the
     output layer.
 
     Args:
         family: the model's row of the architecture table.
-        read: returns a tensor of the block, given its path.
-        width: number of neurons that stay.
+        read: reads a tensor of the block, given its path in the block.
+        width: number of neurons that remain.
     """
     squares = np.square(read(f"{family.mlp_out}.weight"), dtype=np.float64).sum(1 if family.transposed else 0)
     for path in neuron_layers(family, family.linears):
@@ -73,7 +82,14 @@ def choose_neurons(family: Architecture, read: Callable[[str], Array], width: in
 
 
 def narrow(family: Architecture, path: str, values: Array, kept: npt.NDArray[np.intp]) -> Array:
-    """The values of one tensor for the `kept` MLP neurons; a tensor outside the MLP is returned unchanged."""
+    """The values of a tensor without the rows or columns of removed MLP neurons; tensors without any are unchanged.
+
+    Args:
+        family: the model's row of the architecture table.
+        path: the tensor's path in the block.
+        values: its values in the base, with the layout of checkpoint files.
+        kept: the indices of the neurons that remain.
+    """
     module, _, kind = path.rpartition(".")
     if module == family.mlp_out and kind == "weight":
         return values[kept] if family.transposed else values[:, kept]

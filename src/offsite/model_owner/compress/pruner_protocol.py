@@ -1,4 +1,4 @@
-"""The functions that a pruner's file defines: one for a pruner of stored weights, three for a calibrated pruner."""
+"""The functions that a pruner's file must define: one for a pruner without calibration data, three for one with it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class StoredPruner(Protocol):
-    """Protocol: a module of this folder whose pruner needs only the weights, and runs when they are stored."""
+    """Protocol of pruners without calibration data, which run when weights are stored; each is a Python file here."""
 
     def prune_stored(self, weight: Array, share: float) -> Array:
         """Set a fraction `share` of a matrix's weights to zero; `weight` has the layout of checkpoint files."""
@@ -22,12 +22,12 @@ class StoredPruner(Protocol):
 
 @runtime_checkable
 class CalibratedPruner(Protocol):
-    """Protocol: a module of this folder whose pruner needs the inputs of linear layers, so it runs calibration data."""
+    """Protocol of pruners that need statistics of each linear layer's inputs; each is a Python file of this folder."""
 
     def sum_inputs(self, inputs: "Tensor") -> "Tensor":
-        """The statistics that the pruner needs of a layer's inputs (N, I).
+        """The statistics that the pruner needs of a layer's inputs (N, I), such as their Gram matrix.
 
-        They are a sum over the N tokens, so those of several batches can be added.
+        They are a sum over the N tokens, so the caller adds those of several batches.
         """
 
     def from_gram(self, gram: "Tensor") -> "Tensor":
@@ -48,7 +48,7 @@ class CalibratedPruner(Protocol):
 
 @dataclass(frozen=True)
 class Pruning:
-    """A calibrated pruner, and the fraction of each matrix that it sets to zero."""
+    """A calibrated pruner with its row of the pruner table, and the fraction of each matrix that it sets to zero."""
 
     row: Pruner
     pruner: CalibratedPruner
@@ -61,8 +61,7 @@ class Pruning:
     def prune_matrices(self, weights: Mapping[str, "Tensor"], sums: "Tensor | None") -> Mapping[str, "Tensor"]:
         """Prune matrices (outputs, I) of linear layers that have the same inputs.
 
-        Where no calibration token reached the layers, such as an expert that no token goes to, nothing is known of
-        their inputs, and the smallest weights become zero.
+        If no calibration token reached the layers, such as those of an unused expert, the smallest weights become zero.
 
         Args:
             weights: the matrices, keyed by the layers' paths.
@@ -75,20 +74,21 @@ class Pruning:
 
 
 def _without_smallest(weight: "Tensor", share: float, axis: int | None) -> "Tensor":
+    """Magnitude pruning of a torch tensor; see `without_smallest`."""
     pruned = without_smallest(weight.detach().float().cpu().numpy(), share, axis)
     return weight.new_tensor(pruned).float()
 
 
 def pruning(row: Pruner, share: float) -> Pruning:
-    """Load a calibrated pruner and set its fraction of zeros; imports torch."""
+    """Import the Python file of a calibrated pruner, which imports torch; `share` is the fraction of zeros."""
     return Pruning(row, cast(CalibratedPruner, import_module(row.module)), share)
 
 
 def prune_stored(row: Pruner, weight: Array, share: float, inputs_axis: int) -> Array:
-    """Prune a matrix when it is stored.
+    """Prune a matrix when the bundle's weights are written.
 
-    A calibrated pruner ran before, and its zeros are kept: they are the smallest weights. If too few are left, because
-    the MLP became narrower, the next smallest weights become zero too.
+    A calibrated pruner has run earlier, and its zeros stay zero. If they are too few, because MLP neurons were removed
+    since, the smallest other weights become zero too.
 
     Args:
         row: the pruner's row of the table of pruners.

@@ -17,18 +17,23 @@ Array = npt.NDArray[np.float32]
 
 
 def declare(model: BaseModel, spec: PackSpec) -> Mapping[str, Any]:
-    """The declared number of bits per weight, and the number of weights that share a scale."""
+    """The number of bits per weight, and the number of weights that share a scale, in the fields of `Declared`."""
     return {"bits": spec.compress.bits, "group": spec.compress.group}
 
 
 def encode(weight: Array, declared: Declared) -> Mapping[str, npt.NDArray[Any]]:
-    """The quantised form of a matrix (outputs, inputs): `quantised`, its integer codes, and `scales`."""
+    """The tensors that store a quantised matrix (outputs, inputs): its integer codes "quantised", and "scales"."""
     codes, scales = quantise(weight, declared.bits or 8, declared.group or 64)
     return {"quantised": codes, "scales": scales}
 
 
 def quantise(weight: Array, bits: int, group: int) -> tuple[npt.NDArray[np.uint8] | npt.NDArray[np.int8], Array]:
     """Quantise a matrix (outputs, inputs) to integer codes and scales.
+
+    Args:
+        weight: the matrix.
+        bits: 8 or 4.
+        group: number of consecutive weights of an output that share a scale.
 
     Returns:
         Codes: int8 (outputs, inputs); for 4 bits uint8 (outputs, inputs / 2 rounded up), each code plus 8, with the

@@ -1,4 +1,4 @@
-"""Sets the smallest weights of a matrix to zero, for magnitude pruning and for the storing of pruned matrices.
+"""Sets the smallest weights of a matrix to zero, for magnitude pruning and when pruned matrices are written.
 
 Torch-free.
 """
@@ -10,7 +10,7 @@ Array = npt.NDArray[np.float32]
 
 
 def without_smallest(weight: Array, share: float, inputs_axis: int | None = None) -> Array:
-    """Set the smallest weights of a matrix to zero; a matrix with enough zeros is returned unchanged.
+    """Set the smallest weights of a matrix to zero; a matrix with enough zeros does not change.
 
     Args:
         weight: the matrix.

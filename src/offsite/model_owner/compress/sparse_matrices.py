@@ -1,4 +1,4 @@
-"""Pruned matrices stored as a bit mask and the remaining weights, so a zero costs one bit. Torch-free."""
+"""Stores a pruned matrix as a bit mask and the remaining weights, so that a zero takes one bit. Torch-free."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,12 +13,12 @@ from offsite.models.modules.declared import Declared
 
 
 def declare(model: BaseModel, spec: PackSpec) -> Mapping[str, Any]:
-    """The declared fraction of every matrix that is not stored."""
+    """The fraction of each matrix that is zero and not stored, in the field of `Declared` for it."""
     return {"sparse": spec.pruned}
 
 
 def encode(weight: Array, declared: Declared) -> Mapping[str, npt.NDArray[Any]]:
-    """The sparse form of a pruned matrix (outputs, inputs): `mask` and `values`."""
+    """The tensors that store a pruned matrix (outputs, inputs): the bit "mask" and the remaining "values"."""
     mask, values = pack_sparse(weight, declared.sparse or 0.0)
     return {"mask": mask, "values": values}
 
@@ -26,8 +26,8 @@ def encode(weight: Array, declared: Declared) -> Mapping[str, npt.NDArray[Any]]:
 def pack_sparse(weight: Array, share: float) -> tuple[npt.NDArray[np.uint8], Array]:
     """Pack a pruned matrix (outputs, inputs) into a bit mask and the remaining weights.
 
-    The share alone fixes the file's size: exactly floor(share * size) weights are left out. If the matrix has fewer
-    zeros, as after a pruner that rounds down for each output, the smallest other weights are left out too.
+    Exactly floor(share * size) weights are left out, so the file's size is known before. If the matrix has fewer zeros,
+    as after a pruner that rounds down for each output, the smallest other weights are left out too.
 
     Returns:
         Mask: uint8 (outputs, inputs / 8 rounded up), with the first input in the lowest bit. Weights: float32 (count,),

@@ -1,8 +1,8 @@
 """SparseGPT: weights are removed column by column, and the remaining weights are updated to compensate.
 
-Frantar and Alistarh, arXiv 2301.00774, section 3. Two things differ from the paper. A block's layers are pruned on
-their inputs in the emulator, not in the base. And if `refit` is on, it solves the output projections of MLP or
-attention before they are pruned, so that a block also corrects errors of the blocks before it.
+Frantar and Alistarh, arXiv 2301.00774, section 3. Two things differ from the paper. A layer is calibrated on its inputs
+in the emulator, not in the base. If the healing step `refit` is on, it fits the output projections of MLP or attention
+before they are pruned, so that a block also corrects errors of the blocks before it.
 """
 
 from collections.abc import Mapping
@@ -21,15 +21,15 @@ def sum_inputs(inputs: Tensor) -> Tensor:
 
 
 def from_gram(gram: Tensor) -> Tensor:
-    """The Gram matrix (I, I), unchanged: it is what this pruner needs."""
+    """The Gram matrix (I, I) of a layer's inputs, unchanged, as this pruner's statistics are the Gram matrix itself."""
     return gram
 
 
 def prune_matrices(weights: Mapping[str, Tensor], sums: Tensor, share: float) -> Mapping[str, Tensor]:
-    """Prune matrices, updating the remaining weights so that the layers' outputs change least.
+    """Prune the matrices of layers that have the same inputs, and update the remaining weights to compensate.
 
     Args:
-        weights: matrices (outputs, I), keyed by path.
+        weights: matrices (outputs, I), keyed by the layers' paths.
         sums: the Gram matrix of their inputs, (I, I).
         share: exactly floor(share * size) weights of each become zero.
 
@@ -63,9 +63,15 @@ def _prune(weight: Tensor, unused: Tensor, factor: Tensor, share: float) -> Tens
 
 
 def _errors(part: Tensor, own: Tensor, removed: Tensor) -> Tensor:
-    """The error that removing the weights leaves in each column, for the update of the columns after this part.
+    """Update the columns of one part of a matrix as its weights are removed, column by column.
 
-    `part` (columns, outputs) is updated in place.
+    Args:
+        part: the columns, (columns, outputs), updated in place.
+        own: the rows and columns of the inverse's Cholesky factor for this part, (columns, columns).
+        removed: a mask of the removed weights, (columns, outputs).
+
+    Returns:
+        The scaled error of each removed weight, (columns, outputs), for the update of the columns after this part.
     """
     errors = torch.zeros_like(part)
     for first in range(0, len(part), _TOGETHER):

@@ -1,6 +1,7 @@
-"""The functions that the module of a stored form defines. Torch-free.
+"""The functions that the Python file of a stored form must define. Torch-free.
 
-They declare the form in the bundle's config, and change a block's shapes or encode a matrix.
+A stored form is a way to store compressed blocks in a bundle: quantised, low-rank or sparse matrices, or narrower MLPs.
+The functions declare it in the bundle's config, and make a block's tensors smaller or encode a matrix.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,49 +20,52 @@ from offsite.models.modules.declared import Declared
 
 @runtime_checkable
 class DeclaringForm(Protocol):
-    """Protocol: a module of this folder with a stored form; it is also a `MatrixEncoding` or a `BlockReshaping`."""
+    """Protocol of all stored forms, the ways to store compressed blocks; each is a Python file of this folder.
+
+    Each form is also a `MatrixEncoding` or a `BlockReshaping`.
+    """
 
     def declare(self, model: BaseModel, spec: PackSpec) -> Mapping[str, Any]:
-        """The fields of `Declared` that describe this form.
+        """The values of the fields of `Declared` that describe this form in the bundle's config.
 
         Raises:
-            IncompatibleError: the family's blocks cannot have this form.
+            IncompatibleError: the family's blocks cannot be stored in this form.
         """
 
 
 @runtime_checkable
 class MatrixEncoding(DeclaringForm, Protocol):
-    """Protocol: a form that stores the matrix of a linear layer as other tensors, such as codes and scales."""
+    """Protocol of stored forms that replace the matrix of a linear layer by other tensors, such as codes and scales."""
 
     def encode(self, weight: Array, declared: Declared) -> Mapping[str, npt.NDArray[Any]]:
-        """The tensors that store a matrix (outputs, inputs), keyed by the last part of their names.
+        """The tensors that store a matrix (outputs, inputs), keyed by the last part of their names, such as "scales".
 
-        The caller rounds those in float32 to the bundle's dtype.
+        The caller rounds float32 tensors to the bundle's dtype.
         """
 
 
 @runtime_checkable
 class BlockReshaping(DeclaringForm, Protocol):
-    """Protocol: a form that makes tensors of a block smaller, before they are pruned or encoded."""
+    """Protocol of stored forms that make tensors of a block smaller, before they are pruned or encoded."""
 
     def reshape(
         self, family: Architecture, read: Callable[[str], Array], declared: Declared
     ) -> Callable[[str, Array], Array]:
-        """A function from a tensor's path in the block and its values to its values in the smaller block.
+        """A function that makes a tensor smaller, given its path in the block and its values in the base.
 
         Args:
             family: the model's row of the architecture table.
-            read: returns a tensor of the block, given its path.
-            declared: the declaration of the emulator's modules.
+            read: reads a tensor of the block, given its path in the block.
+            declared: what the bundle's config declares of the emulator's blocks, such as their number of neurons.
         """
 
     def kept_features(self, family: Architecture, read: Callable[[str], Array], declared: Declared) -> Narrowed:
-        """The inputs and outputs that the layers of the smaller block keep, for the same arguments as `reshape`.
+        """The inputs and outputs of each layer that remain in the smaller block; arguments as for `reshape`.
 
-        The owner's map needs them to carry an adapter on such a layer to the base's shape.
+        The ledger's `CarryMap` needs them to map an adapter of such a layer to the base's shape.
         """
 
 
 def form_of(row: StoredForm) -> DeclaringForm:
-    """Load the file of a stored form."""
+    """Import the Python file of a stored form."""
     return cast(DeclaringForm, import_module(row.module))

@@ -1,4 +1,4 @@
-"""Wanda: each output loses the weights with the smallest product of magnitude and norm of the input.
+"""Wanda: removes the weights of each output that have the smallest product of magnitude and input norm.
 
 Sun, Liu, Bair and Kolter, arXiv 2306.11695, section 3: the score of a weight is |W_ij| * ||X_j||_2 over all calibration
 tokens, compared among the weights of one output. The remaining weights do not change. Wanda needs one value for each
@@ -22,10 +22,10 @@ def from_gram(gram: Tensor) -> Tensor:
 
 
 def prune_matrices(weights: Mapping[str, Tensor], sums: Tensor, share: float) -> Mapping[str, Tensor]:
-    """Set the weights with the lowest scores to zero.
+    """Set the weights of each output with the lowest scores to zero, in layers that have the same inputs.
 
     Args:
-        weights: matrices (outputs, I), keyed by path.
+        weights: matrices (outputs, I), keyed by the layers' paths.
         sums: the squared norms of their inputs, (I,).
         share: exactly floor(share * I) weights of each output become zero, of equal scores the earlier.
 

@@ -1,1 +1,1 @@
-"""Chooses which blocks of the middle the emulator keeps; one selection rule per file."""
+"""Chooses which of the base's middle blocks the emulator keeps; each selection rule has its own file."""

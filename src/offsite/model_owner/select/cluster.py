@@ -21,7 +21,7 @@ from offsite.progress import Event
 
 
 def select(selection: Selection) -> tuple[int, ...]:
-    """The base indices of the kept blocks: the centre of each cluster, with as many clusters as blocks to keep.
+    """The base indices of the kept blocks: the middle block of each cluster; there is one cluster per kept block.
 
     Raises:
         DataError: the calibration data is unreadable or too short.
@@ -39,12 +39,16 @@ def linear_cka(left: Tensor, right: Tensor) -> float:
 
 
 def centres(alike: Sequence[Sequence[float]], keep: int) -> list[int]:
-    """Merge neighbouring clusters until `keep` are left.
+    """Merge neighbouring clusters of blocks until `keep` clusters remain; at first, each block is its own cluster.
 
     Each step merges the two neighbours with the highest average similarity between their members.
 
+    Args:
+        alike: the similarity of every pair of blocks, in the order of the blocks.
+        keep: number of clusters.
+
     Returns:
-        The position of the middle member of each cluster; the earlier of two middle members.
+        The position in `alike` of each cluster's middle block, or of the earlier of two middle blocks.
     """
     clusters = [[place] for place in range(len(alike))]
     while len(clusters) > keep:
@@ -57,7 +61,7 @@ def centres(alike: Sequence[Sequence[float]], keep: int) -> list[int]:
 
 
 def _pooled_outputs(selection: Selection) -> list[Tensor]:
-    """The output of each block of the middle, averaged over tokens: one matrix (samples, H) per block."""
+    """The outputs of each block of the middle for the calibration samples, averaged over tokens: (samples, H) each."""
     model, spec, middle = selection.model, selection.spec, selection.middle
     machine = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     runner = BlockRunner(model, machine)

@@ -1,4 +1,4 @@
-"""Contiguous selection: the dropped blocks are neighbours, so the emulator has one gap instead of many."""
+"""Contiguous selection: drops one run of consecutive blocks, so the emulator has one gap instead of many."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ def select(selection: Selection) -> tuple[int, ...]:
 
 
 def contiguous(middle: Sequence[int], keep: int, drop_from: int | None = None) -> tuple[int, ...]:
-    """The base indices of the kept blocks if one run of blocks is dropped.
+    """The base indices of the kept blocks if one run of consecutive blocks is dropped.
 
     Args:
         middle: base indices of the middle, in order.

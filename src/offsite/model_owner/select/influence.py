@@ -22,15 +22,19 @@ def select(selection: Selection) -> tuple[int, ...]:
 
 
 def most_influential(scores: Mapping[int, float], keep: int) -> tuple[int, ...]:
-    """The indices of the `keep` highest scores, in order; of equal scores the earlier block is kept."""
+    """The indices of the blocks with the `keep` highest scores, in ascending order; of equal scores, the earlier block.
+
+    `scores` has the score of each block, keyed by the block's base index.
+    """
     ranked = sorted(scores, key=lambda index: (-scores[index], index))
     return tuple(sorted(ranked[:keep]))
 
 
 def block_influence(selection: Selection) -> dict[int, float]:
-    """The influence of each block of the middle: 1 - E[cos(hidden before, hidden after)] over calibration tokens.
+    """The influence of each block of the middle, keyed by base index.
 
-    The cosine depends on directions only, so tokens with very large activations count no more than others.
+    It is 1 - E[cos(x, y)] over calibration tokens, for the block's input x and output y. The cosine depends on
+    directions only, so tokens with very large activations count no more than others.
     """
     model, spec, middle = selection.model, selection.spec, selection.middle
     machine = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)

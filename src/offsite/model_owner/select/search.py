@@ -1,9 +1,9 @@
-"""Search: exchange blocks as long as the emulator's loss on held-out text falls.
+"""Selection by local search: exchanges kept for dropped blocks as long as the emulator's loss on held-out text falls.
 
-If the settings heal or prune block by block, each candidate is healed before it is scored. The search starts from the
-better of uniform and the best contiguous selection. A move replaces one kept block by a dropped one; the first move
-that lowers the loss is taken. Scores and the final choice are stored in the scratch folder, so an interrupted search
-continues, and healing can resume without a new search.
+If the settings heal, narrow or prune block by block, this is done with each candidate before it is scored. The search
+starts from the better of uniform and the best contiguous selection. A move replaces one kept block by a dropped one;
+the first move that lowers the loss is made. Scores and the final choice are stored in the scratch folder, so an
+interrupted search continues, and healing can resume without a new search.
 """
 
 import json
@@ -64,15 +64,23 @@ def select(selection: Selection) -> Blocks:
 
 
 def starts(middle: Sequence[int], keep: int) -> list[Blocks]:
-    """The selections from which the search may start: uniform, and contiguous ones that keep the first block."""
+    """The selections from which the search may start, as base indices: uniform, and contiguous with the first block."""
     pieces = [contiguous(middle, keep, middle[0] + before) for before in range(1, keep + 1)]
     return list(dict.fromkeys([uniform(middle, keep), *pieces]))
 
 
 def improve(start: Blocks, middle: Sequence[int], score: Score, seed: int, goes_on: Callable[[], bool]) -> Blocks:
-    """Take moves that lower the score until no move does, or until `goes_on` returns false.
+    """Local search: make moves that lower the score until no move does, or until `goes_on` returns false.
 
-    The result is never worse than the start.
+    Args:
+        start: base indices of the blocks to start from.
+        middle: base indices of the blocks to choose from.
+        score: the function to minimise.
+        seed: seed of the order in which moves are tried.
+        goes_on: called before each move is scored.
+
+    Returns:
+        The base indices of the best blocks, whose score is at most that of `start`.
     """
     best, least = start, score(start)
     moved = True
@@ -96,6 +104,7 @@ def moves(blocks: Blocks, middle: Sequence[int], seed: int) -> Iterator[Blocks]:
 
 
 def _remembered(score: Score, file: Path) -> Score:
+    """The same function with a cache of its results in a JSON file."""
     known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
 
     def remembering(blocks: Blocks) -> float:
@@ -109,9 +118,9 @@ def _remembered(score: Score, file: Path) -> Score:
 
 
 def _judge(selection: Selection) -> Score:
-    """A function that scores a selection by the emulator's mean cross-entropy in nats per token.
+    """A function that scores kept blocks by the emulator's mean cross-entropy on held-out batches, in nats per token.
 
-    If the settings heal or prune block by block, the emulator is healed before it is scored.
+    If the settings heal, narrow or prune block by block, this is done with the emulator before it is scored.
     """
     model, sandwich, spec, scratch = selection.model, selection.sandwich, selection.spec, selection.scratch
     machine = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
@@ -143,5 +152,6 @@ def _judge(selection: Selection) -> Score:
 
 
 def _nats(stack: LoadedStack, states: MiddleStates, position: int) -> float:
+    """The emulator's mean cross-entropy on the batch at `position`, in nats per token."""
     ids, enters, _ = states.at(position)
     return float(stack.to_the_end(ids, enters)[1])

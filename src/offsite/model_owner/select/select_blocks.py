@@ -1,4 +1,4 @@
-"""Selection: chooses which blocks of the middle the emulator keeps, by the rule in the settings."""
+"""Selection: chooses which of the base's middle blocks the emulator keeps, by the rule in the settings."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from offsite.progress import Progress
 def select_blocks(
     model: BaseModel, sandwich: Sandwich, spec: PackSpec, scratch: Path, progress: Progress
 ) -> tuple[int, ...]:
-    """The base indices of the kept blocks, in order.
+    """The base indices of the middle blocks that the emulator keeps, in ascending order.
 
     Args:
         model: the opened base.

@@ -1,4 +1,4 @@
-"""The input of a selection rule, and the function that its file defines. Torch-free."""
+"""The input of a selection rule, and the function that each rule's file must define. Torch-free."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from offsite.progress import Progress
 
 @dataclass(frozen=True)
 class Selection:
-    """The blocks of the middle to select from, with the base and the settings."""
+    """The input of a selection rule: the base, its split into bottom, middle and top, and the settings."""
 
     model: BaseModel
     sandwich: Sandwich
@@ -35,10 +35,10 @@ class Selection:
 
 @runtime_checkable
 class Selector(Protocol):
-    """Protocol: a module of this folder with a selection rule."""
+    """Protocol of selection rules; each rule is a Python file of this folder."""
 
     def select(self, selection: Selection) -> tuple[int, ...]:
-        """The base indices of the kept blocks, in order.
+        """The base indices of the middle blocks that the emulator keeps, in ascending order.
 
         Raises:
             UsageError: a setting of the rule does not fit the model.
@@ -48,5 +48,5 @@ class Selector(Protocol):
 
 
 def selector(row: SelectionRule) -> Selector:
-    """Load the module of a selection rule; this imports torch if the rule runs the network."""
+    """Import the Python file of a selection rule; this imports torch if the rule runs the network."""
     return cast(Selector, import_module(row.module))
