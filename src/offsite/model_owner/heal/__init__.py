@@ -1,1 +1,1 @@
-"""Healing: how the emulator compensates for dropped and compressed blocks; one method per file."""
+"""Healing: changes the emulator to compensate for dropped and compressed blocks; each method has its own file."""

@@ -1,8 +1,8 @@
-"""Affine layers: h + h W + b after each kept block, fitted to replace the dropped blocks after that block.
+"""Affine layers: h + h W + b after each kept block, fitted to replace the dropped blocks that follow it in the base.
 
-Targets, order and solver are those of refit. The block itself does not change, as the layer applies to its output; so
-this also works for families with a norm after the MLP. Compare ReplaceMe (arXiv 2505.02819), which solves for a linear
-map after an MLP, on the base's activations, and merges it into that MLP.
+Targets, order of blocks and solver are as in refit (`refit.py`). The weights of the block itself do not change, so this
+also works for families with a norm after the MLP. Compare ReplaceMe (arXiv 2505.02819), which solves for a linear map
+after an MLP, on the base's activations, and merges it into that MLP.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from offsite.models.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT
 
 
 def solved_layers(family: Architecture, spec: PackSpec) -> tuple[str, ...]:
-    """Return an empty tuple: the affine layer is not one of the block's linear layers."""
+    """Return an empty tuple, as this step solves none of the block's own linear layers."""
     return ()
 
 
@@ -27,14 +27,15 @@ def solve_block(
 ) -> Mapping[str, Tensor]:
     """Solve for the affine layer after a block.
 
-    The result holds W (H, H) and b (H,) in float64, keyed by their paths in the block.
-
     Args:
-        problem: the block; its targets are the wanted outputs of the affine layer.
+        problem: the block; its target outputs are those of the affine layer.
         found: tensors of the block that earlier steps changed, keyed by their path in the block, as checkpoint files
             name it.
         spec: unused, since the affine layer has no settings.
         pruning: unused, since the affine layer is not pruned.
+
+    Returns:
+        W (H, H) and b (H,) in float64, keyed by their paths in the block.
     """
     block, hidden = problem.load(found), problem.targets[0].shape[-1]
     ridge = RidgeProblem(hidden, hidden, len(problem.batches), problem.targets[0].device, bias=True)

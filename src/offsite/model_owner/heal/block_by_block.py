@@ -1,7 +1,7 @@
-"""Narrowing, pruning and healing the kept blocks one after the other.
+"""Narrows, prunes and heals the kept blocks one after the other.
 
-Each block is fitted on the outputs of the emulator's blocks before it. Its targets are the base's hidden states before
-the next kept block, so errors do not accumulate. One block's weights are in memory at a time.
+A block's inputs are the outputs of the changed blocks before it. Its target outputs are the base's hidden states before
+the next kept block, so errors do not accumulate. Only one block's weights are in memory at a time.
 """
 
 import json
@@ -43,9 +43,9 @@ _Step = Callable[[BlockProblem, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Solved:
-    """The result of the pass over the kept blocks."""
+    """The result of narrowing, pruning and healing all kept blocks."""
 
-    # the changed tensors, and those of affine maps after blocks; keys are tensor names in the base
+    # the changed tensors, and those of affine layers after blocks; keys are tensor names in the base
     tensors: Mapping[str, TensorRange]
     kept: Mapping[int, Kept]  # base index of each narrowed block -> its heads and neurons that stay
 
@@ -64,20 +64,22 @@ def block_by_block(
     widths: Sequence[Widths] | None = None,
     batches: Sequence[Tensor] | None = None,
 ) -> Solved:
-    """Change every kept block by the narrowing, the healing steps and the calibrated pruner in the settings.
+    """Narrow, prune and heal every kept block as the settings say, on calibration data.
 
     Args:
-        model: the base; its blocks are loaded one at a time.
+        model: the opened base; its blocks are loaded one at a time.
         sandwich: the split of the base into bottom, middle and top.
         emulator: base indices of the kept blocks of the middle.
-        spec: the settings of healing, pruning and calibration, and the bundle's dtype.
-        scratch: a folder for the solved weights until the bundle is written.
+        spec: the settings of narrowing, healing, pruning and calibration, and the bundle's dtype.
+        scratch: a folder for the changed weights until the bundle is written.
         progress: receives the progress events.
-        widths: the widths that the kept blocks get, in their order; None if they keep theirs.
-        batches: token ids (B, T) to fit on, instead of the calibration data of `spec`.
+        widths: the new numbers of heads and neurons of the kept blocks, in their order; None if blocks are not
+            narrowed.
+        batches: token ids (B, T) or pixels (B, 3, Y, X) to use instead of the calibration data of `spec`.
 
     Returns:
-        The changed tensors, whose values are in files of `scratch`, and what stays of narrowed blocks.
+        The changed tensors, whose values are in files of `scratch`, and the heads and neurons that remain in narrowed
+        blocks.
 
     Raises:
         DataError: the calibration text is unreadable or too short.
@@ -123,7 +125,7 @@ def block_by_block(
 
 
 def read_solved(model: BaseModel, emulator: Sequence[int], scratch: Path) -> Solved:
-    """The result of an earlier run of the pass that was completed, from its files in `scratch`."""
+    """Read the result of an earlier, completed call of `block_by_block` from its files in `scratch`."""
     family = model.family
     tensors: dict[str, TensorRange] = {}
     for index in sorted(set(emulator)):
@@ -138,7 +140,15 @@ def read_solved(model: BaseModel, emulator: Sequence[int], scratch: Path) -> Sol
 def _narrowing(
     model: BaseModel, index: int, widths: Widths, spec: PackSpec, stays: MutableMapping[int, Kept]
 ) -> list[_Step]:
-    """The step that makes a block narrower, and adds what stays to `stays`; none if the block keeps its widths."""
+    """A list with the step that narrows a block; empty if the block keeps all its heads and neurons.
+
+    Args:
+        model: the opened base.
+        index: the block's index in the base.
+        widths: the block's new numbers of heads and neurons.
+        spec: the settings, with the rule that chooses which to remove.
+        stays: when the step runs, it stores here, under `index`, which heads and neurons remain.
+    """
     base = base_widths(model, index)
 
     def narrow(problem: BlockProblem, _: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -149,12 +159,12 @@ def _narrowing(
 
 
 def _solve(problem: BlockProblem, steps: Sequence[_Step], block: int) -> dict[str, Tensor]:
-    """The new tensors of a block, keyed by their path in the block.
+    """Run the steps that change a block, and return its new tensors, keyed by their path in the block.
 
     Args:
-        problem: the block.
-        steps: the functions that change the block, in order.
-        block: the block's base index, for error messages.
+        problem: the block, with its inputs and targets.
+        steps: functions that get the problem and the tensors changed so far, and return further changed tensors.
+        block: the block's index in the base, for error messages.
 
     Raises:
         IncompatibleError: activations of the base are not finite, so no solution exists.
@@ -178,17 +188,17 @@ def _solve(problem: BlockProblem, steps: Sequence[_Step], block: int) -> dict[st
 
 
 def _store(file: Path, solved: Mapping[str, Tensor], dtype: str) -> Mapping[str, TensorRange]:
-    """Write a block's new tensors with the bundle's rounding, and return their places in the file."""
+    """Write a block's new tensors to a file in the bundle's dtype, and return their byte ranges in it."""
     arrays = [from_array(path, value.float().cpu().numpy(), dtype) for path, value in solved.items()]
     write_safetensors(file, arrays)
     return read_header(file)
 
 
 def _steps(family: Architecture, work: Work, spec: PackSpec) -> list[_Step]:
-    """The functions that change a block, in order.
+    """The functions that prune and heal a block, in the order in which they run.
 
     A layer that a healing step solves is pruned by that step, after it is solved. Other layers are pruned before
-    healing; with some pruners, the MLP's output projection is pruned last.
+    healing. With some pruners, the MLP's output projection is pruned last.
     """
     healing = [block_step(row) for row in work.block_steps]
     if work.pruner is None:
@@ -204,7 +214,7 @@ def _steps(family: Architecture, work: Work, spec: PackSpec) -> list[_Step]:
 
 
 def _stage(work: Work) -> str:
-    """The name of this work in the progress display."""
+    """What the progress display calls this work, such as "healing by refit"."""
     healing = [step.name for step in work.block_steps]
     if healing:
         return f"healing by {', '.join(healing)}"
@@ -214,5 +224,6 @@ def _stage(work: Work) -> str:
 
 
 def _advance(block: LoadedBlock, batches: Sequence[Tensor], hidden: list[Tensor]) -> None:
+    """Run a block, and replace each batch's hidden state in `hidden` by the block's output."""
     for position, ids in enumerate(batches):
         hidden[position] = block(ids, hidden[position])

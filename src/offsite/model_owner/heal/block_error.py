@@ -1,4 +1,4 @@
-"""The error of a block's output against its targets, as the ridge regression weights it."""
+"""The squared error of a block's output against its targets, with the token weights of the ridge regression."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,19 @@ from offsite.model_owner.heal.ridge import held_out_positions
 
 
 def token_weights(target: Tensor) -> Tensor:
-    """The weight of each token in the error, as in the ridge regression: 1 / norm of its target."""
+    """The weight of each token in the error, (..., 1): 1 / norm of its target output (..., H)."""
     norms: Tensor = target.norm(dim=-1, keepdim=True)
     return norms.clamp_min(1e-6).reciprocal()
 
 
 def block_error(problem: BlockProblem, block: LoadedBlock, positions: Sequence[int]) -> float:
-    """The weighted squared error of the block's output on these batches."""
+    """The weighted squared error of a block's output against its targets, summed over tokens and channels.
+
+    Args:
+        problem: the inputs and target outputs of the block.
+        block: the block with the weights to measure.
+        positions: positions of the batches to measure on.
+    """
     total = 0.0
     for position in positions:
         target = problem.targets[position]
@@ -26,5 +32,5 @@ def block_error(problem: BlockProblem, block: LoadedBlock, positions: Sequence[i
 
 
 def judged_positions(problem: BlockProblem) -> Sequence[int]:
-    """Positions of the batches that a solution is judged on: those that are held out, or all if none is."""
+    """Positions of the batches on which a solution's error is measured: the held-out ones, or all if there are none."""
     return held_out_positions(len(problem.batches)) or range(len(problem.batches))

@@ -1,4 +1,4 @@
-"""The input of a healing step that works block by block, and the functions that its file defines."""
+"""The input of a healing step that works block by block, and the functions that its Python file must define."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,37 +15,37 @@ from offsite.models.family import Architecture
 
 @dataclass(frozen=True)
 class BlockProblem:
-    """A kept block that is to be fitted, with its inputs and its target outputs.
+    """A kept block whose weights are to be fitted, with its inputs and its target outputs.
 
-    The targets include the effect of the dropped blocks after it.
+    The targets are the base's hidden states before the next kept block, so they include the dropped blocks between.
     """
 
-    load: Callable[[Mapping[str, Tensor]], LoadedBlock]  # loads the block with these tensors replaced
+    load: Callable[[Mapping[str, Tensor]], LoadedBlock]  # loads the block with some tensors replaced, by their path
     family: Architecture
     config: Mapping[str, Any]  # the base's config
     batches: Sequence[Tensor]  # token ids (B, T), or pixels of pictures (B, 3, Y, X)
     enters: Sequence[Tensor]  # the block's inputs in the emulator, (B, T, H) for each batch
-    targets: Sequence[Tensor]  # the wanted outputs of the block, (B, T, H) for each batch
-    paths: Collection[str]  # of the block's tensors, as checkpoint files name them
+    targets: Sequence[Tensor]  # the target outputs of the block, (B, T, H) for each batch
+    paths: Collection[str]  # paths of the block's tensors in the block, as checkpoint files name them
 
 
 @runtime_checkable
 class BlockStep(Protocol):
-    """Protocol: a module of this folder with a healing step that changes one kept block at a time."""
+    """Protocol of healing steps that change one kept block at a time; each is a Python file of this folder."""
 
     def solved_layers(self, family: Architecture, spec: PackSpec) -> tuple[str, ...]:
-        """Paths in a block of the linear layers that the step solves; it also prunes them if there is a pruner."""
+        """Paths in a block of the linear layers whose weights the step fits; if there is a pruner, it prunes them too."""
 
     def solve_block(
         self, problem: BlockProblem, found: Mapping[str, Tensor], spec: PackSpec, pruning: Pruning | None
     ) -> Mapping[str, Tensor]:
-        """Solve for new tensors of the block.
+        """Fit new tensors of the block to its targets.
 
         Args:
             problem: the block, with its inputs and targets.
             found: tensors of the block that earlier steps changed, keyed by their path in the block, as checkpoint
                 files name it.
-            spec: the settings.
+            spec: the settings of packing.
             pruning: the calibrated pruner; None if there is none.
 
         Returns:
@@ -54,5 +54,5 @@ class BlockStep(Protocol):
 
 
 def block_step(row: HealingStep) -> BlockStep:
-    """Load the file of a healing step that works block by block."""
+    """Import the Python file of a healing step that works block by block."""
     return cast(BlockStep, import_module(row.module))

@@ -1,10 +1,10 @@
-"""Distillation: the emulator's blocks learn the output of the entire middle (offsite-tuning, arXiv 2302.04870, 3.3).
+"""Distillation: the emulator's blocks are trained on the output of the base's middle (arXiv 2302.04870, section 3.3).
 
 The paper's loss is the next token's cross-entropy plus 30 times mean(((H_T - H_S) / rms(H_T))^2) of the hidden states
 at the end of the middle, of teacher (T) and student (S). Here the cross-entropy is off by default. Then bottom, top,
-head and teacher do not run again, because the hidden states before and after the middle are on disk. rms is computed
-per token. The first token of a text is left out, because a few tokens have a norm a thousand times larger than the
-others. For an image encoder the data are pictures, and all tokens count. Bottom and top never train.
+head and teacher need not run, because the hidden states before and after the middle are on disk. rms is computed per
+token. The first token of a text is left out, because a few tokens have a norm a thousand times larger than the others.
+For an image encoder the data are pictures, and all tokens count. Bottom and top never train.
 """
 
 import json
@@ -58,14 +58,16 @@ _NAMES = RunNames(
 
 
 def heal_emulator(healing: Healing, healed: Mapping[str, TensorRange]) -> Mapping[str, TensorRange]:
-    """Train the emulator's blocks, starting from the tensors that earlier steps healed.
+    """Train the emulator's blocks to reproduce the output of the base's middle.
 
     Args:
-        healing: the emulator; the loss of each step is written to its log, one JSON line per step.
-        healed: tensors of the emulator's blocks that earlier steps changed, keyed by their name in the base.
+        healing: the emulator and the settings; the loss of each step is written to its log, one JSON line per step.
+        healed: tensors of the emulator's blocks that earlier steps changed, keyed by their name in the base; training
+            starts from them.
 
     Returns:
-        All tensors of the emulator's blocks, keyed by their name in the base; they are in a file of `scratch`.
+        All tensors of the emulator's blocks, keyed by their name in the base; the values are in a file of the scratch
+        folder.
 
     Raises:
         DataError: the calibration text is unreadable or too short.
@@ -108,9 +110,13 @@ def hidden_error(student: Tensor, teacher: Tensor, skipped: int = 1) -> Tensor:
 
 
 def _emulator_weights(model: BaseModel, stack: LoadedStack, emulator: Sequence[int], *, prunes: bool) -> MasterWeights:
-    """The trainable parameters of the emulator's blocks.
+    """The trainable parameters of the emulator's blocks, with their copies in float32.
 
-    If the blocks were pruned (`prunes`), the zeros of their linear layers stay zero.
+    Args:
+        model: the opened base.
+        stack: the loaded emulator.
+        emulator: base indices of its blocks.
+        prunes: whether the blocks were pruned; then the zeros of their linear layers stay zero.
     """
     starts = tuple(f"{model.family.block_module(index)}." for index in emulator)
     working = {name: parameter for name, parameter in sorted(stack.parameters.items()) if name.startswith(starts)}
@@ -122,7 +128,7 @@ def _emulator_weights(model: BaseModel, stack: LoadedStack, emulator: Sequence[i
 
 @dataclass(frozen=True)
 class _Distillation:
-    """The distillation task for the training loop: a `TrainingTask` whose rows are batches of hidden states."""
+    """The distillation as a `TrainingTask` for the training loop; a "row" of the loop is one batch of hidden states."""
 
     unit: ClassVar[str] = "tokens"
     stack: LoadedStack
@@ -146,7 +152,7 @@ class _Distillation:
         return list(range(HELD_OUT - 1, len(self.states.batches), HELD_OUT))
 
     def order(self, epoch: int) -> list[list[int]]:
-        """For each step of an epoch, the positions of its batches, shuffled by the seed."""
+        """For each optimiser step of an epoch, the positions of its batches; they are shuffled with the seed."""
         held_out = set(self.held_out)
         trained = [position for position in range(len(self.states.batches)) if position not in held_out]
         width = max(1, self.spec.distill.batch_tokens // self.states.tokens[0])
@@ -161,7 +167,7 @@ class _Distillation:
         """Do nothing: hidden states are read from disk when they are used."""
 
     def loss_terms(self, rows: Sequence[int], epoch: int) -> dict[str, Tensor]:
-        """The loss terms of one batch, each the mean over its tokens."""
+        """The loss terms of the one batch whose position is in `rows`; each is the mean over its tokens."""
         (position,) = rows
         ids, enters, leaves = self.states.at(position)
         if not self.spec.distill.ce:
@@ -170,7 +176,7 @@ class _Distillation:
         return {"error": hidden_error(student, leaves), "ce": nats}
 
     def weight(self, rows: Sequence[int]) -> int:
-        """The number of batches in `rows`, because all batches have equal weight in the loss."""
+        """The weight of these batches in the loss: their number, as all batches count equally."""
         return len(rows)
 
     def size(self, rows: Sequence[int]) -> dict[str, int]:
@@ -178,7 +184,7 @@ class _Distillation:
         return {self.unit: sum(self.states.tokens[position] for position in rows)}
 
     def first_record(self) -> dict[str, float]:
-        """The loss terms on the held-out batches before this process trains."""
+        """The first record of the log: the mean loss terms on the held-out batches before this process trains."""
         return self._held_out_terms()
 
     def validate(self, progress: Progress, stage: str) -> dict[str, float]:
@@ -192,15 +198,15 @@ class _Distillation:
 
 
 def _step_count(task: _Distillation, weights: MasterWeights, file: Path, began: float) -> int:
-    """The number of optimiser steps: that of the settings, or as many as fit into `heal_minutes`.
+    """The number of optimiser steps: from the settings, or as many as fit into the time limit of the settings.
 
-    How many fit is measured once and written to `file`, so a resumed run has the same learning rates at every step.
+    The number that fits is measured once and written to `file`, so a resumed run has the same learning rate schedule.
 
     Args:
         task: the distillation.
-        weights: the weights that train; the measurement leaves them unchanged.
-        file: where a resumed run finds the number.
-        began: when the distillation began, on the monotonic clock; the hidden states of the base count as well.
+        weights: the trainable weights; the measurement does not change them.
+        file: the file for the number of steps.
+        began: `time.monotonic()` when the time limit began, before the base's hidden states were computed.
     """
     spec = task.spec
     if spec.distill.minutes is None:

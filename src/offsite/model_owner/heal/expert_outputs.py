@@ -1,8 +1,8 @@
-"""Changes the last linear layers of a mixture's experts, one expert after the other.
+"""Fits or prunes the last linear layer of each expert in a mixture-of-experts block, one expert after the other.
 
 A block's output is linear in the output of each expert, which the router multiplies by a weight for each token. So each
-expert has a least squares problem on the tokens that it processes. Its target is the part of the block's target that
-the other experts do not give: those before it already changed, those after it unchanged. The router does not change.
+expert has a least squares problem on the tokens that it processes. Its target is the block's target minus the outputs
+of all other experts; those of earlier experts are already changed. The router does not change.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ class RoutedTokens:
 
 
 def routed_tokens(problem: BlockProblem, found: Mapping[str, Tensor], experts: Experts) -> list[RoutedTokens]:
-    """Run a block and return the inputs of its experts, for each batch; empty if the block has no experts."""
+    """Run a block and return the inputs of its experts, one entry for each batch; empty if the block has no experts."""
     block = problem.load(found)
     if experts.module not in dict(block.module.named_modules()):
         return []
@@ -50,14 +50,14 @@ def routed_tokens(problem: BlockProblem, found: Mapping[str, Tensor], experts: E
 def change_expert_outputs(
     problem: BlockProblem, found: Mapping[str, Tensor], pruning: Pruning | None, *, solves: bool
 ) -> dict[str, Tensor]:
-    """Change the last layer of each expert in turn: solve for it, prune it, or both.
+    """Fit the last layer of each expert, prune it, or both, one expert after the other.
 
     Args:
         problem: the block, with its inputs and targets.
         found: tensors of the block that earlier steps changed, keyed by their path in the block, as checkpoint files
             name it.
-        pruning: the pruner, which prunes each layer after it was solved; None if nothing is pruned.
-        solves: whether the layers are solved.
+        pruning: the pruner, which prunes each layer after it was fitted; None if nothing is pruned.
+        solves: whether the layers are fitted to the block's targets.
 
     Returns:
         The new weights in float32, keyed by their path in the block; empty if the block has no experts.

@@ -1,9 +1,9 @@
-"""Refit by gradient, for blocks whose output is not linear in the layer's output, or for which this is not known.
+"""Refit by gradient, for blocks whose output is not linear in the output of the layer to fit, or not known to be.
 
-Each turn makes a step: the gradient of the squared error, multiplied by the inverse of the inputs' Gram matrix. If a
-change of the layer's output changed the block's output by the same amount, the first step would be the solution in
-closed form. The length of a step is the best one for a block that is linear along the step. It is halved until the
-error falls on batches that the step was not computed from; if it never falls, the turns end.
+Each iteration makes a step along the gradient of the squared error, multiplied by the inverse of the Gram matrix of the
+layer's inputs. If a change of the layer's output changed the block's output by the same amount, the first step would be
+the solution in closed form. The length of a step is optimal if the block is linear along it. It is halved until the
+error falls on held-out batches; if it does not fall, the iterations end.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ _HALVINGS = 4
 def follow_gradient(
     problem: BlockProblem, found: Mapping[str, Tensor], layer: OutputProjection
 ) -> tuple[Tensor, Tensor | None]:
-    """Find a new weight (H, F) and bias (H,) of a layer that bring the block's output closer to its targets.
+    """The weight (H, F) and bias (H,) of a layer after gradient steps that reduce the block's error on its targets.
 
     Args:
         problem: the block, with its inputs and targets.
         found: tensors of the block that earlier steps changed, keyed by their path in the block, as checkpoint files
             name it.
-        layer: the layer with its present weight and bias.
+        layer: the layer with its current weight and bias.
     """
     judged = judged_positions(problem)
     fitted = [position for position in range(len(problem.batches)) if position not in judged] or list(judged)
@@ -67,7 +67,17 @@ def follow_gradient(
 
 
 def _slope(problem: BlockProblem, block: LoadedBlock, layer: OutputProjection, positions: Sequence[int]) -> Tensor:
-    """Half the negative gradient of the error for the layer's weight and bias, (F, H) or (F + 1, H) in float32."""
+    """Half the negative gradient of the block's weighted squared error with respect to the layer's weight and bias.
+
+    Args:
+        problem: the block's inputs and targets.
+        block: the loaded block.
+        layer: the layer of the block.
+        positions: positions of the batches over which the error is summed.
+
+    Returns:
+        (F, H), or (F + 1, H) with a bias, in float32.
+    """
     slopes = []
     for position in positions:
         target = problem.targets[position]
@@ -104,7 +114,7 @@ def _output_as_leaf(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 def _length(problem: BlockProblem, before: LoadedBlock, after: LoadedBlock, positions: Sequence[int]) -> float:
-    """The length of a step that is best if the block's output is linear along the step.
+    """The length of a step that minimises the block's error, if the block's output is linear along the step.
 
     Args:
         problem: the block's inputs and targets.

@@ -1,4 +1,4 @@
-"""Healing: runs the healing steps of the settings in order; each starts from the result of the step before."""
+"""Healing: runs the healing steps of the settings in order; each starts from the result of the previous step."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ from offsite.storage.safetensors_files import TensorRange
 def fill_places(middle: Sequence[int], kept: Sequence[int], spec: PackSpec) -> tuple[int, ...]:
     """The base indices of the emulator's blocks, in order.
 
-    These are the kept blocks. With a step such as sharing, the emulator is as long as the middle, and kept blocks
-    occur several times.
+    They are the kept blocks. With the healing step `share`, the emulator has as many blocks as the middle: a kept block
+    also runs in place of the dropped blocks near it, so its index occurs several times.
 
     Args:
-        middle: base indices of the middle, in order.
+        middle: base indices of the middle's blocks, in order.
         kept: base indices of the selected blocks, in order.
         spec: the settings, which name the healing steps.
     """
@@ -29,16 +29,16 @@ def fill_places(middle: Sequence[int], kept: Sequence[int], spec: PackSpec) -> t
 
 @dataclass(frozen=True)
 class Healed:
-    """The emulator after healing."""
+    """The changed tensors of an emulator after healing, and which heads and neurons its narrowed blocks still have."""
 
-    tensors: Mapping[str, TensorRange]  # those that changed, by their name in the base; in files of `scratch`
+    tensors: Mapping[str, TensorRange]  # by their name in the base; the values are in files of the scratch folder
     kept: Mapping[int, Kept]  # base index of each narrowed block -> its heads and neurons that stay
 
 
 def heal(healing: Healing) -> Healed:
-    """Narrow, prune and heal the emulator.
+    """Narrow, prune and heal the emulator as the settings say.
 
-    Results that an interrupted run completed are reused.
+    Steps that an interrupted run completed are not repeated.
 
     Raises:
         DataError: the calibration text is unreadable or too short.
@@ -55,7 +55,7 @@ def heal(healing: Healing) -> Healed:
 
 
 def _solve(healing: Healing) -> Healed:
-    """Run the block-by-block part of healing and pruning, or read its result if an earlier run completed it."""
+    """Narrow, prune and heal block by block, or read the result of this part if an earlier run completed it."""
     from offsite.model_owner.heal.block_by_block import block_by_block, read_solved
 
     model, emulator, folder = healing.model, healing.emulator, healing.scratch / "solved"

@@ -1,4 +1,4 @@
-"""The input of a healing step that works on the whole emulator, and the functions that its file defines.
+"""The input of a healing step that works on the whole emulator, and the functions that its Python file must define.
 
 Torch-free.
 """
@@ -19,12 +19,12 @@ from offsite.storage.safetensors_files import TensorRange
 
 @dataclass(frozen=True)
 class Healing:
-    """An emulator to heal, with the settings, and the folder and the log to write to."""
+    """The input of healing: the base, the emulator's blocks, the settings, and the folder and the log to write to."""
 
     model: BaseModel
     sandwich: Sandwich
     emulator: Sequence[int]  # base indices of its blocks, in order
-    widths: Sequence[Widths] | None  # of its blocks, if they are narrowed
+    widths: Sequence[Widths] | None  # new numbers of heads and neurons of its blocks; None if they are not narrowed
     spec: PackSpec
     scratch: Path  # a folder for results; in long runs it survives an interruption
     log: Path  # the file for the loss of each step, one JSON object per line
@@ -33,26 +33,37 @@ class Healing:
 
 @runtime_checkable
 class PlacesStep(Protocol):
-    """Protocol: a module of this folder with a step that puts a kept block at the place of each middle block."""
+    """Protocol of healing steps that choose which kept block runs at the place of each middle block.
+
+    Each step is a Python file of this folder.
+    """
 
     def fill_places(self, middle: Sequence[int], kept: Sequence[int]) -> tuple[int, ...]:
-        """For each block of the emulator, in order, the base index of the kept block whose weights it uses."""
+        """For each block of the middle, in order, the base index of the kept block that runs at its place.
+
+        Args:
+            middle: base indices of the middle's blocks, in order.
+            kept: base indices of the selected blocks, in order.
+        """
 
 
 @runtime_checkable
 class EmulatorStep(Protocol):
-    """Protocol: a module of this folder with a step that changes the whole emulator, after the block-by-block steps."""
+    """Protocol of healing steps that change the whole emulator, after the block-by-block steps.
+
+    Each step is a Python file of this folder.
+    """
 
     def heal_emulator(self, healing: Healing, healed: Mapping[str, TensorRange]) -> Mapping[str, TensorRange]:
-        """Change the emulator's tensors, starting from the results of the steps before.
+        """Change the emulator's tensors, starting from the results of the previous steps.
 
         Args:
-            healing: the emulator.
+            healing: the emulator and the settings.
             healed: tensors that earlier steps changed; keys are tensor names in the base, and the values are in files
-                of `scratch`.
+                of the scratch folder.
 
         Returns:
-            All tensors that have changed; keys are tensor names in the base, and the values are in files of `scratch`.
+            All tensors that have changed, with keys and files as in `healed`.
 
         Raises:
             DataError: the calibration text is unreadable or too short.
@@ -63,10 +74,10 @@ class EmulatorStep(Protocol):
 
 
 def places_step(row: HealingStep) -> PlacesStep:
-    """Load the module of a step that puts kept blocks at the places of the middle's blocks."""
+    """Import the Python file of a step that chooses which kept block runs at the place of each middle block."""
     return cast(PlacesStep, import_module(row.module))
 
 
 def emulator_step(row: HealingStep) -> EmulatorStep:
-    """Load the module of a step that changes the whole emulator; imports torch."""
+    """Import the Python file of a step that changes the whole emulator; it imports torch."""
     return cast(EmulatorStep, import_module(row.module))

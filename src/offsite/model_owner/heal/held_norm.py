@@ -1,7 +1,8 @@
 """Treats a norm as linear by fixing its statistics, so that a layer before it can be solved in closed form.
 
-RMSNorm and LayerNorm give gain * (x - mean) / deviation + bias. If each token's mean and deviation stay fixed at their
-present values, a change of x changes the output by the same change times gain / deviation.
+RMSNorm and LayerNorm compute gain * (x - mean) / deviation + bias, where RMSNorm has no mean and no bias. If each
+token's mean and deviation stay fixed at their current values, a change of x changes the output by the same change times
+gain / deviation.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch.func import functional_call
 
 @dataclass(frozen=True)
 class HeldNorm:
-    """A norm with fixed statistics for N tokens; tensors are in float32."""
+    """The gain of a norm, and its statistics for N tokens, which are treated as constants; tensors are in float32."""
 
     gain: Tensor  # (H,)
     inverse: Tensor  # (N, 1): 1 / deviation of each token
@@ -21,9 +22,9 @@ class HeldNorm:
 
 
 def hold_norm(norm: nn.Module, inputs: Tensor) -> HeldNorm:
-    """Fix the statistics of a norm at their values for its inputs (..., H).
+    """Compute the gain and the statistics of a norm for its inputs (..., H).
 
-    The module can be any RMSNorm or LayerNorm. Its gain can be its weight, 1 plus its weight as in Gemma, or 1; this is
+    The module can be any RMSNorm or LayerNorm. Whether its gain is its weight, 1 plus its weight as in Gemma, or 1, is
     found from its outputs.
     """
     rows = inputs.flatten(0, -2).float()  # (N, H)

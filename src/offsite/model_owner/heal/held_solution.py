@@ -1,4 +1,8 @@
-"""The solution in front of norms: the statistics that it holds move with it, so its share that helps is measured."""
+"""Refit of a layer that norms follow: the least squares solution is applied in full, in part, or not at all.
+
+The solution assumes that the norms' statistics do not change, which is only approximately true. So the block's error is
+measured for several fractions of the change.
+"""
 
 from collections.abc import Mapping
 
@@ -14,10 +18,10 @@ SHARES = (1.0, 0.5, 0.25, 0.0)  # of the change that the least squares problem g
 def solve_in_front_of_norms(
     problem: BlockProblem, found: Mapping[str, Tensor], layer: OutputProjection
 ) -> tuple[Tensor, Tensor | None]:
-    """New weight (H, F) and bias (H,) of a layer that norms follow.
+    """The fitted weight (H, F) and bias (H,) of a layer that norms follow.
 
-    The share of the change is the one with the smallest error of the block's output, norms and all, on the batches that
-    are held out, with the solution of the other batches.
+    A fraction of the solution's change is applied. It is the one with the smallest error of the real block's output on
+    held-out batches, measured with the solution on the other batches.
 
     Args:
         problem: the block, with its inputs and targets.

@@ -1,8 +1,9 @@
-"""How a block's output responds to the output of one of its layers, measured by running the block.
+"""Measures how a block's output responds to a change in the output of one of its layers, by running the block.
 
-For families that no row describes: nobody has read in their code what follows the layer that ends the MLP. If nothing
-but additions and scales does, the response is one number for each token times one for each channel. If norms do, it is
-that of the norms while their statistics are held. Both are checked; where neither is true, refit follows the gradient.
+It is used for model families without a row in the architecture table, where it is unknown what follows the MLP's last
+layer. If only additions and scales follow, the response is a factor per token times a factor per channel. If norms
+follow, it is the response of the norms with fixed statistics. Both are checked; if neither is true, refit uses the
+gradient instead.
 """
 
 import contextlib
@@ -21,22 +22,25 @@ _TOLERANCE = 0.1  # of the response's norm, in the median over tokens
 
 @dataclass(frozen=True)
 class Response:
-    """The response of a block's output to a layer's output, for one batch of N tokens."""
+    """The response of a block's output to a change of a layer's output, for one batch of N tokens.
 
-    known: bool  # whether the response is as this says
+    If `norms` is empty, the block's output changes by factor * scale times the change.
+    """
+
+    known: bool  # whether the measured block responds as the other fields say; if not, ignore them
     norms: tuple[str, ...] = ()  # paths in the module of the norms that the layer's output goes through, in order
     factor: Tensor | None = None  # (N, 1)
     scale: Tensor | None = None  # (H,)
 
 
 def measure_response(block: LoadedBlock, path: str, ids: Tensor, enters: Tensor) -> Response:
-    """Measure the response of a block's output to the output of a linear layer.
+    """Measure the response of a block's output to a change in the output of one of its linear layers.
 
     Args:
-        block: the block.
-        path: of the layer in the module.
-        ids: of a batch.
-        enters: the block's inputs, (B, T, H).
+        block: the loaded block.
+        path: the layer's path in the block's torch module.
+        ids: token ids (B, T) of one batch, or pixels.
+        enters: the block's inputs for this batch, (B, T, H).
     """
     norms = _norms(block.module)
     outputs: list[Tensor] = []
@@ -72,7 +76,18 @@ def _through_norms(
     held: list[HeldNorm],
     change: Tensor,
 ) -> Response:
-    """The response through norms, checked with a change that leaves the first norm's statistics as they are."""
+    """The response through norms, checked with a change that does not alter the first norm's statistics.
+
+    Args:
+        block: the loaded block.
+        path: the layer's path in the block's torch module.
+        ids: token ids or pixels of the batch.
+        enters: the block's inputs, (B, T, H).
+        after: the block's output without a change, (N, H).
+        norms: paths in the torch module of the norms that the layer's output goes through, in order.
+        held: these norms with their statistics for the batch.
+        change: a random change of the layer's output, (N, H).
+    """
     along = held[0].normalised
     change = change - change.mean(-1, keepdim=True)
     along = along - along.mean(-1, keepdim=True)
@@ -87,19 +102,20 @@ def _through_norms(
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two responses (N, H) are equal within the tolerance, for the median token."""
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)  # (N,)
     return float(error.median()) < _TOLERANCE
 
 
 def _risen(block: LoadedBlock, path: str, ids: Tensor, enters: Tensor, change: Tensor) -> Tensor:
-    """The block's output, (N, H), with a change (N, H) of the layer's output."""
+    """The block's output, (N, H), if `change` (N, H) is added to the output of the layer at `path`."""
     with _changed(block, path, lambda output: output + change.view(output.shape).to(output.dtype)):
         return block(ids, enters).flatten(0, -2)
 
 
 @contextlib.contextmanager
 def _changed(block: LoadedBlock, path: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Pass a layer's output through a function while the `with` block runs."""
+    """Context manager: replace the output of the layer at `path` by `change(output)` in the body."""
     handle = block.module.get_submodule(path).register_forward_hook(lambda _, __, output: change(output))
     try:
         yield
@@ -108,5 +124,5 @@ def _changed(block: LoadedBlock, path: str, change: Callable[[Tensor], Tensor]) 
 
 
 def _norms(module: nn.Module) -> list[str]:
-    """The paths of all norms in a block, by the names of their classes."""
+    """The paths of all modules in a block whose class name ends with "norm"."""
     return [name for name, one in module.named_modules() if name and type(one).__name__.lower().endswith("norm")]

@@ -34,7 +34,7 @@ class MiddleStates:
     tokens: Sequence[int]  # number of tokens in each batch, B * T
 
     def at(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Read one batch: ids or pixels, and the hidden states before and after the middle, each (B, T, H)."""
+        """Read the batch at this position: ids or pixels, and the hidden states before and after the middle (B, T, H)."""
         ids, held = self.batches[position], read_header(self.folder / _name(position))
         return ids, read_tensor(held["enters"]).to(ids.device), read_tensor(held["leaves"]).to(ids.device)
 
@@ -48,9 +48,18 @@ def middle_states(
     progress: Progress,
     stage: str,
 ) -> MiddleStates:
-    """Compute and store the hidden states before and after the middle, for batches of token ids or pixels.
+    """Compute and store the base's hidden states before and after its middle, for batches of token ids or pixels.
 
     Batches that an earlier run stored in `folder` are not computed again.
+
+    Args:
+        model: the opened base.
+        sandwich: the split of the base into bottom, middle and top.
+        batches: token ids (B, T) or pixels (B, 3, Y, X).
+        machine: device and compute dtype, which is also the stored dtype.
+        folder: the folder for the files.
+        progress: receives the progress events.
+        stage: the name of this work in the progress display.
 
     Raises:
         StorageError: the disk has too little free space, or cannot be written.
@@ -83,6 +92,7 @@ def _name(position: int) -> str:
 
 
 def _groups(positions: Sequence[int], tokens: Sequence[int]) -> Iterator[list[int]]:
+    """Divide batch positions into groups whose hidden states fit into memory together; `tokens` is for all batches."""
     group: list[int] = []
     for position in positions:
         group.append(position)
@@ -94,6 +104,7 @@ def _groups(positions: Sequence[int], tokens: Sequence[int]) -> Iterator[list[in
 
 
 def _require_room(folder: Path, needed: int) -> None:
+    """Raise a StorageError if the disk of `folder` has less than `needed` bytes of free space."""
     there = next(parent for parent in folder.resolve().parents if parent.is_dir())
     free = shutil.disk_usage(there).free
     if needed > free:

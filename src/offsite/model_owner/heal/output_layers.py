@@ -1,4 +1,4 @@
-"""Solves and prunes the last linear layers of a block's MLP or attention: one layer, or those of all experts."""
+"""Fits and prunes the last linear layers of a block's MLP or attention: one layer, or those of all experts."""
 
 from collections.abc import Mapping
 
@@ -16,15 +16,15 @@ from offsite.model_owner.heal.output_projection import output_projection
 def change_outputs(
     problem: BlockProblem, found: Mapping[str, Tensor], part: RefitMap, pruning: Pruning | None, *, solves: bool
 ) -> dict[str, Tensor]:
-    """Change the last layers of a block's MLP or attention, each with the layers before it already changed.
+    """Fit the last linear layers of a block's MLP or attention, prune them, or both, one layer after the other.
 
     Args:
         problem: the block, with its inputs and targets.
         found: tensors of the block that earlier steps changed, keyed by their path in the block, as checkpoint files
             name it.
         part: "mlp" or "attention".
-        pruning: the pruner, which prunes each layer after it was solved; None if nothing is pruned.
-        solves: whether the layers are solved, so that the block's output comes closest to its targets.
+        pruning: the pruner, which prunes each layer after it was fitted; None if nothing is pruned.
+        solves: whether the layers are fitted, so that the block's output comes close to its targets.
 
     Returns:
         The new weights and biases in float32; keys are paths in the block, as checkpoint files name them.

@@ -18,21 +18,21 @@ from offsite.model_owner.heal.ridge import RidgeProblem
 
 @dataclass(frozen=True)
 class OutputProjection:
-    """A linear layer with F inputs and H outputs, and the problem of fitting it; tensors are in float64.
+    """A linear layer with F inputs and H outputs, and the least squares problem for its weights, in float64.
 
-    The block's output is linear in the layer's output if the statistics of norms between them stay fixed, so the
-    problem has a solution in closed form.
+    If `linear`, the block's output is linear in the layer's output as long as the statistics of norms between them stay
+    fixed. Then the problem has a solution in closed form.
     """
 
     path: str  # path in the block, as checkpoint files name it
-    module: str  # path in the block's module
+    module: str  # path in the block's torch module
     transposed: bool  # whether checkpoint files store the weight as (F, H)
     weight: Tensor  # (H, F)
     bias: Tensor | None  # (H,)
-    scale: Tensor | None  # (H,): factor of the layer's output in the block
+    scale: Tensor | None  # (H,): factor by which the block multiplies each output of the layer
     problem: RidgeProblem
-    linear: bool = True  # whether the problem's solution is that of the block; else only its Gram matrix is right
-    held: bool = False  # whether norms follow, whose statistics the problem holds
+    linear: bool = True  # whether the problem describes the real block; if not, only its Gram matrix is correct
+    held: bool = False  # whether norms follow, whose statistics the problem treats as constants
 
     def gram(self) -> Tensor:
         """The Gram matrix of the layer's inputs, (F, F) in float32.
@@ -43,11 +43,16 @@ class OutputProjection:
         return self.problem.gram()[:inputs, :inputs]
 
     def solve(self) -> tuple[Tensor, Tensor | None]:
-        """New weight (H, F) and bias (H,) that bring the block's output closest to its targets (ridge regression)."""
+        """The weight (H, F) and bias (H,) that bring the block's output closest to its targets, by ridge regression."""
         return self.moved(self.problem.change())
 
     def moved(self, change: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor | None]:
-        """Weight (H, F) and bias (H,) after a share of a solution of the problem, (F, H), or with a bias (F + 1, H)."""
+        """The layer's weight (H, F) and bias (H,) after a fraction of a change is added to them.
+
+        Args:
+            change: a solution of the problem, (F, H), or (F + 1, H) with a bias.
+            share: the fraction, from 0 to 1.
+        """
         inputs = self.weight.shape[1]
         if self.scale is not None:  # outputs with a scale close to 0 do not change
             change = change * torch.where(self.scale.abs() > 1e-6 * self.scale.abs().max(), 1 / self.scale, 0.0)
@@ -55,7 +60,7 @@ class OutputProjection:
         return self.weight + change[:inputs].T, None if self.bias is None else self.bias + change[inputs]
 
     def tensors(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        """A weight (H, F) and a bias (H,) as the block's tensors, in float32 and the layout of files.
+        """A weight (H, F) and a bias (H,) of this layer in float32, with the names and layout of checkpoint files.
 
         Keys are paths in the block.
         """
@@ -68,7 +73,7 @@ class OutputProjection:
 def output_projection(
     problem: BlockProblem, found: Mapping[str, Tensor], part: RefitMap, layer: str
 ) -> OutputProjection:
-    """Run a block over all batches, and set up the problem for the last linear layer of its MLP or attention.
+    """Run a block over all batches, and set up the least squares problem for the last layer of its MLP or attention.
 
     Args:
         problem: the block, with its inputs and targets.
@@ -122,12 +127,12 @@ def _gate(
     It is measured: a constant is added to the layer's outputs, and the change of the block's output is divided by it.
 
     Args:
-        block: the block.
-        path: the path of the layer in the module.
+        block: the loaded block.
+        path: the layer's path in the block's torch module.
         ids: the token ids or pixels of the batch.
         enters: the block's inputs, (B, T, H).
         after: the block's outputs, (B, T, H).
-        scale: the factor of each channel, (H,); None if there is none.
+        scale: the block's further factor for each channel, (H,); None if there is none.
     """
     step = float(after.abs().mean()) or 1.0
     raised = block.module.get_submodule(path).register_forward_hook(lambda _, __, output: output + step)

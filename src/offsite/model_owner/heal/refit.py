@@ -1,13 +1,14 @@
-"""Refit: kept blocks are solved again, so that each also replaces the dropped blocks after it.
+"""Refit: new weights for kept blocks, so that each also does the work of the dropped blocks that follow it in the base.
 
 In every kept block, the output projection of the MLP, of the attention, or of both in turn, is fitted by ridge
 regression. The target is the base's hidden state before the next kept block; the penalty is on the change of the
-weights. While attention's projection is fitted, the MLP's output is held fixed. Compare ReplaceMe (arXiv 2505.02819),
-which solves for a linear map after the MLP, on the base's activations. If a block multiplies the projection's output by
-a learned scale, the problem is solved after that scale. The statistics of a norm after the projection are fixed at
-their present values; the last layers of experts are solved one after the other. If a family's row does not say that the
-block's output is linear in the projection's, the response is measured, or refit follows the gradient. Measurements are
-in docs/decisions/0004-refit.md.
+weights. While attention's projection is fitted, the MLP's output is treated as constant. Compare ReplaceMe
+(arXiv 2505.02819), which solves for a linear map after the MLP, on the base's activations.
+
+If the block multiplies the projection's output by a learned scale, the fit takes it into account. The statistics of a
+norm after the projection are treated as constants. The last layers of experts are fitted one after the other. If the
+family's row does not say that the block's output is linear in the projection's output, the response is measured, or
+refit uses the gradient. Measurements are in docs/decisions/0004-refit.md.
 """
 
 from collections.abc import Mapping
@@ -22,21 +23,21 @@ from offsite.models.family import Architecture
 
 
 def solved_layers(family: Architecture, spec: PackSpec) -> tuple[str, ...]:
-    """Paths in a block of the output projections that refit solves."""
+    """Paths in a block of the output projections whose weights refit fits."""
     return tuple(dict.fromkeys(path for part in spec.heal.refit_maps for path in family.output_layers(part)))
 
 
 def solve_block(
     problem: BlockProblem, found: Mapping[str, Tensor], spec: PackSpec, pruning: Pruning | None
 ) -> Mapping[str, Tensor]:
-    """Solve for the output projections of a block in turn, each with the ones before it already replaced.
+    """Fit the output projections of a block in turn, each with the projections before it already replaced.
 
     Args:
         problem: the block, with its inputs and targets.
         found: tensors of the block that earlier steps changed, keyed by their path in the block, as checkpoint files
             name it.
-        spec: the settings, with the projections to solve and their order.
-        pruning: the pruner that prunes each projection after it is solved for the last time; None if there is none.
+        spec: the settings, with the projections to fit and their order.
+        pruning: the pruner, which prunes each projection after it is fitted for the last time; None if there is none.
 
     Returns:
         The new weights and biases in float32; keys are paths in the block, as checkpoint files name them.

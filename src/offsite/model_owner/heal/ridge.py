@@ -1,7 +1,7 @@
 """Ridge regression that changes one linear layer so that a block's output comes close to a target.
 
-Each token has the weight 1 / norm of its target. The ridge is chosen by the error on every eighth batch; then the
-problem is solved on all batches. Sums are in float32 on the device, the solution is in float64.
+Each token has the weight 1 / norm of its target. The ridge penalty is chosen by the error on every eighth batch, which
+is held out; then the problem is solved on all batches. Sums are in float32 on the device, the solution is in float64.
 docs/decisions/0004-refit.md gives the reasons.
 """
 
@@ -17,15 +17,18 @@ HELD_OUT = 8  # one batch in this many is held out to choose the ridge
 
 @dataclass
 class Moments:
-    """The sums of a weighted least squares problem with inputs (F,) and errors (H,), in float32 on the device."""
+    """The sums of a weighted least squares problem over tokens with inputs x (F,) and errors e (H,), in float32.
 
-    gram: Tensor  # (F, F)
-    cross: Tensor  # (F, H)
-    square: float = field(default=0.0)
+    The problem is to find the change of a linear layer that removes the errors.
+    """
+
+    gram: Tensor  # (F, F): weighted sum of x x^T
+    cross: Tensor  # (F, H): weighted sum of x e^T
+    square: float = field(default=0.0)  # weighted sum of the squared errors
 
     @classmethod
     def zeros(cls, inputs: int, outputs: int, device: torch.device) -> "Moments":
-        """The sums over no rows."""
+        """The sums before any token is added: zeros."""
         return cls(torch.zeros(inputs, inputs, device=device), torch.zeros(inputs, outputs, device=device))
 
     def add(self, inputs: Tensor, errors: Tensor, weights: Tensor) -> None:
@@ -36,19 +39,19 @@ class Moments:
         self.square += float((weights * errors.square()).sum())
 
     def plus(self, other: "Moments") -> "Moments":
-        """The sums over the rows of both."""
+        """The sums over the tokens of both."""
         return Moments(self.gram + other.gram, self.cross + other.cross, self.square + other.square)
 
     def error(self, change: Tensor) -> float:
-        """The weighted squared error that remains after `change` (F, H) is added to the layer."""
+        """The weighted squared error that remains after `change` (F, H) is added to the layer's weights."""
         gram, cross = self.gram.double(), self.cross.double()
         return self.square - 2 * float((change * cross).sum()) + float((change * (gram @ change)).sum())
 
 
 class RidgeProblem:
-    """The problem of changing a linear layer with F inputs so that its block's output comes close to a target.
+    """The least squares problem of changing a linear layer with F inputs so that its block's output matches a target.
 
-    Batches are added one by one.
+    Batches are added one by one with `add`; `change` returns the solution.
     """
 
     def __init__(self, inputs: int, outputs: int, batches: int, device: torch.device, *, bias: bool) -> None:
@@ -57,14 +60,14 @@ class RidgeProblem:
         self._fitted, self._held_out = (Moments.zeros(columns, outputs, device) for _ in range(2))
 
     def add(self, position: int, inputs: Tensor, after: Tensor, target: Tensor, factor: Tensor | None = None) -> None:
-        """Add a batch, or some tokens of it.
+        """Add a batch, or some tokens of it, to the sums.
 
         Args:
-            position: of the batch.
-            inputs: of the layer, (..., F).
-            after: the block's output, (..., H).
-            target: the wanted output of the block, (..., H).
-            factor: of the layer's output in the block, one number for each token, (..., 1); None: 1 for all.
+            position: the position of the batch, which says whether it is held out.
+            inputs: the layer's inputs, (..., F).
+            after: the block's current output, (..., H).
+            target: the target output of the block, (..., H).
+            factor: the factor by which the block multiplies the layer's output for each token, (..., 1); None means 1.
         """
         features = inputs.flatten(0, -2).float()  # (N, F)
         if self._bias:
@@ -81,26 +84,27 @@ class RidgeProblem:
         return self._fitted.gram + self._held_out.gram
 
     def change(self) -> Tensor:
-        """The change of the layer, (F, H), or (F + 1, H) with a bias, in float64.
+        """The change of the layer's weights that solves the problem, (F, H), or (F + 1, H) with a bias, in float64.
 
-        Its ridge is the one with the smallest error on the held-out batches; where none lowers that error, nothing
-        changes.
+        The ridge penalty is the one with the smallest error on the held-out batches. If no penalty lowers that error,
+        the change is zero.
         """
         return self.solutions()[1]
 
     def solutions(self) -> tuple[Tensor, Tensor]:
-        """The change of the layer, solved without the held-out batches and on all of them; see `change`."""
+        """Two changes of the layer's weights as in `change`: fitted without the held-out batches, and on all of them."""
         return judged_solutions(self._fitted, self._held_out)
 
 
 def judged_solutions(fitted: Moments, judge: Moments) -> tuple[Tensor, Tensor]:
-    """The changes (F, H), in float64, that solve a problem on `fitted` alone, and on `fitted` and `judge` together.
+    """Two solutions (F, H) of a least squares problem, in float64: on `fitted` alone, and on `fitted` plus `judge`.
 
-    Their ridge is the one with the smallest error on `judge`; where none lowers that error, nothing changes.
+    The ridge penalty is the one with the smallest error on `judge`. If no penalty lowers that error, both solutions are
+    zero.
 
     Args:
-        fitted: the sums over the batches that are fitted while the ridge is chosen.
-        judge: the sums over the held-out batches; all zero if there are none, which gives the usual ridge.
+        fitted: the sums over the batches that are not held out.
+        judge: the sums over the held-out batches; if they are zero, the default penalty is used.
     """
     ridge, whole = USUAL_RIDGE, fitted.plus(judge)
     if not judge.square:
@@ -114,7 +118,7 @@ def judged_solutions(fitted: Moments, judge: Moments) -> tuple[Tensor, Tensor]:
 
 
 def held_out_positions(batches: int) -> range:
-    """Positions of the batches that choose the ridge: every eighth, or the last if there are fewer than eight.
+    """Positions of the held-out batches, given the number of batches: every eighth, or the last of fewer than eight.
 
     Empty if there is only one batch.
     """
@@ -127,12 +131,12 @@ def _solution(moments: Moments, ridge: float) -> Tensor:
 
 
 def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """The solution (F, H) in float64 of a ridge regression with these sums.
+    """The solution (F, H) of a ridge regression, in float64.
 
     Args:
         gram: the sum of x x^T over the inputs x, (F, F).
-        cross: the sum of x e^T over inputs and errors, (F, H).
-        ridge: times the mean of the Gram matrix's diagonal.
+        cross: the sum of x e^T over inputs x and errors e, (F, H).
+        ridge: the penalty, as a multiple of the mean of the Gram matrix's diagonal.
     """
     system = gram.double()
     mean = system.diagonal().mean()
