@@ -34,7 +34,7 @@ class BlockStep(Protocol):
     """Protocol of healing steps that change one kept block at a time; each is a Python file of this folder."""
 
     def solved_layers(self, family: Architecture, spec: PackSpec) -> tuple[str, ...]:
-        """Paths in a block of the linear layers whose weights the step fits; if there is a pruner, it prunes them too."""
+        """Paths in a block of the linear layers that the step fits; if there is a pruner, the step prunes them too."""
 
     def solve_block(
         self, problem: BlockProblem, found: Mapping[str, Tensor], spec: PackSpec, pruning: Pruning | None

@@ -34,7 +34,7 @@ class MiddleStates:
     tokens: Sequence[int]  # number of tokens in each batch, B * T
 
     def at(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Read the batch at this position: ids or pixels, and the hidden states before and after the middle (B, T, H)."""
+        """Read one batch: its ids or pixels, and the hidden states before and after the middle, each (B, T, H)."""
         ids, held = self.batches[position], read_header(self.folder / _name(position))
         return ids, read_tensor(held["enters"]).to(ids.device), read_tensor(held["leaves"]).to(ids.device)
 

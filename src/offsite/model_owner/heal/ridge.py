@@ -92,7 +92,7 @@ class RidgeProblem:
         return self.solutions()[1]
 
     def solutions(self) -> tuple[Tensor, Tensor]:
-        """Two changes of the layer's weights as in `change`: fitted without the held-out batches, and on all of them."""
+        """Two changes of the layer's weights, see `change`: fitted without the held-out batches, and on all batches."""
         return judged_solutions(self._fitted, self._held_out)
 
 
