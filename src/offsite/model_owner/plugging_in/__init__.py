@@ -1,1 +1,1 @@
-"""Plugging in: from a verified return to a plug-in of the base model."""
+"""Plugging in: makes a plug-in, which is the base model with the returned adapter, from a verified return."""

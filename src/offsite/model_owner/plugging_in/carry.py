@@ -1,4 +1,4 @@
-"""Carries returned values from a layer of the bundle to the base's larger layer: what was removed gets zeros."""
+"""Maps returned values from a narrowed layer of the bundle to the base's layer, with zeros for removed features."""
 
 from dataclasses import dataclass
 
@@ -15,16 +15,17 @@ Array = npt.NDArray[np.float32]
 
 
 def carry_axis(values: Array, kept: tuple[int, ...] | None, size: int, axis: int) -> Array:
-    """Spread values along one axis to a larger size.
+    """Insert zeros along one axis of returned values, for the features that the bundle's layer does not have.
 
     Args:
-        values: the returned values; along `axis`, one for each kept feature.
-        kept: the places of these features in the base, ascending; None if the base has the same features.
-        size: the number of features in the base.
-        axis: the axis to spread.
+        values: the returned values; along `axis`, one for each feature of the bundle's layer.
+        kept: the indices of these features in the base's layer, ascending; None if no feature was removed.
+        size: the number of features of the base's layer.
+        axis: the axis of the features.
 
     Returns:
-        The values at the kept places, zeros at all others; `values` itself if `kept` is None.
+        An array of length `size` along the axis, with the values at the indices `kept` and zeros elsewhere; `values`
+        itself if `kept` is None.
     """
     if kept is None:
         return values
@@ -37,37 +38,51 @@ def carry_axis(values: Array, kept: tuple[int, ...] | None, size: int, axis: int
 
 @dataclass(frozen=True)
 class Spread:
-    """The spreading of one axis of a returned tensor to the base's size; `kept` and `size` as for `carry_axis`."""
+    """The arguments of `carry_axis` for one returned tensor, apart from its values."""
 
     kept: tuple[int, ...] | None
     size: int
     axis: int
 
     def of(self, values: Array) -> Array:
-        """Spread the values along this axis."""
+        """Insert zeros into the tensor's values, see `carry_axis`."""
         return carry_axis(values, self.kept, self.size, self.axis)
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the result, from the shape of the returned values."""
+        """The shape that `of` returns for values of this shape."""
         return shape if self.kept is None else (*shape[: self.axis], self.size, *shape[self.axis + 1 :])
 
 
 def carry_matrix(values: Array, kept: KeptFeatures, shape: tuple[int, int]) -> Array:
-    """Spread a change of a matrix (kept outputs, kept inputs) to the base's (outputs, inputs)."""
+    """Insert zeros into the change of a matrix, so that it fits the base's layer.
+
+    Args:
+        values: the change, (kept outputs, kept inputs).
+        kept: the inputs and outputs of the base's layer that the bundle's layer has.
+        shape: (outputs, inputs) of the base's layer.
+    """
     return carry_axis(carry_axis(values, kept.outputs, shape[0], 0), kept.inputs, shape[1], 1)
 
 
 def layer_shape(model: BaseModel, block: int, path: str) -> tuple[int, int]:
-    """(outputs, inputs) of a linear layer of the base, by the block's index in the base and the path in the block."""
+    """(outputs, inputs) of a linear layer of the base.
+
+    Args:
+        model: the opened base.
+        block: the block's index in the base.
+        path: the layer's path in the block.
+    """
     rows, columns = model.tensors[f"{model.family.in_block(block, path)}.weight"].shape
     return (columns, rows) if model.family.transposed else (rows, columns)
 
 
 def carry_of(issued: Issued) -> CarryMap:
-    """The map of a bundle; for a bundle that an earlier version recorded, its kept blocks alone.
+    """The ledger's map from a bundle's blocks and layers to the base's.
+
+    Earlier versions recorded no map. For their bundles, it has only the base index of each block.
 
     Raises:
-        IncompatibleError: adapters sit on compressed blocks, and the ledger has no map.
+        IncompatibleError: there is no map, and it is needed because compressed blocks have adapters.
     """
     if issued.carry is not None:
         return issued.carry
@@ -81,7 +96,12 @@ def carry_of(issued: Issued) -> CarryMap:
 
 
 def require_fitting_map(carry: CarryMap, model: BaseModel, manifest: BundleManifest) -> None:
-    """Raise an error unless the map gives the base's shape for every tensor that the manifest lists.
+    """Raise an error unless the ledger's map fits the bundle and the base, for every layer that LoRA may adapt.
+
+    Args:
+        carry: the map from the bundle's blocks and layers to the base's.
+        model: the opened base.
+        manifest: the bundle's manifest.
 
     Raises:
         IncompatibleError: map, manifest and base disagree; every difference is listed.
@@ -103,7 +123,15 @@ def require_fitting_map(carry: CarryMap, model: BaseModel, manifest: BundleManif
 
 
 def _layer_problems(carry: CarryMap, model: BaseModel, block: int, path: str, listed: tuple[int, int]) -> list[str]:
-    """A message for each side (inputs, outputs) of a layer in which the map differs from `listed`, the manifest's."""
+    """An error message for each side of a layer, inputs or outputs, for which the map does not fit manifest and base.
+
+    Args:
+        carry: the map.
+        model: the opened base.
+        block: the block's index in the bundle.
+        path: the layer's path in the block.
+        listed: (inputs, outputs) of the layer in the bundle's manifest.
+    """
     base, kept = carry.blocks[block].base, carry.features(block, path)
     if not 0 <= base < model.blocks:
         return [f"block {block}: the base has no block {base}"]

@@ -1,4 +1,4 @@
-"""The checks before a return is plugged in, which `--plan` runs too; nothing is recorded. Torch-free."""
+"""The checks before a return is plugged in, which `--plan` runs too. They record nothing in the ledger. Torch-free."""
 
 from typing import Literal
 
@@ -38,8 +38,8 @@ def check_plug_in(
     Raises:
         VerificationError: this home never issued the bundle.
         PolicyError: the return was plugged in before.
-        IncompatibleError: the base is not the one that the bundle was packed from, or the ledger's map does not lead
-            from the bundle to it.
+        IncompatibleError: the base is not the one that the bundle was packed from, or the ledger's map does not fit
+            bundle and base.
         UsageError: the return's method does not support the requested form, or the return has no such checkpoint.
     """
     parent = issued_bundle(returned, home)
@@ -62,7 +62,7 @@ def check_plug_in(
 
 
 def form_of(verified: Return, spec: PlugInSpec) -> Form:
-    """The form of the plug-in: the requested one, else the default for the return's method.
+    """The form of the plug-in, "adapter" or "merged": the requested one, else the default for the return's method.
 
     Raises:
         UsageError: the requested form is not available for the return's method, or for a return with a classifier.
@@ -91,7 +91,14 @@ def form_of(verified: Return, spec: PlugInSpec) -> Form:
 
 
 def chosen_by(verified: Return, parent: Issued, spec: PlugInSpec) -> Chosen:
-    """The checkpoint and the strength to plug in, from the settings; defaults are the last checkpoint and strength 1.
+    """The checkpoint of a return and the strength to plug in, from the settings.
+
+    The defaults are the last checkpoint and strength 1.
+
+    Args:
+        verified: the verified return.
+        parent: the ledger's record of its bundle.
+        spec: the settings.
 
     Raises:
         UsageError: the return has no such checkpoint.
@@ -107,5 +114,5 @@ def chosen_by(verified: Return, parent: Issued, spec: PlugInSpec) -> Chosen:
 
 
 def strength_of(spec: PlugInSpec) -> float:
-    """The strength of a plug-in: 0 gives the base's weights, 1 the returned ones."""
+    """The strength in the settings, 1 by default: the factor of the returned change; 0 gives the base's weights."""
     return 1.0 if spec.strength is None else spec.strength

@@ -1,7 +1,7 @@
-"""Choosing the checkpoint and the strength of a plug-in by the loss on the model owner's held-out rows.
+"""Chooses the checkpoint and the strength of a plug-in by the loss on the model owner's held-out rows.
 
-The base is loaded once. For each candidate, the tensors of its plug-in are put into the network, rounded as the plug-in
-would store them. So a candidate's loss equals the loss that `evaluate` reports for the written plug-in.
+The base is loaded once. For each candidate, the tensors of its plug-in are copied into the network, rounded as they
+would be stored. So a candidate's loss equals the loss that `evaluate` reports for the written plug-in.
 """
 
 import math
@@ -48,7 +48,7 @@ _REASONS = 5  # number of candidates that an error lists, the best first
 
 @dataclass(frozen=True)
 class Candidate:
-    """A possible plug-in, and its held-out loss in nats per labelled token."""
+    """A possible plug-in: a checkpoint of the return (from 1), a strength, and the loss in nats per labelled token."""
 
     checkpoint: int
     strength: float
@@ -57,7 +57,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The best candidate, all candidates, and the loss of the base."""
+    """The result of `choose`: the best candidate, all candidates, and the base's loss in nats per labelled token."""
 
     best: Candidate
     base_loss: float
@@ -75,12 +75,14 @@ def choose(
     home: Home,
     progress: Progress = silent,
 ) -> Choice:
-    """Score every checkpoint of a return at every strength and return the best; nothing is written.
+    """Score every checkpoint of a return at every strength, and find the best.
+
+    No plug-in is written. A return whose tensors are not finite at some strength is recorded in the ledger as refused.
 
     Args:
         base: the owner's full model.
         returned: the verified return, from `intake`.
-        data: the owner's held-out rows, in a format that `offsite.data.read_rows.read_rows` reads.
+        data: the file or folder of the owner's held-out rows, in a format that `offsite.data.read_rows` reads.
         spec: form, checkpoint and strength; a checkpoint or strength that is set is not varied.
         measured: sequence lengths, device and compute dtype, as for `evaluate`.
         home: the model owner's home folder, with its keys and its ledger.
@@ -142,6 +144,7 @@ def _none_is_better(ranked: Sequence[Candidate], base_loss: float, data: Path) -
 
 
 def _read(base: Base, data: Path, spec: EvalSpec) -> Sequence[Example]:
+    """Read and tokenise the held-out rows, at most as many and as long as the settings say."""
     longest = min(spec.max_length, context_length(base.folder) or spec.max_length)
     rows = read_rows(data, RowForm(spec.columns or {}, spec.chosen), "held out")[: spec.max_rows]
     tokenizer = load_tokenizer(base.folder)
@@ -150,12 +153,17 @@ def _read(base: Base, data: Path, spec: EvalSpec) -> Sequence[Example]:
 
 
 def _loss(network: Network, examples: Sequence[Example], budget: int) -> float:
+    """The mean cross-entropy in nats per labelled token; `budget` is the number of tokens per micro-batch."""
     losses = row_losses(network, examples, budget)
     return sum(row.nats for row in losses) / sum(row.tokens for row in losses)
 
 
 class _Trial:
-    """A network that can take the tensors of any plug-in of a return; at first it computes the same as the base."""
+    """The base's network, into which the tensors of one candidate plug-in after the other are copied.
+
+    A return gives one candidate for each of its checkpoints and each strength. At first, the network computes the same
+    as the base.
+    """
 
     def __init__(self, base: BaseModel, verified: Return, parent: Issued, where: Runtime, *, merged: bool) -> None:
         self._base, self._verified, self._parent, self._merged = base, verified, parent, merged
@@ -170,7 +178,7 @@ class _Trial:
 
     @torch.no_grad()
     def become(self, checkpoint: int, strength: float) -> None:
-        """Put the tensors of one candidate into the network; every candidate replaces the same tensors."""
+        """Copy the tensors of one candidate into the network; every candidate overwrites the same tensors."""
         chosen = self._chosen(checkpoint, strength)
         new: Mapping[str, NewTensor]
         if self._merged:
@@ -186,9 +194,9 @@ class _Trial:
 
 
 def _by_names_in_files(family: Architecture, model: "PreTrainedModel") -> dict[str, torch.Tensor]:
-    """The network's parameters, keyed by the names that a plug-in's files use.
+    """The network's parameters, keyed by their names in a plug-in's files.
 
-    Parameters that PEFT added have the names that PEFT writes to files.
+    The base's parameters have the names of checkpoint files; parameters that PEFT added, those of PEFT's adapter files.
     """
     parameters = dict(model.named_parameters())
     tuned = {name: parameter for name, parameter in parameters.items() if ADAPTED.search(name)}

@@ -1,7 +1,7 @@
 """The plug-in of an image encoder: a complete image classifier for transformers, with head and class names.
 
-The head is linear in the features that the family's own classifier reads (`Vision.features`). So the folder loads with
-`AutoModelForImageClassification` and needs no code of this project.
+The returned head is a linear layer on the same features as the head of transformers' classifier for this family. So
+`AutoModelForImageClassification` loads the folder, and no code of this project is needed.
 """
 
 import json
@@ -24,7 +24,9 @@ _OWN = (
 def classifier_tensors(
     model: BaseModel, vision: Vision, tuned: Mapping[str, NewTensor], returned: Return
 ) -> list[NewTensor]:
-    """The classifier's tensors: the encoder's, with the tuned ones replaced, and the returned head.
+    """The classifier's tensors: the encoder's with the tuned ones replaced, and those of the returned head.
+
+    They are named as in the files of transformers' classifier.
 
     Args:
         model: the opened base.
@@ -41,9 +43,15 @@ def classifier_tensors(
 
 
 def classifier_config(model: BaseModel, vision: Vision, names: Sequence[str]) -> bytes:
-    """The content of config.json for a classifier of these classes.
+    """The content of config.json for the image classifier.
 
-    It is the encoder's config; for the image tower of a larger model, that model's config with the encoder's inside.
+    It is the encoder's config with the classes; for the image tower of a larger model, such as CLIP, it is a config of
+    that model with the encoder's inside.
+
+    Args:
+        model: the opened base.
+        vision: the image settings in the model's row of the architecture table.
+        names: the class names, in the order of the head's outputs.
     """
     encoder = {key: value for key, value in model.config.items() if key not in (*_OWN, "architectures")}
     encoder |= model.family.fixed_settings

@@ -1,4 +1,4 @@
-"""The plan of a plug-in: its files and sizes. The return is verified, and nothing is recorded. Torch-free."""
+"""The plan of a plug-in: its files and sizes. The return is verified; the ledger is not changed. Torch-free."""
 
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from offsite.protocol.signing import SIGNATURE_BYTES
 
 @dataclass(frozen=True)
 class PlugInPlan:
-    """The form, content, files and disk space of a plug-in."""
+    """What `plug_in` would write: the form, content, files and disk space of a plug-in."""
 
     architecture: str
     form: Form
@@ -41,10 +41,10 @@ class PlugInPlan:
 def plan_plug_in(
     base: Base, returned: Path, out: Path, spec: PlugInSpec, home: Home, progress: Progress = silent
 ) -> PlugInPlan:
-    """Plan a plug-in without writing it; nothing is recorded.
+    """Plan a plug-in without writing it or recording anything in the ledger.
 
-    Verifies the return itself, so `intake` is not needed. Raises the errors that `plug_in` raises before it writes.
-    Reads every byte of the return and of the base, as the run does.
+    Verifies the return, so `intake` is not needed before. Raises the errors that `plug_in` raises before it writes.
+    Reads every byte of the return and of the base, as `plug_in` does.
 
     Args:
         base: the owner's full model.

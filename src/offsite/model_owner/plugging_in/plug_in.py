@@ -1,4 +1,4 @@
-"""Plugging in: put a verified return into the base model. Tensors are matched by name. Torch-free."""
+"""Plugging in: writes a plug-in, which is the base model with a returned adapter. Torch-free."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,19 +22,20 @@ from offsite.storage.files import staged_folder
 def plug_in(
     base: Base, returned: Return, out: Path, spec: PlugInSpec, home: Home, progress: Progress = silent
 ) -> PlugIn:
-    """Put a return into the base model for which it was made.
+    """Write the plug-in of a return: an adapter folder for the base, or the base's checkpoint with the return merged.
+
+    The plug-in is signed and recorded in the ledger.
 
     Args:
         base: the owner's full model, the one that the bundle was packed from; it is only read.
         returned: the verified return, from `intake`.
-        out: the new folder: an adapter (for LoRA, `PeftModel.from_pretrained(base, out)` loads it), or a complete
-            checkpoint.
+        out: the new folder; if it is a LoRA adapter, `PeftModel.from_pretrained(base, out)` loads it.
         spec: form, checkpoint, strength, and whether a return may be plugged in again.
         home: the model owner's home folder, with its keys and its ledger.
         progress: receives the progress events.
 
     Raises:
-        VerificationError: a result at this strength is not finite in the base's dtype.
+        VerificationError: a resulting weight is not finite in its dtype at this strength.
         PolicyError: the return was already plugged in.
         IncompatibleError: the base is not the one that the bundle was packed from.
         UsageError: this home did not take in the return, its method does not support the requested form, it has no such
@@ -60,7 +61,10 @@ def plug_in(
 def open_base_of(
     returned: Return, base: Base, spec: PlugInSpec, home: Home, progress: Progress
 ) -> tuple[BaseModel, Issued]:
-    """Open the base for which a return was made, and find its bundle in the ledger.
+    """Check that a return can be plugged into this base, and open the base; a PolicyError is recorded as a refusal.
+
+    Returns:
+        The opened base, and the ledger's record of the bundle that the return belongs to.
 
     Raises:
         PolicyError: as for `plug_in`.
@@ -78,7 +82,7 @@ def open_base_of(
 
 @contextmanager
 def refusals_recorded(verified: Return, home: Home) -> Iterator[None]:
-    """Context manager: if the body raises a VerificationError, record the return as refused, and raise it again."""
+    """Context manager: if the body raises a VerificationError, record the return in the ledger as refused."""
     try:
         yield
     except VerificationError as error:

@@ -66,7 +66,15 @@ class Contents:
 
 
 def plug_in_contents(model: BaseModel, chosen: Chosen, form: Form, whole: Path | None = None) -> Contents:
-    """The content of a plug-in in the given form; `whole` is the multi-modal checkpoint to write, if any."""
+    """The content of a plug-in.
+
+    Args:
+        model: the opened base.
+        chosen: the checkpoint of the return to plug in, and its strength.
+        form: "adapter" or "merged".
+        whole: the folder of the multi-modal checkpoint that the base was imported from, to merge the return into that
+            checkpoint; None to merge it into the base.
+    """
     if form == "adapter":
         return adapter_contents(model, chosen)
     changes = changed_tensors(model, chosen)
@@ -85,7 +93,7 @@ def plug_in_contents(model: BaseModel, chosen: Chosen, form: Form, whole: Path |
 
 
 def adapter_contents(model: BaseModel, chosen: Chosen) -> Contents:
-    """The content of a plug-in that is an adapter for the base."""
+    """The content of a plug-in in the form of an adapter for the base: its tensors, and for LoRA PEFT's config."""
     manifest = chosen.returned.manifest
     others = {}
     if manifest.lora:
@@ -103,7 +111,7 @@ def plug_in_manifest(
 
     Args:
         model: the opened base.
-        chosen: the plugged-in checkpoint of the return, and its strength.
+        chosen: the checkpoint of the return that is plugged in, and its strength.
         form: "adapter" or "merged".
         strength: the strength in the settings.
         issuer: the owner's key, 64 hex digits.
@@ -126,18 +134,22 @@ def plug_in_manifest(
 
 
 def _plain_config(folder: Path) -> bytes:
-    """The content of config.json, without settings of quantisation, as plain weights would not load with them."""
+    """The content of a folder's config.json without quantisation settings, with which plain weights would not load."""
     content = (folder / CONFIG).read_bytes()
     found = strict_json(content)
     return content if plain_config(found) == found else json.dumps(plain_config(found), indent=1).encode() + b"\n"
 
 
 def _companions(model: BaseModel, names: Sequence[str]) -> dict[str, bytes]:
+    """The contents of those of the named files that the base folder has, keyed by name."""
     return {name: (model.folder / name).read_bytes() for name in names if (model.folder / name).is_file()}
 
 
 def _joined(stored: TensorRange, parts: Sequence[NewTensor]) -> NewTensor:
-    """A tensor of the base's file, joined from its parts: one tensor, or the matrices of stacked experts."""
+    """A new tensor in place of one in the base's files, with the bytes of its parts one after the other.
+
+    The parts are the tensor itself, or the matrices of the experts that the file stores in one tensor.
+    """
     return NewTensor(
         stored.name, stored.dtype, stored.shape, lambda: chain.from_iterable(part.chunks() for part in parts)
     )

@@ -34,7 +34,7 @@ _ANOTHER_RETURN = "ask the data owner for another return; nothing was written"
 
 @dataclass(frozen=True)
 class Chosen:
-    """The checkpoint of a verified return to plug in, and the strength."""
+    """A checkpoint of a verified return to plug in, the strength, and the ledger's record of the return's bundle."""
 
     returned: Return
     parent: Issued
@@ -43,7 +43,7 @@ class Chosen:
 
     @property
     def tensors(self) -> dict[str, HeldTensor]:
-        """The verified tensors of the checkpoint, keyed by their names in the return."""
+        """The verified tensors of this checkpoint, keyed by their names in the return."""
         manifest = self.returned.manifest
         last = self.checkpoint == manifest.checkpoints
         name = WEIGHTS_OF[manifest.method] if last else checkpoint_file(self.checkpoint)
@@ -51,18 +51,18 @@ class Chosen:
 
     @property
     def head(self) -> dict[str, str]:
-        """A map from the head's tensor names in the return to those in the base; empty if the head was not tuned."""
+        """The name in the base of each returned tensor of the head, by its name in the return; empty if not tuned."""
         manifest = self.returned.manifest
         return head_names(self.parent.manifest, manifest.method) if manifest.head else {}
 
     @property
     def carry(self) -> CarryMap:
-        """The map from the bundle's shapes to the base's."""
+        """The ledger's map from the bundle's blocks and layers to the base's."""
         return carry_of(self.parent)
 
 
 def adapter_tensors(model: BaseModel, chosen: Chosen) -> list[NewTensor]:
-    """The tensors of a plug-in that is an adapter for the base.
+    """The tensors of a plug-in in the form of an adapter for the base, named as in its file.
 
     The strength multiplies LoRA's B matrices, the up-projections of bottleneck adapters, and the change of the head.
     """
@@ -85,7 +85,7 @@ def adapter_tensors(model: BaseModel, chosen: Chosen) -> list[NewTensor]:
 
 
 def changed_tensors(model: BaseModel, chosen: Chosen) -> dict[str, NewTensor]:
-    """The base's tensors that a merged plug-in changes, with their new values, keyed by their current names."""
+    """The base's tensors that a merged plug-in changes, with their new values, keyed as in `BaseModel.tensors`."""
     changes = {**(_lora_changes if chosen.returned.manifest.lora else _own_changes)(model, chosen)}
     held = chosen.tensors
     changes |= {name: _difference(held[returned], name, chosen.parent) for returned, name in chosen.head.items()}
@@ -93,9 +93,18 @@ def changed_tensors(model: BaseModel, chosen: Chosen) -> dict[str, NewTensor]:
 
 
 def to_base(name: str, model: BaseModel, parent: Issued, *, target: bool = False) -> str:
-    """The name in the base's files for a tensor of the bundle, or for a LoRA target if `target` is set.
+    """The name in the base's files of a tensor in a block of the bundle, or of a LoRA target if `target` is set.
 
     The block's index in the bundle is replaced by its index in the base.
+
+    Args:
+        name: the tensor's name in the bundle's files, or the linear layer's name in the torch model.
+        model: the opened base.
+        parent: the ledger's record of the bundle.
+        target: whether `name` is that of a linear layer.
+
+    Raises:
+        IncompatibleError: the name is not one in a block.
     """
     place = model.family.linear_layer_of(name) if target else model.family.block_of(name)
     if place is None:
@@ -104,7 +113,7 @@ def to_base(name: str, model: BaseModel, parent: Issued, *, target: bool = False
 
 
 def _carried_layer(model: BaseModel, chosen: Chosen, target: str) -> tuple[KeptFeatures, tuple[int, int]]:
-    """The features that the bundle's layer kept, and the base layer's (outputs, inputs), of a LoRA target."""
+    """For a LoRA target: the inputs and outputs that the bundle's layer still has, and the base's (outputs, inputs)."""
     place = model.family.linear_layer_of(target)
     if place is None:
         raise IncompatibleError(f"{target[:200]} belongs to no block", next_step=_ANOTHER_RETURN)
@@ -113,9 +122,9 @@ def _carried_layer(model: BaseModel, chosen: Chosen, target: str) -> tuple[KeptF
 
 
 def _scaled(tensor: StoredTensor, name: str, factor: np.float32, spread: Spread | None = None) -> NewTensor:
-    """A returned tensor under another name, spread to the base's shape and multiplied by `factor` in float32.
+    """A returned tensor with another name, mapped to the base's shape and multiplied by `factor` in float32.
 
-    If neither changes the values, every bit stays the same.
+    If neither changes the values, the bytes are copied. Writing it raises a VerificationError if a value overflows.
     """
     spread = spread or Spread(None, 0, axis=0)
     if factor == 1 and spread.kept is None:
@@ -138,7 +147,13 @@ def _scaled(tensor: StoredTensor, name: str, factor: np.float32, spread: Spread 
 def _changed(tensor: TensorRange, change: Change, strength: np.float32, dtype: str | None = None) -> NewTensor:
     """A base tensor plus `strength` times its change, computed in float32 and rounded once.
 
-    `dtype` is the dtype of the result; None means the base's.
+    Writing it raises a VerificationError if a value is not finite.
+
+    Args:
+        tensor: the tensor in the base.
+        change: a function that returns the full change, given the tensor's values in the base.
+        strength: the factor of the change.
+        dtype: the dtype of the result; None means the base's.
     """
     dtype = dtype or tensor.dtype
 
@@ -160,6 +175,7 @@ def _changed(tensor: TensorRange, change: Change, strength: np.float32, dtype: s
 
 
 def _lora_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
+    """The change alpha / rank * B A of each weight that the returned LoRA adapts, keyed by its name in the base."""
     lora, held = _lora_of(chosen.returned), chosen.tensors
 
     def change_of(target: str) -> Change:
@@ -177,12 +193,22 @@ def _lora_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
 
 
 def _own_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
+    """The change of each block tensor that was itself tuned and returned, keyed by the tensor's name in the base."""
     held = {name: tensor for name, tensor in chosen.tensors.items() if name not in chosen.head}
     return {to_base(name, model, chosen.parent): _own_change(held[name], name, model, chosen) for name in held}
 
 
 def _own_change(returned: StoredTensor, name: str, model: BaseModel, chosen: Chosen) -> Change:
-    """The change of a tensor of a block; for a compressed block, from the values that the ledger says were sent."""
+    """The change of a block's tensor that was itself returned: its values minus those that were sent in the bundle.
+
+    The ledger has the sent values for compressed blocks. For other blocks they are the base's, in the bundle's dtype.
+
+    Args:
+        returned: the returned tensor.
+        name: its name in the return and in the bundle.
+        model: the opened base.
+        chosen: the checkpoint of the return.
+    """
     shipped = chosen.carry.shipped.get(name)
     if shipped is None:
         return _difference(returned, name, chosen.parent)
@@ -197,7 +223,13 @@ def _own_change(returned: StoredTensor, name: str, model: BaseModel, chosen: Cho
 
 
 def _difference(returned: StoredTensor, name: str, parent: Issued) -> Change:
-    """The change of a tensor that was returned whole: its returned values minus the values in the bundle."""
+    """The change of a tensor that was itself returned: its values minus the base's, rounded to the bundle's dtype.
+
+    Args:
+        returned: the returned tensor.
+        name: its name in the bundle's manifest.
+        parent: the ledger's record of the bundle.
+    """
     shipped_as = {**parent.manifest.tensors, **parent.manifest.head}[name].dtype
 
     def change(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -1,7 +1,7 @@
-"""Makes the plug-in for a base from a multi-modal checkpoint: this checkpoint with its language model replaced.
+"""Makes a plug-in from a multi-modal checkpoint: a copy of the checkpoint with its language model tuned.
 
-The base's import record gives the place of each tensor in the checkpoint. All other tensors and settings stay those of
-the checkpoint. Torch-free.
+The base is this language model alone. Its import record has the name of each tensor in the checkpoint. All other
+tensors and files are copied. Torch-free.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,14 +28,13 @@ _FILES = (CONFIG, GENERATION_CONFIG, PROCESSOR, *OF_PROCESSORS, *TOKENIZER_FILES
 
 
 def whole_tensors(model: BaseModel, changes: Mapping[str, NewTensor], whole: Path) -> list[NewTensor]:
-    """The tensors of the multi-modal checkpoint; those that a return changes have their new values.
+    """The tensors of the multi-modal checkpoint, with new values for those that a return changes.
 
-    Replaced tensors have the dtype of the checkpoint. Reads the language model's tensors once, to compare them with
-    the base.
+    All have the dtype of the checkpoint. Reads the language model's tensors once, to compare them with the base.
 
     Args:
         model: the opened base, which was imported from the checkpoint.
-        changes: the changed tensors, keyed by their names in the base.
+        changes: the tensors that the return changes, keyed by their names in the base.
         whole: the folder of the checkpoint.
 
     Raises:
@@ -60,12 +59,18 @@ def whole_tensors(model: BaseModel, changes: Mapping[str, NewTensor], whole: Pat
 
 
 def whole_files(whole: Path) -> dict[str, bytes]:
-    """The contents of the checkpoint's other files that a plug-in may hold: config, tokenizer, processors, licence."""
+    """The contents of the checkpoint's files other than weights, such as config and tokenizer, keyed by file name."""
     return {name: (whole / name).read_bytes() for name in _FILES if (whole / name).is_file()}
 
 
 def _require_source(model: BaseModel, record: ImportRecord, held: Mapping[str, TensorRange], whole: Path) -> None:
     """Raise an error if the base's tensors differ from those of the checkpoint, compared in the base's dtype.
+
+    Args:
+        model: the opened base.
+        record: the base's import record.
+        held: the checkpoint's tensors, keyed by name.
+        whole: the checkpoint's folder, for the error.
 
     Raises:
         IncompatibleError: tensors are missing or differ; all are listed.
@@ -89,12 +94,13 @@ def _require_source(model: BaseModel, record: ImportRecord, held: Mapping[str, T
 
 
 def _same_bytes(stored: TensorRange, tensor: TensorRange) -> bool:
+    """Whether a tensor of the checkpoint, converted to the dtype of the base's tensor, equals it bit for bit."""
     ours, theirs = _bytes(read_chunks(tensor)), _bytes(read_chunks(stored, tensor.dtype))
     return all(a == b for a, b in zip(ours, theirs, strict=True))
 
 
 def _bytes(chunks: Iterator[bytes | memoryview], size: int = 2**20) -> Iterator[bytes]:
-    """Yield the bytes of the chunks in pieces of `size` bytes; the last piece may be shorter."""
+    """Yield the bytes of all chunks again, in pieces of `size` bytes; the last piece may be shorter."""
     rest = b""
     for chunk in chunks:
         rest += bytes(chunk)
@@ -105,7 +111,13 @@ def _bytes(chunks: Iterator[bytes | memoryview], size: int = 2**20) -> Iterator[
 
 
 def _in_place(tensor: NewTensor, stored: TensorRange, place: Place) -> NewTensor:
-    """A changed tensor with the checkpoint's name and dtype, and at its end the matrix rows that the base lacks."""
+    """A changed tensor with its name and dtype in the checkpoint, followed by the rows that the base does not have.
+
+    Args:
+        tensor: the tensor with its new values, of the base's shape.
+        stored: the tensor in the checkpoint.
+        place: its entry in the import record, with the number of rows that the base has.
+    """
 
     def chunks() -> Iterator[bytes | memoryview]:
         parts = tensor.chunks()
@@ -121,6 +133,6 @@ def _in_place(tensor: NewTensor, stored: TensorRange, place: Place) -> NewTensor
 
 
 def _behind(stored: TensorRange, rows: int) -> TensorRange:
-    """The part of a stored tensor after its first `rows` matrix rows."""
+    """The byte range of a stored tensor without its first `rows` rows."""
     front = replace(stored, shape=(rows, *stored.shape[1:]))
     return replace(stored, shape=(stored.shape[0] - rows, *stored.shape[1:]), start=stored.start + front.size)
