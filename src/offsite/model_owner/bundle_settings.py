@@ -26,9 +26,15 @@ from offsite.storage.strict_json import strict_json
 def settings_files(
     model: BaseModel, kept: Sequence[int], dtype: str, declared: Declared | None = None
 ) -> dict[str, bytes]:
-    """The contents of a bundle's settings files, keyed by file name: config, and tokenizer or image processor.
+    """The contents of a bundle's files other than weights, keyed by file name: config, tokenizer or image processor.
 
     Keys that a bundle may not contain are removed.
+
+    Args:
+        model: the opened base.
+        kept: base indices of the bundle's blocks, in order.
+        dtype: the bundle's dtype of floats, "BF16" or "F32".
+        declared: what the config declares of blocks that differ from the family's; None if none does.
 
     Raises:
         IncompatibleError: a file holds settings that a bundle may not contain.
@@ -52,7 +58,11 @@ def settings_files(
 
 
 def _input_files(model: BaseModel) -> list[Path]:
-    """The tokenizer's files of a language model, or the image processor's file of an image encoder."""
+    """The paths of the tokenizer's files of a language model, or of the image processor's file of an image encoder.
+
+    Raises:
+        StorageError: the base folder has no such file.
+    """
     if model.family.vision is None:
         return _tokenizer_files(model)
     if not (model.folder / PROCESSOR).is_file():
@@ -75,6 +85,12 @@ def _tokenizer_files(model: BaseModel) -> list[Path]:
 
 
 def _cleaned_file(source: Path) -> dict[str, Any]:
+    """The content of a JSON file of the base, without the keys that a bundle may not contain.
+
+    Raises:
+        StorageError: the file is not JSON.
+        IncompatibleError: a remaining value is not permitted in a bundle.
+    """
     try:
         content = strict_json(source.read_bytes())
     except ValueError as error:

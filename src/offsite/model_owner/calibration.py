@@ -1,8 +1,8 @@
 """Calibration data: the text or pictures that the model owner runs through its model to select and heal blocks.
 
-They never come from the data owner. For a language model they are a file of the owner's (plain text, or rows of any
-kind), or the text that this package contains. For an image encoder they are a folder of the owner's pictures, or crops
-of the photos in scikit-image.
+It never comes from the data owner. For a language model it is a file of the model owner (plain text, or rows of any
+kind), or the text that this package contains. For an image encoder it is a folder of the model owner's pictures, or
+crops of the photos in scikit-image.
 """
 
 from collections.abc import Sequence
@@ -31,6 +31,12 @@ def calibration_batches(model: BaseModel, file: Path | None, tokens: int, form: 
 
     For a language model: token ids (B, T), each sequence starting with BOS if the tokenizer has one. For an image
     encoder: pixels (B, 3, Y, X), as many pictures as make about `tokens` tokens.
+
+    Args:
+        model: the opened base.
+        file: the owner's text file, rows or folder of pictures; None for the default data.
+        tokens: the maximum number of tokens in all batches.
+        form: which fields of rows hold what; None for the default names.
 
     Raises:
         DataError: the text cannot be read or is too short for one sequence, or pictures cannot be read.
@@ -64,6 +70,7 @@ def token_counts(model: BaseModel, batches: Sequence[Tensor]) -> list[int]:
 
 
 def _picture_batches(model: BaseModel, folder: Path | None, tokens: int, form: RowForm | None) -> list[Tensor]:
+    """`calibration_batches` for an image encoder."""
     processor = load_processor(model.folder)
     count = picture_count(seen_picture(model.folder, model.family, model.config), model.config, tokens)
     if folder is None:

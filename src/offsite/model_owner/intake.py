@@ -1,4 +1,4 @@
-"""Intake: verify a return against the ledger, and record whether it was accepted or refused."""
+"""Intake: verifies a return against its bundle, and records in the ledger whether it was accepted or refused."""
 
 import hashlib
 from pathlib import Path
@@ -18,8 +18,12 @@ _WHICH_HOME = "name the --home that issued the bundle; if it is the right one, r
 def intake(path: Path, home: Home) -> Return:
     """Verify a return against its bundle, and record in the ledger whether it was accepted or refused, and why.
 
+    Args:
+        path: the return's folder.
+        home: the model owner's home folder, with its ledger and the data owner's trusted key.
+
     Returns:
-        The verified return, for `plug_in`; its tensors are in memory and take as many bytes as its files.
+        The verified return, for `plug_in`. Its tensors are in memory and need as many bytes as its files.
 
     Raises:
         VerificationError: the return was changed, is not from the bundle's recipient, or has tensor names, shapes,
@@ -40,7 +44,7 @@ def require_taken_in(returned: Return, home: Home) -> None:
     """Raise an error unless this home's ledger records that the return was verified and accepted.
 
     Raises:
-        UsageError: the ledger has no such record, for instance because the return was verified in another home.
+        UsageError: the ledger has no such record, for example because the return was verified in another home.
     """
     if not Ledger(home.ledger).accepted(returned):
         raise UsageError(
@@ -63,7 +67,12 @@ def issued_bundle(returned: Return, home: Home) -> Issued:
 
 
 def check_return(path: Path, home: Home, *, hold: bool = False) -> Return:
-    """Verify a return against its bundle without recording anything; `hold` keeps its tensors in memory.
+    """Verify a return against its bundle without recording anything in the ledger.
+
+    Args:
+        path: the return's folder.
+        home: the model owner's home folder.
+        hold: whether to keep the verified tensors in memory, as `plug_in` needs them.
 
     Raises:
         VerificationError: as for `intake`.
@@ -82,7 +91,7 @@ def check_return(path: Path, home: Home, *, hold: bool = False) -> Return:
 
 
 def _claimed_bundle(path: Path, ledger: Ledger) -> str | None:
-    """The digest of the bundle that a refused return names; None if this home never issued that bundle."""
+    """The digest of the bundle that a refused return says it belongs to; None if this home never issued that bundle."""
     try:
         claimed = read_unverified(path)
     except VerificationError:

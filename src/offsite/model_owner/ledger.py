@@ -60,7 +60,7 @@ _ADDED = {
 class Issued:
     """The ledger's record of a bundle; `kept` are the base indices of its blocks, in order.
 
-    `carry` and `shares` are None for a bundle that an earlier version recorded.
+    `state` is "issued", "returned" or "plugged in". `carry` and `shares` are None for bundles of earlier versions.
     """
 
     digest: str
@@ -73,14 +73,22 @@ class Issued:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The ledger at a path; the first access creates the file."""
+    """The ledger file at a path, which the first access creates."""
 
     path: Path
 
     def record_issue(
         self, bundle: Bundle, recipient_name: str, carry: CarryMap, shares: BaseShares, spec: PackSpec
     ) -> None:
-        """Record a bundle; called before the bundle's folder appears at its final path."""
+        """Record a new bundle; call it before the bundle's folder is moved to its final path.
+
+        Args:
+            bundle: the signed bundle.
+            recipient_name: the name that the owner's home gives to the recipient's key.
+            carry: the map from the bundle's blocks and layers to the base's.
+            shares: how many of the base's parameters the bundle sends.
+            spec: the settings of packing.
+        """
         with self._open() as db:
             db.execute(
                 # a bundle packed twice within one second is identical and has the same digest
@@ -100,7 +108,11 @@ class Ledger:
             )
 
     def issued(self, digest: str) -> Issued | None:
-        """The record of the bundle with this digest; None if this home never issued it."""
+        """The record of the bundle with this digest; None if this home never issued it.
+
+        Raises:
+            StorageError: the ledger cannot be read, or the record is of an unknown version.
+        """
         with self._open() as db:
             row = db.execute("SELECT manifest, kept, state, carry, shares FROM bundles WHERE digest = ?", (digest,))
             found = row.fetchone()
@@ -124,7 +136,13 @@ class Ledger:
         return Issued(digest, manifest, kept, found[2], carry, shares)
 
     def record_intake(self, digest: str, bundle: str | None, reasons: Sequence[str] = ()) -> None:
-        """Record a received return: refused if `reasons` are given, else accepted."""
+        """Record a received return as refused if there are `reasons`, else as accepted.
+
+        Args:
+            digest: the return's digest.
+            bundle: the digest of its bundle; None if this home never issued that bundle.
+            reasons: why the return was refused.
+        """
         state = "refused" if reasons else "accepted"
         with self._open() as db:
             db.execute(
@@ -136,10 +154,14 @@ class Ledger:
 
     @contextmanager
     def recording_plug_in(self, plug_in: PlugIn, *, again: bool) -> Iterator[None]:
-        """Context manager: record a plug-in before the body, in which the plug-in's folder appears.
+        """Context manager: record a plug-in, then run the body, which must move the plug-in's folder to its final path.
 
-        If the body fails and the folder did not appear, the record is deleted. A process that is killed in the body
-        leaves a record without a folder, never a folder without a record.
+        If the body fails and the folder is not there, the record is deleted. If the process is killed in the body, a
+        record without a folder can remain, but never a folder without a record.
+
+        Args:
+            plug_in: the signed plug-in.
+            again: whether the return may have been plugged in before.
 
         Raises:
             PolicyError: the return was already plugged in, and `again` is false.
@@ -184,13 +206,17 @@ class Ledger:
         return any(state == "accepted" for state, _ in self.intakes(returned.digest))
 
     def intakes(self, digest: str) -> list[tuple[str, list[str]]]:
-        """The results of every intake of a return, in order: the state and the reasons of a refusal."""
+        """The results of all intakes of the return with this digest, in order.
+
+        Each is "accepted" or "refused", with the reasons of the refusal.
+        """
         with self._open() as db:
             rows = db.execute("SELECT state, reasons FROM returns WHERE digest = ? ORDER BY id", (digest,)).fetchall()
         return [(state, json.loads(reasons)) for state, reasons in rows]
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
+        """Context manager: open the database, with its tables, for one transaction."""
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # private: it names the kept blocks

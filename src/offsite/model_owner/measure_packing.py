@@ -1,4 +1,4 @@
-"""`pack --plan measure`: run the calibration data through one block of the base; the result is discarded."""
+"""`pack --plan measure`: measures time and memory of one block on the calibration data, and discards the result."""
 
 import tempfile
 import time
@@ -29,10 +29,10 @@ from offsite.progress import Event, Progress, silent
 
 
 def measure_packing(plan: PackPlan, checked: Packing, progress: Progress) -> PackPlan:
-    """Add a measurement of time and memory to a plan.
+    """Measure a part of the packing, and add its time and memory to a plan.
 
-    Heals one block of the base; if the settings heal no blocks, runs the calibration data through one block.
-    Distillation and search are not measured; the measurement's `what` names the measured part and the parts left out.
+    The measured part is to heal one block; if the settings heal no single blocks, to run one block on the calibration
+    data. Distillation and search are not measured. The measurement's `what` names the measured and the other parts.
 
     Args:
         plan: the plan, from `plan_pack`.
@@ -82,7 +82,10 @@ def measure_packing(plan: PackPlan, checked: Packing, progress: Progress) -> Pac
 
 
 def _heal_one_block(model: BaseModel, sandwich: Sandwich, spec: PackSpec, batches: Sequence[Tensor]) -> None:
-    """Heal block 0, as if the middle began there; if the settings drop blocks, block 1 is dropped."""
+    """Narrow, prune and heal block 0 as the settings say, as if the middle began there, and discard the result.
+
+    If the settings drop blocks, the block also has to replace block 1.
+    """
     dropped = spec.kept(sandwich.middle) < len(sandwich.middle)
     middle = (0, 1) if dropped else (0,)
     small = Sandwich(bottom=(), middle=middle, top=tuple(range(len(middle), model.blocks)))
@@ -93,6 +96,7 @@ def _heal_one_block(model: BaseModel, sandwich: Sandwich, spec: PackSpec, batche
 
 
 def _run_one_block(model: BaseModel, runtime: Runtime, batches: Sequence[Tensor]) -> None:
+    """Run the embedding and block 0 on all batches."""
     block = BlockRunner(model, runtime).load(0)
     hidden = [block.embed(ids.to(runtime.device)) for ids in batches]
     for position, ids in enumerate(batches):

@@ -1,4 +1,4 @@
-"""Packing: split a base, select and heal blocks, then write and sign a bundle for one recipient."""
+"""Packing: splits a base, selects and heals blocks, then writes and signs a bundle for one recipient."""
 
 import contextlib
 import datetime
@@ -66,8 +66,8 @@ def pack(
 ) -> Bundle:
     """Make a signed bundle of a base model for one trusted recipient, and record it in the ledger.
 
-    During distillation or search, resume points are in `<out>.run/`. The log `<out>.log.jsonl` says how the emulator is
-    made, and gets the loss of distillation. Neither is part of the bundle.
+    Distillation and search save resume points in `<out>.run/`. The log `<out>.log.jsonl` describes the emulator, and
+    has the loss of distillation. Neither is part of the bundle.
 
     Args:
         base: the owner's full model; it is only read.
@@ -128,7 +128,14 @@ def pack(
 
 
 def _require_finite_result(bad: Sequence[str]) -> None:
-    """Raise an error if healing or compression of finite weights gave NaN or infinity; `bad`: names of tensors."""
+    """Raise an error if healing or compression of finite weights resulted in NaN or infinity.
+
+    Args:
+        bad: the names of the bundle's tensors that have such values.
+
+    Raises:
+        IncompatibleError: `bad` is not empty.
+    """
     if bad:
         raise IncompatibleError(
             "the bundle's weights hold NaN or infinity, though the base's are finite",
@@ -157,7 +164,14 @@ def bundle_manifest(
 ) -> BundleManifest:
     """The manifest of a new bundle, with the current time as its time of issue.
 
-    `kept` are the base indices of its blocks, `numbers` its split, `files` its files.
+    Args:
+        model: the opened base.
+        kept: base indices of the bundle's blocks, in order.
+        numbers: the numbers of blocks in the bundle's parts.
+        spec: the settings of packing.
+        files: the bundle's files, with sizes and digests.
+        parties: the keys of issuer and recipient, and the base's fingerprint.
+        declared: what the bundle's config declares of blocks that differ from the family's; None if none does.
     """
     row = declare_family(model.family, kept) if model.family.layouts else None
     return BundleManifest(
@@ -184,7 +198,10 @@ def bundle_manifest(
 
 @contextlib.contextmanager
 def _log(out: Path) -> Iterator[Path]:
-    """Context manager: yield the path of the log; a new log is deleted if packing fails and cannot be resumed."""
+    """Context manager: yield the path of the log; if packing fails and cannot be resumed, a new log is deleted.
+
+    `out` is the bundle's folder.
+    """
     log = log_file(out)
     new = not log.exists()
     try:
@@ -197,9 +214,16 @@ def _log(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _scratch(out: Path, staging: Path, base: str, spec: PackSpec, *, resume: bool) -> Iterator[Path]:
-    """Context manager: yield a folder for healed weights and intermediate results.
+    """Context manager: yield a folder for healed weights and intermediate results, which is deleted after the body.
 
-    It is deleted when the bundle is written. For settings with distillation or search it survives an interruption.
+    For settings with distillation or search, the folder remains if the body fails, so that packing can be resumed.
+
+    Args:
+        out: the bundle's folder.
+        staging: the folder in which the bundle is written before it is moved to `out`.
+        base: the base's fingerprint.
+        spec: the settings.
+        resume: whether to continue with the folder of an interrupted run.
     """
     if not spec.resumable:
         with tempfile.TemporaryDirectory(dir=staging.parent, prefix=".healed.") as folder:

@@ -1,4 +1,4 @@
-"""Splitting: divide a base into bottom, middle and top, and reject settings that do not fit, before any work."""
+"""Splitting: divides a base into bottom, middle and top, and raises an error for settings that do not fit the base."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -53,10 +53,16 @@ def partition(model: BaseModel, spec: PackSpec) -> Sandwich:
 
 
 def _require_no_runs(model: BaseModel, middle: Sequence[int], spec: PackSpec, work: Work) -> None:
-    """Raise an error if settings need blocks to run one by one, for a family that this was not proved of.
+    """Raise an error if settings need to run single blocks; for a model whose single blocks cannot be run correctly.
+
+    Args:
+        model: the opened base, whose family has `runs_by_block` false.
+        middle: base indices of the middle's blocks.
+        spec: the settings.
+        work: the healing and pruning that the settings require.
 
     Raises:
-        IncompatibleError: such a setting is in force.
+        IncompatibleError: healing, a calibrated pruner or the selection rule would run single blocks.
     """
     reasons = [f"heal = {', '.join(step.name for step in work.steps)}"] if work.steps else []
     reasons += [f"prune_by = {work.pruner.name}"] if work.pruner is not None else []
@@ -71,10 +77,16 @@ def _require_no_runs(model: BaseModel, middle: Sequence[int], spec: PackSpec, wo
 
 
 def _require_room(blocks: int, trained: Collection[int], spec: PackSpec) -> None:
-    """Raise an error if the middle is empty, or has fewer blocks than the emulator is to keep.
+    """Raise an error if the numbers of blocks in the settings do not fit the base.
+
+    Args:
+        blocks: the base's number of blocks.
+        trained: base indices of the trained blocks.
+        spec: the settings, with the number of blocks that the emulator keeps.
 
     Raises:
-        UsageError: the middle has too few blocks, or `trained` lists blocks that the base does not have.
+        UsageError: the middle is empty or has fewer blocks than the emulator is to keep, nothing would train, or
+            `trained` lists blocks that the base does not have.
     """
     beyond = sorted(index for index in trained if index >= blocks)
     if beyond:
@@ -101,10 +113,15 @@ def _require_room(blocks: int, trained: Collection[int], spec: PackSpec) -> None
 
 
 def _require_gap(middle: Sequence[int], spec: PackSpec, work: Work) -> None:
-    """Raise an error if the settings name healing steps that would do nothing.
+    """Raise an error if the user asked for a healing step that would do nothing, since nothing it heals is lost.
+
+    Args:
+        middle: base indices of the middle's blocks.
+        spec: the settings.
+        work: the healing and pruning that the settings require.
 
     Raises:
-        UsageError: a named step would do nothing.
+        UsageError: a healing step would do nothing.
     """
     idle = [step.name for step in spec.healing_steps if step not in work.steps]
     if idle and "heal" in spec.explicit_keys:
@@ -118,12 +135,10 @@ def _require_gap(middle: Sequence[int], spec: PackSpec, work: Work) -> None:
 
 
 def _require_for_spread(spec: PackSpec) -> None:
-    """Raise an error if settings do not work with trained blocks between frozen ones.
-
-    Such settings need the frozen blocks to be consecutive.
+    """Raise an error if a setting needs consecutive frozen blocks; for a split with trained blocks between frozen ones.
 
     Raises:
-        UsageError: such a setting was given.
+        UsageError: such a setting is in use.
     """
     reasons = spec.not_for_spread()
     if reasons:
@@ -136,10 +151,10 @@ def _require_for_spread(spec: PackSpec) -> None:
 
 
 def _require_for_images(spec: PackSpec) -> None:
-    """Raise an error if settings for language models only are given for an image encoder.
+    """Raise an error if a setting works only for language models; for a base that is an image encoder.
 
     Raises:
-        UsageError: such a setting was given.
+        UsageError: such a setting is in use.
     """
     reasons = spec.not_for_images()
     if reasons:
@@ -151,7 +166,7 @@ def _require_for_images(spec: PackSpec) -> None:
 
 
 def _only_for_texts(spec: PackSpec) -> list[str]:
-    """The settings of stored forms, and others, that do not work for image encoders."""
+    """The names of the settings in use that work only for language models: stored forms, and some others."""
     bottlenecks = set(spec.permits.methods) == {"bottleneck"}
     others = [*(["distill_ce"] if spec.distill.ce else []), *(["methods"] if bottlenecks else [])]
     return [*spec.declaring_settings, *others]

@@ -1,6 +1,6 @@
-"""The plan of a packing: its work, memory, disk space and files, from config, headers and settings.
+"""The plan of a packing: its steps, memory, disk space and files, from settings, config and headers of weight files.
 
-Torch-free, without side effects.
+Nothing is written. Torch-free.
 """
 
 from collections.abc import Iterable, Sequence
@@ -36,7 +36,7 @@ _UNKNOWN = "0" * 64  # has the length of a fingerprint
 
 @dataclass(frozen=True)
 class PackPlan:
-    """The work, memory, disk space and files of a packing."""
+    """What `pack` would do with some settings: its steps, memory, disk space and files; sizes are in bytes."""
 
     architecture: str
     emulator: str  # how the emulator is made, in one line
@@ -59,7 +59,7 @@ def plan_pack(
 ) -> tuple[PackPlan, Packing]:
     """Plan a packing without running it.
 
-    Raises the same errors as `pack` raises before its work begins.
+    Raises the errors that `pack` raises before its long work begins.
 
     Args:
         base: the owner's full model.
@@ -99,6 +99,7 @@ def plan_pack(
 
 
 def _steps(model: BaseModel, sandwich: Sandwich, spec: PackSpec, work: Work) -> tuple[str, ...]:
+    """The steps of packing that run the base's network, such as "heal by distill"."""
     chooses = spec.selection_rule.runs_blocks and spec.kept(sandwich.middle) < len(sandwich.middle)
     return (
         *([f"select by {spec.select.by}"] if chooses else []),
@@ -109,9 +110,9 @@ def _steps(model: BaseModel, sandwich: Sandwich, spec: PackSpec, work: Work) -> 
 
 
 def _weights(model: BaseModel, sandwich: Sandwich, spec: PackSpec, work: Work, compute: Compute) -> tuple[Amount, ...]:
-    """The weights in memory while the network runs, in one compute dtype.
+    """The sizes of weights in memory while packing runs the network with this compute dtype.
 
-    One block of the base at a time; distillation and search also hold the whole emulator.
+    One block of the base is in memory at a time. Distillation and search also need the whole emulator.
     """
     item, family, block = ITEM_BYTES[compute], model.family, _largest_block(model)
     embeddings = part("", [model.tensors[name].shape for name in family.embedding_tensors(model.config)], 4)
@@ -132,7 +133,10 @@ def _weights(model: BaseModel, sandwich: Sandwich, spec: PackSpec, work: Work, c
 
 
 def _scratch(model: BaseModel, spec: PackSpec, keep: int, work: Work) -> list[Amount]:
-    """Disk space for intermediate results until the bundle is written."""
+    """The sizes of intermediate results on disk, which are deleted when the bundle is written.
+
+    `keep` is the number of kept blocks.
+    """
     block = _largest_block(model)
     # the dtype of the hidden states may not be known yet: take the largest
     item = max(ITEM_BYTES[one] for one in possible_compute_dtypes(spec.runtime.compute, spec.runtime.device))
@@ -146,7 +150,10 @@ def _scratch(model: BaseModel, spec: PackSpec, keep: int, work: Work) -> list[Am
 
 
 def _healed_bytes(model: BaseModel, spec: PackSpec, keep: int, work: Work) -> int:
-    """Bytes, in the bundle's dtype, of the tensors that refit or pruning change, and of affine layers."""
+    """Bytes, in the bundle's dtype, of the tensors that block-by-block healing and pruning write to the scratch folder.
+
+    `keep` is the number of kept blocks.
+    """
     family, block, item = model.family, model.block(0), ITEM_SIZE[DTYPES[spec.dtype]]
     if not work.block_by_block:
         return 0
@@ -163,7 +170,12 @@ def _healed_bytes(model: BaseModel, spec: PackSpec, keep: int, work: Work) -> in
 def _bundle_files(checked: Packing, kept: Sequence[int], spec: PackSpec) -> tuple[Amount, ...]:
     """All files of the bundle with their exact sizes.
 
-    The manifest's size is exact too: all values of unknown content, such as hashes, have a fixed length.
+    The manifest's size is exact too: values that are not known yet, such as hashes, have a fixed length.
+
+    Args:
+        checked: the checked packing.
+        kept: base indices of the bundle's blocks, in order.
+        spec: the settings.
     """
     model, dtype = checked.model, DTYPES[spec.dtype]
     numbers = counts(checked.sandwich, kept, spec)
@@ -183,9 +195,14 @@ def _bundle_files(checked: Packing, kept: Sequence[int], spec: PackSpec) -> tupl
 def _parts(
     model: BaseModel, sandwich: Sandwich, middle: Sequence[int], dtype: str | None, maps: int = 0
 ) -> tuple[Part, ...]:
-    """The parts of the model with their sizes.
+    """The parts of the base or the bundle (embeddings, bottom, middle or emulator, top, norm, head) with their sizes.
 
-    `dtype` is the bundle's, or None for the dtypes of the base. `maps` is the number of affine layers in the middle.
+    Args:
+        model: the opened base.
+        sandwich: the split of the base.
+        middle: base indices of the blocks of the middle or the emulator.
+        dtype: the dtype of the bundle, such as "BF16"; None for the base, whose own dtypes count.
+        maps: number of affine layers in the emulator.
     """
 
     def made(name: str, tensors: Sequence[TensorRange], blocks: int = 0, maps: int = 0) -> Part:
@@ -211,7 +228,7 @@ def _parts(
 
 
 def _largest_block(model: BaseModel) -> int:
-    """Number of parameters of the largest block."""
+    """The number of parameters of the base's largest block."""
     return max(part("", [t.shape for t in model.block(i).values()], 1).parameters for i in range(model.blocks))
 
 

@@ -1,4 +1,4 @@
-"""Fills in the defaults of `offsite pack` that depend on the base and on what is installed. Torch-free."""
+"""Sets the defaults of `offsite pack` that depend on the base and on installed packages. Torch-free."""
 
 from offsite.config import PackSpec
 from offsite.model_owner.base_model import BaseModel
@@ -6,15 +6,11 @@ from offsite.model_owner.calibration_pictures import has_photos
 
 
 def resolve_defaults(model: BaseModel, spec: PackSpec) -> PackSpec:
-    """Set defaults that work for this base and are the best for it, for settings that were left out.
+    """The settings with other defaults where the general ones do not work for this base, or are worse.
 
     For an image encoder without calibration pictures, and for a family whose blocks cannot be run one by one,
-    `prune_by` becomes magnitude and `heal` none. Where a norm follows the MLP, and weights are pruned but no block is
-    dropped, `heal` becomes none (docs/decisions/0004-refit.md).
-
-    Args:
-        model: the opened base.
-        spec: the settings.
+    `prune_by` becomes magnitude and `heal` none. If a norm follows the MLP, and weights are pruned but no block is
+    dropped, `heal` becomes none (docs/decisions/0004-refit.md). Settings that the user gave do not change.
     """
     instead: dict[str, str] = {}
     if lacks_pictures(model, spec) or not model.family.runs_by_block:
@@ -27,11 +23,11 @@ def resolve_defaults(model: BaseModel, spec: PackSpec) -> PackSpec:
 
 
 def only_pruned(spec: PackSpec) -> bool:
-    """Whether the emulator keeps every block, in its family's own form, and weights of it become zero."""
+    """Whether the settings prune weights, but neither drop nor narrow blocks, nor store them with loss."""
     lossy = spec.drops or spec.narrows or any(form.lossy for form in spec.stored_forms)
     return spec.pruned > 0 and not lossy
 
 
 def lacks_pictures(model: BaseModel, spec: PackSpec) -> bool:
-    """Whether the base is an image encoder, and there are no calibration pictures to run it on."""
+    """Whether the base is an image encoder, and there are no calibration pictures, neither named nor installed."""
     return model.family.vision is not None and spec.calibration.source is None and not has_photos()

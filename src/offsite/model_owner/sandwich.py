@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sandwich:
-    """A base split by block index.
+    """The base indices of the blocks in each part of a split base.
 
-    Bottom and top train, and so do the `spread` blocks, which lie between frozen ones. The emulator is made of the
-    middle.
+    Blocks of bottom and top are trained, and so are `spread` blocks, which lie between blocks of the middle. The
+    emulator is made from the middle.
     """
 
     bottom: tuple[int, ...]
@@ -26,8 +26,9 @@ class Sandwich:
         return cls(tuple(range(first)), tuple(middle), tuple(range(last + 1, blocks)), tuple(spread))
 
     def kept(self, emulator: Sequence[int]) -> tuple[int, ...]:
-        """Base indices of all blocks of the bundle, in order, for an emulator with these blocks.
+        """Base indices of all blocks of a bundle, in order: bottom, emulator with `spread` blocks, top.
 
-        An index may occur several times.
+        Args:
+            emulator: base indices of the emulator's blocks; an index may occur several times.
         """
         return (*self.bottom, *sorted((*emulator, *self.spread)), *self.top)
