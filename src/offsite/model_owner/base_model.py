@@ -1,4 +1,4 @@
-"""Opening a base checkpoint: its row of the architecture table, its config, and its tensors under current names."""
+"""Opens a base checkpoint: its model family, its config, and its tensors by the names that transformers uses today."""
 
 import hashlib
 import hmac
@@ -28,8 +28,8 @@ FileStates = tuple[tuple[str, int, int, int], ...]  # for each file: name, inode
 class BaseModel:
     """An opened base model; no weights are in memory.
 
-    `tensors` maps each tensor's current name to its place in a file. It leaves out legacy buffers and the stored copy
-    of a tied head.
+    `tensors` has each tensor's byte range in its file. Its keys are the names that today's transformers writes to
+    files; the base's files may have older names. Buffers, and the stored copy of a tied head, are left out.
     """
 
     folder: Path
@@ -40,16 +40,16 @@ class BaseModel:
     states: FileStates = ()  # states of the weight files when they were opened
 
     def block(self, index: int) -> dict[str, TensorRange]:
-        """The tensors of the block with this index, keyed by their path inside the block."""
+        """The tensors of the block with this index, keyed by their path in the block, such as "mlp.up_proj.weight"."""
         start = self.family.in_block(index, "")
         return {name[len(start) :]: tensor for name, tensor in self.tensors.items() if name.startswith(start)}
 
 
 def open_base(base: Base) -> BaseModel:
-    """Open a base folder.
+    """Open a base folder: read its config and the headers of its weight files.
 
-    Reads the config and the headers of the weight files. Values are read only if the config ties the head to the
-    embedding and the files hold a head too: the two must be equal.
+    Weights are read only if the config ties the head to the embedding and the files have a head too, because the two
+    must be equal.
 
     Raises:
         StorageError: config or weights are missing or broken.
@@ -92,13 +92,18 @@ def _require_base(folder: Path) -> None:
 
 
 def _token_embedding(family: Architecture) -> str:
+    """The name of the token embedding's tensor: the one of the head's shape among the embeddings."""
     return next(name for name, sizes in family.embeddings.items() if sizes == family.head_size)
 
 
 def _require_copy(head: TensorRange, embedding: TensorRange | None) -> None:
-    """Raise an error if a stored head differs from the embedding to which the config ties it.
+    """Raise an error if the files have a head that differs from the embedding to which the config ties it.
 
     transformers would use such a head as a separate one, so the model would differ from its config.
+
+    Args:
+        head: the head in the files.
+        embedding: the token embedding; None if the files have none.
 
     Raises:
         IncompatibleError: the head does not equal the embedding bit for bit.
@@ -115,10 +120,10 @@ def _require_copy(head: TensorRange, embedding: TensorRange | None) -> None:
 
 
 def by_todays_names(family: Architecture, stored: TensorRange) -> dict[str, TensorRange]:
-    """The tensors in a stored tensor, keyed by their names in files of today's transformers.
+    """The tensors of a base that a tensor in a file contains, keyed by the names that today's transformers writes.
 
-    In most cases this is the tensor itself. It is nothing for a buffer, and every single matrix for a stored stack of
-    all experts.
+    In most cases this is the tensor itself. It is nothing for a buffer, which is no weight. A tensor with the stacked
+    matrices of all experts is divided into single matrices.
     """
     name = family.name_of(stored.name)
     if name is None:
@@ -133,17 +138,17 @@ def by_todays_names(family: Architecture, stored: TensorRange) -> dict[str, Tens
 
 
 def family_of(config: Mapping[str, Any]) -> Architecture:
-    """The family of a model: the table's row for its config, or a family that is read off the model.
+    """The family of a model with this config: its row of the architecture table, or if there is none, a derived family.
 
     Raises:
-        IncompatibleError: the config turns on an option that the row does not support; or the table has no row, and
-            the parts of the model cannot be identified.
+        IncompatibleError: the config turns on an option that the row does not support; or there is no row, and the
+            blocks, embeddings and head of transformers' model cannot be identified.
     """
     return _family_and_config(config, ())[0]
 
 
 def _family_and_config(config: Mapping[str, Any], stored: Iterable[str]) -> tuple[Architecture, Mapping[str, Any]]:
-    """The family of a model, and its config with the settings that its class derives, where no row derives them.
+    """The family of a model, and its config; a config without a row in the table gets its class's derived settings.
 
     Args:
         config: the content of config.json.
@@ -176,6 +181,10 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _check_tensors(model: BaseModel, quantised: str | None) -> None:
+    """Raise an IncompatibleError if tensors are missing, unexpected, or have a wrong shape or dtype.
+
+    `quantised` is the key of the quantisation method that the config names, for the error; None if it names none.
+    """
     family, held = model.family, set(model.tensors)
     expected = family.outer_tensors(model.config) | {
         family.in_block(index, path)
@@ -206,6 +215,7 @@ def _check_tensors(model: BaseModel, quantised: str | None) -> None:
 
 
 def _states_of(files: Iterable[Path]) -> FileStates:
+    """The inode, size and time of the last write of each file, to find out later whether it changed."""
     found = [(file.name, file.stat()) for file in sorted(set(files))]
     return tuple((name, state.st_ino, state.st_size, state.st_mtime_ns) for name, state in found)
 
@@ -227,16 +237,20 @@ def require_unchanged(model: BaseModel) -> None:
 
 
 def fingerprint(model: BaseModel, identity: Identity, base: Base | None = None, bad: list[str] | None = None) -> str:
-    """The fingerprint of a base in its bundles: HMAC-SHA256 over tensor names, dtypes, shapes and bytes.
+    """The fingerprint of a base, which its bundles contain: HMAC-SHA256 over tensor names, dtypes, shapes and bytes.
 
-    The key is the owner's secret, so nobody else can compute the fingerprint and confirm a guess of the base model.
-    Reads every weight once.
+    The key is secret, so nobody but the owner can compute the fingerprint and confirm a guess of the base model. Reads
+    every weight once.
 
     Args:
         model: the opened base.
-        identity: the model owner's name and private key, from which the secret is derived.
-        base: caches the fingerprint, so that the weights are not read again while their files are unchanged.
-        bad: a list to which the names of tensors with NaN or infinity are added; None: values are not checked.
+        identity: the model owner's name and private key, from which the HMAC key is derived.
+        base: an object that caches the fingerprint, so that unchanged weight files are not read again.
+        bad: a list to which the names of tensors with NaN or infinity are appended, unless the fingerprint comes from
+            the cache; None if values are not checked.
+
+    Returns:
+        64 hex digits.
     """
     known = base.fingerprints if base is not None else {}
     key = (identity.public_key.hex, model.states)

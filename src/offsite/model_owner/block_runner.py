@@ -1,7 +1,6 @@
-"""Running a base model block by block: one block's weights are in memory at a time, whatever the model's size.
+"""Runs a base model block by block: only one block's weights are in memory at a time, whatever the model's size.
 
-Only training or scoring a whole emulator loads more: a stack of blocks and, on request, top blocks, final norm and
-head.
+Only training or scoring a whole emulator loads more: all its blocks and, on request, top blocks, final norm and head.
 """
 
 import contextlib
@@ -43,7 +42,7 @@ class _ReachedBlock(Exception):  # noqa: N818  not an error: stops a forward pas
 class LoadedBlock:
     """One block with its weights, inside a model without other blocks.
 
-    The model around the block computes the other inputs of a block, such as masks and position embeddings.
+    The model around the block computes its inputs other than the hidden state, such as masks and position embeddings.
     """
 
     module: nn.Module
@@ -52,7 +51,10 @@ class LoadedBlock:
     vision: bool = False
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Compute the input of the first block: ids (B, T), or pixels (B, 3, Y, X) -> hidden (B, T, H) in float32."""
+        """The base's embeddings, which are the first block's input: ids (B, T) or pixels (B, 3, Y, X) -> (B, T, H).
+
+        The result is in float32.
+        """
         return self._reach(ids).hidden.float()
 
     def __call__(self, ids: Tensor, hidden: Tensor) -> Tensor:
@@ -71,6 +73,8 @@ class LoadedBlock:
         return _state(output).float()
 
     def _reach(self, ids: Tensor) -> _ReachedBlock:
+        """Run the model up to the block, and return the arguments with which it calls the block."""
+
         def stop(_: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
             raise _ReachedBlock(arguments[0], arguments[1:], settings)
 
@@ -104,15 +108,15 @@ class _LeftStack(Exception):  # noqa: N818  not an error: stops a forward pass, 
 class LoadedStack:
     """The blocks of an emulator with their weights, in a model; a block that is used several times is loaded once."""
 
-    parameters: Mapping[str, nn.Parameter]  # of the blocks; keys hold base index and path in the module
+    parameters: Mapping[str, nn.Parameter]  # of the blocks, by their names in the base's torch model
     whole: nn.Module
-    blocks: Sequence[nn.Module]
-    watched: int  # number of blocks after which the hidden state is returned
-    cap: float | None
+    blocks: Sequence[nn.Module]  # of the emulator, then those after it
+    watched: int  # number of blocks of the emulator
+    cap: float | None  # c in logits = c * tanh(logits / c); None if the model does not cap logits
     vision: bool = False
 
     def __call__(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Run the emulator's blocks on one batch, differentiably; the result is the hidden state after them, (B, T, H).
+        """Run the emulator's blocks on one batch, with gradients, and return the hidden state after them, (B, T, H).
 
         Args:
             ids: token ids (B, T), or pixels (B, 3, Y, X), from which the model computes masks and position embeddings.
@@ -136,10 +140,10 @@ class LoadedStack:
         raise IncompatibleError(f"{type(self.whole).__name__} does not call its blocks in order", next_step=_OTHER_TYPE)
 
     def to_the_end(self, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the emulator's blocks, the blocks after them and the head, on one batch.
+        """Run the emulator's blocks, the blocks after them, and the head, on one batch; arguments as for `__call__`.
 
-        The result is the hidden state after the emulator's blocks, (B, T, H), and the mean cross-entropy in nats per
-        token, without the first token of each sequence. Arguments as for `__call__`.
+        Returns:
+            The hidden state after the emulator's blocks, (B, T, H), and the mean next-token cross-entropy in nats.
         """
         seen: list[Tensor] = []
         handle = self.blocks[self.watched - 1].register_forward_hook(lambda _, __, output: seen.append(_state(output)))
@@ -160,6 +164,8 @@ class LoadedStack:
 
     @contextlib.contextmanager
     def _entering(self, hidden: Tensor) -> Iterator[None]:
+        """Context manager: replace the first block's input by `hidden` in the body."""
+
         def replace(
             _: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -173,22 +179,23 @@ class LoadedStack:
 
 
 def _state(output: Any) -> Tensor:
+    """The hidden state in a block's output, which is a tensor or a tuple that starts with it."""
     state: Tensor = output[0] if isinstance(output, tuple) else output
     return state
 
 
 class BlockRunner:
-    """Loads blocks of a base; hidden states stay in float32, matrix products run in the compute dtype."""
+    """Loads blocks of a base to run them; hidden states are float32, matrix products run in the compute dtype."""
 
     def __init__(self, model: BaseModel, machine: Runtime) -> None:
         self._model, self._device, self._compute = model, machine.device, machine.dtype
         self._outer = {name: self._read(name) for name in model.family.embedding_tensors(model.config)}
 
     def load(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> LoadedBlock:
-        """Load one block of the base.
+        """Load one block of the base, given its index.
 
-        `replaced` holds new tensors for it, keyed by path in the block. If these include an affine map, it runs after
-        the block; if they are narrower, so is the block.
+        `replaced` has new tensors for it, keyed by path in the block as in checkpoint files. If these include an affine
+        layer, it runs after the block. If they have fewer heads or neurons, the block becomes narrower.
         """
         family = self._model.family
         surrounding = self._skeleton([index])
@@ -212,14 +219,14 @@ class BlockRunner:
     def stack(
         self, emulator: Sequence[int], after: Sequence[int], changed: Mapping[str, TensorRange], *, whole: bool
     ) -> LoadedStack:
-        """Load the emulator's blocks in the compute dtype, frozen.
+        """Load the emulator's blocks in the compute dtype, with `requires_grad` false.
 
         Args:
             emulator: base indices of the emulator's blocks, in order.
             after: base indices of the blocks that run after the emulator, in order.
             changed: tensors that replace the base's, and tensors of affine layers after blocks; keys are tensor names
-                in the base.
-            whole: also load final norm and head, so that `to_the_end` can run.
+                in the base's files.
+            whole: whether to load final norm and head too, which `LoadedStack.to_the_end` needs.
         """
         family, model = self._model.family, self._model
         indices = (*emulator, *after)
@@ -259,7 +266,7 @@ class BlockRunner:
         return LoadedStack(parameters, surrounding.eval(), blocks, len(emulator), cap, family.vision is not None)
 
     def _skeleton(self, indices: Sequence[int]) -> Any:
-        """Build a model with only the blocks of these base indices, whose tensors hold no values yet."""
+        """Build a torch model with only the blocks of these base indices; its parameters have no values yet."""
         settings = subset_config(self._model, indices)
         if (
             self._model.family.vision is not None
@@ -275,7 +282,13 @@ class BlockRunner:
             )
 
     def _narrow(self, index: int, block: nn.Module, changed: Shapes) -> None:
-        """Give a block without values the widths of its changed tensors, given their shapes by path in the block."""
+        """Remove heads and neurons from a block without values, so that its changed tensors fit.
+
+        Args:
+            index: the block's index in the base.
+            block: the block's torch module.
+            changed: the shapes of its changed tensors, keyed by path in the block.
+        """
         family, tensors = self._model.family, self._model.block(index)
         shapes = {path: tensor.shape for path, tensor in tensors.items()}
         if all(shapes.get(path, shape) == shape for path, shape in changed.items()):
@@ -286,9 +299,15 @@ class BlockRunner:
     def _weights(
         self, index: int, block: nn.Module, read: Callable[[str], Tensor], dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """The parameters of a block, keyed by path in the module.
+        """Read the parameters of a block, keyed by their path in the block's torch module.
 
-        Where the module stacks experts in one tensor, the stack is filled matrix by matrix.
+        If the module stacks the matrices of all experts in one parameter, they are read into it one by one.
+
+        Args:
+            index: the block's index in the base.
+            block: the block's torch module.
+            read: reads a tensor, given its name in the base's files.
+            dtype: the dtype in which `read` returns tensors.
         """
         family, start = self._model.family, self._model.family.in_block(index, "")
         stacks = {
@@ -312,9 +331,10 @@ class BlockRunner:
 
 @contextlib.contextmanager
 def captured_inputs(block: LoadedBlock, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Context manager: record the inputs of some linear layers while a block runs in its body.
+    """Context manager: record the inputs of some linear layers of a block that runs in the body.
 
-    `paths` are the layers' paths in the module. The yielded dict maps each path to the input of the layer's last call.
+    `paths` are the layers' paths in the block's torch module. The yielded dict maps each path to the input of the last
+    call of the layer.
     """
     seen: dict[str, Tensor] = {}
 
@@ -329,10 +349,11 @@ def captured_inputs(block: LoadedBlock, paths: Sequence[str]) -> Iterator[dict[s
 
 @contextlib.contextmanager
 def captured_routing(block: LoadedBlock, path: str) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-    """Context manager: record the inputs of a mixture's experts while a block runs in its body.
+    """Context manager: record the inputs of the experts of a mixture-of-experts block that runs in the body.
 
-    `path` is the path of the experts' stacks in the module. The yielded list gets one entry for each call: hidden
-    states (N, H), indices of the chosen experts (N, K), and the weight of each chosen expert's output (N, K).
+    `path` is the path of the experts' module in the block's torch module. The yielded list gets one entry for each
+    call: hidden states (N, H), indices of the chosen experts (N, K), and the factor of each chosen expert's output
+    (N, K).
     """
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     with _observed(block, path, lambda arguments: seen.append((arguments[0], arguments[1], arguments[2]))):
@@ -341,6 +362,7 @@ def captured_routing(block: LoadedBlock, path: str) -> Iterator[list[tuple[Tenso
 
 @contextlib.contextmanager
 def _observed(block: LoadedBlock, path: str, observe: Callable[[tuple[Any, ...]], None]) -> Iterator[None]:
+    """Context manager: call `observe` with the positional arguments of each call of the submodule at `path`."""
     handle = block.module.get_submodule(path).register_forward_pre_hook(lambda _, arguments: observe(arguments))
     try:
         yield

@@ -1,4 +1,4 @@
-"""The content of a bundle: which tensors of the base it holds, under which names, and its config."""
+"""The content of a bundle: its tensors and their names, its config, and the tensors that a return may contain."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +25,9 @@ def bundle_tensors(
     spec: PackSpec,
     declared: Declared | None,
 ) -> list[NewTensor]:
-    """All tensors of the bundle, in the order of the forward pass, with blocks renumbered from 0.
+    """All tensors of a bundle, named as in its files, with blocks renumbered from 0.
+
+    Tensors outside the blocks come first. Values are computed only when they are written.
 
     Args:
         model: the opened base.
@@ -33,9 +35,9 @@ def bundle_tensors(
         healed: tensors that replace the base's, and tensors of affine layers after blocks; keys are tensor names in the
             base.
         dtype: the bundle's dtype of floats, "BF16" or "F32".
-        numbers: the numbers of blocks in bottom, emulator and top.
-        spec: the settings of pruning and of stored forms.
-        declared: the declaration of the emulator's modules; None if they are the family's own.
+        numbers: the numbers of blocks in the bundle's parts.
+        spec: the settings of pruning and of the other compressions.
+        declared: what the bundle's config declares of blocks that differ from the family's; None if none does.
     """
     family = model.family
     tensors = [
@@ -59,7 +61,15 @@ def bundle_tensors(
 
 
 def bundle_config(model: BaseModel, kept: Sequence[int], dtype: str) -> dict[str, Any]:
-    """The bundle's config: allowed keys only, the new number of blocks, and per-block lists for `kept` only."""
+    """The bundle's config in the form of its family, without the declaration of blocks that differ from the family's.
+
+    It has only the keys that a bundle may contain, the bundle's number of blocks, and per-block lists for its blocks.
+
+    Args:
+        model: the opened base.
+        kept: base indices of the bundle's blocks, in order.
+        dtype: the bundle's dtype of floats, "BF16" or "F32".
+    """
     family = model.family
     config = subset_config(model, kept)
     config = {key: value for key, value in config.items() if key in family.config_keys}
@@ -73,19 +83,19 @@ def bundle_config(model: BaseModel, kept: Sequence[int], dtype: str) -> dict[str
 
 
 def subset_config(model: BaseModel, kept: Sequence[int]) -> dict[str, Any]:
-    """The base's config for a model with only the blocks `kept`, in that order."""
+    """The base's config for a model with only the blocks of these base indices, in that order."""
     return model.family.subset(model.config, kept)
 
 
 def counts(sandwich: Sandwich, kept: Sequence[int], spec: PackSpec) -> Split:
     """The split for the bundle's manifest: numbers of blocks, and indices of blocks in the bundle, not in the base.
 
-    If several blocks share the weights of a base block, only the one at that block's own place gets an adapter.
+    If a base block runs at several places of the emulator, only the block at its original place gets an adapter.
 
     Args:
         sandwich: the split of the base into bottom, middle and top.
         kept: base indices of the bundle's blocks, in order.
-        spec: the settings of the placement.
+        spec: the settings, which say where adapters are.
     """
     frozen = [place for place, index in enumerate(kept) if index in sandwich.middle]
     first, last = frozen[0], frozen[-1]
@@ -101,7 +111,15 @@ def counts(sandwich: Sandwich, kept: Sequence[int], spec: PackSpec) -> Split:
 
 
 def _holds_weights(place: int, kept: Sequence[int], sandwich: Sandwich) -> bool:
-    """Whether a block of the emulator shares no weights, or shares them and is at the place of the base's block."""
+    """Whether a block of the emulator can have an adapter.
+
+    It can if its base block runs nowhere else in the bundle, or if it is at the base block's original place.
+
+    Args:
+        place: the block's index in the bundle.
+        kept: base indices of the bundle's blocks, in order.
+        sandwich: the split of the base.
+    """
     own_place = kept[place] - sandwich.middle[0] + len(sandwich.bottom)
     return kept.count(kept[place]) == 1 or place == own_place
 
@@ -109,9 +127,16 @@ def _holds_weights(place: int, kept: Sequence[int], sandwich: Sandwich) -> bool:
 def returnable(
     model: BaseModel, kept: Sequence[int], numbers: Split, dtype: str, declared: Declared | None
 ) -> dict[str, TensorEntry]:
-    """The tensors of blocks that a return may contain, keyed by name in the bundle, with the bundle's shapes.
+    """The dtypes and shapes of block tensors that a return may contain as a whole, keyed by name in the bundle.
 
-    They are all tensors of the trained blocks; only their biases if adapters sit on compressed blocks.
+    They are all tensors of the trained blocks, or only the biases if compressed blocks have adapters.
+
+    Args:
+        model: the opened base.
+        kept: base indices of the bundle's blocks, in order.
+        numbers: the numbers of blocks in the bundle's parts.
+        dtype: the bundle's dtype of floats, "BF16" or "F32".
+        declared: what the bundle's config declares of blocks that differ from the family's; None if none does.
     """
     family = model.family
     return {
@@ -126,7 +151,10 @@ def returnable(
 def _block_shapes(
     model: BaseModel, kept: Sequence[int], numbers: Split, declared: Declared | None, index: int
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors of one block of the bundle, by path in the block, before a stored form encodes them."""
+    """The tensor shapes of the bundle's block `index`, keyed by path in the block.
+
+    They are the shapes after heads or neurons were removed, and before matrices are encoded (quantised, low-rank, ...).
+    """
     shapes = {path: tensor.shape for path, tensor in model.block(kept[index]).items()}
     if declared is None or index not in numbers.adapted:
         return shapes
@@ -134,7 +162,7 @@ def _block_shapes(
 
 
 def returnable_head(model: BaseModel, spec: PackSpec) -> dict[str, TensorEntry]:
-    """The head's tensors that a return may contain, keyed by name; empty unless the owner permits tuning the head."""
+    """The dtypes and shapes of the head's tensors, keyed by name, if the owner permits tuning the head; else empty."""
     names = model.family.head_tensors(model.config) if spec.permits.permit_head else ()
     return {
         name: TensorEntry.model_validate({"shape": model.tensors[name].shape, "dtype": DTYPES[spec.dtype]})
@@ -143,10 +171,10 @@ def returnable_head(model: BaseModel, spec: PackSpec) -> dict[str, TensorEntry]:
 
 
 def permitted_methods(model: BaseModel, spec: PackSpec) -> tuple[Method, ...]:
-    """The permitted methods that can train this model.
+    """The tuning methods that the settings permit and that can train this model.
 
-    BitFit needs blocks with biases. Bottleneck adapters need a language model. Whole blocks can come back only if none
-    of them is compressed.
+    BitFit needs blocks with biases. Bottleneck adapters need a language model. Full tuning needs trained blocks that
+    are not compressed.
 
     Raises:
         UsageError: no permitted method can train this model.
@@ -170,7 +198,14 @@ def permitted_methods(model: BaseModel, spec: PackSpec) -> tuple[Method, ...]:
 def lora_targets(
     model: BaseModel, kept: Sequence[int], numbers: Split, declared: Declared | None
 ) -> dict[str, tuple[int, int]]:
-    """The linear layers that LoRA may adapt, keyed by module name in the bundle, with their (inputs, outputs)."""
+    """(inputs, outputs) of each linear layer that LoRA may adapt, keyed by its name in the bundle's torch model.
+
+    Args:
+        model: the opened base.
+        kept: base indices of the bundle's blocks, in order.
+        numbers: the numbers of blocks in the bundle's parts.
+        declared: what the bundle's config declares of blocks that differ from the family's; None if none does.
+    """
     targets = {}
     for index in numbers.trained:
         shapes = _block_shapes(model, kept, numbers, declared, index)

@@ -74,6 +74,10 @@ def crops(count: int, side: tuple[int, int]) -> Iterator[Pixels]:
 
     The random numbers are seeded: equal arguments give equal crops.
 
+    Args:
+        count: number of crops.
+        side: height and width of each crop in pixels.
+
     Raises:
         UsageError: scikit-image or its photos are not installed.
         DataError: a photo's file is damaged.

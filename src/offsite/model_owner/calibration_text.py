@@ -1,4 +1,4 @@
-"""Reading the calibration text, and the checks on it that need no tokenizer. Torch-free."""
+"""Reads the calibration text, and checks what can be checked without a tokenizer. Torch-free."""
 
 from collections.abc import Mapping
 from importlib import resources
@@ -25,12 +25,14 @@ def calibration_length(config: Mapping[str, Any]) -> int:
 
 
 def row_form(spec: PackSpec) -> RowForm:
-    """What the fields of the calibration rows mean."""
+    """Which fields of the calibration rows hold what, from the settings."""
     return RowForm(spec.calibration.columns or {}, spec.calibration.chosen)
 
 
 def read_calibration_text(file: Path | None, form: RowForm | None = None) -> str:
-    """The text of the owner's file or rows; the text that this package contains if `file` is None.
+    """The text of the owner's file or rows for calibration; if `file` is None, the text that this package contains.
+
+    `form` says which fields of rows hold what; None means the default names.
 
     Raises:
         DataError: the file cannot be read.
@@ -43,11 +45,11 @@ def read_calibration_text(file: Path | None, form: RowForm | None = None) -> str
 
 
 def require_calibration(model: BaseModel, spec: PackSpec, *, distills: bool) -> None:
-    """Raise an error if the calibration data cannot be used, as far as this shows without a tokenizer.
+    """Raise an error if the calibration data cannot be used; checks that need a tokenizer are not made.
 
     Args:
         model: the opened base.
-        spec: the calibration file, and the numbers of tokens.
+        spec: the settings of calibration and distillation.
         distills: whether distillation uses the data too.
 
     Raises:

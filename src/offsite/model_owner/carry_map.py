@@ -1,9 +1,9 @@
-"""The map that carries a return from the bundle's shapes to the base's; it stays in the owner's ledger. Torch-free.
+"""The map from the blocks and layers of a bundle to those of the base, in the owner's ledger. Torch-free.
 
-Adapters may sit on blocks whose layers are narrower than the base's. For each block of the bundle the map names the
-base's block, and for each narrower layer the base's inputs and outputs that the bundle's layer still has. What was
-removed gets zeros (LoRAM, arXiv 2502.13533, section 3). The map is never sent: it tells which neurons, heads and blocks
-were kept.
+Adapters may be on blocks that have fewer heads or neurons than the base's. For each block of the bundle the map has the
+index of the base's block, and for each narrowed layer the base's inputs and outputs that the bundle's layer still has.
+A plug-in has zeros for the others (LoRAM, arXiv 2502.13533, section 3). The map is never sent, because it reveals which
+neurons, heads and blocks were kept.
 """
 
 import base64
@@ -20,9 +20,9 @@ _Indices = Annotated[tuple[_Index, ...], Field(strict=False)]
 
 @dataclass(frozen=True)
 class KeptFeatures:
-    """The inputs and outputs of a base layer that the bundle's layer has, in its order; None means all of them.
+    """The indices of the inputs and outputs of a base layer that the bundle's layer still has, in its order.
 
-    A norm over features has only `outputs`.
+    None means all of them. A norm has only `outputs`.
     """
 
     inputs: tuple[int, ...] | None = None
@@ -35,18 +35,19 @@ Narrowed = Mapping[str, KeptFeatures]  # of one block, by the layer's path in th
 
 @dataclass(frozen=True)
 class CarriedBlock:
-    """The base block that a block of the bundle was made from, and its narrower layers."""
+    """The base block that a block of the bundle was made from, and what its narrowed layers still have."""
 
-    base: int
+    base: int  # index in the base
     narrowed: Narrowed = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class CarryMap:
-    """Where each block of a bundle came from.
+    """The map from the blocks and layers of a bundle to those of the base.
 
-    `shipped` holds the bytes of tensors of compressed blocks that may come back as a whole (biases), by their name in
-    the bundle and in the manifest's dtype: their change is counted from these values, which can differ from the base's.
+    `shipped` has the sent values of biases of compressed blocks, which a return may contain: as bytes in the manifest's
+    dtype, keyed by their name in the bundle. A returned bias minus this value is its change; the base's value can
+    differ.
     """
 
     blocks: tuple[CarriedBlock, ...]
@@ -63,14 +64,19 @@ class CarryMap:
 
         Args:
             kept: base indices of the bundle's blocks, in order.
-            narrowed: the narrower layers of the bundle's blocks, by the block's index in the bundle.
-            shipped: the returnable tensors of compressed blocks, as the class describes them.
+            narrowed: what the narrowed layers of blocks still have, keyed by the block's index in the bundle.
+            shipped: the sent values of biases of compressed blocks, see the class.
         """
         of_blocks = narrowed or {}
         return cls(tuple(CarriedBlock(base, of_blocks.get(at, {})) for at, base in enumerate(kept)), shipped or {})
 
     def features(self, block: int, layer: str) -> KeptFeatures:
-        """The kept inputs and outputs of a layer, by the block's index in the bundle and the layer's path in it."""
+        """The inputs and outputs of a base layer that the bundle's layer still has.
+
+        Args:
+            block: the block's index in the bundle.
+            layer: the layer's path in the block.
+        """
         return self.blocks[block].narrowed.get(layer, ALL)
 
 
@@ -82,7 +88,7 @@ class _StoredBlock(BaseModel):
 
 
 class _StoredMap(BaseModel):
-    """The JSON of a map: lists of features are stored once, since all layers of an MLP have the same neurons."""
+    """The JSON of a map; equal lists of features are stored once, since all layers of an MLP have the same neurons."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -102,7 +108,7 @@ class _StoredMap(BaseModel):
 
 
 def render_carry_map(carry: CarryMap, bundle: str) -> str:
-    """The map as JSON, with the digest of the bundle that it belongs to."""
+    """The map as JSON, with the digest of its bundle, which is `bundle`."""
     lists: dict[tuple[int, ...], int] = {}
 
     def number(features: tuple[int, ...] | None) -> int | None:
@@ -120,7 +126,7 @@ def render_carry_map(carry: CarryMap, bundle: str) -> str:
 
 
 def parse_carry_map(text: str, bundle: str) -> CarryMap:
-    """Read a map from JSON.
+    """Read a map from the JSON of `render_carry_map`; `bundle` is the digest of the bundle that it must belong to.
 
     Raises:
         ValueError: the JSON is malformed, or the map belongs to a bundle with another digest.

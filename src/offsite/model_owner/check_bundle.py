@@ -1,8 +1,8 @@
-"""Checks that a bundle can be tuned before it is signed: the data owner cannot correct a signed file.
+"""Checks before a bundle is signed that it can be tuned, because the data owner cannot correct a signed file.
 
-What fails is reported as a fault of the base, with a step that its owner can take. `check_settings_of` reads files
-alone, so a plan runs it; `open_settings` loads tokenizer or image processor before the long work; `open_bundle`
-verifies and runs the finished files.
+Errors name the base's files and a next step for its owner. `check_settings_of` only reads files, so a plan runs it too;
+`open_settings` loads tokenizer or image processor before the long work; `open_bundle` verifies and runs the finished
+files.
 """
 
 import contextlib
@@ -40,11 +40,11 @@ _STEPS = {  # by kind of problem, see `tokenizer_problems`
 
 
 def check_settings_of(model: BaseModel, files: Mapping[str, bytes]) -> None:
-    """Check the files of a bundle's tokenizer or image processor against its config; nothing is loaded.
+    """Check that a bundle's tokenizer or image processor fits its model, by its files alone; no library loads them.
 
     Args:
         model: the opened base.
-        files: the bundle's settings files, by name.
+        files: the contents of the bundle's files other than weights, keyed by file name.
 
     Raises:
         IncompatibleError: the bundle could not be tuned.
@@ -68,6 +68,10 @@ def check_settings_of(model: BaseModel, files: Mapping[str, bytes]) -> None:
 def open_settings(model: BaseModel, files: Mapping[str, bytes]) -> None:
     """Load a bundle's tokenizer or image processor from its files, and prepare some rows or a picture with it.
 
+    Args:
+        model: the opened base.
+        files: the contents of the bundle's files other than weights, keyed by file name.
+
     Raises:
         UsageError: an optional package is not installed.
         IncompatibleError: the bundle could not be tuned.
@@ -79,11 +83,13 @@ def open_settings(model: BaseModel, files: Mapping[str, bytes]) -> None:
 
 
 def open_bundle(model: BaseModel, folder: Path, manifest: BundleManifest, home: Home, progress: Progress) -> None:
-    """Verify a finished bundle's files as its recipient will, load them, and run one row or picture.
+    """Verify and load a finished bundle as its recipient will, and check that the loss on one row is finite.
+
+    For an image encoder, the features of a picture must be finite.
 
     Args:
         model: the opened base.
-        folder: the staged folder with all files but the manifest.
+        folder: the temporary folder with all files of the bundle but the manifest.
         manifest: the manifest that will be signed.
         home: the model owner's home.
         progress: receives the progress events.
@@ -117,7 +123,7 @@ def _stored_dtype(manifest: BundleManifest) -> "torch.dtype":
 
 
 def _as_source(model: BaseModel, files: Mapping[str, bytes]) -> Snapshot:
-    """The settings files as they will be sent, as a source of the base's folder."""
+    """The bundle's files other than weights, in memory; errors will name the base's folder as their place."""
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     return Snapshot(
         model.folder,
@@ -128,11 +134,14 @@ def _as_source(model: BaseModel, files: Mapping[str, bytes]) -> Snapshot:
 
 @contextlib.contextmanager
 def _fault_of(model: BaseModel, folder: Path | None = None) -> Iterator[None]:
-    """Report what cannot be opened as a fault of the base, with a step for its owner.
+    """Context manager: turn errors of the body into errors about the base, with a next step for its owner.
+
+    A UsageError, which is raised if a package is not installed, does not change.
 
     Args:
         model: the opened base.
-        folder: the staged folder, whose path means nothing to the owner.
+        folder: the temporary folder of the bundle, which is replaced by the base's folder in messages; None if the body
+            does not use one.
     """
     try:
         yield
@@ -150,6 +159,6 @@ def _fault_of(model: BaseModel, folder: Path | None = None) -> Iterator[None]:
 
 
 def _own_step(error: OffsiteError) -> str | None:
-    """The step of an error that is about the folder's own files, and so works for the base's owner."""
+    """The next step of an error if the base's owner can take it; None if it is one for the recipient of a bundle."""
     step = error.next_step
     return step if step and not any(word in step for word in ("ask ", "fetch ", "check that the folder")) else None

@@ -1,6 +1,6 @@
-"""The checks before packing, which `--plan` runs too, so that a plan reports the errors that the run would raise.
+"""The checks before packing, which `--plan` runs too, so that a plan reports the errors that packing would raise.
 
-Reads config, headers, settings and calibration data; writes nothing. Torch-free.
+They read config, headers, settings and calibration data, and write nothing. Torch-free.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from offsite.training.run_log import require_resume_asked, run_folder
 
 @dataclass(frozen=True)
 class Packing:
-    """A packing that passed all checks, with everything that was opened for them."""
+    """A packing that passed all checks: the opened base, the final settings, the split, and both parties' keys."""
 
     model: BaseModel
     spec: PackSpec  # the settings, with the defaults that depend on the base
@@ -37,7 +37,7 @@ class Packing:
 def check_packing(
     base: Base, out: Path, recipient: str, spec: PackSpec, home: Home, *, resume: bool = False
 ) -> Packing:
-    """Check that a packing can end in a bundle, and return what was opened for it.
+    """Run all checks on a packing, and return what was opened for them.
 
     Args:
         base: the owner's full model.
@@ -79,7 +79,7 @@ def check_packing(
 def require_packable(model: BaseModel, spec: PackSpec) -> Sandwich:
     """Raise an error if the settings do not fit the model.
 
-    Neither the recipient nor the calibration data are needed for these checks.
+    These checks need neither the recipient nor the calibration data.
 
     Returns:
         The split of the base into bottom, middle and top.

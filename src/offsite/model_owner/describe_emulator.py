@@ -1,4 +1,4 @@
-"""Describes in one line how an emulator is made, by the settings and the model's family. Torch-free."""
+"""Describes in one line how an emulator is made, from the settings and the model's family. Torch-free."""
 
 from offsite.config import HealingStep, PackSpec
 from offsite.model_owner.base_model import BaseModel
@@ -8,7 +8,7 @@ from offsite.model_owner.sandwich import Sandwich
 
 
 def describe_emulator(model: BaseModel, sandwich: Sandwich, spec: PackSpec) -> str:
-    """One line of text: how many blocks the emulator keeps, and how they are pruned, stored and healed."""
+    """One line of text that says how many blocks the emulator keeps, and how they are pruned, stored and healed."""
     work, middle = work_of(sandwich.middle, spec), len(sandwich.middle)
     kept = spec.kept(sandwich.middle)
     blocks = f"{kept} of {middle} blocks by {spec.select.by}" if kept < middle else f"all {middle} blocks"

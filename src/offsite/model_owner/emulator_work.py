@@ -1,4 +1,4 @@
-"""The computations that the settings require for the emulator's weights before they are stored."""
+"""Which computations the settings require for the emulator's weights before they are stored: healing and pruning."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from offsite.config import HealingStep, PackSpec, Pruner, RefitMap
 class Work:
     """The healing and pruning that the settings require for a model.
 
-    Healing steps that would have no effect are left out: if nothing is lost, nothing is healed.
+    Healing steps that would have no effect are left out: without a loss there is nothing to heal.
     """
 
     steps: tuple[HealingStep, ...]  # in the order in which they run
     pruner: Pruner | None  # the calibrated pruner; None if there is none
     share: float  # fraction of every matrix that the pruner sets to zero
-    solves: tuple[RefitMap, ...]  # the output projections that refit solves, in this order
+    solves: tuple[RefitMap, ...]  # the output projections ("mlp", "attention") that refit fits, in this order
     narrows: bool = False  # whether heads and neurons are removed from blocks
 
     @property
@@ -41,7 +41,7 @@ class Work:
 
     @property
     def revisited(self) -> tuple[RefitMap, ...]:
-        """The output projections that are solved or pruned after the block's other layers were pruned."""
+        """The output projections that are fitted or pruned after the block's other layers were pruned."""
         last = self.pruner is not None and self.pruner.mlp_output_last and "mlp" not in self.solves
         return (*self.solves, "mlp") if last else self.solves
 
@@ -52,7 +52,7 @@ class Work:
 
 
 def work_of(middle: Sequence[int], spec: PackSpec) -> Work:
-    """The healing and pruning that the settings require for a middle with these blocks."""
+    """The healing and pruning that the settings require; `middle` are the base indices of the middle's blocks."""
     pruner = spec.pruner if spec.pruner.calibrated and spec.pruned else None
     dropped = spec.kept(middle) < len(middle)
     changed = pruner is not None or spec.narrows

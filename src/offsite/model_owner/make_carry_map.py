@@ -1,4 +1,4 @@
-"""Makes the map that carries a return of a new bundle to the base: kept blocks, kept features, shipped biases."""
+"""Makes the `CarryMap` of a new bundle, which maps its blocks and layers to those of the base."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +25,13 @@ def make_carry_map(
     manifest: BundleManifest,
     folder: Path,
 ) -> CarryMap:
-    """Make the map of a bundle whose files were just written.
+    """Make the map from a bundle's blocks and layers to the base's, after the bundle's weights were written.
 
     Args:
         model: the opened base.
         kept: base indices of the bundle's blocks, in order.
-        healed: the tensors that replaced the base's, and the heads and neurons that narrower blocks keep.
-        declared: the declaration of the emulator's modules; None if they are the family's own.
+        healed: the tensors that replace the base's, and which heads and neurons remain in narrowed blocks.
+        declared: what the bundle's config declares of blocks that differ from the family's; None if none does.
         spec: the settings of packing.
         manifest: the bundle's manifest.
         folder: the folder with the bundle's weights.
@@ -47,7 +47,10 @@ def make_carry_map(
 
 
 def _narrowed(model: BaseModel, block: int, healed: Healed, declared: Declared, spec: PackSpec) -> Narrowed:
-    """The layers of a base block that the emulator has narrower, with the features that they keep."""
+    """The remaining inputs and outputs of each narrowed layer of a block, keyed by the layer's path in the block.
+
+    `block` is the block's index in the base.
+    """
     if block in healed.kept:
         return kept_layers(model, block, healed.kept[block])
     tensors = model.block(block)

@@ -1,8 +1,10 @@
-"""Prove a family that was read off a model, on the base's own weights, before anything of it is shipped.
+"""Tests a derived model family on the base's own weights, before anything of the base is sent.
 
-The bundle's loader is run on the base's tensors, and its models are compared with the base as transformers loads it:
-all blocks kept, some blocks dropped, with and without a cache, with an adapter and merged. What differs is refused.
-Which layers LoRA and bottlenecks may use is found in the same way.
+A derived family is the description of a model type without a row in the architecture table: its blocks, embeddings,
+linear layers and head, which were found from transformers' code for the type. The tests load the base's tensors as the
+data owner will, and compare the logits with those of the base as transformers loads it: with all blocks, without some
+blocks, with and without a cache, with an adapter and merged. If they differ, packing fails. The tests also find which
+layers LoRA and bottlenecks may use.
 """
 
 import contextlib
@@ -38,13 +40,14 @@ _CPU = torch.device("cpu")
 
 
 def prove_family(model: BaseModel) -> BaseModel:
-    """Prove the family of an opened base on its weights.
+    """Test that bundles of a base with a derived family compute the same as the base, by running both.
 
     Returns:
-        The base with a family whose LoRA targets and bottlenecks are those that work.
+        The base with an updated family: it lists only the LoRA targets and bottleneck places that work, and says
+        whether single blocks can be run.
 
     Raises:
-        IncompatibleError: a model of the bundle's loader differs from the base, or cannot be cut, run or adapted.
+        IncompatibleError: a bundle's logits differ from the base's, or the base cannot be run or its blocks dropped.
         UsageError, StorageError: the base cannot be loaded.
     """
     size = sum(tensor.size for tensor in model.tensors.values())
@@ -72,17 +75,19 @@ def prove_family(model: BaseModel) -> BaseModel:
 
 
 def _vocabulary(model: BaseModel) -> int:
+    """The number of tokens in the head, from the derived family's sizes."""
     return int(model.family.head_size.split()[0])
 
 
 @contextlib.contextmanager
 def _refusals(model: BaseModel) -> Iterator[None]:
-    """Turn what transformers raises in the `with` block into an IncompatibleError that names the base."""
+    """Context manager: turn errors of transformers in the body into an IncompatibleError that names the base folder."""
     with quiet(), incompatible(model.folder):
         yield
 
 
 def _refused(model_type: str, what: str, reasons: Sequence[str]) -> IncompatibleError:
+    """The error that a model of this type cannot be packed."""
     return IncompatibleError(
         f"this {model_type} model cannot be packed",
         reasons=[what, *reasons],
@@ -91,10 +96,13 @@ def _refused(model_type: str, what: str, reasons: Sequence[str]) -> Incompatible
 
 
 def _some_blocks(model: BaseModel) -> tuple[int, ...]:
-    """The blocks that stay when two inner ones are dropped: the first pair that a config can express.
+    """The indices of the blocks that remain if some blocks near the middle of the model are dropped.
+
+    Two consecutive blocks are dropped, or another number if the per-block lists of the config are valid only then, as
+    for a repeating pattern of block kinds. A choice that keeps all kinds of blocks is preferred.
 
     Raises:
-        IncompatibleError: there is none.
+        IncompatibleError: there is no valid config without some blocks.
     """
     count = model.blocks
     starts = sorted(range(count - 1), key=lambda start: abs(start - (count - 2) / 2))
@@ -116,7 +124,7 @@ def _some_blocks(model: BaseModel) -> tuple[int, ...]:
 
 
 def _base(model: BaseModel, dtype: torch.dtype) -> "PreTrainedModel":
-    """The base as transformers loads it, with its own implementation of everything."""
+    """Load the base with transformers alone, with its eager implementations of attention and experts."""
     from transformers import AutoModelForCausalLM
 
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -126,7 +134,10 @@ def _base(model: BaseModel, dtype: torch.dtype) -> "PreTrainedModel":
 
 
 def _bundle(model: BaseModel, kept: Sequence[int], dtype: torch.dtype) -> "PreTrainedModel":
-    """The model that a bundle with these blocks gives, by the loader that the data owner uses."""
+    """Load a bundle with these blocks of the base as the data owner will load it, without writing the bundle.
+
+    `kept` are the base indices of the blocks.
+    """
     from transformers import AutoModelForCausalLM
 
     family = model.family
@@ -153,15 +164,21 @@ def _bundle(model: BaseModel, kept: Sequence[int], dtype: torch.dtype) -> "PreTr
 
 
 def _logits(network: nn.Module, ids: Tensor) -> Tensor:
+    """The logits for token ids (B, T), (B, T, V) in float32, computed without a cache."""
     found: Tensor = network(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return found.float()
 
 
 def _require_equal(what: str, found: Tensor, expected: Tensor) -> None:
-    """Raise an error unless two results agree to a few rounding steps.
+    """Raise an error unless two tensors of logits are equal within the tolerance.
+
+    Args:
+        what: what was compared, for the error.
+        found: the logits of a bundle's model.
+        expected: the logits of the base.
 
     Raises:
-        IncompatibleError: they do not.
+        IncompatibleError: they differ, or have NaN.
     """
     apart = float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
     limit = _TOLERANCE[torch.float32] * max(1.0, float(expected.abs().max()))
@@ -174,10 +191,15 @@ def _require_equal(what: str, found: Tensor, expected: Tensor) -> None:
 
 
 def _require_causal(network: nn.Module, ids: Tensor, logits: Tensor) -> None:
-    """Raise an error if a token changes the logits of an earlier one.
+    """Raise an error unless the network is a causal language model: a token must not change earlier logits.
+
+    Args:
+        network: the base as transformers loads it.
+        ids: token ids, (1, T).
+        logits: the network's logits for them.
 
     Raises:
-        IncompatibleError: it does, so the model does not predict the next token.
+        IncompatibleError: a changed last token changes earlier logits, or does not change its own.
     """
     changed = ids.clone()
     changed[0, -1] = ids[0, 0]
@@ -189,7 +211,7 @@ def _require_causal(network: nn.Module, ids: Tensor, logits: Tensor) -> None:
 
 @contextlib.contextmanager
 def _skipped(network: "PreTrainedModel", model: BaseModel, dropped: Sequence[int]) -> Iterator[None]:
-    """Blocks of the base hand on what they are given: the base itself, without them."""
+    """Context manager: in the body, the blocks `dropped` of the base's network return their input unchanged."""
 
     def hand_on(_: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any], output: Any) -> Any:
         entering = arguments[0] if arguments else settings["hidden_states"]
@@ -205,7 +227,7 @@ def _skipped(network: "PreTrainedModel", model: BaseModel, dropped: Sequence[int
 
 
 def _generated(network: "PreTrainedModel", ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits of the tokens that a model generates, with a cache and without: (new, V) each."""
+    """The logits of a few generated tokens, first with a cache and then without, (new tokens, V) each."""
     found = []
     for cache in (True, False):
         made: Any = network.generate(
@@ -224,10 +246,15 @@ def _generated(network: "PreTrainedModel", ids: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _require_parameters(network: nn.Module, model: BaseModel, kept: Sequence[int]) -> None:
-    """Raise an error unless full tuning would train exactly the tensors that the row lists.
+    """Raise an error unless the parameters of the network's blocks are exactly the tensors that the family lists.
+
+    Args:
+        network: a bundle's network with the blocks `kept`.
+        model: the opened base.
+        kept: base indices of the blocks.
 
     Raises:
-        IncompatibleError: it would train others.
+        IncompatibleError: parameters are missing in the family, or the family lists others.
     """
     family = replace(model.family, layout_of=tuple(model.family.layout_of[index] for index in kept))
     for place in range(len(kept)):
@@ -239,12 +266,22 @@ def _require_parameters(network: nn.Module, model: BaseModel, kept: Sequence[int
 
 
 def _inside(family: Any, name: str, place: int) -> bool:
+    """Whether a tensor's name is one in the block with index `place`."""
     found = family.block_of(name)
     return found is not None and found[0] == place
 
 
 def _with_targets(cut: "PreTrainedModel", model: BaseModel, kept: Sequence[int], ids: Tensor) -> BaseModel:
-    """The base with a family in which LoRA and bottlenecks are where they work, tried in a block of each kind."""
+    """The base with a family that lists only the LoRA targets and bottleneck places that work.
+
+    They are tried in one block of each kind of the family's blocks (its layouts).
+
+    Args:
+        cut: a bundle's network with the blocks `kept`.
+        model: the opened base.
+        kept: base indices of the blocks.
+        ids: token ids to run, (1, T).
+    """
     family = model.family
     places = {family.layout_of[index]: place for place, index in reversed(list(enumerate(kept)))}
     layouts = list(family.layouts)
@@ -257,7 +294,18 @@ def _with_targets(cut: "PreTrainedModel", model: BaseModel, kept: Sequence[int],
 
 
 def _works(cut: "PreTrainedModel", block: str, layout: Layout, transposed: bool, ids: Tensor) -> Layout:
-    """A kind of block with the layers where an adapter equals its merged weights, and where bottlenecks train."""
+    """A kind of block (its layout) with only those LoRA targets and bottleneck places that work.
+
+    LoRA works on a layer if its logits equal those of the merged weights. A bottleneck works after a layer if it gets a
+    gradient, and changes nothing at first.
+
+    Args:
+        cut: a bundle's network.
+        block: path in it of a block of this kind.
+        layout: the kind of block.
+        transposed: whether linear layers store their weights as (in, out).
+        ids: token ids to run, (1, T).
+    """
     linears = [path for path in layout.linears if _adapter_equals_merged(cut, [f"{block}.{path}"], transposed, ids)]
     outputs = {path: path if _bottleneck_trains(cut, f"{block}.{path}", ids) else "" for path in layout.outputs}
     return replace(
@@ -269,7 +317,16 @@ def _works(cut: "PreTrainedModel", block: str, layout: Layout, transposed: bool,
 
 
 def _adapter_equals_merged(cut: "PreTrainedModel", targets: Sequence[str], transposed: bool, ids: Tensor) -> bool:
-    """Whether LoRA on these layers changes the logits, as adding its product to their weights does."""
+    """Whether LoRA on these layers changes the logits, and changes them in the same way after it is merged.
+
+    The network is restored afterwards.
+
+    Args:
+        cut: the network.
+        targets: paths of linear layers in it.
+        transposed: whether linear layers store their weights as (in, out).
+        ids: token ids to run, (1, T).
+    """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -308,12 +365,13 @@ def _adapter_equals_merged(cut: "PreTrainedModel", targets: Sequence[str], trans
 
 
 def _without_gradient(network: nn.Module, ids: Tensor) -> Tensor:
+    """`_logits` without a graph for gradients."""
     with torch.no_grad():
         return _logits(network, ids)
 
 
 def _bottleneck_trains(cut: "PreTrainedModel", place: str, ids: Tensor) -> bool:
-    """Whether a bottleneck after a layer changes nothing at first and has a gradient."""
+    """Whether a bottleneck after the layer at `place` gets a gradient, and changes no logits at first."""
     parent, _, name = place.rpartition(".")
     owner, original = cut.get_submodule(parent), cut.get_submodule(place)
     plain = _without_gradient(cut, ids)
@@ -331,9 +389,16 @@ def _bottleneck_trains(cut: "PreTrainedModel", place: str, ids: Tensor) -> bool:
 
 
 def _with_blocks(cut: "PreTrainedModel", model: BaseModel, kept: Sequence[int], ids: Tensor) -> BaseModel:
-    """The base with a family that says whether its blocks can be run one by one, and in which outputs they are linear.
+    """The base with a family that says whether single blocks can be run, as calibration and healing need it.
 
-    Healing and calibration rely on it. They know families whose blocks are all of one kind, without experts.
+    It also says whether a block's output is linear in the outputs of its MLP and its attention, for refit. Only
+    families with one kind of block and without experts are tried; other families remain as they are.
+
+    Args:
+        cut: a bundle's network with the blocks `kept`.
+        model: the opened base.
+        kept: base indices of the blocks.
+        ids: token ids to run, (1, T).
     """
     from offsite.kernels.runtime import Runtime
     from offsite.model_owner.block_runner import BlockRunner
@@ -366,7 +431,7 @@ def _with_blocks(cut: "PreTrainedModel", model: BaseModel, kept: Sequence[int], 
 
 
 def _states_of(network: nn.Module, block: str, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The hidden states that enter and leave a block, (1, T, H) each."""
+    """The input and the output of the block at path `block` when the network runs, (1, T, H) each."""
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any], output: Any) -> None:
@@ -382,12 +447,24 @@ def _states_of(network: nn.Module, block: str, ids: Tensor) -> tuple[Tensor, Ten
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors are equal within the tolerance of float32."""
     limit = _TOLERANCE[torch.float32] * max(1.0, float(expected.abs().max()))
     return found.shape == expected.shape and float((found - expected).abs().max()) <= limit
 
 
 def _is_linear(runner: "BlockRunner", model: BaseModel, index: int, path: str, ids: Tensor, entering: Tensor) -> bool:
-    """Whether a block's output is linear in the output of one of its layers: equal steps of it are equal steps."""
+    """Whether a block's output is linear in the output of one of its layers.
+
+    The layer's weight is multiplied by 1, 2 and 3; then the block's output must change by the same amount twice.
+
+    Args:
+        runner: loads the block.
+        model: the opened base.
+        index: the block's index in the base.
+        path: the layer's path in the block.
+        ids: token ids, (1, T).
+        entering: the block's input, (1, T, H).
+    """
     from offsite.models.torch_tensors import read_tensor
 
     name = f"{path}.weight"
