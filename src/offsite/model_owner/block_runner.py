@@ -33,6 +33,8 @@ _OTHER_TYPE = "choose a model of another type; docs/models.md lists those that a
 
 
 class _ReachedBlock(Exception):  # noqa: N818  not an error: stops a forward pass, and is caught by its caller
+    """Stops a forward pass in front of a block; has the block's input and its other arguments."""
+
     def __init__(self, hidden: Tensor, arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
         super().__init__()
         self.hidden, self.arguments, self.settings = hidden, arguments, settings
@@ -99,6 +101,8 @@ class LoadedBlock:
 
 
 class _LeftStack(Exception):  # noqa: N818  not an error: stops a forward pass, and is caught by its caller
+    """Stops a forward pass after the emulator's last block; has the hidden state (B, T, H)."""
+
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.hidden = hidden

@@ -81,6 +81,8 @@ class CarryMap:
 
 
 class _StoredBlock(BaseModel):
+    """The JSON of a `CarriedBlock`; its lists of inputs and outputs are numbers of lists in `_StoredMap`."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     base: _Index

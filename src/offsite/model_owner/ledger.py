@@ -84,7 +84,7 @@ class Ledger:
 
         Args:
             bundle: the signed bundle.
-            recipient_name: the name that the owner's home gives to the recipient's key.
+            recipient_name: the name under which the owner's home stores the recipient's public key.
             carry: the map from the bundle's blocks and layers to the base's.
             shares: how many of the base's parameters the bundle sends.
             spec: the settings of packing.

@@ -72,7 +72,7 @@ def pack(
     Args:
         base: the owner's full model; it is only read.
         out: the bundle's folder; it appears only when it is complete.
-        recipient: the name that the owner's home gives to the data owner's trusted key.
+        recipient: the name under which the owner's home stores the data owner's public key.
         spec: the settings of splitting, compression and healing.
         home: the model owner's home folder, with its keys and its ledger.
         progress: receives the progress events.

@@ -53,7 +53,7 @@ def partition(model: BaseModel, spec: PackSpec) -> Sandwich:
 
 
 def _require_no_runs(model: BaseModel, middle: Sequence[int], spec: PackSpec, work: Work) -> None:
-    """Raise an error if settings need to run single blocks; for a model whose single blocks cannot be run correctly.
+    """Raise an error if settings need to run single blocks; called only for a model whose single blocks cannot be run.
 
     Args:
         model: the opened base, whose family has `runs_by_block` false.
@@ -135,7 +135,9 @@ def _require_gap(middle: Sequence[int], spec: PackSpec, work: Work) -> None:
 
 
 def _require_for_spread(spec: PackSpec) -> None:
-    """Raise an error if a setting needs consecutive frozen blocks; for a split with trained blocks between frozen ones.
+    """Raise an error if a setting needs consecutive frozen blocks.
+
+    It is called only for a split with trained blocks between frozen ones.
 
     Raises:
         UsageError: such a setting is in use.
@@ -151,7 +153,7 @@ def _require_for_spread(spec: PackSpec) -> None:
 
 
 def _require_for_images(spec: PackSpec) -> None:
-    """Raise an error if a setting works only for language models; for a base that is an image encoder.
+    """Raise an error if a setting works only for language models; called only if the base is an image encoder.
 
     Raises:
         UsageError: such a setting is in use.

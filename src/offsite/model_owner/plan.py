@@ -64,7 +64,7 @@ def plan_pack(
     Args:
         base: the owner's full model.
         out: the bundle's folder.
-        recipient: the name that the owner's home gives to the data owner's trusted key.
+        recipient: the name under which the owner's home stores the data owner's public key.
         spec: the settings of splitting, compression and healing.
         home: the model owner's home folder, with its keys and its ledger.
         resume: whether to continue an interrupted distillation or search.

@@ -193,6 +193,7 @@ class _Distillation:
 
     @torch.no_grad()
     def _held_out_terms(self) -> dict[str, float]:
+        """The mean of each loss term over the held-out batches; empty if there are no such batches."""
         terms = [self.loss_terms([position], 0) for position in self.held_out]
         return {name: fmean(float(one[name]) for one in terms) for name in self.term_weights} if terms else {}
 

@@ -39,7 +39,7 @@ class Moments:
         self.square += float((weights * errors.square()).sum())
 
     def plus(self, other: "Moments") -> "Moments":
-        """The sums over the tokens of both."""
+        """The sums over the tokens of this object and of `other`."""
         return Moments(self.gram + other.gram, self.cross + other.cross, self.square + other.square)
 
     def error(self, change: Tensor) -> float:

@@ -144,6 +144,7 @@ def _require_used(model: "PreTrainedModel", family: "Architecture", source: Path
 
 
 def _save(model: "PreTrainedModel", tokenizer: Any, source: Path, folder: Path) -> None:
+    """Write model and tokenizer to a folder; without a tokenizer, copy the image processor's settings from `source`."""
     from safetensors import SafetensorError
 
     # transformers marks what comes from GGUF as quantised, though the weights are plain by now

@@ -70,6 +70,14 @@ def check_download(folder: Path, names: Sequence[str]) -> None:
 
 
 def _check_index(folder: Path, names: Sequence[str], index: str, whole: str) -> None:
+    """Raise a StorageError unless a folder has all weight files that its index file lists, and no others.
+
+    Args:
+        folder: the model's folder.
+        names: the names of all files and folders in it.
+        index: the name of the index file.
+        whole: the name of the file that would have all weights, if there were no index.
+    """
     try:
         shards = sorted({str(name) for name in strict_json((folder / index).read_bytes())["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -100,6 +108,7 @@ def _check_index(folder: Path, names: Sequence[str], index: str, whole: str) -> 
 
 
 def _no_weights(folder: Path, names: Sequence[str]) -> StorageError | UsageError | IncompatibleError:
+    """The error for a folder without weights in a supported format; it says what is there instead."""
     found = [f"found: {', '.join(names[:12])}"]
     parts = [name for name in names if name.endswith(".safetensors") and "-of-" in name]
     if parts:

@@ -159,6 +159,7 @@ def _config(
 
 
 def _require_known(problems: Sequence[str], source: Path) -> None:
+    """Raise an IncompatibleError if there are messages about settings of the GGUF file that would be lost."""
     if problems:
         raise IncompatibleError(
             f"{source} has settings that would be lost",

@@ -56,6 +56,7 @@ def locate_source(path: Path) -> Located:
 
 
 def _not_there(path: Path) -> OffsiteError:
+    """The error for a path that does not exist; it recognises broken links and names of models on the hub."""
     if path.is_symlink():
         return StorageError(
             f"{path} is a link to a file that is not there",
@@ -72,6 +73,7 @@ def _not_there(path: Path) -> OffsiteError:
 
 
 def _file(path: Path) -> Located:
+    """`locate_source` for a file: a GGUF or ONNX file; any other file is an error."""
     require_content(path)
     suffix = path.suffix.lower()
     start = _first_bytes(path)
@@ -106,6 +108,7 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def _other_file(path: Path, name: str | None) -> UsageError:
+    """The error for a file in the unsupported format `name`, or for an archive if `name` is None."""
     if name is None:
         unpack = "unzip" if path.suffix.lower() == ".zip" else "tar -xf"
         return UsageError(
@@ -120,6 +123,7 @@ def _other_file(path: Path, name: str | None) -> UsageError:
 
 
 def _in_folder(folder: Path) -> Located:
+    """`locate_source` for a folder."""
     cached = _in_hub_cache(folder)
     if cached is not None:
         found = _in_folder(cached)

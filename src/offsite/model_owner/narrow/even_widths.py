@@ -44,6 +44,7 @@ def even_widths(model: BaseModel, emulator: Sequence[int], spec: PackSpec) -> tu
 
 
 def _widths(model: BaseModel, index: int, spec: PackSpec) -> Widths:
+    """The numbers of heads and neurons that remain in one block, see `even_widths`; `index` is its base index."""
     shapes, base = block_shapes(model, index), base_widths(model, index)
     whole = obstacles(model.family, model.config, shapes)
     if "heads" in whole and "neurons" in whole:
@@ -70,6 +71,7 @@ def _widths(model: BaseModel, index: int, spec: PackSpec) -> Widths:
 
 
 def _flags(spec: PackSpec) -> str:
+    """The flags of narrowing that are set, for an error message, such as "--narrow-heads and --narrow-neurons"."""
     given = {
         "--narrow": spec.narrow.share,
         "--narrow-heads": spec.narrow.heads,

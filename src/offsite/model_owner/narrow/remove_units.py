@@ -101,4 +101,5 @@ def _choose(
 
 
 def _of_layer(tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    """The weight and bias of the layer at `path`, as far as `tensors` has them."""
     return {name: value for name, value in tensors.items() if name in (f"{path}.weight", f"{path}.bias")}

@@ -100,7 +100,7 @@ def _same_bytes(stored: TensorRange, tensor: TensorRange) -> bool:
 
 
 def _bytes(chunks: Iterator[bytes | memoryview], size: int = 2**20) -> Iterator[bytes]:
-    """Yield the bytes of all chunks again, in pieces of `size` bytes; the last piece may be shorter."""
+    """Yield the bytes of all chunks, regrouped in pieces of `size` bytes; the last piece may be shorter."""
     rest = b""
     for chunk in chunks:
         rest += bytes(chunk)
