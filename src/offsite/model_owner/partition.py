@@ -18,9 +18,9 @@ def partition(model: BaseModel, spec: PackSpec) -> Sandwich:
     """Split a base into bottom, middle and top, and check the settings against it.
 
     Raises:
-        UsageError: bottom, keep and top, or train and keep, do not fit the number of blocks.
-        UsageError: the settings permit tuning the head, and the model has no head of its own.
-        IncompatibleError: the family's blocks cannot be stored in a form that the settings ask for.
+        UsageError: the numbers of blocks in the settings do not fit the model; the settings permit tuning the head, and
+            the model has no head of its own; or settings do not work together, or not for this kind of model.
+        IncompatibleError: the family's blocks cannot be compressed, narrowed or run one by one as the settings need it.
     """
     verbatim = spec.verbatim(model.blocks)
     _require_room(model.blocks, verbatim, spec)

@@ -84,7 +84,7 @@ def _errors(part: Tensor, own: Tensor, removed: Tensor) -> Tensor:
 
 
 def _smallest(values: Tensor, count: int) -> Tensor:
-    """A mask (n,) of the `count` smallest values; of equal values the earlier are taken."""
+    """A mask (n,) of the `count` smallest of n values; of equal values the earlier."""
     if not count:
         return torch.zeros_like(values, dtype=torch.bool)
     largest = values.kthvalue(count).values

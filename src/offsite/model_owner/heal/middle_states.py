@@ -27,7 +27,7 @@ _GROUP_TOKENS = 65_536  # tokens whose hidden states are in memory at a time, be
 
 @dataclass(frozen=True)
 class MiddleStates:
-    """Hidden states before and after the middle for every batch, on disk in the compute dtype."""
+    """The base's hidden states before and after its middle for every batch, in files in the compute dtype."""
 
     folder: Path
     batches: Sequence[Tensor]  # token ids (B, T), or pixels (B, 3, Y, X)

@@ -24,7 +24,7 @@ class UnitProblem:
 
     @property
     def units(self) -> int:
-        """The number of units."""
+        """The number of units: key-value heads (or query heads) of attention, or neurons of the MLP."""
         return self.gram.shape[0] // self.size
 
 

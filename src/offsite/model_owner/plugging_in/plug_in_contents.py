@@ -46,6 +46,9 @@ class Contents:
     def write(self, folder: Path) -> list[Written]:
         """Compute the tensors and write all files to a folder.
 
+        Returns:
+            The name, size and digest of each file.
+
         Raises:
             VerificationError: a changed tensor is not finite in its dtype.
         """

@@ -1,4 +1,4 @@
-"""Selection by clusters of similar blocks (CRaSh, arXiv 2310.15477, section 3.2): one block of each cluster stays.
+"""Selection by clusters of similar blocks (CRaSh, arXiv 2310.15477, section 3.2): one block of each cluster is kept.
 
 Blocks are compared by linear CKA (Kornblith et al., arXiv 1905.00414, equation 4) between their outputs, averaged over
 each sample's tokens. Tokens are normalised before averaging, and the first token of a sample is left out: a few tokens
