@@ -193,6 +193,33 @@ def test_all_kept_is_the_base_bit_for_bit(
     assert all(b"".join(merged.tensors[name].raw()) == b"".join(tensor.raw()) for name, tensor in theirs.items())
 
 
+@pytest.mark.parametrize("kind", each_form(("mixtral", "qwen2_moe, dense blocks, windows", "qwen3_moe")))
+@pytest.mark.parametrize("method", ["lora", "bottleneck"])
+def test_fewer_experts(tmp_path: Path, parties: Parties, kind: str, method: Method) -> None:
+    """LoRA sits on attention, which no expert narrows: what comes back is the plug-in; with fewer heads it is not."""
+    base = Base(tiny_base(tmp_path / "base", blocks=BLOCKS, **KINDS[kind]))
+    rows = tiny_rows(tmp_path / "rows.jsonl", 8)
+    before = loss(base.folder, rows)
+    for name, settings in {"experts": {}, "experts and heads": {"narrow_heads": 0.5}}.items():
+        out = tmp_path / name
+        bundle = pack(base, out / "bundle", parties, narrow_experts=0.5, heal="refit", **settings)
+        assert bundle.manifest.requires == (*(("heads",) if settings else ()), "experts", "adapted")
+        assert offsite.verify_bundle(bundle.folder, parties.data_owner) == bundle
+        returned = offsite.tune(bundle, rows, out / "return", tuning(method), parties.data_owner)
+        assert loss(bundle.folder, rows, returned.folder) < loss(bundle.folder, rows) - 1e-4
+        made = plug_in(base, returned.folder, out / "plugged", parties)
+        assert changed_blocks(base.folder, made, method) == {0, 1, 2, 3}
+        plugged = loss(base.folder, rows, made.folder)
+        assert plugged != before
+        sent, carried = (read_header(folder / WEIGHTS_OF[method]) for folder in (returned.folder, made.folder))
+        assert sent.keys() == carried.keys()
+        same = [np.array_equal(read_float32(sent[one]), read_float32(carried[one])) for one in sent]
+        assert all(same) != (method == "lora" and bool(settings))
+        if method == "lora":
+            merged = plug_in(base, returned.folder, out / "merged", parties, **{"as": "merged"})
+            assert loss(merged.folder, rows) == pytest.approx(plugged, abs=1e-5)
+
+
 def test_removed_rows_and_columns_are_zero(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
     """B's rows and A's columns of removed neurons are zero in the plug-in; the kept ones are those that came back."""
     base = Base(base_of("llama", 3))

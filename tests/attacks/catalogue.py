@@ -429,6 +429,42 @@ def fewer_neurons_than_the_weights_have(lab: Lab) -> None:
     declare_more(lab, neurons=[47])
 
 
+@attack("_bundle_declared", "declared-bundle", "declares experts for blocks from which none can be removed")
+def experts_of_blocks_that_have_none(lab: Lab) -> None:
+    declare_more(lab, experts=[0])
+
+
+@attack("_bundle_weights", "narrow-mixture-bundle", "has 1 experts, expected 2, through which a token goes, to 4")
+def fewer_experts_than_a_token_goes_through(lab: Lab) -> None:
+    edit_emulator(lab, "narrow-mixture-bundle", experts=[1])
+
+
+@attack("_bundle_weights", "narrow-mixture-bundle", "has 5 experts, expected 2, through which a token goes, to 4")
+def more_experts_than_the_family_has(lab: Lab) -> None:
+    edit_emulator(lab, "narrow-mixture-bundle", experts=[5])
+
+
+@attack("_bundle_weights", "narrow-mixture-bundle", "unexpected 'model.layers.1.mlp.experts.2.down_proj.weight'")
+def fewer_experts_than_the_weights_have(lab: Lab) -> None:
+    edit_emulator(lab, "narrow-mixture-bundle", experts=[2])
+
+
+@attack("_bundle_weights", "narrow-mixture-bundle", "what is declared makes it F32 or BF16 or F16 [3, 32]")
+def router_with_a_row_for_a_removed_expert(lab: Lab) -> None:
+    def wider(weights: dict[str, Any]) -> None:
+        weights["model.layers.1.mlp.gate.weight"] = np.zeros((4, 32), np.float32)
+
+    edit_weights(lab.folder / "narrow-mixture-bundle" / DECLARED_WEIGHTS, wider)
+    sign_again(lab.folder / "narrow-mixture-bundle", lab.owner)
+
+
+@attack("_bundle_family_shapes", "narrow-mixture-bundle", "the config makes it [4, 32]")
+def family_shapes_of_another_number_of_experts(lab: Lab) -> None:
+    config = json.loads((lab.folder / "narrow-mixture-bundle" / CONFIG).read_text())
+    shapes = config["emulator"]["shapes"] | {"mlp.gate.weight": [7, 32]}
+    edit_emulator(lab, "narrow-mixture-bundle", shapes=shapes)
+
+
 @attack("_bundle_weights", "declared-bundle", "model.layers.1.self_attn.q_proj.up")
 def factor_left_out(lab: Lab) -> None:
     edit_weights(

@@ -25,6 +25,8 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     packed(tiny_base(folder / "qwen2", "qwen2", 3), folder / "qwen2-bundle", parties)
     mixture = tiny_base(folder / "mixture", "qwen3_moe", 3, mlp_only_layers=[0, 2])  # experts in the middle block
     packed(mixture, folder / "mixture-bundle", parties)
+    settings = {"narrow_experts": 0.75, "calibration_tokens": 256}
+    packed(mixture, folder / "narrow-mixture-bundle", parties, **settings)
     packed(base, folder / "declared-bundle", parties, keep=1, svd_rank=0.5, heal="affine", calibration_tokens=256)
     deep, middle = tiny_base(folder / "deep", "llama", 5), {"bottom": None, "top": None, "train": (0, 2, 4), "keep": 2}
     packed(deep, folder / "spread-bundle", parties, **middle)

@@ -259,7 +259,7 @@ def test_terminal_codes_are_not_passed_on(lab: Lab) -> None:
 
 
 def test_only_features_that_this_version_can_build_are_known() -> None:
-    built = {"share", "quantise", "svd", "mlp-width", "sparse", "affine", "heads", "neurons"}
+    built = {"share", "quantise", "svd", "mlp-width", "sparse", "affine", "heads", "neurons", "experts"}
     assert frozenset(built | {"spread", "adapted", "family"}) == module.KNOWN_REQUIREMENTS
 
 

@@ -22,6 +22,7 @@ def names(attack: Attack) -> str:
     "target",
     [
         *("bundle", "gpt2-bundle", "declared-bundle", "mixture-bundle", "encoder-bundle", "timm-bundle", "head-bundle"),
+        "narrow-mixture-bundle",
         *("every-bundle", "every-gpt2-bundle", "every-lora", "every-bitfit"),
         *("lora", "full", "bitfit", "bottleneck", "checkpoints", "encoder-full", "head-lora", "head-full"),
     ],

@@ -90,6 +90,7 @@ def _literal(annotation: Any) -> tuple[str, ...]:
                 "distill-tokens", "distill-epochs", "distill-steps", "distill-lr", "distill-ce",
                 "prune", "prune-by", "zeros", "bits",
                 "group", "svd-rank", "mlp-width", "narrow", "narrow-by", "narrow-heads", "narrow-neurons",
+                "narrow-experts",
                 "calibration", "columns", "chosen", "permit-head",
                 "dtype", "resume", "plan", "config", "home", "json",
             },

@@ -26,6 +26,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"zeros": "left-out"},
     {"narrow": 0.5},
     {"narrow_heads": 0.5, "narrow_neurons": 0.5, "heal": "affine"},
+    {"narrow_experts": 0.5},
+    {"narrow_experts": 0.5, "narrow_heads": 0.5, "bits": 8},
     {"select": "search", "heal": "affine", "bits": 8},
     {"methods": ["bottleneck"]},
     {"refit_maps": "attention,mlp"},

@@ -50,7 +50,7 @@ SHARED = {
         "declare_emulator",
         "smallest_weights",
     },
-    narrow: {"unit_rule_protocol", "even_widths", "kept_layers", "projection_inputs", "remove_units"},
+    narrow: {"unit_rule_protocol", "even_widths", "expert_problem", "kept_layers", "projection_inputs", "remove_units"},
 }
 
 

@@ -150,7 +150,7 @@ def test_the_number_of_experts() -> None:
 )
 def test_dense_blocks_that_cannot_be_told(config: dict[str, object]) -> None:
     with pytest.raises(IncompatibleError, match="which blocks have experts"):
-        ARCHITECTURES["qwen3_moe"].block_tensors({"num_experts": 4, **config}, 0)
+        ARCHITECTURES["qwen3_moe"].block_tensors({"num_experts": 4, "num_experts_per_tok": 2, **config}, 0)
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe"])

@@ -69,7 +69,7 @@ class Pruner:
 
 @dataclass(frozen=True)
 class UnitRule:
-    """Chooses the heads and neurons that a narrower block keeps; a `narrow.unit_rule_protocol.UnitOrdering`."""
+    """Chooses the heads, neurons and experts of a block that stay; a `narrow.unit_rule_protocol.UnitOrdering`."""
 
     name: str  # the value of `narrow_by`
     summary: str

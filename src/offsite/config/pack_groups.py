@@ -166,7 +166,7 @@ class CompressSettings(Settings):
 
 
 class NarrowSettings(Settings):
-    """How the emulator's blocks are made narrower, which saves arithmetic."""
+    """How the emulator's blocks are made narrower, which saves arithmetic; fewer experts save memory alone."""
 
     share: Annotated[
         float | None,
@@ -175,7 +175,7 @@ class NarrowSettings(Settings):
             gt=0,
             le=1,
             description="share of the arithmetic of a block's linear layers that stays: attention heads and MLP "
-            "neurons are removed",
+            "neurons are removed; of a mixture of experts, heads alone",
         ),
     ] = None
     heads: Annotated[
@@ -191,8 +191,18 @@ class NarrowSettings(Settings):
         float | None,
         Field(alias="narrow_neurons", gt=0, le=1, description="share of the MLP neurons that stay; instead of narrow"),
     ] = None
+    experts: Annotated[
+        float | None,
+        Field(
+            alias="narrow_experts",
+            gt=0,
+            le=1,
+            description="share of the experts of a mixture that stay, which saves size and memory and no arithmetic: a "
+            "token goes through as many as before; instead of narrow",
+        ),
+    ] = None
     by: Annotated[
-        UnitRuleName, Field(alias="narrow_by", description="how the heads and neurons that stay are chosen")
+        UnitRuleName, Field(alias="narrow_by", description="how the heads, neurons and experts that stay are chosen")
     ] = "obs"
 
 

@@ -45,7 +45,7 @@ class PackSpec(Spec):
     alternatives = (
         (("train",), ("bottom", "top")),
         (("distill_epochs",), ("distill_steps",), ("heal_minutes",)),
-        (("narrow",), ("narrow_heads", "narrow_neurons")),
+        (("narrow",), ("narrow_heads", "narrow_neurons", "narrow_experts")),
     )
 
     split: SplitSettings = SplitSettings()
@@ -139,10 +139,10 @@ class PackSpec(Spec):
 
     @rule
     def _narrowing_fits(self) -> None:
-        """`narrow` sets heads and neurons together; neither goes with `mlp_width` or `heal` = share."""
+        """`narrow` sets what stays by itself; no narrowing goes with `mlp_width` or `heal` = share."""
         given = [name for name, share in self._narrowing.items() if share is not None]
         if "narrow" in given and len(given) > 1:
-            raise ValueError(f"narrow sets the shares of heads and neurons: give it or {' and '.join(given[1:])}")
+            raise ValueError(f"narrow sets by itself what stays: give it or {' and '.join(given[1:])}")
         if given and self.compress.mlp_width is not None:
             raise ValueError(f"{given[0]} and mlp_width are two ways to remove neurons: choose one")
         if given and any(step.runs == "places" for step in self.healing_steps):
@@ -241,23 +241,32 @@ class PackSpec(Spec):
     @property
     def declaring_settings(self) -> tuple[str, ...]:
         """The settings, other than `heal`, that make the bundle differ from a checkpoint of its family."""
-        narrowing = [name for name, share in self._narrowing.items() if share is not None and share < 1]
-        return (*(form.name for form in self.stored_forms), *narrowing)
+        return (*(form.name for form in self.stored_forms), *self.narrowing_settings)
+
+    @property
+    def narrowing_settings(self) -> tuple[str, ...]:
+        """The settings that remove heads, neurons or experts from the emulator's blocks."""
+        return tuple(name for name, share in self._narrowing.items() if share is not None and share < 1)
 
     @property
     def _narrowing(self) -> dict[str, float | None]:
-        """The shares that stay of arithmetic, heads and neurons, by the name of the setting."""
+        """The shares that stay of arithmetic, heads, neurons and experts, by the name of the setting."""
         settings = self.narrow
-        return {"narrow": settings.share, "narrow_heads": settings.heads, "narrow_neurons": settings.neurons}
+        return {
+            "narrow": settings.share,
+            "narrow_heads": settings.heads,
+            "narrow_neurons": settings.neurons,
+            "narrow_experts": settings.experts,
+        }
 
     @property
     def narrows(self) -> bool:
-        """Whether heads or neurons are removed from the emulator's blocks."""
-        return any(share is not None and share < 1 for share in self._narrowing.values())
+        """Whether heads, neurons or experts are removed from the emulator's blocks."""
+        return bool(self.narrowing_settings)
 
     @property
     def unit_rule(self) -> UnitRule:
-        """The rule that chooses the heads and neurons that stay."""
+        """The rule that chooses the heads, neurons and experts that stay."""
         return UNIT_RULES[self.narrow.by]
 
     @property

@@ -2,15 +2,18 @@
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Self
 
 from offsite.config import PackSpec
 from offsite.model_owner.base_model import BaseModel
-from offsite.model_owner.narrow.even_widths import block_shapes
+from offsite.model_owner.heal.heal_steps import Healed
+from offsite.model_owner.narrow.even_widths import base_widths, block_shapes
+from offsite.models.block_widths import Kept, narrowed_names
 from offsite.models.modules.declared import Declared
 from offsite.protocol.manifest import Split
+from offsite.storage.safetensors_files import TensorRange, read_chunks
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def base_shares(
     model: BaseModel,
     kept: Sequence[int],
     numbers: Split,
-    healed: Collection[str],
+    healed: Healed,
     declared: Declared | None,
     spec: PackSpec,
 ) -> BaseShares:
@@ -63,7 +66,7 @@ def base_shares(
         model: the opened base.
         kept: base indices of the bundle's blocks, in order.
         numbers: the numbers of blocks in the bundle's parts.
-        healed: names of the tensors that narrowing, healing or pruning changed; names as in the base's files.
+        healed: the tensors that narrowing, healing or pruning changed, and what remains of narrower blocks.
         declared: what the bundle's config declares of blocks that differ from the family's; None if none does.
         spec: the settings of pruning and of stored forms.
     """
@@ -73,6 +76,7 @@ def base_shares(
     )
     counts = dict.fromkeys(("verbatim", "compressed", "not_sent"), 0)
     narrowed = {}
+    renamed = {index: _renamed(model, index, stays) for index, stays in healed.kept.items()}
     if declared is not None:
         narrowed = {
             index: declared.narrowed(
@@ -84,11 +88,25 @@ def base_shares(
         place = family.block_of(name)
         if place is None or place[0] in verbatim_blocks:
             kind = "verbatim"
-        elif place[0] not in kept:
+        elif place[0] not in kept or (place[0] in renamed and place[1] not in renamed[place[0]]):
             kind = "not_sent"
         else:
-            narrower = bool(narrowed) and narrowed[place[0]].get(place[1]) != tensor.shape
-            changed = name in healed or place[1] in encoded or bool(spec.pruned and family.is_linear(name))
+            path = renamed.get(place[0], {}).get(place[1], place[1])
+            narrower = bool(narrowed) and narrowed[place[0]].get(path) != tensor.shape
+            stored = healed.tensors.get(family.in_block(place[0], path))
+            replaced = stored is not None and (path == place[1] or not _holds(stored, tensor))
+            changed = replaced or place[1] in encoded or bool(spec.pruned and family.is_linear(name))
             kind = "compressed" if narrower or changed else "verbatim"
         counts[kind] += math.prod(tensor.shape)
     return BaseShares(**counts)
+
+
+def _renamed(model: BaseModel, index: int, stays: Kept) -> dict[str, str]:
+    """The path that each tensor of a base block has in the narrower block, whose experts have other numbers."""
+    names = narrowed_names(model.family, model.block(index), base_widths(model, index), stays)
+    return {path: name for name, path in names.items()}
+
+
+def _holds(stored: TensorRange, tensor: TensorRange) -> bool:
+    """Whether a stored tensor has the values of the base's tensor, in its own dtype."""
+    return b"".join(read_chunks(stored)) == b"".join(read_chunks(tensor, stored.dtype))

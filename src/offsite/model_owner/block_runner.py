@@ -18,7 +18,7 @@ from offsite.kernels import labelled_cross_entropy
 from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.bundle_tensors import subset_config
-from offsite.models.block_widths import Shapes, is_norm_of_head, narrower_widths, widths_of
+from offsite.models.block_widths import Shapes, goes_with_a_unit, narrower_widths, widths_of
 from offsite.models.empty_weights import without_weights
 from offsite.models.loading import attention_of, encoder_keywords
 from offsite.models.mixture import experts_implementation, in_files
@@ -325,7 +325,7 @@ class BlockRunner:
             name = family.modules.get(path, path)
             if start + path in matrices:
                 matrices[start + path].copy_(read(start + path))
-            elif name in own or not is_norm_of_head(path):  # a narrower block has fewer of these
+            elif name in own or not goes_with_a_unit(family, path):  # a narrower block has fewer of these
                 weights[name] = read(start + path)
         return weights
 

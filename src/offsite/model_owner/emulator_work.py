@@ -17,7 +17,7 @@ class Work:
     pruner: Pruner | None  # the calibrated pruner; None if there is none
     share: float  # fraction of every matrix that the pruner sets to zero
     solves: tuple[RefitMap, ...]  # the output projections ("mlp", "attention") that refit fits, in this order
-    narrows: bool = False  # whether heads and neurons are removed from blocks
+    narrows: bool = False  # whether heads, neurons or experts are removed from blocks
 
     @property
     def block_steps(self) -> tuple[HealingStep, ...]:

@@ -122,7 +122,7 @@ def pack(
         carry = make_carry_map(model, kept, healed, declared, spec, manifest, folder)
         open_bundle(model, folder, manifest, home, progress)
         bundle = seal(folder, manifest, identity, out)
-        shares = base_shares(model, kept, numbers, healed.tensors.keys(), declared, spec)
+        shares = base_shares(model, kept, numbers, healed, declared, spec)
         Ledger(home.ledger).record_issue(bundle, recipient, carry, shares, spec)
     return bundle
 

@@ -8,7 +8,7 @@ from offsite.errors import IncompatibleError, UsageError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.compress.declare_emulator import require_declarable
 from offsite.model_owner.emulator_work import Work, work_of
-from offsite.model_owner.narrow.even_widths import even_widths
+from offsite.model_owner.narrow.even_widths import require_narrower
 from offsite.model_owner.sandwich import Sandwich
 from offsite.model_owner.select.select_blocks import select_blocks
 from offsite.progress import silent
@@ -48,7 +48,7 @@ def partition(model: BaseModel, spec: PackSpec) -> Sandwich:
         select_blocks(model, sandwich, spec, Path(), silent)
     require_declarable(model, spec)
     if spec.narrows:
-        even_widths(model, middle, spec)  # raises an error if the blocks cannot get so narrow
+        require_narrower(model, middle, spec)
     return sandwich
 
 

@@ -1,7 +1,7 @@
-"""Attention heads and MLP neurons of a block: how many it has, and which rows and columns of its tensors each owns.
+"""Attention heads, MLP neurons and experts of a block: how many it has, and which parts of its tensors each owns.
 
 Heads are removed in units. A unit is a key-value head with all query heads that read it; in a block with one key-value
-head, it is one query head. Torch-free.
+head, it is one query head. An expert owns its matrices and its row of the router. Torch-free.
 """
 
 import re
@@ -38,6 +38,8 @@ class Widths:
     head_size: int  # coordinates of a head
     neurons: int  # of the MLP; 0 if the block has experts
     grouped: bool  # whether a unit is a key-value head with its query heads, else it is a query head
+    experts: int = 0  # of a mixture; 0 if the block has none
+    chosen: int = 0  # experts that process a token
 
     @property
     def units(self) -> int:
@@ -49,23 +51,25 @@ class Widths:
         """The number of query heads in a unit."""
         return self.heads // self.units
 
-    def narrowed(self, units: int, neurons: int) -> "Widths":
-        """The widths with so many units of heads and so many neurons."""
+    def narrowed(self, units: int, neurons: int, experts: int | None = None) -> "Widths":
+        """The widths with so many units of heads, neurons and experts; None: all experts."""
         groups = units if self.grouped else self.groups
-        return replace(self, heads=units * self.unit_heads, groups=groups, neurons=neurons)
+        experts = self.experts if experts is None else experts
+        return replace(self, heads=units * self.unit_heads, groups=groups, neurons=neurons, experts=experts)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The units of heads and the neurons of a block that stay, by their ascending indices in the base."""
+    """The units of heads, the neurons and the experts of a block that stay, by their ascending indices in the base."""
 
     units: Indices
     neurons: Indices
+    experts: Indices = ()
 
     @classmethod
     def all_of(cls, widths: Widths) -> "Kept":
         """Everything in a block of these widths."""
-        return cls(tuple(range(widths.units)), tuple(range(widths.neurons)))
+        return cls(tuple(range(widths.units)), tuple(range(widths.neurons)), tuple(range(widths.experts)))
 
 
 def neuron_layers(family: Architecture, paths: Iterable[str]) -> list[str]:
@@ -104,7 +108,9 @@ def widths_of(family: Architecture, config: Mapping[str, Any], shapes: Shapes) -
         )
     dense = f"{family.mlp_out}.weight"
     neurons = _outputs_inputs(family, shapes[dense])[1] if dense in shapes else 0
-    return Widths(hidden, heads, groups, size, neurons, grouped=groups > 1)
+    experts = len({expert_number(family, path) for path in shapes} - {None})
+    chosen = family.chosen_experts(config) if experts else 0
+    return Widths(hidden, heads, groups, size, neurons, grouped=groups > 1, experts=experts, chosen=chosen)
 
 
 def narrower_widths(family: Architecture, base: Widths, shapes: Shapes) -> Widths:
@@ -113,19 +119,22 @@ def narrower_widths(family: Architecture, base: Widths, shapes: Shapes) -> Width
     Args:
         family: the model's row of the architecture table.
         base: the widths of the family's own block.
-        shapes: the shapes of some of the block's tensors; a part without its output projection is whole.
+        shapes: the shapes of some of the block's tensors; a part without its output projection, or without its
+            router, is whole.
     """
-    units, neurons = base.units, base.neurons
+    units, neurons, experts = base.units, base.neurons, base.experts
     ends = {path: shapes.get(f"{path}.weight") for path in (family.attention_out, family.mlp_out)}
     if (shape := ends[family.attention_out]) is not None:
         units = _outputs_inputs(family, shape)[1] // (base.unit_heads * base.head_size)
     if (shape := ends[family.mlp_out]) is not None:
         neurons = _outputs_inputs(family, shape)[1]
-    return base.narrowed(units, neurons)
+    if (router := router_of(family)) is not None and router in shapes:
+        experts = shapes[router][0]
+    return base.narrowed(units, neurons, experts)
 
 
 def obstacles(family: Architecture, config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, str]:
-    """Why heads ("heads") or neurons ("neurons") cannot be removed from the blocks; empty if both can.
+    """Why heads ("heads"), neurons ("neurons") or experts ("experts") cannot be removed from the blocks.
 
     Args:
         family: the model's row of the architecture table.
@@ -141,11 +150,20 @@ def obstacles(family: Architecture, config: Mapping[str, Any], paths: Iterable[s
         found["neurons"] = "its MLP is a mixture of experts"
     elif any(family.norms.get(path) == inner for path in paths):
         found["neurons"] = "a norm runs over the neurons"
+    if family.experts is None:
+        found["experts"] = "its blocks have no experts"
     return found
 
 
+def router_of(family: Architecture) -> str | None:
+    """The path in a block of the router's weight, which has a row for each expert; None without experts."""
+    if family.experts is None:
+        return None
+    return next(path for path, sizes in family.norms.items() if sizes.split()[0] == "experts")
+
+
 def narrowed_shapes(family: Architecture, shapes: Shapes, base: Widths, widths: Widths) -> dict[str, tuple[int, ...]]:
-    """The shapes of a block's tensors with fewer heads and neurons.
+    """The shapes of a block's tensors with fewer heads, neurons and experts.
 
     Args:
         family: the model's row of the architecture table.
@@ -153,10 +171,10 @@ def narrowed_shapes(family: Architecture, shapes: Shapes, base: Widths, widths: 
         base: the widths of the family's own block.
         widths: the widths of the narrower block.
     """
-    kept = Kept(tuple(range(widths.units)), tuple(range(widths.neurons)))  # which ones does not matter to a shape
+    kept = Kept.all_of(widths)  # which ones does not matter to a shape
     found = {}
     for path, shape in shapes.items():
-        name = _renamed(path, base, kept)
+        name = _renamed(family, path, base, kept)
         if name is not None:
             places = tensor_places(family, path, shape, base, kept)
             found[name] = tuple(
@@ -165,9 +183,9 @@ def narrowed_shapes(family: Architecture, shapes: Shapes, base: Widths, widths: 
     return found
 
 
-def narrowed_names(paths: Iterable[str], base: Widths, kept: Kept) -> dict[str, str]:
+def narrowed_names(family: Architecture, paths: Iterable[str], base: Widths, kept: Kept) -> dict[str, str]:
     """The paths of the tensors that a narrower block has -> their paths in the base's block."""
-    return {name: path for path in paths if (name := _renamed(path, base, kept)) is not None}
+    return {name: path for path in paths if (name := _renamed(family, path, base, kept)) is not None}
 
 
 def tensor_places(
@@ -180,8 +198,10 @@ def tensor_places(
         path: the tensor's path in the block.
         shape: its shape in the base.
         base: the widths of the base's block.
-        kept: the units and neurons that stay.
+        kept: the units, neurons and experts that stay.
     """
+    if base.experts and path == router_of(family):
+        return (kept.experts if len(kept.experts) < base.experts else None, *(None for _ in shape[1:]))
     module, _, kind = path.rpartition(".")
     if kind not in ("weight", "bias") or module not in family.linears:
         rows = _kept_outputs(family, path, shape[0], base, kept) if _outputs(path) else None
@@ -211,18 +231,27 @@ def kept_rows_and_columns(
     return (places[1], places[0]) if family.transposed else (places[0], places[1])
 
 
-def multiply_adds(family: Architecture, shapes: Shapes) -> int:
+def multiply_adds(family: Architecture, shapes: Shapes, chosen: int = 0) -> int:
     """The multiply-adds of a block's linear layers for one token: the sizes of their weights.
 
-    Of a mixture of experts, every expert counts, whether or not a token goes through it.
+    Of a mixture of experts, only `chosen` experts count: those that process a token.
     """
-    sizes = (shape for path, shape in shapes.items() if family.is_linear(family.in_block(0, path)))
+    counted = (path for path in shapes if (number := expert_number(family, path)) is None or number < chosen)
+    sizes = (shapes[path] for path in counted if family.is_linear(family.in_block(0, path)))
     return sum(rows * columns for rows, columns in sizes)
 
 
-def is_norm_of_head(path: str) -> bool:
-    """Whether a tensor of a block, given its path, is part of a norm of one head, which goes with the head."""
-    return _PER_HEAD.fullmatch(path) is not None
+def goes_with_a_unit(family: Architecture, path: str) -> bool:
+    """Whether a tensor of a block, given its path, is part of one expert, or of a norm of one head."""
+    return _PER_HEAD.fullmatch(path) is not None or expert_number(family, path) is not None
+
+
+def expert_number(family: Architecture, path: str) -> int | None:
+    """The index of the expert that a tensor of a block, given its path, is part of; None for other tensors."""
+    if family.experts is None or not path.startswith(f"{family.experts.path}."):
+        return None
+    number = path.removeprefix(f"{family.experts.path}.").partition(".")[0]
+    return int(number) if number.isdecimal() else None
 
 
 def _linears(family: Architecture, shapes: Shapes) -> list[str]:
@@ -274,8 +303,13 @@ def _spans(units: Iterable[int], size: int) -> Indices:
     return tuple(index for unit in units for index in range(unit * size, (unit + 1) * size))
 
 
-def _renamed(path: str, base: Widths, kept: Kept) -> str | None:
-    """A tensor's path in the narrower block; None for the norm of a head that is removed."""
+def _renamed(family: Architecture, path: str, base: Widths, kept: Kept) -> str | None:
+    """A tensor's path in the narrower block; None for an expert or the norm of a head that is removed."""
+    if family.experts is not None and (expert := expert_number(family, path)) is not None:
+        if expert not in kept.experts:
+            return None
+        start = f"{family.experts.path}."
+        return f"{start}{kept.experts.index(expert)}{path.removeprefix(f'{start}{expert}')}"
     match = _PER_HEAD.fullmatch(path)
     if match is None:
         return path

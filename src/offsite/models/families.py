@@ -252,7 +252,7 @@ FAMILIES = (
         _MIXTURE_KEYS | _words("sliding_window num_local_experts router_jitter_noise"),
         linears={**_ATTENTION, **_ATTENTION_OUT},
         norms=_TWO_NORMS | {"block_sparse_moe.gate.weight": "experts hidden_size"},
-        defaults={"num_local_experts": 8},
+        defaults={"num_local_experts": 8, "num_experts_per_tok": 2},
         modules={"block_sparse_moe.gate.weight": "mlp.gate.weight"},
         numbered={"block_sparse_moe.experts": ("num_local_experts",)},
         experts=Experts(
@@ -276,7 +276,7 @@ FAMILIES = (
         counts=("num_experts",),
         norms=_TWO_NORMS | {"mlp.gate.weight": "experts hidden_size"},
         biases={"qkv_bias": _QKV},
-        defaults={"num_experts": 60, "qkv_bias": True},
+        defaults={"num_experts": 60, "num_experts_per_tok": 4, "qkv_bias": True},
         per_block={"layer_types": _early_windows},
         implied={"max_window_layers": _up_to_windows},
     ),
@@ -288,7 +288,7 @@ FAMILIES = (
         counts=("num_local_experts", "num_experts"),  # today's key, and the key in published files
         norms=_TWO_NORMS | _HEAD_NORMS | {"mlp.gate.weight": "experts hidden_size"},
         biases={"attention_bias": (*_ATTENTION, *_ATTENTION_OUT)},
-        defaults={"num_local_experts": 128},
+        defaults={"num_local_experts": 128, "num_experts_per_tok": 8},
     ),
     _llama_like(
         "smollm3",

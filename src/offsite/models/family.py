@@ -7,7 +7,7 @@ modules have other names (`Architecture.module_of`), and experts are stacked the
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -389,14 +389,38 @@ class Architecture:
     def _with_experts(self, config: Mapping[str, Any], index: int) -> Mapping[str, Any]:
         if self.experts is None:
             return config
-        count, chosen = self.number_of(self.experts.path, config), config.get(self.experts.chosen_key, 1)
+        self.chosen_experts(config)
+        count = self.number_of(self.experts.path, config)
+        return {**config, "experts": count, "has_experts": self.has_experts(config, index)}
+
+    def chosen_experts(self, config: Mapping[str, Any]) -> int:
+        """The number of experts that process a token; 0 for a family without experts.
+
+        Raises:
+            IncompatibleError: the config does not say it, or does not say how many experts there are.
+        """
+        if self.experts is None:
+            return 0
+        count, key = self.number_of(self.experts.path, config), self.experts.chosen_key
+        chosen = config.get(key, self.defaults.get(key, 1))
         if type(chosen) is not int or not 1 <= chosen <= count:
             raise IncompatibleError(
                 "the config does not say how many experts a token goes through",
-                reasons=[f"{self.experts.chosen_key} = {str(chosen)[:60]}, expected one number from 1 to {count}"],
+                reasons=[f"{key} = {str(chosen)[:60]}, expected one number from 1 to {count}"],
                 next_step="correct config.json in the base folder",
             )
-        return {**config, "experts": count, "has_experts": self.experts.where(config, index)}
+        return chosen
+
+    def kinds_of_blocks(self, config: Mapping[str, Any], blocks: Iterable[int]) -> list[int]:
+        """The first of these blocks, and the first that differs from it in whether it has experts, if one does."""
+        kinds: dict[bool, int] = {}
+        for index in blocks:
+            kinds.setdefault(self.has_experts(config, index), index)
+        return list(kinds.values())
+
+    def has_experts(self, config: Mapping[str, Any], index: int) -> bool:
+        """Whether the block with this index has experts."""
+        return self.experts is not None and bool(self.experts.where(config, index))
 
     def embedding_tensors(self, config: Mapping[str, Any]) -> list[str]:
         """The names of the tensors before the blocks that a model with this config has."""

@@ -86,6 +86,30 @@ def expert_matrices(family: "Architecture", experts: torch.nn.Module) -> list[di
     return found
 
 
+def block_in_files(family: "Architecture", parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A block's parameters, keyed by path in files instead of in the module; experts are views of their stacks."""
+    start = family.in_block(0, "")
+    named = {f"{family.block_module(0)}.{name}": parameter for name, parameter in parameters.items()}
+    return {name.removeprefix(start): tensor for name, tensor in in_files(family, named).items()}
+
+
+def block_in_modules(family: "Architecture", tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A block's tensors, keyed by their path in the module instead of in files; the matrices of experts are stacked.
+
+    A stack of which matrices are missing, or differ in shape, is left out; its matrices keep their paths in files.
+    """
+    found, start = dict(tensors), family.in_block(0, "")
+    if family.experts is not None:
+        count = sum(path.startswith(f"{family.experts.path}.") for path in tensors) // len(family.experts.maps)
+        for leaf in family.experts.stacks:
+            name = f"{family.experts.module}.{leaf}"
+            layers = [[path.removeprefix(start) for path in one] for one in family.stacked(start + name, count) or []]
+            shapes = [[found[path].shape for path in expert if path in found] for expert in layers]
+            if layers and all(len(one) == len(layers[0]) and one == shapes[0] for one in shapes):
+                found[name] = torch.stack([torch.cat([found.pop(path) for path in expert]) for expert in layers])
+    return {family.modules.get(path, path): tensor for path, tensor in found.items()}
+
+
 def in_files(family: "Architecture", parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A model's parameters under their tensor names in files; stacked experts are split into views, without copies."""
     found: dict[str, torch.Tensor] = {}

@@ -7,7 +7,7 @@ from offsite.errors import IncompatibleError, VerificationError
 from offsite.models.architectures import Architecture, config_problems
 from offsite.models.block_widths import obstacles
 from offsite.models.declared_family import declared_config_problems
-from offsite.models.modules.declared import Declared, Expected, unwrapped
+from offsite.models.modules.declared import OF_MIXTURES, Declared, Expected, unwrapped
 from offsite.protocol.contents import (
     ALLOWED_KEYS,
     CONFIG,
@@ -137,39 +137,57 @@ def _declared_tensors(
     """The expected shape and dtypes of each tensor of declared emulator blocks, by full name.
 
     They follow from the shapes of the family's blocks; {} if those are missing or wrong, as other findings say.
+
+    Raises:
+        ValueError: the declared numbers do not fit the family's blocks, or make it far more tensors than there are.
+        IncompatibleError: the config does not say how many heads a block has.
     """
-    shapes = _family_shapes(declared, manifest, family, checkpoint, settings)
-    if not shapes:
-        return {}
-    return {
-        family.in_block(declared.first + place, path): expected
-        for place in range(min(declared.blocks, manifest.split.emulator))
-        if declared.holds_weights(place)
-        for path, expected in declared.tensors(family, settings, shapes, place).items()
-    }
+    found: dict[str, Expected] = {}
+    for place, shapes in _family_shapes(declared, manifest, family, checkpoint, settings):
+        tensors = declared.tensors(family, settings, shapes, place)
+        found |= {family.in_block(declared.first + place, path): expected for path, expected in tensors.items()}
+        if len(found) > 2 * len(checkpoint.tensors) + 1000:
+            raise ValueError(f"it declares over {len(found)} tensors, the weights have {len(checkpoint.tensors)}")
+    return found
 
 
 def _family_shapes(
     declared: Declared, manifest: BundleManifest, family: Architecture, checkpoint: Checkpoint, settings: dict[str, Any]
-) -> dict[str, tuple[int, ...]]:
-    """The shapes of a block's tensors in the family, by path in the block: those of the first uncompressed block.
+) -> Iterator[tuple[int, dict[str, tuple[int, ...]]]]:
+    """The places of the emulator's blocks that hold weights, with the shapes of the family's block by path in it.
 
-    If the bundle has no such block, they are the declared ones. {} if they are missing or wrong, as other rules report.
+    They are those of the first uncompressed block that has such a tensor; of tensors that none of these has, the
+    declared ones. Nothing if a shape is missing or wrong, as other rules report.
     """
-    verbatim = manifest.split.verbatim
-    paths = family.block_tensors(settings, verbatim[0] if verbatim else declared.first)
-    if verbatim:
-        names = {path: family.in_block(verbatim[0], path) for path in paths}
-        shapes = {path: checkpoint.tensors[name].shape for path, name in names.items() if name in checkpoint.tensors}
-    else:
-        shapes = dict(declared.shapes or {})
-    if (
-        paths != shapes.keys()
-        or family.experts
-        or any(len(shapes.get(f"{path}.weight", ())) != 2 for path in family.linears)
+    found: dict[str, tuple[int, ...]] = dict(declared.shapes or {})
+    for block in reversed(family.kinds_of_blocks(settings, manifest.split.verbatim)):
+        names = {path: family.in_block(block, path) for path in family.block_tensors(settings, block)}
+        found |= {path: checkpoint.tensors[name].shape for path, name in names.items() if name in checkpoint.tensors}
+    places = range(min(declared.blocks, manifest.split.emulator))
+    kinds = {
+        family.has_experts(settings, block): family.block_tensors(settings, block)
+        for block in family.kinds_of_blocks(settings, (declared.first + place for place in places))
+    }
+    if any(not paths <= found.keys() for paths in kinds.values()) or any(
+        len(found.get(f"{path}.weight", (0, 0))) != 2 for path in family.linears
     ):
-        return {}
-    return shapes
+        return
+    shapes = {kind: {path: found[path] for path in paths} for kind, paths in kinds.items()}
+    for place in places:
+        if declared.holds_weights(place):
+            yield place, shapes[family.has_experts(settings, declared.first + place)]
+
+
+def _undetermined(
+    declared: Declared, manifest: BundleManifest, family: Architecture, settings: dict[str, Any]
+) -> set[str]:
+    """The paths in a block of those tensors of the emulator's blocks that no uncompressed block of the bundle has."""
+    places = range(declared.first, declared.first + min(declared.blocks, manifest.split.emulator))
+    ours, theirs = (
+        {path for index in family.kinds_of_blocks(settings, blocks) for path in family.block_tensors(settings, index)}
+        for blocks in (places, manifest.split.verbatim)
+    )
+    return ours - theirs
 
 
 def _bundle_family_shapes(signed: SignedFolder) -> Iterator[str]:
@@ -178,13 +196,13 @@ def _bundle_family_shapes(signed: SignedFolder) -> Iterator[str]:
     settings, declared = _settings_of(signed)
     if declared is None:
         return
-    if (declared.shapes is None) != bool(manifest.split.verbatim):
+    paths = _undetermined(declared, manifest, family, settings)
+    if (declared.shapes is None) == bool(paths):
         only = "which only a bundle without a block of the family has" if declared.shapes else "and no block has them"
         yield f"{CONFIG} declares {'' if declared.shapes else 'no '}shapes of the family's blocks, {only}"
-    if declared.shapes is None:
+    if declared.shapes is None or not paths:
         return
-    paths = family.block_tensors(settings, declared.first)
-    yield from names_differ("shapes of the family's blocks", set(declared.shapes), set(paths))
+    yield from names_differ("shapes of the family's blocks", set(declared.shapes), paths)
     for path, shape in declared.shapes.items():
         problem = family.shape_problem(family.in_block(0, path), shape, settings) if path in paths else None
         if problem:
@@ -209,7 +227,7 @@ def _bundle_declared(signed: SignedFolder) -> Iterator[str]:
     for part, why in obstacles(family, _settings_of(signed)[0], family.norms).items() if declared else ():
         if getattr(declared, part) is not None:
             yield f"{CONFIG} declares {part} for blocks from which none can be removed: {why}"
-    if declared and (family.experts or family.layouts):
+    if declared and (family.layouts or (family.experts and not OF_MIXTURES.issuperset(declared.features))):
         kind = "a mixture of experts" if family.experts else "a declared family"
         yield f"{CONFIG} declares modules that {kind} cannot have"
     ours = {entry.name.startswith("offsite-") for entry in manifest.files if is_weights(entry.name)}
@@ -250,14 +268,17 @@ def _bundle_returnable(signed: SignedFolder) -> Iterator[str]:
 def _emulated_shapes(
     declared: Declared, manifest: BundleManifest, family: Architecture, checkpoint: Checkpoint, settings: dict[str, Any]
 ) -> dict[int, dict[str, tuple[int, ...]]]:
-    """The shapes of the emulator's blocks that hold weights, also where weights are stored in another form.
+    """The shapes of the emulator's blocks that carry adapters, also where weights are stored in another form.
 
     Keys are the block's index in the bundle, and paths in it; the result is empty where another rule has a finding.
     """
-    shapes = _family_shapes(declared, manifest, family, checkpoint, settings)
-    places = [place for place in range(declared.blocks) if declared.holds_weights(place)] if shapes else []
+    adapted = set(manifest.split.adapted)
     try:
-        return {declared.first + place: declared.narrowed(family, settings, shapes, place) for place in places}
+        return {
+            declared.first + place: declared.narrowed(family, settings, shapes, place)
+            for place, shapes in _family_shapes(declared, manifest, family, checkpoint, settings)
+            if declared.first + place in adapted
+        }
     except (ValueError, IncompatibleError):
         return {}
 

@@ -47,6 +47,8 @@ def declared_of(
             fields["heads"] = tuple(one.heads for one in widths)
         if any(one.neurons < whole.neurons for one, whole in zip(widths, own, strict=True)):
             fields["neurons"] = tuple(one.neurons for one in widths)
+        if any(one.experts < whole.experts for one, whole in zip(widths, own, strict=True)):
+            fields["experts"] = tuple(one.experts for one in widths)
     if len(set(slots)) < len(slots):  # for each place, the place of the same block that holds the weights
         # the block's own place where it carries an adapter: see docs/decisions/0030-placement-every.md
         holders = (index - bottom if spec.adapts_emulator else slots.index(index) for index in slots)
@@ -54,8 +56,10 @@ def declared_of(
     fields |= {step.name: True for step in spec.healing_steps if step.declared and step.runs != "places"}
     if not fields:
         return None
-    if not spec.verbatim(model.blocks):
-        fields["shapes"] = {path: tensor.shape for path, tensor in model.block(slots[0]).items()}
+    held = {path for index in spec.verbatim(model.blocks) for path in model.block(index)}
+    shapes = {path: one.shape for index in slots for path, one in model.block(index).items() if path not in held}
+    if shapes:
+        fields["shapes"] = shapes
     return Declared.model_validate({"first": bottom, "blocks": len(slots), **fields})
 
 
@@ -66,7 +70,8 @@ def require_declarable(model: BaseModel, spec: PackSpec) -> None:
         IncompatibleError: the family has other tensors in checkpoint files than in torch modules, has no row in the
             table, or its blocks cannot be compressed as the settings ask.
     """
-    family, asked = model.family, spec.declares
+    family, narrowing = model.family, set(spec.narrowing_settings if model.family.experts else ())
+    asked = [name for name in spec.declares if name not in narrowing]
     if asked and (family.experts or family.modules or family.layouts):
         raise IncompatibleError(
             f"this {family.model_type} model's emulator cannot be compressed in this way",
@@ -80,7 +85,7 @@ def require_declarable(model: BaseModel, spec: PackSpec) -> None:
             ],
             next_step=spec.nearest(
                 lambda row: not (isinstance(row, HealingStep) and row.declared),
-                left_out=spec.declaring_settings,
+                left_out=[name for name in spec.declaring_settings if name not in narrowing],
             ),
         )
     for form in spec.stored_forms:

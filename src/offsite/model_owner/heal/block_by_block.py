@@ -37,7 +37,7 @@ from offsite.progress import Event, Progress
 from offsite.storage.files import replace_file
 from offsite.storage.safetensors_files import TensorRange, from_array, read_header, write_safetensors
 
-_KEPT = "kept.json"  # in the scratch folder: the heads and neurons that stay
+_KEPT = "kept.json"  # in the scratch folder: the heads, neurons and experts that stay
 _Step = Callable[[BlockProblem, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
@@ -47,7 +47,7 @@ class Solved:
 
     # the changed tensors, and those of affine layers after blocks; keys are tensor names in the base
     tensors: Mapping[str, TensorRange]
-    kept: Mapping[int, Kept]  # base index of each narrowed block -> its heads and neurons that stay
+    kept: Mapping[int, Kept]  # base index of each narrowed block -> its heads, neurons and experts that stay
 
 
 _Unsolvable: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch does not list it
@@ -133,7 +133,8 @@ def read_solved(model: BaseModel, emulator: Sequence[int], scratch: Path) -> Sol
         tensors |= {family.in_block(index, path): tensor for path, tensor in held.items()}
     kept = json.loads((scratch / _KEPT).read_bytes())
     return Solved(
-        tensors, {int(index): Kept(tuple(one["units"]), tuple(one["neurons"])) for index, one in kept.items()}
+        tensors,
+        {int(index): Kept(**{part: tuple(indices) for part, indices in one.items()}) for index, one in kept.items()},
     )
 
 

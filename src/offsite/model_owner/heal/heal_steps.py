@@ -29,10 +29,10 @@ def fill_places(middle: Sequence[int], kept: Sequence[int], spec: PackSpec) -> t
 
 @dataclass(frozen=True)
 class Healed:
-    """The changed tensors of an emulator after healing, and which heads and neurons its narrowed blocks still have."""
+    """The changed tensors of an emulator after healing, and what remains in its narrowed blocks."""
 
     tensors: Mapping[str, TensorRange]  # by their name in the base; the values are in files of the scratch folder
-    kept: Mapping[int, Kept]  # base index of each narrowed block -> its heads and neurons that stay
+    kept: Mapping[int, Kept]  # base index of each narrowed block -> its heads, neurons and experts that stay
 
 
 def heal(healing: Healing) -> Healed:

@@ -1,1 +1,1 @@
-"""Makes blocks narrower: removes attention heads and MLP neurons; each rule that chooses them has its own file."""
+"""Makes blocks narrower: removes attention heads, MLP neurons and experts; each rule that chooses has its own file."""

@@ -1,7 +1,8 @@
-"""Makes one block narrower: removes attention heads, then MLP neurons, whose inputs come from the narrower attention.
+"""Makes one block narrower: removes attention heads, then MLP neurons or experts, behind the narrower attention.
 
-To compensate, only the output projections change. The other weights of the remaining heads and neurons are those of the
-base, so an adapter that was trained on the narrower block fits the base too.
+To compensate for heads and neurons, only the output projections change. The other weights of the remaining heads and
+neurons are those of the base, so an adapter that was trained on the narrower block fits the base too. Remaining experts
+do not change here: the router chooses among them, and refit, which comes next, compensates for the removed ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,30 +13,32 @@ from torch import Tensor
 
 from offsite.config import RefitMap, UnitRule
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
+from offsite.model_owner.narrow.expert_problem import expert_problem
 from offsite.model_owner.narrow.projection_inputs import projection_inputs
 from offsite.model_owner.narrow.unit_rule_protocol import ordering
 from offsite.models.block_widths import Kept, Widths, narrowed_names, tensor_places
 from offsite.models.family import Architecture
+from offsite.models.mixture import block_in_files
 
 
 def remove_units(
     problem: BlockProblem, rule: UnitRule, base: Widths, widths: Widths
 ) -> tuple[Mapping[str, Tensor], Kept]:
-    """Remove heads and neurons from a block, and change its output projections to compensate for the loss.
+    """Remove heads, neurons and experts from a block; output projections change to compensate for heads and neurons.
 
     Args:
         problem: the block, with its inputs.
-        rule: the rule that chooses the heads and neurons to remove.
-        base: the block's numbers of heads and neurons in the base.
+        rule: the rule that chooses what is removed.
+        base: the block's numbers of heads, neurons and experts in the base.
         widths: these numbers after the removal.
 
     Returns:
         The tensors that differ from the base's, in float32, keyed by their path in the narrower block; and the indices
-        of the heads and neurons that remain.
+        of the heads, neurons and experts that remain.
     """
     family, kept = problem.family, Kept.all_of(base)
-    in_files = {name: path for path, name in family.modules.items()}
-    whole = {in_files.get(name, name): value.detach() for name, value in problem.load({}).module.named_parameters()}
+    parameters = {name: value.detach() for name, value in problem.load({}).module.named_parameters()}
+    whole = block_in_files(family, parameters)
     found: dict[str, Tensor] = {}
     if widths.units < base.units:
         units, projection = _choose(problem, found, rule, "attention", base.unit_heads * base.head_size, widths.units)
@@ -45,6 +48,10 @@ def remove_units(
         neurons, projection = _choose(problem, found, rule, "mlp", 1, widths.neurons)
         kept = replace(kept, neurons=neurons)
         found = narrowed_tensors(family, whole, base, kept) | _of_layer(found, family.attention_out) | projection
+    if family.experts is not None and widths.experts < base.experts:
+        chosen = ordering(rule).order_units(expert_problem(problem, found, family.experts), widths.experts)
+        kept = replace(kept, experts=tuple(sorted(set(kept.experts) - set(chosen))))
+        found = narrowed_tensors(family, whole, base, kept) | _of_layer(found, family.attention_out)
     return found, kept
 
 
@@ -58,11 +65,11 @@ def narrowed_tensors(
     Args:
         family: the model's row of the architecture table.
         tensors: the block's tensors in the base, with the names and layout of checkpoint files.
-        base: the block's numbers of heads and neurons in the base.
-        kept: the indices of the heads and neurons that remain.
+        base: the block's numbers of heads, neurons and experts in the base.
+        kept: the indices of the heads, neurons and experts that remain.
     """
     found = {}
-    for name, path in narrowed_names(tensors, base, kept).items():
+    for name, path in narrowed_names(family, tensors, base, kept).items():
         value, places = tensors[path], tensor_places(family, path, tensors[path].shape, base, kept)
         for axis, stay in enumerate(places):
             if stay is not None:

@@ -1,7 +1,8 @@
 """The input of a rule that removes units from a block, and the function that each rule's file must define.
 
 A unit is an MLP neuron, or a key-value head with its query heads (a single query head if the block has only one
-key-value head). It changes the hidden state only through its columns of one output projection.
+key-value head). It changes the hidden state only through its columns of one output projection. A unit can also be an
+expert of a mixture, whose outputs take the place of the projection's inputs (`expert_problem.py`).
 """
 
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ from offsite.models.architectures import architecture_of
 from offsite.models.block_widths import widths_of
 from offsite.models.empty_weights import without_weights
 from offsite.models.family import Architecture
-from offsite.models.mixture import experts_implementation
+from offsite.models.mixture import block_in_files, block_in_modules, experts_implementation
 from offsite.models.modules.affine_map import Affine, stand_behind
 from offsite.models.modules.compressed_linear import FactoredLinear, QuantisedLinear, unpacked
 from offsite.models.modules.declared import Declared
@@ -46,7 +46,8 @@ def build(
     problems: list[str] = []
     for place in range(len(blocks)):
         if place not in emulator:
-            problems += _assign(blocks[place], _taken(family, place, tensors), family.in_block(place, ""))
+            weights = block_in_modules(family, _taken(family, place, tensors))
+            problems += _assign(blocks[place], weights, family.in_block(place, ""))
     owned: dict[int, dict[str, Tensor]] = {}
     for at, place in enumerate(emulator):
         owner = declared.share[at] if declared.share else at
@@ -56,14 +57,15 @@ def build(
         copies = at != owner
         weights = {path: one.clone() if copies and path.endswith("bias") else one for path, one in owned[owner].items()}
         if declared.narrows:
-            shapes = {path: tuple(value.shape) for path, value in blocks[place].named_parameters()}
+            parameters = block_in_files(family, dict(blocks[place].named_parameters()))
+            shapes = {path: tuple(value.shape) for path, value in parameters.items()}
             base = widths_of(family, config, shapes)
             narrow_block(blocks[place], family, shapes, base, declared.widths(base, at))
         problems += _unpack(blocks[place], family, declared, weights, family.in_block(place, ""))
         _make_room(blocks[place], family, declared, weights)
         if declared.affine:
             stand_behind(blocks[place], Affine.empty(made.hidden_size))
-        problems += _assign(blocks[place], weights, family.in_block(place, ""))
+        problems += _assign(blocks[place], block_in_modules(family, weights), family.in_block(place, ""))
     for name in family.outer_tensors(config) & tensors.keys():
         path, _, leaf = name.rpartition(".")
         # a head has another name in some families' modules than in their files
@@ -106,7 +108,7 @@ def _make_room(block: nn.Module, family: Architecture, declared: Declared, weigh
     """
     for path in family.linears:
         parent, _, name = path.rpartition(".")
-        owner, bias = block.get_submodule(parent), weights.get(f"{path}.bias")
+        bias = weights.get(f"{path}.bias")
         if f"{path}.quantised" in weights and declared.group:
             codes, scales = weights.pop(f"{path}.quantised"), weights.pop(f"{path}.scales")
             inputs = _inputs(block.get_submodule(path), family)
@@ -116,7 +118,7 @@ def _make_room(block: nn.Module, family: Architecture, declared: Declared, weigh
         else:
             continue
         weights.pop(f"{path}.bias", None)
-        setattr(owner, name, made)
+        setattr(block.get_submodule(parent), name, made)
 
 
 def _inputs(linear: Any, family: Architecture) -> int:

@@ -15,12 +15,16 @@ from offsite.models.family import Architecture
 from offsite.storage.safetensors_files import FLOATS
 
 MODEL_TYPE = "offsite"
-FEATURES = ("share", "quantise", "svd", "mlp-width", "sparse", "affine", "heads", "neurons")
+FEATURES = ("share", "quantise", "svd", "mlp-width", "sparse", "affine", "heads", "neurons", "experts")
+OF_MIXTURES = frozenset({"heads", "experts"})  # the features that an emulator of a mixture of experts can have
 AFFINE_WEIGHT, AFFINE_BIAS = "affine.weight", "affine.bias"  # paths in a block of the affine layer after it
 
 _Shape = Annotated[tuple[Annotated[int, Field(ge=1, lt=2**32)], ...], Field(max_length=2, strict=False)]
 Numbers = Annotated[
     tuple[Annotated[int, Field(ge=1, le=2**20)], ...], Field(min_length=1, max_length=10_000, strict=False)
+]
+Experts = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=1024)], ...], Field(min_length=1, max_length=10_000, strict=False)
 ]
 Expected = tuple[tuple[int, ...], tuple[str, ...]]  # a tensor's shape, and the dtypes that it may have
 
@@ -43,10 +47,13 @@ class Declared(BaseModel):
     mlp_width: Annotated[int, Field(ge=1, le=2**20)] | None = None
     sparse: Annotated[float, Field(gt=0, lt=1)] | None = None  # share of every matrix that is zero and not stored
     affine: bool | None = None  # true: an affine layer after every block
-    # the shapes of a block's tensors in the family, by path in the block; only if no block of the bundle has them
+    # the shapes of tensors of the emulator's blocks in the family, by path in the block: those that no block of the
+    # bundle has in the family's shape
     shapes: Annotated[dict[str, _Shape] | None, Field(min_length=1, max_length=4096, exclude_if=_is_none)] = None
     heads: Numbers | None = None  # query heads of each block of the emulator
     neurons: Numbers | None = None  # of the MLP of each block of the emulator
+    # experts of each block of the emulator, 0 for a block that has none in the family
+    experts: Annotated[Experts | None, Field(exclude_if=_is_none)] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "Declared":
@@ -69,12 +76,12 @@ class Declared(BaseModel):
 
     @model_validator(mode="after")
     def _consistent_widths(self) -> "Declared":
-        for name, numbers in (("heads", self.heads), ("neurons", self.neurons)):
+        for name, numbers in (("heads", self.heads), ("neurons", self.neurons), ("experts", self.experts)):
             if numbers is not None and len(numbers) != self.blocks:
                 raise ValueError(f"{len(numbers)} entries in {name} for {self.blocks} blocks of the emulator")
         if self.mlp_width is not None and self.neurons is not None:
             raise ValueError("mlp_width and neurons are two ways to say the same")
-        if self.share is not None and (self.heads is not None or self.neurons is not None):
+        if self.share is not None and any(one is not None for one in (self.heads, self.neurons, self.experts)):
             raise ValueError("blocks that share weights have no widths of their own")
         return self
 
@@ -83,6 +90,7 @@ class Declared(BaseModel):
         """The features that a reader must support, as the manifest's `requires` lists them."""
         kinds = (
             self.share, self.bits, self.svd_rank, self.mlp_width, self.sparse, self.affine, self.heads, self.neurons,
+            self.experts,
         )  # fmt: skip
         return tuple(name for name, kind in zip(FEATURES, kinds, strict=True) if kind is not None)
 
@@ -96,8 +104,8 @@ class Declared(BaseModel):
 
     @property
     def narrows(self) -> bool:
-        """Whether blocks of the emulator have fewer heads or neurons than those of the family."""
-        return any(kind is not None for kind in (self.mlp_width, self.heads, self.neurons))
+        """Whether blocks of the emulator have fewer heads, neurons or experts than those of the family."""
+        return any(kind is not None for kind in (self.mlp_width, self.heads, self.neurons, self.experts))
 
     def widths(self, base: Widths, place: int) -> Widths:
         """The widths of a block of the emulator (counted from 0).
@@ -107,7 +115,8 @@ class Declared(BaseModel):
             place: the block.
 
         Raises:
-            ValueError: the declared numbers are more than the family's blocks have, or not whole key-value heads.
+            ValueError: the declared numbers are more than the family's blocks have, or not whole key-value heads, or
+                fewer experts than a token goes through.
         """
         heads = base.heads if self.heads is None else self.heads[place]
         neurons = base.neurons if self.neurons is None else self.neurons[place]
@@ -117,7 +126,13 @@ class Declared(BaseModel):
                 f"block {place} of the emulator has {heads} heads and {neurons} neurons, of {base.heads} and "
                 f"{base.neurons}; heads go by {base.unit_heads}"
             )
-        return base.narrowed(heads // base.unit_heads, neurons)
+        experts = base.experts if self.experts is None else self.experts[place]
+        if not base.chosen <= experts <= base.experts:
+            raise ValueError(
+                f"block {place} of the emulator has {experts} experts, expected {base.chosen}, through which a token "
+                f"goes, to {base.experts}"
+            )
+        return base.narrowed(heads // base.unit_heads, neurons, experts)
 
     def narrowed(
         self, family: Architecture, config: Mapping[str, Any], shapes: Shapes, place: int

@@ -1,11 +1,11 @@
-"""Make a block of a family narrower: fewer attention heads, fewer MLP neurons. The family's own code runs it."""
+"""Make a block of a family narrower: fewer attention heads, MLP neurons, experts. The family's own code runs it."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
-from offsite.models.block_widths import Shapes, Widths, narrowed_shapes
+from offsite.models.block_widths import Shapes, Widths, narrowed_shapes, router_of
 from offsite.models.family import Architecture
 
 
@@ -38,11 +38,12 @@ def narrow_block(block: nn.Module, family: Architecture, shapes: Shapes, base: W
         name = family.modules.get(path, path)
         if name in parameters and parameters[name].shape != shape:
             _resize(block, name, shape)
-    if widths.heads == base.heads:
-        return
-    name = family.modules.get(f"{family.attention_out}.weight", f"{family.attention_out}.weight")
-    attention = block.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
-    _count_heads(attention, widths)
+    if widths.experts < base.experts:
+        _count_experts(block, family, widths.experts)
+    if widths.heads < base.heads:
+        name = family.modules.get(f"{family.attention_out}.weight", f"{family.attention_out}.weight")
+        attention = block.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+        _count_heads(attention, widths)
 
 
 def _resize(block: nn.Module, name: str, shape: tuple[int, ...]) -> None:
@@ -55,6 +56,20 @@ def _resize(block: nn.Module, name: str, shape: tuple[int, ...]) -> None:
         layer.out_features, layer.in_features = shape
     elif hasattr(layer, "nf"):  # GPT-2's Conv1D stores (inputs, outputs)
         layer.nx, layer.nf = shape
+
+
+def _count_experts(block: nn.Module, family: Architecture, count: int) -> None:
+    """Shorten the stacks of experts, and set the numbers of experts that they and the router hold."""
+    router = router_of(family)
+    if family.experts is None or router is None:
+        return
+    experts = block.get_submodule(family.experts.module)
+    for leaf in family.experts.stacks:
+        shape = tuple(experts.get_parameter(leaf).shape)
+        _resize(experts, leaf, (count, *shape[1:]))
+    for module in (experts, block.get_submodule(family.modules.get(router, router).rpartition(".")[0])):
+        if hasattr(module, "num_experts"):
+            module.num_experts = count  # type: ignore[assignment]
 
 
 def _count_heads(attention: Any, widths: Widths) -> None:
