@@ -136,6 +136,8 @@ a merged plug-in keeps what the base has ([why](decisions/0010-experts-in-files-
   blocks while they train.
 - Refit solves the last layer of one expert after the other, each on the tokens that go to it; the expert that all
   tokens use comes first. Calibrated pruners see the same tokens; an expert to which none go loses its smallest weights.
+- `pack --narrow-experts` removes whole experts from the emulator's blocks, `--narrow` and `--narrow-heads` heads
+  ([how](decisions/0031-narrower-blocks.md)); no other stored form works with mixtures.
 - Experts run in a loop of ours ([models/mixture.py](../src/offsite/models/mixture.py)), in fp32 and bf16: the outputs
   are those of transformers' loop bit for bit, and the same at every run (tested on CPUs).
 
