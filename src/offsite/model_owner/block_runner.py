@@ -199,7 +199,7 @@ class BlockRunner:
         """Load one block of the base, given its index.
 
         `replaced` has new tensors for it, keyed by path in the block as in checkpoint files. If these include an affine
-        layer, it runs after the block. If they have fewer heads or neurons, the block becomes narrower.
+        layer, it runs after the block. If they have fewer heads, neurons or experts, the block becomes narrower.
         """
         family = self._model.family
         surrounding = self._skeleton([index])
@@ -286,7 +286,7 @@ class BlockRunner:
             )
 
     def _narrow(self, index: int, block: nn.Module, changed: Shapes) -> None:
-        """Remove heads and neurons from a block without values, so that its changed tensors fit.
+        """Remove heads, neurons and experts from a block without values, so that its changed tensors fit.
 
         Args:
             index: the block's index in the base.

@@ -153,7 +153,7 @@ def _block_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """The tensor shapes of the bundle's block `index`, keyed by path in the block.
 
-    They are the shapes after heads or neurons were removed, and before matrices are encoded (quantised, low-rank, ...).
+    They are the shapes after narrowing, and before matrices are encoded (quantised, low-rank, ...).
     """
     shapes = {path: tensor.shape for path, tensor in model.block(kept[index]).items()}
     if declared is None or index not in numbers.adapted:

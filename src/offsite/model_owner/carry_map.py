@@ -1,9 +1,9 @@
 """The map from the blocks and layers of a bundle to those of the base, in the owner's ledger. Torch-free.
 
-Adapters may be on blocks that have fewer heads or neurons than the base's. For each block of the bundle the map has the
-index of the base's block, and for each narrowed layer the base's inputs and outputs that the bundle's layer still has.
-A plug-in has zeros for the others (LoRAM, arXiv 2502.13533, section 3). The map is never sent, because it reveals which
-neurons, heads and blocks were kept.
+Adapters may be on blocks that have fewer heads, neurons or experts than the base's. For each block of the bundle the
+map has the index of the base's block, and for each narrowed layer the base's inputs and outputs that the bundle's layer
+still has; the outputs of a router are its experts. A plug-in has zeros for the others (LoRAM, arXiv 2502.13533, section
+3). The map is never sent, because it reveals which neurons, heads, experts and blocks were kept.
 """
 
 import base64

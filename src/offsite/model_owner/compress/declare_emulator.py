@@ -33,7 +33,7 @@ def declared_of(
         bottom: number of blocks before the emulator.
         slots: base indices of the emulator's blocks, in order; an index may occur several times.
         spec: the compression and healing settings.
-        widths: the numbers of heads and neurons of the emulator's blocks; None if they are those of the base.
+        widths: the numbers of heads, neurons and experts of the emulator's blocks; None if they are those of the base.
 
     Raises:
         IncompatibleError: the family's blocks cannot be compressed as the settings ask.

@@ -73,13 +73,12 @@ def block_by_block(
         spec: the settings of narrowing, healing, pruning and calibration, and the bundle's dtype.
         scratch: a folder for the changed weights until the bundle is written.
         progress: receives the progress events.
-        widths: the new numbers of heads and neurons of the kept blocks, in their order; None if blocks are not
+        widths: the new numbers of heads, neurons and experts of the kept blocks, in their order; None if blocks are not
             narrowed.
         batches: token ids (B, T) or pixels (B, 3, Y, X) to use instead of the calibration data of `spec`.
 
     Returns:
-        The changed tensors, whose values are in files of `scratch`, and the heads and neurons that remain in narrowed
-        blocks.
+        The changed tensors, whose values are in files of `scratch`, and what remains in narrowed blocks.
 
     Raises:
         DataError: the calibration text is unreadable or too short.
@@ -141,14 +140,14 @@ def read_solved(model: BaseModel, emulator: Sequence[int], scratch: Path) -> Sol
 def _narrowing(
     model: BaseModel, index: int, widths: Widths, spec: PackSpec, stays: MutableMapping[int, Kept]
 ) -> list[_Step]:
-    """A list with the step that narrows a block; empty if the block keeps all its heads and neurons.
+    """A list with the step that narrows a block; empty if the block keeps all its heads, neurons and experts.
 
     Args:
         model: the opened base.
         index: the block's index in the base.
-        widths: the block's new numbers of heads and neurons.
+        widths: the block's new numbers of heads, neurons and experts.
         spec: the settings, with the rule that chooses which to remove.
-        stays: when the step runs, it stores here, under `index`, which heads and neurons remain.
+        stays: when the step runs, it stores here, under `index`, what remains.
     """
     base = base_widths(model, index)
 

@@ -24,7 +24,7 @@ class Healing:
     model: BaseModel
     sandwich: Sandwich
     emulator: Sequence[int]  # base indices of its blocks, in order
-    widths: Sequence[Widths] | None  # new numbers of heads and neurons of its blocks; None if they are not narrowed
+    widths: Sequence[Widths] | None  # new widths of its blocks; None if they are not narrowed
     spec: PackSpec
     scratch: Path  # a folder for results; in long runs it survives an interruption
     log: Path  # the file for the loss of each step, one JSON object per line

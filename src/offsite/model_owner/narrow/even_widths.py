@@ -22,7 +22,7 @@ def block_shapes(model: BaseModel, index: int) -> Shapes:
 
 
 def base_widths(model: BaseModel, index: int) -> Widths:
-    """The numbers of attention heads and MLP neurons of the base's block with this index.
+    """The numbers of attention heads, MLP neurons and experts of the base's block with this index.
 
     Raises:
         IncompatibleError: the config does not say how many heads the block has.
@@ -31,7 +31,7 @@ def base_widths(model: BaseModel, index: int) -> Widths:
 
 
 def even_widths(model: BaseModel, emulator: Sequence[int], spec: PackSpec) -> tuple[Widths, ...]:
-    """The numbers of heads and neurons that remain in each of the emulator's blocks, in the order of `emulator`.
+    """The numbers of heads, neurons and experts that remain in each of the emulator's blocks, in their order.
 
     Args:
         model: the opened base.
@@ -69,7 +69,7 @@ def require_narrower(model: BaseModel, emulator: Sequence[int], spec: PackSpec) 
 
 
 def _widths(model: BaseModel, index: int, spec: PackSpec) -> Widths:
-    """The numbers of heads and neurons that remain in one block, see `even_widths`; `index` is its base index."""
+    """The numbers of heads, neurons and experts that remain in the base block `index`; see `even_widths`."""
     shapes, base = block_shapes(model, index), base_widths(model, index)
     whole = obstacles(model.family, model.config, shapes)
     if {"heads", "neurons", "experts"} <= whole.keys():
