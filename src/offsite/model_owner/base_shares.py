@@ -66,7 +66,8 @@ def base_shares(
         model: the opened base.
         kept: base indices of the bundle's blocks, in order.
         numbers: the numbers of blocks in the bundle's parts.
-        healed: the tensors that narrowing, healing or pruning changed, and what remains of narrower blocks.
+        healed: the tensors that narrowing, healing or pruning changed, and which heads, neurons and experts remain in
+            narrowed blocks.
         declared: what the bundle's config declares of blocks that differ from the family's; None if none does.
         spec: the settings of pruning and of stored forms.
     """
@@ -102,11 +103,19 @@ def base_shares(
 
 
 def _renamed(model: BaseModel, index: int, stays: Kept) -> dict[str, str]:
-    """The path that each tensor of a base block has in the narrower block, whose experts have other numbers."""
+    """The path in the narrowed block of each remaining tensor, keyed by its path in the base block.
+
+    They differ for experts and norms of heads, which are renumbered from 0.
+
+    Args:
+        model: the opened base.
+        index: the block's index in the base.
+        stays: the indices of the heads, neurons and experts that remain.
+    """
     names = narrowed_names(model.family, model.block(index), base_widths(model, index), stays)
     return {path: name for name, path in names.items()}
 
 
 def _holds(stored: TensorRange, tensor: TensorRange) -> bool:
-    """Whether a stored tensor has the values of the base's tensor, in its own dtype."""
+    """Whether a stored tensor has the values of the base's tensor, after these are rounded to the stored dtype."""
     return b"".join(read_chunks(stored)) == b"".join(read_chunks(tensor, stored.dtype))

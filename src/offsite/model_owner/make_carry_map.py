@@ -30,7 +30,7 @@ def make_carry_map(
     Args:
         model: the opened base.
         kept: base indices of the bundle's blocks, in order.
-        healed: the tensors that replace the base's, and what remains of narrowed blocks.
+        healed: the tensors that replace the base's, and which heads, neurons and experts remain in narrowed blocks.
         declared: what the bundle's config declares of blocks that differ from the family's; None if none does.
         spec: the settings of packing.
         manifest: the bundle's manifest.

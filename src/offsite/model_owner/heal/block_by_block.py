@@ -78,7 +78,8 @@ def block_by_block(
         batches: token ids (B, T) or pixels (B, 3, Y, X) to use instead of the calibration data of `spec`.
 
     Returns:
-        The changed tensors, whose values are in files of `scratch`, and what remains in narrowed blocks.
+        The changed tensors, whose values are in files of `scratch`, and the heads, neurons and experts that remain in
+        narrowed blocks.
 
     Raises:
         DataError: the calibration text is unreadable or too short.
@@ -147,7 +148,7 @@ def _narrowing(
         index: the block's index in the base.
         widths: the block's new numbers of heads, neurons and experts.
         spec: the settings, with the rule that chooses which to remove.
-        stays: when the step runs, it stores here, under `index`, what remains.
+        stays: when the step runs, it stores here, under `index`, which heads, neurons and experts remain.
     """
     base = base_widths(model, index)
 

@@ -29,7 +29,7 @@ def fill_places(middle: Sequence[int], kept: Sequence[int], spec: PackSpec) -> t
 
 @dataclass(frozen=True)
 class Healed:
-    """The changed tensors of an emulator after healing, and what remains in its narrowed blocks."""
+    """The changed tensors of a healed emulator, and which heads, neurons and experts its narrowed blocks still have."""
 
     tensors: Mapping[str, TensorRange]  # by their name in the base; the values are in files of the scratch folder
     kept: Mapping[int, Kept]  # base index of each narrowed block -> its heads, neurons and experts that stay

@@ -1,8 +1,8 @@
 """Computes how many attention heads, MLP neurons and experts remain in each block of the emulator.
 
 The settings give the fraction of heads, neurons and experts that remains, or of the multiply-adds of a block's linear
-layers for one token. It is the same for every block. A token goes through as many experts if fewer remain: that saves
-size and memory, and no multiply-adds. Torch-free.
+layers for one token. It is the same for every block. The router chooses as many experts for a token as before, so fewer
+experts save size and memory, but no multiply-adds. Torch-free.
 """
 
 import math
@@ -41,14 +41,14 @@ def even_widths(model: BaseModel, emulator: Sequence[int], spec: PackSpec) -> tu
     Raises:
         IncompatibleError: nothing can be removed from the family's blocks, or the config does not say how many heads
             they have.
-        UsageError: blocks cannot get as narrow as the settings ask, or fewer experts would stay than a token goes
-            through.
+        UsageError: blocks cannot get as narrow as the settings ask, or fewer experts would remain than the router
+            chooses for a token.
     """
     return tuple(_widths(model, index, spec) for index in emulator)
 
 
 def require_narrower(model: BaseModel, emulator: Sequence[int], spec: PackSpec) -> None:
-    """Raise an error if blocks cannot get as narrow as the settings ask, or if none would lose anything.
+    """Raise an error if blocks cannot get as narrow as the settings ask, or if nothing would be removed from any block.
 
     Raises:
         IncompatibleError: as for `even_widths`.
@@ -98,7 +98,15 @@ def _widths(model: BaseModel, index: int, spec: PackSpec) -> Widths:
 
 
 def _experts(base: Widths, share: float | None) -> int:
-    """The number of experts that stay of a share; 0 in a block without experts."""
+    """The number of experts that remain in a block; 0 if it has none.
+
+    Args:
+        base: the block's widths in the base.
+        share: the fraction of experts that remains; None means all.
+
+    Raises:
+        UsageError: fewer experts would remain than the router chooses for a token.
+    """
     stay = base.experts if share is None else round(share * base.experts)
     if stay < base.chosen:
         raise UsageError(
@@ -158,7 +166,10 @@ def _for_share(model: BaseModel, shapes: Shapes, base: Widths, whole: frozenset[
 def _too_narrow(
     model: BaseModel, shapes: Shapes, cost: Callable[[int, int], int], base: Widths, share: float
 ) -> UsageError:
-    """The error for a share of the arithmetic that no block can get down to."""
+    """The error for a fraction of a block's multiply-adds that is smaller than the narrowest block needs.
+
+    `cost` returns the multiply-adds of a block with a number of head units and a number of neurons.
+    """
     whole = obstacles(model.family, model.config, shapes)
     units, neurons = base.units if "heads" in whole else 1, base.neurons if "neurons" in whole else 1
     least = cost(units, neurons) / cost(base.units, base.neurons)

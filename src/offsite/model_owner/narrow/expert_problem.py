@@ -1,9 +1,9 @@
-"""The problem of choosing the experts of a mixture that stay, in the form that the rules of this folder take.
+"""Sets up the choice of which experts of a mixture to remove, as input for the unit rules of this folder.
 
-What an expert gives for a token is its output times the router's weight, 0 for a token that does not choose it. It
-counts in relation to the block's output, as for heads and neurons. The Gram matrix of what the experts give says both
-how much each adds to the hidden state, and what the others could make up for. That a token whose expert is removed goes
-through another one instead is not part of it.
+An expert's contribution to a token is its output times the router's weight, or 0 if the router does not choose it. It
+is divided by the norm of the block's output, as for heads and neurons. The Gram matrix of the contributions shows how
+much each expert adds to the hidden state, and how far the others could compensate for its loss. That the router sends
+the tokens of a removed expert to another one is not taken into account.
 """
 
 from collections.abc import Mapping
@@ -20,16 +20,16 @@ from offsite.models.mixture import expert_inner, expert_matrices
 
 
 def expert_problem(problem: BlockProblem, found: Mapping[str, Tensor], experts: Experts) -> UnitProblem:
-    """Run a block over all batches, and sum up the products of what its experts give.
+    """Run a block over all batches, and compute the Gram matrix of its experts' contributions to the hidden state.
 
     Args:
         problem: the block, with its inputs.
-        found: tensors of the block that were changed before, keyed by their path in the block.
-        experts: the family's experts, which the block has.
+        found: tensors of the block that earlier steps changed, keyed by their path in the block.
+        experts: the family's description of the experts; the block must have some.
 
     Returns:
-        The problem with a unit for each expert: its Gram matrix holds, for experts i and j, the sum over tokens of
-        y_i . y_j / |h|^2, with y what an expert gives and h the block's output.
+        The input of a unit rule, in which each expert is a unit. Its Gram matrix has, for experts i and j, the sum over
+        tokens of y_i . y_j / |h|^2; y_i is the output of expert i times the router's weight, h the block's output.
     """
     block = problem.load(found)
     outputs = [matrices[experts.out] for matrices in expert_matrices(problem.family, _stacks(block, experts))]
@@ -43,11 +43,19 @@ def expert_problem(problem: BlockProblem, found: Mapping[str, Tensor], experts: 
 
 
 def _stacks(block: LoadedBlock, experts: Experts) -> torch.nn.Module:
+    """The block's torch module whose parameters are the stacked matrices of all experts."""
     return block.module.get_submodule(experts.module)
 
 
 def _products(module: torch.nn.Module, outputs: list[Tensor], routed: RoutedTokens, norms: Tensor) -> Tensor:
-    """The sums over the tokens of one batch, (E, E) in float64; norms (N, 1) are those of the block's outputs."""
+    """The Gram matrix of the contributions of E experts for one batch, (E, E) in float64.
+
+    Args:
+        module: the experts' torch module.
+        outputs: the weight of each expert's last linear layer, (H, F).
+        routed: the inputs of the experts.
+        norms: the norms of the block's outputs, (N, 1).
+    """
     count, chosen = len(outputs), routed.chosen.shape[1]
     given = torch.zeros(len(norms), chosen, outputs[0].shape[0], device=norms.device)  # (N, K, H)
     for number, weight in enumerate(outputs):

@@ -58,7 +58,7 @@ def remove_units(
 def narrowed_tensors(
     family: Architecture, tensors: Mapping[str, Tensor], base: Widths, kept: Kept
 ) -> dict[str, Tensor]:
-    """A block's tensors without those parts that belong to removed units, keyed by path in the narrower block.
+    """A block's tensors without the parts of removed heads, neurons and experts, keyed by path in the narrower block.
 
     Tensors that lose nothing are left out.
 
