@@ -1,9 +1,9 @@
-"""What each piece of the tuning's speed and memory is worth: one is taken out at a time.
+"""Measures what each optimisation contributes to the speed and memory of tuning: one at a time is switched off.
 
     python -m benchmarks.ablation --data-root ../shared/data
 
-Every run is a process of its own, cases take turns, and an interrupted run continues. A case replaces a function of the
-package, or a setting, before it calls `offsite.tune` on a bundle of SmolLM2-135M.
+Every run is a process of its own, the cases take turns, and an interrupted run continues. A case replaces a function of
+the package, or changes a setting, before it calls `offsite.tune` on a bundle of SmolLM2-135M.
 """
 
 import argparse
@@ -29,12 +29,14 @@ def _nothing() -> None:
 
 
 def _without_fusing() -> None:
+    """Keep the norms, activations and MLPs of transformers."""
     from offsite.kernels.cpu import prepare_for_cpu
 
     prepare_for_cpu.fuse = lambda model: ()
 
 
 def _without_own_attention() -> None:
+    """Keep the attention of torch (SDPA)."""
     from offsite.kernels import Piece
     from offsite.kernels.cpu import prepare_for_cpu
 
@@ -42,18 +44,21 @@ def _without_own_attention() -> None:
 
 
 def _without_kernels() -> None:
+    """Switch all compiled kernels off."""
     from offsite.kernels.cpu import compiled_kernels as kernels
 
     kernels.level = lambda: (0, "taken out")  # type: ignore[assignment]
 
 
 def _without_compiled_attention() -> None:
+    """Switch the compiled attention off, so that attention consists of torch's matrix products."""
     from offsite.kernels.cpu import compiled_kernels as kernels
 
     kernels.attends = lambda *tensors: False  # type: ignore[assignment]
 
 
 def _without_tiles() -> None:
+    """Use torch's matrix products for attention, and store all probabilities of sequences up to 448 tokens."""
     from offsite.kernels.cpu import tiled_attention
 
     _without_compiled_attention()
@@ -61,6 +66,7 @@ def _without_tiles() -> None:
 
 
 def _odd_rows() -> None:
+    """Use torch's matrix products for attention, and let a tile see any number of keys, not only multiples of 16."""
     from offsite.kernels.cpu import tiled_attention
 
     _without_compiled_attention()
@@ -68,23 +74,27 @@ def _odd_rows() -> None:
 
 
 def _torchs_dropout() -> None:
+    """Use torch's own dropout."""
     from offsite.kernels.cpu import side_by_side
 
     side_by_side.OwnRandomness = lambda seed: contextlib.nullcontext()  # type: ignore[assignment,misc]
 
 
 def _without_kept_memory() -> None:
+    """Let the C allocator return freed memory to the system."""
     from offsite.kernels.cpu import allocator
 
     allocator.keep_freed_memory = lambda: None  # type: ignore[assignment]
 
 
 def _without_bounded_kernels() -> None:
+    """Set the caches of oneDNN's compiled kernels to their default size."""
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ[cache] = "1024"  # their own default
 
 
 def _without_lean_pairs() -> None:
+    """Keep PEFT's LoRA layers."""
     from offsite.kernels import Piece
     from offsite.kernels.cpu import prepare_for_cpu
 
@@ -98,6 +108,7 @@ def _padded_to_the_budget() -> None:
 
 
 def _head_everywhere() -> None:
+    """Run the head on every token, not only on labelled ones."""
     import numpy as np
 
     from offsite.data.batches import Batch
@@ -150,7 +161,7 @@ _ENVIRONMENTS = {"threads that sleep at once when they wait": {"GOMP_SPINCOUNT":
 
 
 def main() -> None:
-    """Measure every case, print the table, write the result."""
+    """Measure every case, write the result as JSON and print it as a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=lambda path: Path(path).resolve(), default=ROOT.parent / "shared" / "data")
     parser.add_argument("--data", default="gsm8k")
@@ -182,6 +193,7 @@ def main() -> None:
 
 
 def _measured(work: Work, name: str, data: str, rows: Path, repetition: int) -> dict[str, Any]:
+    """One run of a case in its own process (speed, first loss and peak memory), or the saved result of that run."""
     command = [sys.executable, "-m", "benchmarks.ablation", "--threads", str(work.threads), "--work", str(work.folder)]
 
     def measure() -> dict[str, Any]:
@@ -194,6 +206,7 @@ def _measured(work: Work, name: str, data: str, rows: Path, repetition: int) -> 
 
 
 def _record(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Summarise the runs of a case: medians, and the lowest and highest speed."""
     speeds = [run["tokens_per_s"] for run in runs]
     return {
         "case": name,
@@ -206,6 +219,7 @@ def _record(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _child(name: str, bundle: Path, rows: Path, home: Path) -> dict[str, float]:
+    """Run one case in this process: tune for a few steps; returns tokens per second and the loss of the first step."""
     prepare, settings = CASES[name]
     prepare()
     from offsite import Home, TuneSpec, tune, verify_bundle
@@ -224,7 +238,7 @@ def _child(name: str, bundle: Path, rows: Path, home: Path) -> dict[str, float]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown."""
+    """Format the result as a Markdown table, one row for each case."""
     first = result["records"][0]
     lines = [
         "| case | tokens/s (least to most) | speed | peak, MiB | loss of the first step |",

@@ -1,4 +1,4 @@
-"""Operations a token of every contestant of a cell, counted from the base's headers and the cell's rows."""
+"""Counts the operations per token that tuning needs, from the sizes of the base's tensors and the lengths of rows."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,13 @@ from benchmarks.counted import Shape, ours, peer
 
 
 def shape_of(cell: Cell, base: Path, plan: Mapping[str, Any]) -> Shape:
-    """What `benchmarks.counted` needs: sizes from the base, rows from the cell's plan (`benchmarks.steps`)."""
+    """Collect the sizes that `benchmarks.counted` needs.
+
+    Args:
+        cell: the shape of the model, with the split of its bundle.
+        base: the base folder; only its config and the headers of its weights are read.
+        plan: numbers of rows, tokens and labels in the measured steps, as `benchmarks.steps` prints them.
+    """
     from offsite.models.architectures import architecture_of
     from offsite.storage.checkpoint_folder import open_checkpoint
 
@@ -37,7 +43,13 @@ def shape_of(cell: Cell, base: Path, plan: Mapping[str, Any]) -> Shape:
 
 
 def operations(shape: Shape, contestant: str, pad_to: int | None) -> float:
-    """Operations a real token of one contestant."""
+    """Floating-point operations per token (without padding) that one contestant needs.
+
+    Args:
+        shape: from `shape_of`.
+        contestant: one of `benchmarks.cells.CONTESTANTS`, such as "offsite lora".
+        pad_to: the width in tokens to which a peer pads all rows; None: padding is not counted.
+    """
     if contestant in PEERS:
         return peer(shape, contestant.split(",")[0], RANK, pad_to)
     return ours(shape, contestant.split()[1], RANK)

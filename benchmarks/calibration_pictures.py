@@ -1,10 +1,10 @@
-"""What an emulator loses that is healed on photos of an installed package and not on the owner's own pictures.
+"""Compares emulators that were healed on photos of an installed package and on the owner's own pictures.
 
     python -m benchmarks.calibration_pictures --base ENCODER --own FOLDER --tested FOLDER
 
-Three bundles of one encoder: not healed, healed on the installed photos, healed on as many of the owner's pictures. Of
-each: the relative error of the hidden state that leaves the emulator, and the accuracy of a linear probe, both on
-pictures that no healing has seen. Needs the extra calibration-images.
+Three bundles of one encoder are made: not healed, healed on the installed photos, and healed on as many of the owner's
+pictures. For each, two figures are computed on pictures that were not used for healing: the relative error of the
+hidden states after the emulator, and the accuracy of a linear probe. Needs the extra calibration-images.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 
 
 def main() -> None:
-    """Pack, measure and print a line for each."""
+    """Pack and measure each bundle, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--own", type=Path, required=True, help="pictures to heal on and to fit the probe on, by class")
@@ -33,6 +33,7 @@ def main() -> None:
 
 
 def _compare(wanted: argparse.Namespace, scratch: Path) -> None:
+    """Pack the three bundles into the folder `scratch`; print the error and the probe's accuracy of each."""
     home = scratch / "acme"
     _offsite("keygen", "--name", "acme", "--out", scratch / "acme.pub", "--home", home)
     _offsite("trust", "add", "acme", scratch / "acme.pub", "--home", home)  # a recipient is needed; nobody reads it
@@ -56,7 +57,11 @@ def _compare(wanted: argparse.Namespace, scratch: Path) -> None:
 
 
 def _lists(own: Path, count: int, scratch: Path) -> tuple[Path, Path]:
-    """Pictures to heal on, without classes, and other ones to fit the probe on."""
+    """Write two CSV files without common pictures: `count` pictures with classes for the probe, the others to heal on.
+
+    Returns:
+        The file to heal on, then the file for the probe.
+    """
     from offsite.data.pictures.picture_sets import read_pictures
 
     listed = read_pictures(own.resolve())
@@ -68,6 +73,7 @@ def _lists(own: Path, count: int, scratch: Path) -> tuple[Path, Path]:
 
 
 def _list(folder: Path, count: int, file: Path) -> Path:
+    """Write at most `count` pictures of a folder, drawn at random, to the CSV file `file`; returns it."""
     from offsite.data.pictures.picture_sets import read_pictures
 
     listed = read_pictures(folder.resolve())
@@ -75,12 +81,19 @@ def _list(folder: Path, count: int, file: Path) -> Path:
 
 
 def _write(pictures: Any, file: Path) -> Path:
+    """Write the paths and classes of pictures to a CSV file; returns it."""
     file.write_text("path,label\n" + "".join(f"{one.source},{one.label}\n" for one in pictures))
     return file
 
 
 def _leaving(folder: Path, data: Path, block: Any) -> Any:
-    """The hidden state that leaves a block, over all pictures, (N * T, H)."""
+    """Run a model on pictures; returns the hidden states after one block, (N * T, H).
+
+    Args:
+        folder: the model's folder.
+        data: a CSV file of pictures.
+        block: takes the number of blocks, and returns the index of the block (from 0).
+    """
     import torch
 
     from offsite.data.pictures.picture_files import load_processor
@@ -103,6 +116,7 @@ def _leaving(folder: Path, data: Path, block: Any) -> Any:
 
 
 def _offsite(*words: object) -> dict[str, Any]:
+    """Run an `offsite` command; returns its JSON result."""
     command = [sys.executable, "-m", "offsite", *map(str, words), "--json"]
     done = subprocess.run(command, check=False, text=True, capture_output=True)
     if done.returncode:

@@ -1,4 +1,8 @@
-"""What `benchmarks.tuning` measures: shapes of models, cells of the table, and who takes part in each."""
+"""The measurements of `benchmarks.tuning`: the shapes of models, the cells of the table, and the contestants.
+
+A cell is one shape of a model on one data set. A contestant is a program with a tuning method: "offsite lora" and
+"offsite full" run `offsite tune` on a bundle; the others, the peers, run transformers' Trainer on the whole model.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +26,7 @@ SHAPES: Mapping[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One shape on one data set; every contestant sees the same rows in the same steps."""
+    """One shape of a model on one data set; every contestant trains on the same rows in the same steps."""
 
     shape: str
     data: str
@@ -35,15 +39,18 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As records and flags have it."""
+        """The cell's name in results and on the command line: the shape, a slash, the data set."""
         return f"{self.shape}/{self.data}"
 
     def times(self, repetitions: int) -> int:
-        """How often each contestant runs: ours alone are short, and what the products reach beside them drifts."""
+        """The number of runs of each contestant: `repetitions`, and two more if the cell has no peers.
+
+        Without peers the runs are short, and the machine's speed, which is measured before and after each, varies.
+        """
         return repetitions if set(self.contestants) & set(PEERS) else repetitions + 2
 
     def shortened(self) -> "Cell":
-        """The same in a few minutes."""
+        """A copy with one step of warm-up and at most three measured steps, which takes a few minutes."""
         return replace(self, warmup=1, steps=min(3, self.steps))
 
 

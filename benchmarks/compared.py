@@ -1,4 +1,7 @@
-"""Contestants held against each other: how peers run at their best, ratios, and results kept beside earlier ones."""
+"""Compares contestants: finds the fastest settings of peers, computes ratios, and merges results into a file.
+
+Peers run transformers' Trainer on the whole model; the other contestants run `offsite tune` on a bundle.
+"""
 
 import json
 import statistics
@@ -13,10 +16,14 @@ from offsite.kernels.cpu.cpu_features import multiplies_bf16
 
 
 def usual_habits(*, bf16: bool) -> dict[str, Any]:
-    """How a peer runs unless a calibration finds the other way faster.
+    """The settings that a peer (transformers' Trainer) uses unless a calibration finds others faster.
 
     Args:
-        bf16: whether the processor multiplies it faster than fp32. Where not, it is not even tried.
+        bf16: whether the CPU multiplies bf16 faster than fp32; if not, bf16 is never tried.
+
+    Returns:
+        "keep_freed" (whether the allocator keeps freed memory), "wait" (OMP_WAIT_POLICY), "bf16" (whether to compute in
+        it) and "attention" (transformers' name).
     """
     return {"keep_freed": True, "wait": "ACTIVE", "bf16": bf16, "attention": "sdpa"}
 
@@ -29,11 +36,11 @@ _CLEARLY = 1.05  # times as fast; less is within what the same run differs by on
 def fastest_habits(
     speed: Callable[[str, Mapping[str, Any]], float], usual: Mapping[str, Any] = HABITS
 ) -> dict[str, Any]:
-    """Memory, threads, dtype, attention: each is changed once, and stays so if that is clearly faster.
+    """Find the fastest settings of a peer: each is changed once, and stays changed if that is at least 5 % faster.
 
     Args:
-        speed: of a short run with these habits, under a key of its own.
-        usual: what is changed.
+        speed: takes a key and settings; does a short run, saves it under the key, and returns its speed.
+        usual: the settings to start from, as `usual_habits` returns them.
     """
     habits = dict(usual)
     best = speed("habits", habits)
@@ -55,15 +62,20 @@ def against(
     memory: Mapping[str, int],
     counted: Mapping[str, float],
 ) -> dict[str, float]:
-    """How many times faster and smaller a contestant is than a rival, and than arithmetic alone would make it.
+    """Compute a contestant's ratios of speed and memory to a rival, and the speed ratio that operation counts predict.
 
     Args:
         name: the contestant.
-        rival: whom it is held against.
-        label: the rival in the names of the ratios.
-        speed: of each, in tokens or images a second.
-        memory: peak bytes of each.
-        counted: operations of each for one token or image.
+        rival: the contestant that it is compared with.
+        label: the rival's name in the keys of the result.
+        speed: tokens or images per second, by contestant.
+        memory: peak memory in bytes, by contestant.
+        counted: operations per token or image, by contestant.
+
+    Returns:
+        For a label L: "speed_vs_L", "memory_vs_L" and "counted_bound_vs_L", which are above 1 if the contestant is
+        faster or needs less than the rival; and "share_of_bound_vs_L", the measured ratio of speed divided by the
+        counted one.
     """
     ratio, bound = speed[name] / speed[rival], counted[rival] / counted[name]
     return {
@@ -75,20 +87,25 @@ def against(
 
 
 def products(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[float]:
-    """Operations a second of the machine's own matrix products, wherever a run was measured beside them."""
+    """List all measured speeds of the machine's own matrix products, in operations per second.
+
+    Args:
+        runs: the runs of each contestant; only those of `offsite tune` have such a measurement.
+    """
     return [each for found in runs.values() for run in found for each in run.get("matmul_flops", ())]
 
 
 def share_of_peak(
     runs: Sequence[Mapping[str, Any]], speeds: Sequence[float], operations: float, usual: Sequence[float]
 ) -> float | None:
-    """Counted operations a second over those of matrix products at the time, the median of a contestant's runs.
+    """A contestant's operations per second as a share of those of plain matrix products; the median over its runs.
 
     Args:
-        runs: its measurements.
-        speeds: of each, in tokens or images a second.
-        operations: counted for one token or image.
-        usual: products' speeds of the whole cell, for runs that were not measured beside any.
+        runs: the contestant's runs.
+        speeds: the speed of each run, in tokens or images per second.
+        operations: counted operations per token or image.
+        usual: speeds of matrix products in the whole cell, in operations per second; their median is used for runs
+            without such a measurement. If it is empty, the result is None.
     """
     if not usual:
         return None
@@ -98,12 +115,12 @@ def share_of_peak(
 
 
 def slowest_and_fastest(peaks: Sequence[float]) -> list[int] | None:
-    """In GFLOP/s; None where none were measured."""
+    """The lowest and the highest of some speeds in operations per second, as GFLOP/s; None if there are none."""
     return [round(edge / 1e9) for edge in (min(peaks), max(peaks))] if peaks else None
 
 
 def said_products(record: Mapping[str, Any]) -> str:
-    """What the machine's matrix products reached, in GFLOP/s, in words."""
+    """The measured speed of the machine's matrix products in a record, in GFLOP/s, as text."""
     if record.get("matmul_gflops", ...) is None:
         return "matrix products were not measured"
     low, high = record.get("matmul_gflops") or [record["matmul_peak_gflops"]] * 2  # which earlier results have
@@ -111,21 +128,21 @@ def said_products(record: Mapping[str, Any]) -> str:
 
 
 def percent(share: float | None) -> str:
-    """As tables show it."""
+    """A share as text in per cent; None becomes "-"."""
     return "-" if share is None else f"{100 * share:.0f} %"
 
 
 def write_beside(
     file: Path, work: Work, records: Sequence[Mapping[str, Any]], cell: Sequence[str], order: Sequence[str]
 ) -> None:
-    """Write the records, beside those of other cells that an earlier run measured on the same machine.
+    """Write records to a result file; its records of other cells are kept if machine and library versions are the same.
 
     Args:
-        file: the result.
-        work: whose threads were measured with.
-        records: of whole cells.
-        cell: the keys of a record that name its cell; joined by a slash they are the cell's name.
-        order: the names of all cells.
+        file: the result file.
+        work: the work folder, which has the number of threads of the measurements.
+        records: all records of the measured cells; they replace earlier ones of these cells.
+        cell: the keys of a record whose values, joined by a slash, are the name of its cell.
+        order: the names of all cells, in the order of the file.
     """
     found: dict[str, Any] = {
         "machine": machine(work.threads, fp32=work.fp32), "versions": versions(),

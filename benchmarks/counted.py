@@ -1,10 +1,11 @@
-"""What tuning costs by arithmetic alone: multiply-adds counted from shapes, two operations each.
+"""Counts the floating-point operations that tuning needs, from the shapes of a model; a multiply-add counts as two.
 
-Per real token. A linear map of P numbers costs 2 P forward, 2 P backward through its input, 2 P for its weight's
-gradient; frozen weights have no gradient. Attention costs 4 T A a token and block forward (scores and sums over T
-tokens, A = heads * head size), twice that backward; over rows of several lengths T is their mean weighted by tokens.
-The backward pass goes down to the lowest trained block; what is kept below it runs forward alone. Norms, activations,
-softmax and optimisers are left out: they are bound by memory, not by arithmetic.
+All counts are per token, without padding. A linear layer with P parameters needs 2 P operations in the forward pass,
+2 P in the backward pass for the gradient of its input, and 2 P for the gradient of its weight, which frozen weights do
+not have. Attention needs 4 T A operations per token and block in the forward pass (scores, and sums over T tokens;
+A = heads * head size), and twice that in the backward pass. If rows differ in length, T is their mean weighted by
+tokens. The backward pass ends at the lowest trained block; blocks below it only run forward. Norms, activations,
+softmax and optimisers are left out: memory limits their speed, not their operations.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and its data, as far as arithmetic sees them."""
+    """The sizes of a model, of its bundle and of its rows that determine the number of operations."""
 
     blocks: int  # N of the base
     kept: int  # M of the bundle
@@ -28,7 +29,14 @@ class Shape:
 
 
 def peer(shape: Shape, method: str, rank: int, pad_to: int | None = None) -> float:
-    """Operations a real token of tuning the whole base, head on every position, rows padded to `pad_to`."""
+    """Operations per token to tune the whole base model, with its head on every token.
+
+    Args:
+        shape: the sizes of model and rows.
+        method: "full" or "lora".
+        rank: the rank of LoRA.
+        pad_to: the width in tokens to which every row is padded; None: padding is not counted.
+    """
     paid, length = (pad_to / shape.tokens, pad_to) if pad_to else (1.0, shape.context)
     passes = 6 if method == "full" else 4
     linear = passes * (shape.blocks * shape.block + shape.head)
@@ -38,7 +46,13 @@ def peer(shape: Shape, method: str, rank: int, pad_to: int | None = None) -> flo
 
 
 def ours(shape: Shape, method: str, rank: int) -> float:
-    """Operations a real token of tuning the bundle, head on labelled positions alone."""
+    """Operations per token to tune a bundle with `offsite tune`, with the head on labelled tokens only.
+
+    Args:
+        shape: the sizes of model, bundle and rows.
+        method: "full" or "lora".
+        rank: the rank of LoRA.
+    """
     backwards = shape.kept - shape.below
     linear = 2 * (shape.kept + backwards) * shape.block + 4 * shape.head * shape.labelled
     trained = 2 * shape.block if method == "full" else 6 * rank * shape.pairs

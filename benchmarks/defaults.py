@@ -1,12 +1,12 @@
-"""The measurements behind the defaults of `pack` and `tune`: what each choice does to the plug-in.
+"""Measures what the defaults of `pack` and `tune` are based on: how each choice changes the plug-in's loss.
 
-    python -m benchmarks.defaults                 every case that is not in the result yet
-    python -m benchmarks.defaults --only refit    cases whose name holds this
+    python -m benchmarks.defaults                 every case that is not in the result file yet
+    python -m benchmarks.defaults --only refit    cases whose name contains this
 
-Task: docstrings of the installed torch package's functions, by the demo's own reader; neither the demo's data nor the
-calibration text. Every case runs the public stages with two homes in one process. "defaults" has no settings; the
-others are 2 + 8 + 2 blocks and differ from that in what their name says. An interrupted run continues; remove a
-case from the result file to measure it anew.
+The task is to write docstrings for the functions of the installed torch package, made by the demo's own code. Neither
+the demo's data nor the calibration text contains these functions. Every case runs the public functions of both parties
+in one process, each with its own home. The case "defaults" changes no setting; the others have 2 + 8 + 2 blocks and
+the settings in their name. An interrupted run continues; to measure a case again, remove it from the result file.
 """
 
 import argparse
@@ -42,7 +42,7 @@ CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
 
 
 def main() -> None:
-    """Measure what is missing, and print the table."""
+    """Measure the cases that are not in the result file yet, and print all as a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cached = platformdirs.user_cache_path("offsite", appauthor=False) / "SmolLM2-135M-Instruct" / "base"
     parser.add_argument("--base", type=Path, default=cached, help="base folder; `make demo` leaves one in the cache")
@@ -61,6 +61,11 @@ def main() -> None:
 
 
 def _measure(base: Path, scratch: Path, packing: Mapping[str, Any], tuning: Mapping[str, Any]) -> dict[str, float]:
+    """Pack, tune and plug in with these settings of `pack` and `tune`.
+
+    Returns:
+        The losses of the base, the emulator, the tuned emulator and the plug-in, and the seconds to pack and to tune.
+    """
     from offsite import Base, EvalSpec, Home, PackSpec, PlugInSpec, TuneSpec, evaluate, intake, pack, plug_in, tune
     from offsite.study.demos.docstring_task import make_task, write_task
 
@@ -93,6 +98,7 @@ def _measure(base: Path, scratch: Path, packing: Mapping[str, Any], tuning: Mapp
 
 
 def _table(results: Mapping[str, Mapping[str, float]]) -> str:
+    """Format the results as a Markdown table, one row for each case."""
     lines = ["| case | zero-shot | emulator zero-shot | emulator | plug-in | pack, s | tune, s |", "|---|" + "---|" * 6]
     for name, row in results.items():
         losses = " | ".join(f"{row[key]:.3f}" for key in ("zero_shot", "emulator_zero_shot", "emulator", "plug_in"))

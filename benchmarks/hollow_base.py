@@ -1,9 +1,9 @@
-"""A base folder of any Llama's size without its weights: true headers over files that are one hole and take no room.
+"""Makes a base folder with the shapes of Llama 2 (7B or 70B) but no weights, which takes almost no disk space.
 
     python -m benchmarks.hollow_base 7b FOLDER
 
-`offsite pack FOLDER --out OUT --for NAME --plan` reads config and headers alone, so it plans for models that this
-machine could not hold.
+The files have valid headers, and their data is a hole (sparse files). `offsite pack FOLDER --out OUT --for NAME --plan`
+reads only the config and the headers, so it can plan for models that are too large for this machine.
 """
 
 import argparse
@@ -29,7 +29,7 @@ _COMMON = {
 
 
 def main() -> None:
-    """Write the folder."""
+    """Write a base folder in the size that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("folder", type=Path)
@@ -45,6 +45,7 @@ def main() -> None:
 
 
 def _shapes(config: dict[str, object]) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight of a Llama model with this config, by its name without ".weight"."""
     keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
     hidden, inner, heads, key_heads, blocks = (int(str(config[key])) for key in keys)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (32000, hidden), "model.norm": (hidden,)}
@@ -65,7 +66,7 @@ def _shapes(config: dict[str, object]) -> dict[str, tuple[int, ...]]:
 
 
 def _write(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """One file for each tensor of more than one dimension, small tensors beside the one before."""
+    """Write sparse safetensors files and their index: one file for each matrix, with the vectors that follow it."""
     files: list[dict[str, tuple[int, ...]]] = []
     for name, shape in shapes.items():
         if len(shape) > 1:

@@ -1,4 +1,8 @@
-"""What `benchmarks.images` measures: shapes of encoders, how each is cut, and who takes part."""
+"""The measurements of `benchmarks.images`: the shapes of encoders, the splits of their bundles, and the contestants.
+
+A contestant is a program with a tuning method, such as "offsite lora, 4-4-4" (`offsite tune` on a bundle) or "lora"
+(a peer: transformers' Trainer on the whole encoder).
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +12,7 @@ BEST = ("full", "lora")  # transformers' Trainer at its best, on the whole encod
 
 @dataclass(frozen=True)
 class ImageCell:
-    """One encoder; every contestant sees the same pictures, cropped alike, in the same steps."""
+    """One encoder; every contestant trains on the same pictures, with the same crops, in the same steps."""
 
     shape: str
     splits: tuple[str, ...]  # bottom, emulator and top of the bundles
@@ -21,17 +25,17 @@ class ImageCell:
 
     @property
     def contestants(self) -> tuple[str, ...]:
-        """Peers, then both methods of tuning on each bundle."""
+        """The names of the contestants: the peers, then LoRA and full tuning of each bundle."""
         return (*BEST, *(f"offsite {method}, {split}" for split in self.splits for method in ("lora", "full")))
 
     @property
     def pictures(self) -> int:
-        """As many as its steps take: each is seen once."""
+        """The number of pictures that all steps need together; each is used once."""
         return self.rows * (self.warmup + self.steps)
 
 
 def split_of(contestant: str) -> tuple[int, int, int]:
-    """Bottom, emulator and top of a contestant of ours."""
+    """The numbers of bottom, emulator and top blocks in a contestant's name, such as "offsite lora, 4-4-4"."""
     bottom, keep, top = map(int, contestant.split(", ")[1].split("-"))
     return bottom, keep, top
 

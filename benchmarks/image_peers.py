@@ -1,10 +1,10 @@
-"""One measurement of a peer: fine-tuning a whole encoder with transformers' Trainer, in a process of its own.
+"""Measures one peer in a process of its own: transformers' Trainer tunes a whole image encoder.
 
     python -m benchmarks.image_peers '{"base": ..., "pictures": ..., "method": "full" or "lora", ...}'
 
-`benchmarks.images` calls it; it prints one line of JSON: the seconds of each step on the clock, and their pictures.
-Pictures are decoded once and kept, cropped, mirrored and prepared by the code of `offsite tune` under the same seeds,
-so that everybody is given the same arrays at the same cost.
+`benchmarks.images` starts it. It prints one line of JSON: the seconds of each measured step, and the number of pictures
+in these steps. Pictures are decoded once and stay in memory; they are cropped, mirrored and prepared by the code of
+`offsite tune` under the same seeds, so every contestant gets the same arrays at the same cost.
 """
 
 import itertools
@@ -27,7 +27,7 @@ SEED = 0  # of order and crops
 
 
 def main() -> None:
-    """Run one measurement."""
+    """Do the measurement that the JSON on the command line describes, and print its result."""
     wanted: dict[str, Any] = json.loads(sys.argv[1])
     os.environ |= {"HF_HUB_OFFLINE": "1"}
     import torch
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def album_of(base: Path, pictures: Path) -> "Album":
-    """The pictures, as `offsite tune` opens them."""
+    """Read the pictures as `offsite tune` does; returns them with their classes."""
     from offsite import TuneSpec
     from offsite.data_owner.tuning_pictures import open_album
     from offsite.progress import silent
@@ -66,14 +66,14 @@ def album_of(base: Path, pictures: Path) -> "Album":
 
 
 def order_of(album: "Album", seed: int) -> list[int]:
-    """The pictures of the first epoch of a tuning, step after step."""
+    """The indices of the pictures in the order of the first epoch of `offsite tune` under this seed."""
     import numpy as np
 
     return [int(row) for row in np.random.default_rng([seed, 0]).permutation(len(album.train))]
 
 
 def collated(album: "Album", rows: Sequence[int]) -> dict[str, Any]:
-    """Pixels (B, 3, Y, X) and classes (B,), cropped and mirrored as `offsite tune` does in its first epoch."""
+    """Make a batch of pixels (B, 3, Y, X) and classes (B,), cropped and mirrored as in the first epoch of a tuning."""
     import torch
 
     pixels = album.train.batch(rows, [SEED, 0])
@@ -81,7 +81,15 @@ def collated(album: "Album", rows: Sequence[int]) -> dict[str, Any]:
 
 
 def classifier(wanted: dict[str, Any], classes: int) -> "nn.Module":
-    """Encoder and linear head; full fine-tuning holds fp32 weights under autocast, LoRA frozen ones in bf16."""
+    """Make an encoder with a linear head, with all weights trainable or with PEFT's LoRA.
+
+    Full fine-tuning has fp32 weights (under autocast if it computes in bf16); LoRA's frozen weights are bf16 if it
+    does.
+
+    Args:
+        wanted: the measurement, from the JSON on the command line.
+        classes: the number of classes.
+    """
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -91,7 +99,7 @@ def classifier(wanted: dict[str, Any], classes: int) -> "nn.Module":
     from offsite.models.loading import load_model
 
     class Classifier(nn.Module):
-        """What transformers' classifiers compute; of an image tower alone it has none."""
+        """An encoder with a linear head, as in transformers' classifiers, which exist only for some encoders."""
 
         def __init__(self, body: Any) -> None:
             super().__init__()
@@ -99,7 +107,7 @@ def classifier(wanted: dict[str, Any], classes: int) -> "nn.Module":
             self.body, self.classifier = body, nn.Linear(self._encoder.inputs, classes)
 
         def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-            """Pixels (B, 3, Y, X) and classes (B,) -> their mean loss."""
+            """Compute the mean cross-entropy of pictures with pixels (B, 3, Y, X) and classes (B,)."""
             return {"loss": F.cross_entropy(self.classifier(self._encoder.features(pixel_values.numpy())), labels)}
 
     narrow = wanted["method"] == "lora" and wanted["bf16"]

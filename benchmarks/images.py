@@ -1,13 +1,13 @@
-"""Speed and memory of `offsite tune` on image encoders, against full fine-tuning and LoRA of the whole, side by side.
+"""Compares `offsite tune` on image encoders with full fine-tuning and LoRA of the whole encoder, in speed and memory.
 
     python -m benchmarks.images                               every cell of benchmarks/image_cells.py
-    python -m benchmarks.images --cells vit-s-14 --quick      one cell, without settling every habit of the peers
+    python -m benchmarks.images --cells vit-s-14 --quick      one cell; for the peers only the batch size is chosen
 
-Rules are those of `benchmarks.tuning`: peers are transformers' Trainer at its best (bf16, fused AdamW, and the pictures
-at once, allocator, threads, dtype and attention that a short calibration finds fastest), everybody sees the same
-pictures, cropped alike, in the same steps, every repetition is a process of its own, contestants take turns, speeds are
-those of the steps after the warm-up, and peaks are what the system counted. An interrupted run continues from the work
-folder.
+The rules are those of `benchmarks.tuning`. The peers are transformers' Trainer in its fastest configuration: bf16,
+fused AdamW, and the batch size, allocator, threads, dtype and attention that a short calibration finds fastest. Every
+contestant gets the same pictures, with the same crops, in the same steps. Every repetition is a process of its own, and
+contestants take turns. Speeds are those of the steps after the warm-up, and peaks of memory are as the system reports
+them. An interrupted run continues from the work folder.
 """
 
 import argparse
@@ -46,7 +46,7 @@ _COLUMNS = (
 
 
 def main() -> None:
-    """Measure what is missing, print the table, write the result."""
+    """Measure what the work folder does not have yet, write the result file and print it as tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), metavar="SHAPE")
     parser.add_argument("--contestants", nargs="+", help="these alone; else all of the cell")
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 class Measurements:
-    """The measurements of one cell."""
+    """Measures the contestants of one cell, that is, of one encoder."""
 
     def __init__(self, work: Work, cell: ImageCell, *, quick: bool) -> None:
         self._work, self._cell, self._quick = work, cell, quick
@@ -84,13 +84,18 @@ class Measurements:
         )  # fmt: skip
 
     def _made(self, folder: Path, *words: str) -> Path:
+        """Make a base or pictures with `benchmarks.random_encoder` in `folder`, unless it exists; returns `folder`."""
         if not folder.exists():
             what, *flags = words
             run([sys.executable, "-m", "benchmarks.random_encoder", what, str(folder), *flags])
         return folder
 
     def records(self, contestants: Sequence[str], repetitions: int) -> list[dict[str, Any]]:
-        """Measure every contestant, taking turns, and hold them against each other."""
+        """Measure the contestants in turns, and compare them.
+
+        Returns:
+            A record for the result file of each contestant, with its figures and its ratios to the peers.
+        """
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
         for repetition in range(repetitions):
             first = repetition % max(1, len(contestants))
@@ -102,6 +107,7 @@ class Measurements:
     def _record(
         self, name: str, runs: Mapping[str, list[dict[str, Any]]], counted: Mapping[str, float]
     ) -> dict[str, Any]:
+        """The record of a contestant for the result file: medians over its runs, and ratios to the peers."""
         speeds = {one: [self._cell.rows / statistics.fmean(run["seconds"]) for run in runs[one]] for one in runs}
         speed = {one: statistics.median(found) for one, found in speeds.items()}
         memory = {one: int(statistics.median(run["peak_bytes"] for run in runs[one])) for one in runs}
@@ -128,6 +134,7 @@ class Measurements:
         }
 
     def _measured(self, name: str, repetition: int) -> dict[str, Any]:
+        """One run of a contestant, or its saved result."""
         key = f"images/{self._cell.shape}/{name}/{repetition}"
         if name in BEST:
             return self._peer(key, name, self._habits_of(name))
@@ -135,6 +142,7 @@ class Measurements:
         return self._work.once(key, of, lambda: self._work.beside_products(lambda: self._ours(name)))
 
     def _ours(self, name: str) -> dict[str, Any]:
+        """Run `offsite tune` on a bundle; returns the seconds of each measured step, the peak memory and the losses."""
         cell, work = self._cell, self._work
         method, split = name.split(", ")[0].split()[1], split_of(name)
         bundle = work.packed(f"{cell.shape}-{'-'.join(map(str, split))}", self._base, split)
@@ -155,6 +163,14 @@ class Measurements:
         return {"seconds": seconds, "peak_bytes": peak, "losses": [round(mark["loss"], 4) for mark in marks]}
 
     def _peer(self, key: str, method: str, settings: Mapping[str, Any], *, may_fail: bool = False) -> dict[str, Any]:
+        """Run a peer, or read the saved result of that run.
+
+        Args:
+            key: the name of the run in the work folder.
+            method: "full" or "lora".
+            settings: the peer's settings, with its batch size.
+            may_fail: whether a run that does not fit into memory returns {"fits": False}, and no error is raised.
+        """
         cell = self._cell
         wanted = {
             "base": str(self._base), "pictures": str(self._pictures), "method": method, "batch": settings["batch"],
@@ -179,11 +195,12 @@ class Measurements:
         return self._work.once(key, [wanted, settings["wait"], digest(texts), code_digest()], measure)
 
     def _require_all(self, pictures: int) -> None:
+        """Exit if the measured steps of a run did not have all the pictures that they should have."""
         if pictures != self._cell.rows * self._cell.steps:
             sys.exit(f"{self._cell.shape}: {pictures} pictures in the steps on the clock, not all of them")
 
     def _habits_of(self, name: str) -> dict[str, Any]:
-        """How a peer runs: what its calibration found fastest."""
+        """The fastest settings and batch size of a peer, as found by its calibration."""
         habits = HABITS if self._quick else self._settled(name)
         if len(self._cell.batches) == 1:
             return {**habits, "batch": self._cell.batches[0]}
@@ -193,22 +210,24 @@ class Measurements:
         return {**habits, "batch": max(tried, key=lambda batch: tried[batch])}
 
     def _settled(self, method: str) -> dict[str, Any]:
+        """The fastest settings of a peer, apart from the batch size, as found by a calibration in the first cell."""
         if self._cell != FIRST:
             return Measurements(self._work, FIRST, quick=False)._settled(method)
         most = max(FIRST.batches)
         return fastest_habits(lambda key, habits: self._speed(method, key, {**habits, "batch": most}))
 
     def _speed(self, method: str, key: str, settings: Mapping[str, Any]) -> float:
-        """Pictures a second of one run; 0 if it does not fit into this machine's memory."""
+        """Images per second of a peer's calibration run; 0 if it does not fit into this machine's memory."""
         key = f"images/{self._cell.shape}/{method}/calibration/{key}"
         found = self._peer(key, method, settings, may_fail=True)
         return float(found["pictures"] / sum(found["seconds"])) if found["fits"] else 0.0
 
 
 def operations(base: Path, contestant: str) -> float:
-    """Operations an image of one contestant, counted from the base's config and headers; the classifier's are left out.
+    """Operations per image that one contestant needs, counted from the base's config and headers.
 
-    Patches become hidden states forward alone, and with a gradient of that map's weight in full fine-tuning.
+    The embedding of patches is counted for the forward pass, and in full fine-tuning also for the gradient of its
+    weight. The classifier is not counted.
     """
     from offsite.models.architectures import architecture_of
     from offsite.storage.checkpoint_folder import open_checkpoint
@@ -240,7 +259,7 @@ def operations(base: Path, contestant: str) -> float:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The result as Markdown."""
+    """Format the results as Markdown, with a table for each encoder."""
     lines = []
     for shape in dict.fromkeys(record["shape"] for record in results["records"]):
         records = [record for record in results["records"] if record["shape"] == shape]

@@ -1,12 +1,12 @@
-"""Peak memory of packing and tuning, as the operating system counts it, against what `--plan measure` measures.
+"""Compares the peak memory of packing and tuning, as the operating system reports it, with that of `--plan measure`.
 
     python -m benchmarks.memory                 the model of the demo, from the user's cache
     python -m benchmarks.memory --base FOLDER   any base folder; "tiny" makes a tiny random one
     python -m benchmarks.memory --base FOLDER --images FOLDER   an image encoder, and pictures by class
 
 Each command runs in a process of its own, one at a time; its peak is the ru_maxrss that the system reports when it
-ends. Nothing heavy is imported here: a child's peak counts what its parent held at the fork. The plan of a stage that
-runs no network measures nothing, and its line has the system's count alone.
+ends. This script imports nothing large, since the peak of a child includes the memory of its parent at the fork. If a
+command runs no network, its plan measures nothing, and its line has only the system's figures.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _TINY = "import sys; from pathlib import Path; from tiny import tiny_base; tiny_
 
 @dataclass(frozen=True)
 class Measured:
-    """One command: its peak in bytes and its seconds, as they were and as the plan measured them."""
+    """The peak memory (bytes) and the seconds of one command, both as measured and as its plan predicted."""
 
     case: str
     peak: int
@@ -42,12 +42,12 @@ class Measured:
 
     @property
     def ratio(self) -> float | None:
-        """The plan's peak over the command's."""
+        """The predicted peak divided by the measured one; None if the plan predicts none."""
         return self.planned_peak / self.peak if self.planned_peak else None
 
 
 def main() -> None:
-    """Measure, print the table, and write the result."""
+    """Measure every command, print a line for each, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=None, help='base folder, or "tiny"')
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
@@ -66,6 +66,7 @@ def main() -> None:
 
 
 def _base(wanted: str | None, scratch: Path) -> Path:
+    """The base folder to measure with: `wanted`, or for "tiny" a random one, or for None that of the demo."""
     if wanted == "tiny":
         command = [sys.executable, "-c", _TINY, str(scratch / "base")]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(_ROOT / "tests")})
@@ -78,7 +79,7 @@ def _base(wanted: str | None, scratch: Path) -> Path:
 
 
 def _measure(base: Path, scratch: Path, tokens: int, images: Path | None) -> Iterator[Measured]:
-    """Play both parties, one command after the other."""
+    """Pack, tune and plug in, one command after the other; yields the measurement of each."""
     acme, hospital = scratch / "acme", scratch / "hospital"
     for home, name in ((acme, "acme"), (hospital, "hospital")):
         _offsite("keygen", "--name", name, "--out", scratch / f"{name}.pub", "--home", home)
@@ -112,6 +113,7 @@ def _measure(base: Path, scratch: Path, tokens: int, images: Path | None) -> Ite
 
 
 def _case(case: str, words: Sequence[object]) -> Measured:
+    """Run a command with --plan and then without, and compare both; `case` is its name in the table."""
     measure = [] if words[0] == "plug-in" else ["measure"]
     plan: dict[str, Any] = json.loads(_offsite(*words, "--plan", *measure, "--json"))
     found = plan["measured"] or {}
@@ -122,7 +124,7 @@ def _case(case: str, words: Sequence[object]) -> Measured:
 
 
 def _peak(words: Sequence[object]) -> int:
-    """Peak resident memory in bytes of one command, as the system counts it for that process alone."""
+    """Run an `offsite` command; returns its peak resident memory in bytes, as the system reports it for its process."""
     with tempfile.TemporaryFile("w+") as said:
         child = subprocess.Popen(_command(*words), stdout=subprocess.DEVNULL, stderr=said)
         _, status, usage = os.wait4(child.pid, 0)
@@ -134,15 +136,17 @@ def _peak(words: Sequence[object]) -> int:
 
 
 def _offsite(*words: object) -> str:
+    """Run an `offsite` command; returns its standard output."""
     return subprocess.run(_command(*words), check=True, text=True, capture_output=True).stdout
 
 
 def _command(*words: object) -> list[str]:
+    """The command line for an `offsite` command."""
     return [sys.executable, "-m", "offsite", *map(str, words)]
 
 
 def _rows(file: Path, tokens: int) -> None:
-    """Rows of ordinary text, each a little longer than the longest that the settings permit."""
+    """Write rows of ordinary text to a file, each a little longer than `tokens`, the longest that will train."""
     text = _TEXT.read_text(encoding="utf-8")
     length = 8 * tokens  # characters: more tokens than wanted, the rest is cut
     starts = [i * (len(text) - length) // _ROWS for i in range(_ROWS)]
@@ -151,12 +155,14 @@ def _rows(file: Path, tokens: int) -> None:
 
 
 def _line(one: Measured) -> str:
+    """Format a measurement as a line of the printed table."""
     planned = f"{one.planned_peak / 2**20:>8,.0f} MiB{one.ratio:>11.2f}" if one.planned_peak else f"{'':>23}"
     seconds = f"{one.planned_seconds:>12.1f}" if one.planned_seconds is not None else ""
     return f"{one.case:34}{one.peak / 2**20:>8,.0f} MiB{planned}{one.seconds:>9.1f}{seconds}"
 
 
 def _write(file: Path, results: Sequence[Measured], wanted: argparse.Namespace) -> None:
+    """Write the measurements to a JSON file, with the machine, the library versions and the settings."""
     names = ("offsite-tuning", "torch", "transformers", "numpy", "peft")
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
     content = {

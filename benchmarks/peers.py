@@ -1,10 +1,10 @@
-"""One measurement of a peer: fine-tuning the whole model with transformers' Trainer, in a process of its own.
+"""Measures one peer in a process of its own: transformers' Trainer tunes a whole language model.
 
     python -m benchmarks.peers '{"base": ..., "rows": ..., "method": "full" or "lora", ...}'
 
-`benchmarks.tuning` and `benchmarks.time_to_loss` call it; it prints one line of JSON: the seconds of each step on the
-clock, their real tokens, and the resident memory once the model was loaded. With "save" it also writes the model, as a
-complete checkpoint, after these steps; the clock stands still meanwhile.
+`benchmarks.tuning` and `benchmarks.time_to_loss` start it. It prints one line of JSON: the seconds of each measured
+step, the number of tokens (without padding) in these steps, and the peak memory until the model was loaded. With "save"
+it also writes the model as a complete checkpoint after these steps; the time for this is not counted.
 """
 
 import copy
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Run one measurement."""
+    """Do the measurement that the JSON on the command line describes, and print its result."""
     wanted: dict[str, Any] = json.loads(sys.argv[1])
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     import torch
@@ -57,6 +57,7 @@ def main() -> None:
 
 
 def _model(wanted: dict[str, Any]) -> "nn.Module":
+    """Load the base model, for LoRA with PEFT's matrices on all linear layers."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -75,7 +76,7 @@ def _model(wanted: dict[str, Any]) -> "nn.Module":
 
 
 def arguments_of(wanted: dict[str, Any]) -> Any:
-    """The Trainer's settings of one measurement."""
+    """The `TrainingArguments` of the Trainer for a measurement, which the JSON on the command line describes."""
     from transformers import TrainingArguments
 
     return TrainingArguments(
@@ -100,7 +101,7 @@ def arguments_of(wanted: dict[str, Any]) -> Any:
 
 
 def _rows(wanted: dict[str, Any]) -> list[dict[str, list[int]]]:
-    """Token ids and labels, in the steps that our own tuning takes; prompts carry no loss."""
+    """The rows as token ids, labels and attention masks, in the order of `offsite tune`; prompts have no labels."""
     examples = encoded(Path(wanted["base"]), Path(wanted["rows"]))
     count = wanted["warmup"] + wanted["steps"]
     return [
@@ -115,7 +116,7 @@ def _rows(wanted: dict[str, Any]) -> list[dict[str, list[int]]]:
 
 
 def _collated(examples: list[dict[str, list[int]]], pad_to: int | None) -> "dict[str, torch.Tensor]":
-    """Rows padded to the longest of them, or to a fixed width."""
+    """Make a batch of rows, padded to the longest of them, or to `pad_to` tokens."""
     import torch
 
     width = pad_to or max(len(example["input_ids"]) for example in examples)
@@ -127,12 +128,16 @@ def _collated(examples: list[dict[str, list[int]]], pad_to: int | None) -> "dict
 
 
 def clock_of(counted: Callable[[dict[str, Any]], int], folder: Path, save: Sequence[int] = ()) -> Any:
-    """A callback that notes the time, and what was seen so far, at the start and after every optimiser step.
+    """Make a Trainer callback that records the time and the number of tokens (or pictures) after every optimiser step.
 
     Args:
-        counted: the real tokens, or pictures, in what the model is called with.
-        folder: where models are saved.
-        save: after which steps.
+        counted: takes the named arguments of a call of the model; returns its tokens (without padding) or pictures.
+        folder: the folder in which models are saved.
+        save: the numbers of the steps after which the model is saved; the time for this is not counted.
+
+    Returns:
+        The callback. `marks` has a pair of seconds and number so far for the start and for every step; `count` must be
+        registered as a forward pre-hook of the model.
     """
     from transformers import TrainerCallback
 
@@ -159,7 +164,7 @@ def clock_of(counted: Callable[[dict[str, Any]], int], folder: Path, save: Seque
 
 
 def _save(model: Any, folder: Path) -> None:
-    """The model as a complete checkpoint, with LoRA pairs merged for the moment."""
+    """Save the model as a complete checkpoint; LoRA matrices are merged in a copy."""
     if hasattr(model, "merge_adapter"):
         model = copy.deepcopy(model).merge_and_unload()
     model.save_pretrained(folder)

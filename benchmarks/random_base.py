@@ -1,8 +1,9 @@
-"""A base with random weights in a published shape, and a tokenizer whose ids fit: for speed and memory, not quality.
+"""Makes a base with random weights in the shape of a published model, to measure speed and memory, not quality.
 
     python -m benchmarks.random_base gpt2-large TOKENIZER_FOLDER FOLDER
 
-GPT-2 large as published; OPT-1.3B in its width with 18 of its 24 blocks (see `benchmarks.cells`).
+The shapes are GPT-2 large, and OPT-1.3B with 18 of its 24 blocks (see `benchmarks.cells`). The tokenizer is copied;
+all its ids must be in the model's vocabulary.
 """
 
 import shutil
@@ -13,7 +14,7 @@ import torch
 
 
 def main() -> None:
-    """Write the folder."""
+    """Write a base folder in the shape that the command line names; it appears only when it is complete."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, OPTConfig
 
     shapes = {

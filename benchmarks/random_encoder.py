@@ -1,9 +1,9 @@
-"""An image encoder with random weights in a published shape, and pictures of noise: for speed and memory, not quality.
+"""Makes an image encoder with random weights in a published shape, or pictures of noise, to measure speed and memory.
 
     python -m benchmarks.random_encoder vit-s-14 FOLDER                   a base folder
     python -m benchmarks.random_encoder pictures FOLDER --count 48        pictures of ten classes
 
-DINOv2's ViT-S/14, and the image tower of CLIP ViT-L/14, both for 224 pixels.
+The shapes are DINOv2's ViT-S/14, and the image tower of CLIP ViT-L/14, both for 224 pixels.
 """
 
 import argparse
@@ -28,7 +28,7 @@ _PHOTOGRAPH = (375, 500)  # height and width in pixels
 
 
 def main() -> None:
-    """Write the folder; it is there only once it is complete."""
+    """Write the encoder or the pictures to a folder, which appears only when it is complete."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=(*SHAPES, "pictures"))
     parser.add_argument("folder", type=Path)
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def write_encoder(folder: Path, shape: str) -> None:
-    """A base folder: encoder in bf16, and the settings of its image processor."""
+    """Write a base folder: a random encoder in bf16, and the config of its image processor."""
     import torch
     from transformers import AutoConfig, AutoModel
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -58,7 +58,7 @@ def write_encoder(folder: Path, shape: str) -> None:
 
 
 def write_pictures(folder: Path, count: int, classes: int) -> None:
-    """JPEG files of smooth noise in a folder for each class, as many of each as the next, give or take one."""
+    """Write `count` JPEG files of smooth noise, evenly spread over a sub-folder for each class."""
     import numpy as np
     from PIL import Image
 

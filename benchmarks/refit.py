@@ -1,13 +1,13 @@
-"""What each step of refit buys: the choice of the ridge, calibration tokens, attention's projection, order and sweeps.
+"""Measures what each choice in `pack --heal refit` changes: ridge, calibration tokens, projections and their order.
 
-    python -m benchmarks.refit --data-root ../shared/data           every case that is not in the result yet
-    python -m benchmarks.refit --cases refit "plain drop"           these cases alone
-    python -m benchmarks.refit --seeds 0 1 2                        tuned with each of these seeds
+    python -m benchmarks.refit --data-root ../shared/data           every case that is not in the result file yet
+    python -m benchmarks.refit --cases refit "plain drop"           only these cases
+    python -m benchmarks.refit --seeds 0 1 2                        each case is tuned with each of these seeds
 
-SmolLM2-135M-Instruct, 2 + 8 + 2 of 30 blocks, or 2 + 26 + 2 with half of each matrix pruned by SparseGPT; calibrated on
-the text that ships. Every case is packed, judged on WikiText-2 (the hidden state that leaves the emulator against the
-base's, and the loss), tuned on WebQuestions and plugged in. An interrupted run continues, and cases get the seeds that
-they lack; remove a case from the result file to measure it anew.
+The model is SmolLM2-135M-Instruct with 2 + 8 + 2 of its 30 blocks, or 2 + 26 + 2 with half of each matrix pruned by
+SparseGPT, calibrated on the package's own text. Each case is packed; scored on WikiText-2, by its loss and by the error
+of the hidden states after the emulator relative to the base's; tuned on WebQuestions; and plugged in. An interrupted
+run continues, and seeds that are missing are run; to measure a case again, remove it from the result file.
 """
 
 import argparse
@@ -49,7 +49,7 @@ CASES: Mapping[str, Mapping[str, Any]] = {
 
 
 def main() -> None:
-    """Measure what is missing, and print the table."""
+    """Measure the cases and seeds that are not in the result file yet, and print all as a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cached = platformdirs.user_cache_path("offsite", appauthor=False) / "SmolLM2-135M-Instruct" / "base"
     parser.add_argument("--base", type=Path, default=cached, help="base folder; `make demo` leaves one in the cache")
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 class Judge:
-    """Measures bundles of one base on text and on a task that no healing has seen."""
+    """Scores bundles of one base on WikiText-2 and on a task (WebQuestions), neither of which is used for healing."""
 
     def __init__(self, base: Path, root: Path) -> None:
         from offsite import Base
@@ -94,11 +94,20 @@ class Judge:
         self._target, self._loss = self._run(base, model.blocks - 2)
 
     def base(self) -> dict[str, float]:
-        """Losses of the base: on the text, and on the task zero-shot."""
+        """The base's losses: on WikiText-2 in nats per token, and zero-shot on the task in nats per labelled token."""
         return {"text_loss": self._loss, "zero_shot": self._scored(self._folder)}
 
     def measure(self, name: str, seeds: Sequence[int], scratch: Path) -> dict[str, Any]:
-        """Pack and judge; tune and plug in with each of these seeds."""
+        """Pack a case and score its bundle; then tune and plug in with each seed, and score these models.
+
+        Args:
+            name: the name of the case, a key of `CASES`.
+            seeds: the seeds of the tuning.
+            scratch: a folder for all artifacts.
+
+        Returns:
+            The case's record for the result file.
+        """
         from offsite import Base, Home, PackSpec, PlugInSpec, TuneSpec, intake, pack, plug_in, tune
         from offsite.model_owner.heal import ridge
 
@@ -132,12 +141,18 @@ class Judge:
         }
 
     def _scored(self, model: Path, adapter: Path | None = None) -> float:
+        """The loss of a model, or of a model with an adapter, on the task's test rows in nats per labelled token."""
         from offsite import EvalSpec, evaluate
 
         return evaluate(model, self._tasks / "test.jsonl", EvalSpec(max_rows=TEST_ROWS), adapter=adapter).loss
 
     def _run(self, folder: Path, blocks: int) -> tuple[Any, float]:
-        """Of a whole model on the text: what leaves so many blocks, (tokens, H), and nats per token after the first."""
+        """Run a model on WikiText-2.
+
+        Returns:
+            The hidden states after its first `blocks` blocks, (tokens, H); and the loss in nats per token, without the
+            first token of each sequence.
+        """
         import torch
 
         from offsite.models.loading import load_model
@@ -155,13 +170,16 @@ class Judge:
 
 
 def _relative_error(found: Any, target: Any) -> float:
-    """Root of the squared error over the squared target, each token by 1 / norm of its target, as refit has it."""
+    """The relative error of hidden states (tokens, H), as the root of squared errors over squared targets.
+
+    In both sums each token is weighted by 1 / norm of its target, as in refit.
+    """
     weights = 1 / target.norm(dim=1, keepdim=True)
     return float(((weights * (found - target).square()).sum() / (weights * target.square()).sum()).sqrt())
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown."""
+    """Format the result as a Markdown table, one row for each case."""
     lines = [
         "| case | hidden error | WikiText-2 loss | task: emulator zero-shot | emulator tuned | plug-in | pack, s |",
         "|---|" + "---|" * 6,
@@ -178,7 +196,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _spread(by_seed: Mapping[str, float]) -> str:
-    """The mean over seeds, and all of them where there are several."""
+    """The mean over seeds as text, followed by the value of each seed if there are several."""
     values = [f"{by_seed[seed]:.2f}" for seed in sorted(by_seed, key=int)]
     return f"{statistics.fmean(by_seed.values()):.3f}" + (f" ({', '.join(values)})" if len(values) > 1 else "")
 

@@ -1,6 +1,6 @@
-"""Write the tables of performance.md and NOTES.md from the results, so that no figure is typed by hand.
+"""Writes the tables of performance.md and NOTES.md from the result files, so that no figure is typed by hand.
 
-python -m benchmarks.render
+Run it with `python -m benchmarks.render`.
 """
 
 import json
@@ -18,7 +18,7 @@ NOTES = Path(__file__).parent / "NOTES.md"
 
 
 def main() -> None:
-    """Replace what stands between the marks of each result that is there."""
+    """For each result file, replace the text between its marks (HTML comments) in the documents."""
     pages: tuple[tuple[str, Any], ...] = (
         ("tuning", tuning), ("time_to_loss", time_to_loss), ("ablation", ablation), ("startup", startup),
         ("images", images), ("versions", versions),
@@ -36,7 +36,11 @@ def main() -> None:
 
 
 def headline(measured: list[dict[str, Any]]) -> str:
-    """LoRA under `offsite tune` against its peers, where there are any, as Markdown."""
+    """A Markdown table of the ratios of `offsite tune` with LoRA to its peers, one row for each cell that has peers.
+
+    Args:
+        measured: the records of `benchmarks.tuning`.
+    """
     lines = [
         "| model, data | speed, full / LoRA | as the paper's code runs them | memory below, full / LoRA |",
         "|---|---|---|---|",
@@ -53,7 +57,12 @@ def headline(measured: list[dict[str, Any]]) -> str:
 
 
 def predictions(predicted: list[dict[str, Any]], measured: list[dict[str, Any]]) -> str:
-    """What was counted before anything ran, and what was measured then, as Markdown."""
+    """A Markdown table of the ratios of speed that counted operations predict, next to the measured ones.
+
+    Args:
+        predicted: the records of `benchmarks.tuning --predict`.
+        measured: the records of `benchmarks.tuning`.
+    """
     found = {_key(record): record for record in measured}
     lines = ["| shape, data | contestant | against | counted before | measured |", "|---|---|---|---|---|"]
     for record in predicted:
@@ -67,10 +76,12 @@ def predictions(predicted: list[dict[str, Any]], measured: list[dict[str, Any]])
 
 
 def _key(record: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The shape, data set and contestant of a record, which identify it."""
     return record["shape"], record["data"], record["contestant"]
 
 
 def _where(machine: Mapping[str, Any]) -> str:
+    """A description of the machine as text."""
     return (
         f"{machine['processor']} ({', '.join(machine['instructions'])}), "
         f"{machine['arithmetic'] + ', ' if 'arithmetic' in machine else ''}{machine['threads']} thread(s), "
@@ -79,6 +90,7 @@ def _where(machine: Mapping[str, Any]) -> str:
 
 
 def _fill(file: Path, name: str, content: str) -> None:
+    """Replace the text of a file between the marks `<!-- name -->` and `<!-- end -->` by `content`."""
     text = file.read_text(encoding="utf-8")
     marks = re.compile(rf"<!-- {name} -->.*?<!-- end -->", flags=re.DOTALL)
     if not marks.search(text):

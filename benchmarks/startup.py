@@ -1,10 +1,10 @@
-"""Processor time of the commands that only read: help, verify and inspect; and whether any of them loads torch.
+"""Measures the CPU time of the commands that run no model (help, verify, inspect), and whether they import torch.
 
     python -m benchmarks.startup
 
-Targets: `offsite --help` under 0.3 s, `offsite verify` of a small bundle under 0.5 s. Also what each stage's imports
-cost, which its verb pays once it starts to work. Modules are compiled before the clock starts, as after an
-installation.
+Targets: `offsite --help` under 0.3 s, `offsite verify` of a small bundle under 0.5 s. The imports of each stage, which
+its command does only when the work starts, are measured too. Modules are compiled to bytecode before the measurement,
+as after an installation.
 """
 
 import argparse
@@ -37,7 +37,7 @@ _CALL = (
 
 
 def main() -> None:
-    """Measure, print the table, write the result."""
+    """Measure every command, write the result and print it as a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--result", type=Path, default=RESULT)
@@ -72,6 +72,7 @@ def main() -> None:
 
 
 def _bundle(scratch: Path) -> tuple[Path, Path]:
+    """Pack a bundle of a tiny base; returns the bundle's folder and the home of its recipient."""
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     run([sys.executable, "-c", _TINY, str(scratch / "base")], {"PYTHONPATH": path})
     from offsite import Base, Home, PackSpec, pack
@@ -85,7 +86,7 @@ def _bundle(scratch: Path) -> tuple[Path, Path]:
 
 
 def _seconds(command: Sequence[str], repetitions: int) -> dict[str, Any]:
-    """User and system time of a command: the median, and from least to most."""
+    """Run a command several times; returns the median of its CPU time (user and system) in seconds, and the range."""
     run(command)  # compiles what it imports
     found = [_once(command) for _ in range(repetitions)]
     return {
@@ -95,6 +96,7 @@ def _seconds(command: Sequence[str], repetitions: int) -> dict[str, Any]:
 
 
 def _once(command: Sequence[str]) -> float:
+    """Run a command once; returns its CPU time in seconds."""
     quiet = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_WRONLY, 0) for stream in (1, 2)]
     process = os.posix_spawn(sys.executable, command, os.environ, file_actions=quiet)
     used = os.wait4(process, 0)[2]
@@ -102,11 +104,12 @@ def _once(command: Sequence[str]) -> float:
 
 
 def _loads_torch(command: Sequence[str]) -> bool:
+    """Whether torch was imported; the command must print this as its last word."""
     return run(command)[0].split()[-1] == "True"
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown."""
+    """Format the result as a Markdown table, one row for each command."""
     lines = ["| command | CPU time, s (least to most) | loads torch |", "|---|---|---|"]
     for record in result["records"]:
         torch = "yes" if record["loads_torch"] else "no"

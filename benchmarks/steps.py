@@ -1,9 +1,9 @@
-"""Which rows every contestant sees, step by step: those of `offsite tune` under the seed that the cell was given.
+"""Lists the rows that every contestant trains on, step by step: those of `offsite tune` under the cell's seed.
 
     python -m benchmarks.steps '{"base": ..., "rows": ..., "whole": ..., "per_step": 16, "warmup": 1, "steps": 4}'
 
-As a command it prints the plan of one cell as a line of JSON: the seed, and what its steps hold. It is a process of its
-own, so that who starts the measurements stays small.
+As a command it prints the plan of one cell as a line of JSON: the seed, and the numbers of rows, tokens and labels in
+the measured steps. It runs in a process of its own, so that the process that starts the measurements stays small.
 """
 
 import json
@@ -20,7 +20,10 @@ _SEEDS = 64
 
 
 def main() -> None:
-    """Print the plan of one cell."""
+    """Print the plan of one cell, as a line of JSON.
+
+    Of 64 seeds, the one is chosen whose measured steps have a mean row length closest to that of all rows.
+    """
     wanted: dict[str, Any] = json.loads(sys.argv[1])
     base, count = Path(wanted["base"]), wanted["warmup"] + wanted["steps"]
     examples = encoded(base, Path(wanted["rows"]))
@@ -49,7 +52,7 @@ def main() -> None:
 
 
 def encoded(base: Path, rows: Path) -> "tuple[Example, ...]":
-    """Rows as tuning encodes them."""
+    """Read and tokenise rows as `offsite tune` does; rows longer than 1,024 tokens are cut."""
     from offsite.data.read_rows import read_rows
     from offsite.data.tokens import encode
     from offsite.models.tokenizers import load_tokenizer
@@ -58,7 +61,14 @@ def encoded(base: Path, rows: Path) -> "tuple[Example, ...]":
 
 
 def steps_of(examples: "Sequence[Example]", per_step: int, count: int, seed: int) -> "list[list[Example]]":
-    """The rows of the first steps of a tuning, in each step from short to long."""
+    """The rows of the first steps of a tuning, a list for each step, sorted from short to long.
+
+    Args:
+        examples: the tokenised rows.
+        per_step: the number of rows in a step.
+        count: the number of steps.
+        seed: the seed of the tuning.
+    """
     from offsite.data.batches import step_batches
 
     per_epoch = -(-len(examples) // per_step)
@@ -70,7 +80,7 @@ def steps_of(examples: "Sequence[Example]", per_step: int, count: int, seed: int
 
 
 def _padded(step: "Sequence[Example]") -> int:
-    """Tokens of a step of ours, padding included."""
+    """The number of tokens, including padding, that `offsite tune` runs for the rows of a step."""
     from offsite import TuneSpec
     from offsite.data.batches import micro_batches
 

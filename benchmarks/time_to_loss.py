@@ -1,12 +1,12 @@
-"""How long tuning takes to bring a model to a held-out loss: emulators of several sizes against tuning the full model.
+"""Measures how long tuning takes to reach a held-out loss, on bundles with several emulators and on the full model.
 
     python -m benchmarks.time_to_loss --data-root ../shared/data
 
-SmolLM2-135M on E2E (descriptions of restaurants), 60 steps of 16 rows, four checkpoints on the way. What is scored of
-offsite is the plug-in, each checkpoint of a return plugged into the full model; of the peers, transformers' Trainer at
-its best as in `benchmarks.tuning`, the model itself. The clock runs from the first step, and stands still where a peer
-writes a checkpoint. Packing, which the model's owner does once for each bundle, is shown beside. An interrupted run
-continues.
+The model is SmolLM2-135M, the data set E2E (descriptions of restaurants); a run has 60 steps of 16 rows, and four
+checkpoints. For offsite, the plug-in of each checkpoint of a return is scored. The peers are transformers' Trainer in
+its fastest configuration, as in `benchmarks.tuning`, and their tuned model itself is scored. Time counts from the first
+step, without the time in which a peer writes a checkpoint. Packing, which the model's owner does once for each bundle,
+is shown separately. An interrupted run continues.
 """
 
 import argparse
@@ -41,7 +41,7 @@ _NAMES = {"full": "full fine-tuning", "lora": "LoRA on the full model"}
 
 
 def main() -> None:
-    """Measure what is missing, write the result and the plot."""
+    """Measure what the work folder does not have yet; write the result file and the plot, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=lambda path: Path(path).resolve(), default=ROOT.parent / "shared" / "data")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 class Race:
-    """The measurements."""
+    """Measures the peers and the bundles on the same rows."""
 
     def __init__(self, work: Work, root: Path) -> None:
         self._work, self._base = work, work.base("smollm2")
@@ -72,13 +72,17 @@ class Race:
         self._of = [digest(self._rows.read_text()), digest(self._test.read_text()), STEPS, ROWS, CHECKPOINTS]
 
     def zero_shot(self) -> float:
-        """Held-out loss of the base."""
+        """The held-out loss of the base, in nats per labelled token."""
         return self._work.once("race/zero-shot", [*self._of, code_digest()], lambda: {"loss": self._loss(self._base)})[
             "loss"
         ]
 
     def peer(self, method: str) -> dict[str, Any]:
-        """A peer's losses and seconds at each checkpoint."""
+        """Train a peer; returns its record for the result file: held-out loss and seconds at each checkpoint.
+
+        Args:
+            method: "full" or "lora".
+        """
         steps = [STEPS * (i + 1) // CHECKPOINTS for i in range(CHECKPOINTS)]
         habits = self._fastest(method)
         wanted = self._wanted(method, habits, warmup=0, steps=STEPS) | {"save": steps}
@@ -105,7 +109,7 @@ class Race:
         return {"name": _NAMES[method], **_shown(found), "settings": habits}
 
     def _wanted(self, method: str, habits: Mapping[str, Any], *, warmup: int, steps: int) -> dict[str, Any]:
-        """What `benchmarks.peers` is asked for."""
+        """The JSON object that describes a measurement to `benchmarks.peers`."""
         return {
             "base": str(self._base), "rows": str(self._rows), "method": method, "batch": habits["batch"],
             "per_step": ROWS, "warmup": warmup, "steps": steps, "seed": 0, "pad_to": None,
@@ -114,7 +118,7 @@ class Race:
         }  # fmt: skip
 
     def _fastest(self, method: str) -> dict[str, Any]:
-        """How a peer is fastest on these rows, by a short run for each habit and each number of rows at once."""
+        """The fastest settings and batch size of a peer on these rows, by a short run for each choice."""
 
         def speed(key: str, habits: Mapping[str, Any]) -> float:
             wanted = self._wanted(method, {"batch": ROWS, **habits}, warmup=1, steps=2)
@@ -132,7 +136,11 @@ class Race:
         return {**habits, "batch": max(tried, key=lambda batch: tried[batch])}
 
     def ours(self, name: str) -> dict[str, Any]:
-        """Losses of the plug-ins of a return's checkpoints, and the seconds at each."""
+        """Tune a bundle; returns its record for the result file: the plug-in's loss and the seconds at each checkpoint.
+
+        Args:
+            name: the name of the bundle, a key of `BUNDLES`.
+        """
 
         def measure() -> dict[str, Any]:
             folder = self._work.folder / "race"
@@ -171,7 +179,7 @@ class Race:
         return {"name": f"offsite, LoRA, {name}", **_shown(found)}
 
     def _some(self, source: Path, count: int) -> Path:
-        """Rows spread evenly over a file, as a file of their own."""
+        """Write at most `count` lines of a file, spread evenly over it, to a new file; returns its path."""
         lines = source.read_text(encoding="utf-8").splitlines()
         chosen = [lines[int((i + 0.5) * len(lines) / count)] for i in range(count)] if len(lines) > count else lines
         target = self._work.folder / f"race-{source.name}"
@@ -179,21 +187,29 @@ class Race:
         return target
 
     def _loss(self, model: Path) -> float:
+        """The held-out loss of a model by `offsite eval`, in nats per labelled token."""
         output, _ = run([*OFFSITE, "eval", str(model), "--data", str(self._test), "--json"])
         return round(float(json.loads(output)["loss"]), 4)
 
     @staticmethod
     def _offsite(*words: object) -> int:
-        """Run a verb; its peak resident bytes."""
+        """Run an `offsite` command; returns its peak resident memory in bytes."""
         return run([*OFFSITE, *map(str, words)])[1]
 
 
 def _shown(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved measurement without the entries that identify it in the work folder."""
     return {key: value for key, value in found.items() if key not in ("key", "of", "at")}
 
 
 def reached(record: Mapping[str, Any], zero_shot: float, loss: float) -> float | None:
-    """Seconds until a loss is reached, on straight lines between checkpoints; None where it never is."""
+    """The seconds until a run reached a loss, interpolated linearly between checkpoints; None if it never did.
+
+    Args:
+        record: the run's record, with the seconds and the losses at its checkpoints.
+        zero_shot: the loss at 0 seconds.
+        loss: the loss to reach.
+    """
     points = [(0.0, zero_shot), *zip(record["seconds"], record["losses"], strict=True)]
     for (began, before), (ended, after) in itertools.pairwise(points):
         if after <= loss:
@@ -202,7 +218,7 @@ def reached(record: Mapping[str, Any], zero_shot: float, loss: float) -> float |
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown."""
+    """Format the result as a Markdown table, one row for each contestant."""
     records, zero = result["records"], result["zero_shot"]
     gain = zero - min(records[0]["losses"])
     shares = (0.5, 0.7, 0.8)
@@ -225,7 +241,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def draw(result: Mapping[str, Any], file: Path) -> None:
-    """Held-out loss over seconds of tuning, a line for each contestant."""
+    """Plot held-out loss over seconds of tuning, a line for each contestant, and save the plot to a file."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 4.0), dpi=150, layout="constrained")

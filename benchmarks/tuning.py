@@ -1,15 +1,16 @@
-"""Speed and memory of `offsite tune` against full fine-tuning and LoRA on the full model, side by side.
+"""Compares `offsite tune` with full fine-tuning and LoRA on the full model, in speed and memory.
 
     python -m benchmarks.tuning --data-root ../shared/data        every cell of benchmarks/cells.py but the last
-    python -m benchmarks.tuning --cells smollm2/sciq --quick      one cell, few steps, peers by their usual habits
-    python -m benchmarks.tuning --predict                         counted bounds alone; nothing is measured
+    python -m benchmarks.tuning --cells smollm2/sciq --quick      one cell, few steps, peers with their usual settings
+    python -m benchmarks.tuning --predict                         only ratios from counted operations; measures nothing
 
-Peers are transformers' Trainer at its best (bf16, rows padded to the longest of those at once, fused AdamW, and the
-rows at once, allocator, threads, dtype and attention that a short calibration finds fastest), and "as the paper's
-code": fp32 weights under autocast, four rows at once, all padded to the longest of the data set. Where the processor
-is no faster in bf16, nobody uses it. Everybody sees the same rows in the same steps, which is checked. Every repetition
-is a process of its own, contestants take turns, speeds are those of the steps after the warm-up, and peaks are what
-the system counted. An interrupted run continues from the work folder.
+The peers are transformers' Trainer in two configurations. In the fastest one it has bf16, rows padded to the longest of
+a batch, fused AdamW, and the batch size, allocator, threads, dtype and attention that a short calibration finds
+fastest. "As the paper's code" it has fp32 weights under autocast, and batches of four rows, all padded to the longest
+row of the data set. If bf16 is not faster on this CPU, no contestant uses it. Every contestant gets the same rows in
+the same steps, which is checked. Every repetition is a process of its own, and contestants take turns. Speeds are those
+of the steps after the warm-up, and peaks of memory are as the system reports them. An interrupted run continues from
+the work folder.
 """
 
 import argparse
@@ -52,7 +53,7 @@ _COLUMNS = (
 
 
 def main() -> None:
-    """Measure what is missing, print the table, write the result."""
+    """Measure what the work folder does not have yet, write the result file and print it as tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=lambda path: Path(path).resolve(), default=ROOT.parent / "shared" / "data")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(DEFAULT), metavar="SHAPE/DATA")
@@ -87,7 +88,7 @@ def main() -> None:
 
 
 class Measurements:
-    """The measurements of one cell."""
+    """Measures the contestants of one cell: one shape of a model on one data set."""
 
     _usual: Mapping[str, Any] = HABITS  # of peers
 
@@ -99,7 +100,11 @@ class Measurements:
         self.plan = self._planned()
 
     def records(self, contestants: Sequence[str], repetitions: int) -> list[dict[str, Any]]:
-        """Measure every contestant, taking turns, and hold them against each other."""
+        """Measure the contestants in turns, and compare them.
+
+        Returns:
+            A record for the result file of each contestant, with its figures and its ratios to the peers.
+        """
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
         for repetition in range(repetitions):
             first = repetition % max(1, len(contestants))
@@ -112,6 +117,7 @@ class Measurements:
     def _record(
         self, name: str, runs: Mapping[str, list[dict[str, Any]]], counted: Mapping[str, float]
     ) -> dict[str, Any]:
+        """The record of a contestant for the result file: medians over its runs, and ratios to the peers."""
         each = self.plan["tokens"] / self.plan["rows"]
         of_a_step = each * self._cell.rows
         speeds = {one: [of_a_step / statistics.fmean(run["seconds"]) for run in runs[one]] for one in runs}
@@ -144,6 +150,7 @@ class Measurements:
         }
 
     def _planned(self) -> dict[str, Any]:
+        """The plan of the cell's steps, as `benchmarks.steps` prints it: the seed, and numbers of rows and tokens."""
         source = self._work.source(self._root, self._cell.data)
         wanted = {
             "base": str(self._base), "rows": str(self._rows), "whole": str(source), "per_step": self._cell.rows,
@@ -157,6 +164,7 @@ class Measurements:
         return self._work.once(f"{self._cell.name}/plan", of, make)
 
     def _measured(self, name: str, repetition: int) -> dict[str, Any]:
+        """One run of a contestant, or its saved result."""
         key = f"{self._cell.name}/{name}/{repetition}"
         if name in PEERS:
             pad_to = self._pad_to(name)
@@ -167,6 +175,7 @@ class Measurements:
         return self._work.once(key, of, lambda: self._work.beside_products(lambda: self._ours(method)))
 
     def _ours(self, method: str) -> dict[str, Any]:
+        """Run `offsite tune` on a bundle; returns the seconds of each measured step, the peak memory and the losses."""
         cell, work = self._cell, self._work
         bundle, out = work.bundle(cell.shape), work.folder / "return"
         log, settings = out.with_name("return.log.jsonl"), work.folder / "settings.toml"
@@ -196,6 +205,16 @@ class Measurements:
         *,
         may_fail: bool = False,
     ) -> dict[str, Any]:
+        """Run a peer, or read the saved result of that run.
+
+        Args:
+            key: the name of the run in the work folder.
+            method: "full" or "lora".
+            settings: the peer's settings, with its batch size.
+            steps: the number of measured steps.
+            pad_to: the width in tokens to which all rows are padded; None: to the longest row of a batch.
+            may_fail: whether a run that does not fit into memory returns {"fits": False}, and no error is raised.
+        """
         cell = self._cell
         wanted = {
             "base": str(self._base), "rows": str(self._rows), "method": method, "batch": settings["batch"],
@@ -221,15 +240,19 @@ class Measurements:
         return self._work.once(key, of, measure)
 
     def _require_same_rows(self, tokens: int) -> None:
+        """Exit if the measured steps of a run had another number of tokens than the plan says."""
         if tokens != self.plan["tokens"]:
             sys.exit(f"{self._cell.name}: {tokens} tokens in the steps on the clock, not {self.plan['tokens']}")
 
     def _pad_to(self, name: str) -> int | None:
-        """The width that the paper's code pads to: the longest row's next multiple of 8, at most 1024."""
+        """The width in tokens to which a contestant that runs as the paper's code pads all rows; None for all others.
+
+        It is the next multiple of 8 above the longest row's length, at most 1,024.
+        """
         return min(1024, (self.plan["longest"] // 8 + 1) * 8) if name in PADDED else None
 
     def _habits_of(self, name: str) -> dict[str, Any]:
-        """How a peer runs: the paper's way, or what its calibration found fastest."""
+        """The settings and batch size of a peer: those of the paper's code, or the fastest in its calibration."""
         if name in PADDED:
             batch = min(_PAPER_BATCH, self._cell.rows)
             return {**self._usual, "keep_freed": False, "attention": "eager", "batch": batch}
@@ -241,16 +264,20 @@ class Measurements:
         return self._fastest(name, [{**habits, "batch": batch} for batch in self._cell.batches])
 
     def _fastest(self, name: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The fastest of several settings of a peer, by a short run of each; a single one is returned without a run."""
         return choices[0] if len(choices) == 1 else max(choices, key=lambda settings: self._tried(name, settings))
 
     def _tried(self, name: str, settings: Mapping[str, Any]) -> float:
-        """The speed of a peer's first step on the clock in this cell."""
+        """Tokens per second of a peer with these settings, in a run of one measured step in this cell."""
         usual = ", usual habits" if settings.items() >= self._usual.items() else ""
         key = f"{self._cell.name}/{name}/calibration/{settings['batch']} at once{usual}"
         return self._speed(key, name, settings, 1)
 
     def _settled(self, method: str) -> dict[str, Any]:
-        """Memory, threads, dtype, attention: changed one by one in the first cell's whole run; what is faster stays."""
+        """The fastest settings of a peer, apart from the batch size, as found by a calibration in the first cell.
+
+        Allocator, threads, dtype and attention are changed one at a time; what is clearly faster is kept.
+        """
         if self._cell != FIRST:
             return Measurements(self._work, FIRST, self._root, quick=False)._settled(method)
 
@@ -261,17 +288,18 @@ class Measurements:
         return fastest_habits(speed, self._usual)
 
     def _speed(self, key: str, method: str, settings: Mapping[str, Any], steps: int) -> float:
-        """Tokens a second of a short run; 0 if it does not fit into this machine's memory."""
+        """Tokens per second of a peer's calibration run; 0 if it does not fit into this machine's memory."""
         found = self._peer(key, method, settings, steps, may_fail=True)
         return float(found["tokens"] / sum(found["seconds"])) if found["fits"] else 0.0
 
 
 def _text(name: str) -> str:
+    """The digest of the text of a file in this folder."""
     return digest((Path(__file__).parent / name).read_text())
 
 
 def _predict(work: Work, cells: Sequence[Cell], root: Path) -> None:
-    """Counted bounds of every cell, before anything runs."""
+    """Write and print the ratios of speed that counted operations predict for each cell; nothing is measured."""
     found = []
     for cell in cells:
         one = Measurements(work, cell, root, quick=True)
@@ -291,7 +319,7 @@ def _predict(work: Work, cells: Sequence[Cell], root: Path) -> None:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The result as Markdown."""
+    """Format the results as Markdown, with a table for each cell."""
     lines = []
     for shape, data in dict.fromkeys((record["shape"], record["data"]) for record in results["records"]):
         records = [record for record in results["records"] if (record["shape"], record["data"]) == (shape, data)]

@@ -1,12 +1,12 @@
-"""Speed and memory of `offsite tune` in two versions of this repository, taking turns on one machine.
+"""Compares two versions of this repository in speed and memory of `offsite tune`.
 
     git worktree add ../before v0.1.0
     python -m benchmarks.versions ../before --data-root ../shared/data
 
 Each version runs its own `benchmarks.tuning --quick` without peers, with its own code, bases and bundles. The versions
-take turns run by run, so that a machine that gets slower for some minutes slows down both. Compiled kernels are used
-where they are: build them in both trees, or in neither. Prints medians, and their ratios: above 1, this version is
-slower or needs more memory.
+take turns run by run, so that both are slowed down if the machine gets slower for some minutes. Compiled kernels are
+used if they are built: build them in both trees, or in neither. Prints medians, and ratios of this version to the other
+one: above 1, this version is slower or needs more memory.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _HEAD = (
 
 
 def main() -> None:
-    """Measure both versions, print the table, write the result."""
+    """Measure both versions, write the result and print it as a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="a checkout of the other version")
     parser.add_argument("--data-root", type=lambda path: Path(path).resolve(), default=ROOT.parent / "shared" / "data")
@@ -55,7 +55,18 @@ def main() -> None:
 
 
 def _run(tree: Path, wanted: argparse.Namespace, name: str, cell: str, repetitions: int) -> dict[str, Any]:
-    """Run a version's own benchmark of a cell; runs of earlier repetitions are taken from its work folder."""
+    """Run one version's own benchmark of a cell; the runs of earlier repetitions are read from its work folder.
+
+    Args:
+        tree: the checkout of the version.
+        wanted: the arguments of the command line.
+        name: "before" or "after".
+        cell: the name of the cell.
+        repetitions: the number of runs of each contestant, including earlier ones.
+
+    Returns:
+        The content of the version's result file.
+    """
     work = wanted.work / name
     result = work / f"{cell.replace('/', ' ')}.json"
     work.mkdir(parents=True, exist_ok=True)
@@ -71,6 +82,7 @@ def _run(tree: Path, wanted: argparse.Namespace, name: str, cell: str, repetitio
 
 
 def _compare(results: Mapping[str, Mapping[str, Any]], cell: str, contestant: str) -> dict[str, Any]:
+    """Compare both versions of a contestant in a cell: medians of seconds and peak memory, and their ratios."""
     found = {name: _runs(results[f"{name}/{cell}"], cell, contestant) for name in ("before", "after")}
     seconds = {name: statistics.median(sum(run["seconds"]) for run in runs) for name, runs in found.items()}
     products = {name: statistics.median(_in_products(run) for run in runs) for name, runs in found.items()}
@@ -86,22 +98,27 @@ def _compare(results: Mapping[str, Mapping[str, Any]], cell: str, contestant: st
 
 
 def _runs(result: Mapping[str, Any], cell: str, contestant: str) -> Sequence[Mapping[str, Any]]:
+    """The runs of a contestant in a cell, from a version's result."""
     found = (r for r in result["records"] if f"{r['shape']}/{r['data']}" == cell and r["contestant"] == contestant)
     runs: Sequence[Mapping[str, Any]] = next(found)["runs"]
     return runs
 
 
 def _in_products(run: Mapping[str, Any]) -> float:
-    """Time in units of the machine's own matrix products around the run: a slower minute cancels out."""
+    """A run's time in units of the machine's own matrix products, measured just before and after it.
+
+    If the machine is slower for a while, both are, so the ratio of two runs does not change.
+    """
     return float(sum(run["seconds"]) * statistics.fmean(run["matmul_flops"]))
 
 
 def _commit(tree: Path) -> str:
+    """The short hash of the commit that a folder has checked out."""
     return subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=tree, text=True).strip()
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as a Markdown table."""
+    """Format the result as a Markdown table, one row for each cell and contestant."""
     lines = [f"| {' | '.join(_HEAD)} |", "|---|---|" + "---:|" * 7]
     for record in result["records"]:
         seconds, peaks = record["seconds"], {name: size / 2**20 for name, size in record["peak_bytes"].items()}

@@ -1,6 +1,6 @@
-"""The folder of a run of benchmarks: bases, bundles, rows, and every finished measurement, so that a run continues.
+"""The work folder of the benchmarks: bases, bundles, rows and all finished measurements, so that a run can continue.
 
-A measurement counts again only while it is of the same thing: the same code, settings, versions, threads and processor.
+A measurement is used again only if code, settings, library versions, threads and CPU are still the same.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ print(max(fastest(size, dtype) for size in (2048, 3072, 4096)))
 
 
 class ChildError(Exception):
-    """A measurement's process failed."""
+    """The process of a measurement failed; `no_memory` says whether it ran out of memory."""
 
     def __init__(self, command: Sequence[str], code: int, said: str) -> None:
         self.no_memory = code == -signal.SIGKILL or "can't allocate memory" in said
@@ -59,11 +59,18 @@ class ChildError(Exception):
 
 
 def _hours_since(at: str) -> float:
+    """The hours since a time in the format `_CLOCK`."""
     return (time.time() - time.mktime(time.strptime(at, _CLOCK))) / 3600
 
 
 class Work:
-    """The work folder: what was made and measured so far."""
+    """The work folder of the benchmarks, with everything that was made and measured so far.
+
+    Args:
+        folder: the folder, created if it does not exist.
+        threads: the number of CPU threads in all measurements.
+        fp32: whether all contestants compute in fp32, even if bf16 is faster on this CPU.
+    """
 
     def __init__(self, folder: Path, threads: int, *, fp32: bool = False) -> None:
         self.folder, self.threads = folder.resolve(), threads
@@ -77,7 +84,13 @@ class Work:
         }
 
     def once(self, key: str, of: object, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """A measurement, taken from the folder if it is there, of the same thing and of the last hours."""
+        """Return a measurement: the saved one if it is less than two hours old and of the same thing, else a new one.
+
+        Args:
+            key: the name of the measurement.
+            of: values that the result depends on, in addition to threads, library versions and CPU.
+            measure: makes the measurement, as values that JSON can hold.
+        """
         key = f"fp32/{key}" if self.fp32 else key
         stamp = digest([of, self.threads, versions(), processor()])
         found = self._records.get(key)
@@ -90,21 +103,31 @@ class Work:
         return found
 
     def beside_products(self, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """A measurement, and operations a second of the machine's own matrix products just before and just after it.
+        """Make a measurement, and measure the speed of plain matrix products just before and just after it.
 
-        In bf16 or fp32, whichever is faster. The products' speed is another one a minute later on some machines.
+        On some machines this speed changes from one minute to the next.
+
+        Returns:
+            The measurement, with both speeds under "matmul_flops": operations per second in bf16 or fp32, whichever is
+            faster.
         """
         before = self._products()
         return {**measure(), "matmul_flops": [before, self._products()]}
 
     def _products(self) -> float:
+        """The operations per second of plain matrix products; a value from the last second is used again."""
         if time.monotonic() - self._products_at > _JUST_NOW:
             said, _ = run([sys.executable, "-c", _PEAK, str(self.threads), "fp32" if self.fp32 else "any"])
             self._found_products, self._products_at = float(said), time.monotonic()
         return self._found_products
 
     def source(self, root: Path, data: str) -> Path:
-        """The training rows of a data set."""
+        """The file with the training rows of a data set; exits if it does not exist.
+
+        Args:
+            root: the folder with the data sets.
+            data: the name of the data set.
+        """
         file = root / data / "train.jsonl"
         if not file.exists():
             sys.exit(
@@ -114,7 +137,11 @@ class Work:
         return file
 
     def rows(self, cell: Cell, root: Path) -> Path:
-        """As many rows as the cell's steps take, of every length alike (by characters), or the longest."""
+        """Write as many rows of a data set as the cell's steps need to a file; returns its path.
+
+        The rows are spread evenly over the data set sorted by length (in characters); or they are the longest ones, if
+        the cell says so.
+        """
         count = cell.rows * (cell.warmup + cell.steps)
         with self.source(root, cell.data).open(encoding="utf-8") as lines:
             found = [json.loads(line) for line in lines]
@@ -131,7 +158,7 @@ class Work:
         return target
 
     def base(self, shape: str) -> Path:
-        """A base folder: real weights, or random ones in the published shape with a tokenizer that fits."""
+        """The base folder of a shape: SmolLM2 itself, or random weights in another shape with SmolLM2's tokenizer."""
         from offsite.study.demos.pretrained import cached_smollm2
 
         def offsite(words: Sequence[str | Path]) -> None:
@@ -146,11 +173,19 @@ class Work:
         return folder
 
     def bundle(self, shape: str) -> Path:
-        """A bundle of a language model's shape, as `packed`."""
+        """The folder of the bundle for a language model's shape, which has the split in `SHAPES`."""
         return self.packed(f"{shape.split(',')[0]}-bundle", self.base(shape), SHAPES[shape])
 
     def packed(self, name: str, base: Path, split: tuple[int, int, int]) -> Path:
-        """A bundle of a base, made anew when the code changes; how it is healed does not change its speed."""
+        """The folder of a bundle; it is packed again if the package's code has changed.
+
+        The emulator is not healed, since this does not change the speed.
+
+        Args:
+            name: the start of the folder's name.
+            base: the base folder.
+            split: the numbers of bottom, emulator and top blocks.
+        """
         from offsite import Base, Home, PackSpec, pack
 
         folder = self.folder / f"{name}-{code_digest()[:12]}"
@@ -169,15 +204,22 @@ class Work:
 
     @property
     def home(self) -> Path:
-        """Of the party that tunes."""
+        """The home of the data owner."""
         return self.folder / "tuner"
 
 
 def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[str, int]:
-    """Run a child; its standard output, and the peak resident bytes that the system counted for it alone.
+    """Run a command in a process of its own.
+
+    Args:
+        command: the words of the command.
+        environment: variables in addition to those of this process.
+
+    Returns:
+        Its standard output, and its peak resident memory in bytes, as the system reports it for that process alone.
 
     Raises:
-        ChildError: it failed.
+        ChildError: the command failed.
     """
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -200,24 +242,24 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None) ->
 
 
 def _end_first(pid: int) -> None:
-    """Let this child be the process that the system ends if memory runs out, and no one else's."""
+    """Make the system kill this child, and no other process, if memory runs out."""
     file = Path(f"/proc/{pid}/oom_score_adj")
     if file.exists():
         file.write_text("1000")
 
 
 def last_line(output: str) -> Any:
-    """The JSON that a child printed last."""
+    """The JSON value in the last line of a command's output."""
     return json.loads(output.splitlines()[-1])
 
 
 def digest(of: object) -> str:
-    """A name for anything that JSON holds."""
+    """The SHA-256 digest, in hex, of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def code_digest() -> str:
-    """Our own code, and whether setup compiled the kernels."""
+    """The SHA-256 digest, in hex, of the package's source files and of the result of `compiled`."""
     found = hashlib.sha256(str(compiled()).encode())
     for file in sorted(file for kind in ("*.py", "*.c") for file in (ROOT / "src" / "offsite").rglob(kind)):
         found.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
@@ -225,17 +267,17 @@ def code_digest() -> str:
 
 
 def compiled() -> bool:
-    """Whether there are kernels for processors that can run them."""
+    """Whether compiled kernels were built, and OFFSITE_KERNELS=0 does not switch them off."""
     return any((ROOT / "src" / "offsite" / "core").glob("_kernels.*so")) and os.environ.get("OFFSITE_KERNELS") != "0"
 
 
 def versions() -> dict[str, str]:
-    """The libraries that the speed depends on."""
+    """The versions of the libraries that the speed depends on, by name."""
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def commit() -> str:
-    """The commit that is checked out, and whether files differ from it."""
+    """The hash of the checked-out commit, with " with changes" after it if files of the code differ from it."""
     said = [
         subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
         for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "src", "benchmarks/*.py"])
@@ -244,7 +286,7 @@ def commit() -> str:
 
 
 def processor() -> dict[str, Any]:
-    """Its name, and the instructions that decide how fast bf16 is."""
+    """The name of the CPU, and those of its instruction sets that decide how fast bf16 is."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
@@ -256,7 +298,7 @@ def processor() -> dict[str, Any]:
 
 
 def machine(threads: int, *, fp32: bool = False) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describe the machine of a measurement for a result file: CPU, threads, kernels, memory and Python."""
     return {
         **processor(),
         **({"arithmetic": "everybody in fp32"} if fp32 else {}),

@@ -13,7 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: the words after `offsite`; None takes the arguments of this process.
+        arguments: the words after `offsite`; None means the arguments of this process.
 
     Returns:
         The exit code: 0, the error's exit code (see `offsite.errors`), or 130 after Ctrl-C or SIGTERM.

@@ -98,6 +98,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _after_interruption(run: flags.Run) -> str:
+    """The next step to print after an interruption: how to continue, or that the command must start again."""
     if run.verb in _PLAYERS:
         return _PLAYERS[run.verb]
     if run.resumable is not None and (run.resumable / "run.json").exists():
@@ -125,4 +126,5 @@ def _root(
 
 
 def _wants_json(words: Sequence[str], run: flags.Run) -> bool:
+    """Whether errors are printed as JSON: the command line has --json as a flag without a value."""
     return "--json" in words and run.verb != "demo"  # the demo writes its JSON to a file

@@ -126,6 +126,7 @@ def _plan(
     resume: bool,
     measured: bool,
 ) -> "TunePlan":
+    """Plan the tuning; with `measured`, also train two steps to measure memory and time."""
     from offsite.data_owner.plan import plan_tune
 
     with terminal.showing_progress() as progress:
@@ -156,9 +157,10 @@ def _show(returned: "Return", home: "Home", tuning: Mapping[str, Any], *, as_jso
 
 
 def _finished_return(out: Path, bundle: "Bundle", spec: "TuneSpec", home: "Home") -> "Return | None":
-    """The return in `out` if this run has already made it; None if `out` holds anything else or nothing.
+    """The return in `out` if this run has already made it; None if `out` has anything else or nothing.
 
-    It must be signed by this home for this bundle, with the method, checkpoints and tensors that `spec` gives.
+    It must be signed by this home for this bundle, and have the method, checkpoints and tensors that follow from
+    `spec`.
     """
     from offsite.data_owner.return_manifest import returned_tensors
     from offsite.errors import OffsiteError
@@ -176,9 +178,9 @@ def _finished_return(out: Path, bundle: "Bundle", spec: "TuneSpec", home: "Home"
 
 
 def _announcing(promised: str, progress: "Progress") -> "Progress":
-    """Make a progress callback that prints `promised` after all checks and before anything trains.
+    """Make a progress callback that prints `promised` before the model is loaded, after all checks.
 
-    All other events go to `progress`.
+    Lines about the kernels are printed too; all other events go to `progress`.
     """
 
     def advance(event: "Event") -> None:

@@ -47,8 +47,8 @@ def eval_(
 ) -> None:
     """Score a model on rows: loss per labelled token, perplexity, and accuracy where rows are multiple choice.
 
-    Prompts are not scored. Figures come with 95 % confidence intervals over rows. With --tasks, lm-evaluation-harness
-    scores the same model on tasks of its own or of yours (extra 'lm-eval'). Of an image model: accuracy and loss on
+    Prompts are not scored. Figures come with 95 % confidence intervals over rows. With --tasks, the model is scored by
+    lm-evaluation-harness, on its tasks or on yours (extra 'lm-eval'). An image model is scored by accuracy and loss on
     pictures. Bundles, returns and plug-ins are verified first, and an adapter must be for the model.
 
     Example:
@@ -100,6 +100,7 @@ def eval_(
 
 
 def _check(model: Path, data: list[Path] | None, spec: "EvalSpec", *, as_json: bool) -> NoReturn:
+    """Run `eval --check`: read the data as an evaluation would, print a description, and exit."""
     from offsite.cli.show_check import show_checks
     from offsite.errors import UsageError
     from offsite.evaluation.check_eval_data import check_eval_data
@@ -110,7 +111,7 @@ def _check(model: Path, data: list[Path] | None, spec: "EvalSpec", *, as_json: b
 
 
 def _verify(model: Path, adapter: Path | None, home: "Home") -> "tuple[Path | Bundle | PlugIn, _Adapter]":
-    """Verify the model and the adapter where they are signed; folders without a signature stay as they are.
+    """Verify the model and the adapter if they are signed; a folder without a signature is returned as a path.
 
     Raises:
         UsageError: the model is a return, or the adapter is a bundle; or this home has no key.
@@ -134,7 +135,7 @@ def _verify(model: Path, adapter: Path | None, home: "Home") -> "tuple[Path | Bu
 
 
 def _artifact(folder: Path, home: "Home") -> "Path | Bundle | Return | PlugIn":
-    """Verify a signed folder; of an unsigned one, say that it is scored as it is."""
+    """Verify a signed folder; for a folder without a signature, print that it is scored without verification."""
     from offsite.protocol.manifest import MANIFEST
     from offsite.protocol.verify import verify
 
@@ -145,7 +146,9 @@ def _artifact(folder: Path, home: "Home") -> "Path | Bundle | Return | PlugIn":
 
 
 def _require_own_base(base: Path, plug_in: "PlugIn", home: "Home") -> None:
-    """Check that a plug-in of this home's owner is for this base; nobody else can compute a base's fingerprint.
+    """Check that a plug-in that this home's owner made is for this base.
+
+    Plug-ins of others are not checked, since only the key of their owner can compute the base's fingerprint.
 
     Raises:
         IncompatibleError: the plug-in was made for another base.

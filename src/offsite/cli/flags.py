@@ -82,7 +82,7 @@ class Command(TyperCommand):
     """A typer command that records the folder of its resume points, and whose --plan may have no value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the command line; a --plan without a value gets its default mode before."""
+        """Parse the command line; before that, a `--plan` without a value gets its default value."""
         words = with_plan_mode(args)
         self._require_once(ctx, words)
         return super().parse_args(ctx, words)

@@ -21,7 +21,7 @@ def inspect(
 ) -> None:
     """Show what a bundle, return or plug-in is: lineage, sizes, settings, and whether it verifies in this home.
 
-    It does not fail when the artifact does not verify; it says why.
+    If the artifact does not verify, the output has the reasons, and the command does not fail.
 
     Example:
       offsite inspect bundle/
@@ -71,6 +71,7 @@ def _inspected(path: Path, home: "Home") -> dict[str, Any]:
 
 
 def _facts(path: Path, manifest: "Manifest", digest: str, home: "Home") -> dict[str, Any]:
+    """Describe an artifact from its manifest and the manifest's digest, whether or not it verifies."""
     from offsite.protocol.manifest import BundleManifest, ReturnManifest
 
     if isinstance(manifest, BundleManifest):
@@ -114,7 +115,7 @@ def last_losses(log: Path, trained: str, judged: str) -> dict[str, Any]:
     """The measures of a run's last training step, and of the validation after it, from the run's log.
 
     Args:
-        log: the log of the run, a file that stays with the party that ran it.
+        log: the log of the run, a file that remains with the party that ran it.
         trained: the name of the log's event for a training step.
         judged: the name of the log's event for a validation on held-out data.
 
@@ -154,6 +155,7 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def _bundle(manifest: "BundleManifest", digest: str, home: "Home") -> dict[str, Any]:
+    """The facts about a bundle: lineage, parties, split, and what a return may contain."""
     split = manifest.split
     return {
         "lineage": {"base": manifest.base, "bundle": digest},
@@ -178,7 +180,7 @@ def _bundle(manifest: "BundleManifest", digest: str, home: "Home") -> dict[str, 
 
 
 def _shares(digest: str, home: "Home") -> dict[str, Any]:
-    """The fractions of the base's parameters that a bundle holds verbatim, compressed or not; {} if unknown here."""
+    """The shares of the base's parameters that a bundle has verbatim or compressed, or lacks; {} if not recorded."""
     from offsite.model_owner.ledger import Ledger
 
     issued = Ledger(home.ledger).issued(digest) if home.ledger.exists() else None

@@ -63,10 +63,10 @@ def pack(
 
     By default the emulator is the middle of the model with half of its weights pruned, which gives the best plug-in.
     With --keep it has a few of the middle blocks, which makes tuning fastest. With --placement every, no block goes out
-    as it is in the base: all are compressed, and carry adapters all the same. Defaults follow the model's family; a
-    line of the output says how the emulator was made. The bundle is an ordinary Hugging Face
-    checkpoint, unless the emulator shares, quantises, factorises or narrows its blocks, leaves zeros out or has affine
-    layers after them. The bundle is recorded in the home's ledger. The log is OUT.log.jsonl, next to it.
+    as it is in the base: all blocks are compressed, and the adapter trains in all of them. Defaults follow the model's
+    family; a line of the output says how the emulator was made. The bundle is an ordinary Hugging Face checkpoint,
+    unless the emulator shares, quantises, factorises or narrows its blocks, is stored without its zeros, or has affine
+    layers after its blocks. The bundle is recorded in the home's ledger. The log is OUT.log.jsonl, next to the bundle.
 
     Example:
       offsite pack base/ --out bundle/ --for hospital --bottom 4 --top 6

@@ -96,7 +96,7 @@ def full_fine_tuning(
     config: flags.ConfigFlag = None,
     as_json: flags.JsonFlag = False,
 ) -> None:
-    """Tune every weight of a base, for a study that compares plug-ins with it; no party could compute it.
+    """Tune every weight of a base, so that a study can compare plug-ins with it; this needs the files of both parties.
 
     Settings come from table [tune] of --config.
 

@@ -76,7 +76,10 @@ class StudyTable:
 
 @contextlib.contextmanager
 def study_table(points: Sequence[GridPoint]) -> Iterator[OnStudyEvent]:
-    """Context manager: draw the table on standard error, and yield the callback for events; the last state stays."""
+    """Context manager: draws the table on standard error, and yields the callback for events.
+
+    The last state of the table remains on the terminal.
+    """
     table = StudyTable(points)
     with Live(table, console=Console(stderr=True), refresh_per_second=4):
         yield table.on_event

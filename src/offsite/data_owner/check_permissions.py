@@ -19,9 +19,9 @@ def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
         spec: the settings of the tuning.
 
     Raises:
-        UsageError: checkpoints or scores were requested for pictures.
+        UsageError: several checkpoints or reported losses were requested for pictures.
         IncompatibleError: BitFit was requested, but the trained blocks have no biases.
-        PolicyError: the method, the rank, the width or the head is not permitted.
+        PolicyError: the bundle does not permit the method, LoRA's rank, the bottlenecks' width or training of the head.
     """
     if manifest.family.vision is not None and spec.not_for_images():
         raise UsageError(

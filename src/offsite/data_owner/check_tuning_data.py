@@ -31,7 +31,7 @@ def check_tuning_data(
         The descriptions, under the keys "data" and (if there are held-out rows) "eval_data".
 
     Raises:
-        DataError: rows are bad, or no row is left.
+        DataError: rows are invalid, or no row is left.
         IncompatibleError: the tokenizer or image processor does not fit the model.
     """
     progress(Event("reading the rows", 0))

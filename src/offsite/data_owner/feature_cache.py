@@ -211,7 +211,7 @@ def _read_decision(record: Path) -> bool:
 
 @torch.no_grad()
 def _agree(tuning: Tuning, first: nn.Module, features: FeatureFile, rows: Sequence[int]) -> bool:
-    """Whether some rows have the same loss with the frozen blocks skipped as with all blocks run.
+    """Whether some rows have the same loss when the frozen blocks are skipped and when they run.
 
     Also sets the width and dtype of `features`.
     """

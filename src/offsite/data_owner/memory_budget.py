@@ -37,7 +37,7 @@ _UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
 
 @dataclass(frozen=True)
 class Fit:
-    """The settings that fit into the memory budget, as saved for a resumed run."""
+    """The settings that fit into the memory budget. They are saved, so that a resumed run uses the same."""
 
     at_once: int  # most tokens of a micro-batch
     lanes: int  # micro-batches that run side by side
@@ -155,7 +155,13 @@ def _fit(tuning: Tuning, spec: TuneSpec, lanes: int, runtime: Runtime, progress:
 
 
 def _expected(before: int, peak: int, times: float) -> float:
-    """The expected peak in bytes of a trial that is `times` as large as the measured one."""
+    """The expected peak in bytes of a trial that is `times` as large as a measured one.
+
+    Args:
+        before: bytes in use before the measured trial.
+        peak: bytes at its peak.
+        times: the factor.
+    """
     return before + (peak - before) * times
 
 

@@ -47,7 +47,11 @@ def memory_trials(task: TextTask | ImageTask, spec: TuneSpec, *, steps: int = ST
 
 
 def _text_trials(task: TextTask, spec: TuneSpec, steps: int) -> Iterator[Trial]:
-    """Yields trials of longer and longer ends of the longest row, then of the fullest micro-batches of each size."""
+    """Yields trials on text with more and more tokens.
+
+    The first trials run the last tokens of the longest row, until the whole row runs. The others run the fullest
+    micro-batches for larger and larger limits of tokens at once.
+    """
     longest = max(range(task.rows), key=lambda i: len(task.examples[i].ids))
     width = len(task.examples[longest].ids)
     tokens = _LEAST_TOKENS

@@ -1,7 +1,7 @@
-"""The checkpoints that a return holds: their steps, and the files of the earlier ones until the return is written.
+"""The checkpoints that a return contains: after which steps they are saved, and their files until it is written.
 
-These files are in the run's folder, next to the resume points and already in the format of the return, so a resumed run
-has the checkpoints that were saved before.
+The files of all but the last one are in the run's folder, next to the resume points and already in the format of the
+return, so a resumed run has the checkpoints that were saved before.
 """
 
 import json

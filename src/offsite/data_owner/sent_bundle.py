@@ -1,4 +1,4 @@
-"""Reports what is wrong with a bundle as a matter for its sender: the data owner cannot correct a signed file."""
+"""Changes the advice in errors about a bundle's files: the data owner cannot correct a signed file."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from offsite.errors import IncompatibleError
 
 @contextlib.contextmanager
 def as_sent() -> Iterator[None]:
-    """In the `with` block, errors about the bundle's own files advise to ask the model's owner for another one.
+    """Context manager: an IncompatibleError in its body advises to ask the model's owner for another bundle.
 
-    The code that opens models is shared with the model's owner, whom its errors advise to correct the files.
+    The functions that open models also serve the model's owner, so by default their errors advise to correct the files.
     """
     try:
         yield

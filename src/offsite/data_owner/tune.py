@@ -63,7 +63,7 @@ def tune(
             interrupted run that cannot be resumed, or `resume` is False; a required package is not installed; or
             TensorBoard's folder is inside the folder of the return or of its run.
         PolicyError: the bundle does not permit the method or the rank.
-        DataError: rows are bad, too long, or missing.
+        DataError: rows are invalid, too long, or missing.
         IncompatibleError: the bundle does not load, has nothing for the method to train, does not have the tensors that
             its manifest lists, or has a tokenizer with more tokens than its model knows.
         OffsiteError: the training diverged.

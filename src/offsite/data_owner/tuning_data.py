@@ -67,11 +67,11 @@ def read_data(
         spec: the settings of the tuning, such as the largest length of a row, and what happens to longer rows and
             broken pictures.
         progress: receives the progress events.
-        workers: the workers that decode pictures.
+        workers: the worker processes that decode pictures.
 
     Raises:
-        DataError: rows are bad, too long, or missing.
-        UsageError: held-out pictures are requested in two ways.
+        DataError: rows are invalid, too long, or missing.
+        UsageError: for pictures, `eval_data` and the setting `eval_share` were both given.
         IncompatibleError: the tokenizer or image processor does not fit the model.
     """
     if bundle.manifest.family.vision is not None:

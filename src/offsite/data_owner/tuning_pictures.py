@@ -77,11 +77,12 @@ def open_album(
         eval_data: the held-out pictures, if they are a separate data set; otherwise None.
         spec: the settings of the tuning, such as the held-out share, and whether broken pictures are left out.
         progress: receives the progress events.
-        workers: the workers that decode; None uses threads of this process.
+        workers: the worker processes that decode; None uses threads of this process.
 
     Raises:
-        DataError: pictures or rows are bad, there are fewer than two classes, or held-out pictures have other classes.
-        UsageError: held-out pictures are requested in two ways, or as a share of less than one picture.
+        DataError: pictures or rows are invalid, there are fewer than two classes, or held-out pictures have other
+            classes.
+        UsageError: `eval_data` and the setting `eval_share` were both given, or that share is less than one picture.
         IncompatibleError: the bundle's image processor does not fit its model.
     """
     processor = load_processor(bundle)
@@ -101,7 +102,7 @@ def _list_pictures(data: DataPaths, eval_data: DataPaths | None, spec: TuneSpec)
     """The training pictures and the held-out pictures, before any is decoded.
 
     Raises:
-        UsageError: held-out pictures are requested in two ways.
+        UsageError: `eval_data` and the setting `eval_share` were both given.
     """
     columns = spec.rows.columns
     listed = read_pictures(data, part="train", columns=columns)

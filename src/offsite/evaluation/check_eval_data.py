@@ -26,7 +26,7 @@ def check_eval_data(model: Path, data: DataPaths, spec: EvalSpec) -> TextCheck |
         spec: the settings of the evaluation.
 
     Raises:
-        DataError: rows are bad, or no row is left.
+        DataError: rows are invalid, or no row is left.
         IncompatibleError: the tokenizer or image processor does not fit the model.
         UsageError: the folder is not a checkpoint.
     """

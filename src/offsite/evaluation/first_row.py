@@ -1,4 +1,7 @@
-"""Opens a model as a tuning does, and runs one row or one picture through it; with the code that tuning runs."""
+"""Tests whether a tuning can open a model: runs a few built-in rows, or a random picture, through the model.
+
+The test calls the functions that a tuning calls.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -46,15 +49,15 @@ _CONVERSATION = Row(
 
 
 def open_inputs(source: Source, family: Architecture, config: Mapping[str, Any]) -> list[Example] | Floats:
-    """Load what prepares the rows or pictures of a model, and prepare some; no weights are read.
+    """Load a model's tokenizer or image processor and prepare test inputs with it; no weights are read.
 
     Args:
         source: the model's folder, or a snapshot of its files.
         family: the model's family.
-        config: the config of the family.
+        config: the model's config; for a bundle of our own model type, the base's config nested in it.
 
     Returns:
-        The first rows as examples, or one picture, (1, 3, Y, X).
+        A few built-in rows as examples, or one random picture, (1, 3, Y, X).
 
     Raises:
         UsageError: an optional package is not installed.
@@ -77,7 +80,7 @@ def open_inputs(source: Source, family: Architecture, config: Mapping[str, Any])
 
 
 def _load_configs(source: Source) -> None:
-    """Load the config and the generation settings.
+    """Load the config and the generation config, to check that transformers accepts them.
 
     Raises:
         IncompatibleError: transformers refuses one of them.
@@ -103,10 +106,10 @@ def _encoded(row: Row, tokenizer: "PreTrainedTokenizerBase", longest: int) -> Se
 
 
 def _conversation(tokenizer: "PreTrainedTokenizerBase", source: Source) -> Sequence[Example]:
-    """A question and an answer through the chat template, which must write both.
+    """Encode a question and its answer with the model's chat template.
 
     Raises:
-        IncompatibleError: it does not.
+        IncompatibleError: the template does not write both of them.
     """
     try:
         return _encoded(_CONVERSATION, tokenizer, _UNCUT)
@@ -121,21 +124,21 @@ def _conversation(tokenizer: "PreTrainedTokenizerBase", source: Source) -> Seque
 
 @torch.no_grad()
 def first_loss(source: Source, family: Architecture, inputs: "list[Example] | Floats", dtype: torch.dtype) -> float:
-    """Load a model's weights and run what `open_inputs` prepared through it.
+    """Load a model's weights, and compute the loss of the inputs that `open_inputs` returned.
 
     Args:
         source: the model's folder, or a snapshot of its files.
         family: the model's family.
         inputs: from `open_inputs`.
-        dtype: the dtype of the loaded weights; weights of this dtype are mapped from their file.
+        dtype: the dtype of the loaded weights; weights that are stored in it are memory-mapped.
 
     Returns:
-        The loss in nats per labelled token, or for pictures the sum of the features; not finite where the model is
+        The loss in nats per labelled token, or for pictures the sum of the features; NaN or infinite if the model is
         broken.
 
     Raises:
         StorageError: the weights cannot be read.
-        IncompatibleError: the model does not load, its head is not a linear one, or it does not take the input.
+        IncompatibleError: the model does not load, its head is not a linear layer, or it does not accept the input.
     """
     model = load_model(source, dtype=dtype, device=torch.device("cpu"))
     with incompatible(folder_of(source)):
@@ -157,5 +160,6 @@ def first_loss(source: Source, family: Architecture, inputs: "list[Example] | Fl
 
 
 def _finite(model: torch.nn.Module, examples: Sequence[Example]) -> bool:
+    """Whether all logits of the model for the first example are finite."""
     ids = torch.from_numpy(examples[0].ids)[None]
     return bool(torch.isfinite(model(input_ids=ids, use_cache=False).logits).all())

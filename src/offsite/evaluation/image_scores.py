@@ -90,7 +90,7 @@ def evaluate_images(
 
     Raises:
         DataError: pictures cannot be read, or have classes that the model does not know.
-        UsageError: an encoder has neither a classifier nor a probe, or there is more than one source of classes.
+        UsageError: an encoder has neither an adapter nor a probe, or has both; or a classifier has one of them.
         StorageError: a file is missing or broken.
         IncompatibleError: the folder is not a plain checkpoint, or the adapter does not fit it.
     """

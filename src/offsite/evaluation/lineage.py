@@ -1,4 +1,4 @@
-"""Which adapter belongs to which model, by what their signed manifests name. Torch-free."""
+"""Checks that an adapter belongs to a model, by the digests in their signed manifests. Torch-free."""
 
 from pathlib import Path
 
@@ -9,8 +9,9 @@ from offsite.protocol.artifacts import Base, Bundle, PlugIn, Return
 def require_lineage(model: Path | Base | Bundle | PlugIn, adapter: Path | Return | PlugIn | None) -> None:
     """Check that an adapter was made for the model that it is scored on.
 
-    A return fits its bundle alone: the base may number its blocks otherwise, and an adapter on other blocks gives wrong
-    scores without an error. A folder without a signature names no parent, so nothing is known about it.
+    A return can only be scored on its bundle: the same blocks may have other indices in the base, and an adapter on
+    other blocks gives wrong scores without an error. A folder without a signature does not name its parent, so it is
+    not checked.
 
     Args:
         model: the model, verified if it is signed.

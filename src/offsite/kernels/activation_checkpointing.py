@@ -33,8 +33,7 @@ class Checkpointed(Wrapped):
 def checkpoint_activations(blocks: nn.Module) -> None:
     """Wrap every block of a list, in place, so that its activations are computed again in the backward pass.
 
-    Call it after everything that trains has been attached to the blocks. A block that is already wrapped stays as it
-    is.
+    Call it after all adapters have been attached to the blocks. A block that is already wrapped is not wrapped again.
     """
     for name, block in list(blocks.named_children()):
         if not isinstance(block, Checkpointed):

@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 def use_attention(
     model: "PreTrainedModel", name: str, attend: Callable[..., Any], mask: Callable[..., Any], reason: str
 ) -> Piece:
-    """Replace the attention of a model that runs torch's SDPA (scaled dot-product attention) by another one.
+    """Replace a model's attention by another function, if it is torch's SDPA (scaled dot-product attention).
 
     Args:
-        model: the model; its config gets the name of the attention.
-        name: the name under which the attention is registered in transformers.
-        attend: the attention, with the arguments that transformers passes to an attention function.
-        mask: makes the mask for it, with the arguments that transformers passes to a mask function.
+        model: the model, changed in place; its config gets the name of the attention.
+        name: the name under which the function is registered in transformers.
+        attend: the attention function, with the arguments that transformers passes to an attention function.
+        mask: the function that makes the mask for it, with the arguments that transformers passes to a mask function.
         reason: why this attention is used, for the report of the kernels.
 
     Returns:
-        The entry for the report of the kernels; its count is 0, with the reason, if the model keeps its own attention.
+        The entry for the report of the kernels: the number of blocks; or 0 and the reason, if nothing was replaced.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface

@@ -21,12 +21,14 @@ def labelled_cross_entropy(
     *,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the cross-entropy after a head, in chunks; matrix products in the dtype of the weight, softmax in fp32.
+    """Compute the cross-entropy of a language model's head on L labelled tokens, one chunk of tokens at a time.
+
+    Matrix products are in the dtype of the weight, the softmax is in fp32.
 
     Args:
-        hidden: hidden states before the head, (L, H), in the dtype of `weight`.
+        hidden: hidden states of the labelled tokens before the head, (L, H), in the dtype of `weight`.
         weight: the weight of the head, (V, H); gets a gradient if it requires one.
-        targets: token ids, (L,).
+        targets: the labels, token ids, (L,).
         bias: the bias of the head, (V,), or None; gets a gradient if it requires one.
         cap: if given, logits become cap * tanh(logits / cap), as in Gemma 2 (arXiv 2408.00118, section 2).
         chunk_elements: the largest number of logits that exist at once.

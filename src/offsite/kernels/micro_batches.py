@@ -23,7 +23,7 @@ class MicroBatchRunner(Protocol):
 
         Args:
             loss_of: computes the loss of a micro-batch, a scalar with a gradient; several threads may call it at once.
-            groups: the micro-batches, in any form that `loss_of` takes.
+            groups: the micro-batches, in any form that `loss_of` accepts.
 
         Yields:
             The loss of each micro-batch, in the order of the groups. When it is yielded, the gradients of that

@@ -1,4 +1,4 @@
-"""Measures the peak memory of a function: of the process, or on a CUDA device of torch."""
+"""Measures the peak memory during a function call: of the process, or on a CUDA device of torch's allocator."""
 
 import re
 from collections.abc import Callable
@@ -35,13 +35,13 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> tuple[int, 
         )
     release_freed_memory(device)  # otherwise memory that was freed before would count as memory of this work
     _RESET.write_text("5")  # resets the kernel's record of the peak
-    before = _kilobytes("VmRSS")
+    before = _status_bytes("VmRSS")
     work()
-    return before, _kilobytes("VmHWM")
+    return before, _status_bytes("VmHWM")
 
 
-def _kilobytes(key: str) -> int:
-    """The entry `key` of /proc/self/status, in bytes (the file counts in kB)."""
+def _status_bytes(key: str) -> int:
+    """A value of /proc/self/status in bytes, such as "VmHWM", the peak resident memory (the file has it in kB)."""
     found = re.search(rf"^{key}:\s+(\d+)", _STATUS.read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1]) * 1024

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 def prepare(model: "PreTrainedModel", device: torch.device, dtype: torch.dtype) -> Report:
     """Replace parts of a model by others that compute the same, faster or with less memory.
 
-    Call it once, before anything is attached to the model and before its blocks are wrapped. Parameters keep their
-    names. On a CUDA device the prepared model takes only sequences that are padded at the right.
+    Call it once, before adapters are attached to the model and before its blocks are wrapped in other modules.
+    Parameters keep their names. On a CUDA device the prepared model accepts only sequences that are padded at the
+    right.
 
     Args:
         model: the model, changed in place.
@@ -24,7 +25,7 @@ def prepare(model: "PreTrainedModel", device: torch.device, dtype: torch.dtype) 
         dtype: the compute dtype.
 
     Returns:
-        The backend, and for each kind of module how many were replaced and why no more.
+        The backend, and for each kind of module how many were replaced, with the reason if some were not.
     """
     pieces: tuple[Piece, ...] = ()
     if device.type == "cpu":
@@ -41,14 +42,14 @@ def prepare(model: "PreTrainedModel", device: torch.device, dtype: torch.dtype) 
 
 
 def prepare_adapters(model: nn.Module, device: torch.device) -> tuple[Piece, ...]:
-    """Replace modules that a tuning method attached to a prepared model; parameters keep their names.
+    """Replace adapter modules of a prepared model, such as LoRA layers, by faster ones; parameters keep their names.
 
     Args:
         model: the model, changed in place.
         device: the device that the model is on.
 
     Returns:
-        Entries for `Report.with_pieces`: how many modules were replaced, and why no more.
+        Entries for `Report.with_pieces`: how many modules were replaced, with the reason if some were not.
     """
     if device.type != "cpu":
         has_lora = any(".lora_A." in name for name, _ in model.named_parameters())

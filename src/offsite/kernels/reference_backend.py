@@ -1,4 +1,4 @@
-"""The backend in plain torch, for devices without a backend of their own: every module runs as its library wrote it."""
+"""The backend in plain torch, for devices without a backend of their own: it replaces no modules."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence

@@ -18,7 +18,7 @@ _PROBE = 7  # random input vectors on which a module and its replacement must gi
 
 @dataclass(frozen=True)
 class Candidate:
-    """A possible replacement of a module, which still has to prove that it computes the same."""
+    """A possible replacement of a module; `replace_modules` uses it only if its output is the same as the module's."""
 
     piece: str  # name of the kind of module in the report
     module: nn.Module
@@ -31,11 +31,11 @@ def replace_modules(
 
     Args:
         model: the model, changed in place.
-        candidates_of: the possible replacements of a module, found by the names of its parts; none for most modules.
-        pieces: the names that candidates have in the report, in the order of the report.
+        candidates_of: takes a module and returns its possible replacements; for most modules there are none.
+        pieces: the kinds of modules (the values of `Candidate.piece`), in the order of the report.
 
     Returns:
-        One entry for each name: how many modules were replaced, and why no more.
+        One entry for each of `pieces`: how many modules were replaced, and why others were not.
     """
     replaced: Counter[str] = Counter()
     differ: Counter[str] = Counter()
@@ -56,13 +56,19 @@ def replace_modules(
 
 
 def _takes_as_much(candidate: nn.Module, module: nn.Module) -> bool:
-    """Whether a candidate takes as many inputs as a module: norms of state-space models take a gate too."""
+    """Whether the candidate's `forward` has at least as many parameters as the module's.
+
+    Norms of state-space models, for example, have a second input, the gate.
+    """
     inputs = [len(inspect.signature(one.forward).parameters) for one in (candidate, module)]
     return inputs[0] >= inputs[1]
 
 
 def _keep_settings(new: nn.Module, old: nn.Module) -> None:
-    """Give a replacement the plain settings of the module that it replaces, since the code around it may read them."""
+    """Copy attributes that are booleans, numbers or strings from a module to its replacement, if it lacks them.
+
+    The code around the module may read them.
+    """
     for name, value in vars(old).items():
         if not name.startswith("_") and isinstance(value, bool | int | float | str) and not hasattr(new, name):
             setattr(new, name, value)
@@ -89,7 +95,7 @@ def agree(module: nn.Module, other: nn.Module, width: int | None = None) -> bool
 
 @torch.no_grad()
 def same_function(one: Callable[[torch.Tensor], torch.Tensor], other: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-    """Whether two activation functions are the same.
+    """Whether two activation functions give the same output for 1,025 numbers from -8 to 8.
 
     They are compared in fp32, since rounding to bf16 could hide a small difference.
     """

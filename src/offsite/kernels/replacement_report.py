@@ -31,7 +31,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Report:
-    """The backend of a model, and its entries on everything that it may replace or choose."""
+    """The report of the kernels on one model: its backend, and one entry for each kind of module or choice."""
 
     backend: Backend
     pieces: tuple[Piece, ...] = ()

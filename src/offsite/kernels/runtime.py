@@ -50,8 +50,7 @@ def resolve_runtime(
 def worker_count(wanted: int | None, device: torch.device) -> int:
     """The number of processes that decode pictures: the setting, or if it is None the best number for the device.
 
-    On a CPU the best number is 0: workers would take as much CPU time from the network as they save it
-    (docs/images.md).
+    On a CPU the best number is 0: the network would lose as much CPU time to the workers as they save (docs/images.md).
     """
     if wanted is not None:
         return wanted

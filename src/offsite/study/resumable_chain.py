@@ -25,7 +25,7 @@ OWNER, TUNER = "model-owner", "data-owner"  # names of the parties, and of their
 
 @dataclass
 class Chain:
-    """The steps of one work folder, with the results and run times of those that are done."""
+    """A chain of steps in one work folder, and the results and run times of the steps that are done."""
 
     workdir: Path
     progress: Progress
@@ -63,7 +63,7 @@ class Chain:
         leftovers: Sequence[Path] = (),
         by: str | None = None,
     ) -> Any:
-        """Run an `offsite` command of a party as the next step, and return its JSON result.
+        """Run an `offsite` command of a party as the next step, unless it is done, and return its JSON result.
 
         Args:
             name: the step's name, unique in the chain.
@@ -88,7 +88,15 @@ class Chain:
     def step(
         self, name: str, description: str, act: Callable[[], Any], outputs: Sequence[Path], stamp: Mapping[str, Any]
     ) -> Any:
-        """Run the function `act` as the next step, and return its result; `outputs` are the paths that it writes."""
+        """Run a function as the next step, unless the step is done, and return its result.
+
+        Args:
+            name: the step's name, unique in the chain.
+            description: a description of the step for the user.
+            act: the function; its result is saved as JSON.
+            outputs: the paths that it writes; if one is missing, the step runs again.
+            stamp: values that the result depends on, in addition to the earlier steps.
+        """
         return self._step(name, description, lambda _started: act(), outputs, stamp)
 
     def copy(self, name: str, source: Path, target: Path) -> None:
@@ -101,7 +109,14 @@ class Chain:
         self.step(name, f"{name}: a plain copy", act, [target], {"source": str(source)})
 
     def note(self, name: str, stamp: Mapping[str, Any], result: Any, seconds: float) -> None:
-        """Record the result of a step that was done outside this chain, so that later steps depend on it."""
+        """Record the result of a step that was done outside this chain, so that later steps depend on it.
+
+        Args:
+            name: the step's name, unique in the chain.
+            stamp: values that the result depends on.
+            result: the result, as a value that JSON can hold.
+            seconds: how long the step took.
+        """
         self._done += 1
         self._key = _digest(self._key, name, stamp)
         self.results[name], self.seconds[name] = result, seconds
@@ -119,6 +134,7 @@ class Chain:
         stamp: Mapping[str, Any],
         leftovers: Sequence[Path] = (),
     ) -> Any:
+        """Run `act`, which takes whether the step was started before, unless the step is already done."""
         self._key = _digest(self._key, name, stamp)
         record = self._state().get(name, {})
         same = record.get("key") == self._key
@@ -158,7 +174,7 @@ class Chain:
 
 
 def copy_artifact(source: Path, target: Path) -> None:
-    """Copy a file or a folder from one party to the other."""
+    """Copy a file or a folder; the copy appears complete or not at all."""
     if source.is_dir():
         with staged_folder(target) as folder:
             shutil.copytree(source, folder, dirs_exist_ok=True)

@@ -27,7 +27,7 @@ _PLACEMENT = PackSpec.keys_of("split", "permits", "runtime") | {"dtype"}
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of a party: its words and settings, the stages it needs, and its output."""
+    """One command of a party: its words and settings, the stages whose output it needs, and its own output path."""
 
     name: str
     description: str
@@ -53,7 +53,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Workspace:
-    """The folder of a study and its base model; each method describes one stage, and nothing runs.
+    """The folder of a study and its base model; each method returns the description of one stage, and runs nothing.
 
     The folder has `model-owner/` and `data-owner/`, each with its own home, and `experimenter/`.
     """
@@ -108,7 +108,7 @@ class Workspace:
         Args:
             rows: the data set.
             row: the name of the row of the result table that the score is for.
-            model: the stage that wrote the model; None takes the base.
+            model: the stage that wrote the model; None means the base.
             adapter: the stage that wrote the adapter, if any.
         """
         needs = tuple(stage for stage in (model, adapter) if stage is not None)
@@ -140,6 +140,7 @@ class Workspace:
         large: bool = False,
         description: str = "",
     ) -> Stage:
+        """Make a stage; its key is a digest of its inputs, and its output is at `party/place/key` in the folder."""
         basis = [_STAGES, FORMAT, __version__, name, [stage.key for stage in needs], dict(inputs)]
         key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()[:16]
         out = self.folder / party / place / key
@@ -150,7 +151,7 @@ class Workspace:
 
 
 def command_words(stage: Stage, workspace: Workspace, config: Path) -> Words:
-    """Build the words of a stage's command; the stages that it needs must be done before."""
+    """Build the words of a stage's command; the stages that it needs must already have run."""
     party = OWNER if stage.party == EXPERIMENTER else stage.party  # the owner's home verifies what both parties made
     home: Words = ["--home", workspace.folder / party / "home"]
     words = _eval_words(stage) if stage.name == "eval" else [*stage.words]

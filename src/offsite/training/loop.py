@@ -145,7 +145,11 @@ def _step(
 def _accumulate(
     task: TrainingTask, weights: MasterWeights, run: MicroBatchRunner, epoch: int, rows: Sequence[int], weight: int
 ) -> dict[str, float]:
-    """Add the gradients of all micro-batches of a step to the master weights; returns the sums of the loss terms."""
+    """Run the micro-batches of a step, and add their gradients to those of the master weights.
+
+    Returns:
+        Each term of the loss, by name, summed over the micro-batches.
+    """
     terms_of: dict[int, Mapping[str, torch.Tensor]] = {}  # loss terms of the micro-batches that have run, by number
 
     def loss_of(numbered: tuple[int, Sequence[int]]) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunNames:
-    """The names of a run in error messages, progress events and the log."""
+    """What a run and its events are called in error messages, progress events and the log."""
 
     noun: str = "tuning"
     stage: str = "tuning"  # name of the stage in progress events
@@ -38,7 +38,7 @@ def _nothing(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Hooks:
-    """Functions that the loop calls at a start, after a step and after a validation."""
+    """Functions that the loop calls when a run starts or resumes, after each step and after each validation."""
 
     on_start: Callable[[int], None] = _nothing  # takes the number of steps done before this start
     on_step: Callable[[int], None] = _nothing  # takes the number of steps done; runs before the resume point is written

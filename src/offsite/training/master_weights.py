@@ -12,10 +12,10 @@ from torch import nn
 
 
 class MasterWeights:
-    """The parameters that train, keyed by their names in the return, each with its fp32 master weight.
+    """The parameters that train, by name, each with its fp32 master weight.
 
     Args:
-        working: the network's own parameters, by name.
+        working: the network's own parameters, under names that are unique in the run; its resume points use them too.
         decayed: the names of the parameters with weight decay; usually matrices, never norms or biases.
         rate_factors: factors of the learning rate, by name; a name without an entry has the factor 1.
         fixed: boolean masks of entries that must not change (such as zeros of a pruned matrix), by name.
@@ -39,7 +39,7 @@ class MasterWeights:
         self._fixed = dict(fixed or {})
 
     def collect_gradients(self) -> None:
-        """Add the gradients of the working parameters to those of the master weights, and clear them in the former."""
+        """Add the gradients of the working parameters to those of the master weights, and set the former to None."""
         for name, parameter in self.working.items():
             master = self.masters[name]
             if master is parameter or parameter.grad is None:

@@ -100,7 +100,7 @@ class Terminated(KeyboardInterrupt):
 def terminated_as_interrupted() -> Iterator[None]:
     """Context manager: SIGTERM interrupts the body of the `with` statement as Ctrl-C does.
 
-    `kill`, containers and batch systems send SIGTERM. If a handler for SIGTERM is already installed, it stays.
+    `kill`, containers and batch systems send SIGTERM. A handler for SIGTERM that is already installed is not replaced.
 
     Raises:
         Terminated: SIGTERM arrived.

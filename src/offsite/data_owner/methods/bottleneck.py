@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def attach(model: "PreTrainedModel", manifest: BundleManifest, spec: TuneSpec) -> dict[str, nn.Parameter]:
-    """Insert bottlenecks into the trained blocks, before the residual is added. New ones do not change the output.
+    """Insert bottlenecks into the trained blocks, before the residual is added.
+
+    Their initial weights are such that they do not change the output.
 
     Args:
         model: the bundle's model, changed in place.

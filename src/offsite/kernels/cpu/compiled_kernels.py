@@ -120,7 +120,8 @@ def attend(
         settings: scale, causal rule and dropout.
 
     Returns:
-        The output (B, T, heads, D), and the logarithms (B, heads, T padded to a multiple of 32) in fp32.
+        The output (B, T, heads, D); and for each query the base-2 logarithm of its softmax's denominator, in fp32,
+        (B, heads, T padded to a multiple of 32).
 
     Raises:
         MemoryError: not enough memory for the buffers of a few heads.

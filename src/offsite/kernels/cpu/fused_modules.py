@@ -47,7 +47,7 @@ _GATES = (_SILU, _TANH_GELU)
 
 
 def fuse(model: nn.Module) -> tuple[Piece, ...]:
-    """Replace norms, gated MLPs and GELUs of a model in place, before anything is attached to it.
+    """Replace a model's RMS norms, gated MLPs and GELUs in place by fused ones; call it before adapters are attached.
 
     Returns:
         One entry for the report of the kernels for each of the three kinds of modules.
@@ -56,7 +56,7 @@ def fuse(model: nn.Module) -> tuple[Piece, ...]:
 
 
 def _candidates(module: nn.Module) -> Iterator[Candidate]:
-    """Yields fused modules that might compute the same as `module`, judged by the names of its parts."""
+    """Yields fused modules that might compute the same as `module`, according to the names of its parts."""
     children, own = dict(module.named_children()), dict(module.named_parameters(recurse=False))
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if set(children) == set(_GATED) and not own:

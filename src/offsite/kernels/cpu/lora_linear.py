@@ -45,7 +45,7 @@ def replace_lora_layers(model: nn.Module) -> Piece:
 
 
 def _fused(layer: "Linear") -> "FusedLoraLinear":
-    """The fused layer that holds the parameters of a LoRA layer of PEFT."""
+    """Make the fused layer with the parameters of a LoRA layer of PEFT."""
     parts = layer.base_layer, layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
     return FusedLoraLinear(*parts, layer.scaling[_ADAPTER], transposed=layer.fan_in_fan_out)
 

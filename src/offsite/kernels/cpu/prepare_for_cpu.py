@@ -22,7 +22,8 @@ def prepare_for_cpu(model: "PreTrainedModel", dtype: torch.dtype) -> tuple[Piece
     Arguments as for `offsite.kernels.prepare`.
 
     Returns:
-        The entries for the report of the kernels: for each kind of module how many were replaced, and why no more.
+        The entries for the report of the kernels: for each kind of module how many were replaced, and why others were
+        not.
     """
     return (*fuse(model), use_tiled_attention(model), _compiled(dtype), allocator.report())
 
@@ -31,7 +32,7 @@ def prepare_adapters_for_cpu(model: nn.Module) -> tuple[Piece, ...]:
     """Replace adapter modules in place by faster ones that compute the same.
 
     Returns:
-        The entries for the report of the kernels: how many modules were replaced, and why no more.
+        The entries for the report of the kernels: how many modules were replaced, and why others were not.
     """
     return (replace_lora_layers(model),)
 

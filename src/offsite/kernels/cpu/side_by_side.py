@@ -43,7 +43,7 @@ def independent(body: nn.Module) -> bool:
 
 @torch.no_grad()
 def _draws(sample: Callable[[], object]) -> bool:
-    """Whether a pass uses the random generator of the process instead of its micro-batch's own.
+    """Whether `sample`, which runs a forward pass, uses the random generator of the process, not that of its thread.
 
     The state of the process's generator is restored.
     """

@@ -37,7 +37,7 @@ _Piece = tuple[slice, slice, slice, torch.Tensor, torch.Tensor | None]
 
 
 def use_tiled_attention(model: "PreTrainedModel") -> Piece:
-    """Replace the attention of a model on a CPU by this file's; returns the entry for the report of the kernels."""
+    """Replace the attention of a model on a CPU by `_attend`; returns the entry for the report of the kernels."""
     tiles = kernels.level()[0] >= kernels.TILES and model.dtype == torch.bfloat16
     reason = "a compiled kernel for matrix tiles" if tiles else "torch's products, in tiles that stay in the cache"
     return use_attention(model, "offsite_tiled", _attend, _mask, reason)

@@ -1,7 +1,7 @@
 """Trains with torch's flash attention kernels, by leaving out the dense mask that would disable them.
 
-A model with this attention takes only batches whose sequences are padded at the right, as the collation makes them.
-Nothing checks this: in every pass the CPU would have to wait for the device.
+A model with this attention accepts only batches whose sequences are padded at the right, as `collate` makes them. This
+is not checked, since in every pass the CPU would have to wait for the device.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def use_flash_attention(model: "PreTrainedModel") -> Piece:
-    """Let a model run SDPA with the causal rule instead of a dense mask; its batches must be padded at the right.
+    """Make a model run torch's SDPA with the causal rule and no dense mask, so that torch can use its flash kernels.
+
+    All batches of the model must then be padded at the right.
 
     Returns:
         The entry for the report of the kernels.

@@ -20,7 +20,7 @@ _tanh_gelu = partial(F.gelu, approximate="tanh")
 def use_liger(model: nn.Module) -> tuple[Piece, ...]:
     """Replace RMS norms and gated MLPs of a model in place by kernels of liger-kernel.
 
-    Each is replaced only if both give the same output for random inputs.
+    A module is replaced only if its output and the kernel's are the same for random inputs.
 
     Returns:
         One entry for the report of the kernels for norms, and one for MLPs.
@@ -34,7 +34,7 @@ def use_liger(model: nn.Module) -> tuple[Piece, ...]:
 
 
 def _candidates(functions: Any, module: nn.Module) -> Iterator[Candidate]:
-    """Yields modules of liger-kernel that might compute the same as `module`, judged by the names of its parts."""
+    """Yields modules of liger-kernel that might compute the same as `module`, according to the names of its parts."""
     children, own = dict(module.named_children()), dict(module.named_parameters(recurse=False))
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if children.keys() == _GATED and not own:

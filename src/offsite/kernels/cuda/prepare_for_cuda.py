@@ -14,6 +14,7 @@ def prepare_for_cuda(model: "PreTrainedModel") -> tuple[Piece, ...]:
     """Replace modules of a model on a CUDA device in place by faster ones that compute the same.
 
     Returns:
-        The entries for the report of the kernels: for each kind of module how many were replaced, and why no more.
+        The entries for the report of the kernels: for each kind of module how many were replaced, and why others were
+        not.
     """
     return (*use_liger(model), use_flash_attention(model))

@@ -52,8 +52,8 @@ def demo(
 
     Args:
         workdir: the folder of both parties; steps whose inputs are unchanged since an earlier run are not repeated.
-        data: the data owner's Python code; None takes the interpreter's standard library.
-        model: a base folder or GGUF file; None takes SmolLM2-135M-Instruct from its wheel.
+        data: the data owner's Python code; None means the interpreter's standard library.
+        model: a base folder or GGUF file; None means SmolLM2-135M-Instruct from its wheel.
         steps: optimiser steps of every tuning; None leaves the command's default.
         full: also tune the uncompressed model twice: with the adapter alone, and with all blocks but one.
         progress: one event for each step, before it runs.
@@ -163,7 +163,7 @@ def _tune(chain: Chain, name: str, description: str, bundle: Path, out: Path, st
 def _bounds(chain: Chain, base: Path, steps: int | None) -> Subjects:
     """Make two upper bounds for the plug-in: the adapter tuned on the uncompressed base, and all blocks but one tuned.
 
-    Only for these, the data owner gets the whole model: a bundle that keeps the whole middle is the base model.
+    Only for these bounds, the data owner gets the whole model: a bundle without compression contains all of its blocks.
     """
     split = chain.results["pack"]["split"]
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))

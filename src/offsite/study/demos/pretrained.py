@@ -34,7 +34,7 @@ def cached_smollm2(
     Args:
         announce: called before a download starts.
         run: runs an `offsite` command with these words.
-        cache: the folder to keep the base in; None takes the user's cache folder.
+        cache: the folder to keep the base in; None means the user's cache folder.
 
     Returns:
         The base folder, the seconds that this call took, and the size of the weights in bytes.
@@ -63,7 +63,7 @@ def cached_encoder(
         announce: called before a download starts.
         run: runs an `offsite` command with these words.
         image_size: side length in pixels of the encoder's input images.
-        cache: the folder to keep the base in; None takes the user's cache folder.
+        cache: the folder to keep the base in; None means the user's cache folder.
     """
     base = (cache or platformdirs.user_cache_path("offsite", appauthor=False)) / "vit-s-14" / f"base-{image_size}"
 

@@ -32,7 +32,7 @@ def tiny_base(folder: Path, architecture: str, blocks: int | None = None, *, lik
     Args:
         folder: the folder to write; it must not exist, or be empty.
         architecture: a model type of the table of families.
-        blocks: the number of blocks; None takes that of `like`, or 6.
+        blocks: the number of blocks; None means that of `like`, or 6.
         like: a base folder from which switches are copied (biases, windows, tied head, ...), but not the sizes.
 
     Raises:

@@ -54,9 +54,9 @@ def vision_demo(
 
     Args:
         workdir: the folder of both parties; steps whose inputs are unchanged since an earlier run are not repeated.
-        images: pictures, a sub-folder for each class; with or without parts for training and testing. None takes
+        images: pictures, a sub-folder for each class; with or without parts for training and testing. None means
             the handwritten digits that come with scikit-learn.
-        model: a base folder or ONNX file; None takes the ViT-S/14 from its wheel.
+        model: a base folder or ONNX file; None means the ViT-S/14 from its wheel.
         steps: optimiser steps; None makes some passes over the training pictures.
         progress: one event for each step, before it runs.
 

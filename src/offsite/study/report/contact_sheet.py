@@ -80,7 +80,7 @@ def read_predictions(test: Path, scores: Sequence[Path]) -> list[PredictedPictur
 
 
 def draw_sheet(file: Path, shown: Sequence[PredictedPicture], names: Sequence[str]) -> None:
-    """Draw pictures into a PNG file; below each stand its class, and a line for each model with the predicted class.
+    """Draw pictures into a PNG file; below each picture are its class and, for each model, the predicted class.
 
     Args:
         file: the PNG file.

@@ -65,7 +65,10 @@ def groups(results: Results) -> list[Group]:
 
 
 def names(grouped: Sequence[Group]) -> dict[tuple[str, ...], str]:
-    """A short name for each group, from the settings that differ in this study; keys are `words` without data set."""
+    """A short name for each group, made of the settings that differ in this study.
+
+    The keys are `Group.words` without the data set.
+    """
     keys = list(dict.fromkeys(group.words[1:] for group in grouped))
     compress, placements, tunes = ({key[i] for key in keys} for i in range(3))
     apart = len({key[:2] for key in keys}) > len(compress)  # a compressor at several placements
