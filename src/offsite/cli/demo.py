@@ -89,6 +89,7 @@ def _require_fitting(*, vision: bool, images: Path | None, others: Mapping[str, 
 
 
 def _print_vision(result: "VisionDemo", workdir: Path, json_file: Path | None) -> None:
+    """Print the result of the vision demo on standard output."""
     from rich.console import Console
     from rich.table import Table
 
@@ -118,11 +119,13 @@ def _print_vision(result: "VisionDemo", workdir: Path, json_file: Path | None) -
 
 
 def _announce(event: "Event") -> None:
+    """Print the number and the description of the demo's next step on standard error."""
     of = f"[{event.done}/{event.total}]"
     typer.secho(f"\n{of} {event.facts['says']}", bold=True, err=True)
 
 
 def _print(result: "Demo", workdir: Path, json_file: Path | None) -> None:
+    """Print the result of the language demo on standard output."""
     from rich.console import Console
     from rich.text import Text
 
@@ -141,6 +144,7 @@ def _print(result: "Demo", workdir: Path, json_file: Path | None) -> None:
 
 
 def _table(result: "Demo") -> "Table":
+    """The losses of all models as a table."""
     from rich.table import Table
 
     rows, modules = result.task["test_rows"], result.task["test_modules"]
@@ -158,6 +162,7 @@ def _table(result: "Demo") -> "Table":
 
 
 def _sample(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The example of the demo as pairs of title and text: the prompt, and the answers before and after."""
     if not sample:
         return []
     return [
@@ -186,6 +191,7 @@ def _verdict(losses: Mapping[str, float]) -> list[str]:
 
 
 def _next_steps(workdir: Path, json_file: Path | None) -> str:
+    """The commands that a user may run after the demo, as text."""
     program = sys.argv[0] if Path(sys.argv[0]).name == "offsite" else "python -m offsite"
     tuner = workdir / "data-owner"
     inspect = f"  {program} --home {tuner / 'home'} inspect"

@@ -67,6 +67,7 @@ def _require_writable(out: Path, home: "Home") -> None:
 
 
 def _holds_key(file: Path) -> bool:
+    """Whether a file is a public key."""
     from offsite.errors import UsageError
 
     try:
@@ -102,6 +103,11 @@ def add(
 
 
 def _read_key(file: Path) -> "PublicKey":
+    """Read a public key from a file.
+
+    Raises:
+        UsageError: the file cannot be read, or is no public key.
+    """
     from offsite.encodings import decode_text
     from offsite.errors import UsageError
     from offsite.protocol.signing import PublicKey

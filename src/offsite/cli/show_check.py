@@ -40,6 +40,7 @@ def show_checks(checks: "Checks", *, as_json: bool) -> int:
 
 
 def _facts(check: "TextCheck | PictureCheck") -> dict[str, Any]:
+    """A check as values that JSON can hold."""
     facts = dataclasses.asdict(check)
     for row in facts["shown"]:
         if "pieces" in row:
@@ -48,6 +49,7 @@ def _facts(check: "TextCheck | PictureCheck") -> dict[str, Any]:
 
 
 def _lines(check: "TextCheck | PictureCheck") -> Iterator[str]:
+    """Yield the lines of text for a check: its figures, then its examples of rows or pictures."""
     from offsite.data.check_data import PictureCheck
 
     facts = dataclasses.asdict(check)
@@ -77,6 +79,7 @@ def _lines(check: "TextCheck | PictureCheck") -> Iterator[str]:
 
 
 def _counts(named: Mapping[str, int]) -> str:
+    """Counts as text, such as "a (3), b (1)"."""
     return ", ".join(f"{name} ({count})" for name, count in sorted(named.items()))
 
 
@@ -94,6 +97,7 @@ def _marked(row: "ShownRow") -> str:
 
 
 def _shortened(text: str, most: int) -> str:
+    """A text of at most about `most` characters, with the middle left out."""
     if len(text) <= most:
         return text
     return f"{text[: most // 2]} [... {len(text) - most // 2 * 2:,} letters ...] {text[-(most // 2) :]}"

@@ -81,6 +81,7 @@ def size(count: int) -> str:
 
 
 def _measurement(measured: "Measurement") -> list[str]:
+    """Lines of text for the measured memory and time of a plan."""
     held = "torch on the device" if measured.device.startswith("cuda") else "the process"
     whole = _duration(measured.run_seconds)
     return [
@@ -91,12 +92,14 @@ def _measurement(measured: "Measurement") -> list[str]:
 
 
 def _unmeasured(plan: "Plan") -> list[str]:
+    """A line of text for a plan without a measurement: what its figures of memory do not include."""
     if not getattr(plan, "memory", ()):
         return ["no network runs: tensors are copied in pieces, whatever the model's size"]
     return ["activations and libraries come on top of these weights: `--plan measure` runs a small part and measures"]
 
 
 def _duration(seconds: float) -> str:
+    """Seconds as text, such as 1:02:03 (hours, minutes, seconds)."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
@@ -106,6 +109,7 @@ def _number(value: float | str) -> str:
 
 
 def _parts(title: str, parts: "Iterable[Part]") -> list[str]:
+    """Format the parts of a model, with numbers of blocks and parameters, as a table of text."""
     held = [one for one in parts if one.parameters]
     rows = [[one.name, str(one.blocks or ""), f"{one.parameters:,}", size(one.bytes)] for one in held]
     total = ["together", "", f"{sum(one.parameters for one in held):,}", size(sum(one.bytes for one in held))]
@@ -113,6 +117,7 @@ def _parts(title: str, parts: "Iterable[Part]") -> list[str]:
 
 
 def _amounts(title: str, amounts: "Sequence[Amount]") -> list[str]:
+    """Format named sizes in bytes, and their sum, as a table of text."""
     rows = [[one.name, size(one.bytes)] for one in amounts]
     together = [["together", size(sum(one.bytes for one in amounts))]] if len(amounts) > 1 else []
     return _table([title, "size"], [*rows, *together])
@@ -130,6 +135,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _free(out: Path) -> int | None:
+    """The free space in bytes on the disk that will have the folder `out`; None if unknown."""
     there = next((folder for folder in (out, *out.resolve().parents) if folder.is_dir()), None)
     try:
         return shutil.disk_usage(there).free if there else None

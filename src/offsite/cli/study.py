@@ -115,6 +115,7 @@ def full_fine_tuning(
 
 
 def _report(recipe: "Recipe", points: "list[GridPoint]", out: Path) -> "Results":
+    """Collect the results of a study, and write its report; prints the paths of the written files."""
     from offsite.study.report.contact_sheet import sheets
     from offsite.study.report.results import collect
     from offsite.study.report.write_report import write_report
@@ -134,6 +135,7 @@ def _print_json(results: "Results") -> None:
 
 
 def _print(results: "Results", out: Path) -> None:
+    """Print the tables of a study's report on standard output, except the last one, which is about costs."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -160,6 +162,7 @@ def _print(results: "Results", out: Path) -> None:
 
 
 def _failures(results: "Results") -> list[str]:
+    """A line of text for each result row that failed."""
     from offsite.study.report.report_tables import failures
 
     return [" ".join(line.split()) for line in failures(results)]
@@ -178,6 +181,7 @@ def _showing_study_progress(points: "list[GridPoint]") -> "Iterator[OnStudyEvent
 
 
 def _print_event(event: "StudyEvent") -> None:
+    """Print an event of a study as a line on standard error."""
     where = f"[{event.done}/{event.total}]"
     if event.kind == "score":
         terminal.say(f"{where} cell {event.point + 1} {event.row}: {event.score_text}")
@@ -188,6 +192,7 @@ def _print_event(event: "StudyEvent") -> None:
 
 
 def _check(recipe: "Recipe", *, as_json: bool) -> None:
+    """Check a recipe on a tiny model, print the result, and end the command with an error if a stage failed."""
     from offsite.study.check_recipe import check
 
     tried = check(recipe, run_in_this_process, _print_event if not as_json else lambda _: None)

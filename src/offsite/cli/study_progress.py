@@ -48,6 +48,7 @@ class StudyTable:
         return Group(self._table(), *self._now())
 
     def _table(self) -> Table:
+        """The scores so far, a line for each grid point and a column for each result row."""
         rows = list(self.points[0].rows) if self.points else []
         table = Table(title=self._metric.axis, title_justify="left", title_style="dim")
         for name in ("data set", "compress", "tuning", "seed"):
@@ -66,6 +67,7 @@ class StudyTable:
         return table
 
     def _now(self) -> list[Text]:
+        """The stage that runs now, its duration, and the last line of its log; empty before the first stage."""
         if self.event is None:
             return []
         seconds = round(time.monotonic() - self.since)

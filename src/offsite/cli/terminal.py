@@ -110,6 +110,7 @@ def show_system_error(error: OSError, *, as_json: bool) -> int:
 def _failed(
     kind: str, exit_code: int, what: str, reasons: tuple[str, ...], next_step: str | None, *, as_json: bool
 ) -> None:
+    """Print an error on standard error, and with `as_json` also as JSON on standard output."""
     _mark("error: ", fg="red", bold=True)
     typer.echo(printable(what), err=True)
     for reason in reasons:
@@ -122,6 +123,7 @@ def _failed(
 
 
 def _show_failure(kind: str, exit_code: int, what: str, reasons: tuple[str, ...], next_step: str | None) -> None:
+    """Print an error as JSON on standard output."""
     body = {"kind": kind, "exit_code": exit_code, "what": what, "reasons": list(reasons), "next_step": next_step}
     show({"error": body}, as_json=True)
 
@@ -137,6 +139,7 @@ def printable(text: str) -> str:
 
 
 def _rows(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (label, text) lines for a result; labels of nested entries have the outer name and a dot before them."""
     for name, value in result.items():
         # below the top level, names may come from the other party and stay unchanged
         label = f"{prefix}{name}" if prefix else name.replace("_", " ")
@@ -165,6 +168,7 @@ def _list_rows(label: str, values: "list[Any] | tuple[Any, ...]") -> Iterator[tu
 
 
 def _value(name: str, value: object) -> str:
+    """A value as text; a number named "bytes" also in MiB."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if name == "bytes" and isinstance(value, int):
@@ -213,6 +217,7 @@ def lines(clock: Callable[[], float] = time.monotonic) -> Progress:
 
 
 def _count(event: Event) -> str:
+    """The progress of an event as text, such as "3/10"; empty if it counts nothing."""
     if event.total is None:
         return str(event.done) if event.done else ""
     return f"{event.done}/{event.total}"

@@ -102,6 +102,7 @@ def _load_configs(source: Source) -> None:
 
 
 def _encoded(row: Row, tokenizer: "PreTrainedTokenizerBase", longest: int) -> Sequence[Example]:
+    """Encode one row, cut to at most `longest` tokens."""
     return encode([row], tokenizer, source=Path("text of the check"), max_length=longest, long_rows="truncate").examples
 
 

@@ -87,6 +87,7 @@ def _architecture_and_blocks(recipe: Recipe) -> tuple[str, int | None]:
 
 
 def _base_folder(recipe: Recipe) -> Path | None:
+    """The recipe's base folder; None if it does not exist or the base is a pretrained model."""
     return recipe.base if isinstance(recipe.base, Path) and (recipe.base / "config.json").exists() else None
 
 
@@ -97,6 +98,7 @@ def _data(recipe: Recipe, folder: Path) -> tuple[DataTable, ...]:
 
 
 def _synthetic_rows(score: Any, folder: Path) -> DataTable:
+    """Write a few synthetic rows for training and testing, of a kind that has this score."""
     files = []
     for part in ("train", "test"):
         rows: list[Mapping[str, Any]] = [
@@ -125,6 +127,7 @@ def _synthetic_pictures(folder: Path) -> DataTable:
 
 
 def _shrink_recipe(recipe: Recipe, data: tuple[DataTable, ...], pictures: Path | None) -> Recipe:
+    """A copy of a recipe with one seed, other data sets, and settings for runs of two steps."""
     tuning = {"max_steps": 2, "batch_size": 4, "eval_every": None, "micro_batch_tokens": _TOKENS}
     fits = {"max_length": 256, "long_rows": "error"}
     return replace(

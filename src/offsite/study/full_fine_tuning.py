@@ -111,6 +111,7 @@ def full_fine_tuning(
 
 
 def _read(base: Base, data: Path | None, spec: TuneSpec, part: Part) -> tuple[Example, ...]:
+    """Read and tokenise the rows of a data set; () if `data` is None."""
     if data is None:
         return ()
     longest = min(spec.rows.max_length, context_length(base.folder) or spec.rows.max_length)
@@ -134,6 +135,7 @@ def _write_classifier(task: ImageTask, base: BaseModel, dtype: str, out: Path) -
 
 
 def _write_language_model(model: "PreTrainedModel", base: Base, out: Path) -> None:
+    """Write a tuned language model, with the tokenizer of its base, as a checkpoint folder."""
     from transformers import GenerationConfig
 
     with staged_folder(out) as folder:

@@ -64,6 +64,10 @@ def _grid_point(
     seed: int,
     middle: int,
 ) -> GridPoint:
+    """Make a grid point, with a scoring stage for each result row.
+
+    `middle` is the number of the base's middle blocks, which a bundle without compression keeps.
+    """
     method_on_dataset = method.on(dataset)
     spec, full = (one.changed({"seed": seed}) for one in (method_on_dataset.spec, method_on_dataset.full))
     pack = workspace.pack_stage(compressor.spec)

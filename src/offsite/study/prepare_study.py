@@ -62,6 +62,11 @@ def prepare(recipe: Recipe, out: Path, say: Callable[[str], None]) -> tuple[Work
 
 
 def _require_study_folder(out: Path) -> None:
+    """Check that a folder is new, empty, or that of an earlier run of a study.
+
+    Raises:
+        UsageError: it has other files, or is inside a model or an artifact.
+    """
     require_outside(out)
     if out.is_dir() and not all(is_leftover(path.name) for path in out.iterdir()) and not (out / _MARK).is_dir():
         raise UsageError(
@@ -72,6 +77,8 @@ def _require_study_folder(out: Path) -> None:
 
 
 def _base(recipe: Recipe, say: Callable[[str], None]) -> Path:
+    """The recipe's base folder; a pretrained model is downloaded and imported if it is not in the user's cache."""
+
     def run(words: Sequence[str | Path]) -> Any:
         return run_command(words, "the study").result
 
@@ -115,6 +122,7 @@ def require_recipe_fits_base(recipe: Recipe, base: Path) -> None:
 
 
 def _problems_with_base(model: BaseModel, spec: PackSpec) -> Sequence[str]:
+    """Why the base cannot be packed with these settings, as one message or none."""
     try:
         require_packable(model, spec)
         if model.family.vision is not None:
@@ -196,10 +204,16 @@ def write_rows(table: DataTable, folder: Path) -> Rows:
 
 
 def _has_records(source: Path) -> bool:
+    """Whether a data set consists of records (rows with fields), and not of plain text."""
     return source.is_dir() or kind(source) != ".txt"
 
 
 def _records(table: DataTable, part: str, source: Path, most: int | None) -> list[dict[str, Any]]:
+    """Read one part of a data set as records with our own field names; at most `most`, spread evenly.
+
+    Raises:
+        DataError: a row is invalid, or there are none.
+    """
     picked, problems = [], []
     form = RowForm(table.columns or {})
     wanted: Part = "train" if part == "train" else "held out"

@@ -186,6 +186,7 @@ def require_files(recipe: Recipe) -> None:
 
 
 def _missing(recipe: Recipe) -> Iterator[str]:
+    """Yield a message for each folder or file that a recipe names and that does not exist."""
     if isinstance(recipe.base, Path) and not recipe.base.exists():
         yield f"base: no such folder {recipe.base}"
     named: list[tuple[str, Spec]] = [(f"[[data]] {one.name!r}", one) for one in recipe.data]
@@ -215,10 +216,12 @@ class _SearchPaths:
 
 
 def _base(tables: RecipeTables, places: _SearchPaths) -> str | Path:
+    """The base of a recipe: the name of a pretrained model, or the path of a folder."""
     return tables.base if tables.base in (SMOLLM2, VIT_S14) else places.find(Path(tables.base))
 
 
 def _compressors(tables: RecipeTables, places: _SearchPaths, problems: list[str]) -> Iterator[Compressor]:
+    """Yield each [[pack]] table combined with each [[placement]] table; appends messages on mistakes to `problems`."""
     placed = [_named("[[placement]]", table, i, problems) for i, table in enumerate(tables.placement)] or [("", {})]
     packs = [_named("[[pack]]", table, i, problems) for i, table in enumerate(tables.pack)]
     problems += _repeated("[[placement]]", [name for name, _ in placed])
@@ -235,6 +238,7 @@ def _compressors(tables: RecipeTables, places: _SearchPaths, problems: list[str]
 
 
 def _methods(tables: RecipeTables, places: _SearchPaths, problems: list[str]) -> Iterator[Method]:
+    """Yield a method for each [[tune]] table; appends messages on mistakes to `problems`."""
     named = [_named("[[tune]]", table, i, problems) for i, table in enumerate(tables.tune)]
     problems += _repeated("[[tune]]", [name for name, _ in named])
     for name, own in named:
@@ -270,6 +274,7 @@ def _problems_of_data_settings(recipe: Recipe) -> Iterator[str]:
 
 
 def _named(where: str, table: Mapping[str, Any], index: int, problems: list[str]) -> tuple[str, dict[str, Any]]:
+    """Split a table into its name and its other settings; a missing name gives a message in `problems`."""
     name = table.get("name")
     if not isinstance(name, str) or not name or "|" in name or "\n" in name or len(name) > 60:
         problems.append(
@@ -285,6 +290,7 @@ def _part(kind: type[Spec], shared: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unknown_shared(shared: Mapping[str, Any]) -> list[str]:
+    """A message for each setting in the [shared] table that neither tuning nor scoring has."""
     known = sorted(TuneSpec.settings().keys() | EvalSpec.settings().keys())
     return [_unknown(f"[shared].{name}", name, known) for name in shared if name not in known]
 
@@ -319,20 +325,24 @@ def _problems(kind: type[Spec], error: ValidationError) -> list[str]:
 
 
 def _toml_word(default: object) -> str:
+    """A setting's default for an error message."""
     return "to leave it out" if default is None else repr(default)
 
 
 def _unknown(where: str, name: str, known: Sequence[str]) -> str:
+    """The message for an unknown setting, with the closest known name or all known names."""
     close = difflib.get_close_matches(name, known, 1)
     meant = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
     return f"{where}: there is no such setting; {meant}"
 
 
 def _repeated(where: str, names: Sequence[str]) -> list[str]:
+    """A message for each name that occurs more than once."""
     return [f"{where}: {name!r} is there more than once" for name in dict.fromkeys(names) if names.count(name) > 1]
 
 
 def _not_permitted(recipe: Recipe) -> Iterator[str]:
+    """Yield a message for each [[tune]] table that the bundle of a [[pack]] table would not permit."""
     if not {"adapter_on_base", "emulator", "plug_in"} & set(recipe.rows):
         return
     for pack in recipe.compressors:
@@ -346,6 +356,7 @@ def _not_permitted(recipe: Recipe) -> Iterator[str]:
 
 
 def _wrong(file: Path, problems: Sequence[str]) -> UsageError:
+    """The error for a recipe with these problems."""
     return UsageError(
         f"the recipe {file} is wrong",
         reasons=list(dict.fromkeys(problems)),

@@ -155,6 +155,7 @@ class Chain:
         return result
 
     def _state(self) -> dict[str, Any]:
+        """The saved records of all steps, by name; {} if there are none."""
         try:
             state: dict[str, Any] = json.loads((self.workdir / STATE).read_bytes())
         except (FileNotFoundError, ValueError):
@@ -162,6 +163,7 @@ class Chain:
         return state
 
     def _write(self, name: str, record: Mapping[str, Any]) -> None:
+        """Save the record of one step, in addition to those of the others."""
         replace_file(self.workdir / STATE, json.dumps(self._state() | {name: record}, indent=1).encode())
 
     def run(self, words: Sequence[str | Path]) -> Any:
@@ -199,10 +201,12 @@ def require_demo_folder(workdir: Path) -> Path:
 
 
 def _holds_something(folder: Path) -> bool:
+    """Whether a folder has any file that is not left over from an interrupted write."""
     return any(not is_leftover(path.name) for path in folder.iterdir())
 
 
 def _digest(before: str, name: str, stamp: Mapping[str, Any]) -> str:
+    """The digest of a step: of the digest of the steps before it, its name, and its stamp."""
     return hashlib.sha256(json.dumps([before, name, stamp], sort_keys=True, default=str).encode()).hexdigest()
 
 

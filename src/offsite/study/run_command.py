@@ -75,6 +75,7 @@ def settings_toml(tables: Mapping[str, Mapping[str, Any]]) -> bytes:
 
 
 def _toml(value: object) -> str:
+    """A value in the syntax of TOML, on one line."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{json.dumps(str(k))} = {_toml(v)}" for k, v in value.items() if v is not None) + "}"
     if isinstance(value, list | tuple):
@@ -121,6 +122,7 @@ def failed(words: Sequence[str | Path], code: int, doing: str, stdout: bytes) ->
 
 
 def _error_in(stdout: bytes) -> dict[str, Any]:
+    """The error that a command printed as JSON; {} if its output has none."""
     try:
         printed = json.loads(stdout)
     except ValueError:

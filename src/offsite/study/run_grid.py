@@ -91,6 +91,11 @@ class Runner:
         return found
 
     def _run(self, stage: Stage) -> Mapping[str, Any]:
+        """Run the command of a stage, and write its record.
+
+        Raises:
+            OffsiteError: the command failed; the record has the error.
+        """
         folder = self.workspace.folder
         config, log = folder / stage.party / "settings" / f"{stage.key}.toml", folder / "logs" / f"{stage.key}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -179,6 +184,7 @@ def _require_finite(stage: Stage, outcome: Outcome) -> None:
 
 
 def _write(folder: Path, stage: Stage, record: Mapping[str, Any]) -> None:
+    """Write the record of a stage: its description, settings and needed stages, and the values in `record`."""
     described = {"stage": stage.name, "party": stage.party, "out": str(stage.out.relative_to(folder))}
     needs = [need.key for need in stage.needs]
     content = {**described, "needs": needs, "settings": stage.settings, **record}

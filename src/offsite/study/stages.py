@@ -123,6 +123,7 @@ class Workspace:
         )
 
     def _tuning(self, spec: TuneSpec, rows: Rows) -> Words:
+        """The words that a tuning and a full fine-tuning have in common: their data, and --resume."""
         validation: Words = ["--eval-data", rows.test] if spec.points.eval_every or spec.points.report_scores else []
         return ["--data", rows.train, "--resume", *validation]
 

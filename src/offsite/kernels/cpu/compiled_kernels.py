@@ -87,6 +87,7 @@ def activates(*tensors: torch.Tensor) -> bool:
 
 
 def _fits(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is bf16 and on the CPU."""
     return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
 
 

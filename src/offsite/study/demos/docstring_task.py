@@ -134,6 +134,7 @@ def _test_modules(functions: Iterable[Function]) -> set[str]:
 
 
 def _functions(source: Path) -> Iterator[Function]:
+    """Yield the documented functions in a folder of Python files, with their top-level modules."""
     files = sorted(_python_files(source))
     root = _common_folder(files, source)
     for file in files:
@@ -166,6 +167,7 @@ def _documented(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def _python_files(folder: Path) -> Iterator[Path]:
+    """Yield the Python files in a folder, without tests, environments, hidden folders and symbolic links."""
     for path in folder.iterdir():
         if path.is_symlink() or path.name.startswith((".", "config-")):
             continue
@@ -184,6 +186,7 @@ def _common_folder(files: list[Path], source: Path) -> Path:
 
 
 def _parse(file: Path) -> ast.Module:
+    """The syntax tree of a Python file; an empty one if the file cannot be read or is not valid Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about invalid escapes in other people's code

@@ -112,6 +112,7 @@ def _keygen(chain: Chain, party: str, public: Path) -> Any:
 
 
 def _private_data(chain: Chain, data: Path | None) -> Mapping[str, int]:
+    """Make the data owner's training and test rows; returns the numbers of rows and of modules."""
     source = data or standard_library()
     train, test = chain.folder(TUNER, "train.jsonl"), chain.folder(TUNER, "test.jsonl")
 
@@ -133,6 +134,7 @@ def _private_data(chain: Chain, data: Path | None) -> Mapping[str, int]:
 
 
 def _protocol(chain: Chain, base: Path, steps: int | None) -> None:
+    """Run the steps of the protocol, from packing to plugging in."""
     bundle, returned = chain.folder(OWNER, "bundle"), chain.folder(TUNER, "return")
     received, came_back = chain.folder(TUNER, "bundle"), chain.folder(OWNER, "return")
     plugged = chain.folder(OWNER, "plugged")
@@ -151,6 +153,7 @@ def _protocol(chain: Chain, base: Path, steps: int | None) -> None:
 
 
 def _tune(chain: Chain, name: str, description: str, bundle: Path, out: Path, steps: int | None, *more: str) -> None:
+    """Tune a bundle as the data owner, as the step `name`; `more` are additional words of the command."""
     config = chain.write_config(long_rows="skip")
     verb: Words = ["tune", bundle, "--data", chain.folder(TUNER, "train.jsonl"), "--out", out, "--config", config]
     verb += ["--resume", *more]
@@ -190,6 +193,7 @@ def _bound(
 
 
 def _subjects(chain: Chain, base: Path) -> Subjects:
+    """The models to score, by result row, each with its adapter or None."""
     bundle, returned = chain.folder(TUNER, "bundle"), chain.folder(TUNER, "return")
     return {
         "zero-shot": (base, None),
@@ -226,11 +230,13 @@ def _sample(before: Sequence[Mapping[str, str]], after: Sequence[Mapping[str, st
 
 
 def _settings(chain: Chain) -> dict[str, Any]:
+    """The split of the bundle, and the method and LoRA settings of the return."""
     bundle, returned = chain.results["pack"], chain.results["tune"]
     return {"split": bundle["split"], "method": returned["method"], "lora": returned["lora"]}
 
 
 def _step_count(full: bool) -> int:
+    """The number of steps of the demo; `full` adds those of the two upper bounds."""
     return 19 + (8 if full else 0)
 
 

@@ -67,6 +67,11 @@ def _spread(pictures: Sequence[Picture], most: int | None) -> Sequence[Picture]:
 
 
 def _bytes_of(picture: Picture) -> bytes:
+    """The bytes of a picture's file.
+
+    Raises:
+        StorageError: the file cannot be read.
+    """
     if isinstance(picture.source, bytes):
         return picture.source
     try:
@@ -88,10 +93,12 @@ def _digest(pictures: Sequence[Picture]) -> str:
 
 
 def _write_picture(file: Path, content: bytes) -> Path:
+    """Write a picture's bytes to a file, and return its path."""
     _write(file, content)
     return file
 
 
 def _write(file: Path, content: bytes) -> None:
+    """Write a file, unless it has this content already."""
     if not file.exists() or file.read_bytes() != content:
         replace_file(file, content)

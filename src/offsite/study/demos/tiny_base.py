@@ -73,6 +73,7 @@ def tiny_base(folder: Path, architecture: str, blocks: int | None = None, *, lik
 
 
 def _switches(taken: frozenset[str], like: Path | None) -> dict[str, Any]:
+    """The settings of the config of `like` whose names are in `taken`, except a few; {} if `like` is None."""
     if like is None:
         return {}
     config = json.loads((like / "config.json").read_text(encoding="utf-8"))

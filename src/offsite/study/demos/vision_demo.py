@@ -87,12 +87,14 @@ def vision_demo(
 
 
 def _row(name: str, score: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the result table, from the name of the model and the JSON result of its scoring."""
     ends = score["intervals"].get("accuracy", {})
     figures = {key: score[key] for key in ("accuracy", "loss", "rows")}
     return {"name": name, **figures, "low": ends.get("low"), "high": ends.get("high")}
 
 
 def _obtain(chain: Chain, model: Path | None) -> Path:
+    """Return the base folder: `model`, imported, or the ViT-S/14 from the user's cache."""
     if model is None:
         base, seconds, size = cached_encoder(
             lambda: chain.announce("download", "get a ViT-S/14 (DINOv2)"), chain.run, IMAGE_SIZE
@@ -106,6 +108,7 @@ def _obtain(chain: Chain, model: Path | None) -> Path:
 
 
 def _digits(chain: Chain, source: Path) -> Path:
+    """Write the handwritten digits of scikit-learn into a folder, and return it."""
     folder = chain.folder("digits")
     chain.step(
         "digits", "take handwritten digits out of scikit-learn", lambda: write_digits(source, folder), [folder], {}
@@ -150,11 +153,13 @@ def _pictures(chain: Chain, images: Path) -> Mapping[str, int]:
 
 
 def _table(pictures: Sequence[Picture], classes: bool) -> bytes:
+    """The bytes of a CSV file that lists pictures, with their classes if `classes` is True."""
     files = [Path(str(picture.source)) for picture in pictures]  # as a folder has them
     return picture_table(files, [picture.label if classes else None for picture in pictures])
 
 
 def _protocol(chain: Chain, base: Path, steps: int | None, *, mirror: bool) -> None:
+    """Run the steps of the protocol, from packing to plugging in; `mirror`: whether pictures may be augmented."""
     bundle, returned = chain.folder(OWNER, "bundle"), chain.folder(TUNER, "return")
     received, came_back = chain.folder(TUNER, "bundle"), chain.folder(OWNER, "return")
     plugged, own = chain.folder(OWNER, "plugged"), chain.folder(OWNER, "pictures.csv")
@@ -204,6 +209,7 @@ def _score(chain: Chain, base: Path) -> dict[str, Any]:
 
 
 def _scored(chain: Chain, name: str) -> Path:
+    """The path of the file with the row scores of a model."""
     return chain.folder("scores", f"{name}.jsonl")
 
 

@@ -125,6 +125,7 @@ def _thumbnail(image: Any, picture: Picture) -> Any:
 
 
 def _mark(pen: "ImageDraw", at: tuple[int, int], *, right: bool) -> None:
+    """Draw the mark for a right prediction (a disc with a tick) or for a wrong one (a square with a cross)."""
     left, top = at[0], at[1] + 3
     end = (left + _MARK, top + _MARK)
     if right:

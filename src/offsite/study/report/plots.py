@@ -85,6 +85,7 @@ def draw(results: Results, folder: Path) -> list[Plot]:
 
 
 def _figures(results: Results, folder: Path) -> list[tuple[str, str, str, "Figure | None"]]:
+    """All plots as (file name, title, description, figure); the figure is None if the results have no data for it."""
     grouped, metric = groups(results), METRICS[results.primary]
     better = f"{'higher' if metric.higher_is_better else 'lower'} is better"
     return [
@@ -121,6 +122,7 @@ def _panels(count: int, width: float, height: float, most: int = 3) -> "tuple[Fi
 
 
 def _bars(results: Results, grouped: Sequence[Group]) -> "Figure | None":
+    """Plot the primary scores as bars, with a panel for each group; None if there are no scores."""
     shown = [group for group in grouped if any(point.scores for point in group.points)][:_PANELS]
     if not shown:
         return None
@@ -140,6 +142,7 @@ def _bars(results: Results, grouped: Sequence[Group]) -> "Figure | None":
 
 
 def _one_bars(axes: "Axes", group: Group, rows: Sequence[str], metric: Metric) -> None:
+    """Draw the panel of one group: a bar for each result row, with error bars."""
     means = [metric.scale * (group.mean(score_of(row)) or 0.0) for row in rows]
     places = range(len(rows))
     colours = [COLOURS[row] for row in rows]
@@ -176,11 +179,13 @@ def _whiskers(group: Group, rows: Sequence[str]) -> Any:
 
 
 def _ends(group: Group, rows: Sequence[str]) -> list[float]:
+    """The upper end of each result row's error bar."""
     above = _whiskers(group, rows)[1]
     return [(group.mean(score_of(row)) or 0.0) + more for row, more in zip(rows, above, strict=True)]
 
 
 def _size(group: Group) -> float:
+    """The mean size of a group's bundles in MiB; 0 if it is unknown."""
     return (group.mean(lambda point: point.bundle_bytes) or 0.0) / 2**20
 
 
@@ -205,6 +210,8 @@ def _frontier(grouped: Sequence[Group], metric: Metric) -> "Figure | None":
 
 
 def _one_frontier(axes: "Axes", found: Sequence[Group], metric: Metric) -> None:
+    """Draw one panel: the scores of plug-in and emulator against the bundle's size, for several bundles."""
+
     def height(group: Group, row: str) -> float | None:
         mean = group.mean(score_of(row))
         return None if mean is None else metric.scale * mean
@@ -249,6 +256,7 @@ def _name_points(axes: "Axes", found: Sequence[tuple[Group, float]]) -> None:
 
 
 def _curves(results: Results, grouped: Sequence[Group], folder: Path) -> "Figure | None":
+    """Plot the losses during tuning, with a panel for each data set; None if there are no logs."""
     from matplotlib.ticker import MaxNLocator
 
     drawn: dict[str, dict[str, Mapping[str, list[tuple[int, float]]]]] = {}
@@ -276,6 +284,7 @@ def _curves(results: Results, grouped: Sequence[Group], folder: Path) -> "Figure
 
 
 def _one_curve(axes: "Axes", curve: Mapping[str, list[tuple[int, float]]], colour: str, dash: str) -> Any:
+    """Draw the losses of one tuning: each step, their running mean, and the held-out losses; returns the line."""
     steps, losses = zip(*curve["step"], strict=True)
     axes.plot(steps, losses, color=colour, linewidth=0.6, alpha=0.3)
     (line,) = axes.plot(steps, _running_mean(losses), color=colour, linestyle=dash, linewidth=1.7)

@@ -102,6 +102,7 @@ def score_of(row: str) -> Callable[[GridPointResult], float | None]:
 
 
 def _main_scores(results: Results, grouped: Sequence[Group]) -> Table:
+    """The table of primary scores: a line for each group, a column for each result row."""
     metric = METRICS[results.primary]
     if results.primary == "accuracy":
         note = "Per cent of test pictures classified correctly; higher is better. Zero-shot rows are linear probes of "
@@ -115,6 +116,7 @@ def _main_scores(results: Results, grouped: Sequence[Group]) -> Table:
 
 
 def _score(group: Group, row: str, metric: Metric) -> str:
+    """A cell of the table of primary scores: the mean over seeds, and its standard deviation or error."""
     mean = group.mean(score_of(row))
     if mean is None:
         return "failed" if any(row in point.errors for point in group.points) else ""
@@ -127,10 +129,13 @@ def _score(group: Group, row: str, metric: Metric) -> str:
 
 
 def _half(figure: Figure) -> float | None:
+    """Half the width of a figure's interval; None if it has none."""
     return None if figure.low is None or figure.high is None else (figure.high - figure.low) / 2
 
 
 def _picture_losses(results: Results, grouped: Sequence[Group]) -> Table:
+    """The table of held-out losses, in nats per picture."""
+
     def loss(group: Group, row: str) -> str:
         mean = group.mean(lambda point: point.scores[row].loss.value if row in point.scores else None)
         return "" if mean is None else f"{mean:.3f}"
@@ -141,6 +146,7 @@ def _picture_losses(results: Results, grouped: Sequence[Group]) -> Table:
 
 
 def _recovered(grouped: Sequence[Group], metric: Metric) -> Table:
+    """The table of the plug-in's gain, compared with full fine-tuning and with the emulator."""
     head = (
         *_KEYS, f"plug-in against zero-shot, {metric.difference}", "gain recovered, %",
         "emulator's own gain, %", "bound recovered, %", f"plug-in gap, {metric.difference}", "bundle, MiB",
@@ -169,14 +175,17 @@ def _recovered(grouped: Sequence[Group], metric: Metric) -> Table:
 
 
 def _against_zero_shot(point: GridPointResult) -> Figure | None:
+    """The plug-in's score minus the zero-shot score; None if it has not been computed."""
     return point.scores["plug_in"].against_zero_shot if "plug_in" in point.scores else None
 
 
 def _percent(group: Group, of: Callable[[GridPointResult], Figure | None]) -> str:
+    """The mean over seeds of the function `of` in per cent, with its interval, as text."""
     return _with_ends(group, of, lambda value: f"{100 * value:.0f}")
 
 
 def _with_ends(group: Group, of: Callable[[GridPointResult], Figure | None], shown: Callable[[float], str]) -> str:
+    """The mean over seeds of the function `of`, with its interval or standard deviation, as text."""
     figures = [figure for point in group.points if (figure := of(point)) is not None]
     if not figures:
         return ""
@@ -189,6 +198,7 @@ def _with_ends(group: Group, of: Callable[[GridPointResult], Figure | None], sho
 
 
 def _accuracies(results: Results, grouped: Sequence[Group]) -> Table | None:
+    """The table of accuracies on multiple-choice rows; None if no group has them."""
     asked = [group for group in grouped if group.points[0].score != "loss"]
     lines = [(*group.words, *(_accuracy(group, row) for row in results.rows)) for group in asked]
     note = "Per cent of the questions whose right choice is the likeliest; behind ± the standard error over questions."
@@ -197,6 +207,7 @@ def _accuracies(results: Results, grouped: Sequence[Group]) -> Table | None:
 
 
 def _accuracy(group: Group, row: str) -> str:
+    """A cell of the table of accuracies: the mean over seeds, and its standard error, in per cent."""
     name = group.points[0].score
     mean = group.mean(lambda point: getattr(point.scores[row], name) if row in point.scores else None)
     error = group.mean(lambda point: getattr(point.scores[row], f"{name}_stderr") if row in point.scores else None)
@@ -204,6 +215,7 @@ def _accuracy(group: Group, row: str) -> str:
 
 
 def _costs(grouped: Sequence[Group]) -> Table:
+    """The table of each party's time, memory and sizes of files."""
     head = (
         *_KEYS, "bundle, MiB", "return, MiB", "model's owner, s", "data owner, s", "model's owner, peak MiB",
         "data owner, peak MiB",
@@ -223,14 +235,17 @@ def _costs(grouped: Sequence[Group]) -> Table:
 
 
 def _mean_of(group: Group, name: str, party: str) -> float | None:
+    """The mean over seeds of a party's "seconds" or "peak_bytes"; None if they were not measured."""
     return group.mean(lambda point: getattr(point, name).get(party) or None)
 
 
 def _mebibytes(size: float | None) -> str:
+    """A size in bytes as text in MiB; empty for None."""
     return "" if size is None else f"{size / 2**20:,.1f}"
 
 
 def _seeds(grouped: Sequence[Group]) -> int:
+    """The largest number of seeds of a group."""
     return max((len(group.points) for group in grouped), default=0)
 
 

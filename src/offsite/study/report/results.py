@@ -116,6 +116,7 @@ def collect(recipe: Recipe, points: Sequence[GridPoint], folder: Path) -> Result
 
 
 def _environment() -> dict[str, Any]:
+    """The versions of Python and of libraries, and the system, for the report."""
     libraries = {}
     for name in _LIBRARIES:
         try:
@@ -127,6 +128,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _point_result(point: GridPoint, folder: Path, cache: dict[str, RowScores]) -> GridPointResult:
+    """Collect the results of a grid point; `cache` has the row scores that were already read, by the stage's key."""
     known: dict[str, Mapping[str, Any]] = {
         row: record
         for row, stage in point.rows.items()
@@ -170,12 +172,14 @@ def _point_result(point: GridPoint, folder: Path, cache: dict[str, RowScores]) -
 
 
 def _row_scores(stage: Stage, cache: dict[str, RowScores]) -> RowScores:
+    """The row scores that a scoring stage wrote, read from its file or from `cache`."""
     if stage.key not in cache:
         cache[stage.key] = read_row_scores(stage.out)
     return cache[stage.key]
 
 
 def _score(result: Mapping[str, Any], rows: RowScores, zero_shot: RowScores | None, metric: MetricName) -> RowResult:
+    """The scores of one model of a grid point, from its command's JSON result and its row scores."""
     return RowResult(
         primary=_figure(rows.mean(metric), interval(*rows.parts(metric))),
         loss=_figure(rows.loss, interval(*rows.parts("loss"))),
@@ -191,6 +195,7 @@ def _score(result: Mapping[str, Any], rows: RowScores, zero_shot: RowScores | No
 
 
 def _share_right(right: Sequence[float]) -> float | None:
+    """The share of right answers; None if there are no answers."""
     return sum(right) / len(right) if right else None
 
 
@@ -205,10 +210,12 @@ def _stderr(right: Sequence[float]) -> float | None:
 
 
 def _figure(value: float, ends: Interval | None) -> Figure:
+    """A figure from a value and its interval."""
     return Figure(value, ends.low, ends.high) if ends else Figure(value)
 
 
 def _difference(one: RowScores | None, other: RowScores | None, metric: MetricName) -> Figure | None:
+    """The difference of two models' scores, the first minus the second; None if one of them is missing."""
     return None if one is None or other is None else _figure(*difference(one, other, metric))
 
 
@@ -234,6 +241,7 @@ def _placement(split: Mapping[str, Any]) -> str:
 
 
 def _peaks(spent: Sequence[Spent]) -> dict[str, int]:
+    """The largest peak memory of each party's stages, in bytes; a party without a measurement is left out."""
     peaks = {
         party: [one.peak_bytes for one in spent if one.party == party and one.peak_bytes is not None]
         for party in (OWNER, TUNER)

@@ -56,6 +56,7 @@ def strict(value: Any) -> Any:
 
 
 def _facts(results: Results) -> str:
+    """A sentence about the study: its base, number of grid points, seeds and environment."""
     machine = ", ".join(f"{name} {value}" for name, value in results.environment.items())
     seeds = sorted({point.seed for point in results.cells})
     return (
@@ -87,6 +88,7 @@ def markdown(results: Results, made: Sequence[Table], plots: Sequence[Plot], fol
 
 
 def _line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
@@ -109,6 +111,7 @@ def page(results: Results, made: Sequence[Table], plots: Sequence[Plot]) -> str:
 
 
 def _html_table(table: Table) -> str:
+    """A table of the report as HTML, with its title and note."""
     head = "".join(f"<th{_kind(i, table)}>{html.escape(cell)}</th>" for i, cell in enumerate(table.head))
     lines = "".join(
         "<tr>"
@@ -126,6 +129,7 @@ def _html_table(table: Table) -> str:
 
 
 def _kind(column: int, table: Table) -> str:
+    """The HTML class attribute for the cells of a column; empty if they have none."""
     words = [] if column < table.keys else ["n"]
     words += ["plug"] if table.head[column] == "plug-in" else []
     return f' class="{" ".join(words)}"' if words else ""
