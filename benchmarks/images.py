@@ -107,7 +107,7 @@ class Measurements:
     def _record(
         self, name: str, runs: Mapping[str, list[dict[str, Any]]], counted: Mapping[str, float]
     ) -> dict[str, Any]:
-        """The record of a contestant for the result file: medians over its runs, and ratios to the peers."""
+        """The record of one contestant for the result file: medians over its runs, and ratios to the peers."""
         speeds = {one: [self._cell.rows / statistics.fmean(run["seconds"]) for run in runs[one]] for one in runs}
         speed = {one: statistics.median(found) for one, found in speeds.items()}
         memory = {one: int(statistics.median(run["peak_bytes"] for run in runs[one])) for one in runs}
@@ -134,7 +134,7 @@ class Measurements:
         }
 
     def _measured(self, name: str, repetition: int) -> dict[str, Any]:
-        """One run of a contestant, or its saved result."""
+        """Run a contestant, such as "lora" or "offsite lora, 4-4-4", or read the saved result of this repetition."""
         key = f"images/{self._cell.shape}/{name}/{repetition}"
         if name in BEST:
             return self._peer(key, name, self._habits_of(name))
@@ -228,6 +228,10 @@ def operations(base: Path, contestant: str) -> float:
 
     The embedding of patches is counted for the forward pass, and in full fine-tuning also for the gradient of its
     weight. The classifier is not counted.
+
+    Args:
+        base: the base folder of the encoder.
+        contestant: its name, such as "lora" (on the whole encoder) or "offsite lora, 4-4-4" (on a bundle).
     """
     from offsite.models.architectures import architecture_of
     from offsite.storage.checkpoint_folder import open_checkpoint

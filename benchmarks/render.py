@@ -36,7 +36,9 @@ def main() -> None:
 
 
 def headline(measured: list[dict[str, Any]]) -> str:
-    """A Markdown table of the ratios of `offsite tune` with LoRA to its peers, one row for each cell that has peers.
+    """A Markdown table that compares `offsite tune` with its peers: transformers' Trainer on the whole model.
+
+    It has one row for each cell (model and data set) that has peers.
 
     Args:
         measured: the records of `benchmarks.tuning`.

@@ -1,9 +1,10 @@
-"""Lists the rows that every contestant trains on, step by step: those of `offsite tune` under the cell's seed.
+"""Lists the rows of each step for a benchmark of `offsite tune` and its peers, which all train on the same rows.
 
     python -m benchmarks.steps '{"base": ..., "rows": ..., "whole": ..., "per_step": 16, "warmup": 1, "steps": 4}'
 
-As a command it prints the plan of one cell as a line of JSON: the seed, and the numbers of rows, tokens and labels in
-the measured steps. It runs in a process of its own, so that the process that starts the measurements stays small.
+The rows are those that `offsite tune` takes under the cell's seed. As a command it prints the plan of one cell as a
+line of JSON: the seed, and the numbers of rows, tokens and labels in the measured steps. It runs in a process of its
+own, so that the process that starts the measurements stays small.
 """
 
 import json

@@ -78,10 +78,13 @@ class Race:
         ]
 
     def peer(self, method: str) -> dict[str, Any]:
-        """Train a peer; returns its record for the result file: held-out loss and seconds at each checkpoint.
+        """Train a peer (transformers' Trainer on the full model).
 
         Args:
             method: "full" or "lora".
+
+        Returns:
+            The record for the result file: held-out loss and seconds at each checkpoint.
         """
         steps = [STEPS * (i + 1) // CHECKPOINTS for i in range(CHECKPOINTS)]
         habits = self._fastest(method)

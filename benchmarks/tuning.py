@@ -117,7 +117,7 @@ class Measurements:
     def _record(
         self, name: str, runs: Mapping[str, list[dict[str, Any]]], counted: Mapping[str, float]
     ) -> dict[str, Any]:
-        """The record of a contestant for the result file: medians over its runs, and ratios to the peers."""
+        """The record of one contestant for the result file: medians over its runs, and ratios to the peers."""
         each = self.plan["tokens"] / self.plan["rows"]
         of_a_step = each * self._cell.rows
         speeds = {one: [of_a_step / statistics.fmean(run["seconds"]) for run in runs[one]] for one in runs}
@@ -164,7 +164,7 @@ class Measurements:
         return self._work.once(f"{self._cell.name}/plan", of, make)
 
     def _measured(self, name: str, repetition: int) -> dict[str, Any]:
-        """One run of a contestant, or its saved result."""
+        """Run a contestant, such as "lora" or "offsite lora", or read the saved result of this repetition."""
         key = f"{self._cell.name}/{name}/{repetition}"
         if name in PEERS:
             pad_to = self._pad_to(name)

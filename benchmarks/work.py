@@ -84,11 +84,11 @@ class Work:
         }
 
     def once(self, key: str, of: object, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """Return a measurement: the saved one if it is less than two hours old and of the same thing, else a new one.
+        """Return the saved measurement if it is under two hours old with the same conditions, else make a new one.
 
         Args:
             key: the name of the measurement.
-            of: values that the result depends on, in addition to threads, library versions and CPU.
+            of: the conditions, as values that JSON can hold, in addition to threads, library versions and CPU.
             measure: makes the measurement, as values that JSON can hold.
         """
         key = f"fp32/{key}" if self.fp32 else key

@@ -126,5 +126,5 @@ def _root(
 
 
 def _wants_json(words: Sequence[str], run: flags.Run) -> bool:
-    """Whether errors are printed as JSON: the command line has --json as a flag without a value."""
+    """Whether errors are printed as JSON: with --json, except for `demo`, where --json names a file."""
     return "--json" in words and run.verb != "demo"  # the demo writes its JSON to a file

@@ -210,5 +210,5 @@ def _load_or_make(file: Path, make: Callable[[], Fit]) -> Fit:
 
 
 def _shown(size: float) -> str:
-    """A size in bytes as text in MiB, in the form of the setting."""
+    """A size in bytes as text in MiB, such as "512MiB", as the setting `memory` accepts it."""
     return f"{size / 2**20:.0f}MiB"

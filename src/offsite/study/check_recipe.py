@@ -72,7 +72,7 @@ def check(recipe: Recipe, run: RunStage, on_event: OnStudyEvent) -> CheckResult:
 
 
 def _architecture_and_blocks(recipe: Recipe) -> tuple[str, int | None]:
-    """The architecture and number of blocks for the tiny model; None blocks: as many as the base folder has."""
+    """The architecture and number of blocks for the tiny model; None means as many blocks as the base folder has."""
     if isinstance(recipe.base, str):
         return _PUBLISHED[recipe.base]
     folder = _base_folder(recipe)

@@ -325,7 +325,7 @@ def _problems(kind: type[Spec], error: ValidationError) -> list[str]:
 
 
 def _toml_word(default: object) -> str:
-    """A setting's default for an error message."""
+    """A setting's default as text for an error message; None becomes "to leave it out"."""
     return "to leave it out" if default is None else repr(default)
 
 

@@ -160,8 +160,9 @@ class Lanes:
 def usual_lanes(threads: int, item: int) -> int:
     """The number of micro-batches of text that a tuning runs side by side by default.
 
-    It is 2 in bf16 on matrix tiles, where products are so fast that waiting of threads matters: a third or more faster.
-    Elsewhere two lanes gain almost nothing and need a tenth more memory (benchmarks/NOTES.md).
+    It is 2 in bf16 on matrix tiles: there products are so fast that threads spend much time waiting for one another,
+    and two lanes are faster by a third or more. Elsewhere two lanes gain almost nothing and need a tenth more memory
+    (benchmarks/NOTES.md).
 
     Args:
         threads: the number of torch's threads in the tuning.

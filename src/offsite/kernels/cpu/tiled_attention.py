@@ -307,9 +307,10 @@ def _pieces(
     each: int,  # R
     kind: _Kind,
 ) -> Iterator[_Piece]:
-    """Yields the attention in pieces: each holds the probabilities of one tile of queries for some of the heads.
+    """Yields the attention in pieces: each has the probabilities of one tile of queries for some of the heads.
 
-    The same arguments give the same pieces, and the same dropout.
+    In the shapes, G is the number of key-value heads, and R the number of query heads for each of them. The same
+    arguments give the same pieces, and the same dropout.
     """
     length = queries.shape[1] // each
     generator = None if kind.seed is None else torch.Generator().manual_seed(kind.seed)

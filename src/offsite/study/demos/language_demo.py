@@ -55,7 +55,7 @@ def demo(
         data: the data owner's Python code; None means the interpreter's standard library.
         model: a base folder or GGUF file; None means SmolLM2-135M-Instruct from its wheel.
         steps: optimiser steps of every tuning; None leaves the command's default.
-        full: also tune the uncompressed model twice: with the adapter alone, and with all blocks but one.
+        full: also tune the uncompressed model twice: once the adapter only, once all blocks but one.
         progress: one event for each step, before it runs.
 
     Raises:
