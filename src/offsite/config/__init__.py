@@ -1,6 +1,7 @@
-"""The settings of every verb: frozen, and the same from flags, from TOML and from Python. Torch-free.
+"""The settings of every verb (a command such as `tune`), as frozen classes. Torch-free.
 
-Defaults were chosen by measurement on SmolLM2-135M-Instruct; docs/decisions/ says how.
+Command-line flags, TOML files and Python all set the same settings. Defaults were chosen by measurement on
+SmolLM2-135M-Instruct; docs/decisions/ says how.
 """
 
 from offsite.config.emulator_methods import HealingStep, Pruner, SelectionRule, StoredForm, UnitRule

@@ -1,8 +1,9 @@
-"""The registries of the methods that make an emulator: one entry each, with its file and its rules. Torch-free.
+"""The registries of the methods that make an emulator. Torch-free.
 
-A new method is one file in the folder of its kind, with the functions that the kind's protocol names, and one entry
-here. Choices of settings, rules on combinations and help texts follow from the entries. The registries are here and not
-in those folders for the reasons in docs/decisions/0022-registries.md.
+An entry names the Python module of its method and the rules for its use. A new method is one file in the folder of its
+kind, with the functions that the kind's protocol names, and one entry here. Choices of settings, rules on combinations
+and help texts follow from the entries. The registries are here and not in those folders for the reasons in
+docs/decisions/0022-registries.md.
 """
 
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ _OWNER = "offsite.model_owner"
 
 @dataclass(frozen=True)
 class SelectionRule:
-    """An entry for a rule that chooses which middle blocks the emulator keeps.
+    """Registry entry of a rule that chooses which of the base's middle blocks the emulator keeps.
 
-    Its module implements the protocol `select.selection_protocol.Selector`.
+    Its Python module implements the protocol `select.selection_protocol.Selector`.
     """
 
     name: str  # the value of `select`
@@ -30,9 +31,9 @@ class SelectionRule:
 
 @dataclass(frozen=True)
 class HealingStep:
-    """An entry for a step that makes up for dropped blocks or pruned weights.
+    """Registry entry of a step that compensates for dropped blocks or pruned weights.
 
-    The value of `runs` says which protocol in the folder `heal` its module implements.
+    The value of `runs` says which protocol in the folder `heal` its Python module implements.
     """
 
     name: str  # one of the names in `heal`
@@ -41,11 +42,11 @@ class HealingStep:
     # places: it puts a kept block in the place of each dropped block; block: it changes one kept block after the other,
     # in one pass over the base; after: it changes the complete emulator after that pass
     runs: Literal["places", "block", "after"]
-    fills_gap: bool = True  # it makes up for dropped blocks, which only one step may do
+    fills_gap: bool = True  # it compensates for dropped blocks, which only one step may do
     heals_pruning: bool = False  # it is useful after a calibrated pruner too, even if no block is dropped
-    solves_outputs: bool = False  # it needs residuals that are linear in the outputs of the solved layers
+    solves_outputs: bool = False  # it needs blocks whose output is linear in the outputs of the solved layers
     resumable: bool = False  # it takes long, and saves resume points
-    declared: bool = False  # its blocks are declared module kinds, no longer the family's blocks
+    declared: bool = False  # its blocks differ from the family's, and the bundle's config declares how
     alone: str = ""  # why it cannot be combined with another step
     not_with_calibrated: str = ""  # why no calibrated pruner may run with it
     for_images: bool = True
@@ -54,9 +55,9 @@ class HealingStep:
 
 @dataclass(frozen=True)
 class Pruner:
-    """An entry for a pruner: a method that chooses which weights of a matrix become zero.
+    """Registry entry of a pruner: a method that chooses which weights of a matrix become zero.
 
-    Its module implements `StoredPruner` or, if `calibrated`, `CalibratedPruner` of `compress.pruner_protocol`.
+    Its Python module implements `StoredPruner` or, if `calibrated`, `CalibratedPruner` of `compress.pruner_protocol`.
     """
 
     name: str  # the value of `prune_by`
@@ -69,7 +70,10 @@ class Pruner:
 
 @dataclass(frozen=True)
 class UnitRule:
-    """Chooses the heads, neurons and experts of a block that stay; a `narrow.unit_rule_protocol.UnitOrdering`."""
+    """Registry entry of a rule that chooses the heads, MLP neurons and experts that remain in a narrowed block.
+
+    Its Python module implements the protocol `narrow.unit_rule_protocol.UnitOrdering`.
+    """
 
     name: str  # the value of `narrow_by`
     summary: str
@@ -78,9 +82,9 @@ class UnitRule:
 
 @dataclass(frozen=True)
 class StoredForm:
-    """An entry for a form in which blocks are stored, other than the model family's own form.
+    """Registry entry of a form in which a bundle stores blocks, other than the family's: quantised, low-rank and so on.
 
-    Its module implements `DeclaringForm` of `compress.stored_form_protocol`.
+    Its Python module implements `DeclaringForm` of `compress.stored_form_protocol`.
     """
 
     name: str  # the setting that turns it on

@@ -14,12 +14,12 @@ Placement = Literal["sandwich", "top", "list", "every"]
 
 
 class SplitSettings(Settings):
-    """Which blocks the data owner trains, and which of them the bundle holds uncompressed."""
+    """Which blocks the data owner trains, and which of them the bundle contains uncompressed."""
 
     placement: Annotated[
         Placement | None,
         Field(
-            description="which blocks carry trained weights: the first and last ones (sandwich), the last ones (top), "
+            description="which blocks get trained weights: the first and last ones (sandwich), the last ones (top), "
             "those of train (list), or every block, all of them compressed; left out: sandwich, or list with train"
         ),
     ] = None
@@ -49,7 +49,7 @@ class SplitSettings(Settings):
 
 
 class SelectSettings(Settings):
-    """Which blocks of the middle the emulator keeps."""
+    """Which of the middle blocks the emulator keeps."""
 
     keep: Annotated[
         int | None,
@@ -70,7 +70,7 @@ class SelectSettings(Settings):
 
 
 class HealSettings(Settings):
-    """How the emulator makes up for dropped blocks."""
+    """How the emulator compensates for dropped blocks."""
 
     steps: Annotated[
         tuple[HealingName, ...],
@@ -166,7 +166,7 @@ class CompressSettings(Settings):
 
 
 class NarrowSettings(Settings):
-    """How the emulator's blocks are made narrower, which saves arithmetic; fewer experts save memory alone."""
+    """How many heads, MLP neurons and experts remain in the emulator's blocks; fewer experts save only memory."""
 
     share: Annotated[
         float | None,
@@ -174,7 +174,7 @@ class NarrowSettings(Settings):
             alias="narrow",
             gt=0,
             le=1,
-            description="share of the arithmetic of a block's linear layers that stays: attention heads and MLP "
+            description="share of the multiply-adds of a block's linear layers that remains: attention heads and MLP "
             "neurons are removed; of a mixture of experts, heads alone",
         ),
     ] = None
@@ -184,12 +184,14 @@ class NarrowSettings(Settings):
             alias="narrow_heads",
             gt=0,
             le=1,
-            description="share of the key-value heads that stay, with the heads that read them; instead of narrow",
+            description="share of the key-value heads that remain, with the heads that read them; instead of narrow",
         ),
     ] = None
     neurons: Annotated[
         float | None,
-        Field(alias="narrow_neurons", gt=0, le=1, description="share of the MLP neurons that stay; instead of narrow"),
+        Field(
+            alias="narrow_neurons", gt=0, le=1, description="share of the MLP neurons that remain; instead of narrow"
+        ),
     ] = None
     experts: Annotated[
         float | None,
@@ -197,17 +199,17 @@ class NarrowSettings(Settings):
             alias="narrow_experts",
             gt=0,
             le=1,
-            description="share of the experts of a mixture that stay, which saves size and memory and no arithmetic: a "
-            "token goes through as many as before; instead of narrow",
+            description="share of the experts of a mixture that remain, which saves size and memory, not computation: "
+            "a token goes through as many as before; instead of narrow",
         ),
     ] = None
     by: Annotated[
-        UnitRuleName, Field(alias="narrow_by", description="how the heads, neurons and experts that stay are chosen")
+        UnitRuleName, Field(alias="narrow_by", description="how the heads, neurons and experts that remain are chosen")
     ] = "obs"
 
 
 class CalibrationSettings(Settings):
-    """The calibration data, on which blocks are selected, pruned and healed."""
+    """The calibration data, with which blocks are selected, pruned and healed."""
 
     source: Annotated[
         Path | None,

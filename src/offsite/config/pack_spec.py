@@ -64,7 +64,7 @@ class PackSpec(Spec):
 
     @rule
     def _something_trains(self) -> None:
-        """`bottom` and `top` are not both 0, unless every block carries an adapter: something must train."""
+        """`bottom` and `top` are not both 0, unless `placement` = every; otherwise nothing would train."""
         bottom = 0 if self.placement == "top" else self.split.bottom
         if bottom == self.split.top == 0 and not self.adapts_emulator:
             raise ValueError("bottom and top are both 0: nothing would train")
@@ -139,7 +139,7 @@ class PackSpec(Spec):
 
     @rule
     def _narrowing_fits(self) -> None:
-        """`narrow` sets what stays by itself; no narrowing goes with `mlp_width` or `heal` = share."""
+        """`narrow` excludes `narrow_heads`, `_neurons`, `_experts`; all four exclude `mlp_width` and `heal` = share."""
         given = [name for name, share in self._narrowing.items() if share is not None]
         if "narrow" in given and len(given) > 1:
             raise ValueError(f"narrow sets by itself what stays: give it or {' and '.join(given[1:])}")
@@ -150,7 +150,7 @@ class PackSpec(Spec):
 
     @rule
     def _distillation_has_one_length(self) -> None:
-        """`heal_minutes` goes with `heal` = distill, and with no `distill_steps`."""
+        """`heal_minutes` needs distill in `heal`, and excludes `distill_steps`."""
         if self.distill.minutes is not None and not any(step.resumable for step in self.healing_steps):
             raise ValueError("heal_minutes goes with heal = distill, or refit,distill")
         if self.distill.minutes is not None and self.distill.steps is not None:
@@ -165,7 +165,7 @@ class PackSpec(Spec):
             raise ValueError("drop_from has an effect only with select = contiguous")
 
     def not_for_spread(self) -> list[str]:
-        """Settings in use that exclude trained blocks between frozen ones: stored forms, some `select` and `heal`."""
+        """Settings in use that exclude trained blocks between frozen ones: stored forms, narrowing, some methods."""
         rule = self.selection_rule
         return [
             *([] if rule.for_spread else [f"select = {rule.name}"]),
@@ -175,7 +175,7 @@ class PackSpec(Spec):
         ]
 
     def not_for_images(self) -> list[str]:
-        """Settings in use that exclude image encoders: stored forms, `distill_ce`, some `select` and `heal`."""
+        """Settings in use that exclude image encoders: stored forms, narrowing, `distill_ce`, some `select`/`heal`."""
         rule = self.selection_rule
         return [
             *([] if rule.for_images else [f"select = {rule.name}"]),
@@ -187,11 +187,11 @@ class PackSpec(Spec):
         ]
 
     def nearest(self, fits: Callable[[SelectionRule | HealingStep], bool], *, left_out: Sequence[str] = ()) -> str:
-        """A next step for an error about settings that do not work: the flags to change and the flags to leave out.
+        """The next step of an error on options that do not work, such as "pack with --heal refit and without --bits".
 
         Args:
             fits: whether a selection rule or a healing step works.
-            left_out: keys of other settings that do not work.
+            left_out: keys of other settings that do not work, which the user must leave out.
         """
         rule, steps = self.selection_rule, [step.name for step in self.healing_steps if fits(step)]
         flags = [] if fits(rule) else [f"--select {rule.instead}"]
@@ -209,15 +209,15 @@ class PackSpec(Spec):
 
     @property
     def adapts_emulator(self) -> bool:
-        """Whether the data owner may also tune adapters on the emulator's compressed blocks."""
+        """Whether the data owner may also train adapters on the emulator's compressed blocks."""
         return self.placement == "every"
 
     def verbatim(self, blocks: int) -> frozenset[int]:
         """The indices of the blocks that are sent uncompressed and train, for a base with `blocks` blocks.
 
         By default these are the first 4 and the last 6 of 30 blocks (docs/decisions/0009). In a small base they are
-        fewer, so that the emulator has the blocks that it is to keep, or one. With placement every they are none,
-        unless the settings name some.
+        fewer, so that the emulator has as many blocks as `keep` says, or at least one. With `placement` = every there
+        are none, unless `train`, `bottom` or `top` is set.
         """
         if self.split.train is not None:
             return frozenset(self.split.train)
@@ -234,23 +234,26 @@ class PackSpec(Spec):
 
     @property
     def declares(self) -> tuple[str, ...]:
-        """The healing steps and stored forms in use that make the bundle differ from a checkpoint of its family."""
+        """Names of healing steps and settings in use that make the emulator's modules differ from the family's."""
         steps = [step.name for step in HEALING_STEPS.values() if step.declared and step in self.healing_steps]
         return (*steps, *self.declaring_settings)
 
     @property
     def declaring_settings(self) -> tuple[str, ...]:
-        """The settings, other than `heal`, that make the bundle differ from a checkpoint of its family."""
+        """Names of settings in use, other than `heal`, that make the emulator's modules differ from the family's."""
         return (*(form.name for form in self.stored_forms), *self.narrowing_settings)
 
     @property
     def narrowing_settings(self) -> tuple[str, ...]:
-        """The settings that remove heads, neurons or experts from the emulator's blocks."""
+        """Names of the settings in use that remove heads, neurons or experts from the emulator's blocks."""
         return tuple(name for name, share in self._narrowing.items() if share is not None and share < 1)
 
     @property
     def _narrowing(self) -> dict[str, float | None]:
-        """The shares that stay of arithmetic, heads, neurons and experts, by the name of the setting."""
+        """The values of `narrow`, `narrow_heads`, `narrow_neurons` and `narrow_experts`, by key; None if not set.
+
+        Each is the share that remains: of the multiply-adds, the heads, the MLP neurons, the experts.
+        """
         settings = self.narrow
         return {
             "narrow": settings.share,
@@ -266,7 +269,7 @@ class PackSpec(Spec):
 
     @property
     def unit_rule(self) -> UnitRule:
-        """The rule that chooses the heads, neurons and experts that stay."""
+        """The registry entry of the rule that chooses which heads, MLP neurons and experts remain."""
         return UNIT_RULES[self.narrow.by]
 
     @property
@@ -292,7 +295,7 @@ class PackSpec(Spec):
 
     @property
     def stored_forms(self) -> tuple[StoredForm, ...]:
-        """The registry entries of the stored forms in use; empty if blocks keep the family's own form."""
+        """Registry entries of the stored forms in use; empty if blocks are stored as in the family's checkpoints."""
         usual = CompressSettings()
         return tuple(
             form for form in STORED_FORMS.values() if getattr(self.compress, form.name) != getattr(usual, form.name)
@@ -300,7 +303,7 @@ class PackSpec(Spec):
 
     @property
     def pruned(self) -> float:
-        """The share of each emulator matrix that is set to zero."""
+        """The share of the weights of each emulator matrix that is set to zero: `prune`, or its default."""
         if self.compress.prune is not None:
             return self.compress.prune
         compressed = self.drops or self.narrows or any(form.lossy for form in self.stored_forms)
@@ -315,9 +318,10 @@ class PackSpec(Spec):
         return self.select.keep is not None or needs
 
     def kept(self, middle: Sequence[int]) -> int:
-        """How many blocks of the middle the emulator keeps.
+        """How many of the middle blocks the emulator keeps.
 
-        Where `keep` is not set and another setting needs dropped blocks: 4 of 13, and those before `drop_from`.
+        If `keep` is not set and another setting needs dropped blocks, it is 4 of 13 (rounded, at least 1), or the
+        number of middle blocks before `drop_from` if that is more.
 
         Args:
             middle: indices of the base's blocks that the emulator replaces.

@@ -31,12 +31,12 @@ TABLES: dict[str, type[Spec]] = {
 
 
 def load_spec(kind: type[S], settings: Mapping[str, Any], config: Path | None = None) -> S:
-    """Build the spec of one stage. `settings` override the TOML file, which overrides the defaults.
+    """Build the spec of one verb. `settings` override the TOML file, which overrides the defaults.
 
     Args:
-        kind: the spec to build.
+        kind: the class of the spec.
         settings: values by key; a value of None is ignored, so that the file or the default decides.
-        config: a TOML file with one table per stage ([pack], [tune], ...).
+        config: a TOML file with one table per verb ([pack], [tune], ...).
 
     Raises:
         UsageError: the file cannot be read, or a table, key or value is wrong; every problem is listed.
@@ -65,6 +65,11 @@ def _require_one_way(kind: type[Spec], settings: Mapping[str, Any]) -> None:
 
 
 def _read_toml(config: Path) -> dict[str, dict[str, Any]]:
+    """The tables of a TOML file, by the name of the verb.
+
+    Raises:
+        UsageError: the file cannot be read, or has an unknown table or key.
+    """
     try:
         tables: dict[str, Any] = tomllib.loads(decode_text(config.read_bytes()))
     except OSError as error:

@@ -29,11 +29,11 @@ FILE_ONLY = FileOnly()
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a verb (a command such as `tune`), and the attribute of the verb's spec that holds it."""
+    """One setting of a verb (a command such as `tune`), and where its value is in the spec of the verb."""
 
     key: str  # its name in a TOML file; the flag is the same with dashes
-    group: str | None  # the attribute of the spec that holds it; None: the spec itself
-    name: str  # the attribute of the group
+    group: str | None  # the attribute of the spec that contains the group; None: the setting is in no group
+    name: str  # the attribute of the group, or of the spec
     field: FieldInfo
 
     @property
@@ -71,7 +71,10 @@ _IS_RULE = "is_rule_of_settings"
 
 
 class Spec(Settings):
-    """The settings of one verb; base class of `TuneSpec` and others. Built from settings by key, without groups."""
+    """Base class of the settings of one verb, such as `TuneSpec`.
+
+    The constructor accepts the settings by key, without their groups.
+    """
 
     # Sets of keys that set the same thing in different ways: setting one of them replaces the others.
     alternatives: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ()
@@ -93,11 +96,12 @@ class Spec(Settings):
 
     @classmethod
     def group_places(cls) -> frozenset[tuple[str]]:
-        """Each group's name in a tuple of one, because the location (`loc`) of a pydantic error starts like this."""
+        """Each group's name in a tuple of one, as the location (`loc`) of a pydantic error in that group begins."""
         return frozenset((name,) for name in _groups(cls))
 
     @model_validator(mode="after")
     def _keep_rules(self) -> Self:
+        """Validator: run every rule, and raise RulesError with the messages of all broken ones."""
         broken = []
         for check in type(self).rules():
             try:
@@ -111,7 +115,7 @@ class Spec(Settings):
     @model_validator(mode="before")
     @classmethod
     def _sort_into_groups(cls, content: object) -> object:
-        """Validator: put each flat key into its group; an unknown key stays at the top, and pydantic refuses it."""
+        """Validator: put each flat key into its group; an unknown key remains at the top, and pydantic refuses it."""
         if not isinstance(content, Mapping):
             return content
         settings, groups = _settings(cls), _groups(cls)
@@ -131,7 +135,7 @@ class Spec(Settings):
     def overlaid(cls, below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
         """Merge two mappings of settings by key, in which `above` overrides `below`.
 
-        A key in `above` also removes its alternatives from `below`: the other ways to set the same thing.
+        A key in `above` also removes its `alternatives` from `below`: `max_steps` removes `epochs`, for example.
         """
         replaced = {
             key
@@ -187,7 +191,7 @@ S = TypeVar("S", bound=Spec)
 
 @cache
 def _groups(kind: type[Spec]) -> dict[str, type[Settings]]:
-    """The class of each group of a spec class, by the name of the attribute that holds the group."""
+    """The class of each group of a spec class, by the name of the attribute for the group."""
     return {
         name: field.annotation
         for name, field in kind.model_fields.items()
@@ -197,6 +201,7 @@ def _groups(kind: type[Spec]) -> dict[str, type[Settings]]:
 
 @cache
 def _settings(kind: type[Spec]) -> dict[str, Setting]:
+    """All settings of a spec class, by key; TypeError if two have the same key."""
     groups = _groups(kind)
     listed = [
         Setting(field.alias or name, group, name, field)

@@ -46,7 +46,7 @@ class OptimizerSettings(Settings):
 
 
 class LengthSettings(Settings):
-    """How long a run is."""
+    """How long a tuning run is."""
 
     epochs: Annotated[float, Field(gt=0, description="passes over the data; max_steps overrides it")] = 1.0
     max_steps: Annotated[int | None, Field(ge=1, description="optimiser steps")] = None
@@ -104,7 +104,7 @@ class MemorySettings(Settings):
 
 
 class PointSettings(Settings):
-    """When a run is validated and saved."""
+    """When a tuning run is validated, and when its state is saved."""
 
     eval_every: Annotated[
         int | None, Field(ge=1, description="steps between validations; left out: only at the end"), FILE_ONLY
@@ -171,8 +171,8 @@ class TuneSpec(Spec):
     ] = 0
 
     @rule
-    def _head_beside_no_bottlenecks(self) -> None:
-        """`tune_head` needs `method` lora, full or bitfit: a plug-in of bottlenecks holds no tensors of the base."""
+    def _head_excludes_bottlenecks(self) -> None:
+        """`tune_head` needs `method` lora, full or bitfit: a plug-in of bottlenecks contains no tensors of the base."""
         if self.adapter.tune_head and self.adapter.method == "bottleneck":
             raise ValueError(
                 "tune_head cannot be used with bottlenecks, whose plug-in holds no tensors of the base; "
@@ -191,7 +191,10 @@ class TuneSpec(Spec):
 
     @property
     def tokens_at_once(self) -> int:
-        """`micro_batch_tokens`, or 1024 if not set; for text in fp32 the caller sets 512 before."""
+        """The number of padded tokens that run at once: `micro_batch_tokens`, or 1024 if it is not set.
+
+        For text in fp32 the default is 512; the caller sets `micro_batch_tokens` to it before.
+        """
         return self.memory.micro_batch_tokens or 1024
 
     @property

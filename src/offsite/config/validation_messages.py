@@ -9,7 +9,7 @@ from offsite.config.spec import RulesError, Spec
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem that a validation found."""
+    """One problem that pydantic reports about a set of values: where it is and what is wrong."""
 
     place: tuple[str, ...]  # the setting's key, and where in its value; empty if settings contradict each other
     what: str
