@@ -31,7 +31,10 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.safetensors")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened folder of safetensors files; `tensors` has the position of every tensor in them, by tensor name."""
+    """A checkpoint folder of which the safetensors headers were read, but no weights.
+
+    `tensors` has the dtype, shape and byte position of every tensor, by tensor name.
+    """
 
     folder: Path
     tensors: Mapping[str, TensorRange]
@@ -43,7 +46,10 @@ class Checkpoint:
 
 
 class FolderFiles(Protocol):
-    """The files of a folder that holds a checkpoint: read from the disk on each call, or earlier into memory."""
+    """Read access to the files of a checkpoint folder.
+
+    An implementation reads them from the disk on each call, or returns what it read into memory earlier.
+    """
 
     @property
     def folder(self) -> Path:
@@ -66,6 +72,8 @@ class FolderFiles(Protocol):
 
 @dataclass(frozen=True)
 class _OnDisk:
+    """`FolderFiles` that reads from the disk on each call."""
+
     folder: Path
 
     def names(self) -> Set[str]:
@@ -94,7 +102,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def checkpoint_of(files: FolderFiles) -> Checkpoint:
-    """Open the checkpoint that these files make up; only headers are read. Raises as `open_checkpoint`."""
+    """Open the checkpoint that consists of these files; only headers are read. Raises as `open_checkpoint`."""
     folder, names = files.folder, files.names()
     for weights, index in ((WEIGHTS, INDEX), (DECLARED_WEIGHTS, DECLARED_INDEX)):
         if index in names:
@@ -115,6 +123,7 @@ def checkpoint_of(files: FolderFiles) -> Checkpoint:
 
 
 def _sharded(files: FolderFiles, name_of_index: str) -> Checkpoint:
+    """Open a checkpoint in shards, after a check that the index file and the shards' headers list the same tensors."""
     index = files.folder / name_of_index
     try:
         weight_map = strict_json(files.read(name_of_index))["weight_map"]
@@ -144,7 +153,10 @@ def _sharded(files: FolderFiles, name_of_index: str) -> Checkpoint:
 def write_checkpoint(
     folder: Path, tensors: Iterable[NewTensor], shard_bytes: int = SHARD_BYTES, weights: str = WEIGHTS
 ) -> list[Written]:
-    """Write the tensors to the file `weights`, or to shards with an index if they take more than `shard_bytes`."""
+    """Write the tensors to the file `weights`, or to shards with an index if they take more than `shard_bytes`.
+
+    Returns the name, size and SHA-256 of each written file.
+    """
     shards = _shards(tensors, shard_bytes, weights)
     written = [write_safetensors(folder / name, shard) for name, shard in shards.items()]
     return written if len(shards) == 1 else [*written, write_stream(folder / f"{weights}.index.json", [_index(shards)])]
@@ -160,7 +172,7 @@ def checkpoint_bytes(
 
 
 def _shards(tensors: Iterable[NewTensor], shard_bytes: int, weights: str) -> dict[str, list[NewTensor]]:
-    """Divide the tensors among files of at most `shard_bytes`, or one tensor; returns the tensors by file name."""
+    """Divide tensors among files of at most `shard_bytes` (a larger tensor has its own file), by file name."""
     shards: list[list[NewTensor]] = [[]]
     held = 0
     for tensor in tensors:
@@ -176,6 +188,7 @@ def _shards(tensors: Iterable[NewTensor], shard_bytes: int, weights: str) -> dic
 
 
 def _index(shards: Mapping[str, Iterable[NewTensor]]) -> bytes:
+    """The content of the index file: the file name of each tensor, and the total size in bytes."""
     index = {
         "metadata": {"total_size": sum(t.size for shard in shards.values() for t in shard)},
         "weight_map": {t.name: name for name, shard in shards.items() for t in shard},

@@ -34,9 +34,9 @@ class Written:
 def staged_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder; it becomes `out` if the `with` block ends without an exception.
 
-    An empty folder that is there already stays the same folder, with its permissions, and is filled: it may be the
-    current one, or where another disk is mounted. Weights are moved into it before config and signature, so that a
-    power cut between them leaves nothing that loads or verifies.
+    If `out` is an empty folder, the files are moved into it and it keeps its permissions: it may be the current
+    directory or a mount point. Weights are moved before config and signature, so that after a power cut in between
+    nothing loads or verifies.
 
     Raises:
         UsageError: `out` exists and is not an empty folder.
@@ -46,7 +46,7 @@ def staged_folder(out: Path) -> Iterator[Path]:
     out = out.resolve()  # "." has no name to derive the sibling's from
     with storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging = (out if _is_place_of_its_own(out) else out.parent) / _temporary_name(out)
+        staging = (out if _must_stage_inside(out) else out.parent) / _temporary_name(out)
         staging.mkdir()
     try:
         with storage_errors(out):
@@ -62,8 +62,11 @@ def staged_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _is_place_of_its_own(out: Path) -> bool:
-    """Whether the folder `out` exists and is on another disk than its parent, or its parent cannot be written."""
+def _must_stage_inside(out: Path) -> bool:
+    """Whether the temporary folder must be made in the folder `out` itself instead of next to it.
+
+    This is so if `out` exists and is on another disk than its parent folder, or the parent folder is not writable.
+    """
     if not out.exists():
         return False
     return out.stat().st_dev != out.parent.stat().st_dev or not os.access(out.parent, os.W_OK)
@@ -85,7 +88,7 @@ def _fill(out: Path, staging: Path) -> None:
 
 
 def require_free(out: Path, flag: str = "--out") -> None:
-    """Raise an error if an output folder is not free; called before any work is done.
+    """Check, before any work is done, that an output folder does not exist or is empty.
 
     Args:
         out: the folder.
@@ -113,7 +116,10 @@ def require_free(out: Path, flag: str = "--out") -> None:
 
 
 def _taken(out: Path, flag: str) -> tuple[str, str] | None:
-    """The reason why an output folder is not free, and the next step for the user; None if it is free."""
+    """Why an output folder cannot be used, and the next step for the user.
+
+    None if the folder does not exist or is empty.
+    """
     if out.is_symlink():
         target = out.resolve()
         free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
@@ -133,7 +139,7 @@ def _taken(out: Path, flag: str) -> tuple[str, str] | None:
 
 
 def write_stream(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> Written:
-    """Write the chunks to a new file, hash them at the same time, and flush the file to the disk."""
+    """Write the chunks to a new file, flush it to the disk, and return its name, size and SHA-256."""
     digest = hashlib.sha256()
     size = 0
     with path.open("xb") as file:
@@ -167,7 +173,7 @@ def replace_file(path: Path, content: bytes, mode: int = 0o644) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file in hex; the file is read, not memory-mapped, as a map would count as process memory."""
+    """The SHA-256 of a file in hex. The file is read, not memory-mapped, since mapped pages count as process memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -197,18 +203,20 @@ _ADVICE = {
 
 
 def _temporary_name(path: Path) -> str:
-    """A name in the folder of `path` that no other process has; it starts as the path's does, and fits every disk."""
+    """A random name for a hidden file; it begins with the name of `path`, and is short enough for every disk."""
     start = os.fsencode(path.name)[:200].decode("utf-8", "ignore")
     return f".{start}.{secrets.token_hex(4)}.tmp"
 
 
 def _write(descriptor: int, content: bytes | bytearray | memoryview) -> None:
+    """Write all of the content, in as many system calls as necessary."""
     view = memoryview(content)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
 def _sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk; does nothing on Windows."""
     if os.name == "nt":  # which cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)

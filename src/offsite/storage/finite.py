@@ -18,7 +18,7 @@ _EXPONENTS = {
 
 
 def has_non_finite(content: bytes | memoryview, dtype: str) -> bool:
-    """Whether the bytes of a tensor with this safetensors dtype hold NaN or infinity; False for integers."""
+    """Whether the bytes of a tensor with this safetensors dtype contain NaN or infinity; False for integers."""
     import numpy as np  # here, as verifying a bundle does not need it
 
     if dtype not in _EXPONENTS:
@@ -30,15 +30,16 @@ def has_non_finite(content: bytes | memoryview, dtype: str) -> bool:
 
 @dataclass
 class FiniteWatch:
-    """Records in `found` the names of tensors in which it sees NaN or infinity while they are written."""
+    """Searches tensors for NaN and infinity while they are written; `found` lists the names of those that have any."""
 
     found: list[str] = field(default_factory=list)
 
     def over(self, tensors: Iterable[NewTensor]) -> list[NewTensor]:
-        """Return tensors with the same bytes, which are searched for NaN and infinity when they are written."""
+        """Wrap tensors so that they are searched when they are written; their bytes remain the same."""
         return [replace(tensor, chunks=partial(self._chunks, tensor)) for tensor in tensors]
 
     def _chunks(self, tensor: NewTensor) -> Iterator[bytes | memoryview]:
+        """Yield the bytes of a tensor, and add its name to `found` if they contain NaN or infinity."""
         for chunk in tensor.chunks():
             if has_non_finite(chunk, tensor.dtype) and tensor.name not in self.found:
                 self.found.append(tensor.name)

@@ -62,7 +62,10 @@ def unfinished(name: str, listed: Iterable[str]) -> str | None:
 
 
 def leftovers_in(folder: Path) -> list[Path]:
-    """The leftovers directly in a folder, sorted by name; empty if the folder cannot be read."""
+    """The entries of a folder that file managers, editors, version control or transfers left there, sorted by name.
+
+    Empty if the folder cannot be read.
+    """
     try:
         return sorted(path for path in folder.iterdir() if is_leftover(path.name))
     except OSError:
@@ -77,6 +80,7 @@ def delete_command(paths: Iterable[Path]) -> str:
 
 
 def _word(path: Path) -> str:
+    """A path as one quoted word of a shell command."""
     if "\r" in str(path):  # only "Icon\r" has a control character, which is written as an escape
         return "$'" + str(path).replace("\\", "\\\\").replace("'", "\\'").replace("\r", "\\r") + "'"
     return shlex.quote(str(path))

@@ -57,4 +57,5 @@ def read_up_to(stream: BinaryIO, count: int) -> bytes:
 
 
 def _not_regular(file: Path) -> VerificationError:
+    """The error for a path that is not a regular file."""
     return VerificationError(f"{file.name!r} is not a plain file")

@@ -46,7 +46,7 @@ class StoredTensor(Protocol):
 
     @property
     def size(self) -> int:
-        """The number of bytes that the tensor takes."""
+        """The size of the tensor in bytes."""
 
     def raw(self) -> Iterator[bytes | memoryview]:
         """Yield the tensor's bytes in chunks of `CHUNK_BYTES`; only the last chunk can be shorter."""
@@ -64,7 +64,7 @@ class TensorRange:
 
     @property
     def size(self) -> int:
-        """The number of bytes that the tensor takes in the file."""
+        """The size of the tensor in bytes."""
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
     def raw(self) -> Iterator[bytes]:
@@ -89,7 +89,10 @@ class TensorRange:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to write. `chunks` is called for its bytes when they are written, so one tensor at a time is held."""
+    """A tensor to write.
+
+    `chunks` is called only when the tensor is written and yields its bytes, so that one tensor at a time is in memory.
+    """
 
     name: str
     dtype: str
@@ -98,7 +101,7 @@ class NewTensor:
 
     @property
     def size(self) -> int:
-        """The number of bytes that the tensor takes in the file."""
+        """The size of the tensor in bytes."""
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
 
@@ -156,6 +159,17 @@ def parse_header(file: Path, raw: bytes, size: int) -> dict[str, TensorRange]:
 
 
 def _check_header(file: Path, header: dict[str, Any], *, data_start: int, data_size: int) -> dict[str, TensorRange]:
+    """The position of each tensor that a parsed header lists, after a check that tensors fill the data without holes.
+
+    Args:
+        file: the file's path.
+        header: the parsed JSON of the header.
+        data_start: offset in the file of the first tensor's first byte.
+        data_size: number of bytes from there to the end of the file.
+
+    Raises:
+        StorageError: the header is malformed; reasons list every problem.
+    """
     reasons: list[str] = []
     ranges: list[tuple[int, int, str]] = []
     tensors: dict[str, TensorRange] = {}
@@ -188,6 +202,7 @@ def _check_header(file: Path, header: dict[str, Any], *, data_start: int, data_s
 
 
 def _entry_problem(entry: object) -> str | None:
+    """What is wrong with a tensor's entry in a header; None if nothing is."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "entry must have exactly dtype, shape and data_offsets"
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in ITEM_SIZE:
@@ -255,7 +270,7 @@ def from_float32(values: "npt.NDArray[np.float32]", dtype: str) -> "npt.NDArray[
 
 
 def finite(tensor: StoredTensor) -> bool:
-    """Whether a float tensor holds neither NaN nor infinity."""
+    """Whether a float tensor contains neither NaN nor infinity."""
     import numpy as np
 
     return all(bool(np.isfinite(to_float32(chunk, tensor.dtype)).all()) for chunk in read_chunks(tensor))
@@ -291,6 +306,7 @@ def safetensors_bytes(tensors: Iterable[NewTensor]) -> int:
 
 
 def _in_file_order(tensors: Iterable[NewTensor]) -> list[NewTensor]:
+    """The tensors in the order in which a file stores them."""
     # wide items first, as the reference implementation does: so every tensor starts at a multiple of its item size
     return sorted(tensors, key=lambda tensor: -ITEM_SIZE[tensor.dtype])
 

@@ -1,7 +1,7 @@
 """Reads the files of an artifact so that only bytes that were hashed and compared are ever used. Torch-free.
 
 Each file is opened once and read once, from its first byte to its last. During that read it is hashed, a safetensors
-header is parsed, tensors are searched for NaN if requested, and bytes for later use stay in memory. No content is
+header is parsed, tensors are searched for NaN if requested, and bytes for later use remain in memory. No content is
 returned before the hash of the whole file is known.
 """
 
@@ -35,7 +35,10 @@ _ALIGNMENT = 64  # a tensor's first byte has an address that is a multiple of th
 
 @dataclass(frozen=True, eq=False)
 class HeldTensor:
-    """A tensor in memory; `content` holds its bytes, is writable, and starts at an address that is a multiple of 64."""
+    """A tensor in memory.
+
+    `content` is its bytes; they are writable, and their address is a multiple of 64.
+    """
 
     name: str
     dtype: str
@@ -44,7 +47,7 @@ class HeldTensor:
 
     @property
     def size(self) -> int:
-        """The number of bytes that the tensor takes."""
+        """The size of the tensor in bytes."""
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
     def raw(self) -> Iterator[memoryview]:
@@ -55,7 +58,7 @@ class HeldTensor:
 
 @dataclass
 class ReadFile:
-    """The result of reading one file; size and hash are not yet compared with the expected ones."""
+    """The result of reading one file once; its size and hash are not yet compared with the expected ones."""
 
     size: int
     sha256: str | None = None  # in hex; None if the file shrank or grew while it was read
@@ -80,8 +83,8 @@ def read_file(file: Path, *, hold: bool, most: int = SETTINGS_BYTES, look_for_na
 
     Args:
         file: the file's path.
-        hold: whether its tensors stay in memory.
-        most: the content of a file without tensors stays in memory if it has at most this number of bytes.
+        hold: whether its tensors remain in memory.
+        most: the content of a file without tensors remains in memory if it has at most this number of bytes.
         look_for_nan: whether float tensors are searched for NaN and infinity.
 
     Raises:
@@ -111,7 +114,10 @@ _Consumer = Callable[[memoryview], object]
 
 
 def _read_header(file: Path, stream: BinaryIO, found: ReadFile, consume: Callable[[bytes], object]) -> int:
-    """Parse the header into `found`, or its fault if it is malformed; return the number of bytes given to `consume`."""
+    """Store the parsed header in `found`, or the error if it is malformed.
+
+    Returns the number of bytes that were passed to `consume`.
+    """
     try:
         raw = read_header_bytes(file, stream, found.size)
     except StorageError as problem:  # with the length alone
@@ -153,6 +159,7 @@ def _read_tensors(stream: BinaryIO, found: ReadFile, consume: _Consumer, *, hold
 
 
 def _read_rest(stream: BinaryIO, most: int, consume: _Consumer, keep: _Consumer) -> int:
+    """Pass at most `most` remaining bytes of a stream to `consume` and `keep`; return the number of bytes read."""
     buffer = memoryview(bytearray(min(_READ_BYTES, max(most, 1))))
     read = 0
     while read < most and (length := _fill(stream, buffer[: most - read])):
@@ -171,19 +178,21 @@ def _fill(stream: BinaryIO, part: memoryview) -> int:
 
 
 def _aligned(size: int) -> memoryview:
+    """Allocate `size` bytes at an address that is a multiple of 64."""
     buffer = bytearray(size + _ALIGNMENT)
     start = -ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % _ALIGNMENT
     return memoryview(buffer)[start : start + size]
 
 
 def _finite(content: memoryview, dtype: str) -> bool:
+    """Whether the bytes of a float tensor contain neither NaN nor infinity."""
     import numpy as np  # here, as verifying a bundle does not need it
 
     return bool(np.isfinite(to_float32(content, dtype)).all())
 
 
 class Snapshot:
-    """The files that a manifest lists; every read returns exactly the bytes whose hash the manifest holds.
+    """The files that a signed manifest lists; every read returns exactly the bytes whose hash is in the manifest.
 
     A file that is not in memory is read again when it is needed; its hash is compared again before its content is
     returned.
@@ -204,12 +213,12 @@ class Snapshot:
         return self._listed.keys()
 
     def read(self, name: str) -> bytes:
-        """The content of a file that holds no tensors.
+        """The content of a file that contains no tensors.
 
         Raises:
             FileNotFoundError: no listed file has that name.
             VerificationError: the file was read again, and has changed since it was hashed.
-            StorageError: the file cannot be read, or holds tensors.
+            StorageError: the file cannot be read, or contains tensors.
         """
         file = self._of(name, hold=False)
         if file.content is None:
@@ -227,7 +236,10 @@ class Snapshot:
         return dict(file.header)
 
     def tensors(self, name: str) -> dict[str, HeldTensor]:
-        """The tensors of the file `name`, read into memory, by tensor name; they stay in memory. Raises as `header`."""
+        """The tensors of the file `name`, by tensor name; they are read into memory and remain there.
+
+        Raises as `header`.
+        """
         file = self._of(name, hold=True)
         if file.tensors is None:
             raise file.problem or StorageError(f"{self.folder / name} holds no tensors")
@@ -252,6 +264,13 @@ class Snapshot:
         return checkpoint_of(self)
 
     def _of(self, name: str, *, hold: bool) -> ReadFile:
+        """The listed file `name`, read again if its content, or with `hold` its tensors, are not in memory.
+
+        Raises:
+            FileNotFoundError: no listed file has that name.
+            VerificationError: the file was read again, and has changed since it was hashed.
+            StorageError: the file cannot be read.
+        """
         listed = self._listed.get(name)
         if listed is None:
             raise FileNotFoundError(f"{self.folder / name} is not listed")
@@ -262,6 +281,12 @@ class Snapshot:
 
 
 def _read_again(file: Path, listed: Written, *, hold: bool) -> ReadFile:
+    """Read a listed file again, and compare its size and hash with the entry `listed`.
+
+    Raises:
+        VerificationError: the file has changed.
+        StorageError: the file cannot be read.
+    """
     try:
         found = read_file(file, hold=hold)
     except FileNotFoundError:
@@ -278,6 +303,7 @@ def _read_again(file: Path, listed: Written, *, hold: bool) -> ReadFile:
 
 
 def _changed(file: Path, reason: str) -> VerificationError:
+    """The error for a file that changed after it was verified."""
     return VerificationError(
         f"{file} changed after it was verified",
         reasons=[reason],

@@ -14,25 +14,25 @@ def strict_json(raw: bytes) -> Any:
     Integers of up to 40 digits are accepted, because tokenizers write 10^30 for "no limit".
 
     Raises:
-        ValueError: it is not JSON, is nested too deeply, holds NaN or infinity or an integer with more digits, or an
+        ValueError: it is not JSON, is nested too deeply, contains NaN or infinity or an integer with more digits, or an
             object has the same key twice.
     """
 
-    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
             raise ValueError("a key appears twice")
         return found
 
-    def no_constant(name: str) -> None:
+    def refuse_constant(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
-    def sensible(digits: str) -> int:
+    def parse_integer(digits: str) -> int:
         if len(digits) > _MOST_DIGITS:  # int and float have limits, and a product of several would be over them
             raise ValueError(f"{digits[:20]}... has {len(digits)} digits")
         return int(digits)
 
-    def in_range(digits: str) -> float:
+    def parse_finite_float(digits: str) -> float:
         value = float(digits)
         if not math.isfinite(value):  # 1e999 is JSON, and would come out as infinity
             raise ValueError(f"{digits[:20]} is out of range")
@@ -43,10 +43,10 @@ def strict_json(raw: bytes) -> Any:
     try:
         return json.loads(
             raw.decode("utf-8"),
-            object_pairs_hook=no_twins,
-            parse_constant=no_constant,
-            parse_float=in_range,
-            parse_int=sensible,
+            object_pairs_hook=refuse_repeated_keys,
+            parse_constant=refuse_constant,
+            parse_float=parse_finite_float,
+            parse_int=parse_integer,
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None

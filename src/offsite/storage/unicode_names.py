@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def existing(path: Path) -> Path:
-    """The path in the form of Unicode in which the disk stores it; unchanged if nothing exists in either form."""
+    """The path in the Unicode form (NFC or NFD) in which the disk stores it; unchanged if it exists in neither."""
     if _exists(path):
         return path
     found = Path(path.anchor)
@@ -20,6 +20,7 @@ def existing(path: Path) -> Path:
 
 
 def _exists(path: Path) -> bool:
+    """Whether something exists at the path, even a broken link."""
     try:
         return path.exists() or path.is_symlink()
     except OSError:  # a name that is too long
