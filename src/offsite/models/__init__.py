@@ -1,4 +1,4 @@
-"""Model families: the table, families read off a model, loading, and the module kinds that a bundle may declare."""
+"""Model families: the table, families derived from a model, loading, and the module kinds that a bundle may declare."""
 
 import os
 

@@ -39,8 +39,8 @@ def load_adapted(base: Source, adapter: Source, *, dtype: torch.dtype, device: t
 
     Args:
         base: a plain checkpoint.
-        adapter: an ordinary PEFT folder with adapter_config.json and adapter_model.safetensors; the head is the only
-            module that it may save as a whole.
+        adapter: an ordinary PEFT folder with adapter_config.json and adapter_model.safetensors; `modules_to_save` may
+            list only the output head.
         dtype: the dtype of all weights, of base and adapter, so that no activation is cast between them.
         device: the device of the loaded model.
 
@@ -89,25 +89,25 @@ def load_adapted(base: Source, adapter: Source, *, dtype: torch.dtype, device: t
 
 
 def saved_as(parameter: str) -> str:
-    """The name of a parameter in PEFT's files, from its name in PEFT's model."""
+    """The tensor name in PEFT's adapter file of a parameter of the PEFT model (`adapted.named_parameters()`)."""
     return parameter.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
 
 
 def load_replaced(
     base: Source, adapter: Source, weights: str, *, dtype: torch.dtype, device: torch.device
 ) -> "PreTrainedModel":
-    """Load a model, with some of its tensors replaced by those in another file, in eval mode and frozen.
+    """Load a model in eval mode and frozen, and replace some of its tensors by those in another file.
 
     Args:
         base: a plain checkpoint.
         adapter: the folder with the other file, such as a return by the method "full".
-        weights: the name of that safetensors file; its tensors have the names of the checkpoint's files.
+        weights: the name of that safetensors file; its tensors have the same names as in checkpoint files.
         dtype: the dtype of all weights.
         device: the device of the loaded model.
 
     Raises:
         StorageError: weights are missing, truncated or malformed.
-        IncompatibleError: the file holds tensors that the model does not have, or with other shapes; all are listed.
+        IncompatibleError: the file has tensors that the model does not have, or with other shapes; all are listed.
     """
     held, family = tensors_of(adapter, weights), family_of_source(base)
     model = load_model(base, dtype=dtype, device=device)
@@ -133,12 +133,13 @@ def load_replaced(
 def load_bottlenecked(
     base: Source, adapter: Source, weights: str, *, dtype: torch.dtype, device: torch.device
 ) -> "PreTrainedModel":
-    """Load a model with bottlenecks in some of its blocks, in eval mode and frozen.
+    """Load a model in eval mode and frozen, with bottleneck adapters in some of its blocks.
 
     Args:
         base: a plain checkpoint.
         adapter: the folder with the bottlenecks.
-        weights: the name of a safetensors file with all tensors of each bottleneck; they all have one width.
+        weights: the name of a safetensors file with all tensors of each bottleneck; all bottlenecks have the same
+            width.
         dtype: the dtype of all weights.
         device: the device of the loaded model.
 
@@ -178,13 +179,19 @@ def load_bottlenecked(
 
 
 def _own_head(base: Source) -> list[str]:
-    """The modules that an adapter may save as a whole: the head, or nothing if the head is a tied embedding."""
+    """The modules that `modules_to_save` may list: the output head, or none if it is tied to the embedding."""
     settings = model_settings(base)
     family = family_of_source(base)
     return [family.head_module] if family.head_tensors(settings) else []
 
 
 def _check_adapter(adapter: Source, saved: list[str]) -> None:
+    """Check that an adapter's config is that of a plain LoRA; `modules_to_save` may list only the modules `saved`.
+
+    Raises:
+        UsageError: the folder has no adapter_config.json.
+        IncompatibleError: it is another kind of adapter; all problems are listed.
+    """
     if not has_file(adapter, ADAPTER_CONFIG):
         raise UsageError(
             f"{folder_of(adapter)} holds no {ADAPTER_CONFIG}, so it is not a LoRA adapter",

@@ -1,4 +1,4 @@
-"""The table of all model families that can be packed and tuned; its keys are values of `model_type`. Torch-free."""
+"""The table of the model families that this package describes, by the `model_type` of their configs. Torch-free."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,11 +17,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """The row of the table of families for a config, found by the config's `model_type`.
+    """The family in the table for a config, found by the config's `model_type`.
 
     Raises:
-        IncompatibleError: no family has that type, or the config has a setting with which the family's description of
-            the blocks would be wrong.
+        IncompatibleError: no family has that type, or a setting of the config changes the blocks so that they are not
+            as the family's description says.
     """
     family = ARCHITECTURES.get(str(config.get("model_type")))
     if family is None:

@@ -61,11 +61,14 @@ class UpToHead(nn.Module):
         )
 
     def _leave(self, _: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        """Forward pre-hook of the head: end the model's forward pass by an exception with the head's input."""
         if getattr(self._running, "now", False):
             raise _ReachedHead(arguments[0])
 
 
 class _ReachedHead(Exception):  # noqa: N818  a signal, caught where it is raised for
+    """Raised at the head to end a forward pass; `hidden` is the head's input, (B, T, H)."""
+
     def __init__(self, hidden: torch.Tensor) -> None:
         super().__init__()
         self.hidden = hidden
@@ -74,11 +77,11 @@ class _ReachedHead(Exception):  # noqa: N818  a signal, caught where it is raise
 def split_backbone_and_head(model: "PreTrainedModel") -> Network:
     """Split a model in eval mode into body and head, after a check on a few tokens that they give the model's logits.
 
-    The check tries the model's body, then all of the model up to the head; each with the logit cap of the family or of
-    the config, and with a scale of the logits.
+    The check tries the model's body, then all of the model up to the head. For each it tries the logit caps that the
+    family or the config names, and a scale of the logits.
 
     Raises:
-        IncompatibleError: none of them gives the model's logits.
+        IncompatibleError: no combination gives the model's logits.
     """
     head = model.get_output_embeddings()
     ids = torch.arange(8, device=head.weight.device).remainder(head.weight.shape[0])[None]
@@ -107,7 +110,18 @@ def split_backbone_and_head(model: "PreTrainedModel") -> Network:
 def _networks(
     model: "PreTrainedModel", body: nn.Module, head: nn.Linear, hidden: torch.Tensor, whole: torch.Tensor
 ) -> Iterator[Network]:
-    """The networks to try: with the family's cap, with that of the config, and with the scale that fits best."""
+    """Yield the candidates that the check of `split_backbone_and_head` tries for one body.
+
+    They have the family's logit cap; or, for a model that is not in the table, each cap in the config, no cap, and a
+    fitted scale.
+
+    Args:
+        model: the whole model.
+        body: the part that computes hidden states.
+        head: the output head.
+        hidden: the body's output for some tokens, (1, T, H).
+        whole: the model's logits for the same tokens, (1, T, V).
+    """
     family = ARCHITECTURES.get(model.config.model_type)
     if family is not None:
         yield Network(body, head, getattr(model.config, family.logit_cap) if family.logit_cap else None)
@@ -121,7 +135,7 @@ def _networks(
 
 
 def _distance(found: torch.Tensor, whole: torch.Tensor, dtype: torch.dtype) -> float:
-    """How far two results differ at most; 0 if by no more than a rounding step, as with the same sums in one order."""
+    """The largest absolute difference between two tensors of logits; 0 if it is within the rounding of `dtype`."""
     step = torch.finfo(dtype).eps
     alike = torch.allclose(whole, found, rtol=2 * step, atol=4 * step * float(whole.abs().max()))
     return 0.0 if alike else float((whole - found).abs().max())

@@ -1,7 +1,7 @@
-"""Attention heads, MLP neurons and experts of a block: how many it has, and which parts of its tensors each owns.
+"""Attention heads, MLP neurons and experts of a block: their numbers, and the parts of tensors that belong to each.
 
 Heads are removed in units. A unit is a key-value head with all query heads that read it; in a block with one key-value
-head, it is one query head. An expert owns its matrices and its row of the router. Torch-free.
+head, it is one query head. An expert has its own matrices and its row of the router. Torch-free.
 """
 
 import re
@@ -30,13 +30,13 @@ _PER_HEAD = re.compile(r"(.+\.([qk])_layernorm\.norms)\.(\d+)(\..+)")  # a norm 
 
 @dataclass(frozen=True)
 class Widths:
-    """The widths of one block."""
+    """The widths of one block: hidden size, and numbers of attention heads, MLP neurons and experts."""
 
-    hidden: int  # coordinates of the hidden state
+    hidden: int  # size of the hidden state
     heads: int  # query heads
     groups: int  # key-value heads; heads / groups query heads read each
-    head_size: int  # coordinates of a head
-    neurons: int  # of the MLP; 0 if the block has experts
+    head_size: int  # size of a head
+    neurons: int  # hidden neurons of the MLP; 0 if the block has experts
     grouped: bool  # whether a unit is a key-value head with its query heads, else it is a query head
     experts: int = 0  # of a mixture; 0 if the block has none
     chosen: int = 0  # experts that process a token
@@ -52,7 +52,7 @@ class Widths:
         return self.heads // self.units
 
     def narrowed(self, units: int, neurons: int, experts: int | None = None) -> "Widths":
-        """The widths with so many units of heads, neurons and experts; None: all experts."""
+        """A copy with other numbers of units of heads, MLP neurons and experts; `experts` None: all experts."""
         groups = units if self.grouped else self.groups
         experts = self.experts if experts is None else experts
         return replace(self, heads=units * self.unit_heads, groups=groups, neurons=neurons, experts=experts)
@@ -60,7 +60,10 @@ class Widths:
 
 @dataclass(frozen=True)
 class Kept:
-    """The units of heads, the neurons and the experts of a block that stay, by their ascending indices in the base."""
+    """The units of heads, the MLP neurons and the experts that remain in a narrowed block.
+
+    They are ascending indices in the base's block.
+    """
 
     units: Indices
     neurons: Indices
@@ -68,23 +71,23 @@ class Kept:
 
     @classmethod
     def all_of(cls, widths: Widths) -> "Kept":
-        """Everything in a block of these widths."""
+        """All units, neurons and experts of a block with these widths."""
         return cls(tuple(range(widths.units)), tuple(range(widths.neurons)), tuple(range(widths.experts)))
 
 
 def neuron_layers(family: Architecture, paths: Iterable[str]) -> list[str]:
-    """The linear layers among `paths` whose outputs are the MLP's neurons, before or after the gate."""
+    """The linear layers among `paths` whose outputs are the MLP's neurons: its gate and up projections."""
     outer = {family.attention_out, family.mlp_out}
-    return [path for path in paths if path in family.linears and path not in outer and _outputs(path) is None]
+    return [path for path in paths if path in family.linears and path not in outer and _attention_role(path) is None]
 
 
 def widths_of(family: Architecture, config: Mapping[str, Any], shapes: Shapes) -> Widths:
-    """The widths of a block of the family's own form.
+    """The widths of a block as the family defines it, without any narrowing.
 
     Args:
-        family: the model's row of the architecture table.
+        family: the model's family.
         config: the family's config.
-        shapes: the shapes of the block's tensors.
+        shapes: the shapes of the block's tensors, by path in the block as in checkpoint files.
 
     Raises:
         IncompatibleError: the config and the shapes do not say how many heads the block has.
@@ -95,7 +98,7 @@ def widths_of(family: Architecture, config: Mapping[str, Any], shapes: Shapes) -
     size = inner // heads if heads else 0
     groups = 0
     for path, rows in outputs.items():
-        role = _outputs(path)
+        role = _attention_role(path)
         if role == _KEYS and size:
             groups = rows // size
         elif role in (_STACKED, _INTERLEAVED) and size:
@@ -114,13 +117,14 @@ def widths_of(family: Architecture, config: Mapping[str, Any], shapes: Shapes) -
 
 
 def narrower_widths(family: Architecture, base: Widths, shapes: Shapes) -> Widths:
-    """The widths of a block, given the shapes of those of its tensors that are narrower than the base's.
+    """The widths of a narrowed block, computed from the shapes of its tensors.
 
     Args:
-        family: the model's row of the architecture table.
-        base: the widths of the family's own block.
-        shapes: the shapes of some of the block's tensors; a part without its output projection, or without its
-            router, is whole.
+        family: the model's family.
+        base: the widths of the block without narrowing.
+        shapes: the shapes of the tensors whose shape was changed, by path in the block. If the output projection of
+            attention is missing, all heads remain; if that of the MLP is missing, all neurons; if the router, all
+            experts.
     """
     units, neurons, experts = base.units, base.neurons, base.experts
     ends = {path: shapes.get(f"{path}.weight") for path in (family.attention_out, family.mlp_out)}
@@ -134,10 +138,12 @@ def narrower_widths(family: Architecture, base: Widths, shapes: Shapes) -> Width
 
 
 def obstacles(family: Architecture, config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, str]:
-    """Why heads ("heads"), neurons ("neurons") or experts ("experts") cannot be removed from the blocks.
+    """Why attention heads, MLP neurons or experts cannot be removed from the blocks of a model.
+
+    Returns a reason under the key "heads", "neurons" or "experts"; empty if all can be removed.
 
     Args:
-        family: the model's row of the architecture table.
+        family: the model's family.
         config: the family's config.
         paths: the paths of a block's tensors.
     """
@@ -163,18 +169,18 @@ def router_of(family: Architecture) -> str | None:
 
 
 def narrowed_shapes(family: Architecture, shapes: Shapes, base: Widths, widths: Widths) -> dict[str, tuple[int, ...]]:
-    """The shapes of a block's tensors with fewer heads, neurons and experts.
+    """The shapes of a block's tensors after units were removed, by path in the narrowed block.
 
     Args:
-        family: the model's row of the architecture table.
-        shapes: the shapes of the family's own block.
-        base: the widths of the family's own block.
-        widths: the widths of the narrower block.
+        family: the model's family.
+        shapes: the shapes of the block's tensors before, by path in the block.
+        base: the widths of the block before.
+        widths: the widths of the block after.
     """
     kept = Kept.all_of(widths)  # which ones does not matter to a shape
     found = {}
     for path, shape in shapes.items():
-        name = _renamed(family, path, base, kept)
+        name = _path_in_narrowed(family, path, base, kept)
         if name is not None:
             places = tensor_places(family, path, shape, base, kept)
             found[name] = tuple(
@@ -184,27 +190,32 @@ def narrowed_shapes(family: Architecture, shapes: Shapes, base: Widths, widths: 
 
 
 def narrowed_names(family: Architecture, paths: Iterable[str], base: Widths, kept: Kept) -> dict[str, str]:
-    """The paths of the tensors that a narrower block has -> their paths in the base's block."""
-    return {name: path for path in paths if (name := _renamed(family, path, base, kept)) is not None}
+    """Map the path of each tensor in a narrowed block to its path in the base's block.
+
+    They differ only for experts and for norms of single heads, which are numbered.
+    """
+    return {name: path for path in paths if (name := _path_in_narrowed(family, path, base, kept)) is not None}
 
 
 def tensor_places(
     family: Architecture, path: str, shape: Sequence[int], base: Widths, kept: Kept
 ) -> tuple[Indices | None, ...]:
-    """The indices that stay on each axis of a block's tensor as files store it; None for an axis that stays whole.
+    """For each axis of a block's tensor, the indices that remain in the narrowed block; None if all remain.
+
+    Axes are in the order of checkpoint files.
 
     Args:
-        family: the model's row of the architecture table.
-        path: the tensor's path in the block.
+        family: the model's family.
+        path: the tensor's path in the base's block.
         shape: its shape in the base.
         base: the widths of the base's block.
-        kept: the units, neurons and experts that stay.
+        kept: the units, neurons and experts that remain.
     """
     if base.experts and path == router_of(family):
         return (kept.experts if len(kept.experts) < base.experts else None, *(None for _ in shape[1:]))
     module, _, kind = path.rpartition(".")
     if kind not in ("weight", "bias") or module not in family.linears:
-        rows = _kept_outputs(family, path, shape[0], base, kept) if _outputs(path) else None
+        rows = _kept_outputs(family, path, shape[0], base, kept) if _attention_role(path) else None
         return (rows, *(None for _ in shape[1:]))
     axis = 1 if family.transposed and kind == "weight" else 0  # of the outputs
     outputs = _kept_outputs(family, module, shape[axis], base, kept)
@@ -218,14 +229,14 @@ def tensor_places(
 def kept_rows_and_columns(
     family: Architecture, linear: str, shape: Sequence[int], base: Widths, kept: Kept
 ) -> tuple[Indices | None, Indices | None]:
-    """The outputs and the inputs of a linear layer that stay, by their indices in the base; None: all.
+    """The output indices and the input indices of a linear layer that remain after narrowing; None if all remain.
 
     Args:
-        family: the model's row of the architecture table.
+        family: the model's family.
         linear: the layer's path in the block.
         shape: the shape of its weight in the base, as files store it.
         base: the widths of the base's block.
-        kept: the units and neurons that stay.
+        kept: the units, neurons and experts that remain.
     """
     places = tensor_places(family, f"{linear}.weight", shape, base, kept)
     return (places[1], places[0]) if family.transposed else (places[0], places[1])
@@ -242,12 +253,12 @@ def multiply_adds(family: Architecture, shapes: Shapes, chosen: int = 0) -> int:
 
 
 def goes_with_a_unit(family: Architecture, path: str) -> bool:
-    """Whether a tensor of a block, given its path, is part of one expert, or of a norm of one head."""
+    """Whether the tensor at this path in a block belongs to one expert, or to the norm of one head."""
     return _PER_HEAD.fullmatch(path) is not None or expert_number(family, path) is not None
 
 
 def expert_number(family: Architecture, path: str) -> int | None:
-    """The index of the expert that a tensor of a block, given its path, is part of; None for other tensors."""
+    """The index of the expert to which the tensor at this path in a block belongs; None for other tensors."""
     if family.experts is None or not path.startswith(f"{family.experts.path}."):
         return None
     number = path.removeprefix(f"{family.experts.path}.").partition(".")[0]
@@ -255,22 +266,28 @@ def expert_number(family: Architecture, path: str) -> int | None:
 
 
 def _linears(family: Architecture, shapes: Shapes) -> list[str]:
+    """The paths of the linear layers that have a weight in `shapes`."""
     return [path for path in family.linears if f"{path}.weight" in shapes]
 
 
 def _outputs_inputs(family: Architecture, shape: Sequence[int]) -> tuple[int, int]:
+    """A linear layer's numbers of outputs and inputs, from the shape of its weight in files."""
     return (shape[1], shape[0]) if family.transposed else (shape[0], shape[1])
 
 
-def _outputs(path: str) -> str | None:
+def _attention_role(path: str) -> str | None:
+    """What the outputs of a linear layer (or a bias) are in attention, such as queries; None for other layers."""
     return _OUTPUTS.get(path.rpartition(".")[2])
 
 
 def _kept_outputs(family: Architecture, path: str, rows: int, base: Widths, kept: Kept) -> Indices | None:
-    """The outputs of a layer that stay; None if all do."""
+    """The indices of a layer's outputs that remain in the narrowed block; None if all remain.
+
+    `rows` is the number of its outputs in the base.
+    """
     if path == family.mlp_out or path == family.attention_out:
         return None
-    role = _outputs(path)
+    role = _attention_role(path)
     if role is None:
         if not base.neurons or rows % base.neurons or len(kept.neurons) == base.neurons:
             return None
@@ -291,7 +308,7 @@ def _kept_outputs(family: Architecture, path: str, rows: int, base: Widths, kept
 
 
 def _kept_inputs(family: Architecture, path: str, base: Widths, kept: Kept) -> Indices | None:
-    """The inputs of a layer that stay; None if all do."""
+    """The indices of a layer's inputs that remain in the narrowed block; None if all remain."""
     if path == family.attention_out and len(kept.units) < base.units:
         return _spans(kept.units, base.unit_heads * base.head_size)
     if path == family.mlp_out and len(kept.neurons) < base.neurons:
@@ -300,11 +317,12 @@ def _kept_inputs(family: Architecture, path: str, base: Widths, kept: Kept) -> I
 
 
 def _spans(units: Iterable[int], size: int) -> Indices:
+    """The indices of all elements of these units, for units of `size` consecutive elements."""
     return tuple(index for unit in units for index in range(unit * size, (unit + 1) * size))
 
 
-def _renamed(family: Architecture, path: str, base: Widths, kept: Kept) -> str | None:
-    """A tensor's path in the narrower block; None for an expert or the norm of a head that is removed."""
+def _path_in_narrowed(family: Architecture, path: str, base: Widths, kept: Kept) -> str | None:
+    """The path in the narrowed block of a tensor of the base's block; None for a removed expert or norm of a head."""
     if family.experts is not None and (expert := expert_number(family, path)) is not None:
         if expert not in kept.experts:
             return None

@@ -1,8 +1,8 @@
-"""The config of a model with only some of its blocks, for a family that no row describes.
+"""Computes the config of a model with only some of its blocks, for a family that is not in the table.
 
-Config keys are cut by what they look like: numbers of blocks, lists with an entry per block, lists of blocks, numbers
-of first blocks. transformers then builds the blocks of the result, and they must be those of the base in every tensor
-and every setting. Where they are not, other values of single keys are tried.
+Each config key is shortened by its form: a number of blocks, a list with an entry per block, a list of block indices,
+or a number of first blocks. transformers then builds the blocks of the result. They must equal those of the base in
+every tensor and every setting. Where they do not, other values of single keys are tried.
 """
 
 import math
@@ -28,21 +28,25 @@ _ROUNDS = 3  # keys that are changed one after the other
 
 
 def block_counts(config: Mapping[str, Any], count: int) -> tuple[str, ...]:
-    """The config keys that hold the number of blocks, the usual ones first."""
+    """The config keys whose value is the number of blocks, `count`, in order of preference."""
     return tuple(key for key in _COUNTS if type(config.get(key)) is int and config[key] == count)
 
 
 def per_block_keys(config: Mapping[str, Any], count: int) -> tuple[str, ...]:
-    """The config keys of lists with an entry for each block."""
+    """The config keys of lists that have one entry for each of `count` blocks."""
     return tuple(sorted(key for key, value in config.items() if _is_per_block(key, value, count)))
 
 
 def _is_per_block(key: str, value: Any, count: int) -> bool:
+    """Whether a config value is a list with one entry per block, by its length and its key."""
     return isinstance(value, list) and len(value) == count and _TOKENS.fullmatch(key) is None
 
 
 def structure_of(block: "nn.Module", index: int) -> Structure:
-    """What must be equal in two blocks: names and shapes of tensors, and classes and settings of all modules."""
+    """All facts that must be equal in two blocks: shapes of tensors, classes and settings of modules.
+
+    `index` is the index of the block in its model.
+    """
     found: dict[str, Any] = {"": index} | {
         f"{name} of shape": tuple(tensor.shape) for name, tensor in block.state_dict().items()
     }
@@ -56,7 +60,7 @@ def structure_of(block: "nn.Module", index: int) -> Structure:
 
 
 def same_structure(one: Structure, other: Structure) -> list[str]:
-    """One sentence for each difference between two blocks; empty if there is none."""
+    """One sentence for each difference between two blocks, given by `structure_of`; empty if there is none."""
     return [
         f"{key}: {str(one.get(key, 'not there'))[:60]}, expected {str(other.get(key, 'none'))[:60]}"
         for key in sorted(one.keys() | other.keys())
@@ -65,7 +69,10 @@ def same_structure(one: Structure, other: Structure) -> list[str]:
 
 
 def _alike(key: str, one: Structure, other: Structure) -> bool:
-    """Whether a setting is the same in two blocks; a block's own number may differ as the blocks' numbers do."""
+    """Whether two blocks agree in the entry `key` of their structures.
+
+    The entry may be a layer index; then it may differ as the blocks' indices do.
+    """
     found, expected = one.get(key), other.get(key)
     if type(found) is float and type(expected) is float:
         return math.isclose(found, expected, rel_tol=1e-6)
@@ -78,14 +85,14 @@ def _alike(key: str, one: Structure, other: Structure) -> bool:
 def cut_config(
     config: Mapping[str, Any], kept: Sequence[int], count: int, structures: Sequence[Structure], build: Build
 ) -> dict[str, Any]:
-    """The config for the blocks `kept`, in that order.
+    """The config for a model with only the blocks `kept` of the base, in that order.
 
     Args:
-        config: the base's config, with every derived setting written out.
+        config: the base's config, including the values that its config class derives.
         kept: indices of the base's blocks.
         count: the number of the base's blocks.
-        structures: those of the kept blocks in the base.
-        build: makes the blocks that a config describes, without weights.
+        structures: `structure_of` each kept block in the base, in the order of `kept`.
+        build: a function that builds the blocks of a config, without weights.
 
     Raises:
         IncompatibleError: no config was found that gives these blocks; the error says how the nearest one differs.
@@ -109,6 +116,7 @@ def cut_config(
 
 
 def _cut_value(key: str, value: Any, kept: Sequence[int], count: int) -> Any:
+    """The value of a config key in a model with only the blocks `kept` of `count`."""
     if type(value) is int and key in _COUNTS and value == count:
         return len(kept)
     if type(value) is int and _FIRST.fullmatch(key):
@@ -124,12 +132,14 @@ def _cut_value(key: str, value: Any, kept: Sequence[int], count: int) -> Any:
 
 
 def _lists_blocks(key: str, value: Any, count: int) -> bool:
+    """Whether a config value is a list of block indices (from 0 or from 1), by its key and its entries."""
     if not isinstance(value, list) or not value or _BLOCKS.fullmatch(key) is None:
         return False
     return all(type(one) is int and 0 <= one <= count for one in value) and len(set(value)) == len(value)
 
 
 def _differences(config: Mapping[str, Any], structures: Sequence[Structure], build: Build) -> list[str]:
+    """How the blocks of a config differ from `structures`; 1000 entries or more if they cannot be compared."""
     try:
         blocks = build(config)
     except IncompatibleError as error:
@@ -152,7 +162,11 @@ def _nearest(
     structures: Sequence[Structure],
     build: Build,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The config with one key changed whose blocks differ least, and how they differ."""
+    """Change one key of the config `cut` so that its blocks differ least from the base's blocks.
+
+    Returns the config, which is `cut` itself if no change helps, and the remaining differences. `wrong` are those of
+    `cut`.
+    """
     best, least = dict(cut), wrong
     for changed in (*_other_lists(base, cut, kept, count), *_variants(cut, len(structures), wrong)):
         found = _differences(changed, structures, build)
@@ -166,7 +180,10 @@ def _nearest(
 def _other_lists(
     base: Mapping[str, Any], cut: Mapping[str, Any], kept: Sequence[int], count: int
 ) -> Iterator[dict[str, Any]]:
-    """The config with one list cut in another way: not at all, by entries, or as a pattern that repeats."""
+    """Yield variants of the config `cut` in which one list is shortened in another way.
+
+    The list is left whole, continued as a repeating pattern, or shortened as pairs (pattern, repetitions).
+    """
     for key, value in base.items():
         if not isinstance(value, list) or not value or _TOKENS.fullmatch(key):
             continue
@@ -179,7 +196,11 @@ def _other_lists(
 
 
 def _variants(config: Mapping[str, Any], blocks: int, wrong: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The config with another small number under one key that looks like one of blocks, or with a number scaled."""
+    """Yield variants of a config in which one number is changed.
+
+    It is a small integer whose key looks like one about blocks, or a float, which is scaled by a ratio found in
+    `wrong`.
+    """
     scaled = [re.search(r": (-?\d+\.\d+), expected (-?\d+\.\d+)$", one) for one in wrong]
     ratios = {float(one[2]) / float(one[1]) for one in scaled[:1] if one and float(one[1])}
     for key, value in config.items():

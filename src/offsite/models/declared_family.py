@@ -1,7 +1,7 @@
-"""The row of a family as a bundle declares it, for a model type that the table does not have. Torch-free.
+"""The description of a model family in a bundle's manifest, for a model type that is not in the table. Torch-free.
 
-It is data from the other party: a closed set of fields, which say what the bundle's own tensors are called and shaped.
-It names no class, no file and no code. The class comes from the installed transformers, by the model type.
+It is data from the other party, limited to a closed set of fields: the names and shapes of the bundle's own tensors. It
+names no class, no file and no code. The class comes from the installed transformers, by the model type.
 """
 
 from collections import Counter
@@ -26,11 +26,16 @@ _LARGEST = 2**22  # of the whole numbers in a config: some classes compute table
 
 
 class _Part(BaseModel):
+    """Base class of the parts of the description: frozen, strict, without unknown fields."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class DeclaredTensor(_Part):
-    """A tensor, by full name outside the blocks, or by path in a block with "*" for the number of an expert."""
+    """The name, shape and role of a tensor.
+
+    The name is the full name, or for a tensor of a block its path in the block, with "*" for the index of an expert.
+    """
 
     name: Pattern
     shape: Shape
@@ -38,7 +43,7 @@ class DeclaredTensor(_Part):
 
 
 class DeclaredLayout(_Part):
-    """One kind of block: its tensors, and the layers that end attention and MLP ("" where there is none)."""
+    """One kind of block: its tensors, and the last linear layers of attention and of the MLP ("" if it has none)."""
 
     tensors: Annotated[tuple[DeclaredTensor, ...], Field(min_length=1, max_length=4096, strict=False)]
     attention_out: Path | Literal[""] = ""
@@ -47,6 +52,7 @@ class DeclaredLayout(_Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> "DeclaredLayout":
+        """Validator: names are unique, and experts and output layers belong to tensors of the block."""
         names = [tensor.name for tensor in self.tensors]
         _require_once(names)
         if any("*" in name for name in names) != bool(self.experts):
@@ -59,7 +65,7 @@ class DeclaredLayout(_Part):
         return self
 
     def layout(self) -> Layout:
-        """The kind of block that is declared."""
+        """The same kind of block as a `Layout`, the form that other code uses."""
         return Layout(
             shapes={tensor.name: tensor.shape for tensor in self.tensors},
             linears=tuple(tensor.name.removesuffix(".weight") for tensor in self.tensors if tensor.role == "linear"),
@@ -71,18 +77,25 @@ class DeclaredLayout(_Part):
 
 
 class DeclaredStack(_Part):
-    """A parameter that stacks experts, and the linear layers of one expert that it holds, one after the other."""
+    """A parameter in which linear layers of all experts of a block are stacked.
+
+    `maps` are the linear layers of one expert whose outputs it concatenates, in order.
+    """
 
     parameter: Path
     maps: Annotated[tuple[Path, ...], Field(min_length=1, max_length=4, strict=False)]
 
 
 class DeclaredFamily(_Part):
-    """A family as it was read off one model and proved on its weights by the model owner."""
+    """A model family that is not in the table, as a bundle's manifest describes it.
 
-    blocks: Path
+    It lists the names and shapes of all tensors, and the config keys that depend on the number of blocks. The model
+    owner derived it from the base and tested it with the base's weights before packing.
+    """
+
+    blocks: Path  # of the list of blocks
     layouts: Annotated[tuple[DeclaredLayout, ...], Field(min_length=1, max_length=64, strict=False)]
-    layout_of: Annotated[tuple[int, ...], Field(min_length=1, max_length=10_000, strict=False)]  # of each block
+    layout_of: Annotated[tuple[int, ...], Field(min_length=1, max_length=10_000, strict=False)]  # index in `layouts`
     embeddings: Annotated[tuple[DeclaredTensor, ...], Field(min_length=1, max_length=256, strict=False)]
     final: Annotated[tuple[DeclaredTensor, ...], Field(max_length=256, strict=False)]
     head: Path
@@ -97,6 +110,7 @@ class DeclaredFamily(_Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> "DeclaredFamily":
+        """Validator: the parts fit each other, and a tensor outside the blocks has no name of one within."""
         if any(not 0 <= kind < len(self.layouts) for kind in self.layout_of):
             raise ValueError("layout_of names a kind of block that is not declared")
         if sum(len(one.tensors) * max(1, one.experts) for one in self.layouts) > _MOST_TENSORS:
@@ -118,7 +132,7 @@ class DeclaredFamily(_Part):
         return self
 
     def architecture(self, model_type: str, class_name: str) -> Architecture:
-        """The family, as all code uses it.
+        """The same family as an `Architecture`, the form that other code uses.
 
         Args:
             model_type: the model type in configs.
@@ -144,13 +158,14 @@ class DeclaredFamily(_Part):
             transposed=self.transposed,
             linear_residual=False,
             runs_by_block=False,
-            per_block=dict.fromkeys(self.per_block, _given),
+            per_block=dict.fromkeys(self.per_block, _never_derived),
             experts=self._experts(layouts),
             layouts=layouts,
             layout_of=self.layout_of,
         )
 
     def _experts(self, layouts: Sequence[Layout]) -> Experts | None:
+        """The description of the experts; None if no stack of experts is declared."""
         if not self.stacks:
             return None
         maps = [name for stack in self.stacks for name in stack.maps]
@@ -165,12 +180,17 @@ class DeclaredFamily(_Part):
 
 @lru_cache(maxsize=16)
 def declared_architecture(row: DeclaredFamily, model_type: str) -> Architecture:
-    """The family that a manifest declares for a model type; equal rows give one object."""
+    """The `Architecture` of a declared family and a model type; cached: equal arguments return the same object."""
     return row.architecture(model_type, causal_class(model_type) or "")
 
 
 def declare_family(family: Architecture, blocks: Iterable[int]) -> DeclaredFamily:
-    """The row to declare for a bundle with these blocks of a family that was read off a model."""
+    """Describe a family for the manifest of a bundle.
+
+    Args:
+        family: a family from `derive_family`.
+        blocks: for each block of the bundle, its index in the base.
+    """
     kinds = [family.layout_of[index] for index in blocks]
     used = sorted(set(kinds))
     experts = family.experts
@@ -195,7 +215,7 @@ def declare_family(family: Architecture, blocks: Iterable[int]) -> DeclaredFamil
 
 
 def declared_config_problems(config: Mapping[str, Any], family: Architecture) -> list[str]:
-    """One sentence for each value that a config of a declared family may not have: other models, too large numbers."""
+    """A message for each config value that a declared family excludes: nested models, large integers, other dtypes."""
     problems = [
         f"{where} = {str(value)[:60]}, expected at most {_LARGEST:,}"
         for where, value in _numbers(config)
@@ -212,7 +232,7 @@ def declared_config_problems(config: Mapping[str, Any], family: Architecture) ->
 
 
 def _numbers(value: object, where: str = "") -> Iterator[tuple[str, int]]:
-    """The whole numbers in a JSON value, each with the keys that lead to it."""
+    """Yield each integer in a JSON value, with the keys that lead to it, joined by dots."""
     if type(value) is int:
         yield where, value
     items = (
@@ -227,17 +247,19 @@ def _numbers(value: object, where: str = "") -> Iterator[tuple[str, int]]:
 
 
 def _names_a_model(value: object) -> bool:
+    """Whether a JSON value contains an object with the key "model_type"."""
     if isinstance(value, Mapping):
         return "model_type" in value or any(_names_a_model(one) for one in value.values())
     return isinstance(value, list) and any(_names_a_model(one) for one in value)
 
 
 def sizes(shape: Sequence[int]) -> str:
-    """A shape as the table of families writes it."""
+    """A shape as text, such as "4096 1024": the form in which `Architecture` stores the sizes of a tensor."""
     return " ".join(map(str, shape))
 
 
 def _declared_layout(layout: Layout) -> DeclaredLayout:
+    """The declaration of one kind of block."""
     linear = {f"{path}.weight" for path in layout.linears}
 
     def role(path: str) -> Literal["weight", "linear", "buffer"]:
@@ -252,19 +274,22 @@ def _declared_layout(layout: Layout) -> DeclaredLayout:
 
 
 def _outer(tensors: Mapping[str, str]) -> tuple[DeclaredTensor, ...]:
+    """The declarations of tensors outside the blocks, from their names and sizes."""
     return tuple(DeclaredTensor(name=name, shape=tuple(map(int, text.split()))) for name, text in tensors.items())
 
 
 def _require_once(names: Iterable[str]) -> None:
+    """Raise ValueError if a name occurs twice."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f"{twice[0]} is declared twice")
 
 
 def _is_matrix(tensor: DeclaredTensor) -> bool:
+    """Whether a tensor is a two-dimensional weight, and not that of an expert."""
     return tensor.name.endswith(".weight") and len(tensor.shape) == 2 and "*" not in tensor.name
 
 
-def _given(config: Mapping[str, Any], index: int) -> Any:
-    """A per-block rule for keys that are in every config of a declared family."""
+def _never_derived(config: Mapping[str, Any], index: int) -> Any:
+    """Placeholder rule of a per-block config list: a declared family's config must contain the list."""
     raise KeyError(index)

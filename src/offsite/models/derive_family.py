@@ -1,7 +1,7 @@
-"""Read a family off the model that transformers builds for a config, for a type that the table does not have.
+"""Derives a model family from the model that transformers builds for a config, for a type that is not in the table.
 
-No weight is read or allocated: the model is built on the meta device. The result is a proposal. The model owner proves
-it on the base's own weights before anything is shipped (`offsite.model_owner.prove_family`).
+No weight is read or allocated: the model is built on the meta device. The model owner tests the result with the base's
+own weights before anything is shipped (`offsite.model_owner.prove_family`).
 """
 
 import inspect
@@ -34,18 +34,19 @@ _ROUTED = ("experts", "router")  # in the names of modules that choose experts, 
 
 @dataclass(frozen=True)
 class Derived:
-    """A family that was read off a model, and the model's config with every derived setting written out."""
+    """A family that was derived from one model, and that model's config with all values that its class derives."""
 
     family: Architecture
     config: Mapping[str, Any]
 
 
 def derive_family(config: Mapping[str, Any], stored: Collection[str] = ()) -> Derived:
-    """Read a family off the model that transformers builds for a config.
+    """Derive a model family from the model that transformers builds for a config.
 
     Args:
         config: the content of the base's config.json.
-        stored: the names of the tensors in the base's files; empty: those that transformers' modules have.
+        stored: the names of the tensors in the base's files; if empty, they are taken to be the parameter names of
+            transformers' model.
 
     Raises:
         IncompatibleError: transformers has no such causal language model, or its parts cannot be identified.
@@ -80,8 +81,9 @@ def derive_family(config: Mapping[str, Any], stored: Collection[str] = ()) -> De
 
 
 def _derive(config: Mapping[str, Any], stored: Collection[str]) -> Derived:
+    """As `derive_family`, for a model type that transformers has; exceptions of libraries are not converted."""
     model = build_empty(config)
-    full = _written_out(model)
+    full = _full_config(model)
     path, found = list_of_blocks(model)
     blocks: Sequence[nn.Module] = list(found)
     count = len(blocks)
@@ -103,7 +105,10 @@ def _derive(config: Mapping[str, Any], stored: Collection[str]) -> Derived:
 
     @cache
     def cut(kept: tuple[int, ...]) -> Mapping[str, Any]:
+        """The config for a model with only these blocks."""
+
         def built(settings: Mapping[str, Any]) -> Sequence["nn.Module"]:
+            """The blocks of a model with this config, on the meta device."""
             return list(list_of_blocks(build_empty(settings), path)[1])
 
         return cut_config(full, kept, count, [structures[index] for index in kept], built)
@@ -127,7 +132,7 @@ def _derive(config: Mapping[str, Any], stored: Collection[str]) -> Derived:
         transposed=_is_transposed(blocks),
         linear_residual=False,  # until it is proved
         runs_by_block=False,
-        per_block=dict.fromkeys(per_block_keys(full, count), _listed),
+        per_block=dict.fromkeys(per_block_keys(full, count), _never_derived),
         experts=names.experts,
         layouts=layouts,
         layout_of=layout_of,
@@ -137,16 +142,16 @@ def _derive(config: Mapping[str, Any], stored: Collection[str]) -> Derived:
     return Derived(family, full)
 
 
-def _listed(config: Mapping[str, Any], index: int) -> Any:
-    """The rule of a per-block key of a derived family; `cut` is used in its place."""
+def _never_derived(config: Mapping[str, Any], index: int) -> Any:
+    """Placeholder rule of a per-block config list: a derived family shortens its config by `cut` instead."""
     raise KeyError(index)
 
 
 def build_empty(config: Mapping[str, Any]) -> "PreTrainedModel":
-    """The causal language model that transformers builds for a config, without weights, on the meta device.
+    """Build the causal language model of a config on the meta device, without weights.
 
     Raises:
-        IncompatibleError: transformers builds none.
+        IncompatibleError: transformers cannot build it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -168,8 +173,8 @@ def build_empty(config: Mapping[str, Any]) -> "PreTrainedModel":
     return model
 
 
-def _written_out(model: "PreTrainedModel") -> dict[str, Any]:
-    """The settings of a model's config that may be exchanged, with those that its class derives."""
+def _full_config(model: "PreTrainedModel") -> dict[str, Any]:
+    """A model's config as JSON: the keys that a bundle may contain, including values that its class derives."""
     whole, usual = model.config.to_dict(), type(model.config)().to_dict()
     kept = {key: value for key, value in whole.items() if key in config_keys(model.config.model_type)}
     plain = {key: _as_json(value) for key, value in kept.items()}
@@ -177,7 +182,7 @@ def _written_out(model: "PreTrainedModel") -> dict[str, Any]:
 
 
 def _as_json(value: Any) -> Any:
-    """A setting as transformers writes it to config.json: lists for tuples, a mark for infinity."""
+    """Convert a config value to JSON as transformers does: a tuple to a list, infinity to {"__float__": "Infinity"}."""
     if isinstance(value, dict):  # a config within this one says the same by its place
         return {str(key): _as_json(one) for key, one in value.items() if key != "model_type"}
     if isinstance(value, float) and math.isinf(value):
@@ -186,7 +191,7 @@ def _as_json(value: Any) -> Any:
 
 
 def _is_json(value: Any) -> bool:
-    """Whether JSON has this value; infinity is none."""
+    """Whether a value consists of JSON types, without infinity."""
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_json(one) for key, one in value.items())
     if isinstance(value, list | tuple):
@@ -195,14 +200,14 @@ def _is_json(value: Any) -> bool:
 
 
 def list_of_blocks(model: "PreTrainedModel", path: str | None = None) -> tuple[str, "nn.ModuleList"]:
-    """The list of blocks of a model and its path: the list of modules with the most parameters.
+    """The list of transformer blocks of a model, with its path: the `nn.ModuleList` with the most parameters.
 
     Args:
         model: a model.
-        path: where it is, if known.
+        path: the path of the list if it is known; then only that list is returned.
 
     Raises:
-        IncompatibleError: the model has no list of modules with linear layers.
+        IncompatibleError: the model has no such list.
     """
     from torch import nn
 
@@ -223,7 +228,7 @@ def hidden_size(model: "PreTrainedModel") -> int:
 def _layouts(
     blocks: Sequence["nn.Module"], hidden: int, names: StoredNames
 ) -> tuple[tuple[Layout, ...], tuple[int, ...]]:
-    """The kinds of blocks, and the kind of each block."""
+    """The distinct kinds of blocks, and for each block the index of its kind."""
     kinds: list[Layout] = []
     layout_of = []
     for index, block in enumerate(blocks):
@@ -235,10 +240,11 @@ def _layouts(
 
 
 def _layout(block: "nn.Module", index: int, hidden: int, names: StoredNames) -> Layout:
+    """The kind of one block: the shapes of its tensors, and the linear layers that LoRA and bottlenecks may use."""
     state = {name: tuple(tensor.shape) for name, tensor in block.state_dict().items()}
     parameters = {name for name, _ in block.named_parameters()}
     linears = linear_layers(block)
-    attention_out, mlp_out = _outputs(linears, hidden)
+    attention_out, mlp_out = _output_layers(linears, hidden)
     shapes, experts = names.in_files(state, index)
     routed = [name for name in shapes if any(part in name.split(".") for part in _ROUTED) or "*" in name]
     mixed = {name.split(".")[0] for name in routed}  # modules of the block with experts in them
@@ -255,7 +261,7 @@ def _layout(block: "nn.Module", index: int, hidden: int, names: StoredNames) -> 
 
 
 def _is_read_by_its_parent(block: "nn.Module", path: str) -> bool:
-    """Whether the code of a layer's parent reads its weight: fused kernels go around the layer, and so around LoRA."""
+    """Whether a layer's parent module reads the layer's weight without calling the layer, so LoRA has no effect."""
     parent, _, leaf = path.rpartition(".")
     try:
         source = inspect.getsource(type(block.get_submodule(parent)))
@@ -277,6 +283,7 @@ def linear_layers(block: "nn.Module") -> dict[str, tuple[int, int]]:
 
 
 def _is_transposed(blocks: Sequence["nn.Module"]) -> bool:
+    """Whether the blocks' linear layers store weights as (inputs, outputs); IncompatibleError if only some do."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -291,10 +298,11 @@ def _is_transposed(blocks: Sequence["nn.Module"]) -> bool:
     return found == {True}
 
 
-def _outputs(linears: Mapping[str, tuple[int, int]], hidden: int) -> tuple[str, str]:
-    """The layers that end attention, or what stands for it, and the MLP; "" where there is none.
+def _output_layers(linears: Mapping[str, tuple[int, int]], hidden: int) -> tuple[str, str]:
+    """The last linear layers of attention (or of what replaces it) and of the MLP; "" if there is none.
 
-    Each is the last layer of a module of the block with `hidden` outputs, those first that are called like an output.
+    Both have `hidden` outputs. If a part has several such layers, it is the last whose name is typical of output
+    layers, else the last.
     """
     ends: dict[str, str] = {}
     for name, (_, outputs) in linears.items():
@@ -309,7 +317,7 @@ def _outputs(linears: Mapping[str, tuple[int, int]], hidden: int) -> tuple[str, 
 def _outer(
     model: "PreTrainedModel", path: str, head: str, state: Mapping[str, Any]
 ) -> tuple[Sequence[str], Sequence[str]]:
-    """The names of the tensors before and after the blocks, without the head; the input embedding first."""
+    """The names of the tensors before the blocks, input embedding first, and after the blocks, without the head."""
     order = list(state)  # without those that are one with another
     outside = [name for name in order if not name.startswith(f"{path}.") and name != head]
     embedding = _name_of(model, model.get_input_embeddings())
@@ -320,6 +328,7 @@ def _outer(
 
 
 def _name_of(model: "PreTrainedModel", module: "nn.Module | None") -> str:
+    """The name of the weight of an embedding or head; IncompatibleError if it is not a single matrix."""
     names = [f"{name}.weight" for name, candidate in model.named_modules() if candidate is module]
     if not names or names[0] not in model.state_dict():
         raise IncompatibleError("its embedding or head is no single matrix")
@@ -327,10 +336,10 @@ def _name_of(model: "PreTrainedModel", module: "nn.Module | None") -> str:
 
 
 def _is_tied(model: "PreTrainedModel") -> bool:
-    """Whether the head is the input embedding."""
+    """Whether the head and the input embedding are the same tensor."""
     return _name_of(model, model.get_output_embeddings()) in _tied_pairs(model)
 
 
 def _tied_pairs(model: "PreTrainedModel") -> dict[str, str]:
-    """The tensors that are one with others: the name of each, and that of the other one, which files hold."""
+    """The tensors that files leave out because they equal another one: their name -> the name of the other."""
     return dict(model.all_tied_weights_keys) if getattr(model.config, "tie_word_embeddings", False) else {}

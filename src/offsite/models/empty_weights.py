@@ -14,7 +14,7 @@ def without_weights(*, buffers: bool = True) -> Iterator[None]:
     It also turns off random initialisation, which otherwise takes two thirds of the time even on the meta device.
 
     Args:
-        buffers: whether buffers are computed, since no file holds them; False leaves them on the meta device too.
+        buffers: whether buffers are computed, since no file contains them; False leaves them on the meta device too.
     """
     with init_empty_weights(include_buffers=not buffers), no_init_weights():
         yield

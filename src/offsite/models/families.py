@@ -1,6 +1,6 @@
-"""The table of language model families, one row for each. docs/models.md is generated from it. Torch-free.
+"""The table of language model families, one entry for each. docs/models.md is generated from it. Torch-free.
 
-The tests cover every row. docs/models.md says how to add a row.
+The tests cover every entry. docs/models.md says how to add one.
 """
 
 from collections.abc import Mapping
@@ -54,6 +54,7 @@ _PER_HEAD_NORMS = {
 
 
 def _norm(name: str, size: str = "hidden_size") -> dict[str, str]:
+    """The weight and the bias of a norm, each with its size."""
     return {f"{name}.weight": size, f"{name}.bias": size}
 
 
@@ -96,7 +97,7 @@ def _windows_without_rotation(config: Mapping[str, Any], index: int) -> str:
 
 
 def _early_windows(config: Mapping[str, Any], index: int) -> str:
-    """A block's attention type: sliding windows, if switched on, in even blocks before `max_window_layers`."""
+    """A block's attention type: sliding windows, if on, in even blocks before `max_window_layers`, else full."""
     windows = config.get("use_sliding_window", False) and index < config.get("max_window_layers", 28)
     return "sliding_attention" if windows and index % 2 == 0 else "full_attention"
 
@@ -128,11 +129,12 @@ def _has_experts(config: Mapping[str, Any], index: int) -> bool:
 
 
 def _is_dense(config: Mapping[str, Any], index: int) -> bool:
+    """Whether a block has an ordinary MLP instead of experts."""
     return not _has_experts(config, index)
 
 
 def _llama_like(model_type: str, class_name: str, keys: frozenset[str], **columns: Any) -> Architecture:
-    """The row of a family with Llama's tensor names; `columns` are the fields that differ from Llama's row."""
+    """A family with Llama's tensor names; `columns` are the fields of `Architecture` that differ from Llama's."""
     usual: dict[str, Any] = {
         "embeddings": _EMBEDDING,
         "final": {"model.norm.weight": "hidden_size"},
@@ -187,7 +189,15 @@ _MIXTURE_KEYS = _words("hidden_act num_experts_per_tok")
 def _qwen_mixture(
     model_type: str, class_name: str, keys: frozenset[str], shared: dict[str, str], **columns: Any
 ) -> Architecture:
-    """The row of a family with Qwen's mixture of experts; `shared`: linear layers of the expert that all tokens use."""
+    """A family with Qwen's mixture of experts.
+
+    Args:
+        model_type: the model type in configs.
+        class_name: the model's class in transformers.
+        keys: config keys in addition to those of all families of this kind.
+        shared: the linear layers of the expert that all tokens use, with their sizes; empty if there is none.
+        columns: other fields of `Architecture`; `counts` are the config keys with the number of experts.
+    """
     counts = columns.pop("counts")
     return _llama_like(
         model_type,

@@ -1,8 +1,9 @@
 """The description of a model family: its blocks, embeddings, head, linear layers and permitted config keys. Torch-free.
 
-A family is a row of `families.py`; no other code depends on the family. Tensor names are those in files that
-transformers writes today; `Architecture.name_of` maps names in older published files to them. Some parameters of torch
-modules have other names (`Architecture.module_of`), and experts are stacked there (`Architecture.stacked`).
+A family is an entry of the table in `families.py`, or is derived from one model; no other code depends on the family.
+Tensor names are those in files that transformers writes today; `Architecture.name_of` maps names in older published
+files to them. Some parameters of torch modules have other names (`Architecture.module_of`), and experts are stacked
+there (`Architecture.stacked`).
 """
 
 import math
@@ -29,16 +30,16 @@ _MOST = 1024  # most experts, or heads with their own norms, that a config (whic
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts: files hold one matrix per linear layer and expert, torch modules hold stacks of them.
+    """A mixture of experts: files contain one matrix per linear layer and expert, torch modules contain stacks of them.
 
-    A stack has shape (experts, outputs, inputs); if it holds several layers, their outputs are concatenated.
+    A stack has shape (experts, outputs, inputs); if it contains several layers, their outputs are concatenated.
     """
 
     path: str  # path of the experts in a block, in files
     module: str  # path of the stacks in a block, in torch modules
     maps: Mapping[str, str]  # linear layers of one expert, with their weights' sizes
     out: str  # the last linear layer of an expert
-    stacks: Mapping[str, tuple[str, ...]]  # parameters of the module -> the linear layers that each holds
+    stacks: Mapping[str, tuple[str, ...]]  # parameters of the module -> the linear layers in each
     chosen_key: str = "num_experts_per_tok"  # config key with the number of experts that process a token
     where: Rule = lambda config, index: True  # whether a block has experts
     others: tuple[str, ...] = ()  # last linear layers of an MLP next to the experts, or in a block without experts
@@ -46,7 +47,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Vision:
-    """The fields that only vision encoders have, and the matching image classifier in transformers."""
+    """The fields that only vision encoders have, and those of the matching image classifier in transformers."""
 
     class_name: str  # class of the classifier
     prefix: str  # path of the encoder in the classifier
@@ -81,8 +82,8 @@ class Architecture:
     norms: Mapping[str, str]  # all other tensors of a block, with their sizes
     attention_out: str
     mlp_out: str  # the last linear layer of the MLP, or the MLP's module if it has experts
-    count_keys: tuple[str, ...]  # config keys that hold the number of blocks; the first is the one transformers reads
-    config_keys: frozenset[str]  # config keys that a bundle may hold
+    count_keys: tuple[str, ...]  # config keys with the number of blocks; the first is the one transformers reads
+    config_keys: frozenset[str]  # config keys that a bundle may contain
     head_size: str = "vocab_size hidden_size"
     tied_by_default: bool = False  # whether the head is the input embedding if the config does not say so
     biases: Mapping[str, tuple[str, ...]] = field(
@@ -101,7 +102,7 @@ class Architecture:
     mlp_norms: Mapping[str, str] = field(default_factory=dict)
     attention_norms: Mapping[str, str] = field(default_factory=dict)  # the same for attention_out
     per_block: Mapping[str, Rule] = field(default_factory=dict)  # config keys with an entry per block, and its rule
-    listed: Mapping[str, Rule] = field(default_factory=dict)  # config keys that list the blocks for which a rule holds
+    listed: Mapping[str, Rule] = field(default_factory=dict)  # config keys that list the blocks where a rule is true
     # Other config keys that the rules read -> their values in a config that lists every block.
     fixed_settings: Mapping[str, Any] = field(default_factory=dict)
     # Config keys from which lists are derived and which reveal the base's depth -> their value in a bundle's config.
@@ -123,15 +124,15 @@ class Architecture:
     )  # linear layers -> condition under which LoRA has no effect
     vision: Vision | None = None
     module_blocks: str = ""  # path of the list of blocks in torch modules, if different
-    heads_keys: tuple[str, ...] = ("num_attention_heads", "n_head")  # config keys that hold the number of heads
+    heads_keys: tuple[str, ...] = ("num_attention_heads", "n_head")  # config keys with the number of heads
     head_positions: str = ""  # condition under which heads have biases for positions, by their number; "": never
     mlp_scale: str | None = None  # tensor of a block by which the output of mlp_out is multiplied before it is added
     attention_scale: str | None = None  # the same for attention_out
-    # Of a family that is read off one model instead of a row: its kinds of blocks, and the kind of each block.
+    # Only for a family that is derived from one model: its kinds of blocks, and for each block the index of its kind.
     layouts: tuple[Layout, ...] = ()
     layout_of: tuple[int, ...] = ()
     stored_names: Mapping[str, str | None] = field(default_factory=dict)  # names in its files -> names here (or buffer)
-    runs_by_block: bool = True  # whether block by block equals the whole model: what calibration and healing rely on
+    runs_by_block: bool = True  # whether running block by block equals the whole model, as calibration and healing need
     cut: Callable[[Sequence[int]], Mapping[str, Any]] | None = None  # its config with only these blocks
 
     @property
@@ -140,7 +141,10 @@ class Architecture:
         return self.adapted or tuple(self.linears)
 
     def lora_linears_of(self, config: Mapping[str, Any], index: int = 0) -> tuple[str, ...]:
-        """The paths in a block of its linear layers that can be LoRA targets under a config."""
+        """The paths in a block of its linear layers that can be LoRA targets under a config.
+
+        `index` is the index of the block; it matters only for families that were derived from a model.
+        """
         if self.layouts:
             return self.layout(index).linears
         return tuple(
@@ -150,11 +154,11 @@ class Architecture:
         )
 
     def layout(self, index: int) -> Layout:
-        """The kind of a block; one without tensors for a block that the family does not have."""
+        """The kind of the block with this index, in a derived family; one without tensors if there is no such block."""
         return self.layouts[self.layout_of[index]] if index < len(self.layout_of) else Layout({}, ())
 
     def outputs_of(self, index: int) -> tuple[str, ...]:
-        """The paths in a block of the layers that end attention and MLP, after which bottlenecks sit."""
+        """The paths in a block of the last layers of attention and MLP, after which bottlenecks are inserted."""
         return self.layout(index).outputs if self.layouts else (self.attention_out, self.mlp_out)
 
     def is_bypassed(self, path: str, config: Mapping[str, Any]) -> bool:
@@ -162,10 +166,11 @@ class Architecture:
         return path in self.bypassed and self.holds(self.bypassed[path], config)
 
     def name_of(self, stored: str) -> str | None:
-        """The name of a tensor in files of today's transformers; None for a buffer, which is not a weight.
+        """The name of a tensor in checkpoint files that transformers writes today; None for a buffer that is no weight.
 
-        `stored` is a name from an older or current file, with or without the prefix of the body, or the name of a
-        parameter in the torch model. A stack of experts has no single name in files and keeps its parameter's name.
+        `stored` is a name from an older or current file, with or without the prefix of the body (such as "model."), or
+        the name of a parameter in the torch model. A stack of experts has no single name in files and keeps its
+        parameter's name.
         """
         if self.layouts:
             return self.stored_names.get(stored, stored)
@@ -182,7 +187,7 @@ class Architecture:
         return None if _BUFFERS.fullmatch(name) else name
 
     def _name_in_encoder(self, stored: str, vision: Vision) -> str | None:
-        """A tensor's name in files that hold only the encoder; None for tensors that do not belong to the encoder."""
+        """A tensor's name in files of the encoder alone; None for tensors that do not belong to the encoder."""
         name = stored.removeprefix(f"{vision.prefix}.")
         if name.startswith(vision.stays) or name.endswith(_PLACES):
             return None
@@ -191,7 +196,7 @@ class Architecture:
         return self.in_block(int(match[1]), files.get(match[2], match[2])) if match else files.get(name, name)
 
     def module_of(self, name: str) -> str:
-        """The name of a tensor or linear layer in the torch model, from its name in files."""
+        """The name in the torch model of a tensor or linear layer, from its name in checkpoint files."""
         place = self.block_of(name)
         if place is None:
             return self.modules.get(name, name)
@@ -201,16 +206,16 @@ class Architecture:
         return f"{self.block_module(place[0])}.{path}"
 
     def linear_layer_of(self, target: str) -> tuple[int, str] | None:
-        """(block index, path in files) for a linear layer's name in the torch model; None if there is no such layer."""
+        """(block index, path in the block in files) for the torch name of a linear layer; None for other names."""
         weight = self.name_of(f"{target}.weight")
         if weight is None or self.module_of(weight) != f"{target}.weight":
             return None
         return self.block_of(weight.removesuffix(".weight"))
 
     def stacked(self, name: str, count: int) -> list[tuple[str, ...]] | None:
-        """The names in files of each expert's matrices, for a parameter that is a stack of `count` experts.
+        """The names in files of the matrices in a parameter that stacks `count` experts, as one tuple for each expert.
 
-        Returns None for any other parameter.
+        Returns None for a parameter that is not such a stack; `name` is its name in the torch model.
         """
         place, experts = self.block_of(name), self.experts
         if place is None or experts is None:
@@ -224,7 +229,7 @@ class Architecture:
         ]
 
     def is_linear(self, name: str) -> bool:
-        """Whether a tensor or parameter name is that of a linear layer's weight in a block, or of a stack of them."""
+        """Whether a tensor or parameter is the weight of a linear layer in a block, or a stack of such weights."""
         place = self.block_of((self.name_of(name) or name) if self.vision else name)
         if place is None:
             return False
@@ -267,7 +272,7 @@ class Architecture:
         return count
 
     def number_of(self, path: str, config: Mapping[str, Any]) -> int:
-        """The number of numbered modules at `path` in a block: experts, or norms of attention heads.
+        """How many modules with a number in their name a block has at `path`: experts, or norms of attention heads.
 
         Raises:
             IncompatibleError: the config has no valid number, or two of its keys for it disagree.
@@ -284,7 +289,7 @@ class Architecture:
         return count
 
     def subset(self, config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-        """The config for a model with only the blocks `kept`, in that order; per-block lists are always written out.
+        """The config for a model with only the blocks `kept`, in that order; it contains every per-block list.
 
         Raises:
             IncompatibleError: a list does not have one entry per block, or a list cannot be derived from the config.
@@ -321,6 +326,7 @@ class Architecture:
         ]
 
     def _per_block(self, key: str, config: Mapping[str, Any], count: int) -> list[Any]:
+        """The per-block list under a config key; if the config lacks it, the list that transformers derives."""
         found = config.get(key)
         entries = [self.per_block[key](config, index) for index in range(count)] if found is None else found
         if not isinstance(entries, list) or len(entries) != count:
@@ -339,6 +345,7 @@ class Architecture:
         return any(all(self._word(word, config) for word in either.split()) for either in condition.split(" or "))
 
     def _word(self, word: str, config: Mapping[str, Any]) -> bool:
+        """Whether one word of a condition (see the class) holds for a config."""
         key, sign, other = re.fullmatch(r"(!?\w+?)(?:(!=|=)(\w+))?", word).groups()  # type: ignore[union-attr]
         found = config.get(key.lstrip("!"), self.defaults.get(key.lstrip("!")))
         if sign == "=":
@@ -348,6 +355,7 @@ class Architecture:
         return bool(found) != key.startswith("!")
 
     def _present(self, names: Mapping[str, str], config: Mapping[str, Any]) -> list[str]:
+        """The tensor names that exist under a config, by their conditions in `only_if`; others always exist."""
         return [name for name in names if name not in self.only_if or self.holds(self.only_if[name], config)]
 
     def block_tensors(self, config: Mapping[str, Any], index: int) -> frozenset[str]:
@@ -370,6 +378,7 @@ class Architecture:
         return frozenset(one for name in self._present(names, config) for one in self._every_one(name, config))
 
     def _every_one(self, name: str, config: Mapping[str, Any]) -> list[str]:
+        """The tensor names that a name with "*" stands for, one per expert or head; any other name alone."""
         path, star, rest = name.partition(".*")
         return [f"{path}.{n}{rest}" for n in range(self.number_of(path, config))] if star else [name]
 
@@ -383,10 +392,12 @@ class Architecture:
 
     @property
     def _expert_maps(self) -> dict[str, str]:
+        """The linear layers of the experts and their sizes, by path in a block with "*" for the index of the expert."""
         experts = self.experts
         return {f"{experts.path}.*.{path}": sizes for path, sizes in experts.maps.items()} if experts else {}
 
     def _with_experts(self, config: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+        """A copy of the config for conditions: with "experts" (their number) and "has_experts" (of this block)."""
         if self.experts is None:
             return config
         self.chosen_experts(config)
@@ -397,7 +408,7 @@ class Architecture:
         """The number of experts that process a token; 0 for a family without experts.
 
         Raises:
-            IncompatibleError: the config does not say it, or does not say how many experts there are.
+            IncompatibleError: the config does not say this number, or the number of all experts.
         """
         if self.experts is None:
             return 0
@@ -423,7 +434,7 @@ class Architecture:
         return self.experts is not None and bool(self.experts.where(config, index))
 
     def embedding_tensors(self, config: Mapping[str, Any]) -> list[str]:
-        """The names of the tensors before the blocks that a model with this config has."""
+        """The names of the tensors before the blocks, in a model with this config."""
         return self._present(self.embeddings, config)
 
     def outer_tensors(self, config: Mapping[str, Any]) -> frozenset[str]:
@@ -445,7 +456,7 @@ class Architecture:
         return (self.head, *(name for name in self._present(self.final, config) if name == bias))
 
     def sizes_of(self, name: str) -> str | None:
-        """The sizes of a tensor as in the table, such as "vocab_size hidden_size"; None if there is no such tensor.
+        """The sizes of a tensor as text, such as "vocab_size hidden_size"; None if the family has no such tensor.
 
         Args:
             name: the full name of the tensor in files.
@@ -484,15 +495,15 @@ class Architecture:
         return f"{name[:120]!r} has shape {list(shape)}, the config makes it [{shown}]"
 
     def set_switches(self, config: Mapping[str, Any]) -> dict[str, object]:
-        """The refused settings that are on in a config, with their values; any true value means on."""
+        """The config keys that are on, although the family is supported only with these off, with their values."""
         return {key: config[key] for key in self.refused if config.get(key)}
 
     def output_of(self, part: RefitMap) -> tuple[str, str | None]:
-        """The path in a block of the last linear layer of MLP or attention, and that of the scale after it or None."""
+        """The paths in a block of the last linear layer of MLP or attention, and of the scale after it, or None."""
         return (self.mlp_out, self.mlp_scale) if part == "mlp" else (self.attention_out, self.attention_scale)
 
     def output_layers(self, part: RefitMap) -> tuple[str, ...]:
-        """The paths in a block of the last linear layers of MLP or attention, with "*" for the number of an expert.
+        """The paths in a block of the last linear layers of MLP or attention, with "*" for the index of an expert.
 
         A mixture has several: those of its experts, of an expert that all tokens use, and of blocks without experts.
         """
@@ -518,18 +529,19 @@ class Architecture:
 
 
 def _agreed(config: Mapping[str, Any], keys: Sequence[str], usual: int | None = None) -> int | None:
-    """The positive integer under these keys, or `usual` without any; None if values disagree or are invalid."""
+    """The positive integer under these config keys; `usual` if none is set, None if they disagree or are invalid."""
     found = [config[key] for key in keys if key in config] or [usual]
     return found[0] if all(type(n) is int and n == found[0] and n > 0 for n in found) else None
 
 
 def _size(product: str, config: Mapping[str, Any]) -> int | None:
+    """The value of a product of numbers and config keys, such as "3*n_embd"; None if a key is missing."""
     factors: list[Any] = [int(factor) if factor.isdigit() else config.get(factor) for factor in product.split("*")]
     return int(math.prod(factors)) if all(type(factor) is int for factor in factors) else None
 
 
 def config_problems(config: Mapping[str, Any], family: Architecture) -> list[str]:
-    """A message for each config key or value that a bundle may not hold: unknown keys, values that are not plain."""
+    """A message for each config key that a bundle may not contain, and each value that is not a plain setting."""
     problems = [f"config key {key!r} is not permitted" for key in sorted(set(config) - family.config_keys)]
     problems += [
         f"config key {key!r} holds {str(config[key])[:60]!r}, which is no plain setting"
@@ -543,6 +555,10 @@ _WORD = re.compile(r"[A-Za-z0-9_.+-]{0,64}")
 
 
 def _plain(value: object, depth: int) -> bool:
+    """Whether a config value is plain: null, a boolean, a number or a short word.
+
+    A list or object of plain values is plain too, if these are nested at most `depth` times.
+    """
     if value is None or isinstance(value, bool | int | float):
         return True
     if isinstance(value, str):

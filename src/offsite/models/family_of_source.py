@@ -1,4 +1,4 @@
-"""The family of a model in a folder or a snapshot: the table's row, or one that is read off the model."""
+"""The family of a model in a folder or a snapshot: from the table, or derived from the model."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from offsite.storage.snapshot import holds_tensors
 
 
 def family_of_source(source: Source) -> Architecture:
-    """The family of a plain checkpoint.
+    """The family of a plain checkpoint: from the table or, if its type is not there, derived from the model.
 
     Raises:
         StorageError: its files cannot be read.
-        IncompatibleError: the table has no row of its type, and the parts of the model cannot be identified.
+        IncompatibleError: the type is not in the table, and the parts of the model cannot be identified.
     """
     config, _ = unwrapped_config(source)
     if str(config.get("model_type")) in ARCHITECTURES:
@@ -24,6 +24,7 @@ def family_of_source(source: Source) -> Architecture:
 
 
 def _tensor_names(source: Source) -> list[str]:
+    """The names of all tensors in a model's files."""
     if isinstance(source, Path):
         return list(open_checkpoint(source).tensors)
     return [name for file in source.names() if holds_tensors(file) for name in source.tensors(file)]

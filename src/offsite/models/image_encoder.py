@@ -23,7 +23,10 @@ CLASSIFIERS = "ForImageClassification"  # the end of the names of transformers' 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A vision encoder, with the rule (`vision.features`) for the features that a classifier's head reads from it."""
+    """A vision encoder that computes the features that a classifier's linear head reads.
+
+    `vision.features` names these features: class token, mean of the patches, or pooled output.
+    """
 
     body: nn.Module
     vision: Vision
@@ -53,7 +56,9 @@ class Encoder:
         return torch.cat([parts[name]() for name in self.vision.features], dim=1).float()
 
     def read_by(self, pooling: Pooling | None) -> torch.Tensor:
-        """The mask (F,) of the features that a head uses with this pooling: 1 for used, 0 for weights that stay zero.
+        """The mask (F,) of the features that a head uses: 1 for used, 0 for features whose head weights remain zero.
+
+        `pooling` None means the family's default.
 
         Raises:
             UsageError: the classifier of this family does not have this pooling.

@@ -36,8 +36,8 @@ def load_model(source: Source, *, dtype: torch.dtype, device: torch.device) -> "
     """Load a causal language model, or a vision encoder without any head, in eval mode and frozen.
 
     Args:
-        source: a plain checkpoint: the folder of a base, bundle or merged plug-in, or a snapshot of its verified
-            files. Loading removes the tensors from the snapshot's memory.
+        source: a plain checkpoint: the folder of a base, bundle or merged plug-in, or a snapshot of its verified files.
+            Loading removes the tensors from the snapshot's memory.
         dtype: the dtype of all weights.
         device: the device of the loaded model.
 
@@ -45,7 +45,7 @@ def load_model(source: Source, *, dtype: torch.dtype, device: torch.device) -> "
         UsageError: the folder is not a checkpoint.
         StorageError: the weights are missing, truncated or malformed.
         VerificationError: a file was read again, and has changed since it was verified.
-        IncompatibleError: the folder asks for foreign code, holds an adapter, or its tensors are not exactly the
+        IncompatibleError: the folder asks for foreign code, contains an adapter, or its tensors are not exactly the
             model's; every missing, unexpected and mismatched tensor is listed.
     """
     from transformers import AutoModel, AutoModelForCausalLM
@@ -63,7 +63,7 @@ def load_classifier(source: Source, *, dtype: torch.dtype, device: torch.device)
 
 
 def encoder_keywords(family: Architecture, config: "PretrainedConfig") -> dict[str, Any]:
-    """The keyword arguments, other than config keys, with which transformers builds an encoder without its head."""
+    """The arguments, other than config keys, with which transformers builds an encoder without its head."""
     keywords = family.vision.keywords if family.vision else {}
     return {key: value for key, value in keywords.items() if not hasattr(config, key)}
 
@@ -71,6 +71,7 @@ def encoder_keywords(family: Architecture, config: "PretrainedConfig") -> dict[s
 def _load(
     auto: Any, source: Source, dtype: torch.dtype, device: torch.device, keywords: Mapping[str, Any]
 ) -> "PreTrainedModel":
+    """Load a checkpoint by transformers' class `auto`, or by its declaration of modules, and check its tensors."""
     check_settings(source)
     config, declared = unwrapped_config(source)
     require_library(ARCHITECTURES.get(str(config.get("model_type"))), folder_of(source))
@@ -102,6 +103,7 @@ def _load(
 def _from_folder(
     auto: Any, folder: Path, keywords: Mapping[str, Any], how: Mapping[str, Any]
 ) -> tuple["PreTrainedModel", Mapping[str, Any]]:
+    """Load a model from a folder; return it with transformers' loading info, which lists tensors that do not match."""
     open_checkpoint(folder)  # transformers' own message for a truncated file names no file
     with quiet(), incompatible(folder):
         config, others = _config_with(keywords, folder)
@@ -113,7 +115,7 @@ def _from_folder(
 
 
 def _config_with(keywords: Mapping[str, Any], source: Source) -> tuple["PretrainedConfig", dict[str, Any]]:
-    """Load a model's config and set those keyword arguments that are its keys; returns it and the other arguments."""
+    """Load a config, and set the keyword arguments that are keys of it; return it and the remaining arguments."""
     config = load_config(source)
     known = {name for name in keywords if hasattr(config, name)}
     for name in known:
@@ -124,7 +126,10 @@ def _config_with(keywords: Mapping[str, Any], source: Source) -> tuple["Pretrain
 def _from_snapshot(
     auto: Any, snapshot: Snapshot, keywords: Mapping[str, Any], how: Mapping[str, Any]
 ) -> tuple["PreTrainedModel", Mapping[str, Any]]:
-    """Load a model from a snapshot's verified tensors; each tensor's memory in the snapshot is freed after its use."""
+    """Load a model from a snapshot's verified tensors; return it with transformers' loading info.
+
+    The memory of each tensor in the snapshot is released after its use.
+    """
     from transformers import GenerationConfig
 
     with as_folder(snapshot) as folder, quiet(), incompatible(snapshot.folder):
@@ -144,7 +149,7 @@ def _from_snapshot(
 
 
 class Lazy:
-    """A stand-in for a tensor in a state dict; transformers reads the tensor by `lazy[...]`, which works once."""
+    """A value of a state dict: its tensor is read when transformers calls `lazy[...]`, which works only once."""
 
     def __init__(self, tensor: StoredTensor) -> None:
         self._tensor: StoredTensor | None = tensor
@@ -169,7 +174,7 @@ def loading_problems(info: Mapping[str, Any], family: Architecture | None) -> li
 def _load_declared(
     source: Source, config: dict[str, Any], declared: Declared, *, dtype: torch.dtype, device: torch.device
 ) -> "PreTrainedModel":
-    """Load a bundle whose emulator declares modules that transformers does not have."""
+    """Load a bundle whose emulator has modules that transformers does not have, such as quantised linear layers."""
     from transformers import AutoConfig
 
     from offsite.models.modules.build_declared import build
@@ -203,6 +208,7 @@ def attention_of(config: "PretrainedConfig") -> str:
 
 
 def _mismatch(entry: object) -> str:
+    """An entry of the list `mismatched_keys` in transformers' loading info, as text."""
     if isinstance(entry, tuple) and len(entry) == 3:
         name, found, expected = entry
         return f"{name}: found shape {list(found)}, expected {list(expected)}"

@@ -33,6 +33,14 @@ def _run(
     chosen: torch.Tensor,  # (N, K) indices of experts
     weights: torch.Tensor,  # (N, K)
 ) -> torch.Tensor:
+    """The forward pass of the experts: for each token, the weighted sum of the outputs of its experts, (N, H).
+
+    Args:
+        experts: the module with the stacks of all experts.
+        hidden: the hidden states of N tokens.
+        chosen: the experts of each token.
+        weights: the router's weights of these experts.
+    """
     output = torch.zeros_like(hidden)
     into, out_of = _layers(experts, "gate_up_proj" if experts.has_gate else "up_proj"), _layers(experts, "down_proj")
     activation = experts._apply_gate if experts.has_gate else experts.act_fn
@@ -50,7 +58,7 @@ def _run(
 
 
 def _layers(experts: Any, name: str) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """The weight (outputs, inputs) and the bias of a linear layer of each expert."""
+    """For each expert, the weight (outputs, inputs) and the bias of its linear layer `name`."""
     weights = getattr(experts, name)
     if experts.is_transposed:
         weights = weights.transpose(1, 2)
@@ -87,16 +95,16 @@ def expert_matrices(family: "Architecture", experts: torch.nn.Module) -> list[di
 
 
 def block_in_files(family: "Architecture", parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A block's parameters, keyed by path in files instead of in the module; experts are views of their stacks."""
+    """A block's parameters by path in files, from their paths in the module; experts are views of their stacks."""
     start = family.in_block(0, "")
     named = {f"{family.block_module(0)}.{name}": parameter for name, parameter in parameters.items()}
     return {name.removeprefix(start): tensor for name, tensor in in_files(family, named).items()}
 
 
 def block_in_modules(family: "Architecture", tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A block's tensors, keyed by their path in the module instead of in files; the matrices of experts are stacked.
+    """A block's tensors by path in the module, from their paths in files; the matrices of experts are stacked.
 
-    A stack of which matrices are missing, or differ in shape, is left out; its matrices keep their paths in files.
+    If matrices of a stack are missing or differ in shape, they are not stacked and keep their paths in files.
     """
     found, start = dict(tensors), family.in_block(0, "")
     if family.experts is not None:

@@ -37,7 +37,7 @@ def has_file(source: Source, name: str) -> bool:
 
 
 def read_bytes(source: Source, name: str) -> bytes:
-    """The content of a file that holds no weights.
+    """The content of a file that contains no weights.
 
     Raises:
         OSError: the file cannot be read or does not exist.
@@ -92,14 +92,14 @@ def model_settings(source: Source) -> dict[str, Any]:
     Raises:
         UsageError: there is no config.json.
         StorageError: a settings file cannot be read.
-        IncompatibleError: the folder asks for foreign code, or holds an adapter.
+        IncompatibleError: the folder asks for foreign code, or contains an adapter.
     """
     check_settings(source)
     return read_settings(source, CONFIG)
 
 
 def check_settings(source: Source) -> None:
-    """Check that no setting of a model would run foreign code or read other files, and that it holds no adapter.
+    """Check that no setting of a model would run foreign code or read other files, and that it contains no adapter.
 
     Raises:
         UsageError: there is no config.json.
@@ -131,7 +131,7 @@ def check_settings(source: Source) -> None:
 
 
 def read_settings(source: Source, name: str) -> dict[str, Any]:
-    """Read the file `name`, which holds one JSON object.
+    """Read the file `name`, which contains one JSON object.
 
     Raises:
         StorageError: the file cannot be read, or is not a JSON object.
@@ -147,7 +147,7 @@ def read_settings(source: Source, name: str) -> dict[str, Any]:
 
 
 def foreign_settings(settings: object, path: str = "") -> list[str]:
-    """List each setting that would run foreign code or read files outside the folder, with the reason.
+    """A message for each setting that would run foreign code or read files outside the folder.
 
     Args:
         settings: the parsed content of a settings file, or a part of it.
@@ -168,7 +168,9 @@ def foreign_settings(settings: object, path: str = "") -> list[str]:
 
 
 def unwrapped_config(source: Source) -> tuple[dict[str, Any], Declared | None]:
-    """The config of a model in the form of its family, and the declared modules of its emulator (None: none).
+    """The config of a model's family, and the declaration of the emulator's modules (None for a plain checkpoint).
+
+    A bundle has a declaration if modules of its emulator differ from the family's; its config.json contains both.
 
     Raises:
         StorageError: config.json cannot be read.

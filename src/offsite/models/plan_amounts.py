@@ -31,7 +31,7 @@ class Amount:
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory that the weights take in one compute dtype; activations and libraries take memory in addition."""
+    """The memory that the weights need in one compute dtype; activations and libraries need memory in addition."""
 
     compute: Compute
     amounts: tuple[Amount, ...]

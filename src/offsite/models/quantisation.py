@@ -1,6 +1,6 @@
 """Recognises quantised checkpoints by their settings and by their tensors. Torch-free.
 
-Settings alone prove nothing: tools that dequantise or merge a model often leave `quantization_config` behind. So only a
+Settings are not enough: tools that dequantise or merge a model often leave `quantization_config` behind. So only a
 checkpoint with quantised tensors counts as quantised; if the tensors are plain, such settings are left out.
 """
 
@@ -43,7 +43,7 @@ def display_name(method: str) -> str:
 
 
 def method_in_settings(config: Mapping[str, Any]) -> str | None:
-    """The key of the quantisation method that a config, or a part of it, names; None if it names none."""
+    """The key of the quantisation method that a config, or a config nested in it, names; None if it names none."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in KEYS:
             settings = part.get(key)
@@ -53,6 +53,7 @@ def method_in_settings(config: Mapping[str, Any]) -> str | None:
 
 
 def _method(settings: Mapping[str, Any], key: str) -> str:
+    """The quantisation method of the settings that a config has under `key`; "unknown" if it cannot be identified."""
     named = settings.get("quant_method")
     if isinstance(named, str) and named:
         return named[:64]
@@ -82,7 +83,7 @@ def method_of_tensors(tensors: Iterable[tuple[str, str]]) -> str | None:
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a config without the settings of quantisation in it and in its parts."""
+    """Copy a config without its settings of quantisation, also in nested configs."""
     return {
         key: plain_config(value) if isinstance(value, dict) else value
         for key, value in config.items()

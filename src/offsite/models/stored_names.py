@@ -1,4 +1,4 @@
-"""The names that a base's files have for the tensors of a model, by transformers' own table of conversions."""
+"""Maps the tensor names in a base's files to those in its torch model, by transformers' own table of conversions."""
 
 import re
 from collections import defaultdict
@@ -17,18 +17,29 @@ _NUMBER = re.compile(r"(.+?)\.(0|[1-9]\d{0,3})\.(.+)\.weight")
 
 @dataclass(frozen=True)
 class StoredNames:
-    """How a base's files name the tensors of a model.
+    """How the tensor names in a base's files correspond to the parameter names of its torch model.
 
-    `today` maps the names in files to those that transformers' modules have; None stands for tensors that transformers
-    leaves out. `experts` says which stacks of the modules the files hold matrix by matrix.
+    `today` maps names in files to parameter names; None stands for tensors that transformers ignores. `experts`
+    describes the stacked parameters for which files have one matrix per expert.
     """
 
     today: Mapping[str, str | None] = field(default_factory=dict)
     experts: Experts | None = None
-    counts: Mapping[int, int] = field(default_factory=dict)  # block -> number of its experts in files
+    counts: Mapping[int, int] = field(default_factory=dict)  # index of a block -> number of its experts in files
 
     def in_files(self, state: Mapping[str, tuple[int, ...]], index: int) -> tuple[dict[str, tuple[int, ...]], int]:
-        """The shapes of a block's tensors with the experts as in files, by path, and the number of its experts."""
+        """Convert the parameter shapes of a block to the shapes in files, where stacked experts are single matrices.
+
+        Args:
+            state: the shapes, by path in the block in the torch model.
+            index: the index of the block.
+
+        Returns:
+            The shapes by path in files, with "*" for the index of an expert; and the number of experts, or 0.
+
+        Raises:
+            IncompatibleError: the stacks do not have as many experts as the files.
+        """
         experts, count = self.experts, self.counts.get(index, 0)
         if experts is None or not count:
             return dict(state), 0
@@ -47,7 +58,7 @@ class StoredNames:
 
 
 def map_stored_names(model: "PreTrainedModel", blocks: str, stored: Collection[str]) -> StoredNames:
-    """Map the names in a base's files to those of a model's modules, as transformers does when it loads them.
+    """Map the tensor names in a base's files to the parameter names of its model, as transformers does.
 
     Args:
         model: the model, on the meta device.
@@ -88,12 +99,16 @@ def map_stored_names(model: "PreTrainedModel", blocks: str, stored: Collection[s
 
 
 def _is_whole(name: str, key: str, state: Mapping[str, Any]) -> bool:
-    """Whether a file holds a whole stack, although a pattern for its parts matches its name."""
+    """Whether a file has a whole stack of experts, although its name matches the pattern for parts of a stack."""
     return key in state and _NUMBER.fullmatch(name.rpartition(".layers.")[2].partition(".")[2]) is None and name == key
 
 
 def _block_start(name: str, key: str, blocks: str) -> int:
-    """Where the path in the block starts in a full name."""
+    """The position in a full tensor name at which the path in the block begins.
+
+    Raises:
+        IncompatibleError: the tensor is outside the blocks.
+    """
     last = blocks.rpartition(".")[2]
     match = re.search(rf"(?:^|\.){re.escape(last)}\.\d+\.", name)
     if match is None:
@@ -102,7 +117,7 @@ def _block_start(name: str, key: str, blocks: str) -> int:
 
 
 def _require_merge(converter: Any, key: str) -> None:
-    """Raise an error unless a conversion only stacks matrices of experts.
+    """Check that a conversion of transformers only stacks the matrices of experts to the parameter `key`.
 
     Raises:
         IncompatibleError: the conversion does something else.
@@ -119,7 +134,17 @@ def _require_merge(converter: Any, key: str) -> None:
 def _experts(
     parts: Mapping[str, Mapping[str, set[int]]], where: Mapping[str, str], blocks: str, converters: Any
 ) -> tuple[Experts, dict[int, int]]:
-    """The experts that the files hold matrix by matrix, and their number in each block."""
+    """The description of the experts for which files have single matrices, and their number by index of the block.
+
+    Args:
+        parts: for each stacked parameter, its linear layers and the indices of experts in the files.
+        where: for each stacked parameter, the path of the experts in a block in files.
+        blocks: the path of the list of blocks.
+        converters: transformers' conversions, whose order is that of the layers in a stack.
+
+    Raises:
+        IncompatibleError: experts are missing, or blocks store them in different ways.
+    """
     stacks: dict[str, tuple[str, ...]] = {}
     modules, paths = set(), set(where.values())
     counts: dict[int, int] = {}
@@ -145,4 +170,5 @@ def _experts(
 
 
 def _place(name: str, patterns: list[str]) -> int:
+    """The index of the first pattern that contains a linear layer's name; the number of patterns if none does."""
     return next((place for place, pattern in enumerate(patterns) if name in pattern.replace("\\", "")), len(patterns))

@@ -14,7 +14,7 @@ from offsite.models.family import Architecture, Vision
 
 @dataclass(frozen=True)
 class Form:
-    """The form of one of these models: all its differences from the others, except its sizes."""
+    """How the architecture of one of timm's models differs from that of the others, apart from its sizes."""
 
     heads: int  # number of attention heads of the published model
     separate: bool = False  # linear layers for each of queries, keys and values, and a gated MLP with a norm inside
@@ -42,7 +42,7 @@ FORMS: Mapping[str, Form] = {
 
 
 def model_args(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The arguments for timm's function; None if a size in the config is not a positive integer."""
+    """The keyword arguments of timm's function that builds the model; None if a size in the config is not positive."""
     keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "image_size", "patch_size", "intermediate_size")
     sizes = [config.get(key) for key in keys]
     if any(type(size) is not int or size < 1 for size in sizes):
@@ -57,11 +57,13 @@ def model_args(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _positions(config: Mapping[str, Any]) -> int | None:
+    """The number of positions: patches of an image and the class token; None if a size in the config is not valid."""
     side, patch = config.get("image_size"), config.get("patch_size")
     return 1 + (side // patch) ** 2 if type(side) is int and type(patch) is int and patch > 0 else None
 
 
 def _form(name: str) -> Any:
+    """Make a function from a config to the field `name` of the config's `Form`."""
     return lambda config: getattr(FORMS[config["architecture"]], name)
 
 
@@ -79,6 +81,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 def _norm(name: str, size: str = "hidden_size") -> dict[str, str]:
+    """The weight and the bias of a norm, each with its size."""
     return {f"{name}.weight": size, f"{name}.bias": size}
 
 

@@ -1,4 +1,4 @@
-"""Checks the files of a tokenizer against the model's config, without loading it: end token, and numbers of tokens.
+"""Checks the files of a tokenizer against the model's config, without loading it: end token, and token ids.
 
 Torch-free, so that a plan can run them. The loaded tokenizer is tried in `offsite.evaluation.first_row`.
 """
@@ -18,21 +18,24 @@ _PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend", "PreTrai
 
 @dataclass
 class TokenFiles:
-    """The tokens that a tokenizer's files list, and the special tokens that they name."""
+    """What a tokenizer's files contain: all tokens with their ids, and the names of special tokens."""
 
-    numbers: dict[str, int] = field(default_factory=dict)  # of every token
+    numbers: dict[str, int] = field(default_factory=dict)  # id of every token
     special: set[str] = field(default_factory=set)  # tokens that no text contains, unless it is written out
     named: dict[str, str] = field(default_factory=dict)  # such as eos_token -> </s>
-    plain_class: bool = False  # whether nothing but the files names special tokens
-    problems: list[str] = field(default_factory=list)  # files that are not what they should be
+    plain_class: bool = False  # whether the class of the tokenizer has no special tokens of its own
+    problems: list[str] = field(default_factory=list)  # a message for each malformed file
 
 
 def tokenizer_problems(source: Source, config: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What is wrong with a tokenizer's files, by kind: "files", "end token", "numbers" and "model".
+    """The problems of a tokenizer's files, by kind; kinds without problems are left out.
+
+    The kinds are "files" (malformed ones), "end token" (none is named), "numbers" (token ids without an embedding) and
+    "model" (begin and end tokens that config.json numbers differently).
 
     Args:
         source: the model's folder, or a snapshot of its files.
-        config: the model's config; numbers of tokens are below its `vocab_size`.
+        config: the model's config; token ids must be below its `vocab_size`.
     """
     read = read_token_files(source)
     found = {"files": read.problems, "end token": [], "numbers": list(_beyond(read, config)), "model": []}
@@ -46,7 +49,7 @@ def tokenizer_problems(source: Source, config: Mapping[str, Any]) -> dict[str, l
 
 
 def read_token_files(source: Source) -> TokenFiles:
-    """Read the tokens from tokenizer.json or vocab.json, and the names from the other files of its folder."""
+    """Read the tokens from tokenizer.json or vocab.json, and the names of special tokens from the other files."""
     read = TokenFiles()
     settings = _json(source, "tokenizer_config.json", read)
     for content in (_json(source, "special_tokens_map.json", read), settings):
@@ -71,6 +74,7 @@ def read_token_files(source: Source) -> TokenFiles:
 
 
 def _add_vocabulary(read: TokenFiles, vocabulary: object) -> None:
+    """Add the tokens of a vocabulary, {token: id} or a list of (token, score), to `read`."""
     if isinstance(vocabulary, Mapping):
         read.numbers |= {str(token): number for token, number in vocabulary.items() if type(number) is int}
     elif isinstance(vocabulary, list):  # of a Unigram model: pairs of token and score, in order
@@ -79,6 +83,7 @@ def _add_vocabulary(read: TokenFiles, vocabulary: object) -> None:
 
 
 def _add_token(read: TokenFiles, number: object, entry: object) -> None:
+    """Add one entry of the list of added tokens to `read`, if it is well formed."""
     if isinstance(entry, Mapping) and isinstance(entry.get("content"), str) and str(number).isdecimal():
         read.numbers[entry["content"]] = int(str(number))
         if entry.get("special"):
@@ -86,6 +91,7 @@ def _add_token(read: TokenFiles, number: object, entry: object) -> None:
 
 
 def _json(source: Source, name: str, read: TokenFiles) -> dict[str, Any]:
+    """The JSON object in a file; {} if there is no such file or it is malformed, which is noted in `read`."""
     if not has_file(source, name):
         return {}
     try:
@@ -100,7 +106,10 @@ def _json(source: Source, name: str, read: TokenFiles) -> dict[str, Any]:
 
 
 def _beyond(read: TokenFiles, config: Mapping[str, Any]) -> Iterator[str]:
-    """Tokens without an embedding. Special ones may have none, as that of pictures in Gemma 3's tokenizer for text."""
+    """Yield a message for each token whose id is not below `vocab_size`, so that the model has no embedding for it.
+
+    Special tokens that nothing uses are permitted, such as that of pictures in Gemma 3's tokenizer for text.
+    """
     known = config.get("vocab_size")
     if not isinstance(known, int):
         return
@@ -117,4 +126,5 @@ def _beyond(read: TokenFiles, config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _differs(expected: object, number: int | None) -> bool:
+    """Whether config.json and the tokenizer both have an id, and the two differ."""
     return number is not None and type(expected) is int and expected != number

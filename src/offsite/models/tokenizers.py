@@ -48,7 +48,7 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
 
 
 def require_tokenizer_package(source: Source) -> None:
-    """Raise an error if a model has its tokenizer in tokenizer.model alone, and a package to read that is missing.
+    """Raise an error if tokenizer.model is the only tokenizer file, and a package that reads it is missing.
 
     transformers reads such a file with sentencepiece; where that is missing it asks for tiktoken, whose files have the
     same name and are text.
@@ -78,7 +78,7 @@ def _is_installed(module: str) -> bool:
 
 
 def context_length(source: Source) -> int | None:
-    """The model's number of positions, which limits a row in tokens; None if its config does not give the number."""
+    """The model's number of positions, which limits a row in tokens; None if its config does not say it."""
     check_settings(source)
     with quiet(), incompatible(folder_of(source)):
         config = load_config(source)
@@ -87,7 +87,7 @@ def context_length(source: Source) -> int | None:
 
 
 def load_config(source: Source) -> "PretrainedConfig":
-    """Load a model's config as a transformers object; for an emulator with declared modules, that of its family.
+    """Load a model's config as a transformers object; for a bundle that declares modules, the config of its family.
 
     Settings of quantisation are left out: weights are read as they are stored, and must be plain.
     """
@@ -104,7 +104,7 @@ def load_config(source: Source) -> "PretrainedConfig":
 
 
 def make_config(settings: Mapping[str, Any]) -> "PretrainedConfig":
-    """The transformers config with the settings of a config.json, read as transformers reads that file."""
+    """Make a transformers config from the content of a config.json."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     made: PretrainedConfig = CONFIG_MAPPING[settings["model_type"]].from_dict(_with_infinity(dict(settings)))
@@ -112,7 +112,7 @@ def make_config(settings: Mapping[str, Any]) -> "PretrainedConfig":
 
 
 def _with_infinity(value: Any) -> Any:
-    """A JSON value with the mark that transformers writes for infinity replaced by it."""
+    """Replace {"__float__": "Infinity"}, by which transformers writes infinity to JSON, by the number, at any depth."""
     if isinstance(value, dict):
         found = _INFINITY.get(str(value.get("__float__"))) if value.keys() == {"__float__"} else None
         return {key: _with_infinity(one) for key, one in value.items()} if found is None else found

@@ -27,6 +27,7 @@ def read_tensor(tensor: StoredTensor, dtype: torch.dtype | None = None) -> torch
 
 
 def _content(tensor: StoredTensor) -> bytearray:
+    """The bytes of a stored tensor, read into memory."""
     content = bytearray(tensor.size)
     filled = 0
     for chunk in read_chunks(tensor):

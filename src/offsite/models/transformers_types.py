@@ -34,7 +34,7 @@ def causal_types() -> tuple[str, ...]:
 
 @cache
 def config_keys(model_type: str) -> frozenset[str]:
-    """The config keys that may be exchanged for a model of this type; empty if the type's config class is not found."""
+    """The config keys that a bundle of this model type may contain; empty if the type's config class is not found."""
     class_name = _table("auto_mappings.py", "CONFIG_MAPPING_NAMES").get(model_type)
     if class_name is None:
         return frozenset()
@@ -47,13 +47,14 @@ def config_keys(model_type: str) -> frozenset[str]:
 
 @cache
 def _folder() -> Path | None:
+    """The folder of the installed transformers; None if it is not installed."""
     spec = importlib.util.find_spec("transformers")  # of a package at the top, which this does not import
     found = list(spec.submodule_search_locations or ()) if spec is not None else []
     return Path(found[0]) if found else None
 
 
 def _config_files(folder: str) -> list[str]:
-    """The source files of a model's folder that hold config classes."""
+    """The source files of a model's folder that contain config classes."""
     found = _folder()
     return (
         sorted(str(file.relative_to(found)) for file in found.glob(f"models/{folder}/configuration_*.py"))
@@ -64,6 +65,7 @@ def _config_files(folder: str) -> list[str]:
 
 @cache
 def _parsed(path: str) -> ast.Module | None:
+    """The syntax tree of a source file of transformers, by its path in the package; None if it cannot be read."""
     folder = _folder()
     try:
         return None if folder is None else ast.parse((folder / path).read_text(encoding="utf-8"))
@@ -73,7 +75,7 @@ def _parsed(path: str) -> ast.Module | None:
 
 @cache
 def _table(file: str, name: str) -> dict[str, str]:
-    """A table of `models/auto`: the pairs of text in an assignment `name = OrderedDict([...])`."""
+    """A table of strings in a file of transformers' `models/auto`, by the variable's name; {} if not found."""
     tree = _parsed(f"models/auto/{file}")
     for node in tree.body if tree is not None else ():
         if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name) or node.targets[0].id != name:
@@ -92,7 +94,7 @@ def _table(file: str, name: str) -> dict[str, str]:
 
 @cache
 def _fields(file: str, class_name: str) -> frozenset[str]:
-    """The fields that a config class declares, with those of the classes that it is made of."""
+    """The fields that a config class and its base classes in the same file declare."""
     tree = _parsed(file)
     for node in tree.body if tree is not None else ():
         if isinstance(node, ast.ClassDef) and node.name == class_name:
@@ -110,7 +112,7 @@ def _fields(file: str, class_name: str) -> frozenset[str]:
 
 
 def _other_names(node: ast.ClassDef) -> set[str]:
-    """Both sides of a config class's `attribute_map`: keys that go by two names."""
+    """The keys in a config class's `attribute_map`, which defines second names for keys: both names."""
     maps = [
         one.value for one in node.body if isinstance(one, ast.Assign) and ast.unparse(one.targets[0]) == "attribute_map"
     ]

@@ -1,4 +1,4 @@
-"""The table of the families of vision encoders, one row for each; their bundles hold no head. Torch-free.
+"""The table of the families of vision encoders, one entry for each; their bundles contain no head. Torch-free.
 
 Files of most families use the tensor names from the models' first publication. The torch modules have other names; the
 field `modules` maps between them.
@@ -15,11 +15,15 @@ def _words(text: str) -> frozenset[str]:
 
 
 def _norm(name: str) -> dict[str, str]:
+    """The weight and the bias of a norm, each with its size."""
     return {f"{name}.weight": "hidden_size", f"{name}.bias": "hidden_size"}
 
 
 def _both(paths: Mapping[str, str]) -> dict[str, str]:
-    """The tensor names of linear layers, in files -> in the torch model; `paths` maps the layers' paths likewise."""
+    """Map the names of linear layers' weights and biases in files to those in the torch model.
+
+    `paths` maps the paths of the layers in the same way.
+    """
     return {f"{path}.{kind}": f"{module}.{kind}" for path, module in paths.items() for kind in ("weight", "bias")}
 
 
@@ -47,7 +51,7 @@ _POOLER = ("pooler.", "classifier.", "cls_classifier.", "distillation_classifier
 
 
 def _vit_like(model_type: str, class_name: str, vision: Vision, **columns: Any) -> Architecture:
-    """The row of a family with ViT's tensor names; `columns` are the fields that differ from ViT's row."""
+    """A family with ViT's tensor names; `columns` are the fields of `Architecture` that differ from ViT's."""
     usual: dict[str, Any] = {
         "embeddings": _CLASS | _POSITIONS | _PATCHES,
         "final": _norm("layernorm"),
@@ -77,6 +81,7 @@ def _vit_like(model_type: str, class_name: str, vision: Vision, **columns: Any) 
 
 
 def _dinov2_like(model_type: str, class_name: str, vision: Vision, **columns: Any) -> Architecture:
+    """A family with DINOv2's tensor names; `columns` are the fields of `Architecture` that differ from DINOv2's."""
     return Architecture(
         model_type=model_type,
         class_name=class_name,
@@ -110,7 +115,10 @@ _DINOV2_KEYS = _KEYS | _DROPOUTS | _words("qkv_bias mlp_ratio layerscale_value d
 
 
 def _tower(model_type: str, class_name: str, vision: Vision, **columns: Any) -> Architecture:
-    """The row of an image tower, which is the vision encoder of a model for images and texts, such as CLIP."""
+    """The family of an image tower: the vision encoder of a model for images and texts, such as CLIP.
+
+    `columns` are the fields of `Architecture` that towers do not have in common.
+    """
     return Architecture(
         model_type=model_type,
         class_name=class_name,

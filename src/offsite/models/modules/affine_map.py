@@ -29,7 +29,7 @@ def stand_behind(block: nn.Module, affine: Affine) -> None:
     """Apply an affine layer to the output of a block, by a forward hook; the layer becomes the submodule `affine`.
 
     Args:
-        block: a transformer block of any family, changed in place; its outputs other than the hidden state stay the
+        block: a transformer block of any family, changed in place; its outputs other than the hidden state remain the
             same.
         affine: the layer.
     """
@@ -39,5 +39,6 @@ def stand_behind(block: nn.Module, affine: Affine) -> None:
 
 
 def _mapped(block: nn.Module, _: object, output: Any) -> Any:
+    """Forward hook: apply the block's submodule `affine` to the hidden state in its output."""
     affine = block.get_submodule("affine")
     return (affine(output[0]), *output[1:]) if isinstance(output, tuple) else affine(output)

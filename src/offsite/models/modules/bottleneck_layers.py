@@ -48,7 +48,7 @@ def insert_bottlenecks(model: nn.Module, places: Iterable[str], hidden: int, wid
         width: the width of the bottlenecks.
 
     Returns:
-        The new parameters, by name.
+        The new parameters, by their names in the model.
     """
     made: dict[str, nn.Parameter] = {}
     for place in places:

@@ -1,4 +1,7 @@
-"""Builds the model of a bundle whose emulator declares modules: the family's model with those modules in it."""
+"""Builds the model of a bundle whose emulator declares modules.
+
+It is the family's model, in which modules of the emulator are replaced, such as linear layers by quantised ones.
+"""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -22,12 +25,12 @@ if TYPE_CHECKING:
 def build(
     config: Mapping[str, Any], declared: Declared, tensors: dict[str, Tensor], attention: str
 ) -> tuple["PreTrainedModel", list[str]]:
-    """Build the model of a bundle whose emulator declares modules.
+    """Build the model of a bundle whose emulator has modules that differ from the family's.
 
     Args:
         config: the family's config for all blocks of the bundle.
-        declared: the declaration of the emulator's modules.
-        tensors: all tensors by their names in the file, floats in the compute dtype; used entries are removed.
+        declared: which modules of the emulator differ, and how.
+        tensors: all tensors, by name in the checkpoint files, floats in the compute dtype; used entries are removed.
         attention: transformers' name for the attention implementation.
 
     Returns:
@@ -46,13 +49,13 @@ def build(
     problems: list[str] = []
     for place in range(len(blocks)):
         if place not in emulator:
-            weights = block_in_modules(family, _taken(family, place, tensors))
+            weights = block_in_modules(family, _pop_block_tensors(family, place, tensors))
             problems += _assign(blocks[place], weights, family.in_block(place, ""))
     owned: dict[int, dict[str, Tensor]] = {}
     for at, place in enumerate(emulator):
         owner = declared.share[at] if declared.share else at
         if owner not in owned:
-            owned[owner] = _taken(family, declared.first + owner, tensors)
+            owned[owner] = _pop_block_tensors(family, declared.first + owner, tensors)
         # one tensor in all places that share it, except biases, which may train in the place that holds them
         copies = at != owner
         weights = {path: one.clone() if copies and path.endswith("bias") else one for path, one in owned[owner].items()}
@@ -62,7 +65,7 @@ def build(
             base = widths_of(family, config, shapes)
             narrow_block(blocks[place], family, shapes, base, declared.widths(base, at))
         problems += _unpack(blocks[place], family, declared, weights, family.in_block(place, ""))
-        _make_room(blocks[place], family, declared, weights)
+        _replace_compressed_linears(blocks[place], family, declared, weights)
         if declared.affine:
             stand_behind(blocks[place], Affine.empty(made.hidden_size))
         problems += _assign(blocks[place], block_in_modules(family, weights), family.in_block(place, ""))
@@ -77,8 +80,8 @@ def build(
     return model, list(dict.fromkeys(problems))
 
 
-def _taken(family: Architecture, place: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the tensors of one block from `tensors` and return them, by path in the block."""
+def _pop_block_tensors(family: Architecture, place: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the tensors of the bundle's block with index `place`, and return them by path in the block."""
     start = family.in_block(place, "")
     return {name.removeprefix(start): tensors.pop(name) for name in sorted(tensors) if name.startswith(start)}
 
@@ -86,7 +89,10 @@ def _taken(family: Architecture, place: int, tensors: dict[str, Tensor]) -> dict
 def _unpack(
     block: nn.Module, family: Architecture, declared: Declared, weights: dict[str, Tensor], start: str
 ) -> list[str]:
-    """Replace sparse matrices in `weights` by full ones; returns a message for each mask that does not fit."""
+    """Replace each sparse matrix in `weights` (a mask and values) by the full matrix.
+
+    Returns a message for each mask that does not fit its values; `start` is the block's full path, with a dot.
+    """
     problems = []
     for path in family.linears if declared.sparse is not None else ():
         if f"{path}.mask" not in weights or f"{path}.values" not in weights:
@@ -100,11 +106,12 @@ def _unpack(
     return problems
 
 
-def _make_room(block: nn.Module, family: Architecture, declared: Declared, weights: dict[str, Tensor]) -> None:
-    """Adapt the linear layers of a block to the stored form of their weights.
+def _replace_compressed_linears(
+    block: nn.Module, family: Architecture, declared: Declared, weights: dict[str, Tensor]
+) -> None:
+    """Replace the linear layers of a block whose weights are quantised or factored by modules for that form.
 
-    Layers with quantised or factored weights are replaced by other modules, and these weights are removed from
-    `weights`; other layers get their weight.
+    The weights of these layers, and their biases, are removed from `weights`.
     """
     for path in family.linears:
         parent, _, name = path.rpartition(".")
@@ -122,11 +129,15 @@ def _make_room(block: nn.Module, family: Architecture, declared: Declared, weigh
 
 
 def _inputs(linear: Any, family: Architecture) -> int:
+    """The number of inputs of a linear layer of this family."""
     return int(linear.weight.shape[0] if family.transposed else linear.weight.shape[1])
 
 
 def _assign(block: nn.Module, weights: Mapping[str, Tensor], start: str) -> list[str]:
-    """Assign the weights to the parameters of a block; return a problem for each that does not fit."""
+    """Assign tensors to the parameters of a block.
+
+    Returns a message for each that does not fit; `start` is the block's full path, with a dot.
+    """
     problems = []
     own = dict(block.named_parameters())
     for path, value in weights.items():

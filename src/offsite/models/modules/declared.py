@@ -1,4 +1,4 @@
-"""The part of a bundle's config that declares the modules of an emulator, if they differ from the family's. Torch-free.
+"""The part of a bundle's config that says how modules of the emulator differ from those of the family. Torch-free.
 
 transformers cannot load such a bundle: its config has the model type "offsite" with the family's config under one key,
 and its weights file has another name, so that no library loads it partially. Names, shapes and dtypes of its tensors
@@ -34,12 +34,16 @@ def _is_none(value: object) -> bool:
 
 
 class Declared(BaseModel):
-    """The declared kinds of modules in an emulator; None in a field means that this is as in the family's model."""
+    """How modules of the emulator differ from those of the family: shared, quantised, sparse, narrower or others.
+
+    None in a field means that there is no such difference.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     first: Annotated[int, Field(ge=0, le=10_000)]  # index in the bundle of the emulator's first block
     blocks: Annotated[int, Field(ge=1, le=10_000)]
+    # for each block of the emulator, the index in the emulator of the block whose weights it uses
     share: Annotated[tuple[int, ...], Field(min_length=1, max_length=10_000, strict=False)] | None = None
     bits: Literal[8, 4] | None = None
     group: Literal[64, 128] | None = None
@@ -57,6 +61,7 @@ class Declared(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Declared":
+        """Validator: fields do not contradict each other, and at least one difference is declared."""
         if (self.bits is None) != (self.group is None):
             raise ValueError("bits and group must both be set, or neither")
         if sum(kind is not None for kind in (self.bits, self.svd_rank, self.sparse)) > 1:
@@ -76,6 +81,7 @@ class Declared(BaseModel):
 
     @model_validator(mode="after")
     def _consistent_widths(self) -> "Declared":
+        """Validator: numbers of heads, neurons and experts have one entry per block, and fit the other fields."""
         for name, numbers in (("heads", self.heads), ("neurons", self.neurons), ("experts", self.experts)):
             if numbers is not None and len(numbers) != self.blocks:
                 raise ValueError(f"{len(numbers)} entries in {name} for {self.blocks} blocks of the emulator")
@@ -87,7 +93,7 @@ class Declared(BaseModel):
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The features that a reader must support, as the manifest's `requires` lists them."""
+        """The names of the declared differences, which a reader must support; the manifest's `requires` lists them."""
         kinds = (
             self.share, self.bits, self.svd_rank, self.mlp_width, self.sparse, self.affine, self.heads, self.neurons,
             self.experts,
@@ -95,7 +101,11 @@ class Declared(BaseModel):
         return tuple(name for name, kind in zip(FEATURES, kinds, strict=True) if kind is not None)
 
     def holds_weights(self, place: int) -> bool:
-        """Whether block `place` of the emulator (from 0) has its own weights in the file, and uses no other block's."""
+        """Whether a block of the emulator has its own weights in the file, instead of using those of another block.
+
+        Args:
+            place: index of the block in the emulator, from 0.
+        """
         return self.share is None or self.share[place] == place
 
     def rank(self, inputs: int, outputs: int) -> int:
@@ -104,19 +114,19 @@ class Declared(BaseModel):
 
     @property
     def narrows(self) -> bool:
-        """Whether blocks of the emulator have fewer heads, neurons or experts than those of the family."""
+        """Whether blocks of the emulator have fewer heads, MLP neurons or experts than the family's blocks."""
         return any(kind is not None for kind in (self.mlp_width, self.heads, self.neurons, self.experts))
 
     def widths(self, base: Widths, place: int) -> Widths:
-        """The widths of a block of the emulator (counted from 0).
+        """The widths of one block of the emulator.
 
         Args:
             base: the widths of the family's own blocks.
-            place: the block.
+            place: index of the block in the emulator, from 0.
 
         Raises:
-            ValueError: the declared numbers are more than the family's blocks have, or not whole key-value heads, or
-                fewer experts than a token goes through.
+            ValueError: a declared number is more than the family's blocks have; the heads that remain are not all query
+                heads of some key-value heads; or there are fewer experts than process a token.
         """
         heads = base.heads if self.heads is None else self.heads[place]
         neurons = base.neurons if self.neurons is None else self.neurons[place]
@@ -137,13 +147,16 @@ class Declared(BaseModel):
     def narrowed(
         self, family: Architecture, config: Mapping[str, Any], shapes: Shapes, place: int
     ) -> dict[str, tuple[int, ...]]:
-        """The shapes of the tensors of a block of the emulator, by path, before any is encoded.
+        """The shapes of an emulator block's tensors, before any matrix is quantised, factored or made sparse.
 
         Args:
-            family: the model's row of the architecture table.
+            family: the model's family.
             config: the family's config.
-            shapes: the shapes of the tensors of the family's own block.
-            place: the block, counted from 0.
+            shapes: the shapes of the tensors of the family's own block, by path in the block.
+            place: index of the block in the emulator, from 0.
+
+        Returns:
+            The shapes, by path in the block.
 
         Raises:
             ValueError: the declared widths do not fit the family's block.
@@ -157,7 +170,10 @@ class Declared(BaseModel):
     def tensors(
         self, family: Architecture, config: Mapping[str, Any], shapes: Shapes, place: int
     ) -> dict[str, Expected]:
-        """Shape and dtypes of each tensor in a block of the emulator, by path; arguments and errors as `narrowed`."""
+        """The shape and the permitted dtypes of each tensor that the file has for one block of the emulator, by path.
+
+        Arguments and errors as for `narrowed`.
+        """
         plain = self.narrowed(family, config, shapes, place)
         found: dict[str, Expected] = {path: (shape, FLOATS) for path, shape in plain.items()}
         if self.affine:
@@ -188,12 +204,12 @@ def affine_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
 
 
 def wrapped(config: Mapping[str, Any], declared: Declared) -> dict[str, Any]:
-    """The content of config.json for a bundle whose emulator declares modules."""
+    """Make a bundle's config.json from the family's config and the declaration of the emulator's modules."""
     return {"model_type": MODEL_TYPE, "base": dict(config), "emulator": declared.model_dump(mode="json")}
 
 
 def unwrapped(config: Mapping[str, Any]) -> tuple[dict[str, Any], Declared | None]:
-    """Split a config into the family's config and the declared modules of the emulator (None for a plain config).
+    """Split a config.json into the family's config and the declaration of the emulator's modules (None if it has none).
 
     Raises:
         ValueError: the config has the model type "offsite" and is malformed.

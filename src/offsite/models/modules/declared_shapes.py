@@ -9,7 +9,7 @@ _BOTTLENECK = re.compile(r"(.+)\.bottleneck\.(?:down|up)\.(?:weight|bias)")
 
 
 def bottleneck_places(family: Architecture, blocks: Iterable[int]) -> list[str]:
-    """The full paths of the modules that get a bottleneck after them, in the blocks with these indices.
+    """The full paths of the modules after which bottlenecks are inserted, in the blocks with these indices.
 
     They are the last linear layer of attention, and that of the MLP or the whole mixture of experts.
     """
@@ -33,7 +33,10 @@ def bottleneck_shapes(place: str, hidden: int, width: int) -> dict[str, tuple[in
 
 
 def place_of_bottleneck(name: str) -> str | None:
-    """The full path of the layer before a bottleneck, from a tensor's name; None for tensors of other modules."""
+    """The full path of the linear layer before a bottleneck, from the name of one of the bottleneck's tensors.
+
+    None for tensors of other modules.
+    """
     match = _BOTTLENECK.fullmatch(name)
     return match[1] if match else None
 

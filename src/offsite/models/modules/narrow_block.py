@@ -1,4 +1,4 @@
-"""Make a block of a family narrower: fewer attention heads, MLP neurons, experts. The family's own code runs it."""
+"""Remove heads, MLP neurons or experts from a block of a model; the family's own forward code runs the block."""
 
 from typing import Any
 
@@ -10,7 +10,10 @@ from offsite.models.family import Architecture
 
 
 class _NarrowConfig:
-    """A config with other numbers of heads, for attention that reads them there; all else is the model's config."""
+    """A view of a model's config with other numbers of heads.
+
+    It is for attention modules that read these numbers from the config; all other values are the model's.
+    """
 
     def __init__(self, config: Any, **numbers: int) -> None:
         self.__dict__.update(numbers, _whole=config)
@@ -22,14 +25,16 @@ class _NarrowConfig:
 
 
 def narrow_block(block: nn.Module, family: Architecture, shapes: Shapes, base: Widths, widths: Widths) -> None:
-    """Make a block narrower, in place; its tensors of other shapes get no values, and must be assigned afterwards.
+    """Make a block narrower, in place.
+
+    Tensors whose shape changes are on the meta device afterwards; the caller must assign them.
 
     Args:
         block: a block of the family's own form.
-        family: the model's row of the architecture table.
-        shapes: the shapes of the block's tensors, keyed by their path in files.
-        base: the block's widths.
-        widths: the widths that it gets.
+        family: the model's family.
+        shapes: the shapes of the block's tensors, by path in the block as in checkpoint files.
+        base: the widths of the block before.
+        widths: the widths of the block after.
     """
     if widths == base:
         return
@@ -39,14 +44,15 @@ def narrow_block(block: nn.Module, family: Architecture, shapes: Shapes, base: W
         if name in parameters and parameters[name].shape != shape:
             _resize(block, name, shape)
     if widths.experts < base.experts:
-        _count_experts(block, family, widths.experts)
+        _shorten_experts(block, family, widths.experts)
     if widths.heads < base.heads:
         name = family.modules.get(f"{family.attention_out}.weight", f"{family.attention_out}.weight")
         attention = block.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
-        _count_heads(attention, widths)
+        _set_head_counts(attention, widths)
 
 
 def _resize(block: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    """Replace a parameter of a block by one of another shape on the meta device, and set the sizes of its layer."""
     path, _, leaf = name.rpartition(".")
     layer: Any = block.get_submodule(path)
     setattr(layer, leaf, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
@@ -58,8 +64,8 @@ def _resize(block: nn.Module, name: str, shape: tuple[int, ...]) -> None:
         layer.nx, layer.nf = shape
 
 
-def _count_experts(block: nn.Module, family: Architecture, count: int) -> None:
-    """Shorten the stacks of experts, and set the numbers of experts that they and the router hold."""
+def _shorten_experts(block: nn.Module, family: Architecture, count: int) -> None:
+    """Shorten the stacks of experts to `count`, and set this number in their module and in the router."""
     router = router_of(family)
     if family.experts is None or router is None:
         return
@@ -72,8 +78,8 @@ def _count_experts(block: nn.Module, family: Architecture, count: int) -> None:
             module.num_experts = count  # type: ignore[assignment]
 
 
-def _count_heads(attention: Any, widths: Widths) -> None:
-    """Set the numbers of heads that an attention module holds."""
+def _set_head_counts(attention: Any, widths: Widths) -> None:
+    """Set the numbers of heads of an attention module, under each name by which a family stores them."""
     heads, groups = widths.heads, widths.groups
     numbers = {
         **dict.fromkeys(("num_heads", "num_attention_heads"), heads),
