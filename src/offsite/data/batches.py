@@ -19,7 +19,7 @@ _PASS = 128  # fixed cost of a pass, in tokens that take as long: 70 to 430 were
 def step_batches(examples: Sequence[Example], *, rows: int, seed: int, epoch: int) -> list[list[int]]:
     """Group the examples into the optimiser steps of one epoch; each step is a list of indices into `examples`.
 
-    The steps depend only on the arguments, so a resumed run has the same. Examples are shuffled. Within each group of
+    The steps depend only on the arguments, so a resumed run repeats them. Examples are shuffled. Within each group of
     32 steps they are sorted by length and cut into steps, and then the order of all steps is shuffled: so there is
     little padding, and lengths show no trend over an epoch.
 
@@ -47,7 +47,7 @@ def micro_batches(examples: Sequence[Example], rows: Sequence[int], budget: int)
 
     Args:
         examples: all examples.
-        rows: indices into `examples`, the examples to cut.
+        rows: the indices in `examples` of the step's examples.
         budget: the largest number of tokens (padding included) of a micro-batch; a longer example runs alone.
 
     Yields:

@@ -31,8 +31,8 @@ class ShownRow:
 
     place: str  # file and line
     tokens: int
-    learnt: int  # tokens that carry a label
-    pieces: tuple[tuple[str, bool], ...]  # each piece of text, and whether it carries labels
+    learnt: int  # tokens with a label
+    pieces: tuple[tuple[str, bool], ...]  # each piece of text, and whether it has labels
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TextCheck:
     too_long: int  # rows longer than `max_length`
     max_length: int  # in tokens
     tokens: int
-    learnt_tokens: int  # tokens that carry a label
+    learnt_tokens: int  # tokens with a label
     lengths: Mapping[str, int]  # shortest, median, longest ... row in tokens, before any is cut
     questions: int  # multiple-choice rows
     dropped: Mapping[str, int]  # number of turns that lost words in the chat template, by kind of words

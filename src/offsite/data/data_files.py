@@ -1,8 +1,8 @@
 """Finds the files of a data set: a file, a pattern, a folder of shards, a Hugging Face Hub snapshot or a DatasetDict.
 
-A folder may hold several parts (splits). As in Hugging Face datasets, the names of files and sub-folders say which part
-they belong to: `train-00000-of-00002.parquet`, `test.jsonl`, `validation/`. Tuning reads the training part, scoring
-reads the held-out part.
+A folder may contain several parts (splits). As in Hugging Face datasets, the names of files and sub-folders say which
+part they belong to: `train-00000-of-00002.parquet`, `test.jsonl`, `validation/`. Tuning reads the training part,
+scoring reads the held-out part.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ def name_of(data: DataPaths) -> str:
 
 
 def files_of(path: Path, part: Part = "train") -> list[Path]:
-    """The files that hold the rows of a data set, in order.
+    """The files that contain the rows of a data set, in order.
 
     Args:
         path: a file, a folder, or a path whose last part is a pattern such as `train-*.jsonl`.
@@ -113,7 +113,7 @@ def _digest(path: Path) -> str:
 
 
 def _in_folder(folder: Path, part: Part) -> list[Path]:
-    """The files that hold the rows of one part of a folder.
+    """The files that contain the rows of one part of a folder.
 
     Raises:
         DataError: there are no such files, or it is not clear which files are meant.
@@ -134,7 +134,7 @@ def _in_folder(folder: Path, part: Part) -> list[Path]:
 
 
 def _of_config(folder: Path, config: Mapping[str, Any], part: Part) -> list[Path]:
-    """The files of a config's requested part."""
+    """The files of the requested part of a data set, as `config`, an entry of its README, lists them."""
     parts = config_parts(folder, config)
     if isinstance(parts, Path):
         return _in_folder(parts, part) if parts != folder else choose_part(parts_of(folder), part, folder)
@@ -144,6 +144,7 @@ def _of_config(folder: Path, config: Mapping[str, Any], part: Part) -> list[Path
 
 
 def _require_one_kind(folder: Path, files: Sequence[Path]) -> None:
+    """Raise DataError if the files have different formats."""
     if len({kind(file) for file in files}) > 1:
         raise unreadable(
             folder,
@@ -160,10 +161,10 @@ def _snapshot(folder: Path) -> Path:
 def parts_of(folder: Path) -> dict[str, list[Path]]:
     """The parts (splits) of a folder, by name. Each is a list of files, or of folders that `save_to_disk` wrote.
 
-    Files whose names give no part are under the name "".
+    Files without a part in their names are under the name "".
 
     Raises:
-        DataError: the folder holds several data sets.
+        DataError: the folder contains several data sets.
     """
     parts: dict[str, list[Path]] = {}
     if (folder / _SPLITS).exists():
@@ -206,7 +207,7 @@ def _visible(folder: Path) -> Iterator[Path]:
 
 
 def part_name(file: Path) -> str:
-    """The name of the part (split) in a file's name, without shard numbers; "" if the name gives no part."""
+    """The name of the part (split) in a file's name, without shard numbers; "" if there is none."""
     stem = file.name.removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2").removesuffix(".xz")
     stem = stem[: -len(Path(stem).suffix)] if Path(stem).suffix else stem
     while (shorter := _SHARD.sub("", stem)) != stem:
@@ -218,7 +219,7 @@ def part_name(file: Path) -> str:
 
 
 def part_role(name: str) -> str:
-    """The role of a part (split): "train", "validation" or "test"; "" if its name gives no role."""
+    """The role of a part (split): "train", "validation" or "test"; "" if its name shows no role."""
     word = re.split(r"[-_. ]+", unicodedata.normalize("NFC", name).casefold())[0]
     names = {"train": TRAINING, "validation": VALIDATION, "test": TEST}
     return next((role for role, known in names.items() if word in known), "")

@@ -16,9 +16,9 @@ from offsite.models.modules.declared import unwrapped
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """The token ids of one row of a data set, and which of them carry labels.
+    """The token ids of one row of a data set, and which of them have labels.
 
-    All ids after the first `given` carry labels; if `places` is set, only the ids at these positions do.
+    All ids after the first `given` have labels; if `places` is set, only the ids at these positions do.
     """
 
     line: int  # line of the row in its file, or number of the block of a long text; from 1
@@ -30,12 +30,12 @@ class Example:
 
     @property
     def labelled(self) -> npt.NDArray[np.int64]:
-        """The positions in `ids` of the tokens that carry a label, (L,)."""
+        """The positions in `ids` of the tokens with a label, (L,)."""
         return np.arange(self.given, len(self.ids)) if self.places is None else self.places
 
     @property
     def labels(self) -> int:
-        """The number of tokens that carry a label."""
+        """The number of tokens with a label."""
         return len(self.ids) - self.given if self.places is None else len(self.places)
 
 

@@ -61,7 +61,7 @@ def read_records(path: Path, wanted: Container[str] | None = None) -> Iterator[R
 
 
 def _from_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """The records of JSON lines, of one list, or of one object that holds one list of records.
+    """The records of JSON lines, of one list, or of one object that contains one list of records.
 
     Yields the number of each record, and its fields or an error text.
     """
@@ -84,7 +84,7 @@ def _from_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 def _list_in(value: object) -> list[Any] | None:
     """The list of records in a JSON value: the list itself, or the only list of objects in an object.
 
-    An object that is a record itself gives a list with that record. None if the value is neither a list nor an object.
+    An object that is a record itself becomes a list of one record. None if the value is neither a list nor an object.
     """
     if isinstance(value, Mapping):
         lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
@@ -135,7 +135,7 @@ def _from_csv(path: Path, separator: str) -> Iterator[tuple[int, dict[str, Any] 
 
 
 def _parse_cells(cells: dict[str, str]) -> dict[str, Any] | str:
-    """The fields of a line of a CSV file, in which some cells hold JSON; an error text if such a cell is not JSON."""
+    """The fields of a line of a CSV file, in which cells may contain JSON; an error text if such JSON is malformed."""
     fields: dict[str, Any] = dict(cells)
     for name in _AS_JSON:
         if name in cells and (name != "answer" or "choices" in cells):

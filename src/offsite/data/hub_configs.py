@@ -64,7 +64,7 @@ def default_config(folder: Path) -> Mapping[str, Any] | None:
 
 
 def config_parts(folder: Path, config: Mapping[str, Any]) -> dict[str, list[Path]] | Path:
-    """The files of a config by the name of their split; or the folder that holds them, if it names just that.
+    """The files of a config by the name of their split; or the folder that contains them, if it names just that.
 
     Raises:
         DataError: a pattern has no file, or leads out of the folder.
@@ -101,6 +101,7 @@ def _patterns(data_files: object) -> Iterator[tuple[str, str]]:
 
 
 def _inside(folder: Path, pattern: str) -> Path:
+    """The path of a pattern in the folder; DataError if it leads out of the folder."""
     pure = PurePosixPath(pattern)
     if pure.is_absolute() or ".." in pure.parts or "://" in pattern:
         raise unreadable(folder, f"its {_README} lists {pattern!r}, which is not in the folder")

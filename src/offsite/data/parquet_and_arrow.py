@@ -64,7 +64,7 @@ def features_of(path: Path) -> Mapping[str, Any]:
 
 
 def class_names(feature: object) -> list[str]:
-    """The names of a column's classes, in the order of their numbers; empty if the column does not hold classes.
+    """The names of a column's classes, in the order of their numbers; empty if the column does not contain classes.
 
     Args:
         feature: the type of the column, from `features_of`.

@@ -99,7 +99,7 @@ def parse_row(fields: Fields, number: int, form: RowForm | None = None) -> Row |
 
 
 def with_our_names(fields: Fields, form: RowForm) -> dict[str, Any]:
-    """A record with the fields that --columns names under our names, so that it is read without --columns.
+    """A record whose fields that --columns names are renamed to our field names.
 
     Fields that would mean something else under their own names are left out.
     """
@@ -112,10 +112,10 @@ def with_our_names(fields: Fields, form: RowForm) -> dict[str, Any]:
 
 
 def _marked(row: Row, fields: Fields, form: RowForm) -> Row:
-    """The row, marked as left out if it shows an answer that is not wanted.
+    """The row, marked as left out if its `label` or `kto_tag` says that its answer is bad, as in KTO's data sets.
 
-    KTO's data sets mark good and bad answers by `label` or `kto_tag`. The `label` of a plain text or of a question with
-    choices is something else, and so is one that --columns names as another field.
+    The `label` of a plain text or of a question with choices is something else, and so is one that --columns names as
+    another field.
     """
     if row.choices or (row.prompt is None and not row.turns):
         return row
@@ -132,7 +132,7 @@ def _names(fields: Fields) -> str:
 
 
 def _as_named(value: object) -> object:
-    """The value of a column that --columns names: numbers become text, all other values stay as they are."""
+    """The value of a column that --columns names: numbers become text, all other values remain as they are."""
     if isinstance(value, ClassNumber):
         return value
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
@@ -176,7 +176,7 @@ def _as_text(value: Any) -> Any:
 
 
 def _system(fields: Fields) -> tuple[Turn, ...]:
-    """The system turn from the field `system`, as a tuple; empty if the field holds no text."""
+    """The system turn from the field `system`, as a tuple; empty if the field contains no text."""
     value = fields.get("system")
     return (Turn("system", value),) if isinstance(value, str) and value.strip() else ()
 
@@ -195,7 +195,7 @@ def _settings(fields: Fields) -> dict[str, Any] | str:
 
 
 def _of_turns(turns: list[Turn], number: int, fields: Fields, name: str) -> Row | str:
-    """The row of a conversation; an error text if nothing is to be learnt or the template's arguments are bad.
+    """The row of a conversation; an error text if no turn has labels or the template's arguments are bad.
 
     `name` is the field of the conversation, for error messages.
     """
@@ -217,7 +217,7 @@ def _conversation(fields: Fields, number: int) -> Row | str:
 
 
 def _prompted_conversation(fields: Fields, number: int) -> Row | str:
-    """The row of a conversation in two fields, whose prompt is not learnt; an error text if messages are malformed."""
+    """The row of a conversation in two fields, whose prompt has no labels; an error text if it is malformed."""
     asked, problems = parse_messages(fields["prompt"], "prompt")
     answered, others = parse_messages(fields["completion"], "completion")
     if problems or others:
@@ -226,7 +226,7 @@ def _prompted_conversation(fields: Fields, number: int) -> Row | str:
 
 
 def _not_learnt(turn: Turn) -> Turn:
-    """A copy of a turn that carries no labels."""
+    """A copy of a turn without labels."""
     return Turn(turn.role, turn.content, turn.parts, turn.more, learnt=False)
 
 
@@ -251,7 +251,7 @@ def _preference(fields: Fields, number: int) -> Row | str:
 
 
 def _chosen_turns(fields: Fields, chosen: list[Any], rejected: object, prompt: object, number: int) -> Row | str:
-    """The row of a chosen conversation; turns that the rejected conversation has too are not learnt.
+    """The row of a chosen conversation; turns that the rejected conversation has too have no labels.
 
     Returns an error text if messages are malformed.
 

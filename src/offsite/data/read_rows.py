@@ -74,6 +74,6 @@ def counted(items: Sequence[object], word: str) -> str:
 
 
 def first(lines: Sequence[str]) -> list[str]:
-    """The first 20 lines of a list of problems; a last line gives the number of the others if there are more."""
+    """The first 20 lines of a list of problems, and a last line with the number of the others if there are more."""
     more = len(lines) - _LISTED
     return [*lines[:_LISTED], *([f"and {more} more"] if more > 0 else [])]

@@ -21,7 +21,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def kind(path: Path) -> str:
-    """The suffix that gives the format of a file, in lower case; a suffix of compression, such as ".gz", is ignored."""
+    """The suffix that shows the format of a file, in lower case; a suffix of compression, such as ".gz", is ignored."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()

@@ -40,9 +40,8 @@ def encode(
 ) -> Encoded:
     """Tokenise the rows of a data set for tuning and evaluation.
 
-    Prompt and completion are encoded together as one text; a token across their border carries a label. The tokenizer
-    does not add special tokens: BOS (if the tokenizer has one) and EOS are added here, unless the row's text contains
-    them.
+    Prompt and completion are encoded together as one text; a token across their border has a label. The tokenizer does
+    not add special tokens: BOS (if the tokenizer has one) and EOS are added here, unless the row's text contains them.
 
     Args:
         rows: rows from `read_rows`.
@@ -125,6 +124,7 @@ def encode_choices(
 
 
 def _counts(notes: Mapping[str, int]) -> list[str]:
+    """A text "name: count" for each entry, sorted by name."""
     return [f"{name}: {count}" for name, count in sorted(notes.items())]
 
 
@@ -189,7 +189,7 @@ class _Draft:
 def _drafts(
     rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", source: str, max_length: int
 ) -> Iterator[_Draft]:
-    """Yields a draft (tokens that are not cut yet) for every row, in order; a long text gives several drafts.
+    """Yields a draft (tokens that are not cut yet) for every row, in order; for a long text several drafts.
 
     Raises:
         DataError: conversations cannot be rendered or labelled; each is listed.
@@ -221,7 +221,7 @@ def _refused(problems: Sequence[str], source: str) -> DataError:
 
 
 def _as_text(row: Row, template: ChatTemplate) -> Conversation:
-    """The text of a row and the spans that carry labels; empty for a long text, which is cut into blocks later."""
+    """The text of a row and the spans that have labels; no spans for a long text, which is cut into blocks later."""
     if row.document:
         return Conversation("", ())
     if row.turns and (row.prompt is None or template.tokenizer.chat_template):
@@ -272,8 +272,8 @@ def _blocks(row: Row, text: list[int], tokenizer: "PreTrainedTokenizerBase", max
     """Yields the blocks of a long text.
 
     Every token (and EOS) is a label in exactly one block, except a first token that nothing can predict. A block starts
-    with BOS. If the tokenizer has no BOS, a block starts with the last token of the previous block, which carries no
-    label.
+    with BOS. If the tokenizer has no BOS, a block starts with the last token of the previous block, which has no label
+    there.
     """
     bos = tokenizer.bos_token_id
     ids = text[1:] if text[:1] == [bos] else text

@@ -1,6 +1,6 @@
 """A text -> the tokens of the whole text, and which of these tokens belong to a span of the text.
 
-A text that is encoded in pieces gives other tokens than those that the model was trained on: some tokenizers (Llama 2,
+A text that is encoded in pieces has other tokens than those that the model was trained on: some tokenizers (Llama 2,
 Mistral, Phi 3) put a prefix mark before every piece, and characters can merge into one token across a border. So a text
 is encoded as a whole, and the tokens at the borders of labels are found by the tokenizer's offsets.
 """
@@ -35,7 +35,7 @@ class Encoding:
             begin: the first character of the span.
             end: the character after the last one of the span.
             added: ids of tokens that are the same in any text (added tokens). Such a token that begins before `begin`
-                stays outside, although it may include the spaces after it.
+                remains outside, although it may include the spaces after it.
         """
         # a prefix mark before the text has no character of its own
         first = int(np.searchsorted(self.ends, begin, side="right")) if begin else 0

@@ -23,10 +23,10 @@ END_ADDED = "answers given an end token that the template lacks"
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation as the text that the model reads, with the spans that carry labels."""
+    """A conversation as the text that the model reads, and the spans of the text that have labels."""
 
     text: str
-    labelled: tuple[Span, ...]  # characters that carry labels, ascending
+    labelled: tuple[Span, ...]  # spans of characters that have labels, ascending
     lacks_end: bool = False  # whether the template writes no token after the last answer, so that EOS must be added
     dropped: Mapping[str, int] = field(default_factory=dict)  # number of turns that lost words, by kind of words
     notes: Mapping[str, int] = field(default_factory=dict)  # 1 for each reason why the labels are unusual
@@ -63,10 +63,10 @@ def _labelled(
     template: ChatTemplate,
     settings: Mapping[str, Any],
 ) -> tuple[list[Span], bool]:
-    """The spans of the text that carry labels, and whether only the last answer was found.
+    """The spans of the text that have labels, and whether only the last answer was found.
 
     Raises:
-        ConversationError: no answer that is to be learnt can be found.
+        ConversationError: no answer that should have labels can be found.
     """
     answers = [turn for turn in turns if turn.role == "assistant"]
     marked = template.render_marked(messages, settings)

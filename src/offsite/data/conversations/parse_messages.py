@@ -46,7 +46,7 @@ class Turn:
     content: str  # its text; if it was written in parts, the texts of all parts joined
     parts: tuple[Mapping[str, Any], ...] = ()  # the parts, if the content was written in parts
     more: Mapping[str, Any] = field(default_factory=dict)  # all other fields of the message, without nulls
-    learnt: bool = True  # whether an assistant's turn carries labels
+    learnt: bool = True  # whether an assistant's turn has labels
 
     @property
     def message(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _parse_message(message: object, where: str) -> Turn | str:
 
 
 def _parse_role(value: object, *, sharegpt: bool) -> str:
-    """The role by its usual name. In ShareGPT's format the results of tools have other names for their role."""
+    """The role of a message, by its usual name; ShareGPT's format names the role of tool results otherwise."""
     role = str(value).strip().casefold()
     if sharegpt and role in _TOOL_RESULT:
         return "tool"
@@ -195,7 +195,7 @@ def parsed_json(value: object) -> object:
 
 
 def text_problem(name: str, value: object, *, empty: bool = False) -> str | None:
-    """The problem of a field that must hold text; None if there is none.
+    """The problem of a field that must contain text; None if there is none.
 
     Args:
         name: the name of the field.

@@ -97,7 +97,7 @@ def held_out_part(path: Path) -> bool:
 def _parts(folder: Path) -> dict[str, Path]:
     """The folders of the training part and the held-out part, under the names "train" and "held out".
 
-    Empty if the folder is not divided like this. If there is only one part, both names give its folder. A class may
+    Empty if the folder is not divided like this. If there is only one part, it is under both names. A class may
     have the same name as a part.
     """
     folders = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
@@ -151,7 +151,7 @@ def _picture_files(folder: Path) -> Iterator[Path]:
 
 
 def _holds_pictures(folder: Path) -> bool:
-    """Whether a folder holds picture files at any depth."""
+    """Whether a folder contains picture files at any depth."""
     return next(_picture_files(folder), None) is not None
 
 
@@ -248,7 +248,7 @@ def split_by_seed(pictures: Sequence[Picture], share: float, seed: int) -> tuple
         seed: the seed of the random choice.
 
     Raises:
-        UsageError: the share is so small that it holds out no picture of any class.
+        UsageError: the share is so small that no picture of any class is held out.
     """
     order = np.random.default_rng([seed, 1]).permutation(len(pictures)).tolist()
     by_class: dict[str | None, list[int]] = {}

@@ -44,7 +44,7 @@ def seen_picture(source: Source, family: Architecture, config: Mapping[str, Any]
         config: the model's config.
 
     Raises:
-        IncompatibleError: the settings do not give this size.
+        IncompatibleError: this size does not follow from the settings.
     """
     try:
         settings = strict_json(read_bytes(source, _PROCESSOR))

@@ -99,7 +99,7 @@ class PictureWorkers:
 
 
 class _Served:
-    """The main process's handle of one worker process; one thread uses it."""
+    """A worker process, as the main process uses it; only one thread may use it."""
 
     def __init__(self) -> None:
         places = os.pathsep.join(place for place in sys.path if place)
@@ -148,7 +148,7 @@ class _Served:
 
 
 def _send(pipe: BinaryIO | Any, facts: Mapping[str, Any], content: bytes | memoryview) -> None:
-    """Write one line of JSON that gives the number of bytes of `content`, then `content`."""
+    """Write one line of JSON with `facts` and the number of bytes of `content`, then `content`."""
     pipe.write(json.dumps({**facts, "bytes": len(content)}).encode() + b"\n")
     pipe.write(content)
     pipe.flush()

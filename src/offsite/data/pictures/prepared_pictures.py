@@ -13,7 +13,7 @@ from offsite.errors import DataError
 
 
 class Pictures:
-    """The readable pictures of a list, prepared for one encoder. Decoded pictures stay in memory up to a limit.
+    """The readable pictures of a list, prepared for one encoder. Decoded pictures remain in memory up to a limit.
 
     Args:
         listed: pictures from `read_pictures`. Each is decoded once at the start, to find broken pictures before any
