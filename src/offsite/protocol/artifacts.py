@@ -82,13 +82,14 @@ class PlugIn:
 
 
 def files_of(artifact: Path | Base | Bundle | Return | PlugIn) -> Path | Snapshot:
-    """Where to read an artifact's files: its verified snapshot, or the folder itself for a `Path` or a `Base`."""
+    """The verified snapshot of an artifact's files; for a `Path` or a `Base`, which are not verified, the folder."""
     if isinstance(artifact, Path):
         return artifact
     return artifact.folder if isinstance(artifact, Base) else artifact.files
 
 
 def _require_proof(proof: object, origin: str) -> None:
+    """Raise TypeError unless `proof` is the object that only `attest` passes to constructors."""
     if proof is not _PROOF:
         raise TypeError(f"{origin}; it is never constructed by hand")
 

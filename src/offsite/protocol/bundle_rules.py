@@ -34,18 +34,21 @@ _MOST_POSITIONS = 2**22
 
 
 def _bundle_files(signed: SignedFolder) -> Iterator[str]:
+    """Yield a finding for each listed file that a bundle may not contain."""
     for entry in signed.manifest.files:
         if not allowed_in_bundle(entry.name):
             yield f"a bundle may not hold {entry.name}"
 
 
 def _bundle_settings(signed: SignedFolder) -> Iterator[str]:
+    """Check that the bundle's JSON files have only permitted keys and values."""
     listed = {entry.name for entry in signed.manifest.files}
     for name in sorted(listed & set(ALLOWED_KEYS)):
         yield from content_problems(name, read_json(signed, name))
 
 
 def _bundle_config(signed: SignedFolder) -> Iterator[str]:
+    """Check the bundle's config against its family and against the numbers of blocks in the manifest."""
     manifest, family = _bundle_of(signed)
     config = read_json(signed, CONFIG)
     if not isinstance(config, dict):
@@ -81,7 +84,7 @@ def _bundle_config(signed: SignedFolder) -> Iterator[str]:
 
 
 def _bundle_positions(signed: SignedFolder) -> Iterator[str]:
-    """Limit the config's number of positions, as no tensor confirms it and some families allocate a table for it."""
+    """Limit the number of positions in the config, as some families allocate a table of that length."""
     config = _settings_of(signed)[0]
     for key in ("max_position_embeddings", "n_positions", "n_ctx"):
         if type(config.get(key)) is int and config[key] > _MOST_POSITIONS:
@@ -89,12 +92,14 @@ def _bundle_positions(signed: SignedFolder) -> Iterator[str]:
 
 
 def _lists_blocks(found: object, count: int) -> bool:
+    """Whether a config value is a list of block indices from 0 to `count` - 1, ascending, each once."""
     if not isinstance(found, list) or any(type(block) is not int or not 0 <= block < count for block in found):
         return False
     return found == sorted(set(found))
 
 
 def _bundle_weights(signed: SignedFolder) -> Iterator[str]:
+    """Check that the weights have exactly the names, shapes and dtypes that follow from the config."""
     manifest, family = _bundle_of(signed)
     checkpoint = _open_listed(signed)
     settings, declared = _settings_of(signed)
@@ -134,12 +139,12 @@ def _bundle_weights(signed: SignedFolder) -> Iterator[str]:
 def _declared_tensors(
     declared: Declared, manifest: BundleManifest, family: Architecture, checkpoint: Checkpoint, settings: dict[str, Any]
 ) -> dict[str, Expected]:
-    """The expected shape and dtypes of each tensor of declared emulator blocks, by full name.
+    """The expected shape and dtypes of each tensor in the emulator's blocks, if modules are declared, by full name.
 
-    They follow from the shapes of the family's blocks; {} if those are missing or wrong, as other findings say.
+    They follow from the shapes of the family's blocks; {} if those are missing or wrong, which other rules report.
 
     Raises:
-        ValueError: the declared numbers do not fit the family's blocks, or make it far more tensors than there are.
+        ValueError: the declared numbers do not fit the family's blocks, or imply far more tensors than there are.
         IncompatibleError: the config does not say how many heads a block has.
     """
     found: dict[str, Expected] = {}
@@ -154,10 +159,11 @@ def _declared_tensors(
 def _family_shapes(
     declared: Declared, manifest: BundleManifest, family: Architecture, checkpoint: Checkpoint, settings: dict[str, Any]
 ) -> Iterator[tuple[int, dict[str, tuple[int, ...]]]]:
-    """The places of the emulator's blocks that hold weights, with the shapes of the family's block by path in it.
+    """Yield each emulator block that has weights, with the shapes of the tensors that it has in the family.
 
-    They are those of the first uncompressed block that has such a tensor; of tensors that none of these has, the
-    declared ones. Nothing if a shape is missing or wrong, as other rules report.
+    A block is given by its index in the emulator, a shape by the path in the block. The shapes are those of the first
+    uncompressed block with such a tensor; if none has it, they are declared. Yields nothing if a shape is missing or
+    wrong, which other rules report.
     """
     found: dict[str, tuple[int, ...]] = dict(declared.shapes or {})
     for block in reversed(family.kinds_of_blocks(settings, manifest.split.verbatim)):
@@ -181,7 +187,7 @@ def _family_shapes(
 def _undetermined(
     declared: Declared, manifest: BundleManifest, family: Architecture, settings: dict[str, Any]
 ) -> set[str]:
-    """The paths in a block of those tensors of the emulator's blocks that no uncompressed block of the bundle has."""
+    """The paths in a block of the emulator's tensors that no uncompressed block of the bundle has."""
     places = range(declared.first, declared.first + min(declared.blocks, manifest.split.emulator))
     ours, theirs = (
         {path for index in family.kinds_of_blocks(settings, blocks) for path in family.block_tensors(settings, index)}
@@ -191,7 +197,7 @@ def _undetermined(
 
 
 def _bundle_family_shapes(signed: SignedFolder) -> Iterator[str]:
-    """Check the declared shapes of the family's blocks, from which those of the emulator's tensors follow."""
+    """Check the shapes that the config declares for tensors that no uncompressed block of the bundle has."""
     manifest, family = _bundle_of(signed)
     settings, declared = _settings_of(signed)
     if declared is None:
@@ -210,6 +216,7 @@ def _bundle_family_shapes(signed: SignedFolder) -> Iterator[str]:
 
 
 def _bundle_declared(signed: SignedFolder) -> Iterator[str]:
+    """Check that the declared modules of the emulator fit its family, the split and the manifest's `requires`."""
     manifest, family = _bundle_of(signed)
     config = read_json(signed, CONFIG)
     try:
@@ -236,6 +243,7 @@ def _bundle_declared(signed: SignedFolder) -> Iterator[str]:
 
 
 def _bundle_returnable(signed: SignedFolder) -> Iterator[str]:
+    """Check that the tensors and LoRA targets that may be returned are those of the trained blocks and the head."""
     manifest, family = _bundle_of(signed)
     checkpoint = _open_listed(signed)
     blocks = frozenset(manifest.split.trained)
@@ -268,9 +276,9 @@ def _bundle_returnable(signed: SignedFolder) -> Iterator[str]:
 def _emulated_shapes(
     declared: Declared, manifest: BundleManifest, family: Architecture, checkpoint: Checkpoint, settings: dict[str, Any]
 ) -> dict[int, dict[str, tuple[int, ...]]]:
-    """The shapes of the emulator's blocks that carry adapters, also where weights are stored in another form.
+    """The shapes of emulator blocks with adapters, before matrices are quantised, factored or made sparse.
 
-    Keys are the block's index in the bundle, and paths in it; the result is empty where another rule has a finding.
+    The keys are a block's index in the bundle, then the path in the block; {} if another rule has a finding.
     """
     adapted = set(manifest.split.adapted)
     try:
@@ -284,6 +292,7 @@ def _emulated_shapes(
 
 
 def _bundle_tokenizer(signed: SignedFolder) -> Iterator[str]:
+    """Check the tokenizer's digest in the manifest."""
     manifest, _ = _bundle_of(signed)
     if tokenizer_digest(manifest.files) != manifest.tokenizer:
         yield "the tokenizer's files do not give the tokenizer digest of the manifest"
@@ -303,13 +312,14 @@ BUNDLE_RULES: tuple[Rule, ...] = (
 
 
 def _bundle_of(signed: SignedFolder) -> tuple[BundleManifest, Architecture]:
+    """The bundle's manifest and its family; TypeError for another artifact."""
     if not isinstance(signed.manifest, BundleManifest):
         raise TypeError("a rule for bundles was run on something else")
     return signed.manifest, signed.manifest.family
 
 
 def _settings_of(signed: SignedFolder) -> tuple[dict[str, Any], Declared | None]:
-    """The family's config, and the declared modules of the emulator, or None if it has none.
+    """The family's config, and the declaration of the emulator's modules (None if there is none).
 
     A malformed config gives ({}, None); `_bundle_declared` reports it.
     """
@@ -321,6 +331,11 @@ def _settings_of(signed: SignedFolder) -> tuple[dict[str, Any], Declared | None]
 
 
 def _open_listed(signed: SignedFolder) -> Checkpoint:
+    """Open the checkpoint that the listed weight files make up.
+
+    Raises:
+        VerificationError: it is ambiguous which files a reader would load, or a listed file belongs to no checkpoint.
+    """
     weights = [entry.name for entry in signed.manifest.files if is_weights(entry.name)]
     ways = {WEIGHTS, INDEX, DECLARED_WEIGHTS, DECLARED_INDEX} & set(weights)
     if len(ways) > 1:

@@ -1,4 +1,4 @@
-"""Lists the files that a bundle may hold, and the keys that its JSON files may hold, for packing and verification.
+"""Lists the files that a bundle may contain, and the keys that its JSON files may have, for packing and verification.
 
 All other keys are refused, because transformers acts upon many keys: `auto_map` imports code, a hub name as attention
 implementation downloads kernels, a tokenizer may name other files.
@@ -85,17 +85,17 @@ ALLOWED_KEYS: Mapping[str, frozenset[str] | None] = {  # by file name; None: any
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of a bundle holds weights or their index."""
+    """Whether a file of a bundle contains weights or their index."""
     return name in (WEIGHTS, INDEX, DECLARED_WEIGHTS, DECLARED_INDEX) or _SHARD.fullmatch(name) is not None
 
 
 def allowed_in_bundle(name: str) -> bool:
-    """Whether a bundle may hold a file of this name."""
+    """Whether a bundle may contain a file of this name."""
     return is_weights(name) or name in (CONFIG, GENERATION_CONFIG, PROCESSOR, *TOKENIZER_FILES)
 
 
 def allowed_in_plug_in(name: str) -> bool:
-    """Whether a plug-in may hold a file of this name: a file of an adapter or of a complete checkpoint."""
+    """Whether a plug-in may contain a file of this name: a file of an adapter or of a complete checkpoint."""
     return allowed_in_bundle(name) or name in (
         ADAPTER_CONFIG,
         *WEIGHTS_OF.values(),
@@ -117,7 +117,7 @@ def cleaned(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def content_problems(name: str, content: object) -> list[str]:
-    """List every reason why a bundle may not hold the JSON file `name` with this parsed content; empty: it may."""
+    """A message for each reason why a bundle may not contain the JSON file `name` with this parsed content."""
     if not isinstance(content, dict):
         return [f"{name} is not a JSON object"]
     allowed = ALLOWED_KEYS[name]
@@ -157,6 +157,7 @@ _LARGEST_SIDE = 4096  # pixels
 
 
 def _numbers(value: object) -> bool:
+    """Whether a value is a list of one to four numbers."""
     return isinstance(value, list) and 1 <= len(value) <= 4 and all(type(one) in (int, float) for one in value)
 
 
@@ -172,7 +173,7 @@ def tokenizer_digest(files: Iterable[FileEntry]) -> str:
     """The SHA-256, in hex, over the names and digests of the files of the tokenizer or image processor.
 
     Args:
-        files: the entries of a manifest; entries of other files are ignored.
+        files: the files that a manifest lists; files of other kinds are ignored.
     """
     digest = hashlib.sha256()
     for entry in sorted(files, key=lambda entry: entry.name):

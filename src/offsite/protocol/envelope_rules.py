@@ -19,6 +19,7 @@ _DELETED = 20  # files that a command to delete them names at once
 
 
 def _signature(signed: SignedFolder) -> Iterator[str]:
+    """Check that the signature is the signer's over the bytes of the manifest."""
     file = signed.folder / SIGNATURE
     try:
         signature = read_bounded(file, SIGNATURE_BYTES)
@@ -29,6 +30,7 @@ def _signature(signed: SignedFolder) -> Iterator[str]:
 
 
 def _trusted_signer(signed: SignedFolder) -> Iterator[str]:
+    """Check that the signer is this party or one that it trusts."""
     keys = {key.hex for key in signed.home.trusted().values()} | {signed.home.identity().public_key.hex}
     if signed.signer not in keys:
         fingerprint = PublicKey.from_hex(signed.signer).fingerprint
@@ -36,6 +38,7 @@ def _trusted_signer(signed: SignedFolder) -> Iterator[str]:
 
 
 def _addressee(signed: SignedFolder) -> Iterator[str]:
+    """Check that this party is the recipient or the signer; a plug-in has no recipient."""
     own = signed.home.identity().public_key.hex
     if isinstance(signed.manifest, PlugInManifest) or own in (signed.manifest.recipient, signed.signer):
         return
@@ -44,10 +47,12 @@ def _addressee(signed: SignedFolder) -> Iterator[str]:
 
 
 def _listed(signed: SignedFolder) -> set[str]:
+    """The names of all files that the folder must contain: listed files, manifest and signature."""
     return {entry.name for entry in signed.manifest.files} | {MANIFEST, SIGNATURE}
 
 
 def _listing(signed: SignedFolder) -> Iterator[str]:
+    """Check that the folder contains all these files, as regular files, and no others."""
     listed = _listed(signed)
     found = set()
     for path in sorted(signed.folder.iterdir()):
@@ -63,7 +68,7 @@ def _listing(signed: SignedFolder) -> Iterator[str]:
 
 
 def _leftovers(signed: SignedFolder) -> Iterator[str]:
-    """Yield a finding for each leftover file, such as .DS_Store: a signed folder holds only the signed files."""
+    """Yield a finding for each leftover file, such as .DS_Store: a signed folder contains only the signed files."""
     listed = _listed(signed)
     for path in sorted(signed.folder.iterdir()):
         if is_leftover(path.name, listed):
@@ -71,7 +76,8 @@ def _leftovers(signed: SignedFolder) -> Iterator[str]:
             yield f"{path.name!r} is not listed in {MANIFEST}; by its name {by} left it"
 
 
-def _without_leftovers(signed: SignedFolder) -> str:
+def _leftover_advice(signed: SignedFolder) -> str:
+    """What to do about leftover files: wait for the end of a transfer, or delete them."""
     if halves := half_received(signed):
         return f"wait until {', '.join(sorted(halves))} has arrived, or fetch the folder again; then verify it again"
     listed = _listed(signed)
@@ -80,13 +86,13 @@ def _without_leftovers(signed: SignedFolder) -> str:
 
 
 def half_received(signed: SignedFolder) -> set[str]:
-    """The names of listed files that are missing, and of which a partly transferred copy exists."""
+    """The names of listed files that are missing, but of which the folder has a partly transferred copy."""
     listed, found = _listed(signed), {path.name for path in signed.folder.iterdir()}
     return {whole for name in found if (whole := unfinished(name, listed)) and whole not in found}
 
 
 def digests(signed: SignedFolder) -> Iterator[str]:
-    """Refuse a file whose size or bytes are not those that the manifest lists, or that cannot be read."""
+    """Yield a finding for each file whose size or bytes differ from those in the manifest, or that cannot be read."""
     for entry in signed.manifest.files:
         found = signed.files.get(entry.name)
         if isinstance(found, ReadFile):  # else `_listing` reports the missing or irregular file
@@ -107,7 +113,7 @@ OWN_FAULT: Mapping[Rule, Callable[[SignedFolder], str]] = {
         "name the right --home; if it is, send your present public key (`offsite keygen --out FILE.pub`) "
         "and ask for one that is addressed to it"
     ),
-    _leftovers: _without_leftovers,
+    _leftovers: _leftover_advice,
 }
 SIGNER_RULES: tuple[Rule, ...] = (_signature, _trusted_signer, _addressee)
 FILE_RULES: tuple[Rule, ...] = (_listing, _leftovers, digests)

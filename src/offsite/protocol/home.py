@@ -21,7 +21,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True)
 class Home:
-    """A party's home folder. It holds `key.pem` (mode 0600), `name`, `trusted/NAME.pub` and `ledger.sqlite`."""
+    """A party's home folder.
+
+    It contains `key.pem` (the private key, mode 0600), `name`, `trusted/NAME.pub` and `ledger.sqlite`.
+    """
 
     folder: Path
 
@@ -152,6 +155,7 @@ class Home:
 
     @property
     def _key(self) -> Path:
+        """The path of the private key."""
         return self.folder / "key.pem"
 
 
@@ -159,6 +163,7 @@ _KEY_LOST = "put it back from a backup; if it is lost, make a new key in a new h
 
 
 def _trusted_file(file: Path) -> PublicKey:
+    """Read a trusted key; OffsiteError if the file cannot be read."""
     try:
         return PublicKey.from_openssh(decode_text(file.read_bytes()))
     except (OSError, UnicodeError, UsageError) as error:
@@ -171,6 +176,7 @@ def _trusted_file(file: Path) -> PublicKey:
 
 
 def _check_name(name: str) -> None:
+    """Raise UsageError unless a name is valid for a party."""
     if not _NAME.fullmatch(name):
         raise UsageError(
             f"{name[:64]!r} cannot be a party's name",

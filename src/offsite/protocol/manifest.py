@@ -37,6 +37,8 @@ Score = Annotated[float, Field(ge=0)]  # nats per labelled token
 
 
 class _Part(BaseModel):
+    """Base class of the parts of a manifest: frozen, strict, without unknown fields."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
@@ -49,7 +51,7 @@ class FileEntry(_Part):
 
 
 class TensorEntry(_Part):
-    """The shape and dtype that a manifest gives for a tensor."""
+    """The shape and dtype of a tensor, as a manifest lists them."""
 
     shape: Annotated[tuple[Size, ...], Field(max_length=8, strict=False)]
     dtype: Literal["F32", "BF16", "F16"]
@@ -71,6 +73,7 @@ class Split(_Part):
 
     @model_validator(mode="after")
     def _inside(self) -> "Split":
+        """Validator: `spread` and `adapted` list blocks of the emulator in ascending order, none in both."""
         # the emulator's first and last block are frozen, as trained ones would count to bottom and top
         inner = range(self.bottom + 1, self.bottom + self.emulator - 1)
         if any(place not in inner for place in self.spread):
@@ -90,12 +93,12 @@ class Split(_Part):
 
     @property
     def verbatim(self) -> tuple[int, ...]:
-        """The indices of the blocks that are as in the base, in ascending order; all of them train."""
+        """The indices of the blocks that are unchanged from the base, in ascending order; all of them may train."""
         return (*range(self.bottom), *self.spread, *range(self.bottom + self.emulator, self.blocks))
 
     @property
     def trained(self) -> tuple[int, ...]:
-        """The indices of the blocks that may get trained weights, in ascending order."""
+        """The indices of the blocks that may get trained weights or adapters, in ascending order."""
         return tuple(sorted((*self.verbatim, *self.adapted)))
 
     @property
@@ -105,12 +108,15 @@ class Split(_Part):
 
 
 class _Document(_Part):
+    """Base class of all manifests: the version of the format, the required features and the list of files."""
+
     format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]  # not Literal[1], which would accept true
     requires: Annotated[tuple[Feature, ...], Field(max_length=64, strict=False)]
     files: Annotated[tuple[FileEntry, ...], Field(max_length=10_000, strict=False)]
 
     @model_validator(mode="after")
     def _understood(self) -> "_Document":
+        """Validator: this version supports all required features, and no file is listed twice."""
         unknown = sorted(set(self.requires) - KNOWN_REQUIREMENTS)
         if unknown:
             raise ValueError(f"requires {', '.join(unknown)[:200]}, which this version does not know; update offsite")
@@ -121,10 +127,10 @@ class _Document(_Part):
 
 
 class BundleManifest(_Document):
-    """The manifest of a bundle: its parts, and what a return may contain. It hides which base blocks were kept.
+    """The manifest of a bundle: its parts, and what a return may contain.
 
-    Shapes are the bundle's. If adapters on compressed blocks may train, `tensors` holds only the biases of the trained
-    blocks, since no whole block may be returned.
+    It does not say which of the base's blocks were kept; shapes are those of the bundle. If adapters on compressed
+    blocks may train, `tensors` lists only the biases of the trained blocks, since no whole block may be returned.
     """
 
     kind: Literal["bundle"]
@@ -146,6 +152,7 @@ class BundleManifest(_Document):
 
     @model_validator(mode="after")
     def _consistent(self) -> "BundleManifest":
+        """Validator: everything that may be returned belongs to a trained block or to the head."""
         self._require_family()
         family = self.family
         trained = frozenset(self.split.trained)
@@ -172,18 +179,18 @@ class BundleManifest(_Document):
 
     @property
     def family(self) -> Architecture:
-        """The family of the bundle's model."""
+        """The family of the bundle's model: from the table, or declared in this manifest."""
         if self.declared_family is None:
             return ARCHITECTURES[self.architecture]
         return declared_architecture(self.declared_family, self.architecture)
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The features that a reader must support in addition to those of the emulator, as `requires` lists them."""
+        """Features that a reader must support for the split and the family; `requires` also has the emulator's."""
         return (*self.split.features, *((FAMILY,) if self.declared_family is not None else ()))
 
     def _require_family(self) -> None:
-        """Raise ValueError if the table has no row of the type and none is declared, or if a declared one is wrong."""
+        """Raise ValueError if the family of the model is neither in the table nor declared, or is declared wrongly."""
         row, kind = self.declared_family, self.architecture
         if row is None:
             if kind not in ARCHITECTURES:
@@ -200,7 +207,7 @@ class BundleManifest(_Document):
 
     @property
     def hidden(self) -> int:
-        """The model's hidden size: the number of outputs of attention's output projection."""
+        """The model's hidden size, from the output projection of attention in the first trained block."""
         family = self.family
         first = self.split.trained[0]
         place = family.in_block(first, family.outputs_of(first)[0])
@@ -209,7 +216,7 @@ class BundleManifest(_Document):
         return self.lora_targets[family.module_of(place)][1]
 
     def own_tensors(self, method: Method) -> dict[str, TensorEntry]:
-        """The tensors of the model that this method tunes and returns; empty if it adds tensors (LoRA, bottleneck)."""
+        """The base's tensors that this method trains and returns; empty if it adds tensors (LoRA, bottleneck)."""
         family = self.family
         if method == "bitfit":
             return {name: entry for name, entry in self.tensors.items() if family.is_bias(name)}
@@ -222,7 +229,7 @@ class BottleneckSettings(_Part):
     width: Annotated[int, Field(ge=1, le=65_536)]
 
     def tensors(self, bundle: BundleManifest) -> dict[str, TensorEntry]:
-        """The shape and dtype, by name, of the tensors that a return to `bundle` with these bottlenecks must hold."""
+        """The shape and dtype, by name, of the tensors of these bottlenecks in a return to `bundle`."""
         shapes: dict[str, tuple[int, ...]] = {}
         for place in bottleneck_places(bundle.family, bundle.split.trained):
             shapes |= bottleneck_shapes(place, bundle.hidden, self.width)
@@ -259,6 +266,7 @@ class ReturnManifest(_Document):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ReturnManifest":
+        """Validator: the settings fit the method, and there is one score for each checkpoint."""
         _require_nothing(self)
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise ValueError("a class is named twice")
@@ -293,12 +301,13 @@ class PlugInManifest(_Document):
 
     @model_validator(mode="after")
     def _consistent(self) -> "PlugInManifest":
+        """Validator: no feature is required."""
         _require_nothing(self)
         return self
 
 
 def _require_nothing(document: _Document) -> None:
-    """Raise ValueError if a return or plug-in requires a feature, as all features known so far are of bundles."""
+    """Raise ValueError if a return or plug-in requires a feature, since only bundles have features."""
     if document.requires:
         raise ValueError("requires features that only a bundle can require")
 
@@ -341,7 +350,7 @@ def parse_manifest(raw: bytes) -> Manifest:
 
 
 def _is_out_of_proportion(content: object) -> bool:
-    """Whether parsed JSON has too many entries to validate, as each wrong entry would become a reason in the error."""
+    """Whether parsed JSON has more entries than any manifest, since validation could report an error for each."""
     left, within = _MOST_ENTRIES, [(content, 0)]
     while within:
         one, depth = within.pop()

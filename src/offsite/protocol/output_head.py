@@ -1,7 +1,7 @@
 """The tensors of a tuned output head in a return, and their names in it. Torch-free.
 
 A return contains the whole head. With LoRA, its tensors have the names that PEFT gives to `modules_to_save`, so that
-return and plug-in stay ordinary PEFT folders; with the methods "full" and "bitfit" they keep their own names.
+return and plug-in remain ordinary PEFT folders; with the methods "full" and "bitfit" they keep their own names.
 """
 
 from offsite.config import Method
@@ -10,7 +10,7 @@ from offsite.protocol.manifest import BundleManifest, TensorEntry
 
 
 def returned_name(name: str, family: Architecture, method: Method) -> str:
-    """The name of a head tensor in a return that was tuned by `method`; `name` is its name in checkpoint files."""
+    """The name of a head tensor in a return tuned by `method`; `name` is its name in checkpoint files."""
     return f"base_model.model.{family.head_module}.{name.rpartition('.')[2]}" if method == "lora" else name
 
 
@@ -21,7 +21,7 @@ def head_names(bundle: BundleManifest, method: Method) -> dict[str, str]:
 
 
 def returned_head(bundle: BundleManifest, method: Method) -> dict[str, TensorEntry]:
-    """The shape and dtype, by name, of the head tensors that a return tuned by `method` must hold if its head is tuned.
+    """The shape and dtype, by name, of the head's tensors in a return tuned by `method` with the head.
 
     Empty if the bundle does not permit tuning the head.
     """

@@ -1,4 +1,4 @@
-"""Checks the path of a result before any work: it is new, and not inside a folder that it would change. Torch-free."""
+"""Checks the path of a result before any work: it is free, and not inside a folder that it would change. Torch-free."""
 
 import shlex
 from collections.abc import Iterable, Sequence
@@ -20,19 +20,19 @@ def require_place(out: Path, *inputs: Path | Sequence[Path] | None, flag: str = 
     """Check that a result's folder is free, and not inside a bundle, a model, a run or the data.
 
     Args:
-        out: the folder of the result, which must not exist or be empty.
+        out: the folder of the result; it must not exist, or must be empty.
         inputs: the folders and files that the command reads; None and patterns are permitted.
         flag: the flag for this folder, which the error's next step names.
 
     Raises:
-        UsageError: the folder is not free, is one of the inputs or inside one, or is inside a signed folder, a model
-            or an interrupted run.
+        UsageError: the folder is not free, is one of the inputs or inside one, or is inside a signed folder, a model or
+            an interrupted run.
     """
     given = _paths(inputs)
     if (same := next((path for path in given if _same(out, path)), None)) is not None:
         raise UsageError(
             f"{out} is {_called(same)} that the command reads, so it cannot take the result",
-            next_step=f"name a new folder: {flag} {shlex.quote(str(_new_beside(out)))}",
+            next_step=f"name a new folder: {flag} {shlex.quote(str(_free_sibling(out)))}",
         )
     require_outside(out, *given, flag=flag)
     require_free(out, flag=flag)
@@ -55,11 +55,11 @@ def require_outside(out: Path, *inputs: Path | Sequence[Path] | None, flag: str 
     if outer := min({*around, *data}, key=lambda folder: len(folder.parts), default=None):
         raise UsageError(
             f"{out} is inside {_called(outer)} {outer}, which it would change",
-            next_step=f"name a place outside: {flag} {shlex.quote(str(_new_beside(outer, out.name)))}",
+            next_step=f"name a place outside: {flag} {shlex.quote(str(_free_sibling(outer, out.name)))}",
         )
     for pattern in given:
         if not pattern.exists() and _would_match(pattern, out):
-            elsewhere = _new_beside(out.resolve().parent, out.name)
+            elsewhere = _free_sibling(out.resolve().parent, out.name)
             raise UsageError(
                 f"what is written at {out} would become a part of the data {pattern}",
                 next_step=f"name a place in another folder: {flag} {shlex.quote(str(elsewhere))}",
@@ -81,26 +81,32 @@ def kind_of_folder(folder: Path) -> str | None:
 
 
 def _called(path: Path) -> str:
+    """What a path is, in words for an error: "the bundle", "the folder", "the file" and others."""
     kind = kind_of_folder(path)
     return f"the {kind}" if kind else "the folder" if path.is_dir() else "the file"
 
 
 def _paths(inputs: Iterable[Path | Sequence[Path] | None]) -> list[Path]:
+    """All paths of the inputs, as one list without None."""
     return [path for one in inputs if one is not None for path in ([one] if isinstance(one, Path) else one)]
 
 
 def _same(out: Path, other: Path) -> bool:
+    """Whether `other` exists and both paths lead to the same place."""
     return other.exists() and out.resolve() == other.resolve()
 
 
 def _would_match(pattern: Path, out: Path) -> bool:
-    """Whether the pattern of a --data would match `out`, or a log or run folder next to it."""
+    """Whether a pattern of --data would match `out`, or a log or run folder next to it."""
     names = [out.name, *(out.name + end for end in _RUN_FILES)]
     return pattern.parent.resolve() == out.resolve().parent and any(fnmatch(name, pattern.name) for name in names)
 
 
-def _new_beside(folder: Path, name: str | None = None) -> Path:
-    """A path next to a folder that does not exist yet: with `name` or the folder's name, and a number if needed."""
+def _free_sibling(folder: Path, name: str | None = None) -> Path:
+    """A path next to a folder that does not exist yet.
+
+    It has the given name, or that of the folder with "-2"; a number is added if that exists.
+    """
     place = folder.resolve().parent
     stem = name or f"{folder.resolve().name}-2"
     tried = (place / (stem if number == 1 else f"{stem}-{number}") for number in range(1, 1000))

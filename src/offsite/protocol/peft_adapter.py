@@ -38,12 +38,12 @@ def adapter_config(lora: LoraSettings, architecture: Architecture, *, head: bool
 
 
 def lora_pair(target: str) -> tuple[str, str]:
-    """The names in `adapter_model.safetensors` of a target's two LoRA tensors: A (rank, in), then B (out, rank)."""
+    """The names in `adapter_model.safetensors` of a target's two LoRA matrices: A (rank, in), then B (out, rank)."""
     return f"base_model.model.{target}.lora_A.weight", f"base_model.model.{target}.lora_B.weight"
 
 
 def adapter_tensors(lora: LoraSettings, shapes: Mapping[str, tuple[int, int]]) -> dict[str, TensorEntry]:
-    """The shape and dtype, by name, of the LoRA tensors that an adapter must hold.
+    """The shape and dtype, by name, of the LoRA tensors that an adapter must contain.
 
     Args:
         lora: the rank and the targets.

@@ -28,6 +28,7 @@ from offsite.protocol.signed_folder import (
 
 
 def _return_files(signed: SignedFolder) -> Iterator[str]:
+    """Check that the manifest lists exactly the files of its method, checkpoints and classifier."""
     manifest = _return_of(signed)
     checkpoints = {checkpoint_file(number) for number in range(1, manifest.checkpoints)}
     expected = {WEIGHTS_OF[manifest.method], *((ADAPTER_CONFIG,) if manifest.lora else ()), *checkpoints}
@@ -36,6 +37,7 @@ def _return_files(signed: SignedFolder) -> Iterator[str]:
 
 
 def _return_tensors(signed: SignedFolder) -> Iterator[str]:
+    """Check that each tensor file has exactly the tensors in the manifest, all in F32."""
     manifest = _return_of(signed)
     for file in _returned_files(manifest):
         where = "the file" if file == WEIGHTS_OF[manifest.method] else file
@@ -47,12 +49,14 @@ def _return_tensors(signed: SignedFolder) -> Iterator[str]:
 
 
 def _return_finite(signed: SignedFolder) -> Iterator[str]:
+    """Yield a finding for each tensor with NaN or infinity."""
     for file in _returned_files(_return_of(signed)):
         for name in signed.file(file).not_finite:
             yield f"{name[:120]!r} holds NaN or infinity in {file}"
 
 
 def _return_lora(signed: SignedFolder) -> Iterator[str]:
+    """Check the targets, tensors and adapter_config.json of a LoRA return."""
     manifest = _return_of(signed)
     lora, parent = manifest.lora, signed.parent
     if lora is None:
@@ -84,6 +88,7 @@ def _return_lora(signed: SignedFolder) -> Iterator[str]:
 
 
 def _return_own(signed: SignedFolder) -> Iterator[str]:
+    """Check that a return by full or bitfit has exactly the tensors that the bundle permits."""
     manifest = _return_of(signed)
     if manifest.method in ("full", "bitfit") and signed.parent is not None:
         own = signed.parent.own_tensors(manifest.method)
@@ -98,6 +103,7 @@ def _return_head(signed: SignedFolder) -> Iterator[str]:
 
 
 def _return_bottleneck(signed: SignedFolder) -> Iterator[str]:
+    """Check that a return of bottlenecks has exactly the bottlenecks' tensors."""
     manifest = _return_of(signed)
     if manifest.bottleneck and signed.parent is not None:
         yield from manifest_tensors_differ(manifest.tensors, manifest.bottleneck.tensors(signed.parent))
@@ -133,6 +139,7 @@ def classifier_inputs(bundle: BundleManifest) -> int | None:
 
 
 def _return_parties(signed: SignedFolder) -> Iterator[str]:
+    """Check that the bundle's recipient signed the return and addressed it to the bundle's issuer."""
     manifest = _return_of(signed)
     if signed.parent is None:
         return
@@ -156,6 +163,7 @@ RETURN_RULES: tuple[Rule, ...] = (
 
 
 def _head_of(manifest: ReturnManifest, parent: BundleManifest) -> dict[str, TensorEntry]:
+    """The head's tensors that the return must contain; empty if the head was not tuned."""
     return returned_head(parent, manifest.method) if manifest.head else {}
 
 
@@ -170,13 +178,14 @@ def _returned_files(manifest: ReturnManifest) -> list[str]:
 
 
 def _return_of(signed: SignedFolder) -> ReturnManifest:
+    """The return's manifest; TypeError for another artifact."""
     if not isinstance(signed.manifest, ReturnManifest):
         raise TypeError("a rule for returns was run on something else")
     return signed.manifest
 
 
 def beyond_policy(manifest: ReturnManifest, bundle: BundleManifest) -> list[str]:
-    """A message for each setting of a genuine return (method, rank, width) that its bundle does not permit."""
+    """A message for each setting of a valid return (method, rank, width) that its bundle does not permit."""
     reasons = []
     if manifest.method not in bundle.methods:
         reasons.append(f"tuned by {manifest.method}, the bundle permits {', '.join(bundle.methods)}")

@@ -23,7 +23,7 @@ from offsite.storage.snapshot import Snapshot
 
 
 def file_entries(written: Iterable[Written]) -> tuple[FileEntry, ...]:
-    """The manifest's entries for files that were written, sorted by file name."""
+    """The entries for a manifest of files that were just written, sorted by file name."""
     return tuple(
         FileEntry(name=file.name, size=file.size, sha256=file.sha256)
         for file in sorted(written, key=lambda file: file.name)
@@ -37,13 +37,13 @@ def seal(folder: Path, manifest: ReturnManifest, identity: Identity, out: Path) 
 @overload
 def seal(folder: Path, manifest: PlugInManifest, identity: Identity, out: Path) -> PlugIn: ...
 def seal(folder: Path, manifest: Manifest, identity: Identity, out: Path) -> Bundle | Return | PlugIn:
-    """Write `offsite.json` and its signature into a staged folder.
+    """Write `offsite.json` and its signature into a temporary folder, which the caller then renames to `out`.
 
     Args:
-        folder: the staged folder, with all files that the manifest lists.
+        folder: the temporary folder (see `staged_folder`), with all files that the manifest lists.
         manifest: the artifact's manifest.
         identity: the party that signs.
-        out: the final path of the staged folder.
+        out: the final path of the folder.
 
     Returns:
         The artifact at `out`; it needs no verification, because this process has written it.

@@ -1,4 +1,4 @@
-"""The folder that is being verified, as the rules of verification see it, and findings that several rules yield."""
+"""The folder that is being verified, as the rules of verification see it, and findings that several rules share."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -23,12 +23,15 @@ CONFIG_BYTES = 16 * 2**20  # no JSON file of an artifact is larger; tokenizer.js
 
 @dataclass(frozen=True)
 class SignedFolder:
-    """A folder during verification: its parsed manifest, and the files that the manifest lists, as they were read."""
+    """A folder that is being verified: its parsed manifest, and the files that the manifest lists, as they were read.
+
+    `parent` is the manifest of the bundle that a return answers, if it is known.
+    """
 
     folder: Path
     home: Home
     manifest: Manifest
-    raw: bytes
+    raw: bytes  # of the manifest
     parent: BundleManifest | None = None
     files: Mapping[str, ReadFile | OffsiteError | OSError] = field(default_factory=dict)  # an error: why it is not read
 
@@ -61,7 +64,7 @@ class SignedFolder:
         raise found
 
     def read(self, name: str) -> bytes:
-        """The content of a file that holds no tensors.
+        """The content of a file that contains no tensors.
 
         Raises:
             VerificationError: the file is missing, not a regular file, or too large to be kept in memory.
@@ -95,7 +98,7 @@ def names_differ(what: str, found: Set[str], expected: Set[str]) -> Iterator[str
     """Yield a finding that lists unexpected names and one that lists missing names; each shows at most six names.
 
     Args:
-        what: the start of the finding: a word for the things that have these names.
+        what: what the names belong to, such as "weights"; the finding begins with it.
         found: the names that are present.
         expected: the names that must be present.
     """
@@ -112,7 +115,7 @@ def entries_differ(
 
     Args:
         entries: the manifest's entries, by tensor name.
-        held: the tensors in the file, by name; names without an entry are ignored.
+        held: the tensors in the file, by name; names that are not in both are ignored.
         where: the file, as the finding names it.
     """
     for name in sorted(set(entries) & set(held)):
@@ -130,6 +133,7 @@ def manifest_tensors_differ(found: dict[str, TensorEntry], expected: dict[str, T
 
 
 def _shown(entry: TensorEntry) -> str:
+    """The dtype and the shape of an entry as text."""
     return f"{entry.dtype} {list(entry.shape)}"
 
 

@@ -20,13 +20,13 @@ SIGNATURE_BYTES = 64
 
 @dataclass(frozen=True)
 class PublicKey:
-    """A party's public key: 32 bytes, which manifests hold as 64 hex digits."""
+    """A party's public key (Ed25519): 32 bytes, which manifests contain as 64 hex digits."""
 
     raw: bytes
 
     @classmethod
     def from_hex(cls, text: str) -> "PublicKey":
-        """Construct the key from its 64 hex digits, the form in which a manifest holds it."""
+        """Construct the key from 64 hex digits, the form in which manifests contain it."""
         return cls(bytes.fromhex(text))
 
     @classmethod
@@ -99,4 +99,5 @@ class Identity:
 
 
 def _message(kind: str, document: bytes) -> bytes:
+    """The bytes that are signed: a line with the kind of the document, then the document."""
     return b"offsite " + kind.encode() + b" v1\n" + document

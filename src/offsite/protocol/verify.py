@@ -42,7 +42,7 @@ def verify(path: Path, home: Home, *, hold: bool = False) -> Bundle | Return | P
     Args:
         path: the artifact's folder.
         home: this party's home, with its key and the keys that it trusts.
-        hold: whether the hashed weights stay in memory for later use; this takes as many bytes as the files have.
+        hold: whether the hashed weights remain in memory for later use; this takes as many bytes as the files have.
 
     Raises:
         UsageError: the folder is not an artifact.
@@ -62,8 +62,8 @@ def verify_bundle(path: Path, home: Home, *, hold: bool = False) -> Bundle:
     Args:
         path: the bundle's folder.
         home: this party's home, with its key and the keys that it trusts.
-        hold: whether the hashed weights stay in memory for a tuning that follows; this takes as many bytes as the files
-            have. If not, the tuning reads and hashes them again.
+        hold: whether the hashed weights remain in memory for a tuning that follows; this takes as many bytes as the
+            files have. If not, the tuning reads and hashes them again.
 
     Raises:
         UsageError: the folder is not a bundle.
@@ -105,7 +105,7 @@ def verify_return(path: Path, home: Home, bundle: BundleManifest | None = None, 
         home: this party's home, with its key and the keys that it trusts.
         bundle: the manifest of the bundle that the return answers, from the ledger. Without it, the bundle's
             permissions cannot be checked.
-        hold: whether the hashed tensors stay in memory for later use; this takes as many bytes as the files have.
+        hold: whether the hashed tensors remain in memory for later use; this takes as many bytes as the files have.
 
     Raises:
         UsageError: the folder is not a return.
@@ -132,7 +132,7 @@ def verify_plug_in(path: Path, home: Home, *, hold: bool = False) -> PlugIn:
     Args:
         path: the plug-in's folder.
         home: this party's home, with its key and the keys that it trusts.
-        hold: whether the hashed weights stay in memory for later use; this takes as many bytes as the files have.
+        hold: whether the hashed weights remain in memory for later use; this takes as many bytes as the files have.
 
     Raises:
         UsageError: the folder is not a plug-in.
@@ -146,6 +146,7 @@ def verify_plug_in(path: Path, home: Home, *, hold: bool = False) -> PlugIn:
 
 
 def _plug_in_files(signed: SignedFolder) -> Iterator[str]:
+    """Yield a finding for each listed file that a plug-in may not contain."""
     for entry in signed.manifest.files:
         if not allowed_in_plug_in(entry.name):
             yield f"a plug-in may not hold {entry.name}"
@@ -162,6 +163,7 @@ def read_unverified(path: Path) -> Manifest:
 
 
 def _read_manifest(path: Path) -> tuple[Manifest, bytes]:
+    """Parse a folder's manifest; return it with its bytes. Raises as `read_unverified`, or StorageError."""
     try:  # read once, so that the parsed bytes are those whose signature is checked
         raw = read_bounded(path / MANIFEST, MANIFEST_BYTES)
         return parse_manifest(raw), raw
@@ -180,12 +182,14 @@ def _read_manifest(path: Path) -> tuple[Manifest, bytes]:
 
 
 def _why_not(path: Path) -> str:
+    """Why a path without a manifest is not an artifact."""
     if path.is_dir():
         return f"it holds no {MANIFEST}"
     return "it is a file, and none of them is; an archive is unpacked first" if path.exists() else "it does not exist"
 
 
 def _open(path: Path, home: Home) -> SignedFolder:
+    """Read a folder's manifest for verification; its files are not read yet."""
     manifest, raw = _read_manifest(path)
     return SignedFolder(path, home, manifest, raw)
 
@@ -204,7 +208,7 @@ def _run(
         signed: the folder; only its manifest has been read.
         rules: the rules for this kind of artifact.
         parent: the manifest of the bundle that a return answers, if known.
-        hold: whether the weights stay in memory.
+        hold: whether the weights remain in memory.
         refusals: reasons for which the party's policy refuses the artifact; if a rule has findings, the error lists
             these reasons after them.
 
@@ -228,7 +232,7 @@ def _run(
 
 
 def _read_files(signed: SignedFolder, *, hold: bool) -> dict[str, ReadFile | OffsiteError | OSError]:
-    """Read each listed file once; returns by file name the content that was read, or the error if it was not."""
+    """Read each listed file once; return, by file name, what was read, or the error if it cannot be read."""
     found: dict[str, ReadFile | OffsiteError | OSError] = {}
     room = SETTINGS_BYTES
     look_for_nan = isinstance(signed.manifest, ReturnManifest)
@@ -244,7 +248,7 @@ def _read_files(signed: SignedFolder, *, hold: bool) -> dict[str, ReadFile | Off
 
 
 def _findings(signed: SignedFolder, rules: Iterable[Rule]) -> list[tuple[str, str]]:
-    """Run the rules; returns (finding, advice to the receiver) for each finding."""
+    """Run the rules; return a pair for each finding: its text, and advice to the receiver."""
     found: list[tuple[str, str]] = []
     for rule in rules:
         mends = None
@@ -263,9 +267,9 @@ def _findings(signed: SignedFolder, rules: Iterable[Rule]) -> list[tuple[str, st
 
 
 def _without_half_received(signed: SignedFolder, found: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Remove the advice to distrust the sender from findings about missing files that are still being transferred.
+    """Remove the advice to distrust the sender from findings about files whose transfer has not ended.
 
-    If all advice is to distrust the sender, the findings are returned unchanged.
+    `found` are pairs of finding and advice. If every advice is to distrust the sender, they are returned unchanged.
     """
     if not any(rule_advice != _DISTRUST for _, rule_advice in found) or not signed.folder.is_dir():
         return found
@@ -274,6 +278,7 @@ def _without_half_received(signed: SignedFolder, found: list[tuple[str, str]]) -
 
 
 def _failed(folder: Path, reasons: list[str], next_step: str = _DISTRUST) -> VerificationError:
+    """The error for a folder that fails verification; long texts and long lists of reasons are cut."""
     more = [f"and {len(reasons) - _SHOWN} more"] if len(reasons) > _SHOWN else []
     cut = [reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}..." for reason in reasons[:_SHOWN]]
     return VerificationError(
@@ -284,6 +289,7 @@ def _failed(folder: Path, reasons: list[str], next_step: str = _DISTRUST) -> Ver
 
 
 def _wrong_kind(signed: SignedFolder, expected: str) -> UsageError:
+    """The error for an artifact of another kind than `expected`."""
     return UsageError(
         f"{signed.folder} is a {signed.manifest.kind}, expected a {expected}",
         next_step=f"name the {expected}'s folder",
