@@ -124,13 +124,13 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     if not isinstance(value, type):
-        value = _taking_text(value)
+        value = _accept_text_paths(value)
     globals()[name] = value  # so that Python finds the name itself the next time
     return value
 
 
-def _taking_text(stage: Any) -> Any:
-    """Wrap a stage function so that it also accepts a string for each parameter that is a path."""
+def _accept_text_paths(stage: Any) -> Any:
+    """Wrap a stage function so that it also accepts a string for each parameter whose type is `Path`."""
     import functools
     import inspect
     import typing

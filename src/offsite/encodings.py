@@ -1,4 +1,4 @@
-"""Decodes text files that a person wrote, in UTF-8, UTF-16 or UTF-32; a byte-order mark or zero bytes show which.
+"""Decodes text files that a person wrote, in UTF-8, UTF-16 or UTF-32; a byte-order mark or zero bytes show which one.
 
 Programs of Windows write all of them: Notepad adds a byte-order mark to UTF-8, and `>` of PowerShell writes UTF-16.
 """

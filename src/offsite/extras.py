@@ -7,11 +7,11 @@ from offsite.errors import UsageError
 
 
 def require(module: str, extra: str, purpose: str) -> Any:
-    """Import a module that belongs to an optional extra.
+    """Import a Python module that only an extra (an optional group of dependencies) of this package installs.
 
     Args:
         module: the module's name; always a constant in this code, never read from data.
-        extra: the extra of this distribution that installs the module.
+        extra: the extra that installs the module.
         purpose: the feature that needs the module, as the start of the error's sentence.
 
     Raises:

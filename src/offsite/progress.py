@@ -7,7 +7,10 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Event:
-    """A report from a running stage: `done` of `total` steps (None if unknown), and `facts` to display, as the loss."""
+    """A report from a running stage: `done` of `total` steps are complete; `total` is None if it is unknown.
+
+    `facts` are values to display, by name, such as the loss.
+    """
 
     stage: str
     done: int
