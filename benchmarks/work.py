@@ -268,7 +268,8 @@ def code_digest() -> str:
 
 def compiled() -> bool:
     """Whether compiled kernels were built, and OFFSITE_KERNELS=0 does not switch them off."""
-    return any((ROOT / "src" / "offsite" / "core").glob("_kernels.*so")) and os.environ.get("OFFSITE_KERNELS") != "0"
+    folder = ROOT / "src" / "offsite" / "kernels" / "cpu"
+    return any(folder.glob("_kernels.*so")) and os.environ.get("OFFSITE_KERNELS") != "0"
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,8 @@ def describe_emulator(model: BaseModel, sandwich: Sandwich, spec: PackSpec) -> s
     kept = spec.kept(sandwich.middle)
     blocks = f"{kept} of {middle} blocks by {spec.select.by}" if kept < middle else f"all {middle} blocks"
     parts = [blocks]
+    if spec.narrows:
+        parts.append(f"{_narrowing(spec)} by {spec.narrow.by}")
     if spec.pruned:
         parts.append(f"{spec.pruned:.0%} of each matrix zero by {spec.pruner.name}")
     parts += [form.name.replace("_", " ") + f" {getattr(spec.compress, form.name)}" for form in spec.stored_forms]
@@ -22,6 +24,13 @@ def describe_emulator(model: BaseModel, sandwich: Sandwich, spec: PackSpec) -> s
         want = " for want of pictures (--calibration FOLDER)" if lacks_pictures(model, spec) else ""
         parts.append(f"not healed{want}")
     return f"{model.family.model_type}: {', '.join(parts)}"
+
+
+def _narrowing(spec: PackSpec) -> str:
+    if spec.narrow.share is not None:
+        return f"narrowed to {spec.narrow.share:.0%} of the arithmetic"
+    shares = {"heads": spec.narrow.heads, "neurons": spec.narrow.neurons, "experts": spec.narrow.experts}
+    return f"narrowed to {' and '.join(f'{share:.0%} of the {part}' for part, share in shares.items() if share)}"
 
 
 def healing_name(step: HealingStep, model: BaseModel, spec: PackSpec) -> str:

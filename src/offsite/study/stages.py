@@ -179,7 +179,7 @@ def uncompressed_spec(spec: PackSpec, middle: int) -> PackSpec:
         spec: the pack settings of a compressor.
         middle: the number of middle blocks of the base.
     """
-    placement = {key: value for key, value in spec.values().items() if key in _PLACEMENT}
+    placement = {key: value for key, value in spec.flat(explicit_only=True).items() if key in _PLACEMENT}
     return PackSpec(**placement, keep=middle, heal=())
 
 
