@@ -37,7 +37,9 @@ def make_carry_map(
         folder: the folder with the bundle's weights.
     """
     adapted = manifest.split.adapted
-    narrowed = {index: _narrowed(model, kept[index], healed, declared, spec) for index in adapted} if declared else {}
+    narrowed = (
+        {index: narrowed_layers(model, kept[index], healed, declared, spec) for index in adapted} if declared else {}
+    )
     whole = {
         name for name in manifest.tensors if (place := model.family.block_of(name)) is not None and place[0] in adapted
     }
@@ -46,10 +48,15 @@ def make_carry_map(
     return CarryMap.of(kept, {index: layers for index, layers in narrowed.items() if layers}, shipped)
 
 
-def _narrowed(model: BaseModel, block: int, healed: Healed, declared: Declared, spec: PackSpec) -> Narrowed:
+def narrowed_layers(model: BaseModel, block: int, healed: Healed, declared: Declared, spec: PackSpec) -> Narrowed:
     """The remaining inputs and outputs of each narrowed layer of a block, keyed by the layer's path in the block.
 
-    `block` is the block's index in the base.
+    Args:
+        model: the opened base.
+        block: the block's index in the base.
+        healed: the tensors that replace the base's, and what remains of narrowed blocks.
+        declared: what the bundle's config declares of blocks that differ from the family's.
+        spec: the settings of packing.
     """
     if block in healed.kept:
         return kept_layers(model, block, healed.kept[block])

@@ -12,7 +12,6 @@ from offsite.data.data_files import data_digest
 from offsite.data.read_rows import first
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel, fingerprint
-from offsite.model_owner.base_shares import base_shares
 from offsite.model_owner.bundle_settings import settings_files
 from offsite.model_owner.bundle_tensors import (
     DTYPES,
@@ -26,6 +25,7 @@ from offsite.model_owner.bundle_tensors import (
 from offsite.model_owner.check_bundle import open_bundle, open_settings
 from offsite.model_owner.check_packing import check_packing
 from offsite.model_owner.compress.declare_emulator import declared_of
+from offsite.model_owner.count_base_shares import count_base_shares
 from offsite.model_owner.describe_emulator import describe_emulator
 from offsite.model_owner.heal.heal_steps import fill_places, heal
 from offsite.model_owner.heal.healing_protocol import Healing
@@ -120,9 +120,9 @@ def pack(
         parties = Parties(identity.public_key.hex, checked.recipient.hex, base_code)
         manifest = bundle_manifest(model, kept, numbers, spec, file_entries(written), parties, declared)
         carry = make_carry_map(model, kept, healed, declared, spec, manifest, folder)
+        shares = count_base_shares(model, kept, numbers, healed, declared, spec, folder)
         open_bundle(model, folder, manifest, home, progress)
         bundle = seal(folder, manifest, identity, out)
-        shares = base_shares(model, kept, numbers, healed, declared, spec)
         Ledger(home.ledger).record_issue(bundle, recipient, carry, shares, spec)
     return bundle
 

@@ -35,3 +35,11 @@ def pack_sparse(weight: Array, share: float) -> tuple[npt.NDArray[np.uint8], Arr
     """
     kept = where_kept(weight, share)
     return np.packbits(kept, axis=1, bitorder="little"), weight[kept]
+
+
+def unpack_sparse(mask: npt.NDArray[np.uint8], values: Array, inputs: int) -> Array:
+    """The matrix (outputs, inputs) that `pack_sparse` packed into this mask and these values."""
+    kept = np.unpackbits(mask, axis=1, count=inputs, bitorder="little").astype(np.bool_)
+    matrix = np.zeros(kept.shape, np.float32)
+    matrix[kept] = values
+    return matrix
