@@ -1,4 +1,5 @@
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from offsite.config import TuneSpec
 from offsite.data_owner.return_manifest import returned_tensors
 from offsite.models.architectures import ARCHITECTURES
 from offsite.protocol.home import Home
+from offsite.storage.checkpoint_folder import open_checkpoint
 from tiny import Parties, tiny_base
 
 Run = Callable[..., dict[str, Any]]
@@ -48,6 +50,8 @@ def test_inspect_and_verify_along_the_chain(tmp_path: Path, base: Path, parties:
     assert shown["split"] == {"bottom": 1, "emulator": 2, "top": 1}
     assert shown["may_come_back"]["blocks"] == [0, 3]
     assert shown["may_come_back"]["lora_targets"] == {path: [0, 3] for path in ARCHITECTURES["llama"].linears}
+    assert shown["blocks"] == {"verbatim": [0, 3], "emulator": [1, 2]}
+    assert "base_parameters" not in shown  # the data owner does not know the base
     assert shown["verified"] is True
     assert shown["bytes"] == sum(file.stat().st_size for file in bundle.folder.iterdir() if "offsite" not in file.name)
 
@@ -68,6 +72,21 @@ def test_inspect_and_verify_along_the_chain(tmp_path: Path, base: Path, parties:
     ):
         verified = run("verify", folder, "--home", home.folder)
         assert (verified["kind"], verified["verified"]) == (kind, True)
+
+
+def test_the_owners_inspect_shows_how_much_of_the_base_is_in_a_bundle(
+    tmp_path: Path, base: Path, parties: Parties, run: Run
+) -> None:
+    bundle = packed(base, tmp_path / "bundle", parties, keep=1)
+    shown = run("inspect", bundle.folder, "--home", parties.owner.folder)
+    assert shown["blocks"] == {"verbatim": [0, 2], "emulator": [1]}
+    sizes = {name: math.prod(tensor.shape) for name, tensor in open_checkpoint(base).tensors.items()}
+    block = sum(size for name, size in sizes.items() if ".layers.1." in name)
+    assert shown["base_parameters"] == {
+        "verbatim": pytest.approx(1 - block / sum(sizes.values()), abs=1e-4),
+        "compressed": 0,
+        "not_sent": pytest.approx(block / sum(sizes.values()), abs=1e-4),
+    }
 
 
 def test_inspect_lists_where_lora_may_sit(tmp_path: Path, parties: Parties, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,14 @@ def test_a_report_of_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "Held-out loss" in out
     assert "Nats per labelled token" in out
     assert len(list((tmp_path / "out" / "stages").iterdir())) == 1  # nothing was run
+    for path in (tmp_path / "out", tmp_path / "out" / "results.json"):
+        assert main(["inspect", str(path)]) == 0
+        assert capsys.readouterr().out == out
+        assert main(["inspect", str(path), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == result
+    (tmp_path / "out" / "results.json").write_text("{}")
+    assert main(["inspect", str(tmp_path / "out")]) == 2
+    assert "--report-only" in capsys.readouterr().err
 
 
 def test_two_runs_of_one_study_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,9 @@ import pytest
 from offsite.errors import DataError, IncompatibleError, OffsiteError, UsageError
 from offsite.evaluation.intervals import paired_interval
 from offsite.evaluation.row_scores import read_row_scores
+from offsite.model_owner.ledger import Ledger
+from offsite.protocol.manifest import MANIFEST
+from offsite.storage.files import sha256_of
 from offsite.study.recipe import ROWS
 from offsite.study.report.results import collect
 from offsite.study.run_command import Outcome
@@ -83,6 +86,13 @@ def test_figures_are_what_they_say(study: Study) -> None:
     own = loss["emulator"] - loss["zero_shot"]
     assert point.own_gain.value == pytest.approx(own / (loss["full"] - loss["zero_shot"]))
     assert point.plug_in_gap.value == pytest.approx(loss["plug_in"] - loss["emulator"])
+    issued = Ledger(study.folder / "out" / "model-owner" / "home" / "ledger.sqlite").issued(
+        sha256_of(study.played.points[0].pack.out / MANIFEST)
+    )
+    assert issued is not None
+    assert issued.shares is not None
+    assert point.base_parameters == pytest.approx(issued.shares.fractions, abs=1e-4)
+    assert sum(point.base_parameters.values()) == pytest.approx(1, abs=1e-3)
     rows = {row: read_row_scores(stage.out) for row, stage in study.played.points[0].rows.items()}
     ends = paired_interval(rows["plug_in"].nats, rows["zero_shot"].nats, rows["plug_in"].tokens)
     against = point.scores["plug_in"].against_zero_shot

@@ -14,18 +14,27 @@ if TYPE_CHECKING:
     from offsite.protocol.manifest import BundleManifest, Manifest, PlugInManifest, ReturnManifest, TensorEntry
 
 _Artifact = Annotated[Path, typer.Argument(metavar="PATH", help="folder of a bundle, a return or a plug-in")]
+_Inspected = Annotated[Path, typer.Argument(metavar="PATH", help="folder of a bundle, return, plug-in or study")]
 
 
 def inspect(
-    context: typer.Context, path: _Artifact, home: flags.HomeFlag = None, as_json: flags.JsonFlag = False
+    context: typer.Context, path: _Inspected, home: flags.HomeFlag = None, as_json: flags.JsonFlag = False
 ) -> None:
     """Show what a bundle, return or plug-in is: lineage, sizes, settings, and whether it verifies in this home.
 
-    If the artifact does not verify, the output has the reasons, and the command does not fail.
+    If the artifact does not verify, the output has the reasons, and the command does not fail. In the home of the
+    bundle's owner it also shows how much of the base the bundle has. For a study's folder it prints the tables of
+    scores and gains.
 
     Example:
       offsite inspect bundle/
     """
+    if (results := _results_of_study(path)) is not None:
+        from offsite.cli.study import show_results
+        from offsite.study.report.read_results import read_results
+
+        show_results(read_results(results), results.parent, as_json=as_json)
+        return
     terminal.show(_inspected(path, flags.home_of(context, home)), as_json=as_json)
 
 
@@ -49,6 +58,16 @@ def verify(
 def describe(artifact: "Bundle | Return | PlugIn", home: "Home") -> dict[str, Any]:
     """Describe a verified artifact as values that JSON can hold."""
     return {**_facts(artifact.folder, artifact.manifest, artifact.digest, home), "verified": True, "reasons": []}
+
+
+def _results_of_study(path: Path) -> Path | None:
+    """The file with the results of a study, if `path` is that file or the study's folder; else None."""
+    from offsite.protocol.manifest import MANIFEST
+
+    if path.is_file():
+        return path if path.name == "results.json" else None
+    results = path / "results.json"
+    return results if results.is_file() and not (path / MANIFEST).exists() else None
 
 
 def _inspected(path: Path, home: "Home") -> dict[str, Any]:
@@ -164,13 +183,16 @@ def _bundle(manifest: "BundleManifest", digest: str, home: "Home") -> dict[str, 
         "issued_at": manifest.issued_at,
         "architecture": manifest.architecture,
         "split": split.model_dump(mode="json"),
+        "blocks": {
+            "verbatim": list(split.verbatim),
+            "emulator": [index for index in range(split.blocks) if index not in split.verbatim],
+        },
         "may_come_back": {
             "methods": list(manifest.methods),
             "max_rank": manifest.max_rank,
             "max_width": manifest.max_width,
             "head": bool(manifest.head),
             "blocks": list(split.trained),
-            "blocks_verbatim": list(split.verbatim),
             "tensors": len(manifest.tensors),
             "numbers": numbers_in(manifest.tensors.values()),
             "lora_targets": _by_linear_map(manifest),

@@ -74,10 +74,7 @@ def study(
                     failed = run_grid(points, runner, keep_models=loaded.keep_models)
         finally:  # after a failure too, report the results so far
             results = _report(loaded, points, out)
-    if as_json:
-        _print_json(results)
-    else:
-        _print(results, out)
+    show_results(results, out, as_json=as_json)
     if failed:
         error = OffsiteError(
             f"{failed} of {len(points)} cells failed",
@@ -128,10 +125,20 @@ def _report(recipe: "Recipe", points: "list[GridPoint]", out: Path) -> "Results"
     return results
 
 
-def _print_json(results: "Results") -> None:
+def show_results(results: "Results", folder: Path, *, as_json: bool) -> None:
+    """Print the results of a study: JSON, or the tables of its report but for that of the costs.
+
+    Args:
+        results: the results.
+        folder: the study's folder.
+        as_json: whether to print JSON.
+    """
     from dataclasses import asdict
 
-    typer.echo(terminal.render_json(asdict(results)))
+    if as_json:
+        typer.echo(terminal.render_json(asdict(results)))
+    else:
+        _print(results, folder)
 
 
 def _print(results: "Results", out: Path) -> None:
@@ -142,7 +149,7 @@ def _print(results: "Results", out: Path) -> None:
 
     from offsite.study.report.report_tables import tables
 
-    wide = None if sys.stdout.isatty() else 200  # a file has no width of its own
+    wide = None if sys.stdout.isatty() else 240  # a file has no width of its own
     console = Console(highlight=False, width=wide)
     for one in tables(results)[:-1]:  # the last table, of costs, is in the report only
         # a column of settings that is the same in every line is left out

@@ -1,7 +1,6 @@
 """The plots of a report, as PNG files (the extra `study`). Colours: Okabe and Ito's, for the colour-blind too."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from offsite.extras import require
 from offsite.study.metric import METRICS, Metric
+from offsite.study.report.frontier_plots import bundle_sizes, gains_frontier
+from offsite.study.report.panels import COLOURS, panels
 from offsite.study.report.report_tables import LABELS, Group, curve_file, groups, names, score_of
 from offsite.study.report.results import Results
 
@@ -16,17 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {
-    "zero_shot": "#7f7f7f",
-    "emulator_zero_shot": "#c8c8c8",
-    "full": "#000000",
-    "adapter_on_base": "#cc79a7",
-    "emulator": "#e69f00",
-    "plug_in": "#0072b2",
-}
 _LINES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#8c8c8c")
 _DASHES = ("-", "--", ":", "-.")
 _PANELS = 24  # most panels in one file
+_FRONTIER = (
+    "Shares of full fine-tuning's gain over zero-shot: what the model's owner gets (plug-in), by what the data owner "
+    "has without the owner (emulator, tuned). The best bundles are at the top left. In brackets: the share of the "
+    "base's parameters whose values are in the bundle unchanged. Whiskers: 95 % intervals over test rows."
+)
 _STYLE = {
     "font.size": 9.0,
     "axes.spines.top": False,
@@ -97,9 +95,15 @@ def _figures(results: Results, folder: Path) -> list[tuple[str, str, str, "Figur
         ),
         (
             "frontier",
+            "Gain recovered against the emulator's own gain",
+            _FRONTIER,
+            gains_frontier(grouped),
+        ),
+        (
+            "sizes",
             f"Bundle size against {metric.name}",
             f"What the model's owner gets (plug-in) and the data owner has (emulator, tuned) by bundle size; {better}.",
-            _frontier(grouped, metric),
+            bundle_sizes(grouped, metric),
         ),
         (
             "curves",
@@ -108,17 +112,6 @@ def _figures(results: Results, folder: Path) -> list[tuple[str, str, str, "Figur
             _curves(results, grouped, folder),
         ),
     ]
-
-
-def _panels(count: int, width: float, height: float, most: int = 3) -> "tuple[Figure, list[Axes]]":
-    """Make a figure with `count` panels, at most `most` in a line; `width` and `height` of a panel are in inches."""
-    from matplotlib.figure import Figure
-
-    columns = min(most, count)
-    lines = math.ceil(count / columns)
-    figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
-    axes = [figure.add_subplot(lines, columns, i + 1) for i in range(count)]
-    return figure, axes
 
 
 def _bars(results: Results, grouped: Sequence[Group]) -> "Figure | None":
@@ -133,8 +126,8 @@ def _bars(results: Results, grouped: Sequence[Group]) -> "Figure | None":
         longest[group.dataset] = max(longest.get(group.dataset, 0.0), *_ends(group, there))
     metric = METRICS[results.primary]
     abreast = len(short) if len(short) in (2, 3) else 3  # where it fits, a line for each data set
-    figure, panels = _panels(len(shown), 4.4, 0.85 + 0.27 * len(results.rows), most=abreast)
-    for axes, group, there in zip(panels, shown, rows, strict=True):
+    figure, all_axes = panels(len(shown), 4.4, 0.85 + 0.27 * len(results.rows), most=abreast)
+    for axes, group, there in zip(all_axes, shown, rows, strict=True):
         _one_bars(axes, group, there, metric)
         axes.set_xlim(0, 1.2 * longest[group.dataset] * metric.scale)
         axes.set_title(f"{group.dataset}: {short[group.words[1:]]}", fontsize=9)
@@ -184,77 +177,6 @@ def _ends(group: Group, rows: Sequence[str]) -> list[float]:
     return [(group.mean(score_of(row)) or 0.0) + more for row, more in zip(rows, above, strict=True)]
 
 
-def _size(group: Group) -> float:
-    """The mean size of a group's bundles in MiB; 0 if it is unknown."""
-    return (group.mean(lambda point: point.bundle_bytes) or 0.0) / 2**20
-
-
-def _frontier(grouped: Sequence[Group], metric: Metric) -> "Figure | None":
-    """Plot scores of plug-in and emulator against the bundle's size, with a panel for each data set and tuning.
-
-    Returns None if no panel would have two bundles.
-    """
-    panels: dict[tuple[str, str], list[Group]] = {}
-    for group in grouped:
-        if _size(group) and group.mean(score_of("plug_in")) is not None:
-            panels.setdefault((group.dataset, group.tune), []).append(group)
-    shown = {key: sorted(found, key=_size) for key, found in panels.items() if len(found) > 1}
-    if not shown:
-        return None
-    figure, all_axes = _panels(len(shown), 6.0, 4.2, most=2)
-    for axes, ((dataset, tune), found) in zip(all_axes, shown.items(), strict=True):
-        _one_frontier(axes, found, metric)
-        axes.set_title(f"{dataset}, {tune}")
-    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return figure
-
-
-def _one_frontier(axes: "Axes", found: Sequence[Group], metric: Metric) -> None:
-    """Draw one panel: the scores of plug-in and emulator against the bundle's size, for several bundles."""
-
-    def height(group: Group, row: str) -> float | None:
-        mean = group.mean(score_of(row))
-        return None if mean is None else metric.scale * mean
-
-    for group in found:  # a line between the two scores of one bundle
-        one, other = height(group, "plug_in"), height(group, "emulator")
-        if one is not None and other is not None:
-            axes.plot([_size(group)] * 2, [one, other], color="#d0d0d0", linewidth=1, zorder=1)
-    for row, marker in (("emulator", "s"), ("plug_in", "o")):
-        points = [(_size(group), y) for group in found if (y := height(group, row)) is not None]
-        xs, ys = [x for x, _ in points], [y for _, y in points]
-        axes.scatter(xs, ys, color=COLOURS[row], marker=marker, s=36, label=LABELS[row], zorder=3)
-    for row, style in (("zero_shot", "--"), ("full", ":")):
-        level = height(found[0], row)
-        if level is not None:
-            axes.axhline(level, color=COLOURS[row], linestyle=style, linewidth=1.1, label=LABELS[row], zorder=0)
-    axes.margins(x=0.08, y=0.08)
-    low, high = axes.get_xlim()
-    axes.set_xlim(low, high + 0.22 * (high - low))  # room for the names
-    _name_points(axes, [(group, height(group, "plug_in") or 0.0) for group in found])
-    axes.set_xlabel("bundle, MiB")
-    axes.set_ylabel(metric.axis)
-
-
-def _name_points(axes: "Axes", found: Sequence[tuple[Group, float]]) -> None:
-    """Write each plug-in's name to the right of its point, and move names up that would overlap."""
-    short = names([group for group, _ in found])
-    bottom, top = axes.get_ylim()
-    left, right = axes.get_xlim()
-    gap, near = 0.042 * (top - bottom), 0.2 * (right - left)
-    placed: list[tuple[float, float]] = []
-    for group, y in sorted(found, key=lambda one: one[1]):
-        x, at = _size(group), y
-        while any(abs(x - other) < near and abs(at - height) < gap for other, height in placed):
-            at += gap / 4
-        placed.append((x, at))
-        axes.annotate(
-            short[group.words[1:]], (x, y), (x + 0.022 * (right - left), at), va="center", fontsize=7.5, zorder=4,
-            arrowprops={"arrowstyle": "-", "color": "#9a9a9a", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4, "alpha": 0.8},
-        )  # fmt: skip
-
-
 def _curves(results: Results, grouped: Sequence[Group], folder: Path) -> "Figure | None":
     """Plot the losses during tuning, with a panel for each data set; None if there are no logs."""
     from matplotlib.ticker import MaxNLocator
@@ -268,10 +190,10 @@ def _curves(results: Results, grouped: Sequence[Group], folder: Path) -> "Figure
             drawn.setdefault(group.dataset, {})[short[group.words[1:]]] = curve
     if not drawn:
         return None
-    figure, panels = _panels(len(drawn), 5.4, 3.4, most=2)
+    figure, all_axes = panels(len(drawn), 5.4, 3.4, most=2)
     looks = {name: (_LINES[i % len(_LINES)], _DASHES[i // len(_LINES) % 4]) for i, name in enumerate(short.values())}
     seen: dict[str, Any] = {}
-    for axes, (dataset, curves) in zip(panels, drawn.items(), strict=True):
+    for axes, (dataset, curves) in zip(all_axes, drawn.items(), strict=True):
         for name, points in curves.items():
             seen[name] = _one_curve(axes, points, *looks[name])
         axes.set_title(dataset)

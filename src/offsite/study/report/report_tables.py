@@ -148,15 +148,18 @@ def _picture_losses(results: Results, grouped: Sequence[Group]) -> Table:
 def _recovered(grouped: Sequence[Group], metric: Metric) -> Table:
     """The table of the plug-in's gain, compared with full fine-tuning and with the emulator."""
     head = (
-        *_KEYS, f"plug-in against zero-shot, {metric.difference}", "gain recovered, %",
-        "emulator's own gain, %", "bound recovered, %", f"plug-in gap, {metric.difference}", "bundle, MiB",
+        *_KEYS, f"plug-in against zero-shot, {metric.difference}", f"emulator against zero-shot, {metric.difference}",
+        "gain recovered, %", "emulator's own gain, %", "base sent verbatim, %", "bound recovered, %",
+        f"plug-in gap, {metric.difference}", "bundle, MiB",
     )  # fmt: skip
     lines = [
         (
             *group.words,
-            _with_ends(group, _against_zero_shot, metric.format_difference),
+            _with_ends(group, _against_zero_shot("plug_in"), metric.format_difference),
+            _with_ends(group, _against_zero_shot("emulator"), metric.format_difference),
             _percent(group, lambda point: point.gain_recovered),
             _percent(group, lambda point: point.own_gain),
+            "" if (share := group.mean(verbatim_share)) is None else f"{100 * share:.1f}",
             _percent(group, lambda point: point.bound_recovered),
             _with_ends(group, lambda point: point.plug_in_gap, metric.format_difference),
             _mebibytes(group.mean(lambda point: point.bundle_bytes)),
@@ -166,6 +169,7 @@ def _recovered(grouped: Sequence[Group], metric: Metric) -> Table:
     note = (
         "Gain recovered is the share of full fine-tuning's gain over zero-shot that the plug-in has. Emulator's own "
         "gain is the share that the tuned emulator has by itself: the data owner has it without the model's owner. "
+        "Base sent verbatim is the share of the base's parameters whose values are in the bundle unchanged. "
         "Bound recovered is the plug-in's share of what the same adapter gains on the uncompressed base. The plug-in "
         f"gap is plug-in minus emulator, {'above' if metric.higher_is_better else 'below'} 0 if the plug-in is better. "
         "In brackets: 95 % intervals over the same drawn test rows for every model"
@@ -174,9 +178,14 @@ def _recovered(grouped: Sequence[Group], metric: Metric) -> Table:
     return Table("What the plug-in recovers", note, head, tuple(lines), len(_KEYS))
 
 
-def _against_zero_shot(point: GridPointResult) -> Figure | None:
-    """The plug-in's score minus the zero-shot score; None if it has not been computed."""
-    return point.scores["plug_in"].against_zero_shot if "plug_in" in point.scores else None
+def verbatim_share(point: GridPointResult) -> float | None:
+    """The share of the base's parameters that are in the grid point's bundle unchanged; None if it is not known."""
+    return point.base_parameters["verbatim"] if point.base_parameters else None
+
+
+def _against_zero_shot(row: str) -> Callable[[GridPointResult], Figure | None]:
+    """Make a function that returns a row's score minus the zero-shot score; None if it has not been computed."""
+    return lambda point: point.scores[row].against_zero_shot if row in point.scores else None
 
 
 def _percent(group: Group, of: Callable[[GridPointResult], Figure | None]) -> str:

@@ -79,6 +79,7 @@ class GridPointResult:
     bound_recovered: Figure | None  # the same with adapter_on_base in place of full
     own_gain: Figure | None  # (emulator - zero_shot) / (full - zero_shot): what the data owner has without the owner
     plug_in_gap: Figure | None  # plug_in - emulator: if better, the data owner does not have what the owner gets
+    base_parameters: Mapping[str, float] | None  # shares of the base's: "verbatim", "compressed", "not_sent"
     bundle_bytes: int | None
     return_bytes: int | None
     seconds: Mapping[str, float]  # by party
@@ -159,6 +160,7 @@ def _point_result(point: GridPoint, folder: Path, cache: dict[str, RowScores]) -
         bound_recovered=_share_of_gain(rows, "plug_in", "adapter_on_base", point.metric),
         own_gain=_share_of_gain(rows, "emulator", "full", point.metric),
         plug_in_gap=_difference(rows.get("plug_in"), rows.get("emulator"), point.metric),
+        base_parameters=pack["result"].get("base_parameters") if pack.get("done") else None,
         bundle_bytes=pack["result"]["bytes"] if pack.get("done") else None,
         return_bytes=tune["result"]["bytes"] if tune.get("done") else None,
         seconds={party: round(sum(s.seconds for s in spent if s.party == party), 2) for party in (OWNER, TUNER)},
