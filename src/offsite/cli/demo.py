@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offsite.cli import terminal
+from offsite.cli.show_gains import gain_sentences
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from offsite.progress import Event
     from offsite.study.demos.language_demo import Demo
     from offsite.study.demos.vision_demo import VisionDemo
+
+_FULL = "Full fine-tuning: every block but one in the middle; embeddings, final norm and head stay frozen."
 
 
 def demo(
@@ -96,15 +99,19 @@ def _print_vision(result: "VisionDemo", workdir: Path, json_file: Path | None) -
     console = Console(highlight=False, soft_wrap=True)
     table = Table(title=f"Accuracy on {result.task['test']} held-out pictures of {result.task['classes']} classes")
     table.add_column("model")
-    for name in ("accuracy", "95 % interval", "loss"):
+    for name in ("accuracy", "95 % interval", "gain, points", "loss"):
         table.add_column(name, justify="right")
+    first = result.rows[0]["accuracy"]
     for row in result.rows:
         style = "bold green" if row["name"] == "plug-in" else ""
         ends = f"{row['low']:.1%} to {row['high']:.1%}" if row["low"] is not None else ""
-        table.add_row(row["name"], f"{row['accuracy']:.1%}", ends, f"{row['loss']:.3f}", style=style)
+        gap = "" if row is result.rows[0] else f"{100 * (row['accuracy'] - first):+.1f}"
+        table.add_row(row["name"], f"{row['accuracy']:.1%}", ends, gap, f"{row['loss']:.3f}", style=style)
     console.print()
     console.print(table)
     console.print("Zero-shot rows: a linear probe on frozen features, fitted on the same training pictures.")
+    for line in gain_sentences(result.gains, result.base_parameters, "accuracy", "`offsite study` runs it too"):
+        console.print(line)
     sizes = "  ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in result.bytes.items())
     seconds = "  ".join(f"{name} {seconds:.0f}" for name, seconds in result.seconds.items() if seconds >= 1)
     for title, text in (
@@ -132,8 +139,10 @@ def _print(result: "Demo", workdir: Path, json_file: Path | None) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print()
     console.print(_table(result))
-    for line in _verdict({row["name"]: row["loss"] for row in result.rows}):
+    for line in gain_sentences(result.gains, result.base_parameters, "loss", "add --full"):
         console.print(line)
+    if result.gains.full is not None:
+        console.print(_FULL)
     sizes = "  ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in result.bytes.items())
     seconds = "  ".join(f"{name} {seconds:.0f}" for name, seconds in result.seconds.items() if seconds >= 1)
     sections = [*_sample(result.sample), ("Sizes", sizes), ("Seconds", seconds)]
@@ -149,15 +158,20 @@ def _table(result: "Demo") -> "Table":
 
     rows, modules = result.task["test_rows"], result.task["test_modules"]
     table = Table(title=f"Loss on {rows} held-out functions of {modules} modules (nats per token; lower is better)")
+    gains = result.gains
+    shares = {"plug-in": gains.gain_recovered, "emulator": gains.own_gain}  # of full fine-tuning's gain
+    known = None not in shares.values()
     table.add_column("model")
-    for name in ("loss", "perplexity", "against zero-shot"):
+    for name in ("loss", "perplexity", "against zero-shot", *(["share of gain"] if known else [])):
         table.add_column(name, justify="right")
     first = result.rows[0]["loss"]
     for row in result.rows:
         style = "bold green" if row["name"] == "plug-in" else ""
         gap = "" if row is result.rows[0] else f"{row['loss'] - first:+.3f}"
         perplexity = "inf" if row["perplexity"] is None else f"{row['perplexity']:.4g}"
-        table.add_row(row["name"], f"{row['loss']:.3f}", perplexity, gap, style=style)
+        share = shares.get(row["name"])
+        part = [] if not known else ["" if share is None else f"{100 * share:.0f} %"]
+        table.add_row(row["name"], f"{row['loss']:.3f}", perplexity, gap, *part, style=style)
     return table
 
 
@@ -171,23 +185,6 @@ def _sample(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Before: the base model", sample["zero-shot"]),
         ("After: the plug-in", sample["plug-in"]),
     ]
-
-
-def _verdict(losses: Mapping[str, float]) -> list[str]:
-    """Sentences that compare the plug-in's loss with the others, also if the plug-in is not better."""
-    words = []
-    for other, meaning in (
-        ("zero-shot", "what the model's owner gained without having seen the data"),
-        ("emulator", "what the data's owner does not have"),
-    ):
-        gap = losses[other] - losses["plug-in"]
-        where = f"{gap:.3f} nats below" if gap > 0 else f"NOT below ({-gap:.3f} nats above)"
-        words.append(f"The plug-in is {where} {other}: {meaning}.")
-    if "full fine-tuning" in losses:
-        words.append(
-            "Full fine-tuning: every block but one in the middle; embeddings, final norm and head stay frozen."
-        )
-    return words
 
 
 def _next_steps(workdir: Path, json_file: Path | None) -> str:

@@ -120,6 +120,17 @@ def test_the_result_has_what_a_report_needs(played: Played) -> None:
     assert played.result["sample"]["prompt"].startswith("def sum_")
     assert played.result["settings"]["split"] == {"bottom": 2, "emulator": 8, "top": 3}
     assert played.result["task"]["train_modules"] + played.result["task"]["test_modules"] == 12
+    assert sum(played.result["base_parameters"].values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_gains_are_those_of_the_rows(played: Played) -> None:
+    loss = {row["name"]: row["loss"] for row in played.full["rows"]}
+    gains, without = played.full["gains"], played.result["gains"]
+    assert gains["plug_in"] == pytest.approx(loss["zero-shot"] - loss["plug-in"])
+    assert gains["emulator"] == pytest.approx(loss["zero-shot"] - loss["emulator"])
+    assert gains["gain_recovered"] == pytest.approx(gains["plug_in"] / gains["full"])
+    assert gains["own_gain"] == pytest.approx(gains["emulator"] / gains["full"])
+    assert without == {**gains, "full": None, "gain_recovered": None, "own_gain": None}
 
 
 def test_the_parties_share_nothing_but_the_wire(played: Played) -> None:
@@ -147,6 +158,8 @@ def test_running_again_repeats_nothing(played: Played, capfd: pytest.CaptureFixt
     assert "After: the plug-in" in captured.out
     assert "Where to look next" in captured.out
     assert captured.out.count("The plug-in is ") == 2
+    for said in ("share of gain", "Gain recovered: ", "Emulator's own gain: ", "Of the base's parameters"):
+        assert said in captured.out
 
 
 def test_steps_are_counted(played: Played, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

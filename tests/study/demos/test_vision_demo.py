@@ -51,7 +51,16 @@ def test_the_demo(tmp_path: Path, words: list[list[str]], capsys: pytest.Capture
         assert row["rows"] == 12
     assert found["task"] == {"train": 72, "test": 12, "own": 18, "classes": 3}
     assert found["settings"]["split"] == {**SPLIT, "emulator": 12 - sum(SPLIT.values())}
+    accuracy = {row["name"]: row["accuracy"] for row in found["rows"]}
+    assert found["gains"] == {
+        "plug_in": pytest.approx(accuracy["plug-in"] - accuracy["zero-shot"]),
+        "emulator": pytest.approx(accuracy["emulator"] - accuracy["zero-shot"]),
+        "full": None, "gain_recovered": None, "own_gain": None,
+    }  # fmt: skip
+    assert sum(found["base_parameters"].values()) == pytest.approx(1, abs=1e-3)
     shown = capsys.readouterr().out
+    for said in ("The plug-in is ", "The tuned emulator is ", "no share of its gain is known", "verbatim"):
+        assert said in shown
     assert "Accuracy on 12 held-out pictures of 3 classes" in shown
     assert all(name in shown for name in ROWS)
     with Image.open(workdir / "predictions.png") as sheet:

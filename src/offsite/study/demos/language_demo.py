@@ -16,6 +16,7 @@ from typing import Any
 from offsite.progress import Progress, silent
 from offsite.storage.files import replace_file
 from offsite.study.demos.docstring_task import make_task, standard_library, write_task
+from offsite.study.demos.gains import Gains, gains_over_zero_shot
 from offsite.study.demos.pretrained import cached_smollm2
 from offsite.study.resumable_chain import OWNER, TUNER, Chain, require_demo_folder
 from offsite.study.run_command import Words, settings_toml
@@ -32,6 +33,8 @@ class Demo:
     """The results of a demo: a row for each scored model, seconds of each step, bytes of each artifact, an example."""
 
     rows: tuple[Mapping[str, Any], ...]
+    gains: Gains  # in nats per token
+    base_parameters: Mapping[str, float]  # shares of the base's that were sent: "verbatim", "compressed", "not_sent"
     seconds: Mapping[str, float]
     bytes: Mapping[str, int]
     sample: Mapping[str, str]
@@ -72,7 +75,9 @@ def demo(
     rows = tuple({"name": name} | {key: scores[name][key] for key in _SHOWN} for name in ROWS if name in scores)
     sample = _sample(scores["zero-shot"]["samples"], scores["plug-in"]["samples"])
     sizes = {name: chain.results[step]["bytes"] for name, step in _SIZED.items()}
-    return Demo(rows, dict(chain.seconds), sizes, sample, task, _settings(chain))
+    gains = gains_over_zero_shot({name: score["loss"] for name, score in scores.items()}, "loss")
+    sent = chain.results["pack"]["base_parameters"]
+    return Demo(rows, gains, sent, dict(chain.seconds), sizes, sample, task, _settings(chain))
 
 
 _SIZED = {"base": "import", "bundle": "pack", "return": "tune", "plug-in": "plug-in"}

@@ -17,6 +17,7 @@ from offsite.errors import UsageError
 from offsite.progress import Progress, silent
 from offsite.storage.files import replace_file
 from offsite.study.demos.digits import digits_file, write_digits
+from offsite.study.demos.gains import Gains, gains_over_zero_shot
 from offsite.study.demos.language_demo import code_digest, introduce, newest
 from offsite.study.demos.picture_data import picture_table
 from offsite.study.demos.pretrained import IMAGE_SIZE, cached_encoder
@@ -35,6 +36,8 @@ class VisionDemo:
     """The results of a demo: a row for each scored model, seconds of each step, bytes of each artifact."""
 
     rows: tuple[Mapping[str, Any], ...]
+    gains: Gains  # in shares of the held-out pictures
+    base_parameters: Mapping[str, float]  # shares of the base's that were sent: "verbatim", "compressed", "not_sent"
     seconds: Mapping[str, float]
     bytes: Mapping[str, int]
     task: Mapping[str, int]
@@ -78,6 +81,8 @@ def vision_demo(
     sizes = {"base": "import", "bundle": "pack", "return": "tune", "plug-in": "plug-in"}
     return VisionDemo(
         rows,
+        gains_over_zero_shot({name: score["accuracy"] for name, score in scores.items()}, "accuracy"),
+        chain.results["pack"]["base_parameters"],
         dict(chain.seconds),
         {name: chain.results[step]["bytes"] for name, step in sizes.items()},
         task,
