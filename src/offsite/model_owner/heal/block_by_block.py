@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from offsite.config import PackSpec
-from offsite.errors import IncompatibleError
 from offsite.kernels.runtime import resolve_runtime
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner, LoadedBlock
@@ -27,6 +26,7 @@ from offsite.model_owner.compress.pruner_protocol import pruning
 from offsite.model_owner.emulator_work import Work, work_of
 from offsite.model_owner.heal.block_step_protocol import BlockProblem, block_step
 from offsite.model_owner.heal.output_layers import change_outputs
+from offsite.model_owner.heal.unsolvable import Unsolvable, explain_unsolvable
 from offsite.model_owner.narrow.even_widths import base_widths
 from offsite.model_owner.narrow.remove_units import remove_units
 from offsite.model_owner.sandwich import Sandwich
@@ -48,9 +48,6 @@ class Solved:
     # the changed tensors, and those of affine layers after blocks; keys are tensor names in the base
     tensors: Mapping[str, TensorRange]
     kept: Mapping[int, Kept]  # base index of each narrowed block -> its heads, neurons and experts that stay
-
-
-_Unsolvable: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch does not list it
 
 
 def block_by_block(
@@ -171,20 +168,11 @@ def _solve(problem: BlockProblem, steps: Sequence[_Step], block: int) -> dict[st
         IncompatibleError: activations of the base are not finite, so no solution exists.
     """
     solved: dict[str, Tensor] = {}
-    try:
+    with explain_unsolvable(block):
         for step in steps:
             solved |= step(problem, solved)
         if not all(bool(value.isfinite().all()) for value in solved.values()):
-            raise _Unsolvable("the solution holds values that are not finite")
-    except _Unsolvable as error:
-        raise IncompatibleError(
-            f"what goes through the base gives no equations to solve for block {block}",
-            reasons=[
-                str(error)[:200],
-                "its weights, or those of a block near it, may hold values that are not finite",
-            ],
-            next_step="check the base's weights; or drop blocks with --keep, and pack with --heal none",
-        ) from None
+            raise Unsolvable("the solution holds values that are not finite")
     return solved
 
 

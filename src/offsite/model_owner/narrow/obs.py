@@ -20,9 +20,7 @@ def order_units(problem: UnitProblem, stay: int) -> list[int]:
     If there are many units, several are removed in each step; the others then compensate for all of them together.
     """
     units, size = problem.units, problem.size
-    system = problem.gram.clone()
-    system.diagonal().add_(DAMPING * system.diagonal().mean().clamp_min(1e-30))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))  # (F, F)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(problem.gram)))  # (F, F)
     left = problem.weight.T.clone()  # (F, H): the columns, with what they make up for
     order: list[int] = []
     removed = torch.zeros(units, dtype=torch.bool, device=left.device)
@@ -40,6 +38,13 @@ def order_units(problem: UnitProblem, stay: int) -> list[int]:
         removed[together] = True
         order += together.tolist()
     return order
+
+
+def damped(gram: torch.Tensor) -> torch.Tensor:
+    """A Gram matrix (F, F) plus a multiple of the identity, so that it has an inverse."""
+    system = gram.clone()
+    system.diagonal().add_(DAMPING * system.diagonal().mean().clamp_min(1e-30))
+    return system
 
 
 def _costs(inverse: torch.Tensor, left: torch.Tensor, size: int) -> torch.Tensor:
