@@ -36,6 +36,7 @@ COMPRESSIONS: dict[str, tuple[dict[str, Any], set[int]]] = {
     "low rank": ({"svd_rank": 0.5}, {0, 1, 2, 3}),
     "narrow MLPs": ({"mlp_width": 0.5}, {0, 1, 2, 3}),
     "narrow heads and MLPs": ({"narrow": 0.55}, {0, 1, 2, 3}),
+    "narrow heads and MLPs, by budget": ({"narrow": 0.6, "narrow_widths": "budget"}, {0, 1, 2, 3}),
     "narrow heads and MLPs, in 8 bits, refit": ({"narrow": 0.6, "bits": 8, "heal": "refit"}, {0, 1, 2, 3}),
     "narrow MLPs in 8 bits": ({"mlp_width": 0.5, "bits": 8}, {0, 1, 2, 3}),
     "narrow MLPs, pruned": ({"mlp_width": 0.5, "prune": 0.25, "prune_by": "magnitude", "heal": "none"}, {0, 1, 2, 3}),
@@ -48,7 +49,15 @@ COMPRESSIONS: dict[str, tuple[dict[str, Any], set[int]]] = {
     "verbatim ends": ({"bottom": 1, "top": 1, "mlp_width": 0.5}, {0, 1, 2, 3}),
     "verbatim blocks between": ({"train": (1,), "prune_by": "magnitude", "prune": 0.5, "heal": "none"}, {0, 1, 2, 3}),
 }
-USUAL = ("pruned by sparsegpt, refit", "8 bits", "low rank", "narrow MLPs", "narrow heads and MLPs", "shared blocks")
+USUAL = (
+    "pruned by sparsegpt, refit",
+    "8 bits",
+    "low rank",
+    "narrow MLPs",
+    "narrow heads and MLPs",
+    "shared blocks",
+    "narrow heads and MLPs, by budget",
+)
 
 
 def compressions(*usual: str) -> list[Any]:

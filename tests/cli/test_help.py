@@ -91,6 +91,7 @@ def _literal(annotation: Any) -> tuple[str, ...]:
                 "prune", "prune-by", "zeros", "bits",
                 "group", "svd-rank", "mlp-width", "narrow", "narrow-by", "narrow-heads", "narrow-neurons",
                 "narrow-experts",
+                "narrow-widths",
                 "calibration", "columns", "chosen", "permit-head",
                 "dtype", "resume", "plan", "config", "home", "json",
             },

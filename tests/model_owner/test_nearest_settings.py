@@ -25,6 +25,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"mlp_width": 0.5},
     {"zeros": "left-out"},
     {"narrow": 0.5},
+    {"narrow": 0.5, "narrow_widths": "budget"},
     {"narrow_heads": 0.5, "narrow_neurons": 0.5, "heal": "affine"},
     {"narrow_experts": 0.5},
     {"narrow_experts": 0.5, "narrow_heads": 0.5, "bits": 8},

@@ -239,8 +239,13 @@ def test_a_home_without_a_key_is_refused(base_of: MakeBase, tmp_path: Path) -> N
         ({"keep": None, "prune": 0.5}, "healing one block", 3),
         ({"heal": "none", "select": "influence"}, "running the calibration data through one block", 4),
         ({"heal": "distill"}, "running the calibration data through one block; not measured: heal by distill", 4),
+        (
+            {"narrow": 0.6, "narrow_widths": "budget"},
+            "healing one block; not measured: choose widths by budget",
+            2,
+        ),
     ],
-    ids=["refit", "pruning", "influence", "distill"],
+    ids=["refit", "pruning", "influence", "distill", "budget"],
 )
 def test_measuring_leaves_nothing(
     base_of: MakeBase, tmp_path: Path, parties: Parties, settings: dict[str, Any], what: str, times: int

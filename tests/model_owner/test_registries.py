@@ -42,6 +42,7 @@ SHARED = {
         "block_error",
         "measured_response",
         "ridge",
+        "unsolvable",
     },
     compress: {
         "pruner_protocol",
@@ -50,7 +51,17 @@ SHARED = {
         "declare_emulator",
         "smallest_weights",
     },
-    narrow: {"unit_rule_protocol", "even_widths", "expert_problem", "kept_layers", "projection_inputs", "remove_units"},
+    narrow: {
+        "unit_rule_protocol",
+        "even_widths",
+        "budget_widths",
+        "choose_widths",
+        "removal_errors",
+        "expert_problem",
+        "kept_layers",
+        "projection_inputs",
+        "remove_units",
+    },
 }
 
 

@@ -18,8 +18,8 @@ TWO_PACKS = ONE_SET + '[[pack]]\nname = "share"\nbottom = 1\ntop = 1\nkeep = 2\n
 COMPRESSION = {
     "bits", "calibration", "calibration_tokens", "chosen", "columns", "distill_batch_tokens", "distill_ce",
     "distill_epochs", "distill_lr", "distill_steps", "distill_tokens", "drop_from", "group", "heal", "heal_minutes",
-    "keep", "mlp_width", "narrow", "narrow_by", "narrow_experts", "narrow_heads", "narrow_neurons", "prune", "prune_by",
-    "refit_maps", "search_minutes", "seed", "select", "svd_rank", "zeros",
+    "keep", "mlp_width", "narrow", "narrow_by", "narrow_experts", "narrow_heads", "narrow_neurons", "narrow_widths",
+    "prune", "prune_by", "refit_maps", "search_minutes", "seed", "select", "svd_rank", "zeros",
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from offsite.config.spec import FILE_ONLY, Settings
 
 RefitMap = Literal["mlp", "attention"]
 Placement = Literal["sandwich", "top", "list", "every"]
+NarrowWidths = Literal["even", "budget"]
 
 
 class SplitSettings(Settings):
@@ -203,6 +204,14 @@ class NarrowSettings(Settings):
             "a token goes through as many as before; instead of narrow",
         ),
     ] = None
+    widths: Annotated[
+        NarrowWidths,
+        Field(
+            alias="narrow_widths",
+            description="with narrow: every block keeps the same share (even), or the blocks that matter less on "
+            "calibration data lose more (budget)",
+        ),
+    ] = "even"
     by: Annotated[
         UnitRuleName, Field(alias="narrow_by", description="how the heads, neurons and experts that remain are chosen")
     ] = "obs"

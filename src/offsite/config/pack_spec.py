@@ -149,6 +149,16 @@ class PackSpec(Spec):
             raise ValueError(f"{given[0]} does not go with heal = share: copies of a block would differ")
 
     @rule
+    def _budget_has_a_total(self) -> None:
+        """`narrow_widths` = budget divides the total of `narrow`; shares of heads, neurons or experts are no total."""
+        shares = [name for name, share in self._narrowing.items() if share is not None and name != "narrow"]
+        if self.narrow.widths == "budget" and shares:
+            raise ValueError(
+                f"narrow_widths = budget divides the total of narrow, and {' and '.join(shares)} set each block's own "
+                "share: give narrow instead, or choose narrow_widths = even"
+            )
+
+    @rule
     def _distillation_has_one_length(self) -> None:
         """`heal_minutes` needs distill in `heal`, and excludes `distill_steps`."""
         if self.distill.minutes is not None and not any(step.resumable for step in self.healing_steps):
@@ -266,6 +276,11 @@ class PackSpec(Spec):
     def narrows(self) -> bool:
         """Whether heads, neurons or experts are removed from the emulator's blocks."""
         return bool(self.narrowing_settings)
+
+    @property
+    def shares_budget(self) -> bool:
+        """Whether blocks lose more or fewer heads and neurons by sensitivity, within one total."""
+        return self.narrows and self.narrow.widths == "budget"
 
     @property
     def unit_rule(self) -> UnitRule:

@@ -32,7 +32,8 @@ def measure_packing(plan: PackPlan, checked: Packing, progress: Progress) -> Pac
     """Measure a part of the packing, and add its time and memory to a plan.
 
     The measured part is to heal one block; if the settings heal no single blocks, to run one block on the calibration
-    data. Distillation and search are not measured. The measurement's `what` names the measured and the other parts.
+    data. Distillation, search and the choice of widths by budget are not measured. The measurement's `what` names the
+    measured and the other parts.
 
     Args:
         plan: the plan, from `plan_pack`.
@@ -66,7 +67,7 @@ def measure_packing(plan: PackPlan, checked: Packing, progress: Progress) -> Pac
         seconds.append(time.perf_counter() - began)
 
     _, peak = peak_memory(run, runtime.device)
-    unmeasured = [step for step in plan.work if "distill" in step or "search" in step]
+    unmeasured = [step for step in plan.work if any(word in step for word in ("distill", "search", "budget"))]
     what = "healing one block" if heals else "running the calibration data through one block"
     return replace(
         plan,

@@ -32,7 +32,7 @@ from offsite.model_owner.heal.healing_protocol import Healing
 from offsite.model_owner.importing.write_weights import require_finite
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.make_carry_map import make_carry_map
-from offsite.model_owner.narrow.even_widths import even_widths
+from offsite.model_owner.narrow.choose_widths import choose_widths
 from offsite.model_owner.select.select_blocks import select_blocks
 from offsite.models.declared_family import declare_family
 from offsite.models.modules.declared import Declared
@@ -104,7 +104,7 @@ def pack(
             write({"event": PACKING, "emulator": describe_emulator(model, sandwich, spec)})
         chosen = select_blocks(model, sandwich, spec, scratch, progress)
         emulator = fill_places(sandwich.middle, chosen, spec)
-        widths = even_widths(model, emulator, spec) if spec.narrows else None
+        widths = choose_widths(model, emulator, spec, scratch, progress) if spec.narrows else None
         healed = heal(Healing(model, sandwich, emulator, widths, spec, scratch, log, progress))
         kept = sandwich.kept(emulator)
         progress(Event("writing the bundle", 0))

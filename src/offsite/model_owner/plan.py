@@ -3,6 +3,7 @@
 Nothing is written. Torch-free.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from offsite.model_owner.compress.declare_emulator import declared_of
 from offsite.model_owner.describe_emulator import describe_emulator, healing_name
 from offsite.model_owner.emulator_work import Work, work_of
 from offsite.model_owner.heal.heal_steps import fill_places
+from offsite.model_owner.narrow.budget_widths import base_multiply_adds
 from offsite.model_owner.narrow.even_widths import even_widths
 from offsite.model_owner.pack import Parties, bundle_manifest
 from offsite.model_owner.sandwich import Sandwich
@@ -43,9 +45,10 @@ class PackPlan:
     work: tuple[str, ...]  # steps that run the base's network; empty if tensors are only copied
     base: tuple[Part, ...]
     bundle: tuple[Part, ...]
-    files: tuple[Amount, ...]  # files of the bundle, with exact sizes
+    files: tuple[Amount, ...]  # files of the bundle, with exact sizes; with a budget of widths, those of even widths
     memory: tuple[Memory, ...]  # weights in memory while the network runs, for each possible compute dtype
     disk: tuple[Amount, ...]
+    widths: str | None = None  # with a budget of widths: its total, and when each block's widths are chosen
     measured: Measurement | None = None
 
     @property
@@ -94,6 +97,7 @@ def plan_pack(
         files=files,
         memory=tuple(Memory(compute, _weights(model, sandwich, spec, work, compute)) for compute in possible),
         disk=(Amount("bundle", total(files)), *_scratch(model, spec, keep, work)),
+        widths=_budget(model, emulator, spec) if spec.shares_budget else None,
     )
     return plan, checked
 
@@ -103,9 +107,26 @@ def _steps(model: BaseModel, sandwich: Sandwich, spec: PackSpec, work: Work) -> 
     chooses = spec.selection_rule.runs_blocks and spec.kept(sandwich.middle) < len(sandwich.middle)
     return (
         *([f"select by {spec.select.by}"] if chooses else []),
+        *(["choose widths by budget"] if spec.shares_budget else []),
         *([f"narrow by {spec.narrow.by}"] if work.narrows else []),
         *([f"prune by {work.pruner.name}"] if work.pruner else []),
         *(f"heal by {healing_name(step, model, spec)}" for step in (*work.block_steps, *work.later_steps)),
+    )
+
+
+def _budget(model: BaseModel, emulator: Sequence[int], spec: PackSpec) -> str:
+    """What a plan says about widths that only the calibration data decide.
+
+    Args:
+        model: the opened base.
+        emulator: base indices of the emulator's blocks.
+        spec: the settings, with the share of the multiply-adds that remains.
+    """
+    whole = base_multiply_adds(model, emulator)
+    left = math.floor((spec.narrow.share or 1) * whole)
+    return (
+        f"at most {left:,} of the blocks' {whole:,} multiply-adds for a token stay; how many in which block is chosen "
+        "when packing, so the sizes are those of even widths, and approximate"
     )
 
 

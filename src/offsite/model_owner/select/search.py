@@ -23,7 +23,9 @@ from offsite.model_owner.calibration_text import row_form
 from offsite.model_owner.emulator_work import work_of
 from offsite.model_owner.heal.block_by_block import block_by_block
 from offsite.model_owner.heal.middle_states import MiddleStates, middle_states
+from offsite.model_owner.narrow.budget_widths import budget_widths
 from offsite.model_owner.narrow.even_widths import even_widths
+from offsite.model_owner.narrow.removal_errors import removal_errors
 from offsite.model_owner.select.contiguous import contiguous
 from offsite.model_owner.select.selection_protocol import Selection
 from offsite.model_owner.select.uniform import uniform
@@ -133,6 +135,9 @@ def _judge(selection: Selection) -> Score:
     )
     runner = BlockRunner(model, machine)
     solves = work_of(sandwich.middle, spec).block_by_block
+    errors = (
+        removal_errors(model, sandwich.middle, spec, selection.progress, batches=fitted) if spec.shares_budget else None
+    )
 
     @torch.no_grad()
     def score(blocks: Blocks) -> float:
@@ -140,6 +145,8 @@ def _judge(selection: Selection) -> Score:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         widths = even_widths(model, blocks, spec) if spec.narrows else None
+        if errors is not None:
+            widths = budget_widths(model, blocks, errors, spec)
         healed = (
             block_by_block(model, sandwich, blocks, spec, folder, silent, widths=widths, batches=fitted).tensors
             if solves
