@@ -17,9 +17,9 @@ from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.importing.import_model import import_model
 from offsite.model_owner.importing.import_record import read_record
-from offsite.protocol.artifacts import Base
 from offsite.protocol.contents import PROCESSOR
 from offsite.storage.checkpoint_folder import WEIGHTS
+from onnx_files import exported, tiny_dinov2
 from tiny import tiny_parties, tiny_vision_base
 
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -107,36 +107,8 @@ def test_places_in_a_table_of_positions_are_no_weights(tmp_path: Path) -> None:
     assert torch.equal(states(packed(base.folder, tmp_path / "bundle", tiny_parties(tmp_path)).folder), states(source))
 
 
-def exported(folder: Path, file: Path) -> Path:
-    """An ONNX file with the names that torch's exporter gives: linear weights known by their nodes alone."""
-    onnx = pytest.importorskip("onnx")
-    helper, numpy_helper = onnx.helper, onnx.numpy_helper
-    tensors, nodes = [], []
-    for name, tensor in AutoModel.from_pretrained(folder).state_dict().items():
-        stored = open_base(Base(folder)).family.name_of(name) or name
-        array = tensor.numpy()
-        if stored.endswith(".weight") and array.ndim == 2:
-            anonymous = f"onnx::MatMul_{len(nodes)}"
-            tensors.append(numpy_helper.from_array(np.ascontiguousarray(array.T), anonymous))
-            path = stored.removesuffix(".weight").replace(".", "/").replace("layer/", "layer.")
-            nodes.append(helper.make_node("MatMul", ["x", anonymous], [f"y{len(nodes)}"], f"/backbone/{path}/MatMul"))
-        elif stored == "embeddings.position_embeddings":
-            for kind, part in (("Concat", array[:, :1]), ("Reshape", array[:, 1:])):
-                tensors.append(numpy_helper.from_array(part.copy(), f"onnx::{kind}_1"))
-                nodes.append(helper.make_node(kind, ["x", f"onnx::{kind}_1"], [kind], f"/backbone/embeddings/{kind}"))
-        else:
-            tensors.append(numpy_helper.from_array(array, f"backbone.{stored}"))
-    tensors.append(numpy_helper.from_array(np.ones(3, np.float32), "decoder.final_conv.bias"))
-    onnx.save(helper.make_model(helper.make_graph(nodes, "exported", [], [], tensors)), str(file))
-    return file
-
-
-def dinov2(folder: Path) -> Path:
-    return tiny_vision_base(folder, "dinov2", 2, use_mask_token=False, hidden_size=64, num_attention_heads=1)
-
-
 def test_an_encoder_out_of_an_onnx_file(tmp_path: Path) -> None:
-    source = dinov2(tmp_path / "source")
+    source = tiny_dinov2(tmp_path / "source")
     base = import_model(exported(source, tmp_path / "x.onnx"), tmp_path / "base", ImportSpec(image_size=32))
     assert torch.equal(states(base.folder), states(source))
     assert load_processor(base.folder).side == (32, 32)
@@ -149,7 +121,7 @@ def test_an_encoder_out_of_an_onnx_file(tmp_path: Path) -> None:
 def test_weights_of_the_encoder_that_have_no_place(tmp_path: Path, operator: str) -> None:
     """Such as an adapter that was exported with the encoder."""
     onnx = pytest.importorskip("onnx")
-    file = exported(dinov2(tmp_path / "source"), tmp_path / "x.onnx")
+    file = exported(tiny_dinov2(tmp_path / "source"), tmp_path / "x.onnx")
     model = onnx.load(str(file))
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((4, 4), np.float32), "onnx::more"))
     node = onnx.helper.make_node(operator, ["x", "onnx::more"], ["z"], f"/backbone/encoder/{operator}")
@@ -162,12 +134,12 @@ def test_weights_of_the_encoder_that_have_no_place(tmp_path: Path, operator: str
 
 
 def test_heads_are_counted(tmp_path: Path) -> None:
-    base = import_model(exported(dinov2(tmp_path / "source"), tmp_path / "x.onnx"), tmp_path / "base")
+    base = import_model(exported(tiny_dinov2(tmp_path / "source"), tmp_path / "x.onnx"), tmp_path / "base")
     assert read_record(base.folder).left_out == {"decoder": 1}
 
 
 def test_sides_that_patches_do_not_fill(tmp_path: Path) -> None:
-    file = exported(dinov2(tmp_path / "source"), tmp_path / "x.onnx")
+    file = exported(tiny_dinov2(tmp_path / "source"), tmp_path / "x.onnx")
     with pytest.raises(UsageError, match="not filled by patches of 4"):
         import_model(file, tmp_path / "base", ImportSpec(image_size=30))
     assert not (tmp_path / "base").exists()

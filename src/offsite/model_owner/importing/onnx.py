@@ -1,4 +1,4 @@
-"""Imports a DINOv2 encoder from an ONNX file: its weights with transformers' names. The graph is never run.
+"""Imports a DINOv2 encoder from an ONNX file: its weights with transformers' names, compared with the file's graph.
 
 torch's ONNX export keeps the names of most parameters, but not of two kinds. The weight of a linear layer is stored
 transposed, and is found by the MatMul node that uses it. The position embeddings are split into a constant for the
@@ -17,8 +17,11 @@ import numpy.typing as npt
 
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.extras import require
+from offsite.model_owner.base_model import open_base
+from offsite.model_owner.importing.compare_onnx import compare_with_graph
 from offsite.model_owner.importing.import_record import ImportRecord, count_by_part
 from offsite.model_owner.importing.write_weights import write_weights
+from offsite.protocol.artifacts import Base
 from offsite.protocol.contents import CONFIG, PROCESSOR
 from offsite.storage.files import write_stream
 from offsite.storage.safetensors_files import from_array
@@ -48,9 +51,10 @@ def import_onnx(source: Path, folder: Path, dtype: str, image_size: int | None) 
     Raises:
         UsageError: the package onnx is not installed, or the side is not a multiple of the patch size.
         StorageError: the file is damaged.
-        IncompatibleError: the file does not contain a DINOv2 encoder.
+        IncompatibleError: the file does not contain a DINOv2 encoder, or its graph computes other features.
     """
-    arrays, left_out = _weights(source)
+    model = _read(source)
+    arrays, left_out = _weights(model.graph, source)
     config = _config(arrays, source)
     patch, own = config["patch_size"], config["image_size"]
     side = image_size or min(own, 224 // patch * patch)
@@ -75,21 +79,43 @@ def import_onnx(source: Path, folder: Path, dtype: str, image_size: int | None) 
     }
     for name, content in ((CONFIG, config), (PROCESSOR, processor)):
         write_stream(folder / name, [json.dumps(content, indent=1).encode() + b"\n"])
-    return ImportRecord(("the DINOv2 encoder of an ONNX file",), left_out)
+    open_base(Base(folder))  # names tensors that are missing before the encoder is loaded
+    compared = compare_with_graph(model, source, folder, own, dtype)
+    return ImportRecord(("the DINOv2 encoder of an ONNX file", compared), left_out)
 
 
-def _weights(source: Path) -> tuple[Arrays, dict[str, int]]:
-    """Read the encoder's tensors, keyed by their names in transformers, and count the tensors of every other part.
+def _read(source: Path) -> Any:
+    """The parsed file (onnx.ModelProto).
 
     Raises:
+        UsageError: the package onnx is not installed.
         StorageError: the file cannot be read.
-        IncompatibleError: the encoder uses constants that are not among these tensors.
     """
     onnx = require("onnx", "onnx", "reading an ONNX file")
     from google.protobuf.message import DecodeError
 
     try:
-        graph = onnx.load(str(source), load_external_data=False).graph  # never another file than the one named
+        return onnx.load(str(source), load_external_data=False)  # never another file than the one named
+    except OSError as error:
+        raise StorageError(f"cannot read {source}: {error.strerror}", next_step="check the path") from error
+    except DecodeError as error:
+        raise _damaged(source, error) from error
+
+
+def _damaged(source: Path, error: Exception) -> StorageError:
+    return StorageError(f"{source} is no ONNX file", reasons=[str(error)[:200]], next_step="fetch the file again")
+
+
+def _weights(graph: Any, source: Path) -> tuple[Arrays, dict[str, int]]:
+    """Read the encoder's tensors, keyed by their names in transformers, and count the tensors of every other part.
+
+    Raises:
+        StorageError: values are damaged, or in another file.
+        IncompatibleError: the encoder uses constants that are not among these tensors.
+    """
+    import onnx
+
+    try:
         stored = {tensor.name: tensor for tensor in graph.initializer}
         found: Arrays = {}
         used: set[str] = set()  # initialisers that became tensors
@@ -107,16 +133,12 @@ def _weights(source: Path) -> tuple[Arrays, dict[str, int]]:
             for node in graph.node
             if node.name.startswith("/backbone/embeddings/") and node.op_type in ("Concat", "Reshape")
             for name in node.input
-            if name in stored and stored[name].data_type == onnx.TensorProto.FLOAT
+            if name in stored and stored[name].data_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
         ]
         positions = [_array(onnx, stored[name]) for name in places]
         _require_all_used(graph, stored, used, source)
-    except OSError as error:
-        raise StorageError(f"cannot read {source}: {error.strerror}", next_step="check the path") from error
-    except (DecodeError, ValueError, TypeError) as error:
-        raise StorageError(
-            f"{source} is no ONNX file", reasons=[str(error)[:200]], next_step="fetch the file again"
-        ) from error
+    except (ValueError, TypeError) as error:
+        raise _damaged(source, error) from error
     if len(positions) == 2:  # the class token's is the shorter one
         positions.sort(key=lambda array: array.shape[1])
         found["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
