@@ -1,8 +1,9 @@
 """Opens a base checkpoint: its model family, its config, and its tensors by the names that transformers uses today."""
 
+import contextlib
 import hashlib
 import hmac
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from offsite.protocol.contents import CONFIG
 from offsite.protocol.manifest import MANIFEST
 from offsite.protocol.signing import Identity
 from offsite.protocol.verify import read_unverified
-from offsite.storage.checkpoint_folder import open_checkpoint
+from offsite.storage.checkpoint_folder import INDEX, WEIGHTS, Checkpoint, open_checkpoint
 from offsite.storage.finite import has_non_finite
 from offsite.storage.safetensors_files import FLOATS, TensorRange, read_chunks
 from offsite.storage.strict_json import strict_json
@@ -60,7 +61,7 @@ def open_base(base: Base) -> BaseModel:
     _require_base(base.folder)
     found = _read_config(base.folder / CONFIG)
     plain = plain_config(found)  # some tools leave settings of quantisation in the config of plain weights
-    checkpoint = open_checkpoint(base.folder)
+    checkpoint = _open_weights(base.folder, found)
     family, config = _family_and_config(plain, checkpoint.tensors)
     tensors: dict[str, TensorRange] = {}
     for stored in checkpoint.tensors.values():
@@ -137,14 +138,19 @@ def by_todays_names(family: Architecture, stored: TensorRange) -> dict[str, Tens
     return {matrix: replace(first, start=stored.start + place * first.size) for place, matrix in enumerate(matrices)}
 
 
-def family_of(config: Mapping[str, Any]) -> Architecture:
+def family_of(config: Mapping[str, Any], stored: Iterable[str] = ()) -> Architecture:
     """The family of a model with this config: its row of the architecture table, or if there is none, a derived family.
+
+    Args:
+        config: the content of config.json.
+        stored: the names of the tensors in the files; where they are left out, a family that is read off the model
+            knows only the names that transformers' modules have.
 
     Raises:
         IncompatibleError: the config turns on an option that the row does not support; or there is no row, and the
             blocks, embeddings and head of transformers' model cannot be identified.
     """
-    return _family_and_config(config, ())[0]
+    return _family_and_config(config, stored)[0]
 
 
 def _family_and_config(config: Mapping[str, Any], stored: Iterable[str]) -> tuple[Architecture, Mapping[str, Any]]:
@@ -180,6 +186,31 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
+def _open_weights(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
+    """Open the weights of a base; those in a dtype of 8 bits or fewer are refused as quantised, and not as damaged."""
+    try:
+        return open_checkpoint(folder)
+    except StorageError as error:
+        from offsite.model_owner.importing.quantised_source import method_of
+
+        method = None
+        with contextlib.suppress(
+            StorageError, ValueError, KeyError, TypeError, AttributeError
+        ):  # the first error counts
+            method = method_of(folder, config) if any((folder / name).is_file() for name in (WEIGHTS, INDEX)) else None
+        if method is None:
+            raise
+        raise _quantised(folder, method, error.reasons) from None
+
+
+def _quantised(folder: Path, method: str, reasons: Sequence[str]) -> IncompatibleError:
+    return IncompatibleError(
+        f"the weights in {folder} are quantised with {display_name(method)}, expected plain weights",
+        reasons=first(reasons),
+        next_step="turn them into plain weights: `offsite import MODEL --out base/`",
+    )
+
+
 def _check_tensors(model: BaseModel, quantised: str | None) -> None:
     """Raise an IncompatibleError if tensors are missing, unexpected, or have a wrong shape or dtype.
 
@@ -201,11 +232,7 @@ def _check_tensors(model: BaseModel, quantised: str | None) -> None:
         if tensor.dtype not in FLOATS
     ]
     if reasons and quantised is not None:
-        raise IncompatibleError(
-            f"the weights in {model.folder} are quantised with {display_name(quantised)}, expected plain weights",
-            reasons=first(reasons),
-            next_step="turn them into plain weights: `offsite import MODEL --out base/`",
-        )
+        raise _quantised(model.folder, quantised, reasons)
     if reasons:
         raise IncompatibleError(
             f"the weights in {model.folder} are not those of a {family.model_type} model of {model.blocks} blocks",

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from offsite.data.read_rows import first
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.model_owner.importing.check_download import BIN_INDEX, BIN_WEIGHTS
 from offsite.models.quantisation import FILES, display_name, method_in_settings, method_of_tensors
@@ -58,6 +59,7 @@ def require_dequantisable(folder: Path, method: str, config: Mapping[str, Any]) 
 
     Raises:
         UsageError: a package that the method needs is not installed.
+        StorageError: parts of the quantised weights are missing.
         IncompatibleError: transformers does not dequantise this method, or the config has no quantisation settings.
     """
     name = "in an unknown way" if method == "unknown" else f"with {display_name(method)}"
@@ -79,6 +81,26 @@ def require_dequantisable(folder: Path, method: str, config: Mapping[str, Any]) 
             f"the weights in {folder} are quantised {name}, which needs a package that is not installed",
             reasons=[f"no module named {package[0]!r}"],
             next_step=f"pip install {package[1]}",
+        )
+    if method == "mxfp4":
+        _require_pairs(folder)
+
+
+def _require_pairs(folder: Path) -> None:
+    """Raise an error if blocks of MXFP4 have no scales, or scales no blocks; transformers does not name them.
+
+    Raises:
+        StorageError: there are such tensors; they are listed.
+    """
+    names = {name for name, _ in tensors_in(folder)}
+    pairs = (("_blocks", "_scales"), ("_scales", "_blocks"))
+    others = (name.removesuffix(end) + other for name in names for end, other in pairs if name.endswith(end))
+    missing = sorted(set(others) - names)
+    if missing:
+        raise StorageError(
+            f"the weights in {folder} are quantised with MXFP4, and parts of them are missing",
+            reasons=first([f"missing {name}" for name in missing]),
+            next_step="fetch the model again from where it was published",
         )
 
 
