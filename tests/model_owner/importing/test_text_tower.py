@@ -73,6 +73,9 @@ FORMS: dict[str, tuple[str, dict[str, Any], str]] = {
                            "deepstack_visual_indexes": [0], "num_position_embeddings": 16}},
         "qwen3",
     ),
+    # language models without a row in the table
+    "llava, olmo2": ("llava", llava("olmo2"), "olmo2"),
+    "llava_next, granite": ("llava_next", llava("granite", image_grid_pinpoints=[[16, 16]]), "granite"),
     "mllama": (
         "mllama",
         {
@@ -128,7 +131,7 @@ PALIGEMMA = (
           projection_dim=32, tie_word_embeddings=True),
     "gemma",
 )  # fmt: skip
-USUAL = ("gemma3", "llava", "qwen2_vl", "mllama", "idefics3")
+USUAL = ("gemma3", "llava", "llava, olmo2", "qwen2_vl", "mllama", "idefics3")
 EACH = [pytest.param(form, marks=() if form in USUAL else pytest.mark.every_form) for form in FORMS]
 IDS = torch.tensor([[1, 5, 9, 200, 31, 64, 65, 300, 17, 2, 40, 41]])
 

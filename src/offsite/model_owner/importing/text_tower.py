@@ -71,9 +71,10 @@ def copy_text_tower(source: Path, folder: Path, dtype: str | None) -> ImportReco
         whole = _whole_config(source)
         text = whole.get_text_config(decoder=True)
         config = _text_config(source, whole, text)
-        family = family_of(config)
+        held = open_checkpoint(source).tensors
+        family = family_of(config, [name for name in map(_name_in_tower, held) if name is not None])
         places = {}
-        for stored in open_checkpoint(source).tensors.values():
+        for stored in held.values():
             place = _place_of(stored, family, text)
             if place is not None:
                 places[place[0]] = place[1]
@@ -86,14 +87,12 @@ def copy_text_tower(source: Path, folder: Path, dtype: str | None) -> ImportReco
     write_stream(folder / CONFIG, [json.dumps(config, indent=1).encode() + b"\n"])
     _copy_texts_files(source, folder)
     used = {tensor.name: tensor for tensor in places.values()}
-    whole_shapes = open_checkpoint(source).tensors
     return ImportRecord(
         notes=(f"the language model of a multi-modal model of type {whole.model_type}",),
-        left_out=count_by_part(name for name in whole_shapes if name not in used),
+        left_out=count_by_part(name for name in held if name not in used),
         tower_of=str(whole.model_type),
         tensors={
-            name: Place(t.name, t.shape[0] if t.shape != whole_shapes[t.name].shape else None)
-            for name, t in places.items()
+            name: Place(t.name, t.shape[0] if t.shape != held[t.name].shape else None) for name, t in places.items()
         },
     )
 
@@ -151,6 +150,17 @@ def _text_config(source: Path, whole: "PretrainedConfig", text: "PretrainedConfi
     return plain_config(config)
 
 
+def _name_in_tower(stored: str) -> str | None:
+    """The name of a tensor within the language model, from its name in the source; None for a tensor of another part.
+
+    It is "lm_head.weight" for the head; names in the body have no prefix.
+    """
+    head = _HEAD.fullmatch(stored)
+    if head:
+        return f"lm_head.{head[1]}"
+    return next((found[1] for pattern in _BODIES if (found := pattern.fullmatch(stored))), None)
+
+
 def _place_of(stored: TensorRange, family: Architecture, text: "PretrainedConfig") -> tuple[str, TensorRange] | None:
     """The name in the base of a tensor of the multi-modal model, and the part of it that the base has.
 
@@ -159,10 +169,10 @@ def _place_of(stored: TensorRange, family: Architecture, text: "PretrainedConfig
     head = _HEAD.fullmatch(stored.name)
     if head:
         return f"{family.head.rpartition('.')[0]}.{head[1]}", stored
-    match = next((found for pattern in _BODIES if (found := pattern.fullmatch(stored.name))), None)
-    if match is None:
+    within = _name_in_tower(stored.name)
+    if within is None:
         return None
-    name = family.name_of(match[1])
+    name = family.name_of(within)
     place = family.block_of(name) if name else None
     crossing = sorted(getattr(text, "cross_attention_layers", None) or ())
     if name is None or (place is not None and place[0] in crossing):
