@@ -20,6 +20,8 @@ SETTINGS: list[dict[str, Any]] = [
     *({"heal": name} for name in HEALING_STEPS),
     {"heal": "share,distill"},
     {"heal": "refit,distill", "distill_ce": 1.0},
+    {"heal_minutes": 1},
+    {"heal": "share,distill", "heal_minutes": 1},
     {"bits": 4},
     {"svd_rank": 0.5},
     {"mlp_width": 0.5},

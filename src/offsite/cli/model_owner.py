@@ -90,7 +90,7 @@ def pack(
         bundle = pack_stage(Base(base), out, recipient, spec, own, progress, resume=resume)
     made = last_record(log_file(out), PACKING) or {}
     shown = {**inspect_verbs.describe(bundle, own), "emulator": made.get("emulator")}
-    if "distill" in spec.heal.steps:
+    if any(step.name == "distill" for step in spec.healing_steps):
         shown["distillation"] = inspect_verbs.last_losses(log_file(out), "distill step", "distill held out")
     terminal.show(shown, as_json=as_json)
     terminal.hint(f"next: send the folder {out} to {recipient}")

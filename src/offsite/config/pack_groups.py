@@ -109,7 +109,8 @@ class DistillSettings(Settings):
         Field(
             alias="heal_minutes",
             gt=0,
-            description="about how long the distillation may take, instead of a number of passes or steps",
+            description="about how long the distillation may take, instead of a number of passes or steps; without "
+            "heal, heal is refit,distill",
         ),
     ] = None
     batch_tokens: Annotated[

@@ -11,6 +11,7 @@ from offsite.config.emulator_methods import (
     SELECTION_RULES,
     STORED_FORMS,
     UNIT_RULES,
+    HealingName,
     HealingStep,
     Pruner,
     SelectionRule,
@@ -160,9 +161,11 @@ class PackSpec(Spec):
 
     @rule
     def _distillation_has_one_length(self) -> None:
-        """`heal_minutes` needs distill in `heal`, and excludes `distill_steps`."""
+        """`heal_minutes` needs distill in `heal`, and excludes `distill_steps`; without `heal`, it is refit,distill."""
         if self.distill.minutes is not None and not any(step.resumable for step in self.healing_steps):
-            raise ValueError("heal_minutes goes with heal = distill, or refit,distill")
+            raise ValueError(
+                "heal_minutes is the length of a distillation: leave heal out, or choose distill or refit,distill"
+            )
         if self.distill.minutes is not None and self.distill.steps is not None:
             raise ValueError("heal_minutes and distill_steps both set the length of the distillation: give one")
 
@@ -207,6 +210,8 @@ class PackSpec(Spec):
         flags = [] if fits(rule) else [f"--select {rule.instead}"]
         if len(steps) < len(self.healing_steps):
             flags.append(f"--heal {','.join(steps) or 'refit'}")
+        if self.distill.minutes is not None and not any(HEALING_STEPS[name].resumable for name in steps):
+            left_out = [*left_out, "heal_minutes"]
         keys = type(self).settings()
         without = " and ".join(f"--{key.replace('_', '-')}" if keys[key].has_flag else key for key in left_out)
         parts = [f"with {' '.join(flags)}"] if flags else []
@@ -294,8 +299,13 @@ class PackSpec(Spec):
 
     @property
     def healing_steps(self) -> tuple[HealingStep, ...]:
-        """The registry entries of the healing steps, in the order in which `heal` lists them."""
-        return tuple(HEALING_STEPS[name] for name in self.heal.steps)
+        """The registry entries of the healing steps, in the order in which `heal` lists them.
+
+        Where `heal_minutes` is set and `heal` is not, they are refit and distill.
+        """
+        timed = self.distill.minutes is not None and "heal" not in self.explicit_keys
+        names: Sequence[HealingName] = ("refit", "distill") if timed else self.heal.steps
+        return tuple(HEALING_STEPS[name] for name in names)
 
     @property
     def pruner(self) -> Pruner:

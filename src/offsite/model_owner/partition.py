@@ -72,8 +72,12 @@ def _require_no_runs(model: BaseModel, middle: Sequence[int], spec: PackSpec, wo
         raise IncompatibleError(
             f"the blocks of this {model.family.model_type} model cannot be run one by one",
             reasons=[f"{reason}, which runs them so" for reason in reasons],
-            next_step="pack with --heal none, and with --keep or --prune-by magnitude",
+            next_step=f"{_without_healing(spec)}, and with --keep or --prune-by magnitude",
         )
+
+
+def _without_healing(spec: PackSpec) -> str:
+    return f"pack with --heal none{'' if spec.distill.minutes is None else ', without --heal-minutes'}"
 
 
 def _require_room(blocks: int, trained: Collection[int], spec: PackSpec) -> None:
@@ -130,7 +134,7 @@ def _require_gap(middle: Sequence[int], spec: PackSpec, work: Work) -> None:
             reasons=[
                 "no block is dropped or narrowed, and no matrix pruned on calibration data; other losses are not healed"
             ],
-            next_step="say with --keep how many blocks stay, or pack with --heal none",
+            next_step=f"say with --keep how many blocks stay, or {_without_healing(spec)}",
         )
 
 

@@ -10,13 +10,16 @@ def resolve_defaults(model: BaseModel, spec: PackSpec) -> PackSpec:
 
     For an image encoder without calibration pictures, and for a family whose blocks cannot be run one by one,
     `prune_by` becomes magnitude and `heal` none. If a norm follows the MLP, and weights are pruned but no block is
-    dropped, `heal` becomes none (docs/decisions/0004-refit.md). Settings that the user gave do not change.
+    dropped, `heal` becomes none (docs/decisions/0004-refit.md). With `heal_minutes`, `heal` becomes refit,distill, and
+    distill in place of none. Settings that the user gave do not change.
     """
     instead: dict[str, str] = {}
     if lacks_pictures(model, spec) or not model.family.runs_by_block:
         instead = {"heal": "none", "prune_by": "magnitude"}
     elif only_pruned(spec) and model.family.refit_way("mlp", model.config) == "in front of the norm":
         instead = {"heal": "none"}
+    if spec.distill.minutes is not None:
+        instead |= {"heal": "distill" if instead.get("heal") == "none" else "refit,distill"}
     given = spec.explicit_keys | ({"heal"} if "refit_maps" in spec.explicit_keys else set())
     unset = {key: value for key, value in instead.items() if key not in given}
     return spec.changed(unset) if unset else spec

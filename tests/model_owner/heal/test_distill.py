@@ -14,13 +14,14 @@ from offsite.model_owner.calibration import calibration_batches
 from offsite.model_owner.heal import distill as distill_module
 from offsite.model_owner.heal.distill import hidden_error
 from offsite.model_owner.heal.middle_states import MiddleStates
-from offsite.model_owner.pack import pack
+from offsite.model_owner.pack import PACKING, pack
 from offsite.models.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.progress import Event
 from offsite.protocol.artifacts import Base, Bundle
 from offsite.storage.checkpoint_folder import open_checkpoint
 from offsite.storage.safetensors_files import read_float32
+from offsite.training.run_log import last_record, log_file
 from tiny import FAMILIES, KINDS, MakeBase, Parties
 
 CPU = torch.device("cpu")
@@ -168,6 +169,27 @@ def test_a_time_budget_gives_as_many_steps_as_fit_and_a_resumed_run_has_as_many(
 def test_a_time_budget_is_a_length_of_the_distillation(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="heal_minutes"):
         spec(heal_minutes=1, **settings)
+
+
+@pytest.mark.parametrize(
+    ("family", "healed"), [("llama", "refit of mlp in closed form, distill"), ("gemma2", "distill")]
+)
+def test_a_time_budget_alone_distils(
+    base_of: MakeBase, tmp_path: Path, parties: Parties, family: str, healed: str
+) -> None:
+    """With what goes before it in this family: refit does harm to pruned blocks that have norms behind."""
+    quick = {"threads": 1, "device": "cpu", "calibration_tokens": 1024, "distill_tokens": 2048}
+    pack(Base(base_of(family, 6)), tmp_path / "out", "hospital", PackSpec(heal_minutes=0.02, **quick), parties.owner)
+    record = last_record(log_file(tmp_path / "out"), PACKING)
+    assert record is not None
+    assert record["emulator"].endswith(f"zero by sparsegpt, {healed}")
+
+
+def test_a_time_budget_for_what_cannot_be_distilled(base_of: MakeBase, tmp_path: Path, parties: Parties) -> None:
+    settings = PackSpec(heal_minutes=1, bits=4, bottom=1, top=1)
+    with pytest.raises(UsageError, match="would do nothing") as caught:
+        pack(Base(base_of("llama", 5)), tmp_path / "out", "hospital", settings, parties.owner)
+    assert str(caught.value.next_step).endswith("pack with --heal none, without --heal-minutes")
 
 
 def test_a_rate_that_is_far_too_high_is_told(base_of: MakeBase, tmp_path: Path, parties: Parties) -> None:
