@@ -4,72 +4,18 @@ RUN lists every case; test_every_site.py reads from it which errors have one.
 """
 
 import json
-import re
 import shlex
 import shutil
-import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from artifacts import GONE, edit_json, lora_return
+from next_steps import import_cases, owner_cases, picture_cases, tuner_cases
+from next_steps.world import EVAL, OUT, PACK, PLUG, TUNE, Case, World, file, runs, then
 from offsite.cli import main
 from offsite.training.run_log import run_folder
 from tiny import Parties, tiny_base, tiny_parties, tiny_rows, tiny_tokenizer
-
-
-@dataclass(frozen=True)
-class World:
-    """A folder with everything that a command may name."""
-
-    folder: Path
-    parties: Parties
-
-    def words(self, text: str) -> list[str]:
-        """A command line, with {folder}, and with the homes as {owner} and {tuner}."""
-        owner, tuner = self.parties.owner.folder, self.parties.data_owner.folder
-        return [word.format(folder=self.folder, owner=owner, tuner=tuner) for word in shlex.split(text)]
-
-
-Mend = Callable[[World, str], "str | None"]  # what the error advises, done; may give other words for the command
-
-
-@dataclass(frozen=True)
-class Case:
-    """An error, and what is done about it."""
-
-    name: str
-    file: str  # in the package, where the error is made
-    command: str
-    says: str  # a part of the next step, as it is in the source
-    mend: Mend
-    spoil: Callable[[World], None] = lambda world: None
-
-
-TUNE = "tune {folder}/bundle --data {folder}/rows.jsonl --home {tuner} --rank 2 --max-steps 2 --batch-size 4"
-PACK = "pack {folder}/base --for hospital --home {owner} --bottom 1 --top 1 --keep 1 --heal none"
-PLUG = "plug-in {folder}/base {folder}/return --home {owner}"
-OUT = " --out {folder}/out"
-EVAL = "eval {folder}/base --data {folder}/rows.jsonl"
-
-
-def then(command: str) -> Mend:
-    """The command that the step leads to."""
-    return lambda world, step: command
-
-
-def runs(world: World, step: str) -> None:
-    """Run the shell command in a step: what stands behind the last colon or between quotes."""
-    command = re.search(r"`([^`]+)`", step) or re.search(r"((?:rm|chmod|iconv) [^;]+)", step)
-    assert command, step
-    subprocess.run(["bash", "-c", command[1]], check=True, cwd=world.folder)
-
-
-def file(name: str, content: str) -> Callable[[World], None]:
-    return lambda world: (world.folder / name).write_text(content) and None
 
 
 def interrupted(world: World) -> None:
@@ -82,10 +28,6 @@ def interrupted(world: World) -> None:
 def advised_out(world: World, step: str) -> str:
     _, _, words = step.partition("--out ")
     return f"{TUNE} --out {words.split(';')[0].split(',')[0]}"
-
-
-def edited(name: str, **changes: Any) -> Callable[[World], None]:
-    return lambda world: edit_json(world.folder / name, **changes)
 
 
 def trust_first(world: World, step: str) -> None:
@@ -170,10 +112,6 @@ def imported(world: World, step: str) -> str:
     assert "`offsite import MODEL --out base/`" in step
     assert main(world.words("import {folder}/published --out {folder}/again")) == 0
     return f"{PACK.replace('/base', '/again')}{OUT}"
-
-
-def taken_in(world: World) -> None:
-    assert main(world.words(f"{PLUG} --out {{folder}}/first")) == 0
 
 
 def two_parts(world: World) -> None:
@@ -383,6 +321,14 @@ RUN = (
         "--checkpoints",
         then(f"{TUNE}{OUT} --checkpoints 2"),
     ),
+    Case(
+        "another run to resume",
+        "training/resume_points.py",
+        f"{TUNE}{OUT} --resume",
+        "or remove it to start again",
+        lambda w, s: runs(w, s) or TUNE + OUT,
+        interrupted,
+    ),
     Case("an interrupted run", "training/run_log.py", TUNE + OUT, "rm -r", lambda w, s: runs(w, s), interrupted),
     Case(
         "a log in the return",
@@ -498,6 +444,10 @@ RUN = (
         then(EVAL),
         two_parts,
     ),
+    *import_cases.CASES,
+    *owner_cases.CASES,
+    *tuner_cases.CASES,
+    *picture_cases.CASES,
 )
 
 

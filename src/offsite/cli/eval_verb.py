@@ -1,5 +1,6 @@
 """The command eval, which scores a model."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -125,7 +126,7 @@ def _verify(model: Path, adapter: Path | None, home: "Home") -> "tuple[Path | Bu
     if isinstance(scored, Return):
         raise UsageError(
             f"{model} is a return, which is no model by itself",
-            next_step=f"name its bundle too: `offsite eval BUNDLE --adapter {model}`",
+            next_step=f"name its bundle too: `offsite eval BUNDLE --adapter {shlex.quote(str(model))}`",
         )
     if isinstance(tuned, Bundle):
         raise UsageError(f"{adapter} is a bundle, not an adapter", next_step="name it as the model, without --adapter")

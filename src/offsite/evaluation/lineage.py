@@ -1,5 +1,6 @@
 """Checks that an adapter belongs to a model, by the digests in their signed manifests. Torch-free."""
 
+import shlex
 from pathlib import Path
 
 from offsite.errors import IncompatibleError
@@ -29,13 +30,13 @@ def require_lineage(model: Path | Base | Bundle | PlugIn, adapter: Path | Return
             f"the return {adapter.folder} was tuned on the bundle {parent[:12]}, and {_folder(model)} is {other}",
             reasons=["its tensors are for the blocks of that bundle, which are not those of the base"],
             next_step="score it on its bundle; for the base, run "
-            f"`offsite plug-in BASE {adapter.folder} --out PLUGGED` and score the result",
+            f"`offsite plug-in BASE {shlex.quote(str(adapter.folder))} --out PLUGGED` and score the result",
         )
     if isinstance(adapter, PlugIn):
         if adapter.manifest.form == "merged":
             raise IncompatibleError(
                 f"the plug-in {adapter.folder} is a complete model, not an adapter",
-                next_step=f"score it alone: `offsite eval {adapter.folder} --data FILE`",
+                next_step=f"score it alone: `offsite eval {shlex.quote(str(adapter.folder))} --data FILE`",
             )
         if isinstance(model, Bundle | PlugIn):
             kind = "bundle" if isinstance(model, Bundle) else "complete model"

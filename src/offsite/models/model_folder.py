@@ -4,6 +4,7 @@ Settings are checked before any library reads them.
 """
 
 import contextlib
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -112,7 +113,11 @@ def check_settings(source: Source) -> None:
         raise UsageError(
             f"{folder} holds no config.json, so it is not a checkpoint",
             next_step="name a base, bundle or merged plug-in folder"
-            + (f"; an adapter is used with its model: `offsite eval MODEL --adapter {folder}`" if tuned else ""),
+            + (
+                f"; an adapter is used with its model: `offsite eval MODEL --adapter {shlex.quote(str(folder))}`"
+                if tuned
+                else ""
+            ),
         )
     settings = read_settings(source, CONFIG)
     family = ARCHITECTURES.get(str(settings.get("model_type")))

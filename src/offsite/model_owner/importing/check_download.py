@@ -1,5 +1,6 @@
 """Checks that the weights in a folder were downloaded completely, before a library reads them. Torch-free."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def require_content(path: Path) -> None:
         raise StorageError(
             f"{path} is a Git LFS pointer, and not the file itself",
             reasons=["the repository was cloned without Git LFS, so large files were not downloaded"],
-            next_step=f"run `git lfs install`, then `git -C {path.parent} lfs pull`",
+            next_step=f"run `git lfs install`, then `git -C {shlex.quote(str(path.parent))} lfs pull`",
         )
     if start.lower().startswith(_PAGE):
         raise StorageError(

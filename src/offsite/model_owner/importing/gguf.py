@@ -3,6 +3,7 @@
 Settings that transformers ignores are written to the config. A setting or tensor that would be lost is an error.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,8 @@ def _require_model(metadata: Mapping[str, Any], source: Path) -> None:
     if int(metadata.get("split.count", 1)) > 1:
         raise UsageError(
             f"{source} is one of {metadata['split.count']} files of a model",
-            next_step=f"join them: `llama-gguf-split --merge FIRST-FILE {source.with_name('whole.gguf')}`",
+            next_step="join them: "
+            f"`llama-gguf-split --merge FIRST-FILE {shlex.quote(str(source.with_name('whole.gguf')))}`",
         )
     if not isinstance(architecture, str):
         raise StorageError(f"{source} does not name its architecture", next_step="download the file again")

@@ -4,6 +4,7 @@ For any other path, the error says what the path is and what to do.
 """
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -88,7 +89,7 @@ def _file(path: Path) -> Located:
         raise UsageError(
             f"{path} is one file of a model, expected its folder" if has_config else f"{path} holds weights alone",
             reasons=[] if has_config else [f"its folder has no {CONFIG}, which says what model the weights are of"],
-            next_step=f"name the folder: `offsite import {path.parent} --out base/`"
+            next_step=f"name the folder: `offsite import {shlex.quote(str(path.parent))} --out base/`"
             if has_config
             else f"put the file into a folder with the {CONFIG} and the tokenizer of its model, and name the folder",
         )
@@ -113,7 +114,7 @@ def _other_file(path: Path, name: str | None) -> UsageError:
         unpack = "unzip" if path.suffix.lower() == ".zip" else "tar -xf"
         return UsageError(
             f"{path} is no model, but an archive: unpack it first",
-            next_step=f"run `{unpack} {path}`, and name the folder or the .gguf file that comes out",
+            next_step=f"run `{unpack} {shlex.quote(str(path))}`, and name the folder or the .gguf file that comes out",
         )
     return UsageError(
         f"{path} is a {name} file, which is not supported",
@@ -170,7 +171,7 @@ def _in_hub_cache(folder: Path) -> Path | None:
         f"{folder} is no model, but the hub's cache",
         reasons=[f"it holds {'/'.join(m.groups()) if (m := _HUB_FOLDER.fullmatch(p.name)) else p.name}: {p}"
                  for p in models[:20]],
-        next_step=f"name one of them: `offsite import {models[0]} --out base/`",
+        next_step=f"name one of them: `offsite import {shlex.quote(str(models[0]))} --out base/`",
     )  # fmt: skip
 
 
@@ -188,7 +189,7 @@ def _lone_file(folder: Path, names: list[str]) -> Path | None:
         raise UsageError(
             f"{folder} holds {len(ggufs)} GGUF files, expected one",
             reasons=ggufs[:20],
-            next_step=f"name one of them: `offsite import {folder / ggufs[0]} --out base/`",
+            next_step=f"name one of them: `offsite import {shlex.quote(str(folder / ggufs[0]))} --out base/`",
         )
     if whole:
         return folder / whole[0]
@@ -212,6 +213,7 @@ def _whole_gguf(path: Path) -> Path:
             f"{path} is part {int(match[2])} of a model that is split into {int(match[3])} files",
             reasons=[f"missing {name}" for name in missing],
             next_step="join them with llama.cpp's tool, and name the result: "
-            f"`llama-gguf-split --merge {path.parent / parts[0]} {path.parent / match[1]}.gguf`",
+            f"`llama-gguf-split --merge {shlex.quote(str(path.parent / parts[0]))} "
+            f"{shlex.quote(str(path.parent / f'{match[1]}.gguf'))}`",
         )
     return path

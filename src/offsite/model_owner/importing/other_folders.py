@@ -1,6 +1,7 @@
 """Raises errors for folders that look like models but cannot be imported, such as adapters and bundles. Torch-free."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ def refuse_other_folders(folder: Path, names: Sequence[str]) -> None:
         inside = _with_config(folder)
         raise UsageError(
             f"{folder} is a sentence-transformers folder, whose model is in a folder inside",
-            next_step=f"name that folder: `offsite import {inside[0]} --out base/`" if inside else "fetch it again",
+            next_step=f"name that folder: `offsite import {shlex.quote(str(inside[0]))} --out base/`"
+            if inside
+            else "fetch it again",
         )
     if CONFIG not in names:
         _refuse_without_config(folder, names)
@@ -49,13 +52,13 @@ def refuse_other_folders(folder: Path, names: Sequence[str]) -> None:
 
 def _refuse_artifact(folder: Path) -> None:
     """Raise a UsageError for a bundle, a return or a plug-in that is an adapter; a merged plug-in can be imported."""
-    manifest = read_unverified(folder)
+    manifest, quoted = read_unverified(folder), shlex.quote(str(folder))
     if manifest.kind == "plug-in" and manifest.form == "merged":
         return  # an ordinary checkpoint, which may be tuned again
     if manifest.kind == "bundle":
-        next_step = f"to tune it: `offsite tune {folder} --data FILE --out return/`; to import, name the base model"
+        next_step = f"to tune it: `offsite tune {quoted} --data FILE --out return/`; to import, name the base model"
     elif manifest.kind == "return":
-        next_step = f"to use it: `offsite plug-in base/ {folder} --out plugged/`"
+        next_step = f"to use it: `offsite plug-in base/ {quoted} --out plugged/`"
     else:
         next_step = "plug the return in with --as merged, and import that folder"
     raise UsageError(
@@ -89,10 +92,11 @@ def _refuse_adapter(folder: Path, names: Sequence[str]) -> None:
 
 def _refuse_without_config(folder: Path, names: Sequence[str]) -> None:
     """Raise a UsageError that says what a folder without a config is; return if it has GGUF or ONNX files."""
+    quoted = shlex.quote(str(folder))
     if "zero_to_fp32.py" in names or "latest" in names:
         raise UsageError(
             f"{folder} is a checkpoint of DeepSpeed, whose weights are in parts for each process",
-            next_step=f"join them: `python {folder}/zero_to_fp32.py {folder} merged/ --safe_serialization`, and import "
+            next_step=f"join them: `python {quoted}/zero_to_fp32.py {quoted} merged/ --safe_serialization`, and import "
             "merged/ with config.json and the tokenizer's files in it",
         )
     sharded = [name for name in names if name.startswith("pytorch_model_fsdp")] or (
@@ -101,8 +105,8 @@ def _refuse_without_config(folder: Path, names: Sequence[str]) -> None:
     if sharded:
         raise UsageError(
             f"{folder} is a checkpoint of FSDP, whose weights are in parts for each process",
-            next_step=f"join them: `accelerate merge-weights {folder / sharded[0]} merged/`, and import merged/ with "
-            "config.json and the tokenizer's files in it",
+            next_step=f"join them: `accelerate merge-weights {shlex.quote(str(folder / sharded[0]))} merged/`, and "
+            "import merged/ with config.json and the tokenizer's files in it",
         )
     if "params.json" in names:
         raise UsageError(
@@ -123,7 +127,7 @@ def _refuse_without_config(folder: Path, names: Sequence[str]) -> None:
         raise UsageError(
             f"{folder} is no model, but holds {'one' if len(inside) == 1 else 'several'} inside",
             reasons=[str(path) for path in inside[:12]],
-            next_step=f"name the folder: `offsite import {inside[-1]} --out base/`",
+            next_step=f"name the folder: `offsite import {shlex.quote(str(inside[-1]))} --out base/`",
         )
     raise UsageError(
         f"{folder} is no model",
