@@ -17,7 +17,7 @@ def shape_of(cell: Cell, base: Path, plan: Mapping[str, Any]) -> Shape:
         base: the base folder; only its config and the headers of its weights are read.
         plan: numbers of rows, tokens and labels in the measured steps, as `benchmarks.steps` prints them.
     """
-    from offsite.models.architectures import architecture_of
+    from offsite.models.families.architectures import architecture_of
     from offsite.storage.checkpoint_folder import open_checkpoint
 
     config = json.loads((base / "config.json").read_text())

@@ -99,7 +99,7 @@ def _leaving(folder: Path, data: Path, block: Any) -> Any:
     from offsite.data.pictures.picture_files import load_processor
     from offsite.data.pictures.picture_sets import read_pictures
     from offsite.data.pictures.prepared_pictures import Pictures
-    from offsite.models.architectures import ARCHITECTURES
+    from offsite.models.families.architectures import ARCHITECTURES
     from offsite.models.loading import load_model
 
     model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"))

@@ -94,7 +94,7 @@ def classifier(wanted: dict[str, Any], classes: int) -> "nn.Module":
     from torch import nn
     from torch.nn import functional as F
 
-    from offsite.models.architectures import architecture_of
+    from offsite.models.families.architectures import architecture_of
     from offsite.models.image_encoder import encoder_of
     from offsite.models.loading import load_model
 

@@ -233,7 +233,7 @@ def operations(base: Path, contestant: str) -> float:
         base: the base folder of the encoder.
         contestant: its name, such as "lora" (on the whole encoder) or "offsite lora, 4-4-4" (on a bundle).
     """
-    from offsite.models.architectures import architecture_of
+    from offsite.models.families.architectures import architecture_of
     from offsite.storage.checkpoint_folder import open_checkpoint
 
     config = json.loads((base / "config.json").read_text())

@@ -86,7 +86,7 @@ class Judge:
     def __init__(self, base: Path, root: Path) -> None:
         from offsite import Base
         from offsite.model_owner.base_model import open_base
-        from offsite.model_owner.calibration import calibration_batches
+        from offsite.model_owner.calibration.calibration_batches import calibration_batches
 
         self._folder, self._tasks = base, root / "webquestions"
         model = open_base(Base(base))

@@ -10,14 +10,14 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from offsite.models.architectures import ARCHITECTURES  # noqa: E402
-from offsite.models.family import Architecture  # noqa: E402
+from offsite.models.families.architectures import ARCHITECTURES  # noqa: E402
+from offsite.models.families.family import Architecture  # noqa: E402
 from tiny import KINDS, VISION_KINDS  # noqa: E402
 
 INTRODUCTION = """# Model families
 
-<!-- Made by docs/render_models.py from src/offsite/models/families.py and docs/results/model-types.json; run
-`make docs` after a change there. -->
+<!-- Made by docs/render_models.py from src/offsite/models/families/language_families.py and
+docs/results/model-types.json; run `make docs` after a change there. -->
 
 `offsite pack` takes any causal decoder of the installed transformers. There are two ways:
 
@@ -26,9 +26,10 @@ INTRODUCTION = """# Model families
 | has a row in the table below (image encoders too) | both parties verify by that row |
 | has none | the family is read off the model, proved on your weights, and declared in the signed manifest |
 
-The rows are in [families.py](../src/offsite/models/families.py) and
-[vision_families.py](../src/offsite/models/vision_families.py). The proof runs before anything is written, and the data
-owner checks a declared family without torch ([how, and what that trusts](decisions/0008-declared-families.md)).
+The rows are in [language_families.py](../src/offsite/models/families/language_families.py) and
+[vision_families.py](../src/offsite/models/families/vision_families.py). The proof runs before anything is written, and
+the data owner checks a declared family without torch
+([how, and what that trusts](decisions/0008-declared-families.md)).
 
 What cannot be proved is refused, and the error says what differs. Both ways need a model that transformers itself can
 build: models with code of their own do not work. Both parties need a transformers that has the type.
@@ -101,8 +102,8 @@ the plug-in, which `AutoModelForImageClassification` loads without a missing or 
   cross-entropy in distillation.
 - Refused: DINOv2 with a gated feed-forward (`use_swiglu_ffn`, the giant one).
 - `timm_wrapper` is timm's EVA, EVA-02 and plain ViT, of the names in
-  [timm_family.py](../src/offsite/models/timm_family.py), and needs the extra `timm` to heal, tune and evaluate;
-  torchvision must fit torch. Its tests skip where timm does not import
+  [timm_family.py](../src/offsite/models/families/timm_family.py), and needs the extra `timm` to heal, tune and
+  evaluate; torchvision must fit torch. Its tests skip where timm does not import
   ([what was tested where](decisions/0020-timm.md)). LoRA is on all but EVA's matrix of queries, keys and values.
 - `offsite import` takes the image tower out of CLIP and SigLIP checkpoints in safetensors, and a DINOv2 encoder out of
   an ONNX file of torch's exporter; a folder as timm publishes it becomes a base with settings for Pillow.

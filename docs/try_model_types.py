@@ -21,7 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import transformers  # noqa: E402
 
 from every_type import try_type  # noqa: E402
-from offsite.models.transformers_types import causal_types  # noqa: E402
+from offsite.models.families.transformers_types import causal_types  # noqa: E402
 
 RESULTS = HERE / "results" / "model-types.json"
 

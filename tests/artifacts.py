@@ -19,7 +19,7 @@ from offsite.model_owner.check_packing import require_packable
 from offsite.model_owner.pack import Parties as Keys
 from offsite.model_owner.pack import bundle_manifest, pack
 from offsite.model_owner.resolve_defaults import resolve_defaults
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base, Bundle, Return
 from offsite.protocol.contents import (

@@ -15,7 +15,7 @@ for name in ("FORCE_COLOR", "PY_COLORS", "OFFSITE_HOME"):
 
 import pytest  # noqa: E402
 
-from offsite.model_owner import calibration  # noqa: E402
+from offsite.model_owner.calibration import calibration_batches  # noqa: E402
 from tiny import MakeBase, Parties, timm_imports, tiny_base, tiny_parties  # noqa: E402
 
 CALIBRATION = 12_000  # characters
@@ -63,10 +63,10 @@ def _timm(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _short_calibration_text() -> Iterator[None]:
     """The start of the text that ships: tiny tokenizers take a third of a second for all of it, each time."""
-    read = calibration.read_calibration_text
+    read = calibration_batches.read_calibration_text
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            calibration,
+            calibration_batches,
             "read_calibration_text",
             lambda file, form=None: read(file, form) if file else read(None)[:CALIBRATION],
         )

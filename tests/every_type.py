@@ -14,8 +14,8 @@ from offsite import Base, EvalSpec, PackSpec, PlugInSpec, TuneSpec
 from offsite.config import Method
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import open_base
-from offsite.models.derive_family import derive_family
-from offsite.models.transformers_types import config_keys
+from offsite.models.families.derive_family import derive_family
+from offsite.models.families.transformers_types import config_keys
 from tiny import Parties, tiny_parties, tiny_rows
 from tiny_types import tiny_type_base
 

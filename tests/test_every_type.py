@@ -12,7 +12,7 @@ import pytest
 from doc_scripts import DOCS
 from every_type import try_type
 from offsite.config import Method
-from offsite.models.transformers_types import causal_types
+from offsite.models.families.transformers_types import causal_types
 
 # Types that are unlike each other, which a default run tries; these of them are tuned and plugged in too.
 UNLIKE = {

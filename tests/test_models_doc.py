@@ -7,9 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from doc_scripts import DOCS, load_script
-from offsite.models import families
-from offsite.models.architectures import ARCHITECTURES
-from offsite.models.family import Architecture
+from offsite.models.families import language_families as families
+from offsite.models.families.architectures import ARCHITECTURES
+from offsite.models.families.family import Architecture
 
 
 @pytest.fixture(scope="module")

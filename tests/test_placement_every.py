@@ -14,8 +14,8 @@ from offsite.config import Method
 from offsite.errors import UsageError
 from offsite.model_owner.carry_map import CarryMap
 from offsite.model_owner.ledger import Ledger
-from offsite.models.architectures import ARCHITECTURES
 from offsite.models.block_widths import neuron_layers
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.contents import WEIGHTS_OF
 from offsite.storage.checkpoint_folder import WEIGHTS, open_checkpoint

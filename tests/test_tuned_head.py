@@ -23,7 +23,7 @@ from offsite.errors import PolicyError, UsageError
 from offsite.evaluation.evaluate import evaluate
 from offsite.model_owner.intake import intake
 from offsite.model_owner.plugging_in.choose_plug_in import choose
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.protocol.artifacts import Base
 from offsite.protocol.contents import WEIGHTS_OF
 from offsite.protocol.verify import verify_return

@@ -18,7 +18,7 @@ from offsite.data.pictures.picture_sets import read_pictures
 from offsite.data.pictures.prepared_pictures import Pictures
 from offsite.errors import UsageError
 from offsite.evaluation.image_scores import evaluate_images
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.models.model_folder import model_settings
 from offsite.protocol.contents import CLASSIFIER, PROCESSOR

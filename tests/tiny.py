@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pytest
 
 from offsite.config import Method
-from offsite.models.architectures import ARCHITECTURES, Architecture, architecture_of
+from offsite.models.families.architectures import ARCHITECTURES, Architecture, architecture_of
 from offsite.protocol.artifacts import Bundle
 from offsite.protocol.contents import TOKENIZER_CONFIG, cleaned, tokenizer_digest
 from offsite.protocol.home import Home

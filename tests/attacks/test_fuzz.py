@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from offsite.errors import IncompatibleError, StorageError
-from offsite.models.architectures import ARCHITECTURES, config_problems
+from offsite.models.families.architectures import ARCHITECTURES, config_problems
 from offsite.protocol.contents import ALLOWED_KEYS, content_problems
 from offsite.protocol.manifest import ManifestProblem, parse_manifest, render_manifest
 from offsite.storage.safetensors_files import ITEM_SIZE, read_chunks, read_header

@@ -10,7 +10,7 @@ from artifacts import lora_return, packed, with_earlier
 from offsite.cli import data_owner, inspect_verbs, main
 from offsite.config import TuneSpec
 from offsite.data_owner.return_manifest import returned_tensors
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.protocol.home import Home
 from offsite.storage.checkpoint_folder import open_checkpoint
 from tiny import Parties, tiny_base

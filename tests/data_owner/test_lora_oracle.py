@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 
 from offsite.config import TuneSpec
 from offsite.data_owner.methods.lora import attach
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from tiny import tiny_base, tiny_bundle, tiny_parties
 

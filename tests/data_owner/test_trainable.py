@@ -8,7 +8,7 @@ from offsite.config import TuneSpec
 from offsite.data_owner.check_permissions import require_permitted
 from offsite.data_owner.methods import METHODS
 from offsite.errors import IncompatibleError
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.models.hugging_face_calls import quiet
 from offsite.models.loading import load_model
 from offsite.models.mixture import in_files

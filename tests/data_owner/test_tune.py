@@ -12,7 +12,7 @@ from offsite.config import EvalSpec, TuneSpec
 from offsite.data_owner.tune import tune
 from offsite.errors import DataError, IncompatibleError, OffsiteError, PolicyError, UsageError, VerificationError
 from offsite.evaluation.evaluate import evaluate
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.models.torch_tensors import read_tensor
 from offsite.protocol.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RETURNED_WEIGHTS

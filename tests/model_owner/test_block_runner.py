@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.block_runner import BlockRunner, captured_inputs
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.protocol.artifacts import Base
 from tiny import EVERY_KIND, KINDS, MakeBase
 

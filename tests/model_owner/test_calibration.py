@@ -5,7 +5,7 @@ import pytest
 
 from offsite.config import PackSpec
 from offsite.errors import DataError
-from offsite.model_owner.calibration_text import read_calibration_text, row_form
+from offsite.model_owner.calibration.calibration_text import read_calibration_text, row_form
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "ROWS.JSONL"])

@@ -18,7 +18,7 @@ from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.pack import pack
 from offsite.model_owner.plugging_in.plug_in import plug_in
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.protocol.artifacts import Base
 from offsite.protocol.manifest import MANIFEST
 from offsite.protocol.verify import verify_bundle

@@ -17,7 +17,7 @@ from offsite.config import PlugInSpec
 from offsite.errors import IncompatibleError
 from offsite.model_owner.intake import intake
 from offsite.model_owner.plugging_in.plug_in import plug_in
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base
 from offsite.storage.checkpoint_folder import WEIGHTS, open_checkpoint

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from offsite.errors import IncompatibleError
-from offsite.models.architectures import ARCHITECTURES, architecture_of, config_problems
+from offsite.models.families.architectures import ARCHITECTURES, architecture_of, config_problems
 from offsite.models.mixture import in_files
 from tiny import KINDS, tiny_config
 

@@ -8,8 +8,8 @@ import pytest
 from artifacts import copied_folder, edit_json
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import open_base
-from offsite.models.architectures import ARCHITECTURES
-from offsite.models.derive_family import derive_family
+from offsite.models.families.architectures import ARCHITECTURES
+from offsite.models.families.derive_family import derive_family
 from offsite.protocol.artifacts import Base
 from tiny import KINDS, MakeBase, each_form, tiny_config
 from tiny_types import shrunk

@@ -15,7 +15,7 @@ from transformers.core_model_loading import (
 )
 
 from offsite.errors import IncompatibleError
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.models.mixture import experts_implementation, in_files
 from offsite.storage.checkpoint_folder import open_checkpoint

@@ -92,7 +92,7 @@ CASES = (
     ),
     Case(
         "too little text to heal on",
-        "model_owner/calibration.py",
+        "model_owner/calibration/calibration_batches.py",
         f"{HEAL} --calibration {{folder}}/few.txt{OUT}",
         "give more text with --calibration",
         lambda world, step: file("few.txt", "many words, and more of them. " * 900)(world),

@@ -25,7 +25,7 @@ DOCUMENT = re.compile(r"\b((?:docs/)?[\w-]+\.md)\b")
 # Errors that another error takes the place of before anybody sees them; each function catches them by its callers.
 SEEN_BY_NOBODY = {
     *("storage/regular_files.py", "storage/snapshot.py", "protocol/signed_folder.py", "protocol/bundle_rules.py"),
-    *("models/derive_family.py", "models/stored_names.py"),
+    *("models/families/derive_family.py", "models/stored_names.py"),
     *("models/detect_family.py", "data/pictures/picture_files.py", "data/pictures/picture_workers.py"),
 }
 # What a person does: to files, to settings, to the disk, or to the other party.

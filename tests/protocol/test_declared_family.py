@@ -10,9 +10,9 @@ import pytest
 
 from artifacts import edit_json, manifest_of, packed, sign_again
 from offsite.errors import VerificationError
-from offsite.models.architectures import ARCHITECTURES
-from offsite.models.declared_family import DeclaredFamily, declare_family
-from offsite.models.transformers_types import causal_class, causal_types, config_keys
+from offsite.models.families.architectures import ARCHITECTURES
+from offsite.models.families.declared_family import DeclaredFamily, declare_family
+from offsite.models.families.transformers_types import causal_class, causal_types, config_keys
 from offsite.protocol.artifacts import Bundle
 from offsite.protocol.verify import verify_bundle
 from tiny import Parties, tiny_parties

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_di
 from transformers import AutoModelForCausalLM
 
 from artifacts import lora_return, packed
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.protocol.peft_adapter import adapter_config, adapter_tensors, lora_pair
 from offsite.storage.safetensors_files import read_header
 from tiny import FAMILIES, Family, tiny_base, tiny_parties

@@ -2,7 +2,7 @@
 
 from offsite.config import PermitSettings, TuneSpec, unpermitted
 from offsite.errors import IncompatibleError, PolicyError, UsageError
-from offsite.models.architectures import Architecture
+from offsite.models.families.architectures import Architecture
 from offsite.protocol.manifest import BundleManifest
 
 _NO_HEAD = (

@@ -13,7 +13,7 @@ from offsite.data.pictures.picture_sizes import seen_picture
 from offsite.data.pictures.picture_workers import PictureWorkers
 from offsite.data.pictures.prepared_pictures import Pictures
 from offsite.errors import DataError, UsageError
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.models.model_folder import Source, read_settings
 from offsite.models.modules.declared import unwrapped
 from offsite.progress import Event, Progress

@@ -20,7 +20,7 @@ from offsite.data.row import Row
 from offsite.data.tokens import encode
 from offsite.errors import DataError, IncompatibleError
 from offsite.models.backbone import split_backbone_and_head
-from offsite.models.family import Architecture
+from offsite.models.families.family import Architecture
 from offsite.models.hugging_face_calls import incompatible, quiet, require_library
 from offsite.models.image_encoder import encoder_of
 from offsite.models.loading import load_model

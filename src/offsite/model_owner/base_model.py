@@ -10,7 +10,7 @@ from typing import Any
 
 from offsite.data.read_rows import first
 from offsite.errors import IncompatibleError, StorageError, UsageError
-from offsite.models.architectures import ARCHITECTURES, Architecture, architecture_of
+from offsite.models.families.architectures import ARCHITECTURES, Architecture, architecture_of
 from offsite.models.quantisation import display_name, method_in_settings, plain_config
 from offsite.protocol.artifacts import Base
 from offsite.protocol.contents import CONFIG
@@ -162,7 +162,7 @@ def _family_and_config(config: Mapping[str, Any], stored: Iterable[str]) -> tupl
     """
     if str(config.get("model_type")) in ARCHITECTURES:
         return architecture_of(config), config
-    from offsite.models.derive_family import derive_family
+    from offsite.models.families.derive_family import derive_family
 
     derived = derive_family(config, list(stored))
     return derived.family, derived.config

@@ -9,7 +9,7 @@ from offsite.errors import IncompatibleError, StorageError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.bundle_tensors import bundle_config
 from offsite.model_owner.importing.vision_tower import processor_class
-from offsite.models.architectures import config_problems
+from offsite.models.families.architectures import config_problems
 from offsite.models.modules.declared import Declared, wrapped
 from offsite.protocol.contents import (
     ALLOWED_KEYS,

@@ -10,7 +10,7 @@ from offsite.config import PackSpec
 from offsite.model_owner.base_model import BaseModel, open_base
 from offsite.model_owner.bundle_settings import settings_files
 from offsite.model_owner.bundle_tensors import DTYPES, permitted_methods
-from offsite.model_owner.calibration_text import require_calibration
+from offsite.model_owner.calibration.calibration_text import require_calibration
 from offsite.model_owner.check_bundle import check_settings_of
 from offsite.model_owner.emulator_work import work_of
 from offsite.model_owner.partition import partition

@@ -17,7 +17,7 @@ from offsite.data.examples import Example
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.carry_map import CarryMap, KeptFeatures
 from offsite.models.backbone import split_backbone_and_head
-from offsite.models.family import Architecture
+from offsite.models.families.family import Architecture
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Bundle
 from offsite.training.label_losses import label_losses

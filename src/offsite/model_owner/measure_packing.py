@@ -15,8 +15,8 @@ from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner
 from offsite.model_owner.bundle_settings import settings_files
 from offsite.model_owner.bundle_tensors import DTYPES
-from offsite.model_owner.calibration import calibration_batches
-from offsite.model_owner.calibration_text import row_form
+from offsite.model_owner.calibration.calibration_batches import calibration_batches
+from offsite.model_owner.calibration.calibration_text import row_form
 from offsite.model_owner.check_bundle import open_settings
 from offsite.model_owner.check_packing import Packing
 from offsite.model_owner.emulator_work import work_of

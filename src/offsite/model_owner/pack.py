@@ -34,7 +34,7 @@ from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.make_carry_map import make_carry_map
 from offsite.model_owner.narrow.choose_widths import choose_widths
 from offsite.model_owner.select.select_blocks import select_blocks
-from offsite.models.declared_family import declare_family
+from offsite.models.families.declared_family import declare_family
 from offsite.models.modules.declared import Declared
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Base, Bundle

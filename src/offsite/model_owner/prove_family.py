@@ -19,9 +19,9 @@ from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.bundle_tensors import bundle_config
 from offsite.models.backbone import split_backbone_and_head
-from offsite.models.derive_family import hidden_size
+from offsite.models.families.derive_family import hidden_size
+from offsite.models.families.layouts import Layout
 from offsite.models.hugging_face_calls import OFFLINE, incompatible, quiet
-from offsite.models.layouts import Layout
 from offsite.models.loading import Lazy, attention_of, loading_problems
 from offsite.models.mixture import experts_implementation, in_files
 from offsite.models.modules.bottleneck_layers import insert_bottlenecks

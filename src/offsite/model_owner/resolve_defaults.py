@@ -2,7 +2,7 @@
 
 from offsite.config import PackSpec
 from offsite.model_owner.base_model import BaseModel
-from offsite.model_owner.calibration_pictures import has_photos
+from offsite.model_owner.calibration.calibration_pictures import has_photos
 
 
 def resolve_defaults(model: BaseModel, spec: PackSpec) -> PackSpec:

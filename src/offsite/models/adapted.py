@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from offsite.errors import IncompatibleError, UsageError
-from offsite.models.family_of_source import family_of_source
+from offsite.models.families.family_of_source import family_of_source
 from offsite.models.hugging_face_calls import incompatible, quiet
 from offsite.models.loading import load_model
 from offsite.models.mixture import in_files

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from offsite.errors import IncompatibleError
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from offsite.errors import IncompatibleError
-from offsite.models.family import Architecture
+from offsite.models.families.family import Architecture
 
 Shapes = Mapping[str, tuple[int, ...]]  # by path in a block
 Indices = tuple[int, ...]

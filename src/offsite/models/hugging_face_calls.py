@@ -11,7 +11,7 @@ from typing import Any
 
 from offsite.errors import IncompatibleError, OffsiteError
 from offsite.extras import require
-from offsite.models.architectures import Architecture
+from offsite.models.families.architectures import Architecture
 
 OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 # Exceptions that transformers and PEFT raise for a config or weights that they cannot make a model of.

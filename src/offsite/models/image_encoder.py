@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from offsite.errors import IncompatibleError, UsageError
-from offsite.models.architectures import ARCHITECTURES
-from offsite.models.family import Vision
+from offsite.models.families.architectures import ARCHITECTURES
+from offsite.models.families.family import Vision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offsite.errors import IncompatibleError
-from offsite.models.architectures import ARCHITECTURES, Architecture
+from offsite.models.families.architectures import ARCHITECTURES, Architecture
 from offsite.models.hugging_face_calls import OFFLINE, incompatible, quiet, require_library
 from offsite.models.mixture import experts_implementation
 from offsite.models.model_folder import (

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from offsite.models.family import Architecture
+    from offsite.models.families.family import Architecture
 
 _NAME = "offsite_experts"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from offsite.errors import IncompatibleError, StorageError, UsageError
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.models.modules.declared import Declared, unwrapped
 from offsite.storage.files import storage_errors
 from offsite.storage.safetensors_files import StoredTensor, copied, read_header, write_safetensors

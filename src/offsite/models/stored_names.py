@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from offsite.errors import IncompatibleError
-from offsite.models.family import Experts
+from offsite.models.families.family import Experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from offsite.errors import IncompatibleError, VerificationError
-from offsite.models.architectures import Architecture, config_problems
 from offsite.models.block_widths import obstacles
-from offsite.models.declared_family import declared_config_problems
+from offsite.models.families.architectures import Architecture, config_problems
+from offsite.models.families.declared_family import declared_config_problems
 from offsite.models.modules.declared import OF_MIXTURES, Declared, Expected, unwrapped
 from offsite.protocol.contents import (
     ALLOWED_KEYS,

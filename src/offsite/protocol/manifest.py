@@ -8,11 +8,11 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from offsite.config import Method, describe_validation
-from offsite.models.architectures import ARCHITECTURES, Architecture
-from offsite.models.declared_family import DeclaredFamily, declared_architecture
+from offsite.models.families.architectures import ARCHITECTURES, Architecture
+from offsite.models.families.declared_family import DeclaredFamily, declared_architecture
+from offsite.models.families.transformers_types import causal_class
 from offsite.models.modules.declared import FEATURES
 from offsite.models.modules.declared_shapes import bottleneck_places, bottleneck_shapes
-from offsite.models.transformers_types import causal_class
 from offsite.storage.strict_json import strict_json
 
 MANIFEST = "offsite.json"

@@ -5,7 +5,7 @@ return and plug-in remain ordinary PEFT folders; with the methods "full" and "bi
 """
 
 from offsite.config import Method
-from offsite.models.architectures import Architecture
+from offsite.models.families.architectures import Architecture
 from offsite.protocol.manifest import BundleManifest, TensorEntry
 
 

@@ -6,7 +6,7 @@ other key that PEFT acts on (an initialisation that changes base weights, a modu
 
 from collections.abc import Mapping
 
-from offsite.models.architectures import Architecture
+from offsite.models.families.architectures import Architecture
 from offsite.protocol.manifest import LoraSettings, TensorEntry
 
 

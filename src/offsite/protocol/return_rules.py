@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.protocol.contents import (
     ADAPTER_CONFIG,
     CLASSIFIER,

@@ -12,8 +12,8 @@ from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning
 from offsite.data_owner.tuning_pictures import Album
 from offsite.kernels import Piece, Report, backend_of, prepare
-from offsite.models.architectures import Architecture
 from offsite.models.backbone import split_backbone_and_head
+from offsite.models.families.architectures import Architecture
 from offsite.models.image_encoder import WEIGHT, Encoder, encoder_of
 from offsite.progress import Progress
 from offsite.training.master_weights import MasterWeights

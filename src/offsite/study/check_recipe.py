@@ -10,7 +10,7 @@ from typing import Any, get_args
 from offsite.config import PackSpec
 from offsite.errors import UsageError
 from offsite.extras import require
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.storage.strict_json import strict_json
 from offsite.study.demos.tiny_base import tiny_base
 from offsite.study.grid import expand_grid

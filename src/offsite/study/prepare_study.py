@@ -15,7 +15,7 @@ from offsite.data.row import Row, RowForm
 from offsite.data.text_files import kind
 from offsite.errors import DataError, IncompatibleError, OffsiteError, UsageError
 from offsite.model_owner.base_model import BaseModel, open_base
-from offsite.model_owner.calibration_pictures import photos
+from offsite.model_owner.calibration.calibration_pictures import photos
 from offsite.model_owner.check_packing import require_packable
 from offsite.model_owner.emulator_work import work_of
 from offsite.model_owner.partition import partition

@@ -15,7 +15,7 @@ from offsite.config import PackSpec
 from offsite.data_owner.plan import plan_tune
 from offsite.errors import IncompatibleError, UsageError
 from offsite.model_owner.plan import plan_pack
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.verify import verify_bundle
 from offsite.storage.checkpoint_folder import DECLARED_WEIGHTS, open_checkpoint

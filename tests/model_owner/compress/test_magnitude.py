@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from artifacts import packed
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.storage.checkpoint_folder import open_checkpoint
 from offsite.storage.safetensors_files import read_float32
 from tiny import FAMILIES, MakeBase, Parties, tiny_vision_base

@@ -17,8 +17,8 @@ from offsite.model_owner.compress.pruner_protocol import pruning
 from offsite.model_owner.compress.smallest_weights import without_smallest
 from offsite.model_owner.compress.sparsegpt import COLUMNS, DAMPING, prune_matrices
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
-from offsite.models.architectures import ARCHITECTURES, Architecture
-from offsite.models.timm_family import TIMM
+from offsite.models.families.architectures import ARCHITECTURES, Architecture
+from offsite.models.families.timm_family import TIMM
 from offsite.protocol.artifacts import Bundle
 from offsite.storage.checkpoint_folder import open_checkpoint
 from offsite.storage.safetensors_files import read_float32

@@ -16,13 +16,13 @@ from offsite.errors import UsageError
 from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.block_runner import BlockRunner, captured_routing
-from offsite.model_owner.calibration import calibration_batches
+from offsite.model_owner.calibration.calibration_batches import calibration_batches
 from offsite.model_owner.compress.calibrated_pruning import prune_layers
 from offsite.model_owner.compress.pruner_protocol import pruning
 from offsite.model_owner.compress.smallest_weights import where_kept
 from offsite.model_owner.compress.wanda import from_gram, prune_matrices, sum_inputs
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base, Bundle
 from offsite.storage.checkpoint_folder import open_checkpoint

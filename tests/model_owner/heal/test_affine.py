@@ -14,9 +14,9 @@ from offsite.config import PackSpec, load_spec
 from offsite.data_owner.plan import plan_tune
 from offsite.errors import IncompatibleError, UsageError
 from offsite.model_owner.base_model import open_base
-from offsite.model_owner.calibration import calibration_batches
+from offsite.model_owner.calibration.calibration_batches import calibration_batches
 from offsite.model_owner.heal.ridge import USUAL_RIDGE
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.storage.checkpoint_folder import DECLARED_WEIGHTS, open_checkpoint
 from offsite.storage.safetensors_files import read_float32, read_header

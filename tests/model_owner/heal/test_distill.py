@@ -10,12 +10,12 @@ import torch
 from offsite.config import PackSpec
 from offsite.errors import OffsiteError, UsageError
 from offsite.model_owner.base_model import open_base
-from offsite.model_owner.calibration import calibration_batches
+from offsite.model_owner.calibration.calibration_batches import calibration_batches
 from offsite.model_owner.heal import distill as distill_module
 from offsite.model_owner.heal.distill import hidden_error
 from offsite.model_owner.heal.middle_states import MiddleStates
 from offsite.model_owner.pack import PACKING, pack
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.progress import Event
 from offsite.protocol.artifacts import Base, Bundle

@@ -17,14 +17,14 @@ from offsite.errors import DataError, IncompatibleError, UsageError
 from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.block_runner import BlockRunner, LoadedBlock, captured_inputs, captured_routing
-from offsite.model_owner.calibration import calibration_batches
+from offsite.model_owner.calibration.calibration_batches import calibration_batches
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.model_owner.heal.held_solution import SHARES
 from offsite.model_owner.heal.measured_response import measure_response
 from offsite.model_owner.heal.refit import solve_block
 from offsite.model_owner.heal.ridge import USUAL_RIDGE
-from offsite.models.architectures import ARCHITECTURES
-from offsite.models.family import RefitWay
+from offsite.models.families.architectures import ARCHITECTURES
+from offsite.models.families.family import RefitWay
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base
 from offsite.storage.checkpoint_folder import open_checkpoint, write_checkpoint

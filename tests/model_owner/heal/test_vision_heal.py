@@ -19,9 +19,9 @@ from offsite.errors import UsageError
 from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.block_runner import BlockRunner
-from offsite.model_owner.calibration_pictures import PHOTOS, crops, photos
+from offsite.model_owner.calibration.calibration_pictures import PHOTOS, crops, photos
 from offsite.model_owner.heal.distill import hidden_error
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.models.loading import load_model
 from offsite.protocol.artifacts import Base
 from offsite.storage.checkpoint_folder import open_checkpoint

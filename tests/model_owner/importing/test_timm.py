@@ -13,9 +13,9 @@ from offsite.data.pictures.picture_files import load_processor
 from offsite.errors import IncompatibleError, UsageError
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.importing.import_model import import_model
-from offsite.models.architectures import ARCHITECTURES, architecture_of
+from offsite.models.families.architectures import ARCHITECTURES, architecture_of
+from offsite.models.families.timm_family import FORMS, model_args
 from offsite.models.loading import load_model
-from offsite.models.timm_family import FORMS, model_args
 from offsite.protocol.artifacts import Base
 from offsite.storage.checkpoint_folder import open_checkpoint
 from tiny import VISION_KINDS, timm_imports, tiny_vision_base

@@ -12,7 +12,7 @@ from offsite.config.emulator_methods import UNIT_RULES
 from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import BaseModel, open_base
 from offsite.model_owner.block_runner import BlockRunner, captured_inputs
-from offsite.model_owner.calibration import calibration_batches
+from offsite.model_owner.calibration.calibration_batches import calibration_batches
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.model_owner.heal.ridge import USUAL_RIDGE
 from offsite.model_owner.ledger import Ledger

@@ -27,7 +27,7 @@ from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.plugging_in.plug_in import plug_in
 from offsite.models.adapted import load_bottlenecked, load_replaced
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.protocol.artifacts import Base, PlugIn
 from offsite.protocol.verify import verify_plug_in
 from offsite.storage.checkpoint_folder import INDEX, open_checkpoint

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from offsite.config import PackSpec
 from offsite.model_owner.base_model import open_base
-from offsite.model_owner.calibration import calibration_batches
+from offsite.model_owner.calibration.calibration_batches import calibration_batches
 from offsite.model_owner.partition import partition
 from offsite.model_owner.sandwich import Sandwich
 from offsite.model_owner.select import influence as influence_module

@@ -6,7 +6,7 @@ import pytest
 from offsite.data.pictures.picture_files import load_processor
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import open_base
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.models.tokenizers import load_tokenizer
 from offsite.protocol.artifacts import Base
 from offsite.study.demos.tiny_base import tiny_base as made

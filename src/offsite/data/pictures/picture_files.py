@@ -176,7 +176,7 @@ def load_processor(source: Source) -> Processor:
 
 def _size_problems(settings: Mapping[str, Any], made: Sequence[int]) -> Iterator[str]:
     """Yields a text for each reason why the model refuses arrays of the shape `made`, (3, height, width)."""
-    from offsite.models.architectures import ARCHITECTURES
+    from offsite.models.families.architectures import ARCHITECTURES
 
     family = ARCHITECTURES.get(str(settings.get("model_type")))
     inner = settings.get("vision_config", settings)

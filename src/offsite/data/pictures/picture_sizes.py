@@ -6,7 +6,7 @@ from typing import Any
 
 from offsite.data.pictures.picture_files import Picture
 from offsite.errors import IncompatibleError
-from offsite.models.family import Architecture
+from offsite.models.families.family import Architecture
 from offsite.models.model_folder import Source, folder_of, read_bytes
 from offsite.storage.strict_json import strict_json
 

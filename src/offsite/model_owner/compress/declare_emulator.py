@@ -18,7 +18,7 @@ from offsite.model_owner.compress.smallest_weights import Array
 from offsite.model_owner.compress.stored_form_protocol import BlockReshaping, MatrixEncoding, form_of
 from offsite.model_owner.narrow.even_widths import base_widths
 from offsite.models.block_widths import Widths
-from offsite.models.family import Architecture
+from offsite.models.families.family import Architecture
 from offsite.models.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT, Declared
 from offsite.storage.safetensors_files import NewTensor, TensorRange, copied, from_float32, read_float32
 

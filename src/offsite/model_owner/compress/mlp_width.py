@@ -12,7 +12,7 @@ from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.carry_map import KeptFeatures, Narrowed
 from offsite.models.block_widths import neuron_layers
-from offsite.models.family import Architecture
+from offsite.models.families.family import Architecture
 from offsite.models.modules.declared import Declared
 
 Array = npt.NDArray[np.float32]

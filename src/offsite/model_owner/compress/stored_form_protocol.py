@@ -14,7 +14,7 @@ from offsite.config import PackSpec, StoredForm
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.carry_map import Narrowed
 from offsite.model_owner.compress.smallest_weights import Array
-from offsite.models.family import Architecture
+from offsite.models.families.family import Architecture
 from offsite.models.modules.declared import Declared
 
 

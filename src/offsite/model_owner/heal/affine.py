@@ -13,7 +13,7 @@ from offsite.config import PackSpec
 from offsite.model_owner.compress.pruner_protocol import Pruning
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.model_owner.heal.ridge import RidgeProblem
-from offsite.models.family import Architecture
+from offsite.models.families.family import Architecture
 from offsite.models.modules.declared import AFFINE_BIAS, AFFINE_WEIGHT
 
 

@@ -19,8 +19,8 @@ from offsite.kernels.runtime import resolve_runtime
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner, LoadedBlock
 from offsite.model_owner.bundle_tensors import DTYPES
-from offsite.model_owner.calibration import calibration_batches
-from offsite.model_owner.calibration_text import row_form
+from offsite.model_owner.calibration.calibration_batches import calibration_batches
+from offsite.model_owner.calibration.calibration_text import row_form
 from offsite.model_owner.compress.calibrated_pruning import prune_layers
 from offsite.model_owner.compress.pruner_protocol import pruning
 from offsite.model_owner.emulator_work import Work, work_of
@@ -31,7 +31,7 @@ from offsite.model_owner.narrow.even_widths import base_widths
 from offsite.model_owner.narrow.remove_units import remove_units
 from offsite.model_owner.sandwich import Sandwich
 from offsite.models.block_widths import Kept, Widths
-from offsite.models.family import Architecture
+from offsite.models.families.family import Architecture
 from offsite.models.torch_tensors import read_tensor
 from offsite.progress import Event, Progress
 from offsite.storage.files import replace_file

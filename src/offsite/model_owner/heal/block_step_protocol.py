@@ -10,7 +10,7 @@ from torch import Tensor
 from offsite.config import HealingStep, PackSpec
 from offsite.model_owner.block_runner import LoadedBlock
 from offsite.model_owner.compress.pruner_protocol import Pruning
-from offsite.models.family import Architecture
+from offsite.models.families.family import Architecture
 
 
 @dataclass(frozen=True)

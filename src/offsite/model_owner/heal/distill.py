@@ -24,8 +24,8 @@ from offsite.config import PackSpec
 from offsite.kernels.runtime import resolve_runtime, seeded
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner, LoadedStack
-from offsite.model_owner.calibration import calibration_batches
-from offsite.model_owner.calibration_text import row_form
+from offsite.model_owner.calibration.calibration_batches import calibration_batches
+from offsite.model_owner.calibration.calibration_text import row_form
 from offsite.model_owner.emulator_work import work_of
 from offsite.model_owner.heal.healing_protocol import Healing
 from offsite.model_owner.heal.middle_states import MiddleStates, middle_states

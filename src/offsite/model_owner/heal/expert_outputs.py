@@ -15,7 +15,7 @@ from offsite.model_owner.block_runner import captured_routing
 from offsite.model_owner.compress.pruner_protocol import Pruning
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.model_owner.heal.ridge import RidgeProblem
-from offsite.models.family import Experts
+from offsite.models.families.family import Experts
 from offsite.models.mixture import expert_inner, expert_matrices
 
 

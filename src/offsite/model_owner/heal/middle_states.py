@@ -15,7 +15,7 @@ from offsite.errors import StorageError
 from offsite.kernels.runtime import Runtime
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner
-from offsite.model_owner.calibration import token_counts
+from offsite.model_owner.calibration.calibration_batches import token_counts
 from offsite.model_owner.sandwich import Sandwich
 from offsite.models.torch_tensors import read_tensor
 from offsite.progress import Event, Progress

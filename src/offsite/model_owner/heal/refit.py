@@ -19,7 +19,7 @@ from offsite.config import PackSpec
 from offsite.model_owner.compress.pruner_protocol import Pruning
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.model_owner.heal.output_layers import change_outputs
-from offsite.models.family import Architecture
+from offsite.models.families.family import Architecture
 
 
 def solved_layers(family: Architecture, spec: PackSpec) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from offsite.storage.files import write_stream
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from offsite.models.architectures import Architecture
+    from offsite.models.families.architectures import Architecture
 
 _ERRORS = (*LIBRARY_ERRORS, UnpicklingError, StructError, EOFError)
 

@@ -15,7 +15,7 @@ from offsite.errors import IncompatibleError, StorageError
 from offsite.model_owner.base_model import family_of
 from offsite.model_owner.importing.import_record import ImportRecord, Place, count_by_part
 from offsite.model_owner.importing.write_weights import write_weights
-from offsite.models.architectures import ARCHITECTURES, Architecture
+from offsite.models.families.architectures import ARCHITECTURES, Architecture
 from offsite.models.hugging_face_calls import LIBRARY_ERRORS, OFFLINE, quiet
 from offsite.models.quantisation import plain_config
 from offsite.protocol.contents import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES

@@ -13,7 +13,7 @@ from typing import Any
 from offsite.errors import IncompatibleError
 from offsite.model_owner.importing.import_record import ImportRecord, count_by_part
 from offsite.model_owner.importing.write_weights import write_weights
-from offsite.models.timm_family import FORMS, TIMM
+from offsite.models.families.timm_family import FORMS, TIMM
 from offsite.protocol.contents import CONFIG, PROCESSOR, processor_problems
 from offsite.storage.checkpoint_folder import open_checkpoint
 from offsite.storage.files import write_stream

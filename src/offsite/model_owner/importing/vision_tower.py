@@ -8,7 +8,7 @@ from typing import Any
 from offsite.errors import IncompatibleError, StorageError
 from offsite.model_owner.importing.import_record import ImportRecord, count_by_part
 from offsite.model_owner.importing.write_weights import write_weights
-from offsite.models.architectures import ARCHITECTURES, Architecture
+from offsite.models.families.architectures import ARCHITECTURES, Architecture
 from offsite.protocol.contents import CONFIG, PROCESSOR
 from offsite.storage.checkpoint_folder import open_checkpoint
 from offsite.storage.files import write_stream

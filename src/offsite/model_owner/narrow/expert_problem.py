@@ -15,7 +15,7 @@ from offsite.model_owner.block_runner import LoadedBlock, captured_routing
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.model_owner.heal.expert_outputs import RoutedTokens
 from offsite.model_owner.narrow.unit_rule_protocol import UnitProblem
-from offsite.models.family import Experts
+from offsite.models.families.family import Experts
 from offsite.models.mixture import expert_inner, expert_matrices
 
 

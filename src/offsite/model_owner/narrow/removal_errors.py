@@ -15,8 +15,8 @@ from offsite.config import PackSpec, RefitMap
 from offsite.kernels.runtime import resolve_runtime
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.block_runner import BlockRunner
-from offsite.model_owner.calibration import calibration_batches
-from offsite.model_owner.calibration_text import row_form
+from offsite.model_owner.calibration.calibration_batches import calibration_batches
+from offsite.model_owner.calibration.calibration_text import row_form
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.model_owner.heal.unsolvable import explain_unsolvable
 from offsite.model_owner.narrow.even_widths import base_widths, block_shapes

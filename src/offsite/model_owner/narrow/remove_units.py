@@ -17,7 +17,7 @@ from offsite.model_owner.narrow.expert_problem import expert_problem
 from offsite.model_owner.narrow.projection_inputs import projection_inputs
 from offsite.model_owner.narrow.unit_rule_protocol import ordering
 from offsite.models.block_widths import Kept, Widths, narrowed_names, tensor_places
-from offsite.models.family import Architecture
+from offsite.models.families.family import Architecture
 from offsite.models.mixture import block_in_files
 
 

@@ -30,8 +30,8 @@ from offsite.model_owner.plugging_in.plug_in import open_base_of, refusals_recor
 from offsite.model_owner.plugging_in.plug_in_contents import adapter_contents
 from offsite.model_owner.plugging_in.plugged_tensors import Chosen, adapter_tensors, changed_tensors
 from offsite.models.adapted import ADAPTED, saved_as
-from offsite.models.architectures import Architecture
 from offsite.models.backbone import Network, split_backbone_and_head
+from offsite.models.families.architectures import Architecture
 from offsite.models.loading import load_model
 from offsite.models.mixture import in_files
 from offsite.models.tokenizers import context_length, load_tokenizer

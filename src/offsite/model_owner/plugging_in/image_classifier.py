@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from offsite.model_owner.base_model import BaseModel
-from offsite.models.family import Vision
+from offsite.models.families.family import Vision
 from offsite.protocol.artifacts import Return
 from offsite.protocol.contents import CLASSIFIER
 from offsite.storage.safetensors_files import NewTensor, copied

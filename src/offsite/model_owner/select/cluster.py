@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from offsite.kernels.runtime import resolve_runtime
 from offsite.model_owner.block_runner import BlockRunner
-from offsite.model_owner.calibration import calibration_batches
-from offsite.model_owner.calibration_text import row_form
+from offsite.model_owner.calibration.calibration_batches import calibration_batches
+from offsite.model_owner.calibration.calibration_text import row_form
 from offsite.model_owner.select.selection_protocol import Selection
 from offsite.progress import Event
 

@@ -18,8 +18,8 @@ import torch
 
 from offsite.kernels.runtime import resolve_runtime
 from offsite.model_owner.block_runner import BlockRunner, LoadedStack
-from offsite.model_owner.calibration import calibration_batches
-from offsite.model_owner.calibration_text import row_form
+from offsite.model_owner.calibration.calibration_batches import calibration_batches
+from offsite.model_owner.calibration.calibration_text import row_form
 from offsite.model_owner.emulator_work import work_of
 from offsite.model_owner.heal.block_by_block import block_by_block
 from offsite.model_owner.heal.middle_states import MiddleStates, middle_states

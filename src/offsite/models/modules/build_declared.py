@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from offsite.models.architectures import architecture_of
 from offsite.models.block_widths import widths_of
 from offsite.models.empty_weights import without_weights
-from offsite.models.family import Architecture
+from offsite.models.families.architectures import architecture_of
+from offsite.models.families.family import Architecture
 from offsite.models.mixture import block_in_files, block_in_modules, experts_implementation
 from offsite.models.modules.affine_map import Affine, stand_behind
 from offsite.models.modules.compressed_linear import FactoredLinear, QuantisedLinear, unpacked

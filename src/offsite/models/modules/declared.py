@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from offsite.models.block_widths import Shapes, Widths, narrowed_shapes, widths_of
-from offsite.models.family import Architecture
+from offsite.models.families.family import Architecture
 from offsite.storage.safetensors_files import FLOATS
 
 MODEL_TYPE = "offsite"

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from offsite.models.architectures import Architecture
+from offsite.models.families.architectures import Architecture
 
 _BOTTLENECK = re.compile(r"(.+)\.bottleneck\.(?:down|up)\.(?:weight|bias)")
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from offsite.models.block_widths import Shapes, Widths, narrowed_shapes, router_of
-from offsite.models.family import Architecture
+from offsite.models.families.family import Architecture
 
 
 class _NarrowConfig:

@@ -8,7 +8,7 @@ from typing import Any
 from offsite.errors import IncompatibleError
 from offsite.extras import require
 from offsite.model_owner.base_model import open_base
-from offsite.models.architectures import ARCHITECTURES
+from offsite.models.families.architectures import ARCHITECTURES
 from offsite.models.hugging_face_calls import quiet
 from offsite.protocol.artifacts import Base
 from offsite.storage.files import staged_folder

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from offsite.models.architectures import ARCHITECTURES, Architecture, architecture_of
+from offsite.models.families.architectures import ARCHITECTURES, Architecture, architecture_of
 from offsite.models.model_folder import Source, unwrapped_config
 from offsite.storage.checkpoint_folder import open_checkpoint
 from offsite.storage.snapshot import holds_tensors
@@ -18,7 +18,7 @@ def family_of_source(source: Source) -> Architecture:
     config, _ = unwrapped_config(source)
     if str(config.get("model_type")) in ARCHITECTURES:
         return architecture_of(config)
-    from offsite.models.derive_family import derive_family
+    from offsite.models.families.derive_family import derive_family
 
     return derive_family(config, _tensor_names(source)).family
 

@@ -1,6 +1,6 @@
 """The description of a model family: its blocks, embeddings, head, linear layers and permitted config keys. Torch-free.
 
-A family is an entry of the table in `families.py`, or is derived from one model; no other code depends on the family.
+A family is an entry of the table in `language_families.py`, or is derived from one model; no other code depends on it.
 Tensor names are those in files that transformers writes today; `Architecture.name_of` maps names in older published
 files to them. Some parameters of torch modules have other names (`Architecture.module_of`), and experts are stacked
 there (`Architecture.stacked`).
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from offsite.config import RefitMap
 from offsite.errors import IncompatibleError
-from offsite.models.layouts import Layout
+from offsite.models.families.layouts import Layout
 
 RefitWay = Literal["in closed form", "in front of the norm", "expert by expert", "as measured", "by gradient"]
 Rule = Callable[[Mapping[str, Any], int], Any]  # (config, index of a block) -> the value that transformers derives

@@ -19,8 +19,12 @@ from offsite.data.pictures.prepared_pictures import Pictures
 from offsite.data.row import RowForm
 from offsite.errors import DataError
 from offsite.model_owner.base_model import BaseModel
-from offsite.model_owner.calibration_pictures import crops
-from offsite.model_owner.calibration_text import calibration_length, read_calibration_text, require_whole_sequence
+from offsite.model_owner.calibration.calibration_pictures import crops
+from offsite.model_owner.calibration.calibration_text import (
+    calibration_length,
+    read_calibration_text,
+    require_whole_sequence,
+)
 from offsite.models.tokenizers import load_tokenizer
 
 CALIBRATION_BATCH = 8  # sequences or pictures per batch

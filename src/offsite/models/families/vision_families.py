@@ -7,7 +7,7 @@ field `modules` maps between them.
 from collections.abc import Mapping
 from typing import Any
 
-from offsite.models.family import Architecture, Vision
+from offsite.models.families.family import Architecture, Vision
 
 
 def _words(text: str) -> frozenset[str]:

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from offsite.models.family import Architecture, Experts
-from offsite.models.layouts import Layout
-from offsite.models.transformers_types import causal_class, config_keys
+from offsite.models.families.family import Architecture, Experts
+from offsite.models.families.layouts import Layout
+from offsite.models.families.transformers_types import causal_class, config_keys
 
 _WORD = r"[A-Za-z0-9][A-Za-z0-9_]*"  # no "__class__": a path of a module looks nothing else up
 Path = Annotated[str, Field(pattern=rf"^[A-Za-z][A-Za-z0-9_]*(\.{_WORD})*$", max_length=200)]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from offsite.models.family import Architecture, Vision
+from offsite.models.families.family import Architecture, Vision
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from offsite.errors import IncompatibleError
-from offsite.models.families import FAMILIES
-from offsite.models.family import Architecture, Vision, config_problems
-from offsite.models.timm_family import TIMM
-from offsite.models.vision_families import VISION_FAMILIES
+from offsite.models.families.family import Architecture, Vision, config_problems
+from offsite.models.families.language_families import FAMILIES
+from offsite.models.families.timm_family import TIMM
+from offsite.models.families.vision_families import VISION_FAMILIES
 
 __all__ = ["ARCHITECTURES", "Architecture", "Vision", "architecture_of", "config_problems"]
 
@@ -28,7 +28,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         raise IncompatibleError(
             f"models of type {str(config.get('model_type'))[:64]!r} are not supported",
             reasons=[f"supported: {', '.join(sorted(ARCHITECTURES))}"],
-            next_step="add a row to offsite/models/families.py; the tests then cover it",
+            next_step="add a row to offsite/models/families/language_families.py; the tests then cover it",
         )
     bad = family.set_switches(config)
     if bad:

@@ -13,12 +13,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from offsite.errors import IncompatibleError, OffsiteError
-from offsite.models.cut_config import block_counts, cut_config, per_block_keys, structure_of
-from offsite.models.declared_family import sizes
-from offsite.models.family import Architecture
-from offsite.models.layouts import Layout
+from offsite.models.families.cut_config import block_counts, cut_config, per_block_keys, structure_of
+from offsite.models.families.declared_family import sizes
+from offsite.models.families.family import Architecture
+from offsite.models.families.layouts import Layout
+from offsite.models.families.transformers_types import causal_class, config_keys
 from offsite.models.stored_names import StoredNames, map_stored_names
-from offsite.models.transformers_types import causal_class, config_keys
 
 if TYPE_CHECKING:
     from torch import nn

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from offsite.errors import IncompatibleError
-from offsite.models.family import Architecture, Experts, Rule
+from offsite.models.families.family import Architecture, Experts, Rule
 
 
 def _words(text: str) -> frozenset[str]:

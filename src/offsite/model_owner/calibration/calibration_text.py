@@ -13,7 +13,7 @@ from offsite.data.row import RowForm
 from offsite.data.text_files import kind, read_text
 from offsite.errors import UsageError
 from offsite.model_owner.base_model import BaseModel
-from offsite.model_owner.calibration_pictures import photos
+from offsite.model_owner.calibration.calibration_pictures import photos
 
 _LONGEST = 512  # tokens in a sequence, BOS included
 
@@ -38,7 +38,7 @@ def read_calibration_text(file: Path | None, form: RowForm | None = None) -> str
         DataError: the file cannot be read.
     """
     if file is None:
-        return (resources.files("offsite.model_owner") / "calibration.txt").read_text(encoding="utf-8")
+        return (resources.files("offsite.model_owner.calibration") / "calibration.txt").read_text(encoding="utf-8")
     if file.is_dir() or kind(file) in RECORDS:
         return "\n\n".join(row.whole_text for row in read_rows(file, form) if not row.left_out)
     return read_text(file)

@@ -1,0 +1,1 @@
+"""The text or pictures that blocks are selected, pruned, narrowed and healed on."""
