@@ -113,7 +113,7 @@ ALLOWED_WORDS = frozenset(  # keys of model configs and of recipes, columns, cal
     tie_word_embeddings eos_token pad_token bos_token chat_template tokenizer_config preprocessor_config adapter_config
     generation_config max_train_rows max_test_rows crop_size do_center_crop flatten_indices save_pretrained
     from_pretrained merge_and_unload model_type vocab_size weight_map image_size save_to_disk fine_label pytorch_model
-    pretrained_cfg safe_serialization
+    pretrained_cfg safe_serialization language_families
     """.split()  # noqa: SIM905  easier to read than quoted words
 )
 
