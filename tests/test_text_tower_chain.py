@@ -17,7 +17,7 @@ from tiny import Parties, tiny_rows
 MORE = pytest.mark.every_form
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=MORE), pytest.param("bitfit", marks=MORE)])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=MORE)])
 @pytest.mark.parametrize("form", ["llava, olmo2", pytest.param("llava_next, granite", marks=MORE)])
 def test_a_derived_tower_is_tuned(tmp_path: Path, parties: Parties, form: str, method: Method) -> None:
     source, model = whole_model(tmp_path / "whole", form)
