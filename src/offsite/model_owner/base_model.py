@@ -143,8 +143,8 @@ def family_of(config: Mapping[str, Any], stored: Iterable[str] = ()) -> Architec
 
     Args:
         config: the content of config.json.
-        stored: the names of the tensors in the files; where they are left out, a family that is read off the model
-            knows only the names that transformers' modules have.
+        stored: the names of the tensors in the weight files; if empty, a derived family has only the parameter names of
+            transformers' torch model.
 
     Raises:
         IncompatibleError: the config turns on an option that the row does not support; or there is no row, and the
@@ -154,11 +154,11 @@ def family_of(config: Mapping[str, Any], stored: Iterable[str] = ()) -> Architec
 
 
 def _family_and_config(config: Mapping[str, Any], stored: Iterable[str]) -> tuple[Architecture, Mapping[str, Any]]:
-    """The family of a model, and its config; a config without a row in the table gets its class's derived settings.
+    """The family of a model, and its config; for a derived family, the config as it was completed for this family.
 
     Args:
         config: the content of config.json.
-        stored: the names of the tensors in the files.
+        stored: the names of the tensors in the weight files; may be empty, see `family_of`.
     """
     if str(config.get("model_type")) in ARCHITECTURES:
         return architecture_of(config), config
@@ -287,6 +287,7 @@ def fingerprint(model: BaseModel, identity: Identity, base: Base | None = None, 
 
 
 def _fingerprint(model: BaseModel, identity: Identity, bad: list[str] | None) -> str:
+    """Compute the fingerprint without a cache; arguments as for `fingerprint`."""
     code = hmac.new(identity.secret("base fingerprint"), digestmod=hashlib.sha256)
     for name in sorted(model.tensors):
         tensor = model.tensors[name]

@@ -113,7 +113,7 @@ class LoadedStack:
     """The blocks of an emulator with their weights, in a model; a block that is used several times is loaded once."""
 
     parameters: Mapping[str, nn.Parameter]  # of the blocks, by their names in the base's torch model
-    whole: nn.Module
+    whole: nn.Module  # the model that contains the blocks; it has final norm and head only if they were loaded
     blocks: Sequence[nn.Module]  # of the emulator, then those after it
     watched: int  # number of blocks of the emulator
     cap: float | None  # c in logits = c * tanh(logits / c); None if the model does not cap logits
@@ -189,7 +189,12 @@ def _state(output: Any) -> Tensor:
 
 
 class BlockRunner:
-    """Loads blocks of a base to run them; hidden states are float32, matrix products run in the compute dtype."""
+    """Loads blocks of a base to run them; hidden states are float32, matrix products run in the compute dtype.
+
+    Args:
+        model: the opened base.
+        machine: the device, and the compute dtype.
+    """
 
     def __init__(self, model: BaseModel, machine: Runtime) -> None:
         self._model, self._device, self._compute = model, machine.device, machine.dtype
@@ -198,8 +203,9 @@ class BlockRunner:
     def load(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> LoadedBlock:
         """Load one block of the base, given its index.
 
-        `replaced` has new tensors for it, keyed by path in the block as in checkpoint files. If these include an affine
-        layer, it runs after the block. If they have fewer heads, neurons or experts, the block becomes narrower.
+        `replaced` has new tensors for it, keyed by path in the block as in checkpoint files; None keeps the base's. If
+        they include an affine layer, it runs after the block. If they have fewer heads, neurons or experts, the block
+        becomes narrower.
         """
         family = self._model.family
         surrounding = self._skeleton([index])

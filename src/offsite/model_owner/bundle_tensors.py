@@ -35,7 +35,7 @@ def bundle_tensors(
         healed: tensors that replace the base's, and tensors of affine layers after blocks; keys are tensor names in the
             base.
         dtype: the bundle's dtype of floats, "BF16" or "F32".
-        numbers: the numbers of blocks in the bundle's parts.
+        numbers: the manifest's split: how many blocks each part of the bundle has, and which emulator blocks train.
         spec: the settings of pruning and of the other compressions.
         declared: what the bundle's config declares of blocks that differ from the family's; None if none does.
     """
@@ -88,19 +88,20 @@ def subset_config(model: BaseModel, kept: Sequence[int]) -> dict[str, Any]:
 
 
 def counts(sandwich: Sandwich, kept: Sequence[int], spec: PackSpec) -> Split:
-    """The split for the bundle's manifest: numbers of blocks, and indices of blocks in the bundle, not in the base.
+    """The split for the bundle's manifest: how many of the bundle's blocks are in its bottom, emulator and top.
 
-    If a base block runs at several places of the emulator, only the block at its original place gets an adapter.
+    It also has the indices, in the bundle, of the blocks between bottom and top that train or may get adapters. If a
+    base block runs several times in the emulator, only the one at its original position in the base gets an adapter.
 
     Args:
         sandwich: the split of the base into bottom, middle and top.
         kept: base indices of the bundle's blocks, in order.
-        spec: the settings, which say where adapters are.
+        spec: the settings, which say whether the emulator's blocks get adapters.
     """
     frozen = [place for place, index in enumerate(kept) if index in sandwich.middle]
     first, last = frozen[0], frozen[-1]
     inside = [place for place in range(first, last) if kept[place] in sandwich.spread]
-    adapted = [place for place in frozen if _holds_weights(place, kept, sandwich)] if spec.adapts_emulator else []
+    adapted = [place for place in frozen if _can_have_adapter(place, kept, sandwich)] if spec.adapts_emulator else []
     return Split(
         bottom=first,
         emulator=last + 1 - first,
@@ -110,10 +111,10 @@ def counts(sandwich: Sandwich, kept: Sequence[int], spec: PackSpec) -> Split:
     )
 
 
-def _holds_weights(place: int, kept: Sequence[int], sandwich: Sandwich) -> bool:
+def _can_have_adapter(place: int, kept: Sequence[int], sandwich: Sandwich) -> bool:
     """Whether a block of the emulator can have an adapter.
 
-    It can if its base block runs nowhere else in the bundle, or if it is at the base block's original place.
+    It can if its base block runs only once in the bundle, or if it runs here at its original position in the base.
 
     Args:
         place: the block's index in the bundle.
@@ -134,7 +135,7 @@ def returnable(
     Args:
         model: the opened base.
         kept: base indices of the bundle's blocks, in order.
-        numbers: the numbers of blocks in the bundle's parts.
+        numbers: the manifest's split: how many blocks each part of the bundle has, and which emulator blocks train.
         dtype: the bundle's dtype of floats, "BF16" or "F32".
         declared: what the bundle's config declares of blocks that differ from the family's; None if none does.
     """
@@ -203,7 +204,7 @@ def lora_targets(
     Args:
         model: the opened base.
         kept: base indices of the bundle's blocks, in order.
-        numbers: the numbers of blocks in the bundle's parts.
+        numbers: the manifest's split: how many blocks each part of the bundle has, and which emulator blocks train.
         declared: what the bundle's config declares of blocks that differ from the family's; None if none does.
     """
     targets = {}

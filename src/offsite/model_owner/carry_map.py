@@ -35,7 +35,10 @@ Narrowed = Mapping[str, KeptFeatures]  # of one block, by the layer's path in th
 
 @dataclass(frozen=True)
 class CarriedBlock:
-    """The base block that a block of the bundle was made from, and what its narrowed layers still have."""
+    """The base block that a block of the bundle was made from.
+
+    `narrowed` has the inputs and outputs that remain in its narrowed layers, keyed by the layer's path in the block.
+    """
 
     base: int  # index in the base
     narrowed: Narrowed = field(default_factory=dict)
@@ -64,8 +67,9 @@ class CarryMap:
 
         Args:
             kept: base indices of the bundle's blocks, in order.
-            narrowed: what the narrowed layers of blocks still have, keyed by the block's index in the bundle.
-            shipped: the sent values of biases of compressed blocks, see the class.
+            narrowed: the inputs and outputs that remain in the narrowed layers of blocks, keyed by the block's index in
+                the bundle; None if no block is narrowed.
+            shipped: the sent values of biases of compressed blocks, see the class; None if a return has no such biases.
         """
         of_blocks = narrowed or {}
         return cls(tuple(CarriedBlock(base, of_blocks.get(at, {})) for at, base in enumerate(kept)), shipped or {})
@@ -81,16 +85,16 @@ class CarryMap:
 
 
 class _StoredBlock(BaseModel):
-    """The JSON of a `CarriedBlock`; its lists of inputs and outputs are numbers of lists in `_StoredMap`."""
+    """The JSON of a `CarriedBlock`; the lists of remaining inputs and outputs are in `_StoredMap.lists`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     base: _Index
-    narrowed: dict[str, tuple[int | None, int | None]] = {}  # layer -> numbers of its lists of inputs and outputs
+    narrowed: dict[str, tuple[int | None, int | None]] = {}  # layer -> indices of its two lists; None: all
 
 
 class _StoredMap(BaseModel):
-    """The JSON of a map; equal lists of features are stored once, since all layers of an MLP have the same neurons."""
+    """The JSON of a `CarryMap`; equal lists of features are stored once, as an MLP's layers have the same neurons."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

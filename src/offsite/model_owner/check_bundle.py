@@ -123,7 +123,7 @@ def _stored_dtype(manifest: BundleManifest) -> "torch.dtype":
 
 
 def _as_source(model: BaseModel, files: Mapping[str, bytes]) -> Snapshot:
-    """The bundle's files other than weights, in memory; errors will name the base's folder as their place."""
+    """The bundle's files other than weights, in memory; error messages will name the base's folder."""
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     return Snapshot(
         model.folder,
@@ -134,7 +134,7 @@ def _as_source(model: BaseModel, files: Mapping[str, bytes]) -> Snapshot:
 
 @contextlib.contextmanager
 def _fault_of(model: BaseModel, folder: Path | None = None) -> Iterator[None]:
-    """Context manager: turn errors of the body into errors about the base, with a next step for its owner.
+    """Context manager: turn errors of the body into errors about the base, with advice for its owner.
 
     A UsageError, which is raised if a package is not installed, does not change.
 
@@ -159,6 +159,6 @@ def _fault_of(model: BaseModel, folder: Path | None = None) -> Iterator[None]:
 
 
 def _own_step(error: OffsiteError) -> str | None:
-    """The next step of an error if the base's owner can take it; None if it is one for the recipient of a bundle."""
+    """The advice in an error, if the base's owner can follow it; None if there is none, or only for a recipient."""
     step = error.next_step
     return step if step and not any(word in step for word in ("ask ", "fetch ", "check that the folder")) else None

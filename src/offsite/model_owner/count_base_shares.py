@@ -26,7 +26,7 @@ from offsite.protocol.manifest import Split
 from offsite.storage.checkpoint_folder import open_checkpoint
 from offsite.storage.safetensors_files import TensorRange, from_float32, read_chunks, read_float32, to_float32
 
-_Places = tuple[Indices | None, ...]  # the base's indices on each axis of a tensor that the bundle has; None: all
+_BaseIndices = tuple[Indices | None, ...]  # the base's indices on each axis of a tensor that the bundle has; None: all
 
 
 def count_base_shares(
@@ -43,7 +43,7 @@ def count_base_shares(
     Args:
         model: the opened base.
         kept: base indices of the bundle's blocks, in order.
-        numbers: the numbers of blocks in the bundle's parts.
+        numbers: the manifest's split: how many blocks each part of the bundle has, and which emulator blocks train.
         healed: the tensors that narrowing, healing or pruning changed, and which heads, neurons and experts remain in
             narrowed blocks.
         declared: what the bundle's config declares of blocks that differ from the family's; None if none does.
@@ -75,10 +75,22 @@ def _count_block(
     spec: PackSpec,
     written: Mapping[str, TensorRange],
 ) -> tuple[int, int]:
-    """Count the values of a base block that block `index` of the bundle has unchanged, and that it has a place for."""
+    """Count the base's values that block `index` of the bundle has unchanged, and all that it has or compresses.
+
+    The second count leaves out the values of heads, neurons and experts that were removed from the block.
+
+    Args:
+        model: the opened base.
+        index: the block's index in the bundle.
+        base_index: the block's index in the base.
+        healed: as for `count_base_shares`.
+        declared: as for `count_base_shares`.
+        spec: as for `count_base_shares`.
+        written: the tensors in the bundle's weight files, keyed by name.
+    """
     family, block = model.family, model.block(base_index)
     same = total = 0
-    for path, (source, places) in _places(model, base_index, healed, declared, spec).items():
+    for path, (source, places) in _base_indices(model, base_index, healed, declared, spec).items():
         tensor, name, name_in_base = block[source], family.in_block(index, path), family.in_block(base_index, path)
         shape = tuple(n if at is None else len(at) for n, at in zip(tensor.shape, places, strict=False))
         total += math.prod(shape)
@@ -91,10 +103,13 @@ def _count_block(
     return same, total
 
 
-def _places(
+def _base_indices(
     model: BaseModel, base_index: int, healed: Healed, declared: Declared | None, spec: PackSpec
-) -> dict[str, tuple[str, _Places]]:
-    """For each tensor of a block of the bundle, by path: its path in the base, and the base's indices that it has."""
+) -> dict[str, tuple[str, _BaseIndices]]:
+    """For each tensor of a bundle's block, by path: its path in the base's block, and the base's indices that remain.
+
+    The indices are those of the base tensor's rows and columns that the bundle's tensor has, before it is encoded.
+    """
     family, block = model.family, model.block(base_index)
     if base_index in healed.kept:
         base, kept = base_widths(model, base_index), healed.kept[base_index]
@@ -111,8 +126,15 @@ def _places(
     return found
 
 
-def _of_layer(features: KeptFeatures, kind: str, axes: int, *, transposed: bool) -> _Places:
-    """The indices that a linear layer's weight or bias keeps on each axis."""
+def _of_layer(features: KeptFeatures, kind: str, axes: int, *, transposed: bool) -> _BaseIndices:
+    """The base's indices that remain on each axis of a tensor of a linear layer; None for an axis without removals.
+
+    Args:
+        features: the inputs and outputs of the layer that remain.
+        kind: the last part of the tensor's name, such as "weight".
+        axes: the tensor's number of axes.
+        transposed: whether checkpoint files store weights as (inputs, outputs).
+    """
     if axes == 1:
         return (features.outputs,)
     if axes != 2 or kind != "weight":
@@ -131,6 +153,12 @@ def _stored(
     """The values of a tensor of the bundle, in the layout of the base's files, and their dtype.
 
     None if the bundle stores the tensor in few bits or in factors.
+
+    Args:
+        written: the tensors in the bundle's weight files, keyed by name.
+        name: the tensor's name in the bundle.
+        shape: its shape in the layout of the base's files.
+        transposed: whether these files store weights as (inputs, outputs).
     """
     if name in written:
         return _Stored(read_float32(written[name]), written[name].dtype)
@@ -143,8 +171,8 @@ def _stored(
     return _Stored(matrix.T if transposed else matrix, values.dtype)
 
 
-def _rounded(tensor: TensorRange, places: _Places, dtype: str) -> Array:
-    """The base's values in these places, rounded to `dtype`."""
+def _rounded(tensor: TensorRange, places: _BaseIndices, dtype: str) -> Array:
+    """The values of a base tensor at the indices `places` of each axis (None: all), rounded to `dtype`."""
     values = read_float32(tensor)
     for axis, at in enumerate(places):
         if at is not None:

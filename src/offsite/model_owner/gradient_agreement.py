@@ -67,14 +67,22 @@ def gradient_agreement(
 
 
 def module_path(family: Architecture, block: int, path: str) -> str:
-    """The name in the torch model of a linear layer, by its block's index and its path in the block, as in files."""
+    """The name of a linear layer in the torch model.
+
+    Args:
+        family: the model's family.
+        block: the block's index in this model.
+        path: the layer's path in the block, as checkpoint files name it.
+    """
     return family.module_of(f"{family.in_block(block, path)}.weight").removesuffix(".weight")
 
 
 def weight_gradients(
     model: nn.Module, layers: Sequence[str], examples: Sequence[Example]
 ) -> tuple[float, dict[str, Tensor]]:
-    """The mean loss over all labels, and its gradient for the weights of linear layers, whatever stores these weights.
+    """The mean loss over all labels, and the loss's gradients for the weights of linear layers.
+
+    The weights may be stored in any way (quantised, low-rank, ...): the gradients are those of the full matrices.
 
     Args:
         model: a causal language model with frozen weights.
@@ -82,7 +90,8 @@ def weight_gradients(
         examples: encoded rows with labels.
 
     Returns:
-        The loss in nats per labelled token; and by name the gradients (outputs, inputs) of the sum over all labels.
+        The loss in nats per labelled token; and the gradients (outputs, inputs) of the loss summed over all labels,
+        keyed by the layer's name.
     """
     network, total, labels = split_backbone_and_head(model), 0.0, 0
     with _collected(model, layers) as gradients:
@@ -122,6 +131,7 @@ def _collected(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Te
 
 
 def _part(gradient: Tensor, kept: KeptFeatures) -> Tensor:
+    """The rows and columns of a gradient (outputs, inputs) of the base that the bundle's layer still has."""
     rows = gradient if kept.outputs is None else gradient[list(kept.outputs)]
     return rows if kept.inputs is None else rows[:, list(kept.inputs)]
 
@@ -133,4 +143,5 @@ def _products(one: Tensor, other: Tensor) -> tuple[float, float, float]:
 
 
 def _cosine(product: float, left: float, right: float) -> float:
+    """The cosine of two vectors, from their inner product and their squared norms; 0 if one of them is zero."""
     return product / math.sqrt(left * right) if left and right else 0.0

@@ -141,7 +141,7 @@ class Ledger:
         Args:
             digest: the return's digest.
             bundle: the digest of its bundle; None if this home never issued that bundle.
-            reasons: why the return was refused.
+            reasons: why the return was refused; empty if it was accepted.
         """
         state = "refused" if reasons else "accepted"
         with self._open() as db:
@@ -239,6 +239,7 @@ class Ledger:
 
 
 def _made_at(db: sqlite3.Connection, returned: str) -> list[str]:
+    """The times at which the return with the digest `returned` was plugged in, as ISO strings in UTC."""
     rows = db.execute("SELECT made_at FROM plug_ins WHERE returned = ? ORDER BY id", (returned,))
     return [made_at for (made_at,) in rows]
 

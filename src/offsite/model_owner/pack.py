@@ -167,7 +167,7 @@ def bundle_manifest(
     Args:
         model: the opened base.
         kept: base indices of the bundle's blocks, in order.
-        numbers: the numbers of blocks in the bundle's parts.
+        numbers: the manifest's split: how many blocks each part of the bundle has, and which emulator blocks train.
         spec: the settings of packing.
         files: the bundle's files, with sizes and digests.
         parties: the keys of issuer and recipient, and the base's fingerprint.

@@ -40,7 +40,7 @@ def calibration_batches(model: BaseModel, file: Path | None, tokens: int, form: 
         model: the opened base.
         file: the owner's text file, rows or folder of pictures; None for the default data.
         tokens: the maximum number of tokens in all batches.
-        form: which fields of rows hold what; None for the default names.
+        form: the rows' own names of the fields that offsite reads, such as "prompt"; None: they are offsite's names.
 
     Raises:
         DataError: the text cannot be read or is too short for one sequence, or pictures cannot be read.
@@ -74,7 +74,7 @@ def token_counts(model: BaseModel, batches: Sequence[Tensor]) -> list[int]:
 
 
 def _picture_batches(model: BaseModel, folder: Path | None, tokens: int, form: RowForm | None) -> list[Tensor]:
-    """`calibration_batches` for an image encoder."""
+    """`calibration_batches` for an image encoder; `folder` has the owner's pictures, None for the default pictures."""
     processor = load_processor(model.folder)
     count = picture_count(seen_picture(model.folder, model.family, model.config), model.config, tokens)
     if folder is None:

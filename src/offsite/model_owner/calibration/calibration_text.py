@@ -25,14 +25,14 @@ def calibration_length(config: Mapping[str, Any]) -> int:
 
 
 def row_form(spec: PackSpec) -> RowForm:
-    """Which fields of the calibration rows hold what, from the settings."""
+    """The calibration rows' own names of the fields that offsite reads, such as "prompt", from the settings."""
     return RowForm(spec.calibration.columns or {}, spec.calibration.chosen)
 
 
 def read_calibration_text(file: Path | None, form: RowForm | None = None) -> str:
     """The text of the owner's file or rows for calibration; if `file` is None, the text that this package contains.
 
-    `form` says which fields of rows hold what; None means the default names.
+    `form` has the rows' own names of the fields that offsite reads, such as "prompt"; None: they are offsite's names.
 
     Raises:
         DataError: the file cannot be read.

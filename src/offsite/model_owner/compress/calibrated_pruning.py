@@ -80,6 +80,8 @@ def _pruned_experts(
 ) -> dict[str, Tensor]:
     """Prune the experts of a mixture; each is calibrated on the tokens that the router sends to it.
 
+    Arguments as for `prune_layers`.
+
     Returns:
         The new matrices, keyed by their path in the block; empty if the block has no experts.
     """

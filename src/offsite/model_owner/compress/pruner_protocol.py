@@ -74,7 +74,7 @@ class Pruning:
 
 
 def _without_smallest(weight: "Tensor", share: float, axis: int | None) -> "Tensor":
-    """Magnitude pruning of a torch tensor; see `without_smallest`."""
+    """Magnitude pruning of a torch tensor; arguments as for `without_smallest`, with `axis` for `inputs_axis`."""
     pruned = without_smallest(weight.detach().float().cpu().numpy(), share, axis)
     return weight.new_tensor(pruned).float()
 

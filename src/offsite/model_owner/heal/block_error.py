@@ -21,7 +21,7 @@ def block_error(problem: BlockProblem, block: LoadedBlock, positions: Sequence[i
     Args:
         problem: the inputs and target outputs of the block.
         block: the block with the weights to measure.
-        positions: positions of the batches to measure on.
+        positions: indices of the batches to measure on.
     """
     total = 0.0
     for position in positions:
@@ -32,5 +32,5 @@ def block_error(problem: BlockProblem, block: LoadedBlock, positions: Sequence[i
 
 
 def judged_positions(problem: BlockProblem) -> Sequence[int]:
-    """Positions of the batches on which a solution's error is measured: the held-out ones, or all if there are none."""
+    """Indices of the batches on which a solution's error is measured: the held-out ones, or all if there are none."""
     return held_out_positions(len(problem.batches)) or range(len(problem.batches))

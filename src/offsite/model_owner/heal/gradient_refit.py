@@ -73,7 +73,7 @@ def _slope(problem: BlockProblem, block: LoadedBlock, layer: OutputProjection, p
         problem: the block's inputs and targets.
         block: the loaded block.
         layer: the layer of the block.
-        positions: positions of the batches over which the error is summed.
+        positions: indices of the batches over which the error is summed.
 
     Returns:
         (F, H), or (F + 1, H) with a bias, in float32.
@@ -120,7 +120,7 @@ def _length(problem: BlockProblem, before: LoadedBlock, after: LoadedBlock, posi
         problem: the block's inputs and targets.
         before: the block before the step.
         after: the block after a step of length 1.
-        positions: positions of the batches to measure on.
+        positions: indices of the batches to measure on.
     """
     along, square = 0.0, 0.0
     for position in positions:

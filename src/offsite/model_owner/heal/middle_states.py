@@ -92,7 +92,10 @@ def _name(position: int) -> str:
 
 
 def _groups(positions: Sequence[int], tokens: Sequence[int]) -> Iterator[list[int]]:
-    """Divide batch positions into groups whose hidden states fit into memory together; `tokens` is for all batches."""
+    """Divide batch positions into groups whose hidden states fit into memory together.
+
+    `tokens` has the number of tokens of every batch, indexed by position.
+    """
     group: list[int] = []
     for position in positions:
         group.append(position)

@@ -52,6 +52,13 @@ class RidgeProblem:
     """The least squares problem of changing a linear layer with F inputs so that its block's output matches a target.
 
     Batches are added one by one with `add`; `change` returns the solution.
+
+    Args:
+        inputs: F, the layer's number of inputs.
+        outputs: H, its number of outputs.
+        batches: the number of batches that will be added.
+        device: where the sums are.
+        bias: whether the layer has a bias, which is changed too.
     """
 
     def __init__(self, inputs: int, outputs: int, batches: int, device: torch.device, *, bias: bool) -> None:
@@ -63,7 +70,7 @@ class RidgeProblem:
         """Add a batch, or some tokens of it, to the sums.
 
         Args:
-            position: the position of the batch, which says whether it is held out.
+            position: the index of the batch; every eighth batch is held out, see `held_out_positions`.
             inputs: the layer's inputs, (..., F).
             after: the block's current output, (..., H).
             target: the target output of the block, (..., H).
@@ -118,7 +125,7 @@ def judged_solutions(fitted: Moments, judge: Moments) -> tuple[Tensor, Tensor]:
 
 
 def held_out_positions(batches: int) -> range:
-    """Positions of the held-out batches, given the number of batches: every eighth, or the last of fewer than eight.
+    """Indices of the held-out batches, given the number of batches: every eighth, or the last of fewer than eight.
 
     Empty if there is only one batch.
     """

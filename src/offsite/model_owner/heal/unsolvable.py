@@ -12,7 +12,7 @@ Unsolvable: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-d
 
 @contextlib.contextmanager
 def explain_unsolvable(block: int) -> Iterator[None]:
-    """Context manager: replace the error of a matrix that has no factors by one that says what to do.
+    """Context manager: replace torch's error that a matrix cannot be factorised or solved by one with advice.
 
     Args:
         block: the block's index in the base, for the message.

@@ -38,8 +38,8 @@ class _Tensors:
     """The names of the graph's tensors that are compared."""
 
     pixels: str  # what the patch embeddings read, (N, C, Y, X)
-    streams: tuple[str, ...]  # in front of each block, and behind the last one; each (N, T, H)
-    norm: tuple[str, str] | None  # what the last norm reads, one of `streams`, and what it gives
+    streams: tuple[str, ...]  # hidden states before each block, and after the last one; each (N, T, H)
+    norm: tuple[str, str] | None  # input, one of `streams`, and output of the last norm; None if it is not found
 
 
 def compare_with_graph(model: Any, source: Path, folder: Path, side: int, dtype: str) -> str:
@@ -83,7 +83,13 @@ def compare_with_graph(model: Any, source: Path, folder: Path, side: int, dtype:
 
 
 def _compare(model: Any, encoder: Any, side: int, dtype: str) -> Iterator[tuple[str, float, float]]:
-    """Yield for each part its name, how far its result is from the graph's, and how far it may be.
+    """Yield for each part its name, the relative error of its output compared with the graph's, and the tolerance.
+
+    Args:
+        model: the parsed ONNX file.
+        encoder: the imported encoder, loaded with transformers in float32.
+        side: side in pixels of the picture, where the graph accepts any size.
+        dtype: dtype of the base's weights, "BF16" or "F32".
 
     Raises:
         _NotComparedError: the graph cannot be run, or its parts are not found.
@@ -131,7 +137,9 @@ def _find_tensors(graph: Any, blocks: int) -> _Tensors:
 
 
 def _picture(graph: Any, side: int, channels: int) -> dict[str, Array]:
-    """Normal noise in the shape of the graph's only input, by its name; open sizes are those of one square picture.
+    """Normal noise in the shape of the graph's only input, keyed by the input's name.
+
+    Sizes that the graph leaves open are those of one square picture with this side in pixels and these channels.
 
     Raises:
         _NotComparedError: the input is not one tensor (N, C, Y, X) of floats.
@@ -149,7 +157,12 @@ def _picture(graph: Any, side: int, channels: int) -> dict[str, Array]:
 
 
 def _run(model: Any, given: Mapping[str, Array], wanted: Sequence[str]) -> dict[str, Array]:
-    """Run the nodes that lead from given tensors to the wanted ones; return the values of the latter by name.
+    """Run the part of the graph that computes the tensors `wanted`, and return their values, keyed by name.
+
+    Args:
+        model: the parsed ONNX file.
+        given: values of tensors from which the computation starts, keyed by name.
+        wanted: the names of the tensors to compute.
 
     Raises:
         _NotComparedError: the package onnx cannot run them, or a result is not finite.
@@ -178,7 +191,10 @@ def _run(model: Any, given: Mapping[str, Array], wanted: Sequence[str]) -> dict[
 
 
 def _needed(graph: Any, given: Mapping[str, Array], wanted: Sequence[str]) -> tuple[list[Any], set[str]]:
-    """The nodes that compute the wanted tensors from given ones, in order, and the names of all tensors they read."""
+    """The nodes that compute the tensors `wanted` from those in `given`, in order; and the names of tensors.
+
+    The names are those in `wanted`, and of all tensors that these nodes read.
+    """
     names: set[str] = set(wanted)
     nodes = []
     for node in reversed(graph.node):  # a node stands behind those whose results it reads
@@ -189,7 +205,7 @@ def _needed(graph: Any, given: Mapping[str, Array], wanted: Sequence[str]) -> tu
 
 
 def _result(module: "nn.Module", value: Array) -> Array:
-    """What a part of the encoder computes in fp32."""
+    """The output, in float32, of a part of the encoder for the input `value`."""
     import torch
 
     with torch.no_grad():

@@ -60,6 +60,7 @@ def import_gguf(source: Path, folder: Path, dtype: Dtype) -> ImportRecord:
 
 
 def _reader(gguf: Any, source: Path) -> Any:
+    """Open a GGUF file with the imported package `gguf`; a file that it cannot read raises a StorageError."""
     try:
         return gguf.GGUFReader(str(source))
     except (*LIBRARY_ERRORS, OverflowError) as error:
@@ -107,7 +108,10 @@ def _require_model(metadata: Mapping[str, Any], source: Path) -> None:
 
 
 def _factors(gguf: Any, reader: Any) -> dict[str, Any]:
-    """The file's tensors of rotary frequency factors, dequantised, keyed by name; they become settings, not weights."""
+    """The file's tensors of rotary frequency factors, dequantised, keyed by name; they become settings, not weights.
+
+    `gguf` is the imported package, `reader` its reader of the file.
+    """
     return {
         tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type).reshape(-1)
         for tensor in reader.tensors

@@ -64,9 +64,10 @@ def base_multiply_adds(model: BaseModel, blocks: Sequence[int]) -> int:
 
 
 def convex(added: Sequence[float]) -> list[float]:
-    """What each removal adds to the lower convex hull of the errors: neighbours that descend share their mean.
+    """The added errors, made non-decreasing: a removal that adds less than the one before it gets their common mean.
 
-    Removals that become cheaper behind an expensive one are so compared by what they cost together.
+    So the sums of the result are the lower convex hull of the sums of `added`. A cheap removal that is possible only
+    after an expensive one is thus compared by the mean cost of both.
 
     Args:
         added: the error that each further removal adds, in the order of removal.
