@@ -41,7 +41,7 @@ def prune_matrices(weights: Mapping[str, Tensor], sums: Tensor, share: float) ->
 
 
 def _prune(weight: Tensor, unused: Tensor, factor: Tensor, share: float) -> Tensor:
-    """Prune one matrix (outputs, I).
+    """Prune one matrix (outputs, I): exactly floor(share * size) weights become zero.
 
     `unused` (I,) marks inputs that are always zero; `factor` (I, I) is the result of `_inverse_factor`.
     """

@@ -36,6 +36,7 @@ def prune_matrices(weights: Mapping[str, Tensor], sums: Tensor, share: float) ->
 
 
 def _prune(weight: Tensor, norms: Tensor, share: float) -> Tensor:
+    """Set floor(share * I) weights of each output of a matrix (outputs, I) to zero, given its inputs' norms (I,)."""
     scores = weight.abs() * norms  # (outputs, I)
     lowest = torch.argsort(scores, dim=1, stable=True)[:, : int(share * weight.shape[1])]
     return weight.scatter(1, lowest, 0.0)

@@ -15,8 +15,8 @@ from offsite.storage.safetensors_files import TensorRange
 def fill_places(middle: Sequence[int], kept: Sequence[int], spec: PackSpec) -> tuple[int, ...]:
     """The base indices of the emulator's blocks, in order.
 
-    They are the kept blocks. With the healing step `share`, the emulator has as many blocks as the middle: a kept block
-    also runs in place of the dropped blocks near it, so its index occurs several times.
+    They are the kept blocks. With the healing step `share`, the emulator has as many blocks as the middle: in place of
+    each dropped block runs the kept block with the closest index, so an index can occur several times.
 
     Args:
         middle: base indices of the middle's blocks, in order.

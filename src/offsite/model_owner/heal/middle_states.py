@@ -34,7 +34,10 @@ class MiddleStates:
     tokens: Sequence[int]  # number of tokens in each batch, B * T
 
     def at(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Read one batch: its ids or pixels, and the hidden states before and after the middle, each (B, T, H)."""
+        """Read the batch with this index: its ids or pixels, and the hidden states before and after the middle.
+
+        Ids are (B, T), pixels (B, 3, Y, X), and hidden states (B, T, H) each.
+        """
         ids, held = self.batches[position], read_header(self.folder / _name(position))
         return ids, read_tensor(held["enters"]).to(ids.device), read_tensor(held["leaves"]).to(ids.device)
 

@@ -163,6 +163,13 @@ class _Trial:
 
     A return gives one candidate for each of its checkpoints and each strength. At first, the network computes the same
     as the base.
+
+    Args:
+        base: the opened base.
+        verified: the verified return.
+        parent: the ledger's record of the return's bundle.
+        where: the device, and the compute dtype.
+        merged: whether the plug-ins are merged checkpoints; if not, they are adapters.
     """
 
     def __init__(self, base: BaseModel, verified: Return, parent: Issued, where: Runtime, *, merged: bool) -> None:
@@ -178,7 +185,10 @@ class _Trial:
 
     @torch.no_grad()
     def become(self, checkpoint: int, strength: float) -> None:
-        """Copy the tensors of one candidate into the network; every candidate overwrites the same tensors."""
+        """Copy the tensors of one candidate into the network; every candidate overwrites the same tensors.
+
+        `checkpoint` is the number of the return's checkpoint, from 1.
+        """
         chosen = self._chosen(checkpoint, strength)
         new: Mapping[str, NewTensor]
         if self._merged:

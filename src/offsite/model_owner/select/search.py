@@ -66,7 +66,10 @@ def select(selection: Selection) -> Blocks:
 
 
 def starts(middle: Sequence[int], keep: int) -> list[Blocks]:
-    """The selections from which the search may start, as base indices: uniform, and contiguous with the first block."""
+    """The selections from which the search may start, as base indices.
+
+    They are the uniform one, and all that drop one run of consecutive blocks and keep the middle's first block.
+    """
     pieces = [contiguous(middle, keep, middle[0] + before) for before in range(1, keep + 1)]
     return list(dict.fromkeys([uniform(middle, keep), *pieces]))
 
@@ -106,7 +109,7 @@ def moves(blocks: Blocks, middle: Sequence[int], seed: int) -> Iterator[Blocks]:
 
 
 def _remembered(score: Score, file: Path) -> Score:
-    """The same function with a cache of its results in a JSON file."""
+    """The function `score` with a cache of its results in a JSON file."""
     known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
 
     def remembering(blocks: Blocks) -> float:
@@ -159,6 +162,6 @@ def _judge(selection: Selection) -> Score:
 
 
 def _nats(stack: LoadedStack, states: MiddleStates, position: int) -> float:
-    """The emulator's mean cross-entropy on the batch at `position`, in nats per token."""
+    """The emulator's mean cross-entropy on the batch with index `position`, in nats per token."""
     ids, enters, _ = states.at(position)
     return float(stack.to_the_end(ids, enters)[1])
