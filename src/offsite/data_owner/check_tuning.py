@@ -36,8 +36,8 @@ def check_tuning(
         out: the return's folder.
         spec: the settings of the tuning.
         home: the data owner's home, with the key.
-        eval_data: held-out rows.
-        tensorboard: a folder for an additional TensorBoard log.
+        eval_data: held-out rows; None if they are not a separate data set.
+        tensorboard: a folder for an additional TensorBoard log; None for no such log.
         resume: whether to continue an interrupted run.
 
     Returns:

@@ -49,7 +49,10 @@ def check_tuning_data(
 
 
 def _check(bundle: Bundle, data: DataPaths, spec: TuneSpec, part: Part) -> TextCheck:
-    """Describe one text data set, encoded by the bundle's tokenizer."""
+    """Describe one text data set, encoded by the bundle's tokenizer.
+
+    `part` says which files are read if `data` is a folder that has separate files for training and testing.
+    """
     with as_sent():
         tokenizer = load_tokenizer(bundle.files)
         longest = min(spec.rows.max_length, context_length(bundle.files) or spec.rows.max_length)

@@ -143,7 +143,7 @@ class _Reached(Exception):  # noqa: N818  a signal that stops the forward pass
 
 @torch.no_grad()
 def _states_entering(tuning: Tuning, first: nn.Module, batch: Batch) -> Tensor:
-    """Run the frozen blocks; returns the hidden states that enter the first trained block, (B, T, H).
+    """Run the frozen blocks; returns the hidden states that enter `first`, the first trained block: (B, T, H).
 
     Raises:
         IncompatibleError: the model does not call its blocks with the hidden state.
@@ -168,7 +168,7 @@ def _states_entering(tuning: Tuning, first: nn.Module, batch: Batch) -> Tensor:
 def _why_not_cached(tuning: Tuning, first: nn.Module, features: FeatureFile, folder: Path, progress: Progress) -> str:
     """The reason why features are not cached, as decided when the run began; empty if they are cached.
 
-    Also sets the width and dtype of `features`.
+    Also sets the width and dtype of `features`. `first` is the first trained block, `folder` the run's folder.
     """
     record = folder / "features.json"
     decided = _read_decision(record) if record.exists() else None
@@ -213,7 +213,7 @@ def _read_decision(record: Path) -> bool:
 def _agree(tuning: Tuning, first: nn.Module, features: FeatureFile, rows: Sequence[int]) -> bool:
     """Whether some rows have the same loss when the frozen blocks are skipped and when they run.
 
-    Also sets the width and dtype of `features`.
+    Also sets the width and dtype of `features`. `first` is the first trained block, `rows` are indices of rows.
     """
     for block in tuning.trained:
         block.eval()

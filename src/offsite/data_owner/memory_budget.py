@@ -118,6 +118,8 @@ def _recompute(tuning: Tuning, again: bool) -> None:
 def _fit(tuning: Tuning, spec: TuneSpec, lanes: int, runtime: Runtime, progress: Progress) -> Fit:
     """Measure memory with more and more tokens, and return the largest settings that fit into the budget.
 
+    `lanes` micro-batches run side by side if memory permits it, else one at a time.
+
     Raises:
         UsageError: not even the longest row fits.
     """

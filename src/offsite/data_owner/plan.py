@@ -95,8 +95,8 @@ def plan_tune(
         out: the return's folder.
         spec: the settings of the tuning.
         home: the data owner's home, with the key.
-        eval_data: held-out rows.
-        tensorboard: a folder for an additional TensorBoard log.
+        eval_data: held-out rows; None if they are not a separate data set.
+        tensorboard: a folder for an additional TensorBoard log; None for no such log.
         resume: whether to continue an interrupted run.
         progress: receives the progress events.
 
@@ -189,7 +189,10 @@ def _weights(
 
 
 def _earlier_checkpoints(spec: TuneSpec, trained: int) -> tuple[Amount, ...]:
-    """The disk space of all checkpoints except the last one, in the run's folder; empty if there is only one."""
+    """The disk space of all checkpoints except the last one, in the run's folder; empty if there is only one.
+
+    `trained` is the number of trained parameters.
+    """
     earlier = spec.points.checkpoints - 1
     return (Amount("earlier checkpoints, in the run's folder", 4 * trained * earlier),) if earlier else ()
 
@@ -197,7 +200,15 @@ def _earlier_checkpoints(spec: TuneSpec, trained: int) -> tuple[Amount, ...]:
 def _features(
     manifest: BundleManifest, spec: TuneSpec, read: "TextData | Album", item: int, steps: int
 ) -> tuple[Amount, ...]:
-    """The disk space of the feature cache; empty if the run will not cache features."""
+    """The disk space of the feature cache; empty if the run will not cache features.
+
+    Args:
+        manifest: the bundle's manifest.
+        spec: the settings of the tuning.
+        read: the rows or pictures that train.
+        item: bytes per value in the compute dtype.
+        steps: the number of optimiser steps of the run.
+    """
     several_epochs = steps > math.ceil(read.rows / spec.length.batch_size)
     if spec.memory.cache_features == "off" or not manifest.split.trained[0] or not several_epochs or read.classes:
         return ()

@@ -55,7 +55,7 @@ def train(
         log: the file that receives a JSON line for every step and validation.
         progress: receives the progress events.
         checkpoints: the checkpoints of the return; None if no return is written.
-        tensorboard: a folder for an additional TensorBoard log.
+        tensorboard: a folder for an additional TensorBoard log; None for no such log.
 
     Raises:
         OffsiteError: the loss or its gradient is no longer a finite number.

@@ -51,8 +51,9 @@ def tune(
         out: the return's folder; it appears complete or not at all.
         spec: the settings of the tuning.
         home: the data owner's home, with the key.
-        eval_data: held-out rows; required if the return reports the checkpoints' losses.
-        tensorboard: a folder for an additional TensorBoard log; it stays on this machine, like the log.
+        eval_data: held-out rows, required if the return reports the checkpoints' losses; None if they are not a
+            separate data set.
+        tensorboard: a folder for an additional TensorBoard log, which stays on this machine; None for no such log.
         resume: whether to continue an interrupted run bit for bit (on the same machine with the same number of
             threads); if there is none, a new run starts.
         progress: receives the progress events.

@@ -83,7 +83,10 @@ def read_data(
 
 
 def _encode(bundle: Bundle, data: DataPaths, spec: TuneSpec, progress: Progress, part: Part) -> Encoded:
-    """Read and tokenise one text data set, and report the rows that are left out."""
+    """Read and tokenise one text data set, and report the rows that are left out.
+
+    `part` says which files are read if `data` is a folder that has separate files for training and testing.
+    """
     with as_sent():
         longest = min(spec.rows.max_length, context_length(bundle.files) or spec.rows.max_length)
         tokenizer = load_tokenizer(bundle.files)
