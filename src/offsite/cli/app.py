@@ -98,7 +98,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _after_interruption(run: flags.Run) -> str:
-    """The next step to print after an interruption: how to continue, or that the command must start again."""
+    """The advice to print after an interruption: how to continue, or that the command must start again."""
     if run.verb in _PLAYERS:
         return _PLAYERS[run.verb]
     if run.resumable is not None and (run.resumable / "run.json").exists():

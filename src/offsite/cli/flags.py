@@ -42,6 +42,7 @@ def run_of(context: typer.Context) -> Run:
 
 
 def _print_version(wanted: bool) -> None:
+    """Print the version and end the command, if --version was given (`wanted`)."""
     if wanted:
         import offsite
 

@@ -99,6 +99,7 @@ def pack(
 def _plan_pack(
     base: "Base", out: Path, recipient: str, spec: "PackSpec", home: "Home", *, resume: bool, measured: bool
 ) -> "PackPlan":
+    """Plan the packing; with `measured`, also run a part of it to measure memory and time."""
     from offsite.model_owner.plan import plan_pack
 
     plan, checked = plan_pack(base, out, recipient, spec, home, resume=resume)

@@ -169,7 +169,7 @@ def _print(results: "Results", out: Path) -> None:
 
 
 def _failures(results: "Results") -> list[str]:
-    """A line of text for each result row that failed."""
+    """A line of text for each model of a grid point (zero-shot, plug-in, ...) whose score failed."""
     from offsite.study.report.report_tables import failures
 
     return [" ".join(line.split()) for line in failures(results)]

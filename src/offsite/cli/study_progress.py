@@ -48,7 +48,7 @@ class StudyTable:
         return Group(self._table(), *self._now())
 
     def _table(self) -> Table:
-        """The scores so far, a line for each grid point and a column for each result row."""
+        """The scores so far, a line for each grid point and a column for each model (zero-shot, plug-in, ...)."""
         rows = list(self.points[0].rows) if self.points else []
         table = Table(title=self._metric.axis, title_justify="left", title_style="dim")
         for name in ("data set", "compress", "tuning", "seed"):

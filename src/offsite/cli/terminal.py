@@ -62,7 +62,7 @@ def hint(text: str) -> None:
 
 
 def show_error(error: OffsiteError, *, as_json: bool) -> None:
-    """Print an error: what was wrong, every reason, and the next step."""
+    """Print an error: what was wrong, every reason, and the advice what to do next."""
     _failed(type(error).__name__, error.exit_code, error.what, error.reasons, error.next_step, as_json=as_json)
 
 
@@ -84,7 +84,7 @@ def show_usage_error(error: typer.TyperException, words: Sequence[str], *, as_js
 
 
 def show_interruption(next_step: str, *, as_json: bool) -> int:
-    """Print that the command was interrupted, and the next step; returns the exit code."""
+    """Print that the command was interrupted, and the advice `next_step`; returns the exit code."""
     what = "stopped; nothing half-written was left"
     say(f"{what}. {next_step[0].upper()}{next_step[1:]}")
     if as_json:
@@ -110,7 +110,16 @@ def show_system_error(error: OSError, *, as_json: bool) -> int:
 def _failed(
     kind: str, exit_code: int, what: str, reasons: tuple[str, ...], next_step: str | None, *, as_json: bool
 ) -> None:
-    """Print an error on standard error, and with `as_json` also as JSON on standard output."""
+    """Print an error on standard error, and with `as_json` also as JSON on standard output.
+
+    Args:
+        kind: the name of the error's class.
+        exit_code: the exit code of the command.
+        what: what was wrong.
+        reasons: further lines, one for each problem.
+        next_step: advice what to do next; None if there is none.
+        as_json: whether the result is JSON.
+    """
     _mark("error: ", fg="red", bold=True)
     typer.echo(printable(what), err=True)
     for reason in reasons:
@@ -123,7 +132,7 @@ def _failed(
 
 
 def _show_failure(kind: str, exit_code: int, what: str, reasons: tuple[str, ...], next_step: str | None) -> None:
-    """Print an error as JSON on standard output."""
+    """Print an error as JSON on standard output; arguments as for `_failed`."""
     body = {"kind": kind, "exit_code": exit_code, "what": what, "reasons": list(reasons), "next_step": next_step}
     show({"error": body}, as_json=True)
 
@@ -139,7 +148,10 @@ def printable(text: str) -> str:
 
 
 def _rows(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (label, text) lines for a result; labels of nested entries have the outer name and a dot before them."""
+    """Yield (label, text) lines for a result; labels of nested entries have the outer name and a dot before them.
+
+    `prefix` is that outer name with its dot; empty for the outermost entries.
+    """
     for name, value in result.items():
         # below the top level, names may come from the other party and stay unchanged
         label = f"{prefix}{name}" if prefix else name.replace("_", " ")
