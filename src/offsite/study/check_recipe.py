@@ -127,7 +127,10 @@ def _synthetic_pictures(folder: Path) -> DataTable:
 
 
 def _shrink_recipe(recipe: Recipe, data: tuple[DataTable, ...], pictures: Path | None) -> Recipe:
-    """A copy of a recipe with one seed, other data sets, and settings for runs of two steps."""
+    """A copy of a recipe with one seed, the data sets `data`, and settings for runs of two steps.
+
+    `pictures` replaces the model owner's calibration files; None means the default calibration data.
+    """
     tuning = {"max_steps": 2, "batch_size": 4, "eval_every": None, "micro_batch_tokens": _TOKENS}
     fits = {"max_length": 256, "long_rows": "error"}
     return replace(
@@ -144,7 +147,10 @@ def _shrink_recipe(recipe: Recipe, data: tuple[DataTable, ...], pictures: Path |
 
 
 def _shrink_pack_spec(spec: PackSpec, pictures: Path | None) -> PackSpec:
-    """Replace numbers of steps and tokens by small ones, and the owner's calibration files by `pictures`."""
+    """Replace numbers of steps and tokens by small ones, and the owner's calibration files by `pictures`.
+
+    None means the default calibration data.
+    """
     small: dict[str, Any] = {}
     for key, setting in spec.settings().items():
         kind = setting.field.annotation

@@ -64,7 +64,7 @@ def _grid_point(
     seed: int,
     middle: int,
 ) -> GridPoint:
-    """Make a grid point, with a scoring stage for each result row.
+    """Make a grid point, with a scoring stage for each model (row of the result table).
 
     `middle` is the number of the base's middle blocks, which a bundle without compression keeps.
     """

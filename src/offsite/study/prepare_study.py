@@ -209,7 +209,13 @@ def _has_records(source: Path) -> bool:
 
 
 def _records(table: DataTable, part: str, source: Path, most: int | None) -> list[dict[str, Any]]:
-    """Read one part of a data set as records with our own field names; at most `most`, spread evenly.
+    """Read one part of a data set as records with offsite's own field names.
+
+    Args:
+        table: the data set, from the recipe.
+        part: "train" or "test".
+        source: the file or folder of this part.
+        most: the largest number of records, spread evenly over the part; None means all.
 
     Raises:
         DataError: a row is invalid, or there are none.

@@ -274,7 +274,10 @@ def _problems_of_data_settings(recipe: Recipe) -> Iterator[str]:
 
 
 def _named(where: str, table: Mapping[str, Any], index: int, problems: list[str]) -> tuple[str, dict[str, Any]]:
-    """Split a table into its name and its other settings; a missing name gives a message in `problems`."""
+    """Split a table of a recipe into its name and its other settings; a missing name gives a message in `problems`.
+
+    `where` is the kind of table, such as "[[pack]]", and `index` its index among these, from 0; both are for messages.
+    """
     name = table.get("name")
     if not isinstance(name, str) or not name or "|" in name or "\n" in name or len(name) > 60:
         problems.append(
@@ -296,7 +299,10 @@ def _unknown_shared(shared: Mapping[str, Any]) -> list[str]:
 
 
 def _spec(kind: type[S], where: str, settings: Mapping[str, Any], problems: list[str]) -> S:
-    """Build the spec of a stage; if settings are wrong, append messages to `problems` and return the defaults."""
+    """Build the spec of a stage; if settings are wrong, append messages to `problems` and return the defaults.
+
+    Messages begin with `where`, the table in the recipe.
+    """
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
@@ -330,14 +336,17 @@ def _toml_word(default: object) -> str:
 
 
 def _unknown(where: str, name: str, known: Sequence[str]) -> str:
-    """The message for an unknown setting, with the closest known name or all known names."""
+    """The message for an unknown setting, with the known name of most similar spelling, or else all known names.
+
+    It begins with `where`, the setting's table and name.
+    """
     close = difflib.get_close_matches(name, known, 1)
     meant = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
     return f"{where}: there is no such setting; {meant}"
 
 
 def _repeated(where: str, names: Sequence[str]) -> list[str]:
-    """A message for each name that occurs more than once."""
+    """A message for each name that occurs more than once; it begins with `where`, the table in the recipe."""
     return [f"{where}: {name!r} is there more than once" for name in dict.fromkeys(names) if names.count(name) > 1]
 
 

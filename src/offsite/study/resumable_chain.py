@@ -134,7 +134,10 @@ class Chain:
         stamp: Mapping[str, Any],
         leftovers: Sequence[Path] = (),
     ) -> Any:
-        """Run `act`, which takes whether the step was started before, unless the step is already done."""
+        """Run the function of a step and return its result; if the step is already done, return the saved result.
+
+        `act` is called with True if the step was started before. The other arguments are as for `command` and `step`.
+        """
         self._key = _digest(self._key, name, stamp)
         record = self._state().get(name, {})
         same = record.get("key") == self._key

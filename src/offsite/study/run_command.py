@@ -107,7 +107,14 @@ def stop(process: "subprocess.Popen[bytes]", *, signalled: bool) -> None:
 
 
 def failed(words: Sequence[str | Path], code: int, doing: str, stdout: bytes) -> OffsiteError:
-    """Build the error for a command that ended with this exit code, from the JSON error that it printed, if any."""
+    """Build the error for a command that ended with an exit code, from the JSON error that it printed, if any.
+
+    Args:
+        words: the command's words after `offsite`.
+        code: the exit code; negative if a signal ended the command.
+        doing: the work that stops, such as "the demo", for the message.
+        stdout: what the command printed.
+    """
     printed = _error_in(stdout)
     error = (
         OffsiteError(str(printed["what"]), reasons=printed.get("reasons") or (), next_step=printed.get("next_step"))

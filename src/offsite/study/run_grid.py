@@ -26,14 +26,14 @@ RunStage = Callable[[Words, Path], Outcome]  # takes the words after `offsite`, 
 
 @dataclass(frozen=True)
 class StudyEvent:
-    """An event of a running study: a stage began, or a result row of a grid point was scored or failed."""
+    """An event of a running study: a stage began, or the score of a model of a grid point was computed or failed."""
 
     kind: Literal["stage", "score", "failure"]
     done: int  # number of stages that are done
     total: int
     description: str
     point: int = -1  # index of the grid point, for a score or a failure
-    row: str = ""
+    row: str = ""  # the model's row of the result table, such as "plug_in", for a score or a failure
     score: float | None = None
     metric: MetricName = "loss"  # of the score
     log: Path | None = None  # file with the messages of the running stage

@@ -109,7 +109,7 @@ class Workspace:
             rows: the data set.
             row: the name of the row of the result table that the score is for.
             model: the stage that wrote the model; None means the base.
-            adapter: the stage that wrote the adapter, if any.
+            adapter: the stage that wrote the adapter; None if the model is scored without one.
         """
         needs = tuple(stage for stage in (model, adapter) if stage is not None)
         words: Words = ["eval", model.out if model else self.base, "--data", rows.test]
@@ -141,7 +141,20 @@ class Workspace:
         large: bool = False,
         description: str = "",
     ) -> Stage:
-        """Make a stage; its key is a digest of its inputs, and its output is at `party/place/key` in the folder."""
+        """Make a stage; its key is a digest of its inputs, and its output is at `party/place/key` in the folder.
+
+        Args:
+            name: the name of the stage, such as "pack".
+            party: the party that runs the command, as the name of its folder.
+            place: the folder of the outputs of such stages, inside the party's folder.
+            words: the command's words after --home.
+            inputs: digests of all that the result depends on, apart from the stages in `needs`.
+            needs: the stages whose output the command reads.
+            settings: specs for the tables of the command's --config file, keyed by table; None for no tables.
+            copies: the other party's artifact, copied to the output before the command runs; None if there is none.
+            large: whether the output is a complete model.
+            description: a description for the user; empty means the name.
+        """
         basis = [_STAGES, FORMAT, __version__, name, [stage.key for stage in needs], dict(inputs)]
         key = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()[:16]
         out = self.folder / party / place / key

@@ -25,7 +25,7 @@ def gains_over_zero_shot(scores: Mapping[str, float], metric: MetricName) -> Gai
     """Compare the models of a demo with zero-shot.
 
     Args:
-        scores: the score of each model, by its result row; "full fine-tuning" may be missing.
+        scores: the score of each model, keyed by its name, such as "plug-in"; "full fine-tuning" may be missing.
         metric: the metric of the scores.
     """
     sign = 1.0 if METRICS[metric].higher_is_better else -1.0

@@ -25,7 +25,7 @@ ROWS = ("zero-shot", "emulator zero-shot", "full fine-tuning", "adapter on base"
 _SHOWN = ("loss", "perplexity", "tokens", "rows", "skipped")
 _SAMPLES = 3
 CALIBRATION_TOKENS = 32_768  # half of the default, for a demo of a few minutes
-Subjects = dict[str, tuple[Path, Path | None]]  # by result row, the folders to score: a model, and an adapter on it
+ScoredModels = dict[str, tuple[Path, Path | None]]  # by name: the folder of a model, and of an adapter for it
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def demo(
     introduce(chain)
     task = _private_data(chain, data)
     _protocol(chain, base, steps)
-    scores = _score(chain, base, _subjects(chain, base))
+    scores = _score(chain, base, _models_to_score(chain, base))
     if full:
         scores |= _score(chain, base, _bounds(chain, base, steps))
     rows = tuple({"name": name} | {key: scores[name][key] for key in _SHOWN} for name in ROWS if name in scores)
@@ -158,7 +158,10 @@ def _protocol(chain: Chain, base: Path, steps: int | None) -> None:
 
 
 def _tune(chain: Chain, name: str, description: str, bundle: Path, out: Path, steps: int | None, *more: str) -> None:
-    """Tune a bundle as the data owner, as the step `name`; `more` are additional words of the command."""
+    """Tune a bundle as the data owner, as the step `name`; `more` are additional words of the command.
+
+    `steps` is the number of optimiser steps; None leaves the command's default.
+    """
     config = chain.write_config(long_rows="skip")
     verb: Words = ["tune", bundle, "--data", chain.folder(TUNER, "train.jsonl"), "--out", out, "--config", config]
     verb += ["--resume", *more]
@@ -168,7 +171,7 @@ def _tune(chain: Chain, name: str, description: str, bundle: Path, out: Path, st
     chain.command(name, description, verb, out, leftovers=leftovers, by=TUNER)
 
 
-def _bounds(chain: Chain, base: Path, steps: int | None) -> Subjects:
+def _bounds(chain: Chain, base: Path, steps: int | None) -> ScoredModels:
     """Make two upper bounds for the plug-in: the adapter tuned on the uncompressed base, and all blocks but one tuned.
 
     Only for these bounds, the data owner gets the whole model: a bundle without compression contains all of its blocks.
@@ -185,7 +188,17 @@ def _bounds(chain: Chain, base: Path, steps: int | None) -> Subjects:
 def _bound(
     chain: Chain, base: Path, name: str, ends: tuple[int, int], count: int, steps: int | None, *method: str
 ) -> Path:
-    """Pack a bundle without compression, tune it and plug in; returns the folder of the plug-in."""
+    """Pack a bundle without compression, tune it and plug in; returns the folder of the plug-in.
+
+    Args:
+        chain: the chain that runs the steps.
+        base: the base folder.
+        name: the name of the bound, with which the names of its steps begin.
+        ends: the numbers of trained blocks at the bottom and at the top.
+        count: the base's number of blocks.
+        steps: optimiser steps of the tuning; None leaves the command's default.
+        method: further words of the command `tune`.
+    """
     bundle, returned, plugged = (chain.folder("bounds", name, part) for part in ("bundle", "return", "plugged"))
     pack: Words = ["pack", base, "--out", bundle, "--for", TUNER, "--bottom", str(ends[0]), "--top", str(ends[1])]
     pack += ["--keep", str(count - sum(ends)), "--heal", "none"]
@@ -197,8 +210,8 @@ def _bound(
     return plugged
 
 
-def _subjects(chain: Chain, base: Path) -> Subjects:
-    """The models to score, by result row, each with its adapter or None."""
+def _models_to_score(chain: Chain, base: Path) -> ScoredModels:
+    """The models to score, keyed by name, each with its adapter; None if it needs none."""
     bundle, returned = chain.folder(TUNER, "bundle"), chain.folder(TUNER, "return")
     return {
         "zero-shot": (base, None),
@@ -208,11 +221,11 @@ def _subjects(chain: Chain, base: Path) -> Subjects:
     }
 
 
-def _score(chain: Chain, base: Path, subjects: Subjects) -> dict[str, Any]:
-    """Score each model on the test rows; neither party could score all of them. Returns the results by result row."""
+def _score(chain: Chain, base: Path, models: ScoredModels) -> dict[str, Any]:
+    """Score each model on the test rows; neither party could score all of them. Returns the results by model name."""
     config = chain.write_config(long_rows="skip")
     scores: dict[str, Any] = {}
-    for name, (model, adapter) in subjects.items():
+    for name, (model, adapter) in models.items():
         verb: Words = ["eval", model, "--data", chain.folder(TUNER, "test.jsonl"), "--config", config]
         verb += ["--adapter", adapter] if adapter else []
         verb += ["--samples", str(_SAMPLES)] if name in ("zero-shot", "plug-in") else []

@@ -59,7 +59,10 @@ def picture_table(files: Sequence[Path], labels: Sequence[str | None]) -> bytes:
 
 
 def _spread(pictures: Sequence[Picture], most: int | None) -> Sequence[Picture]:
-    """At most `most` pictures, spread evenly over a list that is sorted by class, so that classes keep their shares."""
+    """At most `most` pictures, spread evenly over a list that is sorted by class, so that classes keep their shares.
+
+    None means all pictures.
+    """
     count = len(pictures)
     if most is None or most >= count:
         return pictures

@@ -77,8 +77,9 @@ def cached_encoder(
 
 
 def _import_once(base: Path, announce: Callable[[], None], make: Callable[[Path], Any]) -> tuple[Path, float, int]:
-    """Call `make` with a scratch folder, unless this or another process has made the folder `base` already.
+    """Make the base folder `base`, unless this or another process has made it already.
 
+    `announce` is called before; `make` downloads to the scratch folder that it is called with, and imports to `base`.
     Returns the folder, the seconds that this call took, and the size of the weights in bytes.
     """
     started = time.monotonic()

@@ -191,9 +191,9 @@ def _protocol(chain: Chain, base: Path, steps: int | None, *, mirror: bool) -> N
 
 
 def _score(chain: Chain, base: Path) -> dict[str, Any]:
-    """Score each model on the held-out pictures; neither party could score all. Returns the results by result row."""
+    """Score each model on the held-out pictures; neither party could score all. Returns the results by model name."""
     bundle, train = chain.folder(TUNER, "bundle"), chain.folder(TUNER, "train.csv")
-    subjects: dict[str, Words] = {
+    models: dict[str, Words] = {
         "zero-shot": [base, "--probe", train],
         "emulator zero-shot": [bundle, "--probe", train],
         "emulator": [bundle, "--adapter", chain.folder(TUNER, "return")],
@@ -209,7 +209,7 @@ def _score(chain: Chain, base: Path) -> dict[str, Any]:
             stamp,
             by=OWNER,
         )
-        for name, words in subjects.items()
+        for name, words in models.items()
     }
 
 

@@ -125,7 +125,10 @@ def _thumbnail(image: Any, picture: Picture) -> Any:
 
 
 def _mark(pen: "ImageDraw", at: tuple[int, int], *, right: bool) -> None:
-    """Draw the mark for a right prediction (a disc with a tick) or for a wrong one (a square with a cross)."""
+    """Draw the mark for a right prediction (a disc with a tick) or for a wrong one (a square with a cross).
+
+    `at` is its left upper corner in pixels.
+    """
     left, top = at[0], at[1] + 3
     end = (left + _MARK, top + _MARK)
     if right:
@@ -138,7 +141,7 @@ def _mark(pen: "ImageDraw", at: tuple[int, int], *, right: bool) -> None:
 
 
 def _write(pen: "ImageDraw", font: Any, at: tuple[int, int], text: str, colour: str) -> None:
-    """Write a line of text, shortened to the width of the picture above it."""
+    """Write a line of text, shortened to the width of the picture above it; `at` is its left upper corner in pixels."""
     room = _SIDE - (at[0] - _GAP) % (_SIDE + _GAP)
     short = text
     while short and pen.textlength(short, font=font) > room:

@@ -52,13 +52,16 @@ def _name(group: Group, panel: Sequence[Group], short: Mapping[tuple[str, ...], 
 
 
 def _gain(group: Group, row: str) -> float | None:
-    """The mean over seeds of the gain of plug-in or emulator, in per cent of full fine-tuning's; None if not known."""
+    """The mean over seeds of a model's gain, in per cent of full fine-tuning's; None if not known.
+
+    `row` is "plug_in" or "emulator".
+    """
     mean = group.mean(lambda point: None if (gain := _figure_of(point, row)) is None else gain.value)
     return None if mean is None else 100 * mean
 
 
 def _figure_of(point: results.GridPointResult, row: str) -> results.Figure | None:
-    """The gain of plug-in or emulator as a share of full fine-tuning's; None if it is not known."""
+    """A model's gain as a share of full fine-tuning's; `row` is "plug_in" or "emulator". None if it is not known."""
     return point.gain_recovered if row == "plug_in" else point.own_gain
 
 
@@ -101,7 +104,10 @@ def _number_points(axes: "Axes", points: Sequence[_Point]) -> None:
 
 
 def _whisker(group: Group, row: str) -> list[list[float]] | None:
-    """Lengths of the error bar below and above a gain in per cent; None over several seeds, or without an interval."""
+    """Lengths of the error bar below and above the gain of `row`, "plug_in" or "emulator", in per cent.
+
+    None over several seeds, or without an interval.
+    """
     figure = _figure_of(group.points[0], row)
     if len(group.points) > 1 or figure is None or figure.low is None or figure.high is None:
         return None

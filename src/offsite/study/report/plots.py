@@ -135,7 +135,7 @@ def _bars(results: Results, grouped: Sequence[Group]) -> "Figure | None":
 
 
 def _one_bars(axes: "Axes", group: Group, rows: Sequence[str], metric: Metric) -> None:
-    """Draw the panel of one group: a bar for each result row, with error bars."""
+    """Draw the panel of one group: a bar for each model (`rows` of the result table, as "plug_in"), with error bars."""
     means = [metric.scale * (group.mean(score_of(row)) or 0.0) for row in rows]
     places = range(len(rows))
     colours = [COLOURS[row] for row in rows]
@@ -172,7 +172,7 @@ def _whiskers(group: Group, rows: Sequence[str]) -> Any:
 
 
 def _ends(group: Group, rows: Sequence[str]) -> list[float]:
-    """The upper end of each result row's error bar."""
+    """The upper end of the error bar of each model in `rows`."""
     above = _whiskers(group, rows)[1]
     return [(group.mean(score_of(row)) or 0.0) + more for row, more in zip(rows, above, strict=True)]
 

@@ -87,7 +87,7 @@ def tables(results: Results) -> list[Table]:
 
 
 def failures(results: Results) -> list[str]:
-    """A line of text for each result row that failed, with its grid point and its error."""
+    """A line of text for each score that failed: its grid point, its row of the result table, and its error."""
     return [
         f"{point.dataset}, {point.compress}, {point.placement or '?'}, {point.tune}, seed {point.seed}: "
         f"{LABELS[row]}: {error}"
@@ -97,12 +97,16 @@ def failures(results: Results) -> list[str]:
 
 
 def score_of(row: str) -> Callable[[GridPointResult], float | None]:
-    """Make a function that returns a grid point's primary score in this result row, or None if it has no score."""
+    """Make a function that returns the primary score of one model of a grid point, or None if it has no score.
+
+    Primary scores are held-out losses, or accuracies for pictures. `row` is the model's row of the result table, such
+    as "plug_in".
+    """
     return lambda point: point.scores[row].primary.value if row in point.scores else None
 
 
 def _main_scores(results: Results, grouped: Sequence[Group]) -> Table:
-    """The table of primary scores: a line for each group, a column for each result row."""
+    """The table of held-out losses (for pictures, accuracies): a line for each group, a column for each model."""
     metric = METRICS[results.primary]
     if results.primary == "accuracy":
         note = "Per cent of test pictures classified correctly; higher is better. Zero-shot rows are linear probes of "
@@ -116,7 +120,10 @@ def _main_scores(results: Results, grouped: Sequence[Group]) -> Table:
 
 
 def _score(group: Group, row: str, metric: Metric) -> str:
-    """A cell of the table of primary scores: the mean over seeds, and its standard deviation or error."""
+    """A cell of the table of losses or accuracies: the mean over seeds, and its standard deviation or error.
+
+    `row` is the model's row of the result table, such as "plug_in".
+    """
     mean = group.mean(score_of(row))
     if mean is None:
         return "failed" if any(row in point.errors for point in group.points) else ""
@@ -184,7 +191,10 @@ def verbatim_share(point: GridPointResult) -> float | None:
 
 
 def _against_zero_shot(row: str) -> Callable[[GridPointResult], Figure | None]:
-    """Make a function that returns a row's score minus the zero-shot score; None if it has not been computed."""
+    """Make a function that returns a model's score minus the zero-shot score; None if it has not been computed.
+
+    `row` is the model's row of the result table, such as "plug_in".
+    """
     return lambda point: point.scores[row].against_zero_shot if row in point.scores else None
 
 
@@ -194,7 +204,10 @@ def _percent(group: Group, of: Callable[[GridPointResult], Figure | None]) -> st
 
 
 def _with_ends(group: Group, of: Callable[[GridPointResult], Figure | None], shown: Callable[[float], str]) -> str:
-    """The mean over seeds of the function `of`, with its interval or standard deviation, as text."""
+    """The mean over seeds of the function `of`, with its interval or standard deviation, as text.
+
+    `shown` formats a value.
+    """
     figures = [figure for point in group.points if (figure := of(point)) is not None]
     if not figures:
         return ""
@@ -216,7 +229,10 @@ def _accuracies(results: Results, grouped: Sequence[Group]) -> Table | None:
 
 
 def _accuracy(group: Group, row: str) -> str:
-    """A cell of the table of accuracies: the mean over seeds, and its standard error, in per cent."""
+    """A cell of the table of accuracies: the mean over seeds, and its standard error, in per cent.
+
+    `row` is the model's row of the result table, such as "plug_in".
+    """
     name = group.points[0].score
     mean = group.mean(lambda point: getattr(point.scores[row], name) if row in point.scores else None)
     error = group.mean(lambda point: getattr(point.scores[row], f"{name}_stderr") if row in point.scores else None)
@@ -244,7 +260,7 @@ def _costs(grouped: Sequence[Group]) -> Table:
 
 
 def _mean_of(group: Group, name: str, party: str) -> float | None:
-    """The mean over seeds of a party's "seconds" or "peak_bytes"; None if they were not measured."""
+    """The mean over seeds of a party's time or memory; `name` is "seconds" or "peak_bytes". None if not measured."""
     return group.mean(lambda point: getattr(point, name).get(party) or None)
 
 

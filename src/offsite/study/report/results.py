@@ -85,7 +85,7 @@ class GridPointResult:
     seconds: Mapping[str, float]  # by party
     peak_bytes: Mapping[str, int]  # by party
     spent: Sequence[Spent]
-    errors: Mapping[str, str]  # by row
+    errors: Mapping[str, str]  # by row of the result table
     log: str | None  # the tuning's log, relative to the study's folder
 
 
@@ -181,7 +181,14 @@ def _row_scores(stage: Stage, cache: dict[str, RowScores]) -> RowScores:
 
 
 def _score(result: Mapping[str, Any], rows: RowScores, zero_shot: RowScores | None, metric: MetricName) -> RowResult:
-    """The scores of one model of a grid point, from its command's JSON result and its row scores."""
+    """The scores of one model of a grid point.
+
+    Args:
+        result: the JSON that the scoring command printed.
+        rows: the model's scores of single test rows.
+        zero_shot: the untouched base's scores of the same rows; None if they are missing.
+        metric: the metric by which the models are compared.
+    """
     return RowResult(
         primary=_figure(rows.mean(metric), interval(*rows.parts(metric))),
         loss=_figure(rows.loss, interval(*rows.parts("loss"))),
@@ -222,7 +229,10 @@ def _difference(one: RowScores | None, other: RowScores | None, metric: MetricNa
 
 
 def _share_of_gain(rows: Mapping[str, RowScores], part: str, whole: str, metric: MetricName) -> Figure | None:
-    """The gain over zero-shot of the row `part` as a share of that of `whole`; None if a score or a gain is missing."""
+    """The gain over zero-shot of the model `part`, divided by that of `whole`; both are keys of `rows`.
+
+    None if a score is missing, or if `whole` has no gain.
+    """
     if not {"zero_shot", whole, part} <= rows.keys():
         return None
     zero, best, reached = rows["zero_shot"], rows[whole], rows[part]
