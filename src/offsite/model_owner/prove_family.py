@@ -87,7 +87,7 @@ def _refusals(model: BaseModel) -> Iterator[None]:
 
 
 def _refused(model_type: str, what: str, reasons: Sequence[str]) -> IncompatibleError:
-    """The error that a model of this type cannot be packed."""
+    """The error that a model of this type cannot be packed; `what` is the first of the reasons."""
     return IncompatibleError(
         f"this {model_type} model cannot be packed",
         reasons=[what, *reasons],

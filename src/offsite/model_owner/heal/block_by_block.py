@@ -47,7 +47,7 @@ class Solved:
 
     # the changed tensors, and those of affine layers after blocks; keys are tensor names in the base
     tensors: Mapping[str, TensorRange]
-    kept: Mapping[int, Kept]  # base index of each narrowed block -> its heads, neurons and experts that stay
+    kept: Mapping[int, Kept]  # base index of each narrowed block -> its heads, neurons and experts that remain
 
 
 def block_by_block(

@@ -148,11 +148,11 @@ class _Distillation:
 
     @property
     def held_out(self) -> list[int]:
-        """Positions of the validation batches; empty if there are fewer batches than `HELD_OUT`."""
+        """Indices of the validation batches; empty if there are fewer batches than `HELD_OUT`."""
         return list(range(HELD_OUT - 1, len(self.states.batches), HELD_OUT))
 
     def order(self, epoch: int) -> list[list[int]]:
-        """For each optimiser step of an epoch, the positions of its batches; they are shuffled with the seed."""
+        """For each optimiser step of an epoch, the indices of its batches; they are shuffled with the seed."""
         held_out = set(self.held_out)
         trained = [position for position in range(len(self.states.batches)) if position not in held_out]
         width = max(1, self.spec.distill.batch_tokens // self.states.tokens[0])
@@ -160,14 +160,14 @@ class _Distillation:
         return [trained[at : at + width] for at in range(0, len(trained), width)]
 
     def micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
-        """Divide the batches of a step, whose positions are `rows`, into micro-batches of one batch each."""
+        """Divide the batches of a step, whose indices are `rows`, into micro-batches of one batch each."""
         return [[position] for position in rows]
 
     def prefetch(self, rows: Sequence[int], epoch: int) -> None:
         """Do nothing: hidden states are read from disk when they are used."""
 
     def loss_terms(self, rows: Sequence[int], epoch: int) -> dict[str, Tensor]:
-        """The loss terms of the one batch whose position is in `rows`; each is the mean over its tokens."""
+        """The loss terms of the one batch whose index is in `rows`; each is the mean over its tokens."""
         (position,) = rows
         ids, enters, leaves = self.states.at(position)
         if not self.spec.distill.ce:

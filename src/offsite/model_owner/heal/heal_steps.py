@@ -32,7 +32,7 @@ class Healed:
     """The changed tensors of a healed emulator, and which heads, neurons and experts its narrowed blocks still have."""
 
     tensors: Mapping[str, TensorRange]  # by their name in the base; the values are in files of the scratch folder
-    kept: Mapping[int, Kept]  # base index of each narrowed block -> its heads, neurons and experts that stay
+    kept: Mapping[int, Kept]  # base index of each narrowed block -> its heads, neurons and experts that remain
 
 
 def heal(healing: Healing) -> Healed:

@@ -109,7 +109,10 @@ def _check_index(folder: Path, names: Sequence[str], index: str, whole: str) -> 
 
 
 def _no_weights(folder: Path, names: Sequence[str]) -> StorageError | UsageError | IncompatibleError:
-    """The error for a folder without weights in a supported format; it says what is there instead."""
+    """The error for a folder without weights in a supported format; it says what is there instead.
+
+    `names` are the names of all files and folders in it.
+    """
     found = [f"found: {', '.join(names[:12])}"]
     parts = [name for name in names if name.endswith(".safetensors") and "-of-" in name]
     if parts:

@@ -114,7 +114,7 @@ def _compare(model: Any, encoder: Any, side: int, dtype: str) -> Iterator[tuple[
 
 
 def _find_tensors(graph: Any, blocks: int) -> _Tensors:
-    """Find the tensors to compare, by the names that torch's exporter gives to nodes.
+    """Find the tensors to compare in a graph with `blocks` blocks, by the names that torch's exporter gives to nodes.
 
     Raises:
         _NotComparedError: they are not there.

@@ -179,6 +179,12 @@ def _require_all_used(
 ) -> None:
     """Raise an error if transformers did not load a tensor of the GGUF file into the model.
 
+    Args:
+        model: the model that transformers loaded from the file.
+        metadata: the file's keys and values.
+        names: the names of its tensors.
+        source: the file, for the error.
+
     Raises:
         IncompatibleError: there are such tensors; all are listed.
     """

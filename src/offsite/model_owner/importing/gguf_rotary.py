@@ -92,6 +92,12 @@ def _scaling(
 ) -> list[str]:
     """Write the file's way of scaling rotary frequencies for long contexts into `rotary`, the new `rope_parameters`.
 
+    Args:
+        found: the file's keys for rotary positions, without the name of the architecture.
+        factors: the file's tensors of frequency factors, keyed by name.
+        config: the config, whose original context length may be set.
+        rotary: the new `rope_parameters`, changed in place.
+
     Returns:
         An error message for each setting that transformers has no parameter for.
     """
@@ -162,7 +168,10 @@ def _long(
 
 
 def _frequencies(factors: Factors, config: Any, rotary: dict[str, Any]) -> list[str]:
-    """Write Llama 3's scaling with these factors into `rotary`; return an error message if no parameters give them."""
+    """Write Llama 3's scaling into `rotary`, the new `rope_parameters`, so that it results in these factors.
+
+    Returns a list with an error message if no parameters of this scaling result in them.
+    """
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = int(head * rotary.get("partial_rotary_factor", 1.0))
     found = llama3_parameters(factors, rotary["rope_theta"], width)

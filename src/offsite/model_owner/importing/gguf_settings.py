@@ -120,7 +120,10 @@ def _carry(name: str, value: Any, metadata: Mapping[str, Any], config: "Pretrain
 
 
 def _set(name: str, value: Any, config: "PretrainedConfig") -> str | None:
-    """Set the config key that corresponds to a metadata key; return an error message if there is none, else None."""
+    """Set the config key that corresponds to a metadata key; return an error message if there is none, else None.
+
+    `name` is the metadata key without the name of the architecture.
+    """
     known = config.to_dict()
     keys = [key for key in _SAME.get(name, ()) if key in known or key in config.attribute_map]
     if not keys:
@@ -132,7 +135,10 @@ def _set(name: str, value: Any, config: "PretrainedConfig") -> str | None:
 
 
 def _implied(name: str, config: "PretrainedConfig") -> Any:
-    """The value of a metadata key that a model implies if its config has no such key; None if nothing is implied."""
+    """The value of a metadata key that a model implies if its config has no such key; None if nothing is implied.
+
+    `name` is the metadata key without the name of the architecture.
+    """
     implied = {
         "expert_count": 0,
         "expert_used_count": 0,

@@ -178,6 +178,8 @@ def _in_hub_cache(folder: Path) -> Path | None:
 def _lone_file(folder: Path, names: list[str]) -> Path | None:
     """The one GGUF or ONNX file in a folder without other weights; None for any other folder.
 
+    `names` are the names of all files and folders in it.
+
     Raises:
         UsageError: the folder has several GGUF files.
     """

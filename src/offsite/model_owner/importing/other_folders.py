@@ -69,7 +69,10 @@ def _refuse_artifact(folder: Path) -> None:
 
 
 def _refuse_adapter(folder: Path, names: Sequence[str]) -> None:
-    """Raise an IncompatibleError for a folder with the config of a PEFT adapter, with or without a model's weights."""
+    """Raise an IncompatibleError for a folder with the config of a PEFT adapter, with or without a model's weights.
+
+    `names` are the names of all files and folders in it.
+    """
     whole = CONFIG in names and any(name.endswith(_WEIGHT_SUFFIXES) and "adapter" not in name for name in names)
     if whole:
         raise IncompatibleError(
@@ -91,7 +94,10 @@ def _refuse_adapter(folder: Path, names: Sequence[str]) -> None:
 
 
 def _refuse_without_config(folder: Path, names: Sequence[str]) -> None:
-    """Raise a UsageError that says what a folder without a config is; return if it has GGUF or ONNX files."""
+    """Raise a UsageError that says what a folder without a config is; return if it has GGUF or ONNX files.
+
+    `names` are the names of all files and folders in it.
+    """
     quoted = shlex.quote(str(folder))
     if "zero_to_fp32.py" in names or "latest" in names:
         raise UsageError(

@@ -133,6 +133,7 @@ def _grid(verified: Return, spec: PlugInSpec) -> list[tuple[int, float]]:
 
 
 def _none_is_better(ranked: Sequence[Candidate], base_loss: float, data: Path) -> PolicyError:
+    """The error that no candidate has a lower loss than the base; `ranked` are the candidates, best first."""
     return PolicyError(
         f"the base itself is best on {data}, so nothing was plugged in",
         reasons=[

@@ -122,8 +122,9 @@ def _carried_layer(model: BaseModel, chosen: Chosen, target: str) -> tuple[KeptF
 
 
 def _scaled(tensor: StoredTensor, name: str, factor: np.float32, spread: Spread | None = None) -> NewTensor:
-    """A returned tensor with another name, mapped to the base's shape and multiplied by `factor` in float32.
+    """A returned tensor with the name `name`, multiplied by `factor` in float32, and mapped to the base's shape.
 
+    `spread` says where zeros are inserted for features that the bundle's layer does not have; None inserts none.
     If neither changes the values, the bytes are copied. Writing it raises a VerificationError if a value overflows.
     """
     spread = spread or Spread(None, 0, axis=0)

@@ -102,7 +102,7 @@ def improve(start: Blocks, middle: Sequence[int], score: Score, seed: int, goes_
 
 
 def moves(blocks: Blocks, middle: Sequence[int], seed: int) -> Iterator[Blocks]:
-    """All selections that differ from `blocks` in one block, in an order drawn from the seed."""
+    """All selections that differ from `blocks` in one block of `middle`, in an order drawn from the seed."""
     swaps = [tuple(sorted({*blocks, comes} - {goes})) for goes in blocks for comes in middle if comes not in blocks]
     random.Random(f"{seed} {blocks}").shuffle(swaps)  # noqa: S311  no secret
     yield from swaps
