@@ -66,7 +66,13 @@ def build(words: Sequence[str] | None = None) -> typer.Typer:
 def _with_settings(
     name: str, verb: Callable[..., None], words: Sequence[str] | None
 ) -> tuple[Callable[..., None], str]:
-    """Add flags for a command's settings to its function; returns the new function, and the text below its help."""
+    """Add flags for a command's settings to its function; returns the new function, and the text below its help.
+
+    Args:
+        name: the name of the command.
+        verb: its function.
+        words: the words of the command line; None: flags are added even if the command is not among them.
+    """
     if "flag_values" not in inspect.signature(verb).parameters:
         return verb, flags.EXIT_CODES
     if words is not None and name not in words:
@@ -126,5 +132,5 @@ def _root(
 
 
 def _wants_json(words: Sequence[str], run: flags.Run) -> bool:
-    """Whether errors are printed as JSON: with --json, except for `demo`, where --json names a file."""
+    """Whether errors are printed as JSON: with --json in `words`, except for `demo`, where --json names a file."""
     return "--json" in words and run.verb != "demo"  # the demo writes its JSON to a file

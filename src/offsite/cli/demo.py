@@ -188,7 +188,10 @@ def _sample(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _next_steps(workdir: Path, json_file: Path | None) -> str:
-    """The commands that a user may run after the demo, as text."""
+    """The commands that a user may run after the demo, as text.
+
+    `json_file` is the file with the result as JSON; None if none was written.
+    """
     program = sys.argv[0] if Path(sys.argv[0]).name == "offsite" else "python -m offsite"
     tuner = workdir / "data-owner"
     inspect = f"  {program} --home {tuner / 'home'} inspect"

@@ -217,6 +217,8 @@ def _require_writable(file: Path, data: Sequence[Path]) -> None:
 def _require_fitting(model: Path, tasks: Sequence[str], samples: int, probe: Path | None, *, skip_bad: bool) -> None:
     """Check that the flags are for the kind of the model, which is a language model or an image model.
 
+    The arguments after `model` are the values of the flags; an empty list, 0, None and False mean left out.
+
     Raises:
         UsageError: --probe or --skip-bad for a language model, or --tasks or --samples for an image model.
     """

@@ -202,7 +202,10 @@ def _bundle(manifest: "BundleManifest", digest: str, home: "Home") -> dict[str, 
 
 
 def _shares(digest: str, home: "Home") -> dict[str, Any]:
-    """The shares of the base's parameters that a bundle has verbatim or compressed, or lacks; {} if not recorded."""
+    """The shares of the base's parameters that a bundle has verbatim or compressed, or lacks; {} if not recorded.
+
+    `digest` is that of the bundle, by which this home's ledger records it.
+    """
     from offsite.model_owner.ledger import Ledger
 
     issued = Ledger(home.ledger).issued(digest) if home.ledger.exists() else None
@@ -221,6 +224,7 @@ def _by_linear_map(manifest: "BundleManifest") -> dict[str, list[int]]:
 
 
 def _return(manifest: "ReturnManifest", digest: str, home: "Home") -> dict[str, Any]:
+    """The facts about a return: lineage, parties, method and its settings, checkpoints, and number of tensors."""
     lora = manifest.lora
     return {
         "lineage": {"bundle": manifest.bundle, "return": digest},
@@ -239,6 +243,7 @@ def _return(manifest: "ReturnManifest", digest: str, home: "Home") -> dict[str, 
 
 
 def _plug_in(manifest: "PlugInManifest", digest: str, home: "Home") -> dict[str, Any]:
+    """The facts about a plug-in: lineage, issuer, form, checkpoint, strength and model type."""
     return {
         "lineage": {
             "base": manifest.base,

@@ -99,7 +99,13 @@ class FeatureFile:
                 self.states, self._file = None, None
 
     def load_batch(self, body: nn.Module, arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> None:
-        """A forward pre-hook for the backbone: reads the states of the batch if the file has all its rows."""
+        """A forward pre-hook for the backbone: reads the states of the batch if the file has all its rows.
+
+        Args:
+            body: the backbone.
+            arguments: its positional arguments.
+            settings: its keyword arguments, which contain `input_ids` and `attention_mask`.
+        """
         ids: Tensor = settings["input_ids"]  # (B, T)
         lengths: list[int] = settings["attention_mask"].sum(-1).tolist()
         rows = [row[:length] for row, length in zip(ids.cpu().numpy(), lengths, strict=True)]

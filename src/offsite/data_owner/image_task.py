@@ -121,7 +121,10 @@ class ImageTask:
 
     @torch.no_grad()
     def validate(self, progress: Progress, stage: str) -> Mapping[str, float]:
-        """Compute loss per picture and accuracy on the held-out pictures; empty if there are none."""
+        """Compute loss per picture and accuracy on the held-out pictures; empty if there are none.
+
+        `stage` is the name of the work in progress events.
+        """
         held_out = self.album.held_out
         if held_out is None:
             return {}

@@ -50,7 +50,7 @@ def _text_trials(task: TextTask, spec: TuneSpec, steps: int) -> Iterator[Trial]:
     """Yields trials on text with more and more tokens.
 
     The first trials run the last tokens of the longest row, until the whole row runs. The others run the fullest
-    micro-batches for larger and larger limits of tokens at once.
+    micro-batches of the first `steps` steps, for larger and larger limits of tokens at once.
     """
     longest = max(range(task.rows), key=lambda i: len(task.examples[i].ids))
     width = len(task.examples[longest].ids)
@@ -77,7 +77,7 @@ def _text_trials(task: TextTask, spec: TuneSpec, steps: int) -> Iterator[Trial]:
 
 
 def _padded(examples: Sequence[Example], group: Sequence[int]) -> int:
-    """The number of tokens of a micro-batch, including padding."""
+    """The number of tokens of the micro-batch with the rows `group` (indices in `examples`), including padding."""
     return len(group) * max(len(examples[i].ids) for i in group)
 
 

@@ -68,7 +68,10 @@ class TextTask:
         return {"rows": self.rows}
 
     def validate(self, progress: Progress, stage: str) -> Mapping[str, float]:
-        """Compute loss per labelled token and perplexity on the held-out rows; empty if there are none."""
+        """Compute loss per labelled token and perplexity on the held-out rows; empty if there are none.
+
+        `stage` is the name of the work in progress events.
+        """
         if not self.held_out:
             return {}
         losses = row_losses(self.network, self.held_out, 2 * self.batching.tokens, progress, stage)

@@ -87,6 +87,11 @@ def _loop_settings(spec: TuneSpec, rows: int, checkpoints: Checkpoints | None) -
     """The settings of the training loop.
 
     Validation runs at the end, at every checkpoint, and every `eval_every` steps.
+
+    Args:
+        spec: the settings of the tuning.
+        rows: the number of training rows.
+        checkpoints: the checkpoints of the return; None if no return is written.
     """
     steps, every, optimizer = step_count(spec, rows), spec.points.eval_every, spec.optimizer
 

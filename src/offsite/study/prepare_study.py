@@ -77,7 +77,10 @@ def _require_study_folder(out: Path) -> None:
 
 
 def _base(recipe: Recipe, say: Callable[[str], None]) -> Path:
-    """The recipe's base folder; a pretrained model is downloaded and imported if it is not in the user's cache."""
+    """The recipe's base folder; a pretrained model is downloaded and imported if it is not in the user's cache.
+
+    `say` is called with a short text before a download.
+    """
 
     def run(words: Sequence[str | Path]) -> Any:
         return run_command(words, "the study").result

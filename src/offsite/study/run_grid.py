@@ -132,8 +132,13 @@ class Runner:
 def run_grid(points: Sequence[GridPoint], runner: Runner, *, keep_models: bool = True) -> int:
     """Run every point of the grid. A failure is reported and recorded, and the other points still run.
 
+    Args:
+        points: the grid points.
+        runner: runs and records the stages.
+        keep_models: whether complete models remain on disk after they were scored.
+
     Returns:
-        The number of grid points with at least one failed row.
+        The number of grid points of which at least one score failed.
     """
     failed = 0
     for index, point in enumerate(points):

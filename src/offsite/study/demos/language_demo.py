@@ -175,6 +175,7 @@ def _bounds(chain: Chain, base: Path, steps: int | None) -> ScoredModels:
     """Make two upper bounds for the plug-in: the adapter tuned on the uncompressed base, and all blocks but one tuned.
 
     Only for these bounds, the data owner gets the whole model: a bundle without compression contains all of its blocks.
+    `steps` is the number of optimiser steps of each tuning; None leaves the command's default.
     """
     split = chain.results["pack"]["split"]
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
@@ -235,7 +236,10 @@ def _score(chain: Chain, base: Path, models: ScoredModels) -> dict[str, Any]:
 
 
 def _sample(before: Sequence[Mapping[str, str]], after: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The first test row as an example: prompt, true docstring, answers of base and plug-in; {} without answers."""
+    """The first test row as an example: prompt, true docstring, answers of base and plug-in; {} without answers.
+
+    `before` and `after` have the generated answers of base and plug-in, with prompts and true docstrings.
+    """
     if not before or not after:
         return {}
     first, second = before[0], after[0]

@@ -48,7 +48,7 @@ def list_pictures_for_study(table: DataTable, folder: Path) -> Rows:
 
 
 def picture_table(files: Sequence[Path], labels: Sequence[str | None]) -> bytes:
-    """Make the bytes of a CSV file with the paths of pictures, and with a column of classes if they have any."""
+    """Make the bytes of a CSV file with the paths of pictures, and a column of classes unless all `labels` are None."""
     classes = any(label is not None for label in labels)
     text = io.StringIO(newline="")
     writer = csv.writer(text)

@@ -44,7 +44,10 @@ def gains_frontier(grouped: Sequence[Group]) -> "Figure | None":
 
 
 def _name(group: Group, panel: Sequence[Group], short: Mapping[tuple[str, ...], str]) -> str:
-    """A group's name among those of its panel: its settings, or its data set, or both."""
+    """A group's name among those of its panel: its settings, or its data set, or both.
+
+    `short` has short names of the settings, keyed by `Group.words` without the data set.
+    """
     settings = short[group.words[1:]]
     if len({one.dataset for one in panel}) == 1:
         return settings
@@ -73,7 +76,10 @@ def _gains(group: Group, name: str) -> _Point:
 
 
 def _one_gains(axes: "Axes", found: Sequence[Group], points: Sequence[_Point]) -> None:
-    """Draw one panel: the gain recovered against the emulator's own gain, for several bundles."""
+    """Draw one panel: the gain recovered against the emulator's own gain, for the bundles of the groups `found`.
+
+    `points` has the point of each group, in the same order.
+    """
     for group, point in zip(found, points, strict=True):
         axes.errorbar(
             point.x, point.y, xerr=_whisker(group, "emulator"), yerr=_whisker(group, "plug_in"), ecolor="#c8c8c8",

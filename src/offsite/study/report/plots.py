@@ -115,7 +115,7 @@ def _figures(results: Results, folder: Path) -> list[tuple[str, str, str, "Figur
 
 
 def _bars(results: Results, grouped: Sequence[Group]) -> "Figure | None":
-    """Plot the primary scores as bars, with a panel for each group; None if there are no scores."""
+    """Plot the losses (for pictures, accuracies) of all models as bars, a panel for each group; None without scores."""
     shown = [group for group in grouped if any(point.scores for point in group.points)][:_PANELS]
     if not shown:
         return None
@@ -206,7 +206,14 @@ def _curves(results: Results, grouped: Sequence[Group], folder: Path) -> "Figure
 
 
 def _one_curve(axes: "Axes", curve: Mapping[str, list[tuple[int, float]]], colour: str, dash: str) -> Any:
-    """Draw the losses of one tuning: each step, their running mean, and the held-out losses; returns the line."""
+    """Draw the losses of one tuning: each step, their running mean, and the held-out losses; returns the mean's line.
+
+    Args:
+        axes: the panel.
+        curve: the (step, loss) pairs, from `read_curve`.
+        colour: the colour of the lines.
+        dash: the line style of the running mean.
+    """
     steps, losses = zip(*curve["step"], strict=True)
     axes.plot(steps, losses, color=colour, linewidth=0.6, alpha=0.3)
     (line,) = axes.plot(steps, _running_mean(losses), color=colour, linestyle=dash, linewidth=1.7)

@@ -219,7 +219,7 @@ def _stderr(right: Sequence[float]) -> float | None:
 
 
 def _figure(value: float, ends: Interval | None) -> Figure:
-    """A figure from a value and its interval."""
+    """A figure from a value and its confidence interval; `ends` is None if it has no interval."""
     return Figure(value, ends.low, ends.high) if ends else Figure(value)
 
 
