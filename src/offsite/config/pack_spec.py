@@ -200,11 +200,14 @@ class PackSpec(Spec):
         ]
 
     def nearest(self, fits: Callable[[SelectionRule | HealingStep], bool], *, left_out: Sequence[str] = ()) -> str:
-        """The next step of an error on options that do not work, such as "pack with --heal refit and without --bits".
+        """Advice for an error message: which options to change, such as "pack with --heal refit and without --bits".
+
+        Only options that do not work for the base change. A selection rule is replaced by the one that its registry
+        entry recommends; healing steps and other settings are left out.
 
         Args:
-            fits: whether a selection rule or a healing step works.
-            left_out: keys of other settings that do not work, which the user must leave out.
+            fits: whether a selection rule or a healing step works for the base.
+            left_out: keys of other settings that do not work.
         """
         rule, steps = self.selection_rule, [step.name for step in self.healing_steps if fits(step)]
         flags = [] if fits(rule) else [f"--select {rule.instead}"]

@@ -28,7 +28,7 @@ def split_columns(value: object) -> object:
 
 
 def _require_known_columns(columns: dict[str, str] | None) -> dict[str, str] | None:
-    """Validator: raise ValueError if a key is not one of COLUMN_NAMES."""
+    """Validator: raise ValueError if a key is not one of COLUMN_NAMES; None (not set) is valid."""
     if unknown := sorted(set(columns or ()) - set(COLUMN_NAMES)):
         raise ValueError(f"no field is called {', '.join(unknown)}; the fields are {', '.join(COLUMN_NAMES)}")
     return columns
@@ -63,7 +63,7 @@ def split_steps(value: object) -> object:
 
 
 def split_numbers(value: object) -> object:
-    """Split "0,14,29" into a list of integers; a part that is not a number remains a string, which pydantic refuses."""
+    """Split "0,14,29" into integers; a part that is not a number remains a string, which pydantic refuses."""
     parts = split_parts(value)
     if not isinstance(value, str) or not isinstance(parts, list):
         return value

@@ -36,7 +36,7 @@ def load_spec(kind: type[S], settings: Mapping[str, Any], config: Path | None = 
     Args:
         kind: the class of the spec.
         settings: values by key; a value of None is ignored, so that the file or the default decides.
-        config: a TOML file with one table per verb ([pack], [tune], ...).
+        config: a TOML file with one table per verb ([pack], [tune], ...); None: no file is read.
 
     Raises:
         UsageError: the file cannot be read, or a table, key or value is wrong; every problem is listed.
@@ -57,7 +57,9 @@ def load_spec(kind: type[S], settings: Mapping[str, Any], config: Path | None = 
 
 
 def _require_one_way(kind: type[Spec], settings: Mapping[str, Any]) -> None:
-    """Raise UsageError if two settings are given that exclude each other, such as `epochs` and `max_steps`."""
+    """Raise UsageError if `settings` has two keys that exclude each other in this class of spec, such as `epochs` and
+    `max_steps`.
+    """
     for sides in kind.alternatives:
         both = [key for side in sides for key in side if key in settings]
         if sum(any(key in settings for key in side) for side in sides) > 1:

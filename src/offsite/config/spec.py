@@ -96,7 +96,7 @@ class Spec(Settings):
 
     @classmethod
     def group_places(cls) -> frozenset[tuple[str]]:
-        """Each group's name in a tuple of one, as the location (`loc`) of a pydantic error in that group begins."""
+        """For each group, the first entry of pydantic's error locations (`loc`) in it: its name, as a tuple of one."""
         return frozenset((name,) for name in _groups(cls))
 
     @model_validator(mode="after")
@@ -133,7 +133,7 @@ class Spec(Settings):
 
     @classmethod
     def overlaid(cls, below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-        """Merge two mappings of settings by key, in which `above` overrides `below`.
+        """Merge two mappings of settings by key into one; where both have a key, the value in `above` is used.
 
         A key in `above` also removes its `alternatives` from `below`: `max_steps` removes `epochs`, for example.
         """

@@ -9,9 +9,9 @@ from offsite.config.spec import RulesError, Spec
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem that pydantic reports about a set of values: where it is and what is wrong."""
+    """One problem that pydantic reports about a set of values: its location and its message."""
 
-    place: tuple[str, ...]  # the setting's key, and where in its value; empty if settings contradict each other
+    place: tuple[str, ...]  # pydantic's error location without the group's name; (): settings contradict each other
     what: str
     unknown: bool = False  # the key is not the name of a setting
 
@@ -22,11 +22,12 @@ class Problem:
 
 
 def problems_of(error: ValidationError, kind: type[Spec] | None = None) -> list[Problem]:
-    """List every problem that a pydantic validation error reports.
+    """List every problem that a pydantic validation error reports; a broken rule of a spec is a problem of its own.
 
     Args:
         error: pydantic's error.
-        kind: the spec that was validated; the names of its groups are left out of the places.
+        kind: the class of the spec that was validated: the names of its groups are left out of pydantic's error
+            locations. None: another model of pydantic; its error locations are used as they are.
     """
     found = []
     for problem in error.errors(include_url=False):
@@ -45,6 +46,7 @@ def describe_validation(error: ValidationError, kind: type[Spec] | None = None) 
 
     Args:
         error: pydantic's error.
-        kind: the spec that was validated; the names of its groups are left out of the places.
+        kind: the class of the spec that was validated: the names of its groups are left out of pydantic's error
+            locations. None: another model of pydantic; its error locations are used as they are.
     """
     return [str(problem) for problem in problems_of(error, kind)]

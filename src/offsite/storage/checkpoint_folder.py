@@ -165,14 +165,17 @@ def write_checkpoint(
 def checkpoint_bytes(
     tensors: Iterable[NewTensor], shard_bytes: int = SHARD_BYTES, weights: str = WEIGHTS
 ) -> dict[str, int]:
-    """The size in bytes of each file that `write_checkpoint` would write, by file name."""
+    """The size in bytes of each file that `write_checkpoint` would write, by file name; arguments as for it."""
     shards = _shards(tensors, shard_bytes, weights)
     sizes = {name: safetensors_bytes(shard) for name, shard in shards.items()}
     return sizes if len(shards) == 1 else {**sizes, f"{weights}.index.json": len(_index(shards))}
 
 
 def _shards(tensors: Iterable[NewTensor], shard_bytes: int, weights: str) -> dict[str, list[NewTensor]]:
-    """Divide tensors among files of at most `shard_bytes` (a larger tensor has its own file), by file name."""
+    """Divide tensors among files of at most `shard_bytes` (a larger tensor has its own file), by file name.
+
+    `weights` is the name of the file if one is enough; the names of shards are derived from it.
+    """
     shards: list[list[NewTensor]] = [[]]
     held = 0
     for tensor in tensors:

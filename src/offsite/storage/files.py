@@ -92,7 +92,7 @@ def require_free(out: Path, flag: str = "--out") -> None:
 
     Args:
         out: the folder.
-        flag: the flag that names it, for the error's next step.
+        flag: the command-line flag that sets this folder; the advice in the error names it.
 
     Raises:
         UsageError: `out` exists and is not an empty folder, is inside a file, or has a name that is too long.
@@ -116,9 +116,9 @@ def require_free(out: Path, flag: str = "--out") -> None:
 
 
 def _taken(out: Path, flag: str) -> tuple[str, str] | None:
-    """Why an output folder cannot be used, and the next step for the user.
+    """Why an output folder cannot be used, and the advice for the error; None if it does not exist or is empty.
 
-    None if the folder does not exist or is empty.
+    `flag` is the command-line flag that sets this folder; the advice names it.
     """
     if out.is_symlink():
         target = out.resolve()
@@ -154,6 +154,11 @@ def write_stream(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -
 def replace_file(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Write a file atomically: a reader sees the complete old content or the complete new content.
 
+    Args:
+        path: the file, which may exist.
+        content: its new content.
+        mode: the permission bits of the new file.
+
     Raises:
         StorageError: the file cannot be written; the old file is unchanged.
     """
@@ -180,7 +185,7 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Context manager: turn an OSError in the body into a StorageError about `path`, with a next step for the user."""
+    """Context manager: turn an OSError in the body into a StorageError about `path`, with advice for the user."""
     try:
         yield
     except OSError as error:

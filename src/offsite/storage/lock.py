@@ -21,7 +21,7 @@ def alone_in(folder: Path, work: str, next_step: str) -> Iterator[None]:
     Args:
         folder: the folder to lock; it is created if it does not exist.
         work: a noun for the work that a process does there, such as "study"; the error names it.
-        next_step: the advice to the user in the error, if another process has the lock.
+        next_step: the advice to the user in the error that is raised if another process has the lock.
 
     Raises:
         UsageError: another process has the lock.

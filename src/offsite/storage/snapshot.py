@@ -69,7 +69,7 @@ class ReadFile:
     not_finite: list[str] = field(default_factory=list)  # names of tensors with NaN or infinity, if searched for
 
     def is_file(self, listed: Written) -> bool:
-        """Whether the size and hash that were read equal those of the entry `listed`."""
+        """Whether the size and hash that were read equal those in `listed`, the manifest's entry for the file."""
         return (self.size, self.sha256) == (listed.size, listed.sha256)
 
 
@@ -116,7 +116,7 @@ _Consumer = Callable[[memoryview], object]
 def _read_header(file: Path, stream: BinaryIO, found: ReadFile, consume: Callable[[bytes], object]) -> int:
     """Store the parsed header in `found`, or the error if it is malformed.
 
-    Returns the number of bytes that were passed to `consume`.
+    Returns the number of bytes that were passed to `consume`, which hashes them.
     """
     try:
         raw = read_header_bytes(file, stream, found.size)
@@ -133,7 +133,15 @@ def _read_header(file: Path, stream: BinaryIO, found: ReadFile, consume: Callabl
 
 
 def _read_tensors(stream: BinaryIO, found: ReadFile, consume: _Consumer, *, hold: bool, look_for_nan: bool) -> int:
-    """Read the bytes after the header into `found`, tensor by tensor in file order; return the number of bytes read."""
+    """Read the bytes after the header, tensor by tensor in file order; return the number of bytes read.
+
+    Args:
+        stream: the file, at the end of its header.
+        found: gets the tensors (with `hold`) and the names of those with NaN or infinity.
+        consume: called with all bytes in order, to hash them.
+        hold: whether the tensors remain in memory.
+        look_for_nan: whether float tensors are searched for NaN and infinity.
+    """
     if found.header is None:
         return _read_rest(stream, found.size, consume, lambda _: None)
     read = 0
@@ -159,7 +167,10 @@ def _read_tensors(stream: BinaryIO, found: ReadFile, consume: _Consumer, *, hold
 
 
 def _read_rest(stream: BinaryIO, most: int, consume: _Consumer, keep: _Consumer) -> int:
-    """Pass at most `most` remaining bytes of a stream to `consume` and `keep`; return the number of bytes read."""
+    """Read at most `most` remaining bytes of a stream; return the number of bytes read.
+
+    Each chunk is passed to `consume`, which hashes it, and to `keep`, which may store it.
+    """
     buffer = memoryview(bytearray(min(_READ_BYTES, max(most, 1))))
     read = 0
     while read < most and (length := _fill(stream, buffer[: most - read])):
@@ -264,7 +275,9 @@ class Snapshot:
         return checkpoint_of(self)
 
     def _of(self, name: str, *, hold: bool) -> ReadFile:
-        """The listed file `name`, read again if its content, or with `hold` its tensors, are not in memory.
+        """The listed file `name`, read again if what the caller needs is not in memory.
+
+        With `hold` the caller needs its tensors, otherwise its content and header.
 
         Raises:
             FileNotFoundError: no listed file has that name.
@@ -281,7 +294,12 @@ class Snapshot:
 
 
 def _read_again(file: Path, listed: Written, *, hold: bool) -> ReadFile:
-    """Read a listed file again, and compare its size and hash with the entry `listed`.
+    """Read a file again, and compare its size and hash with those in the manifest.
+
+    Args:
+        file: the file's path.
+        listed: the manifest's entry for the file.
+        hold: whether the file's tensors remain in memory.
 
     Raises:
         VerificationError: the file has changed.
