@@ -111,6 +111,8 @@ def _as_fields(value: object) -> dict[str, Any] | str:
 def _from_csv(path: Path, separator: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """The records of a CSV file. The first line names the columns; a record's number is the line on which it begins.
 
+    `separator` is the character between two cells.
+
     Yields the number of each record, and its fields or an error text.
     """
     csv.field_size_limit(_LONGEST_CELL)

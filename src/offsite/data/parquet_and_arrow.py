@@ -76,7 +76,10 @@ def class_names(feature: object) -> list[str]:
 
 
 def _batches(path: Path, wanted: Container[str] | None) -> Iterator[tuple[Sequence[str], Mapping[str, Any], Any]]:
-    """Yields the table in batches, each as all column names, the types of the columns, and rows (an Arrow batch)."""
+    """Yields the table in batches, each as all column names, the types of the columns, and rows (an Arrow batch).
+
+    Arguments as for `read_table`.
+    """
     arrow = require("pyarrow", "data", "reading Parquet and Arrow tables")
     source = arrow.BufferReader(read_bytes(path)) if is_compressed(path) else path.open("rb")
     with source as file:

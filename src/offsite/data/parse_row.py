@@ -76,7 +76,7 @@ def parse_row(fields: Fields, number: int, form: RowForm | None = None) -> Row |
     Args:
         fields: the fields of the record.
         number: the number of the record in its file, from 1.
-        form: the settings that say what the fields mean.
+        form: the settings that say what the fields mean; None: their names alone say it.
     """
     form = form or RowForm()
     missing = [f"{theirs!r}" for theirs in form.columns.values() if theirs not in fields]
@@ -157,7 +157,10 @@ def _kind(fields: Fields, form: RowForm) -> Callable[[Fields, int], Row | str] |
 
 
 def _text(fields: Fields, number: int) -> Row | str:
-    """The row of a plain text, or of a prompt and a completion; an error text if a field is not text."""
+    """The row of a plain text, or of a prompt and a completion; an error text if a field is not text.
+
+    `number` is the number of the record in its file.
+    """
     taken = {name: _as_text(fields[name]) for name in ("prompt", "completion", "text") if name in fields}
     problems = [found for name, value in taken.items() if (found := text_problem(name, value, empty=name == "prompt"))]
     if problems:
@@ -197,7 +200,7 @@ def _settings(fields: Fields) -> dict[str, Any] | str:
 def _of_turns(turns: list[Turn], number: int, fields: Fields, name: str) -> Row | str:
     """The row of a conversation; an error text if no turn has labels or the template's arguments are bad.
 
-    `name` is the field of the conversation, for error messages.
+    `name` is the field of the conversation, for error messages; `number` is the number of the record in its file.
     """
     settings = _settings(fields)
     if isinstance(settings, str):
@@ -210,14 +213,20 @@ def _of_turns(turns: list[Turn], number: int, fields: Fields, name: str) -> Row 
 
 
 def _conversation(fields: Fields, number: int) -> Row | str:
-    """The row of a conversation in one field; an error text if its messages are malformed."""
+    """The row of a conversation in one field; an error text if its messages are malformed.
+
+    `number` is the number of the record in its file.
+    """
     name = next(name for name in _MESSAGES if name in fields)
     turns, problems = parse_messages(fields[name], name)
     return "; ".join(problems) if problems else _of_turns(turns, number, fields, name)
 
 
 def _prompted_conversation(fields: Fields, number: int) -> Row | str:
-    """The row of a conversation in two fields, whose prompt has no labels; an error text if it is malformed."""
+    """The row of a conversation in two fields, whose prompt has no labels; an error text if it is malformed.
+
+    `number` is the number of the record in its file.
+    """
     asked, problems = parse_messages(fields["prompt"], "prompt")
     answered, others = parse_messages(fields["completion"], "completion")
     if problems or others:
@@ -304,7 +313,10 @@ def _instruction(fields: Fields, number: int) -> Row | str:
 
 
 def _multiple_choice(fields: Fields, number: int) -> Row | str:
-    """The row of a multiple-choice question; an error text if a field is malformed."""
+    """The row of a multiple-choice question; an error text if a field is malformed.
+
+    `number` is the number of the record in its file.
+    """
     question, choices = fields["question"], parsed_json(fields["choices"])
     answer = next(fields[name] for name in _ANSWERS if name in fields)
     labels: list[Any] = []
@@ -332,6 +344,11 @@ def _index(answer: object, labels: list[Any], count: int) -> int | None:
     """The index of the right choice, given as its label, its number from 0, or its letter from A.
 
     None if `answer` is none of these.
+
+    Args:
+        answer: the value of the field.
+        labels: the label of each choice; empty if the row has no labels.
+        count: the number of choices.
     """
     if isinstance(answer, bool):
         return None

@@ -20,7 +20,7 @@ def read_rows(data: DataPaths, form: RowForm | None = None, part: Part = "train"
 
     Args:
         data: files, folders or patterns, as docs/data.md lists them.
-        form: the settings that say what the fields mean.
+        form: the settings that say what the fields mean; None: their names alone say it.
         part: for a data set with several parts, whether to read the training part or the held-out part.
 
     Raises:
@@ -50,7 +50,7 @@ def read_rows(data: DataPaths, form: RowForm | None = None, part: Part = "train"
 
 
 def _rows_in(file: Path, form: RowForm, shown: Path) -> Iterator[Row | tuple[str, str]]:
-    """Yields the rows of one file; for a bad row a pair of texts instead, its place in the file and its problem."""
+    """Yields the rows of one file; for a bad row a pair of texts instead: "file:line", and its problem."""
     if kind(file) == ".txt":
         yield Row(1, None, read_text(file), document=True, file=file)
         return
@@ -61,7 +61,10 @@ def _rows_in(file: Path, form: RowForm, shown: Path) -> Iterator[Row | tuple[str
 
 
 def _listed(problems: Sequence[tuple[str, str]], *, every: bool) -> list[str]:
-    """One text for each problem, with its place. If all rows of a file have the same problem, it is listed once."""
+    """One text for each problem, from pairs of "file:line" and problem.
+
+    With `every`, all rows that were read are bad; if they then have the same problem, it is listed once.
+    """
     place, what = problems[0]
     if every and len(problems) > 1 and all(other == what for _, other in problems):
         return [f"{place}: {what}", f"and the same of {len(problems) - 1} more"]

@@ -167,7 +167,8 @@ class _Draft:
     def cut(self, most: int, *, bos: int | None) -> "_Draft":
         """A copy with at most `most` tokens.
 
-        A prompt loses its start, then a completion its end; a conversation loses its end.
+        A prompt loses its start, then a completion its end; a conversation loses its end. `bos` is the id of the BOS
+        token, which remains at the start; None if the tokenizer has none.
         """
         if self.places is not None:
             kept = [place for place in self.places if place < most]
@@ -190,6 +191,8 @@ def _drafts(
     rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", source: str, max_length: int
 ) -> Iterator[_Draft]:
     """Yields a draft (tokens that are not cut yet) for every row, in order; for a long text several drafts.
+
+    `source` is the data set's name, for errors; `max_length` is the most tokens of a long text's blocks.
 
     Raises:
         DataError: conversations cannot be rendered or labelled; each is listed.
@@ -248,7 +251,15 @@ def _encoded(
 
 
 def _conversation_draft(row: Row, said: Conversation, encoding: Encoding, added: Container[int], eos: int) -> _Draft:
-    """The tokens of `apply_chat_template`, plus EOS if the template writes no end-of-turn token."""
+    """The tokens of `apply_chat_template`, plus EOS if the template writes no end-of-turn token.
+
+    Args:
+        row: the row of the conversation.
+        said: its rendered text and the spans that have labels.
+        encoding: the tokens of that text.
+        added: ids of the tokenizer's added tokens.
+        eos: id of the EOS token.
+    """
     places = sorted({place for span in said.labelled for place in encoding.tokens_of(*span, added)})
     ids = encoding.ids
     if said.lacks_end:
@@ -269,7 +280,7 @@ def _choice_drafts(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[_Draf
 
 
 def _blocks(row: Row, text: list[int], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Iterator[_Draft]:
-    """Yields the blocks of a long text.
+    """Yields the blocks of a long text whose token ids are `text`; a block has at most `max_length` tokens.
 
     Every token (and EOS) is a label in exactly one block, except a first token that nothing can predict. A block starts
     with BOS. If the tokenizer has no BOS, a block starts with the last token of the previous block, which has no label

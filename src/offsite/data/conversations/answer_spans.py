@@ -138,7 +138,7 @@ class AnswerFinder:
         return self.template.special_after(self.text, words) or words
 
     def _words_end(self, i: int, begin: int) -> int:
-        """The position after the words of turn i, searched from `begin`; `begin` if they are not there."""
+        """The position in the text after the words of turn i, searched from `begin`; `begin` if they are not there."""
         content = self.turns[i].content
         for words in (content.strip(), content.rpartition("</think>")[2].strip()):
             if words and (place := self.text.find(words, begin)) >= 0:
@@ -146,7 +146,10 @@ class AnswerFinder:
         return begin
 
     def _end_by_rendering(self, i: int, begin: int) -> int | None:
-        """The end of turn i, found by rendering the conversation only up to this turn; None if it cannot be found."""
+        """The end of turn i, found by rendering the conversation only up to this turn; None if it cannot be found.
+
+        `begin` is the start of the answer.
+        """
         try:
             until = self.template.render(self.messages[: i + 1], self.settings)
         except ConversationError:

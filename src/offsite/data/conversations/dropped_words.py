@@ -17,7 +17,7 @@ def dropped_words(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] | No
 
     Args:
         turns: the conversation.
-        tools: definitions of tools.
+        tools: definitions of tools; None if the row has none.
         text: the text that the template rendered.
 
     Returns:
@@ -74,7 +74,10 @@ def _name(tool: Mapping[str, Any]) -> str:
 
 
 def _is_defined(tool: Mapping[str, Any], calls: int, text: str) -> bool:
-    """Whether the text contains the definition of a tool: its description, or its name more often than it is called."""
+    """Whether the text contains the definition of a tool: its description, or its name more often than in calls.
+
+    `calls` is the number of calls of this tool in the conversation.
+    """
     description = tool.get("function", tool).get("description")
     if isinstance(description, str) and len(description) >= _TELLING:
         return _written(description, text)

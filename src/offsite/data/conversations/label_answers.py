@@ -65,6 +65,8 @@ def _labelled(
 ) -> tuple[list[Span], bool]:
     """The spans of the text that have labels, and whether only the last answer was found.
 
+    Arguments as for `AnswerFinder`.
+
     Raises:
         ConversationError: no answer that should have labels can be found.
     """

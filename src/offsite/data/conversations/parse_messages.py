@@ -118,7 +118,10 @@ def _parse_message(message: object, where: str) -> Turn | str:
 
 
 def _parse_role(value: object, *, sharegpt: bool) -> str:
-    """The role of a message, by its usual name; ShareGPT's format names the role of tool results otherwise."""
+    """The usual name of a message's role, from its name in the file.
+
+    With `sharegpt` the message is in ShareGPT's format, which has other names for the role of tool results.
+    """
     role = str(value).strip().casefold()
     if sharegpt and role in _TOOL_RESULT:
         return "tool"

@@ -83,7 +83,12 @@ def _eight_bit(opened: "Image") -> "Image":
 
 
 def look(picture: Picture, crop: Sequence[int] | None = None, key: Sequence[int] = ()) -> Pixels:
-    """Decode a picture; if `crop` (height, width) is given, also crop and mirror it at random, with `key` as the seed.
+    """Decode a picture; if `crop` is given, also crop and mirror it at random.
+
+    Args:
+        picture: the picture.
+        crop: height and width of the result; None: the whole picture in its own size, not mirrored.
+        key: integers that seed the random crop and mirroring; unused without `crop`.
 
     Raises:
         DataError: the picture is broken or too large, or its format is not supported.

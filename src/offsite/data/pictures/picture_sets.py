@@ -63,7 +63,8 @@ def read_pictures(
         data: folders or files; their pictures are joined.
         labelled: whether every picture needs a class. If False, a folder is searched to any depth.
         part: "train" or "held out" reads this part of a folder that has both; "" reads the folder as it is.
-        columns: the table's names for its columns `image` (or `path`) and `label`.
+        columns: the table's names for its columns `image` (or `path`) and `label`; None: these columns are found by
+            their names or types.
 
     Raises:
         DataError: a data set does not exist or is empty, or rows are bad; each bad row is listed.
@@ -161,7 +162,7 @@ def _hidden(place: Path) -> bool:
 
 
 def _in_tables(files: Sequence[Path], labelled: bool, columns: Mapping[str, str]) -> list[Picture]:
-    """List the pictures of tables with a row for each picture.
+    """List the pictures of tables with a row for each picture; arguments as for `read_pictures`.
 
     Raises:
         DataError: rows are bad; each is listed.
@@ -195,7 +196,13 @@ class _Table:
 
 
 def _find_columns(file: Path, columns: Mapping[str, str], labelled: bool) -> _Table:
-    """Find the columns of a table by their names, or by the types that the table stores for its columns."""
+    """Find the columns of a table by their names, or by the types that the table stores for its columns.
+
+    Args:
+        file: the table.
+        columns: the table's names for columns, by our names ("image", "path", "label"); may be empty.
+        labelled: whether a column with the class is needed.
+    """
     features = features_of(file) if kind(file) in (".parquet", ".arrow") else {}
     places = tuple(columns[name] for name in _PLACES if name in columns)
     if not places:
@@ -214,7 +221,7 @@ def _type_of(feature: object) -> object:
 
 
 def _row(table: _Table, number: int, fields: Mapping[str, Any]) -> Picture | str:
-    """The picture of one row of a table; an error text if the row is bad."""
+    """The picture of record `number` of a table, whose values are `fields`; an error text if the row is bad."""
     place: object = next((fields[name] for name in table.places if fields.get(name) is not None), None)
     name = f"{table.file}:{number}"
     content: object = None

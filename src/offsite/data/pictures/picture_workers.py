@@ -113,6 +113,8 @@ class _Served:
     def look(self, picture: Picture, crop: tuple[int, int] | None, key: Sequence[int]) -> Pixels:
         """Let the worker decode and crop a picture, and wait for the result.
 
+        Arguments as for `offsite.data.pictures.picture_files.look`.
+
         Raises:
             DataError: the picture cannot be used.
             OffsiteError: the worker process ended.

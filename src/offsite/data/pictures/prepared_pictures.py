@@ -68,7 +68,7 @@ class Pictures:
             return error
 
     def _keep(self, index: int, pixels: Pixels) -> None:
-        """Keep a decoded picture in memory if there is room."""
+        """Keep the decoded pixels of the picture with this index in memory if there is room."""
         if pixels.nbytes <= self._room:
             self._decoded[index] = pixels
             self._room -= pixels.nbytes
@@ -78,8 +78,8 @@ class Pictures:
 
         Args:
             rows: indices of the pictures.
-            key: with the index of a picture, the seed of its random crop and mirroring; with None pictures are neither
-                cropped at random nor mirrored.
+            key: integers such as (seed, epoch); together with the index of a picture they seed its random crop and
+                mirroring. None: pictures are neither cropped at random nor mirrored.
 
         Raises:
             DataError: a picture cannot be read any more.
@@ -97,7 +97,12 @@ class Pictures:
             self._begin(rows, key)
 
     def _begin(self, rows: Sequence[int], key: Sequence[int] | None) -> None:
-        """Start to prepare pictures that are not being prepared yet."""
+        """Submit pictures to the workers, which decode and prepare them, unless they were submitted before.
+
+        Args:
+            rows: indices of the pictures.
+            key: the seed of random crops and mirroring, as for `batch`; None: no crops and no mirroring.
+        """
         for place in (self._place(row, key) for row in rows):
             if place not in self._coming:
                 self._coming[place] = self._workers.submit(self._prepared, place)
@@ -112,11 +117,11 @@ class Pictures:
 
     @staticmethod
     def _place(row: int, key: Sequence[int] | None) -> tuple[int, ...]:
-        """The key of a prepared picture: its index, and the seed of its crop."""
+        """The key of a picture in `_coming`: (its index, then the integers of `key`); `key` None: no random crop."""
         return (row,) if key is None else (row, *key)
 
     def _prepared(self, place: tuple[int, ...]) -> Floats:
-        """Prepare one picture for the encoder, (3, Y, X)."""
+        """Prepare one picture for the encoder, (3, Y, X); `place` is its index and crop seed, from `_place`."""
         row, *key = place
         crop, random = (self._processor.side, [*key, row]) if key else (None, [])
         if row not in self._decoded:
