@@ -89,7 +89,10 @@ def files_of(artifact: Path | Base | Bundle | Return | PlugIn) -> Path | Snapsho
 
 
 def _require_proof(proof: object, origin: str) -> None:
-    """Raise TypeError unless `proof` is the object that only `attest` passes to constructors."""
+    """Raise TypeError unless `proof` is the object that only `attest` passes to constructors.
+
+    `origin` is the start of the message: which functions make such an artifact.
+    """
     if proof is not _PROOF:
         raise TypeError(f"{origin}; it is never constructed by hand")
 

@@ -48,7 +48,7 @@ def _bundle_settings(signed: SignedFolder) -> Iterator[str]:
 
 
 def _bundle_config(signed: SignedFolder) -> Iterator[str]:
-    """Check the bundle's config against its family and against the numbers of blocks in the manifest."""
+    """Check the bundle's config against its family, and against the number of all blocks in the manifest."""
     manifest, family = _bundle_of(signed)
     config = read_json(signed, CONFIG)
     if not isinstance(config, dict):
@@ -92,7 +92,7 @@ def _bundle_positions(signed: SignedFolder) -> Iterator[str]:
 
 
 def _lists_blocks(found: object, count: int) -> bool:
-    """Whether a config value is a list of block indices from 0 to `count` - 1, ascending, each once."""
+    """Whether the config value `found` is a list of block indices from 0 to `count` - 1, ascending, each once."""
     if not isinstance(found, list) or any(type(block) is not int or not 0 <= block < count for block in found):
         return False
     return found == sorted(set(found))
@@ -142,9 +142,11 @@ def _declared_tensors(
     """The expected shape and dtypes of each tensor in the emulator's blocks, if modules are declared, by full name.
 
     They follow from the shapes of the family's blocks; {} if those are missing or wrong, which other rules report.
+    `checkpoint` has the tensors in the files, and `settings` is the family's config.
 
     Raises:
-        ValueError: the declared numbers do not fit the family's blocks, or imply far more tensors than there are.
+        ValueError: the declared numbers of heads, neurons or experts do not fit the family's blocks, or imply far more
+            tensors than there are.
         IncompatibleError: the config does not say how many heads a block has.
     """
     found: dict[str, Expected] = {}

@@ -256,8 +256,8 @@ class ReturnManifest(_Document):
     signer: Digest
     recipient: Digest
     method: Method
-    lora: LoraSettings | None
-    bottleneck: BottleneckSettings | None = None
+    lora: LoraSettings | None  # None unless `method` is "lora"
+    bottleneck: BottleneckSettings | None = None  # None unless `method` is "bottleneck"
     head: bool = False  # whether the model's head was tuned too, and `tensors` includes it
     earlier_checkpoints: Annotated[int, Field(ge=0, lt=100)] = 0  # checkpoints before the last, with the same tensors
     scores: Annotated[tuple[Score, ...], Field(min_length=1, max_length=100, strict=False)] | None = None

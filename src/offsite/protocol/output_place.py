@@ -22,7 +22,7 @@ def require_place(out: Path, *inputs: Path | Sequence[Path] | None, flag: str = 
     Args:
         out: the folder of the result; it must not exist, or must be empty.
         inputs: the folders and files that the command reads; None and patterns are permitted.
-        flag: the flag for this folder, which the error's next step names.
+        flag: the command-line flag that sets `out`; the advice in the error names it.
 
     Raises:
         UsageError: the folder is not free, is one of the inputs or inside one, or is inside a signed folder, a model or
@@ -44,7 +44,7 @@ def require_outside(out: Path, *inputs: Path | Sequence[Path] | None, flag: str 
     Args:
         out: the file or folder that would be written.
         inputs: the folders and files that the command reads; None and patterns are permitted.
-        flag: the flag for this path, which the error's next step names.
+        flag: the command-line flag that sets `out`; the advice in the error names it.
 
     Raises:
         UsageError: the path is inside one of them.
@@ -97,15 +97,15 @@ def _same(out: Path, other: Path) -> bool:
 
 
 def _would_match(pattern: Path, out: Path) -> bool:
-    """Whether a pattern of --data would match `out`, or a log or run folder next to it."""
+    """Whether a pattern of --data would match the path `out`, or the log or the resume points of the run of `out`."""
     names = [out.name, *(out.name + end for end in _RUN_FILES)]
     return pattern.parent.resolve() == out.resolve().parent and any(fnmatch(name, pattern.name) for name in names)
 
 
 def _free_sibling(folder: Path, name: str | None = None) -> Path:
-    """A path next to a folder that does not exist yet.
+    """A path that does not exist yet, in the parent of `folder`.
 
-    It has the given name, or that of the folder with "-2"; a number is added if that exists.
+    Its last part is `name`; with None it is the name of `folder` with "-2". If that path exists, a number is added.
     """
     place = folder.resolve().parent
     stem = name or f"{folder.resolve().name}-2"

@@ -52,7 +52,7 @@ class PublicKey:
         return self.raw.hex()
 
     def openssh(self, comment: str) -> str:
-        """The key as one line in OpenSSH's format, with a newline at the end."""
+        """The key as one line in OpenSSH's format, with a newline at the end; `comment` ends the line."""
         line = Ed25519PublicKey.from_public_bytes(self.raw).public_bytes(
             serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
         )

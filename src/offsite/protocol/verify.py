@@ -232,7 +232,10 @@ def _run(
 
 
 def _read_files(signed: SignedFolder, *, hold: bool) -> dict[str, ReadFile | OffsiteError | OSError]:
-    """Read each listed file once; return, by file name, what was read, or the error if it cannot be read."""
+    """Read each listed file once; return, by file name, what was read, or the error if it cannot be read.
+
+    `hold`: whether the weights remain in memory.
+    """
     found: dict[str, ReadFile | OffsiteError | OSError] = {}
     room = SETTINGS_BYTES
     look_for_nan = isinstance(signed.manifest, ReturnManifest)
@@ -278,7 +281,10 @@ def _without_half_received(signed: SignedFolder, found: list[tuple[str, str]]) -
 
 
 def _failed(folder: Path, reasons: list[str], next_step: str = _DISTRUST) -> VerificationError:
-    """The error for a folder that fails verification; long texts and long lists of reasons are cut."""
+    """The error for a folder that fails verification; long texts and long lists of reasons are cut.
+
+    `next_step` is the advice to the receiver; by default, not to use the folder.
+    """
     more = [f"and {len(reasons) - _SHOWN} more"] if len(reasons) > _SHOWN else []
     cut = [reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}..." for reason in reasons[:_SHOWN]]
     return VerificationError(
