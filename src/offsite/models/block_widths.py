@@ -245,7 +245,10 @@ def kept_rows_and_columns(
 def multiply_adds(family: Architecture, shapes: Shapes, chosen: int = 0) -> int:
     """The multiply-adds of a block's linear layers for one token: the sizes of their weights.
 
-    Of a mixture of experts, only `chosen` experts count: those that process a token.
+    Args:
+        family: the model's family.
+        shapes: the shapes of the block's tensors, by path in the block.
+        chosen: the number of experts that process a token; only these are counted. 0: no experts are counted.
     """
     counted = (path for path in shapes if (number := expert_number(family, path)) is None or number < chosen)
     sizes = (shapes[path] for path in counted if family.is_linear(family.in_block(0, path)))

@@ -54,6 +54,10 @@ def incompatible(folder: Path) -> Iterator[None]:
 def require_library(family: Architecture | None, folder: Path) -> None:
     """Import the optional package that builds the models of a family, if the family needs one.
 
+    Args:
+        family: the family; None (not in the table) needs no package.
+        folder: the model's folder, for the error.
+
     Raises:
         UsageError: the package is not installed.
         IncompatibleError: the package is installed but cannot be imported.

@@ -71,7 +71,10 @@ def encoder_keywords(family: Architecture, config: "PretrainedConfig") -> dict[s
 def _load(
     auto: Any, source: Source, dtype: torch.dtype, device: torch.device, keywords: Mapping[str, Any]
 ) -> "PreTrainedModel":
-    """Load a checkpoint by transformers' class `auto`, or by its declaration of modules, and check its tensors."""
+    """Load a checkpoint by transformers' class `auto`, or by its declaration of modules, and check its tensors.
+
+    `keywords` are additional config values and arguments for transformers.
+    """
     check_settings(source)
     config, declared = unwrapped_config(source)
     require_library(ARCHITECTURES.get(str(config.get("model_type"))), folder_of(source))
@@ -103,7 +106,14 @@ def _load(
 def _from_folder(
     auto: Any, folder: Path, keywords: Mapping[str, Any], how: Mapping[str, Any]
 ) -> tuple["PreTrainedModel", Mapping[str, Any]]:
-    """Load a model from a folder; return it with transformers' loading info, which lists tensors that do not match."""
+    """Load a model from a folder; return it with transformers' loading info, which lists tensors that do not match.
+
+    Args:
+        auto: a class of transformers such as `AutoModelForCausalLM`.
+        folder: the model's folder.
+        keywords: config values, and other arguments that depend on the family.
+        how: the arguments that are the same for every family, such as the dtype.
+    """
     open_checkpoint(folder)  # transformers' own message for a truncated file names no file
     with quiet(), incompatible(folder):
         config, others = _config_with(keywords, folder)
@@ -128,7 +138,7 @@ def _from_snapshot(
 ) -> tuple["PreTrainedModel", Mapping[str, Any]]:
     """Load a model from a snapshot's verified tensors; return it with transformers' loading info.
 
-    The memory of each tensor in the snapshot is released after its use.
+    The memory of each tensor in the snapshot is released after its use. Other arguments as for `_from_folder`.
     """
     from transformers import GenerationConfig
 
@@ -162,7 +172,10 @@ class Lazy:
 
 
 def loading_problems(info: Mapping[str, Any], family: Architecture | None) -> list[str]:
-    """A message for each missing, unexpected or mismatched tensor in transformers' loading info."""
+    """A message for each missing, unexpected or mismatched tensor in transformers' loading info.
+
+    With a `family` from the table, unexpected tensors that it knows as buffers are not reported; None reports all.
+    """
     problems = [f"missing tensor {name}" for name in sorted(info["missing_keys"])]
     problems += [
         f"unexpected tensor {name}" for name in sorted(info["unexpected_keys"]) if not family or family.name_of(name)

@@ -37,9 +37,9 @@ def _run(
 
     Args:
         experts: the module with the stacks of all experts.
-        hidden: the hidden states of N tokens.
-        chosen: the experts of each token.
-        weights: the router's weights of these experts.
+        hidden: the hidden states of N tokens, (N, H).
+        chosen: the indices of the K experts of each token, (N, K).
+        weights: the router's weights of these experts, (N, K).
     """
     output = torch.zeros_like(hidden)
     into, out_of = _layers(experts, "gate_up_proj" if experts.has_gate else "up_proj"), _layers(experts, "down_proj")
@@ -58,7 +58,7 @@ def _run(
 
 
 def _layers(experts: Any, name: str) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """For each expert, the weight (outputs, inputs) and the bias of its linear layer `name`."""
+    """For each expert, the weight (outputs, inputs) and the bias (None: no bias) of its linear layer `name`."""
     weights = getattr(experts, name)
     if experts.is_transposed:
         weights = weights.transpose(1, 2)

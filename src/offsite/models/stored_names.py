@@ -99,12 +99,20 @@ def map_stored_names(model: "PreTrainedModel", blocks: str, stored: Collection[s
 
 
 def _is_whole(name: str, key: str, state: Mapping[str, Any]) -> bool:
-    """Whether a file has a whole stack of experts, although its name matches the pattern for parts of a stack."""
+    """Whether a tensor of a file is a whole stack of experts, although its name matches the pattern for parts of one.
+
+    Args:
+        name: the tensor's name in the file.
+        key: the name to which transformers converts it.
+        state: the tensors of the torch model, by name.
+    """
     return key in state and _NUMBER.fullmatch(name.rpartition(".layers.")[2].partition(".")[2]) is None and name == key
 
 
 def _block_start(name: str, key: str, blocks: str) -> int:
-    """The position in a full tensor name at which the path in the block begins.
+    """The position in the full tensor name `name` at which the path in the block begins.
+
+    `key` is the name to which transformers converts it, and `blocks` the path of the list of blocks.
 
     Raises:
         IncompatibleError: the tensor is outside the blocks.
@@ -117,7 +125,7 @@ def _block_start(name: str, key: str, blocks: str) -> int:
 
 
 def _require_merge(converter: Any, key: str) -> None:
-    """Check that a conversion of transformers only stacks the matrices of experts to the parameter `key`.
+    """Check that transformers' `converter` only stacks the matrices of experts to the parameter `key`.
 
     Raises:
         IncompatibleError: the conversion does something else.

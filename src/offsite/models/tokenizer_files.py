@@ -126,5 +126,5 @@ def _beyond(read: TokenFiles, config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _differs(expected: object, number: int | None) -> bool:
-    """Whether config.json and the tokenizer both have an id, and the two differ."""
+    """Whether config.json (`expected`) and the tokenizer (`number`) both have an id for a token, and the two differ."""
     return number is not None and type(expected) is int and expected != number

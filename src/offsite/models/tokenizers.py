@@ -54,7 +54,7 @@ def require_tokenizer_package(source: Source) -> None:
     same name and are text.
 
     Raises:
-        UsageError: a package is not installed; the next step names it.
+        UsageError: a package is not installed; the advice in the error names it.
     """
     if has_file(source, "tokenizer.json") or not has_file(source, "tokenizer.model"):
         return

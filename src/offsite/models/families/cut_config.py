@@ -38,7 +38,7 @@ def per_block_keys(config: Mapping[str, Any], count: int) -> tuple[str, ...]:
 
 
 def _is_per_block(key: str, value: Any, count: int) -> bool:
-    """Whether a config value is a list with one entry per block, by its length and its key."""
+    """Whether a config value is a list with one entry for each of `count` blocks, by its length and its key."""
     return isinstance(value, list) and len(value) == count and _TOKENS.fullmatch(key) is None
 
 
@@ -95,7 +95,8 @@ def cut_config(
         build: a function that builds the blocks of a config, without weights.
 
     Raises:
-        IncompatibleError: no config was found that gives these blocks; the error says how the nearest one differs.
+        IncompatibleError: no config was found that gives these blocks; the error lists the differences of
+            the config that has the fewest.
     """
     cut = {key: _cut_value(key, value, kept, count) for key, value in config.items()}
     wrong = _differences(cut, structures, build)
@@ -132,14 +133,17 @@ def _cut_value(key: str, value: Any, kept: Sequence[int], count: int) -> Any:
 
 
 def _lists_blocks(key: str, value: Any, count: int) -> bool:
-    """Whether a config value is a list of block indices (from 0 or from 1), by its key and its entries."""
+    """Whether a config value is a list of indices of blocks (from 0 or 1), for a model with `count` blocks."""
     if not isinstance(value, list) or not value or _BLOCKS.fullmatch(key) is None:
         return False
     return all(type(one) is int and 0 <= one <= count for one in value) and len(set(value)) == len(value)
 
 
 def _differences(config: Mapping[str, Any], structures: Sequence[Structure], build: Build) -> list[str]:
-    """How the blocks of a config differ from `structures`; 1000 entries or more if they cannot be compared."""
+    """How the blocks that `build` makes from a config differ from `structures`; one text for each difference.
+
+    It is a list of 1000 entries or more if they cannot be compared.
+    """
     try:
         blocks = build(config)
     except IncompatibleError as error:
@@ -165,7 +169,7 @@ def _nearest(
     """Change one key of the config `cut` so that its blocks differ least from the base's blocks.
 
     Returns the config, which is `cut` itself if no change helps, and the remaining differences. `wrong` are those of
-    `cut`.
+    `cut`, and `base` is the base's config; other arguments as for `cut_config`.
     """
     best, least = dict(cut), wrong
     for changed in (*_other_lists(base, cut, kept, count), *_variants(cut, len(structures), wrong)):
@@ -182,7 +186,8 @@ def _other_lists(
 ) -> Iterator[dict[str, Any]]:
     """Yield variants of the config `cut` in which one list is shortened in another way.
 
-    The list is left whole, continued as a repeating pattern, or shortened as pairs (pattern, repetitions).
+    The list is left whole, continued as a repeating pattern, or shortened as pairs (pattern, repetitions). `base` is
+    the base's config; other arguments as for `cut_config`.
     """
     for key, value in base.items():
         if not isinstance(value, list) or not value or _TOKENS.fullmatch(key):
@@ -199,7 +204,7 @@ def _variants(config: Mapping[str, Any], blocks: int, wrong: Sequence[str]) -> I
     """Yield variants of a config in which one number is changed.
 
     It is a small integer whose key looks like one about blocks, or a float, which is scaled by a ratio found in
-    `wrong`.
+    `wrong`, the differences of the config. `blocks` is the number of blocks of the config's model.
     """
     scaled = [re.search(r": (-?\d+\.\d+), expected (-?\d+\.\d+)$", one) for one in wrong]
     ratios = {float(one[2]) / float(one[1]) for one in scaled[:1] if one and float(one[1])}

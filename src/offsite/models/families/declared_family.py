@@ -232,7 +232,7 @@ def declared_config_problems(config: Mapping[str, Any], family: Architecture) ->
 
 
 def _numbers(value: object, where: str = "") -> Iterator[tuple[str, int]]:
-    """Yield each integer in a JSON value, with the keys that lead to it, joined by dots."""
+    """Yield each integer in a JSON value, with the keys that lead to it, joined by dots; these begin with `where`."""
     if type(value) is int:
         yield where, value
     items = (

@@ -261,7 +261,10 @@ def _layout(block: "nn.Module", index: int, hidden: int, names: StoredNames) -> 
 
 
 def _is_read_by_its_parent(block: "nn.Module", path: str) -> bool:
-    """Whether a layer's parent module reads the layer's weight without calling the layer, so LoRA has no effect."""
+    """Whether a layer's parent module reads the layer's weight without calling the layer, so LoRA has no effect.
+
+    `path` is the layer's path in the block.
+    """
     parent, _, leaf = path.rpartition(".")
     try:
         source = inspect.getsource(type(block.get_submodule(parent)))
@@ -317,7 +320,14 @@ def _output_layers(linears: Mapping[str, tuple[int, int]], hidden: int) -> tuple
 def _outer(
     model: "PreTrainedModel", path: str, head: str, state: Mapping[str, Any]
 ) -> tuple[Sequence[str], Sequence[str]]:
-    """The names of the tensors before the blocks, input embedding first, and after the blocks, without the head."""
+    """The names of the tensors before the blocks, input embedding first, and of those after the blocks.
+
+    Args:
+        model: the model.
+        path: the path of its list of blocks.
+        head: the name of the head's weight, which is left out.
+        state: all tensors of the model by name, in the order of its modules.
+    """
     order = list(state)  # without those that are one with another
     outside = [name for name in order if not name.startswith(f"{path}.") and name != head]
     embedding = _name_of(model, model.get_input_embeddings())

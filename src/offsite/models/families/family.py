@@ -158,11 +158,11 @@ class Architecture:
         return self.layouts[self.layout_of[index]] if index < len(self.layout_of) else Layout({}, ())
 
     def outputs_of(self, index: int) -> tuple[str, ...]:
-        """The paths in a block of the last layers of attention and MLP, after which bottlenecks are inserted."""
+        """The last layers of attention and MLP, after which bottlenecks are inserted: their paths in block `index`."""
         return self.layout(index).outputs if self.layouts else (self.attention_out, self.mlp_out)
 
     def is_bypassed(self, path: str, config: Mapping[str, Any]) -> bool:
-        """Whether the parent module uses a linear layer's weight without calling the layer, so LoRA has no effect."""
+        """Whether the parent of the linear layer at `path` uses its weight without calling it: LoRA has no effect."""
         return path in self.bypassed and self.holds(self.bypassed[path], config)
 
     def name_of(self, stored: str) -> str | None:
@@ -326,7 +326,7 @@ class Architecture:
         ]
 
     def _per_block(self, key: str, config: Mapping[str, Any], count: int) -> list[Any]:
-        """The per-block list under a config key; if the config lacks it, the list that transformers derives."""
+        """The list under a config key, one entry for each of `count` blocks; if missing, as transformers derives it."""
         found = config.get(key)
         entries = [self.per_block[key](config, index) for index in range(count)] if found is None else found
         if not isinstance(entries, list) or len(entries) != count:
@@ -423,7 +423,12 @@ class Architecture:
         return chosen
 
     def kinds_of_blocks(self, config: Mapping[str, Any], blocks: Iterable[int]) -> list[int]:
-        """The first of these blocks, and the first that differs from it in whether it has experts, if one does."""
+        """One index from `blocks` for each kind of block: with experts, and without; the first block of each kind.
+
+        Args:
+            config: the model's config.
+            blocks: indices of blocks.
+        """
         kinds: dict[bool, int] = {}
         for index in blocks:
             kinds.setdefault(self.has_experts(config, index), index)

@@ -134,7 +134,14 @@ def _is_dense(config: Mapping[str, Any], index: int) -> bool:
 
 
 def _llama_like(model_type: str, class_name: str, keys: frozenset[str], **columns: Any) -> Architecture:
-    """A family with Llama's tensor names; `columns` are the fields of `Architecture` that differ from Llama's."""
+    """A family with Llama's tensor names.
+
+    Args:
+        model_type: the model type in configs.
+        class_name: the model's class in transformers.
+        keys: config keys that a bundle may contain, in addition to those of all these families.
+        columns: the fields of `Architecture` that differ from Llama's.
+    """
     usual: dict[str, Any] = {
         "embeddings": _EMBEDDING,
         "final": {"model.norm.weight": "hidden_size"},

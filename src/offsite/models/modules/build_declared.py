@@ -134,7 +134,7 @@ def _inputs(linear: Any, family: Architecture) -> int:
 
 
 def _assign(block: nn.Module, weights: Mapping[str, Tensor], start: str) -> list[str]:
-    """Assign tensors to the parameters of a block.
+    """Assign tensors to the parameters of a block; `weights` has them by the parameter's path in the block.
 
     Returns a message for each that does not fit; `start` is the block's full path, with a dot.
     """

@@ -12,7 +12,10 @@ from torch.nn import functional as F
 
 
 class QuantisedLinear(nn.Module):
-    """A linear layer y = x W^T + b with W in 8 or 4 bits; each forward and backward pass decodes W, then frees it."""
+    """A linear layer y = x W^T + b with W in 8 or 4 bits; each forward and backward pass decodes W, then frees it.
+
+    `group` is the number of inputs that share a scale.
+    """
 
     quantised: Tensor  # (outputs, inputs) int8, or (outputs, inputs / 2) uint8
     scales: Tensor  # (outputs, groups)
