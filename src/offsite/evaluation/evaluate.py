@@ -182,7 +182,7 @@ def _generate_answers(
     longest: int,
     progress: Progress,
 ) -> list[Sample]:
-    """Generate the model's answer to the prompt of each row.
+    """Generate the model's answer to the prompt of each row; `longest` limits the tokens of prompt and answer together.
 
     A row with an empty prompt is left out if the tokenizer has no BOS token, since the model would have no input.
     """

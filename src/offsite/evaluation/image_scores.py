@@ -187,7 +187,15 @@ def _class_indices(pictures: list[Picture], classes: tuple[str, ...]) -> torch.T
 def _score(
     logits: Logits, pictures: Pictures, labels: torch.Tensor, size: int, progress: Progress
 ) -> tuple[list[float], list[int]]:
-    """Compute the loss of each picture in nats and the index of its predicted class; `size` pictures run at once."""
+    """Run the model on pictures; returns the loss of each in nats, and the index of its predicted class.
+
+    Args:
+        logits: the model, as a function from pixels (B, 3, Y, X) to logits (B, C).
+        pictures: the N pictures.
+        labels: the index of each picture's right class, (N,).
+        size: the number of pictures that run at once.
+        progress: receives the progress events.
+    """
     nats: list[float] = []
     predicted: list[int] = []
     right = 0

@@ -120,7 +120,7 @@ def share_interval(
 
 
 def _table(parts: Sequence[float], sizes: Sequence[float] | None) -> Floats:
-    """Numerators and denominators of a metric as one array, (2, N); `sizes` None means denominators of 1."""
+    """One array (2, N) for a metric on N rows: the numerators `parts`, then the denominators `sizes` (None: all 1)."""
     numerators = np.asarray(parts, dtype=np.float64)
     denominators = np.ones_like(numerators) if sizes is None else np.asarray(sizes, dtype=np.float64)
     if numerators.shape != denominators.shape:
@@ -132,6 +132,11 @@ def _resampled(tables: Sequence[Floats], resamples: int, seed: int) -> Floats | 
     """The metric of each resampled data set, (resamples,); for two tables the first metric minus the second.
 
     None if there are fewer than two rows.
+
+    Args:
+        tables: one or two arrays of `_table`, (2, N): numerators, then denominators, of the same N rows.
+        resamples: the number of resampled data sets.
+        seed: the seed of the random draws.
     """
     if _rows(tables) < 2:
         return None
@@ -141,10 +146,10 @@ def _resampled(tables: Sequence[Floats], resamples: int, seed: int) -> Floats | 
 
 
 def _rows(tables: Sequence[Floats]) -> int:
-    """The number of rows N of all tables (2, N).
+    """The number N of rows of the data set, which must be the same in every table of `_table`, (2, N).
 
     Raises:
-        ValueError: the tables have different numbers of rows.
+        ValueError: two tables have different N.
     """
     rows = int(tables[0].shape[1])
     if any(table.shape[1] != rows for table in tables):
@@ -153,7 +158,10 @@ def _rows(tables: Sequence[Floats]) -> int:
 
 
 def _draws(tables: Sequence[Floats], resamples: int, seed: int) -> Iterator[Floats]:
-    """Yields the metric of every table for several resampled data sets at once, (tables, resampled data sets)."""
+    """Yields arrays with the metric of every table for some of the resampled data sets: (tables, these data sets).
+
+    Together they have `resamples` columns. A table is an array of `_table`, (2, N): numerators, then denominators.
+    """
     generator = np.random.default_rng(seed)
     rows = tables[0].shape[1]
     at_once = max(1, PLACES_AT_ONCE // rows)
@@ -167,7 +175,7 @@ def _draws(tables: Sequence[Floats], resamples: int, seed: int) -> Iterator[Floa
 
 
 def _percentiles(ratios: Floats | None, level: float) -> Interval | None:
-    """The interval that contains the share `level` of the values; None if there are no values."""
+    """The interval that contains the share `level` of the values `ratios`; None if these are None (too few rows)."""
     if ratios is None:
         return None
     low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])

@@ -45,7 +45,7 @@ def labelled_cross_entropy(
 def _logits(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, buffer: torch.Tensor
 ) -> torch.Tensor:
-    """Compute the logits (C, V) of a chunk of hidden states (C, H) in the first rows of `buffer`."""
+    """Compute the logits (C, V) of a chunk of hidden states (C, H) in the first rows of `buffer`; `bias` None: none."""
     logits = buffer[: len(hidden)]  # (C, V)
     if bias is None:
         return torch.mm(hidden, weight.T, out=logits)
@@ -55,7 +55,10 @@ def _logits(
 def _softmax(
     logits: torch.Tensor, targets: torch.Tensor, cap: float | None, nats: torch.Tensor, *, slopes: bool
 ) -> None:
-    """Write each label's loss to `nats`; with `slopes`, also replace the logits (C, V) by the losses' gradient."""
+    """Write each label's loss to `nats`; with `slopes`, also replace the logits (C, V) by the losses' gradient.
+
+    Arguments as for `offsite.kernels.reference_backend.softmax_`.
+    """
     if logits.device.type == "cpu":
         from offsite.kernels.cpu.softmax import softmax_
     else:
@@ -64,7 +67,10 @@ def _softmax(
 
 
 class _LabelledCrossEntropy(torch.autograd.Function):
-    """Autograd function that computes the gradients in its forward pass, where it has each chunk's probabilities."""
+    """Autograd function that computes the gradients in its forward pass, where it has each chunk's probabilities.
+
+    `rows` is the number of tokens in a chunk; other arguments as for `labelled_cross_entropy`.
+    """
 
     @staticmethod
     def forward(

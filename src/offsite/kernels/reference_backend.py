@@ -32,7 +32,7 @@ def softmax_(
     Args:
         logits: (L, V). The function allocates one or two more tensors of this size, in the dtype of `nats`.
         targets: the labels, (L,).
-        cap: if given, logits become cap * tanh(logits / cap).
+        cap: if given, logits become cap * tanh(logits / cap); None: they remain as they are.
         nats: the output, (L,), the loss of each label in nats; fp32 or float64.
         slopes: whether the logits are replaced by their gradient.
     """

@@ -102,7 +102,7 @@ def train(
 
 
 def _validate(task: TrainingTask, modules: Sequence[nn.Module], progress: Progress, step: int) -> Mapping[str, float]:
-    """Put `modules` into eval mode and validate the task; returns its metrics by name."""
+    """Put `modules` into eval mode and validate the task; returns its metrics by name. `step`: number of steps done."""
     for module in modules:
         module.eval()
     return task.validate(progress, f"validating step {step}")
@@ -118,7 +118,7 @@ def _step(
     rows: Sequence[int],
     rate: float,
 ) -> dict[str, float]:
-    """Run one optimiser step on rows of the data set, and return its record for the log.
+    """Run one optimiser step on the rows with these indices, at learning rate `rate`; return its record for the log.
 
     The loss is summed over all rows of the step and divided by `task.weight(rows)`, so it does not depend on how the
     rows are cut into micro-batches.
@@ -147,6 +147,8 @@ def _accumulate(
 ) -> dict[str, float]:
     """Run the micro-batches of a step, and add their gradients to those of the master weights.
 
+    The loss is divided by `weight`, which is `task.weight(rows)`.
+
     Returns:
         Each term of the loss, by name, summed over the micro-batches.
     """
@@ -169,7 +171,7 @@ def _accumulate(
 def _save(
     task: TrainingTask, weights: MasterWeights, optimizer: torch.optim.Optimizer, state: RunState, step: int
 ) -> None:
-    """Save a resume point with the master weights, the optimiser's state and the random states."""
+    """Save a resume point after `step` steps, with master weights, the optimiser's state and the random states."""
     held, groups = optimizer_state(weights, optimizer)
     tensors = {f"{_WEIGHT}{name}": master for name, master in weights.masters.items()}
     tensors |= {f"{_OPTIMIZER}{name}": tensor for name, tensor in held.items()}
@@ -198,7 +200,14 @@ def _resume(task: TrainingTask, weights: MasterWeights, optimizer: torch.optim.O
 
 
 def _reported(task: TrainingTask, facts: Mapping[str, float], speed: SpeedMeter, left: int) -> dict[str, float | str]:
-    """The figures of a step that a progress event shows: loss terms, learning rate, speed and time left."""
+    """The figures of a step that a progress event shows: loss terms, learning rate, speed and time left.
+
+    Args:
+        task: names the loss terms and the unit of the speed.
+        facts: the step's record for the log.
+        speed: the speed of the last steps.
+        left: the number of steps left.
+    """
     seconds = round(speed.seconds_left(left))
     return {
         **{name: facts[name] for name in (*task.term_weights, "lr")},

@@ -187,6 +187,8 @@ def gated_back(grad_output: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute x / rms(x) * weight for hidden states (..., H); x / rms(x) is rounded to bf16 before the product.
 
+    `epsilon` is added to the mean square of x.
+
     Returns:
         The normed states (..., H), and the scales 1 / rms(x) (...) in fp32, which `rms_norm_back` needs.
     """
@@ -227,7 +229,7 @@ def softmax_(logits: torch.Tensor, labels: torch.Tensor, nats: torch.Tensor, *, 
 
 
 def _each(name: str, *given: torch.Tensor) -> torch.Tensor:
-    """Call an elementwise function of the compiled library; the result has the shape of the last tensor."""
+    """Call the elementwise function `name` of the compiled library; the result has the shape of the last tensor."""
     result = torch.empty_like(given[-1])
     _run(name, [_at(result), *map(_at, given)], result.numel(), each=1)
     return result
@@ -236,7 +238,7 @@ def _each(name: str, *given: torch.Tensor) -> torch.Tensor:
 def _attention(
     name: str, tensors: Sequence[torch.Tensor], logarithms: torch.Tensor, settings: AttentionSettings
 ) -> None:
-    """Call a function of the compiled library that takes an `_Attention`.
+    """Call the function `name` of the compiled library, whose argument is an `_Attention`.
 
     Its first fields are the structs of `tensors`, each (B, heads, T, D).
     """
@@ -267,7 +269,7 @@ def _at(given: torch.Tensor) -> ctypes.c_void_p:
 def _run(name: str, given: list[Any], count: int, each: int) -> None:
     """Call a function of the compiled library on `count` items of `each` numbers, split over torch's number of threads.
 
-    The calls release Python's global interpreter lock.
+    The calls release Python's global interpreter lock. `given` are the function's arguments before the range of items.
 
     Raises:
         MemoryError: a function of attention could not allocate its buffers.

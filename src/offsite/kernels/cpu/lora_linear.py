@@ -67,7 +67,10 @@ def _why_not(layer: "Linear") -> str:
 
 
 class FusedLoraLinear(nn.Module):
-    """A linear layer with LoRA, W x + b + scale * B A x (arXiv 2106.09685, section 4.1), with W and b frozen."""
+    """A linear layer with LoRA, W x + b + scale * B A x (arXiv 2106.09685, section 4.1), with W and b frozen.
+
+    `transposed`: whether `base_layer` stores W as (in, out), as GPT-2's Conv1D does.
+    """
 
     def __init__(
         self, base_layer: nn.Module, lora_a: nn.Module, lora_b: nn.Module, scale: float, *, transposed: bool

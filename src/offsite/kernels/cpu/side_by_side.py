@@ -24,7 +24,10 @@ _CHANGED_BY_LENGTH = ("dynamic", "longrope")  # kinds of rotary embeddings that 
 
 
 def count(body: nn.Module, dtype: torch.dtype, asked: int | None, sample: Callable[[], object]) -> tuple[int, str]:
-    """Decide how many micro-batches run side by side, and give the reason; see `offsite.kernels.count_side_by_side`."""
+    """Decide how many micro-batches run side by side, and give the reason.
+
+    Arguments as for `offsite.kernels.count_side_by_side`.
+    """
     wanted = asked or usual_lanes(torch.get_num_threads(), dtype.itemsize)
     if wanted == 1:
         return 1, "asked for" if asked else "more pay where several threads have matrix tiles and compute in bf16"

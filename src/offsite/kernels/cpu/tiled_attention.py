@@ -51,7 +51,10 @@ def _mask(
     attention_mask: torch.Tensor | None = None,  # (B, T), 1 where a token is
     **named: Any,
 ) -> torch.Tensor | None:
-    """The mask for `_attend`: None if the causal rule suffices (sequences padded at the right), else SDPA's mask."""
+    """The mask for `_attend`: None if the causal rule suffices (sequences padded at the right), else SDPA's mask.
+
+    Arguments as transformers passes them to a mask function; `attention_mask` None: no padding.
+    """
     from transformers.masking_utils import sdpa_mask
 
     if not positional and causal_rule_suffices(q_length, kv_length, **named) and is_padded_at_right(attention_mask):
@@ -73,7 +76,10 @@ def _attend(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention that transformers calls; it runs the fastest of the functions below, or torch's SDPA."""
+    """The attention that transformers calls, with its arguments; it runs the fastest function below, or torch's SDPA.
+
+    Returns the output (B, T, heads, D); and None, since no attention probabilities are returned.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     length = query.shape[2]
@@ -290,7 +296,7 @@ def _even(length: int) -> int:
 
 
 def _tile(length: int, kind: _Kind) -> int:
-    """The number of queries of a head that run at once.
+    """The number of queries that run at once, of a head with `length` queries.
 
     All queries run at once if there is no causal rule and the probabilities of one head are few. Otherwise a head is
     cut into few tiles, whose probabilities still fit into the CPU's cache.

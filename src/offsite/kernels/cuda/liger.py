@@ -48,7 +48,10 @@ def _candidates(functions: Any, module: nn.Module) -> Iterator[Candidate]:
 
 
 class LigerRMSNorm(nn.Module):
-    """x / rms(x) * (offset + weight) (arXiv 1910.07467) as one kernel of liger-kernel; its weight keeps its name."""
+    """x / rms(x) * (offset + weight) (arXiv 1910.07467) as one kernel of liger-kernel; its weight keeps its name.
+
+    `casting` is liger-kernel's casting mode, which says what is computed in fp32.
+    """
 
     def __init__(
         self,
