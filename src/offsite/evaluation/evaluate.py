@@ -85,7 +85,8 @@ def evaluate(
             folder, the files in it.
         data: the data set, as `offsite.data.read_rows.read_rows` reads it.
         spec: the settings of the evaluation: lengths, device, compute dtype.
-        adapter: the adapter that was tuned on that model: a return, or a plug-in saved as an adapter.
+        adapter: the adapter that was tuned on that model: a return, or a plug-in saved as an adapter. None: the model
+            is scored alone.
         samples: the number of answers to generate greedily, for the first prompts in the data.
         progress: receives the progress events.
 

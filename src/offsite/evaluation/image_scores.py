@@ -83,9 +83,9 @@ def evaluate_images(
         data: pictures, as `read_pictures` of `offsite.data.pictures.picture_sets` reads them. If the folder has parts
             (splits), its held-out part is used.
         spec: the settings of the evaluation: device, compute dtype, and how many pictures run at once.
-        adapter: for a bundle, the return that was tuned on it, with its classifier.
-        probe: for an encoder alone, pictures to fit a linear probe on. If the folder has parts, its training part is
-            used.
+        adapter: for a bundle, the return that was tuned on it, with its classifier; otherwise None.
+        probe: for an encoder without an adapter, pictures to fit a linear probe on; otherwise None. If the folder has
+            parts, its training part is used.
         progress: receives the progress events.
 
     Raises:

@@ -58,8 +58,10 @@ def run_tasks(
         tasks: names or patterns of tasks, groups or tags.
         spec: the settings of the evaluation: device, dtype, and `max_rows` for each task. As many requests run at once
             as micro_batch_tokens / max_length; a request is cut only if it is longer than the model's context.
-        adapter: the adapter that was tuned on that model: a return, or a plug-in saved as an adapter.
-        tasks_path: a folder with additional task files; they may run Python code, so use only files that you trust.
+        adapter: the adapter that was tuned on that model: a return, or a plug-in saved as an adapter. None: the model
+            is scored alone.
+        tasks_path: a folder with additional task files, or None; they may run Python code, so use only files that you
+            trust.
         progress: receives the progress events.
 
     Raises:

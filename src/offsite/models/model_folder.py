@@ -65,7 +65,7 @@ def as_folder(source: Source, weights: str | None = None) -> Iterator[Path]:
 
     Args:
         source: a folder or a snapshot.
-        weights: the name of a safetensors file that the copy must also contain.
+        weights: the name of a safetensors file that the copy must also contain; None: no file of weights.
 
     Raises:
         StorageError: the copy cannot be written.

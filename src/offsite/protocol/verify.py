@@ -103,8 +103,8 @@ def verify_return(path: Path, home: Home, bundle: BundleManifest | None = None, 
     Args:
         path: the return's folder.
         home: this party's home, with its key and the keys that it trusts.
-        bundle: the manifest of the bundle that the return answers, from the ledger. Without it, the bundle's
-            permissions cannot be checked.
+        bundle: the manifest of the bundle that the return answers, from the ledger; None: it is not known, and the
+            bundle's permissions are not checked.
         hold: whether the hashed tensors remain in memory for later use; this takes as many bytes as the files have.
 
     Raises:

@@ -277,7 +277,10 @@ def finite(tensor: StoredTensor) -> bool:
 
 
 def copied(tensor: StoredTensor, *, name: str | None = None, dtype: str | None = None) -> NewTensor:
-    """A `NewTensor` that copies a stored tensor; with `name` it is renamed, with `dtype` a float tensor is cast."""
+    """A `NewTensor` that copies a stored tensor, under the name `name`, cast to `dtype` if it is a float tensor.
+
+    None means the tensor's own name or dtype.
+    """
     kind = dtype if dtype and tensor.dtype in FLOATS else tensor.dtype
     return NewTensor(name or tensor.name, kind, tensor.shape, lambda: read_chunks(tensor, kind))
 

@@ -47,7 +47,7 @@ def train(
             ones with dropout.
         log: receives a record for every step, validation and start.
         progress: receives the progress events.
-        hooks: functions to call at a start, after a step and after a validation.
+        hooks: functions to call at a start, after a step and after a validation; None: there are none.
 
     Raises:
         OffsiteError: the loss or its gradient is no longer a finite number.

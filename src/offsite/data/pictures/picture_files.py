@@ -37,7 +37,7 @@ class Picture:
 
     name: str
     source: Path | bytes
-    label: str | None
+    label: str | None  # its class; None if it has none
 
 
 def as_file(picture: Picture) -> io.BytesIO | Path:

@@ -92,7 +92,7 @@ class Pictures:
         return np.stack([one.result() for one in coming])
 
     def prefetch(self, rows: Sequence[int], key: Sequence[int] | None = None) -> None:
-        """Start to prepare pictures for a later call of `batch` with the same arguments, if there are workers."""
+        """If there are worker processes, start to prepare pictures for a later call of `batch` with these arguments."""
         if self._workers.count:
             self._begin(rows, key)
 

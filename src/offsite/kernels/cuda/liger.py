@@ -50,7 +50,7 @@ def _candidates(functions: Any, module: nn.Module) -> Iterator[Candidate]:
 class LigerRMSNorm(nn.Module):
     """x / rms(x) * (offset + weight) (arXiv 1910.07467) as one kernel of liger-kernel; its weight keeps its name.
 
-    `casting` is liger-kernel's casting mode, which says what is computed in fp32.
+    `casting` is liger-kernel's casting mode, which says what is computed in fp32; `function` is its kernel.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class LigerRMSNorm(nn.Module):
 class LigerGatedMLP(nn.Module):
     """A gated MLP down(act(gate(x)) * up(x)) (arXiv 2002.05202) with one kernel for act(gate(x)) * up(x).
 
-    Its linear layers keep their names.
+    `product` is that kernel, from (gate(x), up(x)). The linear layers keep their names.
     """
 
     def __init__(

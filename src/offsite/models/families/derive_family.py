@@ -200,11 +200,11 @@ def _is_json(value: Any) -> bool:
 
 
 def list_of_blocks(model: "PreTrainedModel", path: str | None = None) -> tuple[str, "nn.ModuleList"]:
-    """The list of transformer blocks of a model, with its path: the `nn.ModuleList` with the most parameters.
+    """The list of transformer blocks of a model, after its path: the `nn.ModuleList` with the most parameters.
 
     Args:
         model: a model.
-        path: the path of the list if it is known; then only that list is returned.
+        path: the path of the list; None: it is not known, and the list is searched for.
 
     Raises:
         IncompatibleError: the model has no such list.

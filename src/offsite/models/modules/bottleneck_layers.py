@@ -9,7 +9,10 @@ from torch.nn import functional as F
 
 
 class Bottleneck(nn.Module):
-    """A bottleneck, x + W_up gelu(W_down x + b_down) + b_up; W_up and b_up start as 0, so it starts as the identity."""
+    """A bottleneck, x + W_up gelu(W_down x + b_down) + b_up; W_up and b_up start as 0, so it starts as the identity.
+
+    `hidden` is the size H of x, and `width` the size of W_down x.
+    """
 
     def __init__(self, hidden: int, width: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()

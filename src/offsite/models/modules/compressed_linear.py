@@ -14,7 +14,7 @@ from torch.nn import functional as F
 class QuantisedLinear(nn.Module):
     """A linear layer y = x W^T + b with W in 8 or 4 bits; each forward and backward pass decodes W, then frees it.
 
-    `group` is the number of inputs that share a scale.
+    `group` is the number of inputs that share a scale; `bias` None: no bias.
     """
 
     quantised: Tensor  # (outputs, inputs) int8, or (outputs, inputs / 2) uint8
@@ -56,7 +56,7 @@ class _Product(torch.autograd.Function):
 
 
 class FactoredLinear(nn.Module):
-    """A linear layer y = U D x + b, with a low-rank matrix as two factors D (rank, inputs) and U (outputs, rank)."""
+    """A linear layer y = U D x + b: D (`down`) is (rank, inputs), U (`up`) is (outputs, rank); `bias` None: no b."""
 
     def __init__(self, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
         super().__init__()

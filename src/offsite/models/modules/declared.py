@@ -45,8 +45,8 @@ class Declared(BaseModel):
     blocks: Annotated[int, Field(ge=1, le=10_000)]
     # for each block of the emulator, the index in the emulator of the block whose weights it uses
     share: Annotated[tuple[int, ...], Field(min_length=1, max_length=10_000, strict=False)] | None = None
-    bits: Literal[8, 4] | None = None
-    group: Literal[64, 128] | None = None
+    bits: Literal[8, 4] | None = None  # of a quantised weight
+    group: Literal[64, 128] | None = None  # with bits: number of weights that share a scale
     svd_rank: Annotated[float, Field(gt=0, le=1)] | None = None
     mlp_width: Annotated[int, Field(ge=1, le=2**20)] | None = None
     sparse: Annotated[float, Field(gt=0, lt=1)] | None = None  # share of every matrix that is zero and not stored
