@@ -28,10 +28,10 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 test: check ## format, lint, types, import contracts, tests on one form of each kind of block
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-all: check ## the same with every form of every family, and with branch coverage
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup --every-form --cov --cov-report=term
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --every-form --cov --cov-report=term
 
 bench: $(STAMP) ## speed and memory of tuning against peers, short form (DATA=folder of data sets)
 	$(BIN)/python -m benchmarks.tuning --data-root $(DATA) --cells smollm2/sciq --quick \

@@ -21,7 +21,6 @@ from offsite.study.demos.language_demo import ROWS
 from offsite.study.resumable_chain import Chain
 from tiny import tiny_base
 
-pytestmark = pytest.mark.xdist_group("demo")  # what they look at takes long to make: once, in one process
 STEPS = 3
 
 
