@@ -49,13 +49,15 @@ def make_carry_map(
 
 
 def narrowed_layers(model: BaseModel, block: int, healed: Healed, declared: Declared, spec: PackSpec) -> Narrowed:
-    """The remaining inputs and outputs of each narrowed layer of a block, keyed by the layer's path in the block.
+    """The indices in the base of the inputs and outputs that each narrowed layer of a block still has.
+
+    They are keyed by the layer's path in the block.
 
     Args:
         model: the opened base.
         block: the block's index in the base.
         healed: the tensors that replace the base's, and what remains of narrowed blocks.
-        declared: what the bundle's config declares of blocks that differ from the family's.
+        declared: the part of the bundle's config that describes narrowed or otherwise changed blocks.
         spec: the settings of packing.
     """
     if block in healed.kept:

@@ -39,12 +39,16 @@ def declare(model: BaseModel, spec: PackSpec) -> Mapping[str, Any]:
 
 
 def reshape(family: Architecture, read: Callable[[str], Array], declared: Declared) -> Callable[[str, Array], Array]:
-    """A function that narrows a tensor, given its path in the block and its values in the base.
+    """Make a function that removes MLP neurons from any tensor of a block.
 
     Args:
         family: the model's row of the architecture table.
-        read: reads a tensor of the block, given its path in the block.
+        read: reads a tensor of the base's block, given its path in the block; the weights of the MLP decide which
+            neurons remain, at the first call.
         declared: the bundle's declaration, with the number of neurons that remain.
+
+    Returns:
+        A function of a tensor's path in the block and its values in the base; it returns the values that remain.
     """
 
     @functools.cache

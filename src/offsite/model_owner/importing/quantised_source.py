@@ -37,7 +37,7 @@ def method_of(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def stale_settings(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """A message for the user that quantisation settings of plain weights are left out; None if there are no settings.
+    """A message that left-over quantisation settings of a model in plain weights are removed; None if there are none.
 
     Call it only for a folder whose weights are not quantised.
     """

@@ -23,7 +23,7 @@ _SIZES: Mapping[str, Any] = {
 }  # fmt: skip
 _SPREAD = {"initializer_range": 0.15, "init_std": 0.15}  # far enough from zero that logits differ
 _SIDE, _PATCH = 16, 4  # pixels of an encoder's picture, and of a patch
-_NOT_TAKEN = frozenset({"n_inner", "ffn_hidden_size", "dtype", "torch_dtype", "architectures", "vocab_size"})
+_SIZES_AND_DTYPES = frozenset({"n_inner", "ffn_hidden_size", "dtype", "torch_dtype", "architectures", "vocab_size"})
 
 
 def tiny_base(folder: Path, architecture: str, blocks: int | None = None, *, like: Path | None = None) -> Base:
@@ -48,7 +48,7 @@ def tiny_base(folder: Path, architecture: str, blocks: int | None = None, *, lik
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    settings = _switches(family.config_keys, like)
+    settings = _variant_settings(family.config_keys, like)
     count = blocks or (family.block_count(settings) if like else 6)
     with staged_folder(folder) as staging, quiet(), torch.random.fork_rng(devices=[]):
         inputs = _tokenizer(staging) if family.vision is None else _processor(staging)
@@ -72,12 +72,15 @@ def tiny_base(folder: Path, architecture: str, blocks: int | None = None, *, lik
     return Base(folder)
 
 
-def _switches(taken: frozenset[str], like: Path | None) -> dict[str, Any]:
-    """The settings of the config of `like` whose names are in `taken`, except a few; {} if `like` is None."""
+def _variant_settings(config_keys: frozenset[str], like: Path | None) -> dict[str, Any]:
+    """The settings that choose a variant of the family (biases, windows and so on), from the config of the base `like`.
+
+    They are the config's keys in `config_keys`, without its type, sizes and dtypes. {} if `like` is None.
+    """
     if like is None:
         return {}
     config = json.loads((like / "config.json").read_text(encoding="utf-8"))
-    return {key: value for key, value in config.items() if key in taken - _NOT_TAKEN - {"model_type"}}
+    return {key: value for key, value in config.items() if key in config_keys - _SIZES_AND_DTYPES - {"model_type"}}
 
 
 def _processor(folder: Path) -> dict[str, int]:

@@ -53,13 +53,15 @@ def vision_demo(
     steps: int | None = None,
     progress: Progress = silent,
 ) -> VisionDemo:
-    """Run the protocol on pictures, or the remaining steps after an interruption, and score every model of the table.
+    """Run the protocol on pictures, or the remaining steps after an interruption, and score the models.
+
+    Scored are the base, the emulator before and after tuning, and the plug-in (`ROWS`).
 
     Args:
         workdir: the folder of both parties; steps whose inputs are unchanged since an earlier run are not repeated.
         images: pictures, a sub-folder for each class; with or without parts for training and testing. None means
             the handwritten digits that come with scikit-learn.
-        model: a base folder or ONNX file; None means the ViT-S/14 from its wheel.
+        model: a base folder or ONNX file; None means the DINOv2 ViT-S/14, downloaded as a PyPI package.
         steps: optimiser steps; None makes some passes over the training pictures.
         progress: one event for each step, before it runs.
 

@@ -1,7 +1,8 @@
 """The results of a study: figures of every grid point, from the records of its stages and the scores of single rows.
 
 The primary score is the held-out loss in nats per labelled token, or for pictures the accuracy. Intervals are 95 % over
-test rows; differences and shares are taken over the same drawn rows for every model (`offsite.evaluation.intervals`).
+test rows, by the bootstrap (`offsite.evaluation.intervals`). Differences and shares of a gain use the same resampled
+test rows for every model.
 """
 
 import math
