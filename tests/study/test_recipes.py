@@ -20,7 +20,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*.toml"))
 # Grids on another base than one that runs, or of compressors and placements that one that runs has too.
 ALIKE = {"figure3", "figure4-layer-drop", "figure4-quantisation", "table1-gpt2-xl", "table2-bloom-7.1b"}
 ALIKE |= {"table2-opt-6.7b", "table3-eva", "table5-gpt2-xl", "table5-opt-1.3b", "figure4-pruning"}
-ALIKE |= {"gemma3", "pruners", "frontier", "placement", "spread", "top"}
+ALIKE |= {"gemma3", "pruners", "frontier", "methods", "placement", "spread", "top"}
 
 
 def name(file: Path) -> str:
@@ -60,6 +60,7 @@ def test_the_grid_runs_in_small(file: Path) -> None:
     assert tried.points == len(some) * len(recipe.methods) * len({one.score for one in recipe.data})
 
 
+@pytest.mark.every_form
 def test_every_compressor_of_the_comparison_makes_a_bundle() -> None:
     recipe = load_recipe(next(file for file in RECIPES if file.stem == "compressors"))
     tried = check(replace(recipe, rows=("emulator_zero_shot",)), run_in_this_process, lambda _: None)
