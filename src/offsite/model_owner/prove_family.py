@@ -352,8 +352,9 @@ def _adapter_equals_merged(cut: "PreTrainedModel", targets: Sequence[str], trans
         merged = _without_gradient(cut, ids)
         for layer in layers.values():
             layer.unmerge()
+    # PEFT has no one error for a layer without LoRA: some classes fail when wrapped, others when run or merged
     except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError):
-        return False  # PEFT has no LoRA for such a layer
+        return False
     finally:
         for target, parent in parents.items():
             setattr(parent, target.rpartition(".")[2], originals[target])

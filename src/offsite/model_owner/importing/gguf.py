@@ -140,7 +140,7 @@ def _config(
     _require_known(unequal_blocks(metadata), source)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source.parent, gguf_file=source.name, **OFFLINE)
-    except Exception as error:
+    except (*LIBRARY_ERRORS, OverflowError) as error:
         raise StorageError(
             f"transformers cannot read {source}",
             reasons=[f"its architecture is {architecture!r}", f"{type(error).__name__}: {str(error)[:300]}"],
