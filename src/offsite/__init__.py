@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
+    from offsite.evaluation.compare import Comparison, Contestant, compare
     from offsite.evaluation.evaluate import Score, evaluate
     from offsite.evaluation.lm_eval_harness import TaskScore, run_tasks
     from offsite.model_owner.importing.import_model import import_model
@@ -45,6 +46,8 @@ __all__ = [
     "Base",
     "Bundle",
     "Choice",
+    "Comparison",
+    "Contestant",
     "DataError",
     "EvalSpec",
     "Event",
@@ -68,6 +71,7 @@ __all__ = [
     "VerificationError",
     "__version__",
     "choose",
+    "compare",
     "evaluate",
     "import_model",
     "intake",
@@ -100,6 +104,7 @@ _WHERE = {
     "offsite.protocol.home": ("Home",),
     "offsite.protocol.signing": ("Identity", "PublicKey"),
     "offsite.protocol.verify": ("verify", "verify_bundle", "verify_plug_in", "verify_return"),
+    "offsite.evaluation.compare": ("Comparison", "Contestant", "compare"),
     "offsite.evaluation.evaluate": ("Score", "evaluate"),
     "offsite.evaluation.lm_eval_harness": ("TaskScore", "run_tasks"),
     "offsite.model_owner.plugging_in.choose_plug_in": ("Choice", "choose"),

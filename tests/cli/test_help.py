@@ -12,7 +12,7 @@ from offsite.cli.app import build
 from offsite.config import TABLES, Spec
 from offsite.training.run_log import log_file
 
-VERBS = ("import", "pack", "plug-in", "tune", "keygen", "inspect", "verify", "eval", "demo", "study")
+VERBS = ("import", "pack", "plug-in", "tune", "keygen", "inspect", "verify", "eval", "compare", "demo", "study")
 
 
 def command(name: str) -> Any:
@@ -118,6 +118,7 @@ def _literal(annotation: Any) -> tuple[str, ...]:
                 "columns", "chosen", "config", "home", "json",
             },
         ),
+        ("compare", {"data", "probe", "rows", "show-rows", "skip-bad", "columns", "chosen", "config", "home", "json"}),
         ("inspect", {"home", "json"}),
         ("verify", {"home", "json"}),
         ("keygen", {"name", "out", "home", "json"}),

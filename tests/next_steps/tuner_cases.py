@@ -74,10 +74,27 @@ CASES = (
     ),
     Case(
         "a bundle as an adapter",
-        "cli/eval_verb.py",
+        "cli/verified_models.py",
         f"{EVAL} --adapter {{folder}}/bundle --home {{tuner}}",
         "name it as the model, without --adapter",
         then("eval {folder}/bundle --data {folder}/rows.jsonl --home {tuner}"),
+    ),
+    Case(
+        "an adapter before its model",
+        "cli/verified_models.py",
+        "compare {folder}/return {folder}/bundle --data {folder}/rows.jsonl --home {tuner}",
+        "or its bundle (of a return) before it",
+        then("compare {folder}/bundle {folder}/return --data {folder}/rows.jsonl --home {tuner}"),
+    ),
+    Case(
+        "a comparison of one model",
+        "cli/compare_verb.py",
+        "compare {folder}/base --data {folder}/rows.jsonl",
+        "name a second model",
+        lambda world, step: (
+            f"{as_advised(world, step).replace('OTHER', '{folder}/bundle')} "
+            "--data {folder}/rows.jsonl --home {tuner}"
+        ),
     ),
     Case(
         "a return on the base",

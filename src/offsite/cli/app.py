@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 from offsite.cli import (
+    compare_verb,
     data_owner,
     demo,
     eval_verb,
@@ -20,6 +21,7 @@ from offsite.cli import (
 from offsite.errors import OffsiteError
 from offsite.training.run_log import terminated_as_interrupted
 
+_SETTINGS_OF = {"compare": "eval"}  # commands that have the settings of another
 _PLAYERS = {  # advice after an interruption, for the commands that play both parties
     "demo": "run the same command again: finished steps are not repeated",
     "study": "run the same command again: finished stages are not repeated",
@@ -53,6 +55,7 @@ def build(words: Sequence[str] | None = None) -> typer.Typer:
         (flags.BOTH, "inspect", inspect_verbs.inspect),
         (flags.BOTH, "verify", inspect_verbs.verify),
         (flags.BOTH, "eval", eval_verb.eval_),
+        (flags.BOTH, "compare", compare_verb.compare),
         (flags.BOTH, "demo", demo.demo),
         (flags.BOTH, "study", study.study),
     ):
@@ -79,9 +82,10 @@ def _with_settings(
         return setting_flags.with_flags(verb, None), flags.EXIT_CODES
     from offsite.config import TABLES
 
-    further = setting_flags.further_settings(name, TABLES[name])
+    table = _SETTINGS_OF.get(name, name)
+    further = setting_flags.further_settings(table, TABLES[table])
     epilog = f"{further}\n\n{flags.EXIT_CODES}" if further else flags.EXIT_CODES
-    return setting_flags.with_flags(verb, TABLES[name]), epilog
+    return setting_flags.with_flags(verb, TABLES[table]), epilog
 
 
 def run(words: Sequence[str]) -> int:

@@ -1,21 +1,16 @@
 """The command eval, which scores a model."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from offsite.cli import flags, terminal
+from offsite.cli import flags, terminal, verified_models
 from offsite.cli.setting_flags import FlagValues
 
 if TYPE_CHECKING:
     from offsite.config import EvalSpec
-    from offsite.protocol.artifacts import Bundle, PlugIn, Return
-    from offsite.protocol.home import Home
-
-    _Adapter = Return | PlugIn | Path | None
 
 _ROW_BY_ROW = ("row_losses", "choice_scores", "pictures")  # fields with a value for each row, left out of the summary
 
@@ -69,7 +64,7 @@ def eval_(
         _require_writable(row_scores, data)
     if check:
         _check(model, data, spec, as_json=as_json)
-    scored, tuned = _verify(model, adapter, flags.home_of(context, home))
+    scored, tuned = verified_models.verify_model(model, adapter, flags.home_of(context, home))
     result: dict[str, Any] = {"model": str(model), "adapter": str(adapter) if adapter else None}
     with terminal.showing_progress() as progress:
         if names:  # first, since an unknown task gives an error at once
@@ -80,7 +75,7 @@ def eval_(
         if data is not None:
             from dataclasses import asdict
 
-            if _sees_images(model):
+            if verified_models.sees_images(model):
                 from offsite.evaluation.image_scores import evaluate_images
                 from offsite.evaluation.row_scores import write_picture_scores
 
@@ -109,70 +104,6 @@ def _check(model: Path, data: list[Path] | None, spec: "EvalSpec", *, as_json: b
     if data is None:
         raise UsageError("--check is about rows", next_step="give rows with --data")
     raise typer.Exit(show_checks({"data": check_eval_data(model, data, spec)}, as_json=as_json))
-
-
-def _verify(model: Path, adapter: Path | None, home: "Home") -> "tuple[Path | Bundle | PlugIn, _Adapter]":
-    """Verify the model and the adapter if they are signed; a folder without a signature is returned as a path.
-
-    Raises:
-        UsageError: the model is a return, or the adapter is a bundle; or this home has no key.
-        VerificationError: an artifact fails verification.
-        IncompatibleError: the plug-in was made for another base.
-    """
-    from offsite.errors import UsageError
-    from offsite.protocol.artifacts import Bundle, PlugIn, Return
-
-    scored, tuned = _artifact(model, home), _artifact(adapter, home) if adapter else None
-    if isinstance(scored, Return):
-        raise UsageError(
-            f"{model} is a return, which is no model by itself",
-            next_step=f"name its bundle too: `offsite eval BUNDLE --adapter {shlex.quote(str(model))}`",
-        )
-    if isinstance(tuned, Bundle):
-        raise UsageError(f"{adapter} is a bundle, not an adapter", next_step="name it as the model, without --adapter")
-    if isinstance(tuned, PlugIn) and isinstance(scored, Path):
-        _require_own_base(scored, tuned, home)
-    return scored, tuned
-
-
-def _artifact(folder: Path, home: "Home") -> "Path | Bundle | Return | PlugIn":
-    """Verify a signed folder; for a folder without a signature, print that it is scored without verification."""
-    from offsite.protocol.manifest import MANIFEST
-    from offsite.protocol.verify import verify
-
-    if (folder / MANIFEST).exists():
-        return verify(folder, home, hold=True)
-    terminal.say(f"{folder} has no signature; it is scored as it is")
-    return folder
-
-
-def _require_own_base(base: Path, plug_in: "PlugIn", home: "Home") -> None:
-    """Check that a plug-in that this home's owner made is for this base.
-
-    Plug-ins of others are not checked, since only the key of their owner can compute the base's fingerprint.
-
-    Raises:
-        IncompatibleError: the plug-in was made for another base.
-    """
-    from offsite.errors import IncompatibleError
-    from offsite.model_owner.base_model import fingerprint, open_base
-    from offsite.protocol.artifacts import Base
-
-    identity = home.identity()
-    if plug_in.manifest.issuer != identity.public_key.hex:
-        return
-    if fingerprint(open_base(Base(base)), identity) != plug_in.manifest.base:
-        raise IncompatibleError(
-            f"the plug-in {plug_in.folder} was made for another base than {base}",
-            next_step="name the base that `offsite plug-in` was given",
-        )
-
-
-def _sees_images(model: Path) -> bool:
-    from offsite.models.image_encoder import sees_images
-    from offsite.models.model_folder import model_settings
-
-    return sees_images(model_settings(model))
 
 
 def _require_used(
@@ -224,7 +155,7 @@ def _require_fitting(model: Path, tasks: Sequence[str], samples: int, probe: Pat
     """
     from offsite.errors import UsageError
 
-    images = _sees_images(model)
+    images = verified_models.sees_images(model)
     if images and (tasks or samples):
         raise UsageError(f"{model} sees images and writes nothing", next_step="leave --tasks and --samples out")
     if probe is not None and not images:

@@ -36,6 +36,8 @@ class RowScores:
     right_by_length: tuple[float, ...]  # 1 or 0 for each question, by likelihood per character
     predictions: tuple[str, ...] = ()  # the predicted class of each picture
     files: tuple[str, ...] = ()  # the name of each row's file, if the rows are of several files
+    question_lines: tuple[int, ...] = ()  # the line of each question, or the number of each picture
+    question_files: tuple[str, ...] = ()  # the name of each question's file, if the rows are of several files
 
     @property
     def loss(self) -> float:
@@ -58,6 +60,16 @@ def write_row_scores(file: Path, score: "Score") -> None:
     Raises:
         StorageError: the file cannot be written.
     """
+    _write(file, _row_lines(score))
+
+
+def row_scores(score: "Score") -> RowScores:
+    """The score of every row and question of a data set, as `read_row_scores` reads them from a file."""
+    return _parse(_row_lines(score))
+
+
+def _row_lines(score: "Score") -> list[dict[str, Any]]:
+    """The lines of a file of row scores: one for each row, then one for each multiple-choice question."""
     several = len({row.file for row in score.row_losses} | {one.file for one in score.choice_scores}) > 1
 
     def place(row: "RowLoss | ChoiceScore") -> dict[str, Any]:
@@ -67,7 +79,7 @@ def write_row_scores(file: Path, score: "Score") -> None:
     questions = [
         {**place(one), "right": one.right, "right_by_length": one.right_by_length} for one in score.choice_scores
     ]
-    _write(file, [*rows, *questions])
+    return [*rows, *questions]
 
 
 def write_picture_scores(file: Path, score: "ImageScore") -> None:
@@ -76,9 +88,19 @@ def write_picture_scores(file: Path, score: "ImageScore") -> None:
     Raises:
         StorageError: the file cannot be written.
     """
+    _write(file, _picture_lines(score))
+
+
+def picture_scores(score: "ImageScore") -> RowScores:
+    """The score of every picture, as `read_row_scores` reads them from a file."""
+    return _parse(_picture_lines(score))
+
+
+def _picture_lines(score: "ImageScore") -> list[dict[str, Any]]:
+    """The lines of a file of picture scores: one for each picture's loss, then one for each prediction."""
     losses = [{"line": one.line, "nats": one.nats, "tokens": 1} for one in score.pictures]
     predictions = [{"line": one.line, "right": one.right, "told": one.predicted} for one in score.pictures]
-    _write(file, [*losses, *predictions])
+    return [*losses, *predictions]
 
 
 def _write(file: Path, lines: Sequence[dict[str, Any]]) -> None:
@@ -94,23 +116,34 @@ def read_row_scores(file: Path) -> RowScores:
     """
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        rows = [line for line in lines if "nats" in line]
-        questions = [line for line in lines if "right" in line]
-        if not rows:
-            raise ValueError("it has no rows")
-        return RowScores(
-            lines=tuple(int(row["line"]) for row in rows),
-            nats=tuple(float(row["nats"]) for row in rows),
-            tokens=tuple(float(row["tokens"]) for row in rows),
-            right=tuple(float(one["right"]) for one in questions),
-            right_by_length=tuple(float(one["right_by_length"]) for one in questions if "told" not in one),
-            predictions=tuple(str(one["told"]) for one in questions if "told" in one),
-            files=tuple(Path(str(row["file"])).name for row in rows if "file" in row),
-        )
+        return _parse(lines)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(
             f"cannot read the row scores {file}", reasons=[str(error)], next_step="score the model again"
         ) from None
+
+
+def _parse(lines: Sequence[dict[str, Any]]) -> RowScores:
+    """Make `RowScores` of the lines of a file.
+
+    Raises:
+        ValueError, KeyError, TypeError: a line is malformed, or there is no row.
+    """
+    rows = [line for line in lines if "nats" in line]
+    questions = [line for line in lines if "right" in line]
+    if not rows:
+        raise ValueError("it has no rows")
+    return RowScores(
+        lines=tuple(int(row["line"]) for row in rows),
+        nats=tuple(float(row["nats"]) for row in rows),
+        tokens=tuple(float(row["tokens"]) for row in rows),
+        right=tuple(float(one["right"]) for one in questions),
+        right_by_length=tuple(float(one["right_by_length"]) for one in questions if "told" not in one),
+        predictions=tuple(str(one["told"]) for one in questions if "told" in one),
+        files=tuple(Path(str(row["file"])).name for row in rows if "file" in row),
+        question_lines=tuple(int(one["line"]) for one in questions),
+        question_files=tuple(Path(str(one["file"])).name for one in questions if "file" in one),
+    )
 
 
 def difference(one: RowScores, other: RowScores, metric: MetricName = "loss") -> tuple[float, Interval | None]:
@@ -133,5 +166,6 @@ def require_same_rows(scores: Sequence[RowScores]) -> None:
     Raises:
         ValueError: the rows differ.
     """
-    if any((score.files, score.lines) != (scores[0].files, scores[0].lines) for score in scores):
+    places = [(score.files, score.lines, score.question_files, score.question_lines) for score in scores]
+    if any(place != places[0] for place in places):
         raise ValueError("the models were scored on different rows, so they cannot be compared row by row")
