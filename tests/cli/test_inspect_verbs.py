@@ -87,6 +87,9 @@ def test_the_owners_inspect_shows_how_much_of_the_base_is_in_a_bundle(
         "compressed": 0,
         "not_sent": pytest.approx(block / sum(sizes.values()), abs=1e-4),
     }
+    counts = shown["tuning_multiply_adds_per_token"]
+    assert counts["forward"] == counts["backward"] == 3 * counts["base"] // 4  # one of four blocks is dropped
+    assert counts["share_of_lora_on_base"] == 0.75
 
 
 def test_inspect_lists_where_lora_may_sit(tmp_path: Path, parties: Parties, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from offsite.errors import OffsiteError, StorageError
 from offsite.model_owner.base_shares import BaseShares
 from offsite.model_owner.carry_map import CarryMap
 from offsite.model_owner.ledger import Ledger
+from offsite.model_owner.tuning_arithmetic import TuningArithmetic
 from offsite.protocol.manifest import PlugInManifest
 from offsite.protocol.sealing import seal
 from tiny import MakeBase, Parties
@@ -64,7 +65,9 @@ def test_bundle_packed_twice_within_a_second(
 ) -> None:
     bundle = packed(base_of(), tmp_path / "bundle", parties, keep=1)
     ledger = Ledger(parties.owner.ledger)
-    ledger.record_issue(bundle, "hospital", CarryMap.of((0, 1, 4)), BaseShares(3, 2, 1), PackSpec())
+    ledger.record_issue(
+        bundle, "hospital", CarryMap.of((0, 1, 4)), BaseShares(3, 2, 1), TuningArithmetic(4, 3, 2, 5, 1), PackSpec()
+    )
     issued = ledger.issued(bundle.digest)
     assert issued is not None
     assert issued.kept == (0, 1, 4)

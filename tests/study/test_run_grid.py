@@ -15,6 +15,7 @@ from offsite.storage.files import sha256_of
 from offsite.study.recipe import ROWS
 from offsite.study.report.results import collect
 from offsite.study.run_command import Outcome
+from offsite.training.run_log import records
 from studies import RECIPE, Played, Study, lay_out, played_study
 
 
@@ -93,6 +94,10 @@ def test_figures_are_what_they_say(study: Study) -> None:
     assert issued.shares is not None
     assert point.base_parameters == pytest.approx(issued.shares.fractions, abs=1e-4)
     assert sum(point.base_parameters.values()) == pytest.approx(1, abs=1e-3)
+    steps = list(records(study.folder / "out" / str(point.log), "step"))
+    labelled = sum(step["labels"] for step in steps) / sum(step["tokens"] for step in steps)
+    assert issued.arithmetic is not None
+    assert point.arithmetic == pytest.approx(issued.arithmetic.share(labelled))
     rows = {row: read_row_scores(stage.out) for row, stage in study.played.points[0].rows.items()}
     ends = paired_interval(rows["plug_in"].nats, rows["zero_shot"].nats, rows["plug_in"].tokens)
     against = point.scores["plug_in"].against_zero_shot

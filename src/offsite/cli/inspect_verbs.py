@@ -197,21 +197,27 @@ def _bundle(manifest: "BundleManifest", digest: str, home: "Home") -> dict[str, 
             "numbers": numbers_in(manifest.tensors.values()),
             "lora_targets": _by_linear_map(manifest),
         },
-        **_shares(digest, home),
+        **_owner_facts(digest, home),
     }
 
 
-def _shares(digest: str, home: "Home") -> dict[str, Any]:
-    """The shares of the base's parameters that a bundle has verbatim or compressed, or lacks; {} if not recorded.
+def _owner_facts(digest: str, home: "Home") -> dict[str, Any]:
+    """What only the owner's ledger says of a bundle: the shares of the base's parameters, and the tuning's arithmetic.
 
-    `digest` is that of the bundle, by which this home's ledger records it.
+    {} if this home's ledger does not record the bundle. `digest` is the bundle's.
     """
+    from dataclasses import asdict
+
     from offsite.model_owner.ledger import Ledger
 
     issued = Ledger(home.ledger).issued(digest) if home.ledger.exists() else None
-    if issued is None or issued.shares is None:
-        return {}
-    return {"base_parameters": {name: round(share, 4) for name, share in issued.shares.fractions.items()}}
+    facts: dict[str, Any] = {}
+    if issued and issued.shares:
+        facts["base_parameters"] = {name: round(share, 4) for name, share in issued.shares.fractions.items()}
+    if issued and issued.arithmetic:
+        share = {"share_of_lora_on_base": round(issued.arithmetic.share(), 4)}
+        facts["tuning_multiply_adds_per_token"] = {**asdict(issued.arithmetic), **share}
+    return facts
 
 
 def _by_linear_map(manifest: "BundleManifest") -> dict[str, list[int]]:

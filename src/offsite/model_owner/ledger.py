@@ -13,6 +13,7 @@ from offsite.config import PackSpec
 from offsite.errors import PolicyError, StorageError
 from offsite.model_owner.base_shares import BaseShares
 from offsite.model_owner.carry_map import CarryMap, parse_carry_map, render_carry_map
+from offsite.model_owner.tuning_arithmetic import TuningArithmetic
 from offsite.protocol.artifacts import Bundle, PlugIn, Return
 from offsite.protocol.manifest import MANIFEST, BundleManifest, parse_manifest, render_manifest
 
@@ -28,7 +29,8 @@ CREATE TABLE IF NOT EXISTS bundles (
     manifest BLOB NOT NULL,
     state TEXT NOT NULL CHECK (state IN ('issued', 'returned', 'plugged in')),
     carry TEXT,               -- JSON: the CarryMap; known to nobody else
-    shares TEXT               -- JSON: the BaseShares
+    shares TEXT,              -- JSON: the BaseShares
+    arithmetic TEXT           -- JSON: the TuningArithmetic
 );
 CREATE TABLE IF NOT EXISTS returns (
     id INTEGER PRIMARY KEY,
@@ -52,7 +54,7 @@ CREATE TABLE IF NOT EXISTS plug_ins (
 # Columns that older ledgers lack, by table.
 _ADDED = {
     "plug_ins": {"strength": "REAL NOT NULL DEFAULT 1", "checkpoint": "INTEGER NOT NULL DEFAULT 1"},
-    "bundles": {"carry": "TEXT", "shares": "TEXT"},
+    "bundles": {"carry": "TEXT", "shares": "TEXT", "arithmetic": "TEXT"},
 }
 
 
@@ -60,7 +62,8 @@ _ADDED = {
 class Issued:
     """The ledger's record of a bundle; `kept` are the base indices of its blocks, in order.
 
-    `state` is "issued", "returned" or "plugged in". `carry` and `shares` are None for bundles of earlier versions.
+    `state` is "issued", "returned" or "plugged in". `carry`, `shares` and `arithmetic` are None for bundles of earlier
+    versions.
     """
 
     digest: str
@@ -69,6 +72,7 @@ class Issued:
     state: str
     carry: CarryMap | None = None
     shares: BaseShares | None = None
+    arithmetic: TuningArithmetic | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,13 @@ class Ledger:
     path: Path
 
     def record_issue(
-        self, bundle: Bundle, recipient_name: str, carry: CarryMap, shares: BaseShares, spec: PackSpec
+        self,
+        bundle: Bundle,
+        recipient_name: str,
+        carry: CarryMap,
+        shares: BaseShares,
+        arithmetic: TuningArithmetic,
+        spec: PackSpec,
     ) -> None:
         """Record a new bundle; call it before the bundle's folder is moved to its final path.
 
@@ -87,13 +97,14 @@ class Ledger:
             recipient_name: the name under which the owner's home stores the recipient's public key.
             carry: the map from the bundle's blocks and layers to the base's.
             shares: how many of the base's parameters the bundle sends.
+            arithmetic: the multiply-adds of tuning the bundle, and of the base.
             spec: the settings of packing.
         """
         with self._open() as db:
             db.execute(
                 # a bundle packed twice within one second is identical and has the same digest
                 "INSERT INTO bundles (digest, issued_at, recipient_name, base, kept, settings, manifest, state, carry,"
-                " shares) VALUES (?, ?, ?, ?, ?, ?, ?, 'issued', ?, ?) ON CONFLICT (digest) DO NOTHING",
+                " shares, arithmetic) VALUES (?, ?, ?, ?, ?, ?, ?, 'issued', ?, ?, ?) ON CONFLICT (digest) DO NOTHING",
                 (
                     bundle.digest,
                     bundle.manifest.issued_at,
@@ -104,6 +115,7 @@ class Ledger:
                     render_manifest(bundle.manifest),
                     render_carry_map(carry, bundle.digest),
                     shares.to_json(),
+                    arithmetic.to_json(),
                 ),
             )
 
@@ -114,7 +126,9 @@ class Ledger:
             StorageError: the ledger cannot be read, or the record is of an unknown version.
         """
         with self._open() as db:
-            row = db.execute("SELECT manifest, kept, state, carry, shares FROM bundles WHERE digest = ?", (digest,))
+            row = db.execute(
+                "SELECT manifest, kept, state, carry, shares, arithmetic FROM bundles WHERE digest = ?", (digest,)
+            )
             found = row.fetchone()
         if found is None:
             return None
@@ -122,6 +136,7 @@ class Ledger:
             manifest, kept = parse_manifest(found[0]), tuple(json.loads(found[1]))
             carry = None if found[3] is None else parse_carry_map(found[3], digest)
             shares = None if found[4] is None else BaseShares.from_json(found[4])
+            arithmetic = None if found[5] is None else TuningArithmetic.from_json(found[5])
         except ValueError as problem:
             raise StorageError(
                 f"the ledger {self.path} holds a bundle that this version cannot read",
@@ -133,7 +148,7 @@ class Ledger:
                 f"the ledger {self.path} holds another kind of document as a bundle",
                 next_step="restore the ledger from a backup",
             )
-        return Issued(digest, manifest, kept, found[2], carry, shares)
+        return Issued(digest, manifest, kept, found[2], carry, shares, arithmetic)
 
     def record_intake(self, digest: str, bundle: str | None, reasons: Sequence[str] = ()) -> None:
         """Record a received return as refused if there are `reasons`, else as accepted.

@@ -34,6 +34,7 @@ from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.make_carry_map import make_carry_map
 from offsite.model_owner.narrow.choose_widths import choose_widths
 from offsite.model_owner.select.select_blocks import select_blocks
+from offsite.model_owner.tuning_arithmetic import count_tuning_arithmetic
 from offsite.models.families.declared_family import declare_family
 from offsite.models.modules.declared import Declared
 from offsite.progress import Event, Progress, silent
@@ -123,7 +124,8 @@ def pack(
         shares = count_base_shares(model, kept, numbers, healed, declared, spec, folder)
         open_bundle(model, folder, manifest, home, progress)
         bundle = seal(folder, manifest, identity, out)
-        Ledger(home.ledger).record_issue(bundle, recipient, carry, shares, spec)
+        arithmetic = count_tuning_arithmetic(model, kept, numbers, declared)
+        Ledger(home.ledger).record_issue(bundle, recipient, carry, shares, arithmetic, spec)
     return bundle
 
 

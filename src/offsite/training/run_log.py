@@ -75,18 +75,25 @@ def run_log(file: Path) -> Iterator[Write]:
         yield write
 
 
-def last_record(file: Path, event: str) -> Mapping[str, Any] | None:
-    """The last record in a log whose event is `event`; None if there is no such record or the log cannot be read."""
+def records(file: Path, event: str) -> Iterator[Mapping[str, Any]]:
+    """Yield the records in a log whose event is `event`, in order; none if the log cannot be read."""
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return None
-    for line in reversed(lines):
+        return
+    for line in lines:
         with contextlib.suppress(ValueError):  # a run that was killed may have left half a line
             record = json.loads(line)
             if isinstance(record, dict) and record.get("event") == event:
-                return record
-    return None
+                yield record
+
+
+def last_record(file: Path, event: str) -> Mapping[str, Any] | None:
+    """The last record in a log whose event is `event`; None if there is no such record or the log cannot be read."""
+    found = None
+    for record in records(file, event):
+        found = record
+    return found
 
 
 class Terminated(KeyboardInterrupt):

@@ -31,7 +31,7 @@ def point(folder: Path, **changes: Any) -> GridPointResult:
         dataset="sums", score="loss", compress="drop | 8", placement="2-8-2", tune="LoRA", method="lora", seed=0,
         scores=scores, gain_recovered=Figure(0.5, 0.4, 0.6), bound_recovered=Figure(0.625),
         own_gain=Figure(0.25), plug_in_gap=Figure(-1.5),
-        base_parameters={"verbatim": 0.625, "compressed": 0.25, "not_sent": 0.125},
+        base_parameters={"verbatim": 0.625, "compressed": 0.25, "not_sent": 0.125}, arithmetic=0.55,
         bundle_bytes=100 * 2**20, return_bytes=2**20, seconds={"model-owner": 3.0, "data-owner": 61.0},
         peak_bytes={"data-owner": 2**30}, spent=[], errors={}, log="log.jsonl",
     )  # fmt: skip
@@ -52,7 +52,8 @@ def test_tables_say_what_was_found(tmp_path: Path) -> None:
         "data set": "sums", "compress": "drop | 8", "placement": "2-8-2", "tuning": "LoRA",
         "plug-in against zero-shot, nats": "-0.500 [-0.600, -0.400]",
         "emulator against zero-shot, nats": "+1.000 [+0.900, +1.100]", "gain recovered, %": "50 [40, 60]",
-        "emulator's own gain, %": "25", "base sent verbatim, %": "62.5", "bound recovered, %": "62",
+        "emulator's own gain, %": "25", "arithmetic, %": "55", "base sent verbatim, %": "62.5",
+        "bound recovered, %": "62",
         "plug-in gap, nats": "-1.500", "bundle, MiB": "100.0",
     }  # fmt: skip
     assert costs.lines[0][4:] == ("100.0", "1.0", "3", "61", "", "1,024.0")
@@ -104,7 +105,7 @@ def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     assert "| sums | drop / 8 | 2-8-2 | LoRA |" in text
     assert "![Training curves](plots/curves.png)" in text
-    assert "| gain recovered, % | emulator's own gain, % | base sent verbatim, % |" in text
+    assert "| gain recovered, % | emulator's own gain, % | arithmetic, % | base sent verbatim, % |" in text
     assert "keep 4, 2-8-2, LoRA, seed 0: full fine-tuning: diverged - <script>" in text
     widths = {line.count("|") for line in text.split("## Held-out loss")[1].split("##")[0].splitlines() if "|" in line}
     assert len(widths) == 1
@@ -128,7 +129,7 @@ def test_without_matplotlib_the_rest_is_written(tmp_path: Path, monkeypatch: pyt
 
 def test_a_cell_that_failed_altogether_is_reported(tmp_path: Path) -> None:
     nothing = point(tmp_path, scores={}, placement=None, bundle_bytes=None, return_bytes=None, gain_recovered=None,
-                   bound_recovered=None, own_gain=None, plug_in_gap=None, base_parameters=None,
+                   bound_recovered=None, own_gain=None, plug_in_gap=None, base_parameters=None, arithmetic=None,
                    errors={"plug_in": "no"}, log=None)  # fmt: skip
     write_report(results(nothing), tmp_path)
     assert failures(results(nothing)) == ["sums, drop | 8, ?, LoRA, seed 0: plug-in: no"]

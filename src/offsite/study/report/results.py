@@ -18,13 +18,14 @@ from typing import Any
 from offsite import __version__
 from offsite.evaluation.intervals import Interval, interval, share_interval
 from offsite.evaluation.row_scores import MetricName, RowScores, difference, read_row_scores, require_same_rows
+from offsite.model_owner.tuning_arithmetic import TuningArithmetic
 from offsite.study.grid import GridPoint
 from offsite.study.metric import METRICS
 from offsite.study.recipe import Recipe
 from offsite.study.resumable_chain import OWNER, TUNER
 from offsite.study.run_grid import read_record
 from offsite.study.stages import Stage, with_prerequisites
-from offsite.training.run_log import log_file
+from offsite.training.run_log import log_file, records
 
 _LIBRARIES = ("torch", "transformers", "peft", "numpy")
 
@@ -81,6 +82,7 @@ class GridPointResult:
     own_gain: Figure | None  # (emulator - zero_shot) / (full - zero_shot): what the data owner has without the owner
     plug_in_gap: Figure | None  # plug_in - emulator: if better, the data owner does not have what the owner gets
     base_parameters: Mapping[str, float] | None  # shares of the base's: "verbatim", "compressed", "not_sent"
+    arithmetic: float | None  # multiply-adds of tuning, as a share of LoRA on every block of the base; calculated
     bundle_bytes: int | None
     return_bytes: int | None
     seconds: Mapping[str, float]  # by party
@@ -162,6 +164,7 @@ def _point_result(point: GridPoint, folder: Path, cache: dict[str, RowScores]) -
         own_gain=_share_of_gain(rows, "emulator", "full", point.metric),
         plug_in_gap=_difference(rows.get("plug_in"), rows.get("emulator"), point.metric),
         base_parameters=pack["result"].get("base_parameters") if pack.get("done") else None,
+        arithmetic=_arithmetic(pack["result"], point.method.spec.adapter.method, log) if pack.get("done") else None,
         bundle_bytes=pack["result"]["bytes"] if pack.get("done") else None,
         return_bytes=tune["result"]["bytes"] if tune.get("done") else None,
         seconds={party: round(sum(s.seconds for s in spent if s.party == party), 2) for party in (OWNER, TUNER)},
@@ -243,6 +246,22 @@ def _share_of_gain(rows: Mapping[str, RowScores], part: str, whole: str, metric:
         return None
     ends = share_interval(zero.parts(metric), best.parts(metric), reached.parts(metric))
     return _figure((there - least) / (most - least), ends)
+
+
+def _arithmetic(packed: Mapping[str, Any], method: str, log: Path) -> float | None:
+    """The multiply-adds of tuning, as a share of LoRA on every block of the base; None if they are not known.
+
+    Args:
+        packed: the JSON that `pack` printed.
+        method: the tuning method.
+        log: the tuning's log, which has the numbers of tokens and of labelled tokens in each step.
+    """
+    counts = packed.get("tuning_multiply_adds_per_token")
+    if counts is None:
+        return None
+    fields = {name: count for name, count in counts.items() if name != "share_of_lora_on_base"}
+    tokens, labels = (sum(record.get(name, 0) for record in records(log, "step")) for name in ("tokens", "labels"))
+    return TuningArithmetic(**fields).share(labels / tokens if tokens else 0.0, whole_blocks=method == "full")
 
 
 def _placement(split: Mapping[str, Any]) -> str:
