@@ -29,7 +29,7 @@ def order_units(problem: UnitProblem, stay: int) -> list[int]:
         cost[removed] = torch.inf
         together = cost.argsort(stable=True)[: min(max(1, units // _STEPS), units - stay - len(order))]
         rows = (together[:, None] * size + torch.arange(size, device=left.device)).flatten()
-        solved = torch.linalg.solve(inverse[rows][:, rows], torch.cat([left[rows], inverse[rows]], dim=1))
+        solved = _solved(inverse[rows][:, rows], torch.cat([left[rows], inverse[rows]], dim=1))
         change = inverse[:, rows] @ solved  # (F, H + F)
         left -= change[:, : left.shape[1]]
         inverse -= change[:, left.shape[1] :]
@@ -61,5 +61,13 @@ def _costs(inverse: torch.Tensor, left: torch.Tensor, size: int) -> torch.Tensor
     grams = inverse.reshape(units, size, units, size)
     own = grams.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (units, size, size)
     columns = left.reshape(units, size, -1)  # (units, size, H)
-    costs: torch.Tensor = (columns * torch.linalg.solve(own, columns)).sum(dim=(1, 2))
-    return costs
+    return (columns * _solved(own, columns)).sum(dim=(1, 2))
+
+
+def _solved(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The solution X (..., n, k) of A X = B, for one or more symmetric positive definite A (..., n, n), B (..., n, k).
+
+    Not by torch.linalg.solve: its LU of several matrices at once on several threads gives wrong results with some CPUs
+    (torch 2.13 with oneMKL on an AMD EPYC, for matrices of 192 rows).
+    """
+    return torch.cholesky_solve(right, torch.linalg.cholesky(system))
