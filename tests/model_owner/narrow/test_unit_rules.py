@@ -64,3 +64,15 @@ def test_energy_is_the_mean_square_of_what_a_unit_adds() -> None:
 def test_many_units_go_a_few_at_a_time() -> None:
     found = problem(300, 1)
     assert len(set(obs.order_units(found, stay=101))) == 199
+
+
+def test_wide_units_are_solved_on_several_threads() -> None:
+    threads = torch.get_num_threads()
+    found = problem(4, 192)
+    try:
+        torch.set_num_threads(2)  # with which LU of several such matrices at once is wrong on some CPUs
+        (first,) = obs.order_units(found, stay=3)
+    finally:
+        torch.set_num_threads(threads)
+    costs = [error(found, [unit], obs.DAMPING) for unit in range(4)]
+    assert costs[first] == min(costs)
