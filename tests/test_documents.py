@@ -14,7 +14,12 @@ from offsite.cli.setting_flags import flag_of, shown
 from offsite.config import TABLES, PackSpec, Setting, TuneSpec
 
 ROOT = Path(__file__).parents[1]
-FOREIGN = {"run_clm.py", "data.py", "RECIPE.toml"}  # of the paper's code, and a name that stands for any
+FOREIGN = {
+    "run_clm.py",
+    "data.py",
+    "RECIPE.toml",
+    "offsite.toml",
+}  # of the paper's code, any recipe, and what init writes
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 SOURCE = re.compile(r"(?<![\w/.:-])((?:[\w.-]+/)*[\w-]+\.(?:py|c|toml))(?![\w/])")
 MODULE = re.compile(r"python -m (benchmarks\.\w+)")

@@ -12,7 +12,20 @@ from offsite.cli.app import build
 from offsite.config import TABLES, Spec
 from offsite.training.run_log import log_file
 
-VERBS = ("import", "pack", "plug-in", "tune", "keygen", "inspect", "verify", "eval", "compare", "demo", "study")
+VERBS = (
+    "import",
+    "pack",
+    "plug-in",
+    "tune",
+    "keygen",
+    "inspect",
+    "verify",
+    "eval",
+    "compare",
+    "doctor",
+    "demo",
+    "study",
+)
 
 
 def command(name: str) -> Any:
@@ -32,7 +45,7 @@ def test_help_groups_verbs_by_party(capsys: pytest.CaptureFixture[str]) -> None:
     places = [out.index(panel) for panel in (flags.MODEL, flags.DATA, flags.BOTH)]
     assert places == sorted(places)
     assert out.index("─ I own a model") < out.index(" pack ") < out.index("─ I own data") < out.index(" tune ")
-    assert all(f" {verb} " in out for verb in (*VERBS, "trust"))
+    assert all(f" {verb} " in out for verb in (*VERBS, "models", "trust"))
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -55,6 +68,11 @@ def test_tables_of_a_recipe_are_not_taken_for_markup(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("verb", ["add", "list", "remove"])
 def test_help_of_trust_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"Example: offsite trust {verb}" in help_of(capsys, "trust", verb)
+
+
+def test_help_of_models_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Example: offsite models" in help_of(capsys, "models")
+    assert "Example: offsite models get smollm2" in help_of(capsys, "models", "get")
 
 
 @pytest.mark.parametrize(("verb", "spec"), TABLES.items())
@@ -121,7 +139,11 @@ def _literal(annotation: Any) -> tuple[str, ...]:
         ("compare", {"data", "probe", "rows", "show-rows", "skip-bad", "columns", "chosen", "config", "home", "json"}),
         ("inspect", {"home", "json"}),
         ("verify", {"home", "json"}),
+        ("init", {"owner", "data", "out", "home", "json"}),
         ("keygen", {"name", "out", "home", "json"}),
+        ("generate", {"prompt", "max-tokens", "temperature", "seed", "raw", "home", "config", "json"}),
+        ("chat", {"max-tokens", "temperature", "seed", "raw", "home", "config", "json"}),
+        ("doctor", {"quick", "home", "json"}),
         ("study", {"out", "data-root", "base", "check", "report-only", "json"}),
         ("demo", {"full", "data", "images", "vision", "model", "workdir", "steps", "json"}),
     ],
@@ -138,7 +160,13 @@ def test_every_flag_that_a_message_names_is_there() -> None:
         own = {opt for param in command.params for opt in param.opts if opt.startswith("--")}
         return own.union(*(flags_of(inner) for inner in getattr(command, "commands", {}).values()))
 
-    foreign = {"--repo-type", "--local-dir", "--merge", "--safe"}  # of other programs, which errors advise to run
+    foreign = {
+        "--repo-type",
+        "--local-dir",
+        "--merge",
+        "--safe",
+        "--index-url",
+    }  # of other programs, which errors advise to run
     there = {"--help"} | foreign | flags_of(typer.main.get_command(build()))
     wrong = [
         f"{file.name}:{node.lineno}: {flag}"

@@ -12,7 +12,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert not (HEAVY | {"numpy", "pydantic", "cryptography"}) & modules_after("--help")
 
 
-@pytest.mark.parametrize("verb", ["pack", "tune", "eval", "demo", "study"])
+@pytest.mark.parametrize("verb", ["pack", "tune", "eval", "compare", "generate", "doctor", "demo", "study"])
 def test_help_of_a_verb_imports_no_torch(verb: str) -> None:
     assert not (HEAVY | {"cryptography"}) & modules_after(verb, "--help")
 

@@ -77,6 +77,8 @@ def texts(node: ast.expr, constants: dict[str, ast.expr]) -> list[str]:
         return [*texts(node.body, constants), *texts(node.orelse, constants)]
     if isinstance(node, ast.BoolOp):
         return [text for value in node.values for text in texts(value, constants)]
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "install_command":
+        return [f"pip install 'offsite-tuning[{extra}]'" for extra in texts(node.args[0], constants)]
     if isinstance(node, ast.Name) and node.id in constants:
         return texts(constants[node.id], {name: value for name, value in constants.items() if name != node.id})
     return [GAP]

@@ -87,7 +87,7 @@ def test_what_a_step_names_is_there(site: Site, step: str) -> None:
     for flag in FLAG.findall(FOREIGN.sub("", step)):
         assert flag in every, f"{site}: no command has {flag}"
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    for extra in EXTRA.findall(step):
+    for extra in set(EXTRA.findall(step)):
         assert extra in extras, f"{site}: there is no extra {extra}"
     for document in DOCUMENT.findall(step):
         assert (ROOT / document).exists() or (ROOT / "docs" / document).exists(), f"{site}: no {document}"

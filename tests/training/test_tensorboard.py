@@ -110,7 +110,7 @@ def test_without_tensorboard_nothing_is_started(house, tmp_path, monkeypatch):
     monkeypatch.setattr(extras.importlib, "import_module", missing)
     with pytest.raises(UsageError) as caught:
         tune(bundle, rows, tmp_path / "return", SPEC, home, tensorboard=tmp_path / "board")
-    assert "offsite-tuning[tensorboard]" in str(caught.value.next_step)
+    assert "[tensorboard]" in str(caught.value.next_step)
     assert list(tmp_path.iterdir()) == []
 
 

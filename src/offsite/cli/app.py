@@ -1,6 +1,7 @@
 """Builds the command-line application from its commands, runs one command, and returns its exit code."""
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 
 import typer
@@ -9,13 +10,17 @@ from offsite.cli import (
     compare_verb,
     data_owner,
     demo,
+    doctor_verb,
     eval_verb,
     flags,
+    init_verb,
     inspect_verbs,
     keys,
     model_owner,
+    models_verbs,
     setting_flags,
     study,
+    talk_verbs,
     terminal,
 )
 from offsite.errors import OffsiteError
@@ -40,7 +45,7 @@ def build(words: Sequence[str] | None = None) -> typer.Typer:
         help=_ABOUT,
         epilog=flags.EXIT_CODES,
         no_args_is_help=True,
-        add_completion=False,
+        add_completion=True,
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -51,17 +56,22 @@ def build(words: Sequence[str] | None = None) -> typer.Typer:
         (flags.MODEL, "pack", model_owner.pack),
         (flags.MODEL, "plug-in", model_owner.plug_in),
         (flags.DATA, "tune", data_owner.tune),
+        (flags.BOTH, "init", init_verb.init),
         (flags.BOTH, "keygen", keys.keygen),
         (flags.BOTH, "inspect", inspect_verbs.inspect),
         (flags.BOTH, "verify", inspect_verbs.verify),
         (flags.BOTH, "eval", eval_verb.eval_),
         (flags.BOTH, "compare", compare_verb.compare),
         (flags.BOTH, "demo", demo.demo),
+        (flags.BOTH, "generate", talk_verbs.generate),
+        (flags.BOTH, "chat", talk_verbs.chat),
+        (flags.BOTH, "doctor", doctor_verb.doctor),
         (flags.BOTH, "study", study.study),
     ):
         command, epilog = _with_settings(name, verb, words)
         app.command(name, rich_help_panel=panel, cls=flags.Command, epilog=epilog)(command)
     app.command("full-fine-tuning", hidden=True, epilog=flags.EXIT_CODES)(study.full_fine_tuning)  # only studies use it
+    app.add_typer(models_verbs.models_commands(), name="models", rich_help_panel=flags.MODEL)
     app.add_typer(keys.trust_commands(), name="trust", rich_help_panel=flags.BOTH)
     return app
 
@@ -93,7 +103,9 @@ def run(words: Sequence[str]) -> int:
     this = flags.Run()
     try:
         with terminated_as_interrupted():
-            code = build(words)(args=list(words), prog_name="offsite", standalone_mode=False, obj=this)
+            code = build(_completed_words() or words)(
+                args=list(words), prog_name="offsite", standalone_mode=False, obj=this
+            )
     except OffsiteError as error:
         terminal.show_error(error, as_json=_wants_json(words, this))
         return error.exit_code
@@ -105,6 +117,13 @@ def run(words: Sequence[str]) -> int:
     if code == terminal.INTERRUPTED:  # the parser turns Ctrl-C into this code
         terminal.show_interruption(_after_interruption(this), as_json=_wants_json(words, this))
     return code if isinstance(code, int) else 0
+
+
+def _completed_words() -> list[str]:
+    """The words of the command line that the shell asks to complete; empty in a run of a command."""
+    if "_OFFSITE_COMPLETE" not in os.environ:
+        return []
+    return (os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or "offsite").split()
 
 
 def _after_interruption(run: flags.Run) -> str:

@@ -25,7 +25,10 @@ def import_(
     context: typer.Context,
     flag_values: FlagValues,
     source: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="a .gguf or .onnx file, or a folder that transformers reads")
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="a .gguf or .onnx file, a folder that transformers reads, or hub:ORG/NAME"
+        ),
     ],
     out: _Out,
     config: flags.ConfigFlag = None,
@@ -33,8 +36,12 @@ def import_(
 ) -> None:
     """Turn a model into a base folder: safetensors, config and tokenizer.
 
+    With hub:ORG/NAME the model is downloaded from the Hugging Face hub into the hub's cache first; @REVISION names a
+    version, and /FILE.gguf one of several files. Code of a repository is never fetched or run.
+
     Example:
       offsite import model.gguf --out base/
+      offsite import hub:HuggingFaceTB/SmolLM2-135M-Instruct --out base/
     """
     from offsite.config import ImportSpec
 

@@ -86,6 +86,12 @@ def flag_of(setting: "Setting") -> str:
     return f"--{setting.key.replace('_', '-')}"
 
 
+def _beginning_with(incomplete: str, choices: tuple[str, ...]) -> list[str]:
+    """The choices that the shell offers for a value; in a list, for the part after its last comma."""
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{choice}" for choice in choices if choice.startswith(last)]
+
+
 def _parameter(key: str) -> str:
     """The parameter name for a setting: its key, with "_" added if the key is a Python keyword, such as `as`."""
     return f"{key}_" if iskeyword(key) else key
@@ -102,6 +108,7 @@ def _annotation(setting: "Setting") -> Any:
     option = typer.Option(
         f"{flag}/--no-{flag.removeprefix('--')}" if kind is bool else flag,
         help=f"{field.description}{named}{default}",
+        autocompletion=(lambda incomplete: _beginning_with(incomplete, choices)) if choices else None,
         metavar="<choice>" if wide else "|".join(choices) or None,
         rich_help_panel=PANEL,
     )

@@ -42,6 +42,11 @@ class Home:
         """The path of the ledger, an SQLite file that the model owner writes."""
         return self.folder / "ledger.sqlite"
 
+    @property
+    def has_identity(self) -> bool:
+        """Whether the home has a private key; `identity` says whether it can be read."""
+        return self._key.exists()
+
     def create_identity(self, name: str) -> Identity:
         """Create this party's key pair; the private key is written with file mode 0600 and never shown.
 

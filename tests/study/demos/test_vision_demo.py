@@ -151,5 +151,5 @@ def test_digits_that_are_not_installed(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None)
     assert main(["demo", "--vision", "--workdir", str(tmp_path / "work")]) == 2
-    assert "offsite-tuning[demo-vision]" in capsys.readouterr().err
+    assert "[demo-vision]" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()

@@ -119,7 +119,7 @@ def test_without_matplotlib_the_rest_is_written(tmp_path: Path, monkeypatch: pyt
     files, advice = write_report(results(point(tmp_path)), tmp_path)
     assert {file.name for file in files} == {"results.json", "report.md", "report.html"}
     assert advice is not None
-    assert "pip install 'offsite-tuning[study]'" in advice
+    assert "[study]" in advice
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["cells"][0]["gain_recovered"] == {"value": 0.5, "low": 0.4, "high": 0.6}
     assert written["cells"][0]["own_gain"]["value"] == 0.25

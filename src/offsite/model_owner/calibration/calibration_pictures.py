@@ -12,6 +12,7 @@ import numpy as np
 
 from offsite.data.pictures.picture_files import Picture, Pixels, augmented, decode
 from offsite.errors import UsageError
+from offsite.extras import install_command
 
 PHOTOS = (
     "astronaut.png",
@@ -34,8 +35,8 @@ PHOTOS = (
 _AREA = (0.05, 1.0)  # area of a crop as a fraction of the photo: details and whole scenes
 _SEED = 17  # fixed seed of the crops, so that packing is reproducible
 _NEXT = (
-    "pip install 'offsite-tuning[calibration-images]', or name a folder of your own pictures, which need no classes "
-    "and are better, with --calibration; or pack with --select uniform --heal none"
+    "or name a folder of your own pictures, which need no classes and are better, with --calibration; or pack with "
+    "--select uniform --heal none"
 )
 
 
@@ -48,7 +49,8 @@ def photos() -> list[Picture]:
     found = importlib.util.find_spec("skimage")
     if found is None or not found.submodule_search_locations:
         raise UsageError(
-            "no calibration pictures were named, and those of scikit-image are not installed", next_step=_NEXT
+            "no calibration pictures were named, and those of scikit-image are not installed",
+            next_step=f"{install_command('calibration-images')}, {_NEXT}",
         )
     folder = Path(found.submodule_search_locations[0]) / "data"
     missing = [name for name in PHOTOS if not (folder / name).is_file()]
@@ -56,7 +58,7 @@ def photos() -> list[Picture]:
         raise UsageError(
             "this scikit-image does not hold the photos that calibration takes",
             reasons=[f"missing in {folder}: {', '.join(missing)}"],
-            next_step=_NEXT,
+            next_step=f"{install_command('calibration-images')}, {_NEXT}",
         )
     return [Picture(name, folder / name, None) for name in PHOTOS]
 

@@ -10,6 +10,7 @@ from offsite.errors import StorageError
 from offsite.model_owner.base_model import open_base
 from offsite.model_owner.bundle_tensors import DTYPES
 from offsite.model_owner.importing.by_transformers import import_by_transformers
+from offsite.model_owner.importing.from_hub import download_from_hub, hub_address
 from offsite.model_owner.importing.gguf import import_gguf
 from offsite.model_owner.importing.import_record import ImportRecord
 from offsite.model_owner.importing.locate_source import locate_source
@@ -41,7 +42,7 @@ def import_model(source: Path, out: Path, spec: ImportSpec | None = None, progre
     no code. Quantised weights are dequantised if transformers can do that. `read_record` returns what was left out.
 
     Args:
-        source: the file or folder.
+        source: the file or folder; hub:ORG/NAME downloads the model from the Hugging Face hub first.
         out: the new base folder.
         spec: dtype and image size; None for the defaults.
         progress: receives the progress events.
@@ -53,8 +54,9 @@ def import_model(source: Path, out: Path, spec: ImportSpec | None = None, progre
             lost, or weights hold NaN or infinity.
     """
     settings = spec or ImportSpec()
-    require_place(out, source)
-    located = locate_source(source)
+    address = hub_address(source)
+    require_place(out, None if address else source)
+    located = locate_source(download_from_hub(address, progress) if address else source)
     with staged_folder(out) as folder:
         progress(Event("reading the model", 0))
         if located.kind == "gguf":

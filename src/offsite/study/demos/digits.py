@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from offsite.errors import DataError, UsageError
-from offsite.extras import require
+from offsite.extras import install_command, require
 from offsite.storage.files import staged_folder
 
 _FILE = Path("datasets", "data", "digits.csv.gz")
@@ -33,8 +33,8 @@ def digits_file() -> Path:
         raise UsageError(
             "no pictures were named, and the handwritten digits of scikit-learn are not installed",
             reasons=[f"there is no {file}"] if file else [],
-            next_step="pip install 'offsite-tuning[demo-vision]', or name a folder with a sub-folder of pictures for "
-            "each class: --images FOLDER",
+            next_step=f"{install_command('demo-vision')}, or name a folder with a sub-folder of pictures for each "
+            "class: --images FOLDER",
         )
     return file
 

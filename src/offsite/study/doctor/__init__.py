@@ -1,0 +1,1 @@
+"""Examines an installation: packages, machine, home, and the whole chain on a tiny random model."""
