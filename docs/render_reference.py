@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from offsite.cli.setting_flags import flag_of, shown
 from offsite.config import TABLES, Setting, Spec
-from offsite.config.emulator_methods import HEALING_STEPS, PRUNERS, SELECTION_RULES
+from offsite.config.emulator_methods import HEALING_STEPS, PRUNERS, SELECTION_RULES, UNIT_RULES
 
 HERE = Path(__file__).parent
 
@@ -29,7 +29,7 @@ a list stand with commas between them: `--heal refit,distill`. A switch has a se
 `--no-permit-head`. Which flags are no settings (`--out`, `--data`, ...) `offsite VERB --help` says.
 """
 
-METHODS = {"select": SELECTION_RULES, "heal": HEALING_STEPS, "prune_by": PRUNERS}
+METHODS = {"select": SELECTION_RULES, "heal": HEALING_STEPS, "prune_by": PRUNERS, "narrow_by": UNIT_RULES}
 
 
 def render() -> str:

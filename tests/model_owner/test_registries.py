@@ -59,6 +59,7 @@ SHARED = {
         "removal_errors",
         "expert_problem",
         "kept_layers",
+        "loss_statistics",
         "projection_inputs",
         "remove_units",
     },

@@ -78,6 +78,8 @@ class UnitRule:
     name: str  # the value of `narrow_by`
     summary: str
     module: str
+    for_experts: bool = True  # it also chooses experts
+    by_loss: bool = False  # it needs to know how the base's loss depends on each block, which takes a backward pass
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,19 @@ _PRUNERS = (
 
 _UNIT_RULES = (
     UnitRule("obs", "those whose loss the others can make up for least (ZipLM, SlimGPT)", f"{_OWNER}.narrow.obs"),
+    UnitRule(
+        "fisher",
+        "as obs, and what changes the base's loss counts, not what changes the hidden state (Fisher information)",
+        f"{_OWNER}.narrow.obs",
+        by_loss=True,
+    ),
+    UnitRule(
+        "gradot",
+        "those without which gradients would change most (GradOT's score of channels)",
+        f"{_OWNER}.narrow.gradot",
+        for_experts=False,
+        by_loss=True,
+    ),
     UnitRule("energy", "those that add most to the hidden state", f"{_OWNER}.narrow.energy"),
 )
 

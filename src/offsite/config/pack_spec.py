@@ -150,6 +150,16 @@ class PackSpec(Spec):
             raise ValueError(f"{given[0]} does not go with heal = share: copies of a block would differ")
 
     @rule
+    def _rule_chooses_what_is_narrowed(self) -> None:
+        """`narrow_experts` excludes a `narrow_by` that does not choose experts: gradot."""
+        if self.narrow.experts is not None and not self.unit_rule.for_experts:
+            others = " or ".join(row.name for row in UNIT_RULES.values() if row.for_experts)
+            raise ValueError(
+                f"narrow_by = {self.unit_rule.name} does not choose experts: choose narrow_by = {others}, or leave "
+                "narrow_experts out"
+            )
+
+    @rule
     def _budget_has_a_total(self) -> None:
         """`narrow_widths` = budget divides the total of `narrow`; shares of heads, neurons or experts are no total."""
         shares = [name for name, share in self._narrowing.items() if share is not None and name != "narrow"]

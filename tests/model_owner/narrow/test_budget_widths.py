@@ -12,7 +12,6 @@ import torch
 
 from artifacts import edit_weights, packed
 from offsite.config import PackSpec
-from offsite.config.emulator_methods import UNIT_RULES
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel, open_base
 from offsite.model_owner.narrow import energy, obs
@@ -20,7 +19,7 @@ from offsite.model_owner.narrow.budget_widths import Errors, base_multiply_adds,
 from offsite.model_owner.narrow.choose_widths import choose_widths
 from offsite.model_owner.narrow.even_widths import base_widths, block_shapes, even_widths
 from offsite.model_owner.narrow.removal_errors import added_errors, removal_errors
-from offsite.model_owner.narrow.unit_rule_protocol import UnitProblem
+from offsite.model_owner.narrow.unit_rule_protocol import DAMPING, UnitProblem
 from offsite.model_owner.plan import plan_pack
 from offsite.model_owner.select import search
 from offsite.models.block_widths import Widths, multiply_adds, narrowed_shapes, obstacles
@@ -155,24 +154,30 @@ def test_descending_errors_share_their_mean() -> None:
     assert convex([]) == []
 
 
-@pytest.mark.parametrize("rule", [obs, energy], ids=UNIT_RULES)
+@pytest.mark.parametrize(("rule", "by_loss"), [(obs, False), (energy, False), (obs, True)], ids=str)
 @pytest.mark.parametrize("size", [1, 3])
-def test_added_errors_are_those_of_least_squares(rule: Any, size: int) -> None:
+def test_added_errors_are_those_of_least_squares(rule: Any, by_loss: bool, size: int) -> None:
     """Against least squares on rows of inputs, with a row for the damping of each input."""
     torch.manual_seed(size)
     inputs = torch.randn(60, 6 * size, dtype=torch.float64) @ torch.randn(6 * size, 6 * size, dtype=torch.float64)
     weight = torch.randn(7, 6 * size, dtype=torch.float64)
-    problem = UnitProblem(inputs.T @ inputs, weight, size)
+    outputs = torch.randn(20, 7, dtype=torch.float64)
+    metric = outputs.T @ outputs if by_loss else None
+    problem = UnitProblem(inputs.T @ inputs, weight, size, metric)
+    counts = torch.eye(7, dtype=torch.float64) if metric is None else metric
+    if by_loss:
+        counts = counts + DAMPING * counts.diagonal().mean() * torch.eye(7, dtype=torch.float64)
     order = rule.order_units(problem, 1)
     added = added_errors(problem, order)
-    penalty = obs.DAMPING * problem.gram.diagonal().mean()
+    penalty = DAMPING * problem.gram.diagonal().mean()
     rows = torch.cat([inputs, penalty.sqrt() * torch.eye(6 * size, dtype=torch.float64)])
     for count in range(1, 6):
         gone = [unit * size + one for unit in order[:count] for one in range(size)]
         stay = [column for column in range(6 * size) if column not in gone]
         lost = rows[:, gone] @ weight[:, gone].T
         solution = torch.linalg.lstsq(rows[:, stay], lost).solution
-        expected = float((lost - rows[:, stay] @ solution).square().sum())
+        left = lost - rows[:, stay] @ solution
+        expected = float(torch.trace(left @ counts @ left.T))
         assert sum(added[:count]) == pytest.approx(expected, rel=1e-8)
 
 
@@ -248,7 +253,7 @@ def test_a_plan_states_the_total_and_runs_nothing(
     base = Base(base_of("llama", 5))
     model = open_base(base)
 
-    def runs(*_: object) -> None:
+    def runs(*_: object, **__: object) -> None:
         raise RuntimeError("the network runs")
 
     monkeypatch.setattr("offsite.model_owner.narrow.removal_errors.removal_errors", runs)

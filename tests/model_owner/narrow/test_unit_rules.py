@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from offsite.model_owner.narrow import energy, obs
-from offsite.model_owner.narrow.unit_rule_protocol import UnitProblem
+from offsite.model_owner.narrow.unit_rule_protocol import DAMPING, UnitProblem
 
 
 def problem(units: int, size: int, seed: int = 0) -> UnitProblem:
@@ -39,14 +39,14 @@ def test_second_order_removal_takes_the_unit_that_costs_least_at_every_step() ->
         assert len(order) == len(set(order)) == 5
         for done in range(5):
             left = [unit for unit in range(8) if unit not in order[:done]]
-            costs = {unit: error(found, [*order[:done], unit], obs.DAMPING) for unit in left}
+            costs = {unit: error(found, [*order[:done], unit], DAMPING) for unit in left}
             assert costs[order[done]] <= min(costs.values()) * (1 + 1e-9)
 
 
 def test_second_order_removal_is_near_the_best_choice_and_better_than_energy() -> None:
     found = problem(9, 1, seed=3)
-    best = min(error(found, list(one), obs.DAMPING) for one in itertools.combinations(range(9), 4))
-    errors = [error(found, rule.order_units(found, 5), obs.DAMPING) for rule in (obs, energy)]
+    best = min(error(found, list(one), DAMPING) for one in itertools.combinations(range(9), 4))
+    errors = [error(found, rule.order_units(found, 5), DAMPING) for rule in (obs, energy)]
     assert errors[0] <= 1.2 * best
     assert errors[0] < errors[1]
 
@@ -74,5 +74,5 @@ def test_wide_units_are_solved_on_several_threads() -> None:
         (first,) = obs.order_units(found, stay=3)
     finally:
         torch.set_num_threads(threads)
-    costs = [error(found, [unit], obs.DAMPING) for unit in range(4)]
+    costs = [error(found, [unit], DAMPING) for unit in range(4)]
     assert costs[first] == min(costs)

@@ -28,6 +28,7 @@ from offsite.model_owner.heal.block_step_protocol import BlockProblem, block_ste
 from offsite.model_owner.heal.output_layers import change_outputs
 from offsite.model_owner.heal.unsolvable import Unsolvable, explain_unsolvable
 from offsite.model_owner.narrow.even_widths import base_widths
+from offsite.model_owner.narrow.loss_statistics import LossStatistics
 from offsite.model_owner.narrow.remove_units import remove_units
 from offsite.model_owner.sandwich import Sandwich
 from offsite.models.block_widths import Kept, Widths
@@ -59,6 +60,7 @@ def block_by_block(
     progress: Progress,
     *,
     widths: Sequence[Widths] | None = None,
+    statistics: Mapping[int, LossStatistics] | None = None,
     batches: Sequence[Tensor] | None = None,
 ) -> Solved:
     """Narrow, prune and heal every kept block as the settings say, on calibration data.
@@ -72,6 +74,7 @@ def block_by_block(
         progress: receives the progress events.
         widths: the new numbers of heads, neurons and experts of the kept blocks, in their order; None if blocks are not
             narrowed.
+        statistics: how the base's loss depends on each kept block, by base index; None for rules that do not need it.
         batches: token ids (B, T) or pixels (B, 3, Y, X) to use instead of the calibration data of `spec`.
 
     Returns:
@@ -108,7 +111,14 @@ def block_by_block(
             _advance(runner.load(kept), batches, own_states)
             continue
         problem = BlockProblem(
-            partial(runner.load, kept), family, model.config, batches, own_states, base_states, model.block(kept).keys()
+            partial(runner.load, kept),
+            family,
+            model.config,
+            batches,
+            own_states,
+            base_states,
+            model.block(kept).keys(),
+            statistics[kept] if statistics else None,
         )
         first = _narrowing(model, kept, wanted[kept], spec, stays) if kept in wanted else []
         stored = _store(scratch / f"{kept}.safetensors", _solve(problem, [*first, *steps], kept), DTYPES[spec.dtype])

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
@@ -11,6 +11,9 @@ from offsite.config import HealingStep, PackSpec
 from offsite.model_owner.block_runner import LoadedBlock
 from offsite.model_owner.compress.pruner_protocol import Pruning
 from offsite.models.families.family import Architecture
+
+if TYPE_CHECKING:
+    from offsite.model_owner.narrow.loss_statistics import LossStatistics
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class BlockProblem:
     enters: Sequence[Tensor]  # the block's inputs in the emulator, (B, T, H) for each batch
     targets: Sequence[Tensor]  # the target outputs of the block, (B, T, H) for each batch
     paths: Collection[str]  # paths of the block's tensors in the block, as checkpoint files name them
+    loss: "LossStatistics | None" = None  # how the base's loss depends on the block, for rules that need it
 
 
 @runtime_checkable

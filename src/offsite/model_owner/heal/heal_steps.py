@@ -65,8 +65,20 @@ def _solve(healing: Healing) -> Healed:
         return Healed(solved.tensors, solved.kept)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    statistics = None
+    if healing.widths is not None and healing.spec.unit_rule.by_loss:
+        from offsite.model_owner.narrow.loss_statistics import loss_statistics
+
+        statistics = loss_statistics(model, emulator, healing.spec, healing.scratch, healing.progress)
     solved = block_by_block(
-        model, healing.sandwich, emulator, healing.spec, folder, healing.progress, widths=healing.widths
+        model,
+        healing.sandwich,
+        emulator,
+        healing.spec,
+        folder,
+        healing.progress,
+        widths=healing.widths,
+        statistics=statistics,
     )
     replace_file(whole, b"")
     return Healed(solved.tensors, solved.kept)

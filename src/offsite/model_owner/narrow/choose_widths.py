@@ -47,7 +47,12 @@ def choose_widths(
         return tuple(base.narrowed(units, neurons) for base, (units, neurons) in zip(bases, stored, strict=True))
     from offsite.model_owner.narrow.removal_errors import removal_errors
 
-    errors = removal_errors(model, emulator, spec, progress)
+    statistics = None
+    if spec.unit_rule.by_loss:
+        from offsite.model_owner.narrow.loss_statistics import loss_statistics
+
+        statistics = loss_statistics(model, emulator, spec, scratch, progress)
+    errors = removal_errors(model, emulator, spec, progress, statistics=statistics)
     widths = budget_widths(model, emulator, errors, spec)
     replace_file(chosen, json.dumps([(one.units, one.neurons) for one in widths]).encode())
     return widths

@@ -3,14 +3,13 @@
 The optimal brain surgeon for structures, as in ZipLM (arXiv 2302.04089), SlimGPT (2412.18110) and OSSCAR (2403.12983).
 X are the inputs of the output projection, H = X^T X + damping, and w_u the projection's columns for unit u. Removing u
 costs tr(w_u [H^-1]_uu^-1 w_u^T). All columns then change by -w_u [H^-1]_uu^-1 [H^-1]_u:, and the rows and columns of u
-are removed from H^-1.
+are removed from H^-1. With a metric M = L L^T of the output, L^T w_u stands in the place of w_u.
 """
 
 import torch
 
-from offsite.model_owner.narrow.unit_rule_protocol import UnitProblem
+from offsite.model_owner.narrow.unit_rule_protocol import DAMPING, UnitProblem
 
-DAMPING = 0.01  # times the mean of the Gram matrix's diagonal
 _STEPS = 128  # at least so many removals, each followed by an update of the others
 
 
@@ -21,7 +20,7 @@ def order_units(problem: UnitProblem, stay: int) -> list[int]:
     """
     units, size = problem.units, problem.size
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(problem.gram)))  # (F, F)
-    left = problem.weight.T.clone()  # (F, H): the columns, with what they make up for
+    left = problem.weighted.T.clone()  # (F, H): the columns, with what they make up for
     order: list[int] = []
     removed = torch.zeros(units, dtype=torch.bool, device=left.device)
     while len(order) < units - stay:

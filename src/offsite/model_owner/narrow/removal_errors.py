@@ -5,7 +5,7 @@ hidden state, relative to its squared norm, after the remaining units compensate
 different blocks can be compared.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from offsite.model_owner.calibration.calibration_text import row_form
 from offsite.model_owner.heal.block_step_protocol import BlockProblem
 from offsite.model_owner.heal.unsolvable import explain_unsolvable
 from offsite.model_owner.narrow.even_widths import base_widths, block_shapes
+from offsite.model_owner.narrow.loss_statistics import LossStatistics
 from offsite.model_owner.narrow.obs import damped
 from offsite.model_owner.narrow.projection_inputs import projection_inputs
 from offsite.model_owner.narrow.unit_rule_protocol import UnitProblem, ordering
@@ -33,6 +34,7 @@ def removal_errors(
     spec: PackSpec,
     progress: Progress,
     *,
+    statistics: Mapping[int, LossStatistics] | None = None,
     batches: Sequence[Tensor] | None = None,
 ) -> dict[int, dict[RefitMap, list[float]]]:
     """The error that each further removal adds, in the order in which the rule of the settings removes units.
@@ -42,6 +44,7 @@ def removal_errors(
         blocks: base indices of the blocks to measure.
         spec: the settings, with the rule that orders heads and neurons, and the calibration data.
         progress: receives the progress events.
+        statistics: how the base's loss depends on each block, by base index; None for rules that do not need it.
         batches: token ids (B, T) to use instead of the calibration data of `spec`.
 
     Returns:
@@ -67,7 +70,8 @@ def removal_errors(
         if index in blocks:
             paths = model.block(index).keys()
             load = partial(runner.load, index)
-            problem = BlockProblem(load, model.family, model.config, batches, hidden, after, paths)
+            loss = statistics[index] if statistics else None
+            problem = BlockProblem(load, model.family, model.config, batches, hidden, after, paths, loss)
             with explain_unsolvable(index):
                 found[index] = _block_errors(model, index, problem, spec)
         hidden = after
@@ -90,7 +94,7 @@ def added_errors(problem: UnitProblem, order: Sequence[int]) -> list[float]:
     size, device = problem.size, problem.gram.device
     columns = (torch.tensor(sequence, device=device)[:, None] * size + torch.arange(size, device=device)).flatten()
     factor = torch.linalg.cholesky(damped(problem.gram)[columns][:, columns])  # (F, F)
-    added = (problem.weight[:, columns] @ factor).square().sum(0)  # (F,)
+    added = (problem.weighted[:, columns] @ factor).square().sum(0)  # (F,)
     by_unit: list[float] = added.reshape(-1, size).sum(1).flip(0).tolist()
     return by_unit[: len(order)]
 
@@ -107,12 +111,12 @@ def _block_errors(model: BaseModel, index: int, problem: BlockProblem, spec: Pac
     base = base_widths(model, index)
     whole = obstacles(model.family, model.config, block_shapes(model, index))
     sizes: dict[RefitMap, int] = {"attention": base.unit_heads * base.head_size, "mlp": 1}
+    names: dict[RefitMap, str] = {"attention": "heads", "mlp": "neurons"}
+    parts = [part for part, unit in names.items() if unit not in whole]
     found: dict[RefitMap, list[float]] = {}
-    for part, size in sizes.items():
-        if ("heads" if part == "attention" else "neurons") in whole:
-            continue
-        inputs = projection_inputs(problem, {}, part).problem(size)
-        errors = added_errors(inputs, ordering(spec.unit_rule).order_units(inputs, 1))
+    for part, inputs in projection_inputs(problem, {}, parts).items():
+        units = inputs.problem(sizes[part], problem.loss)
+        errors = added_errors(units, ordering(spec.unit_rule).order_units(units, 1))
         if problem.family.refit_way(part, problem.config) != "in closed form":
             share = _share_of_output(model, index, problem, part)
             errors = [share * error for error in errors]

@@ -95,8 +95,8 @@ def _choose(
     Returns:
         The indices of the remaining units, and the projection's weight and bias, keyed by their path in the block.
     """
-    inputs, family = projection_inputs(problem, found, part), problem.family
-    removed = set(ordering(rule).order_units(inputs.problem(size), stay))
+    inputs, family = projection_inputs(problem, found, (part,))[part], problem.family
+    removed = set(ordering(rule).order_units(inputs.problem(size, problem.loss), stay))
     units = tuple(unit for unit in range(inputs.weight.shape[1] // size) if unit not in removed)
     columns: Sequence[int] = [unit * size + one for unit in units for one in range(size)]
     weight, bias = inputs.compensated(columns)

@@ -14,6 +14,8 @@ from offsite.config import UnitRule
 if TYPE_CHECKING:
     from torch import Tensor
 
+DAMPING = 0.01  # times the mean of a matrix's diagonal, added to it so that it has an inverse
+
 
 @dataclass(frozen=True)
 class UnitProblem:
@@ -22,11 +24,25 @@ class UnitProblem:
     gram: "Tensor"  # (F, F): the weighted sum of x x^T over the tokens' inputs x
     weight: "Tensor"  # (H, F), times the learned scale that follows it in the block, if there is one
     size: int  # number of inputs of each unit; they are consecutive
+    # for rules that need them, `loss_statistics.LossStatistics` of the block:
+    metric: "Tensor | None" = None  # (H, H), by which changes of the hidden state count
+    gradient: "Tensor | None" = None  # (H, F), of the loss with respect to the projection
 
     @property
     def units(self) -> int:
         """The number of units: key-value heads (or query heads) of attention, or neurons of the MLP."""
         return self.gram.shape[0] // self.size
+
+    @property
+    def weighted(self) -> "Tensor":
+        """The weight (H, F) times a root of the metric, so that squared norms of changes are those in the metric."""
+        import torch
+
+        if self.metric is None:
+            return self.weight
+        damping = DAMPING * self.metric.diagonal().mean().clamp_min(1e-30)
+        root: Tensor = torch.linalg.cholesky(self.metric + damping * torch.eye(len(self.metric)).to(self.metric))
+        return root.T @ self.weight
 
 
 @runtime_checkable
