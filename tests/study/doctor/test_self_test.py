@@ -50,6 +50,7 @@ def test_a_step_that_fails_is_a_problem(
     assert not list(scratch.glob("offsite-*"))
 
 
+@pytest.mark.every_form
 def test_an_adapter_without_effect_is_a_problem(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the chain is for is checked, and not only that nothing raised."""
     score = type("Score", (), {"loss": 1.0})
