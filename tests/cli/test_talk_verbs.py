@@ -1,6 +1,7 @@
 import io
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,35 @@ def test_a_chat_goes_on_until_its_end(
     assert [line["prompt"] for line in lines] == ["one", "two", "three"]
     assert heard == [["one"], ["one"], ["one", "answer 1", "two"], ["one", "answer 2", "two"], ["three"], ["three"]]
     assert [one["text"] for one in lines[1]["answers"]] == ["answer 3", "answer 4"]
+
+
+def test_one_model_at_a_time_is_in_memory(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Speaker]] = []
+    load = Speaker.__init__
+
+    def watched(self: Speaker, *words: Any, **more: Any) -> None:
+        assert not any(one() for one in made)
+        made.append(weakref.ref(self))
+        load(self, *words, **more)
+
+    monkeypatch.setattr(Speaker, "__init__", watched)
+    assert run("generate", world.base, world.base, world.base, "--prompt", "x", "--max-tokens", 2) == 0
+    assert len(made) == 3
+
+
+def test_a_message_that_is_too_long_does_not_end_the_chat(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = f"{'x y z ' * 60}\nThe fox\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert run("chat", world.base, "--max-tokens", 5) == 0
+    told = capsys.readouterr()
+    assert "at most 64" in told.err
+    assert told.out.count(f"── {world.base}\n") == 2
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert run("chat", world.base, "--max-tokens", 5, "--json") == 2
 
 
 def test_a_chat_with_a_real_model(

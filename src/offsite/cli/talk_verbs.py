@@ -52,11 +52,13 @@ def generate(
     """
     _require_text(prompt)
     sampling = _sampling(max_tokens, temperature, seed)
-    speakers = _speakers(models, context, home, config, raw=raw)
     turns = [{"role": "user", "content": prompt}]
-    answers = [_answer(name, one, turns, sampling, shown=not as_json) for name, one in speakers]
+    told = []
+    for name, one in _speakers(models, context, home, config, raw=raw):
+        told.append(_facts(name, one, _answer(name, one, turns, sampling, shown=not as_json)))
+        del one  # so that one model at a time is in memory
     if as_json:
-        terminal.show(_facts(prompt, speakers, answers), as_json=True)
+        terminal.show({"prompt": prompt, "answers": told}, as_json=True)
 
 
 def chat(
@@ -78,21 +80,31 @@ def chat(
     Example:
       offsite chat base/ bundle/ plugged/
     """
+    from offsite.errors import DataError
+
     sampling = _sampling(max_tokens, temperature, seed)
-    speakers = _speakers(models, context, home, config, raw=raw)
+    speakers = list(_speakers(models, context, home, config, raw=raw))
     conversations: list[list[Turn]] = [[] for _ in speakers]
     terminal.hint(f"write a message; {_RESET} begins a new conversation, {_LEAVE} ends it")
     for message in _messages():
         if message == _RESET:
             conversations = [[] for _ in speakers]
             continue
-        answers = []
+        told = []
         for (name, one), turns in zip(speakers, conversations, strict=True):
             turns.append({"role": "user", "content": message})
-            answers.append(_answer(name, one, turns, sampling, shown=not as_json))
-            turns.append({"role": "assistant", "content": answers[-1].text})
+            try:
+                answer = _answer(name, one, turns, sampling, shown=not as_json)
+            except DataError as error:  # a message that is too long: the conversation goes on without it
+                if as_json:
+                    raise
+                terminal.show_error(error, as_json=False)
+                turns.pop()
+                continue
+            turns.append({"role": "assistant", "content": answer.text})
+            told.append(_facts(name, one, answer))
         if as_json:
-            typer.echo(json.dumps(_facts(message, speakers, answers)))
+            typer.echo(json.dumps({"prompt": message, "answers": told}))
 
 
 def _sampling(max_tokens: int, temperature: float, seed: int) -> "Sampling":
@@ -103,8 +115,8 @@ def _sampling(max_tokens: int, temperature: float, seed: int) -> "Sampling":
 
 def _speakers(
     models: Sequence[Path], context: typer.Context, home: Path | None, config: Path | None, *, raw: bool
-) -> "list[tuple[str, Speaker]]":
-    """Verify and load the models of the command line; returns each with its name.
+) -> "Iterator[tuple[str, Speaker]]":
+    """Verify all models of the command line, then load one after the other; yields each with its name.
 
     Raises:
         UsageError: one of them is an image model, or as `verify_models` raises.
@@ -126,12 +138,12 @@ def _speakers(
             f"{' and '.join(images)} sees images and writes nothing", next_step="name language models alone"
         )
     chosen = resolve_runtime(runtime.device, runtime.compute, runtime.threads)
-    speakers = []
-    with terminal.showing_progress() as progress:
-        for number, one in enumerate(named, start=1):
+    for number, one in enumerate(named, start=1):
+        with terminal.showing_progress() as progress:
             progress(Event(f"loading {one.name}", number - 1, len(named)))
-            speakers.append((one.name, Speaker(one.model, one.adapter, chosen, raw=raw)))
-    return speakers
+            speaker = Speaker(one.model, one.adapter, chosen, raw=raw)
+        yield one.name, speaker
+        del speaker  # the caller decides how long it stays
 
 
 def _answer(name: str, speaker: "Speaker", turns: "Sequence[Turn]", sampling: "Sampling", *, shown: bool) -> "Answer":
@@ -151,13 +163,9 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _facts(prompt: str, speakers: "Sequence[tuple[str, Speaker]]", answers: "Sequence[Answer]") -> dict[str, Any]:
-    """The answers to one message as values that JSON can hold."""
-    told = [
-        {"model": name, "chat_template": one.uses_template, **asdict(answer)}
-        for (name, one), answer in zip(speakers, answers, strict=True)
-    ]
-    return {"prompt": prompt, "answers": told}
+def _facts(name: str, speaker: "Speaker", answer: "Answer") -> dict[str, Any]:
+    """A model's answer as values that JSON can hold."""
+    return {"model": name, "chat_template": speaker.uses_template, **asdict(answer)}
 
 
 def _messages() -> Iterator[str]:
