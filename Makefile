@@ -7,7 +7,7 @@ BENCH := offsite-bench
 DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-vision check test test-all bench bench-long bench-race bench-versions bench-pieces bench-images bench-images-long format docs clean
+.PHONY: help install demo demo-vision check test test-all test-gpu bench bench-gpu bench-long bench-race bench-versions bench-pieces bench-images bench-images-long format docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -32,6 +32,12 @@ test: check ## format, lint, types, import contracts, tests on one form of each 
 
 test-all: check ## the same with every form of every family, and with branch coverage
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --every-form --cov --cov-report=term
+
+test-gpu: $(STAMP) ## the tests that need a CUDA device, on one or two of them; says which were skipped, and why
+	$(BIN)/python -m pytest -m gpu -rs
+
+bench-gpu: $(STAMP) ## speed and memory of a LoRA step against PEFT on a CUDA device (ARGS="--shape 7b" for a large one)
+	$(BIN)/python -m benchmarks.gpu --result $(BENCH)/gpu.json $(ARGS)
 
 bench: $(STAMP) ## speed and memory of tuning against peers, short form (DATA=folder of data sets)
 	$(BIN)/python -m benchmarks.tuning --data-root $(DATA) --cells smollm2/sciq --quick \

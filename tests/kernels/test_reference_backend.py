@@ -11,6 +11,15 @@ from offsite.kernels import labelled_cross_entropy, reference_backend
 from offsite.kernels.cpu import softmax as cpu_softmax
 
 
+def test_no_micro_batch_waits_for_its_loss():
+    """On the meta device every look at a value raises; on a card it would make the host wait."""
+    weight = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    with reference_backend.micro_batch_runner() as run:
+        losses = list(run(lambda factor: (weight * factor).sum(), [1.0, 2.0]))
+    assert [loss.shape for loss in losses] == [(), ()]
+    assert weight.grad is not None
+
+
 def test_micro_batches_run_one_after_the_other_and_their_gradients_add_up():
     weight, ran = torch.nn.Parameter(torch.zeros(3)), []
 
@@ -64,7 +73,7 @@ def test_on_another_device_a_chunk_has_one_softmax_and_no_value_is_looked_at():
         loss, _ = labelled_cross_entropy(hidden, weight, labels)
         loss.backward()
     assert hidden.grad.shape == hidden.shape
-    assert counted.softmaxes == -(-1024 // (2**25 // 128_000))  # chunks
+    assert counted.softmaxes == 1  # 2**27 logits at once; on a CPU, whose caches are what counts, four chunks
 
 
 def test_the_seam_is_torch_free_until_a_name_needs_it():

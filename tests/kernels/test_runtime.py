@@ -1,10 +1,12 @@
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from offsite.errors import UsageError
-from offsite.kernels.runtime import resolve_runtime, seeded
+from offsite.kernels.peak_memory import peak_memory
+from offsite.kernels.runtime import Runtime, resolve_runtime, seeded, usual_tokens_at_once
 
 
 def test_explicit_choices_are_kept():
@@ -55,3 +57,50 @@ def test_compiled_products_are_kept_for_a_pass_and_not_for_every_shape(monkeypat
         monkeypatch.delenv(cache)
     resolve_runtime("cpu", threads=1)
     assert (os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"]) == ("48", "1")
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "memory", "text", "expected"),
+    [
+        ("cpu", torch.bfloat16, 0, True, 1024),
+        ("cpu", torch.float32, 0, True, 512),
+        ("cpu", torch.float32, 0, False, 1024),
+        ("mps", torch.float32, 0, False, 1024),
+        ("cuda", torch.bfloat16, 8 * GIB, True, 1024),
+        ("cuda", torch.bfloat16, 24 * GIB, True, 1024),
+        ("cuda", torch.bfloat16, 80 * GIB, True, 4096),
+        ("cuda", torch.float32, 80 * GIB, True, 2048),
+        ("cuda:1", torch.bfloat16, 140 * GIB, True, 8192),
+    ],
+)
+def test_how_much_runs_at_once_depends_on_the_device(monkeypatch, device, dtype, memory, text, expected):
+    properties = SimpleNamespace(total_memory=memory)
+    module = SimpleNamespace(get_device_properties=lambda of: properties)
+    monkeypatch.setattr(torch, "get_device_module", lambda of: module)
+    assert usual_tokens_at_once(Runtime(torch.device(device), dtype), text=text) == expected
+
+
+def test_each_of_several_processes_has_the_device_of_its_number(monkeypatch):
+    chosen = []
+    module = SimpleNamespace(device_count=lambda: 2, set_device=chosen.append)
+    monkeypatch.setattr(torch, "get_device_module", lambda of: module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_runtime("auto", "fp32", 1, process=1).device == torch.device("cuda:1") == chosen[0]
+    with pytest.raises(UsageError, match="no device for process 2"):
+        resolve_runtime("cuda", "fp32", 1, process=2)
+    with pytest.raises(UsageError, match="cannot share the device 'cuda:0'"):
+        resolve_runtime("cuda:0", "fp32", 1, process=1)
+    assert resolve_runtime("cpu", "fp32", 1, process=7).device == torch.device("cpu")
+
+
+def test_memory_that_was_reserved_before_is_not_measured(monkeypatch):
+    done = []
+    for name, value in (("empty_cache", None), ("reset_peak_memory_stats", None), ("memory_allocated", 3)):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, name=name, value=value: done.append(name) or value)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 7)
+    assert peak_memory(lambda: done.append("work"), torch.device("cuda")) == (3, 7)
+    assert done == ["empty_cache", "reset_peak_memory_stats", "memory_allocated", "work"]

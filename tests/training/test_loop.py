@@ -18,6 +18,7 @@ from offsite.progress import Event, Progress, silent
 from offsite.training.loop import train
 from offsite.training.loop_settings import Hooks, LoopSettings, RunNames
 from offsite.training.master_weights import MasterWeights
+from offsite.training.optimizer import load_optimizer_state, make_optimizer, optimizer_state
 from offsite.training.resume_points import RunState
 from offsite.training.schedule import learning_rate
 
@@ -328,3 +329,21 @@ def test_the_log_is_plain_json(tmp_path: Path) -> None:
     run.train()
     assert json.loads(json.dumps(run.log)) == run.log
     assert set(run.of("step")[0]) == {"event", "step", "error", "size", "lr", "grad_norm", "rows", "rows_per_s"}
+
+
+def test_the_optimisers_state_goes_where_this_device_wants_it() -> None:
+    """AdamW is fused on a CPU, but not on every device: then it wants the number of steps on the CPU."""
+    weights = MasterWeights(dict(network().named_parameters()))
+    optimizer = make_optimizer(weights, 0.1)
+    for master in weights.masters.values():
+        master.grad = torch.ones_like(master)
+    optimizer.step()
+    tensors, groups = optimizer_state(weights, optimizer)
+    for device, fused in (("meta", False), ("cpu", True)):
+        others = MasterWeights(dict(network().to(device).named_parameters()))
+        restored = make_optimizer(others, 0.1)
+        load_optimizer_state(others, restored, tensors, groups)
+        assert [bool(group["fused"]) for group in restored.param_groups] == [fused] * len(groups)
+        for state in restored.state.values():
+            assert float(state["step"]) == 1  # on meta, a number there could not be read
+            assert state["exp_avg"].device.type == device

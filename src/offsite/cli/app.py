@@ -1,8 +1,10 @@
 """Builds the command-line application from its commands, runs one command, and returns its exit code."""
 
+import contextlib
 import inspect
 import os
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 
 import typer
 
@@ -23,7 +25,9 @@ from offsite.cli import (
     talk_verbs,
     terminal,
 )
-from offsite.errors import OffsiteError
+from offsite.errors import OffsiteError, UsageError
+from offsite.training.launcher import Place, read_place
+from offsite.training.processes import Processes, joined
 from offsite.training.run_log import terminated_as_interrupted
 
 _SETTINGS_OF = {"compare": "eval"}  # commands that have the settings of another
@@ -99,23 +103,33 @@ def _with_settings(
 
 
 def run(words: Sequence[str]) -> int:
-    """Run one command, and print the error if it fails; returns the exit code."""
+    """Run one command, and print the error if it fails; returns the exit code.
+
+    Of several processes that a launcher started, the first one prints; an error is printed by one of them.
+    """
     this = flags.Run()
     try:
-        with terminated_as_interrupted():
+        place = read_place(os.environ)
+        with terminated_as_interrupted(), terminal.silent(place.rank > 0), _together(place, this):
             code = build(_completed_words() or words)(
                 args=list(words), prog_name="offsite", standalone_mode=False, obj=this
             )
     except OffsiteError as error:
-        terminal.show_error(error, as_json=_wants_json(words, this))
+        with _reporting(this) as report:
+            if report:
+                terminal.show_error(error, as_json=_wants_json(words, this))
         return error.exit_code
     except typer.TyperException as error:  # a flag or argument that the parser refuses
-        terminal.show_usage_error(error, words, as_json=_wants_json(words, this))
+        with _reporting(this) as report:
+            if report:
+                terminal.show_usage_error(error, words, as_json=_wants_json(words, this))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = terminal.INTERRUPTED
     if code == terminal.INTERRUPTED:  # the parser turns Ctrl-C into this code
-        terminal.show_interruption(_after_interruption(this), as_json=_wants_json(words, this))
+        with _reporting(this) as report:
+            if report:
+                terminal.show_interruption(_after_interruption(this), as_json=_wants_json(words, this))
     return code if isinstance(code, int) else 0
 
 
@@ -124,6 +138,28 @@ def _completed_words() -> list[str]:
     if "_OFFSITE_COMPLETE" not in os.environ:
         return []
     return (os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or "offsite").split()
+
+
+@contextlib.contextmanager
+def _together(place: Place, run: flags.Run) -> Iterator[None]:
+    """Context manager: connects this process with the others that a launcher started, for its body."""
+
+    def on_join(processes: Processes) -> None:
+        run.processes = processes
+
+    with joined(place, on_join):
+        yield
+
+
+@contextlib.contextmanager
+def _reporting(run: flags.Run) -> Iterator[bool]:
+    """Context manager: yields whether this process prints how the run ended: one of several does."""
+    if run.processes.count == 1:
+        yield True
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it as soon as another process has ended
+    yield run.processes.claim_report()
+    run.processes.end_report()
 
 
 def _after_interruption(run: flags.Run) -> str:
@@ -152,6 +188,12 @@ def _root(
     run = flags.run_of(context)
     run.verb = context.invoked_subcommand or ""
     run.home = home
+    if run.processes.count > 1 and run.verb != "tune":
+        run.processes.agree_to_end()
+        raise UsageError(
+            f"{run.processes.count} processes were started, and `offsite {run.verb}` runs in one",
+            next_step="start it without a launcher; only `offsite tune` runs in several processes",
+        )
 
 
 def _wants_json(words: Sequence[str], run: flags.Run) -> bool:

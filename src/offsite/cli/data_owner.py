@@ -1,5 +1,6 @@
 """The verb of the party that owns data: tune."""
 
+import contextlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from offsite.protocol.artifacts import Bundle, Return
     from offsite.protocol.home import Home
     from offsite.protocol.manifest import BundleManifest
+    from offsite.training.processes import Processes
 
 
 def tune(
@@ -49,7 +51,10 @@ def tune(
     from offsite.config import TuneSpec
     from offsite.errors import UsageError
 
+    processes = flags.run_of(context).processes
     spec, measured = flags.settings(TuneSpec, config, flag_values), flags.measures(plan)
+    if (plan or check) and not processes.first:
+        return
     eval_data = eval_data or None
     if check and (plan or resume):
         raise UsageError(
@@ -63,7 +68,7 @@ def tune(
 
     require_something_to_report(spec, eval_data)
     own = flags.home_of(context, home)
-    with terminal.showing_progress() as progress:
+    with terminal.showing_progress() as progress, _agreed(processes, alone=bool(plan or check)):
         progress(Event("verifying the bundle", 0))
         verified = verify_bundle(bundle, own, hold=not (plan or check) or measured)
     require_permitted(verified.manifest, spec)
@@ -79,16 +84,18 @@ def tune(
         show_plan(planned, out, as_json=as_json)
         return
     log = log_file(out)
-    if resume and (finished := _finished_return(out, verified, spec, own)):
-        terminal.say(f"this run is finished: {out} is the return that it made, and nothing was done")
-        _show(finished, own, _facts(log, as_json=as_json), as_json=as_json)
+    finished = _finished_return(out, verified, spec, own) if resume and processes.first else None
+    if processes.from_first(finished is not None):
+        if finished is not None:
+            terminal.say(f"this run is finished: {out} is the return that it made, and nothing was done")
+            _show(finished, own, _facts(log, as_json=as_json), as_json=as_json)
         return
-    from offsite.data_owner.tune import tune as tune_stage
+    from offsite.data_owner.tune import tune_in_processes
 
     started = time.monotonic()
     with terminal.showing_progress() as progress:
         announcing = _announcing(promise(verified.manifest, spec), progress)
-        returned = tune_stage(
+        returned = tune_in_processes(
             verified,
             data,
             out,
@@ -98,9 +105,17 @@ def tune(
             tensorboard=tensorboard,
             resume=resume,
             progress=announcing,
+            processes=processes,
         )
+    if returned is None:  # only the first of several processes has something to show
+        return
     seconds = round(time.monotonic() - started, 1)
     _show(returned, own, {"seconds": seconds, **_facts(log, as_json=as_json)}, as_json=as_json)
+
+
+def _agreed(processes: "Processes", *, alone: bool) -> contextlib.AbstractContextManager[None]:
+    """Context manager: if its body fails in one process, all fail; `alone` says that the first one runs it alone."""
+    return contextlib.nullcontext() if alone else processes.together()
 
 
 def _facts(log: Path, *, as_json: bool) -> dict[str, Any]:

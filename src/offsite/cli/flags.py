@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperOption
 
+from offsite.training.processes import ONE, Processes
 from offsite.training.run_log import run_folder
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Run:
     verb: str = ""
     home: Path | None = None
     resumable: Path | None = None  # the folder of its resume points; None if it has none
+    processes: Processes = ONE  # of which this one is one
 
 
 def run_of(context: typer.Context) -> Run:

@@ -191,6 +191,20 @@ def _value(name: str, value: object) -> str:
 
 
 @contextlib.contextmanager
+def silent(quiet: bool) -> Iterator[None]:
+    """Context manager: if `quiet`, what its body prints is dropped, as of all processes of a run but the first."""
+    if not quiet:
+        yield
+        return
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,  # noqa: PTH123  a device
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
+@contextlib.contextmanager
 def showing_progress() -> Iterator[Progress]:
     """Context manager: yield a progress callback that shows bars on a terminal, and otherwise prints lines."""
     if not sys.stderr.isatty():

@@ -79,7 +79,7 @@ class MemorySettings(Settings):
         Field(
             ge=1,
             description="padded tokens, or patches of pictures, that run at once, over all micro-batches side by side; "
-            "left out: 1024, but 512 for text in fp32",
+            "left out: 1024, but 512 for text in fp32; on CUDA 1024 for each 16 GiB of its memory",
         ),
         FILE_ONLY,
     ] = None
@@ -193,7 +193,8 @@ class TuneSpec(Spec):
     def tokens_at_once(self) -> int:
         """The number of padded tokens that run at once: `micro_batch_tokens`, or 1024 if it is not set.
 
-        For text in fp32 the default is 512; the caller sets `micro_batch_tokens` to it before.
+        The default depends on the device (`offsite.kernels.runtime.usual_tokens_at_once`); the caller sets
+        `micro_batch_tokens` to it before.
         """
         return self.memory.micro_batch_tokens or 1024
 

@@ -2,7 +2,6 @@
 
 from offsite.config import PermitSettings, TuneSpec, unpermitted
 from offsite.errors import IncompatibleError, PolicyError, UsageError
-from offsite.models.families.architectures import Architecture
 from offsite.protocol.manifest import BundleManifest
 
 _NO_HEAD = (
@@ -52,17 +51,14 @@ def require_permitted(manifest: BundleManifest, spec: TuneSpec) -> None:
         )
 
 
-def resolve_defaults(spec: TuneSpec, family: Architecture, item: int) -> TuneSpec:
-    """Fill in the default that depends on the bundle and the compute dtype: the number of tokens at once.
+def resolve_defaults(spec: TuneSpec, tokens_at_once: int) -> TuneSpec:
+    """Fill in the default that depends on the device, the bundle and the compute dtype: the number of tokens at once.
 
     Args:
         spec: the settings.
-        family: the family of the bundle's model.
-        item: bytes per value in the compute dtype.
+        tokens_at_once: the default, from `offsite.kernels.runtime.usual_tokens_at_once`.
     """
-    wide_text = item == 4 and family.vision is None
-    at_once = spec.memory.micro_batch_tokens or (spec.tokens_at_once // 2 if wide_text else spec.tokens_at_once)
-    return spec.changed({"micro_batch_tokens": at_once})
+    return spec.changed({"micro_batch_tokens": spec.memory.micro_batch_tokens or tokens_at_once})
 
 
 def require_something_to_report(spec: TuneSpec, eval_data: object) -> None:

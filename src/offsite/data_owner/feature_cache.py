@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,10 @@ def cached_features(tuning: Tuning, spec: TuneSpec, folder: Path, progress: Prog
                 features.write(file, lambda batch: _states_entering(tuning, first, batch), progress)
                 with storage_errors(file):
                     opened.enter_context(features.open(file))
-                body = _text(tuning).network.body
-                opened.callback(body.register_forward_pre_hook(features.load_batch, with_kwargs=True).remove)
+                network = _text(tuning).network
+                load = partial(features.load_batch, device=tuning.task.device)
+                network.before_pass.append(load)
+                opened.callback(network.before_pass.remove, load)
             yield Piece(_NAME, 0 if why_not else before, why_not or "they are the same in every epoch")
     finally:
         for name, block in frozen.items():
@@ -90,6 +93,8 @@ def _frozen_before(tuning: Tuning) -> int:
 
 def _nothing_to_cache(tuning: Tuning, spec: TuneSpec) -> str:
     """The reason why a cache of the frozen blocks' output would not help; empty if it may help."""
+    if tuning.task.processes.count > 1:
+        return "several processes would each have to run every row"
     if not isinstance(tuning.task, TextTask):
         return "pictures are cropped differently in every epoch"
     if spec.memory.cache_features == "off":

@@ -5,18 +5,18 @@ import hashlib
 import io
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offsite.data.batches import Batch, collate, micro_batches
 from offsite.data.examples import Example
 from offsite.errors import StorageError
+from offsite.models.to_device import to_device
 from offsite.progress import Event, Progress
 from offsite.storage.files import storage_errors, write_stream
 
@@ -98,24 +98,22 @@ class FeatureFile:
             finally:
                 self.states, self._file = None, None
 
-    def load_batch(self, body: nn.Module, arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> None:
-        """A forward pre-hook for the backbone: reads the states of the batch if the file has all its rows.
+    def load_batch(self, batch: Batch, device: torch.device) -> None:
+        """Read the states of a batch that is about to run, if the file has all its rows.
 
         Args:
-            body: the backbone.
-            arguments: its positional arguments.
-            settings: its keyword arguments, which contain `input_ids` and `attention_mask`.
+            batch: the batch, still in the CPU's memory: to look at it on the device, the CPU would have to wait.
+            device: the device of the network.
         """
-        ids: Tensor = settings["input_ids"]  # (B, T)
-        lengths: list[int] = settings["attention_mask"].sum(-1).tolist()
-        rows = [row[:length] for row, length in zip(ids.cpu().numpy(), lengths, strict=True)]
+        lengths = batch.mask.sum(axis=1).tolist()
+        rows = [row[:length] for row, length in zip(batch.ids, lengths, strict=True)]
         offsets = [self._offsets.get(_key(row)) for row in rows]
         self.states = None
         if all(offset is not None for offset in offsets):
-            states = torch.zeros(*ids.shape, self.width, dtype=self.dtype)
+            states = torch.zeros(*batch.ids.shape, self.width, dtype=self.dtype)
             for state, offset, length in zip(states, offsets, lengths, strict=True):
                 self._read(state[:length], offset or 0)
-            self.states = states.to(ids.device)
+            self.states = to_device(states.view(torch.uint8).numpy(), device).view(self.dtype)
 
     def _read(self, into: Tensor, offset: int) -> None:
         """Read states from the file into a tensor; `offset` is the position of the first token.

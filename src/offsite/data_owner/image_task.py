@@ -18,7 +18,9 @@ from offsite.data.pictures.picture_sizes import at_once
 from offsite.data_owner.tuning_pictures import Album
 from offsite.evaluation.image_scores import fit_probe, probe_features
 from offsite.models.image_encoder import BIAS, WEIGHT, Encoder, batches
+from offsite.models.to_device import to_device
 from offsite.progress import Event, Progress
+from offsite.training.processes import ONE, Processes
 from offsite.training.task import Batching
 
 _HEAD_SPREAD = 0.01  # standard deviation of the weights of a random head
@@ -70,6 +72,7 @@ class ImageTask:
     album: Album
     augment: bool
     batching: Batching
+    processes: Processes = ONE  # of which each classifies its share of the held-out pictures
 
     @property
     def rows(self) -> int:
@@ -100,7 +103,7 @@ class ImageTask:
         Random crops depend only on the seed, the epoch and the picture.
         """
         pixels = self.album.train.batch(rows, self._key(epoch))
-        targets = self.album.labels(self.album.train)[list(rows)].to(self.device)
+        targets = to_device(self.album.labels(self.album.train)[list(rows)].numpy(), self.device)
         return F.cross_entropy(self.head(self.encoder.features(pixels) * self.used), targets, reduction="sum")
 
     def loss_terms(self, rows: Sequence[int], epoch: int) -> dict[str, torch.Tensor]:
@@ -128,13 +131,16 @@ class ImageTask:
         held_out = self.album.held_out
         if held_out is None:
             return {}
-        targets, nats, right = self.album.labels(held_out), 0.0, 0
-        for rows, pixels in held_out.in_order(2 * self._at_once):
+        targets, nats, right, done = self.album.labels(held_out), 0.0, 0, 0
+        own = self.processes.share(range(len(held_out)))
+        for rows, pixels in held_out.in_order(2 * self._at_once, own):
             logits = self.head(self.encoder.features(pixels) * self.used).cpu()
             nats += float(F.cross_entropy(logits, targets[list(rows)], reduction="sum"))
             right += int((logits.argmax(dim=1) == targets[list(rows)]).sum())
-            progress(Event(stage, rows[-1] + 1, len(held_out)))
-        return {"loss": nats / len(held_out), "accuracy": right / len(held_out)}
+            done += len(rows)
+            progress(Event(stage, done, len(own)))
+        nats, accurate = self.processes.sum([nats, right])
+        return {"loss": nats / len(held_out), "accuracy": accurate / len(held_out)}
 
     @property
     def _at_once(self) -> int:

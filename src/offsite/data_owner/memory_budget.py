@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,11 +25,12 @@ from offsite.errors import StorageError, UsageError
 from offsite.kernels import Piece, checkpoint_activations, count_side_by_side, keep_activations, micro_batch_runner
 from offsite.kernels.activation_checkpointing import Checkpointed
 from offsite.kernels.peak_memory import peak_memory
-from offsite.kernels.runtime import Runtime
+from offsite.kernels.runtime import Runtime, keep_random_state
 from offsite.progress import Event, Progress
 from offsite.storage.files import replace_file
 from offsite.storage.leftovers import delete_command
 from offsite.storage.strict_json import strict_json
+from offsite.training.processes import Processes
 
 _SPARE = 0.05  # share of the budget that stays free, for fragmentation of the heap over many steps
 _SHAPES = 32 * 2**20  # bytes for compiled products of shapes that no trial had, and for fragmentation between them
@@ -56,11 +58,13 @@ class Fitted:
 def within_memory(tuning: Tuning, spec: TuneSpec, runtime: Runtime, file: Path, progress: Progress) -> Fitted:
     """Find the settings with as many tokens at once as the memory permits; blocks are recomputed only if necessary.
 
+    With several processes each measures its own device, and all get the settings that fit on every one.
+
     Args:
         tuning: the tuning; it is not changed, except that its blocks may be wrapped to be recomputed.
         spec: the settings with the memory budget and the largest number of tokens at once.
         runtime: the device and dtype.
-        file: the result is saved here, so that a resumed run has the same settings.
+        file: the result is saved here by the first process, so that a resumed run has the same settings.
         progress: receives the progress events.
 
     Returns:
@@ -75,7 +79,7 @@ def within_memory(tuning: Tuning, spec: TuneSpec, runtime: Runtime, file: Path, 
     if spec.memory.budget is None:
         asked = "asked for" if spec.memory.gradient_checkpointing else "not asked for"
         return Fitted(_shared(spec, parallel.count), (parallel, _recomputed(tuning, asked)))
-    found = _load_or_make(file, lambda: _fit(tuning, spec, parallel.count, runtime, progress))
+    found = _load_or_make(file, lambda: _fit(tuning, spec, parallel.count, runtime, progress), tuning.task.processes)
     _recompute(tuning, found.recompute)
     if found.lanes < parallel.count:
         parallel = replace(parallel, count=found.lanes, reason="the memory budget has no room for more")
@@ -176,7 +180,7 @@ def run_trial(tuning: Tuning, trial: Trial, lanes: int) -> None:
         block.train()
     working = tuning.weights.working.values()
     with (
-        torch.random.fork_rng(devices=[]),  # dropout in the run draws the same numbers as without the trial
+        keep_random_state(tuning.task.device),  # dropout in the run draws the same numbers as without the trial
         micro_batch_runner(working, tuning.task.device, lanes) as run,
     ):
         for group in trial.micro_batches:
@@ -191,16 +195,44 @@ def _parse(size: str) -> int:
     return int(float(number) * _UNITS[unit])
 
 
-def _load_or_make(file: Path, make: Callable[[], Fit]) -> Fit:
+def _load_or_make(file: Path, make: Callable[[], Fit], processes: Processes) -> Fit:
     """Load the settings that an interrupted run saved in `file`; if there is no file, make them and save them.
+
+    With several processes, the settings that are made fit into the memory of each.
 
     Raises:
         StorageError: the file cannot be written, or is damaged.
     """
-    if not file.exists():
-        found = make()
-        replace_file(file, json.dumps(vars(found)).encode())
-        return found
+    saved: dict[str, Any] | None = None
+    own: Fit | None = None
+    with processes.together():
+        if processes.first and file.exists():
+            saved = vars(_load(file))
+    saved = processes.from_first(saved)
+    if saved is not None:
+        return Fit(**saved)
+    with processes.together():
+        own = make()
+    assert own is not None
+    fits = [Fit(**fit) for fit in processes.gather(vars(own))]
+    found = Fit(
+        at_once=min(fit.at_once for fit in fits),
+        lanes=min(fit.lanes for fit in fits),
+        recompute=any(fit.recompute for fit in fits),
+        bytes=max(fit.bytes for fit in fits),
+    )
+    with processes.together():
+        if processes.first:
+            replace_file(file, json.dumps(vars(found)).encode())
+    return found
+
+
+def _load(file: Path) -> Fit:
+    """Load the settings that an interrupted run saved.
+
+    Raises:
+        StorageError: the file is damaged.
+    """
     try:
         return Fit(**strict_json(file.read_bytes()))
     except (OSError, ValueError, TypeError) as error:

@@ -109,11 +109,12 @@ def plan_tune(
     identity = check_tuning(bundle, data, out, spec, home, eval_data=eval_data, tensorboard=tensorboard, resume=resume)
     from offsite.data.pictures.picture_workers import PictureWorkers
     from offsite.data_owner.tuning_data import read_data
-    from offsite.kernels.runtime import resolve_runtime, worker_count
+    from offsite.kernels.runtime import resolve_runtime, usual_tokens_at_once, worker_count
 
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     item = runtime.dtype.itemsize
-    spec = resolve_defaults(spec, bundle.manifest.family, item)
+    is_text = bundle.manifest.family.vision is None
+    spec = resolve_defaults(spec, usual_tokens_at_once(runtime, text=is_text))
     progress(Event("reading the rows", 0))
     with PictureWorkers(worker_count(spec.images.workers, runtime.device)) as workers:
         read = read_data(bundle, data, eval_data, spec, progress, workers)

@@ -18,7 +18,7 @@ from offsite.storage.files import replace_file, storage_errors
 from offsite.storage.leftovers import delete_command
 from offsite.storage.safetensors_files import write_safetensors
 from offsite.storage.strict_json import strict_json
-from offsite.training.resume_points import RunState, to_new_tensor
+from offsite.training.resume_points import to_new_tensor
 from offsite.training.schedule import checkpoint_steps
 
 
@@ -26,7 +26,7 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        state: the run's folder.
+        folder: the run's folder.
         spec: the settings with the number of checkpoints, and whether the return reports their losses.
         steps: the number of steps of the entire run.
 
@@ -34,11 +34,11 @@ class Checkpoints:
         UsageError: the run has fewer steps than checkpoints.
     """
 
-    def __init__(self, state: RunState, spec: TuneSpec, steps: int) -> None:
-        self._folder = state.folder
+    def __init__(self, folder: Path, spec: TuneSpec, steps: int) -> None:
+        self._folder = folder
         self._numbers = {step: number for number, step in enumerate(checkpoint_steps(spec, steps), 1)}
         self._reports = spec.points.report_scores
-        self._scores = state.folder / "scores.json"
+        self._scores = folder / "scores.json"
 
     @property
     def earlier(self) -> list[Path]:

@@ -12,6 +12,7 @@ from offsite.evaluation.row_losses import perplexity, row_losses
 from offsite.models.backbone import Network
 from offsite.progress import Progress
 from offsite.training.label_losses import label_losses
+from offsite.training.processes import ONE, Processes
 from offsite.training.task import Batching
 
 
@@ -25,6 +26,7 @@ class TextTask:
     examples: Sequence[Example]
     held_out: Sequence[Example]  # may be empty
     batching: Batching
+    processes: Processes = ONE  # of which each computes the losses of its share of the held-out rows
 
     @property
     def rows(self) -> int:
@@ -74,6 +76,8 @@ class TextTask:
         """
         if not self.held_out:
             return {}
-        losses = row_losses(self.network, self.held_out, 2 * self.batching.tokens, progress, stage)
-        loss = sum(row.nats for row in losses) / sum(row.tokens for row in losses)
+        rows = self.processes.share(self.held_out)
+        losses = row_losses(self.network, rows, 2 * self.batching.tokens, progress, stage)
+        nats, tokens = self.processes.sum([sum(row.nats for row in losses), sum(row.tokens for row in losses)])
+        loss = nats / tokens
         return {"loss": loss, "perplexity": perplexity(loss)}

@@ -1,5 +1,6 @@
 """Trains an adapter: passes a tuning's task, weights and settings to the training loop."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from offsite.training import loop
 from offsite.training.loop_settings import Hooks, LoopSettings
 from offsite.training.master_weights import MasterWeights
 from offsite.training.resume_points import RunState
-from offsite.training.run_log import run_log
+from offsite.training.run_log import Write, run_log
 from offsite.training.schedule import learning_rate, step_count
 from offsite.training.task import Batching
 from offsite.training.tensorboard import tensorboard_log
@@ -39,7 +40,7 @@ class Tuning:
 def train(
     tuning: Tuning,
     spec: TuneSpec,
-    state: RunState,
+    state: RunState | None,
     log: Path,
     progress: Progress,
     *,
@@ -51,35 +52,48 @@ def train(
     Args:
         tuning: the prepared tuning.
         spec: the settings, already fitted into memory.
-        state: the resume points of this run; training continues from the last one.
-        log: the file that receives a JSON line for every step and validation.
+        state: the resume points of this run; training continues from the last one. None in every process but the first.
+        log: the file that receives a JSON line for every step and validation, from the first process.
         progress: receives the progress events.
         checkpoints: the checkpoints of the return; None if no return is written.
         tensorboard: a folder for an additional TensorBoard log; None for no such log.
 
     Raises:
-        OffsiteError: the loss or its gradient is no longer a finite number.
+        OffsiteError: the loss or its gradient is no longer a finite number, or another process has ended.
         StorageError: a resume point, a checkpoint or the log cannot be written, or a checkpoint is missing.
         KeyboardInterrupt: the user stopped the run; a resume point was saved.
     """
-    settings = _loop_settings(spec, tuning.task.rows, checkpoints)
+    settings, processes = _loop_settings(spec, tuning.task.rows, checkpoints), tuning.task.processes
     hooks = Hooks()
-    if checkpoints is not None:
+    if checkpoints is not None and processes.first:
         hooks = Hooks(
             on_start=checkpoints.require_saved,
             on_step=lambda step: checkpoints.save(step, tuning.returned),
             on_validation=lambda step, figures: checkpoints.score(step, figures["loss"]),
         )
     task = replace(tuning.task, batching=Batching.of(spec))
-    with run_log(log) as to_file, tensorboard_log(tensorboard) as to_board:
+    with contextlib.ExitStack() as opened:
+        logs: list[Write] = []
+        with processes.together():
+            if processes.first:
+                logs.append(opened.enter_context(run_log(log)))
+                logs[0]({"event": "kernels", **tuning.kernels.as_dict()})
+                logs.append(opened.enter_context(tensorboard_log(tensorboard)))
 
         def write(record: Mapping[str, Any]) -> None:
-            to_file(record)
-            to_board(record)
+            for to_log in logs:
+                to_log(record)
 
-        to_file({"event": "kernels", **tuning.kernels.as_dict()})
         loop.train(
-            task, tuning.weights, settings, state, modules=tuning.trained, log=write, progress=progress, hooks=hooks
+            task,
+            tuning.weights,
+            settings,
+            state,
+            modules=tuning.trained,
+            log=write,
+            progress=progress,
+            hooks=hooks,
+            processes=processes,
         )
 
 

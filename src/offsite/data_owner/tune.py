@@ -1,8 +1,13 @@
 """Tuning: trains the adapter of a verified bundle on the data owner's rows, and writes the signed return."""
 
+import contextlib
+import platform
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+import offsite
 from offsite.config import TuneSpec
 from offsite.data.data_files import DataPaths, data_digest
 from offsite.data.pictures.picture_sets import pictures_digest, read_pictures
@@ -16,11 +21,13 @@ from offsite.data_owner.returned_checkpoints import Checkpoints
 from offsite.data_owner.train import train
 from offsite.data_owner.tuning_data import read_data
 from offsite.data_owner.write_return import write_return
-from offsite.kernels.runtime import Runtime, resolve_runtime, seeded, worker_count
+from offsite.kernels.runtime import Runtime, resolve_runtime, seeded, usual_tokens_at_once, worker_count
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Bundle, Return
 from offsite.protocol.home import Home
+from offsite.protocol.signing import Identity
 from offsite.storage.lock import alone_in
+from offsite.training.processes import ONE, Processes
 from offsite.training.resume_points import RunState
 from offsite.training.run_log import log_file, run_folder
 from offsite.training.schedule import checkpoint_steps, step_count
@@ -71,42 +78,122 @@ def tune(
         StorageError: a file cannot be read or written.
         KeyboardInterrupt: the user stopped the run; a resume point was saved.
     """
-    identity = check_tuning(bundle, data, out, spec, home, eval_data=eval_data, tensorboard=tensorboard, resume=resume)
+    returned = tune_in_processes(
+        bundle,
+        data,
+        out,
+        spec,
+        home,
+        eval_data=eval_data,
+        tensorboard=tensorboard,
+        resume=resume,
+        progress=progress,
+        processes=ONE,
+    )
+    assert returned is not None  # only None in further processes
+    return returned
+
+
+def tune_in_processes(
+    bundle: Bundle,
+    data: DataPaths,
+    out: Path,
+    spec: TuneSpec,
+    home: Home,
+    *,
+    eval_data: DataPaths | None,
+    tensorboard: Path | None,
+    resume: bool,
+    progress: Progress,
+    processes: Processes,
+) -> Return | None:
+    """Do the work of one of several processes that tune together; the arguments and errors are those of `tune`.
+
+    Args:
+        bundle: the verified bundle.
+        data: the training rows; every process reads all of them.
+        out: the return's folder. Only the first process writes, so other processes need not see this folder.
+        spec: the settings of the tuning.
+        home: the data owner's home, with the key; every process needs it, since it verified the bundle with it.
+        eval_data: held-out rows; None if they are not a separate data set.
+        tensorboard: a folder for an additional TensorBoard log; None for no such log.
+        resume: whether to continue an interrupted run; exactly, if there are as many processes as before.
+        progress: receives the progress events.
+        processes: the processes.
+
+    Returns:
+        The return; None in every process but the first.
+
+    Raises:
+        OffsiteError: in every process, if the tuning fails in one of them.
+    """
+    identity: Identity | None = None
     out = out.resolve()  # the return replaces an empty folder, which may be the current one
-    runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
-    spec = resolve_defaults(spec, bundle.manifest.family, runtime.dtype.itemsize)
-    with PictureWorkers(worker_count(spec.images.workers, runtime.device)) as workers:
-        progress(Event("reading the rows", 0))
-        rows = read_data(bundle, data, eval_data, spec, progress, workers)
-        steps = step_count(spec, rows.rows)
-        checkpoint_steps(spec, steps)  # refuses too few steps before the run has a folder
-        identity_of_run = _identity_of_run(bundle, data, eval_data, spec, runtime)
-        with alone_in(run_folder(out), *AT_WORK), seeded(spec.seed, runtime.device):
-            state = RunState(run_folder(out), identity_of_run, resume=resume, restartable=True)
-            checkpoints = Checkpoints(state, spec, steps)
+    with contextlib.ExitStack() as opened:
+        with processes.together():
+            if processes.first:
+                identity = check_tuning(
+                    bundle, data, out, spec, home, eval_data=eval_data, tensorboard=tensorboard, resume=resume
+                )
+            number = processes.place.local_rank if processes.place.local_count > 1 else None
+            runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads, process=number)
+            usual = usual_tokens_at_once(runtime, text=bundle.manifest.family.vision is None)
+        spec = resolve_defaults(spec, min(processes.gather(usual)))
+        with processes.together():
+            workers = opened.enter_context(PictureWorkers(worker_count(spec.images.workers, runtime.device)))
+            progress(Event("reading the rows", 0))
+            rows = read_data(bundle, data, eval_data, spec, progress, workers)
+            steps = step_count(spec, rows.rows)
+            checkpoint_steps(spec, steps)  # refuses too few steps before the run has a folder
+            several = processes.count > 1
+            identity_of_run = _identity_of_run(bundle, data, eval_data, spec, runtime, several=several)
+            compared = {**identity_of_run, **_further_compared(eval_data)} if several else {}
+        processes.require_same(compared)
+        folder, log = run_folder(out), log_file(out)
+        checkpoints = Checkpoints(folder, spec, steps)
+        state: RunState | None = None
+        with processes.together():
+            if processes.first:
+                opened.enter_context(alone_in(folder, *AT_WORK))
+                state = RunState(folder, identity_of_run, resume=resume, restartable=True)
+        opened.enter_context(seeded(spec.seed, runtime.device))
+        with processes.together():
             progress(Event("loading the model", 0))
             tuning = prepare_model(bundle, rows, spec, runtime, progress)
-            progress(Event(tuning.kernels.in_words(), 0))
-            with cached_features(tuning, spec, state.folder, progress) as cached:
-                fitted = within_memory(tuning, spec, runtime, state.folder / "memory.json", progress)
-                tuning = replace(tuning, kernels=tuning.kernels.with_pieces(cached, *fitted.pieces))
-                log = log_file(out)
-                train(tuning, fitted.spec, state, log, progress, checkpoints=checkpoints, tensorboard=tensorboard)
-            progress(Event("writing the return", 0))
-            returned = write_return(bundle, tuning.returned, spec, out, identity, checkpoints, rows.classes)
-            state.remove()
+        tuning = replace(tuning, task=replace(tuning.task, processes=processes))
+        progress(Event(tuning.kernels.in_words(), 0))
+        with cached_features(tuning, spec, folder, progress) as cached:
+            fitted = within_memory(tuning, spec, runtime, folder / "memory.json", progress)
+            tuning = replace(tuning, kernels=tuning.kernels.with_pieces(cached, *fitted.pieces))
+            train(tuning, fitted.spec, state, log, progress, checkpoints=checkpoints, tensorboard=tensorboard)
+        returned: Return | None = None
+        with processes.together():
+            if state is not None and identity is not None:
+                progress(Event("writing the return", 0))
+                returned = write_return(bundle, tuning.returned, spec, out, identity, checkpoints, rows.classes)
+                state.remove()
     return returned
 
 
 def _identity_of_run(
-    bundle: Bundle, data: DataPaths, eval_data: DataPaths | None, spec: TuneSpec, runtime: Runtime
+    bundle: Bundle, data: DataPaths, eval_data: DataPaths | None, spec: TuneSpec, runtime: Runtime, *, several: bool
 ) -> dict[str, object]:
-    """Settings, bundle and data of a run, by name. A run is only resumed if all of these are the same."""
+    """Settings, bundle and data of a run, by name. A run is only resumed if all of these are the same.
+
+    `several` says whether it runs in several processes.
+    """
     settings = spec.flat(without=_FREE_SETTINGS)
-    resolved = {"device": str(runtime.device), "compute": str(runtime.dtype)}
+    device = runtime.device.type if several else str(runtime.device)  # each of several processes has its own
+    resolved = {"device": device, "compute": str(runtime.dtype)}
     reported = {"eval_data": data_digest(eval_data)} if eval_data and spec.points.report_scores else {}
     if bundle.manifest.family.vision is None:
         digest = data_digest(data)
     else:  # the content of the picture files counts, since a table of pictures holds only their names
         digest = pictures_digest(read_pictures(data, part="train", columns=spec.rows.columns))
     return {**settings, **resolved, "bundle": bundle.digest, "data": digest, **reported}
+
+
+def _further_compared(eval_data: DataPaths | None) -> dict[str, object]:
+    """What must be the same in all processes of a run, but may change when it is resumed."""
+    versions = {"offsite": offsite.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {**versions, "eval_data": data_digest(eval_data) if eval_data else ""}

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-CHUNK_ELEMENTS = 2**25  # logits that exist at once: 64 MiB in bf16
+_CHUNK_ELEMENTS = 2**25  # logits that exist at once on a CPU: 64 MiB in bf16
+_MORE_ELEMENTS = 2**27  # on other devices, which need larger products to be busy: 256 MiB in bf16
 
 
 def labelled_cross_entropy(
@@ -19,7 +20,7 @@ def labelled_cross_entropy(
     bias: torch.Tensor | None = None,
     cap: float | None = None,
     *,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the cross-entropy of a language model's head on L labelled tokens, one chunk of tokens at a time.
 
@@ -31,13 +32,14 @@ def labelled_cross_entropy(
         targets: the labels, token ids, (L,).
         bias: the bias of the head, (V,), or None; gets a gradient if it requires one.
         cap: if given, logits become cap * tanh(logits / cap), as in Gemma 2 (arXiv 2408.00118, section 2).
-        chunk_elements: the largest number of logits that exist at once.
+        chunk_elements: the largest number of logits that exist at once; None means a number for the device.
 
     Returns:
         The sum of the labels' losses (a scalar with a gradient with respect to `hidden`), and the loss of each label,
         (L,); both in nats and fp32.
     """
-    rows = max(1, chunk_elements // weight.shape[0])
+    usual = _CHUNK_ELEMENTS if weight.device.type == "cpu" else _MORE_ELEMENTS
+    rows = max(1, (chunk_elements or usual) // weight.shape[0])
     total, nats = _LabelledCrossEntropy.apply(hidden, weight, bias, targets, cap, rows)  # type: ignore[no-untyped-call]
     return total, nats
 

@@ -18,7 +18,7 @@ _NAME = "micro-batches side by side"
 class MicroBatchRunner(Protocol):
     """Runs the forward and backward passes of the micro-batches of one optimiser step."""
 
-    def __call__(self, loss_of: Callable[[G], torch.Tensor], groups: Sequence[G]) -> Iterator[float]:
+    def __call__(self, loss_of: Callable[[G], torch.Tensor], groups: Sequence[G]) -> Iterator[torch.Tensor]:
         """Run every micro-batch.
 
         Args:
@@ -26,8 +26,9 @@ class MicroBatchRunner(Protocol):
             groups: the micro-batches, in any form that `loss_of` accepts.
 
         Yields:
-            The loss of each micro-batch, in the order of the groups. When it is yielded, the gradients of that
-            micro-batch have been added to `.grad` of the parameters, and those of later micro-batches have not.
+            The loss of each micro-batch, a scalar without a gradient, in the order of the groups. When it is yielded,
+            the gradients of that micro-batch have been added to `.grad` of the parameters (on an accelerator, this is
+            queued), and those of later micro-batches have not.
         """
         ...
 

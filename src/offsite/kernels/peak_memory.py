@@ -23,6 +23,7 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> tuple[int, 
         UsageError: this system cannot report the memory of a process.
     """
     if device.type == "cuda":
+        release_freed_memory(device)  # otherwise memory that torch has reserved before would count as of this work
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()

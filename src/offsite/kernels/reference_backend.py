@@ -52,11 +52,11 @@ def softmax_(
 class _Backward:
     """Runs the forward and backward pass of one micro-batch after the other (a `MicroBatchRunner`)."""
 
-    def __call__(self, loss_of: Callable[[G], torch.Tensor], groups: Sequence[G]) -> Iterator[float]:
+    def __call__(self, loss_of: Callable[[G], torch.Tensor], groups: Sequence[G]) -> Iterator[torch.Tensor]:
         for group in groups:
             loss = loss_of(group)
             loss.backward()  # type: ignore[no-untyped-call]
-            yield float(loss.detach())  # after the backward pass, since on an accelerator this waits for the device
+            yield loss.detach()  # no number, for which the CPU would have to wait for an accelerator
 
 
 class _Forward:

@@ -1,10 +1,10 @@
 """Splits a causal language model into backbone (tokens to hidden states) and head (hidden states to logits)."""
 
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ class Network:
     head: nn.Linear
     cap: float | None = None  # logits are cap * tanh(logits / cap)
     scale: float = 1.0  # by which logits are multiplied, before the cap
+    before_pass: list[Callable[[Any], None]] = field(default_factory=list, compare=False)  # called with each batch
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) from hidden states (..., H)."""

@@ -10,6 +10,7 @@ from torch import nn
 from offsite.errors import IncompatibleError, UsageError
 from offsite.models.families.architectures import ARCHITECTURES
 from offsite.models.families.family import Vision
+from offsite.models.to_device import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +47,7 @@ class Encoder:
     def features(self, pixels: "Floats") -> torch.Tensor:
         """Run the encoder on images (B, 3, Y, X); return the features that the head reads, (B, F) in fp32."""
         dtype = next(self.body.parameters()).dtype
-        output = self.body(pixel_values=torch.from_numpy(pixels).to(self.device, dtype))
+        output = self.body(pixel_values=to_device(pixels, self.device).to(dtype))
         tokens = output.last_hidden_state  # (B, T, H)
         parts = {
             "class": lambda: tokens[:, 0],

@@ -5,6 +5,7 @@ import torch
 from offsite.data.batches import Batch
 from offsite.kernels import labelled_cross_entropy
 from offsite.models.backbone import Network, hidden_states
+from offsite.models.to_device import to_device
 
 
 def label_losses(network: Network, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -15,11 +16,12 @@ def label_losses(network: Network, batch: Batch) -> tuple[torch.Tensor, torch.Te
         token in nats, (L,), fp32, without gradient.
     """
     device = network.head.weight.device
-    ids = torch.from_numpy(batch.ids).to(device)
-    mask = torch.from_numpy(batch.mask).to(device)
+    for prepare in network.before_pass:
+        prepare(batch)
+    ids, mask = to_device(batch.ids, device), to_device(batch.mask, device)  # (B, T)
     hidden = hidden_states(network.body, ids, mask)  # (B, T, H)
-    picked = hidden.flatten(0, 1).index_select(0, torch.from_numpy(batch.places).to(device))  # (L, H)
-    targets = torch.from_numpy(batch.targets).to(device)
+    picked = hidden.flatten(0, 1).index_select(0, to_device(batch.places, device))  # (L, H)
+    targets = to_device(batch.targets, device)
     bias: torch.Tensor | None = network.head.bias
     if network.scale != 1:
         picked, bias = picked * network.scale, None if bias is None else bias * network.scale

@@ -69,7 +69,9 @@ def load_optimizer_state(
     for full_name, tensor in tensors.items():
         key, _, name = full_name.partition(".")
         held.setdefault(index_of[name], {})[key] = tensor
-    indexed = [{**group, "params": [index_of[name] for name in group["params"]]} for group in groups]
+    # whether AdamW is fused is this device's matter; where it is, the number of steps is on the device, else on the CPU
+    fused = optimizer.param_groups[0]["fused"]
+    indexed = [{**group, "fused": fused, "params": [index_of[name] for name in group["params"]]} for group in groups]
     optimizer.load_state_dict({"state": held, "param_groups": indexed})
 
 

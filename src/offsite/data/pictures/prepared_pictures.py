@@ -107,10 +107,14 @@ class Pictures:
             if place not in self._coming:
                 self._coming[place] = self._workers.submit(self._prepared, place)
 
-    def in_order(self, size: int) -> Iterator[tuple[range, Floats]]:
-        """Yield all pictures without random crops, `size` at once: their indices, and the pixels (B, 3, Y, X)."""
-        for at in range(0, len(self), size):
-            rows, after = (range(begin, min(begin + size, len(self))) for begin in (at, at + size))
+    def in_order(self, size: int, chosen: Sequence[int] | None = None) -> Iterator[tuple[Sequence[int], Floats]]:
+        """Yield pictures without random crops, `size` at once: their indices, and the pixels (B, 3, Y, X).
+
+        `chosen` are the indices of the pictures; None: all.
+        """
+        chosen = range(len(self)) if chosen is None else chosen
+        for at in range(0, len(chosen), size):
+            rows, after = chosen[at : at + size], chosen[at + size : at + 2 * size]
             self.prefetch(rows)
             self.prefetch(after)
             yield rows, self.batch(rows)

@@ -82,15 +82,15 @@ class _Backward:
     def __init__(self, parameters: Sequence[nn.Parameter], lanes: "Lanes") -> None:
         self._parameters, self._lanes = parameters, lanes
 
-    def __call__(self, loss_of: Callable[[G], torch.Tensor], groups: Sequence[G]) -> Iterator[float]:
-        def alone(group: G) -> tuple[float, Sequence[torch.Tensor | None]]:
+    def __call__(self, loss_of: Callable[[G], torch.Tensor], groups: Sequence[G]) -> Iterator[torch.Tensor]:
+        def alone(group: G) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
             loss = loss_of(group)
             loss.backward()  # type: ignore[no-untyped-call]
-            return float(loss.detach()), [None] * len(self._parameters)
+            return loss.detach(), [None] * len(self._parameters)
 
-        def beside_others(group: G) -> tuple[float, Sequence[torch.Tensor | None]]:
+        def beside_others(group: G) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
             loss = loss_of(group)
-            return float(loss.detach()), torch.autograd.grad(loss, self._parameters, allow_unused=True)
+            return loss.detach(), torch.autograd.grad(loss, self._parameters, allow_unused=True)
 
         for loss, gradients in self._lanes.run_seeded(alone if self._lanes.count == 1 else beside_others, groups):
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
