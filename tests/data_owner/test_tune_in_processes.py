@@ -111,6 +111,26 @@ def test_more_processes_than_rows_of_a_step(house, tmp_path):
     assert_alike(*outs)
 
 
+@pytest.mark.parametrize("more", [[], ["--gradient-checkpointing"]], ids=["stored", "recomputed"])
+def test_blocks_that_processes_share_learn_the_same(house, alone, tmp_path, more):
+    """Each row is a micro-batch of its own, so one process has more of them than the other."""
+    settings = tmp_path / "settings.toml"
+    settings.write_text(SETTINGS + "micro_batch_tokens = 1\n")
+    out = tmp_path / "return"
+    ended = two(tmp_path / "a", house.words(out, "--shard", "blocks", *more, settings=settings)).ended()
+    assert [one.code for one in ended] == [0, 0], ended
+    assert_alike(out, alone)
+    pieces = {piece["name"]: piece["count"] for piece in records(out, "kernels")[0]["pieces"]}
+    assert pieces["blocks shared among the processes"] == 4
+    assert pieces["recomputed activations"] == (4 if more else 0)
+
+
+def test_one_process_cannot_share_blocks(house, tmp_path, capsys):
+    words = house.words(tmp_path / "return", "--shard", "blocks")
+    assert main([str(word) for word in words]) == UsageError.exit_code
+    assert "there is one process" in capsys.readouterr().err
+
+
 def stop_after(out, step, process, sign):
     """Send a signal to a process as soon as the log has a step."""
     until = time.monotonic() + LONGEST

@@ -96,6 +96,13 @@ class MemorySettings(Settings):
     gradient_checkpointing: Annotated[
         bool, Field(description="recompute blocks in the backward pass: less memory, about a quarter slower")
     ] = False
+    shard: Annotated[
+        Literal["none", "blocks"],
+        Field(
+            description="several processes: blocks keeps a share of each frozen block in every process, for a model "
+            "that does not fit on one device; slower"
+        ),
+    ] = "none"
     cache_features: Annotated[
         Literal["auto", "off"],
         Field(description="run the frozen blocks before the first trained one once, and store their output on disk"),
@@ -177,6 +184,15 @@ class TuneSpec(Spec):
             raise ValueError(
                 "tune_head cannot be used with bottlenecks, whose plug-in holds no tensors of the base; "
                 "choose method lora, full or bitfit, or leave tune_head out"
+            )
+
+    @rule
+    def _shards_excludes_memory(self) -> None:
+        """`memory` needs `shard` none: with shared blocks no process can try alone what fits into its memory."""
+        if self.memory.shard != "none" and self.memory.budget is not None:
+            raise ValueError(
+                "memory cannot be used with shard, where no process can measure alone; "
+                "lower micro_batch_tokens or use gradient_checkpointing in its place"
             )
 
     def not_for_images(self) -> list[str]:

@@ -93,7 +93,7 @@ def _frozen_before(tuning: Tuning) -> int:
 
 def _nothing_to_cache(tuning: Tuning, spec: TuneSpec) -> str:
     """The reason why a cache of the frozen blocks' output would not help; empty if it may help."""
-    if tuning.task.processes.count > 1:
+    if tuning.processes.count > 1:
         return "several processes would each have to run every row"
     if not isinstance(tuning.task, TextTask):
         return "pictures are cropped differently in every epoch"

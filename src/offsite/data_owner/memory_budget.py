@@ -79,7 +79,7 @@ def within_memory(tuning: Tuning, spec: TuneSpec, runtime: Runtime, file: Path, 
     if spec.memory.budget is None:
         asked = "asked for" if spec.memory.gradient_checkpointing else "not asked for"
         return Fitted(_shared(spec, parallel.count), (parallel, _recomputed(tuning, asked)))
-    found = _load_or_make(file, lambda: _fit(tuning, spec, parallel.count, runtime, progress), tuning.task.processes)
+    found = _load_or_make(file, lambda: _fit(tuning, spec, parallel.count, runtime, progress), tuning.processes)
     _recompute(tuning, found.recompute)
     if found.lanes < parallel.count:
         parallel = replace(parallel, count=found.lanes, reason="the memory budget has no room for more")
@@ -99,6 +99,7 @@ def side_by_side(tuning: Tuning, spec: TuneSpec, runtime: Runtime) -> Piece:
     task = tuning.task
     body, only_one = (task.network.body, "") if isinstance(task, TextTask) else (tuning.blocks, "pictures gain nothing")
     only_one = "each would hold a gradient as large as the head" if spec.adapter.tune_head else only_one
+    only_one = "blocks are shared among processes" if tuning.sharded else only_one
 
     def sample() -> None:
         assert isinstance(task, TextTask)

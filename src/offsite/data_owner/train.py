@@ -18,6 +18,7 @@ from offsite.progress import Progress
 from offsite.training import loop
 from offsite.training.loop_settings import Hooks, LoopSettings
 from offsite.training.master_weights import MasterWeights
+from offsite.training.processes import ONE, Processes
 from offsite.training.resume_points import RunState
 from offsite.training.run_log import Write, run_log
 from offsite.training.schedule import learning_rate, step_count
@@ -34,6 +35,8 @@ class Tuning:
     trained: Sequence[nn.Module]  # the trained blocks, the only ones with dropout
     weights: MasterWeights
     returned: Mapping[str, torch.Tensor]  # the trained weights, by their names in the return
+    processes: Processes = ONE  # which tune together
+    sharded: bool = False  # whether the processes share the frozen weights of the blocks, and so run in lockstep
     kernels: Report = field(default_factory=lambda: Report("reference"))  # which modules were replaced, and why or not
 
 
@@ -63,7 +66,8 @@ def train(
         StorageError: a resume point, a checkpoint or the log cannot be written, or a checkpoint is missing.
         KeyboardInterrupt: the user stopped the run; a resume point was saved.
     """
-    settings, processes = _loop_settings(spec, tuning.task.rows, checkpoints), tuning.task.processes
+    processes = tuning.processes
+    settings = replace(_loop_settings(spec, tuning.task.rows, checkpoints), lockstep=tuning.sharded)
     hooks = Hooks()
     if checkpoints is not None and processes.first:
         hooks = Hooks(
@@ -71,7 +75,8 @@ def train(
             on_step=lambda step: checkpoints.save(step, tuning.returned),
             on_validation=lambda step, figures: checkpoints.score(step, figures["loss"]),
         )
-    task = replace(tuning.task, batching=Batching.of(spec))
+    validating = ONE if tuning.sharded else processes  # in lockstep every process validates on all rows
+    task = replace(tuning.task, batching=Batching.of(spec), processes=validating)
     with contextlib.ExitStack() as opened:
         logs: list[Write] = []
         with processes.together():

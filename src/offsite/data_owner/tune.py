@@ -159,8 +159,7 @@ def tune_in_processes(
         opened.enter_context(seeded(spec.seed, runtime.device))
         with processes.together():
             progress(Event("loading the model", 0))
-            tuning = prepare_model(bundle, rows, spec, runtime, progress)
-        tuning = replace(tuning, task=replace(tuning.task, processes=processes))
+            tuning = prepare_model(bundle, rows, spec, runtime, progress, processes)
         progress(Event(tuning.kernels.in_words(), 0))
         with cached_features(tuning, spec, folder, progress) as cached:
             fitted = within_memory(tuning, spec, runtime, folder / "memory.json", progress)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from offsite.kernels.prepare_on_backend import backend_of as backend_of
     from offsite.kernels.prepare_on_backend import prepare as prepare
     from offsite.kernels.prepare_on_backend import prepare_adapters as prepare_adapters
+    from offsite.kernels.prepare_on_backend import prepare_sharded as prepare_sharded
     from offsite.kernels.replacement_report import Piece as Piece
     from offsite.kernels.replacement_report import Report as Report
 
@@ -31,7 +32,7 @@ _NAMES = {
         "forward_runner",
         "micro_batch_runner",
     ),
-    "prepare_on_backend": ("backend_of", "prepare", "prepare_adapters"),
+    "prepare_on_backend": ("backend_of", "prepare", "prepare_adapters", "prepare_sharded"),
     "replacement_report": ("Piece", "Report"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

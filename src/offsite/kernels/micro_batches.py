@@ -68,7 +68,8 @@ def micro_batch_runner(
 
 def forward_runner(body: nn.Module) -> AbstractContextManager[ForwardRunner]:
     """Make a `ForwardRunner` for passes without gradients through the network `body`, as a context manager."""
-    if next(body.parameters()).device.type == "cpu":
+    shared = any(hasattr(parameter, "device_mesh") for parameter in body.parameters())  # among processes, by FSDP
+    if next(body.parameters()).device.type == "cpu" and not shared:
         from offsite.kernels.cpu import side_by_side
 
         return side_by_side.forward_runner(body)

@@ -41,6 +41,25 @@ def prepare(model: "PreTrainedModel", device: torch.device, dtype: torch.dtype) 
     return Report(backend_of(device), (_compute_dtype(device, dtype), *pieces))
 
 
+def prepare_sharded(model: "PreTrainedModel", device: torch.device, dtype: torch.dtype) -> Report:
+    """Replace parts of a model whose blocks will be shared among processes: only its attention, which has no weights.
+
+    Args:
+        model: the model, still on the CPU, changed in place.
+        device: the device that it will run on.
+        dtype: the compute dtype.
+
+    Returns:
+        The report, as of `prepare`.
+    """
+    pieces: tuple[Piece, ...] = (Piece("all other modules", 0, "blocks are shared among processes"),)
+    if device.type == "cuda":
+        from offsite.kernels.cuda.flash_attention import use_flash_attention
+
+        pieces = (*pieces, use_flash_attention(model))
+    return Report(backend_of(device), (_compute_dtype(device, dtype), *pieces))
+
+
 def prepare_adapters(model: nn.Module, device: torch.device) -> tuple[Piece, ...]:
     """Replace adapter modules of a prepared model, such as LoRA layers, by faster ones; parameters keep their names.
 

@@ -140,7 +140,8 @@ def _step(
     rows are cut into micro-batches and shared by the processes.
     """
     weight = task.weight(rows)
-    sums = _accumulate(task, weights, run, epoch, processes.share(rows), weight)
+    fillers = _fillers(task, rows, processes) if settings.lockstep else 0
+    sums = _accumulate(task, weights, run, epoch, processes.share(rows), weight, [rows[:1]] * fillers)
     if processes.count > 1:
         sums = _sum_over_processes(weights, sums, processes)
     norm = weights.clip_gradients(settings.max_grad_norm)
@@ -162,25 +163,40 @@ def _step(
 
 
 def _accumulate(
-    task: TrainingTask, weights: MasterWeights, run: MicroBatchRunner, epoch: int, rows: Sequence[int], weight: int
+    task: TrainingTask,
+    weights: MasterWeights,
+    run: MicroBatchRunner,
+    epoch: int,
+    rows: Sequence[int],
+    weight: int,
+    fillers: Sequence[Sequence[int]] = (),
 ) -> dict[str, float]:
     """Run the micro-batches of a step, and add their gradients to those of the master weights.
 
-    The loss is divided by `weight`, which is `task.weight(rows)`.
+    Args:
+        task: the task.
+        weights: the weights that train.
+        run: runs the micro-batches.
+        epoch: the number of the epoch.
+        rows: the rows of the step, in this process.
+        weight: the divisor of the loss.
+        fillers: further micro-batches that run and count nothing, since other processes run as many.
 
     Returns:
         Each term of the loss, by name, summed over the micro-batches.
     """
     groups = list(enumerate(task.micro_batches(rows)))
+    filling = [(len(groups) + number, filler) for number, filler in enumerate(fillers)]
     terms_of: dict[int, Mapping[str, torch.Tensor]] = {}  # loss terms of the micro-batches that have run, by number
 
     def loss_of(numbered: tuple[int, Sequence[int]]) -> torch.Tensor:
         number, group = numbered
         terms = task.loss_terms(group, epoch)
         terms_of[number] = {name: term.detach() for name, term in terms.items()}
-        return torch.stack([task.term_weights[name] * term for name, term in terms.items()]).sum() / weight
+        loss = torch.stack([task.term_weights[name] * term for name, term in terms.items()]).sum() / weight
+        return loss if number < len(groups) else 0 * loss
 
-    for _ in run(loss_of, groups):
+    for _ in run(loss_of, [*groups, *filling]):
         weights.collect_gradients()
     sums = dict.fromkeys(task.term_weights, 0.0)
     if groups:  # one look for all: for each, the CPU waits until an accelerator has done all that is queued
@@ -188,6 +204,12 @@ def _accumulate(
         for terms in found.tolist():
             sums = {name: sums[name] + term for name, term in zip(sums, terms, strict=True)}
     return sums
+
+
+def _fillers(task: TrainingTask, rows: Sequence[int], processes: Processes) -> int:
+    """The number of micro-batches by which this process has fewer in a step than the one with the most."""
+    counts = [len(list(task.micro_batches(share))) for share in processes.shares(rows)]
+    return max(counts) - counts[processes.place.rank]
 
 
 def _sum_over_processes(weights: MasterWeights, sums: Mapping[str, float], processes: Processes) -> dict[str, float]:

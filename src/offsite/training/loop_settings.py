@@ -29,6 +29,7 @@ class LoopSettings:
     save_every: int  # steps between resume points
     validates_after: Callable[[int], bool]  # whether the run is validated after this number of steps
     side_by_side: int = 1  # micro-batches that run side by side
+    lockstep: bool = False  # whether all processes of a run must run equally many micro-batches
     names: RunNames = field(default_factory=RunNames)
 
 

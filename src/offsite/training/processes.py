@@ -55,7 +55,11 @@ class Processes:
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This process's share of some items: every n-th, so that shares of items in order of length are alike."""
-        return items if self.count == 1 else items[self.place.rank :: self.count]
+        return items if self.count == 1 else self.shares(items)[self.place.rank]
+
+    def shares(self, items: Sequence[T]) -> list[Sequence[T]]:
+        """The share of each process, in the order of their ranks."""
+        return [items[rank :: self.count] for rank in range(self.count)]
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sum of each value over all processes, in fp64."""
