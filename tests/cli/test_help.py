@@ -118,7 +118,7 @@ def _literal(annotation: Any) -> tuple[str, ...]:
             "tune",
             {
                 "data", "out", "eval-data", "tensorboard", "method", "rank", "width", "lr", "epochs", "max-steps",
-                "batch-size", "tune-head", "checkpoints", "report-scores", "memory", "gradient-checkpointing",
+                "batch-size", "tune-head", "checkpoints", "report-scores", "memory", "shard", "gradient-checkpointing",
                 "skip-bad", "resume", "plan", "check", "columns", "chosen", "config", "home", "json",
             },
         ),
@@ -166,6 +166,7 @@ def test_every_flag_that_a_message_names_is_there() -> None:
         "--merge",
         "--safe",
         "--index-url",
+        "--nproc-per-node",
     }  # of other programs, which errors advise to run
     there = {"--help"} | foreign | flags_of(typer.main.get_command(build()))
     wrong = [

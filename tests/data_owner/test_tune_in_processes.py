@@ -111,7 +111,13 @@ def test_more_processes_than_rows_of_a_step(house, tmp_path):
     assert_alike(*outs)
 
 
-@pytest.mark.parametrize("more", [[], ["--gradient-checkpointing"]], ids=["stored", "recomputed"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([], id="stored"),
+        pytest.param(["--gradient-checkpointing"], id="recomputed", marks=pytest.mark.every_form),
+    ],
+)
 def test_blocks_that_processes_share_learn_the_same(house, alone, tmp_path, more):
     """Each row is a micro-batch of its own, so one process has more of them than the other."""
     settings = tmp_path / "settings.toml"
