@@ -262,6 +262,27 @@ def test_too_little_memory_in_one_process_ends_all(house, tmp_path):
     assert not out.exists()
 
 
+def test_a_device_without_memory_in_the_middle_of_a_run_is_one_error(house, tmp_path):
+    def full_at_the_third_step(rank):
+        import offsite.training.loop as loop
+
+        step, done = loop._step, []
+
+        def full(*arguments):
+            done.append(1)
+            if rank == 1 and len(done) == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return step(*arguments)
+
+        loop._step = full
+
+    out = tmp_path / "return"
+    ended = two(tmp_path / "a", house.words(out), before=full_at_the_third_step).ended()
+    refused(ended, 1, "cpu has too little memory", r"Tried to allocate 2\.00 GiB", "--gradient-checkpointing")
+    assert not out.exists()
+    assert (run_folder(out) / "state.json").exists()
+
+
 def test_an_environment_that_contradicts_itself_is_refused_before_anything_is_imported(house, tmp_path):
     ended = Launched(tmp_path / "a", [house.words(tmp_path / "return")], changed={0: {"WORLD_SIZE": ""}}).ended()
     refused(ended, UsageError.exit_code, "WORLD_SIZE is not set", "torchrun")

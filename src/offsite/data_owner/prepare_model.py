@@ -175,4 +175,5 @@ def _tuning(
 def _blocks(bundle: Bundle, model: "PreTrainedModel") -> "nn.Module":
     """The list of the model's blocks."""
     family = bundle.manifest.family
-    return model.get_submodule(family.module_blocks or family.blocks)
+    blocks: nn.Module = model.get_submodule(family.module_blocks or family.blocks)
+    return blocks

@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from offsite.data_owner.returned_checkpoints import Checkpoints
 from offsite.data_owner.train import train
 from offsite.data_owner.tuning_data import read_data
 from offsite.data_owner.write_return import write_return
+from offsite.errors import OffsiteError
 from offsite.kernels.runtime import Runtime, resolve_runtime, seeded, usual_tokens_at_once, worker_count
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Bundle, Return
@@ -157,7 +159,8 @@ def tune_in_processes(
                 opened.enter_context(alone_in(folder, *AT_WORK))
                 state = RunState(folder, identity_of_run, resume=resume, restartable=True)
         opened.enter_context(seeded(spec.seed, runtime.device))
-        with processes.together():
+        opened.enter_context(_memory_errors(runtime.device))
+        with processes.together(), _memory_errors(runtime.device):
             progress(Event("loading the model", 0))
             tuning = prepare_model(bundle, rows, spec, runtime, progress, processes)
         progress(Event(tuning.kernels.in_words(), 0))
@@ -190,6 +193,24 @@ def _identity_of_run(
     else:  # the content of the picture files counts, since a table of pictures holds only their names
         digest = pictures_digest(read_pictures(data, part="train", columns=spec.rows.columns))
     return {**settings, **resolved, "bundle": bundle.digest, "data": digest, **reported}
+
+
+@contextlib.contextmanager
+def _memory_errors(device: torch.device) -> Iterator[None]:
+    """Context manager: that a device has too little memory becomes an error that says what to do.
+
+    Raises:
+        OffsiteError: the device has too little memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OffsiteError(
+            f"{device} has too little memory for this tuning",
+            reasons=[str(error).strip().splitlines()[0][:200]],
+            next_step="give --memory, --gradient-checkpointing, or a lower micro_batch_tokens in table [tune] of a "
+            "--config file; if the model itself does not fit, start several processes with --shard blocks",
+        ) from None
 
 
 def _further_compared(eval_data: DataPaths | None) -> dict[str, object]:

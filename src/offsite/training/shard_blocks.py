@@ -5,12 +5,13 @@ all processes, and freed again afterwards. So all processes must run their block
 Trained weights stay whole in every process.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
-from offsite.errors import IncompatibleError
+from offsite.errors import IncompatibleError, UsageError
 
 
 def shard_blocks(model: nn.Module, blocks: nn.Module, trained: Iterable[nn.Parameter], device: torch.device) -> int:
@@ -26,11 +27,18 @@ def shard_blocks(model: nn.Module, blocks: nn.Module, trained: Iterable[nn.Param
         The number of blocks whose weights are shared.
 
     Raises:
+        UsageError: the installed torch cannot leave parameters out of what is shared.
         IncompatibleError: several blocks have the same weights, so none of them can be freed after it has run.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise UsageError(
+            "--shard blocks needs torch 2.7 or newer",
+            reasons=[f"found: torch {torch.__version__}"],
+            next_step="install a newer torch, or leave --shard out",
+        )
     trained = set(trained)
     owners: dict[nn.Parameter, nn.Module] = {}
     for block in blocks.children():
