@@ -30,7 +30,7 @@ def test_the_container_is_made_of_what_is_there(project: dict[str, Any]) -> None
     text = (ROOT / "Containerfile").read_text(encoding="utf-8")
     copied = [word for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.MULTILINE) for word in line.split()[:-1]]
     permitted = {
-        line[1:] for line in (ROOT / ".containerignore").read_text(encoding="utf-8").splitlines() if line[0] == "!"
+        line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line[0] == "!"
     }
     assert copied
     assert all((ROOT / name).exists() for name in copied)
@@ -38,6 +38,13 @@ def test_the_container_is_made_of_what_is_there(project: dict[str, Any]) -> None
     (extras,) = re.findall(r"'\.\[([\w,-]+)\]'", text)
     assert set(extras.split(",")) <= set(project["project"]["optional-dependencies"])
     assert "\nUSER offsite\n" in text
+
+
+def test_the_container_is_built_every_week() -> None:
+    flow = yaml.safe_load((ROOT / ".github" / "workflows" / "weekly.yml").read_text(encoding="utf-8"))
+    commands = [step.get("run", "") for step in flow["jobs"]["container"]["steps"]]
+    assert any("--file Containerfile" in command for command in commands)
+    assert any(command.endswith("offsite doctor") for command in commands)
 
 
 def test_the_install_page_has_every_extra(project: dict[str, Any]) -> None:

@@ -69,6 +69,20 @@ def test_bars_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert "offsite: do this next" in err
 
 
+def test_a_bar_shows_names_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder's name may look like markup of rich, or hold control characters."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    with terminal.showing_progress() as progress:
+        progress(Event("reading a[/b]\x1b]0;title\x07", 1, 2, {"model": "c[red]\x1b[2J"}))
+    err = capsys.readouterr().err
+    assert "reading a[/b]\\x1b]0;title\\x07" in err
+    assert "c[red]" in err
+    assert "\x1b]0;" not in err
+    assert "\x07" not in err
+
+
 def test_a_result_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
     terminal.show(
         {

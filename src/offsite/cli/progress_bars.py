@@ -9,7 +9,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column
 from rich.text import Text
 
-from offsite.cli.terminal import facts_in_words
+from offsite.cli.terminal import facts_in_words, printable
 from offsite.progress import Event, Progress
 
 
@@ -18,7 +18,7 @@ class _Facts(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """The text of the column: the facts of the last event, on one line."""
-        return Text(task.fields["facts"], no_wrap=True, overflow="ellipsis")
+        return Text(printable(task.fields["facts"]), no_wrap=True, overflow="ellipsis")
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def bars() -> Iterator[Progress]:
         return Column(no_wrap=True)
 
     columns = (
-        TextColumn("{task.description}", table_column=whole()),
+        TextColumn("{task.description}", markup=False, table_column=whole()),  # a path may look like markup
         BarColumn(bar_width=16, table_column=whole()),
         MofNCompleteColumn(table_column=whole()),
         TimeElapsedColumn(table_column=whole()),
@@ -43,7 +43,7 @@ def bars() -> Iterator[Progress]:
                 for task in display.tasks:  # stages run one after another, so stages without a total have ended
                     if task.total is None:
                         display.update(task.id, total=1, completed=1)
-                tasks[event.stage] = display.add_task(event.stage, total=event.total, facts="")
+                tasks[event.stage] = display.add_task(printable(event.stage), total=event.total, facts="")
             display.update(tasks[event.stage], completed=event.done, total=event.total, facts=facts_in_words(event))
 
         yield advance

@@ -140,8 +140,9 @@ def _speakers(
     chosen = resolve_runtime(runtime.device, runtime.compute, runtime.threads)
     for number, one in enumerate(named, start=1):
         with terminal.showing_progress() as progress:
-            progress(Event(f"loading {one.name}", number - 1, len(named)))
+            progress(Event("loading", number - 1, len(named), {"model": one.name}))
             speaker = Speaker(one.model, one.adapter, chosen, raw=raw)
+            progress(Event("loading", number, len(named), {"model": one.name}))
         yield one.name, speaker
         del speaker  # the caller decides how long it stays
 

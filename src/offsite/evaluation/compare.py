@@ -90,12 +90,13 @@ def compare(
         require_lineage(one.model, one.adapter)
     figures, scores = [], []
     for number, one in enumerate(contestants, start=1):
-        progress(Event(f"scoring {one.name}", number - 1, len(contestants)))
+        progress(Event("comparing models", number - 1, len(contestants), {"model": one.name}))
         found, by_row = (
             _score_pictures(one, data, spec, probe, progress) if images else _score_rows(one, data, spec, progress)
         )
         figures.append(found)
         scores.append(by_row)
+    progress(Event("comparing models", len(contestants), len(contestants)))
     _require_same_rows(contestants, scores)
     texts = _texts(data, spec, images=images) if with_text else {}
     first = scores[0]

@@ -1,4 +1,5 @@
 import importlib.metadata
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -124,6 +125,12 @@ def test_a_home_without_a_key_is_no_problem(tmp_path: Path) -> None:
     assert facts["key"] is None
     assert [(one.level, exit_code_of([one])) for one in findings] == [("advice", 0)]
     assert not (tmp_path / "home").exists()
+
+
+def test_a_home_that_cannot_be_written_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    _, findings = examine_home(Home(tmp_path / "not" / "there"))
+    assert [(one.level, str(tmp_path) in one.what) for one in findings] == [("problem", True), ("advice", True)]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such permissions")

@@ -1,5 +1,6 @@
 """Examines a party's home: its key, the keys that it trusts, and whether both can be read."""
 
+import os
 from typing import Any
 
 from offsite.errors import OffsiteError
@@ -18,6 +19,13 @@ def examine_home(home: Home) -> tuple[dict[str, Any], list[Finding]]:
     """
     facts: dict[str, Any] = {"folder": str(home.folder), "key": None, "trusted": None, "ledger": home.ledger.exists()}
     findings = []
+    there = next(path for path in (home.folder.absolute(), *home.folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        findings.append(
+            Finding(
+                "problem", f"{there} cannot be written", "permit it, or name another home with --home or $OFFSITE_HOME"
+            )
+        )
     if not home.has_identity:
         findings.append(
             Finding(
