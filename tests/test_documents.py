@@ -12,6 +12,9 @@ import pytest
 from doc_scripts import load_script
 from offsite.cli.setting_flags import flag_of, shown
 from offsite.config import TABLES, PackSpec, Setting, TuneSpec
+from offsite.model_owner.plugging_in.choose_plug_in import _LARGEST, _SMALLEST
+from offsite.study.recipe import ROWS
+from offsite.training.schedule import FEW_STEPS
 
 ROOT = Path(__file__).parents[1]
 FOREIGN = {
@@ -146,6 +149,29 @@ def test_the_defaults_in_words_are_those_in_force() -> None:
     assert PackSpec(keep=8).pruned == 0
     assert [TuneSpec(method=method).peak_lr for method in ("full", "lora")] == [3e-4, 1e-3]
     assert "4 + 6 of 30 blocks" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "in_force"),
+    [
+        ("docs/threat-model.md", "half of their weights", PackSpec().pruned == 0.5),
+        ("docs/protocol.md", "| `sandwich` (default) |", PackSpec().placement == "sandwich"),
+        ("docs/study.md", "# default: all six", len(ROWS) == 6),
+        ("docs/data-owner.md", f"fewer than {FEW_STEPS} steps", True),
+        ("docs/model-owner.md", f"down to {_SMALLEST:g} and up to {_LARGEST:g}", True),
+        ("docs/model-owner.md", "4 of 13", PackSpec(select="influence").kept(range(13)) == 4),
+    ],
+)
+def test_what_documents_say_in_words_is_in_force(name: str, says: str, in_force: bool) -> None:
+    """Sentences about defaults and limits that are no rows of a table."""
+    assert says in (ROOT / name).read_text(encoding="utf-8")
+    assert in_force
+
+
+def test_the_defaults_in_descriptions_are_those_in_force() -> None:
+    described = {key: setting.field.description or "" for key, setting in TuneSpec.settings().items()}
+    assert "left out: 0.1 for head_start = probe, else 10" in described["head_lr_factor"]
+    assert [TuneSpec(head_start=start).head_factor for start in ("probe", "random")] == [0.1, 10]
 
 
 @pytest.mark.parametrize("name", [name for name in DOCUMENTS if not HISTORY.search(name)])

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+NOTE = "note: "  # begins the stage of an event that is a remark for the user, and no part of the work
+
 
 @dataclass(frozen=True)
 class Event:

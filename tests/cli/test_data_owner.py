@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -6,7 +7,9 @@ from typing import Any
 import pytest
 
 from offsite.cli import main
-from offsite.training.run_log import last_record, log_file
+from offsite.data_owner.finished_run import FINISHED
+from offsite.data_owner.train import SAME_ROWS
+from offsite.training.run_log import last_record, log_file, run_folder
 from tiny import Parties, tiny_base, tiny_bundle, tiny_parties, tiny_rows
 
 SETTINGS = ("--rank", "2", "--max-steps", "2", "--batch-size", "4")
@@ -23,15 +26,21 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Parties]:
     return folder, parties
 
 
+def run_tune(house: tuple[Path, Parties], tmp_path: Path, *words: object) -> int:
+    """Run `offsite tune` on the house's rows into `return` of the test's folder; flags given in `words` win."""
+    usual = {"--data": house[0] / "rows.jsonl", "--out": tmp_path / "return"}
+    missing = [word for flag, value in usual.items() if flag not in words for word in (flag, value)]
+    return main(["tune", *(str(word) for word in (house[0] / "bundle", *missing, *words))])
+
+
 @pytest.fixture
 def tune(house: tuple[Path, Parties], tmp_path: Path) -> Tune:
-    """Run `offsite tune` into `return` of the test's folder; what is given comes behind."""
-    folder, parties = house
+    """Run `offsite tune` with the usual settings in the data owner's home; flags given in words win."""
 
     def run(*words: object) -> int:
-        usual: list[object] = [folder / "bundle", "--data", folder / "rows.jsonl", "--out", tmp_path / "return"]
-        usual += ["--home", parties.data_owner.folder, *SETTINGS]
-        return main(["tune", *(str(word) for word in (*usual, *words))])
+        usual = ["--home", house[1].data_owner.folder, *SETTINGS]
+        missing = [word for at in range(0, len(usual), 2) if usual[at] not in words for word in usual[at : at + 2]]
+        return run_tune(house, tmp_path, *missing, *words)
 
     return run
 
@@ -68,22 +77,103 @@ def test_the_return_is_announced_when_everything_is_found_good(
     assert -1 not in stages
 
 
+@pytest.mark.parametrize("method", ["lora", "full", "bottleneck"])
 def test_a_finished_run_is_resumed_to_the_same_end(
-    tune: Tune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tune: Tune, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
-    assert tune("--json") == 0
+    """Another run is refused as an unfinished one would be, whatever the method."""
+    usual = ("--method", method, "--json")
+    assert tune(*usual) == 0
     first = json.loads(capsys.readouterr().out)
-    assert tune("--resume", "--json") == 0
+    assert tune(*usual, "--resume") == 0
     captured = capsys.readouterr()
     again = json.loads(captured.out)
     assert (again["digest"], again["tuning"]["loss"]) == (first["digest"], first["tuning"]["loss"])
     assert "this run is finished" in captured.err
-    assert tune() == 2  # who does not ask to resume is asking for another one
-    assert tune("--resume", "--rank", "1") == 2
+    assert tune(*usual) == 2  # who does not ask to resume is asking for another one
+    capsys.readouterr()
+    other = tiny_rows(tmp_path / "other.jsonl", 9)
+    assert tune(*usual, "--resume", "--max-steps", "3", "--data", other) == 2
+    reasons = json.loads(capsys.readouterr().out)["error"]["reasons"]
+    assert [reason.partition(":")[0] for reason in reasons] == ["data", "max_steps"]
+    assert reasons[1] == "max_steps: 2 in the finished run, 3 now"
+
+
+def test_a_return_that_cannot_be_compared_is_no_finished_run(
+    tune: Tune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tune() == 0
+    log = log_file(tmp_path / "return")
+    log.rename(tmp_path / "elsewhere")
+    assert tune("--resume") == 2
+    assert "does not say which settings and data made it" in capsys.readouterr().err
+    (tmp_path / "elsewhere").rename(log)
+    assert tune("--resume", "--plan") == 0
+    assert "this run is finished" in capsys.readouterr().err
     file = tmp_path / "return" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     assert tune("--resume") == 2
     assert "is not an empty folder" in capsys.readouterr().err
+
+
+def test_a_run_that_stopped_after_its_return_is_finished(tune: Tune, tmp_path: Path) -> None:
+    """The return was written, and the process ended before the log said so."""
+    assert tune() == 0
+    log, run = log_file(tmp_path / "return"), run_folder(tmp_path / "return")
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps(record) + "\n" for record in records if record["event"] != FINISHED))
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps(records[-1]["run"]))
+    assert tune("--resume", "--rank", "1") == 2
+    assert run.exists()
+    assert tune("--resume") == 0
+    assert not run.exists()
+    assert tune("--resume") == 0
+
+
+def test_the_issuers_home_is_refused_before_anything_trains(
+    tune: Tune, house: tuple[Path, Parties], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The owner's verification would refuse the return in the end."""
+    owner = ("--home", house[1].owner.folder)
+    for words in (owner, (*owner, "--plan"), (*owner, "--check")):
+        assert run_tune(house, tmp_path, *words) == 2
+        err = capsys.readouterr().err
+        assert "whose home alone can tune it" in err
+        assert "which issued the bundle" in err
+        assert "reading the rows" not in err
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_losses_before_and_after_are_told_to_be_the_emulators(
+    tune: Tune, house: tuple[Path, Parties], tmp_path: Path, capsys: pytest.CaptureFixture[str], held_out: bool
+) -> None:
+    """On the same rows, held out or those of the first step: different rows would not show what training changed."""
+    name, event = ("eval_loss", "validation") if held_out else ("same_rows_loss", SAME_ROWS)
+    words = ("--eval-data", house[0] / "rows.jsonl") if held_out else ()
+    assert tune("--json", "--max-steps", "6", "--lr", "0.02", *words) == 0
+    captured = capsys.readouterr()
+    tuning, log = json.loads(captured.out)["tuning"], log_file(tmp_path / "return")
+    ends = [last_record(log, event, step) for step in (0, 6)]
+    assert [tuning[f"{name}_before"], tuning[name]] == [end["loss"] for end in ends if end]
+    assert tuning[name] < tuning[f"{name}_before"] - 0.1
+    first = last_record(log, "step", 1)
+    assert held_out or (first and tuning[f"{name}_before"] == pytest.approx(first["loss"], rel=1e-5))
+    assert ("same_rows_loss" in tuning) is not held_out
+    assert tuning["losses_of"] == "emulator"
+    assert "not of the plug-in" in captured.err
+
+
+@pytest.mark.parametrize("plan", [(), ("--plan",)])
+def test_a_run_of_few_steps_is_told_to_be_short(
+    house: tuple[Path, Parties], tmp_path: Path, capsys: pytest.CaptureFixture[str], plan: tuple[str, ...]
+) -> None:
+    words = ("--home", house[1].data_owner.folder, "--rank", "2", *plan)
+    assert run_tune(house, tmp_path, *words) == 0
+    assert "note: 1 step is few (8 rows, 16 in a step, epochs = 1)" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "return", ignore_errors=True)
+    assert run_tune(house, tmp_path, *words, "--max-steps", "1") == 0  # as many as were asked for
+    assert "note: " not in capsys.readouterr().err
 
 
 def test_a_log_is_read_from_its_end(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def _literal(annotation: Any) -> tuple[str, ...]:
                 "narrow-experts",
                 "narrow-widths",
                 "calibration", "columns", "chosen", "permit-head",
-                "dtype", "resume", "plan", "config", "home", "json",
+                "seed", "device", "dtype", "resume", "score", "plan", "config", "home", "json",
             },
         ),
         (
@@ -119,24 +119,32 @@ def _literal(annotation: Any) -> tuple[str, ...]:
             {
                 "data", "out", "eval-data", "tensorboard", "method", "rank", "width", "lr", "epochs", "max-steps",
                 "batch-size", "tune-head", "checkpoints", "report-scores", "memory", "shard", "gradient-checkpointing",
+                "max-length", "long-rows", "seed", "device",
                 "skip-bad", "resume", "plan", "check", "columns", "chosen", "config", "home", "json",
             },
         ),
         (
             "plug-in",
             {
-                "out", "as", "choose-on", "checkpoint", "strength", "strengths", "whole", "again", "columns", "chosen",
-                "plan", "config", "home", "json",
+                "out", "as", "choose-on", "eval-data", "checkpoint", "strength", "strengths", "whole", "again",
+                "columns", "chosen", "plan", "config", "home", "json",
             },
         ),
         (
             "eval",
             {
+                "max-length", "long-rows", "max-rows", "device",
                 "adapter", "data", "probe", "skip-bad", "samples", "tasks", "tasks-path", "row-scores", "check",
                 "columns", "chosen", "config", "home", "json",
             },
         ),
-        ("compare", {"data", "probe", "rows", "show-rows", "skip-bad", "columns", "chosen", "config", "home", "json"}),
+        (
+            "compare",
+            {
+                "max-length", "long-rows", "max-rows", "device",
+                "data", "probe", "rows", "show-rows", "skip-bad", "columns", "chosen", "config", "home", "json",
+            },
+        ),
         ("inspect", {"home", "json"}),
         ("verify", {"home", "json"}),
         ("init", {"owner", "data", "out", "home", "json"}),

@@ -1,10 +1,16 @@
+import io
 import json
 import math
+import re
 import sys
+import time
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from offsite.cli import terminal
+from offsite.cli.progress_bars import bars
 from offsite.progress import Event
 
 
@@ -81,6 +87,33 @@ def test_a_bar_shows_names_as_they_are(capsys: pytest.CaptureFixture[str], monke
     assert "c[red]" in err
     assert "\x1b]0;" not in err
     assert "\x07" not in err
+
+
+@pytest.mark.parametrize("facts", [{"left": "1:23"}, {}])
+def test_bars_fit_into_80_columns_with_the_time_left(facts: dict[str, Any]) -> None:
+    written = io.StringIO()
+    console = Console(file=written, width=80, force_terminal=True, color_system=None, legacy_windows=False)
+    loss = {"loss": 6.276, "lr": 0.00025, "tokens/s": 12345}
+    with bars(console) as progress:
+        for done in (1, 2, 3):
+            progress(Event("hidden states of the base to distill from, pass 2 of 3", done, 12345, {**loss, **facts}))
+            time.sleep(0.01)
+    lines = [re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", line) for line in re.split("[\r\n]+", written.getvalue())]
+    shown = [line for line in lines if "12345" in line]
+    assert shown
+    assert all(len(line) <= 80 for line in shown)
+    assert all(" left" in line and "loss 6.276" in line for line in shown[-1:])
+    assert ("1:23 left" in shown[-1]) is bool(facts)
+
+
+def test_long_results_are_summarised(capsys: pytest.CaptureFixture[str]) -> None:
+    files = {f"part-{number}": number for number in range(50)}
+    terminal.show({"blocks": [*range(40), 45, 46], "files": files, "odd": [3, 1, 2]})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split(maxsplit=1) == ["blocks", "0-39, 45-46"]
+    assert len(lines) == 1 + 20 + 1 + 1
+    assert lines[-2].split(maxsplit=1) == ["files", "and 30 more (--json lists all)"]
+    assert lines[-1].split(maxsplit=1) == ["odd", "3, 1, 2"]  # no order to shorten
 
 
 def test_a_result_in_lines(capsys: pytest.CaptureFixture[str]) -> None:

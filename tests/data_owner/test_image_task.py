@@ -47,8 +47,9 @@ def first_loss(records: list[dict[str, Any]]) -> float:
 
 def test_held_out_pictures(tmp_path: Path, bundle: Bundle) -> None:
     pictures = tiny_pictures(tmp_path / "set", 10)
-    last = run(tmp_path, bundle, pictures, eval_share=0.2)[-1]
-    assert last["event"] == "validation"
+    records = run(tmp_path, bundle, pictures, eval_share=0.2)
+    before, last = (record for record in records if record["event"] == "validation")
+    assert before["step"] == 0
     assert 0 <= last["accuracy"] <= 1
     assert last["loss"] > 0
     album = open_album(bundle.folder, pictures, None, spec(eval_share=0.2), silent)

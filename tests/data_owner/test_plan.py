@@ -10,11 +10,13 @@ import pytest
 
 from artifacts import packed
 from offsite.config import TuneSpec
+from offsite.data_owner.check_permissions import resolve_defaults
+from offsite.data_owner.identity_of_tuning import identity_of_tuning
 from offsite.data_owner.measure_tuning import measure_tuning
 from offsite.data_owner.plan import TunePlan, plan_tune
 from offsite.data_owner.tune import tune
-from offsite.errors import OffsiteError
-from offsite.kernels.runtime import resolve_runtime
+from offsite.errors import OffsiteError, UsageError
+from offsite.kernels.runtime import resolve_runtime, usual_tokens_at_once
 from offsite.progress import silent
 from offsite.protocol.artifacts import Bundle
 from offsite.protocol.home import Home
@@ -279,3 +281,19 @@ def test_pictures_can_be_measured(tmp_path: Path, parties: Parties) -> None:
     assert measured is not None
     assert measured.times == plan.steps == 9
     assert not (tmp_path / "return").exists()
+
+
+def test_a_plan_compares_an_interrupted_run_as_the_run_does(
+    bundle: Bundle, rows: Path, plan_of: Plan, tmp_path: Path
+) -> None:
+    run = run_folder(tmp_path / "planned")
+    run.mkdir()
+    runtime = resolve_runtime("cpu", "fp32", None)
+    spec = resolve_defaults(spec_of(), usual_tokens_at_once(runtime, text=True))
+    identity = identity_of_tuning(bundle, rows, None, spec, runtime, several=False)
+    (run / "run.json").write_text(json.dumps(identity))
+    (run / "state.json").write_text("{}")
+    assert plan_of(bundle, rows, spec_of(), resume=True).steps == 1
+    with pytest.raises(UsageError, match="cannot be resumed") as caught:
+        plan_of(bundle, rows, spec_of(rank=2, max_steps=3), resume=True)
+    assert [reason.partition(":")[0] for reason in caught.value.reasons] == ["max_steps", "rank"]

@@ -123,7 +123,7 @@ def test_scores_are_what_evaluation_measures(house, tmp_path, compute, rounding)
     assert returned.manifest.scores == pytest.approx(measured, rel=rounding)
     assert measured[1] < measured[0] * (1 - 10 * rounding)
     records = [json.loads(line) for line in log_file(tmp_path / "silent").read_text().splitlines()]
-    assert [record["step"] for record in records if record["event"] == "validation"] == [2, 4]
+    assert [record["step"] for record in records if record["event"] == "validation"] == [0, 2, 4]
 
 
 def test_what_cannot_be_returned_is_refused_before_any_work(house, tmp_path):

@@ -12,6 +12,7 @@ from offsite.errors import IncompatibleError, VerificationError
 from offsite.model_owner.intake import intake
 from offsite.model_owner.plugging_in.plug_in import plug_in
 from offsite.protocol.artifacts import Base
+from offsite.protocol.manifest import MANIFEST
 from tiny import MakeBase, Parties, tiny_rows
 
 
@@ -28,9 +29,9 @@ class Chain:
             plug_in(Base(base), intake(self.returned.folder, parties.owner), folder / form, spec, parties.owner)
         self.adapter, self.merged = folder / "adapter", folder / "merged"
 
-    def eval(self, model: Path, adapter: Path | None = None) -> int:
+    def eval(self, model: Path, adapter: Path | None = None, *more: str) -> int:
         words = ["--home", str(self.home.folder), "eval", str(model), "--data", str(self.rows), "--json"]
-        return main([*words, *(["--adapter", str(adapter)] if adapter else [])])
+        return main([*words, *more, *(["--adapter", str(adapter)] if adapter else [])])
 
 
 @pytest.fixture
@@ -80,11 +81,26 @@ def test_a_plug_in_of_another_base_is_refused(
 def test_a_flipped_bit_is_not_scored(
     chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
+    """Nor are rows checked for it."""
     spoiled = copied_folder(tmp_path / kind, tmp_path / "spoiled")
     weights = next(iter(sorted(spoiled.glob("*.safetensors"))))
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     models = {"return": (chain.bundle.folder, spoiled), "adapter": (chain.base, spoiled)}
-    assert chain.eval(*models.get(kind, (spoiled, None))) == VerificationError.exit_code
-    assert weights.name in capsys.readouterr().out
+    for more in ((), ("--check",)):
+        assert chain.eval(*models.get(kind, (spoiled, None)), *more) == VerificationError.exit_code
+        assert weights.name in capsys.readouterr().out
+
+
+def test_half_of_a_signature_is_no_unsigned_folder(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without its manifest, a return would be scored on any model with blocks of these numbers."""
+    (chain.returned.folder / MANIFEST).unlink()
+    assert chain.eval(chain.base, chain.returned.folder) == 2
+    assert f"holds no {MANIFEST}" in capsys.readouterr().out
+
+
+def test_a_check_of_rows_refuses_what_the_evaluation_refuses(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chain.eval(chain.base, chain.returned.folder, "--check") == IncompatibleError.exit_code
+    assert "`offsite plug-in BASE" in capsys.readouterr().out
+    assert chain.eval(chain.bundle.folder, chain.returned.folder, "--check") == 0

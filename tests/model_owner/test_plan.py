@@ -1,5 +1,6 @@
 """Plans of packing and plugging in: sizes are the run's, what it refuses they refuse, and measuring leaves nothing."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 
 from artifacts import full_return, lora_return, packed
 from offsite.config import PackSpec, PlugInSpec
-from offsite.errors import OffsiteError
+from offsite.errors import OffsiteError, UsageError
+from offsite.model_owner.check_packing import identity_of_packing
 from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
 from offsite.model_owner.measure_packing import measure_packing
@@ -307,3 +309,21 @@ def test_what_plugging_in_refuses_its_plan_refuses(
         plug_in(base, accepted, out, settings, parties.owner)
     assert type(by_plan.value) is type(by_run.value)
     assert str(by_plan.value) == str(by_run.value)
+
+
+def test_a_plan_compares_an_interrupted_run_as_the_run_does(
+    base_of: MakeBase, tmp_path: Path, parties: Parties
+) -> None:
+    """All but the base, which the run alone reads."""
+    run = run_folder(tmp_path / "planned")
+    run.mkdir()
+    settings = spec(heal="distill")
+    (run / "run.json").write_text(json.dumps({**identity_of_packing(settings), "base": "of this home"}))
+
+    def plan(asked: PackSpec) -> PackPlan:
+        return plan_pack(Base(base_of()), tmp_path / "planned", "hospital", asked, parties.owner, resume=True)[0]
+
+    assert plan(settings).work == ("heal by distill",)
+    with pytest.raises(UsageError, match="cannot be resumed") as caught:
+        plan(spec(heal="distill", distill_lr=1e-3))
+    assert [reason.partition(":")[0] for reason in caught.value.reasons] == ["distill_lr"]

@@ -143,6 +143,21 @@ def test_nobody_of_that_name(tmp_path: Path) -> None:
         home.distrust("eve")
 
 
+def test_a_mistyped_name_gets_the_nearest_one(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    for number, name in enumerate(("hospital", *(f"clinic-{i}" for i in range(20)))):
+        other = Home(tmp_path / f"other{number}").create_identity("x")
+        home.trust(name, other.public_key)
+    with pytest.raises(UsageError, match="nobody called 'hosptial' is trusted; did you mean 'hospital'") as caught:
+        home.trusted_key("hosptial")
+    assert caught.value.next_step is not None
+    assert caught.value.next_step.startswith("give --for hospital, or ")
+    assert caught.value.reasons[0].endswith(" and 9 more")  # names enough for a line
+    with pytest.raises(UsageError) as caught:
+        home.distrust("Hospitall")
+    assert caught.value.reasons == ("did you mean 'hospital'?",)
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"\xff\xfe"])
 def test_trusted_file_that_is_damaged(tmp_path: Path, content: bytes) -> None:
     home = Home(tmp_path / "home")

@@ -85,6 +85,8 @@ def compare(
         return
     for line in _lines(found):
         typer.echo(terminal.printable(line))
+    if not show_rows and found.rows:
+        terminal.hint("next: the same command with --show-rows, for the text of the rows that differ most")
 
 
 def _facts(found: "Comparison") -> dict[str, Any]:

@@ -63,7 +63,9 @@ def tune(
     if out is None and not check:
         raise UsageError("the return has no folder to go to", next_step="name a new one: --out return/")
     from offsite.data_owner.check_permissions import require_permitted, require_something_to_report
+    from offsite.data_owner.check_tuning import require_addressed
     from offsite.progress import Event
+    from offsite.protocol.manifest import MANIFEST
     from offsite.protocol.verify import verify_bundle
 
     require_something_to_report(spec, eval_data)
@@ -71,6 +73,7 @@ def tune(
     with terminal.showing_progress() as progress, _agreed(processes, alone=bool(plan or check)):
         progress(Event("verifying the bundle", 0))
         verified = verify_bundle(bundle, own, hold=not (plan or check) or measured)
+    require_addressed(verified, own.identity())
     require_permitted(verified.manifest, spec)
     if check or out is None:
         from offsite.cli.show_check import show_checks
@@ -79,16 +82,23 @@ def tune(
         with terminal.showing_progress() as progress:
             checks = check_tuning_data(verified, data, eval_data, spec, progress)
         raise typer.Exit(show_checks(checks, as_json=as_json))
-    if plan:
-        planned = _plan(verified, data, out, spec, own, eval_data, tensorboard, resume=resume, measured=measured)
-        show_plan(planned, out, as_json=as_json)
-        return
     log = log_file(out)
-    finished = _finished_return(out, verified, spec, own) if resume and processes.first else None
-    if processes.from_first(finished is not None):
+    finished: Return | None = None
+    with _agreed(processes, alone=bool(plan)):
+        if resume and processes.first and (out / MANIFEST).exists():
+            from offsite.data_owner.tune import finished_return
+
+            several = processes.count > 1 and not plan
+            finished = finished_return(verified, data, out, spec, own, eval_data=eval_data, several=several)
+    if finished is not None if plan else processes.from_first(finished is not None):
         if finished is not None:
             terminal.say(f"this run is finished: {out} is the return that it made, and nothing was done")
             _show(finished, own, _facts(log, as_json=as_json), as_json=as_json)
+        return
+    if plan:
+        planned = _plan(verified, data, out, spec, own, eval_data, tensorboard, resume=resume, measured=measured)
+        show_plan(planned, out, as_json=as_json)
+        terminal.hint("next: the same command without --plan")
         return
     from offsite.data_owner.tune import tune_in_processes
 
@@ -119,11 +129,13 @@ def _agreed(processes: "Processes", *, alone: bool) -> contextlib.AbstractContex
 
 
 def _facts(log: Path, *, as_json: bool) -> dict[str, Any]:
-    """The last losses in the log of a tuning run; for JSON also a report on the kernels that were used."""
+    """The first and last losses in the log of a tuning run; for JSON also a report on the kernels that were used."""
     from offsite.training.run_log import last_record
 
     kernels = last_record(log, "kernels")
-    last = inspect_verbs.last_losses(log, "step", "validation")
+    last = inspect_verbs.last_losses(log, "step", "validation", "same rows")
+    if last:
+        last = {"losses_of": "emulator", **last}
     if kernels is None or not as_json:
         return last
     return {**last, "kernels": {name: kernels[name] for name in ("backend", "pieces")}}
@@ -167,44 +179,22 @@ def _show(returned: "Return", home: "Home", tuning: Mapping[str, Any], *, as_jso
     """Print the description of a return, and the results of the tuning run, which the return does not contain."""
     terminal.show({**inspect_verbs.describe(returned, home), "tuning": tuning}, as_json=as_json)
     if "log" in tuning:
+        terminal.say(
+            "these losses are those of the emulator, not of the plug-in, which only the model's owner can score: "
+            "ask for its scores (`offsite plug-in --eval-data`)"
+        )
         terminal.say(f"the log {tuning['log']} stays with you: it is no part of the return")
-    terminal.hint(f"next: send the folder {returned.folder} to the model's owner")
-
-
-def _finished_return(out: Path, bundle: "Bundle", spec: "TuneSpec", home: "Home") -> "Return | None":
-    """The return in `out` if this run has already made it; None if `out` has anything else or nothing.
-
-    It must be signed by this home for this bundle, and have the method, checkpoints and tensors that follow from
-    `spec`.
-    """
-    from offsite.data_owner.return_manifest import returned_tensors
-    from offsite.errors import OffsiteError
-    from offsite.protocol.verify import verify_return
-
-    try:
-        returned = verify_return(out, home, bundle.manifest)
-    except OffsiteError:  # `out` holds nothing, or something else, which the tuning stage will report
-        return None
-    made = returned.manifest
-    found = (made.bundle, made.signer, made.method, made.checkpoints, made.tensors)
-    signer, tensors = home.identity().public_key.hex, returned_tensors(bundle.manifest, spec)
-    expected = (bundle.digest, signer, spec.adapter.method, spec.points.checkpoints, tensors)
-    return returned if found == expected else None
+    terminal.hint_command("inspect", returned.folder)
+    terminal.hint("then send the folder to the model's owner")
 
 
 def _announcing(promised: str, progress: "Progress") -> "Progress":
-    """Make a progress callback that prints `promised` before the model is loaded, after all checks.
-
-    Lines about the kernels are printed too; all other events go to `progress`.
-    """
+    """Make a progress callback that prints `promised` before the model is loaded, after all checks."""
 
     def advance(event: "Event") -> None:
         if event.stage == "loading the model":
             terminal.say(promised)
-        if event.stage.startswith("kernels: "):
-            terminal.say(event.stage)  # a line that stays, and no stage of the work
-        else:
-            progress(event)
+        progress(event)
 
     return advance
 

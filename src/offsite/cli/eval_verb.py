@@ -62,9 +62,12 @@ def eval_(
     _require_fitting(model, names, samples, probe, skip_bad=bool(flag_values["skip_bad"]))
     if row_scores is not None and data is not None:
         _require_writable(row_scores, data)
+    scored, tuned = verified_models.verify_model(model, adapter, flags.home_of(context, home), hold=not check)
     if check:
+        from offsite.evaluation.lineage import require_lineage
+
+        require_lineage(scored, tuned)
         _check(model, data, spec, as_json=as_json)
-    scored, tuned = verified_models.verify_model(model, adapter, flags.home_of(context, home))
     result: dict[str, Any] = {"model": str(model), "adapter": str(adapter) if adapter else None}
     with terminal.showing_progress() as progress:
         if names:  # first, since an unknown task gives an error at once
@@ -93,6 +96,8 @@ def eval_(
                 figures = asdict(score)
             result |= {name: value for name, value in figures.items() if name not in _ROW_BY_ROW}
     terminal.show(result if as_json else with_intervals(result), as_json=as_json)
+    both = (model, adapter) if adapter else (model, "OTHER")
+    terminal.hint_command("compare", *both, "--data", data[0] if data else "test.jsonl")
 
 
 def _check(model: Path, data: list[Path] | None, spec: "EvalSpec", *, as_json: bool) -> NoReturn:

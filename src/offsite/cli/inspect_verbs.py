@@ -9,6 +9,7 @@ import typer
 from offsite.cli import flags, terminal
 
 if TYPE_CHECKING:
+    from offsite.model_owner.emulator_score import EmulatorScore
     from offsite.protocol.artifacts import Bundle, PlugIn, Return
     from offsite.protocol.home import Home
     from offsite.protocol.manifest import BundleManifest, Manifest, PlugInManifest, ReturnManifest, TensorEntry
@@ -35,7 +36,12 @@ def inspect(
 
         show_results(read_results(results), results.parent, as_json=as_json)
         return
-    terminal.show(_inspected(path, flags.home_of(context, home)), as_json=as_json)
+    found = _inspected(path, flags.home_of(context, home))
+    terminal.show(found, as_json=as_json)
+    if found["verified"]:
+        hint_next(found["kind"], path)
+    else:
+        terminal.hint_command("verify", path)
 
 
 def verify(
@@ -53,6 +59,17 @@ def verify(
         {"kind": artifact.manifest.kind, "path": str(path), "digest": artifact.digest, "verified": True},
         as_json=as_json,
     )
+    hint_next(artifact.manifest.kind, path)
+
+
+def hint_next(kind: str, path: Path) -> None:
+    """Print what is usually typed next for a verified artifact of this kind in the folder `path`."""
+    following = {
+        "bundle": ("tune", path, "--data", "train.jsonl", "--eval-data", "test.jsonl", "--out", "return/"),
+        "return": ("plug-in", "base/", path, "--out", "plugged/", "--eval-data", "public.jsonl"),
+        "plug-in": ("compare", "base/", path, "--data", "test.jsonl"),
+    }
+    terminal.hint_command(*following[kind])
 
 
 def describe(artifact: "Bundle | Return | PlugIn", home: "Home") -> dict[str, Any]:
@@ -130,26 +147,33 @@ def describe_base(folder: Path) -> dict[str, Any]:
     }
 
 
-def last_losses(log: Path, trained: str, judged: str) -> dict[str, Any]:
-    """The measures of a run's last training step, and of the validation after it, from the run's log.
+def last_losses(log: Path, trained: str, judged: str, same_rows: str | None = None) -> dict[str, Any]:
+    """The measures of a run's last training step, and those before and after training, from its log.
 
     Args:
         log: the log of the run, a file that remains with the party that ran it.
         trained: the name of the log's event for a training step.
         judged: the name of the log's event for a validation on held-out data.
+        same_rows: the name of the log's event for the loss on the rows of the first step; None if it has none.
 
     Returns:
-        The number of steps, the measures by name, and the log's path; {} if the log has no training step.
+        The number of steps, the measures by name, and the log's path; {} if the log has no training step. Measures on
+        held-out data begin with "eval_", those on the first step's rows with "same_rows_"; of both, those before
+        training end in "_before".
     """
     from offsite.training.run_log import last_record
 
-    step, held_out = last_record(log, trained), last_record(log, judged)
+    step = last_record(log, trained)
     if step is None:
         return {}
-    last = {"steps": step["step"], **{name: step[name] for name in _MEASURES if name in step}}
-    if held_out is not None and held_out["step"] == step["step"]:
-        last |= {f"eval_{name}": held_out[name] for name in _MEASURES if name in held_out}
-    return {**last, "log": str(log)}
+    found: dict[str, Any] = {"steps": step["step"], **{name: step[name] for name in _MEASURES if name in step}}
+    for prefix, event in (("eval_", judged), ("same_rows_", same_rows)):
+        before, after = (last_record(log, event, at) if event else None for at in (0, step["step"]))
+        for name in _MEASURES:
+            if after is not None and name in after:
+                found |= {f"{prefix}{name}_before": before[name]} if before is not None else {}
+                found[f"{prefix}{name}"] = after[name]
+    return {**found, "log": str(log)}
 
 
 _MEASURES = ("loss", "accuracy", "error", "ce")
@@ -163,14 +187,8 @@ def numbers_in(tensors: "Iterable[TensorEntry]") -> int:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Format ascending numbers as ranges, e.g. 0-1, 10-11."""
-    pieces: list[list[int]] = []
-    for number in numbers:
-        if pieces and pieces[-1][-1] == number - 1:
-            pieces[-1].append(number)
-        else:
-            pieces.append([number])
-    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in pieces)
+    """Format ascending numbers as ranges in one text, e.g. 0-1, 10-11."""
+    return ", ".join(terminal.number_ranges(numbers))
 
 
 def _bundle(manifest: "BundleManifest", digest: str, home: "Home") -> dict[str, Any]:
@@ -217,7 +235,22 @@ def _owner_facts(digest: str, home: "Home") -> dict[str, Any]:
     if issued and issued.arithmetic:
         share = {"share_of_lora_on_base": round(issued.arithmetic.share(), 4)}
         facts["tuning_multiply_adds_per_token"] = {**asdict(issued.arithmetic), **share}
+    if issued and issued.score:
+        facts["emulator_score"] = _emulator_score(issued.score)
     return facts
+
+
+def _emulator_score(score: "EmulatorScore") -> dict[str, Any]:
+    """The losses of base and untuned emulator on the same text, in nats per token, and their difference."""
+    return {
+        "base_loss": score.base_loss,
+        "emulator_loss": score.emulator_loss,
+        "difference": score.gap,
+        "interval": {"low": score.low, "high": score.high},
+        "tokens": score.tokens,
+        "text": score.text,
+        "fitted": score.fitted,
+    }
 
 
 def _by_linear_map(manifest: "BundleManifest") -> dict[str, list[int]]:

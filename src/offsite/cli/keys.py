@@ -46,6 +46,7 @@ def keygen(
         as_json=as_json,
     )
     terminal.hint(f"send {out} to the other party, and read the fingerprint to them over another channel")
+    terminal.hint_command("trust", "add", "NAME", "FILE.pub")
 
 
 def _require_writable(out: Path, home: "Home") -> None:
@@ -100,6 +101,8 @@ def add(
     key = _read_key(file)
     flags.home_of(context, home).trust(name, key)
     terminal.show({"name": name, "fingerprint": key.fingerprint}, as_json=as_json)
+    terminal.hint_command("pack", "base/", "--out", "bundle/", "--for", name)
+    terminal.hint(f"or, with a bundle of {name}: offsite verify bundle/")
 
 
 def _read_key(file: Path) -> "PublicKey":
@@ -136,6 +139,7 @@ def list_(context: typer.Context, home: flags.HomeFlag = None, as_json: flags.Js
         terminal.show({"trusted": rows}, as_json=True)
     elif rows:
         terminal.show({row["name"]: row["fingerprint"] for row in rows})
+        terminal.hint_command("pack", "base/", "--out", "bundle/", "--for", rows[0]["name"])
     else:
         terminal.hint("nobody is trusted yet: `offsite trust add NAME FILE.pub`")
 
@@ -148,3 +152,4 @@ def remove(context: typer.Context, name: _Name, home: flags.HomeFlag = None, as_
     """
     flags.home_of(context, home).distrust(name)
     terminal.show({"removed": name}, as_json=as_json)
+    terminal.hint_command("trust", "list")

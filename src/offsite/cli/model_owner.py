@@ -1,5 +1,7 @@
 """The commands of the party that owns a model: import, pack, plug-in."""
 
+import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,6 +9,7 @@ import typer
 
 from offsite.cli import flags, inspect_verbs, terminal
 from offsite.cli import show_choice as choice
+from offsite.cli import show_transfer as transfer
 from offsite.cli.setting_flags import FlagValues
 from offsite.cli.show_plan import show_plan
 from offsite.training.run_log import last_record, log_file
@@ -14,7 +17,9 @@ from offsite.training.run_log import last_record, log_file
 if TYPE_CHECKING:
     from offsite.config import PackSpec
     from offsite.model_owner.plan import PackPlan
-    from offsite.protocol.artifacts import Base
+    from offsite.model_owner.plugging_in.choose_plug_in import Choice
+    from offsite.model_owner.plugging_in.score_plug_in import Transfer
+    from offsite.protocol.artifacts import Base, PlugIn
     from offsite.protocol.home import Home
 
 _Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="new folder for the result")]
@@ -51,7 +56,7 @@ def import_(
     with terminal.showing_progress() as progress:
         base = import_model(source, out, spec, progress)
     terminal.show(inspect_verbs.describe_base(base.folder), as_json=as_json)
-    terminal.hint(f"next: offsite pack {out} --out bundle/ --for NAME")
+    terminal.hint_command("pack", out, "--out", "bundle/", "--for", "NAME")
 
 
 def pack(
@@ -61,6 +66,9 @@ def pack(
     out: _Out,
     recipient: Annotated[str, typer.Option("--for", metavar="NAME", help="the trusted party that may tune it")],
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted distillation or search")] = False,
+    score: Annotated[
+        bool, typer.Option("--score/--no-score", help="score emulator and base on the same text at the end")
+    ] = True,
     plan: flags.PlanFlag = None,
     config: flags.ConfigFlag = None,
     home: flags.HomeFlag = None,
@@ -74,6 +82,8 @@ def pack(
     family; a line of the output says how the emulator was made. The bundle is an ordinary Hugging Face checkpoint,
     unless the emulator shares, quantises, factorises or narrows its blocks, is stored without its zeros, or has affine
     layers after its blocks. The bundle is recorded in the home's ledger. The log is OUT.log.jsonl, next to the bundle.
+    At the end, emulator and base are scored on the same text: the data owner tunes the emulator, and one that is far
+    from the base may transfer little. The losses are kept in the ledger, where only you see them.
 
     Example:
       offsite pack base/ --out bundle/ --for hospital --bottom 4 --top 6
@@ -89,18 +99,25 @@ def pack(
     if plan:
         planned = _plan_pack(Base(base), out, recipient, spec, own, resume=resume, measured=measured)
         show_plan(planned, out, as_json=as_json)
+        terminal.hint("next: the same command without --plan")
         return
     from offsite.model_owner.pack import PACKING
     from offsite.model_owner.pack import pack as pack_stage
 
     with terminal.showing_progress() as progress:
-        bundle = pack_stage(Base(base), out, recipient, spec, own, progress, resume=resume)
+        model = Base(base)
+        bundle = pack_stage(model, out, recipient, spec, own, progress, resume=resume)
+        if score:
+            from offsite.model_owner.score_emulator import score_emulator
+
+            score_emulator(model, bundle, spec, own, progress)
     made = last_record(log_file(out), PACKING) or {}
     shown = {**inspect_verbs.describe(bundle, own), "emulator": made.get("emulator")}
     if any(step.name == "distill" for step in spec.healing_steps):
         shown["distillation"] = inspect_verbs.last_losses(log_file(out), "distill step", "distill held out")
     terminal.show(shown, as_json=as_json)
-    terminal.hint(f"next: send the folder {out} to {recipient}")
+    terminal.hint(f"send the folder {out} to {recipient}, who runs `offsite verify {shlex.quote(str(out.name))}`")
+    terminal.hint_command("inspect", out)
 
 
 def _plan_pack(
@@ -127,6 +144,9 @@ def plug_in(
     choose_on: Annotated[
         Path | None, typer.Option(metavar="FILE", help="choose checkpoint and strength by the loss on these rows")
     ] = None,
+    eval_data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="score base and plug-in on these rows, and compare them")
+    ] = None,
     plan: flags.PlanFlag = None,
     config: flags.ConfigFlag = None,
     home: flags.HomeFlag = None,
@@ -137,35 +157,18 @@ def plug_in(
     As an adapter, the result is an ordinary PEFT folder for the base; merged, it is a complete checkpoint. With --whole
     it is the multi-modal checkpoint that the base was imported from, with its language model replaced.
     With --choose-on, every checkpoint of the return is scored at every strength on rows of your own, and the best wins.
+    With --eval-data, base and plug-in are scored on rows of your own (others than those of --choose-on): the losses
+    that the data owner saw are those of the emulator.
 
     Example:
       offsite plug-in base/ return/ --out plugged/
+      offsite plug-in base/ return/ --out plugged/ --eval-data public.jsonl
     """
     from offsite.config import EvalSpec, PlugInSpec
-    from offsite.errors import UsageError
 
     spec = flags.settings(PlugInSpec, config, flag_values)
-    if choose_on is None and flag_values["strengths"] is not None:
-        raise UsageError(
-            "--strengths are to choose from, and there are no rows to choose on",
-            next_step="name rows of your own with --choose-on, or give one --strength",
-        )
-    of_rows = [key for key in ("columns", "chosen") if flag_values[key] is not None]
-    if choose_on is None and of_rows:
-        raise UsageError(
-            f"{' and '.join(f'--{key}' for key in of_rows)} tell how rows to choose on are read, and there are none",
-            next_step="name rows of your own with --choose-on, or leave these out",
-        )
-    if flags.measures(plan):
-        raise UsageError(
-            "plugging in runs no network, so there is nothing to measure",
-            next_step="give --plan alone: it says what will be written, and checks what the run checks",
-        )
-    if choose_on is not None and plan:
-        raise UsageError(
-            "--plan does not know what --choose-on needs",
-            next_step="leave --choose-on out of the plan; choosing holds the base in memory, as `offsite eval` does",
-        )
+    of_rows = {"--choose-on": choose_on, "--eval-data": eval_data}
+    _require_used({name for name, file in of_rows.items() if file is not None}, flag_values, plan)
     from offsite.protocol.artifacts import Base
 
     own, model = flags.home_of(context, home), Base(base)
@@ -175,18 +178,28 @@ def plug_in(
         with terminal.showing_progress() as progress:
             planned = plan_plug_in(model, returned, out, spec, own, progress)
         show_plan(planned, out, as_json=as_json)
+        terminal.hint("next: the same command without --plan")
         return
     from offsite.model_owner.intake import intake
+    from offsite.model_owner.plugging_in.plug_in import open_base_of
     from offsite.model_owner.plugging_in.plug_in import plug_in as plug_in_stage
     from offsite.progress import Event
     from offsite.protocol.output_place import require_place
 
-    measured = flags.settings(EvalSpec, config, {}) if choose_on else EvalSpec()  # it scores as `offsite eval` does
-    require_place(out, base, returned, choose_on)  # before the work, and before the ledger's entry
+    scores = choose_on is not None or eval_data is not None
+    measured = flags.settings(EvalSpec, config, {}) if scores else EvalSpec()  # it scores as `offsite eval` does
+    if spec.explicit_keys & {"columns", "chosen"}:
+        measured = measured.changed({"columns": spec.columns, "chosen": spec.chosen})
+    require_place(out, base, returned, choose_on, eval_data)  # before the work, and before the ledger's entry
     with terminal.showing_progress() as progress:
         progress(Event("verifying the return", 0))
         accepted = intake(returned, own)
-        chosen = None
+        chosen, compared = None, None
+        if eval_data is not None:
+            from offsite.model_owner.plugging_in.score_plug_in import score_base, score_plug_in
+
+            open_base_of(accepted, model, spec, own, progress)  # its refusals come before the work
+            of_base = score_base(model, eval_data, measured, progress)
         if choose_on is not None:
             from offsite.model_owner.plugging_in.choose_plug_in import choose
 
@@ -194,13 +207,72 @@ def plug_in(
             best = {"checkpoint": chosen.best.checkpoint, "strength": chosen.best.strength}
             spec = spec.changed(best)
         plugged = plug_in_stage(model, accepted, out, spec, own, progress)
-    if chosen and not as_json:
+        if eval_data is not None:
+            compared = score_plug_in(model, plugged, eval_data, measured, of_base, progress)
+    _show_plug_in(plugged, own, chosen, compared, as_json=as_json)
+    if compared is not None and eval_data == choose_on:
+        terminal.say("warning: the rows of --eval-data chose the plug-in, so they flatter it; score it on others")
+    if spec.whole is not None:
+        terminal.hint(f"load it with transformers, as the checkpoint in {spec.whole}")
+        return
+    terminal.hint_command("compare", base, out, "--data", "test.jsonl")
+
+
+def _require_used(of_rows: Collection[str], flag_values: FlagValues, plan: str | None) -> None:
+    """Check that no flag of `plug-in` is given that would have no effect, or that a plan cannot follow.
+
+    Args:
+        of_rows: those of the flags --choose-on and --eval-data that were given.
+        flag_values: the flags of the settings.
+        plan: the value of --plan; None: left out.
+
+    Raises:
+        UsageError: a flag would have no effect, or does not go with --plan.
+    """
+    from offsite.errors import UsageError
+
+    if "--choose-on" not in of_rows and flag_values["strengths"] is not None:
+        raise UsageError(
+            "--strengths are to choose from, and there are no rows to choose on",
+            next_step="name rows of your own with --choose-on, or give one --strength",
+        )
+    unread = [f"--{key}" for key in ("columns", "chosen") if flag_values[key] is not None]
+    if not of_rows and unread:
+        raise UsageError(
+            f"{' and '.join(unread)} tell how rows are read, and there are none",
+            next_step="name rows of your own with --choose-on or --eval-data, or leave these out",
+        )
+    if flags.measures(plan):
+        raise UsageError(
+            "plugging in runs no network, so there is nothing to measure",
+            next_step="give --plan alone: it says what will be written, and checks what the run checks",
+        )
+    if of_rows and plan:
+        named = " and ".join(sorted(of_rows))
+        raise UsageError(
+            f"--plan does not know what {named} needs",
+            next_step=f"leave {named} out of the plan; scoring holds the base in memory, as `offsite eval` does",
+        )
+
+
+def _show_plug_in(
+    plugged: "PlugIn", home: "Home", chosen: "Choice | None", compared: "Transfer | None", *, as_json: bool
+) -> None:
+    """Print the description of a plug-in, how it was chosen, and how it compares with the base, with warnings.
+
+    `chosen` and `compared` are None if nothing was chosen, or compared.
+    """
+    shown = inspect_verbs.describe(plugged, home)
+    if as_json:
+        shown |= {"choice": choice.facts(chosen)} if chosen else {}
+        shown |= {"transfer": transfer.facts(compared)} if compared else {}
+    elif chosen:
         for line in choice.lines(chosen):
             typer.echo(line)
-    shown = inspect_verbs.describe(plugged, own)
-    terminal.show({**shown, "choice": choice.facts(chosen)} if chosen and as_json else shown, as_json=as_json)
-    if spec.whole is not None:
-        terminal.hint(f"next: load it with transformers, as the checkpoint in {spec.whole}")
+    terminal.show(shown, as_json=as_json)
+    if compared is None:
         return
-    scored = f"{base} --adapter {out}" if plugged.manifest.form == "adapter" else f"{out}"
-    terminal.hint(f"next: offsite eval {scored} --data test.jsonl")
+    for line in [] if as_json else transfer.lines(compared):
+        typer.echo(line)
+    for line in transfer.warnings(compared):
+        terminal.say(line)

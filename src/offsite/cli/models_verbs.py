@@ -65,4 +65,4 @@ def get(
     with terminal.showing_progress() as progress:
         base = fetch_model(name, out, progress)
     terminal.show(inspect_verbs.describe_base(base.folder), as_json=as_json)
-    terminal.hint(f"next: offsite pack {out} --out bundle/ --for NAME")
+    terminal.hint_command("pack", out, "--out", "bundle/", "--for", "NAME")

@@ -33,9 +33,11 @@ def show_checks(checks: "Checks", *, as_json: bool) -> int:
     refused = [check for check in checks.values() if check.refused]
     for check in refused:
         terminal.say(
-            f'rows of {check.data} are too long, and a run would refuse them: set long_rows = "skip" or '
-            '"truncate", or raise max_length, in table [tune] or [eval] of a --config file'
+            f"rows of {check.data} are too long, and a run would refuse them: give --long-rows skip or "
+            "--long-rows truncate, or raise --max-length"
         )
+    if not refused:
+        terminal.hint("next: the same command without --check")
     return 2 if refused else 0
 
 

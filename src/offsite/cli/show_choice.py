@@ -3,6 +3,8 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from offsite.cli.text_table import text_table
+
 if TYPE_CHECKING:
     from offsite.model_owner.plugging_in.choose_plug_in import Choice
 
@@ -20,10 +22,20 @@ def lines(choice: "Choice") -> list[str]:
     for checkpoint in sorted({candidate.checkpoint for candidate in choice.candidates}):
         row = [f"checkpoint {checkpoint}", f"{choice.base_loss:.4f}"]
         for strength in strengths:
-            candidate = losses[checkpoint, strength]
-            row.append(f"{candidate.loss:.4f}{'*' if candidate == choice.best else ' '}")
+            candidate = losses.get((checkpoint, strength))  # beyond the grid, only the best checkpoint is tried
+            mark = "*" if candidate == choice.best else " "
+            row.append(f"{candidate.loss:.4f}{mark}" if candidate else "")
         table.append(row)
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    shown = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in table]
+    shown = text_table(table[0], table[1:])
     best = f"checkpoint {choice.best.checkpoint} at strength {choice.best.strength:g}"
-    return [*shown, f"* plugged in: {best}, by {choice.rows:,} rows, {choice.tokens:,} labelled tokens", ""]
+    chosen = f"* plugged in: {best}, by {choice.rows:,} rows, {choice.tokens:,} labelled tokens"
+    return [*shown, chosen, *([at_the_edge(choice)] if choice.edge else []), ""]
+
+
+def at_the_edge(choice: "Choice") -> str:
+    """The remark that the best strength is the smallest or the largest of those tried."""
+    other = "smaller" if choice.edge == "smallest" else "larger"
+    return (
+        f"strength {choice.best.strength:g} is the {choice.edge} that was tried: a {other} one may be better "
+        "(name further ones with --strengths)"
+    )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from offsite.cli import terminal
+from offsite.cli.text_table import text_table
 
 if TYPE_CHECKING:
     from offsite.data_owner.plan import TunePlan
@@ -113,25 +114,14 @@ def _parts(title: str, parts: "Iterable[Part]") -> list[str]:
     held = [one for one in parts if one.parameters]
     rows = [[one.name, str(one.blocks or ""), f"{one.parameters:,}", size(one.bytes)] for one in held]
     total = ["together", "", f"{sum(one.parameters for one in held):,}", size(sum(one.bytes for one in held))]
-    return _table([title, "blocks", "parameters", "weights"], [*rows, total])
+    return text_table([title, "blocks", "parameters", "weights"], [*rows, total])
 
 
 def _amounts(title: str, amounts: "Sequence[Amount]") -> list[str]:
     """Format named sizes in bytes, and their sum, as a table of text."""
     rows = [[one.name, size(one.bytes)] for one in amounts]
     together = [["together", size(sum(one.bytes for one in amounts))]] if len(amounts) > 1 else []
-    return _table([title, "size"], [*rows, *together])
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Format a table as lines of text; the first column is aligned left, all others right."""
-    widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip()
-
-    return [line(head), *(line(row) for row in rows)]
+    return text_table([title, "size"], [*rows, *together])
 
 
 def _free(out: Path) -> int | None:

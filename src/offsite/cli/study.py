@@ -221,6 +221,7 @@ def _check(recipe: "Recipe", *, as_json: bool) -> None:
         _end(error, as_json=as_json)
     for line in tried.missing:
         terminal.hint(f"not there yet: {line}")
+    terminal.hint_command("study", recipe.file, "--out", "runs/")
 
 
 def _end(error: OffsiteError, *, as_json: bool) -> NoReturn:

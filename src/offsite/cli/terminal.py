@@ -5,6 +5,7 @@ Text in an artifact may be hostile, so control characters are printed as escapes
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -17,13 +18,15 @@ from typing import Any
 import typer
 
 from offsite.errors import OffsiteError, StorageError
-from offsite.progress import Event, Progress
+from offsite.progress import NOTE, Event, Progress
 
 INTERRUPTED = 130
 START_OVER = "run the same command again to start over"
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_AT_LEAST = 2.0
 _LIST_SHOWN = 12
+_ENTRIES_SHOWN = 20  # of a result's part, so that a result fits on a screen or two
+_REMARKS = (NOTE, "kernels: ")  # how the stages of events begin that are printed as a line
 
 
 def show(result: Mapping[str, Any], *, as_json: bool = False) -> None:
@@ -59,6 +62,11 @@ def hint(text: str) -> None:
     """Print advice on the next step on standard error, if that is a terminal."""
     if sys.stderr.isatty():
         say(text)
+
+
+def hint_command(*words: object) -> None:
+    """Print the next command to type, as `hint` does; paths among the words are quoted where a shell needs it."""
+    hint(f"next: {shlex.join(str(word) for word in ('offsite', *words))}")
 
 
 def show_error(error: OffsiteError, *, as_json: bool) -> None:
@@ -156,7 +164,10 @@ def _rows(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
         # below the top level, names may come from the other party and stay unchanged
         label = f"{prefix}{name}" if prefix else name.replace("_", " ")
         if isinstance(value, Mapping):
-            yield from _rows(value, f"{label}.")
+            shown = dict(itertools.islice(value.items(), _ENTRIES_SHOWN))
+            yield from _rows(shown, f"{label}.")
+            if len(value) > _ENTRIES_SHOWN:
+                yield label, f"and {len(value) - _ENTRIES_SHOWN} more (--json lists all)"
         elif isinstance(value, list | tuple):
             yield from _list_rows(label, value)
         elif value is not None:
@@ -168,7 +179,10 @@ def _list_rows(label: str, values: "list[Any] | tuple[Any, ...]") -> Iterator[tu
 
     Only the first line has the label.
     """
-    most = len(values) if all(isinstance(value, int) for value in values) else _LIST_SHOWN
+    numbers = len(values) > _LIST_SHOWN and all(isinstance(value, int) for value in values)
+    if numbers and list(values) == sorted(set(values)):
+        values = number_ranges(values)
+    most = _LIST_SHOWN
     for value in values[:most]:
         if isinstance(value, Mapping):
             yield from _rows(value, f"{label}.")
@@ -177,6 +191,17 @@ def _list_rows(label: str, values: "list[Any] | tuple[Any, ...]") -> Iterator[tu
     texts += [f"and {len(values) - most} more"] if len(values) > most else []
     for at, text in enumerate([", ".join(texts)] if texts and words else texts):
         yield "" if at else label, text
+
+
+def number_ranges(numbers: Sequence[int]) -> list[str]:
+    """Format ascending numbers as ranges, such as ["0-1", "10-11"]."""
+    pieces: list[list[int]] = []
+    for number in numbers:
+        if pieces and pieces[-1][-1] == number - 1:
+            pieces[-1].append(number)
+        else:
+            pieces.append([number])
+    return [f"{piece[0]}-{piece[-1]}" if len(piece) > 1 else str(piece[0]) for piece in pieces]
 
 
 def _value(name: str, value: object) -> str:
@@ -206,14 +231,29 @@ def silent(quiet: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def showing_progress() -> Iterator[Progress]:
-    """Context manager: yield a progress callback that shows bars on a terminal, and otherwise prints lines."""
+    """Context manager: yield a progress callback that shows bars on a terminal, and otherwise prints lines.
+
+    Notes and the line about the kernels are printed as lines of their own, and not as stages of the work.
+    """
     if not sys.stderr.isatty():
-        yield lines()
+        yield _with_remarks(lines())
         return
     from offsite.cli.progress_bars import bars  # rich takes a while to import
 
     with bars() as progress:
-        yield progress
+        yield _with_remarks(progress)
+
+
+def _with_remarks(progress: Progress) -> Progress:
+    """A progress callback that prints notes and the line about the kernels; all other events go to `progress`."""
+
+    def advance(event: Event) -> None:
+        if event.stage.startswith(_REMARKS):
+            say(event.stage)
+        else:
+            progress(event)
+
+    return advance
 
 
 def lines(clock: Callable[[], float] = time.monotonic) -> Progress:

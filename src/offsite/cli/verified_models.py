@@ -108,11 +108,14 @@ def _verified_adapter(
 
 
 def _verified(folder: Path, home: "Home", *, hold: bool) -> "Path | Bundle | Return | PlugIn":
-    """Verify a signed folder; for a folder without a signature, print that it is used without verification."""
-    from offsite.protocol.manifest import MANIFEST
+    """Verify a signed folder; for a folder without a signature, print that it is used without verification.
+
+    A folder with one of manifest and signature has lost the other, so it fails verification.
+    """
+    from offsite.protocol.manifest import MANIFEST, SIGNATURE
     from offsite.protocol.verify import verify
 
-    if (folder / MANIFEST).exists():
+    if any((folder / name).exists() for name in (MANIFEST, SIGNATURE)):
         return verify(folder, home, hold=hold)
     terminal.say(f"{folder} has no signature; it is used as it is")
     return folder

@@ -31,7 +31,7 @@ from offsite.config.pack_groups import (
 )
 from offsite.config.runtime_settings import RuntimeSettings
 from offsite.config.setting_types import Dtype
-from offsite.config.spec import FILE_ONLY, Spec, rule
+from offsite.config.spec import Spec, rule
 
 USUAL_PRUNE = 0.5  # share of zeros in an emulator that drops no block
 
@@ -59,9 +59,7 @@ class PackSpec(Spec):
     permits: PermitSettings = PermitSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     dtype: Annotated[Dtype, Field(description="dtype of the bundle's weights")] = "bf16"
-    seed: Annotated[
-        int, Field(ge=0, lt=2**63, description="seed of random selection, search and distillation"), FILE_ONLY
-    ] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="seed of random selection, search and distillation")] = 0
 
     @rule
     def _something_trains(self) -> None:

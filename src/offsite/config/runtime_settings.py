@@ -22,7 +22,6 @@ class RuntimeSettings(Settings):
             examples=["auto", "cpu", "cuda", "cuda:1"],
             description="device that runs the model",
         ),
-        FILE_ONLY,
     ] = "auto"
     threads: Annotated[
         int | None, Field(ge=1, description="CPU threads; left out: $OMP_NUM_THREADS, else all"), FILE_ONLY

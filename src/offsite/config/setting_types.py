@@ -5,12 +5,11 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from offsite.config.spec import FILE_ONLY
+from offsite.spelling import nearest
 
 Method = Literal["lora", "full", "bitfit", "bottleneck"]
 Dtype = Literal["bf16", "fp32"]
-LongRows = Annotated[
-    Literal["error", "truncate", "skip"], Field(description="what happens to rows over max_length"), FILE_ONLY
-]
+LongRows = Annotated[Literal["error", "truncate", "skip"], Field(description="what happens to rows over max_length")]
 COLUMN_NAMES = (  # our names of fields of a row or a picture, for which a data set may have other names
     *("text", "prompt", "completion", "messages", "instruction", "input", "output", "system", "history", "tools"),
     *("question", "choices", "answer", "chosen", "rejected", "image", "path", "label"),
@@ -30,7 +29,9 @@ def split_columns(value: object) -> object:
 def _require_known_columns(columns: dict[str, str] | None) -> dict[str, str] | None:
     """Validator: raise ValueError if a key is not one of COLUMN_NAMES; None (not set) is valid."""
     if unknown := sorted(set(columns or ()) - set(COLUMN_NAMES)):
-        raise ValueError(f"no field is called {', '.join(unknown)}; the fields are {', '.join(COLUMN_NAMES)}")
+        meant = [f"did you mean {close!r}?" for name in unknown if (close := nearest(name, COLUMN_NAMES))]
+        listed = f"the fields are {', '.join(COLUMN_NAMES)}"
+        raise ValueError(f"no field is called {', '.join(unknown)}; {' '.join([*meant, listed])}")
     return columns
 
 

@@ -4,7 +4,7 @@ A flag overrides the value in the file, and the file overrides the default.
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from offsite.config.tune_spec import TuneSpec
 from offsite.config.validation_messages import describe_validation
 from offsite.encodings import decode_text
 from offsite.errors import UsageError
+from offsite.spelling import nearest
 
 # The tables that a TOML file may hold, one for each verb with settings.
 TABLES: dict[str, type[Spec]] = {
@@ -93,6 +94,7 @@ def _read_toml(config: Path) -> dict[str, dict[str, Any]]:
     if unknown:
         raise UsageError(
             f"{config} has entries that are not tables of settings: {', '.join(unknown)}",
+            reasons=_meant(unknown, TABLES),
             next_step=f"the tables are {', '.join(f'[{name}]' for name in TABLES)}",
         )
     for name, table in tables.items():  # a typing error in another stage's table must not go unnoticed
@@ -100,6 +102,13 @@ def _read_toml(config: Path) -> dict[str, dict[str, Any]]:
         if stray:
             raise UsageError(
                 f"{config} has unknown settings in [{name}]: {', '.join(stray)}",
+                reasons=_meant(stray, TABLES[name].settings()),
                 next_step=f"the settings of [{name}] are {', '.join(sorted(TABLES[name].settings().keys()))}",
             )
     return tables
+
+
+def _meant(unknown: Sequence[str], known: Iterable[str]) -> list[str]:
+    """A line for each unknown name that resembles a known one."""
+    names = list(known)
+    return [f"{name}: did you mean {close!r}?" for name in unknown if (close := nearest(name, names))]

@@ -56,7 +56,7 @@ class LengthSettings(Settings):
 class RowSettings(Settings):
     """How rows of text become tokens."""
 
-    max_length: Annotated[int, Field(ge=8, description="longest row in tokens"), FILE_ONLY] = 1024
+    max_length: Annotated[int, Field(ge=8, description="longest row in tokens")] = 1024
     long_rows: LongRows = "error"
     columns: Columns = None
     chosen: Chosen = False
@@ -173,9 +173,7 @@ class TuneSpec(Spec):
     points: PointSettings = PointSettings()
     images: ImageSettings = ImageSettings()
     runtime: RuntimeSettings = RuntimeSettings()
-    seed: Annotated[
-        int, Field(ge=0, lt=2**63, description="seed of order, dropout and LoRA initialisation"), FILE_ONLY
-    ] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="seed of order, dropout and LoRA initialisation")] = 0
 
     @rule
     def _head_excludes_bottlenecks(self) -> None:

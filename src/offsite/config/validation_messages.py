@@ -1,10 +1,13 @@
 """Turns pydantic's validation errors into messages that name the settings by their keys."""
 
+import re
 from dataclasses import dataclass
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from offsite.config.spec import RulesError, Spec
+from offsite.spelling import nearest
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,16 @@ def problems_of(error: ValidationError, kind: type[Spec] | None = None) -> list[
             found += [Problem((), message) for message in broken.messages]
             continue
         place = problem["loc"][1:] if kind and problem["loc"][:1] in kind.group_places() else problem["loc"]
-        what = f"{problem['msg']} (found {repr(problem['input'])[:80]})"
+        what = f"{problem['msg']} (found {repr(problem['input'])[:80]}){_meant(problem)}"
         found.append(Problem(tuple(str(part)[:80] for part in place), what, problem["type"] == "extra_forbidden"))
     return found
+
+
+def _meant(problem: ErrorDetails) -> str:
+    """The choice that a wrong value resembles, as the end of a message; empty if there is none."""
+    choices = re.findall(r"'([^']+)'", problem.get("ctx", {}).get("expected", ""))
+    close = nearest(str(problem["input"])[:80], choices) if problem["type"] == "literal_error" else None
+    return f"; did you mean {close!r}?" if close else ""
 
 
 def describe_validation(error: ValidationError, kind: type[Spec] | None = None) -> list[str]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LongRows = Literal["error", "truncate", "skip"]
 
 _TOGETHER = 512  # number of rows that are encoded at once
-_CUT = 'cut rows with long_rows = "truncate" in table [tune] or [eval] of a --config file'
+_CUT = 'cut rows with --long-rows truncate (long_rows = "truncate" in table [tune] or [eval] of a --config file)'
 
 
 def encode(
@@ -85,7 +85,7 @@ def encode(
         raise DataError(
             f"no row of {name} is left",
             reasons=[f"{len(rows)} rows read, {len(long)} over {max_length} tokens left out", *_counts(notes)],
-            next_step=f"raise max_length, or {_CUT}",
+            next_step=f"raise --max-length, or {_CUT}",
         )
     return Encoded(tuple(examples), skipped, cut, len(long), tuple(lengths), dropped, notes)
 
@@ -138,7 +138,7 @@ def _require_short(long: Sequence[str], source: str) -> None:
         raise DataError(
             f"{counted(long, 'row')} of {source} over the longest length",
             reasons=first(long),
-            next_step=f'{_CUT}; "skip" leaves them out, and max_length may be raised there, up to the model\'s context',
+            next_step=f'{_CUT}; "skip" leaves them out, and --max-length may be raised, up to the model\'s context',
         )
 
 

@@ -68,15 +68,19 @@ def check_tuning(
 
 
 def require_addressed(bundle: Bundle, identity: Identity) -> None:
-    """Refuse a bundle that is addressed to another home, since the model's owner would refuse its return.
+    """Refuse a bundle that is not addressed to this home, since its owner would refuse a return that this home signs.
 
     Raises:
-        UsageError: this home's key is neither the bundle's recipient nor its issuer.
+        UsageError: this home's key is not the bundle's recipient; the home of the issuer is refused too.
     """
-    own, manifest = identity.public_key.hex, bundle.manifest
-    if own not in (manifest.recipient, manifest.issuer):
-        raise UsageError(
-            f"{bundle.folder} is addressed to {PublicKey.from_hex(manifest.recipient).fingerprint}",
-            reasons=[f"this home's key is {identity.public_key.fingerprint}"],
-            next_step="name the home that the bundle was verified in",
-        )
+    own, manifest = identity.public_key, bundle.manifest
+    if own.hex == manifest.recipient:
+        return
+    issued = own.hex == manifest.issuer
+    raise UsageError(
+        f"{bundle.folder} is addressed to {PublicKey.from_hex(manifest.recipient).fingerprint}, whose home alone can "
+        "tune it",
+        reasons=[f"this home's key is {own.fingerprint}" + (", which issued the bundle" if issued else "")],
+        next_step="name the recipient's home with --home"
+        + ("; to play both parties on one machine, `offsite study` has a home for each" if issued else ""),
+    )

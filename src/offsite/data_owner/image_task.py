@@ -80,6 +80,11 @@ class ImageTask:
         return len(self.album.train)
 
     @property
+    def validates(self) -> bool:
+        """Whether there are held-out pictures."""
+        return self.album.held_out is not None
+
+    @property
     def device(self) -> torch.device:
         """The device of the network."""
         return self.encoder.device

@@ -95,5 +95,5 @@ def describe_longest_row(task: TextTask | ImageTask) -> tuple[str, str]:
     longest = max(len(example.ids) for example in task.examples)
     return (
         f"its longest row ({longest} tokens)",
-        ', or cut the rows: a lower max_length with long_rows = "truncate", in table [tune] of a --config file',
+        ", or cut the rows: a lower --max-length with --long-rows truncate",
     )

@@ -17,12 +17,14 @@ from offsite.data_owner.check_tuning import check_tuning
 from offsite.data_owner.return_manifest import classifier_shapes, return_sizes, returned_tensors
 from offsite.kernels.compute_dtypes import ITEM_BYTES
 from offsite.models.plan_amounts import Amount, Compute, Measurement, Memory, Part, total
-from offsite.progress import Event, Progress, silent
+from offsite.progress import NOTE, Event, Progress, silent
 from offsite.protocol.artifacts import Bundle
 from offsite.protocol.home import Home
 from offsite.protocol.manifest import BundleManifest
 from offsite.storage.safetensors_files import FLOATS, TensorRange
-from offsite.training.schedule import checkpoint_steps, step_count
+from offsite.training.run_identity import require_same_run
+from offsite.training.run_log import require_resume_asked, run_folder
+from offsite.training.schedule import checkpoint_steps, describe_few_steps, step_count
 
 if TYPE_CHECKING:
     from offsite.data_owner.tuning_data import TextData
@@ -108,6 +110,7 @@ def plan_tune(
     """
     identity = check_tuning(bundle, data, out, spec, home, eval_data=eval_data, tensorboard=tensorboard, resume=resume)
     from offsite.data.pictures.picture_workers import PictureWorkers
+    from offsite.data_owner.identity_of_tuning import identity_of_tuning
     from offsite.data_owner.tuning_data import read_data
     from offsite.kernels.runtime import resolve_runtime, usual_tokens_at_once, worker_count
 
@@ -120,6 +123,10 @@ def plan_tune(
         read = read_data(bundle, data, eval_data, spec, progress, workers)
     steps = step_count(spec, read.rows)
     checkpoint_steps(spec, steps)
+    if require_resume_asked(run_folder(out), resume=resume, restartable=True):
+        require_same_run(run_folder(out), identity_of_tuning(bundle, data, eval_data, spec, runtime, several=False))
+    if few := describe_few_steps(spec, steps, read.rows):
+        progress(Event(f"{NOTE}{few}", 0))
     compute: Compute = "bf16" if item == ITEM_BYTES["bf16"] else "fp32"
     manifest, classes = bundle.manifest, read.classes
     classifier = _count(classifier_shapes(manifest, len(classes))) if classes else 0

@@ -34,6 +34,11 @@ class TextTask:
         return len(self.examples)
 
     @property
+    def validates(self) -> bool:
+        """Whether there are held-out rows."""
+        return bool(self.held_out)
+
+    @property
     def device(self) -> torch.device:
         """The device of the network."""
         return self.network.head.weight.device

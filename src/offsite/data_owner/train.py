@@ -25,6 +25,8 @@ from offsite.training.schedule import learning_rate, step_count
 from offsite.training.task import Batching
 from offsite.training.tensorboard import tensorboard_log
 
+SAME_ROWS = "same rows"  # the event of the log with the loss on the rows of the first step
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -52,6 +54,10 @@ def train(
 ) -> None:
     """Train to the last step, saving resume points and checkpoints; the weights are changed in place.
 
+    The log has the held-out loss before and after. Without held-out rows, it has the loss before and after on the rows
+    of the first step, since two steps on different rows would not show what training changed; but not if processes
+    share the weights of the blocks.
+
     Args:
         tuning: the prepared tuning.
         spec: the settings, already fitted into memory.
@@ -71,7 +77,6 @@ def train(
     hooks = Hooks()
     if checkpoints is not None and processes.first:
         hooks = Hooks(
-            on_start=checkpoints.require_saved,
             on_step=lambda step: checkpoints.save(step, tuning.returned),
             on_validation=lambda step, figures: checkpoints.score(step, figures["loss"]),
         )
@@ -89,6 +94,18 @@ def train(
             for to_log in logs:
                 to_log(record)
 
+        def on_start(done: int) -> None:
+            if checkpoints is not None:
+                checkpoints.require_saved(done)
+            if done == 0:
+                log_same_rows(0)
+
+        def log_same_rows(step: int) -> None:
+            if processes.first and not (task.validates or tuning.sharded):
+                logs[0]({"event": SAME_ROWS, "step": step, "loss": _first_rows_loss(task, tuning.trained)})
+
+        if processes.first:
+            hooks = replace(hooks, on_start=on_start)
         loop.train(
             task,
             tuning.weights,
@@ -100,12 +117,27 @@ def train(
             hooks=hooks,
             processes=processes,
         )
+        log_same_rows(settings.steps)
+
+
+@torch.no_grad()
+def _first_rows_loss(task: TextTask | ImageTask, trained: Sequence[nn.Module]) -> float:
+    """The loss on the rows of the first step, in nats per labelled token or picture; modules end in eval mode.
+
+    Args:
+        task: the task.
+        trained: the trained blocks, which may have dropout.
+    """
+    for module in trained:
+        module.eval()
+    rows = task.order(0)[0]
+    return sum(float(task.loss(group, 0)) for group in task.micro_batches(rows)) / task.weight(rows)
 
 
 def _loop_settings(spec: TuneSpec, rows: int, checkpoints: Checkpoints | None) -> LoopSettings:
     """The settings of the training loop.
 
-    Validation runs at the end, at every checkpoint, and every `eval_every` steps.
+    Validation runs before the first step, at the end, at every checkpoint, and every `eval_every` steps.
 
     Args:
         spec: the settings of the tuning.
@@ -119,7 +151,7 @@ def _loop_settings(spec: TuneSpec, rows: int, checkpoints: Checkpoints | None) -
 
     def validates_after(step: int) -> bool:
         is_checkpoint = checkpoints is not None and checkpoints.is_due(step)
-        return is_checkpoint or step == steps or bool(step and every and step % every == 0)
+        return is_checkpoint or step in (0, steps) or bool(every and step % every == 0)
 
     return LoopSettings(
         steps=steps,

@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 import offsite
 from offsite.config import TuneSpec
 from offsite.data.data_files import DataPaths, data_digest
-from offsite.data.pictures.picture_sets import pictures_digest, read_pictures
 from offsite.data.pictures.picture_workers import PictureWorkers
 from offsite.data_owner.check_permissions import resolve_defaults
 from offsite.data_owner.check_tuning import AT_WORK, check_tuning
 from offsite.data_owner.feature_cache import cached_features
+from offsite.data_owner.finished_run import own_return, record_finished, require_same_finished_run
+from offsite.data_owner.identity_of_tuning import identity_of_tuning
 from offsite.data_owner.memory_budget import within_memory
 from offsite.data_owner.prepare_model import prepare_model
 from offsite.data_owner.returned_checkpoints import Checkpoints
@@ -23,8 +25,8 @@ from offsite.data_owner.train import train
 from offsite.data_owner.tuning_data import read_data
 from offsite.data_owner.write_return import write_return
 from offsite.errors import OffsiteError
-from offsite.kernels.runtime import Runtime, resolve_runtime, seeded, usual_tokens_at_once, worker_count
-from offsite.progress import Event, Progress, silent
+from offsite.kernels.runtime import resolve_runtime, seeded, usual_tokens_at_once, worker_count
+from offsite.progress import NOTE, Event, Progress, silent
 from offsite.protocol.artifacts import Bundle, Return
 from offsite.protocol.home import Home
 from offsite.protocol.signing import Identity
@@ -32,10 +34,7 @@ from offsite.storage.lock import alone_in
 from offsite.training.processes import ONE, Processes
 from offsite.training.resume_points import RunState
 from offsite.training.run_log import log_file, run_folder
-from offsite.training.schedule import checkpoint_steps, step_count
-
-# Settings that do not change the result, so a resumed run may have other values.
-_FREE_SETTINGS = frozenset({"save_every", "eval_every", "threads", "workers"})
+from offsite.training.schedule import checkpoint_steps, describe_few_steps, step_count
 
 
 def tune(
@@ -52,7 +51,8 @@ def tune(
 ) -> Return:
     """Train the bundle's adapter on rows that stay on this machine, and write the return.
 
-    Next to `out` are the log, `<out>.log.jsonl`, and until the return is complete the resume points, `<out>.run/`.
+    Next to `out` are the log, `<out>.log.jsonl`, and until the return is complete the resume points, `<out>.run/`. If
+    `resume` is True and the run is finished, its return is verified and returned, and nothing trains.
 
     Args:
         bundle: the verified bundle from the model's owner.
@@ -68,10 +68,11 @@ def tune(
         progress: receives the progress events.
 
     Raises:
-        UsageError: `out` is not empty; there are fewer steps than checkpoints; losses are to be reported but there are
-            no held-out rows; the tuning does not fit into the setting `memory`; another tuning runs there; it has an
-            interrupted run that cannot be resumed, or `resume` is False; a required package is not installed; or
-            TensorBoard's folder is inside the folder of the return or of its run.
+        UsageError: `out` is not empty, or holds the return of another run; there are fewer steps than checkpoints;
+            losses are to be reported but there are no held-out rows; the tuning does not fit into the setting `memory`;
+            another tuning runs there; it has an interrupted run that cannot be resumed, or `resume` is False; a
+            required package is not installed; the bundle is not addressed to this home; or TensorBoard's folder is
+            inside the folder of the return or of its run.
         PolicyError: the bundle does not permit the method or the rank.
         DataError: rows are invalid, too long, or missing.
         IncompatibleError: the bundle does not load, has nothing for the method to train, does not have the tensors that
@@ -80,6 +81,8 @@ def tune(
         StorageError: a file cannot be read or written.
         KeyboardInterrupt: the user stopped the run; a resume point was saved.
     """
+    if resume and (finished := finished_return(bundle, data, out, spec, home, eval_data=eval_data)):
+        return finished
     returned = tune_in_processes(
         bundle,
         data,
@@ -147,8 +150,10 @@ def tune_in_processes(
             rows = read_data(bundle, data, eval_data, spec, progress, workers)
             steps = step_count(spec, rows.rows)
             checkpoint_steps(spec, steps)  # refuses too few steps before the run has a folder
+            if few := describe_few_steps(spec, steps, rows.rows):
+                progress(Event(f"{NOTE}{few}", 0))
             several = processes.count > 1
-            identity_of_run = _identity_of_run(bundle, data, eval_data, spec, runtime, several=several)
+            identity_of_run = identity_of_tuning(bundle, data, eval_data, spec, runtime, several=several)
             compared = {**identity_of_run, **_further_compared(eval_data)} if several else {}
         processes.require_same(compared)
         folder, log = run_folder(out), log_file(out)
@@ -173,26 +178,49 @@ def tune_in_processes(
             if state is not None and identity is not None:
                 progress(Event("writing the return", 0))
                 returned = write_return(bundle, tuning.returned, spec, out, identity, checkpoints, rows.classes)
+                record_finished(returned, identity_of_run)
                 state.remove()
     return returned
 
 
-def _identity_of_run(
-    bundle: Bundle, data: DataPaths, eval_data: DataPaths | None, spec: TuneSpec, runtime: Runtime, *, several: bool
-) -> dict[str, object]:
-    """Settings, bundle and data of a run, by name. A run is only resumed if all of these are the same.
+def finished_return(
+    bundle: Bundle,
+    data: DataPaths,
+    out: Path,
+    spec: TuneSpec,
+    home: Home,
+    *,
+    eval_data: DataPaths | None = None,
+    several: bool = False,
+) -> Return | None:
+    """The return of a tuning that is already finished; None if `out` does not hold a return of this home.
 
-    `several` says whether it runs in several processes.
+    Args:
+        bundle: the verified bundle.
+        data: the training rows.
+        out: the return's folder.
+        spec: the settings of the tuning.
+        home: the data owner's home, with the key.
+        eval_data: held-out rows; None if they are not a separate data set.
+        several: whether several processes tune together.
+
+    Raises:
+        UsageError: the return was made with other settings, from another bundle or from other data, or the log that
+            would say so is missing.
+        DataError: the data cannot be read.
     """
-    settings = spec.flat(without=_FREE_SETTINGS)
-    device = runtime.device.type if several else str(runtime.device)  # each of several processes has its own
-    resolved = {"device": device, "compute": str(runtime.dtype)}
-    reported = {"eval_data": data_digest(eval_data)} if eval_data and spec.points.report_scores else {}
-    if bundle.manifest.family.vision is None:
-        digest = data_digest(data)
-    else:  # the content of the picture files counts, since a table of pictures holds only their names
-        digest = pictures_digest(read_pictures(data, part="train", columns=spec.rows.columns))
-    return {**settings, **resolved, "bundle": bundle.digest, "data": digest, **reported}
+    returned = own_return(out, home)
+    if returned is None:
+        return None
+    runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
+    usual = usual_tokens_at_once(runtime, text=bundle.manifest.family.vision is None)
+    spec = resolve_defaults(spec, usual)
+    identity = identity_of_tuning(bundle, data, eval_data, spec, runtime, several=several)
+    require_same_finished_run(returned, identity)
+    if run_folder(out).exists():  # the run was interrupted just after it had written the return
+        record_finished(returned, identity)
+        shutil.rmtree(run_folder(out), ignore_errors=True)
+    return returned
 
 
 @contextlib.contextmanager

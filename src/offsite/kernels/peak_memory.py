@@ -9,6 +9,7 @@ import torch
 from offsite.errors import UsageError
 from offsite.kernels.runtime import release_freed_memory
 
+_AVAILABLE = Path("/proc/meminfo")
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -39,6 +40,16 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> tuple[int, 
     before = _status_bytes("VmRSS")
     work()
     return before, _status_bytes("VmHWM")
+
+
+def available_memory(device: torch.device) -> int | None:
+    """The bytes of memory that a program may still use on a device; None if this system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu" or not _AVAILABLE.exists():
+        return None
+    found = re.search(r"^MemAvailable:\s+(\d+)", _AVAILABLE.read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 def _status_bytes(key: str) -> int:

@@ -12,6 +12,7 @@ from offsite.data.read_rows import first
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.models.families.architectures import ARCHITECTURES, Architecture, architecture_of
 from offsite.models.quantisation import display_name, method_in_settings, plain_config
+from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Base
 from offsite.protocol.contents import CONFIG
 from offsite.protocol.manifest import MANIFEST
@@ -168,6 +169,7 @@ def _family_and_config(config: Mapping[str, Any], stored: Iterable[str]) -> tupl
     return derived.family, derived.config
 
 
+READING = "reading the base"  # the stage of a fingerprint in progress events
 _IMPORT_AGAIN = "import the model again with `offsite import MODEL --out base/`"
 
 
@@ -263,7 +265,13 @@ def require_unchanged(model: BaseModel) -> None:
         )
 
 
-def fingerprint(model: BaseModel, identity: Identity, base: Base | None = None, bad: list[str] | None = None) -> str:
+def fingerprint(
+    model: BaseModel,
+    identity: Identity,
+    base: Base | None = None,
+    bad: list[str] | None = None,
+    progress: Progress = silent,
+) -> str:
     """The fingerprint of a base, which its bundles contain: HMAC-SHA256 over tensor names, dtypes, shapes and bytes.
 
     The key is secret, so nobody but the owner can compute the fingerprint and confirm a guess of the base model. Reads
@@ -275,6 +283,7 @@ def fingerprint(model: BaseModel, identity: Identity, base: Base | None = None, 
         base: an object that caches the fingerprint, so that unchanged weight files are not read again.
         bad: a list to which the names of tensors with NaN or infinity are appended, unless the fingerprint comes from
             the cache; None if values are not checked.
+        progress: receives the progress events, which count tensors.
 
     Returns:
         64 hex digits.
@@ -282,18 +291,20 @@ def fingerprint(model: BaseModel, identity: Identity, base: Base | None = None, 
     known = base.fingerprints if base is not None else {}
     key = (identity.public_key.hex, model.states)
     if key not in known:
-        known[key] = _fingerprint(model, identity, bad)
+        known[key] = _fingerprint(model, identity, bad, progress)
     return known[key]
 
 
-def _fingerprint(model: BaseModel, identity: Identity, bad: list[str] | None) -> str:
+def _fingerprint(model: BaseModel, identity: Identity, bad: list[str] | None, progress: Progress) -> str:
     """Compute the fingerprint without a cache; arguments as for `fingerprint`."""
     code = hmac.new(identity.secret("base fingerprint"), digestmod=hashlib.sha256)
-    for name in sorted(model.tensors):
+    for done, name in enumerate(sorted(model.tensors)):
+        progress(Event(READING, done, len(model.tensors)))
         tensor = model.tensors[name]
         code.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         for chunk in read_chunks(tensor):
             code.update(chunk)
             if bad is not None and has_non_finite(chunk, tensor.dtype) and name not in bad:
                 bad.append(name)
+    progress(Event(READING, len(model.tensors), len(model.tensors)))
     return code.hexdigest()

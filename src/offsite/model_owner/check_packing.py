@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offsite.config import PackSpec
+from offsite.data.data_files import data_digest
 from offsite.model_owner.base_model import BaseModel, open_base
 from offsite.model_owner.bundle_settings import settings_files
 from offsite.model_owner.bundle_tensors import DTYPES, permitted_methods
@@ -20,7 +21,11 @@ from offsite.protocol.artifacts import Base
 from offsite.protocol.home import Home
 from offsite.protocol.output_place import require_place
 from offsite.protocol.signing import Identity, PublicKey
+from offsite.training.run_identity import require_same_run
 from offsite.training.run_log import require_resume_asked, run_folder
+
+# Settings that do not change the result, so a resumed run may change them.
+_FREE_SETTINGS = frozenset({"threads", "search_minutes"})
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ def check_packing(
         model = prove_family(model)
     spec = resolve_defaults(model, spec)
     sandwich = require_packable(model, spec)
-    if spec.resumable:
-        require_resume_asked(run_folder(out), resume=resume)
+    if spec.resumable and require_resume_asked(run_folder(out), resume=resume):
+        require_same_run(run_folder(out), identity_of_packing(spec), without=("base",))  # the run compares that too
     if model.family.vision is not None and model.family.vision.extra:
         from offsite.models.hugging_face_calls import require_library
 
@@ -74,6 +79,12 @@ def check_packing(
     if runs_network(sandwich, spec):
         require_calibration(model, spec, distills=bool(work_of(sandwich.middle, spec).later_steps))
     return Packing(model, spec, sandwich, identity, key)
+
+
+def identity_of_packing(spec: PackSpec) -> dict[str, object]:
+    """The settings and the calibration data of a packing, by name; an interrupted one is only resumed with the same."""
+    text = data_digest(spec.calibration.source) if spec.calibration.source else None
+    return {**spec.flat(without=_FREE_SETTINGS), "text": text}
 
 
 def require_packable(model: BaseModel, spec: PackSpec) -> Sandwich:

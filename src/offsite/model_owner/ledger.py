@@ -13,6 +13,7 @@ from offsite.config import PackSpec
 from offsite.errors import PolicyError, StorageError
 from offsite.model_owner.base_shares import BaseShares
 from offsite.model_owner.carry_map import CarryMap, parse_carry_map, render_carry_map
+from offsite.model_owner.emulator_score import EmulatorScore
 from offsite.model_owner.tuning_arithmetic import TuningArithmetic
 from offsite.protocol.artifacts import Bundle, PlugIn, Return
 from offsite.protocol.manifest import MANIFEST, BundleManifest, parse_manifest, render_manifest
@@ -30,7 +31,8 @@ CREATE TABLE IF NOT EXISTS bundles (
     state TEXT NOT NULL CHECK (state IN ('issued', 'returned', 'plugged in')),
     carry TEXT,               -- JSON: the CarryMap; known to nobody else
     shares TEXT,              -- JSON: the BaseShares
-    arithmetic TEXT           -- JSON: the TuningArithmetic
+    arithmetic TEXT,          -- JSON: the TuningArithmetic
+    score TEXT                -- JSON: the EmulatorScore; known to nobody else
 );
 CREATE TABLE IF NOT EXISTS returns (
     id INTEGER PRIMARY KEY,
@@ -54,7 +56,7 @@ CREATE TABLE IF NOT EXISTS plug_ins (
 # Columns that older ledgers lack, by table.
 _ADDED = {
     "plug_ins": {"strength": "REAL NOT NULL DEFAULT 1", "checkpoint": "INTEGER NOT NULL DEFAULT 1"},
-    "bundles": {"carry": "TEXT", "shares": "TEXT", "arithmetic": "TEXT"},
+    "bundles": {"carry": "TEXT", "shares": "TEXT", "arithmetic": "TEXT", "score": "TEXT"},
 }
 
 
@@ -63,7 +65,7 @@ class Issued:
     """The ledger's record of a bundle; `kept` are the base indices of its blocks, in order.
 
     `state` is "issued", "returned" or "plugged in". `carry`, `shares` and `arithmetic` are None for bundles of earlier
-    versions.
+    versions, and `score` for those that were not scored.
     """
 
     digest: str
@@ -73,6 +75,7 @@ class Issued:
     carry: CarryMap | None = None
     shares: BaseShares | None = None
     arithmetic: TuningArithmetic | None = None
+    score: EmulatorScore | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,8 @@ class Ledger:
         """
         with self._open() as db:
             row = db.execute(
-                "SELECT manifest, kept, state, carry, shares, arithmetic FROM bundles WHERE digest = ?", (digest,)
+                "SELECT manifest, kept, state, carry, shares, arithmetic, score FROM bundles WHERE digest = ?",
+                (digest,),
             )
             found = row.fetchone()
         if found is None:
@@ -137,6 +141,7 @@ class Ledger:
             carry = None if found[3] is None else parse_carry_map(found[3], digest)
             shares = None if found[4] is None else BaseShares.from_json(found[4])
             arithmetic = None if found[5] is None else TuningArithmetic.from_json(found[5])
+            score = None if found[6] is None else EmulatorScore.from_json(found[6])
         except ValueError as problem:
             raise StorageError(
                 f"the ledger {self.path} holds a bundle that this version cannot read",
@@ -148,7 +153,12 @@ class Ledger:
                 f"the ledger {self.path} holds another kind of document as a bundle",
                 next_step="restore the ledger from a backup",
             )
-        return Issued(digest, manifest, kept, found[2], carry, shares, arithmetic)
+        return Issued(digest, manifest, kept, found[2], carry, shares, arithmetic, score)
+
+    def record_score(self, digest: str, score: EmulatorScore) -> None:
+        """Record the losses of a bundle's emulator and of its base; `digest` is the bundle's."""
+        with self._open() as db:
+            db.execute("UPDATE bundles SET score = ? WHERE digest = ?", (score.to_json(), digest))
 
     def record_intake(self, digest: str, bundle: str | None, reasons: Sequence[str] = ()) -> None:
         """Record a received return as refused if there are `reasons`, else as accepted.

@@ -2,13 +2,14 @@
 
 import contextlib
 import datetime
+import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from offsite.config import PackSpec
-from offsite.data.data_files import data_digest
 from offsite.data.read_rows import first
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel, fingerprint
@@ -23,7 +24,7 @@ from offsite.model_owner.bundle_tensors import (
     returnable_head,
 )
 from offsite.model_owner.check_bundle import open_bundle, open_settings
-from offsite.model_owner.check_packing import check_packing
+from offsite.model_owner.check_packing import check_packing, identity_of_packing
 from offsite.model_owner.compress.declare_emulator import declared_of
 from offsite.model_owner.count_base_shares import count_base_shares
 from offsite.model_owner.describe_emulator import describe_emulator
@@ -48,11 +49,10 @@ from offsite.protocol.sealing import file_entries, seal
 from offsite.storage.checkpoint_folder import DECLARED_WEIGHTS, WEIGHTS, write_checkpoint
 from offsite.storage.files import staged_folder, write_stream
 from offsite.storage.finite import FiniteWatch
+from offsite.storage.safetensors_files import NewTensor
 from offsite.training.run_log import log_file, run_folder, run_log
 
 PACKING = "pack"  # the event of the log that says how the emulator is made
-# Settings that do not change the result, so a resumed run may change them.
-_FREE_SETTINGS = frozenset({"threads", "search_minutes"})
 
 
 def pack(
@@ -94,7 +94,7 @@ def pack(
     dtype = DTYPES[spec.dtype]
     bad: list[str] = []
     open_settings(model, settings_files(model, range(model.blocks), dtype))
-    base_code = fingerprint(model, identity, bad=bad)
+    base_code = fingerprint(model, identity, bad=bad, progress=progress)
     require_finite(bad, model.folder)
     with (
         _log(out) as log,
@@ -108,13 +108,12 @@ def pack(
         widths = choose_widths(model, emulator, spec, scratch, progress) if spec.narrows else None
         healed = heal(Healing(model, sandwich, emulator, widths, spec, scratch, log, progress))
         kept = sandwich.kept(emulator)
-        progress(Event("writing the bundle", 0))
         numbers = counts(sandwich, kept, spec)
         declared = declared_of(model, numbers.bottom, emulator, spec, widths)
         weights = DECLARED_WEIGHTS if declared else WEIGHTS
         watch = FiniteWatch()
         tensors = watch.over(bundle_tensors(model, kept, healed.tensors, dtype, numbers, spec, declared))
-        written = write_checkpoint(folder, tensors, weights=weights)
+        written = write_checkpoint(folder, _reported(tensors, progress), weights=weights)
         _require_finite_result(watch.found)
         settings = settings_files(model, kept, dtype, declared)
         written += [write_stream(folder / name, [content]) for name, content in settings.items()]
@@ -127,6 +126,18 @@ def pack(
         arithmetic = count_tuning_arithmetic(model, kept, numbers, declared)
         Ledger(home.ledger).record_issue(bundle, recipient, carry, shares, arithmetic, spec)
     return bundle
+
+
+def _reported(tensors: Sequence[NewTensor], progress: Progress) -> list[NewTensor]:
+    """Wrap the tensors of a bundle so that the progress is reported when their values are written."""
+    written = itertools.count(1)
+
+    def chunks(tensor: NewTensor) -> Iterator[bytes | memoryview]:
+        yield from tensor.chunks()
+        progress(Event("writing the bundle", next(written), len(tensors)))
+
+    progress(Event("writing the bundle", 0, len(tensors)))
+    return [replace(tensor, chunks=partial(chunks, tensor)) for tensor in tensors]
 
 
 def _require_finite_result(bad: Sequence[str]) -> None:
@@ -233,8 +244,6 @@ def _scratch(out: Path, staging: Path, base: str, spec: PackSpec, *, resume: boo
         return
     from offsite.training.resume_points import RunState
 
-    text = data_digest(spec.calibration.source) if spec.calibration.source else None
-    identity = {**spec.flat(without=_FREE_SETTINGS), "base": base, "text": text}
-    state = RunState(run_folder(out), identity, resume=resume)
+    state = RunState(run_folder(out), {**identity_of_packing(spec), "base": base}, resume=resume)
     yield state.folder
     state.remove()

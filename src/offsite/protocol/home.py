@@ -14,8 +14,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from offsite.encodings import decode_text
 from offsite.errors import OffsiteError, UsageError
 from offsite.protocol.signing import Identity, PublicKey
+from offsite.spelling import nearest, suggest
 from offsite.storage.files import replace_file, storage_errors
 
+_LISTED = 12  # trusted names that an error lists
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -135,7 +137,11 @@ class Home:
             UsageError: no trusted key has that name.
         """
         if name not in self.trusted():
-            raise UsageError(f"nobody called {name!r} is trusted", next_step="see `offsite trust list`")
+            raise UsageError(
+                f"nobody called {name!r} is trusted",
+                reasons=[suggest(name, self.trusted())] if self.trusted() else (),
+                next_step="see `offsite trust list`",
+            )
         with storage_errors(self.folder):
             (self.folder / "trusted" / f"{name}.pub").unlink()
 
@@ -151,10 +157,14 @@ class Home:
         """
         trusted = self.trusted()
         if name not in trusted:
+            close = nearest(name, trusted)
+            listed = [*trusted][:_LISTED]
+            more = f" and {len(trusted) - _LISTED} more" if len(trusted) > _LISTED else ""
             raise UsageError(
-                f"nobody called {name!r} is trusted",
-                reasons=[f"trusted: {', '.join(trusted) or 'nobody yet'}"],
-                next_step=f"add the party's public key with `offsite trust add {name} FILE.pub`",
+                f"nobody called {name!r} is trusted" + (f"; did you mean {close!r}?" if close else ""),
+                reasons=[f"trusted: {', '.join(listed) or 'nobody yet'}{more}"],
+                next_step=(f"give --for {close}, or " if close else "")
+                + f"add the party's public key with `offsite trust add {name} FILE.pub`",
             )
         return trusted[name]
 

@@ -4,7 +4,6 @@ A [[pack]] table has a name and any settings of PackSpec, a [[tune]] table a nam
 settings are not listed here, so a recipe can always use all of them.
 """
 
-import difflib
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from offsite.config import EvalSpec, PackSpec, PlugInSpec, Spec, TuneSpec, probl
 from offsite.config.setting_types import Columns
 from offsite.encodings import decode_text
 from offsite.errors import UsageError
+from offsite.spelling import suggest
 
 RowName = Literal["zero_shot", "emulator_zero_shot", "full", "adapter_on_base", "emulator", "plug_in"]
 ROWS: tuple[RowName, ...] = get_args(RowName)  # in the order of every result table
@@ -340,9 +340,7 @@ def _unknown(where: str, name: str, known: Sequence[str]) -> str:
 
     It begins with `where`, the setting's table and name.
     """
-    close = difflib.get_close_matches(name, known, 1)
-    meant = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
-    return f"{where}: there is no such setting; {meant}"
+    return f"{where}: there is no such setting; {suggest(name, known)}"
 
 
 def _repeated(where: str, names: Sequence[str]) -> list[str]:

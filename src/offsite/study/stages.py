@@ -66,7 +66,7 @@ class Workspace:
 
     def pack_stage(self, spec: PackSpec) -> Stage:
         """The stage in which the model's owner packs a bundle."""
-        words: Words = ["pack", self.base, "--for", TUNER, *(["--resume"] if spec.resumable else [])]
+        words: Words = ["pack", self.base, "--for", TUNER, "--no-score", *(["--resume"] if spec.resumable else [])]
         inputs = {"base": self.base_digest, "spec": settings_by_content(spec)}
         return self._stage("pack", OWNER, "bundles", words, inputs, settings={"pack": spec})
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from offsite.errors import StorageError, UsageError
+from offsite.errors import StorageError
 from offsite.models.torch_tensors import read_tensor
 from offsite.storage.files import replace_file, storage_errors
 from offsite.storage.leftovers import delete_command
 from offsite.storage.lock import LOCK
 from offsite.storage.safetensors_files import NewTensor, read_header, write_safetensors
-from offsite.storage.strict_json import strict_json
+from offsite.training.run_identity import RUN, read_record, require_same_run
 from offsite.training.run_log import require_resume_asked
 
 _NAMES = {torch.float32: "F32", torch.uint8: "U8"}
@@ -57,30 +57,10 @@ class RunState:
         self._record = folder / "state.json"
         described = json.loads(json.dumps(identity))
         if require_resume_asked(folder, resume=resume, restartable=restartable):
-            self._require_same(described)
-        elif (folder / "run.json").exists() and (not resume or _read_json(folder / "run.json") != described):
+            require_same_run(folder, described)
+        elif (folder / RUN).exists() and (not resume or read_record(folder / RUN) != described):
             self._remove_files()
         replace_file(folder / "run.json", json.dumps(described, indent=1).encode())
-
-    def _require_same(self, identity: Mapping[str, Any]) -> None:
-        """Refuse to resume a run whose settings, model or data are not those of `identity`.
-
-        Raises:
-            UsageError: they differ; the error lists each difference.
-        """
-        saved = _read_json(self.folder / "run.json")
-        different = [
-            f"{name}: {_shorten(saved.get(name))} in the interrupted run, {_shorten(identity.get(name))} now"
-            for name in sorted(saved.keys() | identity.keys())
-            if saved.get(name) != identity.get(name)
-        ]
-        if different:
-            raise UsageError(
-                f"the run in {self.folder} is another one, so it cannot be resumed",
-                reasons=different,
-                next_step="give the same settings, model and data, or remove it to start again: "
-                f"{delete_command([self.folder])}",
-            )
 
     def _remove_files(self) -> None:
         """Remove all files of the folder except its lock."""
@@ -123,7 +103,7 @@ class RunState:
         """
         if not self._record.exists():
             return None
-        record = _read_json(self._record)
+        record = read_record(self._record)
         step, name, groups = record.get("step"), record.get("file"), record.get("groups")
         if type(step) is not int or name != f"state-{step}.safetensors" or not isinstance(groups, list):
             raise StorageError(
@@ -142,22 +122,3 @@ def to_new_tensor(name: str, tensor: torch.Tensor) -> NewTensor:
     """Describe a torch tensor (fp32 or uint8) for `write_safetensors`."""
     array = tensor.detach().cpu().contiguous()
     return NewTensor(name, _NAMES[array.dtype], tuple(array.shape), lambda: [array.numpy().tobytes()])
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """The content of a JSON file; an empty dictionary if the file holds something other than an object."""
-    try:
-        content = strict_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise StorageError(
-            f"cannot read {file}",
-            reasons=[str(error)],
-            next_step=f"remove the run and start again: {delete_command([file.parent])}",
-        ) from None
-    return content if isinstance(content, dict) else {}
-
-
-def _shorten(value: object) -> str:
-    """A setting's value for an error message; if it is longer than 40 characters, its first 12."""
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:12]}..."

@@ -88,11 +88,17 @@ def records(file: Path, event: str) -> Iterator[Mapping[str, Any]]:
                 yield record
 
 
-def last_record(file: Path, event: str) -> Mapping[str, Any] | None:
-    """The last record in a log whose event is `event`; None if there is no such record or the log cannot be read."""
+def last_record(file: Path, event: str, step: int | None = None) -> Mapping[str, Any] | None:
+    """The last record of an event in a log; None if there is no such record or the log cannot be read.
+
+    Args:
+        file: the log.
+        event: the name of the event.
+        step: only records of this step count; None: those of all steps.
+    """
     found = None
     for record in records(file, event):
-        found = record
+        found = record if step in (None, record.get("step")) else found
     return found
 
 

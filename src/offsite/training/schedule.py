@@ -8,6 +8,7 @@ from typing import Literal
 from offsite.config import TuneSpec
 from offsite.errors import UsageError
 
+FEW_STEPS = 20  # fewer steps than these, the warm-up included, hardly change a model
 _ROUNDING = 1e-9  # in steps; in floating point 0.07 * 100 is slightly more than 7
 
 
@@ -18,6 +19,26 @@ def step_count(spec: TuneSpec, rows: int) -> int:
     """
     return spec.length.max_steps or max(
         1, math.ceil(spec.length.epochs * math.ceil(rows / spec.length.batch_size) - _ROUNDING)
+    )
+
+
+def describe_few_steps(spec: TuneSpec, steps: int, rows: int) -> str | None:
+    """A sentence about a run that is too short to learn much; None if it is long enough, or its length was asked for.
+
+    Args:
+        spec: the settings of the tuning.
+        steps: the number of steps of the run.
+        rows: the number of training rows.
+    """
+    if steps >= FEW_STEPS or spec.length.max_steps is not None:
+        return None
+    epochs, per_epoch = spec.length.epochs, math.ceil(rows / spec.length.batch_size)
+    enough = math.ceil(FEW_STEPS / per_epoch)
+    of = f"{rows:,} rows, {spec.length.batch_size} in a step, epochs = {epochs:g}"
+    smaller = " or a smaller --batch-size" if spec.length.batch_size > 1 else ""
+    return (
+        f"{steps} {'step is' if steps == 1 else 'steps are'} few ({of}), so the model will hardly change; "
+        f"--epochs {enough}{smaller} trains longer"
     )
 
 

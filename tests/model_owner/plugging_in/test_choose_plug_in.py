@@ -19,13 +19,14 @@ from artifacts import (
     with_earlier,
 )
 from model_owner.plugging_in.test_plug_in import plugged
-from offsite.cli import main
+from offsite.cli import main, show_choice
 from offsite.config import EvalSpec, PlugInSpec, TuneSpec
 from offsite.data_owner.tune import tune
 from offsite.errors import PolicyError, UsageError, VerificationError
 from offsite.evaluation.evaluate import evaluate
 from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
+from offsite.model_owner.plugging_in import choose_plug_in
 from offsite.model_owner.plugging_in.choose_plug_in import Choice, choose
 from offsite.protocol.artifacts import Base, Bundle, Return
 from offsite.protocol.verify import verify_return
@@ -128,7 +129,8 @@ def test_the_best_of_the_grid_is_plugged_in(
     shown = json.loads(capsys.readouterr().out)
     candidates = shown["choice"]["candidates"]
     grid = [(one["checkpoint"], one["strength"]) for one in candidates]
-    assert grid == [(checkpoint, s) for checkpoint in (1, 2) for s in (0.25, 0.5, 0.75, 1.0, 1.25)]
+    usual = [(checkpoint, s) for checkpoint in (1, 2) for s in (0.25, 0.5, 0.75, 1.0, 1.25)]
+    assert grid == [*usual, (2, 1.5)]  # since 1.25 was best, of the second checkpoint
     best = min(candidates, key=lambda one: one["loss"])
     assert best == shown["choice"]["best"]
     assert best["loss"] < shown["choice"]["base_loss"]
@@ -195,6 +197,56 @@ def test_what_is_given_is_fixed(tuned: tuple[Path, Path, Path, Parties]) -> None
         chosen(base, returned, rows, parties, checkpoint=3)
 
 
+def parabola(monkeypatch: pytest.MonkeyPatch, best: float) -> None:
+    """Losses of a base 1 above the best candidate, whose strength is `best`; every checkpoint has the same."""
+    at = [0.0]
+    monkeypatch.setattr(choose_plug_in._Trial, "become", lambda _, __, strength: at.__setitem__(0, strength))
+    monkeypatch.setattr(choose_plug_in, "_loss", lambda *_: (at[0] / best - 1) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "edge"),
+    [
+        (0.7, [], None),
+        (1.28, [1.5], None),
+        (2.0, [1.5], None),  # the largest strength that there is
+        (0.15, [0.125, 0.0625], None),
+        (0.01, [0.125, 0.0625, 0.03125], "smallest"),
+    ],
+)
+def test_the_grid_is_widened_where_the_best_is_at_its_edge(
+    tuned: tuple[Path, Path, Path, Parties],
+    monkeypatch: pytest.MonkeyPatch,
+    best: float,
+    tried: list[float],
+    edge: str | None,
+) -> None:
+    """Of one checkpoint only: the first, as both are alike."""
+    base, returned, rows, parties = tuned
+    parabola(monkeypatch, best)
+    if best == 0.01:
+        with pytest.raises(PolicyError, match="the base itself is best") as caught:
+            chosen(base, returned, rows, parties)
+        assert "checkpoint 1 at strength 0.03125" in caught.value.reasons[1]
+        return
+    found = chosen(base, returned, rows, parties)
+    usual = {(checkpoint, s) for checkpoint in (1, 2) for s in (0.25, 0.5, 0.75, 1.0, 1.25)}
+    assert {(one.checkpoint, one.strength) for one in found.candidates} - usual == {(1, s) for s in tried}
+    assert found.edge == edge
+    assert len(show_choice.lines(found)) == 5
+
+
+@pytest.mark.parametrize(("best", "says"), [(0.4, "smallest that was tried"), (1.3, "largest that was tried")])
+def test_a_grid_that_was_given_is_not_widened_but_its_edge_is_told(
+    tuned: tuple[Path, Path, Path, Parties], monkeypatch: pytest.MonkeyPatch, best: float, says: str
+) -> None:
+    base, returned, rows, parties = tuned
+    parabola(monkeypatch, best)
+    found = chosen(base, returned, rows, parties, strengths=[0.5, 0.75, 1.0])
+    assert len(found.candidates) == 6
+    assert says in show_choice.lines(found)[-2]
+
+
 def test_what_does_not_fit_is_entered_as_refused(tuned: tuple[Path, Path, Path, Parties], tmp_path: Path) -> None:
     base, _, rows, parties = tuned
     bundle = packed(base, tmp_path / "bundle", parties)
@@ -209,7 +261,9 @@ def test_what_does_not_fit_is_entered_as_refused(tuned: tuple[Path, Path, Path, 
     ("flags", "says"),
     [
         (["--strengths", "0.5"], "no rows to choose on"),
-        (["--choose-on", "x", "--plan"], "--plan does not know"),
+        (["--choose-on", "x", "--plan"], "--plan does not know what --choose-on needs"),
+        (["--choose-on", "x", "--eval-data", "y", "--plan"], "not know what --choose-on and --eval-data needs"),
+        (["--chosen"], "--chosen tell how rows are read, and there are none"),
         (["--choose-on", "x", "--strengths", "0.5", "--strength", "1"], "strength and strengths were both given"),
         (["--choose-on", "x", "--strengths", "2"], "strengths.0: Input should be less"),
         (["--choose-on", "x", "--strengths", "half"], "strengths.0: Input should be a valid number"),

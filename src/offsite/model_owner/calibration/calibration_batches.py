@@ -54,15 +54,31 @@ def calibration_batches(model: BaseModel, file: Path | None, tokens: int, form: 
     length = calibration_length(model.config)
     body = length - len(start)
     require_whole_sequence(length, tokens)
-    count = min(tokens // length, len(ids) // body)
-    if count == 0:
+    ranges = fitted_ranges(len(ids), length, len(start), [tokens])
+    if not ranges:
         raise DataError(
             f"the calibration text {file or 'that ships'} has {len(ids)} tokens, expected at least {body}",
             next_step="give more text with --calibration",
         )
-    stride = len(ids) // count  # sequences are spread over the whole text
-    rows = torch.tensor([start + ids[i * stride : i * stride + body] for i in range(count)])
-    return [rows[at : at + CALIBRATION_BATCH] for at in range(0, count, CALIBRATION_BATCH)]
+    rows = torch.tensor([start + ids[one.start : one.stop] for one in ranges])
+    return [rows[at : at + CALIBRATION_BATCH] for at in range(0, len(rows), CALIBRATION_BATCH)]
+
+
+def fitted_ranges(tokens_of_text: int, length: int, start: int, amounts: Sequence[int]) -> list[range]:
+    """The tokens of a text that calibration uses; the sequences are spread over the whole text.
+
+    Args:
+        tokens_of_text: number of tokens of the text.
+        length: number of tokens of a sequence.
+        start: number of these that do not come from the text, such as BOS.
+        amounts: for each use of the text, the largest number of tokens in all its sequences.
+    """
+    body, found = length - start, []
+    for tokens in amounts:
+        if count := min(tokens // length, tokens_of_text // body):
+            stride = tokens_of_text // count
+            found += [range(i * stride, i * stride + body) for i in range(count)]
+    return found
 
 
 def token_counts(model: BaseModel, batches: Sequence[Tensor]) -> list[int]:

@@ -237,6 +237,6 @@ def _loop_settings(task: _Distillation, steps: int) -> LoopSettings:
         weight_decay=0.0,
         max_grad_norm=MAX_GRAD_NORM,
         save_every=SAVE_EVERY,
-        validates_after=lambda step: step == steps or (step > 0 and step % VALIDATE_EVERY == 0),
+        validates_after=lambda step: step == steps or step % VALIDATE_EVERY == 0,
         names=_NAMES,
     )

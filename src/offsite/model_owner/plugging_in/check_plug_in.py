@@ -11,7 +11,7 @@ from offsite.model_owner.intake import issued_bundle
 from offsite.model_owner.ledger import Issued, Ledger, plugged_in_before
 from offsite.model_owner.plugging_in.carry import carry_of, require_fitting_map
 from offsite.model_owner.plugging_in.plugged_tensors import Chosen
-from offsite.progress import Event, Progress
+from offsite.progress import Progress
 from offsite.protocol.artifacts import Base, Return
 from offsite.protocol.home import Home
 
@@ -50,8 +50,7 @@ def check_plug_in(
     if before and not spec.again:
         raise plugged_in_before(before)
     model = open_base(base)
-    progress(Event("comparing the base with the ledger", 0))
-    if fingerprint(model, home.identity(), base) != parent.manifest.base:
+    if fingerprint(model, home.identity(), base, progress=progress) != parent.manifest.base:
         raise IncompatibleError(
             f"{base.folder} is not the base that this bundle was packed from",
             reasons=["its fingerprint differs from the ledger's"],

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from offsite.storage.safetensors_files import NewTensor, to_float32
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_SMALLEST, _LARGEST = 0.03, 1.5  # strengths that are tried at most if the best is at the edge of the grid
 _REASONS = 5  # number of candidates that an error lists, the best first
 
 
@@ -64,6 +65,8 @@ class Choice:
     candidates: tuple[Candidate, ...]  # by checkpoint, then by strength; without the base itself
     rows: int
     tokens: int  # number of labelled tokens
+    # where the best strength is among those that were tried: smaller, or larger, ones might be better still
+    edge: Literal["smallest", "largest"] | None = None
 
 
 def choose(
@@ -77,7 +80,9 @@ def choose(
 ) -> Choice:
     """Score every checkpoint of a return at every strength, and find the best.
 
-    No plug-in is written. A return whose tensors are not finite at some strength is recorded in the ledger as refused.
+    If the best strength is the smallest or the largest of the default ones, smaller or larger ones are tried too, for
+    the best checkpoint. No plug-in is written. A return whose tensors are not finite at some strength is recorded in
+    the ledger as refused.
 
     Args:
         base: the owner's full model.
@@ -108,19 +113,58 @@ def choose(
     trial = _Trial(model, returned, parent, where, merged=form_of(returned, spec) == "merged")
     base_loss = _loss(trial.network, examples, measured.micro_batch_tokens)
     candidates: list[Candidate] = []
-    for checkpoint, strength in grid:
+
+    def score(checkpoint: int, strength: float) -> None:
         facts: dict[str, float | str] = {"checkpoint": str(checkpoint), "strength": strength}
-        progress(Event("choosing", len(candidates), len(grid), facts))
+        total = max(len(grid), len(candidates) + 1)
+        progress(Event("choosing", len(candidates), total, facts))
         with refusals_recorded(returned, home):
             trial.become(checkpoint, strength)
         loss = _loss(trial.network, examples, measured.micro_batch_tokens)
         candidates.append(Candidate(checkpoint, strength, loss))
-        progress(Event("choosing", len(candidates), len(grid), {**facts, "loss": loss}))
-    ranked = sorted(candidates, key=lambda one: one.loss if math.isfinite(one.loss) else math.inf)
+        progress(Event("choosing", len(candidates), total, {**facts, "loss": loss}))
+
+    for checkpoint, strength in grid:
+        score(checkpoint, strength)
+    if not spec.explicit_keys & {"strength", "strengths"}:
+        while (further := _beyond(candidates)) is not None:
+            score(_ranked(candidates)[0].checkpoint, further)
+    ranked = _ranked(candidates)
     if spec.strength is None and not ranked[0].loss < base_loss:
         raise _none_is_better(ranked, base_loss, data)
     tokens = sum(example.labels for example in examples)
-    return Choice(ranked[0], base_loss, tuple(candidates), len(examples), tokens)
+    inner = sorted(candidates, key=lambda one: (one.checkpoint, one.strength))
+    edge = _edge(candidates) if spec.strength is None else None
+    return Choice(ranked[0], base_loss, tuple(inner), len(examples), tokens, edge)
+
+
+def _ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates by their loss, the best first; those whose loss is not finite are last."""
+    return sorted(candidates, key=lambda one: one.loss if math.isfinite(one.loss) else math.inf)
+
+
+def _edge(candidates: Sequence[Candidate]) -> Literal["smallest", "largest"] | None:
+    """Whether the best strength is the smallest or the largest of those tried; None if it is neither, or the only one.
+
+    The largest strength that a plug-in may have is no edge, since nothing is beyond it.
+    """
+    tried, best = {one.strength for one in candidates}, _ranked(candidates)[0].strength
+    if len(tried) == 1 or best == _LARGEST:
+        return None
+    return "smallest" if best == min(tried) else "largest" if best == max(tried) else None
+
+
+def _beyond(candidates: Sequence[Candidate]) -> float | None:
+    """The next strength to try, beyond the best one, if that is at an edge of those tried; None to stop.
+
+    Below the smallest it is half of that; above the largest, it is as far away as the largest two are from each other.
+    """
+    edge, tried = _edge(candidates), sorted({one.strength for one in candidates})
+    if edge == "smallest":
+        return tried[0] / 2 if tried[0] / 2 >= _SMALLEST else None
+    if edge == "largest":
+        return min(_LARGEST, 2 * tried[-1] - tried[-2])
+    return None
 
 
 def _grid(verified: Return, spec: PlugInSpec) -> list[tuple[int, float]]:

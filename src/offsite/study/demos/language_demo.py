@@ -202,7 +202,7 @@ def _bound(
     """
     bundle, returned, plugged = (chain.folder("bounds", name, part) for part in ("bundle", "return", "plugged"))
     pack: Words = ["pack", base, "--out", bundle, "--for", TUNER, "--bottom", str(ends[0]), "--top", str(ends[1])]
-    pack += ["--keep", str(count - sum(ends)), "--heal", "none"]
+    pack += ["--keep", str(count - sum(ends)), "--heal", "none", "--no-score"]
     stamp = {"base": newest(base)}
     chain.command(f"{name}: pack", f"{name}: nothing is compressed", pack, bundle, stamp, by=OWNER)
     _tune(chain, f"{name}: tune", f"{name}: tune", bundle, returned, steps, *method)
