@@ -22,6 +22,8 @@ def earlier(tmp_path: Path) -> Path:
     copied = Path(shutil.copytree(EARLIER, tmp_path / "earlier"))
     for key in copied.glob("*-home/key.pem"):
         key.chmod(0o600)  # git does not keep it
+        for folder in (key.parent, key.parent / "trusted"):
+            folder.chmod(0o700)
     return copied
 
 

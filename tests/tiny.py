@@ -283,7 +283,7 @@ def tiny_parties(folder: Path) -> Parties:
     acme = parties.owner.create_identity("acme")
     hospital = parties.data_owner.create_identity("hospital")
     parties.owner.trust("hospital", hospital.public_key)
-    parties.data_owner.trust("acme", acme.public_key)
+    parties.data_owner.trust("acme", acme.public_key, "model-owner")
     return parties
 
 

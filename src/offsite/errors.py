@@ -34,7 +34,12 @@ class OffsiteError(Exception):
         lines = [self.what, *(f"  - {reason}" for reason in self.reasons)]
         if self.next_step:
             lines.append(f"Next: {self.next_step}")
-        return "\n".join(lines)
+        return "\n".join(map(one_line, lines))
+
+
+def one_line(text: str) -> str:
+    """Escape every control character of a text, also line ends: text of the other party can then write no line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class UsageError(OffsiteError):

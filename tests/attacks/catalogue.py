@@ -98,6 +98,12 @@ def bundle_for_somebody_else(lab: Lab) -> None:
     lab.sign_bundle(recipient=lab.mallory.public_key.hex)
 
 
+@attack("_signer_role", "bundle", "a bundle is signed by a model-owner, and this key is trusted as a data-owner")
+def bundle_of_a_data_owner(lab: Lab) -> None:
+    lab.parties.data_owner.trust("carol", lab.carol.public_key, "data-owner")
+    sign_again(lab.bundle, lab.carol, issuer=lab.carol.public_key.hex)
+
+
 @attack("_listing", "bundle", "'notes.txt' is not listed")
 def unlisted_file(lab: Lab) -> None:
     (lab.bundle / "notes.txt").write_text("hello")
@@ -164,7 +170,7 @@ def link_with_the_name_of_a_folder_that_is_left_behind(lab: Lab) -> None:
 @attack("digests", "bundle", "the bytes of tokenizer.json are not those that were signed")
 def a_byte_of_the_tokenizer_changed(lab: Lab) -> None:
     file = lab.bundle / "tokenizer.json"
-    file.write_bytes(file.read_bytes().replace(b"quick", b"quack").replace(b'"version"', b'"Version"', 1))
+    file.write_bytes(file.read_bytes().replace(b'"1.0"', b'"1.1"', 1))
 
 
 @attack("digests", "bundle", "the bytes of model.safetensors are not")
@@ -172,12 +178,6 @@ def a_byte_of_the_weights_changed(lab: Lab) -> None:
     raw = bytearray((lab.bundle / "model.safetensors").read_bytes())
     raw[-1] ^= 1
     (lab.bundle / "model.safetensors").write_bytes(raw)
-
-
-@attack("digests", "bundle", "expected")
-def a_byte_added_to_the_tokenizer(lab: Lab) -> None:
-    with (lab.bundle / "tokenizer.json").open("ab") as file:
-        file.write(b" ")
 
 
 @attack("digests", "lora", "the bytes of adapter_model.safetensors are not")
@@ -266,22 +266,53 @@ _config("config_tells_a_path", "key '_name_or_path' is not permitted", _name_or_
 _config("config_nests_another_model", "key 'text_config' is not permitted", text_config={"model_type": "gpt2"})
 _config("config_is_quantised_by_others", "key 'quantization_config' is", quantization_config={"quant_method": "gptq"})
 _config("value_is_a_hub_name", "'hidden_act' holds 'evil/kernel'", hidden_act="evil/kernel")
-_config("value_is_nested_too_deeply", "'rope_parameters' holds", rope_parameters={"a": {"b": {"c": {"d": 1}}}})
-_config("value_is_a_path_in_a_list", "'eos_token_id' holds", eos_token_id=[1, "../x"])
-_config("value_is_endless", "'eos_token_id' holds", eos_token_id=[0] * 5000)
+_config("value_is_a_path_in_a_list", "'rope_parameters' holds", rope_parameters={"rope_type": "../x"})
+_config("value_is_endless", "'rope_parameters' holds", rope_parameters={"other": [0] * 5000})
 _config("another_model_type", "names the model", model_type="gpt2")
 _config("another_class", "names the model", architectures=["LlamaForSequenceClassification"])
 _config("no_model_type", "names the model", model_type=GONE)
 _config("block_count_disagrees_with_the_split", "block counts", num_hidden_layers=4)
 _config("block_count_is_missing", "block counts", num_hidden_layers=GONE)
-_config("block_count_is_a_list", "block counts", num_hidden_layers=[3])
-_config("block_count_is_a_float", "block counts", num_hidden_layers=3.0)
 
 
-@attack("_bundle_positions", "bundle", "has max_position_embeddings = 8000000, expected at most")
-def tables_of_millions_of_positions(lab: Lab) -> None:
-    edit_json(lab.bundle / "config.json", max_position_embeddings=8_000_000)
-    lab.sign_bundle()
+def _parts(name: str, says: str, **changes: Any) -> None:
+    def spoil(lab: Lab) -> None:
+        edit_json(lab.bundle / "tokenizer.json", **changes)
+        lab.sign_bundle()
+
+    ATTACKS.append(Attack(name, "_bundle_tokenizer_parts", "bundle", says, spoil))
+
+
+_parts(
+    "a_regular_expression_without_end", "it repeats a group that can match in several ways",
+    pre_tokenizer={"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False},
+)  # fmt: skip
+_parts(
+    "a_normalizer_that_makes_texts_longer", "normalizer.content has 400 characters, at most",
+    normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 400},
+)  # fmt: skip
+_parts("a_part_that_nobody_knows", "has the type 'Script', which is not permitted", decoder={"type": "Script"})
+_parts("an_added_token_beyond_all", "added_tokens has", added_tokens=[{"id": 2**40, "content": "x"}])
+
+
+def _value(name: str, says: str, **changes: Any) -> None:
+    def spoil(lab: Lab) -> None:
+        edit_json(lab.bundle / "config.json", **changes)
+        lab.sign_bundle()
+
+    ATTACKS.append(Attack(name, "_bundle_values", "bundle", says, spoil))
+
+
+_value(
+    "tables_of_millions_of_positions",
+    "max_position_embeddings = '8000000', expected",
+    max_position_embeddings=8_000_000,
+)
+_value("more_is_dropped_than_there_is", "attention_dropout = '2', expected a number from 0", attention_dropout=2)
+_value("a_negative_epsilon", "rms_norm_eps = '-0.5', expected a number above 0", rms_norm_eps=-0.5)
+_value("a_count_that_is_a_text", "num_key_value_heads = '2', expected a whole number", num_key_value_heads="2")
+_value("an_epsilon_that_is_true", "rms_norm_eps = 'True', expected a number above 0", rms_norm_eps=True)
+_value("positions_of_another_kind", "rope_parameters.rope_theta = 'False'", rope_parameters={"rope_theta": False})
 
 
 @attack("_bundle_config", "gpt2-bundle", "scale_attn_by_inverse_layer_idx = 'True', under which blocks cannot be cut")
@@ -326,13 +357,10 @@ _mixture(
 )  # fmt: skip
 _mixture("dense_blocks_out_of_range", "_bundle_config", "expected a list of some of 3", mlp_only_layers=[0, 2, 7])
 _mixture("dense_blocks_out_of_order", "_bundle_config", "expected a list of some of 3", mlp_only_layers=[2, 0])
-_mixture("dense_blocks_named_by_truth", "_bundle_config", "expected a list of some of 3", mlp_only_layers=[False, 2])
 _mixture("another_number_of_experts", "_bundle_weights", "missing 'model.layers.1.mlp.experts.4.", num_local_experts=5)
 _mixture("more_experts_than_tensors", "_bundle_weights", "the config makes it over", num_local_experts=1000)
-_mixture("endless_experts", "_bundle_weights", "expected one number from 1 to 1024", num_local_experts=10**9)
-_mixture("experts_that_are_no_number", "_bundle_weights", "expected one number from 1 to 1024", num_local_experts="4")
+_mixture("endless_experts", "_bundle_weights", "expected one number from 1 to 1024", num_local_experts=5000)
 _mixture("more_chosen_than_there_are", "_bundle_weights", "num_experts_per_tok = 5, expected", num_experts_per_tok=5)
-_mixture("chosen_by_no_number", "_bundle_weights", "num_experts_per_tok = all, expected", num_experts_per_tok="all")
 _mixture("two_numbers_of_experts", "_bundle_weights", "expected one number from 1 to 1024", num_experts=8)
 _mixture(
     "blocks_without_experts", "_bundle_weights", "unexpected 'model.layers.1.mlp.experts.0", mlp_only_layers=[0, 1, 2]

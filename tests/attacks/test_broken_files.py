@@ -13,7 +13,7 @@ from attacks.lab import Lab
 from offsite.errors import OffsiteError, StorageError, UsageError, VerificationError
 from offsite.models.modules.declared import Declared, wrapped
 from offsite.protocol.contents import ADAPTER_WEIGHTS
-from offsite.protocol.home import Home
+from offsite.protocol.home import Home, Role
 from offsite.protocol.manifest import MANIFEST, SIGNATURE
 from offsite.protocol.verify import verify, verify_bundle, verify_plug_in, verify_return
 from offsite.storage import safetensors_files
@@ -97,11 +97,13 @@ def test_all_that_is_wrong_with_a_header_is_said_at_once(tmp_path: Path) -> None
 def test_terminal_codes_in_names_are_not_passed_on(lab: Lab) -> None:
     edit_weights(lab.lora / ADAPTER_WEIGHTS, lambda w: w.update({"\x1b[2J": w[next(iter(w))]}))
     (lab.lora / "\x1b[2J").write_text("")
-    lab.sign_lora(listed=lambda name: name.isprintable())
-    with pytest.raises(VerificationError) as caught:
-        lab.check("lora")
-    assert all(reason.isprintable() for reason in caught.value.reasons)
-    assert sum(r"\x1b[2J" in reason for reason in caught.value.reasons) == 2
+    for _ in range(2):  # the name of a file, then that of a tensor
+        lab.sign_lora(listed=lambda name: name.isprintable())
+        with pytest.raises(VerificationError) as caught:
+            lab.check("lora")
+        assert all(reason.isprintable() for reason in caught.value.reasons)
+        assert sum(r"\x1b[2J" in reason for reason in caught.value.reasons) == 1
+        (lab.lora / "\x1b[2J").unlink(missing_ok=True)
 
 
 # --- the same, in a signed folder ---
@@ -308,10 +310,22 @@ def test_thousands_of_bad_entries_are_not_all_listed(tmp_path: Path) -> None:
 def test_a_plug_in_holds_no_more_than_a_plug_in(lab: Lab) -> None:
     plugged = lab.folder / "plugged"
     (plugged / "pytorch_model.bin").write_bytes(b"pickle")
+    lab.parties.owner.trust("hospital", lab.data_owner.public_key, "model-owner")
     sign_again(plugged, lab.data_owner, issuer=lab.data_owner.public_key.hex)
     with pytest.raises(VerificationError) as caught:
         verify_plug_in(plugged, lab.parties.owner)
     assert caught.value.reasons == ("a plug-in may not hold pytorch_model.bin",)
+
+
+@pytest.mark.parametrize("role", ["data-owner", None])
+def test_a_plug_in_is_signed_by_a_model_owner(lab: Lab, role: Role | None) -> None:
+    sign_again(lab.folder / "plugged", lab.data_owner, issuer=lab.data_owner.public_key.hex)
+    lab.parties.owner.trust("hospital", lab.data_owner.public_key, role)
+    with pytest.raises(VerificationError) as caught:
+        verify_plug_in(lab.folder / "plugged", lab.parties.owner)
+    (reason,) = caught.value.reasons
+    assert reason.startswith("a plug-in is signed by a model-owner, and this key is trusted as ")
+    assert "--role model-owner" in (caught.value.next_step or "")
 
 
 def test_what_the_receiver_can_mend_is_not_blamed_on_the_sender(lab: Lab, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_ledger_that_cannot_be_written(lab: Lab, monkeypatch: pytest.MonkeyPatch
     """No plug-in without its entry: were it made first, a second one would pass unseen."""
     real = Ledger.recording_plug_in
 
-    def full(self: Ledger, made: object, *, again: bool) -> object:
+    def full(self: Ledger, made: object, **settings: object) -> object:
         raise StorageError("the ledger's disk is full")
 
     monkeypatch.setattr(Ledger, "recording_plug_in", full)

@@ -9,7 +9,7 @@ from offsite.protocol import verify as module
 
 RULES = [
     (table, rule.__name__)
-    for table in ("SIGNER_RULES", "FILE_RULES", "BUNDLE_RULES", "RETURN_RULES")
+    for table in ("SIGNER_RULES", "LISTING_RULES", "FILE_RULES", "BUNDLE_RULES", "RETURN_RULES")
     for rule in getattr(module, table)
 ]
 

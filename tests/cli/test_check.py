@@ -59,7 +59,8 @@ def test_a_check_shows_what_becomes_of_the_rows(tune, tmp_path, capsys):
     assert tune("--data", file, "--check") == 0
     out = capsys.readouterr().out
     assert f"{file}:1: " in out
-    assert "⟦fox<|im_end|>⟧\n<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\ndog" in out
+    said = "⟦fox<|im_end|>⟧\n<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\ndog"
+    assert said.replace("\n", "\n  | ") in out  # so that no text looks like a line of the program
     assert "<s>who?⟦ fox</s>⟧" in out
     assert "<s>⟦The quick brown fox</s>⟧" in out
     assert "left out by the chat template  reasoning (1)" in out

@@ -76,7 +76,7 @@ def test_trust_add_list_remove(tmp_path: Path, capsys: pytest.CaptureFixture[str
     made = run(capsys, "keygen", "--home", tmp_path / "hospital", "--name", "hospital", "--out", public)
     home = tmp_path / "acme"
     added = run(capsys, "trust", "add", "hospital", public, "--home", home)
-    assert added == {"name": "hospital", "fingerprint": made["fingerprint"]}
+    assert added == {"name": "hospital", "fingerprint": made["fingerprint"], "role": None}
     assert run(capsys, "--home", home, "trust", "list") == {"trusted": [added]}
     assert main(["trust", "list", "--home", str(home)]) == 0
     assert capsys.readouterr().out == f"hospital  {made['fingerprint']}\n"

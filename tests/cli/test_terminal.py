@@ -11,6 +11,7 @@ from rich.console import Console
 
 from offsite.cli import terminal
 from offsite.cli.progress_bars import bars
+from offsite.errors import VerificationError
 from offsite.progress import Event
 
 
@@ -156,3 +157,17 @@ def test_json_is_strict() -> None:
         "rows": [{"loss": None}, [1.5, True]],
         "name": "x",
     }
+
+
+def test_no_text_writes_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "x\nerror: pay here\r\x1b[2J\u202e"
+    error = VerificationError(hostile, reasons=[hostile], next_step=hostile)
+    terminal.show_error(error, as_json=False)
+    terminal.show({"name": hostile, "list": [hostile], "inner": {hostile: 1}})
+    terminal.say(hostile)
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err
+    assert len(said.out.splitlines()) == 3
+    assert len(said.err.splitlines()) == 4
+    assert str(error).count("\n") == 2  # as Python prints it
+    assert terminal.in_margin("a\nb\x1b") == "a\n  | b\\x1b"

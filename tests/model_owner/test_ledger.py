@@ -1,20 +1,30 @@
 """What the owner remembers."""
 
+import os
+import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from artifacts import lora_return, packed
-from offsite.config import PackSpec
-from offsite.errors import OffsiteError, StorageError
+from artifacts import edit_weights, lora_return, packed, sign_again
+from offsite.config import PackSpec, PlugInSpec
+from offsite.errors import OffsiteError, PolicyError, StorageError
 from offsite.model_owner.base_shares import BaseShares
 from offsite.model_owner.carry_map import CarryMap
-from offsite.model_owner.ledger import Ledger
+from offsite.model_owner.intake import intake
+from offsite.model_owner.ledger import Ledger, returned_digest
+from offsite.model_owner.plugging_in.plug_in import plug_in
 from offsite.model_owner.tuning_arithmetic import TuningArithmetic
+from offsite.protocol.artifacts import Base
+from offsite.protocol.contents import ADAPTER_WEIGHTS
 from offsite.protocol.manifest import PlugInManifest
 from offsite.protocol.sealing import seal
+from offsite.storage.staging_claims import claimed
 from tiny import MakeBase, Parties
 
 
@@ -153,3 +163,90 @@ def test_a_map_of_another_bundle_is_refused(base_of: MakeBase, parties: Parties,
     with pytest.raises(StorageError, match="restore the ledger from a backup") as caught:
         ledger.issued(second.digest)
     assert caught.value.reasons == (f"its map is the one of bundle {first.digest[:12]}",)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from offsite.config import PlugInSpec
+from offsite.model_owner import ledger as module
+from offsite.model_owner.intake import intake
+from offsite.model_owner.plugging_in.plug_in import plug_in
+from offsite.protocol.artifacts import Base
+from offsite.protocol.home import Home
+base, returned, out, home, when = map(Path, sys.argv[1:])
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+if when.name == "before":
+    Path.rename = kill
+taken = intake(returned, Home(home))
+made = module.Ledger.recording_plug_in
+if when.name == "after":
+    import contextlib
+    @contextlib.contextmanager
+    def recording(*args, **kwargs):
+        with made(*args, **kwargs):
+            yield
+            kill()
+    module.Ledger.recording_plug_in = recording
+plug_in(Base(base), taken, out, PlugInSpec(as_="adapter"), Home(home))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a killed process is told by a lock on a folder")
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_kill_at_the_rename_of_a_plug_in(when: str, base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:
+    """The next run settles it: killed before the rename nothing was made, after it the plug-in is there."""
+    bundle = packed(base_of(), tmp_path / "bundle", parties, keep=1)
+    lora_return(bundle, tmp_path / "return", parties.data_owner)
+    words = [base_of(), tmp_path / "return", tmp_path / "plugged", parties.owner.folder, when]
+    ended = subprocess.run([sys.executable, "-c", KILLED, *map(str, words)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert (tmp_path / "plugged").exists() == (when == "after")
+    taken = intake(tmp_path / "return", parties.owner)
+    if when == "after":
+        with pytest.raises(PolicyError, match="was plugged in before"):
+            plug_in(Base(base_of()), taken, tmp_path / "again", PlugInSpec(as_="adapter"), parties.owner)
+        return
+    plug_in(Base(base_of()), taken, tmp_path / "plugged", PlugInSpec(as_="adapter"), parties.owner)
+    assert len(Ledger(parties.owner.ledger).plugged_in(taken)) == 1
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_a_record_of_a_bundle_that_never_appeared_is_deleted(
+    base_of: MakeBase, parties: Parties, tmp_path: Path
+) -> None:
+    bundle = packed(base_of(), tmp_path / "bundle", parties, keep=1)
+    ledger, left = Ledger(parties.owner.ledger), tmp_path / ".bundle.12345678.tmp"
+    for exists in (False, True):
+        with sqlite3.connect(ledger.path) as db:
+            db.execute("UPDATE bundles SET staging = ?", (str(left),))
+        db.close()
+        if exists and os.name == "posix":
+            left.mkdir()
+            with claimed(left):  # the process that packs is at work
+                ledger.settle()
+            assert ledger.issued(bundle.digest) is not None
+        ledger.settle()
+        assert (ledger.issued(bundle.digest) is None) == (exists and os.name == "posix")
+
+
+def test_the_same_tensors_in_other_files_are_the_same_return(
+    base_of: MakeBase, parties: Parties, tmp_path: Path
+) -> None:
+    bundle = packed(base_of(), tmp_path / "bundle", parties, keep=1)
+    first = lora_return(bundle, tmp_path / "first", parties.data_owner, seed=1)
+    other = lora_return(bundle, tmp_path / "other", parties.data_owner, seed=2)
+    shutil.copytree(tmp_path / "first", tmp_path / "same")
+    edit_weights(tmp_path / "same" / ADAPTER_WEIGHTS, lambda arrays: arrays.update(reversed(list(arrays.items()))))
+    sign_again(tmp_path / "same", parties.data_owner.identity())
+    taken = [intake(tmp_path / name, parties.owner) for name in ("first", "same", "other")]
+    assert taken[0].digest != taken[1].digest
+    digests = [returned_digest(one, 1) for one in taken]
+    assert digests[0] == digests[1] != digests[2]
+    assert (first.digest, other.digest) == (taken[0].digest, taken[2].digest)
+    spec = PlugInSpec(as_="adapter")
+    plug_in(Base(base_of()), taken[0], tmp_path / "plugged", spec, parties.owner)
+    with pytest.raises(PolicyError, match="was plugged in before"):
+        plug_in(Base(base_of()), taken[1], tmp_path / "again", spec, parties.owner)
+    plug_in(Base(base_of()), taken[2], tmp_path / "another", spec, parties.owner)

@@ -2,11 +2,13 @@ import json
 import logging
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from artifacts import edit_json
 from offsite.errors import IncompatibleError, StorageError, UsageError
 from offsite.models.adapted import load_adapted, load_bottlenecked, load_replaced
 from offsite.models.hugging_face_calls import quiet
@@ -15,7 +17,9 @@ from offsite.models.modules.declared_shapes import bottleneck_shapes
 from offsite.models.tokenizers import context_length, load_tokenizer
 from offsite.models.torch_tensors import read_tensor
 from offsite.storage.checkpoint_folder import open_checkpoint
+from offsite.storage.files import Written, sha256_of
 from offsite.storage.safetensors_files import copied, from_array, write_safetensors
+from offsite.storage.snapshot import Snapshot
 from tiny import FAMILIES, tiny_base
 
 CPU = torch.device("cpu")
@@ -262,3 +266,25 @@ def test_bottlenecks_that_do_not_fit(tmp_path, spoil, says):
     with pytest.raises(IncompatibleError, match="do not fit the model") as caught:
         load_bottlenecked(base, file.parent, file.name, dtype=torch.float32, device=torch.device("cpu"))
     assert any(re.search(says, reason) for reason in caught.value.reasons), caught.value.reasons
+
+
+def test_a_declared_config_that_makes_a_model_much_larger_than_its_files(tmp_path: Path) -> None:
+    """GPT-Neo computes a mask of positions times positions in every block."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    settings = GPTNeoConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_layers=1,
+        num_heads=2,
+        max_position_embeddings=64,
+        attention_types=[[["global"], 1]],
+    )
+    GPTNeoForCausalLM(settings).save_pretrained(tmp_path)
+    files = [path for path in tmp_path.iterdir() if path.name in ("config.json", "model.safetensors")]
+    listed = [Written(path.name, path.stat().st_size, sha256_of(path)) for path in files]
+    load_model(Snapshot(tmp_path, listed), dtype=torch.float32, device=CPU)
+    edit_json(tmp_path / "config.json", max_position_embeddings=2**20)
+    listed = [Written(path.name, path.stat().st_size, sha256_of(path)) for path in files]
+    with pytest.raises(IncompatibleError, match="larger than its tensors"):
+        load_model(Snapshot(tmp_path, listed), dtype=torch.float32, device=torch.device("cpu"))

@@ -61,7 +61,7 @@ def test_files_that_it_may_not(name: str) -> None:
 
 @pytest.mark.parametrize("name", [GENERATION_CONFIG, SPECIAL_TOKENS, TOKENIZER_CONFIG])
 def test_cleaned_is_without_problems(name: str) -> None:
-    content = dict.fromkeys(ALLOWED_KEYS[name] or (), "x") | {"auto_map": {}, "name_or_path": "/home/x", "_private": 1}
+    content = dict.fromkeys(ALLOWED_KEYS[name] or ()) | {"auto_map": {}, "name_or_path": "/home/x", "_private": 1}
     kept = cleaned(name, content)
     assert set(kept) == ALLOWED_KEYS[name]
     assert content_problems(name, kept) == []
@@ -121,9 +121,34 @@ def test_added_tokens_are_tokens_with_their_numbers() -> None:
         assert len(content_problems(ADDED_TOKENS, {**tokens, "x": number})) == 1
 
 
-@pytest.mark.parametrize("value", ["a.b", "a/b", "a--b", "", None, 3, ["x"], "x" * 65])
-def test_tokenizer_class(value: object) -> None:
-    assert bool(content_problems(TOKENIZER_CONFIG, {"tokenizer_class": value})) is (value != "")
+@pytest.mark.parametrize("value", ["a.b", "a/b", "a--b", 3, ["x"], "x" * 65, "RagTokenizer", "BertJapaneseTokenizer"])
+def test_a_tokenizer_class_that_is_refused(value: object) -> None:
+    assert content_problems(TOKENIZER_CONFIG, {"tokenizer_class": value})
+
+
+@pytest.mark.parametrize("value", ["", None, "PreTrainedTokenizerFast", "LlamaTokenizer", "GPT2TokenizerFast"])
+def test_a_tokenizer_class_that_is_permitted(value: object) -> None:
+    assert content_problems(TOKENIZER_CONFIG, {"tokenizer_class": value}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        (TOKENIZER_CONFIG, "add_bos_token", 1),
+        (TOKENIZER_CONFIG, "bos_token", {"content": ""}),
+        (TOKENIZER_CONFIG, "eos_token", ["</s>"]),
+        (TOKENIZER_CONFIG, "chat_template", [{"name": "default"}]),
+        (TOKENIZER_CONFIG, "added_tokens_decoder", {"x": {"content": "a"}}),
+        (TOKENIZER_CONFIG, "model_max_length", -1),
+        (TOKENIZER_CONFIG, "padding_side", "middle"),
+        (SPECIAL_TOKENS, "additional_special_tokens", [3]),
+        (GENERATION_CONFIG, "temperature", "hot"),
+        (GENERATION_CONFIG, "eos_token_id", [True]),
+        (GENERATION_CONFIG, "do_sample", 1),
+    ],
+)
+def test_settings_of_another_kind(name: str, key: str, value: object) -> None:
+    assert len(content_problems(name, {key: value})) == 1
 
 
 @pytest.mark.parametrize("content", [None, 3, "x", [], [{}]])

@@ -1,4 +1,6 @@
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -172,3 +174,80 @@ def test_home_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError):
         Home(tmp_path / "file" / "home").create_identity("acme")
+
+
+def at_once(count: int, act: Callable[[int], object]) -> list[object]:
+    """What `act` gives in several threads that begin together, or the error that it raises."""
+    found: list[object] = [None] * count
+    gate = threading.Barrier(count)
+
+    def run(number: int) -> None:
+        gate.wait()
+        try:
+            found[number] = act(number)
+        except OffsiteError as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_of_several_keygens_one_makes_the_key(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    made = at_once(8, lambda number: home.create_identity(f"acme{number}"))
+    (one,) = [identity for identity in made if not isinstance(identity, OffsiteError)]
+    assert all(isinstance(error, UsageError) for error in made if error is not one)
+    assert home.identity().public_key == one.public_key  # type: ignore[attr-defined]
+    assert home.identity().name == one.name  # type: ignore[attr-defined]
+
+
+def test_of_several_keys_under_one_name_one_is_trusted(tmp_path: Path) -> None:
+    home, keys = Home(tmp_path / "home"), [key(tmp_path, f"k{number}") for number in range(6)]
+    named = at_once(6, lambda number: home.trust("alice", keys[number]))
+    assert sum(error is None for error in named) == 1
+    assert home.trusted_key("alice") in keys
+    others = at_once(6, lambda number: home.trust(f"other{number}", keys[number]))
+    assert sum(error is None for error in others) == 5  # all but the one that has a name
+    assert set(home.trusted().values()) == set(keys)
+
+
+def test_what_a_killed_keygen_left_is_removed(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    home.folder.mkdir()
+    (home.folder / ".key.pem.0a1b2c3d.tmp").write_bytes(b"half a private key")
+    home.create_identity("acme")
+    assert not list(home.folder.glob(".*.tmp"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are of POSIX")
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+@pytest.mark.parametrize("inner", ["", "trusted"])
+def test_a_home_that_others_may_write_is_refused(inner: str, mode: int, tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    home.create_identity("acme")
+    home.trust("alice", key(tmp_path, "alice"))
+    assert (home.folder / "trusted").stat().st_mode & 0o777 == 0o700
+    (home.folder / inner).chmod(mode)
+    for use in (home.trusted, home.roles, lambda: home.trust("bob", key(tmp_path, "bob"))):
+        with pytest.raises(OffsiteError, match="other users may write to") as caught:
+            use()
+        assert "chmod 700" in (caught.value.next_step or "")
+    (home.folder / inner).chmod(0o755)  # others may read it: the key file is closed by itself
+    assert list(home.trusted()) == ["alice"]
+
+
+def test_a_key_has_a_role(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    alice, bob, carol = (key(tmp_path, name) for name in ("alice", "bob", "carol"))
+    home.trust("alice", alice, "model-owner")
+    home.trust("bob", bob, "data-owner")
+    home.trust("carol", carol)
+    assert home.roles() == {alice.hex: "model-owner", bob.hex: "data-owner", carol.hex: None}
+    assert home.trusted() == {"alice": alice, "bob": bob, "carol": carol}
+    home.trust("alice", alice)  # the role remains
+    home.trust("carol", carol, "data-owner")
+    assert home.roles() == {alice.hex: "model-owner", bob.hex: "data-owner", carol.hex: "data-owner"}

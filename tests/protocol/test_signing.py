@@ -87,3 +87,52 @@ def test_secrets(identity: Identity) -> None:
 
 def test_the_private_key_is_not_shown(identity: Identity) -> None:
     assert identity.private_key.private_bytes_raw().hex() not in repr(identity)
+
+
+P = 2**255 - 19
+D = -121665 * pow(121666, -1, P) % P
+
+
+def times_eight_is_zero(raw: bytes) -> bool:
+    """Whether 8 times the point that 32 bytes encode is the neutral element; RFC 8032, section 5.1."""
+    y = int.from_bytes(raw, "little") & ((1 << 255) - 1)
+    square = (y * y - 1) * pow(D * y * y + 1, -1, P) % P
+    x = pow(square, (P + 3) // 8, P)
+    x = x if x * x % P == square else x * pow(2, (P - 1) // 4, P) % P
+    assert x * x % P == square  # it is on the curve
+    for _ in range(3):  # doubled
+        product = D * x * x * y * y % P
+        x, y = 2 * x * y * pow(1 + product, -1, P) % P, (y * y + x * x) * pow(1 - product, -1, P) % P
+    return (x, y) == (0, 1)
+
+
+WEAK = [
+    "0100000000000000000000000000000000000000000000000000000000000000",
+    "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "0000000000000000000000000000000000000000000000000000000000000000",
+    "0000000000000000000000000000000000000000000000000000000000000080",
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc85",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac03fa",
+]
+
+
+@pytest.mark.parametrize("raw", WEAK)
+def test_points_of_small_order_are_no_keys(raw: str) -> None:
+    assert times_eight_is_zero(bytes.fromhex(raw))
+    assert PublicKey.from_hex(raw).is_weak
+    with pytest.raises(UsageError, match="is a weak one"):
+        PublicKey.from_openssh(PublicKey.from_hex(raw).openssh("eve"))
+
+
+@pytest.mark.parametrize("y", [P, P + 1, 2**255 - 1])
+def test_a_number_that_is_not_written_in_the_standard_way_is_no_key(y: int) -> None:
+    assert PublicKey(y.to_bytes(32, "little")).is_weak
+
+
+def test_real_keys_are_not_weak() -> None:
+    for number in range(20):
+        key = Identity("x", Ed25519PrivateKey.from_private_bytes(bytes([number] * 32))).public_key
+        assert not times_eight_is_zero(key.raw)
+        assert not key.is_weak

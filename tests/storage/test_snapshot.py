@@ -88,16 +88,22 @@ def test_a_small_file_is_held_up_to_a_limit(tmp_path: Path) -> None:
     file.write_bytes(b"x" * 100)
     assert read_file(file, hold=False).content == b"x" * 100
     over = read_file(file, hold=False, most=99)
-    assert over.content is None
-    assert over.is_file(listed(file)[0])  # it is hashed all the same
+    assert (over.content, over.sha256, over.size) == (None, None, 100)  # nor is it hashed
+
+
+def test_a_file_of_another_size_than_expected_is_not_hashed(tmp_path: Path) -> None:
+    for name in ("config.json", "a.safetensors"):
+        (tmp_path / name).write_bytes(b"x" * 100)
+        found = read_file(tmp_path / name, 99, hold=True)
+        assert (found.size, found.sha256, found.content) == (100, None, None)
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 7, b"\xff" * 100, b"\x02\0\0\0\0\0\0\0[]", b"\x09\0\0\0\0\0\0\0{}"])
-def test_a_broken_header_does_not_keep_a_file_from_being_hashed(tmp_path: Path, content: bytes) -> None:
+def test_a_file_with_a_broken_header_is_not_hashed(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes(content)
     found = read_file(file, hold=True)
-    assert found.is_file(listed(file)[0])
+    assert found.sha256 is None
     assert found.header is None
     assert found.tensors is None
     assert isinstance(found.problem, StorageError)

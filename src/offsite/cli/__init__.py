@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+_LESS = "close other programs, or see what the command needs with --plan; a small file that asks for much is suspicious"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -29,6 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from offsite.cli import terminal
 
         return terminal.show_interruption(terminal.START_OVER, as_json="--json" in words)
+    except MemoryError as error:
+        from offsite.cli import terminal
+        from offsite.errors import OffsiteError
+
+        what = OffsiteError(
+            "there is not enough memory", reasons=[str(error)[:200]] if str(error) else (), next_step=_LESS
+        )
+        terminal.show_error(what, as_json="--json" in words)
+        return what.exit_code
     except OSError as error:  # mostly of standard output or error, as the stages turn errors of files into StorageError
         from offsite.cli import terminal
 

@@ -9,6 +9,7 @@ import typer
 
 from offsite.cli import flags, terminal, verified_models
 from offsite.cli.setting_flags import FlagValues
+from offsite.errors import one_line
 
 if TYPE_CHECKING:
     from offsite.evaluation.compare import Comparison
@@ -84,7 +85,7 @@ def compare(
         terminal.show({"kind": "comparison", "data": [str(path) for path in data], **_facts(found)}, as_json=True)
         return
     for line in _lines(found):
-        typer.echo(terminal.printable(line))
+        typer.echo(one_line(line))
     if not show_rows and found.rows:
         terminal.hint("next: the same command with --show-rows, for the text of the rows that differ most")
 

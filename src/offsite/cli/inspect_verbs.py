@@ -54,9 +54,18 @@ def verify(
     Example:
       offsite verify bundle/
     """
-    artifact = _verified(path, flags.home_of(context, home))
+    own = flags.home_of(context, home)
+    artifact = _verified(path, own)
+    manifest = artifact.manifest
+    signer = manifest.signer if manifest.kind == "return" else manifest.issuer
     terminal.show(
-        {"kind": artifact.manifest.kind, "path": str(path), "digest": artifact.digest, "verified": True},
+        {
+            "kind": manifest.kind,
+            "path": str(path),
+            "digest": artifact.digest,
+            "signed_by": _party(signer, own),
+            "verified": True,
+        },
         as_json=as_json,
     )
     hint_next(artifact.manifest.kind, path)

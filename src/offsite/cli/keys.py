@@ -8,11 +8,15 @@ import typer
 from offsite.cli import flags, terminal
 
 if TYPE_CHECKING:
-    from offsite.protocol.home import Home
+    from offsite.protocol.home import Home, Role
     from offsite.protocol.signing import PublicKey
 
 _KEY_BYTES = 16 * 2**10  # no file of one public key is larger
 _PublicKeyFile = Annotated[Path, typer.Argument(metavar="FILE", help="the public key that the other party sent")]
+_Role = Annotated[
+    str | None,
+    typer.Option("--role", metavar="ROLE", help="model-owner or data-owner: what else the key signs is refused"),
+]
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="your name for that party")]
 
 
@@ -90,19 +94,39 @@ def add(
     context: typer.Context,
     name: _Name,
     file: _PublicKeyFile,
+    role: _Role = None,
     home: flags.HomeFlag = None,
     as_json: flags.JsonFlag = False,
 ) -> None:
     """Trust a party's key under a name of your own; compare the fingerprint over another channel.
 
+    With --role the key may sign only what that party makes: a model-owner bundles and plug-ins, a data-owner returns.
+
     Example:
-      offsite trust add hospital hospital.pub
+      offsite trust add hospital hospital.pub --role data-owner
     """
-    key = _read_key(file)
-    flags.home_of(context, home).trust(name, key)
-    terminal.show({"name": name, "fingerprint": key.fingerprint}, as_json=as_json)
+    key, own = _read_key(file), flags.home_of(context, home)
+    own.trust(name, key, _role(role))
+    terminal.show({"name": name, "fingerprint": key.fingerprint, "role": own.roles()[key.hex]}, as_json=as_json)
     terminal.hint_command("pack", "base/", "--out", "bundle/", "--for", name)
     terminal.hint(f"or, with a bundle of {name}: offsite verify bundle/")
+
+
+def _role(word: str | None) -> "Role | None":
+    """The value of --role.
+
+    Raises:
+        UsageError: there is no such role.
+    """
+    if word is None:
+        return None
+    if word == "model-owner":
+        return "model-owner"
+    if word == "data-owner":
+        return "data-owner"
+    from offsite.errors import UsageError
+
+    raise UsageError(f"there is no role {word[:40]!r}", next_step="give --role model-owner or --role data-owner")
 
 
 def _read_key(file: Path) -> "PublicKey":
@@ -133,13 +157,14 @@ def list_(context: typer.Context, home: flags.HomeFlag = None, as_json: flags.Js
     Example:
       offsite trust list
     """
-    trusted = flags.home_of(context, home).trusted()
-    rows = [{"name": name, "fingerprint": key.fingerprint} for name, key in trusted.items()]
+    own = flags.home_of(context, home)
+    trusted, roles = own.trusted(), own.roles()
+    rows = [{"name": name, "fingerprint": key.fingerprint, "role": roles[key.hex]} for name, key in trusted.items()]
     if as_json:
         terminal.show({"trusted": rows}, as_json=True)
     elif rows:
-        terminal.show({row["name"]: row["fingerprint"] for row in rows})
-        terminal.hint_command("pack", "base/", "--out", "bundle/", "--for", rows[0]["name"])
+        terminal.show({str(row["name"]): " ".join(filter(None, (row["fingerprint"], row["role"]))) for row in rows})
+        terminal.hint_command("pack", "base/", "--out", "bundle/", "--for", str(rows[0]["name"]))
     else:
         terminal.hint("nobody is trusted yet: `offsite trust add NAME FILE.pub`")
 

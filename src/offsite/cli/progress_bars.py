@@ -10,7 +10,8 @@ from rich.progress import Progress as Bars
 from rich.table import Column
 from rich.text import Text
 
-from offsite.cli.terminal import facts_in_words, printable
+from offsite.cli.terminal import facts_in_words
+from offsite.errors import one_line
 from offsite.progress import Event, Progress
 
 _WIDEST_NAME = 30  # characters of a stage's name, so that time left and the first fact have room in 80 columns
@@ -43,7 +44,7 @@ class _Facts(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """The text of the column: the facts of the last event, on one line."""
-        return Text(printable(task.fields["facts"]), no_wrap=True, overflow="ellipsis")
+        return Text(one_line(task.fields["facts"]), no_wrap=True, overflow="ellipsis")
 
 
 @contextlib.contextmanager
@@ -76,13 +77,13 @@ def bars(console: Console | None = None) -> Iterator[Progress]:
                 for task in display.tasks:  # stages run one after another, so stages without a total have ended
                     if task.total is None:
                         display.update(task.id, total=1, completed=1)
-                tasks[event.stage] = display.add_task(printable(event.stage), total=event.total, facts="", left=None)
+                tasks[event.stage] = display.add_task(one_line(event.stage), total=event.total, facts="", left=None)
             shown = {name: value for name, value in event.facts.items() if name != _LEFT}
             display.update(
                 tasks[event.stage],
                 completed=event.done,
                 total=event.total,
-                facts=facts_in_words(replace(event, facts=shown)),
+                facts=one_line(facts_in_words(replace(event, facts=shown))),
                 left=event.facts.get(_LEFT),
             )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from offsite.cli import terminal
+from offsite.errors import one_line
 
 if TYPE_CHECKING:
     from offsite.data.check_data import PictureCheck, ShownRow, TextCheck
@@ -70,13 +71,13 @@ def _lines(check: "TextCheck | PictureCheck") -> Iterator[str]:
     width = max(len(name) for name in shown)
     for name, value in shown.items():
         text = f"{value:,}" if isinstance(value, int) else str(value)
-        yield terminal.printable(f"{name.replace('_', ' '):<{width}}  {text}")
+        yield one_line(f"{name.replace('_', ' '):<{width}}  {text}")
     if isinstance(check, PictureCheck):
         for picture in check.shown:
-            yield terminal.printable(f"\n{picture.name}: {picture.label}, {picture.height} x {picture.width} pixels")
+            yield "\n" + one_line(f"{picture.name}: {picture.label}, {picture.height} x {picture.width} pixels")
         return
     for row in check.shown:
-        yield terminal.printable(f"\n{row.place}: {row.tokens:,} tokens, {row.learnt:,} of them learnt")
+        yield "\n" + one_line(f"{row.place}: {row.tokens:,} tokens, {row.learnt:,} of them learnt")
         yield _marked(row)
 
 
@@ -91,7 +92,7 @@ def _marked(row: "ShownRow") -> str:
     left = _MOST_LETTERS // max(1, len(row.pieces))
     text = ""
     for piece, learnt in row.pieces:
-        short = terminal.printable(_shortened(piece, max(left, 80)))
+        short = terminal.in_margin(_shortened(piece, max(left, 80)))
         if learnt:
             short = typer.style(short, fg="green", bold=True) if coloured else f"{_BEGIN}{short}{_END}"
         text += short

@@ -10,6 +10,7 @@ import typer
 
 from offsite.cli import terminal
 from offsite.cli.text_table import text_table
+from offsite.errors import one_line
 
 if TYPE_CHECKING:
     from offsite.data_owner.plan import TunePlan
@@ -35,7 +36,7 @@ def show_plan(plan: "Plan", out: Path, *, as_json: bool) -> None:
         terminal.show({**facts(plan), "disk_free_bytes": free}, as_json=True)
         return
     for line in lines(plan, free):
-        typer.echo(terminal.printable(line))
+        typer.echo(one_line(line))
 
 
 def facts(plan: "Plan") -> dict[str, Any]:

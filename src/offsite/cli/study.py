@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from offsite.cli import flags, terminal
-from offsite.errors import OffsiteError, UsageError
+from offsite.errors import OffsiteError, UsageError, one_line
 
 if TYPE_CHECKING:
     from offsite.study.grid import GridPoint
@@ -161,7 +161,7 @@ def _print(results: "Results", out: Path) -> None:
             style = "bold" if one.head[i] == "plug-in" else ""
             shown.add_column(one.head[i], justify="left" if i < one.keys else "right", style=style, overflow="fold")
         for line in one.lines:
-            shown.add_row(*(Text(terminal.printable(line[i])) for i in columns))
+            shown.add_row(*(Text(one_line(line[i])) for i in columns))
         console.print(shown)
         console.print(Text(one.note, style="dim"))
         console.print()

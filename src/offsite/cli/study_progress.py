@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from offsite.cli.terminal import printable
+from offsite.errors import one_line
 from offsite.study.grid import GridPoint
 from offsite.study.metric import METRICS, Metric
 from offsite.study.report.report_tables import LABELS
@@ -61,7 +61,7 @@ class StudyTable:
             compress = ", ".join(part for part in (point.compressor.name, point.compressor.placement) if part)
             words = (point.dataset.name, compress, point.method.name)
             scores = [self.scores.get((index, row), "[dim]·[/]") for row in rows]
-            table.add_row(*(Text(printable(word)) for word in words), str(point.seed), *scores)
+            table.add_row(*(Text(one_line(word)) for word in words), str(point.seed), *scores)
         more = len(self.points) - _SHOWN
         table.caption = f"and {more} more cells" if more > 0 else None
         return table
@@ -73,7 +73,7 @@ class StudyTable:
         seconds = round(time.monotonic() - self.since)
         where = f"[{self.event.done}/{self.event.total}] {self.event.description}  {seconds // 60}:{seconds % 60:02}  "
         line = Text(where, style="bold", no_wrap=True, overflow="ellipsis")
-        return [line.append(printable(_last_line(self.event.log)), style="dim")]
+        return [line.append(one_line(_last_line(self.event.log)), style="dim")]
 
 
 @contextlib.contextmanager

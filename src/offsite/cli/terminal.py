@@ -1,6 +1,7 @@
 """Prints for people and scripts: results to standard output; progress, hints and errors to standard error.
 
-Text in an artifact may be hostile, so control characters are printed as escapes and never reach the terminal.
+Text in an artifact may be hostile, so control characters and its line ends are printed as escapes: no text of the other
+party can move the cursor, or look like a line of this program.
 """
 
 import contextlib
@@ -17,11 +18,12 @@ from typing import Any
 
 import typer
 
-from offsite.errors import OffsiteError, StorageError
+from offsite.errors import OffsiteError, StorageError, one_line
 from offsite.progress import NOTE, Event, Progress
 
 INTERRUPTED = 130
 START_OVER = "run the same command again to start over"
+MARGIN = "\n  | "  # before the further lines of a text
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_AT_LEAST = 2.0
 _LIST_SHOWN = 12
@@ -37,7 +39,7 @@ def show(result: Mapping[str, Any], *, as_json: bool = False) -> None:
     rows = list(_rows(result))
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
-        typer.echo(printable(f"{name:<{width}}  {value}"))
+        typer.echo(one_line(f"{name:<{width}}  {value}"))
 
 
 def render_json(value: object) -> str:
@@ -55,7 +57,8 @@ def render_json(value: object) -> str:
 
 def say(text: str) -> None:
     """Print a line on standard error."""
-    sys.stderr.write(printable(f"offsite: {text}\n"))  # rich redirects it above the bars; typer.echo would break them
+    # rich redirects it above the bars; typer.echo would break them
+    sys.stderr.write(one_line(f"offsite: {text}") + "\n")
 
 
 def hint(text: str) -> None:
@@ -129,12 +132,12 @@ def _failed(
         as_json: whether the result is JSON.
     """
     _mark("error: ", fg="red", bold=True)
-    typer.echo(printable(what), err=True)
+    typer.echo(one_line(what), err=True)
     for reason in reasons:
-        typer.echo(printable(f"  - {reason}"), err=True)
+        typer.echo(one_line(f"  - {reason}"), err=True)
     if next_step:
         _mark("next: ", fg="cyan")
-        typer.echo(printable(next_step), err=True)
+        typer.echo(one_line(next_step), err=True)
     if as_json:  # last, since writing to standard output may fail
         _show_failure(kind, exit_code, what, reasons, next_step)
 
@@ -151,8 +154,13 @@ def _mark(word: str, **style: Any) -> None:
 
 
 def printable(text: str) -> str:
-    """Escape every control character of a text except line ends."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """A text of this program that has several lines: every control character except the line ends is escaped."""
+    return "\n".join(map(one_line, text.split("\n")))
+
+
+def in_margin(text: str) -> str:
+    """A text of several lines, each but the first behind a margin, so that none looks like a line of this program."""
+    return MARGIN.join(map(one_line, text.split("\n")))
 
 
 def _rows(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

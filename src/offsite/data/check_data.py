@@ -18,7 +18,7 @@ from offsite.data.tokens import LongRows, encode, encode_choices
 from offsite.models.model_folder import Source
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from offsite.data.tokens import Tokenizer
 
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ class PictureCheck:
 
 def check_text(
     data: DataPaths,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "Tokenizer",
     model: Source,
     *,
     form: RowForm,
@@ -149,7 +149,7 @@ def _some(items: Sequence[T]) -> list[T]:
     return [items[place] for place in places]
 
 
-def _shown(example: Example, tokenizer: "PreTrainedTokenizerBase", source: str) -> ShownRow:
+def _shown(example: Example, tokenizer: "Tokenizer", source: str) -> ShownRow:
     """The example as text, cut into pieces where labels begin and end.
 
     `source` is the name of its data set, used if the example has no file.
@@ -166,6 +166,6 @@ def _shown(example: Example, tokenizer: "PreTrainedTokenizerBase", source: str) 
     return ShownRow(f"{example.file or source}:{example.line}", len(example.ids), example.labels, tuple(pieces))
 
 
-def _text(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
+def _text(ids: list[int], tokenizer: "Tokenizer") -> str:
     """The text of token ids, with special tokens and without any clean-up."""
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""

@@ -5,34 +5,57 @@ EOS. For a plain text the loss is on the whole text and EOS. A conversation is r
 template, with the loss on the assistant's answers. A long text is cut into blocks.
 """
 
-from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
+from offsite.data.confined_tokenizer import ConfinedTokenizer, characters, confined_tokenizer
 from offsite.data.conversations.chat_template import ChatTemplate, ConversationError, require_template
 from offsite.data.conversations.label_answers import Conversation, read_conversation
 from offsite.data.data_files import DataPaths, name_of
+from offsite.data.encoded_part import EncodedPart
 from offsite.data.examples import Choices, Encoded, Example
 from offsite.data.read_rows import counted, first
 from offsite.data.row import Row
 from offsite.data.whole_encoding import Encoding, encode_ids, encode_whole
 from offsite.errors import DataError
+from offsite.models.model_folder import Source
+from offsite.models.tokenizers import load_tokenizer
+from offsite.protocol.manifest import MANIFEST
+from offsite.storage.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    Tokenizer: TypeAlias = PreTrainedTokenizerBase | ConfinedTokenizer
+
 LongRows = Literal["error", "truncate", "skip"]
 
 _TOGETHER = 512  # number of rows that are encoded at once
+_CHARACTERS = 2**22  # number of characters that are encoded at once, unless one row has more
 _CUT = 'cut rows with --long-rows truncate (long_rows = "truncate" in table [tune] or [eval] of a --config file)'
+
+
+@contextmanager
+def open_tokenizer(source: Source) -> Iterator["Tokenizer"]:
+    """Context manager: the tokenizer of a model; that of a signed folder runs in a process of its own.
+
+    Raises:
+        UsageError, IncompatibleError: as for `offsite.models.tokenizers.load_tokenizer`.
+    """
+    if isinstance(source, Snapshot) or (source / MANIFEST).exists():
+        with confined_tokenizer(source) as confined:
+            yield confined
+    else:
+        yield load_tokenizer(source)
 
 
 def encode(
     rows: Sequence[Row],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "Tokenizer",
     *,
     source: DataPaths,
     max_length: int,
@@ -45,7 +68,7 @@ def encode(
 
     Args:
         rows: rows from `read_rows`.
-        tokenizer: the model's tokenizer.
+        tokenizer: the model's tokenizer, or its handle if it runs in a process of its own.
         source: the data set of the rows, for error messages.
         max_length: the largest number of tokens of an example, with BOS and EOS; also the length of a long text's
             blocks.
@@ -57,42 +80,88 @@ def encode(
             no row is left.
         IncompatibleError: the tokenizer does not show which token a label begins with.
     """
-    examples, long, cut = [], [], 0
-    dropped: Counter[str] = Counter()
-    notes: Counter[str] = Counter()
-    name, lengths = name_of(source), []
-    notes.update(row.left_out for row in rows if row.left_out)
+    name = name_of(source)
     used = [row for row in rows if not row.left_out]
     answered = [row for row in used if row.prompt is None or row.completion]  # public data sets have empty outputs
-    skipped = len(rows) - len(answered)
-    for draft in _drafts(answered, tokenizer, name, max_length):
-        if conversation := draft.conversation:
-            dropped.update(conversation.dropped)
-            notes.update(conversation.notes)
-        over = draft.length > max_length
-        lengths.append(draft.length)
-        if over:
-            long.append(f"{draft.row.place(name)}: {draft.length} tokens, at most {max_length}")
-        example = (draft.cut(max_length, bos=tokenizer.bos_token_id) if over else draft).example()
-        if example.labels and not (over and long_rows == "skip"):
-            examples.append(example)
-            cut += over
-        else:
-            skipped += 1  # also for a row of a single token, which nothing predicts
+    whole = EncodedPart(skipped=len(rows) - len(answered))
+    whole.notes.update(row.left_out for row in rows if row.left_out)
+    encode_rows = tokenizer.encode_part if isinstance(tokenizer, ConfinedTokenizer) else RowEncoder(tokenizer).encode
+    for part in _parts(answered):
+        whole.add(encode_rows(part, name, max_length, skip_long=long_rows == "skip"))
+    if whole.problems:
+        raise _refused(whole.problems, name)
     if long_rows == "error":
-        _require_short(long, name)
-    if not examples:
+        _require_short(whole.long, name)
+    if not whole.examples:
         raise DataError(
             f"no row of {name} is left",
-            reasons=[f"{len(rows)} rows read, {len(long)} over {max_length} tokens left out", *_counts(notes)],
+            reasons=[
+                f"{len(rows)} rows read, {len(whole.long)} over {max_length} tokens left out",
+                *_counts(whole.notes),
+            ],
             next_step=f"raise --max-length, or {_CUT}",
         )
-    return Encoded(tuple(examples), skipped, cut, len(long), tuple(lengths), dropped, notes)
+    long, examples = len(whole.long), tuple(whole.examples)
+    return Encoded(examples, whole.skipped, whole.cut, long, tuple(whole.lengths), whole.dropped, whole.notes)
+
+
+def _parts(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """Yield the rows in parts that are encoded at once: of a number of rows, and of characters if there are several."""
+    part: list[Row] = []
+    size = 0
+    for row in rows:
+        long = characters(row)
+        if part and (len(part) == _TOGETHER or size + long > _CHARACTERS):
+            yield part
+            part, size = [], 0
+        part.append(row)
+        size += long
+    if part:
+        yield part
+
+
+class RowEncoder:
+    """Encodes parts of a data set with one tokenizer, in this process."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer
+        self._template: ChatTemplate | None = None  # made with the first rows
+
+    def encode(self, rows: Sequence[Row], name: str, max_length: int, *, skip_long: bool) -> EncodedPart:
+        """Encode some rows of a data set.
+
+        Args:
+            rows: the rows, which have labels.
+            name: the data set's name, for messages.
+            max_length: as for `encode`.
+            skip_long: whether longer rows are left out; else they are cut.
+
+        Raises:
+            DataError: a row is a conversation, and the tokenizer has no chat template.
+            IncompatibleError: the tokenizer does not show which token a label begins with.
+        """
+        part, bos = EncodedPart(), self._tokenizer.bos_token_id
+        self._template = self._template or ChatTemplate(self._tokenizer)
+        for draft in _drafts(rows, self._tokenizer, self._template, name, max_length, part.problems):
+            if conversation := draft.conversation:
+                part.dropped.update(conversation.dropped)
+                part.notes.update(conversation.notes)
+            over = draft.length > max_length
+            part.lengths.append(draft.length)
+            if over:
+                part.long.append(f"{draft.row.place(name)}: {draft.length} tokens, at most {max_length}")
+            example = (draft.cut(max_length, bos=bos) if over else draft).example()
+            if example.labels and not (over and skip_long):
+                part.examples.append(example)
+                part.cut += over
+            else:
+                part.skipped += 1  # also for a row of a single token, which nothing predicts
+        return part
 
 
 def encode_choices(
     rows: Sequence[Row],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "Tokenizer",
     *,
     source: DataPaths,
     max_length: int,
@@ -105,22 +174,41 @@ def encode_choices(
     Raises:
         DataError: a choice is too long and `long_rows` is "error"; all such rows are listed.
     """
-    found, long, name = [], [], name_of(source)
+    name = name_of(source)
+    asked = [row for row in rows if row.choices and not row.left_out]
+    found: list[Choices] = []
+    long: list[str] = []
+    for part in _parts(asked):
+        if isinstance(tokenizer, ConfinedTokenizer):
+            more, over = tokenizer.choices_part(part, name, max_length, skip_long=long_rows == "skip")
+        else:
+            more, over = choices_part(part, tokenizer, name, max_length, skip_long=long_rows == "skip")
+        found += more
+        long += over
+    if long_rows == "error":
+        _require_short(long, name)
+    return found
+
+
+def choices_part(
+    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", name: str, max_length: int, *, skip_long: bool
+) -> tuple[list[Choices], list[str]]:
+    """Encode some multiple-choice rows in this process; returns them, and a message for each row that is too long.
+
+    Arguments as for `RowEncoder.encode`.
+    """
+    found, long = [], []
     for row in rows:
-        if not row.choices or row.left_out:
-            continue
         drafts = _choice_drafts(row, tokenizer)
         longest = max(draft.length for draft in drafts)
         if longest > max_length:
             long.append(f"{row.place(name)}: {longest} tokens with its longest choice, at most {max_length}")
-            if long_rows == "skip":
+            if skip_long:
                 continue
             drafts = [draft.cut(max_length, bos=tokenizer.bos_token_id) for draft in drafts]
         lengths = tuple(len(choice) - 1 for choice in row.choices)
         found.append(Choices(row.line, tuple(draft.example() for draft in drafts), lengths, row.answer))
-    if long_rows == "error":
-        _require_short(long, name)
-    return found
+    return found, long
 
 
 def _counts(notes: Mapping[str, int]) -> list[str]:
@@ -142,9 +230,15 @@ def _require_short(long: Sequence[str], source: str) -> None:
         )
 
 
-def encode_prompt(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def encode_prompt(row: Row, tokenizer: "Tokenizer") -> list[int]:
     """The token ids that a model reads before it answers a row: those before the first label in `encode`."""
-    (draft,) = _drafts([row], tokenizer, "", 1)
+    if isinstance(tokenizer, ConfinedTokenizer):
+        return tokenizer.prompt_ids(row)
+    problems: list[str] = []
+    drafts = list(_drafts([row], tokenizer, ChatTemplate(tokenizer), "", 1, problems))
+    if problems:
+        raise _refused(problems, "the prompts")
+    (draft,) = drafts
     return draft.start if draft.places is None else draft.answer[: draft.places[0]]
 
 
@@ -188,28 +282,35 @@ class _Draft:
 
 
 def _drafts(
-    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", source: str, max_length: int
+    rows: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    template: ChatTemplate,
+    source: str,
+    max_length: int,
+    problems: list[str],
 ) -> Iterator[_Draft]:
     """Yields a draft (tokens that are not cut yet) for every row, in order; for a long text several drafts.
 
-    `source` is the data set's name, for errors; `max_length` is the most tokens of a long text's blocks.
+    Args:
+        rows: the rows.
+        tokenizer: the model's tokenizer.
+        template: its chat template.
+        source: the data set's name, for errors.
+        max_length: the most tokens of a long text's blocks.
+        problems: gets a message for each conversation that cannot be rendered or labelled.
 
     Raises:
-        DataError: conversations cannot be rendered or labelled; each is listed.
+        DataError: a row is a conversation, and the tokenizer has no chat template.
     """
     if not tokenizer.chat_template and any(row.turns and row.prompt is None for row in rows):
         require_template(tokenizer)
-    template, problems = ChatTemplate(tokenizer), []
-    for at in range(0, len(rows), _TOGETHER):
-        written: list[tuple[Row, Conversation]] = []
-        for row in rows[at : at + _TOGETHER]:
-            try:
-                written.append((row, _as_text(row, template)))
-            except ConversationError as error:
-                problems.append(f"{row.place(source)}: field 'messages': {error}")
-        yield from _encoded(written, tokenizer, max_length)
-    if problems:
-        raise _refused(problems, source)
+    written: list[tuple[Row, Conversation]] = []
+    for row in rows:
+        try:
+            written.append((row, _as_text(row, template)))
+        except ConversationError as error:
+            problems.append(f"{row.place(source)}: field 'messages': {error}")
+    yield from _encoded(written, tokenizer, max_length)
 
 
 def _refused(problems: Sequence[str], source: str) -> DataError:

@@ -5,12 +5,13 @@ Nothing is trained or written.
 
 from offsite.config import TuneSpec
 from offsite.data.check_data import PictureCheck, TextCheck, check_pictures, check_text
+from offsite.data.confined_tokenizer import confined_tokenizer
 from offsite.data.data_files import DataPaths, Part
 from offsite.data.pictures.picture_workers import PictureWorkers
 from offsite.data.row import RowForm
 from offsite.data_owner.sent_bundle import as_sent
 from offsite.data_owner.tuning_pictures import open_album
-from offsite.models.tokenizers import context_length, load_tokenizer
+from offsite.models.tokenizers import context_length
 from offsite.progress import Event, Progress
 from offsite.protocol.artifacts import Bundle
 
@@ -54,14 +55,14 @@ def _check(bundle: Bundle, data: DataPaths, spec: TuneSpec, part: Part) -> TextC
     `part` says which files are read if `data` is a folder that has separate files for training and testing.
     """
     with as_sent():
-        tokenizer = load_tokenizer(bundle.files)
         longest = min(spec.rows.max_length, context_length(bundle.files) or spec.rows.max_length)
-    return check_text(
-        data,
-        tokenizer,
-        bundle.files,
-        form=RowForm(spec.rows.columns or {}, spec.rows.chosen),
-        part=part,
-        max_length=longest,
-        long_rows=spec.rows.long_rows,
-    )
+        with confined_tokenizer(bundle.files) as tokenizer:
+            return check_text(
+                data,
+                tokenizer,
+                bundle.files,
+                form=RowForm(spec.rows.columns or {}, spec.rows.chosen),
+                part=part,
+                max_length=longest,
+                long_rows=spec.rows.long_rows,
+            )

@@ -190,7 +190,7 @@ def _why_not_cached(tuning: Tuning, first: nn.Module, features: FeatureFile, fol
         why_not = f"caching takes {describe_bytes(features.size)} of disk"
     if why_not:
         progress(Event(f"frozen blocks run in every epoch: {why_not}", 0))
-    replace_file(record, json.dumps({"cached": not why_not}).encode())
+    replace_file(record, json.dumps({"cached": not why_not}).encode(), mode=0o600)
     return why_not
 
 

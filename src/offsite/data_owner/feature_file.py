@@ -74,6 +74,7 @@ class FeatureFile:
             temporary.unlink(missing_ok=True)
             try:
                 write_stream(temporary, self._chunks(compute, progress))
+                temporary.chmod(0o600)
                 temporary.replace(file)
             finally:
                 temporary.unlink(missing_ok=True)

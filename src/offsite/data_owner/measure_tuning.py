@@ -13,6 +13,7 @@ from offsite.data_owner.feature_cache import cached_features
 from offsite.data_owner.memory_budget import within_memory
 from offsite.data_owner.plan import Prepared, TunePlan
 from offsite.data_owner.prepare_model import prepare_model
+from offsite.data_owner.sent_bundle import as_sent
 from offsite.data_owner.text_task import TextTask
 from offsite.data_owner.train import Tuning, train
 from offsite.data_owner.tuning_data import TextData, read_data
@@ -66,6 +67,7 @@ def measure_tuning(bundle: Bundle, plan: TunePlan, prepared: Prepared, progress:
     with contextlib.ExitStack() as opened:
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="offsite-plan-")))
         opened.enter_context(seeded(spec.seed, runtime.device))
+        opened.enter_context(as_sent())
         data = prepared.data
         if not isinstance(data, TextData):  # the workers that decoded pictures for the plan have ended
             workers = opened.enter_context(PictureWorkers(worker_count(spec.images.workers, runtime.device)))

@@ -224,7 +224,7 @@ def _load_or_make(file: Path, make: Callable[[], Fit], processes: Processes) -> 
     )
     with processes.together():
         if processes.first:
-            replace_file(file, json.dumps(vars(found)).encode())
+            replace_file(file, json.dumps(vars(found)).encode(), mode=0o600)
     return found
 
 

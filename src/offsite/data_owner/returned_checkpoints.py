@@ -74,6 +74,7 @@ class Checkpoints:
         with storage_errors(file):
             file.unlink(missing_ok=True)  # left by a run that was interrupted after this step
             write_safetensors(file, [to_new_tensor(name, tensors[name]) for name in sorted(tensors)])
+            file.chmod(0o600)
 
     def score(self, step: int, loss: float) -> None:
         """Save the held-out loss after a step, if that step has a checkpoint and the return reports losses.
@@ -93,7 +94,7 @@ class Checkpoints:
                     next_step="tune again with a lower --lr, or without --report-scores",
                 )
             scores = {**self._read_scores(), str(self._numbers[step]): loss}
-            replace_file(self._scores, json.dumps(scores).encode())
+            replace_file(self._scores, json.dumps(scores).encode(), mode=0o600)
 
     def require_saved(self, done: int) -> None:
         """Refuse to continue a run if files of its earlier checkpoints are missing.

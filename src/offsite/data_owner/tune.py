@@ -2,7 +2,6 @@
 
 import contextlib
 import platform
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from offsite.data_owner.identity_of_tuning import identity_of_tuning
 from offsite.data_owner.memory_budget import within_memory
 from offsite.data_owner.prepare_model import prepare_model
 from offsite.data_owner.returned_checkpoints import Checkpoints
+from offsite.data_owner.sent_bundle import Watched, as_sent
 from offsite.data_owner.train import train
 from offsite.data_owner.tuning_data import read_data
 from offsite.data_owner.write_return import write_return
@@ -30,6 +30,7 @@ from offsite.progress import NOTE, Event, Progress, silent
 from offsite.protocol.artifacts import Bundle, Return
 from offsite.protocol.home import Home
 from offsite.protocol.signing import Identity
+from offsite.storage.files import discard_folder
 from offsite.storage.lock import alone_in
 from offsite.training.processes import ONE, Processes
 from offsite.training.resume_points import RunState
@@ -163,13 +164,19 @@ def tune_in_processes(
             if processes.first:
                 opened.enter_context(alone_in(folder, *AT_WORK))
                 state = RunState(folder, identity_of_run, resume=resume, restartable=True)
+                opened.enter_context(_removed_unless_resumable(state))
         opened.enter_context(seeded(spec.seed, runtime.device))
         opened.enter_context(_memory_errors(runtime.device))
-        with processes.together(), _memory_errors(runtime.device):
+        progress = watched = Watched(progress)
+        with processes.together(), as_sent(watched), _memory_errors(runtime.device):
             progress(Event("loading the model", 0))
             tuning = prepare_model(bundle, rows, spec, runtime, progress, processes)
         progress(Event(tuning.kernels.in_words(), 0))
-        with cached_features(tuning, spec, folder, progress) as cached:
+        with (
+            as_sent(watched),
+            _memory_errors(runtime.device),
+            cached_features(tuning, spec, folder, progress) as cached,
+        ):
             fitted = within_memory(tuning, spec, runtime, folder / "memory.json", progress)
             tuning = replace(tuning, kernels=tuning.kernels.with_pieces(cached, *fitted.pieces))
             train(tuning, fitted.spec, state, log, progress, checkpoints=checkpoints, tensorboard=tensorboard)
@@ -179,8 +186,22 @@ def tune_in_processes(
                 progress(Event("writing the return", 0))
                 returned = write_return(bundle, tuning.returned, spec, out, identity, checkpoints, rows.classes)
                 record_finished(returned, identity_of_run)
-                state.remove()
     return returned
+
+
+@contextlib.contextmanager
+def _removed_unless_resumable(state: RunState) -> Iterator[None]:
+    """Context manager: remove the run's folder at the end of the body, unless a resume point remains to continue from.
+
+    The folder may hold hidden states of the data.
+    """
+    try:
+        yield
+    except BaseException:
+        if not state.resumable:
+            state.remove()
+        raise
+    state.remove()
 
 
 def finished_return(
@@ -219,7 +240,7 @@ def finished_return(
     require_same_finished_run(returned, identity)
     if run_folder(out).exists():  # the run was interrupted just after it had written the return
         record_finished(returned, identity)
-        shutil.rmtree(run_folder(out), ignore_errors=True)
+        discard_folder(run_folder(out))
     return returned
 
 

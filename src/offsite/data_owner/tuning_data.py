@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from offsite.config import TuneSpec
+from offsite.data.confined_tokenizer import confined_tokenizer
 from offsite.data.data_files import DataPaths, Part, name_of
 from offsite.data.examples import Encoded, Example, require_known
 from offsite.data.pictures.picture_workers import PictureWorkers
@@ -11,7 +12,7 @@ from offsite.data.row import RowForm
 from offsite.data.tokens import encode
 from offsite.data_owner.sent_bundle import as_sent
 from offsite.data_owner.tuning_pictures import Album, open_album
-from offsite.models.tokenizers import context_length, load_tokenizer
+from offsite.models.tokenizers import context_length
 from offsite.progress import Event, Progress
 from offsite.protocol.artifacts import Bundle
 
@@ -87,12 +88,11 @@ def _encode(bundle: Bundle, data: DataPaths, spec: TuneSpec, progress: Progress,
 
     `part` says which files are read if `data` is a folder that has separate files for training and testing.
     """
-    with as_sent():
-        longest = min(spec.rows.max_length, context_length(bundle.files) or spec.rows.max_length)
-        tokenizer = load_tokenizer(bundle.files)
     rows = read_rows(data, RowForm(spec.rows.columns or {}, spec.rows.chosen), part)
     with as_sent():
-        encoded = encode(rows, tokenizer, source=data, max_length=longest, long_rows=spec.rows.long_rows)
+        longest = min(spec.rows.max_length, context_length(bundle.files) or spec.rows.max_length)
+        with confined_tokenizer(bundle.files) as tokenizer:
+            encoded = encode(rows, tokenizer, source=data, max_length=longest, long_rows=spec.rows.long_rows)
     require_known(encoded.examples, bundle.files, data)
     if encoded.skipped:
         what = f"rows of {name_of(data)} left out, too long or without a label"

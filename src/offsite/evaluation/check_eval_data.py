@@ -12,9 +12,10 @@ from offsite.data.pictures.picture_files import load_processor
 from offsite.data.pictures.picture_sets import read_pictures
 from offsite.data.pictures.prepared_pictures import Pictures
 from offsite.data.row import RowForm
+from offsite.data.tokens import open_tokenizer
 from offsite.models.image_encoder import sees_images
 from offsite.models.model_folder import model_settings
-from offsite.models.tokenizers import context_length, load_tokenizer
+from offsite.models.tokenizers import context_length
 
 
 def check_eval_data(model: Path, data: DataPaths, spec: EvalSpec) -> TextCheck | PictureCheck:
@@ -33,12 +34,14 @@ def check_eval_data(model: Path, data: DataPaths, spec: EvalSpec) -> TextCheck |
     if sees_images(model_settings(model)):
         listed = read_pictures(data, part="held out", columns=spec.columns)
         return check_pictures(data, Pictures(listed, load_processor(model), skip_bad=spec.skip_bad))
-    return check_text(
-        data,
-        load_tokenizer(model),
-        model,
-        form=RowForm(spec.columns or {}, spec.chosen),
-        part="held out",
-        max_length=min(spec.max_length, context_length(model) or spec.max_length),
-        long_rows=spec.long_rows,
-    )
+    longest = min(spec.max_length, context_length(model) or spec.max_length)
+    with open_tokenizer(model) as tokenizer:
+        return check_text(
+            data,
+            tokenizer,
+            model,
+            form=RowForm(spec.columns or {}, spec.chosen),
+            part="held out",
+            max_length=longest,
+            long_rows=spec.long_rows,
+        )

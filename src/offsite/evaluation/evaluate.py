@@ -17,7 +17,7 @@ from offsite.data.data_files import DataPaths
 from offsite.data.examples import require_known
 from offsite.data.read_rows import read_rows
 from offsite.data.row import Row, RowForm
-from offsite.data.tokens import encode, encode_choices, encode_prompt
+from offsite.data.tokens import encode, encode_choices, encode_prompt, open_tokenizer
 from offsite.evaluation.intervals import Interval, interval
 from offsite.evaluation.lineage import require_lineage
 from offsite.evaluation.multiple_choice import ChoiceScore, score_choices
@@ -25,15 +25,18 @@ from offsite.evaluation.row_losses import RowLoss, perplexity, row_losses
 from offsite.kernels.runtime import Runtime, resolve_runtime
 from offsite.models.adapted import load_adapted, load_bottlenecked, load_replaced
 from offsite.models.backbone import split_backbone_and_head
+from offsite.models.hugging_face_calls import incompatible
 from offsite.models.loading import load_model
-from offsite.models.model_folder import Source, has_file
-from offsite.models.tokenizers import context_length, load_tokenizer
+from offsite.models.model_folder import Source, folder_of, has_file
+from offsite.models.tokenizers import context_length
 from offsite.progress import Event, Progress, silent
 from offsite.protocol.artifacts import Base, Bundle, PlugIn, Return, files_of
 from offsite.protocol.contents import BOTTLENECK_WEIGHTS, RETURNED_WEIGHTS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+    from offsite.data.tokens import Tokenizer
 
 ANSWER_TOKENS = 64  # length limit of a generated answer
 
@@ -102,19 +105,21 @@ def evaluate(
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
     rows = read_rows(data, RowForm(spec.columns or {}, spec.chosen), "held out")[: spec.max_rows]
     source = files_of(model)
-    tokenizer = load_tokenizer(source)
     longest = min(spec.max_length, context_length(source) or spec.max_length)
-    encoded = encode(rows, tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
-    examples = encoded.examples[: spec.max_rows]  # a long text is one row, and many examples
-    questions = encode_choices(rows, tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
-    require_known([*examples, *(one for question in questions for one in question.examples)], source, data)
-    network_model = load_tuned(source, files_of(adapter) if adapter else None, runtime)
-    network = split_backbone_and_head(network_model)
-    started = time.perf_counter()
-    losses = row_losses(network, examples, spec.micro_batch_tokens, progress)
-    seconds = time.perf_counter() - started
-    choices = score_choices(network, questions, spec.micro_batch_tokens, progress)
-    prompted = [row for row in rows if row.prompt is not None and not row.left_out][:samples]
+    with open_tokenizer(source) as tokenizer:
+        encoded = encode(rows, tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
+        examples = encoded.examples[: spec.max_rows]  # a long text is one row, and many examples
+        questions = encode_choices(rows, tokenizer, source=data, max_length=longest, long_rows=spec.long_rows)
+        require_known([*examples, *(one for question in questions for one in question.examples)], source, data)
+        prompted = [row for row in rows if row.prompt is not None and not row.left_out][:samples]
+        network_model = load_tuned(source, files_of(adapter) if adapter else None, runtime)
+        with incompatible(folder_of(source), "run"):
+            network = split_backbone_and_head(network_model)
+            started = time.perf_counter()
+            losses = row_losses(network, examples, spec.micro_batch_tokens, progress)
+            seconds = time.perf_counter() - started
+            choices = score_choices(network, questions, spec.micro_batch_tokens, progress)
+            answers = tuple(_generate_answers(network_model, tokenizer, prompted, longest, progress))
     return Score(
         **_compute_figures(
             losses, [loss for loss, example in zip(losses, examples, strict=True) if example.answers], choices
@@ -124,7 +129,7 @@ def evaluate(
         skipped=encoded.skipped,
         seconds=round(seconds, 3),
         tokens_per_s=round(sum(len(example.ids) for example in examples) / seconds, 1),
-        samples=tuple(_generate_answers(network_model, tokenizer, prompted, longest, progress)),
+        samples=answers,
         row_losses=tuple(losses),
         choice_scores=tuple(choices),
     )
@@ -178,7 +183,7 @@ def load_tuned(model: Source, adapter: Source | None, runtime: Runtime) -> "PreT
 
 def _generate_answers(
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "Tokenizer",
     rows: Sequence[Row],
     longest: int,
     progress: Progress,

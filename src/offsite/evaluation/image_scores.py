@@ -24,6 +24,7 @@ from offsite.evaluation.evaluate import load_tuned
 from offsite.evaluation.intervals import Interval, interval
 from offsite.evaluation.lineage import require_lineage
 from offsite.kernels.runtime import Runtime, resolve_runtime, worker_count
+from offsite.models.hugging_face_calls import incompatible
 from offsite.models.image_encoder import BIAS, WEIGHT, Encoder, encoder_of, is_classifier
 from offsite.models.loading import load_classifier
 from offsite.models.model_folder import Source, folder_of, model_settings, tensors_of
@@ -101,7 +102,8 @@ def evaluate_images(
             next_step="name a return as the adapter, or a complete plug-in as the model",
         )
     runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
-    with PictureWorkers(worker_count(spec.workers, runtime.device)) as workers:
+    workers = PictureWorkers(worker_count(spec.workers, runtime.device))
+    with workers, incompatible(folder_of(files_of(model)), "run"):
         return _evaluate(model, data, spec, adapter, probe, runtime, workers, progress)
 
 

@@ -1,6 +1,7 @@
 """The model owner's record of every issued bundle, received return and plug-in: an SQLite file in the home folder."""
 
 import datetime
+import hashlib
 import json
 import os
 import sqlite3
@@ -16,7 +17,9 @@ from offsite.model_owner.carry_map import CarryMap, parse_carry_map, render_carr
 from offsite.model_owner.emulator_score import EmulatorScore
 from offsite.model_owner.tuning_arithmetic import TuningArithmetic
 from offsite.protocol.artifacts import Bundle, PlugIn, Return
+from offsite.protocol.contents import CLASSIFIER, WEIGHTS_OF, checkpoint_file
 from offsite.protocol.manifest import MANIFEST, BundleManifest, parse_manifest, render_manifest
+from offsite.storage.staging_claims import is_abandoned
 
 LOCK_SECONDS = 30.0  # how long a command waits while another one writes to the ledger
 _SCHEMA = """
@@ -32,7 +35,8 @@ CREATE TABLE IF NOT EXISTS bundles (
     carry TEXT,               -- JSON: the CarryMap; known to nobody else
     shares TEXT,              -- JSON: the BaseShares
     arithmetic TEXT,          -- JSON: the TuningArithmetic
-    score TEXT                -- JSON: the EmulatorScore; known to nobody else
+    score TEXT,               -- JSON: the EmulatorScore; known to nobody else
+    staging TEXT              -- the temporary folder, until the bundle's folder has its final name
 );
 CREATE TABLE IF NOT EXISTS returns (
     id INTEGER PRIMARY KEY,
@@ -50,13 +54,36 @@ CREATE TABLE IF NOT EXISTS plug_ins (
     made_at TEXT NOT NULL,
     form TEXT NOT NULL,
     strength REAL NOT NULL DEFAULT 1,
-    checkpoint INTEGER NOT NULL DEFAULT 1
+    checkpoint INTEGER NOT NULL DEFAULT 1,
+    tensors TEXT,             -- digest of the tensors that were plugged in
+    staging TEXT              -- the temporary folder, until the plug-in's folder has its final name
 );
 """
+_UNSETTLED = (  # by table: the records that are not settled, and what deletes or keeps one
+    (
+        "SELECT rowid, digest, staging FROM bundles WHERE staging IS NOT NULL",
+        "DELETE FROM bundles WHERE rowid = ?",
+        "UPDATE bundles SET staging = NULL WHERE rowid = ?",
+    ),
+    (
+        "SELECT id, bundle, staging FROM plug_ins WHERE staging IS NOT NULL",
+        "DELETE FROM plug_ins WHERE id = ?",
+        "UPDATE plug_ins SET staging = NULL WHERE id = ?",
+    ),
+)
+_NOT_PLUGGED_IN = (  # after a record of a plug-in was deleted
+    "UPDATE bundles SET state = 'returned' WHERE digest = ? AND state = 'plugged in'"
+    " AND NOT EXISTS (SELECT 1 FROM plug_ins WHERE bundle = ?)"
+)
 # Columns that older ledgers lack, by table.
 _ADDED = {
-    "plug_ins": {"strength": "REAL NOT NULL DEFAULT 1", "checkpoint": "INTEGER NOT NULL DEFAULT 1"},
-    "bundles": {"carry": "TEXT", "shares": "TEXT", "arithmetic": "TEXT", "score": "TEXT"},
+    "plug_ins": {
+        "strength": "REAL NOT NULL DEFAULT 1",
+        "checkpoint": "INTEGER NOT NULL DEFAULT 1",
+        "tensors": "TEXT",
+        "staging": "TEXT",
+    },
+    "bundles": {"carry": "TEXT", "shares": "TEXT", "arithmetic": "TEXT", "score": "TEXT", "staging": "TEXT"},
 }
 
 
@@ -92,6 +119,7 @@ class Ledger:
         shares: BaseShares,
         arithmetic: TuningArithmetic,
         spec: PackSpec,
+        staging: Path | None = None,
     ) -> None:
         """Record a new bundle; call it before the bundle's folder is moved to its final path.
 
@@ -102,12 +130,14 @@ class Ledger:
             shares: how many of the base's parameters the bundle sends.
             arithmetic: the multiply-adds of tuning the bundle, and of the base.
             spec: the settings of packing.
+            staging: the temporary folder that will be moved; None if the bundle is at its final path.
         """
         with self._open() as db:
             db.execute(
                 # a bundle packed twice within one second is identical and has the same digest
                 "INSERT INTO bundles (digest, issued_at, recipient_name, base, kept, settings, manifest, state, carry,"
-                " shares, arithmetic) VALUES (?, ?, ?, ?, ?, ?, ?, 'issued', ?, ?, ?) ON CONFLICT (digest) DO NOTHING",
+                " shares, arithmetic, staging) VALUES (?, ?, ?, ?, ?, ?, ?, 'issued', ?, ?, ?, ?)"
+                " ON CONFLICT (digest) DO NOTHING",
                 (
                     bundle.digest,
                     bundle.manifest.issued_at,
@@ -119,8 +149,26 @@ class Ledger:
                     render_carry_map(carry, bundle.digest),
                     shares.to_json(),
                     arithmetic.to_json(),
+                    None if staging is None else str(staging.absolute()),
                 ),
             )
+
+    def settle(self) -> None:
+        """Delete the records of bundles and plug-ins whose process was killed before their folder had its final name.
+
+        Call it before the temporary folders of killed processes are removed.
+        """
+        if not self.path.exists():
+            return
+        with self._open() as db:
+            db.execute("BEGIN IMMEDIATE")
+            for find, delete, keep in _UNSETTLED:
+                for row, bundle, staging in db.execute(find).fetchall():
+                    if is_abandoned(Path(staging)):
+                        db.execute(delete, (row,))
+                        db.execute(_NOT_PLUGGED_IN, (bundle, bundle))
+                    elif not Path(staging).exists():
+                        db.execute(keep, (row,))
 
     def issued(self, digest: str) -> Issued | None:
         """The record of the bundle with this digest; None if this home never issued it.
@@ -178,29 +226,33 @@ class Ledger:
                 db.execute("UPDATE bundles SET state = 'returned' WHERE digest = ? AND state = 'issued'", (bundle,))
 
     @contextmanager
-    def recording_plug_in(self, plug_in: PlugIn, *, again: bool) -> Iterator[None]:
+    def recording_plug_in(
+        self, plug_in: PlugIn, *, again: bool, tensors: str | None = None, staging: Path | None = None
+    ) -> Iterator[None]:
         """Context manager: record a plug-in, then run the body, which must move the plug-in's folder to its final path.
 
         If the body fails and the folder is not there, the record is deleted. If the process is killed in the body, a
-        record without a folder can remain, but never a folder without a record.
+        record without a folder can remain until the next `settle`, but never a folder without a record.
 
         Args:
             plug_in: the signed plug-in.
             again: whether the return may have been plugged in before.
+            tensors: the digest of the tensors that are plugged in, see `returned_digest`; None if it is not known.
+            staging: the temporary folder that the body moves.
 
         Raises:
-            PolicyError: the return was already plugged in, and `again` is false.
+            PolicyError: the return, or one with the same tensors, was already plugged in, and `again` is false.
         """
         manifest = plug_in.manifest
         with self._open() as db:
             db.execute("BEGIN IMMEDIATE")  # no other process can record between check and insert
-            earlier = _made_at(db, manifest.returned)
+            earlier = _made_at(db, manifest.returned, manifest.bundle, tensors)
             if earlier and not again:
                 raise plugged_in_before(earlier)
             (before,) = db.execute("SELECT state FROM bundles WHERE digest = ?", (manifest.bundle,)).fetchone()
             entry = db.execute(
-                "INSERT INTO plug_ins (digest, returned, bundle, made_at, form, strength, checkpoint)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO plug_ins (digest, returned, bundle, made_at, form, strength, checkpoint, tensors, staging)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     plug_in.digest,
                     manifest.returned,
@@ -209,6 +261,8 @@ class Ledger:
                     manifest.form,
                     manifest.strength,
                     manifest.checkpoint,
+                    tensors,
+                    None if staging is None else str(staging.absolute()),
                 ),
             ).lastrowid
             db.execute("UPDATE bundles SET state = 'plugged in' WHERE digest = ?", (manifest.bundle,))
@@ -220,11 +274,16 @@ class Ledger:
                     db.execute("DELETE FROM plug_ins WHERE id = ?", (entry,))
                     db.execute("UPDATE bundles SET state = ? WHERE digest = ?", (before, manifest.bundle))
             raise
-
-    def plugged_in(self, returned: Return) -> list[str]:
-        """The times at which this return was plugged in, as ISO strings in UTC; empty if it never was."""
         with self._open() as db:
-            return _made_at(db, returned.digest)
+            db.execute("UPDATE plug_ins SET staging = NULL WHERE id = ?", (entry,))
+
+    def plugged_in(self, returned: Return, tensors: str | None = None) -> list[str]:
+        """The times at which this return was plugged in, as ISO strings in UTC; empty if it never was.
+
+        With the digest of its `tensors`, another return to the same bundle with the same tensors counts too.
+        """
+        with self._open() as db:
+            return _made_at(db, returned.digest, returned.manifest.bundle, tensors)
 
     def accepted(self, returned: Return) -> bool:
         """Whether this return, identified by its digest, was ever accepted."""
@@ -263,10 +322,32 @@ class Ledger:
             ) from error
 
 
-def _made_at(db: sqlite3.Connection, returned: str) -> list[str]:
-    """The times at which the return with the digest `returned` was plugged in, as ISO strings in UTC."""
-    rows = db.execute("SELECT made_at FROM plug_ins WHERE returned = ? ORDER BY id", (returned,))
+def _made_at(db: sqlite3.Connection, returned: str, bundle: str, tensors: str | None) -> list[str]:
+    """The times at which a return was plugged in, as ISO strings in UTC; arguments are digests.
+
+    A return to the same bundle with the same tensors counts as the same one, whatever its other bytes are.
+    """
+    rows = db.execute(
+        "SELECT made_at FROM plug_ins WHERE returned = ? OR (bundle = ? AND tensors = ?) ORDER BY id",
+        (returned, bundle, tensors),
+    )
     return [made_at for (made_at,) in rows]
+
+
+def returned_digest(returned: Return, checkpoint: int) -> str:
+    """The SHA-256, in hex, over names, shapes and values of the tensors of one checkpoint of a return.
+
+    It does not depend on how the files are written or signed. `checkpoint` counts from 1.
+    """
+    manifest, digest = returned.manifest, hashlib.sha256()
+    last = checkpoint == manifest.checkpoints
+    files = [WEIGHTS_OF[manifest.method] if last else checkpoint_file(checkpoint)]
+    for file in [*files, *([CLASSIFIER] if manifest.classes else [])]:
+        for name, tensor in sorted(returned.files.tensors(file).items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            for part in tensor.raw():
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def plugged_in_before(times: Sequence[str]) -> PolicyError:

@@ -89,6 +89,7 @@ def pack(
         StorageError: a file cannot be read or written; `out` is unchanged.
         KeyboardInterrupt: the user interrupted the run.
     """
+    Ledger(home.ledger).settle()
     checked = check_packing(base, out, recipient, spec, home, resume=resume)
     model, sandwich, identity, spec = checked.model, checked.sandwich, checked.identity, checked.spec
     dtype = DTYPES[spec.dtype]
@@ -124,7 +125,7 @@ def pack(
         open_bundle(model, folder, manifest, home, progress)
         bundle = seal(folder, manifest, identity, out)
         arithmetic = count_tuning_arithmetic(model, kept, numbers, declared)
-        Ledger(home.ledger).record_issue(bundle, recipient, carry, shares, arithmetic, spec)
+        Ledger(home.ledger).record_issue(bundle, recipient, carry, shares, arithmetic, spec, folder)
     return bundle
 
 
@@ -239,7 +240,7 @@ def _scratch(out: Path, staging: Path, base: str, spec: PackSpec, *, resume: boo
         resume: whether to continue with the folder of an interrupted run.
     """
     if not spec.resumable:
-        with tempfile.TemporaryDirectory(dir=staging.parent, prefix=".healed.") as folder:
+        with tempfile.TemporaryDirectory(dir=staging, prefix=".healed.") as folder:
             yield Path(folder)
         return
     from offsite.training.resume_points import RunState

@@ -7,7 +7,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from offsite.errors import IncompatibleError, OffsiteError
 from offsite.extras import require
@@ -37,15 +37,20 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def incompatible(folder: Path) -> Iterator[None]:
-    """Context manager: turn any exception of a library in its body into an IncompatibleError that names `folder`."""
+def incompatible(folder: Path, verb: Literal["load", "run"] = "load") -> Iterator[None]:
+    """Context manager: turn any exception of a library in its body into an IncompatibleError that names `folder`.
+
+    `verb` is what the body does with the model.
+    """
     try:
         yield
     except (OffsiteError, MemoryError):
         raise
     except Exception as error:  # for a hostile config, a library may raise any exception
+        if verb == "run" and isinstance(error, OSError):  # a model that runs reads no files; the terminal may be closed
+            raise
         raise IncompatibleError(
-            f"transformers cannot load {folder}",
+            f"transformers cannot {verb} {folder}",
             reasons=[f"{type(error).__name__}: {str(error).strip()[:500]}"],
             next_step="check that the folder is complete and of a supported model type",
         ) from error

@@ -1,5 +1,7 @@
 """Loads a model from its files, ready to run: offline, without foreign code, and with a check of every tensor name."""
 
+import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offsite.errors import IncompatibleError
+from offsite.models.empty_weights import without_weights
 from offsite.models.families.architectures import ARCHITECTURES, Architecture
 from offsite.models.hugging_face_calls import OFFLINE, incompatible, quiet, require_library
 from offsite.models.mixture import experts_implementation
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _GENERATION_CONFIG = "generation_config.json"
+_SMALL = 2**26  # values of a model that is small enough whatever its files hold
+_LISTED = 6  # tensors that an error lists
 
 
 def load_model(source: Source, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
@@ -100,7 +105,26 @@ def _load(
     if getattr(model.config, "output_router_logits", False):
         model.config.output_router_logits = False  # turns off an additional loss of the router, which is not used here
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    _require_finite(loaded, source)
     return loaded
+
+
+def _require_finite(model: torch.nn.Module, source: Source) -> None:
+    """Refuse weights from the other party (a snapshot) with NaN or infinity, for which training could only diverge.
+
+    Raises:
+        IncompatibleError: some tensors are not finite; each is listed.
+    """
+    if not isinstance(source, Snapshot):
+        return
+    floats = ((name, value) for name, value in model.state_dict().items() if value.is_floating_point())
+    bad = [name for name, value in floats if value.numel() and not torch.stack(value.aminmax()).isfinite().all()]
+    if bad:
+        raise IncompatibleError(
+            f"the weights in {source.folder} hold NaN or infinity",
+            reasons=[f"{name} is not finite" for name in bad[:_LISTED]],
+            next_step="ask the party that it came from for it again",
+        )
 
 
 def _from_folder(
@@ -147,6 +171,8 @@ def _from_snapshot(
         if has_file(snapshot, _GENERATION_CONFIG):
             how = {**how, "generation_config": GenerationConfig.from_pretrained(folder)}
         model_class = auto._model_mapping[type(config)]  # as `auto.from_pretrained` does, which needs a folder
+        if str(config.model_type) not in ARCHITECTURES:
+            _require_in_proportion(model_class, config, snapshot)
         model, info = model_class.from_pretrained(
             None,
             config=config,
@@ -156,6 +182,26 @@ def _from_snapshot(
             **others,
         )
     return model, info
+
+
+def _require_in_proportion(model_class: Any, config: "PretrainedConfig", snapshot: Snapshot) -> None:
+    """Refuse a config that makes a model much larger than the tensors in the files, before memory is taken for it.
+
+    The table of families limits each value; of a declared family it is not known which values cost memory.
+
+    Raises:
+        IncompatibleError: parameters and buffers have over twice as many values as the files, and over 64 Mi.
+    """
+    with torch.device("meta"), without_weights(buffers=False):
+        model = model_class._from_config(copy.deepcopy(config))
+    made = sum(value.numel() for value in (*model.parameters(), *model.buffers()))
+    held = sum(math.prod(tensor.shape) for tensor in snapshot.checkpoint().tensors.values())
+    if made > max(2 * held, _SMALL):
+        raise IncompatibleError(
+            f"the config in {snapshot.folder} makes a model that is larger than its tensors",
+            reasons=[f"{made:,} values, the files hold {held:,}"],
+            next_step="ask the party that it came from for it again",
+        )
 
 
 class Lazy:
@@ -208,6 +254,7 @@ def _load_declared(
             next_step="ask the party that it came from for it again",
         )
     loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    _require_finite(loaded, source)
     return loaded
 
 

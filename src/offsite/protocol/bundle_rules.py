@@ -1,16 +1,21 @@
 """Rules for a bundle: a checkpoint of a known family that matches its manifest and contains nothing executable."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from offsite.errors import IncompatibleError, VerificationError
 from offsite.models.block_widths import obstacles
 from offsite.models.families.architectures import Architecture, config_problems
+from offsite.models.families.config_values import value_problems
 from offsite.models.families.declared_family import declared_config_problems
 from offsite.models.modules.declared import OF_MIXTURES, Declared, Expected, unwrapped
 from offsite.protocol.contents import (
     ALLOWED_KEYS,
+    CHAT_TEMPLATE,
     CONFIG,
+    TOKENIZER,
+    VOCABULARY,
     allowed_in_bundle,
     content_problems,
     is_weights,
@@ -20,6 +25,7 @@ from offsite.protocol.manifest import (
     BundleManifest,
 )
 from offsite.protocol.signed_folder import Rule, SignedFolder, entries_differ, names_differ, read_json
+from offsite.protocol.tokenizer_rules import tokenizer_problems, vocabulary_problems
 from offsite.storage.checkpoint_folder import (
     DECLARED_INDEX,
     DECLARED_WEIGHTS,
@@ -30,7 +36,9 @@ from offsite.storage.checkpoint_folder import (
 )
 from offsite.storage.safetensors_files import FLOATS, TensorRange
 
-_MOST_POSITIONS = 2**22
+TOKENIZER_BYTES = 128 * 2**20  # no tokenizer.json or vocab.json is larger
+_TEMPLATE_BYTES = 2**20
+_MOST_FINDINGS = 20  # about one file of the tokenizer
 
 
 def _bundle_files(signed: SignedFolder) -> Iterator[str]:
@@ -83,12 +91,21 @@ def _bundle_config(signed: SignedFolder) -> Iterator[str]:
         yield f"{CONFIG} has {key} = {str(value)[:60]!r}, under which blocks cannot be cut"
 
 
-def _bundle_positions(signed: SignedFolder) -> Iterator[str]:
-    """Limit the number of positions in the config, as some families allocate a table of that length."""
-    config = _settings_of(signed)[0]
-    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
-        if type(config.get(key)) is int and config[key] > _MOST_POSITIONS:
-            yield f"{CONFIG} has {key} = {config[key]}, expected at most {_MOST_POSITIONS}"
+def _bundle_values(signed: SignedFolder) -> Iterator[str]:
+    """Check that each config value is of the kind that its key asks for, and no larger than a model needs."""
+    _, family = _bundle_of(signed)
+    yield from (f"{CONFIG} has {problem}" for problem in value_problems(_settings_of(signed)[0], family))
+
+
+def _bundle_tokenizer_parts(signed: SignedFolder) -> Iterator[str]:
+    """Check the tokenizer's vocabulary, its parts and its regular expressions, and the size of the chat template."""
+    checks = {TOKENIZER: tokenizer_problems, VOCABULARY: vocabulary_problems}
+    for entry in signed.manifest.files:
+        if entry.name in checks:
+            content = read_json(signed, entry.name, TOKENIZER_BYTES)
+            yield from itertools.islice((f"{entry.name}: {one}" for one in checks[entry.name](content)), _MOST_FINDINGS)
+        elif entry.name == CHAT_TEMPLATE and len(signed.read(entry.name)) > _TEMPLATE_BYTES:
+            yield f"{entry.name} has {len(signed.read(entry.name))} bytes, expected at most {_TEMPLATE_BYTES}"
 
 
 def _lists_blocks(found: object, count: int) -> bool:
@@ -304,11 +321,12 @@ BUNDLE_RULES: tuple[Rule, ...] = (
     _bundle_files,
     _bundle_settings,
     _bundle_config,
-    _bundle_positions,
+    _bundle_values,
     _bundle_declared,
     _bundle_family_shapes,
     _bundle_weights,
     _bundle_returnable,
+    _bundle_tokenizer_parts,
     _bundle_tokenizer,
 )
 

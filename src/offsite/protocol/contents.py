@@ -6,27 +6,29 @@ implementation downloads kernels, a tokenizer may name other files.
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from offsite.config import Method
 from offsite.protocol.manifest import FileEntry
+from offsite.protocol.tokenizer_rules import token_setting_problems
 from offsite.storage.checkpoint_folder import DECLARED_INDEX, DECLARED_WEIGHTS, INDEX, WEIGHTS
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
+TOKENIZER, VOCABULARY, CHAT_TEMPLATE = "tokenizer.json", "vocab.json", "chat_template.jinja"
 ADDED_TOKENS = "added_tokens.json"  # a file of slow tokenizers: token -> token id
 TOKENIZER_FILES = (
     ADDED_TOKENS,
-    "tokenizer.json",
+    TOKENIZER,
     TOKENIZER_CONFIG,
     SPECIAL_TOKENS,
     "tokenizer.model",
-    "vocab.json",
+    VOCABULARY,
     "merges.txt",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 )
 PROCESSOR = "preprocessor_config.json"  # settings of the image processor of a vision encoder
 RETURNED_WEIGHTS = "adapter.safetensors"  # tuned tensors of the model; a name that transformers and PEFT do not load
@@ -128,12 +130,15 @@ def content_problems(name: str, content: object) -> list[str]:
             if type(number) is not int or not 0 <= number < _MOST_TOKENS
         ]
     problems = [f"{name}: key {key!r} is not permitted" for key in sorted(set(content) - allowed)]
-    for key in ("tokenizer_class", "image_processor_type"):
-        kind = content.get(key, "")
-        if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z0-9_]{0,64}", kind):
-            problems.append(f"{name}: {key} {str(kind)[:60]!r} is no class name")
     if name == PROCESSOR:
+        kind = content.get("image_processor_type", "")
+        if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z0-9_]{0,64}", kind):
+            problems.append(f"{name}: image_processor_type {str(kind)[:60]!r} is no class name")
         problems += processor_problems(content)
+    if name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
+        problems += [f"{name}: {problem}" for problem in token_setting_problems(content)]
+    if name == GENERATION_CONFIG:
+        problems += [f"{name}: {problem}" for problem in generation_problems(content)]
     return problems
 
 
@@ -152,6 +157,34 @@ def processor_problems(content: Mapping[str, Any]) -> list[str]:
     return [f"{PROCESSOR}: {key} = {str(content.get(key))[:60]!r} is no plain setting" for key in bad]
 
 
+def generation_problems(content: Mapping[str, Any]) -> list[str]:
+    """A message for each setting of generation whose value is no number or switch of a usual size."""
+    return [
+        f"{key} = {str(value)[:60]!r} is no such setting"
+        for key, value in content.items()
+        if value is not None and key in _GENERATION and not _GENERATION[key](value)
+    ]
+
+
+def _is_token_ids(value: object) -> bool:
+    ids = value if isinstance(value, list) else [value]
+    return 1 <= len(ids) <= 64 and all(type(one) is int and -1 <= one < _MOST_TOKENS for one in ids)
+
+
+def _is_amount(value: object) -> bool:
+    return type(value) is int and 0 <= value <= 2**31
+
+
+def _is_degree(value: object) -> bool:
+    return type(value) in (int, float) and isinstance(value, int | float) and 0 <= value <= 1e6
+
+
+_GENERATION: Mapping[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _is_token_ids),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "typical_p", "repetition_penalty"), _is_degree),
+    **dict.fromkeys(("top_k", "max_length", "max_new_tokens", "num_beams"), _is_amount),
+    "do_sample": lambda value: isinstance(value, bool),
+}
 _SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 _LARGEST_SIDE = 4096  # pixels
 

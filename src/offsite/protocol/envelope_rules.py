@@ -37,6 +37,17 @@ def _trusted_signer(signed: SignedFolder) -> Iterator[str]:
         yield f"signed by {fingerprint}, not trusted here (`offsite trust add NAME FILE.pub`, after checking it)"
 
 
+def _signer_role(signed: SignedFolder) -> Iterator[str]:
+    """Check that the signer's role, if it has one here, fits what it signed; a plug-in needs a model owner's key."""
+    roles, kind = signed.home.roles(), signed.manifest.kind
+    if signed.signer == signed.home.identity().public_key.hex or signed.signer not in roles:
+        return  # `_trusted_signer` reports an unknown key
+    role, needed = roles[signed.signer], "data-owner" if kind == "return" else "model-owner"
+    if role != needed and (role is not None or kind == "plug-in"):
+        found = f"a {role}" if role else "no role"
+        yield f"a {kind} is signed by a {needed}, and this key is trusted as {found}"
+
+
 def _addressee(signed: SignedFolder) -> Iterator[str]:
     """Check that this party is the recipient or the signer; a plug-in has no recipient."""
     own = signed.home.identity().public_key.hex
@@ -98,6 +109,10 @@ def digests(signed: SignedFolder) -> Iterator[str]:
         if isinstance(found, ReadFile):  # else `_listing` reports the missing or irregular file
             if found.size != entry.size:
                 yield f"{entry.name} has {found.size} bytes, expected {entry.size}"
+            elif found.problem:  # not hashed
+                yield from found.problem.reasons or (found.problem.what,)
+            elif found.sha256 is None:
+                yield f"{entry.name} is too large with {found.size} bytes, or changed while it was read"
             elif found.sha256 != entry.sha256:
                 yield f"the bytes of {entry.name} are not those that were signed"
         elif isinstance(found, OSError) and not isinstance(found, FileNotFoundError):
@@ -109,11 +124,16 @@ OWN_FAULT: Mapping[Rule, Callable[[SignedFolder], str]] = {
     _trusted_signer: lambda _: (
         "compare the key's fingerprint with the sender over another channel, then `offsite trust add NAME FILE.pub`"
     ),
+    _signer_role: lambda signed: (
+        "if that party is meant to sign it, `offsite trust add NAME FILE.pub --role "
+        f"{'data-owner' if signed.manifest.kind == 'return' else 'model-owner'}`; if not, refuse it"
+    ),
     _addressee: lambda _: (
         "name the right --home; if it is, send your present public key (`offsite keygen --out FILE.pub`) "
         "and ask for one that is addressed to it"
     ),
     _leftovers: _leftover_advice,
 }
-SIGNER_RULES: tuple[Rule, ...] = (_signature, _trusted_signer, _addressee)
-FILE_RULES: tuple[Rule, ...] = (_listing, _leftovers, digests)
+SIGNER_RULES: tuple[Rule, ...] = (_signature, _trusted_signer, _signer_role, _addressee)
+LISTING_RULES: tuple[Rule, ...] = (_listing, _leftovers)
+FILE_RULES: tuple[Rule, ...] = (digests,)

@@ -18,7 +18,7 @@ from offsite.storage.safetensors_files import TensorRange
 from offsite.storage.snapshot import SETTINGS_BYTES, ReadFile
 from offsite.storage.strict_json import strict_json
 
-CONFIG_BYTES = 16 * 2**20  # no JSON file of an artifact is larger; tokenizer.json is never parsed here
+CONFIG_BYTES = 16 * 2**20  # no JSON file of an artifact is larger, except a tokenizer's
 
 
 @dataclass(frozen=True)
@@ -137,15 +137,15 @@ def _shown(entry: TensorEntry) -> str:
     return f"{entry.dtype} {list(entry.shape)}"
 
 
-def read_json(signed: SignedFolder, name: str) -> object:
-    """Parse the JSON file `name` of the folder.
+def read_json(signed: SignedFolder, name: str, most: int | None = None) -> object:
+    """Parse the JSON file `name` of the folder, which may have at most `most` bytes; None: as a config.
 
     Raises:
         VerificationError: the file cannot be read, is too large, or is not JSON.
     """
-    raw = signed.read(name)
-    if len(raw) > CONFIG_BYTES:
-        raise VerificationError(f"{name} is over {CONFIG_BYTES} bytes")
+    raw, most = signed.read(name), CONFIG_BYTES if most is None else most
+    if len(raw) > most:
+        raise VerificationError(f"{name} is over {most} bytes")
     try:
         return strict_json(raw)
     except ValueError as error:

@@ -16,6 +16,15 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from offsite.errors import UsageError
 
 SIGNATURE_BYTES = 64
+_PRIME = 2**255 - 19  # of the field of Ed25519
+# The y coordinates of the eight points whose order divides 8: orders 1, 2 and 4, then those of order 8.
+_SMALL_ORDER = frozenset(
+    {
+        0, 1, _PRIME - 1,
+        int.from_bytes(bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"), "little"),
+        int.from_bytes(bytes.fromhex("c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a"), "little"),
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,23 @@ class PublicKey:
             "ssh-ed25519"
         ):  # excludes security keys
             raise UsageError("this public key is not an Ed25519 key", next_step=_KEY_HINT)
-        return cls(key.public_bytes_raw())
+        found = cls(key.public_bytes_raw())
+        if found.is_weak:
+            raise UsageError(
+                "this public key is a weak one, for which anybody can make signatures",
+                next_step="ask the other party for a key that `offsite keygen` or `ssh-keygen -t ed25519` made",
+            )
+        return found
+
+    @property
+    def is_weak(self) -> bool:
+        """Whether the key is a point of small order, or is not written in the one way that is standard.
+
+        A signature for a point of small order can be made without any private key (RFC 8032, section 5.1.3 and 8.4 for
+        the encoding; the points are those with y in a short list).
+        """
+        y = int.from_bytes(self.raw, "little") & ((1 << 255) - 1)  # the highest bit is the sign of x
+        return y >= _PRIME or y in _SMALL_ORDER
 
     @property
     def hex(self) -> str:

@@ -1,7 +1,8 @@
 """Verify a received folder: hashes, signatures and safetensors headers. No model is loaded or run.
 
-The order is: verify, then parse, then load. Every rule is a function that yields its findings; all rules run, so that
-one error lists every reason. Torch-free.
+The order is: verify, then parse, then load. Every rule is a function that yields its findings. The rules run in three
+steps: signer and list of files, bytes, contents. All rules of a step run, so that one error lists every reason; the
+first step with a finding is the last one. Torch-free.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from offsite.errors import IncompatibleError, OffsiteError, PolicyError, Storage
 from offsite.protocol.artifacts import Bundle, PlugIn, Return, attest
 from offsite.protocol.bundle_rules import BUNDLE_RULES
 from offsite.protocol.contents import allowed_in_plug_in
-from offsite.protocol.envelope_rules import FILE_RULES, OWN_FAULT, SIGNER_RULES, digests, half_received
+from offsite.protocol.envelope_rules import FILE_RULES, LISTING_RULES, OWN_FAULT, SIGNER_RULES, digests, half_received
 from offsite.protocol.home import Home
 from offsite.protocol.manifest import (
     MANIFEST,
@@ -33,6 +34,7 @@ from offsite.storage.snapshot import SETTINGS_BYTES, ReadFile, Snapshot, read_fi
 
 _SHOWN = 40  # most reasons that are listed, as a hostile folder can cause very many
 _LONGEST = 500  # most characters of a reason
+_UNEXPECTED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _DISTRUST = "do not use it; ask the sender for it again, and compare key fingerprints by another channel"
 
 
@@ -202,7 +204,9 @@ def _run(
     hold: bool = False,
     refusals: Sequence[str] = (),
 ) -> Snapshot:
-    """Read the listed files, then run the rules for all artifacts and the given rules for this kind of artifact.
+    """Check signer and list of files, then bytes, then contents; the first of these steps that fails ends the check.
+
+    So a stranger's files are not read, and files that are not those that were signed are not parsed.
 
     Args:
         signed: the folder; only its manifest has been read.
@@ -218,17 +222,26 @@ def _run(
     Raises:
         VerificationError: a rule has findings; reasons list all of them.
     """
-    signer = _findings(signed, SIGNER_RULES)
-    files = _read_files(signed, hold=hold and not signer)  # files of an untrusted signer are not held in memory
+    _require_none(signed.folder, _findings(signed, (*SIGNER_RULES, *LISTING_RULES)))  # before any file is read
+    files = _read_files(signed, hold=hold)
     subject = replace(signed, parent=parent, files=files)
-    found = signer + _findings(subject, (*FILE_RULES, *rules))
-    if found:
-        reasons = list(dict.fromkeys([*(reason for reason, _ in found), *refusals]))
-        advice = list(dict.fromkeys(mends for _, mends in found if mends))
-        own_fault = _DISTRUST not in advice and not refusals
-        raise _failed(signed.folder, reasons, "; ".join(advice) if own_fault else _DISTRUST)
+    _require_none(signed.folder, _findings(subject, FILE_RULES))
+    _require_none(signed.folder, _findings(subject, rules), refusals)
     listed = [Written(entry.name, entry.size, entry.sha256) for entry in signed.manifest.files]
     return Snapshot(signed.folder, listed, {name: file for name, file in files.items() if isinstance(file, ReadFile)})
+
+
+def _require_none(folder: Path, found: Sequence[tuple[str, str]], refusals: Sequence[str] = ()) -> None:
+    """Raise a VerificationError that lists the findings, then the refusals, if there is a finding.
+
+    `found` has the text of each finding, and advice to the receiver.
+    """
+    if not found:
+        return
+    reasons = list(dict.fromkeys([*(reason for reason, _ in found), *refusals]))
+    advice = list(dict.fromkeys(mends for _, mends in found if mends))
+    own_fault = _DISTRUST not in advice and not refusals
+    raise _failed(folder, reasons, "; ".join(advice) if own_fault else _DISTRUST)
 
 
 def _read_files(signed: SignedFolder, *, hold: bool) -> dict[str, ReadFile | OffsiteError | OSError]:
@@ -241,7 +254,7 @@ def _read_files(signed: SignedFolder, *, hold: bool) -> dict[str, ReadFile | Off
     look_for_nan = isinstance(signed.manifest, ReturnManifest)
     for entry in signed.manifest.files:
         try:
-            file = read_file(signed.folder / entry.name, hold=hold, most=room, look_for_nan=look_for_nan)
+            file = read_file(signed.folder / entry.name, entry.size, hold=hold, most=room, look_for_nan=look_for_nan)
         except (OffsiteError, OSError) as error:
             found[entry.name] = error
             continue
@@ -264,6 +277,9 @@ def _findings(signed: SignedFolder, rules: Iterable[Rule]) -> list[tuple[str, st
             mends = error.next_step if of_this_home else None
         except OSError as error:
             reasons = [f"cannot read {str(error.filename)!r}: {error.strerror}"]
+            mends = None
+        except _UNEXPECTED as error:  # by content that a rule did not expect, which is refused like any other
+            reasons = [f"{rule.__name__.strip('_')} cannot be checked: {type(error).__name__}: {str(error)[:200]}"]
             mends = None
         found += [(reason, mends or _DISTRUST) for reason in reasons]
     return _without_half_received(signed, found)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from offsite.errors import StorageError, UsageError
 from offsite.storage.leftovers import delete_command, leftovers_in
+from offsite.storage.staging_claims import claimed, sweep, temporary_name
 
 LONGEST_NAME = 240  # bytes of an output folder's name: disks take 255, and the log next to it has a longer one
 
@@ -46,10 +47,14 @@ def staged_folder(out: Path) -> Iterator[Path]:
     out = out.resolve()  # "." has no name to derive the sibling's from
     with storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging = (out if _must_stage_inside(out) else out.parent) / _temporary_name(out)
+        inside = _must_stage_inside(out)
+        sweep(out, inside=inside)
+        staging = (out if inside else out.parent) / _temporary_name(out)
         staging.mkdir()
     try:
-        with storage_errors(out):
+        with storage_errors(out), claimed(staging) as there:
+            if not there:  # another process began in the same moment, and took it for one that was left
+                staging.mkdir(exist_ok=True)
             yield staging
             _sync_folder(staging)
             if out.exists():
@@ -177,6 +182,30 @@ def replace_file(path: Path, content: bytes, mode: int = 0o644) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def private_folder(folder: Path) -> None:
+    """Make a folder that only this user can read; one that exists is closed to others.
+
+    Raises:
+        StorageError: it cannot be made, or belongs to another user.
+    """
+    with storage_errors(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+
+
+def discard_folder(folder: Path) -> None:
+    """Remove a folder so that it is gone at once, even if this process is killed while its files are deleted.
+
+    It gets the name of a temporary folder first, which a later run removes. Errors are ignored.
+    """
+    doomed = folder.with_name(_temporary_name(folder))
+    with contextlib.suppress(OSError):
+        folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    sweep(folder)
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file in hex. The file is read, not memory-mapped, since mapped pages count as process memory."""
     with path.open("rb") as file:
@@ -208,9 +237,8 @@ _ADVICE = {
 
 
 def _temporary_name(path: Path) -> str:
-    """A random name for a hidden file; it begins with the name of `path`, and is short enough for every disk."""
-    start = os.fsencode(path.name)[:200].decode("utf-8", "ignore")
-    return f".{start}.{secrets.token_hex(4)}.tmp"
+    """A random name for a hidden file or folder next to `path`."""
+    return temporary_name(path, secrets.token_hex(4))
 
 
 def _write(descriptor: int, content: bytes | bytearray | memoryview) -> None:

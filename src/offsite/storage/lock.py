@@ -10,6 +10,7 @@ from offsite.errors import UsageError
 from offsite.storage.files import storage_errors
 
 LOCK = ".lock"
+_SECONDS = 30.0  # how long a process waits for one that changes a folder for a moment
 
 
 @contextlib.contextmanager
@@ -35,6 +36,30 @@ def alone_in(folder: Path, work: str, next_step: str) -> Iterator[None]:
         except Timeout:
             raise UsageError(
                 f"another {work} is at work in {folder}", reasons=[f"it holds {folder / LOCK}"], next_step=next_step
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def waiting_in(folder: Path) -> Iterator[None]:
+    """Context manager: lock a folder for a short change during the body; other processes wait for their turn.
+
+    Raises:
+        UsageError: another process has held the lock for half a minute.
+        StorageError: the folder cannot be written.
+    """
+    lock = FileLock(folder / LOCK)
+    with storage_errors(folder / LOCK):
+        try:
+            lock.acquire(timeout=_SECONDS)
+        except Timeout:
+            raise UsageError(
+                f"another process has been changing {folder} for {_SECONDS:.0f} s",
+                reasons=[f"it holds {folder / LOCK}"],
+                next_step="end that process, then run the same command again",
             ) from None
     try:
         yield

@@ -61,7 +61,7 @@ class ReadFile:
     """The result of reading one file once; its size and hash are not yet compared with the expected ones."""
 
     size: int
-    sha256: str | None = None  # in hex; None if the file shrank or grew while it was read
+    sha256: str | None = None  # in hex; None if it was not read to its end, or shrank or grew meanwhile
     content: bytes | None = None  # None for a file of tensors, and for a file that is too large
     header: Mapping[str, TensorRange] | None = None  # None for a file without tensors, and if it is malformed
     problem: StorageError | None = None  # the fault in the header, if it is malformed
@@ -78,13 +78,19 @@ def holds_tensors(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
-def read_file(file: Path, *, hold: bool, most: int = SETTINGS_BYTES, look_for_nan: bool = False) -> ReadFile:
+def read_file(
+    file: Path, expected: int | None = None, *, hold: bool, most: int = SETTINGS_BYTES, look_for_nan: bool = False
+) -> ReadFile:
     """Read a file once, and hash it at the same time.
+
+    A file of another size than expected, one that is too large for its kind, and one of tensors with a malformed header
+    are neither read to their end nor hashed.
 
     Args:
         file: the file's path.
+        expected: its size in bytes, if known.
         hold: whether its tensors remain in memory.
-        most: the content of a file without tensors remains in memory if it has at most this number of bytes.
+        most: the largest size in bytes of a file without tensors.
         look_for_nan: whether float tensors are searched for NaN and infinity.
 
     Raises:
@@ -94,14 +100,17 @@ def read_file(file: Path, *, hold: bool, most: int = SETTINGS_BYTES, look_for_na
     with open_regular(file) as stream:
         found = ReadFile(os.fstat(stream.fileno()).st_size)
         digest = hashlib.sha256()
+        if expected not in (None, found.size) or (not holds_tensors(file.name) and found.size > most):
+            return found
         if holds_tensors(file.name):
             length = _read_header(file, stream, found, digest.update)
+            if found.problem:
+                return found
             length += _read_tensors(stream, found, digest.update, hold=hold, look_for_nan=look_for_nan)
         else:
             content = bytearray()
-            kept = found.size <= most
-            length = _read_rest(stream, found.size, digest.update, content.extend if kept else lambda _: None)
-            found.content = bytes(content) if kept else None
+            length = _read_rest(stream, found.size, digest.update, content.extend)
+            found.content = bytes(content)
         length += len(stream.read(1))
         if length == found.size:
             found.sha256 = digest.hexdigest()

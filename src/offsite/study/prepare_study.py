@@ -153,8 +153,8 @@ def introduce(out: Path) -> None:
     for party, home in homes.items():
         if not (home.folder / "key.pem").exists():
             home.create_identity(party)
-    for party, other in ((OWNER, TUNER), (TUNER, OWNER)):
-        homes[party].trust(other, homes[other].identity().public_key)
+    homes[OWNER].trust(TUNER, homes[TUNER].identity().public_key, "data-owner")
+    homes[TUNER].trust(OWNER, homes[OWNER].identity().public_key, "model-owner")
 
 
 def _base_digest(base: Path, out: Path, say: Callable[[str], None]) -> str:

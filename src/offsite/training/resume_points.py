@@ -2,13 +2,12 @@
 
 The folder `<out>.run/` of a run that writes `<out>` holds `run.json` (the run's settings and data), `state.json` (the
 number of finished steps, the settings of the optimiser's groups, and the name of the tensor file) and the tensor file
-(fp32 weights, the optimiser's state and random states). The folder never leaves this machine, and is removed after the
-result is written.
+(fp32 weights, the optimiser's state and random states). The folder never leaves this machine, only this user can read
+it, and it is removed after the result is written.
 """
 
 import contextlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,11 @@ import torch
 
 from offsite.errors import StorageError
 from offsite.models.torch_tensors import read_tensor
-from offsite.storage.files import replace_file, storage_errors
+from offsite.storage.files import discard_folder, private_folder, replace_file, storage_errors
 from offsite.storage.leftovers import delete_command
 from offsite.storage.lock import LOCK
 from offsite.storage.safetensors_files import NewTensor, read_header, write_safetensors
+from offsite.storage.staging_claims import sweep
 from offsite.training.run_identity import RUN, read_record, require_same_run
 from offsite.training.run_log import require_resume_asked
 
@@ -54,13 +54,15 @@ class RunState:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool, restartable: bool = False) -> None:
         self.folder = folder
+        sweep(folder)
+        private_folder(folder)
         self._record = folder / "state.json"
         described = json.loads(json.dumps(identity))
         if require_resume_asked(folder, resume=resume, restartable=restartable):
             require_same_run(folder, described)
         elif (folder / RUN).exists() and (not resume or read_record(folder / RUN) != described):
             self._remove_files()
-        replace_file(folder / "run.json", json.dumps(described, indent=1).encode())
+        replace_file(folder / "run.json", json.dumps(described, indent=1).encode(), mode=0o600)
 
     def _remove_files(self) -> None:
         """Remove all files of the folder except its lock."""
@@ -86,10 +88,11 @@ class RunState:
             temporary.unlink(missing_ok=True)
             try:
                 write_safetensors(temporary, [to_new_tensor(name, tensor) for name, tensor in point.tensors.items()])
+                temporary.chmod(0o600)
                 temporary.replace(file)
             finally:
                 temporary.unlink(missing_ok=True)
-        replace_file(self._record, record)
+        replace_file(self._record, record, mode=0o600)
         with contextlib.suppress(OSError):  # old resume points do no harm, they only need space
             for old in self.folder.glob("state-*.safetensors"):
                 if old != file:
@@ -115,7 +118,12 @@ class RunState:
 
     def remove(self) -> None:
         """Remove the folder of the run. Errors are ignored, since the result is already written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        discard_folder(self.folder)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a resume point was saved."""
+        return self._record.exists()
 
 
 def to_new_tensor(name: str, tensor: torch.Tensor) -> NewTensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import threading
 import time
@@ -64,7 +65,8 @@ def run_log(file: Path) -> Iterator[Write]:
     """
     with storage_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        stream = file.open("a", encoding="utf-8")
+        private = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        stream = os.fdopen(private, "a", encoding="utf-8")
 
     def write(record: Mapping[str, Any]) -> None:
         with storage_errors(file):

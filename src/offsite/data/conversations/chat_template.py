@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from offsite.data.conversations.parse_messages import Turn
-from offsite.errors import DataError
+from offsite.errors import DataError, OffsiteError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -244,15 +244,16 @@ class ChatTemplate:
 
 
 class _Refusals:
-    """Context manager: turns errors of the template, or of transformers about its input, into a `ConversationError`."""
+    """Context manager: turns errors of the template, or of transformers about its input, into a `ConversationError`.
+
+    A template is a program, so it may cause any exception, such as a division by zero or an endless recursion.
+    """
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        from jinja2 import TemplateError
-
-        if isinstance(error, TemplateError | ValueError | TypeError | KeyError | AttributeError | IndexError):
+        if isinstance(error, Exception) and not isinstance(error, OffsiteError | MemoryError | OSError):
             raise ConversationError(f"the chat template refuses it: {str(error)[:200]}") from None
 
 

@@ -5,23 +5,23 @@ A worker is started as a command of its own and answers over pipes. So it does n
 pixels do not depend on which worker decodes them: a random crop depends only on its key.
 """
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self, TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 
 from offsite.data.pictures.picture_files import Picture, Pixels, look
+from offsite.data.worker_messages import receive, send
 from offsite.errors import DataError, OffsiteError
 
 _THREADS = 4  # number of threads if there are no worker processes; Pillow and NumPy release the interpreter's lock
@@ -126,8 +126,8 @@ class _Served:
         assert to is not None
         assert back is not None
         try:
-            _send(to, {**wanted, "crop": crop, "key": list(key)}, content)
-            answer, made = _receive(back)
+            send(to, {**wanted, "crop": crop, "key": list(key)}, content)
+            answer, made = receive(back)
         except (OSError, EOFError, ValueError):  # ValueError: the pipe was closed by this process
             raise OffsiteError(
                 f"a process that decodes pictures ended while it looked at {picture.name}",
@@ -149,29 +149,6 @@ class _Served:
                     pipe.close()
 
 
-def _send(pipe: BinaryIO | Any, facts: Mapping[str, Any], content: bytes | memoryview) -> None:
-    """Write one line of JSON with `facts` and the number of bytes of `content`, then `content`."""
-    pipe.write(json.dumps({**facts, "bytes": len(content)}).encode() + b"\n")
-    pipe.write(content)
-    pipe.flush()
-
-
-def _receive(pipe: BinaryIO | Any) -> tuple[dict[str, Any], bytes]:
-    """Read a message of `_send`: its JSON values, and its content.
-
-    Raises:
-        EOFError: the pipe was closed.
-    """
-    line = pipe.readline()
-    if not line.endswith(b"\n"):
-        raise EOFError
-    facts: dict[str, Any] = json.loads(line)
-    content = pipe.read(facts["bytes"])
-    if len(content) != facts["bytes"]:
-        raise EOFError
-    return facts, content
-
-
 def _serve() -> None:
     """The worker's main loop: answer requests until the pipe closes.
 
@@ -183,16 +160,16 @@ def _serve() -> None:
     os.dup2(2, 1)
     while True:
         try:
-            asked, content = _receive(wanted)
+            asked, content = receive(wanted)
         except EOFError:
             return
         picture = Picture(asked["name"], content if asked["path"] is None else Path(asked["path"]), None)
         try:
             pixels = look(picture, asked["crop"], asked["key"])
         except DataError as error:
-            _send(answers, {"what": error.what, "reasons": error.reasons}, b"")
+            send(answers, {"what": error.what, "reasons": error.reasons}, b"")
         else:
-            _send(answers, {"shape": pixels.shape}, pixels.tobytes())
+            send(answers, {"shape": pixels.shape}, pixels.tobytes())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from offsite.config import PlugInSpec
 from offsite.errors import IncompatibleError, UsageError
 from offsite.model_owner.base_model import BaseModel, fingerprint, open_base
 from offsite.model_owner.intake import issued_bundle
-from offsite.model_owner.ledger import Issued, Ledger, plugged_in_before
+from offsite.model_owner.ledger import Issued, Ledger, plugged_in_before, returned_digest
 from offsite.model_owner.plugging_in.carry import carry_of, require_fitting_map
 from offsite.model_owner.plugging_in.plugged_tensors import Chosen
 from offsite.progress import Progress
@@ -44,9 +44,9 @@ def check_plug_in(
     """
     parent = issued_bundle(returned, home)
     form_of(returned, spec)
-    chosen_by(returned, parent, spec)
+    chosen = chosen_by(returned, parent, spec)
     carry = carry_of(parent)
-    before = Ledger(home.ledger).plugged_in(returned)
+    before = Ledger(home.ledger).plugged_in(returned, returned_digest(returned, chosen.checkpoint))
     if before and not spec.again:
         raise plugged_in_before(before)
     model = open_base(base)

@@ -8,7 +8,7 @@ from offsite.config import PlugInSpec
 from offsite.errors import PolicyError, VerificationError
 from offsite.model_owner.base_model import BaseModel, require_unchanged
 from offsite.model_owner.intake import require_taken_in
-from offsite.model_owner.ledger import Issued, Ledger
+from offsite.model_owner.ledger import Issued, Ledger, returned_digest
 from offsite.model_owner.plugging_in.check_plug_in import check_plug_in, chosen_by, form_of, strength_of
 from offsite.model_owner.plugging_in.plug_in_contents import plug_in_contents, plug_in_manifest
 from offsite.progress import Event, Progress, silent
@@ -54,7 +54,10 @@ def plug_in(
             model, chosen, form, strength_of(spec), home.identity().public_key.hex, file_entries(written)
         )
         plugged = seal(folder, manifest, home.identity(), out)
-        entry.enter_context(Ledger(home.ledger).recording_plug_in(plugged, again=spec.again))
+        tensors = returned_digest(returned, chosen.checkpoint)
+        entry.enter_context(
+            Ledger(home.ledger).recording_plug_in(plugged, again=spec.again, tensors=tensors, staging=folder)
+        )
     return plugged
 
 
@@ -73,6 +76,7 @@ def open_base_of(
             such checkpoint.
     """
     require_taken_in(returned, home)
+    Ledger(home.ledger).settle()
     try:
         return check_plug_in(returned, base, spec, home, progress)
     except PolicyError as refusal:

@@ -111,6 +111,7 @@ class Architecture:
     # Config keys whose values are computed from other keys.
     follows: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)  # switches that must be off, and why
+    limits: Mapping[str, int] = field(default_factory=dict)  # config keys -> the largest value, if it costs memory
     logit_cap: str | None = None  # config key c: logits are c * tanh(logits / c)
     spellings: Mapping[str, str] = field(default_factory=dict)  # older names of tensors -> today's
     modules: Mapping[str, str] = field(default_factory=dict)  # paths of tensors in files -> in modules, if different

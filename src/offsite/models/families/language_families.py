@@ -450,6 +450,7 @@ FAMILIES = (
         mlp_out="mlp.fc_out",
         count_keys=("n_layer", "num_hidden_layers"),
         config_keys=_COMMON | _GPT2_SIZES | _words("rotary_dim"),
+        limits={"n_positions": 2**16, "rotary_dim": 512},  # every block computes a table of their product
     ),
     Architecture(
         model_type="gpt_neox",

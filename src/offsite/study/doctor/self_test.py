@@ -96,8 +96,8 @@ def _chain(folder: Path, timed: Callable[[str, Callable[[], Any]], Any]) -> dict
 
     def parties() -> None:
         owner_key, tuner_key = (home.create_identity(home.folder.name).public_key for home in (owner, tuner))
-        owner.trust("tuner", tuner_key)
-        tuner.trust("owner", owner_key)
+        owner.trust("tuner", tuner_key, "data-owner")
+        tuner.trust("owner", owner_key, "model-owner")
 
     timed("make keys", parties)
     base = timed("make a tiny model", lambda: tiny_base(folder / "base", "llama", _BLOCKS))
