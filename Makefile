@@ -34,7 +34,7 @@ test-all: check ## the same with every form of every family, and with branch cov
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --every-form --cov --cov-report=term
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device, on one or two of them; says which were skipped, and why
-	$(BIN)/python -m pytest -m gpu -rs
+	$(BIN)/python -m pytest -m gpu -rs tests/gpu
 
 bench-gpu: $(STAMP) ## speed and memory of a LoRA step against PEFT on a CUDA device (ARGS="--shape 7b" for a large one)
 	$(BIN)/python -m benchmarks.gpu --result $(BENCH)/gpu.json $(ARGS)

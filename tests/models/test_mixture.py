@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -48,6 +49,26 @@ def test_modules_hold_what_transformers_would_load(kind: str) -> None:
     for name, parameter in model.named_parameters():
         for stored in in_files(family, {name: parameter}):
             assert rename_source_key(stored, renamings, converters)[0] == name
+
+
+class Looks(TorchDispatchMode):
+    """Counts the operations for which an accelerator has to be waited for, but `tolist`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.nonzero, torch.ops.aten._unique2, torch.ops.aten._local_scalar_dense):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_expert_is_waited_for() -> None:
+    model = made("mixtral", experts_implementation=experts_implementation()).eval()
+    with torch.no_grad(), Looks() as looks:
+        model.model.layers[0].mlp(torch.randn(1, 7, model.config.hidden_size))
+    assert looks.found == []
 
 
 @pytest.mark.parametrize("kind", MIXTURES)

@@ -141,12 +141,14 @@ def tune_in_processes(
                 identity = check_tuning(
                     bundle, data, out, spec, home, eval_data=eval_data, tensorboard=tensorboard, resume=resume
                 )
-            number = processes.place.local_rank if processes.place.local_count > 1 else None
+            place = processes.place
+            number = place.local_rank if place.local_count > 1 else None
             runtime = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads, process=number)
             usual = usual_tokens_at_once(runtime, text=bundle.manifest.family.vision is None)
         spec = resolve_defaults(spec, min(processes.gather(usual)))
         with processes.together():
-            workers = opened.enter_context(PictureWorkers(worker_count(spec.images.workers, runtime.device)))
+            count = worker_count(spec.images.workers, runtime.device, place.local_count)
+            workers = opened.enter_context(PictureWorkers(count))
             progress(Event("reading the rows", 0))
             rows = read_data(bundle, data, eval_data, spec, progress, workers)
             steps = step_count(spec, rows.rows)

@@ -55,14 +55,15 @@ def resolve_runtime(
     return Runtime(resolved, torch.bfloat16 if fast else torch.float32)
 
 
-def worker_count(wanted: int | None, device: torch.device) -> int:
+def worker_count(wanted: int | None, device: torch.device, processes: int = 1) -> int:
     """The number of processes that decode pictures: the setting, or if it is None the best number for the device.
 
     On a CPU the best number is 0: the network would lose as much CPU time to the workers as they save (docs/images.md).
+    Several `processes` of one run share the cores of this machine.
     """
     if wanted is not None:
         return wanted
-    return 0 if device.type == "cpu" else min(_MOST_WORKERS, available_cores() - 1)
+    return 0 if device.type == "cpu" else max(0, min(_MOST_WORKERS, available_cores() // processes - 1))
 
 
 @contextlib.contextmanager

@@ -44,10 +44,15 @@ def _run(
     output = torch.zeros_like(hidden)
     into, out_of = _layers(experts, "gate_up_proj" if experts.has_gate else "up_proj"), _layers(experts, "down_proj")
     activation = experts._apply_gate if experts.has_gate else experts.act_fn
-    for index in torch.unique(chosen).tolist():
-        if index >= len(out_of):
-            continue  # no expert, but a mark of tokens that go through none
-        tokens, places = torch.where(chosen == index)  # a token chooses an expert once, so sums have one order
+    flat = chosen.flatten()  # (N * K,)
+    # by expert, then by token; a token chooses an expert once, so sums have one order
+    order = flat.argsort(stable=True)
+    # all numbers are looked at together: otherwise the CPU would wait for an accelerator at each expert
+    counts = torch.bincount(flat, minlength=len(out_of)).tolist()
+    tokens_of, places_of = ((order // chosen.shape[1]).split(counts), (order % chosen.shape[1]).split(counts))
+    for index, tokens, places in zip(range(len(out_of)), tokens_of, places_of, strict=False):
+        if not counts[index]:
+            continue  # indices beyond the experts are a mark of tokens that go through none
         inner = activation(F.linear(hidden[tokens], *into[index]))  # (n, F)
         made = F.linear(inner, *out_of[index])
         if getattr(experts, "has_post_expert_norm", False):

@@ -238,7 +238,7 @@ ONE = Processes()
 
 @contextlib.contextmanager
 def joined(place: Place, on_join: Callable[[Processes], None] = lambda _: None) -> Iterator[Processes]:
-    """Context manager: connects the processes of a run, and disconnects them after the body.
+    """Context manager: connects the processes of a run, and disconnects them after the body if that has not failed.
 
     Args:
         place: the place of this process, from `read_place`.
@@ -256,24 +256,20 @@ def joined(place: Place, on_join: Callable[[Processes], None] = lambda _: None) 
     from torch.distributed.rendezvous import rendezvous
 
     cuda = torch.cuda.is_available() and distributed.is_nccl_available()
-    try:
-        with _connected():
-            found = rendezvous("env://", place.rank, place.count, timeout=_LONGEST_WAIT)
-            store = next(iter(found))[0]
-            processes = Processes(place, store)
-            on_join(processes)
-            distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if cuda else "gloo",
-                store=store,
-                rank=place.rank,
-                world_size=place.count,
-                timeout=_LONGEST_WAIT,
-            )
-        yield processes
-    except BaseException:
-        raise  # without disconnecting, which would wait for processes that may be gone
-    else:
-        distributed.destroy_process_group()
+    with _connected():
+        found = rendezvous("env://", place.rank, place.count, timeout=_LONGEST_WAIT)
+        store = next(iter(found))[0]
+        processes = Processes(place, store)
+        on_join(processes)
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=store,
+            rank=place.rank,
+            world_size=place.count,
+            timeout=_LONGEST_WAIT,
+        )
+    yield processes
+    distributed.destroy_process_group()  # not after an error: it would wait for processes that may be gone
 
 
 def random_seed(seed: int, step: int, rank: int) -> int:
