@@ -49,7 +49,7 @@ def _run(
     order = flat.argsort(stable=True)
     # all numbers are looked at together: otherwise the CPU would wait for an accelerator at each expert
     counts = torch.bincount(flat, minlength=len(out_of)).tolist()
-    tokens_of, places_of = ((order // chosen.shape[1]).split(counts), (order % chosen.shape[1]).split(counts))
+    tokens_of, places_of = (torch.split(it, counts) for it in (order // chosen.shape[1], order % chosen.shape[1]))
     for index, tokens, places in zip(range(len(out_of)), tokens_of, places_of, strict=False):
         if not counts[index]:
             continue  # indices beyond the experts are a mark of tokens that go through none

@@ -26,7 +26,8 @@ T = TypeVar("T")
 _LONGEST_WAIT = timedelta(minutes=15)  # for a process that is slower than this one, or no longer answers
 _PRINTING = timedelta(seconds=10)  # for the process that prints an error
 _BUCKET = 2**24  # numbers that are summed at once: 64 MiB
-_LEAVING = 3.0  # seconds for the others to ask who prints, while the first process may keep the store
+_LEAVING = 15.0  # seconds for the others to ask who prints, while the first process may keep the store
+_LEAVING_SOME = 3.0  # the same, where another one is known to be gone
 _CLAIM, _PRINTED, _ASKED = "offsite/claimed", "offsite/printed", "offsite/asked"  # keys in the store of the launcher
 
 
@@ -42,6 +43,7 @@ class Processes:
         self.place = place
         self._store = store
         self._agreed = False  # whether all processes end for the same reason
+        self._lost = False  # whether an exchange failed, since another process is gone
 
     @property
     def count(self) -> int:
@@ -68,7 +70,7 @@ class Processes:
         import torch
 
         summed = torch.tensor(values, dtype=torch.float64)
-        with _connected():
+        with self._exchange():
             torch.distributed.all_reduce(summed)
         found: list[float] = summed.tolist()
         return found
@@ -89,7 +91,7 @@ class Processes:
 
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
-            with _connected():
+            with self._exchange():
                 torch.distributed.all_reduce(flat)
             begin = 0
             for tensor in bucket:
@@ -104,7 +106,7 @@ class Processes:
 
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
-        with _connected():
+        with self._exchange():
             torch.distributed.all_gather(sizes, torch.tensor([len(own)]))
             padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
             padded[: len(own)] = own
@@ -129,7 +131,7 @@ class Processes:
             tensor = torch.empty(shape, dtype=getattr(torch, dtype))
             if self.first:
                 tensor.copy_(tensors[name].detach())
-            with _connected():
+            with self._exchange():
                 torch.distributed.broadcast(tensor, src=0)
             found[name] = tensor
         return found
@@ -141,7 +143,7 @@ class Processes:
         import torch
 
         found = [torch.zeros_like(tensor) for _ in range(self.count)]
-        with _connected():
+        with self._exchange():
             torch.distributed.all_gather(found, tensor)
         return found
 
@@ -197,6 +199,16 @@ class Processes:
                 next_step="give every process the same command, files and versions",
             )
 
+    @contextlib.contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Context manager: an exchange that fails becomes an error of ours, and is remembered."""
+        try:
+            with _connected():
+                yield
+        except OffsiteError:
+            self._lost = True
+            raise
+
     def agree_to_end(self) -> None:
         """Note that all processes now end for the same reason, so that only the first one prints it."""
         self._agreed = True
@@ -218,8 +230,8 @@ class Processes:
             if not self._agreed and self._store.compare_set(_CLAIM, "", own).decode() == own:
                 return True
             self._store.wait([_PRINTED], _PRINTING)
-        except RuntimeError:  # the store ended with the process that kept it, which may have been killed
-            return not self._agreed
+        except RuntimeError:  # the store ended with the process that kept it: killed, or after it had printed its error
+            return self._lost
         return False
 
     def end_report(self) -> None:
@@ -228,7 +240,7 @@ class Processes:
             return
         with contextlib.suppress(RuntimeError):
             self._store.set(_PRINTED, "1")
-            until = time.monotonic() + _LEAVING
+            until = time.monotonic() + (_LEAVING_SOME if self._lost else _LEAVING)
             while self.first and self._store.add(_ASKED, 0) < self.count and time.monotonic() < until:
                 time.sleep(0.02)
 
@@ -259,8 +271,9 @@ def joined(place: Place, on_join: Callable[[Processes], None] = lambda _: None) 
     with _connected():
         found = rendezvous("env://", place.rank, place.count, timeout=_LONGEST_WAIT)
         store = next(iter(found))[0]
-        processes = Processes(place, store)
-        on_join(processes)
+    processes = Processes(place, store)
+    on_join(processes)
+    with processes._exchange():
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=store,
