@@ -1,4 +1,4 @@
-"""Makes a base folder with the shapes of Llama 2 (7B or 70B) but no weights, which takes almost no disk space.
+"""Makes a base folder with the shapes of Llama 2 (7B to 70B) but no weights, which takes almost no disk space.
 
     python -m benchmarks.hollow_base 7b FOLDER
 
@@ -14,14 +14,18 @@ from pathlib import Path
 from offsite.storage.checkpoint_folder import INDEX
 from offsite.storage.safetensors_files import ITEM_SIZE
 
-# Llama 2 in the sizes of its paper (arXiv 2307.09288).
+# Llama 2 in the sizes of its paper (arXiv 2307.09288), and Sheared Llama (arXiv 2310.06694).
 SIZES = {
+    "1.3b": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "num_attention_heads": 16,
+             "num_key_value_heads": 16},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 32},
+    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
+            "num_key_value_heads": 40},
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
             "num_key_value_heads": 8},
 }  # fmt: skip
-_COMMON = {
+COMMON = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False,
     "max_position_embeddings": 4096, "head_dim": 128, "hidden_act": "silu", "rms_norm_eps": 1e-5, "dtype": "bfloat16",
     "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2,
@@ -34,21 +38,27 @@ def main() -> None:
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("folder", type=Path)
     wanted = parser.parse_args()
-    config = _COMMON | SIZES[wanted.size]
-    wanted.folder.mkdir(parents=True)
-    (wanted.folder / "config.json").write_text(json.dumps(config, indent=1))
+    config = COMMON | SIZES[wanted.size]
+    write_settings(wanted.folder, config)
+    _write(wanted.folder, {f"{name}.weight": shape for name, shape in shapes_of(config).items()})
+
+
+def write_settings(folder: Path, config: dict[str, object]) -> None:
+    """Make a base folder with this config and a tokenizer, without weights."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     from tiny import tiny_tokenizer
 
-    tiny_tokenizer(wanted.folder)
-    _write(wanted.folder, {f"{name}.weight": shape for name, shape in _shapes(config).items()})
+    tiny_tokenizer(folder)
 
 
-def _shapes(config: dict[str, object]) -> dict[str, tuple[int, ...]]:
+def shapes_of(config: dict[str, object]) -> dict[str, tuple[int, ...]]:
     """The shape of each weight of a Llama model with this config, by its name without ".weight"."""
     keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
     hidden, inner, heads, key_heads, blocks = (int(str(config[key])) for key in keys)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (32000, hidden), "model.norm": (hidden,)}
+    words = int(str(config["vocab_size"]))
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (words, hidden), "model.norm": (hidden,)}
     block: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj": (128 * heads, hidden),
         "self_attn.k_proj": (128 * key_heads, hidden),
@@ -62,7 +72,7 @@ def _shapes(config: dict[str, object]) -> dict[str, tuple[int, ...]]:
     }
     for index in range(blocks):
         shapes |= {f"model.layers.{index}.{path}": shape for path, shape in block.items()}
-    return shapes | {"lm_head": (32000, hidden)}
+    return shapes | {"lm_head": (words, hidden)}
 
 
 def _write(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -65,7 +65,12 @@ def pack(
     base: _BaseFolder,
     out: _Out,
     recipient: Annotated[str, typer.Option("--for", metavar="NAME", help="the trusted party that may tune it")],
-    resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted distillation or search")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="continue an interrupted distillation or search; other healing continues by itself"
+        ),
+    ] = False,
     score: Annotated[
         bool, typer.Option("--score/--no-score", help="score emulator and base on the same text at the end")
     ] = True,

@@ -19,20 +19,23 @@ from offsite.data.pictures.picture_sizes import seen_picture
 from offsite.data.row import Row
 from offsite.data.tokens import encode
 from offsite.errors import DataError, IncompatibleError
-from offsite.models.backbone import split_backbone_and_head
+from offsite.models.backbone import run_once
 from offsite.models.families.family import Architecture
 from offsite.models.hugging_face_calls import incompatible, quiet, require_library
 from offsite.models.image_encoder import encoder_of
 from offsite.models.loading import load_model
+from offsite.models.mapped_weights import ReleasedWeights
 from offsite.models.model_folder import Source, as_folder, folder_of, has_file
 from offsite.models.tokenizers import context_length, load_config, load_tokenizer
-from offsite.training.label_losses import label_losses
+from offsite.storage.checkpoint_folder import open_checkpoint
+from offsite.storage.mapped_files import MappedTensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
-_LONGEST = 64  # tokens of a row that is run
+_LONGEST = 64  # tokens of a row
+_RUN = 8  # tokens of the row that is run: the largest models need seconds for each
 _UNCUT = 2**20  # tokens: templates may write long introductions
 _ROWS = (  # numbered from 1; letters of several scripts, signs, spaces at borders
     Row(1, "Question: What does a bundle hold?\nAnswer:", " The blocks to train, and what replaces the others."),
@@ -73,6 +76,7 @@ def open_inputs(source: Source, family: Architecture, config: Mapping[str, Any])
     tokenizer = load_tokenizer(source)
     longest = min(_LONGEST, context_length(source) or _LONGEST)
     examples = [example for row in _ROWS for example in _encoded(row, tokenizer, longest)]
+    examples += _encoded(_ROWS[1], tokenizer, min(_RUN, longest))
     if tokenizer.chat_template:
         examples += _conversation(tokenizer, source)
     require_known(examples, source, Path("text of the check"))
@@ -124,14 +128,16 @@ def _conversation(tokenizer: "PreTrainedTokenizerBase", source: Source) -> Seque
 
 
 @torch.no_grad()
-def first_loss(source: Source, family: Architecture, inputs: "list[Example] | Floats", dtype: torch.dtype) -> float:
-    """Load a model's weights, and compute the loss of the inputs that `open_inputs` returned.
+def first_loss(folder: Path, family: Architecture, inputs: "list[Example] | Floats", dtype: torch.dtype) -> float:
+    """Load a model's weights, and compute the loss of the shortest of the inputs that `open_inputs` returned.
+
+    Weights that are stored in `dtype` stay in their files: each is in memory only while an operation reads it.
 
     Args:
-        source: the model's folder, or a snapshot of its files.
+        folder: the model's folder.
         family: the model's family.
         inputs: from `open_inputs`.
-        dtype: the dtype of the loaded weights; weights that are stored in it are memory-mapped.
+        dtype: the dtype of the loaded weights.
 
     Returns:
         The loss in nats per labelled token, or for pictures the sum of the features; NaN or infinite if the model is
@@ -141,26 +147,23 @@ def first_loss(source: Source, family: Architecture, inputs: "list[Example] | Fl
         StorageError: the weights cannot be read.
         IncompatibleError: the model does not load, its head is not a linear layer, or it does not accept the input.
     """
-    model = load_model(source, dtype=dtype, device=torch.device("cpu"))
-    with incompatible(folder_of(source)):
+    mapped = MappedTensors(open_checkpoint(folder).tensors.values())
+    model = load_model(folder, dtype=dtype, device=torch.device("cpu"), tensors=mapped.tensors)
+    with incompatible(folder), ReleasedWeights(mapped):
         if family.vision is not None:
             encoder = encoder_of(model)
             features = encoder.features(np.asarray(inputs, dtype=np.float32))
             if features.shape[1] != encoder.inputs:
                 raise IncompatibleError(
-                    f"the encoder in {folder_of(source)} has {features.shape[1]} features, expected {encoder.inputs}",
+                    f"the encoder in {folder} has {features.shape[1]} features, expected {encoder.inputs}",
                     next_step="choose a model of another type; docs/models.md lists those that are tested",
                 )
             return float(features.double().sum())
         examples = [example for example in inputs if isinstance(example, Example)]
-        if not _finite(model, examples):
+        batch = collate([min(examples, key=lambda example: len(example.ids))])
+        ran = run_once(model, torch.from_numpy(batch.ids))
+        if not torch.isfinite(ran.logits).all():
             return math.nan  # before the check of the head, which no such model passes
-        network = split_backbone_and_head(model)
-        batch = collate(examples)
-        return float(label_losses(network, batch)[1].double().mean())
-
-
-def _finite(model: torch.nn.Module, examples: Sequence[Example]) -> bool:
-    """Whether all logits of the model for the first example are finite."""
-    ids = torch.from_numpy(examples[0].ids)[None]
-    return bool(torch.isfinite(model(input_ids=ids, use_cache=False).logits).all())
+        network, hidden = ran.split(model)
+        logits = network.logits(hidden).flatten(0, 1)[torch.from_numpy(batch.places)].float()  # (L, V)
+        return float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.targets)))

@@ -18,6 +18,7 @@ from offsite.protocol.contents import CONFIG
 from offsite.protocol.manifest import MANIFEST
 from offsite.protocol.signing import Identity
 from offsite.protocol.verify import read_unverified
+from offsite.storage.background_hash import BackgroundHash
 from offsite.storage.checkpoint_folder import INDEX, WEIGHTS, Checkpoint, open_checkpoint
 from offsite.storage.finite import has_non_finite
 from offsite.storage.safetensors_files import FLOATS, TensorRange, read_chunks
@@ -298,13 +299,18 @@ def fingerprint(
 def _fingerprint(model: BaseModel, identity: Identity, bad: list[str] | None, progress: Progress) -> str:
     """Compute the fingerprint without a cache; arguments as for `fingerprint`."""
     code = hmac.new(identity.secret("base fingerprint"), digestmod=hashlib.sha256)
-    for done, name in enumerate(sorted(model.tensors)):
-        progress(Event(READING, done, len(model.tensors)))
-        tensor = model.tensors[name]
-        code.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        for chunk in read_chunks(tensor):
-            code.update(chunk)
-            if bad is not None and has_non_finite(chunk, tensor.dtype) and name not in bad:
-                bad.append(name)
+    with BackgroundHash(code.update) as hashing:
+        for done, name in enumerate(sorted(model.tensors)):
+            progress(Event(READING, done, len(model.tensors)))
+            _add_tensor(hashing, name, model.tensors[name], bad)
     progress(Event(READING, len(model.tensors), len(model.tensors)))
     return code.hexdigest()
+
+
+def _add_tensor(hashing: BackgroundHash, name: str, tensor: TensorRange, bad: list[str] | None) -> None:
+    """Add a tensor to the fingerprint's hash; arguments as for `fingerprint`."""
+    hashing.add(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    for chunk in read_chunks(tensor):
+        hashing.add(chunk)
+        if bad is not None and has_non_finite(chunk, tensor.dtype) and name not in bad:
+            bad.append(name)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from offsite.config import PackSpec
 from offsite.data.read_rows import first
-from offsite.errors import IncompatibleError
+from offsite.errors import IncompatibleError, OffsiteError, StorageError
 from offsite.model_owner.base_model import BaseModel, fingerprint
 from offsite.model_owner.bundle_settings import settings_files
 from offsite.model_owner.bundle_tensors import (
@@ -28,6 +28,7 @@ from offsite.model_owner.check_packing import check_packing, identity_of_packing
 from offsite.model_owner.compress.declare_emulator import declared_of
 from offsite.model_owner.count_base_shares import count_base_shares
 from offsite.model_owner.describe_emulator import describe_emulator
+from offsite.model_owner.emulator_work import Work, work_of
 from offsite.model_owner.heal.heal_steps import fill_places, heal
 from offsite.model_owner.heal.healing_protocol import Healing
 from offsite.model_owner.importing.write_weights import require_finite
@@ -49,6 +50,7 @@ from offsite.protocol.sealing import file_entries, seal
 from offsite.storage.checkpoint_folder import DECLARED_WEIGHTS, WEIGHTS, write_checkpoint
 from offsite.storage.files import staged_folder, write_stream
 from offsite.storage.finite import FiniteWatch
+from offsite.storage.lock import LOCK, alone_in
 from offsite.storage.safetensors_files import NewTensor
 from offsite.training.run_log import log_file, run_folder, run_log
 
@@ -67,8 +69,8 @@ def pack(
 ) -> Bundle:
     """Make a signed bundle of a base model for one trusted recipient, and record it in the ledger.
 
-    Distillation and search save resume points in `<out>.run/`. The log `<out>.log.jsonl` describes the emulator, and
-    has the loss of distillation. Neither is part of the bundle.
+    Distillation, search, and healing block by block save resume points in `<out>.run/`. The log `<out>.log.jsonl`
+    describes the emulator, and has the loss of distillation. Neither is part of the bundle.
 
     Args:
         base: the owner's full model; it is only read.
@@ -77,7 +79,8 @@ def pack(
         spec: the settings of splitting, compression and healing.
         home: the model owner's home folder, with its keys and its ledger.
         progress: receives the progress events.
-        resume: continue an interrupted distillation or search; start a new one if there is none.
+        resume: continue an interrupted distillation or search; start a new one if there is none. Interrupted healing
+            block by block continues with and without it.
 
     Raises:
         UsageError: a setting does not fit the model, the recipient is unknown, `out` is not empty, or an interrupted
@@ -100,7 +103,7 @@ def pack(
     with (
         _log(out) as log,
         staged_folder(out) as folder,
-        _scratch(out, folder, base_code, spec, resume=resume) as scratch,
+        _scratch(out, folder, base_code, spec, work_of(sandwich.middle, spec), resume=resume) as scratch,
     ):
         with run_log(log) as write:
             write({"event": PACKING, "emulator": describe_emulator(model, sandwich, spec)})
@@ -227,24 +230,41 @@ def _log(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _scratch(out: Path, staging: Path, base: str, spec: PackSpec, *, resume: bool) -> Iterator[Path]:
+def _scratch(out: Path, staging: Path, base: str, spec: PackSpec, work: Work, *, resume: bool) -> Iterator[Path]:
     """Context manager: yield a folder for healed weights and intermediate results, which is deleted after the body.
 
     For settings with distillation or search, the folder remains if the body fails, so that packing can be resumed.
+    For others that change blocks one by one, it remains if it has results when the body is interrupted, or when a file
+    cannot be written; then the same packing continues without `resume`.
 
     Args:
         out: the bundle's folder.
         staging: the folder in which the bundle is written before it is moved to `out`.
         base: the base's fingerprint.
         spec: the settings.
+        work: the healing and pruning that the settings require.
         resume: whether to continue with the folder of an interrupted run.
     """
-    if not spec.resumable:
+    if not spec.resumable and not work.block_by_block:
         with tempfile.TemporaryDirectory(dir=staging, prefix=".healed.") as folder:
             yield Path(folder)
         return
     from offsite.training.resume_points import RunState
 
-    state = RunState(run_folder(out), {**identity_of_packing(spec), "base": base}, resume=resume)
-    yield state.folder
-    state.remove()
+    identity = {**identity_of_packing(spec), "base": base}
+    asks = spec.resumable  # a search or distillation is continued only on request
+    with alone_in(run_folder(out), "packing", "wait for it or stop it, then run the same command again"):
+        state = RunState(run_folder(out), identity, resume=resume or not asks, restartable=not asks)
+        try:
+            yield state.folder
+        except BaseException as error:
+            refused = isinstance(error, OffsiteError) and not isinstance(error, StorageError)
+            if not asks and (refused or not _holds_results(state.folder)):
+                state.remove()  # the same packing would fail again, or has nothing to continue with
+            raise
+        state.remove()
+
+
+def _holds_results(folder: Path) -> bool:
+    """Whether the folder of a run has a file besides those that every run has: a resume point, or a stored choice."""
+    return any(path.is_file() and path.name not in ("run.json", LOCK) for path in folder.iterdir())

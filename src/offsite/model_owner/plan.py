@@ -18,6 +18,7 @@ from offsite.model_owner.compress.declare_emulator import declared_of
 from offsite.model_owner.describe_emulator import describe_emulator, healing_name
 from offsite.model_owner.emulator_work import Work, work_of
 from offsite.model_owner.heal.heal_steps import fill_places
+from offsite.model_owner.heal.healing_protocol import IN_MEMORY
 from offsite.model_owner.narrow.budget_widths import base_multiply_adds
 from offsite.model_owner.narrow.even_widths import even_widths
 from offsite.model_owner.pack import Parties, bundle_manifest
@@ -34,6 +35,8 @@ from offsite.storage.checkpoint_folder import DECLARED_WEIGHTS, WEIGHTS, checkpo
 from offsite.storage.safetensors_files import ITEM_SIZE, TensorRange
 
 _UNKNOWN = "0" * 64  # has the length of a fingerprint
+# bytes that solvers hold for each pair of inputs of a layer: Gram matrices in fp32, their factors in fp64
+_SOLVER_BYTES = 36
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def _budget(model: BaseModel, emulator: Sequence[int], spec: PackSpec) -> str:
 
 
 def _weights(model: BaseModel, sandwich: Sandwich, spec: PackSpec, work: Work, compute: Compute) -> tuple[Amount, ...]:
-    """The sizes of weights in memory while packing runs the network with this compute dtype.
+    """The sizes of weights, solvers and hidden states in memory while packing runs the network in this compute dtype.
 
     One block of the base is in memory at a time. Distillation and search also need the whole emulator.
     """
@@ -140,6 +143,12 @@ def _weights(model: BaseModel, sandwich: Sandwich, spec: PackSpec, work: Work, c
     outer = part("", [model.tensors[name].shape for name in family.outer_tensors(model.config)], item)
     emulator, top = spec.kept(sandwich.middle) * block, len(sandwich.top) * block
     amounts = [Amount("embeddings in fp32", embeddings.bytes), Amount("one block in fp32", 4 * block)]
+    if work.block_by_block:
+        states = min(IN_MEMORY, _states_bytes(model, spec))
+        amounts += [
+            Amount("solver of the widest linear layer, about", _SOLVER_BYTES * _widest_input(model) ** 2),
+            Amount("hidden states, at most", 3 * states),  # of the base, of the emulator, and those being made
+        ]
     if work.later_steps:
         masters = 4 * emulator if item < 4 else 0
         amounts += [
@@ -162,7 +171,9 @@ def _scratch(model: BaseModel, spec: PackSpec, keep: int, work: Work) -> list[Am
     # the dtype of the hidden states may not be known yet: take the largest
     item = max(ITEM_BYTES[one] for one in possible_compute_dtypes(spec.runtime.compute, spec.runtime.device))
     states = 2 * spec.distill.tokens * _hidden(model) * item if work.later_steps else 0
+    point = 5 * _states_bytes(model, spec) if work.block_by_block else 0  # two resume points, and those being made
     amounts = [
+        Amount("hidden states to heal with and to resume from, at most", point),
         Amount("healed weights, until the bundle is written", _healed_bytes(model, spec, keep, work)),
         Amount("hidden states to distill on, at most", states),
         Amount("resume points, and the distilled weights", 28 * keep * block if work.later_steps else 0),
@@ -245,6 +256,25 @@ def _parts(
         blocks("top", sandwich.top),
         outer("final norm", model.family.final),
         outer("head", (model.family.head,)),
+    )
+
+
+def _states_bytes(model: BaseModel, spec: PackSpec) -> int:
+    """The bytes of the hidden states of all calibration tokens after one block, in float32."""
+    return 4 * spec.calibration.tokens * _hidden(model)
+
+
+def _widest_input(model: BaseModel) -> int:
+    """The largest number of inputs of a linear layer in the base's blocks."""
+    axis = 0 if model.family.transposed else 1
+    return max(
+        (
+            tensor.shape[axis]
+            for index in range(model.blocks)
+            for path, tensor in model.block(index).items()
+            if len(tensor.shape) == 2 and model.family.is_linear(model.family.in_block(index, path))
+        ),
+        default=0,
     )
 
 

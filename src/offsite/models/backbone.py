@@ -1,7 +1,7 @@
 """Splits a causal language model into backbone (tokens to hidden states) and head (hidden states to logits)."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -86,21 +86,80 @@ def split_backbone_and_head(model: "PreTrainedModel") -> Network:
     """
     head = model.get_output_embeddings()
     ids = torch.arange(8, device=head.weight.device).remainder(head.weight.shape[0])[None]
-    mask = torch.ones_like(ids)
+
+    def bodies() -> Iterator[tuple[nn.Module, torch.Tensor]]:
+        for body in (model.base_model, UpToHead(model, head)):
+            if body is not model:
+                yield body, hidden_states(body, ids, torch.ones_like(ids))
+
     with torch.no_grad():
-        whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-    apart = float("inf")
-    for body in (model.base_model, UpToHead(model, head)):
-        if body is model:
+        return _matching(model, bodies(), _logits(model, ids))[0]
+
+
+@dataclass(frozen=True)
+class OnePass:
+    """What was seen in one forward pass of a whole model over tokens: its logits, and what may be its body's output."""
+
+    logits: torch.Tensor  # (1, T, V), in float32
+    bodies: Sequence[tuple[nn.Module, torch.Tensor]]  # a candidate for the body, and its hidden states (1, T, H)
+
+    def split(self, model: "PreTrainedModel") -> tuple[Network, torch.Tensor]:
+        """Split the model as `split_backbone_and_head` does, without another pass; for a model of a proved family.
+
+        Returns:
+            Body and head, and the body's hidden states for the tokens, (1, T, H).
+
+        Raises:
+            IncompatibleError: as for `split_backbone_and_head`.
+        """
+        return _matching(model, self.bodies, self.logits)
+
+
+@torch.no_grad()
+def run_once(model: "PreTrainedModel", ids: torch.Tensor) -> OnePass:
+    """Run a whole model once on token ids (1, T) without padding, and record what `OnePass` has."""
+    head, body = model.get_output_embeddings(), model.base_model
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [head.register_forward_pre_hook(lambda _, arguments: seen.update(head=arguments[0]))]
+    if body is not model:
+        hooks.append(body.register_forward_hook(lambda *call: seen.update(body=call[-1].last_hidden_state)))
+    try:
+        logits = _logits(model, ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    bodies = {"body": body, "head": UpToHead(model, head)}
+    return OnePass(logits, [(bodies[name], seen[name]) for name in bodies if name in seen])
+
+
+def _logits(model: "PreTrainedModel", ids: torch.Tensor) -> torch.Tensor:
+    """The model's own logits (B, T, V) in float32 for token ids (B, T), without padding."""
+    logits: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    return logits.float()
+
+
+def _matching(
+    model: "PreTrainedModel", bodies: Iterable[tuple[nn.Module, torch.Tensor]], whole: torch.Tensor
+) -> tuple[Network, torch.Tensor]:
+    """The first body whose hidden states give the model's logits, with the head, and these hidden states.
+
+    Args:
+        model: the whole model.
+        bodies: candidates for the body, each with its hidden states for some tokens, (1, T, H).
+        whole: the model's logits for these tokens, (1, T, V).
+
+    Raises:
+        IncompatibleError: no combination of body, cap and scale gives the logits.
+    """
+    head, apart = model.get_output_embeddings(), float("inf")
+    for body, hidden in bodies:
+        if hidden.shape[-1] != head.weight.shape[1]:
             continue
         with torch.no_grad():
-            hidden = hidden_states(body, ids, mask)
-            if hidden.shape[-1] != head.weight.shape[1]:
-                continue
             for network in _networks(model, body, head, hidden, whole):
                 apart = min(apart, _distance(network.logits(hidden).float(), whole, head.weight.dtype))
                 if not apart:
-                    return network
+                    return network, hidden
     raise IncompatibleError(
         f"models of type {model.config.model_type!r} do more to their logits than a linear head",
         reasons=[f"logits differ by up to {apart:.3g}"],

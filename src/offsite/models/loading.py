@@ -37,7 +37,13 @@ _SMALL = 2**26  # values of a model that is small enough whatever its files hold
 _LISTED = 6  # tensors that an error lists
 
 
-def load_model(source: Source, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
+def load_model(
+    source: Source,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    tensors: Mapping[str, StoredTensor] | None = None,
+) -> "PreTrainedModel":
     """Load a causal language model, or a vision encoder without any head, in eval mode and frozen.
 
     Args:
@@ -45,6 +51,7 @@ def load_model(source: Source, *, dtype: torch.dtype, device: torch.device) -> "
             Loading removes the tensors from the snapshot's memory.
         dtype: the dtype of all weights.
         device: the device of the loaded model.
+        tensors: the source's tensors, by name, if the caller has opened them already; None opens them.
 
     Raises:
         UsageError: the folder is not a checkpoint.
@@ -57,7 +64,8 @@ def load_model(source: Source, *, dtype: torch.dtype, device: torch.device) -> "
 
     family = ARCHITECTURES.get(str(model_settings(source).get("model_type")))
     auto = AutoModel if family is not None and family.vision else AutoModelForCausalLM
-    return _load(auto, source, dtype, device, family.vision.keywords if family is not None and family.vision else {})
+    keywords = family.vision.keywords if family is not None and family.vision else {}
+    return _load(auto, source, dtype, device, keywords, tensors)
 
 
 def load_classifier(source: Source, *, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
@@ -74,25 +82,31 @@ def encoder_keywords(family: Architecture, config: "PretrainedConfig") -> dict[s
 
 
 def _load(
-    auto: Any, source: Source, dtype: torch.dtype, device: torch.device, keywords: Mapping[str, Any]
+    auto: Any,
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device,
+    keywords: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor] | None = None,
 ) -> "PreTrainedModel":
     """Load a checkpoint by transformers' class `auto`, or by its declaration of modules, and check its tensors.
 
-    `keywords` are additional config values and arguments for transformers.
+    `keywords` are additional config values and arguments for transformers; other arguments as for `load_model`.
     """
     check_settings(source)
     config, declared = unwrapped_config(source)
     require_library(ARCHITECTURES.get(str(config.get("model_type"))), folder_of(source))
     if declared:
-        return _load_declared(source, config, declared, dtype=dtype, device=device)
+        return _load_declared(source, config, declared, tensors, dtype=dtype, device=device)
     how = {
         "dtype": dtype,
         "experts_implementation": experts_implementation(),
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # so that all mismatches are listed; else the first one is raised
     }
-    if isinstance(source, Snapshot):
-        model, info = _from_snapshot(auto, source, keywords, how)
+    if tensors is not None or isinstance(source, Snapshot):
+        held = tensors if tensors is not None or isinstance(source, Path) else source.take_tensors()
+        model, info = _from_tensors(auto, source, held or {}, keywords, how)
     else:
         model, info = _from_folder(auto, source, keywords, how)
     problems = loading_problems(info, ARCHITECTURES.get(model.config.model_type))
@@ -157,26 +171,30 @@ def _config_with(keywords: Mapping[str, Any], source: Source) -> tuple["Pretrain
     return config, {name: value for name, value in keywords.items() if name not in known}
 
 
-def _from_snapshot(
-    auto: Any, snapshot: Snapshot, keywords: Mapping[str, Any], how: Mapping[str, Any]
+def _from_tensors(
+    auto: Any,
+    source: Source,
+    tensors: Mapping[str, StoredTensor],
+    keywords: Mapping[str, Any],
+    how: Mapping[str, Any],
 ) -> tuple["PreTrainedModel", Mapping[str, Any]]:
-    """Load a model from a snapshot's verified tensors; return it with transformers' loading info.
+    """Load a model from stored tensors, such as a snapshot's verified ones; return it with transformers' loading info.
 
-    The memory of each tensor in the snapshot is released after its use. Other arguments as for `_from_folder`.
+    Each tensor's memory is released after its use, if nothing else refers to it. Other arguments as for `_from_folder`.
     """
     from transformers import GenerationConfig
 
-    with as_folder(snapshot) as folder, quiet(), incompatible(snapshot.folder):
-        config, others = _config_with(keywords, snapshot)
-        if has_file(snapshot, _GENERATION_CONFIG):
+    with as_folder(source) as folder, quiet(), incompatible(folder_of(source)):
+        config, others = _config_with(keywords, source)
+        if has_file(source, _GENERATION_CONFIG):
             how = {**how, "generation_config": GenerationConfig.from_pretrained(folder)}
         model_class = auto._model_mapping[type(config)]  # as `auto.from_pretrained` does, which needs a folder
-        if str(config.model_type) not in ARCHITECTURES:
-            _require_in_proportion(model_class, config, snapshot)
+        if isinstance(source, Snapshot) and str(config.model_type) not in ARCHITECTURES:
+            _require_in_proportion(model_class, config, source)
         model, info = model_class.from_pretrained(
             None,
             config=config,
-            state_dict={name: Lazy(tensor) for name, tensor in snapshot.take_tensors().items()},
+            state_dict={name: Lazy(tensor) for name, tensor in tensors.items()},
             attn_implementation=attention_of(config),
             **how,
             **others,
@@ -231,15 +249,25 @@ def loading_problems(info: Mapping[str, Any], family: Architecture | None) -> li
 
 
 def _load_declared(
-    source: Source, config: dict[str, Any], declared: Declared, *, dtype: torch.dtype, device: torch.device
+    source: Source,
+    config: dict[str, Any],
+    declared: Declared,
+    opened: Mapping[str, StoredTensor] | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> "PreTrainedModel":
-    """Load a bundle whose emulator has modules that transformers does not have, such as quantised linear layers."""
+    """Load a bundle whose emulator has modules that transformers does not have, such as quantised linear layers.
+
+    `opened` has the source's tensors, by name; None opens them.
+    """
     from transformers import AutoConfig
 
     from offsite.models.modules.build_declared import build
 
-    held: dict[str, StoredTensor] = {}
-    held |= source.take_tensors() if isinstance(source, Snapshot) else open_checkpoint(source).tensors
+    held: dict[str, StoredTensor] = {**(opened or {})}
+    if opened is None:
+        held |= source.take_tensors() if isinstance(source, Snapshot) else open_checkpoint(source).tensors
     tensors = {}
     for name in list(held):
         tensor = held.pop(name)  # so that at most one tensor is in memory twice

@@ -1,5 +1,7 @@
 """Reads stored tensors as torch tensors."""
 
+import warnings
+
 import torch
 
 from offsite.storage.safetensors_files import StoredTensor, read_chunks
@@ -15,14 +17,16 @@ def read_tensor(tensor: StoredTensor, dtype: torch.dtype | None = None) -> torch
     """Read a stored tensor into CPU memory, cast to `dtype` if given.
 
     A `HeldTensor` is already in memory and is copied only if it is cast. Without a cast, the result shares its memory,
-    so writing to one changes the other.
+    so writing to one changes the other; if it is mapped read-only from a file, writing ends the process.
 
     Raises:
         StorageError: the file ends before the end of the tensor.
     """
     content = tensor.content if isinstance(tensor, HeldTensor) else _content(tensor)
     kind = TORCH_DTYPES[tensor.dtype]
-    flat = torch.frombuffer(content, dtype=kind) if len(content) else torch.empty(0, dtype=kind)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # nothing writes to weights
+        flat = torch.frombuffer(content, dtype=kind) if len(content) else torch.empty(0, dtype=kind)
     return flat.reshape(tensor.shape).to(dtype or kind)
 
 

@@ -30,7 +30,7 @@ from offsite.protocol.return_rules import RETURN_RULES, beyond_policy
 from offsite.protocol.signed_folder import Rule, SignedFolder
 from offsite.storage.files import Written
 from offsite.storage.regular_files import read_bounded
-from offsite.storage.snapshot import SETTINGS_BYTES, ReadFile, Snapshot, read_file
+from offsite.storage.snapshot import SETTINGS_BYTES, ReadFile, Snapshot, holds_tensors, read_file, read_header_of
 
 _SHOWN = 40  # most reasons that are listed, as a hostile folder can cause very many
 _LONGEST = 500  # most characters of a reason
@@ -81,6 +81,8 @@ def verify_bundle(path: Path, home: Home, *, hold: bool = False) -> Bundle:
 def check_unsigned(folder: Path, manifest: BundleManifest, home: Home) -> None:
     """Run on a bundle's files, before it is signed, the rules that its recipient will run on them.
 
+    Of files with tensors only the headers are read: this process hashed their bytes when it wrote them.
+
     Args:
         folder: the folder with all files that the manifest lists.
         manifest: the manifest that will be signed.
@@ -90,7 +92,7 @@ def check_unsigned(folder: Path, manifest: BundleManifest, home: Home) -> None:
         IncompatibleError: a rule has findings; reasons list all of them.
     """
     signed = SignedFolder(folder, home, manifest, render_manifest(manifest))
-    found = _findings(replace(signed, files=_read_files(signed, hold=False)), (digests, *BUNDLE_RULES))
+    found = _findings(replace(signed, files=_read_written(signed)), (digests, *BUNDLE_RULES))
     if found:
         raise IncompatibleError(
             "its recipient would refuse it",
@@ -242,6 +244,19 @@ def _require_none(folder: Path, found: Sequence[tuple[str, str]], refusals: Sequ
     advice = list(dict.fromkeys(mends for _, mends in found if mends))
     own_fault = _DISTRUST not in advice and not refusals
     raise _failed(folder, reasons, "; ".join(advice) if own_fault else _DISTRUST)
+
+
+def _read_written(signed: SignedFolder) -> dict[str, ReadFile | OffsiteError | OSError]:
+    """As `_read_files`, for files that this process has just written: bytes of tensors are not read again."""
+    found: dict[str, ReadFile | OffsiteError | OSError] = {}
+    for entry in signed.manifest.files:
+        file = signed.folder / entry.name
+        try:
+            tensors = holds_tensors(entry.name)
+            found[entry.name] = read_header_of(file, entry.sha256) if tensors else read_file(file, hold=False)
+        except (OffsiteError, OSError) as error:
+            found[entry.name] = error
+    return found
 
 
 def _read_files(signed: SignedFolder, *, hold: bool) -> dict[str, ReadFile | OffsiteError | OSError]:

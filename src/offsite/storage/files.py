@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offsite.errors import StorageError, UsageError
+from offsite.storage.background_hash import BackgroundHash
 from offsite.storage.leftovers import delete_command, leftovers_in
 from offsite.storage.staging_claims import claimed, sweep, temporary_name
 
@@ -144,13 +145,16 @@ def _taken(out: Path, flag: str) -> tuple[str, str] | None:
 
 
 def write_stream(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> Written:
-    """Write the chunks to a new file, flush it to the disk, and return its name, size and SHA-256."""
+    """Write the chunks to a new file, flush it to the disk, and return its name, size and SHA-256.
+
+    A chunk is hashed while it is written and the next one is made, so `chunks` must not change one that it has yielded.
+    """
     digest = hashlib.sha256()
     size = 0
-    with path.open("xb") as file:
+    with path.open("xb") as file, BackgroundHash(digest.update) as hashing:
         for chunk in chunks:
+            hashing.add(chunk)
             _write(file.fileno(), chunk)
-            digest.update(chunk)
             size += len(chunk)
         os.fsync(file.fileno())
     return Written(path.name, size, digest.hexdigest())

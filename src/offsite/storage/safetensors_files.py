@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
@@ -85,6 +85,11 @@ class TensorRange:
                     )
                 left -= len(chunk)
                 yield chunk
+
+    def rows(self, rows: slice) -> "TensorRange":
+        """The rows from `rows.start` to `rows.stop` of the first axis; a tensor without axes has one row."""
+        row = self.size // max(1, (self.shape or (1,))[0])
+        return replace(self, shape=(rows.stop - rows.start, *self.shape[1:]), start=self.start + rows.start * row)
 
 
 @dataclass(frozen=True)

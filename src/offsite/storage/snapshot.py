@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,7 +37,8 @@ _ALIGNMENT = 64  # a tensor's first byte has an address that is a multiple of th
 class HeldTensor:
     """A tensor in memory.
 
-    `content` is its bytes; they are writable, and their address is a multiple of 64.
+    `content` is its bytes. If they were read into memory, they are writable, and their address is a multiple of 64. If
+    they are mapped from a file (see `offsite.storage.mapped_files`), they are read-only.
     """
 
     name: str
@@ -54,6 +55,12 @@ class HeldTensor:
         """Yield the tensor's bytes, a few MiB at a time."""
         for start in range(0, self.size, CHUNK_BYTES):
             yield self.content[start : start + CHUNK_BYTES]
+
+    def rows(self, rows: slice) -> "HeldTensor":
+        """The rows from `rows.start` to `rows.stop` of the first axis; a tensor without axes has one row."""
+        row = self.size // max(1, (self.shape or (1,))[0])
+        content = self.content[rows.start * row : rows.stop * row]
+        return replace(self, shape=(rows.stop - rows.start, *self.shape[1:]), content=content)
 
 
 @dataclass
@@ -116,6 +123,19 @@ def read_file(
             found.sha256 = digest.hexdigest()
         else:  # it shrank or grew while it was read
             found.size = length
+    return found
+
+
+def read_header_of(file: Path, sha256: str) -> ReadFile:
+    """Read the header of a file of tensors, and its size; `sha256` is the hash, in hex, that it was written with.
+
+    Raises:
+        VerificationError: it is not a regular file.
+        OSError: it cannot be read.
+    """
+    with open_regular(file) as stream:
+        found = ReadFile(os.fstat(stream.fileno()).st_size, sha256)
+        _read_header(file, stream, found, lambda _: None)
     return found
 
 

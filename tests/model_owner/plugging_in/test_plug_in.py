@@ -25,6 +25,7 @@ from offsite.config import PlugInSpec
 from offsite.errors import UsageError, VerificationError
 from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger
+from offsite.model_owner.plugging_in import plugged_tensors
 from offsite.model_owner.plugging_in.plug_in import plug_in
 from offsite.models.adapted import load_bottlenecked, load_replaced
 from offsite.models.families.architectures import ARCHITECTURES
@@ -216,6 +217,23 @@ def test_merging_is_what_peft_merges(base_of: MakeBase, parties: Parties, tmp_pa
     assert set(ours) == set(theirs)
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("returns", [lora_return, full_return])
+def test_a_tensor_is_merged_some_rows_at_a_time(
+    base_of: MakeBase, parties: Parties, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, returns: Any
+) -> None:
+    bundle = packed(base_of(family), tmp_path / "bundle", parties)
+    changes = (noise,) if returns is full_return else ()
+    returned = returns(bundle, tmp_path / "return", parties.data_owner, *changes)
+    whole = plugged(base_of(family), returned.folder, tmp_path / "whole", parties, as_="merged")
+    monkeypatch.setattr(plugged_tensors, "_PART", 100)
+    parts = plugged(base_of(family), returned.folder, tmp_path / "parts", parties, as_="merged")
+    expected, found = (open_checkpoint(one.folder).tensors for one in (whole, parts))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(read_float32(found[name]), read_float32(tensor), rtol=1e-5, atol=1e-6)
 
 
 def test_full_return_is_added_and_rounded_once(base_of: MakeBase, parties: Parties, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Narrows, prunes and heals the kept blocks one after the other.
 
 A block's inputs are the outputs of the changed blocks before it. Its target outputs are the base's hidden states before
-the next kept block, so errors do not accumulate. Only one block's weights are in memory at a time.
+the next kept block, so errors do not accumulate. Only one block's weights are in memory at a time, and large hidden
+states are in files. After each kept block a resume point is written.
 """
 
 import json
@@ -25,6 +26,7 @@ from offsite.model_owner.compress.calibrated_pruning import prune_layers
 from offsite.model_owner.compress.pruner_protocol import pruning
 from offsite.model_owner.emulator_work import Work, work_of
 from offsite.model_owner.heal.block_step_protocol import BlockProblem, block_step
+from offsite.model_owner.heal.hidden_states import FinishedBlock, HiddenStates, StatesFolder
 from offsite.model_owner.heal.output_layers import change_outputs
 from offsite.model_owner.heal.unsolvable import Unsolvable, explain_unsolvable
 from offsite.model_owner.narrow.even_widths import base_widths
@@ -62,6 +64,7 @@ def block_by_block(
     widths: Sequence[Widths] | None = None,
     statistics: Mapping[int, LossStatistics] | None = None,
     batches: Sequence[Tensor] | None = None,
+    record: Path | None = None,
 ) -> Solved:
     """Narrow, prune and heal every kept block as the settings say, on calibration data.
 
@@ -70,12 +73,14 @@ def block_by_block(
         sandwich: the split of the base into bottom, middle and top.
         emulator: base indices of the kept blocks of the middle.
         spec: the settings of narrowing, healing, pruning and calibration, and the bundle's dtype.
-        scratch: a folder for the changed weights until the bundle is written.
+        scratch: a folder for the changed weights, and large hidden states, until the bundle is written.
         progress: receives the progress events.
         widths: the new numbers of heads, neurons and experts of the kept blocks, in their order; None if blocks are not
             narrowed.
         statistics: how the base's loss depends on each kept block, by base index; None for rules that do not need it.
         batches: token ids (B, T) or pixels (B, 3, Y, X) to use instead of the calibration data of `spec`.
+        record: the file of the resume point. If it exists, the work continues after the last finished block, with what
+            `scratch` holds. None writes no resume points.
 
     Returns:
         The changed tensors, whose values are in files of `scratch`, and the heads, neurons and experts that remain in
@@ -85,6 +90,7 @@ def block_by_block(
         DataError: the calibration text is unreadable or too short.
         IncompatibleError: activations of the base are not finite, so no solution exists; or a block does not call one
             of its linear layers, so its inputs are unknown.
+        StorageError: a file cannot be written, or the resume point is damaged.
     """
     family = model.family
     machine = resolve_runtime(spec.runtime.device, spec.runtime.compute, spec.runtime.threads)
@@ -94,21 +100,21 @@ def block_by_block(
     batches = [ids.to(machine.device) for ids in batches]
     work = work_of(sandwich.middle, spec)
     stage, steps, end = _stage(work), _steps(family, work, spec), sandwich.middle[-1] + 1
-    base_states = [runner.load(0).embed(ids) for ids in batches]
-    for index in sandwich.bottom:
-        _advance(runner.load(index), batches, base_states)
-    own_states = list(base_states)  # from here on, hidden states of the emulator
-    done = len(sandwich.bottom)
-    healed: dict[str, TensorRange] = {}
-    stays: dict[int, Kept] = {}
+    folder = StatesFolder(scratch, record, machine.device)
+    point = folder.load() or _first_states(runner, sandwich, batches, folder)
+    own_states, base_states, done = point.own, point.base, point.base_blocks
+    places = sorted((*emulator, *sandwich.spread))
+    finished = [kept for kept in emulator if kept <= point.block]
+    before = read_solved(model, finished, scratch)
+    healed, stays = dict(before.tensors), dict(before.kept)
     wanted = dict(zip(sorted(emulator), widths, strict=True)) if widths is not None else {}
-    for kept, following in pairwise((*sorted((*emulator, *sandwich.spread)), end)):
+    for kept, following in pairwise((*(one for one in places if one > point.block), end)):
         while done < following:
             progress(Event(stage, done, end))
-            _advance(runner.load(done), batches, base_states)
+            base_states = _advance(runner.load(done), batches, base_states, folder, own_states)
             done += 1
         if kept in sandwich.spread:  # a trained block is shipped unchanged
-            _advance(runner.load(kept), batches, own_states)
+            own_states = _advance(runner.load(kept), batches, own_states, folder, base_states)
             continue
         problem = BlockProblem(
             partial(runner.load, kept),
@@ -125,10 +131,23 @@ def block_by_block(
         healed |= {family.in_block(kept, path): tensor for path, tensor in stored.items()}
         # the next blocks see the weights as shipped, with their rounding
         shipped = {path: read_tensor(tensor, torch.float32) for path, tensor in stored.items()}
-        _advance(runner.load(kept, shipped), batches, own_states)
+        own_states = _advance(runner.load(kept, shipped), batches, own_states, folder, base_states)
+        _write_kept(scratch, stays)
+        folder.save(FinishedBlock(kept, done, own_states, base_states))
     progress(Event(stage, end, end))
-    replace_file(scratch / _KEPT, json.dumps({index: asdict(one) for index, one in stays.items()}).encode())
+    _write_kept(scratch, stays)
     return Solved(healed, stays)
+
+
+def _first_states(
+    runner: BlockRunner, sandwich: Sandwich, batches: Sequence[Tensor], folder: StatesFolder
+) -> FinishedBlock:
+    """The hidden states after the bottom, which base and emulator share, as the point from which to start."""
+    first = runner.load(0)
+    states = folder.keep(first.embed(ids) for ids in batches)
+    for index in sandwich.bottom:
+        states = _advance(runner.load(index), batches, states, folder)
+    return FinishedBlock(-1, len(sandwich.bottom), states, states)
 
 
 def read_solved(model: BaseModel, emulator: Sequence[int], scratch: Path) -> Solved:
@@ -138,11 +157,19 @@ def read_solved(model: BaseModel, emulator: Sequence[int], scratch: Path) -> Sol
     for index in sorted(set(emulator)):
         held = read_header(scratch / f"{index}.safetensors")
         tensors |= {family.in_block(index, path): tensor for path, tensor in held.items()}
-    kept = json.loads((scratch / _KEPT).read_bytes())
-    return Solved(
-        tensors,
-        {int(index): Kept(**{part: tuple(indices) for part, indices in one.items()}) for index, one in kept.items()},
-    )
+    return Solved(tensors, _read_kept(scratch))
+
+
+def _write_kept(scratch: Path, stays: Mapping[int, Kept]) -> None:
+    """Store which heads, neurons and experts remain in narrowed blocks, keyed by the block's index in the base."""
+    replace_file(scratch / _KEPT, json.dumps({index: asdict(one) for index, one in stays.items()}).encode())
+
+
+def _read_kept(scratch: Path) -> dict[int, Kept]:
+    """Read what `_write_kept` stored; {} if it stored nothing yet."""
+    file = scratch / _KEPT
+    kept = json.loads(file.read_bytes()) if file.exists() else {}
+    return {int(index): Kept(**{part: tuple(at) for part, at in one.items()}) for index, one in kept.items()}
 
 
 def _narrowing(
@@ -189,6 +216,7 @@ def _solve(problem: BlockProblem, steps: Sequence[_Step], block: int) -> dict[st
 def _store(file: Path, solved: Mapping[str, Tensor], dtype: str) -> Mapping[str, TensorRange]:
     """Write a block's new tensors to a file in the bundle's dtype, and return their byte ranges in it."""
     arrays = [from_array(path, value.float().cpu().numpy(), dtype) for path, value in solved.items()]
+    file.unlink(missing_ok=True)  # of an interrupted run
     write_safetensors(file, arrays)
     return read_header(file)
 
@@ -222,7 +250,17 @@ def _stage(work: Work) -> str:
     return f"pruning by {work.pruner.name}" if work.pruner else "running the blocks"
 
 
-def _advance(block: LoadedBlock, batches: Sequence[Tensor], hidden: list[Tensor]) -> None:
-    """Run a block, and replace each batch's hidden state in `hidden` by the block's output."""
-    for position, ids in enumerate(batches):
-        hidden[position] = block(ids, hidden[position])
+def _advance(
+    block: LoadedBlock,
+    batches: Sequence[Tensor],
+    states: HiddenStates,
+    folder: StatesFolder,
+    still_used: HiddenStates | None = None,
+) -> HiddenStates:
+    """Run a block on the hidden states of every batch, and return its outputs.
+
+    The file of `states` is deleted, unless the hidden states `still_used` are in it (None: no others are used).
+    """
+    after = folder.keep(block(ids, states[position]) for position, ids in enumerate(batches))
+    folder.discard(states, still_used)
+    return after

@@ -1,6 +1,6 @@
 """The input of a healing step that works block by block, and the functions that its Python file must define."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
@@ -16,6 +16,19 @@ if TYPE_CHECKING:
     from offsite.model_owner.narrow.loss_statistics import LossStatistics
 
 
+class States(Protocol):
+    """The hidden states (B, T, H) of every batch, in memory or in a file."""
+
+    def __len__(self) -> int:
+        """The number of batches."""
+
+    def __getitem__(self, position: int, /) -> Tensor:
+        """The hidden states of the batch with this index."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield the hidden states of one batch after the other."""
+
+
 @dataclass(frozen=True)
 class BlockProblem:
     """A kept block whose weights are to be fitted, with its inputs and its target outputs.
@@ -27,8 +40,8 @@ class BlockProblem:
     family: Architecture
     config: Mapping[str, Any]  # the base's config
     batches: Sequence[Tensor]  # token ids (B, T), or pixels of pictures (B, 3, Y, X)
-    enters: Sequence[Tensor]  # the block's inputs in the emulator, (B, T, H) for each batch
-    targets: Sequence[Tensor]  # the target outputs of the block, (B, T, H) for each batch
+    enters: States  # the block's inputs in the emulator, (B, T, H) for each batch
+    targets: States  # the target outputs of the block, (B, T, H) for each batch
     paths: Collection[str]  # paths of the block's tensors in the block, as checkpoint files name them
     loss: "LossStatistics | None" = None  # how the base's loss depends on the block, for rules that need it
 

@@ -11,6 +11,9 @@ from offsite.models.block_widths import Kept
 from offsite.storage.files import replace_file
 from offsite.storage.safetensors_files import TensorRange
 
+# in the scratch folder; a file of this name tells `offsite.training` that there is a resume point
+RECORD = "state.json"
+
 
 def fill_places(middle: Sequence[int], kept: Sequence[int], spec: PackSpec) -> tuple[int, ...]:
     """The base indices of the emulator's blocks, in order.
@@ -55,16 +58,21 @@ def heal(healing: Healing) -> Healed:
 
 
 def _solve(healing: Healing) -> Healed:
-    """Narrow, prune and heal block by block, or read the result of this part if an earlier run completed it."""
+    """Narrow, prune and heal block by block, from the block on where an earlier run was interrupted.
+
+    If an earlier run completed this part, its result is read.
+    """
     from offsite.model_owner.heal.block_by_block import block_by_block, read_solved
 
     model, emulator, folder = healing.model, healing.emulator, healing.scratch / "solved"
     whole = folder / "whole"  # exists when the folder holds every solved block
+    record = healing.scratch / RECORD
     if whole.exists():
         solved = read_solved(model, emulator, folder)
         return Healed(solved.tensors, solved.kept)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if not record.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
     statistics = None
     if healing.widths is not None and healing.spec.unit_rule.by_loss:
         from offsite.model_owner.narrow.loss_statistics import loss_statistics
@@ -79,6 +87,7 @@ def _solve(healing: Healing) -> Healed:
         healing.progress,
         widths=healing.widths,
         statistics=statistics,
+        record=record,
     )
     replace_file(whole, b"")
     return Healed(solved.tensors, solved.kept)

@@ -16,6 +16,8 @@ from offsite.models.block_widths import Widths
 from offsite.progress import Progress
 from offsite.storage.safetensors_files import TensorRange
 
+IN_MEMORY = 128 * 2**20  # bytes of the hidden states of all calibration batches; larger ones are kept in a file
+
 
 @dataclass(frozen=True)
 class Healing:

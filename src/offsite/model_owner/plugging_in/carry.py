@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from offsite.errors import IncompatibleError
 from offsite.model_owner.base_model import BaseModel
-from offsite.model_owner.carry_map import CarryMap, KeptFeatures
+from offsite.model_owner.carry_map import CarryMap
 from offsite.model_owner.ledger import Issued
 from offsite.protocol.manifest import BundleManifest
 
@@ -51,17 +51,6 @@ class Spread:
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that `of` returns for values of this shape."""
         return shape if self.kept is None else (*shape[: self.axis], self.size, *shape[self.axis + 1 :])
-
-
-def carry_matrix(values: Array, kept: KeptFeatures, shape: tuple[int, int]) -> Array:
-    """Insert zeros into the change of a matrix, so that it fits the base's layer.
-
-    Args:
-        values: the change, (kept outputs, kept inputs).
-        kept: the inputs and outputs of the base's layer that the bundle's layer has.
-        shape: (outputs, inputs) of the base's layer.
-    """
-    return carry_axis(carry_axis(values, kept.outputs, shape[0], 0), kept.inputs, shape[1], 1)
 
 
 def layer_shape(model: BaseModel, block: int, path: str) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The tensors of a plug-in, computed from a checkpoint of a verified return and the base. Torch-free (numpy)."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,12 +11,13 @@ from offsite.errors import IncompatibleError, VerificationError
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.carry_map import ALL, CarryMap, KeptFeatures
 from offsite.model_owner.ledger import Issued
-from offsite.model_owner.plugging_in.carry import Spread, carry_axis, carry_matrix, carry_of, layer_shape
+from offsite.model_owner.plugging_in.carry import Spread, carry_axis, carry_of, layer_shape
 from offsite.protocol.artifacts import Return
 from offsite.protocol.contents import WEIGHTS_OF, checkpoint_file
 from offsite.protocol.manifest import LoraSettings
 from offsite.protocol.output_head import head_names
 from offsite.protocol.peft_adapter import lora_pair
+from offsite.storage.finite import has_non_finite
 from offsite.storage.safetensors_files import (
     NewTensor,
     StoredTensor,
@@ -27,8 +29,11 @@ from offsite.storage.safetensors_files import (
 )
 from offsite.storage.snapshot import HeldTensor
 
-Change = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+Array = npt.NDArray[np.float32]
+# the full change of some rows of a base's tensor, given their values and which rows they are
+Change = Callable[[Array, slice], Array]
 
+_PART = 2**20  # values of a tensor that are computed at once
 _ANOTHER_RETURN = "ask the data owner for another return; nothing was written"
 
 
@@ -146,31 +151,34 @@ def _scaled(tensor: StoredTensor, name: str, factor: np.float32, spread: Spread 
 
 
 def _changed(tensor: TensorRange, change: Change, strength: np.float32, dtype: str | None = None) -> NewTensor:
-    """A base tensor plus `strength` times its change, computed in float32 and rounded once.
+    """A base tensor plus `strength` times its change, computed in float32 and rounded once, some rows at a time.
 
     Writing it raises a VerificationError if a value is not finite.
 
     Args:
         tensor: the tensor in the base.
-        change: a function that returns the full change, given the tensor's values in the base.
+        change: the full change of the tensor's rows.
         strength: the factor of the change.
         dtype: the dtype of the result; None means the base's.
     """
     dtype = dtype or tensor.dtype
 
-    def chunks() -> list[bytes]:
-        values = read_float32(tensor)
-        with np.errstate(over="ignore", invalid="ignore"):  # the values to be written are checked below
-            delta = strength * change(values)
-            # an unchanged value keeps the base's bits, including the sign of a zero
-            sums = from_float32(np.where(delta == 0, values, values + delta), dtype).tobytes()
-        if not np.isfinite(to_float32(sums, dtype)).all():
-            raise VerificationError(
-                f"the return does not fit into {dtype}",
-                reasons=[f"{tensor.name} would hold NaN or infinity, though every returned number is finite"],
-                next_step="plug in with a lower --strength, or ask for another return; nothing was written",
-            )
-        return [sums]
+    def chunks() -> Iterator[bytes]:
+        count, step = (tensor.shape or (1,))[0], max(1, _PART // max(1, math.prod(tensor.shape[1:])))
+        for first in range(0, count, step):
+            rows = slice(first, min(first + step, count))
+            values = read_float32(tensor.rows(rows))
+            with np.errstate(over="ignore", invalid="ignore"):  # the values to be written are checked below
+                delta = strength * change(values, rows)
+                # an unchanged value keeps the base's bits, including the sign of a zero
+                sums = from_float32(np.where(delta == 0, values, values + delta), dtype).tobytes()
+            if has_non_finite(sums, dtype):
+                raise VerificationError(
+                    f"the return does not fit into {dtype}",
+                    reasons=[f"{tensor.name} would hold NaN or infinity, though every returned number is finite"],
+                    next_step="plug in with a lower --strength, or ask for another return; nothing was written",
+                )
+            yield sums
 
     return NewTensor(tensor.name, dtype, tensor.shape, chunks)
 
@@ -180,11 +188,12 @@ def _lora_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
     lora, held = _lora_of(chosen.returned), chosen.tensors
 
     def change_of(target: str) -> Change:
-        def change(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        def change(_: Array, rows: slice) -> Array:
             a, b = (read_float32(held[name]) for name in lora_pair(target))  # (r, in), (out, r)
-            kept, shape = _carried_layer(model, chosen, target)
-            delta = carry_matrix(np.float32(lora.alpha / lora.rank) * (b @ a), kept, shape)  # (out, in)
-            return delta.T if model.family.transposed else delta
+            kept, (outputs, inputs) = _carried_layer(model, chosen, target)
+            a, b = carry_axis(a, kept.inputs, inputs, 1), carry_axis(b, kept.outputs, outputs, 0)
+            scale = np.float32(lora.alpha / lora.rank)
+            return scale * (b @ a[:, rows]).T if model.family.transposed else scale * (b[rows] @ a)
 
         return change
 
@@ -199,7 +208,7 @@ def _own_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
     return {to_base(name, model, chosen.parent): _own_change(held[name], name, model, chosen) for name in held}
 
 
-def _own_change(returned: StoredTensor, name: str, model: BaseModel, chosen: Chosen) -> Change:
+def _own_change(returned: HeldTensor, name: str, model: BaseModel, chosen: Chosen) -> Change:
     """The change of a block's tensor that was itself returned: its values minus those that were sent in the bundle.
 
     The ledger has the sent values for compressed blocks. For other blocks they are the base's, in the bundle's dtype.
@@ -216,14 +225,16 @@ def _own_change(returned: StoredTensor, name: str, model: BaseModel, chosen: Cho
     dtype, place = chosen.parent.manifest.tensors[name].dtype, model.family.block_of(name)
     kept = chosen.carry.features(place[0], place[1].rpartition(".")[0]) if place else ALL
 
-    def change(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    size = (model.tensors[to_base(name, model, chosen.parent)].shape or (1,))[0]
+
+    def change(_: Array, rows: slice) -> Array:
         difference = read_float32(returned) - to_float32(shipped, dtype).reshape(returned.shape)
-        return carry_axis(difference, kept.outputs, len(values), 0)
+        return carry_axis(np.atleast_1d(difference), kept.outputs, size, 0)[rows]
 
     return change
 
 
-def _difference(returned: StoredTensor, name: str, parent: Issued) -> Change:
+def _difference(returned: HeldTensor, name: str, parent: Issued) -> Change:
     """The change of a tensor that was itself returned: its values minus the base's, rounded to the bundle's dtype.
 
     Args:
@@ -233,9 +244,9 @@ def _difference(returned: StoredTensor, name: str, parent: Issued) -> Change:
     """
     shipped_as = {**parent.manifest.tensors, **parent.manifest.head}[name].dtype
 
-    def change(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def change(values: Array, rows: slice) -> Array:
         shipped = to_float32(from_float32(values, shipped_as).tobytes(), shipped_as).reshape(values.shape)
-        return read_float32(returned) - shipped
+        return read_float32(returned.rows(rows)) - shipped
 
     return change
 
