@@ -145,7 +145,7 @@ def _literal(annotation: Any) -> tuple[str, ...]:
                 "data", "probe", "rows", "show-rows", "skip-bad", "columns", "chosen", "config", "home", "json",
             },
         ),
-        ("inspect", {"home", "json"}),
+        ("inspect", {"for", "home", "json"}),
         ("verify", {"home", "json"}),
         ("init", {"owner", "data", "out", "home", "json"}),
         ("keygen", {"name", "out", "home", "json"}),
@@ -175,6 +175,9 @@ def test_every_flag_that_a_message_names_is_there() -> None:
         "--safe",
         "--index-url",
         "--nproc-per-node",
+        "--max-lora-rank",
+        "--lora-modules",
+        "--lora-dtype",
     }  # of other programs, which errors advise to run
     there = {"--help"} | foreign | flags_of(typer.main.get_command(build()))
     wrong = [

@@ -18,8 +18,22 @@ _Artifact = Annotated[Path, typer.Argument(metavar="PATH", help="folder of a bun
 _Inspected = Annotated[Path, typer.Argument(metavar="PATH", help="folder of a bundle, return, plug-in or study")]
 
 
+_For = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="vllm",
+        help="of a plug-in: whether this server can serve it, and the command that does",
+    ),
+]
+
+
 def inspect(
-    context: typer.Context, path: _Inspected, home: flags.HomeFlag = None, as_json: flags.JsonFlag = False
+    context: typer.Context,
+    path: _Inspected,
+    server: _For = None,
+    home: flags.HomeFlag = None,
+    as_json: flags.JsonFlag = False,
 ) -> None:
     """Show what a bundle, return or plug-in is: lineage, sizes, settings, and whether it verifies in this home.
 
@@ -29,7 +43,15 @@ def inspect(
 
     Example:
       offsite inspect bundle/
+      offsite inspect plugged/ --for vllm
     """
+    if server is not None:
+        if server != "vllm":
+            from offsite.errors import UsageError
+
+            raise UsageError(f"--for {server} is unknown", next_step="write `offsite inspect PATH --for vllm`")
+        terminal.show(_served(path, flags.home_of(context, home)), as_json=as_json)
+        return
     if (results := _results_of_study(path)) is not None:
         from offsite.cli.study import show_results
         from offsite.study.report.read_results import read_results
@@ -113,6 +135,30 @@ def _inspected(path: Path, home: "Home") -> dict[str, Any]:
     except OffsiteError as error:
         facts = _facts(path, read_unverified(path), sha256_of(path / MANIFEST), home)
         return {**facts, "verified": False, "reasons": list(error.reasons) or [error.what]}
+
+
+def _served(path: Path, home: "Home") -> dict[str, Any]:
+    """Describe a plug-in as `_inspected` does; if it verifies, with whether vLLM can serve it.
+
+    Raises:
+        UsageError: the folder is not a plug-in.
+        VerificationError: its manifest cannot be read.
+    """
+    from offsite.errors import UsageError, VerificationError
+    from offsite.model_owner.plugging_in.vllm_limits import vllm_limits
+    from offsite.protocol.manifest import PlugInManifest
+    from offsite.protocol.verify import read_unverified, verify_plug_in
+
+    manifest = read_unverified(path)
+    if not isinstance(manifest, PlugInManifest):
+        raise UsageError(
+            f"{path} is a {manifest.kind}, and --for is about plug-ins", next_step="name the plug-in's folder"
+        )
+    try:
+        plugged = verify_plug_in(path, home)
+    except VerificationError:
+        return _inspected(path, home)
+    return {**describe(plugged, home), "vllm": vllm_limits(plugged).facts}
 
 
 def _facts(path: Path, manifest: "Manifest", digest: str, home: "Home") -> dict[str, Any]:
