@@ -11,9 +11,10 @@ from typing import Any
 
 from benchmarks.cells import BEST
 
-from benchmarks import ablation, images, startup, time_to_loss, tuning, versions
+from benchmarks import ablation, images, startup, time_to_loss, traps, tuning, versions
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
+THREATS = Path(__file__).parent.parent / "docs" / "threat-model.md"
 NOTES = Path(__file__).parent / "NOTES.md"
 
 
@@ -30,6 +31,8 @@ def main() -> None:
                 _fill(DOCUMENT, file.stem, f"{_where(result['machine'])}.\n\n{module.table(result).strip()}")
     for file in sorted(tuning.RESULT.parent.glob("tuning*.json")):
         _fill(DOCUMENT, file.stem.replace("tuning", "speed"), headline(json.loads(file.read_text())["records"]))
+    if traps.RESULT.exists():
+        _fill(THREATS, "traps", traps.table(json.loads(traps.RESULT.read_text())))
     measured = json.loads(tuning.RESULT.read_text())["records"] if tuning.RESULT.exists() else []
     if tuning.PREDICTED.exists():
         _fill(NOTES, "predictions", predictions(json.loads(tuning.PREDICTED.read_text())["records"], measured))

@@ -20,7 +20,10 @@ from typing import Any
 from benchmarks.work import OFFSITE, ROOT, commit, machine, run
 
 RESULT = Path(__file__).parent / "results" / "startup.json"
-VERBS = ("import", "pack", "plug-in", "tune", "verify", "inspect", "eval", "keygen", "trust", "demo", "study")
+VERBS = (
+    "import", "pack", "plug-in", "tune", "verify", "inspect", "eval", "compare", "keygen", "trust", "audit", "demo",
+    "study", "models", "init", "chat", "generate", "doctor",
+)  # fmt: skip
 STAGES: Mapping[str, str] = {
     "import": "offsite.model_owner.importing.import_model",
     "pack": "offsite.model_owner.pack",

@@ -45,7 +45,7 @@ def test_help_groups_verbs_by_party(capsys: pytest.CaptureFixture[str]) -> None:
     places = [out.index(panel) for panel in (flags.MODEL, flags.DATA, flags.BOTH)]
     assert places == sorted(places)
     assert out.index("─ I own a model") < out.index(" pack ") < out.index("─ I own data") < out.index(" tune ")
-    assert all(f" {verb} " in out for verb in (*VERBS, "models", "trust"))
+    assert all(f" {verb} " in out for verb in (*VERBS, "models", "trust", "audit"))
 
 
 @pytest.mark.parametrize("verb", VERBS)

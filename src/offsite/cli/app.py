@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import typer
 
 from offsite.cli import (
+    audit,
     compare_verb,
     data_owner,
     demo,
@@ -76,6 +77,7 @@ def build(words: Sequence[str] | None = None) -> typer.Typer:
         app.command(name, rich_help_panel=panel, cls=flags.Command, epilog=epilog)(command)
     app.command("full-fine-tuning", hidden=True, epilog=flags.EXIT_CODES)(study.full_fine_tuning)  # only studies use it
     app.add_typer(models_verbs.models_commands(), name="models", rich_help_panel=flags.MODEL)
+    app.add_typer(audit.audit_commands(), name="audit", rich_help_panel=flags.DATA)
     app.add_typer(keys.trust_commands(), name="trust", rich_help_panel=flags.BOTH)
     return app
 

@@ -28,7 +28,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_AT_LEAST = 2.0
 _LIST_SHOWN = 12
 _ENTRIES_SHOWN = 20  # of a result's part, so that a result fits on a screen or two
-_REMARKS = (NOTE, "kernels: ")  # how the stages of events begin that are printed as a line
+_REMARKS = (NOTE, "kernels: ", "traps: ")  # how the stages of events begin that are printed as a line
 
 
 def show(result: Mapping[str, Any], *, as_json: bool = False) -> None:

@@ -1,6 +1,6 @@
 """Prepares a bundle's model: loads it, prepares it for its device, attaches the adapter, and makes the task."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,7 @@ def prepare_model(
     runtime: Runtime,
     progress: Progress,
     processes: Processes = ONE,
+    audit: Callable[["PreTrainedModel"], None] | None = None,
 ) -> Tuning:
     """Load a bundle's model and attach the trainable parameters. Random numbers come from torch's global generator.
 
@@ -51,6 +52,7 @@ def prepare_model(
         runtime: the device, and the dtype of frozen weights.
         progress: receives the progress events.
         processes: the processes of this run. With the setting `shard` they share the frozen weights of the blocks.
+        audit: called with the model as it was sent, before anything is attached to it; None for no call.
 
     Raises:
         UsageError: blocks are to be shared by one process, or those of an image encoder.
@@ -64,6 +66,8 @@ def prepare_model(
     device = torch.device("cpu") if sharded else runtime.device  # the whole model need not fit on one device
     with as_sent():
         model = load_model(bundle.files, dtype=runtime.dtype, device=device)
+    if audit is not None:
+        audit(model)
     if isinstance(data, Album):
         tuning = _prepare_pictures(bundle, model, data, spec, runtime, progress)
     else:

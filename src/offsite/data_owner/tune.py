@@ -4,7 +4,9 @@ import contextlib
 import platform
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +14,7 @@ import offsite
 from offsite.config import TuneSpec
 from offsite.data.data_files import DataPaths, data_digest
 from offsite.data.pictures.picture_workers import PictureWorkers
+from offsite.data_owner.audit_traps.trap_audit import audit_model
 from offsite.data_owner.check_permissions import resolve_defaults
 from offsite.data_owner.check_tuning import AT_WORK, check_tuning
 from offsite.data_owner.feature_cache import cached_features
@@ -37,6 +40,9 @@ from offsite.training.resume_points import RunState
 from offsite.training.run_log import log_file, run_folder
 from offsite.training.schedule import checkpoint_steps, describe_few_steps, step_count
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def tune(
     bundle: Bundle,
@@ -51,6 +57,8 @@ def tune(
     progress: Progress = silent,
 ) -> Return:
     """Train the bundle's adapter on rows that stay on this machine, and write the return.
+
+    Before it trains, it runs the quick part of the audit for traps, and a progress event says what that found.
 
     Next to `out` are the log, `<out>.log.jsonl`, and until the return is complete the resume points, `<out>.run/`. If
     `resume` is True and the run is finished, its return is verified and returned, and nothing trains.
@@ -172,7 +180,8 @@ def tune_in_processes(
         progress = watched = Watched(progress)
         with processes.together(), as_sent(watched), _memory_errors(runtime.device):
             progress(Event("loading the model", 0))
-            tuning = prepare_model(bundle, rows, spec, runtime, progress, processes)
+            audit = partial(_audit, bundle, progress) if processes.first else None
+            tuning = prepare_model(bundle, rows, spec, runtime, progress, processes, audit)
         progress(Event(tuning.kernels.in_words(), 0))
         with (
             as_sent(watched),
@@ -204,6 +213,12 @@ def _removed_unless_resumable(state: RunState) -> Iterator[None]:
             state.remove()
         raise
     state.remove()
+
+
+def _audit(bundle: Bundle, progress: Progress, model: "PreTrainedModel") -> None:
+    """Run the quick part of the audit for traps on the loaded model, and report what it found as a progress event."""
+    found = audit_model(model, bundle.manifest, quick=True)
+    progress(Event(found.in_words(), 0))
 
 
 def finished_return(
