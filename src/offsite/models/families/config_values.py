@@ -76,8 +76,10 @@ _KINDS: tuple[tuple[str, _Check, str], ...] = (  # what is expected, its check, 
     ),
     (
         f"a whole number from 1 to {LARGEST}", _position,
-        "max_position_embeddings n_ctx n_positions original_max_position_embeddings sliding_window",
+        "max_position_embeddings n_ctx n_positions original_max_position_embeddings",
     ),
+    # transformers writes 0 for a Qwen2-MoE without a window
+    (f"a whole number from 0 to {LARGEST}", _whole(0, LARGEST), "sliding_window"),
     ("a whole number from 1 to 4096", _whole(1, 4096), "image_size num_channels patch_size rotary_dim"),
     ("token ids", _token_id, "bos_token_id eos_token_id pad_token_id"),
     (
