@@ -144,6 +144,7 @@ CASES = (
         "plug it in with --as merged",
         then(f"{PLUG.replace('/return', '/full')}{OUT} --as merged"),
         full,
+        what="holds the model's own tensors",
     ),
     Case(
         "another base",
@@ -199,5 +200,13 @@ CASES = (
         then("trust add clinic {folder}/other.pub --home {owner}"),
         other_key,
     ),
-    Case("a damaged key", HOME, PACK + OUT, "put it back from a backup", backup, damaged),
+    Case(
+        "a damaged key",
+        HOME,
+        PACK + OUT,
+        "put it back from a backup",
+        backup,
+        damaged,
+        what="is damaged",
+    ),
 )

@@ -5,10 +5,10 @@ import shutil
 import pytest
 
 from next_steps.world import Case, Spoil, World, then
-from tiny import tiny_pictures, tiny_vision_base
 
 EVAL = "eval {folder}/encoder --data {folder}/pictures"
 PROBE = f"{EVAL} --probe {{folder}}/pictures"
+VISION_TUNE = "tune {folder}/encoder-bundle --data {folder}/pictures --home {tuner} --rank 2 --max-steps 2"
 SETS, SCORES = "data/pictures/picture_sets.py", "evaluation/image_scores.py"
 
 
@@ -17,8 +17,6 @@ def and_pictures(then_spoil: Spoil = lambda world: None) -> Spoil:
 
     def make(world: World) -> None:
         pytest.importorskip("PIL")
-        tiny_vision_base(world.folder / "encoder", "vit", 2)
-        tiny_pictures(world.folder / "pictures", 4)
         then_spoil(world)
 
     return make
@@ -64,6 +62,7 @@ CASES = (
         "name ",
         then(PROBE),
         and_pictures(lambda world: (world.folder / "rows.png").write_text("x") and None),
+        what="is not a data set of pictures",
     ),
     Case(
         "a broken picture",

@@ -1,7 +1,7 @@
 """Every place in the package that makes an error for the user, with the text of its next step, read from the source."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,8 +24,13 @@ class Site:
     function: str
     line: int
     kind: str
-    what: str
+    whats: tuple[str, ...]  # every text that the first sentence may have
     steps: tuple[str, ...]  # every text that the next step may have; empty: it has none
+
+    @property
+    def what(self) -> str:
+        """The first sentence, in one of its forms."""
+        return self.whats[0]
 
     def __str__(self) -> str:
         return f"{self.file}:{self.function}: {self.what[:70]}"
@@ -37,27 +42,43 @@ def sites() -> tuple[Site, ...]:
     found = []
     for file in sorted(ROOT.rglob("*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        constants = {
-            target.id: node.value
-            for node in tree.body
-            if isinstance(node, ast.Assign)
-            for target in node.targets
-            if isinstance(target, ast.Name)
-        }
-        found += list(_in_node(tree, "", file.relative_to(ROOT).as_posix(), constants))
+        found += list(_in_node(tree, "", file.relative_to(ROOT).as_posix(), _assigned(tree.body)))
     return tuple(found)
+
+
+def _assigned(body: Iterable[ast.AST]) -> dict[str, ast.expr]:
+    """What names are set to in some statements; a name that is set several times may have each of the values."""
+    values: dict[str, list[ast.expr]] = {}
+    for node in body:
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                for name, value in _pairs(target, node.value):
+                    values.setdefault(name, []).append(value)
+    return {name: ast.BoolOp(ast.Or(), found) if len(found) > 1 else found[0] for name, found in values.items()}
+
+
+def _pairs(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.expr]]:
+    if isinstance(target, ast.Name):
+        yield target.id, value
+    elif isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        for one, its in zip(target.elts, value.elts, strict=True):
+            yield from _pairs(one, its)
 
 
 def _in_node(node: ast.AST, function: str, file: str, constants: dict[str, ast.expr]) -> Iterator[Site]:
     for child in ast.iter_child_nodes(node):
-        named = isinstance(child, ast.FunctionDef | ast.ClassDef)
-        inner = f"{function}.{child.name}".lstrip(".") if named else function  # type: ignore[attr-defined]
+        inner, outer = function, constants
+        if isinstance(child, ast.FunctionDef | ast.ClassDef):
+            inner = f"{function}.{child.name}".lstrip(".")
+            own = _assigned(ast.walk(child)) if isinstance(child, ast.FunctionDef) else {}
+            constants = {**outer, **own}
         if isinstance(child, ast.Call) and isinstance(child.func, ast.Name) and child.func.id in ERRORS and child.args:
             step = next((word.value for word in child.keywords if word.arg == "next_step"), None)
-            what = texts(child.args[0], constants)[0]
+            what = tuple(texts(child.args[0], constants))
             steps = tuple(texts(step, constants)) if step is not None else ()
             yield Site(file, function, child.lineno, child.func.id, what, steps)
         yield from _in_node(child, inner, file, constants)
+        constants = outer
 
 
 def texts(node: ast.expr, constants: dict[str, ast.expr]) -> list[str]:

@@ -1,6 +1,6 @@
 """Every error of the package has a next step, and what a step names is there: verbs, flags, extras, documents.
 
-A site whose step names nothing that can be checked, asks nobody, and is in no case of test_steps_work.py fails.
+Every one of them is provoked, and its step followed, by a case of test_steps_work.py, or NOT_RUN says why it cannot be.
 """
 
 import re
@@ -28,14 +28,6 @@ SEEN_BY_NOBODY = {
     *("models/families/derive_family.py", "models/stored_names.py"),
     *("models/detect_family.py", "data/pictures/picture_files.py", "data/pictures/picture_workers.py"),
 }
-# What a person does: to files, to settings, to the disk, or to the other party.
-ACTS = re.compile(
-    r"\b(name|give|choose|leave|correct|copy|call|put|take|use|write|make|ask|free|raise|lower|set|send|see|check|verify"
-    r"|fetch|import|export|run|start|continue|remove|delete|move|save|install|download|wait|tune|score|pack|plug|pip|add"
-    r"|unpack|convert|correct|compare|keep|read|decode|train|try|drop|end|join|merge|get|open|list|hf|iconv|reinstall"
-    r"|spell|adapt|prune|stop|replace|point|select|update|upgrade|rename|resume|repeat|share|shorten|split|trust|restore|permit)\b",
-    re.IGNORECASE,
-)
 
 
 @cache
@@ -71,9 +63,7 @@ def test_every_error_has_a_next_step() -> None:
     assert [str(site) for site in sites() if not site.steps and site.file not in SEEN_BY_NOBODY] == []
 
 
-@pytest.mark.parametrize(
-    ("site", "step"), [pytest.param(site, step, id=f"{site.file}:{site.line}") for site, step in steps()]
-)
+@EACH
 def test_what_a_step_names_is_there(site: Site, step: str) -> None:
     for words in COMMAND.findall(step):
         verbs = words.split()
@@ -118,17 +108,31 @@ ALLOWED_WORDS = frozenset(  # keys of model configs and of recipes, columns, cal
 )
 
 
-@pytest.mark.parametrize(
-    ("site", "step"), [pytest.param(site, step, id=f"{site.file}:{site.line}") for site, step in steps()]
-)
-def test_every_step_is_a_case(site: Site, step: str) -> None:
-    """A step is run by a test, names a command or flag that was checked above, or tells a person what to do."""
-    run = any(case.file == site.file and case.says in step for case in RUN)
-    named = COMMAND.search(step) or FLAG.search(step) or EXTRA.search(step)
-    assert run or named or step.startswith(GAP) or ACTS.search(step), f"{site}: nothing to do in {step!r}"
+# Errors that no case provokes, by file and a part of the first sentence, and why.
+_HOSTILE = "a bundle that only somebody hostile makes, and the step is to ask for another one; tests/attacks has them"
+_NEW = "tests of its own file provoke it; its step is not followed yet"
+NOT_RUN = {
+    ("model_owner/heal/hidden_states.py", "the resume point in"): _NEW,
+    ("models/loading.py", "hold NaN or infinity"): _NEW,
+    ("models/loading.py", "makes a model that is larger than its tensors"): _NEW,
+    ("protocol/home.py", "other users may write to"): _NEW,
+    ("data/confined_tokenizer.py", "gives no token ids"): _HOSTILE,
+    ("data/confined_tokenizer.py", "is over its limits"): _HOSTILE,
+    ("data/serve_tokenizer.py", "tokenizer or chat template fails"): _HOSTILE,
+    ("data_owner/sent_bundle.py", "the bundle's model does not run"): _HOSTILE,
+}
 
 
-def test_most_steps_that_people_meet_are_run() -> None:
-    """So that no case is lost with a change of words."""
-    run = {site for site, step in steps() if any(case.file == site.file and case.says in step for case in RUN)}
-    assert len(run) >= 100
+def test_every_step_is_run() -> None:
+    """Every error with a next step has a case in RUN or a reason in NOT_RUN; no reason is without such an error."""
+    run = {site for case in RUN for site in case.sites()}
+    left = [site for site in sites() if site.steps and site not in run]
+    reasoned = {key: [site for site in left if site.file == key[0] and key[1] in site.what] for key in NOT_RUN}
+    assert [key for key, found in reasoned.items() if len(found) != 1] == []
+    assert [str(site) for site in left if not any(site in found for found in reasoned.values())] == []
+
+
+def test_every_case_is_about_one_error() -> None:
+    assert {case.name: [str(site) for site in case.sites()] for case in RUN if len(case.sites()) != 1} == {}
+    names = [case.name for case in RUN]
+    assert [name for name in set(names) if names.count(name) > 1] == []

@@ -3,19 +3,49 @@
 RUN lists every case; test_every_site.py reads from it which errors have one.
 """
 
+import importlib.util
 import json
 import shlex
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from artifacts import GONE, edit_json, lora_return
-from next_steps import import_cases, owner_cases, picture_cases, tuner_cases
-from next_steps.world import EVAL, OUT, PACK, PLUG, TUNE, Case, World, file, runs, then
+from artifacts import GONE, edit_json, full_return, lora_return, packed
+from next_steps import (
+    data_cases,
+    file_cases,
+    format_cases,
+    import_cases,
+    model_cases,
+    owner_cases,
+    pack_cases,
+    picture_cases,
+    plug_in_cases,
+    score_cases,
+    source_cases,
+    study_cases,
+    talk_cases,
+    tune_cases,
+    tuner_cases,
+)
+from next_steps.sites import ROOT
+from next_steps.world import EVAL, OUT, PACK, PLUG, TUNE, Case, World, file, run, runs, then
 from offsite.cli import main
+from offsite.errors import OffsiteError
 from offsite.training.run_log import run_folder
-from tiny import Parties, tiny_base, tiny_parties, tiny_rows, tiny_tokenizer
+from tiny import (
+    Parties,
+    tiny_base,
+    tiny_parties,
+    tiny_pictures,
+    tiny_rows,
+    tiny_tokenizer,
+    tiny_vision_base,
+)
 
 
 def interrupted(world: World) -> None:
@@ -142,13 +172,21 @@ RUN = (
     Case(
         "a check and a plan", "cli/data_owner.py", f"{TUNE} --check --plan", "give one of them", then(f"{TUNE} --check")
     ),
-    Case("no rows to score", "cli/eval_verb.py", "eval {folder}/base", "give rows with --data", then(EVAL)),
+    Case(
+        "no rows to score",
+        "cli/eval_verb.py",
+        "eval {folder}/base",
+        "give rows with --data",
+        then(EVAL),
+        what="there is nothing to score on",
+    ),
     Case(
         "a check without rows",
         "cli/eval_verb.py",
         "eval {folder}/base --samples 2 --tasks x",
         "give rows with --data",
         then(EVAL),
+        what="are about rows",
     ),
     Case(
         "scores into a folder",
@@ -207,7 +245,7 @@ RUN = (
         "a plan that chooses",
         "cli/model_owner.py",
         f"{PLUG}{OUT} --plan --choose-on {{folder}}/rows.jsonl",
-        "leave --choose-on out of the plan",
+        "out of the plan; scoring holds",
         then(f"{PLUG}{OUT} --plan"),
     ),
     Case(
@@ -267,7 +305,15 @@ RUN = (
         lambda w, s: tiny_rows(w.folder / "rows.jsonl", 4) and None,
         file("rows.jsonl", "\n"),
     ),
-    Case("rows that are too long", "data/tokens.py", TUNE + OUT, "long_rows", cut_rows, long_rows),
+    Case(
+        "rows that are too long",
+        "data/tokens.py",
+        TUNE + OUT,
+        "long_rows",
+        cut_rows,
+        long_rows,
+        what="over the longest length",
+    ),
     Case(
         "text in another encoding",
         "data/text_files.py",
@@ -323,13 +369,20 @@ RUN = (
     ),
     Case(
         "another run to resume",
-        "training/resume_points.py",
+        "training/run_identity.py",
         f"{TUNE}{OUT} --resume",
         "or remove it to start again",
         lambda w, s: runs(w, s) or TUNE + OUT,
         interrupted,
     ),
-    Case("an interrupted run", "training/run_log.py", TUNE + OUT, "rm -r", lambda w, s: runs(w, s), interrupted),
+    Case(
+        "an interrupted run",
+        "training/run_log.py",
+        TUNE + OUT,
+        "or remove it to start again",
+        lambda w, s: runs(w, s),
+        interrupted,
+    ),
     Case(
         "a log in the return",
         "training/tensorboard.py",
@@ -366,7 +419,15 @@ RUN = (
         "'s folder",
         then(TUNE + OUT),
     ),
-    Case("a name that nobody has", "protocol/home.py", PACK + OUT, "offsite trust add", trust_first, distrusted),
+    Case(
+        "a name that nobody has",
+        "protocol/home.py",
+        PACK + OUT,
+        "offsite trust add",
+        trust_first,
+        distrusted,
+        what="nobody called",
+    ),
     Case("a key that others can read", "protocol/home.py", TUNE + OUT, "chmod 600", lambda w, s: runs(w, s), readable),
     Case(
         "a second key",
@@ -388,6 +449,7 @@ RUN = (
         "trust remove nobody --home {owner}",
         "offsite trust list",
         then("trust list --home {owner}"),
+        what="is trusted",
     ),
     Case(
         "a folder that is taken",
@@ -419,7 +481,15 @@ RUN = (
         copied_tokenizer,
         broken_tokenizer,
     ),
-    Case("a broken template", "evaluation/first_row.py", PACK + OUT, "take it out", no_template, broken_template),
+    Case(
+        "a broken template",
+        "evaluation/first_row.py",
+        PACK + OUT,
+        "take it out",
+        no_template,
+        broken_template,
+        what="cannot write a question",
+    ),
     Case(
         "broken generation settings",
         "evaluation/first_row.py",
@@ -427,8 +497,17 @@ RUN = (
         "or take it out",
         right_generation,
         broken_generation,
+        what="transformers refuses",
     ),
-    Case("no config", "model_owner/base_model.py", PACK + OUT, "offsite import MODEL", imported, no_config),
+    Case(
+        "no config",
+        "model_owner/base_model.py",
+        PACK + OUT,
+        "offsite import MODEL",
+        imported,
+        no_config,
+        what="so it is not a base folder",
+    ),
     Case(
         "too many blocks at the ends",
         "model_owner/partition.py",
@@ -448,6 +527,17 @@ RUN = (
     *owner_cases.CASES,
     *tuner_cases.CASES,
     *picture_cases.CASES,
+    *data_cases.CASES,
+    *score_cases.CASES,
+    *tune_cases.CASES,
+    *source_cases.CASES,
+    *format_cases.CASES,
+    *model_cases.CASES,
+    *pack_cases.CASES,
+    *plug_in_cases.CASES,
+    *file_cases.CASES,
+    *study_cases.CASES,
+    *talk_cases.CASES,
 )
 
 
@@ -462,25 +552,49 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lora_return(verify_bundle(folder / "bundle", parties.data_owner), folder / "return", parties.data_owner)
     tiny_rows(folder / "rows.jsonl", 8)
     assert base.is_dir()
+    if importlib.util.find_spec("PIL"):
+        encoder = tiny_vision_base(folder / "encoder", "vit", 3)
+        tiny_pictures(folder / "pictures", 4)
+        bundle = packed(encoder, folder / "encoder-bundle", parties)
+        full_return(bundle, folder / "encoder-return", parties.data_owner, classes=("blue", "green", "red"))
     return folder
 
 
 @pytest.fixture
-def world(made: Path, tmp_path: Path) -> World:
+def world(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     folder = Path(shutil.copytree(made, tmp_path / "a world"))
     from offsite.protocol.home import Home
 
-    return World(folder, Parties(Home(folder / "acme-home"), Home(folder / "hospital-home")))
+    return World(folder, Parties(Home(folder / "acme-home"), Home(folder / "hospital-home")), monkeypatch)
+
+
+@pytest.fixture
+def places() -> Iterator[list[tuple[Path, int]]]:
+    """File and line of every error of the package that is made during a test."""
+    found: list[tuple[Path, int]] = []
+    make = OffsiteError.__init__
+
+    def noted(self: OffsiteError, *words: Any, **more: Any) -> None:
+        caller = sys._getframe(1)
+        found.append((Path(caller.f_code.co_filename), caller.f_lineno))
+        make(self, *words, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OffsiteError, "__init__", noted)
+        yield found
 
 
 @pytest.mark.parametrize("case", RUN, ids=lambda case: case.name)
-def test_the_step_works(case: Case, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_step_works(
+    case: Case, world: World, capsys: pytest.CaptureFixture[str], places: list[tuple[Path, int]]
+) -> None:
+    [site] = case.sites()
     case.spoil(world)
-    capsys.readouterr()
-    code = main([*world.words(case.command), "--json"])
-    assert code not in (0, 130)
-    error = json.loads(capsys.readouterr().out)["error"]
-    step = error["next_step"]
+    error = run(world, case.command, capsys)
+    assert error is not None, "it works"
+    assert (ROOT / site.file, site.line) in places, error
+    what, step = error
+    assert case.what in what, error
     assert case.says in step, error
     again = case.mend(world, step) or case.command
-    assert main(world.words(again)) == 0, step
+    assert run(world, again, capsys) is None, step

@@ -1,5 +1,6 @@
 """A folder with what commands name, and the form of a case: an error, and what is done as its next step advises."""
 
+import json
 import os
 import re
 import shlex
@@ -7,20 +8,26 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from artifacts import edit_json
+from next_steps.sites import GAP, Site, sites
+from offsite.cli import main
+from offsite.errors import OffsiteError
 from tiny import Parties
 
 
 @dataclass(frozen=True)
 class World:
-    """A folder with everything that a command may name."""
+    """A folder with everything that a command may name; `patch` is for what a test machine does not have."""
 
     folder: Path
     parties: Parties
+    patch: pytest.MonkeyPatch = field(default_factory=pytest.MonkeyPatch)
 
     def words(self, text: str) -> list[str]:
         """A command line, with {folder}, and with the homes as {owner} and {tuner}."""
@@ -28,8 +35,9 @@ class World:
         return [word.format(folder=self.folder, owner=owner, tuner=tuner) for word in shlex.split(text)]
 
 
-Mend = Callable[[World, str], "str | None"]  # what the error advises, done; may give other words for the command
-Spoil = Callable[[World], None]
+Command = str | Callable[[World], object]  # the words after `offsite`, or a call of a function of the package
+Mend = Callable[[World, str], Command | None]  # does what the error advises; may give another command
+Spoil = Callable[[World], object]
 
 
 @dataclass(frozen=True)
@@ -38,10 +46,41 @@ class Case:
 
     name: str
     file: str  # in the package, where the error is made
-    command: str
+    command: Command
     says: str  # a part of the next step, as it is in the source
     mend: Mend
     spoil: Spoil = lambda world: None
+    what: str = ""  # a part of the error's first sentence, where a file has several errors with such a step
+
+    def sites(self) -> list[Site]:
+        """The places in the source that this case may be about: one."""
+        found = [
+            site
+            for site in sites()
+            if site.file == self.file and any(self.what in what or what == GAP for what in site.whats)
+        ]
+        written = [site for site in found if any(self.says in step for step in site.steps)]
+        return written or [site for site in found if any(set(step) == {GAP} for step in site.steps)]
+
+
+def run(world: World, command: Command, capsys: pytest.CaptureFixture[str]) -> tuple[str, str] | None:
+    """Run a command; returns the error's first sentence and its next step, or None where it works."""
+    if callable(command):
+        try:
+            command(world)
+        except OffsiteError as error:
+            return error.what, str(error.next_step)
+        return None
+    capsys.readouterr()
+    code = main([*world.words(command), "--json"])
+    assert code != 130
+    if code == 0:
+        return None
+    said = capsys.readouterr()
+    if not re.match(r'\{\s*"error":', said.out):  # a study prints its results there, and its error as text
+        return said.err, said.err.rpartition("Next: ")[2].strip()
+    error = json.loads(said.out)["error"]
+    return error["what"], error["next_step"]
 
 
 QUICK = "--rank 2 --max-steps 2 --batch-size 4"
@@ -83,8 +122,16 @@ def runs(world: World, step: str) -> None:
     """Run the shell command in a step: what is between backticks, or starts with the name of a program."""
     command = re.search(r"`([^`]+)`", step) or re.search(r"((?:rm|chmod|iconv) [^;]+)", step)
     assert command, step
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join([str(world.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     subprocess.run(["bash", "-c", command[1]], check=True, cwd=world.folder, env={**os.environ, "PATH": path})
+
+
+def program(world: World, name: str, script: str) -> None:
+    """What stands for a foreign program: a Python script that `runs` finds by its name."""
+    file = world.folder / "bin" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f"#!{sys.executable}\n{script}")
+    file.chmod(0o755)
 
 
 def file(name: str, content: str) -> Spoil:

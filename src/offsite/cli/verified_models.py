@@ -1,6 +1,5 @@
 """Opens the models that a command names: bases, bundles, plug-ins and returns, verified if they are signed."""
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +69,7 @@ def verify_model(
         hold: whether the hashed weights remain in memory.
 
     Raises:
-        UsageError: the model is a return, or the adapter is a bundle; or this home has no key.
+        UsageError: the adapter is a bundle, or this home has no key.
         VerificationError: an artifact fails verification.
         IncompatibleError: the plug-in was made for another base.
     """
@@ -79,16 +78,11 @@ def verify_model(
 
 
 def _verified_model(model: Path, home: "Home", *, hold: bool) -> "Path | Bundle | PlugIn":
-    """Verify a model; raises UsageError if it is a return."""
-    from offsite.errors import UsageError
+    """Verify a model, which is no return: those have no config.json, and were refused or taken for adapters before."""
     from offsite.protocol.artifacts import Return
 
     verified = _verified(model, home, hold=hold)
-    if isinstance(verified, Return):
-        raise UsageError(
-            f"{model} is a return, which is no model by itself",
-            next_step=f"name its bundle too: `offsite eval BUNDLE --adapter {shlex.quote(str(model))}`",
-        )
+    assert not isinstance(verified, Return)
     return verified
 
 

@@ -99,7 +99,9 @@ def encode(
                 f"{len(rows)} rows read, {len(whole.long)} over {max_length} tokens left out",
                 *_counts(whole.notes),
             ],
-            next_step=f"raise --max-length, or {_CUT}",
+            next_step=f"raise --max-length, or {_CUT}"
+            if whole.long
+            else "write rows with an answer; docs/data.md shows them",
         )
     long, examples = len(whole.long), tuple(whole.examples)
     return Encoded(examples, whole.skipped, whole.cut, long, tuple(whole.lengths), whole.dropped, whole.notes)

@@ -18,7 +18,7 @@ from offsite.storage.files import replace_file, storage_errors
 from offsite.storage.leftovers import delete_command
 from offsite.storage.safetensors_files import write_safetensors
 from offsite.storage.strict_json import strict_json
-from offsite.training.resume_points import to_new_tensor
+from offsite.training.resume_points import removal_of, to_new_tensor
 from offsite.training.schedule import checkpoint_steps
 
 
@@ -91,7 +91,7 @@ class Checkpoints:
             if not math.isfinite(loss):
                 raise OffsiteError(
                     f"the held-out loss after step {step} is {loss}, which no return can hold",
-                    next_step="tune again with a lower --lr, or without --report-scores",
+                    next_step=f"tune again with a lower --lr, or without --report-scores{removal_of(self._folder)}",
                 )
             scores = {**self._read_scores(), str(self._numbers[step]): loss}
             replace_file(self._scores, json.dumps(scores).encode(), mode=0o600)

@@ -20,7 +20,8 @@ from offsite.protocol.sealing import file_entries, seal
 from offsite.protocol.signing import Identity
 from offsite.storage.files import staged_folder, write_stream
 from offsite.storage.safetensors_files import copied, finite, read_header, write_safetensors
-from offsite.training.resume_points import to_new_tensor
+from offsite.training.resume_points import removal_of, to_new_tensor
+from offsite.training.run_log import run_folder
 
 
 def write_return(
@@ -58,7 +59,7 @@ def write_return(
         raise OffsiteError(
             "the trained weights hold NaN or infinity, so they are not sent",
             reasons=broken,
-            next_step="tune again with a lower --lr",
+            next_step=f"tune again with a lower --lr{removal_of(run_folder(out))}",
         )
     with staged_folder(out) as staging:
         ordered = [to_new_tensor(name, tensors[name]) for name in sorted(tensors)]

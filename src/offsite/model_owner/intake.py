@@ -1,6 +1,7 @@
 """Intake: verifies a return against its bundle, and records in the ledger whether it was accepted or refused."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from offsite.errors import PolicyError, UsageError, VerificationError
@@ -12,7 +13,6 @@ from offsite.protocol.verify import read_unverified, verify_return
 from offsite.storage.regular_files import read_bounded
 
 _NEVER_ISSUED = "it answers a bundle that this home's ledger never issued"
-_WHICH_HOME = "name the --home that issued the bundle; if it is the right one, refuse the return"
 
 
 def intake(path: Path, home: Home) -> Return:
@@ -62,7 +62,7 @@ def issued_bundle(returned: Return, home: Home) -> Issued:
     """
     issued = Ledger(home.ledger).issued(returned.manifest.bundle)
     if issued is None:
-        raise VerificationError(f"{returned.folder} fails verification", reasons=[_NEVER_ISSUED], next_step=_WHICH_HOME)
+        raise _of_another_home(returned.folder, [_NEVER_ISSUED])
     return issued
 
 
@@ -87,7 +87,15 @@ def check_return(path: Path, home: Home, *, hold: bool = False) -> Return:
         verify_return(path, home)
     except VerificationError as error:
         reasons += error.reasons
-    raise VerificationError(f"{path} fails verification", reasons=reasons, next_step=_WHICH_HOME)
+    raise _of_another_home(path, reasons)
+
+
+def _of_another_home(path: Path, reasons: Sequence[str]) -> VerificationError:
+    return VerificationError(
+        f"{path} fails verification",
+        reasons=reasons,
+        next_step="name the --home that issued the bundle; if it is the right one, refuse the return",
+    )
 
 
 def _claimed_bundle(path: Path, ledger: Ledger) -> str | None:

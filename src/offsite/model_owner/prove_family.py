@@ -158,7 +158,14 @@ def _bundle(model: BaseModel, kept: Sequence[int], dtype: torch.dtype) -> "PreTr
     )
     problems = loading_problems(info, None)
     if problems:
-        raise _refused(family.model_type, "the bundle's tensors are not those of its config", problems[:8])
+        outer = (*family.embeddings, *family.final, family.head)
+        sized = all(problem.startswith(tuple(f"mismatched tensor {name}:" for name in outer)) for problem in problems)
+        what = (
+            "tensors outside its blocks have shapes that depend on the number of blocks"
+            if sized
+            else "the bundle's tensors are not those of its config"
+        )
+        raise _refused(family.model_type, what, problems[:8])
     loaded: PreTrainedModel = made.to(_CPU).eval().requires_grad_(False)
     return loaded
 

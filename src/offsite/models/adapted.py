@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_ITS_MODEL = "name the model that the adapter was made for"
 ADAPTED = re.compile(r"\.(lora_[AB]|modules_to_save)\.")  # in names of parameters that PEFT adds
 
 
@@ -55,7 +56,7 @@ def load_adapted(base: Source, adapter: Source, *, dtype: torch.dtype, device: t
     _check_adapter(adapter, _own_head(base))
     held = {name: tensor.shape for name, tensor in tensors_of(adapter, ADAPTER_WEIGHTS).items()}
     model = load_model(base, dtype=dtype, device=device)
-    with as_folder(adapter, ADAPTER_WEIGHTS) as folder, quiet(), incompatible(folder_of(adapter)):
+    with as_folder(adapter, ADAPTER_WEIGHTS) as folder, quiet(), incompatible(folder_of(adapter), next_step=_ITS_MODEL):
         config = LoraConfig.from_pretrained(str(folder))
         permit_compressed_layers(config)
         adapted = PeftModel.from_pretrained(
@@ -65,6 +66,7 @@ def load_adapted(base: Source, adapter: Source, *, dtype: torch.dtype, device: t
             config=config,
             autocast_adapter_dtype=False,
             torch_device=str(device),
+            ignore_mismatched_sizes=True,  # so that all mismatches are listed below; else the first one is raised
         )
     expected = {
         saved_as(name): tuple(parameter.shape) for name, parameter in adapted.named_parameters() if ADAPTED.search(name)
@@ -80,7 +82,7 @@ def load_adapted(base: Source, adapter: Source, *, dtype: torch.dtype, device: t
         raise IncompatibleError(
             f"the adapter {folder_of(adapter)} does not fit the model {folder_of(base)}",
             reasons=problems,
-            next_step="name the model that the adapter was made for",
+            next_step=_ITS_MODEL,
         )
     for parameter in adapted.parameters():  # never module.to(dtype): it rounds the rotary frequencies too
         parameter.data = parameter.data.to(dtype)

@@ -37,7 +37,11 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def incompatible(folder: Path, verb: Literal["load", "run"] = "load") -> Iterator[None]:
+def incompatible(
+    folder: Path,
+    verb: Literal["load", "run"] = "load",
+    next_step: str = "check that the folder is complete and of a supported model type",
+) -> Iterator[None]:
     """Context manager: turn any exception of a library in its body into an IncompatibleError that names `folder`.
 
     `verb` is what the body does with the model.
@@ -52,7 +56,7 @@ def incompatible(folder: Path, verb: Literal["load", "run"] = "load") -> Iterato
         raise IncompatibleError(
             f"transformers cannot {verb} {folder}",
             reasons=[f"{type(error).__name__}: {str(error).strip()[:500]}"],
-            next_step="check that the folder is complete and of a supported model type",
+            next_step=next_step,
         ) from error
 
 

@@ -122,7 +122,7 @@ def read_header(file: Path) -> dict[str, TensorRange]:
             return parse_header(file, read_header_bytes(file, stream, size)[8:], size)
     except OSError as error:
         what = f"cannot read {file}: {error.strerror}"
-        raise StorageError(what, next_step="check that the folder is complete") from error
+        raise StorageError(what, next_step="check that the file is there, and that you may read it") from error
 
 
 def read_header_bytes(file: Path, stream: BinaryIO, size: int) -> bytes:

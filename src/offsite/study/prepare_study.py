@@ -68,7 +68,8 @@ def _require_study_folder(out: Path) -> None:
         UsageError: it has other files, or is inside a model or an artifact.
     """
     require_outside(out)
-    if out.is_dir() and not all(is_leftover(path.name) for path in out.iterdir()) and not (out / _MARK).is_dir():
+    held = {path.name for path in out.iterdir() if not is_leftover(path.name)} if out.is_dir() else set()
+    if held - {TUNER} and not (out / _MARK).is_dir():  # rows alone are those of a study that was refused after them
         raise UsageError(
             f"{out} contains files that are not of a study",
             reasons=[f"it has no folder {_MARK}/"],

@@ -96,7 +96,7 @@ def train(
                 for module in modules:
                     module.train()
                 rate = settings.learning_rate(done)
-                facts = _step(task, weights, optimizer, run, settings, *rows_of(done), rate, processes)
+                facts = _step(task, weights, optimizer, run, settings, state, *rows_of(done), rate, processes)
                 done += 1
                 hooks.on_step(done)
                 between_steps = True  # only now, since a resume point of this step means that its hook has run
@@ -129,6 +129,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     run: MicroBatchRunner,
     settings: LoopSettings,
+    state: RunState | None,
     epoch: int,
     rows: Sequence[int],
     rate: float,
@@ -152,7 +153,7 @@ def _step(
         raise OffsiteError(
             f"{settings.names.noun} diverged: the loss or its gradient is no longer a finite number",
             reasons=[f"{found}, gradient norm {norm}, learning rate {rate:.3g}"],
-            next_step=settings.names.advice,
+            next_step=settings.names.advice + (state.removal() if state is not None else ""),
         )
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_factor"]

@@ -56,13 +56,17 @@ class RunState:
         self.folder = folder
         sweep(folder)
         private_folder(folder)
-        self._record = folder / "state.json"
+        self._record, self._restartable = folder / "state.json", restartable
         described = json.loads(json.dumps(identity))
         if require_resume_asked(folder, resume=resume, restartable=restartable):
             require_same_run(folder, described)
         elif (folder / RUN).exists() and (not resume or read_record(folder / RUN) != described):
             self._remove_files()
         replace_file(folder / "run.json", json.dumps(described, indent=1).encode(), mode=0o600)
+
+    def removal(self) -> str:
+        """The end of advice to start again with other settings: how to remove this run; empty if that is not needed."""
+        return "" if self._restartable and not self._record.exists() else _removal(self.folder)
 
     def _remove_files(self) -> None:
         """Remove all files of the folder except its lock."""
@@ -130,3 +134,12 @@ def to_new_tensor(name: str, tensor: torch.Tensor) -> NewTensor:
     """Describe a torch tensor (fp32 or uint8) for `write_safetensors`."""
     array = tensor.detach().cpu().contiguous()
     return NewTensor(name, _NAMES[array.dtype], tuple(array.shape), lambda: [array.numpy().tobytes()])
+
+
+def removal_of(folder: Path) -> str:
+    """As `RunState.removal`, for the folder of a run that a new one may replace while it has no resume point."""
+    return _removal(folder) if (folder / "state.json").exists() else ""
+
+
+def _removal(folder: Path) -> str:
+    return f"; first remove this run: {delete_command([folder])}"

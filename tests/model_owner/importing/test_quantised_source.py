@@ -124,10 +124,15 @@ def test_older_settings(base_of: MakeBase, tmp_path: Path, name: str, key: str, 
     ],
 )
 def test_the_package_to_install(
-    base_of: MakeBase, tmp_path: Path, package: str, pip: str, settings: dict[str, Any]
+    base_of: MakeBase,
+    tmp_path: Path,
+    package: str,
+    pip: str,
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if importlib.util.find_spec(package) is not None:
-        pytest.skip(f"{package} is installed here")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *by: None if name == package else find(name, *by))
     error = refusal(quantised(base_of(), tmp_path / "source", settings, {"weight": U8}), tmp_path / "base")
     assert isinstance(error, UsageError)
     assert error.next_step == f"pip install {pip}"

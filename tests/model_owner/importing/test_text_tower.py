@@ -131,6 +131,11 @@ PALIGEMMA = (
           projection_dim=32, tie_word_embeddings=True),
     "gemma",
 )  # fmt: skip
+AYA = (
+    "aya_vision",
+    llava("cohere2", {"model_type": "siglip_vision_model", **CLIP}, tie_word_embeddings=True),
+    "cohere2",
+)
 USUAL = ("gemma3", "llava", "llava, olmo2", "qwen2_vl", "mllama", "idefics3")
 EACH = [pytest.param(form, marks=() if form in USUAL else pytest.mark.every_form) for form in FORMS]
 IDS = torch.tensor([[1, 5, 9, 200, 31, 64, 65, 300, 17, 2, 40, 41]])
@@ -140,7 +145,7 @@ def whole_model(folder: Path, form: str, dtype: torch.dtype = torch.float32) -> 
     """A tiny multi-modal model with weights of a large spread, saved with a tokenizer, and the model itself."""
     from transformers import AutoConfig, AutoModelForMultimodalLM
 
-    kind, settings, _ = {**FORMS, "paligemma": PALIGEMMA}[form]
+    kind, settings, _ = {**FORMS, "paligemma": PALIGEMMA, "aya_vision": AYA}[form]
     torch.manual_seed(0)
     model = AutoModelForMultimodalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=dtype).eval()
     with torch.no_grad():
@@ -238,6 +243,16 @@ def test_a_tower_that_reads_in_both_directions_is_refused(tmp_path: Path) -> Non
     with pytest.raises(IncompatibleError) as caught:
         import_model(source, tmp_path / "base")
     assert "use_bidirectional_attention" in caught.value.reasons[0]
+
+
+def test_a_scale_that_transformers_leaves_out_of_the_whole_model_is_said(tmp_path: Path) -> None:
+    source, model = whole_model(tmp_path / "whole", "aya_vision")
+    made = import_model(source, tmp_path / "base")
+    scale = model.config.text_config.logit_scale
+    assert any(f"logit_scale = {scale:g}" in note for note in read_record(made.folder).notes)
+    assert scale != 1
+    found = text_logits(plain(made.folder))
+    torch.testing.assert_close(found, text_logits(model) * scale, atol=1e-4, rtol=1e-4)
 
 
 def test_models_that_need_code_of_their_own(tmp_path: Path) -> None:

@@ -117,5 +117,6 @@ def _require_room(folder: Path, needed: int) -> None:
         raise StorageError(
             f"the hidden states of the base need {needed / 2**20:,.0f} MiB in {folder}",
             reasons=[f"{free / 2**20:,.0f} MiB are free"],
-            next_step="free some space on that disk, name another one with --out, or use fewer --distill-tokens",
+            next_step="free some space on that disk and run the same command with --resume, or name a folder on "
+            "another disk with --out",
         )

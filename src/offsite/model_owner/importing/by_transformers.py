@@ -125,7 +125,7 @@ def _require_used(model: "PreTrainedModel", family: "Architecture", source: Path
     """Raise an error if transformers skipped weights that the model's `_keys_to_ignore_on_load_unexpected` lists.
 
     Raises:
-        IncompatibleError: weights were ignored; all are listed.
+        IncompatibleError: weights were ignored; at most 20 are listed.
     """
     patterns = [re.compile(pattern) for pattern in type(model)._keys_to_ignore_on_load_unexpected or ()]
     unused = [

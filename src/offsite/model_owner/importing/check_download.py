@@ -14,8 +14,11 @@ BIN_WEIGHTS, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _OTHER_LIBRARIES = {"tf_model.h5": "TensorFlow", "flax_model.msgpack": "Flax", "rust_model.ot": "Rust"}
 
 
-def require_content(path: Path) -> None:
+def require_content(path: Path) -> bytes:
     """Raise an error if a path is not the downloaded file: if it is a Git LFS pointer, a web page, or empty.
+
+    Returns:
+        The first bytes of the file, at most 64.
 
     Raises:
         StorageError: the file is one of these, or cannot be read.
@@ -24,7 +27,8 @@ def require_content(path: Path) -> None:
         with path.open("rb") as stream:
             start = stream.read(64)
     except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}", next_step="check the path") from error
+        step = "check the path, and that you may read the file"
+        raise StorageError(f"cannot read {path}: {error.strerror}", next_step=step) from error
     if start.startswith(_LFS):
         raise StorageError(
             f"{path} is a Git LFS pointer, and not the file itself",
@@ -38,6 +42,7 @@ def require_content(path: Path) -> None:
         )
     if not start:
         raise StorageError(f"{path} is empty", next_step="download the file again")
+    return start
 
 
 def check_download(folder: Path, names: Sequence[str]) -> None:

@@ -132,7 +132,7 @@ def _config(
 
     Raises:
         StorageError: transformers cannot read the file or does not know its architecture.
-        IncompatibleError: the config has no place for a setting; all are listed.
+        IncompatibleError: the config has no place for a setting; at most 20 are listed.
     """
     from transformers import AutoConfig
 
@@ -186,7 +186,7 @@ def _require_all_used(
         source: the file, for the error.
 
     Raises:
-        IncompatibleError: there are such tensors; all are listed.
+        IncompatibleError: there are such tensors; at most 20 are listed.
     """
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 

@@ -75,9 +75,7 @@ def _not_there(path: Path) -> OffsiteError:
 
 def _file(path: Path) -> Located:
     """`locate_source` for a file: a GGUF or ONNX file; any other file is an error."""
-    require_content(path)
-    suffix = path.suffix.lower()
-    start = _first_bytes(path)
+    suffix, start = path.suffix.lower(), require_content(path)[:4]
     if start == _GGUF or (suffix == ".gguf" and start not in _OLD_GGML):
         return Located(_whole_gguf(path), "gguf")
     if suffix == ".onnx":
@@ -98,14 +96,6 @@ def _file(path: Path) -> Located:
         reasons=[f"expected a .gguf or .onnx file, or a folder with {CONFIG} and weights"],
         next_step="name the file or folder that transformers would load",
     )
-
-
-def _first_bytes(path: Path) -> bytes:
-    try:
-        with path.open("rb") as stream:
-            return stream.read(4)
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}", next_step="check the path") from error
 
 
 def _other_file(path: Path, name: str | None) -> UsageError:

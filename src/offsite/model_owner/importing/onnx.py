@@ -97,7 +97,8 @@ def _read(source: Path) -> Any:
     try:
         return onnx.load(str(source), load_external_data=False)  # never another file than the one named
     except OSError as error:
-        raise StorageError(f"cannot read {source}: {error.strerror}", next_step="check the path") from error
+        step = "check the path, and that you may read the file"
+        raise StorageError(f"cannot read {source}: {error.strerror}", next_step=step) from error
     except DecodeError as error:
         raise _damaged(source, error) from error
 
@@ -156,7 +157,7 @@ def _require_all_used(graph: Any, stored: Mapping[str, Any], used: Collection[st
         source: the ONNX file, for the error.
 
     Raises:
-        IncompatibleError: there are such weights; all are listed.
+        IncompatibleError: there are such weights; at most 20 are listed.
     """
     unused = {
         name: node.name

@@ -137,14 +137,12 @@ def _files(folder: Path, index: str, whole: str) -> list[str]:
 
 
 def _header(file: Path) -> list[tuple[str, str]]:
-    """The name and dtype of each tensor in a safetensors file, from its header; empty if the header is damaged."""
+    """The name and dtype of each tensor in a safetensors file, from its header; empty if the file cannot be read."""
     try:
         with file.open("rb") as stream:
             header = strict_json(read_header_bytes(file, stream, file.stat().st_size)[8:])
         return [(str(name), str(entry["dtype"])) for name, entry in header.items() if name != "__metadata__"]
-    except OSError as error:
-        raise StorageError(f"cannot read {file}: {error.strerror}", next_step="check the file") from error
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []  # the reader of the weights reports it
 
 

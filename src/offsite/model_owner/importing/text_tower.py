@@ -37,6 +37,8 @@ _SAME_ON_TEXTS = {
     "mllama_text_model": "llama",  # its cross-attention layers are skipped without pictures
 }
 _AXES = ("mrope_section", "mrope_interleaved")
+# Multi-modal models whose classes in transformers do not multiply logits by the language model's logit_scale.
+_WITHOUT_SCALE = ("aya_vision", "cohere2_vision")
 # Names of the language model's tensors in files of several years; the group is the name within the body or the head.
 _HEAD = re.compile(r"(?:thinker\.)?(?:(?:model\.)?(?:language_model|text_model)\.)?lm_head\.(.+)")
 _BODIES = (
@@ -88,13 +90,22 @@ def copy_text_tower(source: Path, folder: Path, dtype: str | None) -> ImportReco
     _copy_texts_files(source, folder)
     used = {tensor.name: tensor for tensor in places.values()}
     return ImportRecord(
-        notes=(f"the language model of a multi-modal model of type {whole.model_type}",),
+        notes=(f"the language model of a multi-modal model of type {whole.model_type}", *_scale_note(whole, config)),
         left_out=count_by_part(name for name in held if name not in used),
         tower_of=str(whole.model_type),
         tensors={
             name: Place(t.name, t.shape[0] if t.shape != held[t.name].shape else None) for name, t in places.items()
         },
     )
+
+
+def _scale_note(whole: "PretrainedConfig", config: Mapping[str, Any]) -> tuple[str, ...]:
+    """A note that logits of the base are scaled, where transformers leaves this out of the multi-modal model."""
+    scale = config.get("logit_scale", 1)
+    if whole.model_type not in _WITHOUT_SCALE or scale in (None, 1):
+        return ()
+    note = f"its logits are multiplied by logit_scale = {scale:g}, as its own class in transformers does it"
+    return (f"{note}; the class of {whole.model_type} leaves this out, so losses differ between the two",)
 
 
 def _whole_config(source: Path) -> "PretrainedConfig":

@@ -14,7 +14,6 @@ from offsite.model_owner.ledger import Issued
 from offsite.model_owner.plugging_in.carry import Spread, carry_axis, carry_of, layer_shape
 from offsite.protocol.artifacts import Return
 from offsite.protocol.contents import WEIGHTS_OF, checkpoint_file
-from offsite.protocol.manifest import LoraSettings
 from offsite.protocol.output_head import head_names
 from offsite.protocol.peft_adapter import lora_pair
 from offsite.storage.finite import has_non_finite
@@ -111,18 +110,21 @@ def to_base(name: str, model: BaseModel, parent: Issued, *, target: bool = False
     Raises:
         IncompatibleError: the name is not one in a block.
     """
+    block, path = _place_of(name, model, target=target)
+    return model.family.in_block(carry_of(parent).blocks[block].base, path)
+
+
+def _place_of(name: str, model: BaseModel, *, target: bool) -> tuple[int, str]:
+    """The block of a tensor or LoRA target of the bundle, and the path in it; raises as `to_base`."""
     place = model.family.linear_layer_of(name) if target else model.family.block_of(name)
     if place is None:
         raise IncompatibleError(f"{name[:200]} belongs to no block", next_step=_ANOTHER_RETURN)
-    return model.family.in_block(carry_of(parent).blocks[place[0]].base, place[1])
+    return place
 
 
 def _carried_layer(model: BaseModel, chosen: Chosen, target: str) -> tuple[KeptFeatures, tuple[int, int]]:
     """For a LoRA target: the inputs and outputs that the bundle's layer still has, and the base's (outputs, inputs)."""
-    place = model.family.linear_layer_of(target)
-    if place is None:
-        raise IncompatibleError(f"{target[:200]} belongs to no block", next_step=_ANOTHER_RETURN)
-    block, path = place
+    block, path = _place_of(target, model, target=True)
     return chosen.carry.features(block, path), layer_shape(model, chosen.carry.blocks[block].base, path)
 
 
@@ -185,7 +187,8 @@ def _changed(tensor: TensorRange, change: Change, strength: np.float32, dtype: s
 
 def _lora_changes(model: BaseModel, chosen: Chosen) -> Mapping[str, Change]:
     """The change alpha / rank * B A of each weight that the returned LoRA adapts, keyed by its name in the base."""
-    lora, held = _lora_of(chosen.returned), chosen.tensors
+    lora, held = chosen.returned.manifest.lora, chosen.tensors
+    assert lora is not None  # the manifest of a return by LoRA has its settings
 
     def change_of(target: str) -> Change:
         def change(_: Array, rows: slice) -> Array:
@@ -249,9 +252,3 @@ def _difference(returned: HeldTensor, name: str, parent: Issued) -> Change:
         return read_float32(returned.rows(rows)) - shipped
 
     return change
-
-
-def _lora_of(verified: Return) -> LoraSettings:
-    if verified.manifest.lora is None:
-        raise IncompatibleError("this return holds no LoRA", next_step="plug it in with --as merged")
-    return verified.manifest.lora

@@ -73,7 +73,7 @@ def _require_source(model: BaseModel, record: ImportRecord, held: Mapping[str, T
         whole: the checkpoint's folder, for the error.
 
     Raises:
-        IncompatibleError: tensors are missing or differ; all are listed.
+        IncompatibleError: tensors are missing or differ; at most 20 are listed.
     """
     reasons = []
     for name, tensor in model.tensors.items():

@@ -28,7 +28,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         raise IncompatibleError(
             f"models of type {str(config.get('model_type'))[:64]!r} are not supported",
             reasons=[f"supported: {', '.join(sorted(ARCHITECTURES))}"],
-            next_step="add a row to offsite/models/families/language_families.py; the tests then cover it",
+            next_step="use a model of another type; docs/models.md lists those that work",
         )
     bad = family.set_switches(config)
     if bad:

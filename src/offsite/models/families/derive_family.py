@@ -52,32 +52,35 @@ def derive_family(config: Mapping[str, Any], stored: Collection[str] = ()) -> De
         IncompatibleError: transformers has no such causal language model, or its parts cannot be identified.
     """
     kind = str(config.get("model_type"))[:64]
-    if causal_class(kind) is None:
-        from transformers import __version__
-
+    causal = causal_class(kind) is not None
+    if isinstance(config.get("text_config"), dict) or (causal and "text_config" in config_keys(kind)):
         raise IncompatibleError(
             f"models of type {kind!r} are not supported",
-            reasons=[f"transformers {__version__} has no causal language model of that type, and the table no row"],
-            next_step=_NEXT,
+            reasons=[
+                "it is a language model within another one",
+                "`offsite import` takes the language model out of such a checkpoint",
+            ],
+            next_step="take the language model out with `offsite import MODEL --out base/`, and name that base",
+        )
+    if not causal:
+        from transformers import __version__
+
+        raise _unsupported(
+            kind, [f"transformers {__version__} has no causal language model of that type, and the table no row"]
         )
     try:
-        if "text_config" in config_keys(kind):
-            raise IncompatibleError(
-                "it is a language model within another one",
-                reasons=["`offsite import` takes the language model out of such a checkpoint"],
-            )
         return _derive(config, stored)
     except IncompatibleError as error:
-        raise IncompatibleError(
-            f"models of type {kind!r} are not supported", reasons=[error.what, *error.reasons], next_step=_NEXT
-        ) from None
+        raise _unsupported(kind, [error.what, *error.reasons]) from None
     except OffsiteError:
         raise
     except Exception as error:  # what a library raises on a config has no end
         reason = f"its parts could not be identified: {type(error).__name__}: {str(error).strip()[:200]}"
-        raise IncompatibleError(
-            f"models of type {kind!r} are not supported", reasons=[reason], next_step=_NEXT
-        ) from error
+        raise _unsupported(kind, [reason]) from error
+
+
+def _unsupported(kind: str, reasons: Sequence[str]) -> IncompatibleError:
+    return IncompatibleError(f"models of type {kind!r} are not supported", reasons=reasons, next_step=_NEXT)
 
 
 def _derive(config: Mapping[str, Any], stored: Collection[str]) -> Derived:
