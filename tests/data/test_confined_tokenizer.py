@@ -1,13 +1,14 @@
 """The tokenizer of a stranger's bundle runs in a process of its own: with the same results, and within limits."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from offsite.data import confined_tokenizer as module
-from offsite.data.confined_tokenizer import confined_tokenizer
+from offsite.data.confined_tokenizer import ConfinedTokenizer, confined_tokenizer
 from offsite.data.conversations.parse_messages import Turn
 from offsite.data.encoded_part import EncodedPart, choices_message, read_choices
 from offsite.data.examples import Choices, Example
@@ -112,6 +113,33 @@ def test_a_tokenizer_that_does_not_load(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError) as caught, confined_tokenizer(folder):
         pass
     assert str(folder) in caught.value.what or caught.value.reasons
+
+
+@pytest.mark.parametrize(
+    "answer", [{}, {"eos_token_id": None}, {"eos_token_id": 1.5}, {"eos_token_id": -1}, {"eos_token_id": 2**31}]
+)
+def test_an_end_token_that_is_none(answer: dict[str, object]) -> None:
+    with pytest.raises(IncompatibleError, match="gives no token ids"):
+        ConfinedTokenizer(Answers({}), Path("bundle"), answer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ids", [{}, {"ids": 3}, {"ids": [-1]}, {"ids": ["1"]}, {"ids": [2**31]}])
+def test_a_prompt_or_an_answer_that_is_none(ids: dict[str, object]) -> None:
+    tokenizer = ConfinedTokenizer(Answers(ids), Path("bundle"), {"eos_token_id": 2})  # type: ignore[arg-type]
+    with pytest.raises(IncompatibleError, match="gives no token ids"):
+        tokenizer.prompt_ids(ROWS[0])
+    with pytest.raises(IncompatibleError, match="gives no token ids"):
+        tokenizer.decode([1], skip_special_tokens=True)
+
+
+@dataclasses.dataclass
+class Answers:
+    """What stands for the worker of a tokenizer that has taken it over."""
+
+    said: dict[str, object]
+
+    def ask(self, facts: Mapping[str, object], size: int) -> tuple[dict[str, object], bytes]:
+        return self.said, b""
 
 
 IDS = np.array([1, 2, 3], dtype=np.int64)

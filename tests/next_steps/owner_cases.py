@@ -3,12 +3,16 @@
 import shutil
 
 from artifacts import full_return
-from next_steps.world import OUT, PACK, PLUG, Case, World, as_advised, edited, file, kept, restored, then
+from next_steps.world import OUT, PACK, PLUG, Case, World, as_advised, edited, file, kept, restored, runs, then
 from offsite.cli import main
+from offsite.model_owner.heal.heal_steps import RECORD
+from offsite.model_owner.heal.hidden_states import FinishedBlock, StatesFolder
 from offsite.protocol.verify import verify_bundle
+from offsite.training.run_log import run_folder
 from tiny import tiny_base, tiny_tokenizer
 
 PARTITION, HOME, CHECK = "model_owner/partition.py", "protocol/home.py", "model_owner/plugging_in/check_plug_in.py"
+REFIT = f"{PACK.replace('--top 1', '--top 0').replace('--heal none', '--heal refit')}{OUT} --config {{folder}}/s.toml"
 HEAL = "pack {folder}/base --for hospital --home {owner} --bottom 1 --top 1"
 
 
@@ -59,6 +63,38 @@ def damaged(world: World) -> None:
 
 def backup(world: World, step: str) -> None:
     shutil.copy(world.folder / "backup.pem", world.folder / "acme-home" / "key.pem")
+
+
+def interrupted(world: World) -> None:
+    """A packing that was interrupted after its first block, and whose resume point then lost its end."""
+    file("s.toml", "[pack]\ncalibration_tokens = 512\n")(world)
+    save = StatesFolder.save
+
+    def stop(folder: StatesFolder, point: FinishedBlock) -> None:
+        save(folder, point)
+        raise KeyboardInterrupt
+
+    world.patch.setattr(StatesFolder, "save", stop)
+    assert main(world.words(REFIT)) == 130
+    world.patch.undo()
+    record = run_folder(world.folder / "out") / RECORD
+    record.write_bytes(record.read_bytes()[:-2])
+
+
+def removed(world: World, step: str) -> None:
+    runs(world, step)
+    assert not run_folder(world.folder / "out").exists()
+
+
+def open_to_others(world: World) -> None:
+    (world.folder / "acme-home" / "trusted").chmod(0o777)
+
+
+def closed(world: World, step: str) -> None:
+    """The command of the step, and a look at what it has the fingerprints compared with."""
+    runs(world, step)
+    assert "`offsite trust list`" in step
+    assert main(world.words("trust list --home {owner}")) == 0
 
 
 CASES = (
@@ -199,6 +235,24 @@ CASES = (
         "choose such a name",
         then("trust add clinic {folder}/other.pub --home {owner}"),
         other_key,
+    ),
+    Case(
+        "a home that others may write to",
+        HOME,
+        PACK + OUT,
+        "compare the fingerprints",
+        closed,
+        open_to_others,
+        "other users may write to",
+    ),
+    Case(
+        "a damaged resume point of packing",
+        "model_owner/heal/hidden_states.py",
+        REFIT,
+        "remove the run and start again",
+        removed,
+        interrupted,
+        "the resume point in",
     ),
     Case(
         "a damaged key",

@@ -1,6 +1,6 @@
 """Every error of the package has a next step, and what a step names is there: verbs, flags, extras, documents.
 
-Every one of them is provoked, and its step followed, by a case of test_steps_work.py, or NOT_RUN says why it cannot be.
+Every one of them is provoked, and its step followed, by a case of test_steps_work.py.
 """
 
 import re
@@ -108,28 +108,10 @@ ALLOWED_WORDS = frozenset(  # keys of model configs and of recipes, columns, cal
 )
 
 
-# Errors that no case provokes, by file and a part of the first sentence, and why.
-_HOSTILE = "a bundle that only somebody hostile makes, and the step is to ask for another one; tests/attacks has them"
-_NEW = "tests of its own file provoke it; its step is not followed yet"
-NOT_RUN = {
-    ("model_owner/heal/hidden_states.py", "the resume point in"): _NEW,
-    ("models/loading.py", "hold NaN or infinity"): _NEW,
-    ("models/loading.py", "makes a model that is larger than its tensors"): _NEW,
-    ("protocol/home.py", "other users may write to"): _NEW,
-    ("data/confined_tokenizer.py", "gives no token ids"): _HOSTILE,
-    ("data/confined_tokenizer.py", "is over its limits"): _HOSTILE,
-    ("data/serve_tokenizer.py", "tokenizer or chat template fails"): _HOSTILE,
-    ("data_owner/sent_bundle.py", "the bundle's model does not run"): _HOSTILE,
-}
-
-
 def test_every_step_is_run() -> None:
-    """Every error with a next step has a case in RUN or a reason in NOT_RUN; no reason is without such an error."""
+    """Every error with a next step has a case in RUN."""
     run = {site for case in RUN for site in case.sites()}
-    left = [site for site in sites() if site.steps and site not in run]
-    reasoned = {key: [site for site in left if site.file == key[0] and key[1] in site.what] for key in NOT_RUN}
-    assert [key for key, found in reasoned.items() if len(found) != 1] == []
-    assert [str(site) for site in left if not any(site in found for found in reasoned.values())] == []
+    assert [str(site) for site in sites() if site.steps and site not in run] == []
 
 
 def test_every_case_is_about_one_error() -> None:

@@ -51,6 +51,7 @@ class Case:
     mend: Mend
     spoil: Spoil = lambda world: None
     what: str = ""  # a part of the error's first sentence, where a file has several errors with such a step
+    worker: bool = False  # the error is made in a worker process, which sends it
 
     def sites(self) -> list[Site]:
         """The places in the source that this case may be about: one."""

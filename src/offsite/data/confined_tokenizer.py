@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from offsite.data.encoded_part import EncodedPart, read_choices, row_message
+from offsite.data.encoded_part import EncodedPart, read_choices, read_token_id, row_message
 from offsite.data.examples import Choices
 from offsite.data.row import Row
 from offsite.data.worker_messages import receive, send
@@ -62,7 +62,8 @@ class ConfinedTokenizer:
 
     def __init__(self, worker: "_Worker", folder: Path, opened: Mapping[str, Any]) -> None:
         self._worker, self._folder = worker, folder
-        self.eos_token_id = int(opened["eos_token_id"])
+        with self._malformed_answers():
+            self.eos_token_id = read_token_id(opened["eos_token_id"])
 
     def encode_part(self, rows: Sequence[Row], name: str, max_length: int, *, skip_long: bool) -> EncodedPart:
         """Encode some rows; arguments and errors as for `offsite.data.tokens.RowEncoder.encode`.
@@ -85,14 +86,17 @@ class ConfinedTokenizer:
     def prompt_ids(self, row: Row) -> list[int]:
         """The token ids that a model reads before it answers a row; raises as `encode_part`."""
         facts, _ = self._ask("prompt", [row])
-        return [int(one) for one in facts["ids"]]
+        with self._malformed_answers():
+            return [read_token_id(one) for one in facts["ids"]]
 
     def decode(
         self, ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool | None = None
     ) -> str:
         """The text of token ids; arguments as in transformers. Raises as `encode_part`."""
         settings = {"skip": skip_special_tokens, "clean": clean_up_tokenization_spaces}
-        return str(self._ask("decode", [], ids=[int(one) for one in ids], **settings)[0]["text"])
+        facts, _ = self._ask("decode", [], ids=[int(one) for one in ids], **settings)
+        with self._malformed_answers():
+            return str(facts["text"])
 
     def _ask(self, what: str, rows: Sequence[Row], **settings: Any) -> tuple[dict[str, Any], bytes]:
         size = sum(map(characters, rows))

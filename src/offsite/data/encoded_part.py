@@ -84,6 +84,17 @@ def read_choices(facts: Mapping[str, Any], content: bytes) -> tuple[list[Choices
     return found, _texts(facts["long"])
 
 
+def read_token_id(value: object) -> int:
+    """Check a token id that a worker sent.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if type(value) is not int or not 0 <= value < _LARGEST_ID:
+        raise ValueError("no token id")
+    return value
+
+
 def row_message(row: Row) -> list[Any]:
     """A row as JSON values."""
     turns = [[turn.role, turn.content, list(turn.parts), dict(turn.more), turn.learnt] for turn in row.turns]

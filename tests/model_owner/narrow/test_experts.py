@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from artifacts import packed
-from model_owner.narrow.test_remove_units import CPU, OneBlock
+from model_owner.narrow.test_remove_units import CPU, OneBlock, assert_same_tensors
 from offsite import Bundle, PackSpec, verify_bundle
 from offsite.config.emulator_methods import UNIT_RULES
 from offsite.errors import IncompatibleError, UsageError
@@ -31,7 +31,6 @@ from offsite.models.modules.declared import unwrapped
 from offsite.progress import silent
 from offsite.protocol.artifacts import Base
 from offsite.storage.checkpoint_folder import open_checkpoint
-from offsite.storage.safetensors_files import read_chunks
 from tiny import KINDS, MakeBase, Parties, each_form
 
 MIXTURES = [kind for kind, form in KINDS.items() if "mix" in form["family"] or "moe" in form["family"]]
@@ -70,10 +69,7 @@ def test_all_experts_kept_is_the_base_bit_for_bit(
     base = base_of(blocks=4, **KINDS[kind])
     bundle = packed(base, tmp_path / "bundle", parties, narrow_experts=1.0)
     assert not bundle.manifest.requires
-    ours, theirs = (open_checkpoint(folder).tensors for folder in (bundle.folder, base))
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert b"".join(read_chunks(ours[name])) == b"".join(read_chunks(tensor)), name
+    assert_same_tensors(bundle.folder, base)
 
 
 @pytest.mark.parametrize("kind", UNIFORM)

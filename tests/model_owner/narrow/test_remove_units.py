@@ -31,6 +31,14 @@ EXACT = Runtime(CPU, torch.float32)
 DENSE = [kind for kind, form in KINDS.items() if "mix" not in form["family"] and "moe" not in form["family"]]
 
 
+def assert_same_tensors(folder: Path, other: Path) -> None:
+    """Two checkpoints have the same tensors, bit for bit."""
+    ours, theirs = (open_checkpoint(one).tensors for one in (folder, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert b"".join(read_chunks(ours[name])) == b"".join(read_chunks(tensor)), name
+
+
 class OneBlock:
     """Block 1 of a tiny base, with its inputs on one batch of calibration text."""
 
@@ -147,10 +155,7 @@ def test_everything_kept_is_the_base_bit_for_bit(
     base = base_of(blocks=4, **KINDS[kind])
     bundle = packed(base, tmp_path / "bundle", parties, narrow=1.0)
     assert not bundle.manifest.requires
-    ours, theirs = (open_checkpoint(folder).tensors for folder in (bundle.folder, base))
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert b"".join(read_chunks(ours[name])) == b"".join(read_chunks(tensor)), name
+    assert_same_tensors(bundle.folder, base)
 
 
 @pytest.mark.parametrize("kind", each_form(DENSE))
