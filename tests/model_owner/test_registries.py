@@ -32,6 +32,7 @@ SHARED = {
         "heal_steps",
         "block_step_protocol",
         "block_by_block",
+        "hidden_states",
         "middle_states",
         "output_projection",
         "output_layers",

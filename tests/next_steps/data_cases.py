@@ -128,7 +128,7 @@ def without(module: str) -> Spoil:
 
 def installed(world: World, step: str) -> None:
     """What `pip install` does, where `without` has hidden the package."""
-    assert step.startswith("pip install 'offsite-tuning[")
+    assert step.startswith("pip install ")
     world.patch.undo()
 
 

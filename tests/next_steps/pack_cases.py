@@ -328,7 +328,7 @@ CASES = (
         "no photos",
         PICTURES,
         PICTURED_REFIT,
-        "pip install 'offsite-tuning[calibration-images]'",
+        "[calibration-images]",
         own_pictures,
         and_pictures(without_photos(False)),
         "are not installed",

@@ -200,7 +200,7 @@ CASES = (
         "a model whose blocks are not called",
         "data_owner/feature_cache.py",
         LATE,
-        "a bundle of a model of another type",
+        "ask the model's owner for another bundle",
         then(TUNE + OUT),
         calls_no_block,
     ),

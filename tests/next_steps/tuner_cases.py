@@ -46,7 +46,7 @@ CASES = (
     Case(
         "turns for a model without a template",
         "data/conversations/chat_template.py",
-        TUNE + OUT,
+        "eval {folder}/base --data {folder}/rows.jsonl",
         'write the rows as {"prompt", "completion"}',
         rows,
         file("rows.jsonl", f"{TURNS}\n" * 4),

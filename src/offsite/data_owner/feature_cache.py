@@ -165,8 +165,7 @@ def _states_entering(tuning: Tuning, first: nn.Module, batch: Batch) -> Tensor:
     finally:
         handle.remove()
     raise IncompatibleError(
-        f"{type(_text(tuning).network.body).__name__} does not call its blocks with the hidden state",
-        next_step="ask the model's owner for a bundle of a model of another type; docs/models.md lists tested ones",
+        f"{type(_text(tuning).network.body).__name__} does not call its blocks with the hidden state"
     )
 
 

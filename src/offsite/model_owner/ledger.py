@@ -117,7 +117,7 @@ class Ledger:
         recipient_name: str,
         carry: CarryMap,
         shares: BaseShares,
-        arithmetic: TuningArithmetic,
+        arithmetic: TuningArithmetic | None,
         spec: PackSpec,
         staging: Path | None = None,
     ) -> None:
@@ -128,7 +128,7 @@ class Ledger:
             recipient_name: the name under which the owner's home stores the recipient's public key.
             carry: the map from the bundle's blocks and layers to the base's.
             shares: how many of the base's parameters the bundle sends.
-            arithmetic: the multiply-adds of tuning the bundle, and of the base.
+            arithmetic: the multiply-adds of tuning the bundle, and of the base; None if they are not known.
             spec: the settings of packing.
             staging: the temporary folder that will be moved; None if the bundle is at its final path.
         """
@@ -148,7 +148,7 @@ class Ledger:
                     render_manifest(bundle.manifest),
                     render_carry_map(carry, bundle.digest),
                     shares.to_json(),
-                    arithmetic.to_json(),
+                    arithmetic.to_json() if arithmetic else None,
                     None if staging is None else str(staging.absolute()),
                 ),
             )

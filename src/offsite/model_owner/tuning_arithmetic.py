@@ -60,8 +60,10 @@ class TuningArithmetic:
 
 def count_tuning_arithmetic(
     model: BaseModel, kept: Sequence[int], split: Split, declared: Declared | None
-) -> TuningArithmetic:
+) -> TuningArithmetic | None:
     """Count the multiply-adds of tuning a bundle, from the shapes of the base's tensors and the bundle's declaration.
+
+    None for a derived family with experts or convolutions: how often a token uses these weights is not known.
 
     Args:
         model: the opened base.
@@ -69,6 +71,8 @@ def count_tuning_arithmetic(
         split: the manifest's split, which says which blocks of the bundle may train.
         declared: what the bundle's config declares of blocks that differ from the family's; None if none does.
     """
+    if not _countable(model):
+        return None
     blocks = []
     for index, base in enumerate(kept):
         compressed = split.bottom <= index < split.bottom + split.emulator and index not in split.verbatim
@@ -81,6 +85,22 @@ def count_tuning_arithmetic(
     verbatim = sum(blocks[index] for index in split.verbatim)
     whole = sum(_block(model, index, None, 0) for index in range(model.blocks))
     return TuningArithmetic(sum(blocks), sum(blocks[lowest:]), verbatim, whole, head)
+
+
+def _countable(model: BaseModel) -> bool:
+    """Whether a token uses each weight of the linear layers once, apart from experts of a family of the table."""
+    if not model.family.layouts:
+        return True
+    shapes = (shape for index in range(model.blocks) for shape in _linear_shapes(model, index))
+    return model.family.experts is None and all(len(shape) == 2 for shape in shapes)
+
+
+def _linear_shapes(model: BaseModel, index: int) -> list[tuple[int, ...]]:
+    """The shapes of the weights of a base block's linear layers; `index` is the block's."""
+    family = model.family
+    return [
+        shape for path, shape in block_shapes(model, index).items() if family.is_linear(family.in_block(index, path))
+    ]
 
 
 def _block(model: BaseModel, base_index: int, declared: Declared | None, place: int) -> int:

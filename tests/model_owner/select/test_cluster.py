@@ -36,11 +36,12 @@ def test_neighbours_merge_by_their_mean_likeness() -> None:
     assert centres(alike, 1) == [2]
 
 
-def test_as_many_centres_as_blocks_to_keep(base_of: MakeBase) -> None:
+def test_as_many_centres_as_blocks_to_keep(base_of: MakeBase, tmp_path: Path) -> None:
     model = open_base(Base(base_of(blocks=7)))
     spec = PackSpec(bottom=1, top=1, keep=3, select="cluster", calibration_tokens=1024, compute="fp32", threads=1)
-    found = select_blocks(model, partition(model, spec), spec, Path(), silent)
+    found = select_blocks(model, partition(model, spec), spec, tmp_path, silent)
     assert len(found) == 3
     assert set(found) <= set(range(1, 6))
     assert list(found) == sorted(found)
-    assert found == select_blocks(model, partition(model, spec), spec, Path(), silent)
+    (tmp_path / "again").mkdir()
+    assert found == select_blocks(model, partition(model, spec), spec, tmp_path / "again", silent)

@@ -105,5 +105,5 @@ def test_influence_is_what_transformers_computes(base_of: MakeBase, tmp_path: Pa
             for before, after in zip(states[index], states[index + 1], strict=True)
         ]
         assert found[index] == pytest.approx(1 - float(torch.cat(cosines).mean()), abs=1e-5)
-    chosen = select_blocks(model, partition(model, spec), spec.changed({"select": "influence"}), Path(), silent)
+    chosen = select_blocks(model, partition(model, spec), spec.changed({"select": "influence"}), tmp_path, silent)
     assert chosen == most_influential(found, 2)
