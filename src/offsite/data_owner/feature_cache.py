@@ -165,7 +165,9 @@ def _states_entering(tuning: Tuning, first: nn.Module, batch: Batch) -> Tensor:
     finally:
         handle.remove()
     raise IncompatibleError(
-        f"{type(_text(tuning).network.body).__name__} does not call its blocks with the hidden state"
+        f"{type(_text(tuning).network.body).__name__} does not call its blocks with the hidden state",
+        next_step="ask the model's owner for another bundle, and send this message along; nothing in a signed bundle "
+        "can be corrected",
     )
 
 
