@@ -77,10 +77,10 @@ def test_eval_says_the_same(world: World, capsys: pytest.CaptureFixture[str]) ->
 def test_text_of_rows_only_if_it_is_asked_for(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["compare", world.base, world.other, "--data", world.rows, "--rows", "9"]
     assert main([str(word) for word in words]) == 0
-    told = capsys.readouterr()
-    assert f"against {world.base}:" in told.out
-    assert "row 9 " in told.out
-    assert "SECRET" not in told.out + told.err
+    printed = capsys.readouterr()
+    assert f"against {world.base}:" in printed.out
+    assert "row 9 " in printed.out
+    assert "SECRET" not in printed.out + printed.err
     assert main([str(word) for word in [*words, "--show-rows"]]) == 0
     assert "| " in (shown := capsys.readouterr().out)
     assert "SECRET fox" in shown

@@ -33,6 +33,6 @@ def test_commands_flags_and_choices_are_completed(
 
 def test_it_can_be_installed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    told = capsys.readouterr().out
-    assert "--install-completion" in told
-    assert "--show-completion" in told
+    printed = capsys.readouterr().out
+    assert "--install-completion" in printed
+    assert "--show-completion" in printed

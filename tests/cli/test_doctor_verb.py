@@ -10,12 +10,12 @@ from offsite.study.doctor.finding import Finding
 
 def test_a_person_sees_facts_and_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--quick", "--home", str(tmp_path / "home")]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for part in ("versions\n", "extras\n", "home\n", "machine\n", "  torch ", "  disk free home "):
-        assert part in told
-    assert "advice: " in told
-    assert "apart from the advice above" in told
-    assert "self test" not in told
+        assert part in printed
+    assert "advice: " in printed
+    assert "apart from the advice above" in printed
+    assert "self test" not in printed
     assert not (tmp_path / "home").exists()
 
 
@@ -32,9 +32,9 @@ def test_the_first_problem_is_the_exit_code(
     assert [one["exit_code"] for one in facts["findings"] if one["level"] == "problem"] == [4]
     assert facts["machine"]["disk_free_bytes"]["home"] > 0
     assert main(["doctor", "--home", str(tmp_path)]) == 4
-    told = capsys.readouterr().out
-    assert "problem: it \\x1b[2Jfailed\n  next: do this\n" in told
-    assert "all is well" not in told
+    printed = capsys.readouterr().out
+    assert "problem: it \\x1b[2Jfailed\n  next: do this\n" in printed
+    assert "all is well" not in printed
 
 
 def test_a_missing_package_ends_the_examination(

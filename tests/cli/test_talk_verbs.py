@@ -55,8 +55,10 @@ def test_models_answer_one_after_the_other(world: World, capsys: pytest.CaptureF
     assert base["text"] == bundle["text"] != tuned["text"]  # nothing is compressed, and the adapter is large
     assert all(1 <= one["tokens"] <= 9 for one in found["answers"])
     assert run(*words) == 0
-    told = capsys.readouterr().out
-    assert [told.index(f"── {model}\n") for model in models] == sorted(told.index(f"── {model}\n") for model in models)
+    printed = capsys.readouterr().out
+    assert [printed.index(f"── {model}\n") for model in models] == sorted(
+        printed.index(f"── {model}\n") for model in models
+    )
 
 
 def test_a_stranger_model_does_not_reach_the_terminal(
@@ -64,9 +66,9 @@ def test_a_stranger_model_does_not_reach_the_terminal(
 ) -> None:
     monkeypatch.setattr(Speaker, "answer", saying(["a\tb", "\x1b]0;title\x07\x1b[2J", "\r\u202ec\x9b31m\n"]))
     assert run("generate", world.base, "--prompt", "x") == 0
-    told = capsys.readouterr().out
-    assert "a    b\\x1b]0;title\\x07\\x1b[2J\\r\\u202ec\\x9b31m\n" in told
-    assert not set(told) & set("\x1b\x07\r\u202e\x9b\t")
+    printed = capsys.readouterr().out
+    assert "a    b\\x1b]0;title\\x07\\x1b[2J\\r\\u202ec\\x9b31m\n" in printed
+    assert not set(printed) & set("\x1b\x07\r\u202e\x9b\t")
 
 
 def test_what_cannot_be_spoken_to(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,9 +123,9 @@ def test_a_message_that_is_too_long_does_not_end_the_chat(
     lines = f"{'x y z ' * 60}\nThe fox\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert run("chat", world.base, "--max-tokens", 5) == 0
-    told = capsys.readouterr()
-    assert "at most 64" in told.err
-    assert told.out.count(f"── {world.base}\n") == 2
+    printed = capsys.readouterr()
+    assert "at most 64" in printed.err
+    assert printed.out.count(f"── {world.base}\n") == 2
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert run("chat", world.base, "--max-tokens", 5, "--json") == 2
 

@@ -45,9 +45,9 @@ def test_what_belongs_together_is_scored(chain: Chain, capsys: pytest.CaptureFix
     losses = []
     for model, adapter in ((chain.base, chain.adapter), (chain.merged, None)):
         assert chain.eval(model, adapter) == 0
-        told = capsys.readouterr()
-        losses.append(json.loads(told.out)["loss"])
-        assert (f"{chain.base} has no signature" in told.err) == (model == chain.base)
+        printed = capsys.readouterr()
+        losses.append(json.loads(printed.out)["loss"])
+        assert (f"{chain.base} has no signature" in printed.err) == (model == chain.base)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 

@@ -16,6 +16,7 @@ from offsite.config import PackSpec, PlugInSpec
 from offsite.errors import OffsiteError, PolicyError, StorageError
 from offsite.model_owner.base_shares import BaseShares
 from offsite.model_owner.carry_map import CarryMap
+from offsite.model_owner.emulator_score import EmulatorScore
 from offsite.model_owner.intake import intake
 from offsite.model_owner.ledger import Ledger, returned_digest
 from offsite.model_owner.plugging_in.plug_in import plug_in
@@ -250,3 +251,25 @@ def test_the_same_tensors_in_other_files_are_the_same_return(
     with pytest.raises(PolicyError, match="was plugged in before"):
         plug_in(Base(base_of()), taken[1], tmp_path / "again", spec, parties.owner)
     plug_in(Base(base_of()), taken[2], tmp_path / "another", spec, parties.owner)
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"), [("shares", "BaseShares"), ("arithmetic", "TuningArithmetic"), ("score", "EmulatorScore")]
+)
+def test_values_of_a_bundle_come_back_and_malformed_ones_are_named(
+    base_of: MakeBase, parties: Parties, tmp_path: Path, column: str, kind: str
+) -> None:
+    bundle, ledger = packed(base_of(), tmp_path / "bundle", parties, keep=1), Ledger(parties.owner.ledger)
+    ledger.record_score(bundle.digest, EmulatorScore(1.5, 2.0, 0.4, 0.6, 99, fitted=False, text="a manual"))
+    issued = ledger.issued(bundle.digest)
+    assert issued is not None
+    assert issued.score == EmulatorScore(1.5, 2.0, 0.4, 0.6, 99, fitted=False, text="a manual")
+    assert issued.shares is not None
+    assert sum(issued.shares.fractions.values()) == pytest.approx(1)
+    assert issued.arithmetic is not None
+    with sqlite3.connect(parties.owner.ledger) as db:
+        db.execute(f"UPDATE bundles SET {column} = ?", ('{"other": 1}',))
+    db.close()
+    with pytest.raises(StorageError, match="cannot read") as caught:
+        ledger.issued(bundle.digest)
+    assert f"its {kind} is malformed" in caught.value.reasons[0]

@@ -69,6 +69,3 @@ def test_shares() -> None:
     assert counts.share() == pytest.approx(0.4)
     assert counts.share(0.5) == pytest.approx((80 + 50) / (200 + 50))
     assert counts.share(whole_blocks=True) == pytest.approx(0.45)
-    assert TuningArithmetic.from_json(counts.to_json()) == counts
-    with pytest.raises(ValueError, match="malformed"):
-        TuningArithmetic.from_json('{"forward": 1}')

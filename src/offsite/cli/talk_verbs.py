@@ -53,12 +53,12 @@ def generate(
     _require_text(prompt)
     sampling = _sampling(max_tokens, temperature, seed)
     turns = [{"role": "user", "content": prompt}]
-    told = []
+    answers = []
     for name, one in _speakers(models, context, home, config, raw=raw):
-        told.append(_facts(name, one, _answer(name, one, turns, sampling, shown=not as_json)))
+        answers.append(_facts(name, one, _answer(name, one, turns, sampling, shown=not as_json)))
         del one  # so that one model at a time is in memory
     if as_json:
-        terminal.show({"prompt": prompt, "answers": told}, as_json=True)
+        terminal.show({"prompt": prompt, "answers": answers}, as_json=True)
 
 
 def chat(
@@ -90,7 +90,7 @@ def chat(
         if message == _RESET:
             conversations = [[] for _ in speakers]
             continue
-        told = []
+        answers = []
         for (name, one), turns in zip(speakers, conversations, strict=True):
             turns.append({"role": "user", "content": message})
             try:
@@ -102,9 +102,9 @@ def chat(
                 turns.pop()
                 continue
             turns.append({"role": "assistant", "content": answer.text})
-            told.append(_facts(name, one, answer))
+            answers.append(_facts(name, one, answer))
         if as_json:
-            typer.echo(json.dumps({"prompt": message, "answers": told}))
+            typer.echo(json.dumps({"prompt": message, "answers": answers}))
 
 
 def _sampling(max_tokens: int, temperature: float, seed: int) -> "Sampling":

@@ -1,8 +1,6 @@
 """The shares of the base's parameters that a bundle has verbatim, compressed, or not at all. Torch-free."""
 
-import json
 from dataclasses import asdict, dataclass
-from typing import Self
 
 
 @dataclass(frozen=True)
@@ -24,19 +22,3 @@ class BaseShares:
         """The three counts as fractions of the base's number of parameters, keyed by field name."""
         total = self.verbatim + self.compressed + self.not_sent
         return {name: count / total for name, count in asdict(self).items()}
-
-    def to_json(self) -> str:
-        """The three counts as a JSON object."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read the counts from the JSON of `to_json`.
-
-        Raises:
-            ValueError: the JSON is malformed.
-        """
-        try:
-            return cls(**json.loads(text))
-        except TypeError as problem:
-            raise ValueError(f"its shares are malformed: {problem}") from None

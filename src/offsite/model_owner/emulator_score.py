@@ -1,8 +1,6 @@
 """The losses of an emulator and its base on the same text, as the owner's ledger keeps them. Torch-free."""
 
-import json
-from dataclasses import asdict, dataclass
-from typing import Self
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -21,19 +19,3 @@ class EmulatorScore:
     def gap(self) -> float:
         """The emulator's loss minus the base's."""
         return self.emulator_loss - self.base_loss
-
-    def to_json(self) -> str:
-        """The score as a JSON object."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read the score from the JSON of `to_json`.
-
-        Raises:
-            ValueError: the JSON is malformed.
-        """
-        try:
-            return cls(**json.loads(text))
-        except TypeError as problem:
-            raise ValueError(f"its emulator's score is malformed: {problem}") from None

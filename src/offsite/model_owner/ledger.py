@@ -7,8 +7,9 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from offsite.config import PackSpec
 from offsite.errors import PolicyError, StorageError
@@ -21,6 +22,7 @@ from offsite.protocol.contents import CLASSIFIER, WEIGHTS_OF, checkpoint_file
 from offsite.protocol.manifest import MANIFEST, BundleManifest, parse_manifest, render_manifest
 from offsite.storage.staging_claims import is_abandoned
 
+V = TypeVar("V")
 LOCK_SECONDS = 30.0  # how long a command waits while another one writes to the ledger
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS bundles (
@@ -59,7 +61,7 @@ CREATE TABLE IF NOT EXISTS plug_ins (
     staging TEXT              -- the temporary folder, until the plug-in's folder has its final name
 );
 """
-_UNSETTLED = (  # by table: the records that are not settled, and what deletes or keeps one
+_PENDING = (  # by table: the records whose artifact may be missing, and what deletes or keeps one
     (
         "SELECT rowid, digest, staging FROM bundles WHERE staging IS NOT NULL",
         "DELETE FROM bundles WHERE rowid = ?",
@@ -147,8 +149,8 @@ class Ledger:
                     json.dumps(spec.flat()),
                     render_manifest(bundle.manifest),
                     render_carry_map(carry, bundle.digest),
-                    shares.to_json(),
-                    arithmetic.to_json() if arithmetic else None,
+                    json.dumps(asdict(shares)),
+                    json.dumps(asdict(arithmetic)) if arithmetic else None,
                     None if staging is None else str(staging.absolute()),
                 ),
             )
@@ -162,7 +164,7 @@ class Ledger:
             return
         with self._open() as db:
             db.execute("BEGIN IMMEDIATE")
-            for find, delete, keep in _UNSETTLED:
+            for find, delete, keep in _PENDING:
                 for row, bundle, staging in db.execute(find).fetchall():
                     if is_abandoned(Path(staging)):
                         db.execute(delete, (row,))
@@ -187,9 +189,9 @@ class Ledger:
         try:
             manifest, kept = parse_manifest(found[0]), tuple(json.loads(found[1]))
             carry = None if found[3] is None else parse_carry_map(found[3], digest)
-            shares = None if found[4] is None else BaseShares.from_json(found[4])
-            arithmetic = None if found[5] is None else TuningArithmetic.from_json(found[5])
-            score = None if found[6] is None else EmulatorScore.from_json(found[6])
+            shares = _value(BaseShares, found[4])
+            arithmetic = _value(TuningArithmetic, found[5])
+            score = _value(EmulatorScore, found[6])
         except ValueError as problem:
             raise StorageError(
                 f"the ledger {self.path} holds a bundle that this version cannot read",
@@ -206,7 +208,7 @@ class Ledger:
     def record_score(self, digest: str, score: EmulatorScore) -> None:
         """Record the losses of a bundle's emulator and of its base; `digest` is the bundle's."""
         with self._open() as db:
-            db.execute("UPDATE bundles SET score = ? WHERE digest = ?", (score.to_json(), digest))
+            db.execute("UPDATE bundles SET score = ? WHERE digest = ?", (json.dumps(asdict(score)), digest))
 
     def record_intake(self, digest: str, bundle: str | None, reasons: Sequence[str] = ()) -> None:
         """Record a received return as refused if there are `reasons`, else as accepted.
@@ -320,6 +322,20 @@ class Ledger:
                 f"cannot use the ledger {self.path}: {error}",
                 next_step="check that the home is writable and has space; nothing was recorded",
             ) from error
+
+
+def _value(kind: type[V], text: str | None) -> V | None:
+    """A value of a dataclass from the JSON object of its fields; None for None.
+
+    Raises:
+        ValueError: the JSON is malformed, or its keys are not the fields of the class `kind`.
+    """
+    if text is None:
+        return None
+    try:
+        return kind(**json.loads(text))
+    except TypeError as problem:
+        raise ValueError(f"its {kind.__name__} is malformed: {problem}") from None
 
 
 def _made_at(db: sqlite3.Connection, returned: str, bundle: str, tensors: str | None) -> list[str]:

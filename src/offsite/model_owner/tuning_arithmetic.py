@@ -7,11 +7,9 @@ both. A zero that is pruned counts like any other weight, and so does a weight t
 size, not multiply-adds.
 """
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Self
+from dataclasses import dataclass
 
 from offsite.model_owner.base_model import BaseModel
 from offsite.model_owner.narrow.even_widths import block_shapes
@@ -40,22 +38,6 @@ class TuningArithmetic:
         head = 2 * labelled * self.head
         weights = self.verbatim if whole_blocks else 0
         return (self.forward + self.backward + weights + head) / (2 * self.base + head)
-
-    def to_json(self) -> str:
-        """The counts as a JSON object."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read the counts from the JSON of `to_json`.
-
-        Raises:
-            ValueError: the JSON is malformed.
-        """
-        try:
-            return cls(**json.loads(text))
-        except TypeError as problem:
-            raise ValueError(f"its counts of multiply-adds are malformed: {problem}") from None
 
 
 def count_tuning_arithmetic(

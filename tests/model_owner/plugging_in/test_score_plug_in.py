@@ -87,9 +87,9 @@ def test_a_person_gets_a_table_and_a_warning(house: House, tmp_path: Path, capsy
     """One row says nothing of how rows vary, so the plug-in is not certainly better, whatever its loss."""
     row = tiny_rows(tmp_path / "one.jsonl", 1)
     assert house.plug_in(house.returned("person", b=0.3, seed=7), "--eval-data", row) == 0
-    told = capsys.readouterr()
-    assert "offsite: warning: " in told.err
-    *_, head, loss, rows = told.out.rstrip().splitlines()
+    printed = capsys.readouterr()
+    assert "offsite: warning: " in printed.err
+    *_, head, loss, rows = printed.out.rstrip().splitlines()
     assert head.split()[:3] == ["base", "plug-in", "difference"]
     assert loss.startswith("loss, nats per token")
     assert rows.startswith("on 1 rows")

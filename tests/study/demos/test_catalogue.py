@@ -95,8 +95,8 @@ def test_what_would_fail_later_fails_before_the_download(
 
 def test_the_list_has_every_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models"]) == 0
-    told = capsys.readouterr().out
-    assert all(f"{name}\n" in told and model.licence in told for name, model in MODELS.items())
+    printed = capsys.readouterr().out
+    assert all(f"{name}\n" in printed and model.licence in printed for name, model in MODELS.items())
     assert main(["models", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["models"]
     assert [one["name"] for one in listed] == ["smollm2", "gemma3-270m", "vit-s14"]
